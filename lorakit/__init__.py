@@ -1,0 +1,47 @@
+"""lorakit: low-rank adaptation (LoRA) for language models, diffusion models and any other PyTorch model.
+
+    import lorakit as lk
+
+    lk.attach(model, lk.LoraConfig(rank=16, alpha=32, targets="all-linear"))
+    ...                                   # any training loop
+    lk.capture(model).save("out/")
+
+Names are imported when first used, so that `import lorakit` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from .adapter.adapter import Adapter
+    from .adapter.factors import Factors
+    from .config import LoraConfig
+    from .errors import LorakitError
+    from .model import activate, active, adapters, attach, capture, detach, merge, summary, unmerge
+
+_HOME = {
+    "Adapter": ".adapter.adapter",
+    "Factors": ".adapter.factors",
+    "LoraConfig": ".config",
+    "LorakitError": ".errors",
+    **dict.fromkeys(("activate", "active", "adapters", "attach", "capture", "detach", "merge", "summary", "unmerge"), ".model"),
+}
+
+__all__ = [  # noqa: RUF022 (in the order one meets them)
+    "LoraConfig", "Adapter", "Factors", "attach", "capture", "activate", "active", "adapters", "merge", "unmerge", "detach", "summary",
+    "LorakitError", "__version__",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

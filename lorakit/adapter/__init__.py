@@ -1,0 +1,1 @@
+"""What an adapter is: a value that needs no model."""

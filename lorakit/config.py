@@ -1,0 +1,167 @@
+"""What to adapt and how: `LoraConfig`. Pure data, validated, without torch.
+
+`LoraConfig` has our names; `lorakit/formats/peft_config.py` maps them to PEFT's `adapter_config.json`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+
+
+class Strict(BaseModel):
+    """A frozen settings object that refuses unknown keys (with the nearest name) and says what was wrong with a value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(type(self), error)) from None
+
+    def replace(self, **changes: Any):
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """A pydantic error as lines of `Class.field: what is wrong (got ...)`."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{cls.__name__} has no setting '{where}'{did_you_mean(where, cls.model_fields)}")
+        elif item["type"] == "value_error":
+            lines.append(f"{cls.__name__}.{where}: {item['ctx']['error']!s}")
+        else:
+            lines.append(f"{cls.__name__}.{where}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})")
+    return "\n".join(dict.fromkeys(lines))
+
+
+class LoraConfig(Strict):
+    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
+
+    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
+    """
+
+    rank: int = Field(16, ge=1, le=65536, description="rank of the update")
+    alpha: float | None = Field(None, gt=0, description="strength of the update; the scale is alpha / rank. Default: 32")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank branch, in training")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases to train: none, all, or those of adapted modules")
+    targets: str | list[str] = Field(
+        ALL_LINEAR, description="modules to adapt: 'all-linear', a list of name endings, or one regular expression for whole names"
+    )
+    exclude: str | list[str] | None = Field(None, description="modules to leave out: name endings, or one regular expression")
+    layers: list[int] | None = Field(None, description="only these layer numbers (the first number in a module's name)")
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks: {name ending or regular expression: rank}")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, likewise")
+    rslora: bool = Field(False, description="scale by alpha / √rank (Kalajdzievski 2023)")
+    init: Literal["default", "gaussian"] = Field("default", description="A kaiming-uniform or gaussian; B zero, so that ΔW starts at zero")
+    save_modules: list[str] = Field(default_factory=list, description="modules trained and saved whole (PEFT's modules_to_save)")
+    packed: dict[str, list[bool]] = Field(
+        default_factory=dict,
+        description="packed projections: {name ending: which of its equal parts to adapt}, e.g. c_attn: [true, false, true]",
+    )
+    task: str | None = Field(None, description="what the model is for, PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    base: str | None = Field(None, description="the base model's hub id or folder")
+    revision: str | None = Field(None, description="the base model's revision on the hub")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_alpha(cls, values: Any) -> Any:
+        # 32 whatever the rank ("LoRA Without Regret", 2025): the best learning rate then hardly depends on the rank.
+        if isinstance(values, dict) and values.get("alpha") is None:
+            values = values | {"alpha": 32.0}
+        return values
+
+    @field_validator("targets", "exclude")
+    @classmethod
+    def _names_or_regex(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list):
+            if not value or not all(value):
+                raise ValueError("expected at least one name ending, and none of them empty")
+            return sorted(dict.fromkeys(value))
+        if isinstance(value, str) and value != ALL_LINEAR:
+            _compile(value)
+        return value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks(cls, value: dict[str, int]) -> dict[str, int]:
+        for key, rank in value.items():
+            _compile(key)
+            if rank < 1:
+                raise ValueError(f"the rank for '{key}' must be at least 1 (got {rank})")
+        return value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas(cls, value: dict[str, float]) -> dict[str, float]:
+        for key, alpha in value.items():
+            _compile(key)
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise ValueError(f"the alpha for '{key}' must be a positive number (got {alpha})")
+        return value
+
+    @field_validator("packed")
+    @classmethod
+    def _packed(cls, value: dict[str, list[bool]]) -> dict[str, list[bool]]:
+        for key, parts in value.items():
+            if not any(parts):
+                raise ValueError(f"no part of '{key}' is adapted; leave it out of the targets instead")
+        return value
+
+    def rank_of(self, module: str) -> int:
+        """The rank for a module's full name."""
+        return first_match(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha for a module's full name."""
+        assert self.alpha is not None
+        return first_match(self.alpha_pattern, module, self.alpha)
+
+    def parts_of(self, module: str) -> tuple[bool, ...] | None:
+        """Which equal parts of a packed projection are adapted, or None for an ordinary module."""
+        return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """The factor before B A."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def ends_with(module: str, ending: str) -> bool:
+    """Whether a module's full name is `ending` or ends in `.ending` (PEFT's rule for lists)."""
+    return module == ending or module.endswith("." + ending)
+
+
+def matches(module: str, names: str | list[str]) -> bool:
+    """A list matches by ending, a string as a regular expression for the whole name (PEFT's rules)."""
+    if isinstance(names, list):
+        return any(ends_with(module, name) for name in names)
+    return re.fullmatch(names, module) is not None
+
+
+def pattern_matches(key: str, module: str) -> bool:
+    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None
+
+
+def first_match(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    """The value of the first key that matches, as PEFT has it."""
+    return next((value for key, value in pattern.items() if pattern_matches(key, module)), default)
+
+
+def _compile(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None

@@ -1,0 +1,131 @@
+"""Reading tensors without trusting the file, and writing so that a crash leaves the old file or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+
+MAX_TENSORS = 1_000_000
+MAX_ELEMENTS = 1 << 36  # 64 Gi numbers: no adapter is near it
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header metadata) of a `.safetensors`, or of a pickled state dict through `weights_only=True`.
+
+    Raises AdapterError naming the file, and the key where one is at fault. Header claims are checked against the file's
+    size before memory is taken.
+    """
+    return _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS:
+                raise AdapterError(f"{path}: {len(names):,} tensors; no adapter has that many")
+            for name in names:
+                _check_claim(path, name, file.get_slice(name).get_shape())
+            for name in names:
+                tensors[name] = file.get_tensor(name)
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterError(
+            f"{path} is not a state dict that can be read safely: {str(error).splitlines()[0]}\n"
+            "  lorakit never runs code from an adapter; have its author save it as safetensors"
+        ) from error
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        raise AdapterError(f"{path} holds a {type(value).__name__}; expected a state dict of named tensors")
+    for name, tensor in value.items():
+        _check_claim(path, name, list(tensor.shape))
+    return dict(value)
+
+
+def _check_claim(path: Path, name: str, shape: list[int]) -> None:
+    count = 1
+    for size in shape:
+        count *= size
+    if count > MAX_ELEMENTS:
+        raise AdapterError(f"{path}: '{name}' claims shape {shape}, {count:,} numbers; no adapter is that large")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; AdapterError with line and column otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+@contextmanager
+def replacing(path: Path):
+    """A temporary path in the same folder; renamed to `path` (after fsync) if the block succeeds, removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically, keys in sorted order."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    with replacing(path) as temporary:
+        save_file(ready, temporary, metadata=dict(metadata or {}) or None)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,91 @@
+"""loralib's checkpoint: a state dict with `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r], and whole weights.
+
+The file holds no config: alpha must be given to read it, and which parts of a MergedLinear are adapted (`packed`).
+A MergedLinear has A [n·r, in] and B [n·out/parts, r]. Convolutions are read by `lorakit.loralib` modules only: loralib's
+factors of a convolution need the weight's shape to mean anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapter.adapter import Adapter
+from ..adapter.factors import Factors
+from ..config import LoraConfig
+from ..errors import AdapterError
+from ..ops.blocks import compact_packed, expand_packed
+from .files import read_tensors, replacing, write_tensors
+
+
+def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
+    """Read a loralib state dict. AdapterError without `alpha`, or where the file is not one."""
+    if path.is_dir():
+        raise AdapterError(f"{path} is a folder without an adapter_config.json; a loralib checkpoint is one file")
+    tensors, _ = read_tensors(path)
+    modules = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    if not modules:
+        some = ", ".join(list(tensors)[:3])
+        raise AdapterError(f"{path} is no adapter: it has no key that ends in .lora_A (it has {some}, ...)")
+    if alpha is None:
+        raise AdapterError(
+            f"{path} is a loralib checkpoint, which does not hold alpha\n  give the lora_alpha it was trained with: Adapter.load(path, alpha=...)"
+        )
+    config = LoraConfig(rank=1, alpha=alpha, targets=modules, packed=packed or {})
+    factors = {module: _factors(module, tensors, config, path) for module in modules}
+    ranks = [f.rank for f in factors.values()]
+    common = max(set(ranks), key=ranks.count)
+    endings = sorted({m.rsplit(".", 1)[-1] for m in modules})
+    patterns = {f"^{m}": f.rank for m, f in factors.items() if f.rank != common}
+    config = config.replace(rank=common, targets=endings, rank_pattern=patterns)
+    saved = {key: value for key, value in tensors.items() if not key.endswith((".lora_A", ".lora_B"))}
+    return Adapter(config, factors, saved).check()
+
+
+def write(adapter: Adapter, path: Path) -> Path:
+    """Write a loralib state dict (`.safetensors` by name, else torch's pickle). One alpha for all modules is needed."""
+    alphas = {f.scale * f.rank for f in adapter.factors.values()}
+    if len(alphas) > 1:
+        raise AdapterError(f"loralib has one alpha for a model; this adapter has {sorted(alphas)}")
+    tensors: dict[str, Tensor] = dict(adapter.saved)
+    for module, f in adapter.factors.items():
+        if f.kind == "conv":
+            raise AdapterError(f"'{module}' is a convolution, whose update loralib factors in another way")
+        B = f.B
+        if f.parts:
+            compact = compact_packed(B, f.parts)
+            if compact is None:
+                raise AdapterError(f"'{module}' is said to be packed as {list(f.parts)}, and its B does not have that form")
+            B = compact.flatten(0, 1)
+        tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = f.A, B
+    if path.suffix == ".safetensors":
+        write_tensors(path, tensors)
+    else:
+        with replacing(path) as temporary:
+            torch.save({k: v.detach().cpu().clone() for k, v in tensors.items()}, temporary)
+    return path
+
+
+def _factors(module: str, tensors: dict[str, Tensor], config: LoraConfig, where: Path) -> Factors:
+    A, B = tensors[f"{module}.lora_A"], tensors.get(f"{module}.lora_B")
+    if B is None:
+        raise AdapterError(f"{where}: '{module}' has a lora_A and no lora_B")
+    if A.dim() != 2 or B.dim() != 2:
+        raise AdapterError(f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}; expected matrices")
+    parts = config.parts_of(module)
+    alpha = config.alpha_of(module)
+    if parts is not None:
+        n = sum(parts)
+        if A.shape[0] % n or B.shape[0] % n or A.shape[0] // n != B.shape[1]:
+            raise AdapterError(f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}, which is not {n} adapted parts")
+        return Factors(A, expand_packed(B.reshape(n, -1, B.shape[1]), parts), alpha, parts=parts)
+    if A.shape[0] != B.shape[1]:
+        raise AdapterError(
+            f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}: a MergedLinear\n"
+            "  say which parts are adapted: Adapter.load(path, alpha=..., packed={'"
+            + module.rsplit(".", 1)[-1]
+            + "': [True, False, True]})"
+        )
+    return Factors(A, B, alpha)

@@ -1,0 +1,106 @@
+"""PEFT's `adapter_config.json` and our `LoraConfig`, both ways (peft 0.21)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import LoraConfig, matches
+from ..errors import AdapterError
+
+# PEFT's name -> ours, where the value is the same.
+_SAME = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "target_modules": "targets",
+    "exclude_modules": "exclude", "layers_to_transform": "layers", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+    "use_rslora": "rslora", "modules_to_save": "save_modules", "task_type": "task", "base_model_name_or_path": "base", "revision": "revision",
+}  # fmt: skip
+
+# Settings that change what the adapter computes and that lorakit does not have: refused unless they hold these values.
+_UNSUPPORTED = {
+    "use_dora": "DoRA", "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA", "lora_bias": "a bias on B", "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow", "layer_replication": "layer replication", "target_parameters": "adapted parameters (MoE experts)",
+    "trainable_token_indices": "trained tokens", "velora_config": "VeLoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
+}  # fmt: skip
+
+
+def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig, bool]:
+    """(our config, fan_in_fan_out). Raises AdapterError for another kind of adapter or an unsupported variant."""
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters")
+    for key, name in _UNSUPPORTED.items():
+        if values.get(key):
+            raise AdapterError(
+                f"{where}: {key} is {values[key]!r}: {name} is not supported\n  merge it into its base with the tool that made it"
+            )
+    ours: dict[str, Any] = {our: values[theirs] for theirs, our in _SAME.items() if values.get(theirs) is not None}
+    ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
+    ours.setdefault("alpha", 8)
+    if isinstance(ours.get("layers"), int):
+        ours["layers"] = [ours["layers"]]
+    if isinstance(ours.get("save_modules"), str):
+        ours["save_modules"] = [ours["save_modules"]]
+    if values.get("init_lora_weights") == "gaussian":
+        ours["init"] = "gaussian"
+    return LoraConfig(**ours), bool(values.get("fan_in_fan_out", False))
+
+
+def to_peft(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float], transposed: bool) -> dict[str, Any]:
+    """PEFT's fields. `ranks`, `alphas`: module -> value as the file's tensors have them, the last word on both."""
+    modules = list(ranks)
+    targets = config.targets
+    if (
+        (isinstance(targets, str) and targets == "all-linear")
+        or config.exclude
+        or config.layers
+        or not all(matches(m, targets) for m in modules)
+    ):
+        targets = sorted(modules)
+    rank, rank_pattern = _pattern(ranks, config.rank, config.rank_pattern, config.rank_of)
+    alpha, alpha_pattern = _pattern(alphas, config.alpha or 0, config.alpha_pattern, config.alpha_of)
+    return {
+        "alpha_pattern": {k: _plain(v) for k, v in alpha_pattern.items()},
+        "auto_mapping": None,
+        "base_model_name_or_path": config.base,
+        "bias": config.bias,
+        "exclude_modules": None,
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _plain(alpha),
+        "lora_bias": False,
+        "lora_dropout": config.dropout,
+        "modules_to_save": list(config.save_modules) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "revision": config.revision,
+        "target_modules": targets,
+        "task_type": config.task,
+        "use_dora": False,
+        "use_rslora": config.rslora,
+    }
+
+
+def dumps(values: Mapping[str, Any]) -> str:
+    """As PEFT writes it: sorted keys, indent 2."""
+    return json.dumps(values, indent=2, sort_keys=True)
+
+
+def _pattern(found: Mapping[str, Any], default: Any, pattern: Mapping[str, Any], expected) -> tuple[Any, dict[str, Any]]:
+    """The config's own default and pattern if they say what the tensors say; else the commonest value and one key a module."""
+    if all(expected(module) == value for module, value in found.items()):
+        return default, dict(pattern)
+    common = Counter(found.values()).most_common(1)[0][0]
+    # "^" keeps the key from matching a longer name that ends in this one.
+    return common, {f"^{module}": value for module, value in found.items() if value != common}
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

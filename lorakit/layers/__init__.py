@@ -1,0 +1,1 @@
+"""What an adapted module computes: one mixin per kind of module, put under the module's own class by `swap`."""

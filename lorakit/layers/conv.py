@@ -1,0 +1,54 @@
+"""Adapted convolutions, 1d to 3d, with the base's own stride, padding (and its mode), dilation and groups.
+
+    y = conv(x, W) + s · conv₁(conv(x, A), B)        W: [out, in/g, *k]   A: [r, in/g, *k]   B: [out, r, 1...]
+
+ΔW = s · B A is a rank-r update of the weight read as a matrix [out, in/g · k]; with g groups all of them share A.
+PEFT's grouped form is read too: A [r, in, *k] over all inputs and B [out, r/g, 1...], grouped. It is more general than a
+change of the weight can be, so only such factors that have the form above (blocks along the groups) can be merged.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layer import LoraFactors, LoraLayer
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvLayer(LoraLayer):
+    lora_kind = "conv"
+
+    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        weight = self.weight  # type: ignore[attr-defined]
+        return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
+
+    def lora_fits(self, A: Tensor, B: Tensor) -> str | None:
+        why = super().lora_fits(A, B)
+        groups, weight = self.groups, self.weight  # type: ignore[attr-defined]
+        if why and groups > 1 and A.shape[0] % groups == 0:
+            ungrouped = (A.shape[0], self.in_channels, *weight.shape[2:])  # type: ignore[attr-defined]
+            if tuple(A.shape) == ungrouped and tuple(B.shape[:2]) == (weight.shape[0], A.shape[0] // groups):
+                return None
+        return why
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        for factors, scale in self.lora_in_use():
+            inputs = F.dropout(x, factors.dropout, self.training) if factors.dropout else x  # type: ignore[attr-defined]
+            y = y + self._update(inputs.to(y.dtype), factors) * scale
+        return y
+
+    def _update(self, x: Tensor, factors: LoraFactors) -> Tensor:
+        A, B = factors.A.to(x.dtype), factors.B.to(x.dtype)
+        groups = self.groups  # type: ignore[attr-defined]
+        conv = _CONV[A.dim() - 2]
+        if A.shape[1] * groups == self.in_channels:  # type: ignore[attr-defined]
+            down = self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)  # type: ignore[attr-defined]
+        else:
+            padding = self.padding  # type: ignore[attr-defined]
+            if self.padding_mode != "zeros":  # type: ignore[attr-defined]
+                x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0  # type: ignore[attr-defined]
+            down = conv(x, A, None, self.stride, padding, self.dilation)  # type: ignore[attr-defined, operator]
+        return conv(down, B, groups=groups)  # type: ignore[operator]

@@ -1,0 +1,38 @@
+"""An adapted embedding.
+
+    y[i] = W[i] + s · B A[:, i]        W: [vocab, dim]   A: [r, vocab]   B: [dim, r]
+
+A starts at zero and B normal, as in loralib and PEFT: still ΔW = 0, and rows never looked up never change.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layer import LoraLayer
+
+
+class EmbeddingLayer(LoraLayer):
+    lora_kind = "embedding"
+    lora_transposed = True  # the weight is [vocab, dim], ΔW = (B A)ᵀ
+
+    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, self.num_embeddings), (self.embedding_dim, rank)  # type: ignore[attr-defined]
+
+    def lora_fresh(self, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        shape_a, shape_b = self.lora_shapes(rank)
+        return torch.zeros(shape_a, dtype=dtype, device=device), torch.randn(shape_b, dtype=dtype, device=device)
+
+    def forward(self, ids: Tensor, *args, **kwargs) -> Tensor:
+        y = super().forward(ids, *args, **kwargs)  # type: ignore[misc]
+        for factors, scale in self.lora_in_use():
+            rows = F.embedding(ids, factors.A.T, self.padding_idx)  # type: ignore[attr-defined]
+            if factors.dropout:
+                rows = F.dropout(rows, factors.dropout, self.training)  # type: ignore[attr-defined]
+            update = F.linear(rows.to(y.dtype), factors.B.to(y.dtype)) * scale
+            # Gemma's embedding multiplies its output; the update is part of the weight, so it is multiplied too.
+            factor = getattr(self, "embed_scale", None)
+            y = y + (update if factor is None else update * torch.as_tensor(factor).to(y))
+        return y

@@ -1,0 +1,99 @@
+"""What every adapted module has: its adapters' factors as children, and which of them are active.
+
+A module `q_proj` with adapters "default" and "sql" has the children `q_proj.lora_default` and `q_proj.lora_sql`, each with
+parameters A and B. Nothing else about the module changes: its own parameters keep their names.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import scale_of
+
+PREFIX = "lora_"
+
+
+def child_name(adapter: str) -> str:
+    """The child's name for an adapter. Dots, which torch forbids there, become U+2219."""
+    return PREFIX + adapter.replace(".", "∙")
+
+
+class LoraFactors(nn.Module):
+    """One adapter's A and B on one module, with what is needed to use them. Shapes: see the layer's file."""
+
+    def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
+        super().__init__()
+        self.A = nn.Parameter(A, requires_grad=trainable)
+        self.B = nn.Parameter(B, requires_grad=trainable)
+        self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
+        self.rank = B.shape[-1] if B.dim() == 3 and A.dim() == 2 else A.shape[0]  # packed B is [n, out, r]
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank, self.rslora)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, A={list(self.A.shape)}, B={list(self.B.shape)}"
+
+
+class LoraLayer:
+    """The mixin's state. `lora_active` is a tuple of (adapter, weight); `lora_merged` tells that ΔW is in the weight now."""
+
+    lora_kind: str  # "linear", "embedding" or "conv": how A and B are to be read
+    lora_transposed = False  # the weight is [in, out]
+    lora_active: tuple[tuple[str, float], ...]
+    lora_merged: Any
+
+    def lora_in_use(self) -> list[tuple[LoraFactors, float]]:
+        """The factors that the forward has to add, each with its scale times its weight."""
+        if self.lora_merged is not None:
+            return []
+        children = self._modules  # type: ignore[attr-defined]
+        return [(f, f.scale * weight) for f, weight in ((children[child_name(n)], w) for n, w in self.lora_active) if weight != 0]
+
+    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a fresh A and B."""
+        raise TypeError(f"{type(self).__name__} does not say the shapes of its factors")
+
+    def lora_fits(self, A: Tensor, B: Tensor) -> str | None:
+        """Why these factors do not fit this module, or None."""
+        expected = self.lora_shapes(A.shape[0])
+        if tuple(A.shape) == expected[0] and tuple(B.shape) == expected[1]:
+            return None
+        return f"A {list(A.shape)} and B {list(B.shape)} do not fit; expected A {list(expected[0])} and B {list(expected[1])}"
+
+    def lora_fresh(self, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A fresh A and B with ΔW = 0."""
+        shape_a, shape_b = self.lora_shapes(rank)
+        A, B = torch.empty(shape_a, dtype=dtype, device=device), torch.zeros(shape_b, dtype=dtype, device=device)
+        init_a(A, init, rank)
+        return A, B
+
+    def lora_full(self, factors: LoraFactors) -> tuple[Tensor, Tensor]:
+        """A and B as files and the adapter value hold them."""
+        return factors.A.detach(), factors.B.detach()
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time; a pickle (a model sent to another process) names what it is made of instead.
+        function, args, *rest = super().__reduce_ex__(protocol)
+        if function is copyreg.__newobj__:
+            from .swap import mixin_and_base, rebuild
+
+            return rebuild, mixin_and_base(type(self)), *rest
+        return function, args, *rest
+
+
+def init_a(A: Tensor, init: str, rank: int) -> None:
+    """A's start, in place: kaiming-uniform(√5) as in loralib, or gaussian with deviation 1 / rank."""
+    if A.is_meta:
+        return
+    with torch.no_grad():
+        if init == "gaussian":
+            A.normal_(std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))

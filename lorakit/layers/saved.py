@@ -1,0 +1,107 @@
+"""Parameters that an adapter trains and saves whole: `save_modules`, and biases (PEFT's modules_to_save and bias).
+
+The module keeps its class. While the adapter is active, its copies stand where the module's own parameters stood; the
+originals wait in a child `lora_saved`, registered there so that they move and are freed with the model. A parameter that
+several modules share (tied embeddings) is replaced in all of them, and stays shared.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .layer import PREFIX
+
+CHILD = PREFIX + "saved"
+BASE = "base"
+
+
+class SavedParameters(nn.Module):
+    """Versions of one module's parameters: `<adapter>` -> {name: parameter}, and the base's own under "base"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.versions = nn.ModuleDict()
+
+    def put(self, version: str, parameters: dict[str, nn.Parameter]) -> None:
+        holder = nn.Module()
+        for name, parameter in parameters.items():
+            holder.register_parameter(name, parameter)
+        self.versions[_key(version)] = holder
+
+    def get(self, version: str) -> dict[str, nn.Parameter]:
+        holder = self.versions[_key(version)] if _key(version) in self.versions else None
+        return dict(holder.named_parameters(recurse=False)) if holder is not None else {}
+
+    def drop(self, version: str) -> None:
+        if _key(version) in self.versions:
+            del self.versions[_key(version)]
+
+    def adapters(self) -> list[str]:
+        return [k[1:] for k in self.versions if k != _key(BASE)]
+
+
+def _key(version: str) -> str:
+    # ModuleDict refuses names of its own methods ("keys", "items") and dots; the leading "=" sets adapters apart from the base.
+    return version if version == BASE else "=" + version.replace(".", "∙")
+
+
+def holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every (module, name) at which this very parameter is registered, outside lorakit's own children."""
+    found, seen = [], set()
+    own = {id(m) for s in model.modules() if isinstance(s, SavedParameters) for m in s.modules()}
+    for module in model.modules():
+        if id(module) in own or id(module) in seen:
+            continue
+        seen.add(id(module))
+        found += [(module, name) for name, value in module._parameters.items() if value is parameter]
+    return found
+
+
+def keep(model: nn.Module, adapter: str, module: nn.Module, name: str, values: nn.Parameter) -> None:
+    """Register `values` as this adapter's version of `module.<name>`, wherever that parameter is shared. Not yet in use."""
+    original = saved_of(module).get(BASE).get(name) if saved_of(module) else None
+    original = original if original is not None else module._parameters[name]
+    assert original is not None
+    for holder, at in holders(model, original) or [(module, name)]:
+        child = saved_of(holder)
+        if child is None:
+            child = SavedParameters()
+            holder.add_module(CHILD, child)
+        for version, value in ((BASE, original), (adapter, values)):
+            child.put(version, child.get(version) | {at: value})
+
+
+def use(model: nn.Module, adapter: str | None) -> None:
+    """Put an adapter's versions in place; the base's own where it has none, or for None."""
+    for module in list(model.modules()):
+        child = saved_of(module)
+        if child is None:
+            continue
+        chosen = child.get(BASE) | (child.get(adapter) if adapter is not None else {})
+        for name, parameter in chosen.items():
+            module._parameters[name] = parameter
+
+
+def adopt_as_base(model: nn.Module, adapter: str) -> None:
+    """Make an adapter's versions the base's own (what merging means for whole weights)."""
+    for module in model.modules():
+        child = saved_of(module)
+        if child is not None:
+            child.put(BASE, child.get(BASE) | child.get(adapter))
+
+
+def forget(model: nn.Module, adapter: str) -> None:
+    """Remove an adapter's versions (put back the base's first). The child goes with the last of them."""
+    for module in list(model.modules()):
+        child = saved_of(module)
+        if child is None:
+            continue
+        child.drop(adapter)
+        if not child.adapters():
+            for name, parameter in child.get(BASE).items():
+                module._parameters[name] = parameter
+            del module._modules[CHILD]
+
+
+def saved_of(module: nn.Module) -> SavedParameters | None:
+    return module._modules.get(CHILD)  # type: ignore[return-value]

@@ -1,0 +1,88 @@
+"""The class swap: a targeted module keeps its identity and gets a subclass of its own class, with the right mixin in front.
+
+`LoraLinear = type("LoraLinear", (LinearLayer, nn.Linear))` is made once per base class, as torch's parametrizations do.
+`release` gives the class back.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+from torch import nn
+
+from .conv import ConvLayer
+from .embedding import EmbeddingLayer
+from .layer import LoraLayer
+from .linear import Conv1DLayer, LinearLayer, PackedConv1DLayer, PackedLayer
+
+_PACKED = {LinearLayer: PackedLayer, Conv1DLayer: PackedConv1DLayer}
+
+
+def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
+    """The mixin that adapts this module, or None if no low-rank update of it is defined."""
+    if isinstance(module, LoraLayer):
+        return mixin_and_base(type(module))[0]
+    if isinstance(module, nn.Linear):
+        return LinearLayer
+    if isinstance(module, nn.Embedding):
+        return EmbeddingLayer
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return ConvLayer
+    if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__):
+        return Conv1DLayer
+    return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether 'all-linear' means this module."""
+    mixin = mixin_for(module)
+    return mixin is not None and issubclass(mixin, LinearLayer)
+
+
+@functools.cache
+def adapted_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[nn.Module]:
+    return type("Lora" + base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
+    mixin, base = cls.__bases__
+    return mixin, base
+
+
+def rebuild(mixin: type[LoraLayer], base: type[nn.Module]) -> nn.Module:
+    """An empty instance of an adapted class; used by pickle."""
+    cls = adapted_class(mixin, base)
+    return cls.__new__(cls)
+
+
+def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
+    """Give the module its adapted class, if it has not got it. `parts`: the adapted parts of a packed projection."""
+    if isinstance(module, LoraLayer):
+        return
+    mixin = mixin_for(module)
+    assert mixin is not None
+    if parts is not None:
+        mixin = _PACKED[mixin]  # type: ignore[index]
+        module.lora_parts = parts  # type: ignore[assignment]
+    module.__class__ = adapted_class(mixin, type(module))
+    module.lora_active = ()  # type: ignore[assignment]
+    module.lora_merged = None  # type: ignore[assignment]
+    _rebind_hooked_forward(module)
+
+
+def release(module: nn.Module) -> None:
+    """Give the module its own class back. Its factors must have been removed."""
+    if not isinstance(module, LoraLayer):
+        return
+    module.__class__ = mixin_and_base(type(module))[1]
+    for name in ("lora_active", "lora_merged", "lora_parts"):
+        module.__dict__.pop(name, None)
+    _rebind_hooked_forward(module)
+
+
+def _rebind_hooked_forward(module: nn.Module) -> None:
+    # accelerate's hooks (device maps, offload) sit in the instance's `forward` and call `_old_forward`, a method bound
+    # when the hook was added. The adapted forward goes underneath, so that it too sees weights that are in place.
+    if "_old_forward" in module.__dict__:
+        module._old_forward = types.MethodType(type(module).forward, module)  # type: ignore[assignment]

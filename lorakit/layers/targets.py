@@ -1,0 +1,187 @@
+"""From a config's target names to a model's modules, with an error for every name that fits nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..config import ALL_LINEAR, LoraConfig, ends_with, matches, pattern_matches
+from ..errors import TargetError, listing, nearest
+from .layer import LoraFactors
+from .saved import SavedParameters
+from .swap import is_linear, mixin_for
+
+
+@dataclass
+class Targets:
+    """`modules`: full name -> module, in the model's order. `skipped`: full name -> why 'all-linear' left it out."""
+
+    modules: dict[str, nn.Module]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def module_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every name of every module (one registered twice has two), without lorakit's own children."""
+    own = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoraFactors | SavedParameters)]
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if n and not any(n == o or n.startswith(o + ".") for o in own)}
+
+
+def layer_number(name: str) -> int | None:
+    """The first number among a name's parts: 3 for `model.layers.3.self_attn.q_proj`."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
+    """The modules that `config` adapts. Raises TargetError for a name, pattern or layer that matches nothing."""
+    names = module_names(model)
+    unseen = _called_by_weight(names)
+    skipped: dict[str, str] = {}
+    if config.targets == ALL_LINEAR:
+        head = _output_head(model)
+        chosen = {}
+        for name, module in names.items():
+            if not is_linear(module):
+                continue
+            if module is head or any(ends_with(name, s) or f".{s}." in f".{name}." for s in config.save_modules):
+                skipped[name] = "the output head" if module is head else "saved whole"
+            elif name in unseen:
+                skipped[name] = unseen[name]
+            else:
+                chosen[name] = module
+        if not chosen:
+            raise TargetError(
+                "the model has no linear layer to adapt (LoraConfig.targets='all-linear')\n  name the modules to adapt instead"
+            )
+    else:
+        chosen = {name: module for name, module in names.items() if matches(name, config.targets)}
+        _check_each_matches(list(names), config.targets, "targets")
+    if config.exclude is not None:
+        _check_each_matches(list(names), config.exclude, "exclude")
+        chosen = {name: module for name, module in chosen.items() if not matches(name, config.exclude)}
+    if config.layers is not None:
+        present = {layer_number(name) for name in chosen}
+        missing = [n for n in config.layers if n not in present]
+        if missing:
+            there = sorted(n for n in present if n is not None)
+            raise TargetError(
+                f"no target is in layer {missing[0]} (LoraConfig.layers)\n  the targets are in layers {there or 'without numbers'}"
+            )
+        chosen = {name: module for name, module in chosen.items() if layer_number(name) in config.layers}
+    if not chosen:
+        raise TargetError("nothing is left to adapt: LoraConfig.exclude and LoraConfig.layers remove every target")
+    _check_adaptable(chosen, unseen)
+    chosen = _once_each(chosen)
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field_name):
+            if not any(pattern_matches(key, name) for name in chosen):
+                raise TargetError(f"no adapted module matches '{key}' (LoraConfig.{field_name}){_suggestion(key, list(chosen))}")
+    for key, parts in config.packed.items():
+        packed = [name for name in chosen if ends_with(name, key)]
+        if not packed:
+            raise TargetError(f"no adapted module matches '{key}' (LoraConfig.packed){_suggestion(key, list(chosen))}")
+        for name in packed:
+            _check_packed(name, chosen[name], len(parts))
+    return Targets(chosen, skipped)
+
+
+def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules of `config.save_modules`, by full name."""
+    names = module_names(model)
+    for entry in config.save_modules:
+        if not any(ends_with(name, entry) for name in names):
+            raise TargetError(f"no module matches '{entry}' (LoraConfig.save_modules){_suggestion(entry, list(names))}")
+    return _once_each({n: m for n, m in names.items() if any(ends_with(n, entry) for entry in config.save_modules)})
+
+
+def shortest_endings(chosen: list[str], every: list[str]) -> list[str]:
+    """The fewest last names that match just `chosen` among `every` name; full names if the last names match more."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    # A bare number ("0" in a Sequential) would match far too much in any other model.
+    if not any(e.isdigit() for e in endings) and {n for n in every if matches(n, endings)} == set(chosen):
+        return endings
+    return sorted(chosen)
+
+
+def _once_each(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """A module registered under several names is adapted once, under the first of them; all its names see the update."""
+    seen: dict[int, str] = {}
+    for name, module in chosen.items():
+        seen.setdefault(id(module), name)
+    return {name: chosen[name] for name in seen.values()}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _called_by_weight(names: dict[str, nn.Module]) -> dict[str, str]:
+    """Linear modules whose weight is read without calling them, so that an adapted forward would never run."""
+    why = "nn.MultiheadAttention reads its weight without calling it"
+    found = {}
+    for name, module in names.items():
+        if isinstance(module, nn.MultiheadAttention):
+            found[f"{name}.out_proj"] = why
+    return found
+
+
+def _check_adaptable(chosen: dict[str, nn.Module], unseen: dict[str, str]) -> None:
+    for name, module in chosen.items():
+        if name in unseen:
+            raise TargetError(
+                f"'{name}' cannot be adapted: {unseen[name]}, so an update there would have no effect\n"
+                "  leave it out (LoraConfig.exclude), or adapt the feed-forward layers around it"
+            )
+        if mixin_for(module) is None:
+            inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
+            fix = f"\n  it holds {listing(inside, 3)}" if inside else ""
+            raise TargetError(
+                f"'{name}' is a {type(module).__name__}, which has no low-rank update\n"
+                f"  expected a Linear, Conv1D, Embedding or Conv1d/2d/3d{fix}"
+            )
+
+
+def _check_packed(name: str, module: nn.Module, parts: int) -> None:
+    if not is_linear(module):
+        raise TargetError(f"'{name}' is a {type(module).__name__}; only a linear can be packed (LoraConfig.packed)")
+    size_out = module.lora_sizes()[1] if hasattr(module, "lora_sizes") else _size_out(module)
+    if size_out % parts:
+        raise TargetError(f"'{name}' has {size_out} outputs, which is not {parts} equal parts (LoraConfig.packed)")
+
+
+def _size_out(module: nn.Module) -> int:
+    return module.out_features if isinstance(module, nn.Linear) else module.nf  # type: ignore[return-value]
+
+
+def _check_each_matches(names: list[str], wanted: str | list[str], setting: str) -> None:
+    if isinstance(wanted, str):
+        if not any(matches(name, wanted) for name in names):
+            hint = _suggestion(wanted, names) if re.fullmatch(r"[\w.]+", wanted) else "\n  a string is a regular expression for whole names"
+            raise TargetError(f"no module matches the pattern '{wanted}' (LoraConfig.{setting}){hint}")
+        return
+    missing = [entry for entry in wanted if not any(ends_with(name, entry) for name in names)]
+    if missing:
+        raise TargetError(
+            "\n".join(
+                f"no module matches {setting[:-1] if setting == 'targets' else setting} '{m}' (LoraConfig.{setting}){_suggestion(m, names)}"
+                for m in missing
+            )
+        )
+
+
+def _suggestion(entry: str, names: list[str]) -> str:
+    """The nearest ending of any module's name, with how many modules end so."""
+    if entry in names or any(ends_with(name, entry) for name in names):
+        alike: str | None = entry
+    else:
+        depth = entry.count(".") + 1
+        alike = nearest(entry, {".".join(name.split(".")[-depth:]) for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+    if alike is None:
+        lasts = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+        return f"\n  names in this model end in: {listing(lasts, 20)}" if lasts else f"\n  names in this model: {listing(names, 10)}"
+    ends = [name for name in names if ends_with(name, alike)]
+    if len(ends) == 1:
+        return f"\n  did you mean '{alike}'? one module ends so: {ends[0]}"
+    return f"\n  did you mean '{alike}'? {len(ends)} modules end so, for example {ends[0]}"

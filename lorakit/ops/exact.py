@@ -1,0 +1,129 @@
+"""Adding ΔW to a weight so that every bit comes back.
+
+Rounding makes (W + ΔW) − ΔW differ from W by a few units in the last place. `add_` keeps just that difference: per block
+of rows, two, four or eight bits a weight (whichever is smallest), code 0 marking the rare weight whose difference does not
+fit and whose value is kept whole. With |ΔW| below |W| that is a quarter to half a byte a weight; only when ΔW dwarfs W
+(so that the sum no longer contains W) can it grow beyond one byte.
+
+Distances between floats are taken on their bit patterns: flipping the low bits of negative values makes the patterns of
+neighbouring floats neighbouring integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from .delta import row_blocks
+
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+@dataclass
+class Block:
+    """One block's differences: `codes` packed `8 // width` to a byte, `values` the weights kept whole, in order."""
+
+    rows: slice
+    width: int
+    codes: Tensor
+    values: Tensor
+
+
+@dataclass
+class Undo:
+    """What `subtract_` needs to give the original back."""
+
+    checksum: int
+    blocks: list[Block] = field(default_factory=list)
+
+    def nbytes(self) -> int:
+        return sum(b.codes.nbytes + b.values.nbytes for b in self.blocks)
+
+
+def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor]) -> Undo:
+    """weight += ΔW in place, rounded once; `delta_rows(rows)` gives ΔW's rows as [rows, -1]. Returns what undoes it."""
+    flat = weight.detach().view(weight.shape[0], -1)
+    undo = Undo(_checksum(flat))
+    for rows in row_blocks(flat.shape):
+        original = flat[rows]
+        change = delta_rows(rows)
+        merged = (original.to(change.dtype) + change).to(weight.dtype)
+        back = (merged.to(change.dtype) - change).to(weight.dtype)
+        undo.blocks.append(_encode(rows, original, back))
+        flat[rows] = merged
+    return undo
+
+
+def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo, where: str) -> None:
+    """Undo `add_`: afterwards weight has its original bits. Raises StateError, with the weight as it was, if it would not."""
+    flat = weight.detach().view(weight.shape[0], -1)
+    restored = []
+    for block in undo.blocks:
+        change = delta_rows(block.rows)
+        back = (flat[block.rows].to(change.dtype) - change).to(weight.dtype)
+        restored.append(_decode(block, back))
+    result = torch.cat(restored) if restored else flat
+    if _checksum(result) != undo.checksum:
+        raise StateError(
+            f"unmerge of {where} would not restore the base's bits: its weight or the adapter's factors changed since the merge, "
+            "or the merge ran on another device or thread count\nmove the model back to where it was merged, or load the base again"
+        )
+    flat.copy_(result)
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Bit patterns as int64 in the order of the values; its own inverse on patterns."""
+    kind = _BITS[values.dtype]
+    bits = values.contiguous().view(kind)
+    return _flip(bits).to(torch.int64)
+
+
+def _flip(bits: Tensor) -> Tensor:
+    return bits ^ ((bits >> (torch.iinfo(bits.dtype).bits - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def _checksum(flat: Tensor) -> int:
+    return int(flat.contiguous().view(_BITS[flat.dtype]).sum(dtype=torch.int64))
+
+
+def _encode(rows: slice, original: Tensor, back: Tensor) -> Block:
+    apart = (_ordered(original) - _ordered(back)).flatten()
+    size = original.element_size()
+    best = None
+    for width in (2, 4, 8):
+        most = (1 << (width - 1)) - 1
+        misfits = apart.abs() > most
+        cost = apart.numel() * width / 8 + int(misfits.sum()) * size
+        if best is None or cost < best[0]:
+            best = cost, width, most, misfits
+    assert best is not None
+    _, width, most, misfits = best
+    codes = torch.where(misfits, 0, apart + most + 1).to(torch.uint8)  # 1 ... 2^width - 1
+    return Block(rows, width, _pack(codes, width), original.flatten()[misfits].clone())
+
+
+def _decode(block: Block, back: Tensor) -> Tensor:
+    codes = _unpack(block.codes, block.width, back.numel())
+    apart = codes.to(torch.int64) - (1 << (block.width - 1))
+    kind = _BITS[back.dtype]
+    values = _flip((_ordered(back).flatten() + apart).to(kind)).view(back.dtype)
+    values[codes == 0] = block.values
+    return values.view_as(back)
+
+
+def _pack(codes: Tensor, width: int) -> Tensor:
+    per_byte = 8 // width
+    padded = torch.nn.functional.pad(codes, (0, -codes.numel() % per_byte)).view(-1, per_byte)
+    packed = padded[:, 0].clone()
+    for i in range(1, per_byte):
+        packed |= padded[:, i] << (i * width)
+    return packed
+
+
+def _unpack(packed: Tensor, width: int, count: int) -> Tensor:
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & ((1 << width) - 1)).flatten()[:count]
