@@ -1,0 +1,148 @@
+"""A source, whatever it is, to rows: a data file, a folder of them, or a dataset on the Hugging Face hub.
+
+Kinds of file are told by their suffix (.jsonl, .json, .csv, .tsv, .parquet, .txt; the text kinds also as .gz, .xz or
+.bz2). A path that does not exist and reads OWNER/NAME (or OWNER/NAME:CONFIG, or NAME) is a hub id.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from lorakit.data import parse
+from lorakit.data.parse import Row
+from lorakit.errors import DataError, did_you_mean, listing
+
+TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+KINDS = (*TEXT_KINDS, ".parquet")
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}
+ACCEPTED = "accepted: .jsonl, .json, .csv, .tsv, .txt (each also as .gz, .xz, .bz2) and .parquet"
+
+HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+TRAIN_NAMES = ("train",)
+OTHER_NAMES = ("test", "valid", "val", "dev", "eval")
+
+
+def read_rows(source: str | Path, split: str | None = None, limit: int | None = None) -> list[Row]:
+    """The rows of `source`, at most `limit`, and never none.
+
+    `split` picks the files of a folder whose name holds it, the list of a JSON file that holds several, or the split of a
+    hub dataset (there the default is "train"). A single file of one list is read as it is.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        rows = list(islice((row for file in _files_of(path, split) for row in _file(file, split, limit)), limit))
+    elif path.exists():
+        rows = list(islice(_file(path, split, limit), limit))
+    else:
+        rows = _hub(str(source), path, split, limit)
+    if not rows:
+        raise DataError(f"{source}: no rows in it; the file is empty or holds only a header or blank lines")
+    return rows
+
+
+def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
+    kind, compression = _kind(path)
+    if not kind:
+        suffix = path.suffix or path.name
+        raise DataError(f"{path}: unknown kind of file '{suffix}'{did_you_mean(suffix, KINDS)}\n  {ACCEPTED}")
+    if kind == ".parquet":
+        return _parquet(path, limit)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if compression:
+        try:
+            raw = COMPRESSIONS[compression](raw)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+            raise DataError(f"{path}: broken or incomplete {compression} file: {error}") from error
+    text = parse.decode(raw, str(path))
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    if kind in (".jsonl", ".ndjson"):
+        return parse.jsonl(text, str(path))
+    if kind == ".json":
+        return parse.json_document(text, str(path), split)
+    if kind == ".txt":
+        return parse.prose(text, str(path))
+    return parse.table(text, str(path), "," if kind == ".csv" else "\t")
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """The data suffix and the compression suffix, each empty when there is none we know."""
+    name = path.name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    name = name.removesuffix(compression)
+    kinds = TEXT_KINDS if compression else KINDS
+    return next((kind for kind in kinds if name.endswith(kind)), ""), compression
+
+
+def _parquet(path: Path, limit: int | None) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=min(limit or 8192, 8192)):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, str(path), number)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    """The data files of a folder by name; hidden files and kinds that are not data are passed over."""
+    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and _kind(f)[0])
+    if not files:
+        there = listing(sorted(f.name for f in folder.iterdir())) or "nothing"
+        raise DataError(f"{folder}: no data files in this folder, which holds: {there}\n  {ACCEPTED}")
+    if split is not None:
+        chosen = [f for f in files if split.lower() in f.name.lower()]
+        if not chosen:
+            raise DataError(f"{folder}: no file for split '{split}' among: {listing(f.name for f in files)}")
+        return chosen
+    names = [f.name.lower() for f in files]
+    train = [n for n in names if any(word in n for word in TRAIN_NAMES)]
+    others = [n for n in names if n not in train and any(word in n for word in OTHER_NAMES)]
+    if train and others:
+        raise DataError(
+            f"{folder}: files of several splits ({listing([*train, *others])}); reading all would train on the test rows\n"
+            f"  say which split, for example train, or name one file"
+        )
+    return files
+
+
+def _hub(name: str, path: Path, split: str | None, limit: int | None) -> list[Row]:
+    hub_id = HUB_ID.fullmatch(name)
+    if not hub_id or _kind(path)[0]:
+        raise DataError(f"{name}: no such file or folder{_neighbour(path)}")
+    from datasets import load_dataset
+
+    chosen = split or "train"
+    try:
+        data = load_dataset(hub_id["id"], hub_id["config"], split=f"{chosen}[:{limit}]" if limit else chosen)
+    # The hub client raises whatever its layers raise (HTTP, parsing, scripts): any of it means this source cannot be read.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{name}: no such file or folder{_neighbour(path)}; tried as a dataset on the hub (split {chosen}): {reason}\n"
+            f"  name an existing file or folder, or a hub dataset as OWNER/NAME or OWNER/NAME:CONFIG"
+        ) from error
+    return [Row(dict(values), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)]
+
+
+def _neighbour(path: Path) -> str:
+    """What is there instead: the nearest name beside `path`, or that its folder is missing too."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f" (nor is there a folder {folder})"
+    return did_you_mean(path.name, (f.name for f in folder.iterdir()))

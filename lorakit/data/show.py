@@ -1,0 +1,130 @@
+"""The data as the model will see it: rows with their trained tokens marked, lengths, repeats and what the limit leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from lorakit.data.dataset import Dataset, Item
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAINED = "bold green"
+CONTEXT = "dim"
+BINS = 10
+BAR = 40
+
+STYLES = {"none": "none (texts as they are)", "chat": "the tokenizer's chat template", "plain": "lorakit's plain template"}
+
+
+def show(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3, console: Console | None = None) -> None:
+    """Print the first rows and the facts of `report`."""
+    console = console or Console()
+    colour = console.color_system is not None and not console.no_color
+    console.print(_legend(colour))
+    for item in dataset.items[:rows]:
+        count = f"{len(item.ids):,} tokens, {sum(item.trained):,} trained"
+        console.print(Text(f"\n{item.row.where} ({count})", style="bold"), soft_wrap=True)
+        console.print(marked(item, tokenizer, colour), soft_wrap=True)
+    console.print(Text("\nlength in tokens", style="bold"))
+    for line in histogram(dataset.lengths, dataset.max_length):
+        console.print(Text(line))
+    console.print(Text("\nfacts", style="bold"))
+    for name, value in facts(dataset):
+        console.print(Text(f"{name:<18}{value}"), soft_wrap=True)
+
+
+def report(dataset: Dataset) -> dict[str, Any]:
+    """The same facts for a script."""
+    lengths = dataset.lengths
+    return {
+        "shape": dataset.shape,
+        "template": dataset.style,
+        "train_on": dataset.train_on,
+        "rows": len(lengths),
+        "items": len(dataset.items),
+        "tokens": sum(len(item.ids) for item in dataset.items),
+        "trained_tokens": sum(sum(item.trained) for item in dataset.items),
+        "length": {"min": min(lengths), "median": int(np.median(lengths)), "mean": round(float(np.mean(lengths)), 1), "max": max(lengths)},
+        "histogram": [{"from": low, "to": high, "rows": count} for low, high, count in bins(lengths)],
+        "max_length": dataset.max_length,
+        "max_length_reason": dataset.max_length_reason,
+        "on_long": dataset.on_long,
+        "cut": dataset.cut,
+        "dropped": dataset.dropped,
+        "split": dataset.split,
+        "duplicates": dataset.duplicates,
+        "same_prompt": dataset.same_prompt,
+        "notes": dataset.notes,
+    }
+
+
+def facts(dataset: Dataset) -> list[tuple[str, str]]:
+    """What `report` says, in words."""
+    told = report(dataset)
+    length = told["length"]
+    share = told["trained_tokens"] / told["tokens"]
+    longer = {"drop": ("dropped", dataset.dropped), "cut": ("cut at the end", dataset.cut), "split": ("split into pieces", dataset.split)}
+    verb, count = longer[dataset.on_long]
+    found = [
+        ("rows", f"{told['rows']:,}" + (f", as {told['items']:,} pieces" if dataset.split else "")),
+        ("shape", dataset.shape),
+        ("template", STYLES[dataset.style]),
+        ("tokens", f"{told['tokens']:,}, of which {told['trained_tokens']:,} trained ({share:.0%})"),
+        ("row length", f"{length['min']:,} to {length['max']:,}, median {length['median']:,}"),
+        ("max_length", f"{dataset.max_length:,} ({dataset.max_length_reason})"),
+        ("longer than that", f"{count:,} of {told['rows']:,} rows, {verb}"),
+    ]
+    if dataset.on_long == "cut" and dataset.dropped:
+        found.append(("", f"{dataset.dropped:,} more dropped: their prompt alone fills the limit"))
+    found.append(("exact duplicates", f"{dataset.duplicates:,} rows repeat an earlier one"))
+    found.append(("same prompt", f"{dataset.same_prompt:,} rows share a prompt with another completion"))
+    found += [("note", f"{count:,} rows: {note}") for note, count in dataset.notes.items()]
+    return found
+
+
+def marked(item: Item, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Text:
+    """The row's text, its trained stretches coloured, or between ⟦ and ⟧ where there is no colour."""
+    text = Text()
+    start, before = 0, ""
+    while start < len(item.ids):
+        trained = item.trained[start]
+        stop = next((i for i in range(start, len(item.ids)) if item.trained[i] != trained), len(item.ids))
+        # Decoded from the beginning each time: some tokenizers drop the space a stretch begins with when it stands alone.
+        so_far = str(tokenizer.decode(item.ids[:stop], clean_up_tokenization_spaces=False))
+        piece = so_far[len(before) :]
+        text.append(piece if colour or not trained else f"⟦{piece}⟧", style=TRAINED if trained else CONTEXT)
+        start, before = stop, so_far
+    return text
+
+
+def _legend(colour: bool) -> Text:
+    if not colour:
+        return Text("⟦trained⟧ and context")
+    return Text.assemble(("trained", TRAINED), " and ", ("context", CONTEXT))
+
+
+def bins(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(from, to, rows) with both ends inside; at most ten of equal width."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // BINS))
+    starts = range(low, high + 1, width)
+    return [(s, min(s + width - 1, high), sum(s <= length < s + width for length in lengths)) for s in starts]
+
+
+def histogram(lengths: Sequence[int], limit: int) -> list[str]:
+    """One line a bin: its range, a bar, its rows, and where the limit falls."""
+    counted = bins(lengths)
+    most = max(count for _, _, count in counted)
+    digits = len(str(max(lengths)))
+    lines = []
+    for low, high, count in counted:
+        bar = "█" * max(round(BAR * count / most), 1 if count else 0)
+        mark = "  ← max_length" if low <= limit <= high and limit < max(lengths) else ""
+        lines.append(f"{low:>{digits}}-{high:<{digits}} {bar} {count:,}{mark}")
+    return lines
