@@ -1,0 +1,99 @@
+"""Generated text against references: BLEU, chrF, ROUGE-L, exact match. All from 0 to 100, one or several references a row.
+
+BLEU (Papineni et al. 2002) is over the corpus and chrF (Popović 2015) over its character n-grams, both by sacrebleu with its
+default settings. ROUGE-L (Lin 2004) is the F1 of the longest common subsequence of words,
+
+    P = |LCS| / |prediction|    R = |LCS| / |reference|    F1 = 2·P·R / (P + R)
+
+with the words of the `rouge_score` package: lower case, runs of a-z and 0-9, no stemming. (So a text in another script has no
+words and scores 0 here; chrF and exact match are the ones to read then.) ROUGE-L and exact match take the best reference of each row,
+and the mean over rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorakit.errors import DataError
+
+_NOT_A_WORD = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All but `rows` from 0 to 100; higher is better."""
+
+    bleu: float
+    chrf: float
+    rouge_l: float
+    exact_match: float
+    rows: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """Every prediction against its row's references; rows may have different numbers of them."""
+    _check(predictions, references)
+    bleu, chrf = _corpus(predictions, references)
+    rows = list(zip(predictions, references))
+    return Scores(
+        bleu=bleu,
+        chrf=chrf,
+        rouge_l=100 * sum(max(rouge_l(text, other) for other in others) for text, others in rows) / len(rows),
+        exact_match=100 * sum(text.strip() in {other.strip() for other in others} for text, others in rows) / len(rows),
+        rows=len(rows),
+    )
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """The F1, 0 to 1, of the longest common subsequence of words."""
+    ours, theirs = _words(prediction), _words(reference)
+    common = lcs_length(ours, theirs)
+    if common == 0:
+        return 0.0
+    return 2 * common / (len(ours) + len(theirs))  # 2PR / (P + R) with P and R written out
+
+
+def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence: the usual table, of which one row is kept."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            above = row[j]
+            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
+            diagonal = above
+    return row[-1]
+
+
+def _words(text: str) -> list[str]:
+    return _NOT_A_WORD.sub(" ", text.lower()).split()
+
+
+def _corpus(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float]:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    # sacrebleu wants streams, the k-th references of all rows; None where a row has fewer
+    most = max(map(len, references))
+    streams: list[Any] = [[row[k] if k < len(row) else None for row in references] for k in range(most)]
+    # force: only silences the warning about texts that look tokenized
+    return BLEU(force=True).corpus_score(predictions, streams).score, CHRF().corpus_score(predictions, streams).score
+
+
+def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    if len(predictions) != len(references):
+        raise DataError(
+            f"{len(predictions)} predictions but {len(references)} rows of references\n  one list of references is needed for each prediction"
+        )
+    if not predictions:
+        raise DataError("no rows to score\n  expected at least one prediction with its references")
+    for index, row in enumerate(references):
+        if isinstance(row, str):
+            raise DataError(f"references[{index}] is a single text\n  expected a list of texts, such as [{row[:40]!r}]")
+        if not row:
+            raise DataError(f"references[{index}] is empty\n  every row needs at least one reference; drop the row or give it one")

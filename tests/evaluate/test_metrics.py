@@ -1,0 +1,99 @@
+"""Scores of generated text: against sacrebleu and rouge_score as oracles, and against bad input."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import sentence_bleu, sentence_chrf
+
+from lorakit.errors import DataError
+from lorakit.evaluate.metrics import lcs_length, rouge_l, score
+
+texts = st.text(alphabet="ab cA1.,-'é£\n", max_size=25)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts, texts)
+def test_rouge_l_equals_the_rouge_score_package(prediction, reference):
+    theirs = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+    assert rouge_l(prediction, reference) == pytest.approx(theirs, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=4))
+def test_rouge_l_of_rows_is_the_mean_of_each_rows_best_reference(rows):
+    scorer = RougeScorer(["rougeL"])
+    theirs = [scorer.score_multi(references, text)["rougeL"].fmeasure for text, references in rows]
+    ours = score([text for text, _ in rows], [references for _, references in rows]).rouge_l
+    assert ours == pytest.approx(100 * sum(theirs) / len(theirs), abs=1e-9)
+
+
+def test_subsequence_need_not_be_contiguous():
+    assert lcs_length(["a", "x", "b", "y", "c"], ["a", "b", "z", "c"]) == 3
+    assert lcs_length([], ["a"]) == 0
+
+
+def test_identical_texts_score_full_marks():
+    text = "The Vaults is a cheap pub near Café Adriatic."
+    scores = score([text], [[text]])
+    assert scores.to_dict() == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 100, "exact_match": 100, "rows": 1})
+
+
+def test_disjoint_texts_score_zero():
+    scores = score(["aaa bbb ccc ddd"], [["xxx yyy zzz www"]])
+    assert (scores.rouge_l, scores.exact_match, scores.chrf) == (0, 0, 0)
+    assert scores.bleu < 20  # smoothing keeps a one-row BLEU above zero
+
+
+def test_bleu_and_chrf_use_every_reference_when_rows_have_different_numbers():
+    predictions = ["the cat sat on the mat today", "dogs bark loudly at night here"]
+    references = [
+        ["a cat was on a mat", "the cat sat on the mat today", "cats sit around on mats"],
+        ["dogs bark loudly at night here"],
+    ]
+    scores = score(predictions, references)
+    assert scores.bleu == pytest.approx(100)
+    assert scores.chrf == pytest.approx(100)
+    assert score(predictions, [row[:1] for row in references]).bleu < 90
+
+
+def test_a_row_without_more_references_is_not_padded_with_an_empty_one():
+    # An empty second reference would make the brevity penalty's closest reference length 0 and lift the BLEU of the short text.
+    predictions = ["the cat sat on", "dogs bark loudly at night"]
+    references = [["the cat sat on the mat today again"], ["dogs bark loudly at night", "a dog barks at night"]]
+    alone = score(predictions[:1], references[:1])
+    assert alone.bleu == pytest.approx(sentence_bleu(predictions[0], references[0], use_effective_order=False).score)
+    padded = score(predictions, [[*references[0], ""], references[1]])
+    assert score(predictions, references).bleu < padded.bleu
+
+
+def test_one_row_equals_sacrebleu_on_that_row():
+    prediction, references = "the small cat sat", ["the cat sat down", "a small cat was sitting"]
+    assert score([prediction], [references]).chrf == pytest.approx(sentence_chrf(prediction, references).score)
+
+
+def test_exact_match_ignores_outer_whitespace_only():
+    scores = score([" yes\n", "no", "Yes"], [["yes"], ["n o", "no "], ["yes"]])
+    assert scores.exact_match == pytest.approx(100 * 2 / 3)
+
+
+def test_unequal_lengths_are_refused_with_both_numbers():
+    with pytest.raises(DataError, match="2 predictions but 1 rows"):
+        score(["a", "b"], [["a"]])
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="no rows"):
+        score([], [])
+
+
+def test_a_row_without_references_is_named():
+    with pytest.raises(DataError, match=r"references\[1\] is empty"):
+        score(["a", "b"], [["a"], []])
+
+
+def test_a_plain_text_in_place_of_a_list_of_references_is_refused():
+    with pytest.raises(DataError, match=r"references\[0\] is a single text"):
+        score(["a"], ["abc"])
