@@ -1,0 +1,45 @@
+"""All verbs, in the order one meets them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..version import VERSION
+from . import adapters, chat, data, demo, judge, train
+
+app = typer.Typer(
+    name="lorakit",
+    help="Low-rank adaptation (LoRA): from a dataset to a trained, checked, merged adapter.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorakit {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    pass
+
+
+data_app = typer.Typer(help="look at data as the model sees it", no_args_is_help=True, rich_markup_mode=None)
+data_app.command("show", short_help="print rows with the trained tokens marked")(data.show)
+
+app.command("demo", short_help="everything in a few minutes, on the embedded model")(demo.demo)
+app.command("init", short_help="write a commented config file")(train.init)
+app.add_typer(data_app, name="data")
+app.command("train", short_help="train one adapter, or go on with a run")(train.train)
+app.command("eval", short_help="judge base and adapters side by side")(judge.evaluate)
+app.command("generate", short_help="answer one prompt")(chat.generate)
+app.command("chat", short_help="talk to a model")(chat.chat)
+app.command("inspect", short_help="what is in an adapter or a model")(adapters.inspect)
+app.command("merge", short_help="merge an adapter into a checkpoint")(adapters.merge)

@@ -1,0 +1,49 @@
+"""`lorakit data show`: rows as the model sees them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import ConfigError
+
+
+def pairs(text: str | None, what: str) -> dict[str, str]:
+    """`a=b,c=d` as a dict."""
+    found = [part.partition("=") for part in (text or "").split(",") if part]
+    if not all(sep for _, sep, _ in found):
+        raise ConfigError(f"{what}: expected NAME=VALUE,... (got '{text}')")
+    return {name.strip(): value.strip() for name, _, value in found}
+
+
+def show(
+    data: Annotated[str, typer.Argument(help="a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")],
+    model: Annotated[str, typer.Option(help="whose tokenizer to use")] = "embedded",
+    split: Annotated[str | None, typer.Option(help="the data's split, where it has several")] = None,
+    columns: Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")] = None,
+    template: Annotated[Literal["auto", "chat", "plain"], typer.Option(help="how conversations are written")] = "auto",
+    train_on: Annotated[Literal["completion", "all"], typer.Option(help="what is trained")] = "completion",
+    max_length: Annotated[int | None, typer.Option(help="longest row in tokens; default: the data's 99th percentile")] = None,
+    on_long: Annotated[Literal["auto", "drop", "cut", "split"], typer.Option(help="what becomes of longer rows")] = "auto",
+    rows: Annotated[int, typer.Option(min=0, help="how many rows to print")] = 3,
+    json_output: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
+) -> None:
+    """Print rows with the trained tokens marked, a length histogram, duplicates, and what the length limit would cut."""
+    from ..data.dataset import build
+    from ..data.read import read_rows
+    from ..data.show import report
+    from ..data.show import show as print_rows
+    from ..models.base import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    dataset = build(
+        read_rows(data, split), tokenizer, columns=pairs(columns, "--columns") or None, template=template, train_on=train_on,
+        max_length="auto" if max_length is None else max_length, on_long=on_long,
+    )  # fmt: skip
+    if json_output:
+        print(json.dumps(report(dataset)))
+        return
+    print_rows(dataset, tokenizer, rows)
+    print(f"\nnext: lorakit train --data {data} --model {model}")

@@ -1,0 +1,57 @@
+"""`lorakit demo`: everything in a few minutes, on the embedded model and data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="the folder to write")] = Path("lorakit-demo"),
+    compare: Annotated[bool, typer.Option("--compare", help="also full fine-tuning at equal steps")] = False,
+    rows: Annotated[int | None, typer.Option(min=1, help="judge on the first test rows only")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="train for so many steps")] = None,
+    force: Annotated[bool, typer.Option("--force", help="start over if the folder exists")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
+) -> None:
+    """Fine-tune the embedded model on restaurant descriptions (E2E NLG), judge it before and after, save, merge."""
+    import shutil
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if out.exists() and force:
+        if any(out.iterdir()) and not (out / "run").is_dir():
+            raise ConfigError(f"{out} is not a demo's folder, so --force does not remove it")
+        shutil.rmtree(out)
+
+    from ..demo import run
+
+    console = Console(stderr=json_output)
+    outcome = run(out, compare, rows, steps, say=lambda line: console.print(f"\n{line}", highlight=False), console=console)
+    if json_output:
+        print(json.dumps(outcome.to_dict(), ensure_ascii=False))
+        return
+    for sample in outcome.samples:
+        console.print()
+        for name, text in sample.items():
+            console.print(Text(f"{name:>6}  ", style="bold") + Text(text if len(text) < 400 else text[:400] + "…"), soft_wrap=True)
+    table = Table(title="test set of E2E NLG")
+    table.add_column("")
+    for column in ("BLEU", "chrF", "ROUGE-L", "slot errors", "training"):
+        table.add_column(column, justify="right")
+    for s in outcome.scores:
+        trained = f"{s.seconds:.0f} s" if s.seconds else ""
+        table.add_row(s.name, f"{s.bleu:.1f}", f"{s.chrf:.1f}", f"{s.rouge_l:.1f}", f"{s.slot_errors:.1f} %", trained)
+    console.print()
+    console.print(table)
+    print(f"merged model and adapter: largest difference of the logits {outcome.merged_difference:.2g}")
+    print(f"adapter: {outcome.adapter}; merged model: {outcome.merged}; {outcome.seconds:.0f} s in all")
+    print(f"next: lorakit generate 'name[Blue Spice], eatType[pub], area[riverside]\\n' --adapter {outcome.adapter}")
+    print("      lorakit train --data YOUR.jsonl --model Qwen/Qwen3-0.6B     # your data, a larger base")

@@ -1,0 +1,58 @@
+"""`lorakit eval`: base and adapters on the same rows, side by side."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from .data import pairs
+from .loading import load
+
+
+def evaluate(
+    data: Annotated[str, typer.Argument(help="rows to judge on; a `references` column may list several right answers")],
+    model: Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")] = "embedded",
+    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated")] = None,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")] = True,
+    split: Annotated[str | None, typer.Option(help="the data's split, where it has several")] = None,
+    columns: Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")] = None,
+    template: Annotated[Literal["auto", "chat", "plain"], typer.Option(help="how conversations are written")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="judge the first rows only")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows at once")] = 32,
+    samples: Annotated[int, typer.Option(min=0, help="answers to print")] = 3,
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="the base's precision")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by side."""
+    from rich.console import Console
+
+    from ..data.dataset import build
+    from ..data.read import read_rows
+    from ..evaluate.compare import evaluate as judge
+
+    base, tokenizer, names = load(model, adapter or [], precision)
+    longest = getattr(base.config, "max_position_embeddings", None) or "auto"
+    rows = read_rows(data, split, limit)
+    dataset = build(rows, tokenizer, columns=pairs(columns, "--columns") or None, template=template, max_length=longest)
+    console = Console()
+    with console.status("loading") as status:
+        report = judge(
+            base, tokenizer, dataset.items, [None, *names], generate=text and dataset.shape != "text", max_new_tokens=max_new_tokens,
+            samples=samples, batch_size=batch_size, on_rows=lambda what, count: status.update(f"{what}: {count} more rows"),
+        )  # fmt: skip
+    if json_output:
+        print(json.dumps(report.to_dict() | {"dropped": dataset.dropped}, ensure_ascii=False))
+        return
+    table = report.sample_table()
+    if table is not None:
+        console.print(table)
+    console.print(report.table())
+    if dataset.dropped:
+        print(f"{dataset.dropped} rows are longer than the model's {longest} positions and were left out")
+    if names:
+        print(f"next: lorakit chat --model {model} --adapter {(adapter or [''])[-1]}")
+    else:
+        print(f"next: lorakit train --data {data} --model {model}")

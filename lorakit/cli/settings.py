@@ -1,0 +1,114 @@
+"""A settings class as YAML file and command-line flags: the field texts are the comments and the help at once. Flags win."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic.fields import FieldInfo
+
+from ..config import Strict
+from ..errors import ConfigError, did_you_mean
+
+
+def with_flags(cls: type[Strict], command: Callable[..., Any], skip: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """A typer command with one option for each field of `cls`; `command` gets those given, as `flags`, by name."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    fields = {name: info for name, info in cls.model_fields.items() if name not in skip}
+    options = [_option(name, info) for name, info in fields.items()]
+
+    def call(**given: Any) -> Any:
+        flags = {name: given.pop(name) for name in fields}
+        return command(**given, flags={name: _value(fields[name], value) for name, value in flags.items() if value is not None})
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+    return call
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file's settings. ConfigError with line and column if it is not a mapping of names to values."""
+    if not path.is_file():
+        here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f"there is no config file '{path}'{did_you_mean(path.name, here)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected lines of 'name: value'")
+    return values
+
+
+def commented(cls: type[Strict], values: dict[str, Any], skip: tuple[str, ...] = ()) -> str:
+    """All settings as YAML with their texts; those not in `values` are commented out, at their defaults."""
+    lines = []
+    for name, info in cls.model_fields.items():
+        if name in skip:
+            continue
+        default = 32 if name == "alpha" else info.get_default(call_default_factory=True)
+        shown = yaml.safe_dump({name: values.get(name, default)}, allow_unicode=True, default_flow_style=None, width=1000).strip()
+        lines += [f"# {info.description}", shown if name in values else f"# {shown}", ""]
+    return "\n".join(lines)
+
+
+def _option(name: str, info: FieldInfo) -> inspect.Parameter:
+    flag = name.replace("_", "-")
+    kinds = _kinds(info.annotation)
+    is_switch = kinds == [bool]
+    declared = f"--{flag}/--no-{flag}" if is_switch else f"--{flag}"
+    default = info.get_default(call_default_factory=True)
+    shown = "" if info.is_required() or default in (None, [], {}) else f" [default: {str(default).lower() if is_switch else default}]"
+    values = [str(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
+    metavar = None if is_switch else "|".join(values) if values and len(kinds) == 1 else _metavar(kinds)
+    kind = bool | None if is_switch else str | None
+    option = typer.Option(declared, help=f"{info.description}{shown}", metavar=metavar, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [k for k in get_args(annotation) if k is not type(None)]
+    return [annotation]
+
+
+def _metavar(kinds: list[Any]) -> str:
+    names = {int: "N", float: "X", str: "TEXT", list: "A,B,...", dict: "NAME=VALUE,..."}
+    return "|".join(
+        dict.fromkeys(
+            "|".join(map(str, get_args(k))) if get_origin(k) is Literal else names.get(get_origin(k) or k, "VALUE") for k in kinds
+        )
+    )
+
+
+def _value(info: FieldInfo, given: Any) -> Any:
+    """What a flag's text means for its field: lists by commas, mappings as name=value, numbers and words as YAML reads them."""
+    if not isinstance(given, str):
+        return given
+    origins = [get_origin(k) or k for k in _kinds(info.annotation)]
+    if dict in origins:
+        pairs = [part.partition("=") for part in given.split(",") if part]
+        if not all(sep for _, sep, _ in pairs):
+            raise ConfigError(f"expected NAME=VALUE,... (got '{given}')")
+        return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    if list in origins and (str not in origins or "," in given):
+        return [yaml.safe_load(part) if str not in _members(info.annotation) else part.strip() for part in given.split(",") if part.strip()]
+    if origins == [str]:
+        return given
+    return yaml.safe_load(given) if given else given
+
+
+def _members(annotation: Any) -> list[Any]:
+    return [member for kind in _kinds(annotation) if get_origin(kind) is list for member in get_args(kind)]

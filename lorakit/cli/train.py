@@ -1,0 +1,70 @@
+"""`lorakit init` and `lorakit train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from ..train.config import TrainConfig
+from .settings import commented, read_config, with_flags
+
+_SKIP = ("base",)
+_HEAD = "# A lorakit training run:  lorakit train --config {name}\n# Lines that are commented out show the defaults.\n\n"
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="the file to write")] = Path("lorakit.yaml"),
+    data: Annotated[str, typer.Option(help="your training data")] = "data.jsonl",
+    model: Annotated[str, typer.Option(help="the base model")] = "embedded",
+    force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
+) -> None:
+    """Write a config file with every setting, its default and what it does."""
+    from ..formats.files import write_text
+
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists already; --force replaces it")
+    write_text(path, _HEAD.format(name=path) + commented(TrainConfig, {"model": model, "data": data}, skip=_SKIP))
+    print(f"wrote {path}\nnext: lorakit data show {data}, then lorakit train --config {path}")
+
+
+def _train(
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last line")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> int:
+    """Train one adapter. Started again on its own folder, a run goes on where it stopped."""
+    values = (read_config(config) if config else {}) | flags
+    if "data" not in values:
+        raise ConfigError("no training data: give --data FILE, or a --config that names it (lorakit init writes one)")
+    settings = TrainConfig(**values)
+
+    from ..train.loop import train as run
+    from ..train.progress import Progress
+
+    result = run(settings, Progress(quiet=quiet or json_output))
+    again = f"lorakit train --config {settings.out}/config.yaml"
+    if json_output:
+        import dataclasses
+        import json
+
+        print(json.dumps(dataclasses.asdict(result), default=str))
+    elif result.adapter is None:
+        print(f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\nnext: {again}   # goes on from there")
+    else:
+        how = (
+            f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
+            if result.stopped
+            else f"{result.step} steps"
+        )
+        best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
+        print(f"{how} in {result.seconds:.0f} s{best}; adapter: {result.adapter}")
+        print(f"next: lorakit eval {settings.data} --model {settings.model} --adapter {result.adapter}")
+    return 0 if result.adapter is not None else 1
+
+
+train = with_flags(TrainConfig, _train, skip=_SKIP)
+train.__name__ = "train"

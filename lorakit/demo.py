@@ -1,0 +1,131 @@
+"""The demo: fine-tune the embedded model on a slice of E2E NLG, judge it before and after, save, merge, check.
+
+The task is the LoRA paper's own (its Table 3): write a sentence about a restaurant from a list of its properties, scored by
+BLEU against all references of the test set. The slot error rate tells whether the sentence says what the list says.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import TrainError
+from .models.base import EMBEDDED, embedded_folder
+
+ASSETS = embedded_folder().parent / "e2e"
+# Chosen on the development set of E2E (benchmarks/demo_settings.py).
+SETTINGS: dict[str, Any] = {
+    "rank": 16,
+    "steps": 600,
+    "batch_size": 16,
+    "validation": 0.02,
+    "patience": 0,
+    "sample_tokens": 0,
+    "eval_every": 200,
+}
+LONGEST_ANSWER = 80
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on the test set; `slot_errors` in percent of the slots."""
+
+    name: str
+    bleu: float
+    chrf: float
+    rouge_l: float
+    slot_errors: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    scores: list[Score]
+    samples: list[dict[str, str]]
+    adapter: str
+    merged: str
+    merged_difference: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run(
+    out: Path, compare: bool = False, rows: int | None = None, steps: int | None = None, say: Any = print, console: Any = None
+) -> Outcome:
+    """The whole demo, into `out`. `rows`: judge on the first test rows only. `compare`: also full fine-tuning at equal steps."""
+    import torch
+
+    from .adapter.adapter import Adapter
+    from .checkpoint import merge_checkpoint
+    from .model import activate, attach, detach
+    from .models.base import choose_device, choose_dtype, load_model, load_tokenizer
+    from .train.config import TrainConfig
+    from .train.loop import train
+    from .train.progress import Progress
+
+    began = time.perf_counter()
+    tests = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()][:rows]
+    config = TrainConfig(**SETTINGS | ({"steps": steps} if steps else {}), data=str(ASSETS / "train.jsonl"), out=str(out / "run"))
+
+    say("1. fine-tune: a LoRA adapter for the embedded 5.9-million-parameter model")
+    result = train(config, Progress(console))
+    if result.adapter is None:
+        raise TrainError(f"stopped by {result.stopped} after step {result.step}; lorakit demo goes on from there")
+
+    say(f"2. judge: {len(tests)} restaurants, all references, base and adapter")
+    device = choose_device().value
+    model, tokenizer = load_model(EMBEDDED, choose_dtype("auto", device).value, device), load_tokenizer(EMBEDDED)
+    adapter = Adapter.load(result.adapter)
+    attach(model, adapter)
+    texts: dict[str, list[str]] = {}
+    scores = []
+    for name, which in (("base", None), ("LoRA", "default")):
+        activate(model, which)
+        texts[name], score = judge(model, tokenizer, tests, name, result.seconds if which else 0.0)
+        scores.append(score)
+    if compare:
+        say(f"   and full fine-tuning, {result.steps} steps")
+        full = train(config.replace(method="full", out=str(out / "full")), Progress(console))
+        texts["full"], score = judge(
+            load_model(str(full.adapter), torch.float32, device), tokenizer, tests, "full fine-tuning", full.seconds
+        )
+        scores.append(score)
+
+    say("3. merge: into the base's checkpoint files, and compare the logits")
+    merged = out / "merged"
+    merge_checkpoint(embedded_folder(), result.adapter, merged, force=True)
+    exact = load_model(EMBEDDED, torch.float32, device)
+    attach(exact, adapter)
+    difference = _largest_difference(exact, load_model(str(merged), torch.float32, device), tokenizer, tests)
+    detach(exact)
+    samples = [
+        {"prompt": test["prompt"].strip()} | {name: told[i] for name, told in texts.items()}
+        for i, test in list(enumerate(tests))[:: max(1, len(tests) // 3)][:3]
+    ]
+    return Outcome(scores, samples, str(result.adapter), str(merged), difference, time.perf_counter() - began)
+
+
+def judge(model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, seconds: float) -> tuple[list[str], Score]:
+    """Greedy texts for the test rows, and their scores."""
+    from .evaluate.generate import generate
+    from .evaluate.metrics import score
+    from .evaluate.slots import slot_error_rate
+
+    prompts = [tokenizer(test["prompt"]).input_ids for test in tests]
+    texts = [t.strip() for t in generate(model, tokenizer, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=64)]
+    found = score(texts, [test["references"] for test in tests])
+    slots = slot_error_rate([test["prompt"].strip() for test in tests], texts)
+    return texts, Score(name, found.bleu, found.chrf, found.rouge_l, slots.rate, seconds)
+
+
+def _largest_difference(ours: Any, merged: Any, tokenizer: Any, tests: list[dict[str, Any]]) -> float:
+    import torch
+
+    ids = torch.tensor([tokenizer(tests[0]["prompt"]).input_ids], device=ours.device)
+    with torch.inference_mode():
+        return float((ours(ids).logits - merged(ids).logits).abs().max())

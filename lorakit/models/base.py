@@ -1,0 +1,114 @@
+"""Load a base model and its tokenizer, and say which device and precision were chosen and why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, LorakitError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDED = "embedded"
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something chosen, and why."""
+
+    value: Any
+    reason: str
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model lies inside the package."""
+    return Path(__file__).parent.parent / "assets" / "tiny-lm"
+
+
+def model_path(name: str) -> str:
+    """What transformers is to load: the embedded model's folder, an existing folder, or a hub id as given."""
+    if name == EMBEDDED:
+        return str(embedded_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise LorakitError(f"{name} is no model folder: config.json is missing{_looks_like_adapter(path)}")
+        return str(path)
+    if path.is_file():
+        raise LorakitError(f"{name} is a file; expected a model folder (config.json and weights), a hub id, or '{EMBEDDED}'")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise LorakitError(f"there is no model folder '{name}'{did_you_mean(path.name, here)}")
+    return name
+
+
+def choose_device() -> Choice:
+    """cuda, xpu or mps where there is one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return Choice(torch.device("cuda"), torch.cuda.get_device_name())
+    for name in ("xpu", "mps"):
+        backend = getattr(torch, name, None) or getattr(torch.backends, name)
+        if backend.is_available():
+            return Choice(torch.device(name), f"torch found {name}")
+    return Choice(torch.device("cpu"), "no accelerator found")
+
+
+def choose_dtype(precision: str, device: torch.device) -> Choice:
+    """The base's precision: as asked, or bf16 where the hardware multiplies it and float32 elsewhere."""
+    import torch
+
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision in named:
+        return Choice(named[precision], "as asked")
+    if precision != "auto":
+        raise ConfigError(f"unknown precision '{precision}'{did_you_mean(precision, PRECISIONS)}\n  known: {', '.join(PRECISIONS)}")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice(torch.bfloat16, "the GPU multiplies bf16")
+        return Choice(torch.float32, "the GPU has no bf16")
+    if device.type == "cpu":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return Choice(torch.bfloat16, "the CPU multiplies bf16")
+        return Choice(torch.float32, "the CPU has no bf16 arithmetic")
+    return Choice(torch.bfloat16, f"{device.type} multiplies bf16")
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a base model."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The base model for generation, in eval mode, on `device`. LorakitError if there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = _from_pretrained(kind, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
+    return model.to(device).eval()
+
+
+def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+    path = model_path(name)
+    if name == EMBEDDED or Path(path).is_dir():
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        options |= {"local_files_only": True, "revision": None}
+    try:
+        return kind.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise LorakitError(
+            f"cannot load '{name}' with {kind.__name__}: {first}\n  expected a model folder, a hub id, or '{EMBEDDED}'"
+        ) from error
+
+
+def _looks_like_adapter(path: Path) -> str:
+    return "; it is an adapter (adapter_config.json): give its base as the model" if (path / "adapter_config.json").exists() else ""

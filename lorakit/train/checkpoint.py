@@ -1,0 +1,132 @@
+"""Checkpoints that a run can be taken up from to the bit: trained parameters, optimizer state, position. Safetensors and JSON.
+
+    checkpoints/step-120/trainable.safetensors   the parameters, float32, by their names in the model
+                         optimizer.safetensors   AdamW's averages, `<parameter>.exp_avg`, ...
+                         best.safetensors        the parameters at the best held-out loss, where there is one
+                         state.json              step, early stopping, time spent
+
+A folder is written under a temporary name, synced and renamed, so one that exists is whole. No random state is stored:
+batches and dropout are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainError
+from ..formats.files import read_tensors, sync_folder
+
+PREFIX, TEMPORARY = "step-", ".writing-"
+
+
+@dataclass
+class Loaded:
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    best: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-N` and remove all but the newest `keep`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = trainable(model)
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    try:
+        save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, temporary / "trainable.safetensors")
+        save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
+        if best:
+            save_file({n: t.contiguous() for n, t in best.items()}, temporary / "best.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf8")
+        for file in temporary.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(temporary)
+        final = folder / f"{PREFIX}{step}"
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in found(folder)[:-keep]:
+        shutil.rmtree(folder / f"{PREFIX}{old}")
+    return final
+
+
+def found(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = (p.name.removeprefix(PREFIX) for p in folder.iterdir() if p.name.startswith(PREFIX))
+    return sorted(int(n) for n in names if n.isdigit())
+
+
+def load_newest(folder: Path) -> Loaded | None:
+    """The newest checkpoint, or None. Leftovers of a write that was killed are removed."""
+    if folder.is_dir():
+        for leftover in folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover)
+    steps = found(folder)
+    if not steps:
+        return None
+    at = folder / f"{PREFIX}{steps[-1]}"
+    best = at / "best.safetensors"
+    return Loaded(
+        read_tensors(at / "trainable.safetensors")[0],
+        read_tensors(at / "optimizer.safetensors")[0],
+        read_tensors(best)[0] if best.exists() else {},
+        json.loads((at / "state.json").read_text(encoding="utf8")),
+    )
+
+
+def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's parameters and optimizer state back. TrainError if they are not those that train now."""
+    parameters = trainable(model)
+    put(loaded.parameters, parameters)
+    for name, parameter in parameters.items():
+        state = {key.rpartition(".")[2]: value for key, value in loaded.optimizer.items() if key.rpartition(".")[0] == name}
+        optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
+
+
+def put(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy values into the parameters of the same names."""
+    if values.keys() != parameters.keys():
+        odd = sorted(values.keys() ^ parameters.keys())[0]
+        raise TrainError(f"the checkpoint does not hold the parameters that train now: they differ at '{odd}'")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous().clone()
+    return tensors

@@ -1,0 +1,78 @@
+"""What 'auto' means: each default as a value and the reason that the start panel prints."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..models.base import Choice
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+BASE_RATE = 2e-4
+# The rate that "LoRA Without Regret" (Thinking Machines, 2025) fits for Llama models: 5e-4 · (2000 / width)^0.775.
+WIDTH_RATE, WIDTH, WIDTH_POWER = 5e-4, 2000, 0.775
+SHORT_RUN, SHORT_FACTOR = 100, 1.5
+FULL_FACTOR = 10  # full fine-tuning's best rate is about a tenth of LoRA's ("LoRA Without Regret")
+EVALUATIONS = 10
+CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing once the matrices are this long, and costs memory
+
+
+def learning_rate(config: TrainConfig, width: int | None, steps: int) -> Choice:
+    """The peak rate."""
+    if config.learning_rate != "auto":
+        return Choice(float(config.learning_rate), "as given")
+    if width:
+        rate, why = WIDTH_RATE * (WIDTH / width) ** WIDTH_POWER, f"for a model of width {width}"
+    else:
+        rate, why = BASE_RATE, "LoRA's usual rate"
+    if config.method == "full":
+        rate, why = rate / FULL_FACTOR, f"a {FULL_FACTOR}th of LoRA's rate {why}"
+    if steps < SHORT_RUN:
+        rate, why = rate * SHORT_FACTOR, f"{why}, x{SHORT_FACTOR:g} for under {SHORT_RUN} steps"
+    return Choice(float(f"{rate:.2g}"), why)
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps or max(1, math.ceil(config.epochs * steps_per_epoch(config, rows)))
+
+
+def steps_per_epoch(config: TrainConfig, rows: int) -> int:
+    return math.ceil(rows / config.batch_size)
+
+
+def micro_batch(config: TrainConfig, longest: int, device: torch.device, processes: int) -> Choice:
+    """Sequences computed at once on one device."""
+    share = max(1, math.ceil(config.batch_size / processes))
+    if config.micro_batch != "auto":
+        return Choice(min(int(config.micro_batch), share), "as given")
+    if device.type == "cpu":
+        fits = max(1, CPU_TOKENS // longest)
+        return Choice(min(share, fits), f"about {CPU_TOKENS:,} tokens at once on a CPU")
+    return Choice(share, "the whole batch at once")
+
+
+def evaluate_every(config: TrainConfig, steps: int) -> int:
+    """Steps between evaluations."""
+    return int(config.eval_every) if config.eval_every != "auto" else max(1, math.ceil(steps / EVALUATIONS))
+
+
+def save_every(config: TrainConfig, steps: int) -> int:
+    """Steps between checkpoints."""
+    return int(config.save_every) if config.save_every != "auto" else evaluate_every(config, steps)
+
+
+def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
+    """The share of the peak rate at optimizer step `step` (from 0): warm-up, then the schedule, to zero after the last step."""
+    warm = max(1, round(config.warmup * steps)) if config.warmup else 0
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    if config.schedule == "linear":
+        return 1 - done
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0

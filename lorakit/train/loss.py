@@ -1,0 +1,89 @@
+"""The language-model loss over trained positions only.
+
+    loss = Σ −log p(label | prefix) / N        over positions whose label is not −100; N is the whole accumulated step's count
+
+Only the hidden states of trained positions reach the output projection: a hook on the model's own output layer picks them,
+so whatever the architecture does before or after it (scaling, soft-capping) still happens. Where the logits of those rows
+would be large they are made, and in backward made again, in chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import TrainError
+
+IGNORED = -100
+# Logits of at most so many bytes (as float32) are made at once: beyond, chunks of this size are recomputed in backward.
+# Recomputing costs one more projection, so it is for large vocabularies and long batches only.
+MAX_LOGITS_BYTES = 1 << 29
+
+
+def trained_tokens(labels: Tensor) -> int:
+    """How many positions of [rows, length] labels (standing at their own position) are trained."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Σ −log p over the trained positions of a right-padded batch (`input_ids`, `labels`: [rows, length]), float32."""
+    labels = batch["labels"][:, 1:]
+    chosen = labels != IGNORED
+    targets = labels[chosen]
+    picked = Picked(chosen)
+    handle = _output_layer(model).register_forward_pre_hook(picked)
+    try:
+        # No attention mask: rows are padded on the right, and a causal model never looks there; the plain causal kernel is
+        # faster. The last position predicts nothing that is known, so it is not computed.
+        logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
+    finally:
+        handle.remove()
+    if picked.hidden is None:
+        raise TrainError(f"{type(model).__name__} did not call its output layer, so the loss over trained positions cannot be computed")
+    if logits.dim() == 2:
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return _chunked(_output_layer(model), picked.hidden, logits, targets)
+
+
+class Picked:
+    """The hook: hands the output layer the trained positions only, flattened, or, where their logits are too large, one of them."""
+
+    def __init__(self, chosen: Tensor):
+        self.chosen, self.hidden = chosen, None
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.hidden = args[0][self.chosen]  # [N, width]
+        rows, vocabulary = self.hidden.shape[0], getattr(layer, "out_features", 0)
+        if rows * vocabulary * 4 <= MAX_LOGITS_BYTES:
+            return self.hidden, *args[1:]
+        return self.hidden[:1, None], *args[1:]  # [1, 1, width]: three axes tell that there is more
+
+
+def _chunked(layer: nn.Module, hidden: Tensor, sample: Tensor, targets: Tensor) -> Tensor:
+    """The loss of all `hidden` in chunks; `sample`: what the model made of the first row's logits."""
+    with torch.no_grad():
+        plain = layer(hidden[:1])
+    if not torch.equal(plain, sample[0]):  # found by comparing, so no list of architectures has to be right
+        raise TrainError(
+            "this architecture changes its logits after the output layer, so its loss cannot be made in chunks\n"
+            f"  use a smaller micro_batch (the logits of this one would be over {MAX_LOGITS_BYTES >> 20} MiB)"
+        )
+    rows = max(1, MAX_LOGITS_BYTES // (4 * sample.shape[-1]))
+
+    def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(layer(part).float(), wanted, reduction="sum")
+
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.stack([checkpoint(chunk_loss, part, wanted, use_reentrant=False) for part, wanted in parts]).sum()  # type: ignore[misc]
+
+
+def _output_layer(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "module", model)  # DistributedDataParallel
+    layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if layer is None:
+        raise TrainError(f"{type(inner).__name__} has no output embeddings (get_output_embeddings); a language model is expected")
+    return layer

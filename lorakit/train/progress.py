@@ -1,0 +1,141 @@
+"""What a run shows: a start panel with every choice and its reason, then a bar on a terminal and plain lines elsewhere."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from . import defaults
+
+if TYPE_CHECKING:
+    from .setup import Job
+
+
+class Progress:
+    """Shows a run on a console. `quiet` shows nothing."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False):
+        self.console = console or Console(stderr=False)
+        self.quiet = quiet
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+        self._loss: float | None = None
+        self._tokens, self._since, self._every = 0, time.perf_counter(), 1
+        self._steps = 0
+
+    def start(self, job: Job, step: int) -> None:
+        """The panel, and the bar."""
+        self._steps, self._every = job.steps, max(1, job.steps // 20)
+        if self.quiet or not job.accelerator.is_main_process:
+            self.quiet = True
+            return
+        self.console.print(Panel(_facts(job, step), title="lorakit train", title_align="left", expand=False))
+        if self.console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=job.steps, completed=step, facts="")
+        self._since = time.perf_counter()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        if self.quiet:
+            return
+        if "held_out_loss" in row:
+            self._say(f"step {row['step']:>5}  held-out loss {row['held_out_loss']:.4f}  perplexity {row['held_out_perplexity']:.2f}")
+            return
+        # Smoothed, as single batches jump.
+        self._loss = row["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * row["loss"]
+        self._tokens += row["tokens"]
+        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
+        facts = f"loss {self._loss:.3f}  {speed:,.0f} trained tokens/s  {_memory()}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], facts=facts)
+        elif row["step"] % self._every == 0:
+            left = (self._steps - row["step"]) * row["seconds"] / row["step"]
+            self._say(f"step {row['step']:>5}/{self._steps}  {facts}  {left:.0f} s left")
+
+    def sample(self, prompt: str, base: str, tuned: str) -> None:
+        """One prompt with both answers."""
+        if not self.quiet:
+            self._say(f"           prompt {_short(prompt)}\n           base   {_short(base)}\n           tuned  {_short(tuned)}")
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        (self._bar.console if self._bar else self.console).print(Text(line), soft_wrap=True)
+
+
+def _facts(job: Job, step: int) -> Table:
+    config, data = job.config, job.data
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in job.model.parameters())
+    device = job.accelerator.device
+    processes = job.accelerator.num_processes
+    accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
+    table = Table.grid(padding=(0, 2))
+    left_out = (
+        f", {data.dropped} dropped" * bool(data.dropped) + f", {data.cut} cut" * bool(data.cut) + f", {data.split} split" * bool(data.split)
+    )
+    what = f"rank {config.rank}, alpha {config.alpha:g}, " if config.method == "lora" else "none: full fine-tuning, "
+    base = total - trained if config.method == "lora" else total
+    rows = [
+        ("model", f"{config.model}, {base:,} parameters, {_name(job.dtype.value)} ({job.dtype.reason})"),
+        ("device", f"{device}, {processes} process{'es' if processes > 1 else ''}, {_threads(device)}"),
+        ("adapter", f"{what}{trained:,} trainable ({100 * trained / total:.2g} %)"),
+        ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}"),
+        ("length", f"at most {data.max_length} tokens ({data.max_length_reason}){left_out}"),
+        ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
+        ("steps", f"{job.steps:,} ({job.steps / defaults.steps_per_epoch(config, len(job.train)):.2g} epochs)"),
+        ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
+        ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
+    ]
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    for note, count in data.notes.items():
+        table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
+    return table
+
+
+def _threads(device: Any) -> str:
+    import torch
+
+    return (
+        f"{torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else device.type
+    )
+
+
+def _memory() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 2**30:.1f} GiB"
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _short(text: str, most: int = 110) -> str:
+    one = " ".join(text.split())
+    return one if len(one) <= most else one[: most - 1] + "…"

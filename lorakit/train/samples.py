@@ -1,0 +1,71 @@
+"""Answers to a few fixed prompts during training, the base's beside the adapter's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.dataset import Item
+from ..data.render import render_prompt
+from ..evaluate.generate import generate
+from ..formats.files import write_text
+from ..model import activate, active
+from .config import TrainConfig
+from .run_folder import RunFolder
+
+DEFAULT_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    ids: list[int]
+
+
+def prompts_for(config: TrainConfig, tokenizer: Any, held_out: list[Item]) -> list[Prompt]:
+    """The configured prompts, or the first held-out rows that have one."""
+    if config.sample_tokens == 0 or config.method == "full":  # there, no base is left to answer beside it
+        return []
+    if config.sample_prompts:
+        message = [[{"role": "user", "content": text}] for text in config.sample_prompts]
+        plain = config.template == "plain" or not getattr(tokenizer, "chat_template", None)
+        ids = (
+            [tokenizer(text).input_ids for text in config.sample_prompts]
+            if plain
+            else [render_prompt(m, tokenizer, config.template) for m in message]
+        )
+        return [Prompt(text, i) for text, i in zip(config.sample_prompts, ids, strict=True)]
+    found = []
+    for item in held_out:
+        ids = item.ids[: _prompt_length(item)]
+        if ids and ids not in [p.ids for p in found]:
+            found.append(Prompt(tokenizer.decode(ids), ids))
+        if len(found) == DEFAULT_PROMPTS:
+            break
+    return found
+
+
+def take(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int) -> list[str]:
+    """One greedy answer for each prompt, as the model is now."""
+    return generate(model, tokenizer, [p.ids for p in prompts], max_new_tokens=tokens) if prompts else []
+
+
+def of_base(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int) -> list[str]:
+    """The base's answers; the active adapters are put back."""
+    before = active(model)
+    activate(model, None)
+    try:
+        return take(model, tokenizer, prompts, tokens)
+    finally:
+        activate(model, before)
+
+
+def write(folder: RunFolder, step: int, prompts: list[Prompt], base: list[str], tuned: list[str]) -> None:
+    """`samples/step-N.json`."""
+    rows = [{"prompt": p.text, "base": b, "tuned": t} for p, b, t in zip(prompts, base, tuned, strict=True)]
+    write_text(folder.samples / f"step-{step}.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+
+
+def _prompt_length(item: Item) -> int:
+    return item.prompt if item.prompt is not None else next((i for i, t in enumerate(item.trained) if t), 0)

@@ -1,0 +1,120 @@
+"""From a config to a job that can run: data rendered, base loaded, adapter attached, every 'auto' resolved with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data.batches import batch_order
+from ..data.dataset import Dataset, Item, build, fingerprint, split
+from ..data.read import read_rows
+from ..errors import TrainError
+from ..model import attach
+from ..models.base import Choice, choose_dtype, load_model, load_tokenizer
+from . import defaults
+from .config import TrainConfig
+from .run_folder import RunFolder
+
+
+@dataclass
+class Job:
+    """All that the loop needs."""
+
+    config: TrainConfig
+    folder: RunFolder
+    accelerator: Any
+    model: Any
+    tokenizer: Any
+    data: Dataset
+    train: list[Item]
+    held_out: list[Item]
+    steps: int
+    rate: Choice
+    micro_batch: Choice
+    dtype: Choice
+    pad_id: int
+    data_hash: str
+
+    def batch(self, step: int) -> list[Item]:
+        """The rows of optimizer step `step` (from 0): a function of the seed and the step alone."""
+        per_epoch = defaults.steps_per_epoch(self.config, len(self.train))
+        epoch, place = divmod(step, per_epoch)
+        if self._epoch != epoch:
+            lengths = [len(item.ids) for item in self.train]
+            self._order = batch_order(lengths, self.config.batch_size, self.config.seed, epoch, self.config.group_by_length)
+            self._epoch = epoch
+        return [self.train[i] for i in self._order[place]]
+
+    _epoch: int = -1
+    _order: list[list[int]] | None = None  # type: ignore[assignment]
+
+
+def set_up(config: TrainConfig) -> Job:
+    """Everything up to the first step. Raises LorakitError for bad settings, data, or a base that does not load."""
+    from accelerate import Accelerator
+
+    if config.threads != "auto":
+        torch.set_num_threads(int(config.threads))
+    tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    data, train, held_out = _data(config, tokenizer)
+    accelerator = Accelerator()
+    device = accelerator.device
+    full = config.method == "full"
+    dtype = Choice(torch.float32, "full fine-tuning has no other copy of the weights") if full else choose_dtype(config.precision, device)
+    folder = RunFolder(config.out)
+    data_hash = fingerprint(train + held_out)
+    if accelerator.is_main_process:
+        folder.open(config, data_hash)
+    accelerator.wait_for_everyone()
+    model = load_model(config.model, dtype.value, device, config.revision, config.trust_remote_code)
+    _check_length(model, data, config)
+    torch.manual_seed(config.seed)
+    if not full:
+        attach(model, config.lora())
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    steps = defaults.total_steps(config, len(train))
+    longest = max(len(item.ids) for item in train)
+    pad = tokenizer.pad_token_id
+    return Job(
+        config, folder, accelerator, model, tokenizer, data, train, held_out, steps,
+        rate=defaults.learning_rate(config, _width(model), steps),
+        micro_batch=defaults.micro_batch(config, longest, device, accelerator.num_processes),
+        dtype=dtype, pad_id=tokenizer.eos_token_id if pad is None else pad, data_hash=data_hash,
+    )  # fmt: skip
+
+
+def _data(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, list[Item], list[Item]]:
+    def read(source: str, name: str | None) -> Dataset:
+        return build(
+            read_rows(source, name), tokenizer, columns=config.columns or None, template=config.template, train_on=config.train_on,
+            max_length=config.max_length, on_long=config.on_long,
+        )  # fmt: skip
+
+    data = read(config.data, config.split)
+    if isinstance(config.validation, str):
+        return data, data.items, read(config.validation, None).items
+    if config.validation == 0:
+        return data, data.items, []
+    train, held_out = split(data.items, config.validation, config.seed)
+    return data, train, held_out
+
+
+def trained_in(items: list[Item]) -> int:
+    """Trained positions of some rows; the first position of a row predicts from nothing and is never trained."""
+    return sum(sum(item.trained[1:]) for item in items)
+
+
+def _check_length(model: Any, data: Dataset, config: TrainConfig) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and data.max_length > positions:
+        raise TrainError(
+            f"max_length is {data.max_length} ({data.max_length_reason}), and {config.model} has {positions} positions\n  set max_length to {positions} or less"
+        )
+
+
+def _width(model: Any) -> int | None:
+    return getattr(model.config, "hidden_size", None)
