@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import ConfigError, did_you_mean
 
 ALL_LINEAR = "all-linear"
+MAX_RANK = 65536  # beyond any sensible rank
 
 
 class Strict(BaseModel):
@@ -52,8 +53,10 @@ class LoraConfig(Strict):
     ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
     """
 
-    rank: int = Field(16, ge=1, le=65536, description="rank of the update")
-    alpha: float | None = Field(None, gt=0, description="strength of the update; the scale is alpha / rank. Default: 32")
+    rank: int = Field(16, ge=1, le=MAX_RANK, description="rank of the update")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="strength of the update; the scale is alpha / rank. Default: 32"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank branch, in training")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases to train: none, all, or those of adapted modules")
     targets: str | list[str] = Field(
@@ -98,8 +101,8 @@ class LoraConfig(Strict):
     def _ranks(cls, value: dict[str, int]) -> dict[str, int]:
         for key, rank in value.items():
             _compile(key)
-            if rank < 1:
-                raise ValueError(f"the rank for '{key}' must be at least 1 (got {rank})")
+            if not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"the rank for '{key}' must be at least 1 and at most {MAX_RANK} (got {rank})")
         return value
 
     @field_validator("alpha_pattern")

@@ -6,6 +6,7 @@ on the model itself: there is no global state and no wrapper.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from .layers.layer import LoraFactors, LoraLayer, child_name
 from .layers.merge import merge_module, unmerge_module
 from .layers.place import factors_for, fresh_for
 from .layers.swap import adopt, mixin_and_base, release
-from .layers.targets import find_saved, find_targets, module_names, shortest_endings
+from .layers.targets import check_adaptable, check_packed, find_saved, find_targets, module_names, shortest_endings, with_head
 
 _STATE = "_lorakit"
 DEFAULT = "default"
@@ -71,24 +72,32 @@ def attach(
         raise StateError(f"cannot attach '{name}' while {_names(state.merged)} is merged\n  lorakit.unmerge(model) first")
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
-    config, metadata = (adapter, {}) if isinstance(adapter, LoraConfig) else (adapter.config, adapter.metadata)
+    config, metadata = (with_head(model, adapter), {}) if isinstance(adapter, LoraConfig) else (adapter.config, adapter.metadata)
     if isinstance(adapter, LoraConfig):
-        targets = find_targets(model, adapter)
+        targets = find_targets(model, config)
         modules, skipped = targets.modules, targets.skipped
         values = _fresh_saved(model, config, modules)
         metadata = {"fingerprint": fingerprint(dict(base_parameters(model)), _architecture(model))}
     else:
+        adapter.check()
         _check_base(model, adapter, force)
         modules, skipped = _modules_of(model, adapter, strict)
         values = {n: adapter.saved[n] for n in _saved_of(model, adapter, strict, skipped)}
     swapped = [module for module in modules.values() if not isinstance(module, LoraLayer)]
     try:
         for m, module in modules.items():
-            adopt(module, config.parts_of(m))
+            adopt(module, config.parts_of(m) if isinstance(adapter, LoraConfig) else adapter.factors[m].parts)
         if isinstance(adapter, LoraConfig):
             built = {m: fresh_for(module, m, config, trainable) for m, module in modules.items()}
         else:
             built = {m: factors_for(module, m, adapter.factors[m], config.dropout, trainable) for m, module in modules.items()}
+        for full in values:
+            module = model.get_submodule(full.rpartition(".")[0])
+            if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
+                raise StateError(f"'{full}' is offloaded, so a copy cannot be trained in its place\n  keep this module in memory")
+        for m, module in modules.items():
+            if hasattr(module, child_name(name)):
+                raise StateError(f"'{m}' ({type(module).__name__}) has an attribute '{child_name(name)}' of its own\n  choose another name")
     except Exception:
         for module in swapped:
             release(module)
@@ -103,14 +112,19 @@ def attach(
     for m, module in modules.items():
         module.add_module(child_name(name), built[m].train(module.training))
     saved.use(model, None)
+    copies: list[tuple[Tensor, Tensor, nn.Parameter]] = []
     for full, value in values.items():
         module_name, _, last = full.rpartition(".")
         module = model.get_submodule(module_name)
         own = module._parameters[last]
         assert own is not None
-        # In the base's precision: the module is called as it is, with activations of that precision.
-        parameter = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
-        saved.keep(model, name, module, last, parameter)
+        # Names that share the base's weight and get the same value share the copy too: tied weights stay tied.
+        kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
+        if kept is None:
+            # In the base's precision: the module is called as it is, with activations of that precision.
+            kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
+            copies.append((own, value, kept))
+        saved.keep(name, module, last, kept)
     fastpath.close(model)
     if modules:
         config = config.replace(targets=shortest_endings(list(modules), every), exclude=None, layers=None)
@@ -141,7 +155,7 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
         child_saved = saved.saved_of(model.get_submodule(module_name))
         assert child_saved is not None
         kept[full] = _copy(child_saved.get(name)[last])
-    return Adapter(attached.config, factors, kept, dict(attached.metadata))
+    return Adapter(attached.config, factors, kept, copy.deepcopy(dict(attached.metadata)))
 
 
 def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
@@ -324,16 +338,19 @@ def _attached(state: _State, name: str | None) -> _Attached:
 
 
 def _check_new_name(state: _State, name: str) -> None:
-    if not name or name in ("saved", "active", "merged", "parts"):
-        raise StateError(f"'{name}' cannot be an adapter's name")
+    if not name:
+        raise StateError("'' cannot be an adapter's name")
+    twin = next((n for n in state.adapters if n != name and child_name(n) == child_name(name)), None)
+    if twin is not None:
+        raise StateError(f"the names '{name}' and '{twin}' would be one child of each module\n  choose another name")
     if name in state.adapters:
         raise StateError(f"an adapter named '{name}' is attached already\n  choose another name, or lorakit.detach(model, '{name}') first")
 
 
 def _activate(model: nn.Module, state: _State, wanted: dict[str, float]) -> None:
     state.active = wanted
-    for m, layer in _layers(model):
-        layer.lora_active = tuple((n, w) for n, w in wanted.items() if child_name(n) in layer._modules)  # type: ignore[attr-defined]
+    for _, layer in _layers(model):
+        layer.lora_active = tuple((child_name(n), w) for n, w in wanted.items() if child_name(n) in layer._modules)  # type: ignore[attr-defined]
     saved.use(model, next((n for n in wanted if state.adapters[n].saved), None))
 
 
@@ -370,12 +387,26 @@ def _modules_of(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
             f"{len(lost)} of the adapter's {len(adapter.factors)} modules are not in this {type(model).__name__}: {listing(lost, 3)}{did_you_mean(lost[0], names)}\n"
             "  is it an adapter for another model? strict=False attaches the rest and lists these"
         )
+    check_adaptable(names, found)
+    first: dict[int, str] = {}
+    for m, module in found.items():
+        parts = adapter.factors[m].parts
+        if parts is not None:
+            check_packed(m, module, len(parts))
+        if first.setdefault(id(module), m) != m:
+            raise TargetError(f"the adapter holds factors for '{first[id(module)]}' and '{m}', which are one module in this model")
     return found, dict.fromkeys(lost, "no such module in this model")
 
 
 def _saved_of(model: nn.Module, adapter: Adapter, strict: bool, skipped: dict[str, str]) -> list[str]:
     own = dict(model.named_parameters(remove_duplicate=False))
     lost = [n for n in adapter.saved if n not in own]
+    buffers = [n for n in lost if n in dict(model.named_buffers())]
+    if buffers and strict:
+        raise TargetError(
+            f"the adapter holds running values of the base ({listing(buffers, 3)}), which lorakit cannot switch\n"
+            "  strict=False attaches the rest and leaves these as the base has them"
+        )
     if lost and strict:
         raise TargetError(
             f"{len(lost)} weights that the adapter saved whole are not in this {type(model).__name__}: {listing(lost, 3)}{did_you_mean(lost[0], own)}"
@@ -391,15 +422,23 @@ def _fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.
     """Parameters that a fresh adapter trains whole, with their starting values: save_modules, and biases as asked."""
     values: dict[str, Tensor] = {}
     for name, module in find_saved(model, config).items():
-        own = {f"{name}.{n}": p for n, p in module.named_parameters() if not is_adapter_key(n)}
+        own = {f"{name}.{n}": p for n, p in base_parameters(module)}
         if not own:
             raise TargetError(f"'{name}' has no parameters to train (LoraConfig.save_modules)")
+        running = [n for n, _ in module.named_buffers() if n in module.state_dict() and not is_adapter_key(n)]
+        if running:
+            raise TargetError(
+                f"'{name}' also keeps running values ({listing(running, 3)}), which an adapter cannot hold (LoraConfig.save_modules)\n"
+                "  name the modules inside or beside it that have none"
+            )
         values |= own
     if config.bias == "lora_only":
-        values |= {f"{m}.bias": module.bias for m, module in targets.items() if getattr(module, "bias", None) is not None}  # type: ignore[misc]
+        values |= {f"{m}.bias": p for m, module in targets.items() for n, p in base_parameters(module) if n == "bias"}
     elif config.bias == "all":
         values |= {n: p for n, p in base_parameters(model) if n == "bias" or n.endswith(".bias")}
-    return values
+    # A weight that several modules share (tied embeddings) is trained for all of them.
+    shared = {id(p) for p in values.values()}
+    return values | {n: p for n, p in base_parameters(model) if id(p) in shared}
 
 
 def _check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
@@ -422,7 +461,7 @@ def _check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
         if weight is not None and not isinstance(module, LoraFactors):
             users.setdefault(id(weight), []).append(name)
     for m, layer in layers.items():
-        others = [n for n in users[id(layer.weight)] if n != m]  # type: ignore[attr-defined]
+        others = [n for n in users.get(id(layer.weight), []) if n != m]  # type: ignore[attr-defined]
         if others:
             raise StateError(
                 f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"

@@ -7,18 +7,18 @@ conv       A [r, in/g, *k]    B [out, r, 1...]        (or PEFT's grouped form: A
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..config import scale_of
+from ..config import MAX_RANK, scale_of
 from ..errors import AdapterError
 from ..ops.delta import delta
 
 Kind = Literal["linear", "embedding", "conv"]
-MAX_RANK = 65536
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Factors:
             )
         if self.kind != "conv" and not (self.A.dim() == self.B.dim() == 2):
             raise wrong(f"A {list(self.A.shape)} and B {list(self.B.shape)} should be matrices")
-        if not (self.alpha > 0):
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise wrong(f"alpha is {self.alpha}; expected a positive number")
         for name, tensor in (("A", self.A), ("B", self.B)):
             if not tensor.is_meta and not torch.isfinite(tensor).all():

@@ -29,15 +29,17 @@ def fingerprint(parameters: Mapping[str, Tensor], architecture: str) -> dict[str
     }
 
 
-def differences(expected: Mapping[str, Any], parameters: Mapping[str, Tensor], architecture: str) -> list[str]:
+def differences(expected: Any, parameters: Mapping[str, Tensor], architecture: str) -> list[str]:
     """What tells the model with these parameters from the one fingerprinted; empty if nothing does."""
+    if not _sound(expected):
+        return ["the adapter's fingerprint of its base is damaged"]
     found = fingerprint(parameters, architecture)
     lines = []
     if expected.get("architecture") != found["architecture"]:
         lines.append(f"architecture: the adapter was trained on {expected.get('architecture')}, this is {found['architecture']}")
     if expected.get("shapes") != found["shapes"]:
-        lines.append(f"shapes of the parameters differ: {expected.get('parameters'):,} parameters then, {found['parameters']:,} now")
-    for name, numbers in expected.get("samples", {}).items():
+        lines.append(f"shapes of the parameters differ: {expected['parameters']:,} parameters then, {found['parameters']:,} now")
+    for name, numbers in expected["samples"].items():
         tensor = parameters.get(name)
         if tensor is None:
             lines.append(f"weights: {name} is not in this model")
@@ -46,6 +48,16 @@ def differences(expected: Mapping[str, Any], parameters: Mapping[str, Tensor], a
             if then.shape != now.shape or not torch.allclose(then, now, rtol=0.02, atol=1e-4 + 0.01 * float(then.abs().max())):
                 lines.append(f"weights: {name} holds other values")
     return lines
+
+
+def _sound(value: Any) -> bool:
+    """Whether this, from a file, has the form of a fingerprint."""
+    samples = value.get("samples") if isinstance(value, Mapping) else None
+    return (
+        isinstance(samples, Mapping)
+        and isinstance(value.get("parameters"), int)
+        and all(isinstance(row, list) and all(isinstance(n, int | float) for n in row) for row in samples.values())
+    )
 
 
 def _numbers(tensor: Tensor) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,16 +49,24 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:  # torch never compresses
+                    raise ValueError("it is compressed, and would unpack to more than its size")
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AdapterError(
-            f"{path} is not a state dict that can be read safely: {str(error).splitlines()[0]}\n"
+            f"{path} is not a state dict that can be read safely: {next(iter(str(error).splitlines()), type(error).__name__)}\n"
             "  lorakit never runs code from an adapter; have its author save it as safetensors"
         ) from error
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
         raise AdapterError(f"{path} holds a {type(value).__name__}; expected a state dict of named tensors")
     for name, tensor in value.items():
         _check_claim(path, name, list(tensor.shape))
+        # A view that repeats a few stored numbers would fill the memory when it is copied.
+        whole = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        if not whole or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise AdapterError(f"{path}: '{name}' is not a plain tensor whose numbers are all in the file")
     return dict(value)
 
 
@@ -70,15 +79,24 @@ def _check_claim(path: Path, name: str, shape: list[int]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; AdapterError with line and column otherwise."""
+    """A file's JSON object; AdapterError with line and column otherwise."""
     try:
-        value = json.loads(path.read_text(encoding="utf8"))
+        text = path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object; AdapterError with line and column otherwise."""
+    try:
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise AdapterError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+        raise AdapterError(f"{where}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise AdapterError(f"{where}: its JSON is nested too deeply") from error
     if not isinstance(value, dict):
-        raise AdapterError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+        raise AdapterError(f"{where} holds a {type(value).__name__}; expected a JSON object")
     return value
 
 
@@ -117,6 +135,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with replacing(path) as temporary:
         save_file(ready, temporary, metadata=dict(metadata or {}) or None)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes the metadata's keys in an order that changes; sorted, equal adapters are equal files."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf8")
+        if len(text) <= size:  # it is the same text in another order
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -29,6 +29,9 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
     if not modules:
         some = ", ".join(list(tensors)[:3])
         raise AdapterError(f"{path} is no adapter: it has no key that ends in .lora_A (it has {some}, ...)")
+    for key in tensors:
+        if key.endswith(".lora_B") and f"{key.removesuffix('.lora_B')}.lora_A" not in tensors:
+            raise AdapterError(f"{path}: '{key.removesuffix('.lora_B')}' has a lora_B and no lora_A")
     if alpha is None:
         raise AdapterError(
             f"{path} is a loralib checkpoint, which does not hold alpha\n  give the lora_alpha it was trained with: Adapter.load(path, alpha=...)"

@@ -24,8 +24,8 @@ from ..adapter.factors import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..ops.blocks import compact_packed, group_blocks, ungroup
-from .files import read_json, read_tensors, write_tensors, write_text
-from .peft_config import dumps, from_peft, to_peft
+from .files import parse_json, read_json, read_tensors, write_tensors, write_text
+from .peft_config import checked, dumps, from_peft, to_peft
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 PREFIX = "base_model.model."
@@ -53,15 +53,14 @@ def read(path: Path) -> Adapter:
     if not weights.exists():
         raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there")
     tensors, header = read_tensors(weights)
-    ours = read_json(folder / OURS) if (folder / OURS).exists() else json.loads(header.get("lorakit", "{}"))
-    packed = {module: tuple(parts) for module, parts in ours.pop("packed", {}).items()}
+    ours = read_json(folder / OURS) if (folder / OURS).exists() else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
+    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
+    packed = {module: tuple(parts) for module, parts in config.packed.items()}
     halves, saved = _sort(tensors, weights)
     factors = {
         module: _factors(module, kind, pair, config, transposed, packed.get(module), weights)
         for module, (kind, pair) in halves.items()
     }  # fmt: skip
-    if packed:
-        config = config.replace(packed={module: list(parts) for module, parts in packed.items()})
     return Adapter(config, factors, saved, ours).check()
 
 
@@ -84,13 +83,24 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype | None = None) -> Pat
     transposed = any(f.transposed for f in adapter.factors.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
+    config = adapter.config.replace(save_modules=_save_modules(adapter))
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    write_text(path / CONFIG, dumps(to_peft(adapter.config, ranks, alphas, transposed)))
+    write_text(path / CONFIG, dumps(to_peft(config, ranks, alphas, transposed)))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
     if (path / PICKLE).exists():
         (path / PICKLE).unlink()  # else a reader that prefers it would get the old weights
     return path
+
+
+def _save_modules(adapter: Adapter) -> list[str]:
+    """The config's, and what else holds weights saved whole (the other end of a tied weight), biases apart."""
+    named = list(adapter.config.save_modules)
+    for name in adapter.saved:
+        module, _, last = name.rpartition(".")
+        if last != "bias" and not any(f".{entry}." in f".{name}" for entry in named):
+            named.append(module)
+    return named
 
 
 def _folder(path: Path) -> Path:
@@ -116,8 +126,8 @@ def _sort(tensors: dict[str, Tensor], where: Path) -> tuple[dict[str, tuple[str,
             pair[half] = tensor
         elif name.endswith(".base_layer.bias"):
             saved[name.replace(".base_layer.", ".")] = tensor
-        elif name.endswith(".base_layer.weight"):
-            continue  # the frozen base matrix, which PEFT writes beside a LoRA on embeddings
+        elif name.endswith(".base_layer.weight") or ".original_module." in name:
+            continue  # frozen: PEFT writes the base's matrix beside a LoRA on embeddings, and with bias="all" a saved module's old bias
         elif ".lora_" in name:
             raise AdapterError(
                 f"{where}: key '{key}' is not one that LoRA has\n  expected <module>.lora_A.weight, .lora_B.weight or .lora_embedding_A, _B"

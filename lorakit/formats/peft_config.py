@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import LoraConfig, matches
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 
 # PEFT's name -> ours, where the value is the same.
 _SAME = {
@@ -45,7 +45,15 @@ def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig,
         ours["save_modules"] = [ours["save_modules"]]
     if values.get("init_lora_weights") == "gaussian":
         ours["init"] = "gaussian"
-    return LoraConfig(**ours), bool(values.get("fan_in_fan_out", False))
+    return checked(where, lambda: LoraConfig(**ours)), bool(values.get("fan_in_fan_out", False))
+
+
+def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
+    """A config made from a file's values; AdapterError naming the file if they are wrong."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise AdapterError(f"{where}: {error}") from error
 
 
 def to_peft(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float], transposed: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import LoraFactors, LoraLayer
+from .layer import LoraFactors, LoraLayer, Shapes
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -20,7 +20,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class ConvLayer(LoraLayer):
     lora_kind = "conv"
 
-    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def lora_shapes(self, rank: int) -> Shapes:
         weight = self.weight  # type: ignore[attr-defined]
         return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
 
@@ -28,8 +28,9 @@ class ConvLayer(LoraLayer):
         why = super().lora_fits(A, B)
         groups, weight = self.groups, self.weight  # type: ignore[attr-defined]
         if why and groups > 1 and A.shape[0] % groups == 0:
-            ungrouped = (A.shape[0], self.in_channels, *weight.shape[2:])  # type: ignore[attr-defined]
-            if tuple(A.shape) == ungrouped and tuple(B.shape[:2]) == (weight.shape[0], A.shape[0] // groups):
+            down = (A.shape[0], self.in_channels, *weight.shape[2:])  # type: ignore[attr-defined]
+            up = (weight.shape[0], A.shape[0] // groups, *(1 for _ in weight.shape[2:]))
+            if (tuple(A.shape), tuple(B.shape)) == (down, up):  # PEFT's form
                 return None
         return why
 

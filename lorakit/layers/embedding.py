@@ -11,19 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import LoraLayer
+from .layer import LoraLayer, Shapes
 
 
 class EmbeddingLayer(LoraLayer):
     lora_kind = "embedding"
     lora_transposed = True  # the weight is [vocab, dim], ΔW = (B A)ᵀ
 
-    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def lora_shapes(self, rank: int) -> Shapes:
         return (rank, self.num_embeddings), (self.embedding_dim, rank)  # type: ignore[attr-defined]
 
-    def lora_fresh(self, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        shape_a, shape_b = self.lora_shapes(rank)
-        return torch.zeros(shape_a, dtype=dtype, device=device), torch.randn(shape_b, dtype=dtype, device=device)
+    def lora_fresh(self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.zeros(shapes[0], dtype=dtype, device=device), torch.randn(shapes[1], dtype=dtype, device=device)
 
     def forward(self, ids: Tensor, *args, **kwargs) -> Tensor:
         y = super().forward(ids, *args, **kwargs)  # type: ignore[misc]

@@ -16,11 +16,34 @@ from torch import Tensor, nn
 from ..config import scale_of
 
 PREFIX = "lora_"
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of A and of B
+
+# What an adapted module has of its own under the prefix.
+_TAKEN = frozenset(
+    {
+        "saved",
+        "active",
+        "merged",
+        "parts",
+        "kind",
+        "transposed",
+        "in_use",
+        "shapes",
+        "fits",
+        "fresh",
+        "full",
+        "sizes",
+        "add",
+        "plain",
+        "fresh_output",
+    }
+)
 
 
 def child_name(adapter: str) -> str:
-    """The child's name for an adapter. Dots, which torch forbids there, become U+2219."""
-    return PREFIX + adapter.replace(".", "∙")
+    """The child's name for an adapter. Dots, which torch forbids there, become U+2219; a name that is taken gets a "_"."""
+    taken = adapter.rstrip("_") in _TAKEN  # so "full" becomes "full_", and "full_" "full__"
+    return PREFIX + adapter.replace(".", "∙") + ("_" if taken else "")
 
 
 class LoraFactors(nn.Module):
@@ -42,7 +65,7 @@ class LoraFactors(nn.Module):
 
 
 class LoraLayer:
-    """The mixin's state. `lora_active` is a tuple of (adapter, weight); `lora_merged` tells that ΔW is in the weight now."""
+    """The mixin's state. `lora_active` is a tuple of (child's name, weight); `lora_merged` tells that ΔW is in the weight now."""
 
     lora_kind: str  # "linear", "embedding" or "conv": how A and B are to be read
     lora_transposed = False  # the weight is [in, out]
@@ -54,9 +77,9 @@ class LoraLayer:
         if self.lora_merged is not None:
             return []
         children = self._modules  # type: ignore[attr-defined]
-        return [(f, f.scale * weight) for f, weight in ((children[child_name(n)], w) for n, w in self.lora_active) if weight != 0]
+        return [(f, f.scale * weight) for f, weight in ((children[n], w) for n, w in self.lora_active) if weight != 0]
 
-    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def lora_shapes(self, rank: int) -> Shapes:
         """The shapes of a fresh A and B."""
         raise TypeError(f"{type(self).__name__} does not say the shapes of its factors")
 
@@ -67,10 +90,9 @@ class LoraLayer:
             return None
         return f"A {list(A.shape)} and B {list(B.shape)} do not fit; expected A {list(expected[0])} and B {list(expected[1])}"
 
-    def lora_fresh(self, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A fresh A and B with ΔW = 0."""
-        shape_a, shape_b = self.lora_shapes(rank)
-        A, B = torch.empty(shape_a, dtype=dtype, device=device), torch.zeros(shape_b, dtype=dtype, device=device)
+    def lora_fresh(self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A fresh A and B of these shapes with ΔW = 0."""
+        A, B = torch.empty(shapes[0], dtype=dtype, device=device), torch.zeros(shapes[1], dtype=dtype, device=device)
         init_a(A, init, rank)
         return A, B
 
@@ -80,8 +102,8 @@ class LoraLayer:
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time; a pickle (a model sent to another process) names what it is made of instead.
-        function, args, *rest = super().__reduce_ex__(protocol)
-        if function is copyreg.__newobj__:
+        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             from .swap import mixin_and_base, rebuild
 
             return rebuild, mixin_and_base(type(self)), *rest

@@ -14,18 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.blocks import expand_packed
-from ..ops.linear import add_low_rank, frozen_linear
-from .layer import LoraFactors, LoraLayer
+from ..ops.linear import add_low_rank, frozen_linear, needs_plain
+from .layer import LoraFactors, LoraLayer, Shapes
 
 
 class LinearLayer(LoraLayer):
     lora_kind = "linear"
+    # Both are set with the adapted class (see `swap`), from the base's own forward:
+    lora_plain = False  # the base computes just x Wᵀ + b
+    lora_fresh_output = False  # nothing else keeps the base's output. A subclass with a forward of its own may keep it
 
     def lora_sizes(self) -> tuple[int, int]:
         """(in, out)"""
         return self.in_features, self.out_features  # type: ignore[attr-defined]
 
-    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def lora_shapes(self, rank: int) -> Shapes:
         size_in, size_out = self.lora_sizes()
         return (rank, size_in), (size_out, rank)
 
@@ -43,7 +46,7 @@ class LinearLayer(LoraLayer):
         return y
 
     def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
-        return add_low_rank(y, x, factors.A, factors.B, scale)
+        return add_low_rank(y, x, factors.A, factors.B, scale, into=self.lora_fresh_output)
 
     def _one_node(self, x: Tensor, factors: LoraFactors) -> bool:
         """Whether base and update may be computed as one autograd node: a plain frozen weight, no casting, no dropout."""
@@ -57,27 +60,21 @@ class LinearLayer(LoraLayer):
             and not (factors.dropout and self.training)  # type: ignore[attr-defined]
             and x.dim() > 1
             and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
+            and not needs_plain()
         )
-
-    @property
-    def lora_plain(self) -> bool:
-        """Whether the base class computes just x Wᵀ + b."""
-        return super().forward.__func__ is nn.Linear.forward  # type: ignore[misc]
 
 
 class Conv1DLayer(LinearLayer):
     """transformers' Conv1D (GPT-2): a linear with its weight as [in, out]."""
 
     lora_transposed = True
-    lora_plain = False  # type: ignore[assignment]
 
     def lora_sizes(self) -> tuple[int, int]:
         size_in, size_out = self.weight.shape  # type: ignore[attr-defined]
         return size_in, size_out
 
 
-def packed_shapes(sizes: tuple[int, int], parts: tuple[bool, ...], rank: int):
+def packed_shapes(sizes: tuple[int, int], parts: tuple[bool, ...], rank: int) -> Shapes:
     """A [n·r, in] and B [n, out/parts, r] of a packed projection."""
     size_in, size_out = sizes
     return (sum(parts) * rank, size_in), (sum(parts), size_out // len(parts), rank)
@@ -99,14 +96,13 @@ class PackedLayer(LinearLayer):
     """One linear that holds several projections, some of them adapted. `lora_parts` is set when the class is swapped."""
 
     lora_parts: tuple[bool, ...]
-    lora_plain = False  # type: ignore[assignment]
 
-    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def lora_shapes(self, rank: int) -> Shapes:
         return packed_shapes(self.lora_sizes(), self.lora_parts, rank)
 
     def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
         if factors.B.dim() == 2:  # another adapter on this module, not packed
-            return add_low_rank(y, x, factors.A, factors.B, scale)
+            return super().lora_add(y, x, factors, scale)
         return add_packed(y, x, factors.A, factors.B, scale, self.lora_parts)
 
     def lora_full(self, factors: LoraFactors) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,11 @@ from .layer import LoraLayer
 def merge_module(layer: LoraLayer, name: str) -> None:
     """W += Σ weight · ΔW, in place. StateError for a weight that cannot hold it (quantized, offloaded)."""
     weight: Tensor = layer.weight  # type: ignore[attr-defined]
+    if "weight" not in layer._parameters:  # type: ignore[attr-defined]
+        raise StateError(
+            f"the weight of '{name}' is computed from others (a parametrization such as weight_norm), so nothing can be added to it\n"
+            "  keep the adapter unmerged, or take the parametrization off: torch.nn.utils.parametrize.remove_parametrizations"
+        )
     if weight.is_meta:
         raise StateError(
             f"'{name}' is offloaded, so it cannot be merged here\n  merge the checkpoint's files instead: lorakit merge BASE ADAPTER OUT"

@@ -12,7 +12,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, StateError
 from ..ops.blocks import compact_packed
 from .layer import LoraFactors, LoraLayer
-from .linear import PackedLayer
+from .linear import LinearLayer, PackedLayer
 
 
 def fresh_for(module: nn.Module, name: str, config: LoraConfig, trainable: bool) -> LoraFactors:
@@ -22,7 +22,10 @@ def fresh_for(module: nn.Module, name: str, config: LoraConfig, trainable: bool)
     if parts is not None and getattr(module, "lora_parts", None) != parts:
         raise StateError(f"'{name}' carries another adapter already and cannot now become a packed projection of {len(parts)} parts")
     rank = config.rank_of(name)
-    A, B = module.lora_fresh(rank, config.init, _master(module), _device(module))
+    # Another adapter may have packed this module; that is nothing to one that is not packed.
+    plain = parts is None and isinstance(module, PackedLayer)
+    shapes = LinearLayer.lora_shapes(module, rank) if plain else module.lora_shapes(rank)  # type: ignore[arg-type]
+    A, B = module.lora_fresh(shapes, rank, config.init, _master(module), _device(module))
     return LoraFactors(A, B, config.alpha_of(name), config.rslora, config.dropout, trainable)
 
 

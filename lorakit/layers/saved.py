@@ -1,8 +1,7 @@
 """Parameters that an adapter trains and saves whole: `save_modules`, and biases (PEFT's modules_to_save and bias).
 
 The module keeps its class. While the adapter is active, its copies stand where the module's own parameters stood; the
-originals wait in a child `lora_saved`, registered there so that they move and are freed with the model. A parameter that
-several modules share (tied embeddings) is replaced in all of them, and stays shared.
+originals wait in a child `lora_saved`, registered there so that they move and are freed with the model.
 """
 
 from __future__ import annotations
@@ -45,30 +44,16 @@ def _key(version: str) -> str:
     return version if version == BASE else "=" + version.replace(".", "∙")
 
 
-def holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Every (module, name) at which this very parameter is registered, outside lorakit's own children."""
-    found, seen = [], set()
-    own = {id(m) for s in model.modules() if isinstance(s, SavedParameters) for m in s.modules()}
-    for module in model.modules():
-        if id(module) in own or id(module) in seen:
-            continue
-        seen.add(id(module))
-        found += [(module, name) for name, value in module._parameters.items() if value is parameter]
-    return found
-
-
-def keep(model: nn.Module, adapter: str, module: nn.Module, name: str, values: nn.Parameter) -> None:
-    """Register `values` as this adapter's version of `module.<name>`, wherever that parameter is shared. Not yet in use."""
-    original = saved_of(module).get(BASE).get(name) if saved_of(module) else None
-    original = original if original is not None else module._parameters[name]
+def keep(adapter: str, module: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Register `value` as this adapter's version of `module.<name>`. Not yet in use."""
+    child = saved_of(module)
+    if child is None:
+        child = SavedParameters()
+        module.add_module(CHILD, child)
+    original = child.get(BASE).get(name, module._parameters[name])
     assert original is not None
-    for holder, at in holders(model, original) or [(module, name)]:
-        child = saved_of(holder)
-        if child is None:
-            child = SavedParameters()
-            holder.add_module(CHILD, child)
-        for version, value in ((BASE, original), (adapter, values)):
-            child.put(version, child.get(version) | {at: value})
+    for version, parameter in ((BASE, original), (adapter, value)):
+        child.put(version, child.get(version) | {name: parameter})
 
 
 def use(model: nn.Module, adapter: str | None) -> None:

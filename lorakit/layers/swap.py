@@ -25,8 +25,8 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
         return mixin_and_base(type(module))[0]
     if isinstance(module, nn.Linear):
         return LinearLayer
-    if isinstance(module, nn.Embedding):
-        return EmbeddingLayer
+    if isinstance(module, nn.Embedding) and (type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")):
+        return EmbeddingLayer  # not one whose forward makes its own indices (positions, say) of what it is given
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
         return ConvLayer
     if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__):
@@ -42,7 +42,11 @@ def is_linear(module: nn.Module) -> bool:
 
 @functools.cache
 def adapted_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[nn.Module]:
-    return type("Lora" + base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    names: dict[str, object] = {"__module__": base.__module__, "__doc__": base.__doc__}
+    if issubclass(mixin, LinearLayer):
+        names["lora_plain"] = mixin is LinearLayer and base.forward is nn.Linear.forward
+        names["lora_fresh_output"] = base.forward is nn.Linear.forward or base.forward.__qualname__ == "Conv1D.forward"
+    return type("Lora" + base.__name__, (mixin, base), names)
 
 
 def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
@@ -52,7 +56,7 @@ def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
 
 def rebuild(mixin: type[LoraLayer], base: type[nn.Module]) -> nn.Module:
     """An empty instance of an adapted class; used by pickle."""
-    cls = adapted_class(mixin, base)
+    cls = adapted_class(mixin, base)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -65,7 +69,7 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
     if parts is not None:
         mixin = _PACKED[mixin]  # type: ignore[index]
         module.lora_parts = parts  # type: ignore[assignment]
-    module.__class__ = adapted_class(mixin, type(module))
+    module.__class__ = adapted_class(mixin, type(module))  # type: ignore[arg-type]
     module.lora_active = ()  # type: ignore[assignment]
     module.lora_merged = None  # type: ignore[assignment]
     _rebind_hooked_forward(module)
@@ -75,7 +79,7 @@ def release(module: nn.Module) -> None:
     """Give the module its own class back. Its factors must have been removed."""
     if not isinstance(module, LoraLayer):
         return
-    module.__class__ = mixin_and_base(type(module))[1]
+    module.__class__ = mixin_and_base(type(module))[1]  # type: ignore[assignment]
     for name in ("lora_active", "lora_merged", "lora_parts"):
         module.__dict__.pop(name, None)
     _rebind_hooked_forward(module)

@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, LoraConfig, ends_with, matches, pattern_matches
 from ..errors import TargetError, listing, nearest
 from .layer import LoraFactors
+from .linear import LinearLayer
 from .saved import SavedParameters
 from .swap import is_linear, mixin_for
 
@@ -44,19 +46,22 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         for name, module in names.items():
             if not is_linear(module):
                 continue
-            if module is head or any(ends_with(name, s) or f".{s}." in f".{name}." for s in config.save_modules):
-                skipped[name] = "the output head" if module is head else "saved whole"
+            if module is head:
+                skipped[name] = "the output head"
             elif name in unseen:
                 skipped[name] = unseen[name]
             else:
                 chosen[name] = module
-        if not chosen:
+        if not chosen and not skipped:
             raise TargetError(
                 "the model has no linear layer to adapt (LoraConfig.targets='all-linear')\n  name the modules to adapt instead"
             )
     else:
         chosen = {name: module for name, module in names.items() if matches(name, config.targets)}
         _check_each_matches(list(names), config.targets, "targets")
+    # What is trained whole needs no update beside (PEFT's rule too).
+    skipped |= {name: "saved whole" for name in chosen if _within(name, config.save_modules)}
+    chosen = {name: module for name, module in chosen.items() if name not in skipped}
     if config.exclude is not None:
         _check_each_matches(list(names), config.exclude, "exclude")
         chosen = {name: module for name, module in chosen.items() if not matches(name, config.exclude)}
@@ -70,8 +75,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
             )
         chosen = {name: module for name, module in chosen.items() if layer_number(name) in config.layers}
     if not chosen:
-        raise TargetError("nothing is left to adapt: LoraConfig.exclude and LoraConfig.layers remove every target")
-    _check_adaptable(chosen, unseen)
+        raise TargetError("nothing is left to adapt: LoraConfig.exclude, layers and save_modules remove every target")
+    check_adaptable(names, chosen)
     chosen = _once_each(chosen)
     for field_name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field_name):
@@ -82,8 +87,17 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         if not packed:
             raise TargetError(f"no adapted module matches '{key}' (LoraConfig.packed){_suggestion(key, list(chosen))}")
         for name in packed:
-            _check_packed(name, chosen[name], len(parts))
+            check_packed(name, chosen[name], len(parts))
     return Targets(chosen, skipped)
+
+
+def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """For a classification or question-answering task: with the fresh head among the modules saved whole, as PEFT has it."""
+    heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+    names = module_names(model)
+    found = [h for h in heads.get(config.task or "", ()) if any(ends_with(n, h) for n in names)]
+    added = [h for h in found if h not in config.save_modules]
+    return config.replace(save_modules=[*config.save_modules, *added]) if added else config
 
 
 def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -93,6 +107,11 @@ def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         if not any(ends_with(name, entry) for name in names):
             raise TargetError(f"no module matches '{entry}' (LoraConfig.save_modules){_suggestion(entry, list(names))}")
     return _once_each({n: m for n, m in names.items() if any(ends_with(n, entry) for entry in config.save_modules)})
+
+
+def _within(name: str, endings: list[str]) -> bool:
+    """Whether a module's name, or that of a module around it, ends so."""
+    return any(f".{ending}." in f".{name}." for ending in endings)
 
 
 def shortest_endings(chosen: list[str], every: list[str]) -> list[str]:
@@ -127,13 +146,17 @@ def _called_by_weight(names: dict[str, nn.Module]) -> dict[str, str]:
     return found
 
 
-def _check_adaptable(chosen: dict[str, nn.Module], unseen: dict[str, str]) -> None:
+def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -> None:
+    """TargetError for a chosen module that has no low-rank update, or whose update would have no effect. `names`: all modules."""
+    unseen = _called_by_weight(names)
     for name, module in chosen.items():
         if name in unseen:
             raise TargetError(
                 f"'{name}' cannot be adapted: {unseen[name]}, so an update there would have no effect\n"
                 "  leave it out (LoraConfig.exclude), or adapt the feed-forward layers around it"
             )
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise TargetError(f"'{name}' is a {type(module).__name__} that has no shape yet\n  run the model once, then attach")
         if mixin_for(module) is None:
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
             fix = f"\n  it holds {listing(inside, 3)}" if inside else ""
@@ -143,10 +166,11 @@ def _check_adaptable(chosen: dict[str, nn.Module], unseen: dict[str, str]) -> No
             )
 
 
-def _check_packed(name: str, module: nn.Module, parts: int) -> None:
+def check_packed(name: str, module: nn.Module, parts: int) -> None:
+    """TargetError if the module cannot be read as so many equal parts."""
     if not is_linear(module):
         raise TargetError(f"'{name}' is a {type(module).__name__}; only a linear can be packed (LoraConfig.packed)")
-    size_out = module.lora_sizes()[1] if hasattr(module, "lora_sizes") else _size_out(module)
+    size_out = module.lora_sizes()[1] if isinstance(module, LinearLayer) else _size_out(module)
     if size_out % parts:
         raise TargetError(f"'{name}' has {size_out} outputs, which is not {parts} equal parts (LoraConfig.packed)")
 

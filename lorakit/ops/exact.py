@@ -25,12 +25,12 @@ _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32:
 
 @dataclass
 class Block:
-    """One block's differences: `codes` packed `8 // width` to a byte, `values` the weights kept whole, in order."""
+    """One block's differences: `codes` packed `8 // width` to a byte, `patterns` the bits of weights kept whole, in order."""
 
     rows: slice
     width: int
     codes: Tensor
-    values: Tensor
+    patterns: Tensor
 
 
 @dataclass
@@ -41,38 +41,39 @@ class Undo:
     blocks: list[Block] = field(default_factory=list)
 
     def nbytes(self) -> int:
-        return sum(b.codes.nbytes + b.values.nbytes for b in self.blocks)
+        return sum(b.codes.nbytes + b.patterns.nbytes for b in self.blocks)
 
 
 def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor]) -> Undo:
     """weight += ΔW in place, rounded once; `delta_rows(rows)` gives ΔW's rows as [rows, -1]. Returns what undoes it."""
-    flat = weight.detach().view(weight.shape[0], -1)
-    undo = Undo(_checksum(flat))
-    for rows in row_blocks(flat.shape):
-        original = flat[rows]
+    weight = weight.detach()
+    undo = Undo(0)
+    for rows in row_blocks(weight.shape):
         change = delta_rows(rows)
+        original = weight[rows].reshape(change.shape)
+        undo.checksum += _checksum(original)
         merged = (original.to(change.dtype) + change).to(weight.dtype)
         back = (merged.to(change.dtype) - change).to(weight.dtype)
         undo.blocks.append(_encode(rows, original, back))
-        flat[rows] = merged
+        weight[rows] = merged.view(weight[rows].shape)
     return undo
 
 
 def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo, where: str) -> None:
     """Undo `add_`: afterwards weight has its original bits. Raises StateError, with the weight as it was, if it would not."""
-    flat = weight.detach().view(weight.shape[0], -1)
+    weight = weight.detach()
     restored = []
     for block in undo.blocks:
         change = delta_rows(block.rows)
-        back = (flat[block.rows].to(change.dtype) - change).to(weight.dtype)
+        back = (weight[block.rows].reshape(change.shape).to(change.dtype) - change).to(weight.dtype)
         restored.append(_decode(block, back))
-    result = torch.cat(restored) if restored else flat
-    if _checksum(result) != undo.checksum:
+    if sum(_checksum(values) for values in restored) != undo.checksum:
         raise StateError(
             f"unmerge of {where} would not restore the base's bits: its weight or the adapter's factors changed since the merge, "
             "or the merge ran on another device or thread count\nmove the model back to where it was merged, or load the base again"
         )
-    flat.copy_(result)
+    for block, values in zip(undo.blocks, restored, strict=True):
+        weight[block.rows] = values.view(weight[block.rows].shape)
 
 
 def _ordered(values: Tensor) -> Tensor:
@@ -103,16 +104,17 @@ def _encode(rows: slice, original: Tensor, back: Tensor) -> Block:
     assert best is not None
     _, width, most, misfits = best
     codes = torch.where(misfits, 0, apart + most + 1).to(torch.uint8)  # 1 ... 2^width - 1
-    return Block(rows, width, _pack(codes, width), original.flatten()[misfits].clone())
+    # As integers: torch's float kernels may turn a NaN's payload into another.
+    return Block(rows, width, _pack(codes, width), original.contiguous().view(_BITS[original.dtype]).flatten()[misfits])
 
 
 def _decode(block: Block, back: Tensor) -> Tensor:
     codes = _unpack(block.codes, block.width, back.numel())
     apart = codes.to(torch.int64) - (1 << (block.width - 1))
     kind = _BITS[back.dtype]
-    values = _flip((_ordered(back).flatten() + apart).to(kind)).view(back.dtype)
-    values[codes == 0] = block.values
-    return values.view_as(back)
+    patterns = _flip((_ordered(back).flatten() + apart).to(kind))
+    patterns[codes == 0] = block.patterns
+    return patterns.view(back.dtype).view_as(back)
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:

@@ -20,12 +20,17 @@ def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
 
 
-def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y + s · (x Aᵀ) Bᵀ; y: [..., out] is the base module's fresh output and may be written into."""
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, into: bool = True) -> Tensor:
+    """y + s · (x Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written into."""
     x = x.to(y.dtype)
-    if torch.compiler.is_compiling() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
-        return y + reference(x, A, B, scale)  # the compiler fuses this itself
+    if not into or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
+        return y + reference(x, A, B, scale)
     return _AddLowRank.apply(y, x, A, B, scale)
+
+
+def needs_plain() -> bool:
+    """Whether only plain operations will do: the compiler fuses them itself, and torch.func cannot look into our nodes."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -36,7 +41,7 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tenso
 def _low_rank_gradients(ctx, g: Tensor, x: Tensor, down: Tensor, A: Tensor, B: Tensor):
     """Returns s·(g B): [N, r] and the gradients of A and B, each only where it is needed. g: [N, out], x: [N, in], down: [N, r]."""
     inner = (g @ B.to(g.dtype)).mul_(ctx.scale) if ctx.low_rank_input else None
-    dA = (inner.T @ x).to(A.dtype) if ctx.needs_A else None
+    dA = (inner.T @ x).to(A.dtype) if inner is not None and ctx.needs_A else None
     dB = (g.T @ down).to(B.dtype).mul_(ctx.scale) if ctx.needs_B else None
     return inner, dA, dB
 
@@ -76,7 +81,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.low_rank_input = ctx.needs_input_grad[0] or ctx.needs_A
         ctx.save_for_backward(x2 if ctx.needs_A else None, down if ctx.needs_B else None, A, B, W if ctx.needs_input_grad[0] else None)
         ctx.shape = x.shape
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,184 @@
+"""Safetensors files tensor by tensor, block by block, with plain reads and writes: a file of any size in a few megabytes.
+
+    8 bytes: the header's length n, little-endian | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [from, to]}} | data
+
+Offsets count from the data's start and leave no gaps. All names, dtypes and shapes are known before the first number is
+written, so the header goes first and the data follows in its order. Mapped pages (what `safe_open` gives) count as resident
+memory once touched; what is read here is in memory only as long as its block is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import LorakitError
+from ..ops.delta import row_blocks
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MERGEABLE = {"F64", "F32", "F16", "BF16"}  # dtypes that can take a low-rank update
+
+MAX_HEADER = 100_000_000  # what the safetensors library itself accepts
+# Numbers in a block. Adding ΔW to a bf16 matrix takes equally long from 2^16 to 2^22, so this is chosen for memory: 4 MB in float32.
+BLOCK = 1 << 20
+COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies: `nbytes` bytes from `start` of a file."""
+
+    path: Path
+    dtype: str  # as the file names it; one that torch lacks can still be copied
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPES.get(self.dtype)
+
+    def copied(self) -> Iterator[Tensor]:
+        """Its bytes, as uint8 vectors of a few megabytes."""
+        with open(self.path, "rb", buffering=0) as file:
+            for offset in range(0, self.nbytes, COPY_BYTES):
+                yield _read(file, self.path, self.start + offset, min(COPY_BYTES, self.nbytes - offset))
+
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows, [rows, -1], with the rows they are (a scalar is one row). For a dtype that torch has."""
+        dtype, shape = DTYPES[self.dtype], self.shape or (1,)
+        with open(self.path, "rb", buffering=0) as file:
+            for rows in row_blocks(shape, BLOCK):
+                size = self.nbytes // shape[0]
+                block = _read(file, self.path, self.start + rows.start * size, (rows.stop - rows.start) * size)
+                yield rows, block.view(dtype).view(rows.stop - rows.start, -1)
+
+    def numbers(self, at: Sequence[int]) -> Tensor:
+        """The numbers at some positions of the flattened tensor."""
+        dtype = DTYPES[self.dtype]
+        with open(self.path, "rb", buffering=0) as file:
+            found = [_read(file, self.path, self.start + i * dtype.itemsize, dtype.itemsize).view(dtype) for i in at]
+        return torch.cat(found) if found else torch.empty(0, dtype=dtype)
+
+
+def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
+    """(tensors by name, the header's metadata). LorakitError if the file is cut off or its header makes no sense."""
+
+    def broken(what: str) -> LorakitError:
+        return LorakitError(f"{path} is not a sound safetensors file: {what}\n  was the download or the copy cut short? fetch it again")
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise broken(f"it has {size} bytes")
+        length = struct.unpack("<Q", start)[0]
+        if length > min(MAX_HEADER, size - 8):
+            head = start.decode("ascii", "replace")
+            hint = (
+                "it is a Git LFS pointer, not the file itself" if head.startswith("version") else f"its header would have {length:,} bytes"
+            )
+            raise broken(hint)
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise broken(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise broken("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    slots = {}
+    for name, entry in header.items():
+        try:
+            begin, end = entry["data_offsets"]
+            dtype, shape = str(entry["dtype"]), tuple(int(s) for s in entry["shape"])
+            good = 0 <= begin <= end and all(s >= 0 for s in shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise broken(f"the entry of '{name}' is malformed") from error
+        if not good or 8 + length + end > size:
+            raise broken(f"'{name}' would end at byte {8 + length + end:,} of {size:,}")
+        if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise broken(f"'{name}' has {end - begin:,} bytes, which is not {list(shape)} of {dtype}")
+        slots[name] = Slot(path, dtype, shape, 8 + length + begin, end - begin)
+    return slots, metadata
+
+
+class StreamWriter:
+    """Writes a safetensors file whose layout is given first; then each tensor's blocks, in the layout's order.
+
+    with StreamWriter(path, {"weight": ("BF16", (4, 3), 24)}) as out:
+        out.write(block)
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None):
+        """`layout`: name -> (dtype, shape, bytes)."""
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, (dtype, shape, nbytes) in layout.items():
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf8")
+        text += b" " * (-len(text) % 8)
+        self.path, self._left = path, offset
+        self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._put(memoryview(struct.pack("<Q", len(text)) + text))
+
+    def write(self, block: Tensor, crc: int = 0) -> int:
+        """The next numbers of the current tensor, in its dtype (or its bytes). Returns the checksum `crc` continued over them."""
+        self._left -= block.nbytes
+        assert self._left >= 0, f"{self.path}: more was written than its layout says"
+        view = bytes_of(block)
+        self._put(view)
+        return zlib.crc32(view, crc)
+
+    def __enter__(self) -> StreamWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                assert self._left == 0, f"{self.path}: {self._left} bytes of its layout were not written"
+                os.fsync(self._file.fileno())
+
+    def _put(self, view: memoryview) -> None:
+        while len(view):
+            view = view[self._file.write(view) :]
+
+
+def _read(file: BinaryIO, path: Path, start: int, count: int) -> Tensor:
+    buffer = torch.empty(count, dtype=torch.uint8)
+    view = bytes_of(buffer)
+    file.seek(start)
+    while len(view):
+        got = file.readinto(view)  # type: ignore[attr-defined]
+        if not got:
+            raise LorakitError(f"{path} ended {len(view):,} bytes early: it changed while it was read")
+        view = view[got:]
+    return buffer
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's memory, not copied if it is contiguous."""
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one size hold the same bits. Compared in words: byte by byte, torch takes six times as long."""
+    first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    words = first.numel() // 8 * 8
+    return torch.equal(first[:words].view(torch.int64), second[:words].view(torch.int64)) and torch.equal(first[words:], second[words:])
