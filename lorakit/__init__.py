@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from .adapter.factors import Factors
     from .config import LoraConfig
     from .errors import LorakitError
-    from .model import activate, active, adapters, attach, capture, detach, merge, summary, unmerge
+    from .model import activate, active, adapters, attach, capture, detach, merge, unmerge
+    from .overview import summary
 
 _HOME = {
     "Adapter": ".adapter.adapter",
     "Factors": ".adapter.factors",
     "LoraConfig": ".config",
     "LorakitError": ".errors",
-    **dict.fromkeys(("activate", "active", "adapters", "attach", "capture", "detach", "merge", "summary", "unmerge"), ".model"),
+    **dict.fromkeys(("activate", "active", "adapters", "attach", "capture", "detach", "merge", "unmerge"), ".model"),
+    "summary": ".overview",
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)

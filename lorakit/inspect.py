@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import LoraConfig
-from .models.base import EMBEDDED, model_path
+from .models.base import EMBEDDED, load_config
 
 if TYPE_CHECKING:
     from .adapter.adapter import Adapter
@@ -55,22 +55,13 @@ class AdapterFacts:
             f"{self.source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {self.base or 'not stated'}"
         )
         table = Table()
-        for column, where in (
-            ("module", "left"),
-            ("count", "right"),
-            ("in", "right"),
-            ("out", "right"),
-            ("rank", "right"),
-            ("alpha", "right"),
-            ("scale", "right"),
-            ("|ΔW| least", "right"),
-            ("most", "right"),
-        ):
-            table.add_column(column, justify=where)  # type: ignore[arg-type]
-        for name, group in self._groups(every_module).items():
+        table.add_column("module")
+        for column in ("count", "in", "out", "rank", "alpha", "scale", "|ΔW| least", "most"):
+            table.add_column(column, justify="right")
+        for key, group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
             table.add_row(
-                name[0], str(len(group)), str(first.size_in), str(first.size_out), str(first.rank), f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"
+                key[0], str(len(group)), str(first.size_in), str(first.size_out), str(first.rank), f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"
             )  # fmt: skip
         Console().print(table)
         zero = [m.name for m in self.modules if m.norm == 0]
@@ -78,9 +69,9 @@ class AdapterFacts:
             print(f"{len(zero)} of {len(self.modules)} modules have ΔW = 0: they change nothing")
         for name, shape in self.saved.items():
             print(f"saved whole: {name} {shape}")
-        for key in ("recipe", "data", "metrics"):
-            if self.metadata.get(key):
-                print(f"{key}: " + ", ".join(f"{k} {v}" for k, v in self.metadata[key].items()))
+        for section in ("recipe", "data", "metrics"):
+            if self.metadata.get(section):
+                print(f"{section}: " + ", ".join(f"{k} {v}" for k, v in self.metadata[section].items()))
 
     def _groups(self, every_module: bool) -> dict[tuple, list[ModuleFacts]]:
         groups: dict[tuple, list[ModuleFacts]] = {}
@@ -158,18 +149,18 @@ def is_model(source: str) -> bool:
 def describe_model(source: str) -> ModelFacts:
     """The modules of a model folder (built without its weights) that can be adapted."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from .layers.swap import mixin_for
     from .layers.targets import find_targets, module_names
 
-    config = AutoConfig.from_pretrained(model_path(source))
+    config = load_config(source)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(config)
     linear = find_targets(model, LoraConfig()).modules
     rows = [
-        (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr]
+        (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr, arg-type]
         for name, m in module_names(model).items()
         if mixin_for(m) is not None
     ]

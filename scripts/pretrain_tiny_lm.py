@@ -39,7 +39,10 @@ TOKENS_PER_STEP = 8192
 COPY_SHARE, STORY_SHARE = 0.20, 0.10  # of the rows; the rest are books
 HELD_OUT_BOOKS = {"L_Frank_Baum_Ozma_of_Oz.md", "Robert_Louis_Stevenson_Treasure_Island.md"}
 HELD_OUT_STORIES = 100
-KEYS = "word name place thing near who what where when type food area time colour price person animal kind rating part".split()
+KEYS = [
+    "word", "name", "place", "thing", "near", "who", "what", "where", "when", "type", "food", "area", "time", "colour", "price",
+    "person", "animal", "kind", "rating", "part",
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -214,7 +217,7 @@ def loss_of(model, ids, labels):
 def held_out_loss(model, stream, rows: int = 64, length: int = 256) -> float:
     starts = np.linspace(0, len(stream["ids"]) - length - 2, rows).astype(int)
     ids, labels = rows_of(stream, starts, length)
-    return float(np.mean([loss_of(model, i, l).item() for i, l in zip(ids.split(16), labels.split(16), strict=True)]))
+    return float(np.mean([loss_of(model, some, wanted).item() for some, wanted in zip(ids.split(16), labels.split(16), strict=True)]))
 
 
 def save_atomically(value, path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import lorakit as lk
+from lorakit.attached import base_parameters
 from lorakit.errors import AdapterError, StateError, TargetError
-from lorakit.model import active, adapters, base_parameters
+from lorakit.model import active, adapters
 
 LLAMA = lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj", "down_proj"])
 MAKERS = {

@@ -86,11 +86,18 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a base model."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The base model for generation, in eval mode, on `device`. LorakitError if there is none."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name, revision, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _from_pretrained(kind, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
     return model.to(device).eval()

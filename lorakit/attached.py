@@ -1,0 +1,104 @@
+"""What a model carries: its adapters, which of them are active, what is merged. Kept on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .config import LoraConfig
+from .errors import StateError, did_you_mean, listing
+from .layers import saved
+from .layers.layer import LoraFactors, LoraLayer, child_name
+from .layers.swap import mixin_and_base
+
+STATE = "_lorakit"
+
+
+@dataclass
+class Attached:
+    """One adapter on a model."""
+
+    config: LoraConfig  # with `targets` resolved to this model's names
+    modules: list[str]
+    saved: list[str]
+    trainable: bool
+    metadata: Mapping[str, Any]
+    skipped: Mapping[str, str]
+
+
+@dataclass
+class State:
+    adapters: dict[str, Attached] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, float] | None = None
+    required_grad: set[str] = field(default_factory=set)  # the base's parameters that took gradients before
+
+
+def state_of(model: nn.Module, create: bool = True) -> Any:
+    state = model.__dict__.get(STATE)
+    if state is None and create:
+        raise StateError(
+            f"no adapter is attached to this {type(model).__name__}\n  lorakit.attach(model, ...) first, and pass the same object it was given"
+        )
+    return state
+
+
+def attached_of(state: State, name: str | None) -> Attached:
+    if name is None:
+        if len(state.adapters) != 1:
+            raise StateError(f"{len(state.adapters)} adapters are attached: {listing(state.adapters)}; say which")
+        return next(iter(state.adapters.values()))
+    if name not in state.adapters:
+        raise StateError(
+            f"no adapter named '{name}' is attached{did_you_mean(name, state.adapters)}\n  attached: {listing(state.adapters)}"
+        )
+    return state.adapters[name]
+
+
+def check_new_name(state: State, name: str) -> None:
+    if not name:
+        raise StateError("'' cannot be an adapter's name")
+    twin = next((n for n in state.adapters if n != name and child_name(n) == child_name(name)), None)
+    if twin is not None:
+        raise StateError(f"the names '{name}' and '{twin}' would be one child of each module\n  choose another name")
+    if name in state.adapters:
+        raise StateError(f"an adapter named '{name}' is attached already\n  choose another name, or lorakit.detach(model, '{name}') first")
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def layer_at(model: nn.Module, name: str) -> LoraLayer:
+    return model.get_submodule(name)  # type: ignore[return-value]
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's own parameters by their own names, whatever is attached or active."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, LoraFactors | saved.SavedParameters) or ".lora_saved" in f".{module_name}":
+            continue
+        child = saved.saved_of(module)
+        own = child.get(saved.BASE) if child else {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{module_name}.{name}" if module_name else name, own.get(name, parameter)
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a state-dict key is lorakit's, not the base's."""
+    return any(part.startswith("lora_") for part in key.split("."))
+
+
+def architecture_of(model: nn.Module) -> str:
+    cls = type(model)
+    return mixin_and_base(cls)[1].__name__ if isinstance(model, LoraLayer) else cls.__name__
+
+
+def names_of(chosen: Mapping[str, float]) -> str:
+    return " + ".join(f"'{n}'" if w == 1 else f"{w:g} x '{n}'" for n, w in chosen.items())

@@ -1,0 +1,82 @@
+"""The adapter's names and the files': the same names, or the same but for what they begin with.
+
+A module knows its weight as `transformer.h.0.attn.c_attn.weight`; GPT-2's file says `h.0.attn.c_attn.weight`, a model wrapped
+once more says `model.` before it, a multimodal checkpoint `language_model.model.` instead of `model.language_model.`.
+One beginning is exchanged for one other, the same for all targets, and only if that is the one way to find them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from ..errors import TargetError, listing
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """From the adapter's names to the files': `old` at the beginning becomes `new`; other names stay."""
+
+    old: str = ""
+    new: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.new + name[len(self.old) :] if name.startswith(self.old) else name
+
+
+def find_renaming(wanted: Collection[str], tensors: Collection[str], where: object) -> Renaming:
+    """The renaming under which every wanted name is among the tensors'. TargetError if there is none, or more than one."""
+    same = Renaming()
+    if all(name in tensors for name in wanted):
+        return same
+    # A name within a numbered layer says most; one such as "embed_tokens.weight" could end many others.
+    anchor = next((name for name in wanted if _stem(name) is not None and name not in tensors), next(iter(wanted)))
+    found: dict[tuple[str, ...], Renaming] = {}
+    for renaming in _candidates(anchor, tensors):
+        mapped = tuple(renaming(name) for name in wanted)
+        if all(name in tensors for name in mapped):
+            found.setdefault(mapped, renaming)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        ways = "\n".join(f"  as {mapped[0]}" for mapped in found)
+        raise TargetError(
+            f"the adapter's '{_module(next(iter(wanted)))}' could be several tensors of {where}:\n{ways}\n  is it the right base?"
+        )
+    raise _missing(wanted, tensors, where)
+
+
+def _candidates(name: str, tensors: Iterable[str]) -> Iterable[Renaming]:
+    """Every exchange of beginnings that makes one of the tensors' names out of `name`."""
+    parts = name.split(".")
+    stem = _stem(name)
+    # Without a layer number only adding to the name, or taking the first parts away, is sure enough.
+    last = stem if stem is not None else len(parts) - 2
+    for cut in range(max(last, 0) + 1):
+        old, rest = "".join(f"{p}." for p in parts[:cut]), ".".join(parts[cut:])
+        for tensor in tensors:
+            if tensor == rest or tensor.endswith("." + rest):
+                new = tensor[: len(tensor) - len(rest)]
+                if stem is not None or not old or not new:
+                    yield Renaming(old, new)
+
+
+def _stem(name: str) -> int | None:
+    """Where the part before the first number is: 1 in `model.layers.3.mlp.up_proj.weight`."""
+    parts = name.split(".")
+    return next((max(i - 1, 0) for i, part in enumerate(parts) if part.isdigit()), None)
+
+
+def _missing(wanted: Collection[str], tensors: Collection[str], where: object) -> TargetError:
+    lost = [name for name in wanted if name not in tensors]
+    alike = difflib.get_close_matches(lost[0], [t for t in tensors if t.endswith(".weight")], n=3, cutoff=0.5)
+    near = f"\n  the nearest tensors are {', '.join(alike)}" if alike else f"\n  its tensors are {listing(tensors, 5)}"
+    return TargetError(
+        f"{len(lost)} of the adapter's {len(wanted)} weights are not in {where}: {listing([_module(n) for n in lost], 3)}{near}\n"
+        "  is it an adapter for another model? nothing was written"
+    )
+
+
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight")

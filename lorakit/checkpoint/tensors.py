@@ -1,0 +1,138 @@
+"""Writing the planned tensors block by block, and reading them back to see what was really written.
+
+    W' = round(W + ΔW)        added in float32 (float64 stays), rounded once
+
+Memory: a few blocks, whatever the tensors' size; and the adapter's own factors.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import LorakitError
+from ..formats.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
+from .plan import Entry
+from .report import TargetReport
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was written of an updated tensor: the largest |ΔW| of its factors, and a checksum of its bytes."""
+
+    largest: float
+    crc: int
+
+
+def in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """As a file should hold them: wide dtypes first, so that each tensor starts at a multiple of its width."""
+
+    def width(entry: Entry) -> int:
+        dtype = DTYPES.get(entry.dtype)
+        return dtype.itemsize if dtype is not None else 1
+
+    return sorted(entries, key=lambda e: (-width(e), e.source.start if e.source else math.inf))
+
+
+def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], done: Callable[[str], None]) -> dict[str, Asked]:
+    """Write one safetensors file. Returns what was written of each updated tensor."""
+    asked: dict[str, Asked] = {}
+    with StreamWriter(path, {e.name: (e.dtype, e.shape, e.nbytes) for e in entries}, metadata) as out:
+        for entry in entries:
+            if entry.value is not None:
+                value = entry.value.to(DTYPES[entry.dtype])
+                _check_finite(entry, value, entry.value)
+                out.write(value)
+            elif _as_is(entry):
+                for block in entry.source.copied():  # type: ignore[union-attr]
+                    out.write(block)
+            else:
+                most, crc = 0.0, 0
+                for rows, block in entry.source.rows():  # type: ignore[union-attr]
+                    new = block
+                    if entry.update is not None:
+                        new = entry.update.rows(rows)
+                        most = max(most, _largest(new))
+                        new = new.add_(block) if new.dtype == torch.promote_types(new.dtype, block.dtype) else new + block
+                    new = new.to(DTYPES[entry.dtype])
+                    _check_finite(entry, new, block)
+                    crc = out.write(new, crc)
+                if entry.update is not None:
+                    asked[entry.name] = Asked(most, crc)
+            done(entry.name)
+    return asked
+
+
+def read_back(path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], done: Callable[[str], None]) -> list[TargetReport]:
+    """Compare a written file with the base: what each update changed, and that nothing else did. LorakitError if something else did."""
+    slots, _ = read_header(path)
+    if list(slots) != [e.name for e in entries]:
+        raise _unlike(path, "its list of tensors")
+    reports = []
+    for entry in entries:
+        slot = slots[entry.name]
+        if (slot.dtype, slot.shape) != (entry.dtype, entry.shape):
+            raise _unlike(path, f"'{entry.name}'")
+        if entry.update is not None:
+            reports.append(_measure(path, entry, slot, asked[entry.name]))
+        elif entry.value is not None:
+            value = entry.value.to(DTYPES[entry.dtype]).reshape((*slot.shape[:1], -1) if slot.shape else (1, 1))
+            if not all(same_bytes(block, value[rows]) for rows, block in slot.rows()):
+                raise _unlike(path, f"'{entry.name}'")
+        elif _as_is(entry):
+            if not all(same_bytes(a, b) for a, b in zip(slot.copied(), entry.source.copied(), strict=True)):  # type: ignore[union-attr]
+                raise _unlike(path, f"'{entry.name}'")
+        else:
+            pairs = zip(slot.rows(), entry.source.rows(), strict=True)  # type: ignore[union-attr]
+            if not all(same_bytes(a, b.to(a.dtype)) for (_, a), (_, b) in pairs):
+                raise _unlike(path, f"'{entry.name}'")
+        done(entry.name)
+    return reports
+
+
+def _measure(path: Path, entry: Entry, slot: Slot, asked: Asked) -> TargetReport:
+    """|written - base| of an updated tensor, the base in the precision it was written in."""
+    assert entry.source is not None
+    assert entry.update is not None
+    applied, changed, crc = 0.0, 0, 0
+    for (_, new), (_, old) in zip(slot.rows(), entry.source.rows(), strict=True):
+        crc = zlib.crc32(bytes_of(new), crc)
+        before = old.to(new.dtype)
+        changed += int((new != before).sum())
+        wide = torch.promote_types(new.dtype, torch.float32)
+        applied = max(applied, _largest(new.to(wide) - before.to(wide)))
+    if crc != asked.crc:
+        raise _unlike(path, f"'{entry.name}'")
+    share = changed / math.prod(entry.shape)
+    return TargetReport(entry.update.module, entry.name, entry.shape, entry.update.rank, asked.largest, applied, share)
+
+
+def _as_is(entry: Entry) -> bool:
+    return entry.copied and entry.source is not None and entry.source.dtype == entry.dtype
+
+
+def _largest(block: Tensor) -> float:
+    """max |x|, in one pass and without a copy; not finite if a number is not."""
+    if not block.numel():
+        return 0.0
+    low, high = torch.aminmax(block)
+    return max(-float(low), float(high))
+
+
+def _check_finite(entry: Entry, new: Tensor, old: Tensor) -> None:
+    if entry.dtype in MERGEABLE and not math.isfinite(_largest(new)) and math.isfinite(_largest(old)):
+        raise LorakitError(
+            f"'{entry.name}' has values too large for {DTYPES[entry.dtype]}\n  write the result in another precision: dtype=torch.bfloat16 or torch.float32"
+        )
+
+
+def _unlike(path: Path, what: str) -> LorakitError:
+    return LorakitError(
+        f"{path.name}: {what} does not read back as it was written\n  the disk, the memory or the base is changing underneath; nothing was kept"
+    )

@@ -1,0 +1,108 @@
+"""What of an adapter goes where on a model, and the errors where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .adapter.adapter import Adapter
+from .adapter.fingerprint import differences
+from .attached import architecture_of, base_parameters, is_adapter_key
+from .config import LoraConfig
+from .errors import AdapterError, StateError, TargetError, did_you_mean, listing
+from .layers.layer import LoraFactors, LoraLayer
+from .layers.targets import check_adaptable, check_packed, find_saved, module_names
+
+
+def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules that the adapter's factors name, and those it names in vain."""
+    names = module_names(model)
+    found = {m: names[m] for m in adapter.factors if m in names}
+    lost = [m for m in adapter.factors if m not in names]
+    if lost and (strict or not found):
+        raise TargetError(
+            f"{len(lost)} of the adapter's {len(adapter.factors)} modules are not in this {type(model).__name__}: {listing(lost, 3)}{did_you_mean(lost[0], names)}\n"
+            "  is it an adapter for another model? strict=False attaches the rest and lists these"
+        )
+    check_adaptable(names, found)
+    first: dict[int, str] = {}
+    for m, module in found.items():
+        parts = adapter.factors[m].parts
+        if parts is not None:
+            check_packed(m, module, len(parts))
+        if first.setdefault(id(module), m) != m:
+            raise TargetError(f"the adapter holds factors for '{first[id(module)]}' and '{m}', which are one module in this model")
+    return found, dict.fromkeys(lost, "no such module in this model")
+
+
+def saved_for(model: nn.Module, adapter: Adapter, strict: bool, skipped: dict[str, str]) -> list[str]:
+    own = dict(model.named_parameters(remove_duplicate=False))
+    lost = [n for n in adapter.saved if n not in own]
+    buffers = [n for n in lost if n in dict(model.named_buffers())]
+    if buffers and strict:
+        raise TargetError(
+            f"the adapter holds running values of the base ({listing(buffers, 3)}), which lorakit cannot switch\n"
+            "  strict=False attaches the rest and leaves these as the base has them"
+        )
+    if lost and strict:
+        raise TargetError(
+            f"{len(lost)} weights that the adapter saved whole are not in this {type(model).__name__}: {listing(lost, 3)}{did_you_mean(lost[0], own)}"
+        )
+    skipped |= dict.fromkeys(lost, "no such parameter in this model")
+    for n, value in adapter.saved.items():
+        if n in own and own[n].shape != value.shape:
+            raise AdapterError(f"saved weight '{n}' has shape {list(value.shape)}; the model's has {list(own[n].shape)}")
+    return [n for n in adapter.saved if n in own]
+
+
+def fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters that a fresh adapter trains whole, with their starting values: save_modules, and biases as asked."""
+    values: dict[str, Tensor] = {}
+    for name, module in find_saved(model, config).items():
+        own = {f"{name}.{n}": p for n, p in base_parameters(module)}
+        if not own:
+            raise TargetError(f"'{name}' has no parameters to train (LoraConfig.save_modules)")
+        running = [n for n, _ in module.named_buffers() if n in module.state_dict() and not is_adapter_key(n)]
+        if running:
+            raise TargetError(
+                f"'{name}' also keeps running values ({listing(running, 3)}), which an adapter cannot hold (LoraConfig.save_modules)\n"
+                "  name the modules inside or beside it that have none"
+            )
+        values |= own
+    if config.bias == "lora_only":
+        values |= {f"{m}.bias": p for m, module in targets.items() for n, p in base_parameters(module) if n == "bias"}
+    elif config.bias == "all":
+        values |= {n: p for n, p in base_parameters(model) if n == "bias" or n.endswith(".bias")}
+    # A weight that several modules share (tied embeddings) is trained for all of them.
+    shared = {id(p) for p in values.values()}
+    return values | {n: p for n, p in base_parameters(model) if id(p) in shared}
+
+
+def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
+    expected = adapter.metadata.get("fingerprint")
+    if expected and not force:
+        lines = differences(expected, dict(base_parameters(model)), architecture_of(model))
+        if lines:
+            raise AdapterError(
+                "the adapter was trained on another base:\n  "
+                + "\n  ".join(lines)
+                + "\n  load that base, or attach(..., force=True) if you know better"
+            )
+
+
+def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """A weight used by two modules, of which one is adapted, cannot hold ΔW for that one alone."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and not isinstance(module, LoraFactors):
+            users.setdefault(id(weight), []).append(name)
+    for m, layer in layers.items():
+        others = [n for n in users.get(id(layer.weight), []) if n != m]  # type: ignore[attr-defined]
+        if others:
+            raise StateError(
+                f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"
+                "  keep the adapter unmerged, or give the module a weight of its own first:\n"
+                f"  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings = False"
+            )
