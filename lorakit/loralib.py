@@ -23,7 +23,7 @@ from .errors import ConfigError, did_you_mean
 from .ops.blocks import expand_packed
 from .ops.delta import delta, delta_rows
 from .ops.exact import Undo, add_, subtract_
-from .ops.linear import add_low_rank
+from .ops.linear import add_low_rank, add_packed
 
 __all__ = [
     "Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear",
@@ -196,14 +196,7 @@ class MergedLinear(Linear):
             self.weight.data = self.weight.data.T.contiguous()
 
     def _add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        B = self._blocks().to(y.dtype)
-        down = F.linear(x.to(y.dtype), self.lora_A.to(y.dtype)).unflatten(-1, (B.shape[0], -1))  # [..., n, r]
-        parts, used = list(y.chunk(len(self.enable_lora), -1)), 0
-        for i, enabled in enumerate(self.enable_lora):
-            if enabled:
-                parts[i] = torch.add(parts[i], F.linear(down[..., used, :], B[used]), alpha=self.scaling)
-                used += 1
-        return torch.cat(parts, -1)
+        return add_packed(y, x, self.lora_A, self._blocks(), self.scaling, tuple(self.enable_lora))
 
     def _blocks(self) -> Tensor:
         """B as [n, out/parts, r]."""

@@ -373,4 +373,4 @@ def test_memory_is_a_few_blocks_and_not_one_tensor(tmp_path):
     child = subprocess.run(
         [sys.executable, "-c", PEAK, base, tmp_path / "adapter", tmp_path / "out"], capture_output=True, text=True, check=True
     )
-    assert float(child.stdout) < 64, "MB beyond what stood before; one tensor is 128 MB"
+    assert float(child.stdout) < 100, "MB beyond what stood before; one tensor is 128 MB"

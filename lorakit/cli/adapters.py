@@ -23,7 +23,8 @@ def inspect(
     else:
         from ..formats import load
 
-        told = describe_adapter(load(source, **({"alpha": alpha} if alpha is not None else {})), source)
+        options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
+        told = describe_adapter(load(source, **options), source)
     if json_output:
         print(json.dumps(told.to_dict()))
     else:

@@ -26,9 +26,11 @@ def demo(
     from rich.table import Table
     from rich.text import Text
 
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give a folder (--out)")
+    if out.exists() and any(out.iterdir()) and not (out / "run").is_dir():
+        raise ConfigError(f"{out} is not empty and not a demo's folder; give another (--out)")  # --force does not remove it either
     if out.exists() and force:
-        if any(out.iterdir()) and not (out / "run").is_dir():
-            raise ConfigError(f"{out} is not a demo's folder, so --force does not remove it")
         shutil.rmtree(out)
 
     from ..demo import run

@@ -34,7 +34,7 @@ def evaluate(
     from ..evaluate.compare import evaluate as judge
 
     base, tokenizer, names = load(model, adapter or [], precision)
-    longest = getattr(base.config, "max_position_embeddings", None) or "auto"
+    longest: int | Literal["auto"] = getattr(base.config, "max_position_embeddings", None) or "auto"
     rows = read_rows(data, split, limit)
     dataset = build(rows, tokenizer, columns=pairs(columns, "--columns") or None, template=template, max_length=longest)
     console = Console()

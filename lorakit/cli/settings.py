@@ -98,16 +98,26 @@ def _value(info: FieldInfo, given: Any) -> Any:
     if not isinstance(given, str):
         return given
     origins = [get_origin(k) or k for k in _kinds(info.annotation)]
+    if (dict in origins and given.startswith("{")) or (list in origins and str not in origins and given.startswith("[")):
+        return _yaml(given)  # for what has commas of its own
     if dict in origins:
         pairs = [part.partition("=") for part in given.split(",") if part]
         if not all(sep for _, sep, _ in pairs):
             raise ConfigError(f"expected NAME=VALUE,... (got '{given}')")
-        return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+        return {name.strip(): _yaml(value) for name, _, value in pairs}
     if list in origins and (str not in origins or "," in given):
-        return [yaml.safe_load(part) if str not in _members(info.annotation) else part.strip() for part in given.split(",") if part.strip()]
-    if origins == [str]:
-        return given
-    return yaml.safe_load(given) if given else given
+        return [_yaml(part) if str not in _members(info.annotation) else part.strip() for part in given.split(",") if part.strip()]
+    if str in origins:
+        value = _yaml(given)
+        return value if float in origins and isinstance(value, int | float) else given
+    return _yaml(given) if given else given
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the field says what it expected
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +48,10 @@ def _train(
     from ..train.progress import Progress
 
     result = run(settings, Progress(quiet=quiet or json_output))
-    again = f"lorakit train --config {settings.out}/config.yaml"
+    code = 0 if result.adapter is not None else 1
+    if os.environ.get("RANK", "0") != "0":  # of several processes (accelerate launch, torchrun) the first one speaks
+        return code
+    again = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
     if json_output:
         import dataclasses
         import json
@@ -61,9 +66,13 @@ def _train(
             else f"{result.step} steps"
         )
         best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-        print(f"{how} in {result.seconds:.0f} s{best}; adapter: {result.adapter}")
-        print(f"next: lorakit eval {settings.data} --model {settings.model} --adapter {result.adapter}")
-    return 0 if result.adapter is not None else 1
+        data, out = shlex.quote(settings.data), shlex.quote(str(result.adapter))
+        if settings.method == "full":
+            print(f"{how} in {result.seconds:.0f} s{best}; model: {result.adapter}\nnext: lorakit eval {data} --model {out}")
+        else:
+            print(f"{how} in {result.seconds:.0f} s{best}; adapter: {result.adapter}")
+            print(f"next: lorakit eval {data} --model {shlex.quote(settings.model)} --adapter {out}")
+    return code
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.blocks import expand_packed
-from ..ops.linear import add_low_rank, frozen_linear, needs_plain
+from ..ops.linear import add_low_rank, add_packed, frozen_linear, needs_plain
 from .layer import LoraFactors, LoraLayer, Shapes
 
 
@@ -78,18 +78,6 @@ def packed_shapes(sizes: tuple[int, int], parts: tuple[bool, ...], rank: int) ->
     """A [n·r, in] and B [n, out/parts, r] of a packed projection."""
     size_in, size_out = sizes
     return (sum(parts) * rank, size_in), (sum(parts), size_out // len(parts), rank)
-
-
-def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...]) -> Tensor:
-    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]."""
-    x = x.to(y.dtype)
-    down = F.linear(x, A.to(y.dtype)).unflatten(-1, (B.shape[0], -1))  # [..., n, r]
-    pieces, used = list(y.chunk(len(parts), dim=-1)), 0
-    for i, adapted in enumerate(parts):
-        if adapted:
-            pieces[i] = pieces[i] + scale * F.linear(down[..., used, :], B[used].to(y.dtype))
-            used += 1
-    return torch.cat(pieces, dim=-1)
 
 
 class PackedLayer(LinearLayer):

@@ -38,6 +38,18 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tenso
     return _FrozenLinear.apply(x, W, bias, A, B, scale)
 
 
+def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...]) -> Tensor:
+    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]."""
+    x = x.to(y.dtype)
+    down = F.linear(x, A.to(y.dtype)).unflatten(-1, (B.shape[0], -1))  # [..., n, r]
+    pieces, used = list(y.chunk(len(parts), dim=-1)), 0
+    for i, adapted in enumerate(parts):
+        if adapted:
+            pieces[i] = pieces[i] + scale * F.linear(down[..., used, :], B[used].to(y.dtype))
+            used += 1
+    return torch.cat(pieces, dim=-1)
+
+
 def _low_rank_gradients(ctx, g: Tensor, x: Tensor, down: Tensor, A: Tensor, B: Tensor):
     """Returns s·(g B): [N, r] and the gradients of A and B, each only where it is needed. g: [N, out], x: [N, in], down: [N, r]."""
     inner = (g @ B.to(g.dtype)).mul_(ctx.scale) if ctx.low_rank_input else None

@@ -91,7 +91,7 @@ def load_newest(folder: Path) -> Loaded | None:
     """The newest checkpoint, or None. Leftovers of a write that was killed are removed."""
     if folder.is_dir():
         for leftover in folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # another process of this run may be at it too
     steps = found(folder)
     if not steps:
         return None
@@ -111,7 +111,7 @@ def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer) 
     put(loaded.parameters, parameters)
     for name, parameter in parameters.items():
         state = {key.rpartition(".")[2]: value for key, value in loaded.optimizer.items() if key.rpartition(".")[0] == name}
-        optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 
 def put(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:

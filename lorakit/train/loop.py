@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .interrupt import Interrupt, listening
 from .loss import summed_loss
 from .progress import Progress
 from .report import write_report
+from .run_folder import FREE
 from .setup import Job, set_up, trained_in
 from .trackers import Trackers
 
@@ -63,12 +65,12 @@ class _Run:
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, torch.Tensor] = {}
         self.step, self.spent = 0, 0.0
+        self.last_loss: float | None = None
         self._resume()
         self.model = job.accelerator.prepare_model(job.model)  # the same object, or its DistributedDataParallel
         self.trackers = Trackers(self.config) if job.accelerator.is_main_process else None
-        self.prompts = samples.prompts_for(self.config, job.tokenizer, job.held_out)
+        self.prompts = samples.prompts_for(self.config, job.model, job.tokenizer, job.held_out)
         self.base_answers: list[str] = []
-        self.last_loss: float | None = None
 
     def go(self, interrupt: Interrupt) -> Result:
         job, config = self.job, self.config
@@ -85,11 +87,12 @@ class _Run:
             if self.step % every == 0 or last:
                 self._evaluate()
                 self._sample()
-            if self.step % saving == 0 or last or self.early.stop or interrupt.wanted:
+            stopped = self._agreed(interrupt)
+            if self.step % saving == 0 or last or self.early.stop or stopped:
                 self._save()
-            if interrupt.wanted and not last:
+            if stopped and not last:
                 self.progress.stop()
-                return self._result(None, interrupt.wanted)
+                return self._result(None, stopped)
         return self._finish()
 
     def _optimizer_step(self, items: list[Item]) -> dict[str, Any]:
@@ -98,13 +101,17 @@ class _Run:
         torch.manual_seed((config.seed << 32) + self.step * accelerator.num_processes + accelerator.process_index)
         tokens = trained_in(items)
         mine = items[accelerator.process_index :: accelerator.num_processes]
+        # A last batch may have fewer rows than there are processes. One without a row still has to take part in the exchange
+        # of gradients: it computes some row and counts it as nothing.
+        weight = accelerator.num_processes / tokens if mine else 0.0
+        mine = mine or items[:1]
         parts = [mine[i : i + self.job.micro_batch.value] for i in range(0, len(mine), self.job.micro_batch.value)]
         total = torch.zeros((), device=accelerator.device)
         for i, part in enumerate(parts):
             batch = {k: v.to(accelerator.device) for k, v in collate(part, self.job.pad_id).items()}
             with accelerator.no_sync(self.model) if i + 1 < len(parts) else contextlib.nullcontext():
                 # DistributedDataParallel averages over processes; the sum over all of them is what is divided by `tokens`.
-                loss = summed_loss(self.model, batch) * (accelerator.num_processes / tokens)
+                loss = summed_loss(self.model, batch) * weight
                 accelerator.backward(loss)
             total += loss.detach()
         loss_value = float(accelerator.reduce(total, "mean"))
@@ -139,7 +146,8 @@ class _Run:
         measured = perplexity(self.job.model, self.job.held_out, self.job.pad_id, batch_size=self.config.batch_size)
         if self.early.better(measured.loss, self.step):
             self.best = {n: p.detach().cpu().clone() for n, p in checkpoint.trainable(self.job.model).items()}
-        self._log({"step": self.step, "held_out_loss": round(measured.loss, 5), "held_out_perplexity": round(measured.perplexity, 4)})
+        perplexed = round(measured.perplexity, 4) if math.isfinite(measured.perplexity) else None  # JSON has no infinity
+        self._log({"step": self.step, "held_out_loss": round(measured.loss, 5), "held_out_perplexity": perplexed})
 
     def _sample(self) -> None:
         if not (self.prompts and self.job.accelerator.is_main_process):
@@ -152,7 +160,7 @@ class _Run:
 
     def _save(self) -> None:
         if self.job.accelerator.is_main_process:
-            state = {"early_stop": self.early.state(), "seconds": self.spent, "steps": self.job.steps}
+            state = {"early_stop": self.early.state(), "loss": self.last_loss, "seconds": self.spent, "steps": self.job.steps}
             checkpoint.save(self.job.folder.checkpoints, self.step, self.job.model, self.optimizer, self.best, state, self.config.keep)
         self.job.accelerator.wait_for_everyone()
 
@@ -164,6 +172,7 @@ class _Run:
             return
         checkpoint.restore(loaded, self.job.model, self.optimizer)
         self.best, self.step, self.spent = loaded.best, loaded.state["step"], loaded.state["seconds"]
+        self.last_loss = loaded.state["loss"]
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
         if self.job.accelerator.is_main_process:
             self.job.folder.rewind(self.step)
@@ -189,16 +198,25 @@ class _Run:
         return result
 
     def _metadata(self) -> dict[str, Any]:
-        """What travels with the adapter."""
+        """What travels with the adapter: nothing that depends on the clock, so that equal runs write equal files."""
         job = self.job
         return {
-            "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in ("out", "data")},
+            "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE | {"data"}},
             "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train)},
-            "metrics": {"steps": self.step, "loss": self.last_loss, "held_out_loss": self.early.best_loss, "seconds": round(self.spent, 1)},
+            "metrics": {"steps": self.step, "loss": self.last_loss, "held_out_loss": self.early.best_loss},
         }
 
     def _result(self, adapter: Path | None, stopped: str | None) -> Result:
         return Result(adapter, self.step, self.job.steps, self.last_loss, self.early.best_loss, self.early.best_step, self.spent, stopped)
+
+    def _agreed(self, interrupt: Interrupt) -> str | None:
+        """The signal to stop at, the same for every process: they get it at different steps, or only one does."""
+        accelerator = self.job.accelerator
+        if accelerator.num_processes == 1:
+            return interrupt.wanted
+        wanted = torch.tensor([float(signal.Signals[interrupt.wanted]) if interrupt.wanted else 0.0], device=accelerator.device)
+        most = int(accelerator.gather(wanted).max())
+        return signal.Signals(most).name if most else None
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.job.accelerator.is_main_process:

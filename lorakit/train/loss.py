@@ -35,44 +35,50 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     chosen = labels != IGNORED
     targets = labels[chosen]
     picked = Picked(chosen)
-    handle = _output_layer(model).register_forward_pre_hook(picked)
+    layer = _output_layer(model)
+    handles = [layer.register_forward_pre_hook(picked), layer.register_forward_hook(picked.note)]
     try:
         # No attention mask: rows are padded on the right, and a causal model never looks there; the plain causal kernel is
         # faster. The last position predicts nothing that is known, so it is not computed.
         logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if picked.hidden is None:
         raise TrainError(f"{type(model).__name__} did not call its output layer, so the loss over trained positions cannot be computed")
     if logits.dim() == 2:
         return F.cross_entropy(logits.float(), targets, reduction="sum")
-    return _chunked(_output_layer(model), picked.hidden, logits, targets)
+    if picked.made is None or not torch.equal(picked.made, logits):  # found by comparing, so no list of architectures has to be right
+        raise TrainError(
+            "this architecture changes its logits after the output layer, so its loss cannot be made in chunks\n"
+            f"  use a smaller micro_batch (the logits of this one would be over {MAX_LOGITS_BYTES >> 20} MiB)"
+        )
+    return _chunked(layer, picked.hidden, targets, rows=max(1, MAX_LOGITS_BYTES // (4 * logits.shape[-1])))
 
 
 class Picked:
     """The hook: hands the output layer the trained positions only, flattened, or, where their logits are too large, one of them."""
 
     def __init__(self, chosen: Tensor):
-        self.chosen, self.hidden = chosen, None
+        self.chosen = chosen
+        self.hidden: Tensor | None = None
+        self.made: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        self.hidden = args[0][self.chosen]  # [N, width]
-        rows, vocabulary = self.hidden.shape[0], getattr(layer, "out_features", 0)
+        hidden = self.hidden = args[0][self.chosen]  # [N, width]
+        rows, vocabulary = hidden.shape[0], getattr(layer, "out_features", 0)
         if rows * vocabulary * 4 <= MAX_LOGITS_BYTES:
-            return self.hidden, *args[1:]
-        return self.hidden[:1, None], *args[1:]  # [1, 1, width]: three axes tell that there is more
+            return hidden, *args[1:]
+        return hidden[:1, None], *args[1:]  # [1, 1, width]: three axes tell that there is more
+
+    def note(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """What the output layer made of the one position, to be compared with what the model returns."""
+        if output.dim() == 3:
+            self.made = output.detach().clone()  # a copy, as the model may go on with it in place
 
 
-def _chunked(layer: nn.Module, hidden: Tensor, sample: Tensor, targets: Tensor) -> Tensor:
-    """The loss of all `hidden` in chunks; `sample`: what the model made of the first row's logits."""
-    with torch.no_grad():
-        plain = layer(hidden[:1])
-    if not torch.equal(plain, sample[0]):  # found by comparing, so no list of architectures has to be right
-        raise TrainError(
-            "this architecture changes its logits after the output layer, so its loss cannot be made in chunks\n"
-            f"  use a smaller micro_batch (the logits of this one would be over {MAX_LOGITS_BYTES >> 20} MiB)"
-        )
-    rows = max(1, MAX_LOGITS_BYTES // (4 * sample.shape[-1]))
+def _chunked(layer: nn.Module, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """The loss of all `hidden`, so many rows of logits at once."""
 
     def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(layer(part).float(), wanted, reduction="sum")
@@ -82,7 +88,7 @@ def _chunked(layer: nn.Module, hidden: Tensor, sample: Tensor, targets: Tensor) 
 
 
 def _output_layer(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "module", model)  # DistributedDataParallel
+    inner: Any = getattr(model, "module", model)  # DistributedDataParallel
     layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if layer is None:
         raise TrainError(f"{type(inner).__name__} has no output embeddings (get_output_embeddings); a language model is expected")

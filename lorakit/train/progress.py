@@ -53,7 +53,8 @@ class Progress:
         if self.quiet:
             return
         if "held_out_loss" in row:
-            self._say(f"step {row['step']:>5}  held-out loss {row['held_out_loss']:.4f}  perplexity {row['held_out_perplexity']:.2f}")
+            perplexity = "beyond floating point" if row["held_out_perplexity"] is None else f"{row['held_out_perplexity']:.2f}"
+            self._say(f"step {row['step']:>5}  held-out loss {row['held_out_loss']:.4f}  perplexity {perplexity}")
             return
         # Smoothed, as single batches jump.
         self._loss = row["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * row["loss"]
@@ -96,11 +97,11 @@ def _facts(job: Job, step: int) -> Table:
     rows = [
         ("model", f"{config.model}, {base:,} parameters, {_name(job.dtype.value)} ({job.dtype.reason})"),
         ("device", f"{device}, {processes} process{'es' if processes > 1 else ''}, {_threads(device)}"),
-        ("adapter", f"{what}{trained:,} trainable ({100 * trained / total:.2g} %)"),
+        ("adapter", f"{what}{trained:,} trainable ({_short_number(100 * trained / total)} %)"),
         ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}"),
         ("length", f"at most {data.max_length} tokens ({data.max_length_reason}){left_out}"),
         ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
-        ("steps", f"{job.steps:,} ({job.steps / defaults.steps_per_epoch(config, len(job.train)):.2g} epochs)"),
+        ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} epochs)"),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
     ]
@@ -115,7 +116,7 @@ def _threads(device: Any) -> str:
     import torch
 
     return (
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
         if device.type == "cpu"
         else torch.cuda.get_device_name()
         if device.type == "cuda"
@@ -134,6 +135,10 @@ def _memory() -> str:
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _short_number(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
 def _short(text: str, most: int = 110) -> str:

@@ -55,9 +55,9 @@ def _chart(rows: list[dict[str, Any]], width: int = 800, height: int = 300, edge
 
 
 def _samples(folder: RunFolder) -> str:
-    files = sorted(folder.samples.glob("step-*.json"), key=lambda p: int(p.stem.removeprefix("step-"))) if folder.samples.is_dir() else []
+    files = folder.sampled()
     if not files:
         return "<p>None were taken.</p>"
-    rows = json.loads(files[-1].read_text(encoding="utf8"))
+    rows = json.loads(files[-1][1].read_text(encoding="utf8"))
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(row[k])}</td>" for k in ("prompt", "base", "tuned")) + "</tr>" for row in rows)
     return f"<table><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{cells}</table>"

@@ -1,4 +1,5 @@
-"""A run's folder: what was asked (`config.yaml`), what was measured (`metrics.jsonl`), checkpoints, samples, the result.
+"""A run's folder: what was asked (`config.yaml`), of which rows (`rows.sha256`), what was measured (`metrics.jsonl`), checkpoints,
+samples, the result.
 
 A run started on its own folder goes on; with another config it is refused, and the difference shown.
 """
@@ -13,16 +14,19 @@ import yaml
 
 from ..errors import TrainError
 from ..formats.files import replacing, write_text
+from .checkpoint import found
 from .config import TrainConfig
 
 # Settings that do not change what is computed, so that a run may go on with others.
 FREE = {"out", "track", "keep", "threads", "save_every", "sample_prompts", "sample_tokens"}
+TEMPORARY = ".*.tmp"  # what `formats.files.replacing` names a file that is being written
 
 
 class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.rows_hash = self.path / "rows.sha256"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
@@ -30,24 +34,46 @@ class RunFolder:
         self.model = self.path / "model"
         self.report = self.path / "report.html"
 
-    def open(self, config: TrainConfig, data_hash: str) -> None:
-        """Make the folder, or check that it is this run's. TrainError with the differing settings if it is another's."""
-        now = config.model_dump() | {"data_hash": data_hash}
-        if self.config.exists():
-            then = yaml.safe_load(self.config.read_text(encoding="utf8"))
-            changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and then.get(k) != now.get(k)]
-            if changed:
-                lines = "\n".join(f"  {k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in changed)
-                raise TrainError(
-                    f"{self.path} holds a run with other settings, so this one cannot go on from it:\n{lines}\n"
-                    "give another folder (--out), or the same settings to resume"
-                )
-            return
-        if self.path.exists() and any(self.path.iterdir()):
-            raise TrainError(f"{self.path} is not empty and holds no run (no config.yaml); give another folder (--out)")
-        self.path.mkdir(parents=True, exist_ok=True)
+    def open(self, config: TrainConfig, rows_hash: str) -> None:
+        """Make the folder, or check that it is this run's. TrainError with the differing settings if it is another's.
+
+        A run that failed before its first checkpoint has nothing to go on from, so it is begun anew with any settings.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise TrainError(f"{self.path} is a file; give a folder (--out)")
+        if not self.rows_hash.exists():
+            if self.path.is_dir() and not all(p.match(TEMPORARY) for p in self.path.iterdir()):
+                raise TrainError(f"{self.path} is not empty and holds no run; give another folder (--out)")
+        else:
+            # What writes that were killed left behind; the run's own files never have such names.
+            for leftover in self.path.rglob(TEMPORARY):
+                leftover.unlink(missing_ok=True)
+            if found(self.checkpoints):
+                self._check_same(config.model_dump(), rows_hash)
+                return
+        # This file first, as it tells that the folder is ours: whenever the run is killed, the next one knows it again.
+        write_text(self.rows_hash, rows_hash + "\n")
         text = "# Everything this run was started with, 'auto' included. Written by lorakit; resume by the same command.\n"
-        write_text(self.config, text + yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+        write_text(self.config, text + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+
+    def _check_same(self, now: dict[str, Any], rows_now: str) -> None:
+        rows_then = self.rows_hash.read_text(encoding="utf8").strip()
+        try:
+            then = yaml.safe_load(self.config.read_text(encoding="utf8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise TrainError(f"{self.config} cannot be read: {error}\n  give another folder (--out)") from error
+        if not isinstance(then, dict):
+            raise TrainError(f"{self.config} holds no settings; give another folder (--out)")
+        changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and then.get(k) != now.get(k)]
+        lines = [f"  {k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in changed]
+        if rows_then != rows_now:
+            lines.append(f"  the rows, as token ids: other ones now (SHA-256 {rows_then[:12]} then, {rows_now[:12]} now)")
+        if lines:
+            raise TrainError(
+                f"{self.path} holds a run with other settings, so this one cannot go on from it:\n"
+                + "\n".join(lines)
+                + "\ngive another folder (--out), or the same settings to resume"
+            )
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -58,16 +84,24 @@ class RunFolder:
         """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
         if not self.metrics.exists():
             return []
-        found = []
+        rows = []
         for line in self.metrics.read_text(encoding="utf8").splitlines():
             try:
-                found.append(json.loads(line))
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return found
+        return rows
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after a step, before the run is taken up there again."""
+        """Drop what was logged and sampled after a step, before the run is taken up there again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         with replacing(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf8")
+        for at, sample in self.sampled():
+            if at > step:
+                sample.unlink()
+
+    def sampled(self) -> list[tuple[int, Path]]:
+        """The files of samples and their steps, in order."""
+        files = self.samples.glob("step-*.json") if self.samples.is_dir() else []
+        return sorted((int(file.stem.removeprefix("step-")), file) for file in files)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..data.dataset import Item
 from ..data.render import render_prompt
-from ..evaluate.generate import generate
+from ..evaluate.generate import check_prompts, generate, positions_of
 from ..formats.files import write_text
 from ..model import activate, active
 from .config import TrainConfig
@@ -23,8 +24,8 @@ class Prompt:
     ids: list[int]
 
 
-def prompts_for(config: TrainConfig, tokenizer: Any, held_out: list[Item]) -> list[Prompt]:
-    """The configured prompts, or the first held-out rows that have one."""
+def prompts_for(config: TrainConfig, model: Any, tokenizer: Any, held_out: list[Item]) -> list[Prompt]:
+    """The configured prompts, or the first held-out rows that have one and leave room for an answer."""
     if config.sample_tokens == 0 or config.method == "full":  # there, no base is left to answer beside it
         return []
     if config.sample_prompts:
@@ -35,12 +36,15 @@ def prompts_for(config: TrainConfig, tokenizer: Any, held_out: list[Item]) -> li
             if plain
             else [render_prompt(m, tokenizer, config.template) for m in message]
         )
+        check_prompts(model, ids, config.sample_tokens, [f"sample prompt {text!r}" for text in config.sample_prompts])
         return [Prompt(text, i) for text, i in zip(config.sample_prompts, ids, strict=True)]
-    found = []
+    positions = positions_of(model)
+    room = math.inf if positions is None else positions - config.sample_tokens
+    found: list[Prompt] = []
     for item in held_out:
-        ids = item.ids[: _prompt_length(item)]
-        if ids and ids not in [p.ids for p in found]:
-            found.append(Prompt(tokenizer.decode(ids), ids))
+        beginning = item.ids[: _prompt_length(item)]
+        if 0 < len(beginning) <= room and beginning not in [p.ids for p in found]:
+            found.append(Prompt(tokenizer.decode(beginning), beginning))
         if len(found) == DEFAULT_PROMPTS:
             break
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from ..data.batches import batch_order
 from ..data.dataset import Dataset, Item, build, fingerprint, split
 from ..data.read import read_rows
 from ..errors import TrainError
+from ..evaluate.generate import positions_of
 from ..model import attach
 from ..models.base import Choice, choose_dtype, load_model, load_tokenizer
 from . import defaults
 from .config import TrainConfig
 from .run_folder import RunFolder
+from .trackers import check_trackers
 
 
 @dataclass
@@ -48,18 +50,19 @@ class Job:
         return [self.train[i] for i in self._order[place]]
 
     _epoch: int = -1
-    _order: list[list[int]] | None = None  # type: ignore[assignment]
+    _order: list[list[int]] = field(default_factory=list)
 
 
 def set_up(config: TrainConfig) -> Job:
     """Everything up to the first step. Raises LorakitError for bad settings, data, or a base that does not load."""
     from accelerate import Accelerator
 
+    check_trackers(config)
     if config.threads != "auto":
         torch.set_num_threads(int(config.threads))
     tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
     data, train, held_out = _data(config, tokenizer)
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")  # the base's precision is `config.precision`; factors are float32
     device = accelerator.device
     full = config.method == "full"
     dtype = Choice(torch.float32, "full fine-tuning has no other copy of the weights") if full else choose_dtype(config.precision, device)
@@ -69,7 +72,7 @@ def set_up(config: TrainConfig) -> Job:
         folder.open(config, data_hash)
     accelerator.wait_for_everyone()
     model = load_model(config.model, dtype.value, device, config.revision, config.trust_remote_code)
-    _check_length(model, data, config)
+    _check_model(model, train + held_out, config)
     torch.manual_seed(config.seed)
     if not full:
         attach(model, config.lora())
@@ -78,6 +81,8 @@ def set_up(config: TrainConfig) -> Job:
         model.enable_input_require_grads()
     steps = defaults.total_steps(config, len(train))
     longest = max(len(item.ids) for item in train)
+    if device.type == "cpu" and longest <= defaults.PLAIN_ATTENTION:
+        model.set_attn_implementation("eager")
     pad = tokenizer.pad_token_id
     return Job(
         config, folder, accelerator, model, tokenizer, data, train, held_out, steps,
@@ -108,13 +113,18 @@ def trained_in(items: list[Item]) -> int:
     return sum(sum(item.trained[1:]) for item in items)
 
 
-def _check_length(model: Any, data: Dataset, config: TrainConfig) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and data.max_length > positions:
+def _check_model(model: Any, items: list[Item], config: TrainConfig) -> None:
+    """What would fail at the first batch or, worse, at the first evaluation."""
+    if model.config.is_encoder_decoder:
+        raise TrainError(f"{config.model} is an encoder-decoder ({type(model).__name__}); the loss here is that of a decoder-only model")
+    positions = positions_of(model)
+    longest = max(items, key=lambda item: len(item.ids))
+    if positions is not None and len(longest.ids) > positions:
         raise TrainError(
-            f"max_length is {data.max_length} ({data.max_length_reason}), and {config.model} has {positions} positions\n  set max_length to {positions} or less"
+            f"{longest.row.where}: {len(longest.ids)} tokens, and {config.model} has {positions} positions\n"
+            f"  set max_length to {positions} or less; what becomes of longer rows is set by on_long"
         )
 
 
 def _width(model: Any) -> int | None:
-    return getattr(model.config, "hidden_size", None)
+    return getattr(model.config.get_text_config(), "hidden_size", None)

@@ -9,13 +9,17 @@ from ..errors import TrainError
 from .config import TrainConfig
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """TrainError if one that is asked for is not installed."""
+    for name in config.track:
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(f"track: {name} is not installed\n  pip install 'lorakit[{name}]', or leave it out")
+
+
 class Trackers:
-    """Logs numbers to what `config.track` names. TrainError at once if one is not installed."""
+    """Logs numbers to what `config.track` names."""
 
     def __init__(self, config: TrainConfig):
-        for name in config.track:
-            if importlib.util.find_spec(name) is None:
-                raise TrainError(f"track: {name} is not installed\n  pip install 'lorakit[{name}]', or leave it out")
         self._board: Any = None
         self._wandb: Any = None
         if "tensorboard" in config.track:
