@@ -63,9 +63,12 @@ class MergeReport:
 
     def table(self) -> Table:
         """A row per target and the warnings below, for rich."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=self.headline(), title_justify="left", caption="\n".join(self.warnings) or None, caption_justify="left")
+        table = Table(
+            box=box.SIMPLE, title=self.headline(), title_justify="left", caption="\n".join(self.warnings) or None, caption_justify="left"
+        )
         table.add_column("target", overflow="fold")
         for column in ("shape", "rank", "largest |ΔW|", "written", "changed"):
             table.add_column(column, justify="right")

@@ -16,28 +16,20 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """The same, returning the exit code."""
-    import click
-
     from ..errors import ConfigError, LorakitError
     from .app import app
 
     try:
-        result = app(args, prog_name="lorakit", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except ConfigError as error:
-        print(f"lorakit: {error}", file=sys.stderr)
-        return 2
+        app(args, prog_name="lorakit")  # typer prints usage errors itself, with the nearest option, and exits with 2
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's for Ctrl-C
+            print("lorakit: stopped", file=sys.stderr)
+            return 1
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
         print(f"lorakit: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, click.Abort):
-        print("lorakit: stopped", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return 0

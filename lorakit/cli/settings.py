@@ -59,7 +59,9 @@ def commented(cls: type[Strict], values: dict[str, Any], skip: tuple[str, ...] =
         if name in skip:
             continue
         default = 32 if name == "alpha" else info.get_default(call_default_factory=True)
-        shown = yaml.safe_dump({name: values.get(name, default)}, allow_unicode=True, default_flow_style=None, width=1000).strip()
+        # As the one element of a flow list, whose brackets go: that writes any value on the one line of its name.
+        value = yaml.safe_dump([values.get(name, default)], allow_unicode=True, default_flow_style=True, width=1 << 20).strip()[1:-1]
+        shown = f"{name}: {value}"
         lines += [f"# {info.description}", shown if name in values else f"# {shown}", ""]
     return "\n".join(lines)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
 from .settings import commented, read_config, with_flags
+
+if TYPE_CHECKING:
+    from ..train.loop import Result
 
 _SKIP = ("base",)
 _HEAD = "# A lorakit training run:  lorakit train --config {name}\n# Lines that are commented out show the defaults.\n\n"
@@ -37,7 +42,7 @@ def _train(
     config: Annotated[Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last line")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
-) -> int:
+) -> None:
     """Train one adapter. Started again on its own folder, a run goes on where it stopped."""
     values = (read_config(config) if config else {}) | flags
     if "data" not in values:
@@ -48,31 +53,26 @@ def _train(
     from ..train.progress import Progress
 
     result = run(settings, Progress(quiet=quiet or json_output))
-    code = 0 if result.adapter is not None else 1
-    if os.environ.get("RANK", "0") != "0":  # of several processes (accelerate launch, torchrun) the first one speaks
-        return code
-    again = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
-    if json_output:
-        import dataclasses
-        import json
+    if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) the first one speaks
+        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _last_words(result, settings))
+    if result.adapter is None:
+        raise typer.Exit(1)
 
-        print(json.dumps(dataclasses.asdict(result), default=str))
-    elif result.adapter is None:
-        print(f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\nnext: {again}   # goes on from there")
-    else:
-        how = (
-            f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
-            if result.stopped
-            else f"{result.step} steps"
-        )
-        best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-        data, out = shlex.quote(settings.data), shlex.quote(str(result.adapter))
-        if settings.method == "full":
-            print(f"{how} in {result.seconds:.0f} s{best}; model: {result.adapter}\nnext: lorakit eval {data} --model {out}")
-        else:
-            print(f"{how} in {result.seconds:.0f} s{best}; adapter: {result.adapter}")
-            print(f"next: lorakit eval {data} --model {shlex.quote(settings.model)} --adapter {out}")
-    return code
+
+def _last_words(result: Result, settings: TrainConfig) -> str:
+    """How it ended, and what to type next."""
+    if result.adapter is None:
+        again = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
+        return f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\nnext: {again}   # goes on from there"
+    how = f"{result.step} steps"
+    if result.stopped:
+        how = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
+    best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
+    data, out = shlex.quote(settings.data), shlex.quote(str(result.adapter))
+    if settings.method == "full":
+        return f"{how} in {result.seconds:.0f} s{best}; model: {result.adapter}\nnext: lorakit eval {data} --model {out}"
+    judge = f"lorakit eval {data} --model {shlex.quote(settings.model)} --adapter {out}"
+    return f"{how} in {result.seconds:.0f} s{best}; adapter: {result.adapter}\nnext: {judge}"
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

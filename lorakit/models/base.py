@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,16 +106,32 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: st
 
 def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     path = model_path(name)
-    if name == EMBEDDED or Path(path).is_dir():
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    local = Path(path).is_dir()
+    if local:
         options |= {"local_files_only": True, "revision": None}
     try:
-        return kind.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
+        with _quietly(local):
+            return kind.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise LorakitError(
             f"cannot load '{name}' with {kind.__name__}: {first}\n  expected a model folder, a hub id, or '{EMBEDDED}'"
         ) from error
+
+
+@contextmanager
+def _quietly(local: bool) -> Iterator[None]:
+    """Without transformers' progress bar for files that are here anyway; a download keeps its bar."""
+    from transformers.utils import logging
+
+    hide = local and logging.is_progress_bar_enabled()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
 
 
 def _looks_like_adapter(path: Path) -> str:
