@@ -78,11 +78,16 @@ def layer_at(model: nn.Module, name: str) -> LoraLayer:
     return model.get_submodule(name)  # type: ignore[return-value]
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base's own modules, each under its first name: without factors, and without what keeps whole weights."""
+    for name, module in model.named_modules():
+        if not (isinstance(module, LoraFactors | saved.SavedParameters) or f".{saved.CHILD}." in f".{name}."):
+            yield name, module
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The base's own parameters by their own names, whatever is attached or active."""
-    for module_name, module in model.named_modules():
-        if isinstance(module, LoraFactors | saved.SavedParameters) or ".lora_saved" in f".{module_name}":
-            continue
+    for module_name, module in base_modules(model):
         child = saved.saved_of(module)
         own = child.get(saved.BASE) if child else {}
         for name, parameter in module._parameters.items():

@@ -17,6 +17,14 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 65536  # beyond any sensible rank
 
 
+# PEFT's names of the settings that hold the same values.
+PEFT_NAMES = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "target_modules": "targets",
+    "exclude_modules": "exclude", "layers_to_transform": "layers", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+    "use_rslora": "rslora", "modules_to_save": "save_modules", "task_type": "task", "base_model_name_or_path": "base", "revision": "revision",
+}  # fmt: skip
+
+
 class Strict(BaseModel):
     """A frozen settings object that refuses unknown keys (with the nearest name) and says what was wrong with a value."""
 
@@ -39,7 +47,9 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "settings"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{cls.__name__} has no setting '{where}'{did_you_mean(where, cls.model_fields)}")
+            ours = PEFT_NAMES.get(where)
+            hint = f"; PEFT's '{where}' is '{ours}' here" if ours in cls.model_fields else did_you_mean(where, cls.model_fields)
+            lines.append(f"{cls.__name__} has no setting '{where}'{hint}")
         elif item["type"] == "value_error":
             lines.append(f"{cls.__name__}.{where}: {item['ctx']['error']!s}")
         else:

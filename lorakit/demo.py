@@ -91,6 +91,8 @@ def run(
     if compare:
         say(f"   and full fine-tuning, {result.steps} steps")
         full = train(config.replace(method="full", out=str(out / "full")), Progress(console))
+        if full.adapter is None:
+            raise TrainError(f"stopped by {full.stopped} after step {full.step}; lorakit demo --compare goes on from there")
         texts["full"], score = judge(
             load_model(str(full.adapter), torch.float32, device), tokenizer, tests, "full fine-tuning", full.seconds
         )

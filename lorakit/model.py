@@ -7,6 +7,7 @@ kept on the model itself: there is no global state and no wrapper.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -30,7 +31,7 @@ from .attached import (
     state_of,
 )
 from .config import LoraConfig
-from .errors import StateError, listing
+from .errors import AdapterError, StateError, listing
 from .fit import check_base, check_tied, fresh_saved, modules_for, saved_for
 from .layers import fastpath, saved
 from .layers.layer import LoraFactors, LoraLayer, child_name
@@ -58,6 +59,10 @@ def attach(
     `force=True` attaches although the base differs from the one the adapter was trained on.
     Raises TargetError, AdapterError or StateError, and then leaves the model as it was.
     """
+    if not isinstance(adapter, LoraConfig | Adapter):
+        raise AdapterError(
+            f"attach(model, adapter): got a {_kind(adapter)}\n  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
+        )
     state = state_of(model, create=False) or State()
     check_new_name(state, name)
     if state.merged is not None:
@@ -153,11 +158,15 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
 def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     """Choose what the model computes with: one adapter, several with weights (their updates are summed), or None, the base alone."""
     state = state_of(model)
+    if not isinstance(which, str | Mapping | None):
+        raise StateError(
+            f"activate(model, which): got a {_kind(which)}\n  expected a name, None, or names with weights such as {{'a': 0.7, 'b': 0.3}}"
+        )
     wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
     for name, weight in wanted.items():
         attached_of(state, name)
-        if not torch.isfinite(torch.tensor(float(weight))):
-            raise StateError(f"the weight of adapter '{name}' is {weight}; expected a finite number")
+        if not (isinstance(weight, int | float) and math.isfinite(weight)):
+            raise StateError(f"the weight of adapter '{name}' is {weight!r}; expected a finite number")
     if state.merged is not None:
         raise StateError(f"{names_of(state.merged)} is merged into the base; lorakit.unmerge(model) before activating another")
     holding = [n for n in wanted if state.adapters[n].saved]
@@ -223,6 +232,8 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     plain merged model; "undo" restores the base first.
     """
     state = state_of(model)
+    if merged not in (None, "keep", "undo"):
+        raise StateError(f"detach(model, merged={merged!r}): expected 'keep' or 'undo'")
     if state.merged is not None:
         if merged is None:
             raise StateError(
@@ -266,6 +277,10 @@ def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None
         if keep_saved:
             saved.adopt_as_base(model, name)
         saved.forget(model, name)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -89,3 +89,8 @@ def test_an_unknown_name_of_lorakit_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
         _ = lk.atach
     assert "attach" in dir(lk)
+
+
+def test_a_setting_under_pefts_name_is_told_ours():
+    with pytest.raises(ConfigError, match=r"'target_modules'; PEFT's 'target_modules' is 'targets' here"):
+        lk.LoraConfig(target_modules=["q_proj"])

@@ -160,3 +160,28 @@ def test_weights_in_channels_last_order_merge_and_come_back():
     torch.testing.assert_close(tiny.logits(model), before, atol=1e-5, rtol=1e-5)
     lk.unmerge(model)
     assert tiny.same_bits(tiny.bits(model), base)
+
+
+def test_a_weight_shared_under_another_name_is_not_merged():
+    model = tiny.embedder()
+    model.register_parameter("projection", model.emb.weight)
+    tiny.randomise_factors(lk.attach(model, lk.LoraConfig(rank=2, targets=["emb"])))
+    with pytest.raises(StateError, match="'emb' shares its weight with projection"):
+        lk.merge(model)
+
+
+def test_a_module_that_another_adapter_saves_whole_can_be_merged(tiny_mlp):
+    lk.attach(tiny_mlp, lk.LoraConfig(rank=2, targets=["lin0"], save_modules=["head"]), name="whole")
+    tiny.randomise_factors(lk.attach(tiny_mlp, lk.LoraConfig(rank=2, targets=["lin0", "head"]), name="low"))
+    before, base = tiny.logits(tiny_mlp), tiny.bits(tiny_mlp)
+    lk.merge(tiny_mlp)
+    torch.testing.assert_close(tiny.logits(tiny_mlp), before)
+    lk.unmerge(tiny_mlp)
+    assert tiny.same_bits(tiny.bits(tiny_mlp), base)
+
+
+def test_detach_takes_keep_or_undo(tiny_mlp):
+    lk.attach(tiny_mlp, lk.LoraConfig(rank=2))
+    lk.merge(tiny_mlp)
+    with pytest.raises(StateError, match="expected 'keep' or 'undo'"):
+        lk.detach(tiny_mlp, merged="keepp")

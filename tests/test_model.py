@@ -268,3 +268,22 @@ def test_a_model_that_accelerate_has_hooked_computes_with_the_adapter(offload, t
     assert torch.equal(tiny.logits(model), base)
     tiny.randomise_factors(model)
     assert lk.capture(model).rank == 4
+
+
+def test_an_adapter_with_its_own_head_meets_a_base_whose_head_is_fresh(tiny_bert):
+    config = lk.LoraConfig(rank=2, targets=["query", "value"], task="SEQ_CLS")
+    adapter = lk.capture(tiny.randomise_factors(lk.attach(tiny_bert, config)))
+    other = tiny.bert()
+    torch.nn.init.normal_(other.classifier.weight)  # as `from_pretrained` of a base without a head leaves it
+    assert torch.equal(tiny.logits(lk.attach(other, adapter)), tiny.logits(tiny_bert))
+    third = tiny.bert()
+    for parameter in third.bert.parameters():
+        torch.nn.init.normal_(parameter)
+    with pytest.raises(AdapterError, match="another base"):
+        lk.attach(third, adapter)
+
+
+@pytest.mark.parametrize("wrong", ["a/path", {"rank": 4}, None])
+def test_attach_takes_a_config_or_an_adapter(wrong, tiny_mlp):
+    with pytest.raises(AdapterError, match=r"expected a lorakit.LoraConfig, or lorakit.Adapter.load"):
+        lk.attach(tiny_mlp, wrong)

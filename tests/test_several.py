@@ -177,3 +177,11 @@ def test_the_summary_counts_and_names_what_is_attached(tiny_llama):
     assert "2 x 24x16" in text
     assert "left out: lm_head" in text
     assert "'default'" in text
+
+
+def test_activate_takes_a_name_or_weights(tiny_mlp):
+    lk.attach(tiny_mlp, lk.LoraConfig(rank=2))
+    with pytest.raises(StateError, match="got a list"):
+        lk.activate(tiny_mlp, ["default"])
+    with pytest.raises(StateError, match="is 'much'; expected a finite number"):
+        lk.activate(tiny_mlp, {"default": "much"})

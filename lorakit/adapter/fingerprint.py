@@ -23,7 +23,7 @@ def fingerprint(parameters: Mapping[str, Tensor], architecture: str) -> dict[str
     chosen = [matrices[i * (len(matrices) - 1) // max(SAMPLED - 1, 1)] for i in range(SAMPLED)] if matrices else []
     return {
         "architecture": architecture,
-        "parameters": sum(p.numel() for p in parameters.values()),
+        "parameters": sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),  # a tied weight once
         "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
         "samples": {name: _numbers(parameters[name]) for name in dict.fromkeys(chosen) if not parameters[name].is_meta},
     }

@@ -32,4 +32,7 @@ def run(args: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # no space, no permission: the message names the file
+        print(f"lorakit: {error}", file=sys.stderr)
+        return 1
     return 0

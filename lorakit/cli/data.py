@@ -37,9 +37,10 @@ def show(
     from ..data.show import show as print_rows
     from ..models.base import load_tokenizer
 
+    renamed = pairs(columns, "--columns") or None  # before anything is loaded
     tokenizer = load_tokenizer(model)
     dataset = build(
-        read_rows(data, split), tokenizer, columns=pairs(columns, "--columns") or None, template=template, train_on=train_on,
+        read_rows(data, split), tokenizer, columns=renamed, template=template, train_on=train_on,
         max_length="auto" if max_length is None else max_length, on_long=on_long,
     )  # fmt: skip
     if json_output:

@@ -33,10 +33,11 @@ def evaluate(
     from ..data.read import read_rows
     from ..evaluate.compare import evaluate as judge
 
+    renamed = pairs(columns, "--columns") or None  # before anything is loaded
     base, tokenizer, names = load(model, adapter or [], precision)
     longest: int | Literal["auto"] = getattr(base.config, "max_position_embeddings", None) or "auto"
     rows = read_rows(data, split, limit)
-    dataset = build(rows, tokenizer, columns=pairs(columns, "--columns") or None, template=template, max_length=longest)
+    dataset = build(rows, tokenizer, columns=renamed, template=template, max_length=longest)
     console = Console()
     with console.status("loading") as status:
         report = judge(

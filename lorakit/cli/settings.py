@@ -100,7 +100,7 @@ def _value(info: FieldInfo, given: Any) -> Any:
     if not isinstance(given, str):
         return given
     origins = [get_origin(k) or k for k in _kinds(info.annotation)]
-    if (dict in origins and given.startswith("{")) or (list in origins and str not in origins and given.startswith("[")):
+    if (dict in origins and given.startswith("{")) or (list in origins and given.startswith("[") and given.endswith("]")):
         return _yaml(given)  # for what has commas of its own
     if dict in origins:
         pairs = [part.partition("=") for part in given.split(",") if part]

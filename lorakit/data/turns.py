@@ -34,7 +34,12 @@ class Message:
 
 
 def conversation(turns: object, column: str, row: Row) -> tuple[Message, ...]:
-    """The messages of one row's list of turns."""
+    """The messages of one row's list of turns, which may be given as JSON text (in a CSV file it can only be that)."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try:
+            turns = json.loads(turns)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{row.where}: {column}, column {error.colno}: broken JSON: {error.msg}") from error
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else type(turns).__name__
         raise DataError(

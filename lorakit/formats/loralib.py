@@ -23,7 +23,13 @@ from .files import read_tensors, replacing, write_tensors
 def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
     """Read a loralib state dict. AdapterError without `alpha`, or where the file is not one."""
     if path.is_dir():
-        raise AdapterError(f"{path} is a folder without an adapter_config.json; a loralib checkpoint is one file")
+        inside = next((p.parent for p in sorted(path.glob("*/adapter_config.json"))), None)
+        hint = (
+            f"\n  there is an adapter inside it: {inside}"
+            if inside
+            else "\n  expected PEFT's folder, or loralib's checkpoint, which is one file"
+        )
+        raise AdapterError(f"{path} is no adapter: the folder has no adapter_config.json{hint}")
     tensors, _ = read_tensors(path)
     modules = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     if not modules:
@@ -49,7 +55,7 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
 
 def write(adapter: Adapter, path: Path) -> Path:
     """Write a loralib state dict (`.safetensors` by name, else torch's pickle). One alpha for all modules is needed."""
-    alphas = {f.scale * f.rank for f in adapter.factors.values()}
+    alphas = {float(f"{f.scale * f.rank:.9g}") for f in adapter.factors.values()}  # 32 / 49 * 49 is not quite 32
     if len(alphas) > 1:
         raise AdapterError(f"loralib has one alpha for a model; this adapter has {sorted(alphas)}")
     tensors: dict[str, Tensor] = dict(adapter.saved)

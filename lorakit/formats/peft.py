@@ -16,7 +16,6 @@ import math
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
@@ -64,9 +63,9 @@ def read(path: Path) -> Adapter:
     return Adapter(config, factors, saved, ours).check()
 
 
-def write(adapter: Adapter, path: Path, dtype: torch.dtype | None = None) -> Path:
-    """Write PEFT's folder. `dtype` changes the precision of the factors (as they are, by default)."""
-    adapter = (adapter.to(dtype) if dtype else adapter).check()
+def write(adapter: Adapter, path: Path) -> Path:
+    """Write PEFT's folder."""
+    adapter.check()
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}

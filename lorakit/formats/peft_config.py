@@ -8,15 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import LoraConfig, matches
+from ..config import PEFT_NAMES, LoraConfig, matches
 from ..errors import AdapterError, ConfigError
-
-# PEFT's name -> ours, where the value is the same.
-_SAME = {
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "target_modules": "targets",
-    "exclude_modules": "exclude", "layers_to_transform": "layers", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
-    "use_rslora": "rslora", "modules_to_save": "save_modules", "task_type": "task", "base_model_name_or_path": "base", "revision": "revision",
-}  # fmt: skip
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless they hold these values.
 _UNSUPPORTED = {
@@ -36,7 +29,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig,
             raise AdapterError(
                 f"{where}: {key} is {values[key]!r}: {name} is not supported\n  merge it into its base with the tool that made it"
             )
-    ours: dict[str, Any] = {our: values[theirs] for theirs, our in _SAME.items() if values.get(theirs) is not None}
+    ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if values.get(theirs) is not None}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)
     if isinstance(ours.get("layers"), int):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, LoraConfig, ends_with, matches, pattern_matches
-from ..errors import TargetError, listing, nearest
+from ..errors import TargetError, did_you_mean, listing, nearest
 from .layer import LoraFactors
 from .linear import LinearLayer
 from .saved import SavedParameters
@@ -182,7 +182,13 @@ def _size_out(module: nn.Module) -> int:
 def _check_each_matches(names: list[str], wanted: str | list[str], setting: str) -> None:
     if isinstance(wanted, str):
         if not any(matches(name, wanted) for name in names):
-            hint = _suggestion(wanted, names) if re.fullmatch(r"[\w.]+", wanted) else "\n  a string is a regular expression for whole names"
+            ends = sum(ends_with(name, wanted) for name in names)
+            if ends:
+                hint = f"\n  a string is a regular expression for whole names; ['{wanted}'] or '.*{wanted}' is for the {ends} that end so"
+            elif re.fullmatch(r"[\w.-]+", wanted):
+                hint = did_you_mean(wanted, [ALL_LINEAR]) or _suggestion(wanted, names)
+            else:
+                hint = "\n  a string is a regular expression for whole names"
             raise TargetError(f"no module matches the pattern '{wanted}' (LoraConfig.{setting}){hint}")
         return
     missing = [entry for entry in wanted if not any(ends_with(name, entry) for name in names)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, LorakitError, did_you_mean
+from ..errors import ConfigError, LorakitError, did_you_mean, listing
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,14 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: st
 
     config = load_config(name, revision, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _from_pretrained(kind, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
+    model, loaded = _from_pretrained(
+        kind, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers draws them at random and only warns
+        raise LorakitError(
+            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n  is it complete, and a language model?"
+        )
     return model.to(device).eval()
 
 
@@ -109,10 +116,12 @@ def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     local = Path(path).is_dir()
     if local:
         options |= {"local_files_only": True, "revision": None}
+    from safetensors import SafetensorError
+
     try:
         with _quietly(local):
             return kind.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise LorakitError(
             f"cannot load '{name}' with {kind.__name__}: {first}\n  expected a model folder, a hub id, or '{EMBEDDED}'"

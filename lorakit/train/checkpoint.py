@@ -74,9 +74,14 @@ def save(
         sync_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    prune(folder, keep)
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`."""
     for old in found(folder)[:-keep]:
         shutil.rmtree(folder / f"{PREFIX}{old}")
-    return final
 
 
 def found(folder: Path) -> list[int]:

@@ -176,6 +176,7 @@ class _Run:
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
         if self.job.accelerator.is_main_process:
             self.job.folder.rewind(self.step)
+            checkpoint.prune(self.job.folder.checkpoints, self.config.keep)  # a kill may have come before its turn
 
     def _finish(self) -> Result:
         """Write the adapter: the parameters of the best held-out loss, or the last ones where nothing was held out."""

@@ -12,7 +12,7 @@ from .run_folder import RunFolder
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top}"
+    "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top;white-space:pre-wrap}"
     "svg{width:100%;height:auto}.train{stroke:#9ab;fill:none}.held{stroke:#c40;fill:none;stroke-width:2}text{font-size:12px;fill:#555}"
 )
 

@@ -178,6 +178,7 @@ def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
         ({"instruction": "i", "output": "o", "history": [["a"]]}, ["history", "pairs"]),
         ({"messages": []}, ["an empty list"]),
         ({"messages": "hello"}, ["list of turns", "str"]),
+        ({"messages": '[{"role": "user"'}, ["messages, column", "broken JSON"]),
         ({"messages": ["hello"]}, ["messages[0]", "object"]),
         ({"messages": [{"role": "asistant", "content": "x"}]}, ["unknown role 'asistant'", "did you mean 'assistant'"]),
         ({"messages": [{"content": "x"}]}, ["unknown role None"]),
@@ -202,3 +203,9 @@ def test_what_cannot_be_trained_on_is_named_with_file_and_row(rows, row, words):
 
 def test_no_rows_is_an_error():
     refused([], "no rows")
+
+
+def test_a_conversation_may_be_json_text_as_in_a_csv(rows):
+    text = json.dumps([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
+    shape, (example,) = read_examples(rows({"messages": text}))
+    assert (shape, turns(example)) == ("messages", PAIR)

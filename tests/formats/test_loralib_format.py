@@ -144,3 +144,10 @@ def test_ranks_of_their_own_are_kept(tmp_path):
     assert {m: f.rank for m, f in again.factors.items()} == {"lin0": 3, "lin1": 2, "head": 3}
     assert {m: again.config.rank_of(m) for m in again.factors} == {"lin0": 3, "lin1": 2, "head": 3}
     assert torch.equal(tiny.logits(lk.attach(tiny.mlp(), again)), tiny.logits(lk.attach(tiny.mlp(), value)))
+
+
+def test_a_scale_that_is_no_exact_fraction_is_still_one_alpha(tmp_path):
+    config = lk.LoraConfig(rank=16, targets=["lin0", "lin1"], rank_pattern={"lin1": 49})  # 32 / 49 * 49 < 32
+    lk.capture(lk.attach(tiny.mlp(), config)).save(tmp_path / "x.pt", format="loralib", dtype=torch.float16)
+    again = lk.Adapter.load(tmp_path / "x.pt", alpha=32)
+    assert {m: (f.rank, f.A.dtype) for m, f in again.factors.items()} == {"lin0": (16, torch.float16), "lin1": (49, torch.float16)}

@@ -1,0 +1,412 @@
+"""The command line: help without torch, exit codes, errors, and the whole way from data to a merged model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_lm
+import torch
+import yaml
+
+import lorakit as lk
+from lorakit.cli import run
+from lorakit.evaluate import generate
+from lorakit.models.base import load_model
+from lorakit.train.config import TrainConfig
+from lorakit.version import VERSION
+
+VERBS = ["demo", "init", "data", "data show", "train", "eval", "generate", "chat", "inspect", "merge"]
+SETTINGS = [
+    "--rank", "4", "--steps", "6", "--batch-size", "4", "--learning-rate", "2e-2", "--precision", "fp32", "--threads", "1",
+    "--sample-tokens", "0",
+]  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_lm.save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(tiny_lm.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny_lm.rows()))
+
+
+@pytest.fixture(scope="module")
+def trained(model, data, tmp_path_factory):
+    """A run's folder, made by `lorakit train`."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert run(["train", "--model", model, "--data", data, "--out", str(out), "--quiet", *SETTINGS]) == 0
+    return out
+
+
+@pytest.fixture
+def lorakit(capsys, monkeypatch):
+    """`lorakit(*args)`: exit code, what was printed, what was said on stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args, stdin: str | None = None):
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = run([str(arg) for arg in args])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+# ------------------------------------------------------------------------------------- help and version
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["train", "--help"], ["merge", "--help"]])
+def test_help_and_version_need_no_torch(args):
+    code = (
+        "import sys, lorakit.cli\n"
+        f"code = lorakit.cli.run({args!r})\n"
+        "heavy = [m for m in ('torch', 'transformers', 'datasets', 'accelerate', 'numpy') if m in sys.modules]\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert VERSION in done.stdout if args == ["--version"] else "Usage: lorakit" in done.stdout
+
+
+def test_the_version_is_the_packages(lorakit):
+    assert lorakit("--version") == (0, f"lorakit {VERSION}\n", "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_page_of_help(lorakit, verb):
+    code, out, _ = lorakit(*verb.split(), "--help")
+    assert code == 0
+    assert f"Usage: lorakit {verb}" in out
+    assert lorakit(*verb.split(), "-h")[1] == out
+
+
+def test_the_help_names_every_verb(lorakit):
+    asked, wrong = lorakit("--help"), lorakit()
+    assert (asked[0], wrong[0]) == (0, 2)
+    for told in (asked[1], wrong[2]):
+        assert all(f"\n  {verb}" in told for verb in VERBS if " " not in verb)
+
+
+def test_train_has_a_flag_for_every_setting_with_its_text(lorakit):
+    _, out, _ = lorakit("train", "--help")
+    words = " ".join(out.split())
+    for name, info in TrainConfig.model_fields.items():
+        if name != "base":
+            assert f"--{name.replace('_', '-')}" in out, name
+            assert " ".join(info.description.split())[:40] in words, name
+
+
+# ------------------------------------------------------------------------------------- calls that are wrong
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["train", "--data", "x", "--rnk", "8"], "--rank"),
+        (["trian"], "train"),
+        (["train"], "no training data"),
+        (["train", "--data", "x", "--learning-rate", "fast"], "learning_rate"),
+        (["train", "--data", "x", "--precision", "int8"], "precision"),
+        (["train", "--config", "nowhere.yaml"], "there is no config file 'nowhere.yaml'"),
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "hi", "--temperature", "-1"], "temperature"),
+        (["generate", "hi", "--adapter", "a=x", "--adapter", "a=y"], "two adapters are named 'a'"),
+        (["data", "show", "x", "--columns", "prompt"], "--columns: expected NAME=VALUE"),
+        (["merge", "base"], "adapter"),
+        (["eval"], "data"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong_and_exits_with_2(lorakit, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = lorakit(*args)
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_key_in_the_file_names_the_nearest(lorakit, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: x\nlearning_rat: 1\n")
+    code, _, error = lorakit("train", "--config", path)
+    assert code == 2
+    assert "no setting 'learning_rat'; did you mean 'learning_rate'?" in error
+
+
+def test_a_job_that_fails_exits_with_1(lorakit, model, data, tmp_path):
+    for args, message in [
+        (["train", "--model", model, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "r"], "no such file"),
+        (["train", "--model", tmp_path / "none", "--data", data, "--out", tmp_path / "r"], "there is no model folder"),
+        (["generate", "hi", "--model", model, "--adapter", tmp_path / "none"], "no adapter at"),
+        (["inspect", tmp_path / "none"], "no adapter at"),
+        (["merge", model, tmp_path / "none", tmp_path / "out"], "no adapter at"),
+        (["eval", tmp_path / "none.jsonl", "--model", model], "no such file"),
+    ]:
+        code, out, error = lorakit(*args)
+        assert (code, out) == (1, ""), args
+        assert error.startswith("lorakit: ")
+        assert message in error
+        assert "Traceback" not in error
+
+
+def test_a_folder_that_cannot_be_written_is_no_traceback(lorakit, model, data):
+    code, _, error = lorakit("train", "--model", model, "--data", data, "--out", "/dev/null/run", "--quiet", *SETTINGS)
+    assert code == 1
+    assert error.startswith("lorakit: ")
+    assert "/dev/null" in error
+
+
+def test_a_target_that_is_not_there_is_a_wrong_job_with_the_nearest_name(lorakit, model, data, tmp_path):
+    code, _, error = lorakit("train", "--model", model, "--data", data, "--out", tmp_path / "r", "--targets", "q_pro,v_proj", *SETTINGS)
+    assert code == 1
+    assert "did you mean 'q_proj'?" in error
+
+
+# ------------------------------------------------------------------------------------- init and settings
+
+
+def test_init_writes_a_file_that_reads_back_as_the_defaults(lorakit, tmp_path):
+    path = tmp_path / "lorakit.yaml"
+    code, out, _ = lorakit("init", path, "--data", "my rows.jsonl", "--model", "some/model")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("next: lorakit data show 'my rows.jsonl'")
+    assert TrainConfig(**yaml.safe_load(path.read_text())) == TrainConfig(data="my rows.jsonl", model="some/model")
+    before = path.read_text()
+    code, _, error = lorakit("init", path)
+    assert code == 2
+    assert "--force" in error
+    assert path.read_text() == before
+    assert lorakit("init", path, "--force")[0] == 0
+    assert path.read_text() != before
+
+
+def test_init_train_and_the_written_config_go_together(lorakit, model, data, tmp_path):
+    path = tmp_path / "lorakit.yaml"
+    lorakit("init", path, "--data", data, "--model", model)
+    out = tmp_path / "run"
+    assert lorakit("train", "--config", path, "--out", out, "--quiet", *SETTINGS)[0] == 0
+    written = TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
+    assert (written.rank, written.out, written.data, written.clip) == (4, str(out), data, 1.0)
+    code, told, error = lorakit("train", "--config", out / "config.yaml")
+    assert code == 0, error
+    assert "going on at step 6" in told
+
+
+def test_flags_win_over_the_file(lorakit, model, data, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"data": "elsewhere.jsonl", "rank": 2, "dropout": 0.5, "steps": 1, "group_by_length": False}))
+    args = ["--config", path, "--data", data, "--model", model, "--out", tmp_path / "r", "--rank", "4", "--threads", "1"]
+    code, _, error = lorakit("train", *args, "--group-by-length", "--quiet", "--sample-tokens", "0")
+    assert code == 0, error
+    config = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
+    assert (config["rank"], config["dropout"], config["steps"], config["group_by_length"]) == (4, 0.5, 1, True)
+
+
+def test_going_on_with_another_rank_fails_with_the_difference(lorakit, trained):
+    code, _, error = lorakit("train", "--config", trained / "config.yaml", "--rank", "8")
+    assert code == 1
+    assert "rank: 4 then, 8 now" in error
+
+
+# ------------------------------------------------------------------------------------- data show
+
+
+def test_data_show_marks_what_is_trained_and_says_what_is_next(lorakit, model, data):
+    code, out, _ = lorakit("data", "show", data, "--model", model, "--rows", "2")
+    assert code == 0
+    first = tiny_lm.rows()[0]
+    assert f"{first['prompt']}⟦{first['completion']}</s>⟧" in out
+    assert out.count("tokens, ") >= 2
+    assert out.splitlines()[-1] == f"next: lorakit train --data {data} --model {model}"
+
+
+def test_data_show_as_json(lorakit, model, data):
+    code, out, _ = lorakit("data", "show", data, "--model", model, "--json", "--max-length", "40")
+    told = json.loads(out)
+    assert code == 0
+    assert (told["rows"], told["shape"], told["max_length"]) == (24, "prompt/completion", 40)
+    assert told["dropped"] == sum(len(r["prompt"]) + len(r["completion"]) + 1 > 40 for r in tiny_lm.rows())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c"\n', "row 2"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": ""}\n', "row 2: completion is empty"),
+        ('{"a": 1}\n', "row 1: unknown shape"),
+        ("", "the file is empty"),
+        (b'{"prompt": "\xe9"}\n', "line 1: byte 0xe9"),
+    ],
+)
+def test_data_show_names_file_and_row_of_bad_data(lorakit, model, tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, _, error = lorakit("data", "show", path, "--model", model)
+    assert code == 1
+    assert str(path) in error
+    assert message in error
+
+
+def test_data_show_with_other_column_names(lorakit, model, tmp_path):
+    path = tiny_lm.write_rows(tmp_path / "qa.jsonl", [{"q": "who?", "a": "me"}])
+    assert lorakit("data", "show", path, "--model", model)[0] == 1
+    code, out, _ = lorakit("data", "show", path, "--model", model, "--columns", "prompt=q,completion=a")
+    assert code == 0
+    assert "who?⟦me</s>⟧" in out
+
+
+# ------------------------------------------------------------------------------------- the whole way
+
+
+def test_train_says_what_came_out_and_what_is_next(lorakit, model, data, tmp_path):
+    out = tmp_path / "a run"
+    code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, *SETTINGS)
+    assert code == 0
+    *_, result, after = told.splitlines()
+    assert result.startswith("6 steps in ")
+    assert result.endswith(f"adapter: {out}/adapter")
+    assert after == f"next: lorakit eval {data} --model {model} --adapter '{out}/adapter'"
+
+
+def test_train_as_json_prints_nothing_else(lorakit, trained):
+    code, out, _ = lorakit("train", "--config", trained / "config.yaml", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert (told["step"], told["steps"], told["stopped"], told["adapter"]) == (6, 6, None, f"{trained}/adapter")
+
+
+def test_full_fine_tuning_leads_to_a_model_not_an_adapter(lorakit, model, data, tmp_path):
+    out = tmp_path / "full"
+    code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, "--method", "full", *SETTINGS)
+    assert code == 0
+    assert told.splitlines()[-1] == f"next: lorakit eval {data} --model {out}/model"
+    assert lorakit("eval", data, "--model", out / "model", "--no-text")[0] == 0
+
+
+def test_eval_puts_base_and_adapter_side_by_side(lorakit, model, data, trained):
+    args = ["eval", data, "--model", model, "--adapter", f"mine={trained}/adapter", "--precision", "fp32", "--max-new-tokens", "4"]
+    code, out, _ = lorakit(*args, "--json", "--limit", "6")
+    base, mine = json.loads(out)["results"]
+    assert code == 0
+    assert (base["adapter"], mine["adapter"]) == (None, "mine")
+    assert base["rows"] == mine["rows"] == 6
+    assert mine["loss"] < base["loss"] - 0.2
+    assert 0 <= mine["scores"]["bleu"] <= 100
+    code, out, _ = lorakit(*args, "--samples", "1")
+    assert code == 0
+    assert "perplexity" in out
+    assert "BLEU" in out
+    assert out.splitlines()[-1] == f"next: lorakit chat --model {model} --adapter mine={trained}/adapter"
+    code, out, _ = lorakit("eval", data, "--model", model, "--no-text")
+    assert code == 0
+    assert "BLEU" not in out
+    assert out.splitlines()[-1] == f"next: lorakit train --data {data} --model {model}"
+
+
+def test_generate_answers_with_the_adapter_and_without(lorakit, model, trained):
+    args = ["--model", model, "--precision", "fp32", "--max-new-tokens", "8"]
+    code, out, _ = lorakit("generate", r"Ada: 3\n", *args, "--json")
+    base = json.loads(out)
+    assert code == 0
+    assert base["prompt"] == "Ada: 3\n"
+    tuned = json.loads(lorakit("generate", r"Ada: 3\n", *args, "--adapter", f"{trained}/adapter", "--json")[1])
+    assert tuned["text"] != base["text"]
+    assert lorakit("generate", *args, stdin="Ada: 3\n")[1] == base["text"] + "\n"
+    sampled = [lorakit("generate", "Ada", *args, "--temperature", "2", "--seed", seed)[1] for seed in "778"]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_chat_template_is_used_where_there_is_one(lorakit, model, tmp_path):
+    code, _, error = lorakit("generate", "hi", "--model", model, "--template", "chat")
+    assert code == 2
+    assert "no chat template" in error
+    folder = tiny_lm.save(tmp_path / "chat", chat_template=tiny_lm.CHATML)
+    args = ["--model", folder, "--precision", "fp32", "--max-new-tokens", "4", "--json"]
+    texts = [json.loads(lorakit("generate", p, *args, "--template", t)[1])["text"] for p, t in
+             [("hi", "chat"), ("hi", "auto"), ("<user>hi<assistant>", "none")]]  # fmt: skip
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_chat_talks_and_obeys_its_commands(lorakit, model, trained):
+    lines = ["Ada: 3\\n", "", "/base", "Ada: 3\\n", "/adapter adapter", "Ada: 3\\n", "/adapter nobody", "/what", "/reset", "/quit", "never"]
+    args = ["--model", model, "--adapter", trained / "adapter", "--precision", "fp32", "--temperature", "0", "--max-new-tokens", "6"]
+    code, out, _ = lorakit("chat", *args, stdin="\n".join(lines) + "\n")
+    assert code == 0
+    answers = out.split("> ")[1:]
+    assert len(answers) == len(lines) - 1
+    assert answers[0] == answers[5] != answers[3]
+    assert "no adapter named 'nobody' is attached" in answers[6]
+    assert "/adapter NAME" in answers[7]
+
+
+def test_chat_remembers_the_conversation_and_ends_with_its_input(lorakit, tmp_path, monkeypatch):
+    real, asked = generate.stream, []
+
+    def stream(model, tokenizer, ids, **settings):
+        asked.append(tokenizer.decode(ids))
+        return real(model, tokenizer, ids, **settings)
+
+    monkeypatch.setattr(generate, "stream", stream)
+    folder = tiny_lm.save(tmp_path / "chat", chat_template=tiny_lm.CHATML)
+    args = ["--model", folder, "--precision", "fp32", "--temperature", "0", "--max-new-tokens", "4", "--system", "be brief"]
+    code, out, _ = lorakit("chat", *args, stdin="hi\nhi\n/reset\nhi")
+    assert code == 0
+    answers = [answer.rstrip("\n") for answer in out.split("> ")[1:]]
+    alone = "<system>be brief<user>hi<assistant>"
+    assert asked == [alone, f"{alone}{answers[0]}</s><user>hi<assistant>", alone]
+    assert out.endswith("\n")
+
+
+def test_a_conversation_longer_than_the_model_is_an_error_that_does_not_end_the_chat(lorakit, model):
+    code, out, _ = lorakit("chat", "--model", model, "--max-new-tokens", "4", stdin=f"{'x' * 95}\nshort\n/quit\n")
+    assert code == 0
+    assert "lorakit: " in out
+    assert out.count("> ") == 3
+
+
+def test_inspect_tells_what_is_in_an_adapter_and_in_a_model(lorakit, model, trained):
+    code, out, _ = lorakit("inspect", trained / "adapter")
+    assert code == 0
+    assert "rank 4, 3,712 parameters in 14 modules" in out
+    assert model in out
+    assert "q_proj" in out
+    told = json.loads(lorakit("inspect", trained / "adapter", "--json")[1])
+    assert len(told["modules"]) == 14
+    assert told["base"] == model
+    code, out, _ = lorakit("inspect", model, "--modules")
+    assert code == 0
+    assert "* model.layers.1.mlp.down_proj" in out
+    assert json.loads(lorakit("inspect", model, "--json")[1])["architecture"] == "LlamaForCausalLM"
+
+
+def test_merge_writes_a_model_with_the_adapters_answers(lorakit, model, trained, tmp_path):
+    out = tmp_path / "merged"
+    code, told, error = lorakit("merge", model, trained / "adapter", out)
+    assert code == 0, error
+    assert told.splitlines()[-1] == f"next: lorakit generate 'Once upon a time' --model {out}"
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        adapted = lk.attach(load_model(model, torch.float32, CPU), lk.Adapter.load(trained / "adapter"))(ids).logits
+        torch.testing.assert_close(load_model(str(out), torch.float32, CPU)(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+    code, _, error = lorakit("merge", model, trained / "adapter", out)
+    assert code == 1
+    assert "--force" in error
+    code, told, _ = lorakit("merge", model, trained / "adapter", out, "--force", "--json", "--dtype", "bf16")
+    assert code == 0
+    assert isinstance(json.loads(told), dict)
+    assert load_model(str(out), torch.bfloat16, CPU).dtype == torch.bfloat16
+    assert lorakit("generate", "Ada", "--model", out, "--max-new-tokens", "2")[0] == 0
+
+
+def test_a_closed_pipe_is_no_traceback(model, data):
+    command = f"{sys.executable} -c 'from lorakit.cli import main; main()' data show {data} --model {model} --rows 24 | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr

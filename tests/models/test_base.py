@@ -1,0 +1,144 @@
+"""Loading a base: what a name may be, which precision is chosen and why, and what is said of folders that are none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_lm
+import torch
+
+from lorakit.errors import ConfigError, LorakitError
+from lorakit.models import base
+from lorakit.models.base import choose_device, choose_dtype, load_config, load_model, load_tokenizer, model_path
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_lm.save(tmp_path_factory.mktemp("models") / "tiny-model")
+
+
+def test_the_embedded_model_is_a_folder_of_the_package():
+    path = base.embedded_folder()
+    assert model_path("embedded") == str(path)
+    assert (path / "config.json").is_file()
+    assert (path / "model.safetensors").is_file()
+
+
+def test_the_embedded_model_loads_with_its_tokenizer():
+    model = load_model("embedded", torch.float32, CPU)
+    tokenizer = load_tokenizer("embedded")
+    assert not model.training
+    assert len(tokenizer) <= model.config.vocab_size
+    assert tokenizer.eos_token_id is not None
+    assert tokenizer.decode(tokenizer("name[Blue Spice]\n").input_ids) == "name[Blue Spice]\n"
+
+
+def test_a_folder_is_taken_as_it_is_and_a_name_is_left_to_the_hub(folder):
+    assert model_path(str(folder)) == str(folder)
+    for name in ("gpt2", "Qwen/Qwen3-0.6B"):
+        assert model_path(name) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_comes_in_the_precision_asked_for_ready_to_generate(folder, dtype):
+    model = load_model(str(folder), dtype, CPU)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert not model.training
+    expected = tiny_lm.llama().to(dtype).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("{models}/tiny-mode", r"there is no model folder '.*tiny-mode'; did you mean 'tiny-model'\?"),
+        ("{models}/nowhere/at/all", "there is no model folder"),
+        ("./nowhere", "there is no model folder"),
+        ("{models}/file.txt", "is a file; expected a model folder"),
+        ("{models}/empty", "config.json is missing"),
+        ("{models}/adapter", "it is an adapter .*: give its base as the model"),
+    ],
+)
+def test_what_is_no_model_folder_is_said_with_what_to_do(tmp_path, name, message):
+    for made in ("tiny-model", "empty", "adapter"):
+        (tmp_path / made).mkdir()
+    (tmp_path / "tiny-model" / "config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(LorakitError, match=message):
+        load_tokenizer(name.format(models=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda f: (f / "config.json").write_text("{"),
+        lambda f: (f / "config.json").write_text("{}"),
+        lambda f: (f / "config.json").write_text(json.dumps({"model_type": "no-such-architecture"})),
+        lambda f: (f / "model.safetensors").unlink(),
+        lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100),
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+    ],
+    ids=["config cut off", "config empty", "unknown architecture", "no weights", "weights damaged", "weights cut off"],
+)
+def test_a_damaged_model_folder_is_an_error_that_names_it(tmp_path, break_it):
+    folder = tiny_lm.save(tmp_path / "m")
+    break_it(folder)
+    with pytest.raises(LorakitError) as error:
+        load_model(str(folder), torch.float32, CPU)
+    assert f"cannot load '{folder}'" in str(error.value)
+
+
+def test_weights_that_do_not_fit_the_config_are_an_error(tmp_path):
+    """Else transformers draws the missing ones at random, and training starts from noise."""
+    folder = tiny_lm.save(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(LorakitError, match=r"lacks weights .*model\.layers\.2\."):
+        load_model(str(folder), torch.float32, CPU)
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(LorakitError, match="cannot load"):
+        load_model(str(folder), torch.float32, CPU)
+
+
+def test_tied_weights_that_the_file_holds_once_lack_nothing(tmp_path):
+    folder = tiny_lm.save(tmp_path / "m", tiny_lm.llama(tied=True))
+    model = load_model(str(folder), torch.float32, CPU)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert load_model(str(tiny_lm.save(tmp_path / "g", tiny_lm.gpt2())), torch.float32, CPU).config.model_type == "gpt2"
+
+
+def test_the_config_alone_loads_too(folder, tmp_path):
+    assert load_config(str(folder)).hidden_size == 32
+    with pytest.raises(LorakitError):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_a_precision_that_is_asked_for_is_taken(name, dtype):
+    assert (choose_dtype(name, CPU).value, choose_dtype(name, CPU).reason) == (dtype, "as asked")
+
+
+@pytest.mark.parametrize("has, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_is_chosen_where_the_hardware_multiplies_it(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    for device in ("cpu", "cuda"):
+        choice = choose_dtype("auto", torch.device(device))
+        assert choice.value == dtype
+        assert "bf16" in choice.reason
+
+
+def test_an_unknown_precision_names_the_nearest():
+    with pytest.raises(ConfigError, match="unknown precision 'fp23'; did you mean 'fp32'"):
+        choose_dtype("fp23", CPU)
+
+
+def test_a_device_is_chosen_and_the_reason_said():
+    choice = choose_device()
+    assert isinstance(choice.value, torch.device)
+    assert choice.reason

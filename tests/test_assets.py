@@ -1,0 +1,71 @@
+"""The embedded model and data are what the documents say they are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lorakit.demo import ASSETS
+from lorakit.evaluate.slots import check_slots, parse_mr
+from lorakit.models.base import EMBEDDED, embedded_folder, load_model, load_tokenizer
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ASSETS / name).read_text(encoding="utf8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(EMBEDDED)
+
+
+def test_the_whole_test_set_is_there_with_every_reference():
+    tests = rows("test.jsonl")
+    assert len(tests) == len({t["prompt"] for t in tests}) == 630
+    assert sum(len(t["references"]) for t in tests) == 4693
+
+
+def test_no_test_meaning_is_trained_on():
+    assert not {t["prompt"] for t in rows("test.jsonl")} & {t["prompt"] for t in rows("train.jsonl")}
+
+
+def test_training_texts_state_what_their_meaning_says():
+    for row in rows("train.jsonl")[::50]:
+        found = check_slots(parse_mr(row["prompt"].strip()), row["completion"])
+        assert not found.missing
+        assert not found.wrong
+
+
+def test_the_embedded_model_is_a_small_tied_llama(tokenizer):
+    model = load_model(EMBEDDED, torch.float32, torch.device("cpu"))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(p.numel() for p in model.parameters()) == 5_868_800
+    assert len(tokenizer) == model.config.vocab_size == 4096
+    assert (embedded_folder() / "model.safetensors").stat().st_size < 13_000_000
+
+
+def test_the_embedded_model_prefers_english_to_shuffled_words(tokenizer):
+    model = load_model(EMBEDDED, torch.float32, torch.device("cpu"))
+    words = ["The", "little", "girl", "went", "to", "the", "park", "with", "her", "mother", "and", "they", "played", "all", "day"]
+
+    def loss(text: str) -> float:
+        ids = torch.tensor([tokenizer(text).input_ids])
+        with torch.no_grad():
+            return float(model(ids, labels=ids).loss)
+
+    assert loss(" ".join(words)) + 1 < loss(" ".join(reversed(words)))
+
+
+def test_the_tokenizer_gives_any_text_back_and_keeps_end_and_pad_apart(tokenizer):
+    for text in ("name[Café Adriatic], priceRange[£20-25]\n", "日本語 and emoji 🎉", "  two  spaces\tand a tab\n\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_others_data_and_weights_are_named_in_the_notice():
+    notice = (embedded_folder().parents[2] / "NOTICE").read_text(encoding="utf8")
+    for path in ("lorakit/assets/e2e/", "lorakit/assets/tiny-lm/", "tests/fixtures/peft_0.6.1/", "tests/fixtures/loralib_roberta_mnli/"):
+        assert path in notice

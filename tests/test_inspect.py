@@ -1,0 +1,160 @@
+"""What is in an adapter and in a model: norms against ΔW itself in float64, zero updates, modules."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import tiny_lm
+import torch
+
+import lorakit as lk
+from lorakit.adapter.factors import Factors
+from lorakit.errors import LorakitError
+from lorakit.inspect import describe_adapter, describe_model, is_model, norm
+
+
+def random(*shape: int) -> torch.Tensor:
+    made = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=made)
+
+
+KINDS = {
+    "linear": Factors(random(3, 7), random(5, 3), alpha=6.0),
+    "rslora": Factors(random(4, 7), random(5, 4), alpha=6.0, rslora=True),
+    "transposed": Factors(random(3, 7), random(5, 3), alpha=6.0, transposed=True),
+    "embedding": Factors(random(3, 20), random(6, 3), alpha=1.0, kind="embedding"),
+    "conv": Factors(random(3, 4, 3, 2), random(5, 3, 1, 1), alpha=2.0, kind="conv"),
+    "grouped conv": Factors(random(4, 2, 3), random(6, 4, 1), alpha=2.0, kind="conv", groups=2),
+    "one number": Factors(random(1, 1), random(1, 1), alpha=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_norm_is_that_of_the_update_itself(kind):
+    f = KINDS[kind]
+    update = f.scale * (f.B.flatten(1).double() @ f.A.flatten(1).double())
+    assert update.shape.numel() == f.delta().numel()
+    assert norm(f) == pytest.approx(float(update.norm()), rel=1e-12)
+    assert norm(f) == pytest.approx(float(f.delta().double().norm()), rel=1e-5)
+
+
+def test_the_norm_of_a_packed_projection_is_that_of_its_blocks():
+    model = tiny.mlp()
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["lin1"], packed={"lin1": [True, False, True]}))
+    tiny.randomise_factors(model)
+    f = lk.capture(model).factors["lin1"]
+    update = f.delta().double()  # [12, 20]
+    assert not update[4:8].any()
+    assert norm(f) == pytest.approx(float(update.norm()), rel=1e-6)
+
+
+def test_the_norm_of_pefts_grouped_convolution_is_that_of_what_it_computes():
+    """There B is grouped and A reads all channels: the update is that of two convolutions after each other, a plain kernel."""
+    A, B = random(4, 6, 3), random(8, 2, 1)
+    f = Factors(A, B, alpha=2.0, kind="conv", groups=2)
+    unit = torch.eye(6 * 3, dtype=torch.float64).reshape(18, 6, 3)  # each input of one place, in turn
+    inner = torch.nn.functional.conv1d(unit, A.double())
+    kernel = f.scale * torch.nn.functional.conv1d(inner, B.double(), groups=2)  # [18, 8, 1]
+    assert norm(f) == pytest.approx(float(kernel.norm()), rel=1e-12)
+
+
+def test_an_update_too_small_for_float32_is_not_zero_and_a_zero_one_is():
+    assert norm(Factors(random(2, 3) * 1e-25, random(4, 2) * 1e-25, 1.0)) > 0
+    assert norm(Factors(random(2, 3), torch.zeros(4, 2), 1.0)) == 0
+
+
+@pytest.fixture
+def adapter():
+    """Of a Llama, with one module whose ΔW is zero, a whole norm, and a recipe."""
+    model = lk.attach(
+        tiny.llama(), lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "down_proj"], save_modules=["norm"], base="some/base")
+    )
+    tiny.randomise_factors(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.lora_default.B.zero_()
+    made = lk.capture(model)
+    return lk.Adapter(made.config, made.factors, made.saved, {**made.metadata, "recipe": {"steps": 7}, "metrics": {"loss": 0.5}})
+
+
+def test_the_facts_of_an_adapter(adapter, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    facts = describe_adapter(adapter, "here")
+    told = facts.to_dict()
+    assert (told["base"], told["rank"], told["parameters"]) == ("some/base", 4, adapter.parameters)
+    by_name = {m["name"]: m for m in told["modules"]}
+    down = by_name["model.layers.0.mlp.down_proj"]
+    assert (down["size_in"], down["size_out"], down["rank"], down["alpha"], down["scale"], down["kind"]) == (24, 16, 4, 8, 2, "linear")
+    assert down["norm"] == pytest.approx(float(adapter.factors["model.layers.0.mlp.down_proj"].delta().norm()), rel=1e-5)
+    assert by_name["model.layers.1.mlp.down_proj"]["norm"] == 0
+    json.dumps(told)
+    facts.show()
+    out = capsys.readouterr().out
+    assert f"here: rank 4, {adapter.parameters:,} parameters in 4 modules; base: some/base" in out
+    assert "1 of 4 modules have ΔW = 0: they change nothing" in out
+    assert "saved whole: model.norm.weight [16]" in out
+    assert "recipe: steps 7" in out
+    assert "metrics: loss 0.5" in out
+    assert len([line for line in out.splitlines() if "down_proj" in line]) == 1
+    facts.show(every_module=True)
+    assert len([line for line in capsys.readouterr().out.splitlines() if "down_proj" in line]) == 2
+
+
+def test_a_trained_adapter_has_no_zero_update_to_report(adapter, capsys):
+    kept = {m: f for m, f in adapter.factors.items() if not m.endswith("1.mlp.down_proj")}
+    describe_adapter(lk.Adapter(adapter.config, kept), "here").show()
+    assert "ΔW = 0" not in capsys.readouterr().out
+
+
+def test_an_adapter_of_embeddings_and_of_saved_weights_alone_is_described(capsys):
+    model = tiny.randomise_factors(lk.attach(tiny.embedder(), lk.LoraConfig(rank=2, targets=["emb"])))
+    (facts,) = describe_adapter(lk.capture(model), "x").modules
+    assert (facts.kind, facts.size_in, facts.size_out) == ("embedding", 20, 8)
+    describe_adapter(lk.Adapter(lk.LoraConfig(), {}, {"head.bias": torch.zeros(3)}), "x").show()
+    assert "rank 0" in capsys.readouterr().out
+
+
+def test_a_models_modules_are_listed_without_its_weights(tmp_path, capsys):
+    folder = tiny_lm.save(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    facts = describe_model(str(folder))
+    assert facts.architecture == "LlamaForCausalLM"
+    assert facts.parameters == sum(p.numel() for p in tiny_lm.llama().parameters())
+    meant = {name for name, _, _, linear in facts.modules if linear}
+    attached = lk.capture(lk.attach(tiny_lm.llama(), lk.LoraConfig()))
+    assert meant == set(attached.factors)
+    assert {name for name, *_ in facts.modules} - meant == {"model.embed_tokens", "lm_head"}
+    facts.show()
+    out = capsys.readouterr().out
+    assert " * q_proj" in out
+    assert "Linear 32x32  x 2" in out
+    facts.show(every_module=True)
+    assert "model.layers.1.mlp.gate_proj" in capsys.readouterr().out
+
+
+def test_gpt2s_transposed_layers_are_listed(tmp_path):
+    facts = describe_model(str(tiny_lm.save(tmp_path / "m", tiny_lm.gpt2())))
+    assert ("transformer.h.0.attn.c_attn", "Conv1D", [32, 96], True) in facts.modules
+
+
+def test_a_model_and_an_adapter_are_told_apart(tmp_path, adapter):
+    assert is_model("embedded")
+    assert is_model(str(tiny_lm.save(tmp_path / "m")))
+    assert not is_model(str(adapter.save(tmp_path / "a")))
+    assert not is_model(str(tmp_path / "nothing"))
+
+
+def test_a_model_folder_with_a_broken_config_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(LorakitError, match="cannot load"):
+        describe_model(str(tmp_path))
+
+
+def test_norms_of_very_different_sizes_keep_their_digits():
+    """Where trace((BᵀB)(AAᵀ)) cancels, the result is small, not NaN."""
+    A = torch.stack([torch.ones(5), torch.ones(5)])
+    B = torch.stack([torch.ones(4), -torch.ones(4)], 1)  # the two ranks cancel exactly
+    found = norm(Factors(A, B, 1.0))
+    assert found == 0 or (math.isfinite(found) and found < 1e-6)

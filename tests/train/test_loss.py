@@ -1,0 +1,174 @@
+"""The loss over trained positions: its value and gradients against a plain computation in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_lm
+import torch
+import torch.nn.functional as F
+
+import lorakit as lk
+from lorakit.data.batches import collate
+from lorakit.errors import TrainError
+from lorakit.train import loss as loss_module
+from lorakit.train.loss import summed_loss, trained_tokens
+
+MAKERS = {"llama": tiny_lm.llama, "gpt2": tiny_lm.gpt2, "gemma2": tiny_lm.gemma2}
+LENGTHS = (5, 23, 9, 14)  # none a multiple of 8: every row is padded
+
+
+@pytest.fixture(params=MAKERS)
+def model(request):
+    """With an adapter whose ΔW is not zero, as training would leave it."""
+    made = lk.attach(MAKERS[request.param]().eval(), lk.LoraConfig(rank=4))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(std=0.05)
+    return made
+
+
+@pytest.fixture
+def batch():
+    return collate(tiny_lm.items(LENGTHS), tiny_lm.PAD)
+
+
+def plain_loss(model, items) -> torch.Tensor:
+    """Σ −log p(label | prefix), row by row without padding, all logits, float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for item in items:
+        ids = torch.tensor([item.ids])
+        logits = model(input_ids=ids).logits[0]
+        for at in range(1, len(item.ids)):
+            if item.trained[at]:
+                total = total - F.log_softmax(logits[at - 1], -1)[item.ids[at]]
+    return total
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradients(ours, theirs, tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    largest = max(float(g.abs().max()) for g in theirs.values())
+    assert largest > 0.1  # else equal gradients would mean nothing
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(
+            ours[name].double(), gradient.double(), rtol=0, atol=tolerance * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("attention", ["its own", "eager"])
+def test_it_is_the_plain_sum_over_trained_positions_of_a_padded_batch(model, batch, attention):
+    if attention != "its own":
+        model.set_attn_implementation(attention)
+    exact = copy.deepcopy(model).double()
+    expected = plain_loss(exact, tiny_lm.items(LENGTHS))
+    found = summed_loss(model, batch)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients(model, found), gradients(exact, expected), 1e-4)
+
+
+@pytest.mark.parametrize("attention", ["its own", "eager"])
+def test_right_padding_needs_no_attention_mask(model, batch, attention):
+    if attention != "its own":
+        model.set_attn_implementation(attention)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    masked = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum")
+    assert summed_loss(model, batch).item() == pytest.approx(masked.item(), rel=1e-5)
+
+
+def test_only_trained_positions_are_projected(model, batch):
+    shapes = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda layer, args, out: shapes.append(tuple(out.shape)))
+    summed_loss(model, batch)
+    handle.remove()
+    trained = sum(sum(item.trained[1:]) for item in tiny_lm.items(LENGTHS))
+    assert shapes == [(trained, 258)]
+    assert trained_tokens(batch["labels"]) == trained < batch["labels"].numel() / 2
+
+
+def test_soft_capped_logits_are_honoured(batch):
+    """Without its cap Gemma's loss is another: the comparison above could tell."""
+    model = tiny_lm.gemma2().eval()
+    capped = summed_loss(model, batch).item()
+    model.config.final_logit_softcapping = None
+    assert abs(summed_loss(model, batch).item() - capped) > 0.01 * capped
+
+
+@pytest.mark.parametrize("make", [tiny_lm.llama, tiny_lm.gpt2])
+def test_chunks_give_the_same_value_and_gradients(make, batch, monkeypatch):
+    model = lk.attach(make(), lk.LoraConfig(rank=4))
+    whole = summed_loss(model, batch)
+    expected = gradients(model, whole)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 4 * 258 * 3)  # three rows of logits at once
+    calls = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    chunked = summed_loss(model, batch)
+    found = gradients(model, chunked)
+    handle.remove()
+    assert len(calls) > trained_tokens(batch["labels"]) // 3  # it did go in chunks
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert_same_gradients(found, expected, 1e-5)
+
+
+def test_chunks_train_an_output_layer_that_has_a_dropout_of_its_own(batch, monkeypatch):
+    """An adapted output layer draws another dropout at each call, which is no change of the logits after it."""
+    model = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4, dropout=0.5, targets=["lm_head", "q_proj"])).train()
+    with torch.no_grad():
+        model.lm_head.lora_default.B.normal_()
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 4 * 258 * 3)
+    assert torch.isfinite(summed_loss(model, batch))
+
+
+def test_chunks_of_soft_capped_logits_are_refused_with_what_to_do(batch, monkeypatch):
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 4 * 258 * 3)
+    with pytest.raises(TrainError, match="changes its logits after the output layer") as error:
+        summed_loss(tiny_lm.gemma2(), batch)
+    assert "micro_batch" in str(error.value)
+
+
+def test_the_loss_is_float32_for_a_bf16_base(batch):
+    model = tiny_lm.llama()
+    exact = summed_loss(model, batch).item()
+    found = summed_loss(model.to(torch.bfloat16), batch)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact, rel=0.01)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(batch):
+    model = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4, dropout=0.3)).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(std=0.05)
+    torch.manual_seed(3)
+    expected = gradients(model, summed_loss(model, batch))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    recomputed = []
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: recomputed.append(1))
+    torch.manual_seed(3)
+    found = gradients(model, summed_loss(model, batch))
+    handle.remove()
+    assert len(recomputed) == 2  # forward, and again in backward
+    assert_same_gradients(found, expected, 1e-6)
+
+
+def test_the_hook_is_gone_afterwards_also_when_the_model_fails(batch):
+    model = tiny_lm.llama()
+    before = model(input_ids=batch["input_ids"]).logits
+    summed_loss(model, batch)
+    with pytest.raises(IndexError):
+        summed_loss(model, batch | {"input_ids": torch.full_like(batch["input_ids"], 10_000)})
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
+
+
+def test_a_model_without_an_output_layer_is_refused(batch):
+    with pytest.raises(TrainError, match="LlamaModel has no output embeddings"):
+        summed_loss(tiny_lm.llama().model, batch)

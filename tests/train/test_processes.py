@@ -1,0 +1,69 @@
+"""Two processes train what one does: DistributedDataParallel over gloo, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lorakit.train.loop import train
+from lorakit.train.progress import Progress
+from lorakit.train.run_folder import RunFolder
+
+COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def train_in_processes(config, tmp_path, count: int) -> list[str]:
+    """What `accelerate launch` and torchrun do: one process each, told by the environment which one it is. Their outputs."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump()))
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    started = [
+        subprocess.Popen(
+            [*COMMAND, "train", "--config", file], env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120) for process in started]
+    for process, (_, error) in zip(started, told, strict=True):
+        assert process.returncode == 0, error
+    return [out for out, _ in told]
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_parameters_of_one(make_config, tmp_path):
+    """19 rows in batches of 6: the last batch of a pass has one row, so that one process has none."""
+    config = make_config(batch_size=6, micro_batch=2, steps=8, eval_every=4, save_every=1, keep=9)
+    train(config, Progress(quiet=True))
+    both = config.replace(out=str(tmp_path / "both"))
+    first, second = train_in_processes(both, tmp_path, 2)
+    assert "2 processes" in first
+    assert "6 = 2 x 2 accumulated x 2" in first
+    assert second == ""  # only one of them speaks
+    one, two = RunFolder(config.out), RunFolder(both.out)
+    assert {row["tokens"] for row in one.rows() if "loss" in row} != {0}
+    for ours, theirs in zip(two.rows(), one.rows(), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"seconds"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
+    for step in (1, 4, 8):
+        a, b = (load_file(f.checkpoints / f"step-{step}" / "optimizer.safetensors") for f in (one, two))
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n} at step {step}: {m}")  # noqa: B023
+    a, b = (load_file(f.adapter / "adapter_model.safetensors") for f in (one, two))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=0, atol=2e-4)

@@ -1,0 +1,123 @@
+"""What a run shows: the start panel, plain lines without a terminal, a bar on one."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import tiny_lm
+import torch
+from rich.console import Console
+
+from lorakit.train import progress as progress_module
+from lorakit.train.loop import train
+from lorakit.train.progress import Progress
+
+
+def shown(config, terminal: bool = False, width: int = 400) -> str:
+    """What training prints."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width, force_interactive=terminal)
+    train(config, Progress(console))
+    return console.file.getvalue()
+
+
+def facts(text: str) -> dict[str, str]:
+    """The panel's lines by name."""
+    lines = [line.strip("│ \n") for line in text.splitlines() if line.startswith("│")]
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
+
+
+def test_the_panel_says_what_was_chosen_and_why(make_config):
+    config = make_config(steps=2, batch_size=6, micro_batch=4, learning_rate="auto", precision="auto", dropout=0.1)
+    told = facts(shown(config))
+    dtype = "bfloat16" if "bfloat16" in told["model"] else "float32"
+    assert told["model"].startswith(f"{config.model}, 32,032 parameters, {dtype} (the CPU ") or torch.cuda.is_available()
+    assert told["device"] == "cpu, 1 process, 1 thread" or torch.cuda.is_available()
+    assert told["adapter"] == "rank 4, alpha 32, 3,712 trainable (10 %)"  # 3,712 of 35,744
+    assert told["data"].endswith("rows.jsonl: 19 rows to train on, 5 held out, shape prompt/completion")
+    assert told["length"].startswith("at most 48 tokens (99th percentile of 24 rows is 44 tokens")
+    assert told["batch"] == "6 = 4 x 2 accumulated x 1 (as given)"
+    assert told["steps"] == "2 (0.5 epochs)"
+    assert re.fullmatch(r"0\.0\d+ \(for a model of width 32, x1.5 for under 100 steps\), linear, warm-up 3%", told["learning rate"])
+    assert told["folder"] == config.out
+
+
+def test_full_fine_tuning_says_that_all_is_trained(make_config):
+    told = facts(shown(make_config(steps=1, method="full")))
+    assert told["adapter"] == "none: full fine-tuning, 32,032 trainable (100 %)"
+    assert "float32 (full fine-tuning has no other copy of the weights)" in told["model"]
+
+
+def test_what_the_length_limit_left_out_is_counted(make_config):
+    told = facts(shown(make_config(steps=1, max_length=40)))
+    dropped = sum(len(row["prompt"]) + len(row["completion"]) + 1 > 40 for row in tiny_lm.rows())
+    assert dropped > 0
+    assert told["length"] == f"at most 40 tokens (as given), {dropped} dropped"
+
+
+def test_a_resumed_run_says_where_it_goes_on(make_config):
+    config = make_config(steps=2)
+    shown(config)
+    assert facts(shown(config))["folder"].endswith("going on at step 2")
+
+
+def test_without_a_terminal_there_are_plain_lines(make_config):
+    text = shown(make_config(steps=4, eval_every=2))
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    assert [line.split()[1] for line in lines if re.match(r"step +\d+/", line)] == ["1/4", "2/4", "3/4", "4/4"]
+    assert re.search(r"step +1/4  loss \d+\.\d{3}  [\d,]+ trained tokens/s  [\d.]+ GiB.*  \d+ s left", text)
+    assert len(re.findall(r"held-out loss \d+\.\d{4}  perplexity \d+\.\d\d", text)) == 2
+    assert text.count("tuned  ") == 2
+
+
+def test_a_long_run_prints_about_twenty_lines(make_config):
+    text = shown(make_config(steps=60, sample_tokens=0, validation=0))
+    assert len(re.findall(r"^step +\d+/60", text, flags=re.M)) == 20
+
+
+def test_a_terminal_gets_a_bar(make_config):
+    text = shown(make_config(steps=3), terminal=True)
+    assert "\x1b[" in text
+    assert "3/3" in text
+    assert "held-out loss" in text
+    assert "trained tokens/s" in text
+
+
+def test_a_narrow_terminal_does_not_break_it(make_config):
+    assert "\x1b[?25h" in shown(make_config(steps=3), terminal=True, width=20)  # it ended, and gave the cursor back
+
+
+def test_the_bar_is_closed_when_the_run_fails(make_config, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    progress = Progress(console)
+    monkeypatch.setattr("lorakit.train.loop.summed_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(make_config(steps=3), progress)
+    assert progress._bar is None
+    assert console.file.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_quiet_prints_nothing(make_config, capsys):
+    train(make_config(steps=2), Progress(quiet=True))
+    assert capsys.readouterr().out == ""
+
+
+def test_square_brackets_in_samples_are_text_not_markup():
+    console = Console(file=io.StringIO(), width=200)
+    Progress(console).sample("name[Blue Spice], [bold]x[/bold]", "[red]", "[/]")
+    text = console.file.getvalue()
+    assert "name[Blue Spice], [bold]x[/bold]" in text
+    assert "[/]" in text
+
+
+def test_a_perplexity_beyond_floating_point_is_said_in_words():
+    console = Console(file=io.StringIO(), width=200)
+    Progress(console).row({"step": 1, "held_out_loss": 900.0, "held_out_perplexity": None})
+    assert "beyond floating point" in console.file.getvalue()
+
+
+def test_long_texts_are_shortened():
+    assert progress_module._short("a  b\n" * 100) == ("a b " * 100)[:109] + "…"
+    assert progress_module._short(" short\n") == "short"

@@ -1,0 +1,136 @@
+"""A run's folder: whose it is, what may change in it, and its metrics after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import yaml
+
+from lorakit.errors import TrainError
+from lorakit.train.config import TrainConfig
+from lorakit.train.run_folder import FREE, RunFolder
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(data="rows.jsonl", out=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def begun(config):
+    """A run that has a checkpoint."""
+    folder = RunFolder(config.out)
+    folder.open(config, "a" * 64)
+    (folder.checkpoints / "step-3").mkdir(parents=True)
+    return folder
+
+
+def test_the_config_it_writes_is_the_one_it_was_given(config):
+    folder = RunFolder(config.out)
+    folder.open(config, "a" * 64)
+    assert TrainConfig(**yaml.safe_load(folder.config.read_text())) == config
+
+
+def test_the_same_run_goes_on(begun, config):
+    before = begun.config.read_text()
+    begun.open(config, "a" * 64)
+    assert begun.config.read_text() == before
+
+
+def test_other_settings_are_refused_with_the_difference(begun, config):
+    with pytest.raises(TrainError) as error:
+        begun.open(config.replace(rank=8, learning_rate=1e-3), "a" * 64)
+    said = str(error.value)
+    assert "rank: 16 then, 8 now" in said
+    assert "learning_rate: 'auto' then, 0.001 now" in said
+    assert "alpha" not in said
+    assert "--out" in said
+
+
+def test_other_rows_are_refused(begun, config):
+    with pytest.raises(TrainError, match="the rows, as token ids: other ones now"):
+        begun.open(config, "b" * 64)
+
+
+def test_settings_that_change_nothing_that_is_computed_may_change(begun, config, tmp_path):
+    os.rename(begun.path, tmp_path / "moved")
+    changes = {
+        "out": str(tmp_path / "moved"), "threads": 2, "keep": 5, "save_every": 7, "sample_tokens": 0, "sample_prompts": ["x"],
+        "track": ["tensorboard"],
+    }  # fmt: skip
+    assert changes.keys() == FREE
+    RunFolder(changes["out"]).open(config.replace(**changes), "a" * 64)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_with_any_settings(config):
+    folder = RunFolder(config.out)
+    folder.open(config, "a" * 64)
+    folder.log({"step": 1, "loss": 1.0})
+    smaller = config.replace(batch_size=2)
+    folder.open(smaller, "b" * 64)
+    assert TrainConfig(**yaml.safe_load(folder.config.read_text())) == smaller
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "config.yaml", ".hidden", "data.json"])
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(config, tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    with pytest.raises(TrainError, match="not empty and holds no run"):
+        RunFolder(folder).open(config, "a" * 64)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {name: "mine"}
+
+
+def test_a_file_in_the_folders_place_is_refused(config, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(TrainError, match="is a file"):
+        RunFolder(tmp_path / "run").open(config, "a" * 64)
+
+
+def test_an_empty_folder_is_taken(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").open(config, "a" * 64)
+
+
+def test_a_start_that_was_killed_is_known_again_and_cleared_up(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".rows.sha256.x1.tmp").write_text("")  # killed in its very first write
+    RunFolder(folder).open(config, "a" * 64)
+    (folder / "config.yaml").unlink()  # killed before its second file
+    RunFolder(folder).open(config, "a" * 64)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / ".adapter_model.safetensors.x1.tmp").write_text("")
+    RunFolder(folder).open(config, "a" * 64)
+    assert sorted(p.name for p in folder.rglob("*")) == ["adapter", "config.yaml", "rows.sha256"]
+
+
+@pytest.mark.parametrize("text", ["rank: [", "just words", ""])
+def test_a_config_that_was_damaged_is_an_error_that_names_it(begun, config, text):
+    begun.config.write_text(text)
+    with pytest.raises(TrainError, match=r"config\.yaml"):
+        begun.open(config, "a" * 64)
+
+
+def test_the_metrics_are_rewound_to_the_checkpoint_and_a_torn_line_is_dropped(begun):
+    for step in (1, 2, 3, 4):
+        begun.log({"step": step, "loss": 1.0 / step})
+    with begun.metrics.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [row["step"] for row in begun.rows()] == [1, 2, 3, 4]
+    begun.samples.mkdir()
+    for step in (2, 4, 10):
+        (begun.samples / f"step-{step}.json").write_text("[]")
+    begun.rewind(3)
+    begun.log({"step": 4, "loss": 0.5})
+    lines = begun.metrics.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert [step for step, _ in begun.sampled()] == [2]
+
+
+def test_a_folder_without_metrics_has_no_rows(begun):
+    assert begun.rows() == []
+    begun.rewind(0)
+    assert begun.metrics.read_text() == ""

@@ -1,0 +1,90 @@
+"""Answers to fixed prompts during training: base beside tuned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_lm
+import torch
+
+import lorakit as lk
+from lorakit.errors import DataError
+from lorakit.evaluate.generate import generate
+from lorakit.models.base import load_model, load_tokenizer
+from lorakit.train import samples
+from lorakit.train.loop import train
+from lorakit.train.progress import Progress
+from lorakit.train.run_folder import RunFolder
+from lorakit.train.setup import set_up
+
+QUIET = Progress(quiet=True)
+
+
+def test_base_and_tuned_answers_are_written_at_each_evaluation(make_config):
+    config = make_config(steps=5, eval_every=2, patience=0, learning_rate=2e-2, validation=0.2, sample_tokens=6)
+    result = train(config, QUIET)
+    job = set_up(config)
+    folder = RunFolder(config.out)
+    assert [step for step, _ in folder.sampled()] == [2, 4, 5]
+    told = [json.loads(path.read_text()) for _, path in folder.sampled()]
+    assert all(len(rows) == 2 and set(row) == {"prompt", "base", "tuned"} for rows in told for row in rows)
+    assert len({row["base"] for rows in told for row in rows[:1]}) == 1  # the base does not change
+    model, tokenizer = load_model(config.model, torch.float32, torch.device("cpu")), load_tokenizer(config.model)
+    prompts = [job.tokenizer(row["prompt"]).input_ids for row in told[-1]]
+    assert [row["base"] for row in told[-1]] == generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert result.best_step == 5  # so that the saved adapter is the one that answered last
+    lk.attach(model, lk.Adapter.load(result.adapter))
+    assert [row["tuned"] for row in told[-1]] == generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert told[-1][0]["tuned"] != told[-1][0]["base"]
+
+
+def test_the_default_prompts_are_held_out_ones_all_different(make_config):
+    job = set_up(make_config())
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out)
+    held_out = [item.row.values["prompt"] for item in job.held_out]
+    assert [p.text for p in prompts] == held_out[:2]
+    same = samples.prompts_for(job.config, job.model, job.tokenizer, [job.held_out[0]] * 5)
+    assert len(same) == 1
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_passed_over(make_config):
+    job = set_up(make_config(sample_tokens=20))
+    long, short = tiny_lm.item(range(2, 92), 80, 1), tiny_lm.item(range(2, 50), 40, 2)
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, [long, short])
+    assert [len(p.ids) for p in prompts] == [40]
+
+
+def test_configured_prompts_are_answered_and_too_long_ones_refused(make_config):
+    job = set_up(make_config(sample_prompts=["Ada: 3\n", "Bo, and Cy"]))
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out)
+    assert [p.text for p in prompts] == ["Ada: 3\n", "Bo, and Cy"]
+    assert prompts[0].ids == job.tokenizer("Ada: 3\n").input_ids
+    with pytest.raises(DataError, match=r"sample prompt 'xxx"):
+        samples.prompts_for(job.config.replace(sample_prompts=["x" * 95]), job.model, job.tokenizer, [])
+
+
+def test_a_configured_prompt_is_a_users_turn_where_there_is_a_chat_template(make_config, tmp_path):
+    folder = tiny_lm.save(tmp_path / "chat", chat_template=tiny_lm.CHATML)
+    config = make_config(model=folder, sample_prompts=["hi"], sample_tokens=4)
+    job = set_up(config)
+    (prompt,) = samples.prompts_for(config, job.model, job.tokenizer, [])
+    assert job.tokenizer.decode(prompt.ids) == "<user>hi<assistant>"
+    (plain,) = samples.prompts_for(config.replace(template="plain"), job.model, job.tokenizer, [])
+    assert job.tokenizer.decode(plain.ids) == "hi"
+
+
+@pytest.mark.parametrize("changes", [{"sample_tokens": 0}, {"method": "full"}, {"validation": 0}])
+def test_no_samples_are_taken_where_none_are_wanted_or_possible(make_config, changes):
+    config = make_config(steps=2, **changes)
+    train(config, QUIET)
+    assert RunFolder(config.out).sampled() == []
+
+
+def test_sampling_leaves_the_adapter_active_and_training_as_it_was(make_config):
+    job = set_up(make_config())
+    job.model.train()
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out)
+    samples.of_base(job.model, job.tokenizer, prompts, 2)
+    assert lk.active(job.model) == {"default": 1.0}
+    assert all(module.training for module in job.model.modules())
