@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import LoraConfig
+from .errors import LorakitError
 from .models.base import EMBEDDED, load_config
 
 if TYPE_CHECKING:
@@ -149,15 +150,20 @@ def is_model(source: str) -> bool:
 def describe_model(source: str) -> ModelFacts:
     """The modules of a model folder (built without its weights) that can be adapted."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    import transformers
 
     from .layers.swap import mixin_for
     from .layers.targets import find_targets, module_names
 
     config = load_config(source)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise LorakitError(
+            f"{source}: transformers has no architecture '{name}' (config.json, architectures), so its modules are not known"
+        )
     with torch.device("meta"):
-        model = kind.from_config(config)
+        model = kind(config)
     linear = find_targets(model, LoraConfig()).modules
     rows = [
         (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr, arg-type]

@@ -22,6 +22,13 @@ CHATML = (
 )
 
 
+# A short run on one thread, as the command line takes it.
+FLAGS = [
+    "--rank", "4", "--steps", "6", "--batch-size", "4", "--learning-rate", "2e-2", "--precision", "fp32", "--threads", "1",
+    "--sample-tokens", "0",
+]  # fmt: skip
+
+
 def tokenizer(chat_template: str | None = None):
     """One token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

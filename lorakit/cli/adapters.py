@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import typer
@@ -61,4 +62,4 @@ def merge(
         print(json.dumps(report.to_dict()))
         return
     console.print(report.table())
-    print(f"next: lorakit generate 'Once upon a time' --model {out}")
+    print(f"next: lorakit generate 'Once upon a time' --model {quote(str(out))}")

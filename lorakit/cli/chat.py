@@ -19,8 +19,8 @@ def generate(
     model: Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")] = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated, the last is used")] = None,
     template: Annotated[
-        Literal["auto", "chat", "none"],
-        typer.Option(help="chat: the prompt as a user's turn; none: as it is; auto: chat if there is a template"),
+        Literal["auto", "chat", "plain", "none"],
+        typer.Option(help="chat, plain: the prompt as a user's turn; none: as it is; auto: as the adapter was trained"),
     ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.0,
@@ -30,14 +30,15 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
 ) -> None:
     """Answer one prompt. `\\n` in the argument is a line end."""
+    from ..data.render import question_ids
     from ..evaluate.generate import stream
 
     text = sys.stdin.read() if prompt is None else prompt.replace("\\n", "\n")
     if not text:
         raise ConfigError("the prompt is empty")
-    base, tokenizer, _ = load(model, adapter or [], precision)
-    ids = prompt_ids(tokenizer, text, template)
-    pieces = stream(base, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    loaded = load(model, adapter or [], precision)
+    ids = question_ids(text, loaded.tokenizer, loaded.style_for(template))
+    pieces = stream(loaded.model, loaded.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if json_output:
         print(json.dumps({"prompt": text, "text": "".join(pieces)}, ensure_ascii=False))
         return
@@ -50,6 +51,10 @@ def chat(
     model: Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")] = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated, the last is active first")] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    template: Annotated[
+        Literal["auto", "chat", "plain", "none"],
+        typer.Option(help="chat, plain: a conversation; none: each line is completed on its own; auto: as the adapter was trained"),
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="sample from the likeliest tokens that have this probability together")] = 0.95,
@@ -57,14 +62,16 @@ def chat(
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="the base's precision")] = "auto",
 ) -> None:
     """A conversation on the terminal. A model without a chat template completes each line on its own."""
+    from ..data.render import question_ids
     from ..errors import LorakitError
     from ..evaluate.generate import stream
 
-    base, tokenizer, names = load(model, adapter or [], precision)
-    talks = bool(getattr(tokenizer, "chat_template", None))
+    loaded = load(model, adapter or [], precision)
+    base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)
+    talks = style != "none"
     print(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
     if not talks:
-        print("This model has no chat template: each line is completed on its own (\\n is a line end).")
+        print("No chat template: each line is completed on its own (\\n is a line end).")
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -81,7 +88,7 @@ def chat(
                 if not talks:
                     history = []
                 history.append({"role": "user", "content": line.replace("\\n", "\n") if not talks else line})
-                ids = _conversation_ids(tokenizer, history) if talks else prompt_ids(tokenizer, history[-1]["content"], "none")
+                ids = question_ids(history, tokenizer, style)
                 answer = ""
                 for piece in stream(base, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
                     answer += piece
@@ -90,22 +97,6 @@ def chat(
                 history.append({"role": "assistant", "content": answer})
         except LorakitError as error:
             print(f"lorakit: {error}")
-
-
-def prompt_ids(tokenizer: Any, text: str, template: str) -> list[int]:
-    """The ids that an answer to `text` starts from."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if template == "chat" and not has_template:
-        raise ConfigError("--template chat: this model's tokenizer has no chat template; use none")
-    if template == "none" or not has_template:
-        return tokenizer(text).input_ids
-    return _conversation_ids(tokenizer, [{"role": "user", "content": text}])
-
-
-def _conversation_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    from ..data.render import render_prompt
-
-    return render_prompt(messages, tokenizer, "chat")
 
 
 def _command(base: Any, names: list[str], line: str, history: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -47,4 +48,6 @@ def show(
         print(json.dumps(report(dataset)))
         return
     print_rows(dataset, tokenizer, rows)
-    print(f"\nnext: lorakit train --data {data} --model {model}")
+    same = {"--split": split, "--columns": columns, "--template": template if template != "auto" else None}
+    also = "".join(f" {flag} {quote(value)}" for flag, value in same.items() if value)
+    print(f"\nnext: lorakit train --data {quote(data)} --model {quote(model)}{also}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
 from .data import pairs
 from .loading import load
+
+_NO_LIMIT = 1 << 30
 
 
 def evaluate(
@@ -32,10 +35,12 @@ def evaluate(
     from ..data.dataset import build
     from ..data.read import read_rows
     from ..evaluate.compare import evaluate as judge
+    from ..evaluate.generate import positions_of
 
     renamed = pairs(columns, "--columns") or None  # before anything is loaded
-    base, tokenizer, names = load(model, adapter or [], precision)
-    longest: int | Literal["auto"] = getattr(base.config, "max_position_embeddings", None) or "auto"
+    loaded = load(model, adapter or [], precision)
+    base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
+    longest = positions_of(base) or _NO_LIMIT
     rows = read_rows(data, split, limit)
     dataset = build(rows, tokenizer, columns=renamed, template=template, max_length=longest)
     console = Console()
@@ -54,6 +59,6 @@ def evaluate(
     if dataset.dropped:
         print(f"{dataset.dropped} rows are longer than the model's {longest} positions and were left out")
     if names:
-        print(f"next: lorakit chat --model {model} --adapter {(adapter or [''])[-1]}")
+        print(f"next: lorakit chat --model {quote(model)} --adapter {quote((adapter or [''])[-1])}")
     else:
-        print(f"next: lorakit train --data {data} --model {model}")
+        print(f"next: lorakit train --data {quote(data)} --model {quote(model)}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..data.templates import Style
 
 
 def named(adapters: list[str]) -> dict[str, str]:
@@ -20,8 +24,27 @@ def named(adapters: list[str]) -> dict[str, str]:
     return found
 
 
-def load(model: str, adapters: list[str], precision: str = "auto") -> tuple[Any, Any, list[str]]:
-    """(model, tokenizer, adapter names); the last adapter is active."""
+@dataclass(frozen=True)
+class Loaded:
+    """A base with adapters. `style`: how the last adapter's training data was written, where it says so."""
+
+    model: Any
+    tokenizer: Any
+    names: list[str]
+    style: str | None
+
+    def style_for(self, template: str) -> Style:
+        """How a prompt is to be written: as asked, as the adapter was trained, or by the chat template if there is one."""
+        has_one = bool(getattr(self.tokenizer, "chat_template", None))
+        if template == "chat" and not has_one:
+            raise ConfigError("--template chat: this model's tokenizer has no chat template; use plain or none")
+        if template == "auto":
+            template = self.style or ("chat" if has_one else "none")
+        return template if template != "chat" or has_one else "none"  # type: ignore[return-value]
+
+
+def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
+    """The base with the adapters attached; the last of them is active."""
     from ..adapter.adapter import Adapter
     from ..model import attach
     from ..models.base import choose_device, choose_dtype, load_model, load_tokenizer
@@ -29,6 +52,8 @@ def load(model: str, adapters: list[str], precision: str = "auto") -> tuple[Any,
     values = {name: Adapter.load(path) for name, path in named(adapters).items()}  # before the base: it fails faster
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
+    style = None
     for name, value in values.items():
         attach(base, value, name)
-    return base, load_tokenizer(model), list(values)
+        style = (value.metadata.get("data") or {}).get("template")
+    return Loaded(base, load_tokenizer(model), list(values), style if style in ("none", "chat", "plain") else None)

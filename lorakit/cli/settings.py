@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
-from ..config import Strict
+from ..config import ALL_LINEAR, Strict
 from ..errors import ConfigError, did_you_mean
+
+_ALSO = {"learning_rate": ("--lr",)}  # other spellings that hands have learned
 
 
 def with_flags(cls: type[Strict], command: Callable[..., Any], skip: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -76,7 +79,7 @@ def _option(name: str, info: FieldInfo) -> inspect.Parameter:
     values = [str(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
     metavar = None if is_switch else "|".join(values) if values and len(kinds) == 1 else _metavar(kinds)
     kind = bool | None if is_switch else str | None
-    option = typer.Option(declared, help=f"{info.description}{shown}", metavar=metavar, show_default=False)
+    option = typer.Option(declared, *_ALSO.get(name, ()), help=f"{info.description}{shown}", metavar=metavar, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
@@ -107,6 +110,8 @@ def _value(info: FieldInfo, given: Any) -> Any:
         if not all(sep for _, sep, _ in pairs):
             raise ConfigError(f"expected NAME=VALUE,... (got '{given}')")
         return {name.strip(): _yaml(value) for name, _, value in pairs}
+    if list in origins and str in origins and re.fullmatch(r"[\w.]+", given) and given != ALL_LINEAR:
+        return [given]  # a plain name is an ending; a pattern has other characters
     if list in origins and (str not in origins or "," in given):
         return [_yaml(part) if str not in _members(info.annotation) else part.strip() for part in given.split(",") if part.strip()]
     if str in origins:

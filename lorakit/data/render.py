@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.data.parse import Row
 from lorakit.data.shapes import Example
-from lorakit.data.templates import Template, Writer, style_for, writer_for
+from lorakit.data.templates import Style, Template, Writer, style_for, writer_for
 from lorakit.data.turns import Message, checked, conversation
 from lorakit.errors import DataError
 
@@ -78,6 +78,14 @@ def render_prompt(
         example = _to_answer(example)
     head, segments, _ = _segments(example, tokenizer, template, with_answer=False)
     return _tokens(segments, tokenizer, head, end=None).ids
+
+
+def question_ids(question: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, style: Style) -> list[int]:
+    """The ids that an answer to a free question starts from: the text as it is ("none"), or as a user's turn or conversation."""
+    if style == "none":
+        text = question if isinstance(question, str) else str(question[-1]["content"])
+        return [*_head(tokenizer), *_encode(tokenizer, text, continues=False)]
+    return render_prompt([{"role": "user", "content": question}] if isinstance(question, str) else question, tokenizer, style)
 
 
 def _segments(

@@ -69,7 +69,7 @@ class _Run:
         self._resume()
         self.model = job.accelerator.prepare_model(job.model)  # the same object, or its DistributedDataParallel
         self.trackers = Trackers(self.config) if job.accelerator.is_main_process else None
-        self.prompts = samples.prompts_for(self.config, job.model, job.tokenizer, job.held_out)
+        self.prompts = samples.prompts_for(self.config, job.model, job.tokenizer, job.held_out, job.data.style)
         self.base_answers: list[str] = []
 
     def go(self, interrupt: Interrupt) -> Result:
@@ -203,7 +203,7 @@ class _Run:
         job = self.job
         return {
             "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE | {"data"}},
-            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train)},
+            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), "template": job.data.style},
             "metrics": {"steps": self.step, "loss": self.last_loss, "held_out_loss": self.early.best_loss},
         }
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.dataset import Item
-from ..data.render import render_prompt
+from ..data.render import question_ids
+from ..data.templates import Style
 from ..evaluate.generate import check_prompts, generate, positions_of
 from ..formats.files import write_text
 from ..model import activate, active
@@ -24,18 +25,12 @@ class Prompt:
     ids: list[int]
 
 
-def prompts_for(config: TrainConfig, model: Any, tokenizer: Any, held_out: list[Item]) -> list[Prompt]:
-    """The configured prompts, or the first held-out rows that have one and leave room for an answer."""
+def prompts_for(config: TrainConfig, model: Any, tokenizer: Any, held_out: list[Item], style: Style) -> list[Prompt]:
+    """The configured prompts, written as the data's are (`style`), or the first held-out rows that have one and leave room for an answer."""
     if config.sample_tokens == 0 or config.method == "full":  # there, no base is left to answer beside it
         return []
     if config.sample_prompts:
-        message = [[{"role": "user", "content": text}] for text in config.sample_prompts]
-        plain = config.template == "plain" or not getattr(tokenizer, "chat_template", None)
-        ids = (
-            [tokenizer(text).input_ids for text in config.sample_prompts]
-            if plain
-            else [render_prompt(m, tokenizer, config.template) for m in message]
-        )
+        ids = [question_ids(text, tokenizer, style) for text in config.sample_prompts]
         check_prompts(model, ids, config.sample_tokens, [f"sample prompt {text!r}" for text in config.sample_prompts])
         return [Prompt(text, i) for text, i in zip(config.sample_prompts, ids, strict=True)]
     positions = positions_of(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
@@ -93,15 +93,19 @@ def set_up(config: TrainConfig) -> Job:
 
 
 def _data(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, list[Item], list[Item]]:
-    def read(source: str, name: str | None) -> Dataset:
+    def read(source: str, name: str | None, most: int | Literal["auto"]) -> Dataset:
         return build(
             read_rows(source, name), tokenizer, columns=config.columns or None, template=config.template, train_on=config.train_on,
-            max_length=config.max_length, on_long=config.on_long,
+            max_length=most, on_long=config.on_long,
         )  # fmt: skip
 
-    data = read(config.data, config.split)
+    data = read(config.data, config.split, config.max_length)
     if isinstance(config.validation, str):
-        return data, data.items, read(config.validation, None).items
+        held = read(config.validation, None, data.max_length)
+        if held.dropped:
+            note = f"of {config.validation} are longer than {data.max_length} tokens and are not judged"
+            data = replace(data, notes={**data.notes, note: held.dropped})
+        return data, data.items, held.items
     if config.validation == 0:
         return data, data.items, []
     train, held_out = split(data.items, config.validation, config.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -13,52 +12,12 @@ import torch
 import yaml
 
 import lorakit as lk
-from lorakit.cli import run
-from lorakit.evaluate import generate
 from lorakit.models.base import load_model
 from lorakit.train.config import TrainConfig
 from lorakit.version import VERSION
 
 VERBS = ["demo", "init", "data", "data show", "train", "eval", "generate", "chat", "inspect", "merge"]
-SETTINGS = [
-    "--rank", "4", "--steps", "6", "--batch-size", "4", "--learning-rate", "2e-2", "--precision", "fp32", "--threads", "1",
-    "--sample-tokens", "0",
-]  # fmt: skip
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny_lm.save(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(tiny_lm.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny_lm.rows()))
-
-
-@pytest.fixture(scope="module")
-def trained(model, data, tmp_path_factory):
-    """A run's folder, made by `lorakit train`."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert run(["train", "--model", model, "--data", data, "--out", str(out), "--quiet", *SETTINGS]) == 0
-    return out
-
-
-@pytest.fixture
-def lorakit(capsys, monkeypatch):
-    """`lorakit(*args)`: exit code, what was printed, what was said on stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*args, stdin: str | None = None):
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        code = run([str(arg) for arg in args])
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
 
 
 # ------------------------------------------------------------------------------------- help and version
@@ -158,14 +117,16 @@ def test_a_job_that_fails_exits_with_1(lorakit, model, data, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_no_traceback(lorakit, model, data):
-    code, _, error = lorakit("train", "--model", model, "--data", data, "--out", "/dev/null/run", "--quiet", *SETTINGS)
+    code, _, error = lorakit("train", "--model", model, "--data", data, "--out", "/dev/null/run", "--quiet", *tiny_lm.FLAGS)
     assert code == 1
     assert error.startswith("lorakit: ")
     assert "/dev/null" in error
 
 
 def test_a_target_that_is_not_there_is_a_wrong_job_with_the_nearest_name(lorakit, model, data, tmp_path):
-    code, _, error = lorakit("train", "--model", model, "--data", data, "--out", tmp_path / "r", "--targets", "q_pro,v_proj", *SETTINGS)
+    code, _, error = lorakit(
+        "train", "--model", model, "--data", data, "--out", tmp_path / "r", "--targets", "q_pro,v_proj", *tiny_lm.FLAGS
+    )
     assert code == 1
     assert "did you mean 'q_proj'?" in error
 
@@ -192,7 +153,7 @@ def test_init_train_and_the_written_config_go_together(lorakit, model, data, tmp
     path = tmp_path / "lorakit.yaml"
     lorakit("init", path, "--data", data, "--model", model)
     out = tmp_path / "run"
-    assert lorakit("train", "--config", path, "--out", out, "--quiet", *SETTINGS)[0] == 0
+    assert lorakit("train", "--config", path, "--out", out, "--quiet", *tiny_lm.FLAGS)[0] == 0
     written = TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
     assert (written.rank, written.out, written.data, written.clip) == (4, str(out), data, 1.0)
     code, told, error = lorakit("train", "--config", out / "config.yaml")
@@ -268,7 +229,7 @@ def test_data_show_with_other_column_names(lorakit, model, tmp_path):
 
 def test_train_says_what_came_out_and_what_is_next(lorakit, model, data, tmp_path):
     out = tmp_path / "a run"
-    code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, *SETTINGS)
+    code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, *tiny_lm.FLAGS)
     assert code == 0
     *_, result, after = told.splitlines()
     assert result.startswith("6 steps in ")
@@ -285,7 +246,7 @@ def test_train_as_json_prints_nothing_else(lorakit, trained):
 
 def test_full_fine_tuning_leads_to_a_model_not_an_adapter(lorakit, model, data, tmp_path):
     out = tmp_path / "full"
-    code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, "--method", "full", *SETTINGS)
+    code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, "--method", "full", *tiny_lm.FLAGS)
     assert code == 0
     assert told.splitlines()[-1] == f"next: lorakit eval {data} --model {out}/model"
     assert lorakit("eval", data, "--model", out / "model", "--no-text")[0] == 0
@@ -333,43 +294,6 @@ def test_a_chat_template_is_used_where_there_is_one(lorakit, model, tmp_path):
     texts = [json.loads(lorakit("generate", p, *args, "--template", t)[1])["text"] for p, t in
              [("hi", "chat"), ("hi", "auto"), ("<user>hi<assistant>", "none")]]  # fmt: skip
     assert texts[0] == texts[1] == texts[2]
-
-
-def test_chat_talks_and_obeys_its_commands(lorakit, model, trained):
-    lines = ["Ada: 3\\n", "", "/base", "Ada: 3\\n", "/adapter adapter", "Ada: 3\\n", "/adapter nobody", "/what", "/reset", "/quit", "never"]
-    args = ["--model", model, "--adapter", trained / "adapter", "--precision", "fp32", "--temperature", "0", "--max-new-tokens", "6"]
-    code, out, _ = lorakit("chat", *args, stdin="\n".join(lines) + "\n")
-    assert code == 0
-    answers = out.split("> ")[1:]
-    assert len(answers) == len(lines) - 1
-    assert answers[0] == answers[5] != answers[3]
-    assert "no adapter named 'nobody' is attached" in answers[6]
-    assert "/adapter NAME" in answers[7]
-
-
-def test_chat_remembers_the_conversation_and_ends_with_its_input(lorakit, tmp_path, monkeypatch):
-    real, asked = generate.stream, []
-
-    def stream(model, tokenizer, ids, **settings):
-        asked.append(tokenizer.decode(ids))
-        return real(model, tokenizer, ids, **settings)
-
-    monkeypatch.setattr(generate, "stream", stream)
-    folder = tiny_lm.save(tmp_path / "chat", chat_template=tiny_lm.CHATML)
-    args = ["--model", folder, "--precision", "fp32", "--temperature", "0", "--max-new-tokens", "4", "--system", "be brief"]
-    code, out, _ = lorakit("chat", *args, stdin="hi\nhi\n/reset\nhi")
-    assert code == 0
-    answers = [answer.rstrip("\n") for answer in out.split("> ")[1:]]
-    alone = "<system>be brief<user>hi<assistant>"
-    assert asked == [alone, f"{alone}{answers[0]}</s><user>hi<assistant>", alone]
-    assert out.endswith("\n")
-
-
-def test_a_conversation_longer_than_the_model_is_an_error_that_does_not_end_the_chat(lorakit, model):
-    code, out, _ = lorakit("chat", "--model", model, "--max-new-tokens", "4", stdin=f"{'x' * 95}\nshort\n/quit\n")
-    assert code == 0
-    assert "lorakit: " in out
-    assert out.count("> ") == 3
 
 
 def test_inspect_tells_what_is_in_an_adapter_and_in_a_model(lorakit, model, trained):

@@ -375,40 +375,6 @@ def test_a_target_that_matches_nothing_leaves_a_folder_that_can_be_used_again(ma
     assert train(make_config(targets=["q_proj"], steps=1), QUIET).step == 1
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_said_at_once(make_config, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("lorakit.train.trackers.importlib.util.find_spec", lambda _: None)
-    with pytest.raises(TrainError, match=rf"{name} is not installed\n.*lorakit\[{name}\]"):
-        train(make_config(track=[name]), QUIET)
-    assert not (tmp_path / "run").exists()
-
-
-def test_numbers_go_to_the_tracker_that_was_asked_for(make_config, monkeypatch):
-    """With a stand-in for TensorBoard, which need not be installed."""
-    import sys
-    import types
-
-    logged = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            self.folder = folder
-
-        def add_scalar(self, key, value, step):
-            logged.append((key, value, step))
-
-        def close(self):
-            logged.append("closed")
-
-    monkeypatch.setattr("lorakit.train.trackers.importlib.util.find_spec", lambda _: object())
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    config = make_config(track=["tensorboard"], steps=2)
-    train(config, QUIET)
-    assert logged[-1] == "closed"
-    assert {key for key, *_ in logged[:-1]} >= {"loss", "learning_rate", "held_out_loss"}
-    assert [value for key, value, _ in logged[:-1] if key == "loss"] == [row["loss"] for row in rows_of(config) if "loss" in row]
-
-
 def test_a_bad_sample_prompt_is_said_before_training(make_config):
     with pytest.raises((ConfigError, DataError), match="sample prompt"):
         train(make_config(sample_prompts=["x" * 95], sample_tokens=8), QUIET)

@@ -41,37 +41,38 @@ def test_base_and_tuned_answers_are_written_at_each_evaluation(make_config):
 
 def test_the_default_prompts_are_held_out_ones_all_different(make_config):
     job = set_up(make_config())
-    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out)
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out, "none")
     held_out = [item.row.values["prompt"] for item in job.held_out]
     assert [p.text for p in prompts] == held_out[:2]
-    same = samples.prompts_for(job.config, job.model, job.tokenizer, [job.held_out[0]] * 5)
+    same = samples.prompts_for(job.config, job.model, job.tokenizer, [job.held_out[0]] * 5, "none")
     assert len(same) == 1
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_passed_over(make_config):
     job = set_up(make_config(sample_tokens=20))
     long, short = tiny_lm.item(range(2, 92), 80, 1), tiny_lm.item(range(2, 50), 40, 2)
-    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, [long, short])
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, [long, short], "none")
     assert [len(p.ids) for p in prompts] == [40]
 
 
 def test_configured_prompts_are_answered_and_too_long_ones_refused(make_config):
     job = set_up(make_config(sample_prompts=["Ada: 3\n", "Bo, and Cy"]))
-    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out)
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out, "none")
     assert [p.text for p in prompts] == ["Ada: 3\n", "Bo, and Cy"]
     assert prompts[0].ids == job.tokenizer("Ada: 3\n").input_ids
     with pytest.raises(DataError, match=r"sample prompt 'xxx"):
-        samples.prompts_for(job.config.replace(sample_prompts=["x" * 95]), job.model, job.tokenizer, [])
+        samples.prompts_for(job.config.replace(sample_prompts=["x" * 95]), job.model, job.tokenizer, [], "none")
 
 
-def test_a_configured_prompt_is_a_users_turn_where_there_is_a_chat_template(make_config, tmp_path):
+@pytest.mark.parametrize(
+    ("style", "text"), [("chat", "<user>hi<assistant>"), ("plain", "### Instruction:\nhi\n\n### Response:\n"), ("none", "hi")]
+)
+def test_a_configured_prompt_is_written_as_the_data_is(make_config, tmp_path, style, text):
     folder = tiny_lm.save(tmp_path / "chat", chat_template=tiny_lm.CHATML)
     config = make_config(model=folder, sample_prompts=["hi"], sample_tokens=4)
     job = set_up(config)
-    (prompt,) = samples.prompts_for(config, job.model, job.tokenizer, [])
-    assert job.tokenizer.decode(prompt.ids) == "<user>hi<assistant>"
-    (plain,) = samples.prompts_for(config.replace(template="plain"), job.model, job.tokenizer, [])
-    assert job.tokenizer.decode(plain.ids) == "hi"
+    (prompt,) = samples.prompts_for(config, job.model, job.tokenizer, [], style)
+    assert job.tokenizer.decode(prompt.ids) == text
 
 
 @pytest.mark.parametrize("changes", [{"sample_tokens": 0}, {"method": "full"}, {"validation": 0}])
@@ -84,7 +85,7 @@ def test_no_samples_are_taken_where_none_are_wanted_or_possible(make_config, cha
 def test_sampling_leaves_the_adapter_active_and_training_as_it_was(make_config):
     job = set_up(make_config())
     job.model.train()
-    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out)
+    prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out, "none")
     samples.of_base(job.model, job.tokenizer, prompts, 2)
     assert lk.active(job.model) == {"default": 1.0}
     assert all(module.training for module in job.model.modules())

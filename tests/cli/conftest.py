@@ -1,0 +1,45 @@
+"""A tiny model, its rows and a trained run, made once; and the command line as a function."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+import tiny_lm
+
+from lorakit.cli import run
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return str(tiny_lm.save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return str(tiny_lm.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny_lm.rows()))
+
+
+@pytest.fixture(scope="session")
+def trained(model, data, tmp_path_factory):
+    """A run's folder, made by `lorakit train`."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert run(["train", "--model", model, "--data", data, "--out", str(out), "--quiet", *tiny_lm.FLAGS]) == 0
+    return out
+
+
+@pytest.fixture
+def lorakit(capsys, monkeypatch):
+    """`lorakit(*args)`: exit code, what was printed, what was said on stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args, stdin: str | None = None):
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = run([str(arg) for arg in args])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
