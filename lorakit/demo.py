@@ -120,7 +120,7 @@ def judge(model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, se
     from .evaluate.slots import slot_error_rate
 
     prompts = [tokenizer(test["prompt"]).input_ids for test in tests]
-    texts = [t.strip() for t in generate(model, tokenizer, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=64)]
+    texts = [t.strip() for t in generate(model, tokenizer, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=210)]
     found = score(texts, [test["references"] for test in tests])
     slots = slot_error_rate([test["prompt"].strip() for test in tests], texts)
     return texts, Score(name, found.bleu, found.chrf, found.rouge_l, slots.rate, seconds)

@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder with the two text files")
     parser.add_argument("--work", type=Path, required=True, help="folder for token streams, checkpoints and the log")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=6000, help=f"optimizer steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=3000, help=f"optimizer steps of {TOKENS_PER_STEP} tokens")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "held_copy.npz").exists():

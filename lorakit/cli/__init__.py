@@ -8,8 +8,9 @@ import sys
 
 def main(args: list[str] | None = None) -> None:
     """Run `lorakit ARGS` and exit: 0 done, 1 the job failed, 2 the call was wrong."""
-    # Idle OpenMP threads sleep instead of spinning: as fast on a quiet machine, and many times faster on a busy one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads spin only briefly before they sleep. Endless spinning (the default) is many times slower on a busy
+    # machine; sleeping at once makes a training step of the embedded model 1.3 times as long on a quiet one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(run(sys.argv[1:] if args is None else args))
 

@@ -12,6 +12,10 @@ import torch
 import yaml
 
 import lorakit as lk
+from lorakit.cli.loading import load
+from lorakit.data.dataset import build
+from lorakit.data.read import read_rows
+from lorakit.data.render import question_ids
 from lorakit.models.base import load_model
 from lorakit.train.config import TrainConfig
 from lorakit.version import VERSION
@@ -294,6 +298,21 @@ def test_a_chat_template_is_used_where_there_is_one(lorakit, model, tmp_path):
     texts = [json.loads(lorakit("generate", p, *args, "--template", t)[1])["text"] for p, t in
              [("hi", "chat"), ("hi", "auto"), ("<user>hi<assistant>", "none")]]  # fmt: skip
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_an_adapter_trained_on_conversations_is_asked_as_it_was_trained(lorakit, model, tmp_path):
+    turns = [[{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yo"}] for i in range(8)]
+    rows = tiny_lm.write_rows(tmp_path / "chats.jsonl", [{"messages": t} for t in turns])
+    args = ["--model", model, "--precision", "fp32"]
+    assert lorakit("train", *args, "--data", rows, "--out", tmp_path / "run", "--steps", "2", "--validation", "0", "--quiet")[0] == 0
+    loaded = load(model, [str(tmp_path / "run/adapter")], "fp32")
+    assert loaded.style_for("auto") == "plain"
+    assert load(model, [], "fp32").style_for("auto") == "none"
+    trained_on = build(read_rows(rows), loaded.tokenizer).items[3]
+    asked = question_ids("hi 3", loaded.tokenizer, loaded.style_for("auto"))
+    assert trained_on.ids[: len(asked)] == asked
+    assert not any(trained_on.trained[: len(asked)])
+    assert all(trained_on.trained[len(asked) :])
 
 
 def test_inspect_tells_what_is_in_an_adapter_and_in_a_model(lorakit, model, trained):

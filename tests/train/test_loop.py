@@ -349,10 +349,16 @@ def test_rows_longer_than_the_models_positions_are_refused_before_the_first_step
     folder = tiny_lm.save(tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 10_000}))
-    for changes in ({"data": held}, {"validation": str(held)}):
-        with pytest.raises(TrainError, match=r"held.jsonl, row 5: 141 tokens, .* has 96 positions") as error:
-            train(make_config(model=folder, **changes), QUIET)
-        assert "max_length" in str(error.value)
+    with pytest.raises(TrainError, match=r"held.jsonl, row 5: 141 tokens, .* has 96 positions") as error:
+        train(make_config(model=folder, data=held), QUIET)
+    assert "max_length" in str(error.value)
+
+
+def test_held_out_rows_longer_than_the_training_rows_may_be_are_left_out_and_counted(make_config, tmp_path):
+    held = tiny_lm.write_rows(tmp_path / "held.jsonl", [*tiny_lm.rows(4), {"prompt": "p" * 40, "completion": "c" * 40}])
+    job = set_up(make_config(validation=str(held)))
+    assert len(job.held_out) == 4
+    assert job.data.notes == {f"of {held} are longer than 48 tokens and are not judged": 1}
 
 
 def test_a_length_limit_above_the_models_positions_is_no_error_if_no_row_is_that_long(make_config):
