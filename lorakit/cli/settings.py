@@ -61,7 +61,7 @@ def commented(cls: type[Strict], values: dict[str, Any], skip: tuple[str, ...] =
     for name, info in cls.model_fields.items():
         if name in skip:
             continue
-        default = 32 if name == "alpha" else info.get_default(call_default_factory=True)
+        default = info.get_default(call_default_factory=True)
         # As the one element of a flow list, whose brackets go: that writes any value on the one line of its name.
         value = yaml.safe_dump([values.get(name, default)], allow_unicode=True, default_flow_style=True, width=1 << 20).strip()[1:-1]
         shown = f"{name}: {value}"

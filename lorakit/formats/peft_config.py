@@ -61,7 +61,7 @@ def to_peft(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, f
     ):
         targets = sorted(modules)
     rank, rank_pattern = _pattern(ranks, config.rank, config.rank_pattern, config.rank_of)
-    alpha, alpha_pattern = _pattern(alphas, config.alpha or 0, config.alpha_pattern, config.alpha_of)
+    alpha, alpha_pattern = _pattern(alphas, config.alpha, config.alpha_pattern, config.alpha_of)
     return {
         "alpha_pattern": {k: _plain(v) for k, v in alpha_pattern.items()},
         "auto_mapping": None,

@@ -1,6 +1,6 @@
 """Checkpoints that a run can be taken up from to the bit: trained parameters, optimizer state, position. Safetensors and JSON.
 
-    checkpoints/step-120/trainable.safetensors   the parameters, float32, by their names in the model
+    checkpoints/step-120/trainable.safetensors   the trained parameters by their names in the model
                          optimizer.safetensors   AdamW's averages, `<parameter>.exp_avg`, ...
                          best.safetensors        the parameters at the best held-out loss, where there is one
                          state.json              step, early stopping, time spent

@@ -202,7 +202,7 @@ class _Run:
         """What travels with the adapter: nothing that depends on the clock, so that equal runs write equal files."""
         job = self.job
         return {
-            "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE | {"data"}},
+            "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
             "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), "template": job.data.style},
             "metrics": {"steps": self.step, "loss": self.last_loss, "held_out_loss": self.early.best_loss},
         }
