@@ -16,16 +16,11 @@ from .errors import TrainError
 from .models.base import EMBEDDED, embedded_folder
 
 ASSETS = embedded_folder().parent / "e2e"
-# Chosen on the development set of E2E (benchmarks/demo_settings.py).
+# The rate is twice what `auto` picks: after 600 steps the held-out loss is 0.986 against 1.027 (16 rows a step, rank 16).
 SETTINGS: dict[str, Any] = {
-    "rank": 16,
-    "steps": 600,
-    "batch_size": 16,
-    "validation": 0.02,
-    "patience": 0,
-    "sample_tokens": 0,
+    "rank": 16, "steps": 600, "batch_size": 16, "learning_rate": 5e-3, "validation": 0.02, "patience": 0, "sample_tokens": 0,
     "eval_every": 200,
-}
+}  # fmt: skip
 LONGEST_ANSWER = 80
 
 
@@ -90,7 +85,7 @@ def run(
         scores.append(score)
     if compare:
         say(f"   and full fine-tuning, {result.steps} steps")
-        full = train(config.replace(method="full", out=str(out / "full")), Progress(console))
+        full = train(config.replace(method="full", learning_rate=SETTINGS["learning_rate"] / 10, out=str(out / "full")), Progress(console))
         if full.adapter is None:
             raise TrainError(f"stopped by {full.stopped} after step {full.step}; lorakit demo --compare goes on from there")
         texts["full"], score = judge(
