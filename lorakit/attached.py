@@ -37,9 +37,10 @@ class State:
     required_grad: set[str] = field(default_factory=set)  # the base's parameters that took gradients before
 
 
-def state_of(model: nn.Module, create: bool = True) -> Any:
+def state_of(model: nn.Module) -> State:
+    """The model's state. StateError if nothing is attached to it."""
     state = model.__dict__.get(STATE)
-    if state is None and create:
+    if state is None:
         raise StateError(
             f"no adapter is attached to this {type(model).__name__}\n  lorakit.attach(model, ...) first, and pass the same object it was given"
         )

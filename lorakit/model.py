@@ -63,7 +63,7 @@ def attach(
         raise AdapterError(
             f"attach(model, adapter): got a {_kind(adapter)}\n  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
         )
-    state = state_of(model, create=False) or State()
+    state = model.__dict__.get(STATE) or State()
     check_new_name(state, name)
     if state.merged is not None:
         raise StateError(f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  lorakit.unmerge(model) first")
@@ -185,7 +185,7 @@ def active(model: nn.Module) -> dict[str, float]:
 
 def adapters(model: nn.Module) -> list[str]:
     """The names of the attached adapters."""
-    state = state_of(model, create=False)
+    state = model.__dict__.get(STATE)
     return list(state.adapters) if state else []
 
 

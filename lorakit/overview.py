@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attached import layer_at, names_of, state_of
+from .layers import saved
 from .layers.layer import LoraFactors, child_name
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted module, or one parameter trained whole (rank None)."""
+
+    adapter: str
+    name: str
+    shape: str
+    rank: int | None
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -17,21 +28,22 @@ class Summary:
 
     trainable: int
     total: int
-    rows: list[tuple[str, str, str, int, int]]  # adapter, module, shape, rank, parameters
+    rows: list[Row]
     active: dict[str, float]
     skipped: dict[str, str]
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
-        lines = [
-            f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {names_of(self.active) if self.active else 'the base alone'}"
-        ]
-        groups: dict[tuple[str, str, str, int], list[int]] = {}
-        for adapter, module, shape, rank, count in self.rows:
-            groups.setdefault((adapter, module.rsplit(".", 1)[-1], shape, rank), []).append(count)
+        used = names_of(self.active) if self.active else "the base alone"
+        lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {used}"]
+        groups: dict[tuple[str, str, str, int | None], list[int]] = {}
+        for row in self.rows:
+            last = row.name.rsplit(".", 1)[-1] if row.rank else row.name  # a parameter alone ("weight") would say nothing
+            groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
         width = max((len(k[1]) for k in groups), default=0)
         for (adapter, last, shape, rank), counts in groups.items():
-            lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} rank {rank:<4} {sum(counts):>12,}")
+            how = f"rank {rank}" if rank else "whole"
+            lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {how:<9} {sum(counts):>12,}")
         lines += [f"  left out: {module} ({why})" for module, why in self.skipped.items()]
         return "\n".join(lines)
 
@@ -39,13 +51,23 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Trainable and total parameters, and each adapter's share per target."""
     state = state_of(model)
-    rows, skipped = [], {}
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
     for name, attached in state.adapters.items():
         skipped.update(attached.skipped)
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LoraFactors = layer._modules[child_name(name)]  # type: ignore[attr-defined]
-            shape = "x".join(str(s) for s in getattr(layer, "weight", torch.empty(0)).shape)
-            rows.append((name, m, shape, child.rank, child.A.numel() + child.B.numel()))
+            rows.append(Row(name, m, _shape(layer.weight), child.rank, child.A.numel() + child.B.numel()))  # type: ignore[attr-defined]
+        for full in attached.saved:
+            module, _, last = full.rpartition(".")
+            holder = saved.saved_of(model.get_submodule(module))
+            assert holder is not None
+            parameter = holder.get(name)[last]
+            rows.append(Row(name, full, _shape(parameter), None, parameter.numel()))
     every = {id(p): p for p in model.parameters()}.values()
     return Summary(sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every), rows, dict(state.active), skipped)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape)

@@ -170,13 +170,21 @@ def test_a_captured_adapter_is_a_copy(tiny_mlp):
 def test_the_summary_counts_and_names_what_is_attached(tiny_llama):
     lk.attach(tiny_llama, lk.LoraConfig(rank=4))
     s = lk.summary(tiny_llama)
-    assert s.trainable == sum(p.numel() for p in tiny_llama.parameters() if p.requires_grad) == sum(row[4] for row in s.rows)
+    assert s.trainable == sum(p.numel() for p in tiny_llama.parameters() if p.requires_grad) == sum(row.parameters for row in s.rows)
     assert s.total == sum(p.numel() for p in tiny_llama.parameters())
     assert s.skipped == {"lm_head": "the output head"}
     text = str(s)
     assert "2 x 24x16" in text
     assert "left out: lm_head" in text
     assert "'default'" in text
+
+
+def test_the_summary_lists_what_is_trained_whole(tiny_mlp):
+    lk.attach(tiny_mlp, lk.LoraConfig(rank=2, targets=["lin0"], bias="lora_only"))
+    s = lk.summary(tiny_mlp)
+    assert s.trainable == sum(row.parameters for row in s.rows)
+    assert [(row.name, row.rank) for row in s.rows] == [("lin0", 2), ("lin0.bias", None)]
+    assert "whole" in str(s)
 
 
 def test_activate_takes_a_name_or_weights(tiny_mlp):

@@ -42,6 +42,11 @@ class Item:
     row: Row
     prompt: int | None = None
 
+    @property
+    def prompt_length(self) -> int:
+        """How many ids stand before the first answer; 0 if there is no prompt."""
+        return self.prompt if self.prompt is not None else next((i for i, trained in enumerate(self.trained) if trained), 0)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -157,8 +162,7 @@ def _repeats(items: Sequence[Item]) -> tuple[int, int]:
 
 def _prompt_key(item: Item) -> tuple[int, ...]:
     """What identifies a row's prompt: its ids, or all ids where there is no prompt."""
-    known = item.prompt if item.prompt is not None else next((i for i, t in enumerate(item.trained) if t), 0)
-    return tuple(item.ids[:known] or item.ids)
+    return tuple(item.ids[: item.prompt_length] or item.ids)
 
 
 def split(items: Sequence[Item], share: float = 0.05, seed: int = 0) -> tuple[list[Item], list[Item]]:

@@ -164,7 +164,7 @@ def prompts_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, refere
     """The distinct prompts of `items` in order of appearance, each with all answers that its rows give, without repeats."""
     groups: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
-        start = _prompt_length(item)
+        start = item.prompt_length
         if start == 0:
             raise DataError(
                 f"{item.row.where}: the row has no prompt to generate from (plain text is trained from its first token)\n"
@@ -179,14 +179,10 @@ def prompts_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, refere
 
 
 def _answers(item: Item, tokenizer: PreTrainedTokenizerBase, references_column: str) -> list[str]:
-    start = _prompt_length(item)
+    start = item.prompt_length
     end = next((i for i in range(start + 1, len(item.ids)) if not item.trained[i]), len(item.ids))
     listed = item.row.values.get(references_column) or []
     return [_text(tokenizer, item.ids[start:end]), *(text.strip() for text in ([listed] if isinstance(listed, str) else listed))]
-
-
-def _prompt_length(item: Item) -> int:
-    return item.prompt if item.prompt is not None else next((i for i, trained in enumerate(item.trained) if trained), 0)
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

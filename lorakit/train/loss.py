@@ -16,17 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..data.batches import IGNORED
 from ..errors import TrainError
 
-IGNORED = -100
 # Logits of at most so many bytes (as float32) are made at once: beyond, chunks of this size are recomputed in backward.
 # Recomputing costs one more projection, so it is for large vocabularies and long batches only.
 MAX_LOGITS_BYTES = 1 << 29
-
-
-def trained_tokens(labels: Tensor) -> int:
-    """How many positions of [rows, length] labels (standing at their own position) are trained."""
-    return int((labels[:, 1:] != IGNORED).sum())
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

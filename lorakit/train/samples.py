@@ -37,7 +37,7 @@ def prompts_for(config: TrainConfig, model: Any, tokenizer: Any, held_out: list[
     room = math.inf if positions is None else positions - config.sample_tokens
     found: list[Prompt] = []
     for item in held_out:
-        beginning = item.ids[: _prompt_length(item)]
+        beginning = item.ids[: item.prompt_length]
         if 0 < len(beginning) <= room and beginning not in [p.ids for p in found]:
             found.append(Prompt(tokenizer.decode(beginning), beginning))
         if len(found) == DEFAULT_PROMPTS:
@@ -64,7 +64,3 @@ def write(folder: RunFolder, step: int, prompts: list[Prompt], base: list[str], 
     """`samples/step-N.json`."""
     rows = [{"prompt": p.text, "base": b, "tuned": t} for p, b, t in zip(prompts, base, tuned, strict=True)]
     write_text(folder.samples / f"step-{step}.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-
-
-def _prompt_length(item: Item) -> int:
-    return item.prompt if item.prompt is not None else next((i for i, t in enumerate(item.trained) if t), 0)
