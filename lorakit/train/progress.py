@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from ..models.base import choose_device
 from . import defaults
 
 if TYPE_CHECKING:
@@ -96,12 +97,12 @@ def _facts(job: Job, step: int) -> Table:
     base = total - trained if config.method == "lora" else total
     rows = [
         ("model", f"{config.model}, {base:,} parameters, {_name(job.dtype.value)} ({job.dtype.reason})"),
-        ("device", f"{device}, {processes} process{'es' if processes > 1 else ''}, {_threads(device)}"),
+        ("device", f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {_threads(device)}"),
         ("adapter", f"{what}{trained:,} trainable ({_short_number(100 * trained / total)} %)"),
         ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}"),
         ("length", f"at most {data.max_length} tokens ({data.max_length_reason}){left_out}"),
         ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
-        ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} epochs)"),
+        ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes over the data)"),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
     ]
@@ -110,6 +111,11 @@ def _facts(job: Job, step: int) -> Table:
     for note, count in data.notes.items():
         table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
     return table
+
+
+def _why(device: Any) -> str:
+    found = choose_device()
+    return found.reason if found.value.type == device.type else "as accelerate was told"
 
 
 def _threads(device: Any) -> str:
