@@ -109,19 +109,7 @@ def attach(
     for m, module in modules.items():
         module.add_module(child_name(name), built[m].train(module.training))
     saved.use(model, None)
-    copies: list[tuple[Tensor, Tensor, nn.Parameter]] = []
-    for full, value in values.items():
-        module_name, _, last = full.rpartition(".")
-        module = model.get_submodule(module_name)
-        own = module._parameters[last]
-        assert own is not None
-        # Names that share the base's weight and get the same value share the copy too: tied weights stay tied.
-        kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
-        if kept is None:
-            # In the base's precision: the module is called as it is, with activations of that precision.
-            kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
-            copies.append((own, value, kept))
-        saved.keep(name, module, last, kept)
+    _keep_whole(model, name, values, trainable)
     fastpath.close(model)
     if modules:
         config = config.replace(targets=shortest_endings(list(modules), every), exclude=None, layers=None)
@@ -257,6 +245,23 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
         _activate(model, state, {n: w for n, w in state.active.items() if n in state.adapters})
     fastpath.reopen(model)
     return model
+
+
+def _keep_whole(model: nn.Module, name: str, values: Mapping[str, Tensor], trainable: bool) -> None:
+    """Register an adapter's versions of whole parameters. The base's own must be in place."""
+    copies: list[tuple[Tensor, Tensor, nn.Parameter]] = []
+    for full, value in values.items():
+        module_name, _, last = full.rpartition(".")
+        module = model.get_submodule(module_name)
+        own = module._parameters[last]
+        assert own is not None
+        # Names that share the base's weight and get the same value share the copy too: tied weights stay tied.
+        kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
+        if kept is None:
+            # In the base's precision: the module is called as it is, with activations of that precision.
+            kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
+            copies.append((own, value, kept))
+        saved.keep(name, module, last, kept)
 
 
 def _activate(model: nn.Module, state: State, wanted: dict[str, float]) -> None:

@@ -60,7 +60,12 @@ def _sound(value: Any) -> bool:
     )
 
 
+def places(count: int) -> list[int]:
+    """Which of a tensor's `count` numbers a fingerprint takes: evenly from the first to the last."""
+    return torch.linspace(0, count - 1, NUMBERS, dtype=torch.float64).long().tolist()
+
+
 def _numbers(tensor: Tensor) -> list[float]:
     flat = tensor.detach().flatten()
-    at = torch.linspace(0, flat.numel() - 1, NUMBERS, dtype=torch.float64).long().to(flat.device)
+    at = torch.tensor(places(flat.numel()), device=flat.device)
     return [float(f"{v:.4g}") for v in flat[at].float().cpu().tolist()]

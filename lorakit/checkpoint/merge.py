@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import NUMBERS, differences, fingerprint
+from ..adapter.fingerprint import differences, fingerprint, places
 from ..errors import AdapterError, LorakitError, listing
 from ..formats.files import sync_folder, write_text
 from ..formats.stream import MERGEABLE, NAMES
@@ -127,13 +127,11 @@ def _check_base(base: Base, adapter: Adapter, rename: Renaming, force: bool) -> 
     samples, found = {}, {}
     for name, numbers in expected["samples"].items():
         slot = base.tensors.get(rename(name))
-        if (
-            slot is not None and slot.nbytes and slot.torch_dtype is not None and name not in adapter.saved
-        ):  # a fresh head is not the base's
+        replaced = name in adapter.saved  # a fresh head is not the base's
+        if slot is not None and slot.nbytes and slot.torch_dtype is not None and not replaced:
             samples[name] = numbers
             # Where a fingerprint looks, and no more than that: of these few numbers it takes each.
-            at = torch.linspace(0, math.prod(slot.shape) - 1, NUMBERS, dtype=torch.float64).long()
-            found[name] = slot.numbers(at.tolist())
+            found[name] = slot.numbers(places(math.prod(slot.shape)))
     # The rest of the fingerprint speaks of a model, with heads and ties as its class has them; here only the numbers count.
     architecture = base.architecture or ""
     lines = differences({**fingerprint(found, architecture), "samples": samples}, found, architecture)

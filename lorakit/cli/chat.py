@@ -10,13 +10,14 @@ import typer
 
 from ..errors import ConfigError
 from .loading import load
+from .options import Model, Precision, TopP
 
 _HELP = "/adapter NAME chooses an adapter, /base the base alone, /reset forgets the conversation, /quit leaves"
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="the prompt; standard input if left out")] = None,
-    model: Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")] = "embedded",
+    model: Model = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated, the last is used")] = None,
     template: Annotated[
         Literal["auto", "chat", "plain", "none"],
@@ -24,9 +25,9 @@ def generate(
     ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="sample from the likeliest tokens that have this probability together")] = 1.0,
+    top_p: TopP = 1.0,
     seed: Annotated[int | None, typer.Option(help="for a repeatable sample")] = None,
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="the base's precision")] = "auto",
+    precision: Precision = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
 ) -> None:
     """Answer one prompt. `\\n` in the argument is a line end."""
@@ -48,7 +49,7 @@ def generate(
 
 
 def chat(
-    model: Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")] = "embedded",
+    model: Model = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated, the last is active first")] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     template: Annotated[
@@ -57,9 +58,9 @@ def chat(
     ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="sample from the likeliest tokens that have this probability together")] = 0.95,
+    top_p: TopP = 0.95,
     seed: Annotated[int | None, typer.Option(help="for a repeatable conversation")] = None,
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="the base's precision")] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """A conversation on the terminal. A model without a chat template completes each line on its own."""
     from ..data.render import question_ids

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import ConfigError
+from .options import Columns, DataTemplate, Split
 
 
 def pairs(text: str | None, what: str) -> dict[str, str]:
@@ -22,9 +23,9 @@ def pairs(text: str | None, what: str) -> dict[str, str]:
 def show(
     data: Annotated[str, typer.Argument(help="a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")],
     model: Annotated[str, typer.Option(help="whose tokenizer to use")] = "embedded",
-    split: Annotated[str | None, typer.Option(help="the data's split, where it has several")] = None,
-    columns: Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")] = None,
-    template: Annotated[Literal["auto", "chat", "plain"], typer.Option(help="how conversations are written")] = "auto",
+    split: Split = None,
+    columns: Columns = None,
+    template: DataTemplate = "auto",
     train_on: Annotated[Literal["completion", "all"], typer.Option(help="what is trained")] = "completion",
     max_length: Annotated[int | None, typer.Option(help="longest row in tokens; default: the data's 99th percentile")] = None,
     on_long: Annotated[Literal["auto", "drop", "cut", "split"], typer.Option(help="what becomes of longer rows")] = "auto",

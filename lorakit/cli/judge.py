@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 from shlex import quote
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from .data import pairs
 from .loading import load
+from .options import Columns, DataTemplate, Model, Precision, Split
 
 _NO_LIMIT = 1 << 30
 
 
 def evaluate(
     data: Annotated[str, typer.Argument(help="rows to judge on; a `references` column may list several right answers")],
-    model: Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")] = "embedded",
+    model: Model = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated")] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")] = True,
-    split: Annotated[str | None, typer.Option(help="the data's split, where it has several")] = None,
-    columns: Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")] = None,
-    template: Annotated[Literal["auto", "chat", "plain"], typer.Option(help="how conversations are written")] = "auto",
+    split: Split = None,
+    columns: Columns = None,
+    template: DataTemplate = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="judge the first rows only")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="rows at once")] = 32,
     samples: Annotated[int, typer.Option(min=0, help="answers to print")] = 3,
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="the base's precision")] = "auto",
+    precision: Precision = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by side."""

@@ -36,11 +36,13 @@ class Loaded:
     def style_for(self, template: str) -> Style:
         """How a prompt is to be written: as asked, as the adapter was trained, or by the chat template if there is one."""
         has_one = bool(getattr(self.tokenizer, "chat_template", None))
-        if template == "chat" and not has_one:
-            raise ConfigError("--template chat: this model's tokenizer has no chat template; use plain or none")
-        if template == "auto":
-            template = self.style or ("chat" if has_one else "none")
-        return template if template != "chat" or has_one else "none"  # type: ignore[return-value]
+        style = (self.style or ("chat" if has_one else "none")) if template == "auto" else template
+        if style == "chat" and not has_one:
+            why = "the adapter was trained with a chat template" if template == "auto" else "--template chat"
+            raise ConfigError(
+                f"{why}: this model's tokenizer has no chat template\n  use --template plain or none, or the base it was trained on"
+            )
+        return style  # type: ignore[return-value]
 
 
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:

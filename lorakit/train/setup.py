@@ -38,6 +38,8 @@ class Job:
     dtype: Choice
     pad_id: int
     data_hash: str
+    _epoch: int = -1  # whose order is kept
+    _order: list[list[int]] = field(default_factory=list)
 
     def batch(self, step: int) -> list[Item]:
         """The rows of optimizer step `step` (from 0): a function of the seed and the step alone."""
@@ -48,9 +50,6 @@ class Job:
             self._order = batch_order(lengths, self.config.batch_size, self.config.seed, epoch, self.config.group_by_length)
             self._epoch = epoch
         return [self.train[i] for i in self._order[place]]
-
-    _epoch: int = -1
-    _order: list[list[int]] = field(default_factory=list)
 
 
 def set_up(config: TrainConfig) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -313,6 +314,17 @@ def test_an_adapter_trained_on_conversations_is_asked_as_it_was_trained(lorakit,
     assert trained_on.ids[: len(asked)] == asked
     assert not any(trained_on.trained[: len(asked)])
     assert all(trained_on.trained[len(asked) :])
+
+
+def test_a_base_without_the_chat_template_an_adapter_was_trained_with_is_an_error(lorakit, model, trained, tmp_path):
+    adapter = lk.Adapter.load(f"{trained}/adapter")
+    data = {**adapter.metadata["data"], "template": "chat"}
+    dataclasses.replace(adapter, metadata={**adapter.metadata, "data": data}).save(tmp_path / "chat")
+    args = ["generate", "hi", "--model", model, "--precision", "fp32", "--max-new-tokens", "2", "--adapter", tmp_path / "chat"]
+    code, _, error = lorakit(*args)
+    assert code == 2
+    assert "was trained with a chat template" in error
+    assert lorakit(*args, "--template", "none")[0] == 0
 
 
 def test_inspect_tells_what_is_in_an_adapter_and_in_a_model(lorakit, model, trained):
