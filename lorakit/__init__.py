@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .errors import LorakitError
     from .model import activate, active, adapters, attach, capture, detach, merge, unmerge
     from .overview import summary
+    from .routing import route
 
 _HOME = {
     "Adapter": ".adapter.adapter",
@@ -30,11 +31,12 @@ _HOME = {
     "LoraConfig": ".config",
     "LorakitError": ".errors",
     **dict.fromkeys(("activate", "active", "adapters", "attach", "capture", "detach", "merge", "unmerge"), ".model"),
+    "route": ".routing",
     "summary": ".overview",
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
-    "LoraConfig", "Adapter", "Factors", "attach", "capture", "activate", "active", "adapters", "merge", "unmerge", "detach", "summary",
+    "LoraConfig", "Adapter", "Factors", "attach", "capture", "activate", "active", "adapters", "route", "merge", "unmerge", "detach", "summary",
     "LorakitError", "__version__",
 ]  # fmt: skip
 

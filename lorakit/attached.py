@@ -11,8 +11,10 @@ from torch import nn
 from .config import LoraConfig
 from .errors import StateError, did_you_mean, listing
 from .layers import saved
-from .layers.layer import LoraFactors, LoraLayer, child_name
+from .layers.layer import LoraLayer, child_name
+from .layers.routed import Routes, Routing
 from .layers.swap import mixin_and_base
+from .layers.walk import base_modules
 
 STATE = "_lorakit"
 
@@ -35,6 +37,8 @@ class State:
     active: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] | None = None
     required_grad: set[str] = field(default_factory=set)  # the base's parameters that took gradients before
+    routing: Routing | None = None  # while inside `route`
+    routes: Routes | None = None  # what `route` keeps from batch to batch, until adapters come or go
 
 
 def state_of(model: nn.Module) -> State:
@@ -59,6 +63,11 @@ def attached_of(state: State, name: str | None) -> Attached:
     return state.adapters[name]
 
 
+def check_not_routed(state: State, doing: str) -> None:
+    if state.routing is not None:
+        raise StateError(f"{doing}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n  leave it first")
+
+
 def check_new_name(state: State, name: str) -> None:
     if not name:
         raise StateError("'' cannot be an adapter's name")
@@ -70,20 +79,13 @@ def check_new_name(state: State, name: str) -> None:
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         if isinstance(module, LoraLayer):
             yield name, module
 
 
 def layer_at(model: nn.Module, name: str) -> LoraLayer:
     return model.get_submodule(name)  # type: ignore[return-value]
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The base's own modules, each under its first name: without factors, and without what keeps whole weights."""
-    for name, module in model.named_modules():
-        if not (isinstance(module, LoraFactors | saved.SavedParameters) or f".{saved.CHILD}." in f".{name}."):
-            yield name, module
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -37,6 +37,8 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
 
 
 def saved_for(model: nn.Module, adapter: Adapter, strict: bool, skipped: dict[str, str]) -> list[str]:
+    if not adapter.saved:
+        return []
     own = dict(model.named_parameters(remove_duplicate=False))
     lost = [n for n in adapter.saved if n not in own]
     buffers = [n for n in lost if n in dict(model.named_buffers())]
@@ -74,6 +76,8 @@ def fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.M
         values |= {f"{m}.bias": p for m, module in targets.items() for n, p in base_parameters(module) if n == "bias"}
     elif config.bias == "all":
         values |= {n: p for n, p in base_parameters(model) if n == "bias" or n.endswith(".bias")}
+    if not values:
+        return values
     # A weight that several modules share (tied embeddings) is trained for all of them.
     shared = {id(p) for p in values.values()}
     return values | {n: p for n, p in base_parameters(model) if id(p) in shared}

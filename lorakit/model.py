@@ -25,6 +25,7 @@ from .attached import (
     attached_of,
     base_parameters,
     check_new_name,
+    check_not_routed,
     layer_at,
     layers_of,
     names_of,
@@ -33,7 +34,7 @@ from .attached import (
 from .config import LoraConfig
 from .errors import AdapterError, StateError, listing
 from .fit import check_base, check_tied, fresh_saved, modules_for, saved_for
-from .layers import fastpath, saved
+from .layers import blocks, fastpath, saved
 from .layers.layer import LoraFactors, LoraLayer, child_name
 from .layers.merge import merge_module, unmerge_module
 from .layers.place import factors_for, fresh_for
@@ -64,22 +65,25 @@ def attach(
             f"attach(model, adapter): got a {_kind(adapter)}\n  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
         )
     state = model.__dict__.get(STATE) or State()
+    check_not_routed(state, "attach")
     check_new_name(state, name)
     if state.merged is not None:
         raise StateError(f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  lorakit.unmerge(model) first")
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
+    base = dict(base_parameters(model))
     config, metadata = (with_head(model, adapter), {}) if isinstance(adapter, LoraConfig) else (adapter.config, adapter.metadata)
     if isinstance(adapter, LoraConfig):
         targets = find_targets(model, config)
         modules, skipped = targets.modules, targets.skipped
         values = fresh_saved(model, config, modules)
-        metadata = {"fingerprint": fingerprint(dict(base_parameters(model)), architecture_of(model))}
+        metadata = {"fingerprint": fingerprint(base, architecture_of(model))}
     else:
         adapter.check()
         check_base(model, adapter, force)
         modules, skipped = modules_for(model, adapter, strict)
         values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
+    child = child_name(name)
     swapped = [module for module in modules.values() if not isinstance(module, LoraLayer)]
     try:
         for m, module in modules.items():
@@ -93,26 +97,27 @@ def attach(
             if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
                 raise StateError(f"'{full}' is offloaded, so a copy cannot be trained in its place\n  keep this module in memory")
         for m, module in modules.items():
-            if hasattr(module, child_name(name)):
-                raise StateError(f"'{m}' ({type(module).__name__}) has an attribute '{child_name(name)}' of its own\n  choose another name")
+            if hasattr(module, child):
+                raise StateError(f"'{m}' ({type(module).__name__}) has an attribute '{child}' of its own\n  choose another name")
     except Exception:
         for module in swapped:
             release(module)
         raise
     # From here on nothing can fail.
-    every = list(module_names(model))
     if not state.adapters:
-        state.required_grad = {n for n, p in base_parameters(model) if p.requires_grad}
+        state.required_grad = {n for n, p in base.items() if p.requires_grad}
     if trainable and not any(a.trainable for a in state.adapters.values()):
-        for _, parameter in base_parameters(model):
+        for parameter in base.values():
             parameter.requires_grad_(False)
     for m, module in modules.items():
-        module.add_module(child_name(name), built[m].train(module.training))
-    saved.use(model, None)
+        module.add_module(child, built[m].train(module.training))
+    _use_saved(model, state, None)
     _keep_whole(model, name, values, trainable)
     fastpath.close(model)
+    blocks.adopt(model)
     if modules:
-        config = config.replace(targets=shortest_endings(list(modules), every), exclude=None, layers=None)
+        config = config.replace(targets=shortest_endings(list(modules), list(module_names(model))), exclude=None, layers=None)
+    state.routes = None
     state.adapters[name] = Attached(config, list(modules), list(values), trainable, metadata, skipped)
     model.__dict__[STATE] = state
     _activate(model, state, {name: 1.0})
@@ -146,6 +151,7 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
 def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     """Choose what the model computes with: one adapter, several with weights (their updates are summed), or None, the base alone."""
     state = state_of(model)
+    check_not_routed(state, "activate")
     if not isinstance(which, str | Mapping | None):
         raise StateError(
             f"activate(model, which): got a {_kind(which)}\n  expected a name, None, or names with weights such as {{'a': 0.7, 'b': 0.3}}"
@@ -184,6 +190,7 @@ def merge(model: nn.Module) -> None:
     and where merging would be wrong: a tied weight of which only one user is adapted, quantized or offloaded weights.
     """
     state = state_of(model)
+    check_not_routed(state, "merge")
     if state.merged is not None:
         raise StateError(f"{names_of(state.merged)} is merged already\n  lorakit.unmerge(model) first")
     if not state.active:
@@ -220,6 +227,7 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     plain merged model; "undo" restores the base first.
     """
     state = state_of(model)
+    check_not_routed(state, "detach")
     if merged not in (None, "keep", "undo"):
         raise StateError(f"detach(model, merged={merged!r}): expected 'keep' or 'undo'")
     if state.merged is not None:
@@ -244,6 +252,8 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     else:
         _activate(model, state, {n: w for n, w in state.active.items() if n in state.adapters})
     fastpath.reopen(model)
+    if not state.adapters:
+        blocks.release(model)
     return model
 
 
@@ -266,13 +276,21 @@ def _keep_whole(model: nn.Module, name: str, values: Mapping[str, Tensor], train
 
 def _activate(model: nn.Module, state: State, wanted: dict[str, float]) -> None:
     state.active = wanted
+    chosen = [(child_name(n), w) for n, w in wanted.items()]
     for _, layer in layers_of(model):
-        layer.lora_active = tuple((child_name(n), w) for n, w in wanted.items() if child_name(n) in layer._modules)  # type: ignore[attr-defined]
-    saved.use(model, next((n for n in wanted if state.adapters[n].saved), None))
+        layer.lora_active = tuple((child, w) for child, w in chosen if child in layer._modules)  # type: ignore[attr-defined]
+    _use_saved(model, state, next((n for n in wanted if state.adapters[n].saved), None))
+
+
+def _use_saved(model: nn.Module, state: State, name: str | None) -> None:
+    """Put an adapter's whole weights in place, or the base's own; most adapters have none, and then there is nothing to look for."""
+    if any(attached.saved for attached in state.adapters.values()):
+        saved.use(model, name)
 
 
 def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None:
     attached = state.adapters.pop(name)
+    state.routes = None
     for m in attached.modules:
         module = model.get_submodule(m)
         del module._modules[child_name(name)]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import adapters, chat, data, demo, judge, train
+from . import adapters, bench, chat, data, demo, judge, plan, sweep, train
 
 app = typer.Typer(
     name="lorakit",
@@ -37,9 +37,12 @@ data_app.command("show", short_help="print rows with the trained tokens marked")
 app.command("demo", short_help="everything in a few minutes, on the embedded model")(demo.demo)
 app.command("init", short_help="write a commented config file")(train.init)
 app.add_typer(data_app, name="data")
+app.command("plan", short_help="memory and time of a run before it starts")(plan.plan)
 app.command("train", short_help="train one adapter, or go on with a run")(train.train)
+app.command("sweep", short_help="train many adapters at once, and compare them")(sweep.sweep)
 app.command("eval", short_help="judge base and adapters side by side")(judge.evaluate)
 app.command("generate", short_help="answer one prompt")(chat.generate)
 app.command("chat", short_help="talk to a model")(chat.chat)
 app.command("inspect", short_help="what is in an adapter or a model")(adapters.inspect)
 app.command("merge", short_help="merge an adapter into a checkpoint")(adapters.merge)
+app.command("bench", short_help="our figures and the peers', on your machine")(bench.bench)

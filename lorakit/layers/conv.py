@@ -9,9 +9,11 @@ change of the weight can be, so only such factors that have the form above (bloc
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import routed
 from .layer import LoraFactors, LoraLayer, Shapes
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -36,12 +38,14 @@ class ConvLayer(LoraLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.lora_route is not None:
+            return routed.add_updates(self, y, x, lambda x, factors: self._update(x, factors, y.dtype))
         for factors, scale in self.lora_in_use():
-            inputs = F.dropout(x, factors.dropout, self.training) if factors.dropout else x  # type: ignore[attr-defined]
-            y = y + self._update(inputs.to(y.dtype), factors) * scale
+            y = y + self._update(x, factors, y.dtype) * scale
         return y
 
-    def _update(self, x: Tensor, factors: LoraFactors) -> Tensor:
+    def _update(self, x: Tensor, factors: LoraFactors, dtype: torch.dtype) -> Tensor:
+        x = (F.dropout(x, factors.dropout, self.training) if factors.dropout else x).to(dtype)  # type: ignore[attr-defined]
         A, B = factors.A.to(x.dtype), factors.B.to(x.dtype)
         groups = self.groups  # type: ignore[attr-defined]
         conv = _CONV[A.dim() - 2]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import LoraLayer, Shapes
+from . import routed
+from .layer import LoraFactors, LoraLayer, Shapes
 
 
 class EmbeddingLayer(LoraLayer):
@@ -26,12 +27,17 @@ class EmbeddingLayer(LoraLayer):
 
     def forward(self, ids: Tensor, *args, **kwargs) -> Tensor:
         y = super().forward(ids, *args, **kwargs)  # type: ignore[misc]
+        if self.lora_route is not None:
+            return routed.add_updates(self, y, ids, lambda ids, factors: self._update(ids, factors, y.dtype))
         for factors, scale in self.lora_in_use():
-            rows = F.embedding(ids, factors.A.T, self.padding_idx)  # type: ignore[attr-defined]
-            if factors.dropout:
-                rows = F.dropout(rows, factors.dropout, self.training)  # type: ignore[attr-defined]
-            update = F.linear(rows.to(y.dtype), factors.B.to(y.dtype)) * scale
-            # Gemma's embedding multiplies its output; the update is part of the weight, so it is multiplied too.
-            factor = getattr(self, "embed_scale", None)
-            y = y + (update if factor is None else update * torch.as_tensor(factor).to(y))
+            y = y + self._update(ids, factors, y.dtype) * scale
         return y
+
+    def _update(self, ids: Tensor, factors: LoraFactors, dtype: torch.dtype) -> Tensor:
+        rows = F.embedding(ids, factors.A.T, self.padding_idx)  # type: ignore[attr-defined]
+        if factors.dropout:
+            rows = F.dropout(rows, factors.dropout, self.training)  # type: ignore[attr-defined]
+        update = F.linear(rows.to(dtype), factors.B.to(dtype))
+        # Gemma's embedding multiplies its output; the update is part of the weight, so it is multiplied too.
+        factor = getattr(self, "embed_scale", None)
+        return update if factor is None else update * torch.as_tensor(factor).to(update)

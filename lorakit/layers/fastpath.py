@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from .layer import LoraLayer
+from .walk import base_modules
 
 _MARKS = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0), (nn.TransformerEncoder, "use_nested_tensor", False))
 _KEPT = "_lora_fast_path"
@@ -17,7 +18,7 @@ _KEPT = "_lora_fast_path"
 
 def close(model: nn.Module) -> None:
     """Close the fast path of every encoder (layer) that holds an adapted module."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         for kind, mark, closed in _MARKS:
             if isinstance(module, kind) and _holds_adapted(module):
                 module.__dict__.setdefault(_KEPT, getattr(module, mark))
@@ -26,7 +27,7 @@ def close(model: nn.Module) -> None:
 
 def reopen(model: nn.Module) -> None:
     """Give every encoder (layer) without adapted modules its fast path back."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         for kind, mark, _ in _MARKS:
             if isinstance(module, kind) and _KEPT in module.__dict__ and not _holds_adapted(module):
                 setattr(module, mark, module.__dict__.pop(_KEPT))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copyreg
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import scale_of
+
+if TYPE_CHECKING:
+    from .routed import Routing
 
 PREFIX = "lora_"
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of A and of B
@@ -36,6 +39,7 @@ _TAKEN = frozenset(
         "add",
         "plain",
         "fresh_output",
+        "route",
     }
 )
 
@@ -64,13 +68,26 @@ class LoraFactors(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha:g}, A={list(self.A.shape)}, B={list(self.B.shape)}"
 
 
-class LoraLayer:
+class Swapped:
+    """A mixin in front of a module's own class. The class so made has no name to import; a pickle names the two instead."""
+
+    def __reduce_ex__(self, protocol):
+        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            from .swap import mixin_and_base, rebuild
+
+            return rebuild, mixin_and_base(type(self)), *rest
+        return function, args, *rest
+
+
+class LoraLayer(Swapped):
     """The mixin's state. `lora_active` is a tuple of (child's name, weight); `lora_merged` tells that ΔW is in the weight now."""
 
     lora_kind: str  # "linear", "embedding" or "conv": how A and B are to be read
     lora_transposed = False  # the weight is [in, out]
     lora_active: tuple[tuple[str, float], ...]
     lora_merged: Any
+    lora_route: Routing | None = None  # set on the instance while inside `lorakit.route`, see `routed`
 
     def lora_in_use(self) -> list[tuple[LoraFactors, float]]:
         """The factors that the forward has to add, each with its scale times its weight."""
@@ -99,15 +116,6 @@ class LoraLayer:
     def lora_full(self, factors: LoraFactors) -> tuple[Tensor, Tensor]:
         """A and B as files and the adapter value hold them."""
         return factors.A.detach(), factors.B.detach()
-
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time; a pickle (a model sent to another process) names what it is made of instead.
-        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            from .swap import mixin_and_base, rebuild
-
-            return rebuild, mixin_and_base(type(self)), *rest
-        return function, args, *rest
 
 
 def init_a(A: Tensor, init: str, rank: int) -> None:

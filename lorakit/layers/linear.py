@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.blocks import expand_packed
-from ..ops.linear import add_low_rank, add_packed, frozen_linear, needs_plain
+from ..ops.linear import add_low_rank, add_packed, needs_plain
+from ..ops.projections import Projection, project
+from . import routed
 from .layer import LoraFactors, LoraLayer, Shapes
 
 
@@ -33,35 +35,54 @@ class LinearLayer(LoraLayer):
         return (rank, size_in), (size_out, rank)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.lora_route is not None:
+            return routed.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
         active = self.lora_in_use()
         if not active:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if len(active) == 1 and not args and not kwargs and self._one_node(x, active[0][0]):
-            factors, scale = active[0]
-            return frozen_linear(x, self.weight, self.bias, factors.A, factors.B, scale)  # type: ignore[attr-defined]
+        whole = projection_of(self, x) if torch.is_grad_enabled() and not args and not kwargs else None  # type: ignore[arg-type]
+        if whole is not None:
+            return project(x, [whole[0]], whole[1])[0]
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         for factors, scale in active:
-            inputs = F.dropout(x, factors.dropout, self.training) if factors.dropout else x  # type: ignore[attr-defined]
-            y = self.lora_add(y, inputs, factors, scale)
+            y = self.lora_add(y, x, factors, scale)
         return y
 
     def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
-        return add_low_rank(y, x, factors.A, factors.B, scale, into=self.lora_fresh_output)
+        dropout = factors.dropout if self.training else 0.0  # type: ignore[attr-defined]
+        return add_low_rank(y, x, factors.A, factors.B, scale, dropout, into=self.lora_fresh_output)
 
-    def _one_node(self, x: Tensor, factors: LoraFactors) -> bool:
-        """Whether base and update may be computed as one autograd node: a plain frozen weight, no casting, no dropout."""
-        weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
-        return (
-            self.lora_plain
-            and x.dtype == weight.dtype
-            and type(weight) in (nn.Parameter, Tensor)
-            and not weight.requires_grad
-            and (bias is None or not bias.requires_grad)
-            and not (factors.dropout and self.training)  # type: ignore[attr-defined]
-            and x.dim() > 1
-            and not torch.is_autocast_enabled(x.device.type)
-            and not needs_plain()
-        )
+
+def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | None:
+    """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than that.
+
+    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most, no casting by autocast.
+    """
+    if isinstance(module, LinearLayer):
+        if not module.lora_plain or module.lora_route is not None:
+            return None
+        active = module.lora_in_use()
+    elif type(module) is nn.Linear:
+        active = []
+    else:
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if (
+        len(active) > 1
+        or type(weight) not in (nn.Parameter, Tensor)  # quantized, sharded, or computed by a parametrization
+        or "bias" not in module._parameters
+        or x.dtype != weight.dtype  # type: ignore[union-attr]
+        or weight.requires_grad  # type: ignore[union-attr]
+        or (bias is not None and bias.requires_grad)
+        or x.dim() < 2
+        or (not x.is_meta and torch.is_autocast_enabled(x.device.type))  # it does not know of "meta"
+        or needs_plain()
+    ):
+        return None
+    if not active:
+        return Projection(weight, bias, None, None, 1.0), 0.0  # type: ignore[arg-type]
+    factors, scale = active[0]
+    return Projection(weight, bias, factors.A, factors.B, scale), factors.dropout if module.training else 0.0  # type: ignore[arg-type]
 
 
 class Conv1DLayer(LinearLayer):
@@ -91,6 +112,7 @@ class PackedLayer(LinearLayer):
     def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
         if factors.B.dim() == 2:  # another adapter on this module, not packed
             return super().lora_add(y, x, factors, scale)
+        x = F.dropout(x, factors.dropout, self.training) if factors.dropout else x  # type: ignore[attr-defined]
         return add_packed(y, x, factors.A, factors.B, scale, self.lora_parts)
 
     def lora_full(self, factors: LoraFactors) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
     module.__class__ = adapted_class(mixin, type(module))  # type: ignore[arg-type]
     module.lora_active = ()  # type: ignore[assignment]
     module.lora_merged = None  # type: ignore[assignment]
-    _rebind_hooked_forward(module)
+    rebind_hooked_forward(module)
 
 
 def release(module: nn.Module) -> None:
@@ -82,10 +82,10 @@ def release(module: nn.Module) -> None:
     module.__class__ = mixin_and_base(type(module))[1]  # type: ignore[assignment]
     for name in ("lora_active", "lora_merged", "lora_parts"):
         module.__dict__.pop(name, None)
-    _rebind_hooked_forward(module)
+    rebind_hooked_forward(module)
 
 
-def _rebind_hooked_forward(module: nn.Module) -> None:
+def rebind_hooked_forward(module: nn.Module) -> None:
     # accelerate's hooks (device maps, offload) sit in the instance's `forward` and call `_old_forward`, a method bound
     # when the hook was added. The adapted forward goes underneath, so that it too sees weights that are in place.
     if "_old_forward" in module.__dict__:

@@ -10,10 +10,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, LoraConfig, ends_with, matches, pattern_matches
 from ..errors import TargetError, did_you_mean, listing, nearest
-from .layer import LoraFactors
 from .linear import LinearLayer
-from .saved import SavedParameters
 from .swap import is_linear, mixin_for
+from .walk import base_modules
 
 
 @dataclass
@@ -26,8 +25,7 @@ class Targets:
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
     """Every name of every module (one registered twice has two), without lorakit's own children."""
-    own = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoraFactors | SavedParameters)]
-    return {n: m for n, m in model.named_modules(remove_duplicate=False) if n and not any(n == o or n.startswith(o + ".") for o in own)}
+    return {name: module for name, module in base_modules(model, every_name=True) if name}
 
 
 def layer_number(name: str) -> int | None:
@@ -94,14 +92,18 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """For a classification or question-answering task: with the fresh head among the modules saved whole, as PEFT has it."""
     heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+    if config.task not in heads:
+        return config
     names = module_names(model)
-    found = [h for h in heads.get(config.task or "", ()) if any(ends_with(n, h) for n in names)]
+    found = [h for h in heads[config.task] if any(ends_with(n, h) for n in names)]
     added = [h for h in found if h not in config.save_modules]
     return config.replace(save_modules=[*config.save_modules, *added]) if added else config
 
 
 def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """The modules of `config.save_modules`, by full name."""
+    if not config.save_modules:
+        return {}
     names = module_names(model)
     for entry in config.save_modules:
         if not any(ends_with(name, entry) for name in names):
@@ -116,11 +118,15 @@ def _within(name: str, endings: list[str]) -> bool:
 
 def shortest_endings(chosen: list[str], every: list[str]) -> list[str]:
     """The fewest last names that match just `chosen` among `every` name; full names if the last names match more."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    endings = {_last(name) for name in chosen}
     # A bare number ("0" in a Sequential) would match far too much in any other model.
-    if not any(e.isdigit() for e in endings) and {n for n in every if matches(n, endings)} == set(chosen):
-        return endings
+    if not any(e.isdigit() for e in endings) and {n for n in every if _last(n) in endings} == set(chosen):
+        return sorted(endings)
     return sorted(chosen)
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _once_each(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -1,10 +1,9 @@
-"""The low-rank update of a linear layer (Hu et al. 2021, section 4.1).
+"""The low-rank update added to a linear layer's output (Hu et al. 2021, section 4.1).
 
-    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        x: [..., in]   W: [out, in]   A: [r, in]   B: [out, r]   s = alpha / r
+    y + s · (drop(x) Aᵀ) Bᵀ        y: [..., out]   x: [..., in]   A: [r, in]   B: [out, r]   s = alpha / r
 
-`reference` is that line for the update, `add_low_rank` the same as one autograd node that writes into y, and
-`frozen_linear` the whole line as one node for a frozen W. Both keep x and the [.., r] product for backward; the fp32
-master factors are cast to the activation's dtype for the matmuls and activations are never upcast.
+For bases of which only the output is at hand (quantized, hooked, transposed weights). `reference` is that line for the update,
+`add_low_rank` the same as one autograd node that writes into y; a plain frozen linear is a node with its update, see `projections`.
 """
 
 from __future__ import annotations
@@ -14,28 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dropout import draw_seed, keep_mask, kept_share, masked
+
 
 def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """s · (x Aᵀ) Bᵀ; x: [..., in] -> [..., out], in x's dtype."""
     return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
 
 
-def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, into: bool = True) -> Tensor:
-    """y + s · (x Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written into."""
+def add_low_rank(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, into: bool = True
+) -> Tensor:  # fmt: skip
+    """y + s · (drop(x) Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written into."""
     x = x.to(y.dtype)
     if not into or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
-        return y + reference(x, A, B, scale)
-    return _AddLowRank.apply(y, x, A, B, scale)
+        return y + reference(F.dropout(x, dropout) if dropout else x, A, B, scale)
+    if not (dropout or torch.is_grad_enabled()) and y.is_contiguous():  # decoding: an autograd node's own cost would show
+        down = F.linear(x, A.to(y.dtype))
+        y.view(-1, y.shape[-1]).addmm_(down.view(-1, down.shape[-1]), B.to(y.dtype).T, alpha=scale)
+        return y
+    return _AddLowRank.apply(y, x, A, B, scale, dropout, draw_seed() if dropout else 0)
 
 
 def needs_plain() -> bool:
     """Whether only plain operations will do: the compiler fuses them itself, and torch.func cannot look into our nodes."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """x Wᵀ + b + s · (x Aᵀ) Bᵀ for a W (and bias) that takes no gradient."""
-    return _FrozenLinear.apply(x, W, bias, A, B, scale)
 
 
 def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...]) -> Tensor:
@@ -50,25 +52,18 @@ def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: 
     return torch.cat(pieces, dim=-1)
 
 
-def _low_rank_gradients(ctx, g: Tensor, x: Tensor, down: Tensor, A: Tensor, B: Tensor):
-    """Returns s·(g B): [N, r] and the gradients of A and B, each only where it is needed. g: [N, out], x: [N, in], down: [N, r]."""
-    inner = (g @ B.to(g.dtype)).mul_(ctx.scale) if ctx.low_rank_input else None
-    dA = (inner.T @ x).to(A.dtype) if inner is not None and ctx.needs_A else None
-    dB = (g.T @ down).to(B.dtype).mul_(ctx.scale) if ctx.needs_B else None
-    return inner, dA, dB
-
-
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, seed: int) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        down = x2 @ A.to(y.dtype).T  # [N, r]
+        scale = scale / kept_share(dropout)
+        dropped = masked(x2, keep_mask(x2, dropout, seed)) if dropout else x2
+        down = dropped @ A.to(y.dtype).T  # [N, r]
         out = y if y.is_contiguous() else y.contiguous()
         out.view(-1, out.shape[-1]).addmm_(down, B.to(y.dtype).T, alpha=scale)
-        ctx.scale, ctx.needs_A, ctx.needs_B = scale, ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        ctx.low_rank_input = ctx.needs_input_grad[1] or ctx.needs_A
-        ctx.save_for_backward(x2 if ctx.needs_A else None, down if ctx.needs_B else None, A, B)
-        ctx.shape = x.shape
+        ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
+        _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x2 if needs_A or (needs_x and dropout) else None, down if needs_B else None, A, B)
         if out is y:
             ctx.mark_dirty(y)
         return out
@@ -77,30 +72,13 @@ class _AddLowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor):
         x, down, A, B = ctx.saved_tensors
-        inner, dA, dB = _low_rank_gradients(ctx, g.reshape(-1, g.shape[-1]), x, down, A, B)
-        dx = (inner @ A.to(g.dtype)).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return g, dx, dA, dB, None
-
-
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
-        out = F.linear(x2, W, bias)  # [N, out]
-        down = x2 @ A.to(x.dtype).T  # [N, r]
-        out.addmm_(down, B.to(x.dtype).T, alpha=scale)
-        ctx.scale, ctx.needs_A, ctx.needs_B = scale, ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        ctx.low_rank_input = ctx.needs_input_grad[0] or ctx.needs_A
-        ctx.save_for_backward(x2 if ctx.needs_A else None, down if ctx.needs_B else None, A, B, W if ctx.needs_input_grad[0] else None)
-        ctx.shape = x.shape
-        return out.view(*x.shape[:-1], W.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        x, down, A, B, W = ctx.saved_tensors
+        _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         g2 = g.reshape(-1, g.shape[-1])
-        inner, dA, dB = _low_rank_gradients(ctx, g2, x, down, A, B)
-        # One [N, in] buffer: the base's input gradient, then the update's added into it.
-        dx = (g2 @ W).addmm_(inner, A.to(g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, dA, dB, None
+        inner = (g2 @ B.to(g.dtype)).mul_(ctx.scale) if needs_x or needs_A else None  # [N, r]
+        mask = keep_mask(x, ctx.dropout, ctx.seed) if ctx.dropout and x is not None else None
+        dA = (inner.T @ (x if mask is None else masked(x, mask))).to(A.dtype) if needs_A else None  # type: ignore[union-attr]
+        dB = (g2.T @ down).to(B.dtype).mul_(ctx.scale) if needs_B else None
+        dx = inner @ A.to(g.dtype) if needs_x else None  # type: ignore[operator]
+        if mask is not None and dx is not None:
+            dx = masked(dx, mask)
+        return g, dx.view(ctx.shape) if dx is not None else None, dA, dB, None, None, None

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from ..errors import TrainError
 from ..formats.files import read_tensors, sync_folder
+from ..layers.layer import child_name
+from ..model import DEFAULT
 
 PREFIX, TEMPORARY = "step-", ".writing-"
 
@@ -37,9 +39,16 @@ class Loaded:
     state: dict[str, Any]
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trainable(model: nn.Module, adapter: str = DEFAULT) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; of several adapters the named one's, by the names it would have if it were alone.
+
+    So a run that was trained among others has the checkpoints of one that was not.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if adapter == DEFAULT:
+        return found
+    own, alone = f".{child_name(adapter)}.", f".{child_name(DEFAULT)}."
+    return {name.replace(own, alone): p for name, p in found.items() if own in name}
 
 
 def save(
@@ -50,12 +59,13 @@ def save(
     best: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    adapter: str = DEFAULT,
 ) -> Path:
     """Write `folder/step-N` and remove all but the newest `keep`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = trainable(model)
+    parameters = trainable(model, adapter)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
     try:
         save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, temporary / "trainable.safetensors")
@@ -76,6 +86,14 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
     prune(folder, keep)
     return final
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove those of later steps, if there is one of this step (0: the beginning, which needs none)."""
+    steps = found(folder)
+    if step == 0 or step in steps:
+        for later in (s for s in steps if s > step):
+            shutil.rmtree(folder / f"{PREFIX}{later}")
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -110,9 +128,9 @@ def load_newest(folder: Path) -> Loaded | None:
     )
 
 
-def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer, adapter: str = DEFAULT) -> None:
     """Put a checkpoint's parameters and optimizer state back. TrainError if they are not those that train now."""
-    parameters = trainable(model)
+    parameters = trainable(model, adapter)
     put(loaded.parameters, parameters)
     for name, parameter in parameters.items():
         state = {key.rpartition(".")[2]: value for key, value in loaded.optimizer.items() if key.rpartition(".")[0] == name}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..config import LoraConfig
+from ..plan.units import parse_bytes
 
 Auto = Literal["auto"]
 
@@ -38,6 +39,7 @@ class TrainConfig(LoraConfig):
     micro_batch: int | Auto = Field("auto", description="sequences computed at once on one device; the rest is accumulated")
     group_by_length: bool = Field(True, description="batches of rows of like length: less padding")
     learning_rate: float | Auto = Field("auto", description="peak learning rate; auto picks one from the model's width and says why")
+    find_lr: bool = Field(False, description="with learning_rate auto: try several rates in a short joint run first, and take the best")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the learning rate falls after warm-up")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
@@ -58,6 +60,9 @@ class TrainConfig(LoraConfig):
     )
     sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="also log to these, if installed")
+    memory: str = Field(
+        "auto", description="memory the run may take, such as 24GB; auto: what the device has; unchecked: start in any case"
+    )
     trust_remote_code: bool = Field(False, description="run the code that a hub model brings (only for models you trust)")
 
     @model_validator(mode="before")
@@ -66,6 +71,24 @@ class TrainConfig(LoraConfig):
         if isinstance(values, dict) and values.get("base") is not None:
             raise ValueError("'base' is set from 'model' in a training run; give 'model'")
         return values
+
+    @model_validator(mode="after")
+    def _to_be_found(self) -> TrainConfig:
+        if self.find_lr:
+            if self.learning_rate != "auto":
+                raise ValueError(f"find_lr looks for a learning rate, and {self.learning_rate:g} is given; leave one of the two out")
+            whole = [name for name, empty in (("bias", "none"), ("save_modules", [])) if getattr(self, name) != empty]
+            if self.method == "full" or whole:
+                what = "method: full" if self.method == "full" else whole[0]
+                raise ValueError(f"find_lr tries adapters side by side on one base, which {what} does not allow; give a learning_rate")
+        return self
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, value: str) -> str:
+        if value not in ("auto", "unchecked"):
+            parse_bytes(value)
+        return value
 
     @field_validator("learning_rate")
     @classmethod

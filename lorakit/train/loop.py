@@ -1,232 +1,174 @@
 """The training loop: for each batch: loss, backward, step; now and then: evaluate, sample, save.
 
-What each of these does lives in a file of its own name. Everything random is a function of (seed, step), so a run that is
-killed and taken up again ends with the same bits.
+What each of these does lives in a file of its own name. Several runs on one base take their steps together: each turn the
+next batch of every run that still goes on is computed in shared micro-batches, each row with its run's adapter, and each run
+then takes its own step. A run alone is the case of one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import signal
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from ..data.batches import collate
 from ..data.dataset import Item
-from ..errors import TrainError, listing
-from ..evaluate.perplexity import perplexity
-from ..model import capture
-from . import checkpoint, defaults, samples
+from ..model import activate
+from ..routing import route
 from .config import TrainConfig
-from .early_stop import EarlyStop
 from .interrupt import Interrupt, listening
-from .loss import summed_loss
+from .loss import row_losses
+from .micro import limit_for, micro_batches
 from .progress import Progress
-from .report import write_report
-from .run_folder import FREE
-from .setup import Job, set_up, trained_in
-from .trackers import Trackers
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning), or None if it was interrupted."""
-
-    adapter: Path | None
-    step: int
-    steps: int
-    loss: float | None
-    best_loss: float | None
-    best_step: int | None
-    seconds: float
-    stopped: str | None  # "early", or the signal's name
+from .run import Result, Run
+from .setup import set_up, trained_in
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Result:
     """Train one adapter as `config` says; see `Result`. Raises LorakitError, having kept the last good checkpoint."""
     progress = progress or Progress()
+    found = None
+    if config.find_lr:
+        from .find_lr import find  # which trains with this loop
+
+        found = find(config, progress)
+        config = config.replace(learning_rate=found.rate, find_lr=False)
     job = set_up(config)
-    with contextlib.closing(_Run(job, progress)) as run, listening() as interrupt:
-        return run.go(interrupt)
+    if found is not None:
+        found.keep(job.folder)
+    with contextlib.closing(Loop([Run(job, progress)])) as loop, contextlib.closing(progress), listening() as interrupt:
+        progress.start(job, loop.runs[0].step)
+        return loop.go(interrupt)[0]
 
 
-class _Run:
-    def __init__(self, job: Job, progress: Progress):
-        self.job, self.progress, self.config = job, progress, job.config
-        parameters = list(checkpoint.trainable(job.model).values())
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=job.rate.value, betas=(self.config.beta1, self.config.beta2), weight_decay=self.config.weight_decay, fused=True
-        )
-        self.early = EarlyStop(self.config.patience)
-        self.best: dict[str, torch.Tensor] = {}
-        self.step, self.spent = 0, 0.0
-        self.last_loss: float | None = None
-        self._resume()
-        self.model = job.accelerator.prepare_model(job.model)  # the same object, or its DistributedDataParallel
-        self.trackers = Trackers(self.config) if job.accelerator.is_main_process else None
-        self.prompts = samples.prompts_for(self.config, job.model, job.tokenizer, job.held_out, job.data.style)
-        self.base_answers: list[str] = []
+class Loop:
+    """Runs on one base, in step.
 
-    def go(self, interrupt: Interrupt) -> Result:
-        job, config = self.job, self.config
-        self.progress.start(job, self.step)
-        every, saving = defaults.evaluate_every(config, job.steps), defaults.save_every(config, job.steps)
-        job.model.train()
-        while self.step < job.steps and not self.early.stop:
-            began = time.perf_counter()
-            row = self._optimizer_step(job.batch(self.step))
-            self.step += 1
-            self.spent += time.perf_counter() - began
-            last = self.step == job.steps
-            self._log({"step": self.step, **row, "seconds": round(self.spent, 3)})
-            if self.step % every == 0 or last:
-                self._evaluate()
-                self._sample()
+    `saved` is called each time that all that go on have a new checkpoint, before older ones go; `ended` with each run at its end.
+    """
+
+    def __init__(self, runs: Sequence[Run], saved: Callable[[], None] = lambda: None, ended: Callable[[Run], None] = lambda run: None):
+        self.runs, self.saved, self.ended = list(runs), saved, ended
+        job = self.runs[0].job
+        self.accelerator, self.pad_id = job.accelerator, job.pad_id
+        self.model = self.accelerator.prepare_model(job.model)  # the same object, or its DistributedDataParallel
+
+    def go(self, interrupt: Interrupt) -> list[Result]:
+        """All runs to their ends, or to the end of the step in which a signal came."""
+        self.model.train()
+        self._finish(self.runs)  # those that had ended when they were taken up
+        stopped = None
+        while (going := [run for run in self.runs if not run.ended]) and not stopped:
+            self._step(going)
+            for run in going:
+                if run.due_to_evaluate and not run.failed:
+                    run.evaluate()
             stopped = self._agreed(interrupt)
-            if self.step % saving == 0 or last or self.early.stop or stopped:
-                self._save()
-            if stopped and not last:
-                self.progress.stop()
-                return self._result(None, stopped)
-        return self._finish()
+            if stopped or any(run.due_to_save for run in going):
+                self._save(going)
+            self._finish(going)
+        return [run.result(stopped) for run in self.runs]
 
-    def _optimizer_step(self, items: list[Item]) -> dict[str, Any]:
-        """Loss and gradients of one batch, in micro-batches, normalised by the trained tokens of all of it; then a step."""
-        accelerator, config = self.job.accelerator, self.config
-        torch.manual_seed((config.seed << 32) + self.step * accelerator.num_processes + accelerator.process_index)
-        tokens = trained_in(items)
-        mine = items[accelerator.process_index :: accelerator.num_processes]
-        # A last batch may have fewer rows than there are processes. One without a row still has to take part in the exchange
-        # of gradients: it computes some row and counts it as nothing.
-        weight = accelerator.num_processes / tokens if mine else 0.0
-        mine = mine or items[:1]
-        parts = [mine[i : i + self.job.micro_batch.value] for i in range(0, len(mine), self.job.micro_batch.value)]
-        total = torch.zeros((), device=accelerator.device)
+    def _step(self, going: list[Run]) -> None:
+        """A step of every run: gradients of its batch, normalised by the trained tokens of all of it; then its update."""
+        began = time.perf_counter()
+        batches = [run.batch() for run in going]
+        losses, norms = self._gradients(going, batches)
+        told = torch.stack([losses, norms]).tolist()  # one wait for the device
+        broken = self._not_finite(*told)
+        if broken:
+            for place, what, value in broken:
+                error = going[place].not_finite(what, value, batches[place])
+                if len(self.runs) == 1:
+                    raise error
+                going[place].failed = str(error)
+            # The others' gradients were computed beside what is not finite: again, without it.
+            for run in going:
+                run.forget_gradients()
+            if rest := [run for run in going if not run.failed]:
+                self._step(rest)
+            return
+        rows = [run.update(*figures, batch) for run, *figures, batch in zip(going, *told, batches, strict=True)]
+        spent = (time.perf_counter() - began) / len(going)  # each run's share
+        for run, row in zip(going, rows, strict=True):
+            run.forget_gradients()
+            run.spent += spent
+            run.log({"step": run.step, **row, "seconds": round(run.spent, 3)})
+
+    def _gradients(self, going: list[Run], batches: list[list[Item]]) -> tuple[Tensor, Tensor]:
+        """Backward of all batches, micro-batch by micro-batch. The runs' losses and their gradients' norms, each [runs]."""
+        accelerator, first = self.accelerator, going[0]
+        torch.manual_seed((first.config.seed << 32) + first.step * accelerator.num_processes + accelerator.process_index)
+        mine = [batch[accelerator.process_index :: accelerator.num_processes] for batch in batches]
+        # DistributedDataParallel averages over processes; the sum over all of them is what is divided by the trained tokens.
+        weights = [accelerator.num_processes / trained_in(batch) for batch in batches]
+        if not any(mine):
+            # A last batch may have fewer rows than there are processes. One without a row still has to take part in the
+            # exchange of gradients: it computes some row and counts it as nothing.
+            mine, weights = [batch[:1] for batch in batches], [0.0] * len(batches)
+        parts = micro_batches(mine, limit_for([run.job for run in going]))
+        totals = [torch.zeros((), device=accelerator.device) for _ in going]
         for i, part in enumerate(parts):
-            batch = {k: v.to(accelerator.device) for k, v in collate(part, self.job.pad_id).items()}
-            with accelerator.no_sync(self.model) if i + 1 < len(parts) else contextlib.nullcontext():
-                # DistributedDataParallel averages over processes; the sum over all of them is what is divided by `tokens`.
-                loss = summed_loss(self.model, batch) * weight
-                accelerator.backward(loss)
-            total += loss.detach()
-        loss_value = float(accelerator.reduce(total, "mean"))
-        self._check_finite(loss_value, items, "loss")
-        rate = self.job.rate.value * defaults.rate_factor(config, self.step, self.job.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        parameters = self.optimizer.param_groups[0]["params"]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
-        self._check_finite(norm, items, "gradient")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.last_loss = loss_value
-        return {"loss": round(loss_value, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), "tokens": tokens}
+            batch = {k: v.to(accelerator.device) for k, v in collate(part.items, self.pad_id).items()}
+            weight = torch.tensor([weights[run] for run in part.runs], device=accelerator.device)  # [rows]
+            with self._routed([going[run].job.adapter for run in part.runs]), self._syncing(last=i + 1 == len(parts)):
+                losses = row_losses(self.model, batch) * weight
+                accelerator.backward(losses.sum())
+            for run, own in zip(dict.fromkeys(part.runs), losses.detach().split(part.counts), strict=True):
+                totals[run] += own.sum()
+        norms = torch.stack([torch.nn.utils.get_total_norm(run.gradients()) for run in going])
+        return accelerator.reduce(torch.stack(totals), "mean"), norms.float()
 
-    def _check_finite(self, value: float, items: list[Item], what: str) -> None:
-        if math.isfinite(value):
-            return
-        kept = checkpoint.found(self.job.folder.checkpoints)
-        saved = (
-            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}" if kept else "no checkpoint had been written yet"
-        )
-        raise TrainError(
-            f"the {what} is {value} at step {self.step + 1}; nothing was updated, and {saved}\n"
-            f"  rows of this batch: {listing([item.row.where for item in items], 16)}\n"
-            f"  look at them, or try a lower learning rate (now {self.job.rate.value:g}), precision: fp32, or clip: 1"
-        )
+    def _routed(self, adapters: list[str]) -> contextlib.AbstractContextManager[None]:
+        """Each row's own adapter. Rows of one run need no routing, which leaves a block its shorter ways."""
+        if len(set(adapters)) > 1:
+            return route(self.model, adapters)
+        if len(self.runs) > 1:
+            activate(self.model, adapters[0])
+        return contextlib.nullcontext()
 
-    def _evaluate(self) -> None:
-        if not self.job.held_out:
-            return
-        measured = perplexity(self.job.model, self.job.held_out, self.job.pad_id, batch_size=self.config.batch_size)
-        if self.early.better(measured.loss, self.step):
-            self.best = {n: p.detach().cpu().clone() for n, p in checkpoint.trainable(self.job.model).items()}
-        perplexed = round(measured.perplexity, 4) if math.isfinite(measured.perplexity) else None  # JSON has no infinity
-        self._log({"step": self.step, "held_out_loss": round(measured.loss, 5), "held_out_perplexity": perplexed})
+    def _syncing(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged between processes with the last micro-batch only."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def _sample(self) -> None:
-        if not (self.prompts and self.job.accelerator.is_main_process):
-            return
-        job, tokens = self.job, self.config.sample_tokens
-        self.base_answers = self.base_answers or samples.of_base(job.model, job.tokenizer, self.prompts, tokens)
-        tuned = samples.take(job.model, job.tokenizer, self.prompts, tokens)
-        samples.write(job.folder, self.step, self.prompts, self.base_answers, tuned)
-        self.progress.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
+    @staticmethod
+    def _not_finite(losses: list[float], norms: list[float]) -> list[tuple[int, str, float]]:
+        """(place, what, value) of the runs whose loss is not finite; where all are, of those whose gradient is not."""
+        for what, values in (("loss", losses), ("gradient", norms)):
+            if found := [(i, what, value) for i, value in enumerate(values) if not math.isfinite(value)]:
+                return found
+        return []
 
-    def _save(self) -> None:
-        if self.job.accelerator.is_main_process:
-            state = {"early_stop": self.early.state(), "loss": self.last_loss, "seconds": self.spent, "steps": self.job.steps}
-            checkpoint.save(self.job.folder.checkpoints, self.step, self.job.model, self.optimizer, self.best, state, self.config.keep)
-        self.job.accelerator.wait_for_everyone()
+    def _finish(self, runs: list[Run]) -> None:
+        for run in runs:
+            if run.ended:
+                run.finish()
+                self.ended(run)
 
-    def _resume(self) -> None:
-        loaded = checkpoint.load_newest(self.job.folder.checkpoints)
-        if loaded is None:
-            if self.job.accelerator.is_main_process:
-                self.job.folder.rewind(0)
-            return
-        checkpoint.restore(loaded, self.job.model, self.optimizer)
-        self.best, self.step, self.spent = loaded.best, loaded.state["step"], loaded.state["seconds"]
-        self.last_loss = loaded.state["loss"]
-        self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
-        if self.job.accelerator.is_main_process:
-            self.job.folder.rewind(self.step)
-            checkpoint.prune(self.job.folder.checkpoints, self.config.keep)  # a kill may have come before its turn
-
-    def _finish(self) -> Result:
-        """Write the adapter: the parameters of the best held-out loss, or the last ones where nothing was held out."""
-        job = self.job
-        if self.best:
-            checkpoint.put(self.best, checkpoint.trainable(job.model))
-        full = self.config.method == "full"
-        result = self._result(
-            job.folder.model if full else job.folder.adapter, "early" if self.early.stop and self.step < job.steps else None
-        )
-        if job.accelerator.is_main_process:
-            if full:
-                job.model.save_pretrained(job.folder.model)
-                job.tokenizer.save_pretrained(job.folder.model)
-            else:
-                adapter = capture(job.model)
-                dataclasses.replace(adapter, metadata={**adapter.metadata, **self._metadata()}).save(job.folder.adapter)
-            write_report(job.folder, self.config)
-        self.progress.stop()
-        return result
-
-    def _metadata(self) -> dict[str, Any]:
-        """What travels with the adapter: nothing that depends on the clock, so that equal runs write equal files."""
-        job = self.job
-        return {
-            "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
-            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), "template": job.data.style},
-            "metrics": {"steps": self.step, "loss": self.last_loss, "held_out_loss": self.early.best_loss},
-        }
-
-    def _result(self, adapter: Path | None, stopped: str | None) -> Result:
-        return Result(adapter, self.step, self.job.steps, self.last_loss, self.early.best_loss, self.early.best_step, self.spent, stopped)
+    def _save(self, going: list[Run]) -> None:
+        if self.accelerator.is_main_process:
+            for run in going:
+                if not run.failed:
+                    run.save(together=len(self.runs) > 1)
+            self.saved()
+            for run in going:
+                run.prune()
+        self.accelerator.wait_for_everyone()
 
     def _agreed(self, interrupt: Interrupt) -> str | None:
         """The signal to stop at, the same for every process: they get it at different steps, or only one does."""
-        accelerator = self.job.accelerator
+        accelerator = self.accelerator
         if accelerator.num_processes == 1:
             return interrupt.wanted
         wanted = torch.tensor([float(signal.Signals[interrupt.wanted]) if interrupt.wanted else 0.0], device=accelerator.device)
         most = int(accelerator.gather(wanted).max())
         return signal.Signals(most).name if most else None
 
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.job.accelerator.is_main_process:
-            self.job.folder.log(row)
-            if self.trackers is not None:
-                self.trackers.log(row)
-            self.progress.row(row)
-
     def close(self) -> None:
-        self.progress.stop()
-        if self.trackers is not None:
-            self.trackers.close()
+        for run in self.runs:
+            run.close()

@@ -2,6 +2,8 @@
 
     loss = Σ −log p(label | prefix) / N        over positions whose label is not −100; N is the whole accumulated step's count
 
+The sum is also given row by row: of a batch whose rows belong to several adapters each row is divided by its own adapter's N.
+
 Only the hidden states of trained positions reach the output projection: a hook on the model's own output layer picks them,
 so whatever the architecture does before or after it (scaling, soft-capping) still happens. Where the logits of those rows
 would be large they are made, and in backward made again, in chunks.
@@ -22,13 +24,34 @@ from ..errors import TrainError
 # Logits of at most so many bytes (as float32) are made at once: beyond, chunks of this size are recomputed in backward.
 # Recomputing costs one more projection, so it is for large vocabularies and long batches only.
 MAX_LOGITS_BYTES = 1 << 29
+# Logits are made for a multiple of so many positions. Ever other sizes leave holes in the C allocator's memory.
+POSITIONS = 64
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Σ −log p over the trained positions of a right-padded batch (`input_ids`, `labels`: [rows, length]), float32."""
-    labels = batch["labels"][:, 1:]
-    chosen = labels != IGNORED
-    targets = labels[chosen]
+    return _losses(model, batch, _chosen(batch)).sum()
+
+
+def row_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The same sum for each row by itself: [rows], float32."""
+    chosen = _chosen(batch)
+    losses = _losses(model, batch, chosen)
+    return losses.new_zeros(chosen.shape).masked_scatter(chosen, losses).sum(1)
+
+
+def _chosen(batch: dict[str, Tensor]) -> Tensor:
+    """The positions whose logits are made, [rows, length − 1]: the trained ones, and as many more as `POSITIONS` asks for."""
+    chosen = batch["labels"][:, 1:] != IGNORED
+    more = -int(chosen.sum()) % POSITIONS
+    if more:
+        chosen.view(-1)[(~chosen).view(-1).nonzero()[:more, 0]] = True  # their labels say that they count for nothing
+    return chosen
+
+
+def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tensor:
+    """−log p of each of the N chosen positions (`chosen`: [rows, length − 1]), row after row, zero where untrained: [N], float32."""
+    targets = batch["labels"][:, 1:][chosen]
     picked = Picked(chosen)
     layer = _output_layer(model)
     handles = [layer.register_forward_pre_hook(picked), layer.register_forward_hook(picked.note)]
@@ -42,7 +65,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if picked.hidden is None:
         raise TrainError(f"{type(model).__name__} did not call its output layer, so the loss over trained positions cannot be computed")
     if logits.dim() == 2:
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, reduction="none")
     if picked.made is None or not torch.equal(picked.made, logits):  # found by comparing, so no list of architectures has to be right
         raise TrainError(
             "this architecture changes its logits after the output layer, so its loss cannot be made in chunks\n"
@@ -73,13 +96,13 @@ class Picked:
 
 
 def _chunked(layer: nn.Module, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:
-    """The loss of all `hidden`, so many rows of logits at once."""
+    """The losses of all `hidden`, so many rows of logits at once."""
 
-    def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(layer(part).float(), wanted, reduction="sum")
+    def chunk_losses(part: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(layer(part).float(), wanted, reduction="none")
 
     parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.stack([checkpoint(chunk_loss, part, wanted, use_reentrant=False) for part, wanted in parts]).sum()  # type: ignore[misc]
+    return torch.cat([checkpoint(chunk_losses, part, wanted, use_reentrant=False) for part, wanted in parts])  # type: ignore[misc]
 
 
 def _output_layer(model: nn.Module) -> nn.Module:

@@ -73,7 +73,7 @@ class Progress:
         if not self.quiet:
             self._say(f"           prompt {_short(prompt)}\n           base   {_short(base)}\n           tuned  {_short(tuned)}")
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -96,12 +96,13 @@ def _facts(job: Job, step: int) -> Table:
     what = f"rank {config.rank}, alpha {config.alpha:g}, " if config.method == "lora" else "none: full fine-tuning, "
     base = total - trained if config.method == "lora" else total
     rows = [
-        ("model", f"{config.model}, {base:,} parameters, {_name(job.dtype.value)} ({job.dtype.reason})"),
-        ("device", f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {_threads(device)}"),
+        ("model", f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
+        ("device", f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}"),
         ("adapter", f"{what}{trained:,} trainable ({_short_number(100 * trained / total)} %)"),
         ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}"),
         ("length", f"at most {data.max_length} tokens ({data.max_length_reason}){left_out}"),
         ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
+        *([("memory", job.memory.reason)] if job.memory else []),
         ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes over the data)"),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
@@ -118,7 +119,7 @@ def _why(device: Any) -> str:
     return found.reason if found.value.type == device.type else "as accelerate was told"
 
 
-def _threads(device: Any) -> str:
+def threads_of(device: Any) -> str:
     import torch
 
     return (
@@ -139,7 +140,7 @@ def _memory() -> str:
     return f"{peak / 2**30:.1f} GiB"
 
 
-def _name(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -18,7 +18,7 @@ from .checkpoint import found
 from .config import TrainConfig
 
 # Settings that do not change what is computed, so that a run may go on with others. (The data's rows are compared by hash.)
-FREE = {"data", "out", "track", "keep", "threads", "save_every", "sample_prompts", "sample_tokens"}
+FREE = {"data", "out", "track", "keep", "threads", "save_every", "sample_prompts", "sample_tokens", "memory"}
 TEMPORARY = ".*.tmp"  # what `formats.files.replacing` names a file that is being written
 
 

@@ -1,7 +1,12 @@
-"""From a config to a job that can run: data rendered, base loaded, adapter attached, every 'auto' resolved with its reason."""
+"""From a config to a job that can run: data rendered, base loaded, adapter attached, every 'auto' resolved with its reason.
+
+Several configs make several jobs on one base, each with its own data, folder and adapter.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,18 +17,25 @@ from ..data.dataset import Dataset, Item, build, fingerprint, split
 from ..data.read import read_rows
 from ..errors import TrainError
 from ..evaluate.generate import positions_of
-from ..model import attach
+from ..model import DEFAULT, attach
 from ..models.base import Choice, choose_dtype, load_model, load_tokenizer
 from . import defaults
 from .config import TrainConfig
+from .memory import check
 from .run_folder import RunFolder
 from .trackers import check_trackers
+
+# What decides which rows are trained on and held out, and as which tokens.
+DATA_SETTINGS = ("data", "split", "columns", "template", "train_on", "max_length", "on_long", "validation")
+# Which rows are held out is the same for every seed: runs that differ in their seeds are compared on the same rows.
+SPLIT_SEED = 0
 
 
 @dataclass
 class Job:
-    """All that the loop needs."""
+    """All that the loop needs for one run. Jobs that train together share accelerator, model and tokenizer."""
 
+    adapter: str  # its name on the model
     config: TrainConfig
     folder: RunFolder
     accelerator: Any
@@ -38,6 +50,7 @@ class Job:
     dtype: Choice
     pad_id: int
     data_hash: str
+    memory: Choice | None = None  # the estimate; none for runs that train together
     _epoch: int = -1  # whose order is kept
     _order: list[list[int]] = field(default_factory=list)
 
@@ -54,44 +67,74 @@ class Job:
 
 def set_up(config: TrainConfig) -> Job:
     """Everything up to the first step. Raises LorakitError for bad settings, data, or a base that does not load."""
+    return set_up_together({DEFAULT: config})[0]
+
+
+def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
+    """The same for several runs on one base, by their adapters' names. Settings of base and device are the first one's."""
     from accelerate import Accelerator
 
-    check_trackers(config)
+    config = next(iter(configs.values()))
+    for each in configs.values():
+        check_trackers(each)
     if config.threads != "auto":
         torch.set_num_threads(int(config.threads))
     tokenizer = load_tokenizer(config.model, config.revision, config.trust_remote_code)
-    data, train, held_out = _data(config, tokenizer)
+    data = _data_of(configs, tokenizer)
     accelerator = Accelerator(mixed_precision="no")  # the base's precision is `config.precision`; factors are float32
     device = accelerator.device
-    full = config.method == "full"
+    full, alone = config.method == "full", list(configs) == [DEFAULT]
     dtype = Choice(torch.float32, "full fine-tuning has no other copy of the weights") if full else choose_dtype(config.precision, device)
-    folder = RunFolder(config.out)
-    data_hash = fingerprint(train + held_out)
+    # Before anything is written or loaded. (What runs that train together need is not estimated.)
+    memory = check(config, dtype.value, device, data[DEFAULT][1], len(data[DEFAULT][2]), accelerator.num_processes) if alone else None
+    folders = {name: RunFolder(each.out) for name, each in configs.items()}
+    hashes = {name: fingerprint(train + held_out) for name, (_, train, held_out) in data.items()}
     if accelerator.is_main_process:
-        folder.open(config, data_hash)
+        for name, each in configs.items():
+            folders[name].open(each, hashes[name])
     accelerator.wait_for_everyone()
     model = load_model(config.model, dtype.value, device, config.revision, config.trust_remote_code)
-    _check_model(model, train + held_out, config)
-    torch.manual_seed(config.seed)
-    if not full:
-        attach(model, config.lora())
+    for name, each in configs.items():
+        _, train, held_out = data[name]
+        _check_model(model, train + held_out, each)
+        torch.manual_seed(each.seed)
+        if not full:
+            attach(model, each.lora(), name)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    steps = defaults.total_steps(config, len(train))
-    longest = max(len(item.ids) for item in train)
-    if device.type == "cpu" and longest <= defaults.PLAIN_ATTENTION:
+    if device.type == "cpu" and max(_longest(train) for _, train, _ in data.values()) <= defaults.PLAIN_ATTENTION:
         model.set_attn_implementation("eager")
     pad = tokenizer.pad_token_id
-    return Job(
-        config, folder, accelerator, model, tokenizer, data, train, held_out, steps,
-        rate=defaults.learning_rate(config, _width(model), steps),
-        micro_batch=defaults.micro_batch(config, longest, device, accelerator.num_processes),
-        dtype=dtype, pad_id=tokenizer.eos_token_id if pad is None else pad, data_hash=data_hash,
-    )  # fmt: skip
+    jobs = []
+    for name, each in configs.items():
+        rows, train, held_out = data[name]
+        steps = defaults.total_steps(each, len(train))
+        jobs.append(Job(
+            name, each, folders[name], accelerator, model, tokenizer, rows, train, held_out, steps,
+            rate=defaults.learning_rate(each, _width(model), steps),
+            micro_batch=defaults.micro_batch(each, _longest(train), device, accelerator.num_processes),
+            dtype=dtype, pad_id=tokenizer.eos_token_id if pad is None else pad, data_hash=hashes[name], memory=memory,
+        ))  # fmt: skip
+    return jobs
 
 
-def _data(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, list[Item], list[Item]]:
+Rows = tuple[Dataset, list[Item], list[Item]]  # the dataset, and of its items those to train on and those held out
+
+
+def _data_of(configs: Mapping[str, TrainConfig], tokenizer: Any) -> dict[str, Rows]:
+    """Each run's rows. Those that runs share are read once."""
+    read: dict[str, Rows] = {}
+    found = {}
+    for name, config in configs.items():
+        key = json.dumps([getattr(config, setting) for setting in DATA_SETTINGS])
+        if key not in read:
+            read[key] = _data(config, tokenizer)
+        found[name] = read[key]
+    return found
+
+
+def _data(config: TrainConfig, tokenizer: Any) -> Rows:
     def read(source: str, name: str | None, most: int | Literal["auto"]) -> Dataset:
         return build(
             read_rows(source, name), tokenizer, columns=config.columns or None, template=config.template, train_on=config.train_on,
@@ -107,7 +150,7 @@ def _data(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, list[Item], lis
         return data, data.items, held.items
     if config.validation == 0:
         return data, data.items, []
-    train, held_out = split(data.items, config.validation, config.seed)
+    train, held_out = split(data.items, config.validation, SPLIT_SEED)
     return data, train, held_out
 
 
@@ -131,3 +174,7 @@ def _check_model(model: Any, items: list[Item], config: TrainConfig) -> None:
 
 def _width(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "hidden_size", None)
+
+
+def _longest(items: list[Item]) -> int:
+    return max(len(item.ids) for item in items)

@@ -1,4 +1,4 @@
-"""The linear update's fast forms against the plain lines they stand for."""
+"""The update added to an output that is at hand, against the plain line it stands for."""
 
 from __future__ import annotations
 
@@ -7,68 +7,65 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from against import DTYPES, assert_as_exact, gradients, kept, randn, seeds_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from lorakit.ops.linear import add_low_rank, frozen_linear, reference
+from lorakit.ops.dropout import keep_mask, kept_share
+from lorakit.ops.linear import add_low_rank, reference
 
 
-def tensors(shape: tuple[int, ...], size_out: int, rank: int, dtype=torch.float64, seed: int = 0):
-    made = torch.Generator().manual_seed(seed)
-    x, W, b = (torch.randn(s, generator=made, dtype=torch.float64) for s in (shape, (size_out, shape[-1]), (size_out,)))
-    A, B = (
-        torch.randn(rank, shape[-1], generator=made, dtype=torch.float64),
-        torch.randn(size_out, rank, generator=made, dtype=torch.float64),
-    )
-    return [t.to(dtype) for t in (x, W, b, A, B)]
+def tensors(shape: tuple[int, ...], size_out: int, rank: int, dtype=torch.float64):
+    """x, W, b, A, B"""
+    W, b = randn(size_out, shape[-1], seed=1, dtype=dtype), randn(size_out, seed=2, dtype=dtype)
+    return randn(*shape, dtype=dtype), W, b, randn(rank, shape[-1], seed=3, dtype=dtype), randn(size_out, rank, seed=4, dtype=dtype)
+
+
+def plain(y, x, A, B, scale: float, dropout: float):
+    """The line with the mask that the next call draws."""
+    (seed,) = seeds_of(1)
+    if dropout:
+        x = x * (keep_mask(x.reshape(-1, x.shape[-1]), dropout, seed) != 0).view(x.shape).to(x.dtype) / kept_share(dropout)
+    return y + reference(x.to(y.dtype), A, B, scale)
 
 
 shapes = st.tuples(st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(1, 6)).map(lambda s: (*s[0], s[1]))
 
 
-@settings(max_examples=60, deadline=None)
-@given(shape=shapes, size_out=st.integers(1, 6), rank=st.integers(1, 7), scale=st.floats(-3, 3), with_bias=st.booleans())
-def test_frozen_linear_equals_the_plain_line_in_values_and_gradients(shape, size_out, rank, scale, with_bias):
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=shapes, size_out=st.integers(1, 6), rank=st.integers(1, 7), scale=st.floats(-3, 3), y_takes_gradients=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.3]), transposed=st.booleans(),
+)  # fmt: skip
+def test_values_and_gradients_are_those_of_the_plain_line(shape, size_out, rank, scale, y_takes_gradients, dropout, transposed):
     x, W, b, A, B = tensors(shape, size_out, rank)
-    bias = b if with_bias else None
-    ours, theirs = ([t.clone().requires_grad_() for t in (x, A, B)] for _ in range(2))
-    fast = frozen_linear(ours[0], W, bias, ours[1], ours[2], scale)
-    plain = F.linear(theirs[0], W, bias) + reference(*theirs, scale)
-    torch.testing.assert_close(fast, plain)
-    weights = torch.randn(plain.shape, dtype=torch.float64)
-    for a, e in zip(torch.autograd.grad((fast * weights).sum(), ours), torch.autograd.grad((plain * weights).sum(), theirs), strict=True):
+    x = x.transpose(0, -1).contiguous().transpose(0, -1) if transposed else x
+    of = [t.requires_grad_() for t in (x, A, B)]
+    if y_takes_gradients:
+        of.append(W.requires_grad_())
+    expected = plain(F.linear(x, W, b), x, A, B, scale, dropout)
+    found = add_low_rank(F.linear(x, W, b), x, A, B, scale, dropout)
+    for a, e in zip([found, *gradients(found, of)], [expected, *gradients(expected, of)], strict=True):
         torch.testing.assert_close(a, e)
 
 
-@settings(max_examples=60, deadline=None)
-@given(shape=shapes, size_out=st.integers(1, 6), rank=st.integers(1, 7), scale=st.floats(-3, 3), y_takes_gradients=st.booleans())
-def test_add_low_rank_equals_the_plain_line_in_values_and_gradients(shape, size_out, rank, scale, y_takes_gradients):
-    x, W, b, A, B = tensors(shape, size_out, rank)
-    W.requires_grad_(y_takes_gradients)
-    ours, theirs = ([t.clone().requires_grad_() for t in (x, A, B)] for _ in range(2))
-    fast = add_low_rank(F.linear(ours[0], W, b), *ours, scale)
-    plain = F.linear(theirs[0], W, b) + reference(*theirs, scale)
-    torch.testing.assert_close(fast, plain)
-    wanted = ([*ours, W], [*theirs, W]) if y_takes_gradients else (ours, theirs)
-    for a, e in zip(*(torch.autograd.grad(out.square().sum(), w) for out, w in zip((fast, plain), wanted, strict=True)), strict=True):
-        torch.testing.assert_close(a, e)
+SUBSETS = [s for n in range(1, 4) for s in itertools.combinations("xAB", n)]
 
 
-SUBSETS = [s for s in itertools.product([False, True], repeat=3) if any(s)]
-
-
-@pytest.mark.parametrize("needs", SUBSETS, ids=lambda s: "".join(n for n, on in zip("xAB", s, strict=True) if on))
+@pytest.mark.parametrize("needs", SUBSETS, ids="".join)
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)], ids=str)
-def test_gradients_are_right_for_every_subset_of_inputs_that_take_them(needs, shape):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_right_for_every_subset_of_inputs_that_take_them(needs, shape, dropout):
     x, W, b, A, B = tensors(shape, 5, 2)
-    wide = torch.cat([x, x], dim=-1).transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]  # not contiguous
-    wide = wide.detach()
-    assert wide.shape == x.shape
-    for t, on in zip((wide, A, B), needs, strict=True):
-        t.requires_grad_(on)
-    assert gradcheck(lambda x, A, B: frozen_linear(x, W, b, A, B, 0.7), (wide, A, B))
-    assert gradcheck(lambda x, A, B: add_low_rank(F.linear(x, W, b), x, A, B, 0.7), (wide, A, B))
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    of = [t.requires_grad_() for name, t in zip("xAB", (strided, A, B), strict=True) if name in needs]
+
+    def run(*_):
+        seeds_of(0)
+        return add_low_rank(F.linear(strided, W, b), strided, A, B, 0.7, dropout)
+
+    assert gradcheck(run, of)
 
 
 def test_the_base_output_takes_its_gradient_through_the_update():
@@ -77,41 +74,70 @@ def test_the_base_output_takes_its_gradient_through_the_update():
     assert gradcheck(lambda W, b: add_low_rank(F.linear(x, W, b), x, A, B, 0.7), (W, b))
 
 
-@pytest.mark.parametrize("through", ["fused", "added"])
-def test_bf16_activations_keep_fp32_factors_and_give_fp32_gradients(through):
-    x, W, b, A, B = tensors((6, 8), 5, 2, torch.bfloat16)
-    x.requires_grad_()
-    A, B = A.float().requires_grad_(), B.float().requires_grad_()
-    y = frozen_linear(x, W, b, A, B, 0.5) if through == "fused" else add_low_rank(F.linear(x, W, b), x, A, B, 0.5)
-    assert y.dtype == torch.bfloat16
-    y.float().square().sum().backward()
-    assert (x.grad.dtype, A.grad.dtype, B.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    wide = [t.detach().double().requires_grad_() for t in (x, A, B)]
-    exact = F.linear(wide[0], W.double(), b.double()) + reference(*wide, 0.5)
-    torch.testing.assert_close(y.double(), exact, atol=0.1, rtol=0.02)
-    for ours, e in zip((x, A, B), torch.autograd.grad(exact.square().sum(), wide), strict=True):
-        assert (ours.grad.double() - e).norm() / e.norm() < 0.02
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_is_as_near_to_float64_maths_as_the_plain_line_with_float32_factors(dtype, dropout):
+    x, W, b, A, B = tensors((96, 64), 48, 8, dtype)
+    of = x, A, B = [t.requires_grad_() for t in (x, A.float(), B.float())]
+    wide = [t.detach().double().requires_grad_() for t in of]
+    exact = plain(F.linear(wide[0], W.double(), b.double()), *wide, 0.5, dropout)
+    expected = plain(F.linear(x, W, b), x, A, B, 0.5, dropout)
+    found = add_low_rank(F.linear(x, W, b), x, A, B, 0.5, dropout)
+    assert (found.dtype, *(g.dtype for g in gradients(found, of))) == (dtype, dtype, torch.float32, torch.float32)
+    assert_as_exact([found], [expected], [exact])
+    for a, p, e in zip(gradients(found, of), gradients(expected, of), gradients(exact, wide), strict=True):
+        assert_as_exact([a], [p], [e])
+
+
+def test_without_gradients_the_same_bits_are_computed_without_a_node():
+    x, W, b, A, B = tensors((2, 3, 8), 5, 2, torch.float32)
+    A.requires_grad_()
+    with torch.no_grad():
+        decoded = add_low_rank(F.linear(x, W, b), x, A, B, 0.7)
+    assert torch.equal(decoded, add_low_rank(F.linear(x, W, b), x, A, B, 0.7))
+    assert decoded.grad_fn is None
+
+
+def test_an_output_that_something_else_keeps_is_not_written_into():
+    x, W, b, A, B = tensors((3, 4), 5, 2)
+    y = F.linear(x, W, b)
+    before = y.clone()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert not torch.equal(add_low_rank(y, x, A, B, 0.7, into=False), before)
+        assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_leaf_that_takes_gradients_is_not_written_into(dropout):
+    x, W, b, A, B = tensors((3, 4), 5, 2)
+    y = F.linear(x, W, b).requires_grad_()
+    out = add_low_rank(y, x, A, B, 0.7, dropout)
+    (g,) = gradients(out, [y])
+    assert torch.equal(g, randn(3, 5, seed=9))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_backward_keeps_x_and_the_rank_wide_product_only(dropout):
+    x, W, b, A, B = tensors((64, 32), 48, 2, torch.float32)
+    A.requires_grad_(), B.requires_grad_(), x.requires_grad_()
+    assert kept(lambda: add_low_rank(F.linear(x, W, b), x, A, B, 1.0, dropout), [W, b, A, B]) == [
+        (torch.float32, (64, 2)),
+        (torch.float32, (64, 32)),
+    ]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_second_backward_through_the_same_node_gives_the_same_gradients(dropout):
+    x, W, b, A, B = tensors((6, 4), 5, 2)
+    of = [t.requires_grad_() for t in (x, A, B)]
+    out = add_low_rank(F.linear(x, W, b), x, A, B, 0.7, dropout)
+    assert all(torch.equal(a, e) for a, e in zip(gradients(out, of), gradients(out, of), strict=True))
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
     x, W, b, A, B = tensors((3, 4), 5, 2)
     x.requires_grad_()
-    (first,) = torch.autograd.grad(frozen_linear(x, W, b, A, B, 1.0).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(add_low_rank(F.linear(x, W, b), x, A, B, 1.0).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
-
-
-def test_backward_keeps_x_and_the_rank_wide_product_only():
-    x, W, b, A, B = tensors((64, 32), 48, 2, torch.float32)
-    x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
-    kept: dict[int, int] = {}
-    known = {t.untyped_storage().data_ptr() for t in (W, b, A, B)}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        frozen_linear(x, W, b, A, B, 1.0)
-    assert sum(kept.values()) == x.nbytes + 64 * 2 * 4

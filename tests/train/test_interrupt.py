@@ -54,15 +54,15 @@ def test_outside_the_main_thread_nothing_is_caught():
 
 def interrupt_after(monkeypatch, step: int) -> None:
     """Ctrl-C in the middle of a step."""
-    real, steps = loop._Run._optimizer_step, []
+    real, steps = loop.Loop._step, []
 
-    def stepped(self, items):
+    def stepped(self, going):
         steps.append(1)
         if len(steps) == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, items)
+        return real(self, going)
 
-    monkeypatch.setattr(loop._Run, "_optimizer_step", stepped)
+    monkeypatch.setattr(loop.Loop, "_step", stepped)
 
 
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_to_the_same_bits(make_config, tmp_path, monkeypatch):

@@ -16,10 +16,11 @@ from lorakit.data.batches import batch_order, collate
 from lorakit.errors import ConfigError, DataError, TrainError
 from lorakit.evaluate.perplexity import perplexity
 from lorakit.models.base import load_model
-from lorakit.train import defaults, loop
+from lorakit.train import defaults, loop, run
 from lorakit.train.loop import train
 from lorakit.train.loss import summed_loss
 from lorakit.train.progress import Progress
+from lorakit.train.run import Run
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up, trained_in
 
@@ -135,8 +136,8 @@ def test_a_bf16_base_trains_float32_factors_and_keeps_its_own_bits(make_config):
     job = set_up(config)
     base = tiny.bits(job.model)
     assert all(t.dtype == torch.bfloat16 for n, t in base.items() if t.is_floating_point() and "rotary" not in n)
-    with loop.contextlib.closing(loop._Run(job, QUIET)) as run:
-        run.go(loop.Interrupt())
+    with loop.contextlib.closing(loop.Loop([Run(job, QUIET)])) as training:
+        training.go(loop.Interrupt())
     assert tiny.same_bits(tiny.bits(job.model), base)
     saved = load_file(RunFolder(config.out).adapter / "adapter_model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32}
@@ -204,13 +205,13 @@ def test_metrics_have_each_step_once_with_the_same_keys(make_config):
 
 def fake_held_out(monkeypatch, losses) -> None:
     """Held-out losses as given, one evaluation after the other."""
-    real, told = loop.perplexity, iter(losses)
+    real, told = run.perplexity, iter(losses)
 
     def measured(*args, **options):
         found = real(*args, **options)
         return type(found)(next(told), 1.0, found.tokens, found.rows)
 
-    monkeypatch.setattr(loop, "perplexity", measured)
+    monkeypatch.setattr(run, "perplexity", measured)
 
 
 def test_early_stopping_saves_the_adapter_of_the_best_held_out_loss(make_config, monkeypatch):
@@ -266,13 +267,13 @@ def test_validation_may_be_a_file(make_config, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the_last_checkpoint(make_config, monkeypatch, data_file):
     config = make_config(steps=8, eval_every=2)
-    real, calls = loop.summed_loss, []
+    real, calls = loop.row_losses, []
 
     def broken(*args):
         calls.append(1)
         return real(*args) * (math.nan if len(calls) > 8 else 1)  # two micro-batches a step: step 5
 
-    monkeypatch.setattr(loop, "summed_loss", broken)
+    monkeypatch.setattr(loop, "row_losses", broken)
     with pytest.raises(TrainError) as error:
         train(config, QUIET)
     said = str(error.value)
@@ -282,7 +283,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the
     assert all(f"{data_file}, row {item.row.number}" in said for item in job.batch(4))
     assert "lower learning rate" in said
     assert [row["step"] for row in rows_of(config) if "loss" in row] == [1, 2, 3, 4]
-    monkeypatch.setattr(loop, "summed_loss", real)
+    monkeypatch.setattr(loop, "row_losses", real)
     again = train(config, QUIET)  # the kept checkpoint serves: the run goes on from it
     assert again.step == 8
     undisturbed = train(config.replace(out=config.out + "-undisturbed"), QUIET)
@@ -303,16 +304,16 @@ def test_a_gradient_that_is_not_finite_updates_nothing(make_config, monkeypatch)
     config = make_config(steps=2, validation=0, micro_batch=4)
     job = set_up(config)
     before = {n: p.clone() for n, p in job.model.named_parameters()}
-    real = loop.summed_loss
+    real = loop.row_losses
 
     def broken(*args):
         loss = real(*args)
         loss.register_hook(lambda g: g * math.inf)
         return loss
 
-    monkeypatch.setattr(loop, "summed_loss", broken)
-    with loop.contextlib.closing(loop._Run(job, QUIET)) as run, pytest.raises(TrainError, match="the gradient is"):
-        run.go(loop.Interrupt())
+    monkeypatch.setattr(loop, "row_losses", broken)
+    with loop.contextlib.closing(loop.Loop([Run(job, QUIET)])) as training, pytest.raises(TrainError, match="the gradient is"):
+        training.go(loop.Interrupt())
     assert all(torch.equal(before[n], p) for n, p in job.model.named_parameters())
 
 

@@ -13,7 +13,7 @@ import lorakit as lk
 from lorakit.data.batches import IGNORED, collate
 from lorakit.errors import TrainError
 from lorakit.train import loss as loss_module
-from lorakit.train.loss import summed_loss
+from lorakit.train.loss import row_losses, summed_loss
 
 MAKERS = {"llama": tiny_lm.llama, "gpt2": tiny_lm.gpt2, "gemma2": tiny_lm.gemma2}
 LENGTHS = (5, 23, 9, 14)  # none a multiple of 8: every row is padded
@@ -83,7 +83,8 @@ def test_right_padding_needs_no_attention_mask(model, batch, attention):
     assert summed_loss(model, batch).item() == pytest.approx(masked.item(), rel=1e-5)
 
 
-def test_only_trained_positions_are_projected(model, batch):
+def test_only_trained_positions_are_projected(model, batch, monkeypatch):
+    monkeypatch.setattr(loss_module, "POSITIONS", 1)
     shapes = []
     handle = model.get_output_embeddings().register_forward_hook(lambda layer, args, out: shapes.append(tuple(out.shape)))
     summed_loss(model, batch)
@@ -91,6 +92,21 @@ def test_only_trained_positions_are_projected(model, batch):
     trained = sum(sum(item.trained[1:]) for item in tiny_lm.items(LENGTHS))
     assert shapes == [(trained, 258)]
     assert int((batch["labels"][:, 1:] != IGNORED).sum()) == trained < batch["labels"].numel() / 2
+
+
+def test_logits_are_made_for_a_round_number_of_positions_without_changing_the_loss(model, batch, monkeypatch):
+    results, sizes = [], []
+    handle = model.get_output_embeddings().register_forward_hook(lambda layer, args, out: sizes.append(out.shape[0]))
+    for positions in (1, 16, 10**6):  # the last asks for more than there are
+        monkeypatch.setattr(loss_module, "POSITIONS", positions)
+        results.append((summed_loss(model, batch), row_losses(model, batch)))
+    handle.remove()
+    everything = batch["labels"][:, 1:].numel()
+    assert sizes[2] % 16 == 0
+    assert sizes[0] < sizes[2] < sizes[4] == everything
+    for whole, rows in results[1:]:
+        torch.testing.assert_close(whole, results[0][0])
+        torch.testing.assert_close(rows, results[0][1])
 
 
 def test_soft_capped_logits_are_honoured(batch):
@@ -152,7 +168,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     recomputed = []
-    handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: recomputed.append(1))
+    handle = model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: recomputed.append(1))
     torch.manual_seed(3)
     found = gradients(model, summed_loss(model, batch))
     handle.remove()

@@ -1,0 +1,86 @@
+"""One joint training step of eight adapters, one row each, against eight steps of lorakit with one adapter, one after the other.
+
+Both do the same work for each adapter: forward, Hugging Face loss over all positions, backward, clipping, AdamW. The joint
+step runs the base once over all eight rows (`lorakit.route`). Eight steps with PEFT are measured too, for information.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorakit as lk
+
+from .measure import in_turn
+from .train_step import RANK, Shape, llama, peft_side
+
+TITLE = (
+    "Eight adapters of rank 16 on all seven linears, a row of so many tokens each: tokens a second of one joint step over those of\n"
+    "eight separate steps (lorakit's own, and PEFT's)."
+)
+ADAPTERS = 8
+
+
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    widths, lengths = ((256,), (64,)) if quick else ((256, 512, 1024), (64, 128, 512))
+    return [
+        measure(Shape(width, 2 if quick else 4, ffn=width * 11 // 4, length=length), dtype, rounds=3 if quick else 7)
+        for dtype in (torch.float32, torch.bfloat16)
+        for width in widths
+        for length in lengths
+    ]
+
+
+def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One row of the table."""
+    names = [f"adapter{i}" for i in range(ADAPTERS)]
+    joint = llama(shape, dtype)
+    for name in names:
+        lk.attach(joint, lk.LoraConfig(rank=RANK), name=name, trainable=True)
+    rows = torch.randint(2, shape.vocabulary, (ADAPTERS, shape.length), device=next(joint.parameters()).device)
+    together = joint_step(joint, names, rows)
+    ours = separate_steps(lk.attach(llama(shape, dtype), lk.LoraConfig(rank=RANK)), rows)
+    seconds = in_turn({"joint": together, "separate": ours, "PEFT": separate_steps(peft_side(shape, dtype, 0.0), rows)}, rounds)
+    return {
+        "precision": str(dtype).removeprefix("torch."), "width": shape.hidden, "tokens each": shape.length,
+        "joint ms": round(1e3 * seconds["joint"], 1), "eight steps ms": round(1e3 * seconds["separate"], 1),
+        "throughput": round(seconds["separate"] / seconds["joint"], 2), "over eight of PEFT": round(seconds["PEFT"] / seconds["joint"], 2),
+    }  # fmt: skip
+
+
+def joint_step(model: nn.Module, names: list[str], rows: Tensor) -> Callable[[], None]:
+    """Rows of equal length, so the sum of the adapters' mean losses is the mean over all rows times their number."""
+    sides = [_trained(p for n, p in model.named_parameters() if f".lora_{name}." in n) for name in names]
+
+    def step() -> None:
+        with lk.route(model, names):
+            (len(names) * model(input_ids=rows, labels=rows, use_cache=False).loss).backward()
+        for parameters, optimizer in sides:
+            _update(parameters, optimizer)
+
+    return step
+
+
+def separate_steps(model: nn.Module, rows: Tensor) -> Callable[[], None]:
+    parameters, optimizer = _trained(p for p in model.parameters() if p.requires_grad)
+
+    def steps() -> None:
+        for row in rows.split(1):
+            model(input_ids=row, labels=row, use_cache=False).loss.backward()
+            _update(parameters, optimizer)
+
+    return steps
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    found = list(parameters)
+    return found, torch.optim.AdamW(found, lr=1e-4, weight_decay=0.0, fused=True)
+
+
+def _update(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,189 @@
+"""Predicted against measured memory: `lorakit plan`'s figure, and the peak of a process that trains.
+
+Each row is a run of `lorakit train` in a process of its own, a few steps on rows that all have the full length. Measured is the
+most that was resident from its start to its end (VmHWM), with Python, torch and all libraries. The models but the embedded one are
+Llamas with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.read import read_rows
+from ..models.base import EMBEDDED, embedded_folder
+from ..plan.units import show_bytes
+from ..train.config import TrainConfig
+from ..train.memory import planner_for
+
+TITLE = (
+    "Peak memory that lorakit plan predicts from the base's config, and the peak of a process that runs lorakit train with these\n"
+    "settings for a few steps, everything included."
+)
+STEPS = 4
+VOCABULARY = 8192
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: a Llama of this width and depth (0: the embedded model), and its settings."""
+
+    hidden: int
+    layers: int
+    rows: int
+    length: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def name(self) -> str:
+        base = f"{self.hidden} x {self.layers} layers" if self.hidden else "embedded"
+        words = [
+            base,
+            self.settings.get("method", "LoRA"),
+            "fp32" if self.dtype is torch.float32 else "bf16",
+            f"{self.rows} x {self.length}",
+        ]
+        words += ["checkpointing"] * self.settings.get("gradient_checkpointing", False)
+        if "batch_size" in self.settings:
+            words.append(f"of {self.settings['batch_size']}")
+        return ", ".join(words)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        plain = self.settings.get("method") == "full" or self.settings.get("precision") == "fp32"
+        return torch.float32 if plain else torch.bfloat16
+
+
+CASES = (
+    Case(0, 0, 8, 512),
+    Case(0, 0, 4, 512, {"method": "full", "batch_size": 8}),
+    Case(0, 0, 16, 128, {"validation": 0.2}),
+    Case(512, 8, 4, 512),
+    Case(512, 8, 4, 512, {"precision": "fp32"}),
+    Case(512, 8, 4, 512, {"method": "full"}),
+    Case(512, 8, 8, 512, {"gradient_checkpointing": True}),
+    Case(512, 8, 1, 2048),
+    Case(1024, 6, 2, 1024),
+    Case(1024, 6, 2, 512, {"precision": "fp32", "rank": 64, "batch_size": 4}),
+    # The rows above chose planner.HEAP; these did not.
+    Case(768, 4, 3, 768, {"dropout": 0.1}),
+    Case(768, 4, 8, 256, {"precision": "fp32", "targets": ["q_proj", "v_proj"]}),
+    Case(768, 4, 2, 512, {"method": "full", "gradient_checkpointing": True}),
+)
+QUICK = (0, 2, 3)
+
+
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    """A row for each case."""
+    chosen = [CASES[i] for i in QUICK] if quick else CASES
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(chosen):
+            config = _config(case, Path(folder), number)
+            estimate = planner_for(
+                config, case.dtype, torch.device("cpu"), validation=config.batch_size if config.validation else 0
+            ).estimate(case.rows, case.length)  # fmt: skip
+            measured = _measure(config)
+            rows.append({
+                "run": case.name(), "predicted": show_bytes(estimate.total), "measured": show_bytes(measured),
+                "error": f"{estimate.total / measured - 1:+.1%}", "at": estimate.peak,
+                "parts": [estimate.parts[part] for part in estimate.parts],
+            })  # fmt: skip
+    return rows
+
+
+def largest_error(rows: list[dict[str, Any]]) -> float:
+    """In percent."""
+    return max(abs(float(row["error"].rstrip("%"))) for row in rows)
+
+
+def main() -> None:
+    """The table on its own, with its largest error; `lorakit bench plan` prints the same."""
+    from rich.console import Console
+
+    from .suite import table
+
+    rows = run(quick="--quick" in sys.argv)
+    Console(width=140).print(table(rows))
+    print(f"largest error: {largest_error(rows):.1f} %")
+
+
+def _measure(config: TrainConfig) -> int:
+    """The peak of a process that trains so."""
+    command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "lorakit.bench.plan", "--child", config.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the run failed ({done.returncode}):\n{done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def _child(settings: str) -> None:
+    from ..train.loop import train
+    from ..train.progress import Progress
+
+    train(TrainConfig(**json.loads(settings)), Progress(quiet=True))
+    print(_peak())
+
+
+def _peak() -> int:
+    """Of this process. Linux counts in `ru_maxrss` also what its parent held before it became this program, so not that."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _config(case: Case, folder: Path, number: int) -> TrainConfig:
+    data = folder / "rows.jsonl"
+    if not data.exists():
+        _write_rows(data)
+    values = {"micro_batch": case.rows, "batch_size": case.rows, "precision": "bf16", "validation": 0} | case.settings
+    return TrainConfig(
+        **values, model=_model(case, folder), data=str(data), out=str(folder / f"run{number}"), max_length=case.length, on_long="cut",
+        steps=STEPS, sample_tokens=0, learning_rate=1e-4, memory="unchecked", threads=1,
+    )  # fmt: skip
+
+
+def _write_rows(path: Path, rows: int = 40, characters: int = 12_000) -> None:
+    """Plain text from the E2E data in rows that are longer than any length here, so that all are cut to the same."""
+    texts = [str(row.values) for row in read_rows(str(embedded_folder().parent / "e2e" / "train.jsonl"), None)]
+    whole = " ".join(texts)
+    pieces = [whole[i * characters : (i + 1) * characters] for i in range(rows)]
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), encoding="utf8")
+
+
+def _model(case: Case, folder: Path) -> str:
+    if not case.hidden:
+        return EMBEDDED
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    at = folder / f"llama-{case.hidden}-{str(case.dtype).removeprefix('torch.')}"
+    if not at.exists():
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=case.hidden, intermediate_size=case.hidden * 11 // 4, num_hidden_layers=case.layers,
+            num_attention_heads=case.hidden // 64, num_key_value_heads=case.hidden // 64, max_position_embeddings=4096,
+            bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(config)
+        model.to(case.dtype).save_pretrained(at)
+        for name in TOKENIZER:
+            shutil.copy(embedded_folder() / name, at)
+    return str(at)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _child(sys.argv[2])
+    else:
+        main()

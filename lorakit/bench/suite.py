@@ -1,0 +1,161 @@
+"""What the tables of `lorakit bench` have in common: their names, the machine, peers that may be missing, and how rows are shown.
+
+A table is a module of this package with `TITLE` (what its rows compare), `run(quick) -> rows` (plain values by column), and
+perhaps `plot(rows, axes)`. Lists among a row's values are for the JSON and the plot; the printed table leaves them out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ..errors import ConfigError, LorakitError, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NAMES = {
+    "train-step": "one training step: time, and bytes kept for backward",
+    "trainer": "whole training runs, against TRL",
+    "attach": "attaching, loading and switching adapters; start-up",
+    "mixed": "batches that mix adapters",
+    "joint": "several adapters trained at once",
+    "latency": "base, merged, unmerged and bottleneck adapters (Hu et al. 2021, table 1)",
+    "plan": "predicted against measured memory",
+}
+PEERS = ("peft", "loralib", "trl")
+INSTALL = "pip install 'lorakit[bench]'"
+
+Row = dict[str, Any]
+
+
+class Bench(Protocol):
+    """One table."""
+
+    TITLE: str
+
+    def run(self, quick: bool = False) -> list[Row]: ...
+
+
+class MissingPeer(LorakitError):
+    """A table compares with a package that is not installed."""
+
+    def __init__(self, name: str):
+        super().__init__(f"not measured: {name} is not installed\n  {INSTALL}")
+
+
+def load(name: str) -> Bench:
+    """The module of a table. ConfigError for a name that is none."""
+    if name not in NAMES:
+        raise ConfigError(f"no benchmark is named '{name}'{did_you_mean(name, NAMES)}\n  there are: {listing(NAMES, len(NAMES))}")
+    return cast(Bench, importlib.import_module(f".{name.replace('-', '_')}", __package__))
+
+
+def measure(name: str, quick: bool) -> list[Row]:
+    """Run a table. MissingPeer if what it compares with is not installed."""
+    try:
+        return load(name).run(quick)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in PEERS:
+            raise MissingPeer(missing) from None
+        raise
+
+
+def need(*peers: str) -> None:
+    """Raise MissingPeer now rather than in the middle of a run."""
+    for peer in peers:
+        if importlib.util.find_spec(peer) is None:
+            raise MissingPeer(peer)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    import torch
+
+    from ..version import VERSION
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    load_average = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "load": load_average,
+        "python": platform.python_version(), "torch": torch.__version__, "lorakit": VERSION,
+        **{peer: _version(peer) for peer in ("transformers", *PEERS)},
+    }  # fmt: skip
+
+
+def machine_line(facts: Row) -> str:
+    """The same in one line of words."""
+    gpu = facts["gpu"] or "no GPU found, so GPU: not measured"
+    busy = "" if facts["load"] is None else f"; load {facts['load']:g} at the start"
+    peers = ", ".join(f"{p} {facts[p]}" for p in ("transformers", *PEERS) if facts[p])
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {gpu}{busy}\n"
+        f"lorakit {facts['lorakit']}, torch {facts['torch']}, {peers}"
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows as a rich table: words on the left, numbers on the right."""
+    from rich.table import Table
+
+    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if not any(isinstance(row.get(c), list) for row in rows)]
+    shown = Table()
+    for column in columns:
+        words = any(isinstance(row.get(column), str) for row in rows)
+        shown.add_column(column, justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(_text(row.get(column)) for column in columns))
+    return shown
+
+
+def save_plot(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
+    """The table's picture as FOLDER/NAME.png, or None if it has none."""
+    plot = getattr(load(name), "plot", None)
+    if plot is None:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    plot(rows, axes)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    return _named(Path("/proc/cpuinfo").read_text().splitlines()) if Path("/proc/cpuinfo").exists() else platform.processor()
+
+
+def _named(lines: Iterable[str]) -> str:
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,146 @@
+"""One training step of a Llama-shaped model: lorakit, PEFT, loralib and full fine-tuning over the frozen model's own cost.
+
+The floor is the frozen model's forward and the backward of its input gradient: what any adapter method has to pay. All sides
+run the same model with the Hugging Face loss over all positions, rank 16 on all seven linears of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorakit as lk
+
+from .measure import in_turn, kept_bytes
+
+TITLE = (
+    "A training step (forward and backward, Hugging Face loss) of a Llama-shaped model with rank 16 on all seven linears of each layer.\n"
+    "'over floor': time over the frozen model's own forward and input-gradient backward. 'over PEFT': time, and bytes kept for backward,\n"
+    "over PEFT with adapters in the base's dtype, its fast setting."
+)
+RANK = 16
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int = 512
+    layers: int = 8
+    ffn: int = 1408
+    vocabulary: int = 8192
+    rows: int = 4
+    length: int = 256
+
+
+def llama(shape: Shape, dtype: torch.dtype) -> Any:
+    """A Llama with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
+        num_attention_heads=max(1, shape.hidden // 64), num_key_value_heads=max(1, shape.hidden // 64), max_position_embeddings=4096,
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LlamaForCausalLM(config).to(device, dtype).train().requires_grad_(False)
+
+
+def lorakit_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    return lk.attach(llama(shape, dtype), lk.LoraConfig(rank=RANK, dropout=dropout))
+
+
+def peft_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=PROJECTIONS)
+    return peft.get_peft_model(llama(shape, dtype), config, autocast_adapter_dtype=False)
+
+
+def loralib_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    import loralib
+
+    model = llama(shape, dtype)
+    for name, module in list(model.named_modules()):
+        if name.rsplit(".", 1)[-1] in PROJECTIONS:
+            size_in, size_out = module.in_features, module.out_features
+            layer = loralib.Linear(size_in, size_out, r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, bias=False)
+            layer = layer.to(module.weight.device, dtype)
+            layer.weight = module.weight
+            model.set_submodule(name, layer)
+    return model
+
+
+def full_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    return llama(shape, dtype).requires_grad_(True)
+
+
+SIDES: dict[str, Callable[[Shape, torch.dtype, float], nn.Module]] = {
+    "lorakit": lorakit_side, "PEFT": peft_side, "loralib": loralib_side, "full fine-tuning": full_side,
+}  # fmt: skip
+
+
+def step(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """A forward; the loss is to be sent backward. For the floor the embeddings ask for a gradient, so that it runs all the way."""
+    trains = any(p.requires_grad for p in model.parameters())
+    embeddings = model.get_input_embeddings()(ids).detach()  # type: ignore[operator]
+
+    def forward() -> Tensor:
+        if trains:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+        return model(inputs_embeds=embeddings.requires_grad_(), labels=ids, use_cache=False).loss
+
+    return forward
+
+
+def measure(shape: Shape, dtype: torch.dtype, dropout: float, names: list[str], rounds: int) -> dict[str, tuple[float, int]]:
+    """Seconds and kept bytes of the floor and of each side."""
+    models = {"floor": llama(shape, dtype)} | {name: SIDES[name](shape, dtype, dropout) for name in names}
+    ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.length), device=next(models["floor"].parameters()).device)
+    forwards = {name: step(model, ids) for name, model in models.items()}
+    kept = {name: kept_bytes(models[name], forward) for name, forward in forwards.items()}
+
+    def whole(name: str) -> Callable[[], None]:
+        def run() -> None:
+            forwards[name]().backward()
+            models[name].zero_grad()
+
+        return run
+
+    seconds = in_turn({name: whole(name) for name in forwards}, rounds)
+    return {name: (seconds[name], kept[name]) for name in forwards}
+
+
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    shape = Shape(layers=2, length=128) if quick else Shape()
+    rows = []
+    for dtype, dropout in ((torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)):
+        found = measure(shape, dtype, dropout, ["lorakit", "PEFT"] if quick else list(SIDES), rounds=3 if quick else 9)
+        floor, peft = found["floor"], found["PEFT"]
+        for name, (seconds, kept) in found.items():
+            rows.append(
+                {
+                    "precision": str(dtype).removeprefix("torch."), "dropout": dropout, "side": name, "milliseconds": round(1e3 * seconds, 1),
+                    "over floor": round(seconds / floor[0], 2), "over PEFT": round(seconds / peft[0], 2), "kept MB": round(kept / 1e6, 1),
+                    "kept over PEFT": round(kept / peft[1], 2),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], axes: Any) -> None:
+    settings = list(dict.fromkeys((row["precision"], row["dropout"]) for row in rows))
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    width = 0.8 / len(sides)
+    for k, side in enumerate(sides):
+        heights = [next(r["over floor"] for r in rows if (r["precision"], r["dropout"], r["side"]) == (*setting, side)) for setting in settings]
+        bars = axes.bar([i + k * width for i in range(len(settings))], heights, width, label=side)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    axes.set_xticks(
+        [i + 0.4 - width / 2 for i in range(len(settings))], [f"{precision}{f', dropout {d:g}' if d else ''}" for precision, d in settings]
+    )
+    axes.set_ylabel("time of a step over the frozen model's own")
+    axes.legend(fontsize=8)

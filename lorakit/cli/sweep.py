@@ -1,0 +1,115 @@
+"""`lorakit sweep`: many adapters trained together."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from ..errors import ConfigError
+from ..train.config import TrainConfig
+from ..train.sweep_config import MAX_RUNS, Sweep, expand
+from .settings import read_config, with_flags
+
+if TYPE_CHECKING:
+    from ..train.sweep import Outcome
+
+_SKIP = ("base", "find_lr")
+
+
+def _sweep(
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option("--config", help="a YAML file as for train, with lists where swept; flags win")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and stop")] = False,
+    max_runs: Annotated[int, typer.Option(min=1, help="refuse to start more runs than this")] = MAX_RUNS,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last lines")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
+) -> None:
+    """Train many adapters together on one base: any setting may be a list of values, and the runs are their product.
+
+    --rank 4,16 --learning-rate 1e-4,2e-4 makes four runs. Lists of lists: --targets '[all-linear, [q_proj, v_proj]]'.
+    Started again on its own folder, a sweep goes on where it stopped.
+    """
+    values = (read_config(config) if config else {}) | {name: spread(name, value) for name, value in flags.items()}
+    if "data" not in values:
+        raise ConfigError("no training data: give --data FILE, or a --config that names it")
+    plan = expand(values, max_runs)
+    if dry_run:
+        _list(plan, json_output)
+        return
+
+    from ..train.sweep import sweep as start
+    from ..train.sweep_progress import SweepProgress
+
+    outcome = start(plan, SweepProgress(quiet=quiet or json_output))
+    if json_output:
+        print(json.dumps(outcome.to_dict()))
+    else:
+        _last_words(outcome, plan, quiet)
+    if not outcome.winners:
+        raise typer.Exit(1)
+
+
+def spread(name: str, value: Any) -> Any:
+    """What a flag's text with commas means for a setting that holds one value: a list of values."""
+    holds_one = not any(kind in str(TrainConfig.model_fields[name].annotation) for kind in ("list[", "dict["))
+    if not (holds_one and isinstance(value, str)):
+        return value
+    if name == "data" and Path(value).exists():  # a file may have a comma in its name
+        return value
+    if value.startswith("[") and value.endswith("]"):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: not a list: {getattr(error, 'problem', error)}") from error
+    parts = [part.strip() for part in value.split(",")]
+    if len(parts) == 1:
+        return value
+    if not all(parts):
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: an empty value between commas")
+    return [yaml.safe_load(part) if part[0] not in "[{&*!%@`>|'\"" else part for part in parts]
+
+
+def _list(plan: Sweep, json_output: bool) -> None:
+    runs = {name: plan.values_of(name) for name in plan.runs}
+    if json_output:
+        print(json.dumps({"out": str(plan.out), "swept": list(plan.swept), "runs": runs}))
+        return
+    for name in runs:
+        print(name)
+    print(f"{len(runs)} runs into {plan.out}/runs; without --dry-run they are trained")
+
+
+def _last_words(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
+    """The leaderboard, how it ended, and what to type next."""
+    from rich.console import Console
+
+    from ..train.leaderboard import table
+
+    if not quiet:
+        console = Console()
+        console.print()
+        console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
+    again = f"lorakit sweep --config {shlex.quote(f'{plan.out}/sweep.yaml')}"
+    if outcome.stopped:
+        print(f"stopped by {outcome.stopped}; saved\nnext: {again}   # goes on from there")
+        return
+    if not outcome.winners:
+        print(f"every run failed; why is in {outcome.leaderboard}")
+        return
+    pictures = "".join(f"; plot: {plot}" for plot in outcome.plots)
+    print(f"{len(outcome.entries)} runs in {outcome.seconds:.0f} s; leaderboard: {outcome.leaderboard}{pictures}")
+    for group, adapter in outcome.winners.items():
+        best = next(entry for entry in outcome.entries if entry.group == group)
+        print(f"winner{f' on {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
+    first = next(iter(outcome.winners.values()))
+    config = plan.runs[outcome.entries[0].name]
+    print(f"next: lorakit eval {shlex.quote(config.data)} --model {shlex.quote(config.model)} --adapter {shlex.quote(str(first))}")
+
+
+sweep = with_flags(TrainConfig, _sweep, skip=_SKIP)
+sweep.__name__ = "sweep"

@@ -1,0 +1,104 @@
+"""What this machine has: memory in all and free, what this process holds, how fast it multiplies."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# What a training process holds before the base is loaded, and what loading code and the kernels' own buffers add to it while
+# the first steps run (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA holds more.
+PROCESS, KERNELS = 365_000_000, 42_000_000
+# The CUDA context with cuBLAS's workspace, in the device's memory: an estimate, not measured.
+CUDA_CONTEXT = 600_000_000
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`total`: what the device has, or what this process's group may take of it. `free`: what could be had now."""
+
+    total: int
+    free: int
+    source: str
+
+
+def memory_of(device: torch.device) -> Memory | None:
+    """The device's memory, or None where it cannot be told."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None  # planned for, not here
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(total, free, torch.cuda.get_device_name(device))
+    if device.type not in ("cpu", "mps"):
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf8").splitlines()
+    except OSError:
+        return _without_proc()
+    known = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    total, free = known["MemTotal"], known.get("MemAvailable", known["MemFree"]) + resident()
+    limit = _group_limit()
+    if limit < total:
+        return Memory(limit, min(limit, free), "this process's group (cgroup)")
+    return Memory(total, min(free, total), "this machine")
+
+
+def resident() -> int:
+    """Bytes that this process holds now, or 0 where that cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def overhead(device: torch.device, held: int = PROCESS) -> int:
+    """Bytes of the device that python, torch and its kernels take. `held`: what the process holds before the base is loaded."""
+    return CUDA_CONTEXT if device.type == "cuda" else held + KERNELS
+
+
+def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.2) -> float:
+    """Floating-point operations a second of [width, width] matrix products, the best of those that fit into `seconds`."""
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    best, began = 0.0, time.perf_counter()
+    a @ b
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * width**3 / (time.perf_counter() - start))
+    return best
+
+
+def _group_limit() -> int:
+    """The lowest memory limit of the control groups that this process is in (v2, then v1), or a number beyond any."""
+    root, limits = Path("/sys/fs/cgroup"), [_UNLIMITED]
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="utf8").splitlines()
+    except OSError:
+        return _UNLIMITED
+    for line in own:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        at, name = (root, "memory.max") if controllers == "" else (root / "memory", "memory.limit_in_bytes")
+        folder = at / path.lstrip("/")
+        for each in (folder, *folder.parents):
+            file = each / name
+            if file.is_file() and (text := file.read_text(encoding="ascii").strip()).isdigit():
+                limits.append(int(text))
+            if each == at:
+                break
+    return min(limits)
+
+
+def _without_proc() -> Memory | None:
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+    return Memory(total, total, "this machine")

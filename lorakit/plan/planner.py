@@ -1,0 +1,154 @@
+"""From a base's config and a method to estimates, and to the largest batch or length that fits.
+
+    step        weights + adapter + optimizer + best + (gradients, activations, loss, working, at the step's largest moment)
+    evaluation  weights + adapter + optimizer + best + working
+    checkpoint  weights + adapter + optimizer + best + a copy of the optimizer's state
+
+each with the overhead, on a CPU also with the holes in the C library's heap.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import LoraConfig
+from ..data.batches import IGNORED
+from ..evaluate.perplexity import token_losses
+from .estimate import Estimate
+from .largest import largest
+from .live import SMALL
+from .shell import Shell
+from .step import Loss, Parts, Traced, evaluation, training_step
+
+# Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes between what
+# lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m lorakit.bench.plan, which chose this).
+HEAP = 1.47
+# NF4 with double quantization: 4 bits, and for each block of 64 a scale in 8 bits, and for 256 of these one in 32 (Dettmers et al.
+# 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+MOST_ROWS = 256  # more are not looked for
+COLUMNS = 8  # batches are padded to a multiple of so many
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is, besides the base: all that decides its memory."""
+
+    dtype: torch.dtype
+    device: torch.device
+    loss: Loss
+    overhead: int
+    adapter: LoraConfig | None  # None: full fine-tuning
+    four_bit: bool = False
+    checkpointing: bool = False
+    plain_attention: int = 0  # rows up to this length use it
+    state_copies: int = 2
+    validation: int = 0  # rows of an evaluation's batch; 0: none
+    share: float = 1.0  # of positions that are trained
+    batch: int = 1  # rows of an optimizer step; more than are computed at once are accumulated
+    trust_remote_code: bool = False
+
+
+class Planner:
+    """Estimates for one base and one method. Building the model's shell is the slow part, so it is made once."""
+
+    def __init__(self, base: Any, setting: Setting):
+        """`base`: transformers' config."""
+        self.setting = setting
+        self.shell = Shell(
+            base, setting.dtype, setting.adapter, checkpointing=setting.checkpointing, trust_remote_code=setting.trust_remote_code
+        )
+        self._traced: dict[tuple[int, int, bool], Traced] = {}
+        self._judged: dict[int, Traced] = {}  # evaluations, by length
+
+    @property
+    def positions(self) -> int | None:
+        """The longest row that the model takes."""
+        return getattr(self.shell.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def four_bit(self) -> Planner:
+        """The same with the base's linear weights in 4 bits."""
+        other = copy.copy(self)  # with what is traced already
+        other.setting = replace(self.setting, four_bit=True)
+        return other
+
+    def estimate(self, rows: int, length: int, accumulating: bool | None = None) -> Estimate:
+        """With `rows` of `length` computed at once."""
+        length = -(-length // COLUMNS) * COLUMNS
+        if accumulating is None:
+            accumulating = rows < self.setting.batch
+        return self._estimate(rows, length, accumulating)
+
+    def most_rows(self, length: int, memory: int) -> int:
+        """The most rows of `length` at once that fit (to two percent); 0 if not even one does."""
+        return largest(lambda rows: self.estimate(rows, length).total, memory, MOST_ROWS, slack=0.02)
+
+    def longest(self, rows: int, memory: int, most: int | None = None) -> int:
+        """The longest length (to two percent) of which `rows` at once fit; 0 if none does."""
+        most = min(most or 1 << 20, self.positions or 1 << 20)
+        return COLUMNS * largest(lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02)
+
+    def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
+        setting, shell = self.setting, self.shell
+        shell.attention(plain=length <= setting.plain_attention)
+        trained = shell.trained()
+        size = sum(p.numel() * p.element_size() for p in trained)
+        weights, working = shell.frozen_bytes(), 0
+        if setting.four_bit:
+            linear = shell.linear_weights()
+            weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in linear)
+            working = max((w.numel() * w.element_size() for w in linear), default=0)  # one weight at a time, made whole
+        on_cpu = setting.device.type == "cpu"
+        resting = {
+            "weights": weights + (size if shell.full else 0), "adapter": 0 if shell.full else size,
+            "optimizer": setting.state_copies * size, "overhead": setting.overhead,
+            "best": size if on_cpu and setting.validation else 0,
+        }  # fmt: skip
+        key = (rows, length, accumulating)
+        if key not in self._traced:
+            self._traced[key] = training_step(shell, _batch(rows, length, setting.share), setting.loss, accumulating)
+        step = self._traced[key]
+        held_out = self._evaluation(length)
+        stretches = [*step.stretches.values(), *held_out.values()]
+        heap = int(HEAP * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
+        moments = {"step": _moment(resting, step.stretches, working, heap)}
+        if held_out:
+            moments["evaluation"] = _moment(resting, held_out, working, heap)
+        if on_cpu:
+            copies = setting.state_copies * size
+            moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
+        method = "full" if shell.full else "4-bit lora" if setting.four_bit else "lora"
+        count = sum(p.numel() for p in trained)
+        return Estimate(method, rows, length, shell.base_parameters(), count, size, moments, step.flops)
+
+    def _evaluation(self, length: int) -> dict[str, Parts]:
+        """The stretches of an evaluation; none if nothing is held out."""
+        rows = self.setting.validation
+        if rows and length not in self._judged:
+            self._judged[length] = evaluation(self.shell, _batch(rows, length, self.setting.share), token_losses)
+        return self._judged[length].stretches if rows else {}
+
+
+def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
+    """The largest of a job's stretches, with what is there all the time. `heap`: what the C library's heap has grown to."""
+
+    def whole(parts: Parts) -> Parts:
+        own = {part: size for part, size in parts.items() if part != SMALL}
+        own["working"] = own.get("working", 0) + working
+        own["holes"] = max(0, heap - parts.get(SMALL, 0))
+        return resting | own
+
+    return max((whole(parts) for parts in stretches.values()), key=lambda parts: sum(parts.values()))
+
+
+def _batch(rows: int, length: int, share: float) -> dict[str, Tensor]:
+    """Rows of which the last `share` is trained, as `collate` makes them."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    labels = ids.clone()
+    labels[:, : min(length - 1, round((1 - share) * length))] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -1,0 +1,74 @@
+"""A plan on the terminal: methods side by side, as numbers and as bars; what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from .estimate import PARTS, Estimate
+from .units import show_bytes
+
+# Each part's letter in the bars, and its colour where there is one.
+_MARKS = {
+    "weights": ("W", "blue"), "adapter": ("A", "cyan"), "optimizer": ("O", "magenta"), "best": ("B", "bright_magenta"),
+    "gradients": ("G", "yellow"), "activations": ("a", "green"), "loss": ("l", "red"), "working": ("w", "bright_green"),
+    "holes": ("h", "bright_black"), "overhead": ("o", "white"),
+}  # fmt: skip
+WIDTH = 64
+_NAMES = {"full": "full, float32", "lora": "LoRA", "4-bit lora": "4-bit LoRA *"}
+
+
+def numbers(estimates: Sequence[Estimate], memory: int | None, rows: Mapping[str, int], lengths: Mapping[str, int]) -> Table:
+    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for estimate in estimates:
+        table.add_column(_NAMES[estimate.method], justify="right")
+
+    def line(name: str, values: Sequence[str], style: str = "") -> None:
+        table.add_row(Text(name), *map(Text, values), style=style)
+
+    line("trained", [f"{e.trained:,}" for e in estimates])
+    line("as a file", [show_bytes(e.trained_bytes) for e in estimates])
+    for part in PARTS:
+        if any(e.parts[part] for e in estimates):
+            line(f"{_MARKS[part][0]} {part}", [show_bytes(e.parts[part]) for e in estimates])
+    line("at most", [show_bytes(e.total) for e in estimates], "bold")
+    line("while in", [f"a{'n' * e.peak.startswith('e')} {e.peak}" for e in estimates])
+    if memory is not None:
+        line(f"fits {show_bytes(memory)}", ["yes" if e.total <= memory else "no" for e in estimates])
+        line(f"most rows of {estimates[0].length}", [f"{rows[e.method]:,}" if rows[e.method] else "none" for e in estimates])
+        line(f"longest, {estimates[0].rows} at once", [f"{lengths[e.method]:,}" if lengths[e.method] else "none" for e in estimates])
+    return table
+
+
+def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
+    """Each estimate as a bar of its parts' letters, and a mark where the memory ends."""
+    most = max([e.total for e in estimates] + [memory or 0])
+    text = Text()
+    for estimate in estimates:
+        text.append(f"{_NAMES[estimate.method]:<14} ")
+        done, drawn = 0, 0
+        for part, size in estimate.parts.items():
+            done += size
+            upto = round(WIDTH * done / most)
+            letter, colour = _MARKS[part]
+            text.append(letter * (upto - drawn), style=colour)
+            drawn = upto
+        text.append(" " * (WIDTH - drawn) + f" {show_bytes(estimate.total)}\n")
+    if memory is not None:
+        at = min(WIDTH - 1, round(WIDTH * memory / most))
+        text.append(f"{'memory':<14} " + " " * at + "|" + " " * (WIDTH - at - 1) + f" {show_bytes(memory)}\n")
+    return text
+
+
+def grid(fitting: Mapping[int, int], most: int) -> Table:
+    """The most rows that fit by length."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("length")
+    for length in fitting:
+        table.add_column(f"{length:,}", justify="right")
+    table.add_row("most rows at once", *(f"{rows:,}{'+' * (rows >= most)}" if rows else "none" for rows in fitting.values()))
+    return table

@@ -1,0 +1,214 @@
+"""One run: an adapter's parameters with their optimizer, schedule, early stop, and folder. The loop drives one or several.
+
+Everything random is a function of (seed, step), so a run that is killed and taken up again ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Item
+from ..errors import TrainError, listing
+from ..evaluate.perplexity import perplexity
+from ..model import activate, capture
+from . import checkpoint, defaults, samples
+from .early_stop import EarlyStop
+from .report import write_report
+from .run_folder import FREE
+from .setup import Job, trained_in
+from .trackers import Trackers
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning), or None if it was interrupted or failed."""
+
+    adapter: Path | None
+    step: int
+    steps: int
+    loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    seconds: float
+    stopped: str | None  # "early", "failed", or the signal's name
+
+
+class Shows(Protocol):
+    """What shows a run while it goes on."""
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+    def sample(self, prompt: str, base: str, tuned: str) -> None: ...
+
+
+class Run:
+    """A run at some step. It knows nothing of other runs; the loop hands it gradients and says when to do what."""
+
+    def __init__(self, job: Job, show: Shows):
+        self.job, self.config, self.show = job, job.config, show
+        self.parameters = checkpoint.trainable(job.model, job.adapter)
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=job.rate.value, betas=(self.config.beta1, self.config.beta2),
+            weight_decay=self.config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.early = EarlyStop(self.config.patience)
+        self.best: dict[str, Tensor] = {}
+        self.step, self.spent = 0, 0.0
+        self.loss: float | None = None
+        self.failed: str | None = None  # why it cannot go on
+        self._resume()
+        self.trackers = Trackers(self.config) if job.accelerator.is_main_process else None
+        self.prompts = samples.prompts_for(self.config, job.model, job.tokenizer, job.held_out, job.data.style)
+        self.base_answers: list[str] = []
+
+    @property
+    def ended(self) -> bool:
+        return self.step >= self.job.steps or self.early.stop or self.failed is not None
+
+    def batch(self) -> list[Item]:
+        """The rows of the next step."""
+        return self.job.batch(self.step)
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def update(self, loss: float, norm: float, items: list[Item]) -> dict[str, Any]:
+        """Clip by the gradients' norm, step; what there is to log."""
+        rate = self.job.rate.value * defaults.rate_factor(self.config, self.step, self.job.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.config.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, torch.tensor(norm))
+        self.optimizer.step()
+        self.step += 1
+        self.loss = loss
+        return {"loss": round(loss, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), "tokens": trained_in(items)}
+
+    def forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def not_finite(self, what: str, value: float, items: list[Item]) -> TrainError:
+        """The error for a loss or gradient that is not finite."""
+        kept = checkpoint.found(self.job.folder.checkpoints)
+        saved = (
+            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}" if kept else "no checkpoint had been written yet"
+        )
+        return TrainError(
+            f"the {what} is {value} at step {self.step + 1}; nothing was updated, and {saved}\n"
+            f"  rows of this batch: {listing([item.row.where for item in items], 16)}\n"
+            f"  look at them, or try a lower learning rate (now {self.job.rate.value:g}), precision: fp32, or clip: 1"
+        )
+
+    @property
+    def due_to_evaluate(self) -> bool:
+        return self.step % defaults.evaluate_every(self.config, self.job.steps) == 0 or self.step == self.job.steps
+
+    @property
+    def due_to_save(self) -> bool:
+        return self.step % defaults.save_every(self.config, self.job.steps) == 0 or self.ended
+
+    def evaluate(self) -> None:
+        """The loss on the held-out rows, and sample answers."""
+        self._activate()
+        if self.job.held_out:
+            measured = perplexity(self.job.model, self.job.held_out, self.job.pad_id, batch_size=self.config.batch_size)
+            if self.early.better(measured.loss, self.step):
+                self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+            perplexed = round(measured.perplexity, 4) if math.isfinite(measured.perplexity) else None  # JSON has no infinity
+            self.log({"step": self.step, "held_out_loss": round(measured.loss, 5), "held_out_perplexity": perplexed})
+        if self.prompts and self.job.accelerator.is_main_process:
+            self._sample()
+
+    def _activate(self) -> None:
+        if self.config.method == "lora":
+            activate(self.job.model, self.job.adapter)
+
+    def _sample(self) -> None:
+        job, tokens = self.job, self.config.sample_tokens
+        self.base_answers = self.base_answers or samples.of_base(job.model, job.tokenizer, self.prompts, tokens)
+        tuned = samples.take(job.model, job.tokenizer, self.prompts, tokens)
+        samples.write(job.folder, self.step, self.prompts, self.base_answers, tuned)
+        self.show.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
+
+    def save(self, together: bool = False) -> None:
+        """A checkpoint. `together`: others save at this step too, and the one before stays until `prune`, when all have done so."""
+        job = self.job
+        state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.spent, "steps": job.steps}
+        state |= {"together": True} if together else {}
+        keep = self.config.keep + together
+        checkpoint.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
+
+    def prune(self) -> None:
+        checkpoint.prune(self.job.folder.checkpoints, self.config.keep)
+
+    def _resume(self) -> None:
+        job = self.job
+        loaded = checkpoint.load_newest(job.folder.checkpoints)
+        if loaded is None:
+            if job.accelerator.is_main_process:
+                job.folder.rewind(0)
+            return
+        checkpoint.restore(loaded, job.model, self.optimizer, job.adapter)
+        self.best, self.step, self.spent = loaded.best, loaded.state["step"], loaded.state["seconds"]
+        self.loss = loaded.state["loss"]
+        self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
+        if job.accelerator.is_main_process:
+            job.folder.rewind(self.step)
+            self.prune()  # a kill may have come before its turn
+
+    def finish(self) -> None:
+        """Write the adapter: the parameters of the best held-out loss, or the last ones where nothing was held out."""
+        job = self.job
+        if self.failed is not None or not job.accelerator.is_main_process:
+            return
+        if self.best:
+            checkpoint.put(self.best, self.parameters)
+        if self.config.method == "full":
+            job.model.save_pretrained(job.folder.model)
+            job.tokenizer.save_pretrained(job.folder.model)
+        else:
+            adapter = capture(job.model, job.adapter)
+            dataclasses.replace(adapter, metadata={**adapter.metadata, **self._metadata()}).save(job.folder.adapter)
+        write_report(job.folder, self.config)
+
+    def _metadata(self) -> dict[str, Any]:
+        """What travels with the adapter: nothing that depends on the clock, so that equal runs write equal files."""
+        job = self.job
+        return {
+            "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
+            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), "template": job.data.style},
+            "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
+        }
+
+    def result(self, interrupted: str | None = None) -> Result:
+        """How it ended, or where the signal `interrupted` found it."""
+        job, folder = self.job, self.job.folder
+        if self.failed is not None:
+            stopped: str | None = "failed"
+        elif not self.ended:
+            stopped = interrupted
+        else:
+            stopped = "early" if self.step < job.steps else None
+        adapter = folder.model if self.config.method == "full" else folder.adapter
+        return Result(
+            adapter if self.ended and self.failed is None else None, self.step, job.steps, self.loss, self.early.best_loss,
+            self.early.best_step, self.spent, stopped,
+        )  # fmt: skip
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, to all who want it."""
+        if self.job.accelerator.is_main_process:
+            self.job.folder.log(row)
+            if self.trackers is not None:
+                self.trackers.log(row)
+            self.show.row(row)
+
+    def close(self) -> None:
+        if self.trackers is not None:
+            self.trackers.close()

@@ -1,0 +1,174 @@
+"""A sweep's settings: those of a training run, any of which may hold a list of values. The runs are their product.
+
+    rank: [4, 16]
+    learning_rate: [1e-4, 2e-4, 4e-4]      # six runs: rank=4,lr=1e-4 and so on
+
+A setting that is a list itself (targets, layers, ...) is swept by a list of such values: `targets: [all-linear, [q_proj, v_proj]]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from ..config import ALL_LINEAR
+from ..errors import ConfigError, did_you_mean, listing
+from .config import TrainConfig
+
+MAX_RUNS = 64
+OUT = "sweeps/default"
+# What a sweep sets otherwise than a run alone.
+DEFAULTS: dict[str, Any] = {"out": OUT, "sample_tokens": 0}  # answers of every run at each evaluation cost more than they tell
+
+_ONE_BASE = "the runs train on one base, loaded once"
+_ONE_PASS = "the runs are computed together, in one pass"
+_ONE_FOLDER = "it does not change what is trained"
+NOT_SWEPT = {
+    "model": _ONE_BASE, "revision": _ONE_BASE, "trust_remote_code": _ONE_BASE, "precision": _ONE_BASE, "method": _ONE_BASE, "base": _ONE_BASE,
+    "gradient_checkpointing": _ONE_PASS, "threads": _ONE_PASS, "micro_batch": _ONE_PASS, "memory": _ONE_PASS,
+    "out": _ONE_FOLDER, "keep": _ONE_FOLDER, "save_every": _ONE_FOLDER, "track": _ONE_FOLDER, "sample_prompts": _ONE_FOLDER,
+    "sample_tokens": _ONE_FOLDER, "find_lr": "the sweep itself compares learning rates",
+}  # fmt: skip
+_SHORT = {"learning_rate": "lr", "batch_size": "batch", "validation": "val"}
+_LONGEST_VALUE, _LONGEST_NAME = 40, 120  # characters of a folder's name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The settings as asked (lists where swept), which are swept, and each run's config by its name."""
+
+    settings: Mapping[str, Any]
+    swept: tuple[str, ...]
+    runs: Mapping[str, TrainConfig]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings["out"])
+
+    def values_of(self, name: str) -> dict[str, Any]:
+        """A run's swept settings."""
+        return {setting: getattr(self.runs[name], setting) for setting in self.swept}
+
+
+def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
+    """The runs that these settings ask for. ConfigError for an unknown setting, or one that cannot be swept."""
+    fields = TrainConfig.model_fields
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"a sweep has no setting '{name}'{did_you_mean(name, fields)}")
+    values = DEFAULTS | dict(values)
+    # In the settings' own order, so that names are the same however they are asked for.
+    axes = {name: _values(name, values[name]) for name in fields if name in values and _is_swept(name, values[name])}
+    if not axes:
+        raise ConfigError(
+            "nothing is swept: no setting holds a list of values\n  give one, such as --learning-rate 1e-4,2e-4,4e-4, or use lorakit train"
+        )
+    count = 1
+    for of_one in axes.values():
+        count *= len(of_one)
+    if count > max_runs:
+        sizes = " x ".join(f"{len(of_one)} ({name})" for name, of_one in axes.items())
+        raise ConfigError(f"{count} runs ({sizes}) are more than {max_runs}\n  shorten a list, or raise the limit: --max-runs {count}")
+    fixed = {name: value for name, value in values.items() if name not in axes}
+    configs = [TrainConfig(**fixed | dict(zip(axes, of_one, strict=True))) for of_one in itertools.product(*axes.values())]
+    for config in configs:
+        check_joint(config)
+    swept = tuple(axes)
+    first = configs[0]
+    settings = {n: axes[n] if n in axes else getattr(first, n) for n in fields if n != "base"}
+    runs = {}
+    for name, config in zip(names([{s: getattr(c, s) for s in swept} for c in configs]), configs, strict=True):
+        runs[name] = config.replace(out=str(Path(first.out) / "runs" / name))
+    return Sweep(settings, swept, runs)
+
+
+def check_joint(config: TrainConfig) -> None:
+    """ConfigError for what cannot train beside other adapters: each row's own factors are all that a shared pass can have."""
+    if config.find_lr:
+        raise ConfigError(f"find_lr: {NOT_SWEPT['find_lr']}: give it a list of them, or use lorakit train")
+    if config.method != "lora":
+        raise ConfigError(
+            "method: full fine-tuning changes the base that a sweep's runs share\n  start such runs one by one with lorakit train"
+        )
+    for name, empty in (("save_modules", []), ("bias", "none")):
+        if getattr(config, name) != empty:
+            raise ConfigError(
+                f"{name}: {getattr(config, name)}: weights trained whole take the base's place for every row, so runs cannot share a pass\n"
+                f"  leave {name} out, or start such runs one by one with lorakit train"
+            )
+    if "wandb" in config.track:
+        raise ConfigError("track: wandb keeps one run a process, a sweep has several\n  use tensorboard, or leave it out")
+
+
+def names(settings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A short name for each run from its swept settings, fit for a folder: `rank=4,lr=2e-4`."""
+    found: list[str] = []
+    for swept in settings:
+        name = ",".join(f"{_SHORT.get(setting, setting)}={short(value)}" for setting, value in swept.items())
+        if len(name) > _LONGEST_NAME:
+            name = f"{name[:_LONGEST_NAME]}~{_digest(swept)}"
+        if name in found:  # two files of one name in two folders, two long lists of one beginning
+            name = f"{name}~{_digest(swept)}"
+        found.append(name)
+    return found
+
+
+def short(value: Any) -> str:
+    """A value in a few safe characters."""
+    if isinstance(value, bool) or value is None:
+        text = str(value).lower()
+    elif isinstance(value, float):
+        text = _number(value)
+    elif isinstance(value, list):
+        text = "+".join(map(short, value)) or "none"
+    elif isinstance(value, dict):
+        text = "+".join(f"{k}-{short(v)}" for k, v in value.items()) or "none"
+    else:
+        text = Path(value).stem if isinstance(value, str) and ("/" in value or Path(value).suffix) else str(value)
+    text = re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("._") or "_"
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "~"
+
+
+def _number(value: float) -> str:
+    plain = f"{value:g}"
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    scientific = f"{float(mantissa):g}e{int(exponent)}"
+    return scientific if len(scientific) < len(plain) else plain
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:6]
+
+
+def _is_swept(name: str, value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    if _holds_list(name):
+        return any(isinstance(one, list) or one is None or (one == ALL_LINEAR and name == "targets") for one in value)
+    return True
+
+
+def _values(name: str, values: list[Any]) -> list[Any]:
+    """The values of a swept setting, each as the settings read it, none twice."""
+    if name in NOT_SWEPT:
+        raise ConfigError(f"{name} cannot be swept: {NOT_SWEPT[name]}\n  give one value (got {listing(map(repr, values))})")
+    if not values:
+        raise ConfigError(f"{name}: an empty list; give the values to try")
+    read = [getattr(TrainConfig(**{"data": "-", name: value}), name) for value in values]
+    twice = next((value for i, value in enumerate(read) if value in read[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"{name}: {twice!r} is listed twice")
+    return read
+
+
+def _holds_list(name: str) -> bool:
+    annotation = TrainConfig.model_fields[name].annotation
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return any(get_origin(kind) is list for kind in kinds)

@@ -1,0 +1,149 @@
+"""What a sweep shows: a start panel with its runs, then a bar on a terminal and plain lines elsewhere, with the best so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .run import Run
+
+MOST_LISTED = 24  # runs in the start panel
+LINES = 20  # of a whole sweep, without a terminal
+
+
+class Lane:
+    """One run's rows, on their way to the sweep's display."""
+
+    def __init__(self, name: str, progress: SweepProgress):
+        self.name, self.progress = name, progress
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.progress.row(self.name, row)
+
+    def sample(self, prompt: str, base: str, tuned: str) -> None:
+        """Not shown: they are in the run's folder."""
+
+
+class SweepProgress:
+    """Shows a sweep on a console. `quiet` shows nothing."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False, title: str = "lorakit sweep"):
+        self.console, self.quiet, self.title = console or Console(stderr=False), quiet, title
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+        self._done, self._all, self._going = 0, 0, 0
+        self._tokens, self._since = 0, time.perf_counter()
+        self._best: tuple[float, str, int] | None = None
+        self._ended: set[str] = set()
+
+    def lane(self, name: str) -> Lane:
+        return Lane(name, self)
+
+    def start(self, runs: Sequence[Run], folder: str) -> None:
+        """The panel, and the bar. A unit of progress is a step of one run."""
+        self._all = sum(run.job.steps for run in runs)
+        self._done = sum(run.step for run in runs)
+        self._going = len(runs)
+        self._note_best(runs)
+        if self.quiet:
+            return
+        self.console.print(Panel(Group(_shared(runs, folder), Text(), _listed(runs)), title=self.title, title_align="left", expand=False))
+        if self.console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("steps", total=self._all, completed=self._done, facts="")
+        self._since = time.perf_counter()
+
+    def row(self, name: str, row: dict[str, Any]) -> None:
+        """A line of one run's metrics.jsonl."""
+        if "held_out_loss" in row:
+            if self._best is None or row["held_out_loss"] < self._best[0]:
+                self._best = (row["held_out_loss"], name, row["step"])
+            return
+        self._done += 1
+        self._tokens += row["tokens"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, facts=self._facts())
+        elif self._done * LINES // self._all > (self._done - 1) * LINES // self._all:
+            self._say(f"{self._done:>6}/{self._all} steps  {self._facts()}")
+
+    def ended(self, run: Run) -> None:
+        """A run came to its end; what it leaves undone is no longer waited for."""
+        name = run.job.adapter
+        if name in self._ended:
+            return
+        self._ended.add(name)
+        self._going -= 1
+        self._all -= run.job.steps - run.step
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._all)
+        if run.failed is not None:
+            self._say(f"{name} failed: {run.failed}")
+        elif run.step < run.job.steps:
+            self._say(f"{name} stopped early at step {run.step}: no better held-out loss since step {run.early.best_step}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _note_best(self, runs: Sequence[Run]) -> None:
+        found = [(run.early.best_loss, run.job.adapter, run.early.best_step or 0) for run in runs if run.early.best_loss is not None]
+        self._best = min(found, default=None)
+
+    def _facts(self) -> str:
+        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
+        best = f"  best {self._best[1]}: {self._best[0]:.4f} at step {self._best[2]}" if self._best else ""
+        return f"{self._going} runs going  {speed:,.0f} trained tokens/s{best}"
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            (self._bar.console if self._bar else self.console).print(Text(line), soft_wrap=True)
+
+
+def _shared(runs: Sequence[Run], folder: str) -> Table:
+    """What all runs have in common."""
+    from .progress import dtype_name, threads_of
+
+    job = runs[0].job
+    base = sum(p.numel() for p in job.model.parameters()) - sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    data = dict.fromkeys((r.config.data, len(r.job.train), len(r.job.held_out)) for r in runs)
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("model", f"{job.config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
+        ("device", f"{job.accelerator.device}, {threads_of(job.accelerator.device)}"),
+        *(("data", f"{name}: {train:,} rows to train on, {held:,} held out") for name, train, held in data),
+        ("runs", f"{len(runs)}, trained together on one base, {sum(r.job.steps for r in runs):,} steps in all"),
+        ("folder", folder),
+    ]
+    if any(run.config.dropout for run in runs):
+        rows.append(("note", "dropout masks are those of the sweep: such a run alone would draw others"))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def _listed(runs: Sequence[Run]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("run", "learning rate", "trainable", "batch", "steps", ""):
+        table.add_column(column, justify="left" if column in ("run", "") else "right")
+    for run in runs[:MOST_LISTED]:
+        trainable = sum(p.numel() for p in run.parameters.values())
+        where = "failed" if run.failed else "finished" if run.ended else f"going on at step {run.step}" if run.step else ""
+        cells = [run.job.adapter, f"{run.job.rate.value:g}", f"{trainable:,}", str(run.config.batch_size), f"{run.job.steps:,}", where]
+        table.add_row(*map(Text, cells))
+    if len(runs) > MOST_LISTED:
+        table.add_row(Text(f"and {len(runs) - MOST_LISTED} more"))
+    return table

@@ -1,0 +1,35 @@
+"""What `lorakit bench attach` promises: attaching is much faster than PEFT's, and does not slow down with the number attached."""
+
+from __future__ import annotations
+
+import pytest
+
+import lorakit as lk
+from lorakit.bench import attach
+from lorakit.layers.layer import LoraFactors
+from lorakit.layers.walk import base_modules
+
+pytest.importorskip("peft")
+
+
+def test_attach_is_faster_than_get_peft_model():
+    row = attach._attach("attach", lambda: attach.llama(12, 64, 128, 4), rounds=2)
+    assert row["times faster"] > 2  # 10 and more on a quiet machine
+
+
+def test_loading_and_switching_have_a_row_for_each_number():
+    rows = attach._several(layers=1, numbers=(1, 2), repeats=2)
+    assert len(rows) == 6
+    assert all(row["lorakit ms"] > 0 and row["PEFT ms"] > 0 for row in rows)
+
+
+def test_the_walk_is_named_modules_without_lorakits_children():
+    model = attach.llama(2, 64, 128, 4)
+    model.same_again = model.model.layers[0].self_attn.q_proj
+    before = [name for name, _ in model.named_modules()]
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for n in range(3):
+        lk.attach(model, lk.LoraConfig(rank=2, save_modules=["lm_head"] if n == 0 else []), name=f"a{n}")
+    assert sum(isinstance(m, LoraFactors) for m in model.modules()) == 3 * 14
+    assert [name for name, _ in base_modules(model)] == before
+    assert [name for name, _ in base_modules(model, every_name=True)] == every

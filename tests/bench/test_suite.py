@@ -1,0 +1,102 @@
+"""The frame of `lorakit bench`: names, missing peers, tables and plots."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lorakit.bench import suite
+from lorakit.errors import ConfigError
+
+WIRED = [name for name in suite.NAMES if (Path(suite.__file__).parent / f"{name.replace('-', '_')}.py").exists()]
+
+
+def shown(rows) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(suite.table(rows))
+    return out.getvalue()
+
+
+def running(monkeypatch, run):
+    """The table `latency`, with another `run`."""
+    monkeypatch.setattr(suite.load("latency"), "run", run)
+
+
+def test_a_wrong_name_is_told_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"'trainstep'; did you mean 'train-step'\?") as error:
+        suite.load("trainstep")
+    assert all(name in str(error.value) for name in suite.NAMES)
+
+
+@pytest.mark.parametrize("name", WIRED)
+def test_every_table_says_what_it_compares_and_imports_without_peers(name):
+    code = (
+        "import sys\n"
+        "for peer in ('peft', 'loralib', 'trl'): sys.modules[peer] = None\n"
+        f"from lorakit.bench import suite; bench = suite.load({name!r}); assert len(bench.TITLE) > 40 and callable(bench.run)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", suite.NAMES)
+def test_every_table_has_a_script(name):
+    script = Path(suite.__file__).parents[2] / "benchmarks" / f"{name.replace('-', '_')}.py"
+    if not script.parent.exists():
+        pytest.skip("benchmarks/ is not part of an installed lorakit")
+    assert f'main(["bench", "{name}", *sys.argv[1:]])' in script.read_text()
+
+
+def test_a_missing_peer_is_named_with_the_command_that_installs_it(monkeypatch):
+    def run(quick):
+        raise ModuleNotFoundError("No module named 'trl.trainer'", name="trl.trainer")
+
+    running(monkeypatch, run)
+    with pytest.raises(suite.MissingPeer, match=r"trl is not installed\n  pip install 'lorakit\[bench\]'"):
+        suite.measure("latency", quick=True)
+
+
+def test_another_missing_module_is_not_taken_for_a_peer(monkeypatch):
+    def run(quick):
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    running(monkeypatch, run)
+    with pytest.raises(ModuleNotFoundError, match="numpy"):
+        suite.measure("latency", quick=True)
+
+
+def test_a_needed_peer_is_missed_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else object())
+    suite.need("peft")
+    with pytest.raises(suite.MissingPeer, match="trl"):
+        suite.need("peft", "trl")
+
+
+def test_a_table_shows_numbers_shortly_gaps_as_dashes_and_no_lists():
+    text = shown([{"what": "a", "ms": 1234.56, "ratio": 0.12345, "curve": [1, 2]}, {"what": "b", "ms": None, "ratio": 3, "new": "x"}])
+    assert "1,235" in text
+    assert "0.123" in text
+    assert "–" in text
+    assert "curve" not in text
+    assert "new" in text
+
+
+def test_the_machine_is_named():
+    facts = suite.machine()
+    line = suite.machine_line(facts)
+    assert facts["cpu"]
+    assert f"{facts['cores']} cores" in line
+    assert f"torch {facts['torch']}" in line
+    assert "not measured" in suite.machine_line(facts | {"gpu": None})
+    assert "H200" in suite.machine_line(facts | {"gpu": "NVIDIA H200"})
+
+
+def test_a_table_without_a_picture_draws_none(monkeypatch, tmp_path):
+    monkeypatch.delattr(suite.load("latency"), "plot")
+    assert suite.save_plot("latency", [], tmp_path / "plots") is None
+    assert not (tmp_path / "plots").exists()

@@ -1,0 +1,68 @@
+"""`lorakit bench`: what it prints and writes, and how it says what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorakit.bench import suite
+
+ROWS = [{"side": "base", "ms": 12.5, "losses": [1.0, 2.0]}, {"side": "other", "ms": 25.0, "losses": [3.0]}]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The table `latency`, with these rows; the list of how it was called."""
+    calls = []
+    module = suite.load("latency")
+    monkeypatch.setattr(module, "run", lambda quick=False: calls.append(quick) or ROWS)
+    monkeypatch.setattr(module, "plot", lambda rows, axes: axes.bar([r["side"] for r in rows], [r["ms"] for r in rows]))
+    return calls
+
+
+def test_a_table_is_printed_with_the_machine_what_it_compares_and_its_command(lorakit, fake):
+    code, out, _ = lorakit("bench", "latency", "--quick")
+    assert (code, fake) == (0, [True])
+    for words in ("threads", "torch", "base", "12.5", "lorakit bench latency --quick", suite.load("latency").TITLE.split("\n")[0][:60]):
+        assert words in out
+
+
+def test_the_json_has_machine_rows_and_lists(lorakit, fake, tmp_path):
+    assert lorakit("bench", "latency", "--json", tmp_path / "b.json")[0] == 0
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["machine"]["torch"]
+    assert written["tables"]["latency"]["rows"] == ROWS
+    assert fake == [False]
+
+
+def test_plots_are_drawn_into_the_folder(lorakit, fake, tmp_path):
+    code, out, _ = lorakit("bench", "latency", "--plots", tmp_path / "plots")
+    assert code == 0
+    assert (tmp_path / "plots" / "latency.png").read_bytes().startswith(b"\x89PNG")
+    assert "latency.png" in out
+
+
+def test_a_wrong_name_is_a_wrong_call_and_nothing_runs(lorakit, fake):
+    code, _, err = lorakit("bench", "latency", "latencies")
+    assert (code, fake) == (2, [])
+    assert "did you mean 'latency'" in err
+
+
+def test_a_missing_peer_is_said_and_the_other_tables_still_run(lorakit, fake, monkeypatch):
+    def run(quick=False):
+        raise suite.MissingPeer("peft")
+
+    monkeypatch.setattr(suite.load("attach"), "run", run)
+    code, out, _ = lorakit("bench", "attach", "latency")
+    assert (code, fake) == (1, [False])
+    assert "not measured: peft is not installed" in out
+    assert "pip install 'lorakit[bench]'" in out
+    assert "12.5" in out
+
+
+def test_plots_into_a_file_are_refused_before_anything_runs(lorakit, fake, tmp_path):
+    (tmp_path / "plots").write_text("")
+    code, _, err = lorakit("bench", "latency", "--plots", tmp_path / "plots")
+    assert (code, fake) == (2, [])
+    assert "is a file" in err

@@ -1,0 +1,111 @@
+"""`lorakit plan`: a config is enough, data is not asked for, and a script can read the answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+SMALL = ["--max-length", "64", "--micro-batch", "2", "--batch-size", "4", "--rank", "4", "--precision", "fp32", "--validation", "0"]
+
+
+@pytest.fixture(scope="module")
+def config_only(tmp_path_factory):
+    """A folder with a config and nothing else: no weights, no tokenizer."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("big")
+    LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def test_a_config_is_enough_and_the_three_methods_stand_side_by_side(lorakit, config_only):
+    code, out, error = lorakit("plan", "--model", config_only, "--memory", "2GB", "--device", "cuda", *SMALL)
+    assert code == 0, error
+    for words in (
+        "full, float32",
+        "LoRA",
+        "4-bit LoRA *",
+        "W weights",
+        "a activations",
+        "at most",
+        "fits 2 GB",
+        "most rows of 64",
+        "lorakit does not train on a 4-bit base yet",
+    ):
+        assert words in out, words
+    bars = [line for line in out.splitlines() if line.startswith(("full, float32  W", "LoRA  ", "memory  "))]
+    assert len(bars) >= 3
+    assert "next: lorakit train" in out
+
+
+def test_json_gives_the_numbers_of_the_table(lorakit, config_only):
+    code, out, _ = lorakit("plan", "--model", config_only, "--memory", "1500MB", "--json", *SMALL, "--targets", "q_proj,k_proj")
+    assert code == 0
+    plan = json.loads(out)
+    full, lora, four = plan["estimates"]
+    assert [e["method"] for e in plan["estimates"]] == ["full", "lora", "4-bit lora"]
+    assert lora["trained"] == 4 * 4 * ((64 + 64) + (64 + 32))
+    assert full["trained"] == full["parameters"] == plan["parameters"]
+    for estimate in plan["estimates"]:
+        assert estimate["total"] == sum(estimate["parts"].values()) == max(sum(m.values()) for m in estimate["moments"].values())
+    assert four["parts"]["weights"] < lora["parts"]["weights"]
+    assert plan["memory"] == 1_500_000_000
+    assert plan["most_rows"]["lora"] >= plan["most_rows"]["full"] >= 1
+    assert plan["step_flops"] > 0
+    assert plan["step_seconds_at_least"] > 0
+
+
+def test_the_optimizers_state_is_counted_as_asked(lorakit, config_only):
+    found = {}
+    for optimizer in ("sgd", "rmsprop", "adamw"):
+        _, out, _ = lorakit(
+            "plan", "--model", config_only, "--device", "cuda", "--memory", "1GB", "--json", "--optimizer", optimizer, *SMALL
+        )
+        found[optimizer] = [e["parts"]["optimizer"] / e["trained_bytes"] for e in json.loads(out)["estimates"]]
+    assert found == {"sgd": [0] * 3, "rmsprop": [1] * 3, "adamw": [2] * 3}
+
+
+def test_a_config_file_is_read_as_train_reads_it(lorakit, config_only, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {config_only}\ndata: nowhere.jsonl\nrank: 2\nmax_length: 64\nlearning_rate: 1e-3\nvalidation: 0\nepochs: 2\n")
+    code, out, _ = lorakit("plan", "--config", file, "--memory", "1GB", "--device", "cuda", "--targets", "q_proj", "--json")
+    assert code == 0
+    assert json.loads(out)["estimates"][1]["trained"] == 4 * 2 * (64 + 64)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--memory", "plenty"], "'plenty' is no amount of memory"),
+        (["--max-length", "300"], "max_length is 300, and"),
+        (["--device", "cuda"], "say what memory it has"),
+        (["--rnk", "8"], "--rank"),
+        (["--optimizer", "lion"], "lion"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong_and_exits_with_2(lorakit, config_only, args, message):
+    code, _, error = lorakit("plan", "--model", config_only, *args)
+    assert code == 2
+    assert message in error
+
+
+def test_a_target_that_matches_nothing_names_the_nearest(lorakit, config_only):
+    code, _, error = lorakit("plan", "--model", config_only, "--targets", "q_pro", "--memory", "1GB")
+    assert code == 1
+    assert "did you mean 'q_proj'" in error
+
+
+def test_a_model_that_is_not_there_is_an_error(lorakit, tmp_path):
+    code, _, error = lorakit("plan", "--model", str(tmp_path / "none"), "--memory", "1GB")
+    assert code == 1
+    assert "there is no model folder" in error
+
+
+def test_what_does_not_fit_is_said(lorakit, config_only):
+    code, out, _ = lorakit("plan", "--model", config_only, "--memory", "1MB", "--device", "cuda", *SMALL)
+    assert code == 0
+    assert "none" in next(line for line in out.splitlines() if line.startswith("most rows at once"))

@@ -1,0 +1,276 @@
+"""A layer whose rows have adapters of their own: each row as if its adapter alone were active, in values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+import lorakit as lk
+from lorakit.layers.layer import LoraFactors
+from lorakit.layers.routed import Stack
+
+CHOICES = ["a", None, {"a": 0.5, "b": -2.0}, "c", "b", "a"]
+
+
+def conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(6, 8)
+
+
+class Keeping(nn.Linear):
+    """Keeps what it returned, so that nothing may be written into it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+# name: (the layer, its input for six rows, what else its config has)
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 6), (6, 3, 8), {}),
+    "linear, no bias": (lambda: nn.Linear(8, 6, bias=False), (6, 8), {}),
+    "linear, four axes": (lambda: nn.Linear(8, 6), (6, 2, 3, 8), {}),
+    "linear, long rows": (lambda: nn.Linear(8, 6), (6, 70, 8), {}),
+    "linear with a forward of its own": (lambda: Keeping(8, 6), (6, 3, 8), {}),
+    "Conv1D": (conv1d, (6, 3, 8), {}),
+    "packed": (lambda: nn.Linear(8, 6), (6, 3, 8), {"packed": {"0": [True, False, True]}}),
+    "packed Conv1D": (conv1d, (6, 3, 8), {"packed": {"0": [True, True, False]}}),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (6, 4, 5), {}),
+    "conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (6, 4, 5, 5), {}),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="circular"), (6, 2, 3, 3, 3), {}),
+    "embedding": (lambda: nn.Embedding(9, 5, padding_idx=2), None, {}),
+}
+
+
+def build(kind: str, trainable: bool = True, dropout: float = 0.0) -> tuple[nn.Module, torch.Tensor]:
+    """A model of one layer with adapters a, b, c of unequal ranks, and an input."""
+    make, shape, config = LAYERS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).double().eval()
+    for rank, name in enumerate("abc", start=1):
+        lk.attach(model, lk.LoraConfig(rank=rank, alpha=3, targets=["0"], dropout=dropout, **config), name=name, trainable=trainable)
+    tiny.randomise_factors(model)
+    made = torch.Generator().manual_seed(3)
+    if shape is None:
+        return model, torch.randint(0, 9, (6, 4), generator=made)
+    return model, torch.randn(shape, generator=made, dtype=torch.float64)
+
+
+def row_by_row(model: nn.Module, x: torch.Tensor, choices: list = CHOICES) -> torch.Tensor:
+    """Each row of the batch by itself, with its own adapter active."""
+    rows = []
+    for n, choice in enumerate(choices):
+        lk.activate(model, choice)
+        rows.append(model(x[n : n + 1]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_each_row_is_what_its_adapter_alone_gives(kind):
+    model, x = build(kind)
+    expected = row_by_row(model, x)
+    assert len({e.sum().item() for e in expected}) > 4  # the adapters do differ
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode(), lk.route(model, CHOICES):
+            torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_are_those_of_the_rows_one_by_one(kind):
+    model, x = build(kind)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    if x.is_floating_point():
+        wanted.append(x.requires_grad_())
+    g = torch.randn_like(row_by_row(model, x))
+    expected = torch.autograd.grad(row_by_row(model, x), wanted, g)
+    with lk.route(model, CHOICES):
+        ours = torch.autograd.grad(model(x), wanted, g)
+    for a, e in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_reach_only_the_factors_that_a_choice_names(kind):
+    model, x = build(kind)
+    with lk.route(model, ["a", None, "c", "a", {"c": 2.0}, None]):
+        model(x).sum().backward()
+    assert all((p.grad is None) == ("lora_b" in n) for n, p in model.named_parameters() if ".lora_" in n)
+    assert all(p.grad is None for n, p in model.named_parameters() if ".lora_" not in n)
+
+
+def test_a_layer_without_the_named_adapter_computes_the_base():
+    model = tiny.mlp()
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["lin0"]), name="a")
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["lin1"]), name="b")
+    tiny.randomise_factors(model)
+    x = torch.randn(2, 10)
+    expected = row_by_row(model, x, ["a", "b"])
+    with lk.route(model, ["a", "b"]):
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x.requires_grad_()), expected)
+
+
+def test_a_trainable_base_gets_its_gradients_too():
+    model, x = build("linear")
+    model[0].weight.requires_grad_(True)
+    expected = torch.autograd.grad(row_by_row(model, x).square().sum(), model[0].weight)
+    with lk.route(model, CHOICES):
+        torch.testing.assert_close(torch.autograd.grad(model(x).square().sum(), model[0].weight), expected)
+
+
+def test_frozen_factors_under_gradients_pass_them_on_to_the_input():
+    model, x = build("linear", trainable=False)
+    x.requires_grad_()
+    expected = torch.autograd.grad(row_by_row(model, x).square().sum(), x)
+    with lk.route(model, CHOICES):
+        torch.testing.assert_close(torch.autograd.grad(model(x).square().sum(), x), expected)
+
+
+def test_inputs_that_are_not_contiguous():
+    model, x = build("linear")
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not turned.is_contiguous()
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), lk.route(model, CHOICES):
+            torch.testing.assert_close(model(turned), model(x))
+
+
+def test_a_batch_of_no_rows():
+    model, x = build("linear")
+    with lk.route(model, []):
+        assert model(x[:0]).shape == (0, 3, 6)
+
+
+def test_autocast_computes_in_its_precision():
+    model, x = build("linear")
+    model, x = model.float(), x.float()
+    expected = row_by_row(model, x)
+    with torch.autocast("cpu", torch.bfloat16), lk.route(model, CHOICES):
+        ours = model(x)
+        with torch.no_grad():
+            assert model(x).dtype == torch.bfloat16
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), expected, atol=0.1, rtol=0.05)
+    ours.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for n, p in model.named_parameters() if ".lora_" in n)
+
+
+@pytest.mark.parametrize("kind", ["linear", "packed", "conv1d", "embedding"])
+def test_dropout_is_for_training(kind):
+    model, x = build(kind, dropout=0.5)
+    expected = row_by_row(model, x)
+    with lk.route(model, CHOICES):
+        torch.testing.assert_close(model(x), expected)
+        model.train()
+        for mode in (torch.enable_grad, torch.no_grad):  # the first run of reentrant checkpointing is without gradients
+            with mode():
+                assert not torch.equal(model(x)[0], expected[0])
+                assert torch.allclose(model(x)[1], expected[1])
+        model(x).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def stack(model: nn.Module) -> Stack:
+    return model._lorakit.routes.stacks[model[0]]
+
+
+@torch.no_grad()
+def test_the_stack_is_kept_from_batch_to_batch_and_made_anew_when_a_factor_changes():
+    model, x = build("linear", trainable=False)
+    factors: LoraFactors = model[0].lora_a
+
+    def right() -> Stack:
+        expected = row_by_row(model, x)
+        with lk.route(model, CHOICES):
+            torch.testing.assert_close(model(x), expected)
+        return stack(model)
+
+    first = right()
+    assert right() is first
+    factors.B.mul_(2.0)
+    second = right()
+    assert second is not first
+    factors.A.data = factors.A.data * 3.0
+    third = right()
+    assert third is not second
+    factors.A = nn.Parameter(factors.A * 0.5, requires_grad=False)
+    fourth = right()
+    assert fourth is not third
+    model.float()
+    x = x.float()
+    assert right() is not fourth
+
+
+@torch.no_grad()
+def test_the_stack_serves_fewer_adapters_until_most_of_it_is_idle():
+    model, x = build("linear", trainable=False)  # ranks 1, 2, 3
+    for choices, same in ((["a", "b", "c"], None), (["c", "c", None], True), (["a", "b", "a"], True), (["a", "a", None], False)):
+        before = model._lorakit.routes.stacks.get(model[0]) if model._lorakit.routes else None
+        expected = row_by_row(model, x[:3], choices)
+        with lk.route(model, choices):
+            torch.testing.assert_close(model(x[:3]), expected)
+        assert same is None or (stack(model) is before) == same
+
+
+@torch.no_grad()
+def test_factors_that_are_trained_are_read_afresh_each_time_as_an_optimizer_may_write_unseen():
+    model, x = build("linear")
+    for _ in range(2):
+        expected = row_by_row(model, x)
+        with lk.route(model, CHOICES):
+            torch.testing.assert_close(model(x), expected)
+        model[0].lora_a.B.data.mul_(2.0)  # not counted by autograd
+
+
+def test_factors_made_in_inference_mode_are_read_afresh_each_time():
+    with torch.inference_mode():
+        model, x = build("linear", trainable=False)
+        for _ in range(2):
+            expected = row_by_row(model, x)
+            with lk.route(model, CHOICES):
+                torch.testing.assert_close(model(x), expected)
+            model[0].lora_a.B.mul_(2.0)
+
+
+def test_what_layers_derive_from_a_batch_is_shared_by_layers_of_equal_ranks():
+    model = tiny.llama()
+    for rank, name in ((2, "a"), (3, "b")):
+        lk.attach(model, lk.LoraConfig(rank=rank), name=name, trainable=False)
+    with torch.no_grad(), lk.route(model, ["a", "b"]):
+        model(**tiny.example(model))
+        assert len(model._lorakit.routing._shared) == 3  # of 14 layers: in + out is 32, 24 (k and v) or 40
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_inside(reentrant):
+    model, x = build("linear")
+    wanted = [p for n, p in model.named_parameters() if ".lora_" in n]
+    with lk.route(model, CHOICES):
+        expected = torch.autograd.grad(model(x).square().sum(), wanted)
+        checkpoint(model, x.requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+    for p, e in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(p.grad, e)
+
+
+@pytest.mark.parametrize("choices", [CHOICES, ["b"] * 6, [None] * 5 + ["b"]], ids=str)
+def test_a_backward_with_checkpointing_outside_is_an_error_and_not_another_gradient(choices):
+    model, x = build("linear")
+    lk.activate(model, "a")
+    with lk.route(model, choices):
+        loss = checkpoint(model, x.requires_grad_(), use_reentrant=False).square().sum()
+    with pytest.raises(CheckpointError):
+        loss.backward()
+
+
+def test_torch_compile_gives_the_same_values():
+    model, x = build("linear")
+    expected = row_by_row(model, x)
+    compiled = torch.compile(model, backend="eager")
+    for choices, rows in ((CHOICES, expected), (CHOICES[::-1], None)):
+        rows = row_by_row(model, x, choices) if rows is None else rows
+        with torch.no_grad(), lk.route(model, choices):
+            torch.testing.assert_close(compiled(x), rows)

@@ -1,0 +1,107 @@
+"""RMSNorm as one node, against the plain lines and transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from against import DTYPES, assert_as_exact, gradients, kept, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from lorakit.ops.rms_norm import reference, rms_norm
+
+EPS = 1e-5
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64, weight: torch.dtype | None = None):
+    return randn(*shape, dtype=dtype).requires_grad_(), 1 + 0.3 * randn(shape[-1], seed=1, dtype=weight or dtype)
+
+
+def exact_of(x: torch.Tensor, weight: torch.Tensor):
+    wide = x.detach().double().requires_grad_()
+    return reference(wide, weight.double(), EPS), wide
+
+
+shapes = st.tuples(st.lists(st.integers(0, 4), max_size=3), st.integers(1, 9)).map(lambda s: (*s[0], s[1]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=shapes, dtype=st.sampled_from([torch.float64, *DTYPES]), layout=st.sampled_from(["plain", "transposed", "strided", "expanded"])
+)
+def test_values_have_the_plain_lines_bits_and_gradients_their_exactness(shape, dtype, layout):
+    x, weight = inputs(*shape, dtype=dtype)
+    with torch.no_grad():
+        if layout == "transposed":
+            x = x.transpose(0, -1).contiguous().transpose(0, -1)
+        elif layout == "strided":
+            x = torch.stack([x, x], dim=-1)[..., 0]
+        elif layout == "expanded" and len(shape) > 1:
+            x = x[:1].expand(x.shape)
+    x, before = x.detach().requires_grad_(), x.detach().clone()
+    found, plain = rms_norm(x, weight, EPS), reference(x, weight, EPS)
+    assert torch.equal(found, plain)
+    exact, wide = exact_of(x, weight)
+    assert gradients(found, [x])[0].dtype == dtype
+    # The gradient is a difference, of numbers as large as 1 / √(mean(x²) + ε).
+    largest = (wide.square().mean(-1) + EPS).rsqrt().amax().item() if x.numel() else 1.0
+    close = {"atol": 16 * torch.finfo(dtype).eps * largest, "rtol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(gradients(found, [x])[0].double(), gradients(exact, [wide])[0], **close)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 1, 2, 3), (4,), (0, 4)], ids=str)
+def test_gradcheck(shape):
+    x, weight = inputs(*shape)
+    assert gradcheck(lambda x: rms_norm(x, weight, EPS), (x,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [None, torch.float32], ids=["same type", "fp32 weight"])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+def test_it_is_as_near_to_float64_maths_as_the_plain_lines(dtype, weight, size):
+    x, w = inputs(128, 64, dtype=dtype, weight=weight)
+    x = (x.detach() * size).requires_grad_()
+    exact, wide = exact_of(x, w)
+    found, plain = rms_norm(x, w, EPS), reference(x, w, EPS)
+    assert found.dtype == plain.dtype
+    assert torch.equal(found, plain)
+    assert_as_exact(gradients(found, [x]), gradients(plain, [x]), gradients(exact, [wide]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_has_the_bits_of_transformers(dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight = inputs(5, 7, 32, dtype=dtype)
+    norm = LlamaRMSNorm(32, EPS).to(dtype)
+    norm.weight.data.copy_(weight)
+    assert torch.equal(rms_norm(x, weight, EPS), norm(x))
+
+
+def test_rows_of_zeros_stay_zero_and_have_a_finite_gradient():
+    x, weight = torch.zeros(3, 8, requires_grad=True), torch.ones(8)
+    found = rms_norm(x, weight, EPS)
+    assert not found.any()
+    torch.testing.assert_close(gradients(found, [x]), gradients(reference(x, weight, EPS), [x]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_keeps_x_as_it_came_and_one_number_a_row(dtype):
+    x, weight = inputs(4, 16, 32, dtype=dtype)
+    assert kept(lambda: rms_norm(x, weight, EPS), [weight]) == sorted([(dtype, (4, 16, 32)), (torch.float32, (4, 16, 1))], key=str)
+
+
+def test_a_second_backward_through_the_same_node_gives_the_same_gradients():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, weight = inputs(5, 8, dtype=dtype)
+        found = rms_norm(x, weight, EPS)
+        assert torch.equal(*(gradients(found, [x])[0] for _ in range(2)))
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    x, weight = inputs(3, 4)
+    (first,) = torch.autograd.grad(rms_norm(x, weight, EPS).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
