@@ -65,7 +65,9 @@ def attached_of(state: State, name: str | None) -> Attached:
 
 def check_not_routed(state: State, doing: str) -> None:
     if state.routing is not None:
-        raise StateError(f"{doing}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n  leave it first")
+        raise StateError(
+            f"{doing}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n  leave it first"
+        )
 
 
 def check_new_name(state: State, name: str) -> None:

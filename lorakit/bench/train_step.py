@@ -46,7 +46,8 @@ def llama(shape: Shape, dtype: torch.dtype) -> Any:
         num_attention_heads=max(1, shape.hidden // 64), num_key_value_heads=max(1, shape.hidden // 64), max_position_embeddings=4096,
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LlamaForCausalLM(config).to(device, dtype).train().requires_grad_(False)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, dtype).train().requires_grad_(False)
 
 
 def lorakit_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
@@ -136,7 +137,9 @@ def plot(rows: list[dict[str, Any]], axes: Any) -> None:
     sides = list(dict.fromkeys(row["side"] for row in rows))
     width = 0.8 / len(sides)
     for k, side in enumerate(sides):
-        heights = [next(r["over floor"] for r in rows if (r["precision"], r["dropout"], r["side"]) == (*setting, side)) for setting in settings]
+        heights = [
+            next(r["over floor"] for r in rows if (r["precision"], r["dropout"], r["side"]) == (*setting, side)) for setting in settings
+        ]
         bars = axes.bar([i + k * width for i in range(len(settings))], heights, width, label=side)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set_xticks(

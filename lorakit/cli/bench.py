@@ -66,11 +66,5 @@ def bench(
 
 
 def _check_plots(folder: Path) -> None:
-    import importlib.util
-
-    from ..bench.suite import INSTALL
-
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder (--plots)")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"--plots needs matplotlib, which is not installed\n  {INSTALL}")

@@ -24,6 +24,8 @@ def largest(cost: Callable[[int], int], budget: int, most: int, slack: float = 0
         if looks % 4 < 3 and at_high > at_low:
             guess = low + (high - low) * (budget - at_low) // (at_high - at_low)
             guess += looks % 2  # just above the last look: where the line was right, that ends the search
+        if looks == 1 and high > most:
+            guess = most  # the first guess fitted: perhaps all does
         guess = min(max(guess, low + 1), high - 1)
         value = cost(guess)
         if value <= budget:

@@ -9,13 +9,14 @@ mask all ones. So the model, the layers and the loss run as they are, on the ker
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 # Real tensors of more bytes than this are not made; a batch of ids has 8 bytes a token, so this is two million tokens.
 LARGEST_REAL = 1 << 24
@@ -35,10 +36,14 @@ class Shapes(TorchDispatchMode):
         self._for_meta: dict[int, tuple[Tensor, Tensor]] = {}  # the meta tensor too, so that no id is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        args, kwargs = tree_map(self._off_meta, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        given = flat((*args, *kwargs.values()))
+        if any(_on_meta(value) for value in given):
+            args, kwargs = tree_map(self._off_meta, (args, kwargs))
+            given = flat((*args, *kwargs.values()))
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
-        if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+        if any(isinstance(value, FakeTensor) for value in given):
             # A comparison without numbers counts as equal. It is asked where a loss makes sure that it may be computed in parts.
             return True if func is _aten.equal.default else func(*args, **kwargs)
         try:
@@ -46,7 +51,7 @@ class Shapes(TorchDispatchMode):
                 made = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return func(*args, **kwargs)
-        size = sum(t.numel() * t.element_size() for t in tree_leaves(made) if isinstance(t, Tensor))
+        size = sum(t.numel() * t.element_size() for t in flat((made,)) if isinstance(t, Tensor))
         return made if size > LARGEST_REAL else func(*args, **kwargs)
 
     def standing_for(self, meta: Tensor) -> Tensor:
@@ -57,9 +62,23 @@ class Shapes(TorchDispatchMode):
         return self._for_meta[id(meta)][1]
 
     def _off_meta(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.standing_for(value) if not isinstance(value, FakeTensor) and value.is_meta else value
-        return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
+        if not _on_meta(value):
+            return value
+        return self.standing_for(value) if isinstance(value, Tensor) else torch.device("cpu")
+
+
+def flat(values: Iterable[Any]) -> list[Any]:
+    """Arguments or results of an operation, with those inside its lists. (torch's pytrees would take half of all the time.)"""
+    found: list[Any] = []
+    for value in values:
+        found += value if isinstance(value, list | tuple) else (value,)
+    return found
+
+
+def _on_meta(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not isinstance(value, FakeTensor) and value.is_meta
+    return isinstance(value, torch.device) and value.type == "meta"
 
 
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:

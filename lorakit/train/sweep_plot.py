@@ -18,14 +18,11 @@ BEST, OTHERS = "#c2410c", "#64748b"
 
 
 def plot(ranked: Sequence[Entry], swept: Sequence[str], path: Path, title: str) -> bool:
-    """Draw one group's runs into a PNG. False if matplotlib is not installed, or there is nothing to draw."""
+    """Draw one group's runs into a PNG. False if there is nothing to draw."""
     done = [entry for entry in ranked if entry.score is not None]
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return False
     if not done:
         return False
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

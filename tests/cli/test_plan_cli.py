@@ -37,8 +37,10 @@ def test_a_config_is_enough_and_the_three_methods_stand_side_by_side(lorakit, co
         "lorakit does not train on a 4-bit base yet",
     ):
         assert words in out, words
-    bars = [line for line in out.splitlines() if line.startswith(("full, float32  W", "LoRA  ", "memory  "))]
-    assert len(bars) >= 3
+    bars = [line.split() for line in out.splitlines() if line.startswith(("full, float32  ", "LoRA  ", "4-bit LoRA *  ", "memory  "))]
+    assert [bar[-2:] for bar in bars][-1] == ["2", "GB"]
+    assert len(bars) == 4
+    assert "o" in bars[0][-3]  # the overhead's letter
     assert "next: lorakit train" in out
 
 
@@ -60,19 +62,14 @@ def test_json_gives_the_numbers_of_the_table(lorakit, config_only):
 
 
 def test_the_optimizers_state_is_counted_as_asked(lorakit, config_only):
-    found = {}
-    for optimizer in ("sgd", "rmsprop", "adamw"):
-        _, out, _ = lorakit(
-            "plan", "--model", config_only, "--device", "cuda", "--memory", "1GB", "--json", "--optimizer", optimizer, *SMALL
-        )
-        found[optimizer] = [e["parts"]["optimizer"] / e["trained_bytes"] for e in json.loads(out)["estimates"]]
-    assert found == {"sgd": [0] * 3, "rmsprop": [1] * 3, "adamw": [2] * 3}
+    _, out, _ = lorakit("plan", "--model", config_only, "--memory", "1KB", "--json", "--optimizer", "rmsprop", *SMALL)
+    assert [e["parts"]["optimizer"] / e["trained_bytes"] for e in json.loads(out)["estimates"]] == [1, 1, 1]
 
 
 def test_a_config_file_is_read_as_train_reads_it(lorakit, config_only, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {config_only}\ndata: nowhere.jsonl\nrank: 2\nmax_length: 64\nlearning_rate: 1e-3\nvalidation: 0\nepochs: 2\n")
-    code, out, _ = lorakit("plan", "--config", file, "--memory", "1GB", "--device", "cuda", "--targets", "q_proj", "--json")
+    code, out, _ = lorakit("plan", "--config", file, "--memory", "1KB", "--targets", "q_proj", "--json")
     assert code == 0
     assert json.loads(out)["estimates"][1]["trained"] == 4 * 2 * (64 + 64)
 
@@ -106,6 +103,6 @@ def test_a_model_that_is_not_there_is_an_error(lorakit, tmp_path):
 
 
 def test_what_does_not_fit_is_said(lorakit, config_only):
-    code, out, _ = lorakit("plan", "--model", config_only, "--memory", "1MB", "--device", "cuda", *SMALL)
+    code, out, _ = lorakit("plan", "--model", config_only, "--memory", "1KB", *SMALL)
     assert code == 0
     assert "none" in next(line for line in out.splitlines() if line.startswith("most rows at once"))

@@ -95,10 +95,12 @@ def test_the_operations_of_a_step_are_those_of_its_matrix_products():
 
 
 def test_more_memory_never_fits_less():
-    made = planner(llama_3_8b(4))
-    found = [made.most_rows(1024, memory) for memory in (1_000, 8_000_000_000, 24_000_000_000)]
+    base = llama_3_8b(2)
+    base.max_position_embeddings = 512
+    made = planner(base)
+    found = [made.most_rows(128, memory) for memory in (1_000, 4_000_000_000, 6_000_000_000)]
     assert found[0] == 0 < found[1] < found[2]
-    assert made.estimate(found[1], 1024).total <= 8_000_000_000
-    length = made.longest(1, 8_000_000_000)
-    assert made.estimate(1, length).total <= 8_000_000_000
-    assert 0 < length <= 8192
+    assert made.estimate(found[1], 128).total <= 4_000_000_000
+    length = made.longest(8, 4_000_000_000)
+    assert made.estimate(8, length).total <= 4_000_000_000
+    assert 0 < length <= 512
