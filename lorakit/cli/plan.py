@@ -118,7 +118,6 @@ def _time(flops: float, seconds: float | None) -> str:
     counted = f"a step is {flops / 1e12:.3g} · 10¹² floating-point operations"
     if seconds is None:
         return counted
-    # Of a bf16 step's CPU time matrix products are 30 % (the rest: attention, elementwise work, copies).
     return f"{counted}: at least {seconds:.2g} s here, by matrix products alone at the rate just measured; a rough figure"
 
 

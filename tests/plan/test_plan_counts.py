@@ -95,12 +95,15 @@ def test_the_operations_of_a_step_are_those_of_its_matrix_products():
 
 
 def test_more_memory_never_fits_less():
-    base = llama_3_8b(2)
-    base.max_position_embeddings = 512
-    made = planner(base)
-    found = [made.most_rows(128, memory) for memory in (1_000, 4_000_000_000, 6_000_000_000)]
-    assert found[0] == 0 < found[1] < found[2]
-    assert made.estimate(found[1], 128).total <= 4_000_000_000
-    length = made.longest(8, 4_000_000_000)
-    assert made.estimate(8, length).total <= 4_000_000_000
-    assert 0 < length <= 512
+    from transformers import LlamaConfig
+
+    made = planner(LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256,
+    ))  # fmt: skip
+    found = [made.most_rows(64, memory) for memory in (1_000, 5_000_000, 8_000_000)]
+    assert found[0] == 0 < found[1] < found[2] < 256
+    assert made.estimate(found[1], 64).total <= 5_000_000 < made.estimate(found[1] + 2, 64).total
+    length = made.longest(4, 5_000_000)
+    assert 0 < length < 256
+    assert made.estimate(4, length).total <= 5_000_000 < made.estimate(4, length + 16).total
