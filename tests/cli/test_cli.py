@@ -21,7 +21,7 @@ from lorakit.models.base import load_model
 from lorakit.train.config import TrainConfig
 from lorakit.version import VERSION
 
-VERBS = ["demo", "init", "data", "data show", "train", "eval", "generate", "chat", "inspect", "merge"]
+VERBS = ["demo", "init", "data", "data show", "plan", "train", "sweep", "eval", "generate", "chat", "inspect", "merge", "bench"]
 CPU = torch.device("cpu")
 
 
