@@ -131,6 +131,11 @@ def release(model: nn.Module) -> None:
             rebind_hooked_forward(module)
 
 
+def has_attention(model: nn.Module) -> bool:
+    """Whether its attention has a block, which makes its backward for short rows on a CPU cheap."""
+    return any(isinstance(module, AttentionBlock) for _, module in base_modules(model))
+
+
 def _mixin_for(cls: type[nn.Module]) -> type[Block] | None:
     name, forward = cls.__name__, cls.forward
     if name.endswith("RMSNorm") and digest(forward) in _RMS_NORM:

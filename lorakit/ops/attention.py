@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
+
 # Rows up to so many tokens, in 16 bits, have their backward made here: 96 tokens take 0.3 of the kernel's time, 256 and 512 0.6, 1,024
 # 1.0; in float32 the kernel is as fast throughout (8 heads of 64, 1,024 tokens in all, one thread).
 LONGEST = 512
@@ -68,6 +70,7 @@ class _RopeAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g: Tensor):
         q, k, v, cos, sin, out, log_sum = ctx.saved_tensors
         made = _blockwise_backward if q.element_size() == 2 and q.shape[1] <= LONGEST else _kernel_backward

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import projections as p
+from .autocast import without_autocast
 from .dropout import draw_seed, keep_mask, masked
 from .projections import Projection, Wanted
 
@@ -70,6 +71,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g: Tensor):
         x, gated, lifted, low, low_down, *tensors = ctx.saved_tensors
         gate_up, down = _split(tensors, ctx.scales, ctx.dropout)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .dropout import draw_seed, keep_mask, kept_share, masked
 
 
@@ -70,6 +71,7 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g: Tensor):
         x, down, A, B = ctx.saved_tensors
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .dropout import draw_seed, keep_mask, kept_share, masked
 
 
@@ -147,6 +148,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, *grads: Tensor):
         x, down, *tensors = ctx.saved_tensors
         projections = unflat(tensors, ctx.scales, ctx.dropout)

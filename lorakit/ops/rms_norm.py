@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
+
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The equation, rounded where transformers rounds it: to x's dtype before the weight."""
@@ -38,6 +40,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g: Tensor):
         x, rate, weight = ctx.saved_tensors
         wide = x.to(_wide(x)) * rate  # x̂

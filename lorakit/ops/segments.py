@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .cut import GATHER_BELOW, Row
 
 
@@ -117,6 +118,7 @@ class _AddSegments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g: Tensor):
         x2, W, _, *kept = ctx.saved_tensors
         factors, downs = kept[: ctx.count], kept[ctx.count :]

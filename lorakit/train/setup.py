@@ -17,6 +17,7 @@ from ..data.dataset import Dataset, Item, build, fingerprint, split
 from ..data.read import read_rows
 from ..errors import TrainError
 from ..evaluate.generate import positions_of
+from ..layers.blocks import has_attention
 from ..model import DEFAULT, attach
 from ..models.base import Choice, choose_dtype, load_model, load_tokenizer
 from . import defaults
@@ -103,7 +104,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    if device.type == "cpu" and max(_longest(train) for _, train, _ in data.values()) <= defaults.PLAIN_ATTENTION:
+    short = max(_longest(train) for _, train, _ in data.values()) <= defaults.PLAIN_ATTENTION
+    if device.type == "cpu" and short and not has_attention(model):
         model.set_attn_implementation("eager")
     pad = tokenizer.pad_token_id
     jobs = []
