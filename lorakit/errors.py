@@ -37,6 +37,10 @@ class TrainError(LorakitError, RuntimeError):
     """A training run that cannot start or go on."""
 
 
+class NotFiniteError(LorakitError, RuntimeError):
+    """A loss that is NaN or infinite."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None if none is alike."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,6 +65,8 @@ def _plan(
     }  # fmt: skip
     lora = planner_for(settings.replace(method="lora"), dtype, where, **options)
     full = planner_for(settings.replace(method="full", find_lr=False), torch.float32, where, **options)
+    if not json_output:
+        print("running the step on shapes alone, some seconds ...", file=sys.stderr, flush=True)
     planners: dict[str, Planner] = {"full": full, "lora": lora, "4-bit lora": lora.four_bit()}
     length = min(lora.positions or _LENGTH, _LENGTH) if settings.max_length == "auto" else int(settings.max_length)
     if lora.positions is not None and length > lora.positions:
@@ -93,7 +96,7 @@ def _plan(
         f"{settings.batch_size} x {chosen.length} tokens a step, {chosen.rows} at once ({rows.reason})\n",
         markup=False, highlight=False,
     )  # fmt: skip
-    console.print(numbers(estimates, memory, fit_rows, fit_lengths))
+    console.print(numbers(estimates, memory, fit_rows, fit_lengths, MOST_ROWS, own.positions))
     console.print()
     console.print(bars(estimates, memory), end="", no_wrap=True, crop=False)
     if may is not None:
@@ -101,7 +104,7 @@ def _plan(
         console.print(grid(fitting, MOST_ROWS))
     print(f"\n{_time(flops, seconds)}")
     print("* an estimate: lorakit does not train on a 4-bit base yet")
-    print(f"next: lorakit train --model {quote(settings.model)} --data FILE")
+    print(_next(settings, config, flags, chosen.total <= memory if memory else True))
 
 
 def _dtype(settings: TrainConfig, where: torch.device, here: bool) -> torch.dtype:
@@ -114,11 +117,33 @@ def _dtype(settings: TrainConfig, where: torch.device, here: bool) -> torch.dtyp
     return choose_dtype(settings.precision, where).value
 
 
+def _next(settings: TrainConfig, config: Path | None, flags: dict[str, Any], fits: bool) -> str:
+    """What to type now."""
+    if not fits:
+        return (
+            "next: it does not fit: lorakit plan again with --micro-batch 1, a smaller --max-length, --gradient-checkpointing, a smaller base,"
+            " or more --memory"
+        )
+    file = f" --config {quote(str(config))}" if config else ""
+    given = "".join(f" {_flag(name, value)}" for name, value in flags.items() if name != "model")
+    return f"next: lorakit train{file} --model {quote(settings.model)}{given} --data FILE"
+
+
+def _flag(name: str, value: Any) -> str:
+    """A setting as it was given."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    items = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+    return f"--{name} {quote(','.join(map(str, items)) if isinstance(items, list) else str(items))}"
+
+
 def _time(flops: float, seconds: float | None) -> str:
-    counted = f"a step is {flops / 1e12:.3g} · 10¹² floating-point operations"
+    counted = f"a step is {flops / 1e12:,.3g} TFLOP"
     if seconds is None:
         return counted
-    return f"{counted}: at least {seconds:.2g} s here, by matrix products alone at the rate just measured; a rough figure"
+    length = f"{seconds:.2g} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"
+    return f"{counted}: at least {length} here, by matrix products alone at the rate just measured; a rough figure"
 
 
 plan = with_flags(TrainConfig, _plan, skip=tuple(name for name in TrainConfig.model_fields if name not in _ASKED))

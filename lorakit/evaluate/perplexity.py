@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.data.batches import IGNORED, collate
-from lorakit.errors import ConfigError, DataError, LorakitError
+from lorakit.errors import ConfigError, DataError, NotFiniteError
 from lorakit.evaluate.generate import positions_of
 from lorakit.evaluate.mode import evaluating
 
@@ -58,7 +58,7 @@ def perplexity(
             for item, losses in zip(rows, token_losses(model, collate(rows, pad_id))):
                 row_loss = float(losses.double().sum())
                 if not math.isfinite(row_loss):
-                    raise LorakitError(
+                    raise NotFiniteError(
                         f"{item.row.where}: the loss is {row_loss}\n"
                         "  the model's logits overflow or hold NaN on this row: load the model in bfloat16 or float32 rather than float16,\n"
                         "  and look at the adapter (lorakit inspect) for factors that are not finite"

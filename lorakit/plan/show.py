@@ -20,8 +20,11 @@ WIDTH = 64
 _NAMES = {"full": "full, float32", "lora": "LoRA", "4-bit lora": "4-bit LoRA *"}
 
 
-def numbers(estimates: Sequence[Estimate], memory: int | None, rows: Mapping[str, int], lengths: Mapping[str, int]) -> Table:
-    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit."""
+def numbers(
+    estimates: Sequence[Estimate], memory: int | None, rows: Mapping[str, int], lengths: Mapping[str, int], most_rows: int,
+    positions: int | None,
+) -> Table:  # fmt: skip
+    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit of those looked at: up to `most_rows`, `positions`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for estimate in estimates:
@@ -36,17 +39,18 @@ def numbers(estimates: Sequence[Estimate], memory: int | None, rows: Mapping[str
         if any(e.parts[part] for e in estimates):
             line(f"{_MARKS[part][0]} {part}", [show_bytes(e.parts[part]) for e in estimates])
     line("at most", [show_bytes(e.total) for e in estimates], "bold")
-    line("while in", [f"a{'n' * e.peak.startswith('e')} {e.peak}" for e in estimates])
+    line("reached in", [f"the {e.peak}" for e in estimates])
     if memory is not None:
         line(f"fits {show_bytes(memory)}", ["yes" if e.total <= memory else "no" for e in estimates])
-        line(f"most rows of {estimates[0].length}", [f"{rows[e.method]:,}" if rows[e.method] else "none" for e in estimates])
-        line(f"longest, {estimates[0].rows} at once", [f"{lengths[e.method]:,}" if lengths[e.method] else "none" for e in estimates])
+        line(f"most rows of {estimates[0].length}", [_most(rows[e.method], most_rows) for e in estimates])
+        line(f"longest, {estimates[0].rows} at once", [_most(lengths[e.method], positions) for e in estimates])
     return table
 
 
 def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
     """Each estimate as a bar of its parts' letters, and a mark where the memory ends."""
-    most = max([e.total for e in estimates] + [memory or 0])
+    most = max(e.total for e in estimates)
+    memory = None if memory is None or memory > most else memory  # beyond the longest bar there is nothing to mark
     text = Text()
     for estimate in estimates:
         text.append(f"{_NAMES[estimate.method]:<14} ")
@@ -70,5 +74,10 @@ def grid(fitting: Mapping[int, int], most: int) -> Table:
     table.add_column("length")
     for length in fitting:
         table.add_column(f"{length:,}", justify="right")
-    table.add_row("most rows at once", *(f"{rows:,}{'+' * (rows >= most)}" if rows else "none" for rows in fitting.values()))
+    table.add_row("most rows at once", *(_most(rows, most) for rows in fitting.values()))
     return table
+
+
+def _most(fits: int, looked: int | None) -> str:
+    """A number with a "+" where no more was looked at."""
+    return f"{fits:,}{'+' * (looked is not None and fits >= looked)}" if fits else "none"

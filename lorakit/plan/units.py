@@ -6,7 +6,7 @@ import re
 
 from ..errors import ConfigError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 _DECIMAL = ("B", "KB", "MB", "GB", "TB")
 
@@ -15,7 +15,7 @@ def parse_bytes(text: str) -> int:
     """The bytes that `text` means. ConfigError for what is no amount of memory."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else ""
-    unit = unit if unit in _UNITS else unit + "B"  # 24G is 24GB
+    unit = unit if unit in _UNITS or not unit else unit + "B"  # 24G is 24GB; a bare 24 is anyone's guess
     if match is None or unit not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(f"'{text}' is no amount of memory; expected a number with a unit, such as 24GB or 16GiB")
     return int(float(match[1]) * _UNITS[unit])

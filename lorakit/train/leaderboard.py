@@ -101,10 +101,10 @@ def _groups(sweep: Sweep, runs: Sequence[Run]) -> list[str]:
 
 
 def criterion(ranked: Sequence[Entry]) -> str:
-    """What the runs were ranked by, in words."""
+    """What the runs were ranked by, in words that follow "by"."""
     held = [entry.held_out_loss is not None for entry in ranked if entry.score is not None]
     if not held:
-        return "no run came to its end"
+        return "nothing yet, as no run came to its end"
     training = "the training loss of the last tenth of the steps (no rows were held out)"
     return "held-out loss" if all(held) else training if not any(held) else f"held-out loss, or {training}"
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ..data.batches import collate
 from ..data.dataset import Item
+from ..errors import NotFiniteError
 from ..model import activate
+from ..models.base import Choice
 from ..routing import route
 from .config import TrainConfig
 from .interrupt import Interrupt, listening
@@ -40,6 +42,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
         config = config.replace(learning_rate=found.rate, find_lr=False)
     job = set_up(config)
     if found is not None:
+        job.rate = Choice(job.rate.value, "found by trial")
         found.keep(job.folder)
     with contextlib.closing(Loop([Run(job, progress)])) as loop, contextlib.closing(progress), listening() as interrupt:
         progress.start(job, loop.runs[0].step)
@@ -67,7 +70,7 @@ class Loop:
             self._step(going)
             for run in going:
                 if run.due_to_evaluate and not run.failed:
-                    run.evaluate()
+                    self._evaluate(run)
             stopped = self._agreed(interrupt)
             if stopped or any(run.due_to_save for run in going):
                 self._save(going)
@@ -99,6 +102,15 @@ class Loop:
             run.forget_gradients()
             run.spent += spent
             run.log({"step": run.step, **row, "seconds": round(run.spent, 3)})
+
+    def _evaluate(self, run: Run) -> None:
+        """A run whose held-out loss is not finite is at its end; the others go on."""
+        try:
+            run.evaluate()
+        except NotFiniteError as error:
+            if len(self.runs) == 1:
+                raise
+            run.failed = str(error)
 
     def _gradients(self, going: list[Run], batches: list[list[Item]]) -> tuple[Tensor, Tensor]:
         """Backward of all batches, micro-batch by micro-batch. The runs' losses and their gradients' norms, each [runs]."""

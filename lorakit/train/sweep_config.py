@@ -67,8 +67,11 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
     # In the settings' own order, so that names are the same however they are asked for.
     axes = {name: _values(name, values[name]) for name in fields if name in values and _is_swept(name, values[name])}
     if not axes:
+        TrainConfig(**values)  # what is wrong with a value comes first
+        nested = next((name for name in fields if _holds_list(name) and isinstance(values.get(name), list) and len(values[name]) > 1), None)
+        hint = f"; {nested} is a list itself: [[...], [...]] sweeps it" if nested else ""
         raise ConfigError(
-            "nothing is swept: no setting holds a list of values\n  give one, such as --learning-rate 1e-4,2e-4,4e-4, or use lorakit train"
+            f"nothing is swept: no setting holds a list of values{hint}\n  give one, such as --learning-rate 1e-4,2e-4,4e-4, or use lorakit train"
         )
     count = 1
     for of_one in axes.values():
@@ -103,6 +106,10 @@ def check_joint(config: TrainConfig) -> None:
                 f"{name}: {getattr(config, name)}: weights trained whole take the base's place for every row, so runs cannot share a pass\n"
                 f"  leave {name} out, or start such runs one by one with lorakit train"
             )
+    if config.memory not in ("auto", "unchecked"):
+        raise ConfigError(
+            f"memory: {config.memory}: what runs that train together need is not estimated\n  lorakit plan says what one of them needs; leave memory out here"
+        )
     if "wandb" in config.track:
         raise ConfigError("track: wandb keeps one run a process, a sweep has several\n  use tensorboard, or leave it out")
 

@@ -175,6 +175,24 @@ def test_autocast_computes_what_the_plain_path_does():
     assert_same_gradients(*found, tolerance=0.02)
 
 
+@pytest.mark.parametrize("forward", [True, False])
+def test_backward_may_run_under_another_autocast_than_forward(forward):
+    model = adapted()
+    expected = gradients(model)
+    model.zero_grad()
+    ids = tokens()
+    with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+        with torch.autocast("cpu", enabled=False):
+            loss = model(input_ids=ids, labels=ids).loss
+        if forward:
+            loss.backward()
+    if not forward:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients({n: found[n] for n in expected}, expected, tolerance=1e-5)
+
+
 def test_a_float64_model_trains_as_the_plain_path_does():
     model = adapted("Qwen3").double()
     ours, theirs = gradients(model), gradients(plain(model))

@@ -126,7 +126,10 @@ def test_checkpointing_keeps_less_and_computes_more():
 
 
 def test_plain_attention_grows_with_the_square_of_the_length():
-    kept = [training_step(shell(full=True, plain=True), batch(1, n), summed_loss, False).stretches["loss"]["activations"] for n in (64, 128, 256)]
+    kept = [
+        training_step(shell(full=True, plain=True), batch(1, n), summed_loss, False).stretches["loss"]["activations"]
+        for n in (64, 128, 256)
+    ]
     assert kept[2] - 2 * kept[1] > kept[1] - 2 * kept[0] > 0
 
 

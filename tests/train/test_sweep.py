@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
-from lorakit.errors import TrainError
+from lorakit.errors import LorakitError, TrainError
 from lorakit.train import checkpoint, loop, run
 from lorakit.train.loop import train
 from lorakit.train.progress import Progress
@@ -358,6 +358,16 @@ def test_a_run_whose_loss_is_not_finite_leaves_and_the_others_end_as_alone(make_
     monkeypatch.undo()
     assert_as_alone(plan.__class__(plan.settings, plan.swept, {n: c for n, c in plan.runs.items() if n != "rank=4"}), tmp_path)
     assert start(plan).entries[-1].failed == last.failed  # also when it is started again
+
+
+def test_a_run_whose_held_out_loss_is_not_finite_leaves_and_the_others_go_on(make_sweep):
+    plan = make_sweep(learning_rate=[1e-3, 1e30], steps=2, eval_every=2, clip=0)
+    first, last = start(plan).entries
+    assert (first.place, first.step) == (1, 2)
+    assert (last.stopped, last.place, last.adapter) == ("failed", None, None)
+    assert "the loss is nan" in last.failed
+    with pytest.raises(LorakitError, match="the loss is nan"):  # alone, that is the end
+        train(plan.runs["lr=1e30"].replace(out=str(plan.out / "alone")), Progress(quiet=True))
 
 
 def test_a_base_that_breaks_every_run_has_no_winner(make_sweep, tmp_path):

@@ -54,7 +54,9 @@ def test_the_written_settings_read_back_as_the_same_sweep():
     [
         ({}, "nothing is swept.*\n.*lorakit train"),
         ({"rank": 4}, "nothing is swept"),
-        ({"targets": ["q_proj", "v_proj"]}, "nothing is swept"),
+        ({"rank": {"a": 1}}, "TrainConfig.rank"),
+        ({"targets": ["q_proj", "v_proj"]}, r"nothing is swept.*targets is a list itself: \[\[...\], \[...\]\] sweeps it"),
+        ({"rank": [4, 8], "memory": "1GB"}, "not estimated"),
         ({"rnk": [4, 8]}, "no setting 'rnk'; did you mean 'rank'"),
         ({"rank": [4, 0]}, "TrainConfig.rank"),
         ({"rank": ["many", 4]}, "TrainConfig.rank"),
