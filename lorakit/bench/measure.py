@@ -1,11 +1,9 @@
-"""How the benchmarks measure: sides in turn within one process, medians, ratios; bytes kept for backward; a child's peak memory."""
+"""How the benchmarks measure: sides in turn within one process, medians; bytes kept for backward."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
@@ -46,25 +44,6 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         loss = forward()
     del loss
     return sum(kept.values())
-
-
-# A small process in between: Linux counts what a process held before it started another into the other's peak, and this one may hold much.
-_LAUNCH = """
-import os, subprocess, sys
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(os.waitstatus_to_exitcode(status), usage.ru_maxrss)
-"""
-
-
-def child_peak(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command run as a process of its own. RuntimeError with its last words if it fails."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", _LAUNCH, *command], capture_output=True, text=True)
-    code, peak = (int(word) for word in done.stdout.split())
-    if code:
-        raise RuntimeError(f"{' '.join(command)} failed ({code}):\n{done.stderr[-2000:]}")
-    return time.perf_counter() - began, peak * 1024
 
 
 def _wait() -> None:

@@ -69,8 +69,8 @@ class _RopeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx, g: Tensor):
         q, k, v, cos, sin, out, log_sum = ctx.saved_tensors
         made = _blockwise_backward if q.element_size() == 2 and q.shape[1] <= LONGEST else _kernel_backward

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(backward: Callable[..., Any]) -> Any:  # torch declares backward in its own way
     """An autograd function's backward with autocast off: what was saved has the dtypes that the forward chose."""
 
     @functools.wraps(backward)

@@ -70,8 +70,8 @@ class _GatedMlp(torch.autograd.Function):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx, g: Tensor):
         x, gated, lifted, low, low_down, *tensors = ctx.saved_tensors
         gate_up, down = _split(tensors, ctx.scales, ctx.dropout)

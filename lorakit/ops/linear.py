@@ -70,8 +70,8 @@ class _AddLowRank(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx, g: Tensor):
         x, down, A, B = ctx.saved_tensors
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad

@@ -147,8 +147,8 @@ class _Project(torch.autograd.Function):
         return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, down, *tensors = ctx.saved_tensors
         projections = unflat(tensors, ctx.scales, ctx.dropout)

@@ -39,8 +39,8 @@ class _RmsNorm(torch.autograd.Function):
         return weight * normed if weight.dtype != x.dtype else normed.mul_(weight)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx, g: Tensor):
         x, rate, weight = ctx.saved_tensors
         wide = x.to(_wide(x)) * rate  # x̂

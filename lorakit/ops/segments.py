@@ -117,8 +117,8 @@ class _AddSegments(torch.autograd.Function):
         return y if how.order is None else y.add_(_scatter(update, how.order).view_as(y))
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx, g: Tensor):
         x2, W, _, *kept = ctx.saved_tensors
         factors, downs = kept[: ctx.count], kept[ctx.count :]
