@@ -86,10 +86,10 @@ def test_the_refusal_names_the_largest_micro_batch_that_fits(config, monkeypatch
     few = check(asked.replace(memory="1TB", micro_batch=8), torch.float32, CPU, items, 0).value
     between = (needed.total + few.total) // 2
     with pytest.raises(TrainError) as refused:
-        check(asked.replace(memory=str(between)), torch.float32, CPU, items, 0)
+        check(asked.replace(memory=f"{between}B"), torch.float32, CPU, items, 0)
     rows = int(str(refused.value).split("micro_batch: ")[1].split()[0])
     assert 8 <= rows < 64
-    assert check(asked.replace(memory=str(between), micro_batch=rows), torch.float32, CPU, items, 0).value.total <= between
+    assert check(asked.replace(memory=f"{between}B", micro_batch=rows), torch.float32, CPU, items, 0).value.total <= between
 
 
 def test_full_fine_tuning_is_told_of_lora(config):
