@@ -27,7 +27,7 @@ ADAPTERS = 8
 def run(quick: bool = False) -> list[dict[str, Any]]:
     widths, lengths = ((256,), (64,)) if quick else ((256, 512, 1024), (64, 128, 512))
     return [
-        measure(Shape(width, layers=2, ffn=width * 11 // 4, length=length), dtype, rounds=3 if quick or length > 128 else 5)
+        measure(Shape(width, layers=2, ffn=width * 11 // 4, length=length), dtype, rounds=3)
         for dtype in (torch.float32, torch.bfloat16)
         for width in widths
         for length in lengths
