@@ -17,6 +17,7 @@ from ..ops.blocks import expand_packed
 from ..ops.linear import add_low_rank, add_packed, needs_plain
 from ..ops.projections import Projection, project
 from . import routed
+from .frozen import is_frozen_linear
 from .layer import LoraFactors, LoraLayer, Shapes
 
 
@@ -66,19 +67,9 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
         active = []
     else:
         return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if (
-        len(active) > 1
-        or type(weight) not in (nn.Parameter, Tensor)  # quantized, sharded, or computed by a parametrization
-        or "bias" not in module._parameters
-        or x.dtype != weight.dtype  # type: ignore[union-attr]
-        or weight.requires_grad  # type: ignore[union-attr]
-        or (bias is not None and bias.requires_grad)
-        or x.dim() < 2
-        or (not x.is_meta and torch.is_autocast_enabled(x.device.type))  # it does not know of "meta"
-        or needs_plain()
-    ):
+    if len(active) > 1 or x.dim() < 2 or needs_plain() or not is_frozen_linear(module, x):
         return None
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
     if not active:
         return Projection(weight, bias, None, None, 1.0), 0.0  # type: ignore[arg-type]
     factors, scale = active[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import StateError
 from ..ops import mixed
@@ -22,6 +22,7 @@ from ..ops.blocks import expand_packed
 from ..ops.cut import Cut, Row, cut
 from ..ops.linear import needs_plain
 from ..ops.segments import Segments, add_segments, segments
+from .frozen import is_frozen_linear
 
 if TYPE_CHECKING:
     from .layer import LoraFactors, LoraLayer
@@ -227,7 +228,7 @@ def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kw
         return _one_by_one(layer, base(x, *args, **kwargs), x)
     how = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(used.items())}, tokens, x)
     factors = [(f.A, f.B) for f in used.values()]
-    if not args and not kwargs and _is_frozen_linear(layer, x):
+    if not args and not kwargs and layer.lora_plain and is_frozen_linear(layer, x):  # type: ignore[attr-defined, arg-type]
         return add_segments(None, x, layer.weight, layer.bias, how, factors)  # type: ignore[attr-defined]
     return add_segments(_own(layer, base(x, *args, **kwargs)), x, None, None, how, factors)
 
@@ -255,16 +256,3 @@ def _own(layer: LoraLayer, y: Tensor) -> Tensor:
     """y as a contiguous tensor that may be written into."""
     fresh = layer.lora_fresh_output and not (y.requires_grad and y.is_leaf)  # type: ignore[attr-defined]
     return y.contiguous() if fresh else y.clone(memory_format=torch.contiguous_format)
-
-
-def _is_frozen_linear(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether base and updates may be one autograd node: a plain frozen weight, and no casting."""
-    weight, bias = layer.weight, layer.bias  # type: ignore[attr-defined]
-    return (
-        layer.lora_plain  # type: ignore[attr-defined]
-        and x.dtype == weight.dtype
-        and type(weight) in (nn.Parameter, Tensor)
-        and not weight.requires_grad
-        and (bias is None or not bias.requires_grad)
-        and not torch.is_autocast_enabled(x.device.type)
-    )

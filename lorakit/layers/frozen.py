@@ -1,0 +1,19 @@
+"""Which linears are just x Wᵀ + b with a weight that stays as it is, so that base and updates may be one autograd node."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether the weight is a frozen plain tensor of x's dtype, and nothing is cast. The forward must be nn.Linear's own."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return (
+        type(weight) in (nn.Parameter, Tensor)  # not quantized, sharded, or computed by a parametrization
+        and "bias" in module._parameters
+        and x.dtype == weight.dtype  # type: ignore[union-attr]
+        and not weight.requires_grad  # type: ignore[union-attr]
+        and (bias is None or not bias.requires_grad)
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # it does not know of "meta"
+    )
