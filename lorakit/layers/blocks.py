@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..ops.attention import rope_attention
 from ..ops.gated_mlp import GELU_TANH, SILU, Activation, gated_mlp
 from ..ops.linear import needs_plain
 from ..ops.projections import Projection, project
 from ..ops.rms_norm import rms_norm
+from .frozen import is_hooked
 from .layer import LoraLayer, Swapped
-from .linear import projection_of
+from .linear import makes_gradients, projection_of
 from .recognise import digest
 from .swap import adapted_class, mixin_and_base, rebind_hooked_forward
 from .walk import base_modules
@@ -47,7 +47,7 @@ class Block(Swapped):
 
 class GatedMlpBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
-        act = _activation(self.act_fn) if _worthwhile(self) else None  # type: ignore[attr-defined, arg-type]
+        act = _activation(self.act_fn) if makes_gradients(self) else None  # type: ignore[attr-defined, arg-type]
         found = _projections(self, x, ("gate_proj", "up_proj", "down_proj")) if act is not None else None  # type: ignore[arg-type]
         if found is None or act is None:
             return super().forward(x)  # type: ignore[misc]
@@ -86,7 +86,7 @@ class AttentionBlock(Block):
 
     def _usable(self, x: Tensor, kwargs: dict[str, object]) -> bool:
         return (
-            _worthwhile(self)  # type: ignore[arg-type]
+            makes_gradients(self)  # type: ignore[arg-type]
             and x.device.type == "cpu"  # the kernel whose backward is replaced is the CPU's
             and x.dim() == 3
             and x.shape[1] > 1
@@ -149,18 +149,12 @@ def _mixin_for(cls: type[nn.Module]) -> type[Block] | None:
     return None
 
 
-def _worthwhile(block: nn.Module) -> bool:
-    """Where gradients are made. And in training mode throughout: the first run of (reentrant) gradient checkpointing makes none, and has
-    to draw the dropout that the second one draws."""
-    return torch.is_grad_enabled() or block.training
-
-
 def _activation(module: nn.Module) -> Activation | None:
     kind = type(module)
     act = _ACTIVATIONS.get(f"{kind.__module__}.{kind.__name__}")
     if act is GELU_TANH and not isinstance(module.__dict__.get("act"), functools.partial):  # transformers' "gelu_python_tanh"
         return None
-    return act if not _hooked(module) else None
+    return act if not is_hooked(module) else None
 
 
 def _is_own_sdpa(forward: Callable) -> bool:
@@ -172,18 +166,10 @@ def _is_own_sdpa(forward: Callable) -> bool:
 def _projections(block: nn.Module, x: Tensor, names: tuple[str, ...]) -> tuple[list[Projection], float] | None:
     """The block's linears for one node and the dropout they share, or None: nothing is adapted there, or something needs its own call."""
     modules = [block._modules[name] for name in names]
-    found = [projection_of(m, x) for m in modules if m is not None and not _hooked(m)]
+    found = [projection_of(m, x) for m in modules if m is not None and not is_hooked(m)]
     if len(found) < len(names) or any(f is None for f in found):
         return None
     dropouts = {dropout for projection, dropout in found if projection.A is not None}  # type: ignore[misc]
     if len(dropouts) != 1:
         return None
     return [projection for projection, _ in found], dropouts.pop()  # type: ignore[misc]
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether something waits for the module's own call: hooks, or accelerate's forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__ or torch_module._has_any_global_hook()
-    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
@@ -17,3 +18,11 @@ def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
         and (bias is None or not bias.requires_grad)
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # it does not know of "meta"
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something waits for the module's own call: hooks, or accelerate's forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in module.__dict__ or torch_module._has_any_global_hook()
+    )  # fmt: skip

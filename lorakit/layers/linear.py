@@ -36,14 +36,14 @@ class LinearLayer(LoraLayer):
         return (rank, size_in), (size_out, rank)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.lora_route is not None:
-            return routed.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
-        active = self.lora_in_use()
-        if not active:
+        active = self.lora_in_use() if self.lora_route is None else []
+        if not active and self.lora_route is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        whole = projection_of(self, x) if torch.is_grad_enabled() and not args and not kwargs else None  # type: ignore[arg-type]
+        whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None  # type: ignore[arg-type]
         if whole is not None:
             return project(x, [whole[0]], whole[1])[0]
+        if self.lora_route is not None:
+            return routed.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         for factors, scale in active:
             y = self.lora_add(y, x, factors, scale)
@@ -57,23 +57,32 @@ class LinearLayer(LoraLayer):
 def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | None:
     """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than that.
 
-    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most, no casting by autocast.
+    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group of rows), no
+    casting by autocast.
     """
-    if isinstance(module, LinearLayer):
-        if not module.lora_plain or module.lora_route is not None:
-            return None
-        active = module.lora_in_use()
-    elif type(module) is nn.Linear:
-        active = []
-    else:
+    if type(module) is not nn.Linear and not (isinstance(module, LinearLayer) and module.lora_plain):
         return None
-    if len(active) > 1 or x.dim() < 2 or needs_plain() or not is_frozen_linear(module, x):
+    if x.dim() < 2 or needs_plain() or not is_frozen_linear(module, x):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
+    active: list[tuple[LoraFactors, float]] = []
+    if isinstance(module, LinearLayer):
+        if module.lora_route is not None:
+            together = routed.group(module, x)
+            return None if together is None else (Projection(weight, bias, *together[:3]), together.dropout)  # type: ignore[arg-type]
+        active = module.lora_in_use()
+    if len(active) > 1:
+        return None
     if not active:
         return Projection(weight, bias, None, None, 1.0), 0.0  # type: ignore[arg-type]
     factors, scale = active[0]
     return Projection(weight, bias, factors.A, factors.B, scale), factors.dropout if module.training else 0.0  # type: ignore[arg-type]
+
+
+def makes_gradients(module: nn.Module) -> bool:
+    """Where gradients are made. And in training mode throughout: the first run of (reentrant) gradient checkpointing makes none, and has
+    to draw the dropout that the second one draws."""
+    return torch.is_grad_enabled() or module.training
 
 
 class Conv1DLayer(LinearLayer):

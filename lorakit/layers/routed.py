@@ -8,19 +8,21 @@ the layers, each layer's factors stacked in the activations' precision, and the 
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import StateError
 from ..ops import mixed
 from ..ops.blocks import expand_packed
 from ..ops.cut import Cut, Row, cut
-from ..ops.linear import needs_plain
+from ..ops.linear import add_low_rank, needs_plain
 from ..ops.segments import Segments, add_segments, segments
 from .frozen import is_frozen_linear
 
@@ -33,6 +35,15 @@ Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () 
 STACK_EXCESS = 2
 
 _version = operator.attrgetter("_version")
+
+
+class Group(NamedTuple):
+    """The update of an adapter for each group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`). None: none has one there."""
+
+    A: Tensor | None
+    B: Tensor | None
+    scale: float
+    dropout: float
 
 
 class Layout:
@@ -115,6 +126,7 @@ class Routing:
     def __init__(self, routes: Routes, choices: tuple[Choice, ...], repeat: int):
         self.routes, self.choices, self.repeat = routes, choices, repeat
         self.children = list(dict.fromkeys(child for choice in choices for child, _ in choice))
+        self.groups = _groups(choices)
         self._shared: dict[tuple, Any] = {}
         self._accepted: dict[LoraLayer, Stack] = {}
 
@@ -190,6 +202,52 @@ class Routing:
         return [tuple(sorted((place[c][0], place[c][1] * w) for c, w in choice if c in place)) for choice in self.choices]
 
 
+def _groups(choices: tuple[Choice, ...]) -> Choice:
+    """The adapters with their weights, if each has as many rows as the others, all side by side, and one adapter only; else ()."""
+    runs = [(choice, len(list(same))) for choice, same in itertools.groupby(choices)]
+    alone = all(len(choice) == 1 for choice, _ in runs)
+    if not alone or len({rows for _, rows in runs}) > 1 or len({choice[0][0] for choice, _ in runs}) < len(runs):
+        return ()
+    return tuple(choice[0] for choice, _ in runs)
+
+
+def group(layer: LoraLayer, x: Tensor) -> Group | None:
+    """The batch's adapters on this layer as one, for training; None if they differ in more than rank and scale."""
+    routing = layer.lora_route
+    assert routing is not None
+    children, weights = [layer._modules.get(c) for c, _ in routing.groups], [w for _, w in routing.groups]  # type: ignore[attr-defined]
+    used: list[LoraFactors] = [f for f in children if f is not None]
+    if not routing.groups or not routing.tokens(layer, x):
+        return None
+    if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in used):  # type: ignore[attr-defined]
+        return None  # no gradient: `_stacked` is faster
+    if not used:
+        return Group(None, None, 1.0, 0.0)
+    first = used[0]
+    dropouts = {f.dropout if layer.training else 0.0 for f in used}  # type: ignore[attr-defined]
+    ranks = [f.B.shape[-1] for f in used]
+    if (
+        len(dropouts) > 1
+        or any(f.B.dim() == 3 or f.A.dtype != first.A.dtype for f in used)
+        or max(ranks) * len(children) > STACK_EXCESS * sum(ranks)
+    ):
+        return None
+    scales = [0.0 if f is None else f.scale * w for f, w in zip(children, weights, strict=True)]
+    A = torch.stack([_filled(None if f is None else f.A, first.A, 0, max(ranks)) for f in children])
+    B = torch.stack([_filled(None if f is None else f.B, first.B, 1, max(ranks)) for f in children])
+    if len(set(scales)) > 1:
+        scales, B = [1.0], B * torch.tensor(scales, dtype=B.dtype, device=B.device).view(-1, 1, 1)
+    return Group(A, B, scales[0], dropouts.pop())
+
+
+def _filled(factor: Tensor | None, like: Tensor, axis: int, rank: int) -> Tensor:
+    """A factor with zeros up to this rank on `axis`; for one that is missing zeros, like another."""
+    if factor is None:
+        return like.new_zeros([rank if i == axis else size for i, size in enumerate(like.shape)])
+    missing = rank - factor.shape[axis]
+    return F.pad(factor, (0, missing) if axis else (0, 0, 0, missing)) if missing else factor
+
+
 def add_updates(layer: LoraLayer, y: Tensor, x: Tensor, update: Callable[[Tensor, LoraFactors], Tensor]) -> Tensor:
     """y plus each row's updates, one adapter after the other: for every kind of layer, with whatever autograd makes of it.
 
@@ -220,6 +278,9 @@ def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kw
     used = {c: f for c in routing.children if (f := layer._modules.get(c)) is not None}  # type: ignore[attr-defined]
     if not used:
         return base(x, *args, **kwargs)
+    together = None if plain else group(layer, x)
+    if together is not None and together.A is not None and together.B is not None:
+        return add_low_rank(_own(layer, base(x, *args, **kwargs)), x, *together)  # type: ignore[arg-type]
     if plain or (layer.training and any(f.dropout for f in used.values())):  # type: ignore[attr-defined]
         return _one_by_one(layer, base(x, *args, **kwargs), x)
     if not (torch.is_grad_enabled() and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))):

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .dropout import draw_seed, keep_mask, kept_share, masked
+from .groups import add_product, groups
 
 
 def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -25,7 +26,10 @@ def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 def add_low_rank(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, into: bool = True
 ) -> Tensor:  # fmt: skip
-    """y + s · (drop(x) Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written into."""
+    """y + s · (drop(x) Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written into.
+
+    A [G, r, in] and B [G, out, r] are those of groups of rows, see `projections`.
+    """
     x = x.to(y.dtype)
     if not into or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
         return y + reference(F.dropout(x, dropout) if dropout else x, A, B, scale)
@@ -59,9 +63,9 @@ class _AddLowRank(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         scale = scale / kept_share(dropout)
         dropped = masked(x2, keep_mask(x2, dropout, seed)) if dropout else x2
-        down = dropped @ A.to(y.dtype).T  # [N, r]
+        down = groups(dropped, A) @ A.to(y.dtype).mT  # [N, r]
         out = y if y.is_contiguous() else y.contiguous()
-        out.view(-1, out.shape[-1]).addmm_(down, B.to(y.dtype).T, alpha=scale)
+        add_product(out.view(-1, out.shape[-1]), down, B.to(y.dtype).mT, scale)
         ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x2 if needs_A or (needs_x and dropout) else None, down if needs_B else None, A, B)
@@ -76,11 +80,11 @@ class _AddLowRank(torch.autograd.Function):
         x, down, A, B = ctx.saved_tensors
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         g2 = g.reshape(-1, g.shape[-1])
-        inner = (g2 @ B.to(g.dtype)).mul_(ctx.scale) if needs_x or needs_A else None  # [N, r]
+        inner = (groups(g2, B) @ B.to(g.dtype)).mul_(ctx.scale) if needs_x or needs_A else None  # [N, r]
         mask = keep_mask(x, ctx.dropout, ctx.seed) if ctx.dropout and x is not None else None
-        dA = (inner.T @ (x if mask is None else masked(x, mask))).to(A.dtype) if needs_A else None  # type: ignore[union-attr]
-        dB = (g2.T @ down).to(B.dtype).mul_(ctx.scale) if needs_B else None
-        dx = inner @ A.to(g.dtype) if needs_x else None  # type: ignore[operator]
+        dA = (inner.mT @ groups(x if mask is None else masked(x, mask), A)).to(A.dtype) if needs_A else None  # type: ignore[union-attr]
+        dB = (groups(g2, B).mT @ down).to(B.dtype).mul_(ctx.scale) if needs_B else None
+        dx = (inner @ A.to(g.dtype)).view(-1, ctx.shape[-1]) if needs_x else None  # type: ignore[operator]
         if mask is not None and dx is not None:
             dx = masked(dx, mask)
         return g, dx.view(ctx.shape) if dx is not None else None, dA, dB, None, None, None

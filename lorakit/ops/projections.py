@@ -5,6 +5,9 @@
 One linear alone, q with k and v, or gate with up. All A are one matrix for the product with x and for the gradients that go through
 it; the input gradient of all is summed in one buffer. Kept for backward: x, once, and the [N, r] products; a dropout mask is made
 again from its seed. The float32 master factors are cast to x's dtype for the matmuls; activations are never upcast.
+
+Of a batch that trains G adapters at once (see `lorakit.route`) each has the same number of rows, one adapter's after the other's;
+A is then [G, r, in], B [G, out, r], and every low-rank product a batched one over `groups` of rows.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
 from .dropout import draw_seed, keep_mask, kept_share, masked
+from .groups import add_product, groups
 
 
 class Projection(NamedTuple):
-    """One frozen linear and its update; A and B are None where it has none."""
+    """One frozen linear and its update; A and B are None where it has none, and of three axes for groups of rows."""
 
     W: Tensor
     bias: Tensor | None
@@ -64,10 +68,10 @@ def forward(x: Tensor, dropped: Tensor, projections: Sequence[Projection]) -> tu
     factors = _stacked(projections, x.dtype)
     if factors is None:
         return outs, None
-    down = dropped @ factors.T  # [N, Σ r]
+    down = groups(dropped, factors) @ factors.mT  # [N, Σ r]
     for out, part, p in zip(outs, _parts(down, projections), projections):
         if part is not None and p.B is not None:
-            out.addmm_(part, p.B.to(x.dtype).T, alpha=p.scale)
+            add_product(out, part, p.B.to(x.dtype).mT, p.scale)
     return outs, down
 
 
@@ -92,12 +96,12 @@ def backward(
     dtype = grads[0].dtype
     inner = None
     if wanted.x or any(wanted.A):
-        inners = [(g @ p.B.to(dtype)).mul_(p.scale) for g, p in zip(grads, projections) if p.B is not None]
-        inner = inners[0] if len(inners) == 1 else torch.cat(inners, dim=1) if inners else None  # [N, Σ r]
-    dA = inner.T @ dropped if inner is not None and any(wanted.A) else None  # type: ignore[operator]  # [Σ r, in]
+        inners = [(groups(g, p.B) @ p.B.to(dtype)).mul_(p.scale) for g, p in zip(grads, projections) if p.B is not None]
+        inner = inners[0] if len(inners) == 1 else torch.cat(inners, dim=-1) if inners else None  # [N, Σ r]
+    dA = inner.mT @ groups(dropped, inner) if inner is not None and any(wanted.A) else None  # type: ignore[arg-type]  # [Σ r, in]
     gradients: list[Tensor | None] = []
     parts = zip(
-        _parts(dA, projections, dim=0), _parts(down, projections), grads, projections, wanted.A, wanted.B, strict=True
+        _parts(dA, projections, dim=-2), _parts(down, projections), grads, projections, wanted.A, wanted.B, strict=True
     )  # fmt: skip
     for dA_part, down_part, g, p, needs_A, needs_B in parts:
         gradients += [None, None, None if dA_part is None or not needs_A else dA_part.to(p.A.dtype)]  # type: ignore[union-attr]
@@ -110,28 +114,28 @@ def backward(
     if inner is not None:
         factors = _stacked(projections, dtype)
         if mask is None:
-            dx.addmm_(inner, factors)  # type: ignore[arg-type]
+            add_product(dx, inner, factors)  # type: ignore[arg-type]
         else:
-            dx.add_(masked(inner @ factors, mask))  # type: ignore[operator]
+            dx.add_(masked((inner @ factors).view_as(dx), mask))  # type: ignore[operator]
     return dx, gradients
 
 
 def _gradient_of_B(down: Tensor, g: Tensor, p: Projection) -> Tensor:
     # (downᵀ g)ᵀ: the product with the long side last takes 0.9 of gᵀ down's time in bf16, and half in float32 (1,024 x 512, rank 16).
-    return (down.T @ g).mul_(p.scale).T.to(p.B.dtype, memory_format=torch.contiguous_format)  # type: ignore[union-attr]
+    return (down.mT @ groups(g, down)).mul_(p.scale).mT.to(p.B.dtype, memory_format=torch.contiguous_format)  # type: ignore[union-attr]
 
 
 def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
     """All A, [Σ r, in]."""
     factors = [p.A.to(dtype) for p in projections if p.A is not None]
-    return factors[0] if len(factors) == 1 else torch.cat(factors) if factors else None
+    return factors[0] if len(factors) == 1 else torch.cat(factors, dim=-2) if factors else None
 
 
-def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int = 1) -> list[Tensor | None]:
+def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int = -1) -> list[Tensor | None]:
     """Each projection's part of what stands side by side, None for those without an update."""
     if stacked is None:
         return [None] * len(projections)
-    pieces = iter(stacked.split([p.A.shape[0] for p in projections if p.A is not None], dim))
+    pieces = iter(stacked.split([p.A.shape[-2] for p in projections if p.A is not None], dim))
     return [None if p.A is None else next(pieces) for p in projections]
 
 

@@ -44,8 +44,7 @@ class Shapes(TorchDispatchMode):
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
         if any(isinstance(value, FakeTensor) for value in given):
-            # A comparison without numbers counts as equal. It is asked where a loss makes sure that it may be computed in parts.
-            return True if func is _aten.equal.default else func(*args, **kwargs)
+            return func(*args, **kwargs)
         try:
             with self.fake:
                 made = func(*args, **kwargs)

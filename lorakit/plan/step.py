@@ -68,8 +68,8 @@ def _training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumu
         if shell.stack is not None:
             handles.append(shell.stack[0].register_forward_pre_hook(_before_layers(live), with_kwargs=True))
         head = model.get_output_embeddings()
-        if head is not None:
-            handles.append(head.register_forward_pre_hook(_before_loss(live)))
+        if head is not None and model.base_model is not model:  # a hook on the output layer would keep the loss from doing its work
+            handles.append(model.base_model.register_forward_hook(_before_loss(live)))
         live.purpose = "activations"
         try:
             with live, spoken(shell.name):
@@ -87,13 +87,13 @@ def _training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumu
 
 
 def _before_loss(live: Live) -> Callable[..., None]:
-    """A hook on the output layer: from here on, and until its input's gradient is there, what is made is the loss's."""
+    """A hook on the model without its output layer: from here on, and until its output's gradient is there, what is made is the loss's."""
 
-    def reached(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if live.stretch == "forward":
+    def reached(body: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if live.stretch == "forward" and torch.is_grad_enabled():
             live.stretch = live.purpose = "loss"
-            if args[0].requires_grad:
-                args[0].register_hook(lambda g: _turn(live, "layers"))
+            if out[0].requires_grad:
+                out[0].register_hook(lambda g: _turn(live, "layers"))
 
     return reached
 

@@ -4,14 +4,16 @@
 
 The sum is also given row by row: of a batch whose rows belong to several adapters each row is divided by its own adapter's N.
 
-Only the hidden states of trained positions reach the output projection: a hook on the model's own output layer picks them,
-so whatever the architecture does before or after it (scaling, soft-capping) still happens. Where the logits of those rows
-would be large they are made, and in backward made again, in chunks.
+Only the hidden states of trained positions reach the output layer: a hook on the model's own picks them, so whatever the
+architecture does before or after it (scaling, soft-capping) still happens. Where nothing comes after it, the logits need not be there
+all at once: a frozen output layer is one operation with the loss (`ops.cross_entropy`); of another one they are made, and in
+backward made again, in chunks, if they are large.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.batches import IGNORED
 from ..errors import TrainError
+from ..layers.frozen import is_frozen_linear, is_hooked
+from ..ops.cross_entropy import linear_cross_entropy
+from ..ops.linear import needs_plain
 
-# Logits of at most so many bytes (as float32) are made at once: beyond, chunks of this size are recomputed in backward.
-# Recomputing costs one more projection, so it is for large vocabularies and long batches only.
+# Logits of at most so many bytes (as float32) are made at once of an output layer that is not frozen: beyond, chunks of this size are
+# recomputed in backward. Recomputing costs one more projection, so it is for large vocabularies and long batches only.
 MAX_LOGITS_BYTES = 1 << 29
 # Logits are made for a multiple of so many positions. Ever other sizes leave holes in the C allocator's memory.
 POSITIONS = 64
@@ -52,21 +57,22 @@ def _chosen(batch: dict[str, Tensor]) -> Tensor:
 def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tensor:
     """−log p of each of the N chosen positions (`chosen`: [rows, length − 1]), row after row, zero where untrained: [N], float32."""
     targets = batch["labels"][:, 1:][chosen]
-    picked = Picked(chosen)
     layer = _output_layer(model)
-    handles = [layer.register_forward_pre_hook(picked), layer.register_forward_hook(picked.note)]
+    picked = Picked(chosen, fused=_is_frozen_end(model, layer, batch["input_ids"]))
+    handle = layer.register_forward_pre_hook(picked)
     try:
         # No attention mask: rows are padded on the right, and a causal model never looks there; the plain causal kernel is
         # faster. The last position predicts nothing that is known, so it is not computed.
         logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     if picked.hidden is None:
         raise TrainError(f"{type(model).__name__} did not call its output layer, so the loss over trained positions cannot be computed")
+    if picked.fused:
+        return linear_cross_entropy(picked.hidden, layer.weight, layer.bias, targets)  # type: ignore[arg-type]
     if logits.dim() == 2:
         return F.cross_entropy(logits.float(), targets, reduction="none")
-    if picked.made is None or not torch.equal(picked.made, logits):  # found by comparing, so no list of architectures has to be right
+    if not _is_last(model, layer, batch["input_ids"]):
         raise TrainError(
             "this architecture changes its logits after the output layer, so its loss cannot be made in chunks\n"
             f"  use a smaller micro_batch (the logits of this one would be over {MAX_LOGITS_BYTES >> 20} MiB)"
@@ -75,24 +81,56 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tenso
 
 
 class Picked:
-    """The hook: hands the output layer the trained positions only, flattened, or, where their logits are too large, one of them."""
+    """The hook: hands the output layer the trained positions only, flattened, or, where that is not to make their logits, one of them."""
 
-    def __init__(self, chosen: Tensor):
-        self.chosen = chosen
+    def __init__(self, chosen: Tensor, fused: bool):
+        self.chosen, self.fused = chosen, fused
         self.hidden: Tensor | None = None
-        self.made: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = self.hidden = args[0][self.chosen]  # [N, width]
+        self.fused = self.fused and is_frozen_linear(layer, hidden)
         rows, vocabulary = hidden.shape[0], getattr(layer, "out_features", 0)
-        if rows * vocabulary * 4 <= MAX_LOGITS_BYTES:
+        if not self.fused and rows * vocabulary * 4 <= MAX_LOGITS_BYTES:
             return hidden, *args[1:]
         return hidden[:1, None], *args[1:]  # [1, 1, width]: three axes tell that there is more
 
-    def note(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """What the output layer made of the one position, to be compared with what the model returns."""
-        if output.dim() == 3:
-            self.made = output.detach().clone()  # a copy, as the model may go on with it in place
+
+def _is_frozen_end(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
+    """Whether the output layer is a plain linear that nothing waits for or comes after. That it is frozen is seen when it is called."""
+    return (
+        type(layer) is nn.Linear
+        and not layer.weight.requires_grad
+        and not is_hooked(layer)
+        and not needs_plain()
+        and _is_last(model, layer, ids)
+    )
+
+
+_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by output layer
+
+
+def _is_last(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
+    """Whether the model returns its output layer's logits as they are: found by comparing, so no list of architectures has to be right."""
+    if layer in _last:
+        return _last[layer]
+    made: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda layer, args, out: made.extend((out, out.detach().clone())))  # it may be written into
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            logits = model(input_ids=ids[:, :1], use_cache=False).logits
+    finally:
+        handle.remove()
+    if not made:
+        return False
+    out, copy = made[-2:]
+    if type(logits) is not Tensor:  # for planning: no numbers to compare. Not noted, so that each plan counts the same work
+        return logits is out
+    if not logits.any():  # a change may be one that leaves zero as it is
+        return False
+    _last[layer] = logits.dtype == copy.dtype and torch.equal(logits, copy)
+    return _last[layer]
 
 
 def _chunked(layer: nn.Module, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:

@@ -256,7 +256,7 @@ def test_gradient_checkpointing_inside(reentrant):
         torch.testing.assert_close(p.grad, e)
 
 
-@pytest.mark.parametrize("choices", [CHOICES, ["b"] * 6, [None] * 5 + ["b"]], ids=str)
+@pytest.mark.parametrize("choices", [CHOICES, ["b"] * 6, ["a"] * 3 + ["b"] * 3, [None] * 5 + ["b"]], ids=str)
 def test_a_backward_with_checkpointing_outside_is_an_error_and_not_another_gradient(choices):
     model, x = build("linear")
     lk.activate(model, "a")
@@ -264,6 +264,89 @@ def test_a_backward_with_checkpointing_outside_is_an_error_and_not_another_gradi
         loss = checkpoint(model, x.requires_grad_(), use_reentrant=False).square().sum()
     with pytest.raises(CheckpointError):
         loss.backward()
+
+
+# For each group of as many rows one adapter: what trains them as one node.
+GROUPS = [["a", "b", "c"], ["c", "c", "a", "a", "b", "b"], [{"b": -0.5}, {"c": 2.0}], ["b", "b"]]
+
+
+def grads(model: nn.Module, out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    of = [x, *(p for p in model.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(out.square().sum(), of, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(of, found, strict=True)]
+
+
+@pytest.mark.parametrize("choices", GROUPS, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "linear, no bias", "Conv1D", "linear with a forward of its own"])
+def test_groups_of_rows_have_the_values_and_gradients_of_the_rows_one_by_one(kind, choices):
+    model, x = build(kind)
+    x = x[: len(choices)].requires_grad_()
+    expected = row_by_row(model, x, choices)
+    with lk.route(model, choices):
+        ours = model(x)
+    torch.testing.assert_close(ours, expected)
+    for a, e in zip(grads(model, ours, x), grads(model, expected, x), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def node(model: nn.Module, x: torch.Tensor, choices: list) -> str:
+    with lk.route(model, choices):
+        return model(x[: len(choices)].requires_grad_()).grad_fn.name()
+
+
+def test_what_is_computed_as_groups_and_what_is_not():
+    model, x = build("linear")
+    for choices in GROUPS:
+        assert "Project" in node(model, x, choices)
+    for choices in (["a", "b", "a"], ["a", "a", "b"], ["a", None], [{"a": 0.5, "b": 0.5}, "b"]):
+        assert "AddSegments" in node(model, x, choices)
+
+
+def test_ranks_that_differ_too_much_are_not_filled_with_zeros():
+    model, x = build("linear")
+    lk.attach(model, lk.LoraConfig(rank=7, targets=["0"]), name="d", trainable=True)
+    assert "Project" in node(model, x, ["c", "d"])
+    assert "AddSegments" in node(model, x, ["a", "b", "d"])  # 21 for 10 in use
+
+
+def test_a_group_whose_adapter_is_not_on_this_layer_gets_the_base_there():
+    model = tiny.mlp().double()
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["lin0"]), name="a")
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["lin0", "lin1"]), name="b", trainable=True)
+    tiny.randomise_factors(model)
+    x = torch.randn(2, 10, dtype=torch.float64, requires_grad=True)
+    expected = row_by_row(model, x, ["b", "a"])
+    with lk.route(model, ["b", "a"]):
+        ours = model(x)
+    torch.testing.assert_close(ours, expected)
+    for a, e in zip(grads(model, ours, x), grads(model, expected, x), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_groups_draw_the_same_dropout_when_checkpointing_runs_them_again(reentrant):
+    model, x = build("linear", dropout=0.4)
+    model.train()
+    x = x[:3].requires_grad_()
+    with lk.route(model, ["a", "b", "c"]):
+        torch.manual_seed(4)
+        expected = grads(model, model(x), x)[1:]
+        torch.manual_seed(4)
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for p, e in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
+        torch.testing.assert_close(p.grad, e)
+
+
+def test_groups_of_unequal_dropout_each_have_their_own():
+    model, x = build("linear")
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["0"], dropout=0.5), name="d", trainable=True)
+    tiny.randomise_factors(model)
+    expected = row_by_row(model, x[:2], ["a", "d"])
+    model.train()
+    with lk.route(model, ["a", "d"]):
+        ours = model(x[:2])
+    torch.testing.assert_close(ours[0], expected[0])
+    assert not torch.allclose(ours[1], expected[1])
 
 
 def test_torch_compile_gives_the_same_values():

@@ -149,40 +149,6 @@ def test_gradcheck_of_segments_that_are_not_in_order(frozen):
     assert gradcheck(run, (x.requires_grad_(), y.requires_grad_(not frozen), *flat))
 
 
-@pytest.mark.parametrize("tokens, rows", [(2, (2, 0, 1)), (2, (2, None, 0, 1, 0, 2, 1, None)), (64, (None, 1, 0, None))], ids=str)
-@pytest.mark.parametrize("alike", [True, False])
-def test_segments_of_equal_length_and_rank_are_batched_products_with_the_same_gradients(tokens, rows, alike):
-    s = {0: 2.0, 1: 2.0, 2: 2.0} if alike else {0: 2.0, 1: 0.1, 2: -1.0}
-    named = [() if k is None else ((k, s[k]),) for k in rows]
-    factors, (x, y) = factors_of([2, 2, 2]), inputs(named, tokens)
-    how = segments(named, tokens, x)
-    assert how.scales is not None
-    flat = [t.requires_grad_() for k in sorted({k for k in rows if k is not None}) for t in factors[k]]
-    flat[0].requires_grad_(False)
-    wanted = [x.requires_grad_(), *flat[1:]]
-    ours, expected = add_segments(y.clone(), x, None, None, how, factors), reference(y, x, factors, named)
-    torch.testing.assert_close(ours, expected)
-    g = torch.randn_like(y)
-    for a, e in zip(torch.autograd.grad(ours, wanted, g), torch.autograd.grad(expected, wanted, g), strict=True):
-        torch.testing.assert_close(a, e)
-
-
-def test_segments_of_unequal_length_or_with_the_base_between_are_not_batched():
-    assert segments(uses(0, 0, 1), 64, torch.zeros(1)).scales is None
-    assert segments(uses(0, None, 1), 64, torch.zeros(1)).scales is None
-    assert segments(uses(0, 1, 0), 64, torch.zeros(1)).scales is None
-    assert segments(uses(0, 1, 2), 64, torch.zeros(1)).scales == 1.0
-
-
-def test_gradcheck_of_batched_segments():
-    rows = uses(1, 0, None, 1, 0)
-    factors, (x, _) = factors_of([2, 2]), inputs(rows, 2)
-    W, how = torch.randn(SIZE_OUT, SIZE_IN, dtype=torch.float64), segments(rows, 2, x)
-    assert how.scales == 1.0
-    flat = [t.requires_grad_() for pair in factors for t in pair]
-    assert gradcheck(lambda x, a, b, c, d: add_segments(None, x, W, None, how, [(a, b), (c, d)]), (x.requires_grad_(), *flat))
-
-
 def test_segments_bring_short_rows_of_one_choice_together_and_leave_long_ones_where_they_are():
     rows = uses(0, 1, 0, 1)
     assert len(segments(rows, 2, torch.zeros(1)).parts) == 2

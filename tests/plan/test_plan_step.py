@@ -113,9 +113,9 @@ def test_more_trained_positions_need_more_for_the_loss():
 
 
 def test_a_loss_in_chunks_is_planned_in_chunks(monkeypatch):
-    whole = training_step(shell(), batch(untrained=0), summed_loss, False)
+    whole = training_step(shell(full=True), batch(untrained=0), summed_loss, False)
     monkeypatch.setattr(loss_file, "MAX_LOGITS_BYTES", 1 << 16)
-    parts = training_step(shell(), batch(untrained=0), summed_loss, False)
+    parts = training_step(shell(full=True), batch(untrained=0), summed_loss, False)
     assert parts.stretches["loss"]["loss"] < 0.6 * whole.stretches["loss"]["loss"]
 
 

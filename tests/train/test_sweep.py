@@ -149,9 +149,9 @@ def test_however_it_is_accumulated(make_sweep, tmp_path, micro_batch):
 
 
 def test_a_run_that_stops_early_leaves_the_others_as_they_would_be(make_sweep, tmp_path):
-    plan = make_sweep(learning_rate=[2e-3, 1.0], steps=9, eval_every=1, patience=1, schedule="constant")
+    plan = make_sweep(learning_rate=[2e-3, 3.0], steps=9, eval_every=1, patience=1, schedule="constant")
     outcome = start(plan)
-    assert {entry.name: entry.stopped for entry in outcome.entries} == {"lr=2e-3": None, "lr=1": "early"}
+    assert {entry.name: entry.stopped for entry in outcome.entries} == {"lr=2e-3": None, "lr=3": "early"}
     assert_as_alone(plan.__class__(plan.settings, plan.swept, {"lr=2e-3": plan.runs["lr=2e-3"]}), tmp_path)
     stopped = next(entry for entry in outcome.entries if entry.stopped)
     assert stopped.best_step + 1 == stopped.step < 9
