@@ -188,3 +188,68 @@ def test_the_hook_is_gone_afterwards_also_when_the_model_fails(batch):
 def test_a_model_without_an_output_layer_is_refused(batch):
     with pytest.raises(TrainError, match="LlamaModel has no output embeddings"):
         summed_loss(tiny_lm.llama().model, batch)
+
+
+@pytest.fixture
+def fused(monkeypatch) -> list[tuple[int, ...]]:
+    """The hidden states' shape at each use of the one operation."""
+    seen, real = [], loss_module.linear_cross_entropy
+    monkeypatch.setattr(loss_module, "linear_cross_entropy", lambda h, *rest: seen.append(tuple(h.shape)) or real(h, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("make", [tiny_lm.llama, tiny_lm.gpt2])
+def test_a_frozen_output_layer_and_the_loss_are_one_operation(make, batch, fused):
+    model = lk.attach(make(), lk.LoraConfig(rank=4))
+    shapes = []
+    real = model.get_output_embeddings().forward
+    model.get_output_embeddings().forward = lambda x: shapes.append(tuple(x.shape)) or real(x)
+    expected = gradients(model, summed_loss(model, batch))
+    assert fused == []  # a forward of its own has to be called
+    del model.get_output_embeddings().forward
+    found = gradients(model, summed_loss(model, batch))
+    assert len(fused) == 1
+    assert shapes[-1] == fused[0]
+    assert_same_gradients(found, expected, 1e-5)
+
+
+def test_what_the_one_operation_is_not_for(batch, fused):
+    summed_loss(tiny_lm.gemma2(), batch)  # caps its logits
+    summed_loss(tiny_lm.llama(), batch)  # trains its output layer
+    adapted = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4, targets=["lm_head", "q_proj"]))
+    summed_loss(adapted, batch)
+    hooked = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4))
+    handle = hooked.lm_head.register_forward_hook(lambda *_: None)
+    summed_loss(hooked, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        summed_loss(lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4)), batch)
+    assert fused == []
+    handle.remove()
+    summed_loss(hooked, batch)
+    assert len(fused) == 1
+
+
+def test_logits_that_are_all_zero_do_not_tell_that_nothing_comes_after_the_output_layer(batch, fused):
+    model = lk.attach(tiny_lm.gemma2(), lk.LoraConfig(rank=4))
+    output = model.get_output_embeddings().weight.data
+    kept = output.clone()
+    output.zero_()
+    summed_loss(model, batch)
+    output.copy_(kept)
+    model.config.final_logit_softcapping = 0.1
+    expected = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1).gather(2, batch["labels"][:, 1:, None].clamp_min(0))[..., 0]
+    assert summed_loss(model, batch).item() == pytest.approx(-float(expected.detach()[batch["labels"][:, 1:] != IGNORED].sum()), rel=1e-5)
+    assert fused == []
+
+
+def test_looking_what_comes_after_the_output_layer_draws_no_random_number(batch):
+    losses = []
+    model = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4, dropout=0.5)).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_()
+    for _ in range(2):  # the first one looks
+        torch.manual_seed(3)
+        losses.append(summed_loss(model, batch).item())
+    assert losses[0] == losses[1]
