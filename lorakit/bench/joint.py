@@ -1,7 +1,9 @@
 """One joint training step of eight adapters, one row each, against eight steps of lorakit with one adapter, one after the other.
 
-Both do the same work for each adapter: forward, Hugging Face loss over all positions, backward, clipping, AdamW. The joint
-step runs the base once over all eight rows (`lorakit.route`). Eight steps with PEFT are measured too, for information.
+Both do the same work for each adapter, as `lorakit sweep` and `lorakit train` do it: forward, loss over all positions, backward,
+clipping, AdamW. The joint step runs the base once over all eight rows (`lorakit.route`). What that can give depends on how much
+faster the machine multiplies eight rows' tokens at once than one row's: that ratio, of the frozen weights' products alone, is
+measured beside it. Eight steps with PEFT and the Hugging Face loss are measured too, for information.
 """
 
 from __future__ import annotations
@@ -10,24 +12,27 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorakit as lk
 
+from ..train.loss import row_losses
 from .measure import in_turn
 from .train_step import RANK, Shape, llama, peft_side
 
 TITLE = (
     "Eight adapters of rank 16 on all seven linears, a row of so many tokens each: tokens a second of one joint step over those of\n"
-    "eight separate steps (lorakit's own, and PEFT's)."
+    "eight separate steps (lorakit's own, and PEFT's), and the same ratio of the frozen weights' matrix products alone."
 )
 ADAPTERS = 8
+LAYERS = 4
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
     widths, lengths = ((256,), (64,)) if quick else ((256, 512, 1024), (64, 128, 512))
     return [
-        measure(Shape(width, layers=2, ffn=width * 11 // 4, length=length), dtype, rounds=3)
+        measure(Shape(width, layers=LAYERS, ffn=width * 11 // 4, length=length), dtype, rounds=3)
         for dtype in (torch.float32, torch.bfloat16)
         for width in widths
         for length in lengths
@@ -43,11 +48,23 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     rows = torch.randint(2, shape.vocabulary, (ADAPTERS, shape.length), device=next(joint.parameters()).device)
     together = joint_step(joint, names, rows)
     ours = separate_steps(lk.attach(llama(shape, dtype), lk.LoraConfig(rank=RANK)), rows)
-    seconds = in_turn({"joint": together, "separate": ours, "PEFT": separate_steps(peft_side(shape, dtype, 0.0), rows)}, rounds)
+    peft = separate_steps(peft_side(shape, dtype, 0.0), rows, hugging_face_loss)
+    seconds = in_turn(
+        {
+            "joint": together,
+            "separate": ours,
+            "PEFT": peft,
+            "products": products(joint, rows.numel()),
+            "eight products": products(joint, shape.length),
+        },
+        rounds,
+    )
     return {
         "precision": str(dtype).removeprefix("torch."), "width": shape.hidden, "tokens each": shape.length,
         "joint ms": round(1e3 * seconds["joint"], 1), "eight steps ms": round(1e3 * seconds["separate"], 1),
-        "throughput": round(seconds["separate"] / seconds["joint"], 2), "over eight of PEFT": round(seconds["PEFT"] / seconds["joint"], 2),
+        "throughput": round(seconds["separate"] / seconds["joint"], 2),
+        "products alone": round(ADAPTERS * seconds["eight products"] / seconds["products"], 2),
+        "over eight of PEFT": round(seconds["PEFT"] / seconds["joint"], 2),
     }  # fmt: skip
 
 
@@ -57,22 +74,44 @@ def joint_step(model: nn.Module, names: list[str], rows: Tensor) -> Callable[[],
 
     def step() -> None:
         with lk.route(model, names):
-            (len(names) * model(input_ids=rows, labels=rows, use_cache=False).loss).backward()
+            (len(names) * mean_loss(model, rows)).backward()
         for parameters, optimizer in sides:
             _update(parameters, optimizer)
 
     return step
 
 
-def separate_steps(model: nn.Module, rows: Tensor) -> Callable[[], None]:
+def mean_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    return row_losses(model, {"input_ids": rows, "labels": rows}).sum() / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+def hugging_face_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    return model(input_ids=rows, labels=rows, use_cache=False).loss
+
+
+def separate_steps(model: nn.Module, rows: Tensor, loss: Callable[[nn.Module, Tensor], Tensor] = mean_loss) -> Callable[[], None]:
     parameters, optimizer = _trained(p for p in model.parameters() if p.requires_grad)
 
     def steps() -> None:
         for row in rows.split(1):
-            model(input_ids=row, labels=row, use_cache=False).loss.backward()
+            loss(model, row).backward()
             _update(parameters, optimizer)
 
     return steps
+
+
+def products(model: nn.Module, tokens: int) -> Callable[[], None]:
+    """The products of a step with the frozen weights, forward and backward, for so many tokens at once."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    inputs = {size: weights[0].new_ones(tokens, size) for W in weights for size in W.shape}
+
+    def run() -> None:
+        with torch.no_grad():
+            for W in weights:
+                F.linear(inputs[W.shape[1]], W)
+                inputs[W.shape[0]] @ W
+
+    return run
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
