@@ -113,7 +113,7 @@ class PackedLayer(LinearLayer):
         if factors.B.dim() == 2:  # another adapter on this module, not packed
             return super().lora_add(y, x, factors, scale)
         x = F.dropout(x, factors.dropout, self.training) if factors.dropout else x  # type: ignore[attr-defined]
-        return add_packed(y, x, factors.A, factors.B, scale, self.lora_parts)
+        return add_packed(y, x, factors.A, factors.B, scale, self.lora_parts, into=self.lora_fresh_output)
 
     def lora_full(self, factors: LoraFactors) -> tuple[Tensor, Tensor]:
         B = factors.B.detach()

@@ -19,11 +19,9 @@ from .autocast import without_autocast
 
 LEFT_OUT = -100  # F.cross_entropy's own default
 
-# Rows of a chunk. Fewer read W too often, more leave the cache. Forward and backward of 512 rows, two Zen 4 cores, in times of the two
-# matrix products alone, this and all logits at once: vocabulary 8,192 and width 256 bf16 1.34 and 1.56, fp32 1.14 and 1.43; 32,000 and
-# 512 bf16 1.22 and 2.15, fp32 1.09 and 1.47.
+# Rows of a chunk, at least. Fewer read W too often, more leave the cache: see benchmarks/output_loss.py.
 ROWS = 256
-ROWS_ELSEWHERE = 2048  # on an accelerator; not measured
+CHUNKS = 32  # at most: each costs a dozen calls
 
 
 def reference(h: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -47,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = h.new_empty(h.shape[0], dtype=precise)
         gradient = torch.empty_like(h, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         # Two buffers for all chunks: memory that is new each time costs as much as the arithmetic.
-        rows = min(ROWS if h.device.type == "cpu" else ROWS_ELSEWHERE, h.shape[0])
+        rows = min(max(ROWS, -(-h.shape[0] // CHUNKS)), h.shape[0])
         buffer = h.new_empty(rows, W.shape[0], dtype=precise)
         buffer_of_h = buffer if h.dtype == precise else h.new_empty(rows, W.shape[0])
         for start in range(0, h.shape[0], max(rows, 1)):

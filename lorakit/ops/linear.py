@@ -45,15 +45,19 @@ def needs_plain() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...]) -> Tensor:
-    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]."""
+def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...], into: bool = False) -> Tensor:
+    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]. `into`: see `add_low_rank`."""
     x = x.to(y.dtype)
     down = F.linear(x, A.to(y.dtype)).unflatten(-1, (B.shape[0], -1))  # [..., n, r]
-    pieces, used = list(y.chunk(len(parts), dim=-1)), 0
-    for i, adapted in enumerate(parts):
-        if adapted:
-            pieces[i] = pieces[i] + scale * F.linear(down[..., used, :], B[used].to(y.dtype))
-            used += 1
+    adapted = [i for i, used in enumerate(parts) if used]
+    if into and not torch.is_grad_enabled() and not needs_plain() and y.is_contiguous() and y.dim() > 1:
+        columns = y.view(-1, y.shape[-1]).chunk(len(parts), dim=1)
+        for used, i in enumerate(adapted):
+            columns[i].addmm_(down[..., used, :].reshape(-1, down.shape[-1]), B[used].to(y.dtype).T, alpha=scale)
+        return y
+    pieces = list(y.chunk(len(parts), dim=-1))
+    for used, i in enumerate(adapted):
+        pieces[i] = pieces[i] + scale * F.linear(down[..., used, :], B[used].to(y.dtype))
     return torch.cat(pieces, dim=-1)
 
 

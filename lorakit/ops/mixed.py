@@ -66,7 +66,10 @@ def add_stacked(y: Tensor, x: Tensor, parts: Sequence[Piece], how: Cut) -> None:
 
 def _down(x: Tensor, At: Tensor, adapters: int, scale: float | Tensor) -> Tensor:
     """s · x Aᵀ: [tokens, r], batched [G, tokens / G, r]"""
-    if adapters == 1:
+    if adapters == 1 and x.shape[0] <= 4 and x.dtype == torch.float32:
+        # MKL again: 4 rows, rank 64, width 2048 in 33 instead of 51 µs.
+        down = torch.mm(At.T, x.T).T
+    elif adapters == 1:
         down = torch.mm(x, At)
     elif x.shape[0] == adapters and x.dtype == torch.float32:
         # A batch of matrix times vector: MKL does it in half the time of vector times matrix (rank 64, width 512: 24 against 53 µs).

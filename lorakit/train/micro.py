@@ -1,8 +1,8 @@
 """Which rows are computed together: a step's rows, of one run or of several, as micro-batches.
 
 One run's rows go by length, so that little padding is computed. Of several runs those with few tokens share micro-batches,
-each run's rows side by side (`lorakit.route` then finds one segment a run); those that keep the machine busy by themselves
-are computed by themselves, exactly as each would be alone.
+each run's rows side by side and all of them together, so that runs of equal batches are groups of equal size (see `ops.groups`);
+those that keep the machine busy by themselves are computed by themselves, exactly as each would be alone.
 """
 
 from __future__ import annotations
@@ -60,21 +60,23 @@ def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[Micro
     """All rows of each run's batch; a batch may be empty."""
     ordered = {run: sorted(batch, key=lambda item: len(item.ids)) for run, batch in enumerate(batches) if batch}
     longest = {run: len(batch[-1].ids) for run, batch in ordered.items()}
-    own = [run for run, batch in ordered.items() if len(ordered) == 1 or len(batch) * longest[run] >= limit.busy]
+    own = [
+        run for run, batch in ordered.items()
+        if len(ordered) == 1 or len(batch) * longest[run] >= limit.busy or not limit.allows(len(batch), longest[run])
+    ]  # fmt: skip
     parts = []
     for run in own:
         most, batch = limit.own_rows[run], ordered[run]
         parts += [MicroBatch(part := batch[i : i + most], [run] * len(part), [len(part)]) for i in range(0, len(batch), most)]
-    shared: list[list[tuple[int, Item]]] = []
+    shared: list[list[int]] = []  # runs that share a micro-batch
     for run in sorted(ordered.keys() - set(own), key=lambda run: (longest[run], run)):
-        for item in ordered[run]:
-            if shared and limit.allows(len(shared[-1]) + 1, longest[run]):
-                shared[-1].append((run, item))
-            else:
-                shared.append([(run, item)])
-    return parts + [_together(part) for part in shared]
+        if shared and limit.allows(sum(len(ordered[other]) for other in [*shared[-1], run]), longest[run]):
+            shared[-1].append(run)
+        else:
+            shared.append([run])
+    return parts + [_together({run: ordered[run] for run in runs}) for runs in shared]
 
 
-def _together(rows: list[tuple[int, Item]]) -> MicroBatch:
-    runs = [run for run, _ in rows]
-    return MicroBatch([item for _, item in rows], runs, [runs.count(run) for run in dict.fromkeys(runs)])
+def _together(batches: dict[int, list[Item]]) -> MicroBatch:
+    rows = [(run, item) for run, batch in batches.items() for item in batch]
+    return MicroBatch([item for _, item in rows], [run for run, _ in rows], [len(batch) for batch in batches.values()])

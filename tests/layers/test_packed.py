@@ -35,7 +35,11 @@ def test_each_adapted_part_has_an_update_of_its_own_and_the_rest_none(parts, kin
         if on:
             rows[i] = rows[i] + 6 / 2 * x @ f.A[2 * used : 2 * used + 2].T @ f.B[used].T
             used += 1
-    torch.testing.assert_close(model(x), torch.cat(rows, dim=-1))
+    expected = torch.cat(rows, dim=-1)
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x[0, 0]), expected[0, 0])
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
@@ -133,3 +137,19 @@ def test_dropout_and_bf16_work_on_packed_projections():
     assert first.dtype == torch.bfloat16
     assert not torch.equal(first[:, :4], second[:, :4])
     assert torch.equal(first[:, 4:8], second[:, 4:8]), "the part that is not adapted is the base's"
+
+
+def test_an_output_that_the_base_keeps_is_not_written_into():
+    class Keeping(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    model = nn.Sequential(Keeping(8, 12))
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["0"], packed={"0": [True, False, True]}))
+    tiny.randomise_factors(model)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        out = model(x)
+        assert not torch.equal(out, model[0].kept)
+        assert torch.equal(model[0].kept, nn.functional.linear(x, model[0].weight, model[0].bias))

@@ -75,6 +75,15 @@ def test_only_a_gradient_as_large_as_the_input_is_kept():
     assert kept(lambda: linear_cross_entropy(h, W, None, targets(10, 50)), [h, W]) == [(torch.bfloat16, (10, 4))]
 
 
+def test_many_rows_go_in_few_chunks(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNKS", 2)
+    h, W, wanted = randn(11, 3), randn(5, 3, seed=1), targets(11, 5)
+    made, real = [], cross_entropy._linear
+    monkeypatch.setattr(cross_entropy, "_linear", lambda x, *rest: made.append(len(x)) or real(x, *rest))
+    torch.testing.assert_close(linear_cross_entropy(h, W, None, wanted), reference(h, W, None, wanted))
+    assert made == [6, 5]
+
+
 def test_without_gradients_none_is_computed():
     h, W = randn(4, 3), randn(5, 3, seed=1)
     assert linear_cross_entropy(h, W, None, targets(4, 5)).grad_fn is None

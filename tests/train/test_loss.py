@@ -237,7 +237,9 @@ def test_logits_that_are_all_zero_do_not_tell_that_nothing_comes_after_the_outpu
     summed_loss(model, batch)
     output.copy_(kept)
     model.config.final_logit_softcapping = 0.1
-    expected = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1).gather(2, batch["labels"][:, 1:, None].clamp_min(0))[..., 0]
+    expected = (
+        model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1).gather(2, batch["labels"][:, 1:, None].clamp_min(0))[..., 0]
+    )
     assert summed_loss(model, batch).item() == pytest.approx(-float(expected.detach()[batch["labels"][:, 1:] != IGNORED].sum()), rel=1e-5)
     assert fused == []
 

@@ -34,7 +34,8 @@ def test_runs_share_micro_batches_each_runs_rows_side_by_side_like_lengths_toget
 
 def test_tokens_are_counted_with_their_padding():
     parts = micro_batches([rows(10, 10), rows(10, 11)], limit(2, tokens=33))
-    assert shape(parts) == [[(0, 10), (0, 10), (1, 10)], [(1, 11)]]
+    assert shape(parts) == [[(0, 10), (0, 10)], [(1, 10), (1, 11)]]
+    assert len(micro_batches([rows(10, 10), rows(10, 11)], limit(2, tokens=44))) == 1
 
 
 def test_a_run_that_keeps_the_machine_busy_is_computed_as_it_would_be_alone():
@@ -45,4 +46,9 @@ def test_a_run_that_keeps_the_machine_busy_is_computed_as_it_would_be_alone():
 
 
 def test_a_row_longer_than_allowed_is_still_computed_and_an_empty_batch_is_none():
-    assert shape(micro_batches([rows(50), [], rows(2)], limit(3, tokens=10))) == [[(2, 2)], [(0, 50)]]
+    assert shape(micro_batches([rows(50), [], rows(2)], limit(3, tokens=10))) == [[(0, 50)], [(2, 2)]]
+
+
+def test_a_run_whose_batch_is_more_than_is_allowed_is_computed_by_itself():
+    parts = micro_batches([rows(5, 6, 7), rows(3, 4), rows(2, 2)], limit(3, rows=2, own=2))
+    assert shape(parts) == [[(0, 5), (0, 6)], [(0, 7)], [(2, 2), (2, 2)], [(1, 3), (1, 4)]]

@@ -1,0 +1,57 @@
+"""The loss of a frozen output layer in chunks (`ops/cross_entropy.py`) against all logits at once, by rows of a chunk.
+
+    python benchmarks/output_loss.py [--rows 512] [--turns 9]
+
+Forward and backward; times over that of the two matrix products alone (hidden states to logits, and back). All sides in turn, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorakit.bench.measure import in_turn
+from lorakit.ops import cross_entropy
+
+SIZES = ((8192, 256), (8192, 512), (8192, 1024), (32000, 512), (4096, 288))  # vocabulary, width
+CHUNKS = (64, 128, 256, 512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=9)
+    asked = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{asked.rows} rows, over the products alone     all at once   " + "   ".join(f"chunks of {n}" for n in CHUNKS))
+    for vocabulary, width in SIZES:
+        for dtype in (torch.float32, torch.bfloat16):
+            h = torch.randn(asked.rows, width, device=device).to(dtype)
+            W = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype)
+            times = in_turn(sides(h, W, torch.randint(0, vocabulary, (asked.rows,), device=device)), asked.turns)
+            ratios = [times[name] / times["products"] for name in ("whole", *map(str, CHUNKS))]
+            print(f"{vocabulary:>6} x {width:<5} {dtype!s:<15}" + "".join(f"{ratio:>14.2f}" for ratio in ratios))
+
+
+def sides(h: Tensor, W: Tensor, targets: Tensor) -> dict[str, Callable[[], None]]:
+    def step(loss: Callable[..., Tensor]) -> None:
+        leaf = h.detach().requires_grad_()
+        loss(leaf, W, None, targets).sum().backward()
+
+    def chunked(rows: int) -> None:
+        cross_entropy.ROWS = rows
+        step(cross_entropy.linear_cross_entropy)
+
+    return {
+        "products": lambda: F.linear(h, W) @ W,  # type: ignore[dict-item]
+        "whole": lambda: step(cross_entropy.reference),
+        **{str(rows): lambda rows=rows: chunked(rows) for rows in CHUNKS},
+    }
+
+
+if __name__ == "__main__":
+    main()
