@@ -19,9 +19,11 @@ from .autocast import without_autocast
 
 LEFT_OUT = -100  # F.cross_entropy's own default
 
-# Rows of a chunk, at least. Fewer read W too often, more leave the cache: see benchmarks/output_loss.py.
+# A chunk is as many rows as have float32 logits of so many bytes, more leave the cache; but at least so many rows, fewer read W too
+# often (benchmarks/output_loss.py); and there are at most so many chunks, each costs a dozen calls.
+BYTES = 1 << 24
 ROWS = 256
-CHUNKS = 32  # at most: each costs a dozen calls
+CHUNKS = 32
 
 
 def reference(h: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = h.new_empty(h.shape[0], dtype=precise)
         gradient = torch.empty_like(h, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         # Two buffers for all chunks: memory that is new each time costs as much as the arithmetic.
-        rows = min(max(ROWS, -(-h.shape[0] // CHUNKS)), h.shape[0])
+        rows = min(max(ROWS, BYTES // (4 * W.shape[0]), -(-h.shape[0] // CHUNKS)), h.shape[0])
         buffer = h.new_empty(rows, W.shape[0], dtype=precise)
         buffer_of_h = buffer if h.dtype == precise else h.new_empty(rows, W.shape[0])
         for start in range(0, h.shape[0], max(rows, 1)):

@@ -18,6 +18,7 @@ from lorakit.ops.cross_entropy import LEFT_OUT, linear_cross_entropy, reference
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(cross_entropy, "ROWS", 3)
+    monkeypatch.setattr(cross_entropy, "BYTES", 0)
 
 
 def targets(rows: int, vocabulary: int, left_out: Sequence[int] = ()) -> torch.Tensor:
@@ -73,6 +74,14 @@ def test_what_is_not_a_number_shows_unless_it_is_left_out():
 def test_only_a_gradient_as_large_as_the_input_is_kept():
     h, W = randn(10, 4, dtype=torch.bfloat16).requires_grad_(), randn(50, 4, seed=1, dtype=torch.bfloat16)
     assert kept(lambda: linear_cross_entropy(h, W, None, targets(10, 50)), [h, W]) == [(torch.bfloat16, (10, 4))]
+
+
+def test_a_chunk_is_as_large_as_the_cache_takes(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "BYTES", 4 * 50 * 5)
+    made, real = [], cross_entropy._linear
+    monkeypatch.setattr(cross_entropy, "_linear", lambda x, *rest: made.append(len(x)) or real(x, *rest))
+    linear_cross_entropy(randn(11, 3), randn(50, 3, seed=1), None, targets(11, 50))
+    assert made == [5, 5, 1]
 
 
 def test_many_rows_go_in_few_chunks(monkeypatch):
