@@ -28,6 +28,7 @@ from .step import Loss, Parts, Traced, evaluation, training_step
 # Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes between what
 # lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m lorakit.bench.plan, which chose this).
 HEAP = 1.47
+HEAP_CHECKPOINTING = 2.3  # what is kept lies scattered between what a layer makes and drops; 2.4 was measured
 # NF4 with double quantization: 4 bits, and for each block of 64 a scale in 8 bits, and for 256 of these one in 32 (Dettmers et al.
 # 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -115,7 +116,7 @@ class Planner:
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
-        heap = int(HEAP * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
+        heap = int((HEAP_CHECKPOINTING if setting.checkpointing else HEAP) * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
         moments = {"step": _moment(resting, step.stretches, working, heap)}
         if held_out:
             moments["evaluation"] = _moment(resting, held_out, working, heap)
