@@ -17,6 +17,15 @@ from .layers.targets import check_adaptable, check_packed, find_saved, module_na
 
 def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The modules that the adapter's factors name, and those it names in vain."""
+    other = next(iter(adapter.others), None)
+    if other is not None:
+        raise AdapterError(
+            f"'{other}' has a {type(adapter.others[other]).__name__} update, which no live model takes yet\n"
+            "  adapter.resize(rank=...) makes low-rank factors of it, and says how near they are"
+        )
+    dora = next((m for m, f in adapter.factors.items() if f.magnitude is not None), None)
+    if dora is not None:
+        raise AdapterError(f"'{dora}' is a DoRA, which no live model takes yet\n  train without it, or use the adapter where it was made")
     names = module_names(model)
     found = {m: names[m] for m in adapter.factors if m in names}
     lost = [m for m in adapter.factors if m not in names]

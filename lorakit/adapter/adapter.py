@@ -12,32 +12,52 @@ from torch import Tensor
 
 from ..config import LoraConfig
 from ..errors import AdapterError
+from .dense import Dense
 from .factors import Factors
+from .hadamard import Hadamard
+from .kronecker import Kronecker
+
+Other = Hadamard | Kronecker | Dense
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter as a value. It needs no model.
 
-    `factors`: module name -> `Factors`. `saved`: parameter name -> its trained value (biases, saved modules), as the base
-    names it. `metadata`: plain data that travels along (`fingerprint`, `recipe`, `data`, `metrics`...).
+    `factors`: module name -> `Factors`. `others`: module name -> an update of another kind, LoHa, LoKr or a whole ΔW, kept as it is
+    (`resize` makes low-rank factors of it). `saved`: parameter name -> its trained value (biases, saved modules), as the base
+    names it. `embeddings`: a learned token -> its vectors [n, dim] or [dim] (textual inversion). `metadata`: plain data that travels
+    along (`fingerprint`, `recipe`, `data`, `metrics`, `header`: a file's own header...).
+
+    The modules of a diffusion pipeline have the component's name in front, as diffusers has it: "unet.", "transformer.",
+    "text_encoder.", "text_encoder_2.", "text_encoder_3.".
     """
 
     config: LoraConfig
     factors: Mapping[str, Factors]
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Other] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self) -> Adapter:
         """Itself, or AdapterError if any part of it is malformed."""
-        if not self.factors and not self.saved:
+        if not self.updates and not self.saved and not self.embeddings:
             raise AdapterError("the adapter is empty: it holds no factors and no saved weights")
-        for module, factors in self.factors.items():
-            factors.check(module)
-        for name, tensor in self.saved.items():
+        twice = next((m for m in self.others if m in self.factors), None)
+        if twice is not None:
+            raise AdapterError(f"the adapter holds two updates of '{twice}'")
+        for module, update in self.updates.items():
+            update.check(module)
+        for name, tensor in (*self.saved.items(), *self.embeddings.items()):
             if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise AdapterError(f"saved weight '{name}' holds values that are not finite (NaN or infinity)")
         return self
+
+    @property
+    def updates(self) -> dict[str, Factors | Other]:
+        """The updates of all modules, of every kind."""
+        return {**self.factors, **self.others}
 
     @property
     def rank(self) -> int:
@@ -47,17 +67,27 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """How many numbers it holds."""
-        return sum(f.A.numel() + f.B.numel() for f in self.factors.values()) + sum(t.numel() for t in self.saved.values())
+        tensors = [t for update in self.updates.values() for t in update.tensors().values()]
+        return sum(t.numel() for t in (*tensors, *self.saved.values(), *self.embeddings.values()))
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
         """The same adapter in another precision or on another device."""
-        moved = {m: replace(f, A=f.A.to(device, dtype), B=f.B.to(device, dtype)) for m, f in self.factors.items()}
-        saved = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in self.saved.items()}
-        return replace(self, factors=moved, saved=saved)
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, dtype if t.is_floating_point() else None)
+
+        def moved(update: Any) -> Any:
+            return replace(update, **{name: move(t) for name, t in update.tensors().items()})
+
+        return replace(
+            self, factors={m: moved(f) for m, f in self.factors.items()}, others={m: moved(o) for m, o in self.others.items()},
+            saved={n: move(t) for n, t in self.saved.items()}, embeddings={n: move(t) for n, t in self.embeddings.items()},
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         saved = f", {len(self.saved)} saved weights" if self.saved else ""
-        return f"Adapter(rank {self.rank}, {len(self.factors)} modules, {self.parameters:,} parameters{saved})"
+        tokens = f", {len(self.embeddings)} learned tokens" if self.embeddings else ""
+        return f"Adapter(rank {self.rank}, {len(self.updates)} modules, {self.parameters:,} parameters{saved}{tokens})"
 
     # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for it.
 

@@ -3,20 +3,22 @@
 linear     A [r, in]          B [out, r]              (a packed projection: r = n·rank, B zero outside its n blocks)
 embedding  A [r, vocab]       B [dim, r]
 conv       A [r, in/g, *k]    B [out, r, 1...]        (or PEFT's grouped form: A [r, in, *k], B [out, r/g, 1...])
+
+A DoRA (Liu et al. 2024) has a magnitude too, for W' = magnitude · (W + s · B A) / ‖W + s · B A‖: [out, 1] with the norm of each output's
+row, or [1, in] with that of each input's column.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..config import MAX_RANK, scale_of
 from ..errors import AdapterError
 from ..ops.delta import delta
+from .parts import check_alpha, check_parts
 
 Kind = Literal["linear", "embedding", "conv"]
 
@@ -33,6 +35,7 @@ class Factors:
     transposed: bool = False  # a linear whose weight is stored as [in, out] (transformers' Conv1D)
     groups: int = 1  # of a convolution
     parts: tuple[bool, ...] | None = None  # the adapted parts of a packed projection; alpha / rank are those of one part
+    magnitude: Tensor | None = None  # DoRA's
 
     @property
     def rank(self) -> int:
@@ -46,8 +49,11 @@ class Factors:
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """ΔW in float32, in the weight's own layout: [out, in], [in, out] if transposed, [vocab, dim], [out, in/g, *k].
 
-        AdapterError for PEFT's grouped convolution factors that no change of the weight can express.
+        AdapterError for PEFT's grouped convolution factors that no change of the weight can express, and for DoRA, whose ΔW depends
+        on the weight.
         """
+        if self.magnitude is not None:
+            raise AdapterError("the change that a DoRA makes depends on the base's weight: it has no ΔW of its own")
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"a grouped convolution's A {list(self.A.shape)} reads across the {self.groups} groups: no change of the weight does the same\n"
@@ -59,17 +65,17 @@ class Factors:
             shape = (second, first) if across else (first, second, *self.A.shape[2:])
         return delta(self.A, self.B, self.scale, shape, across)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {"A": self.A, "B": self.B} | ({"magnitude": self.magnitude} if self.magnitude is not None else {})
+
     def check(self, module: str) -> None:
         """Raise AdapterError if these factors cannot be an update: shapes, ranks, dtypes, NaN."""
 
         def wrong(what: str) -> AdapterError:
             return AdapterError(f"adapter factors of '{module}': {what}")
 
-        for name, tensor in (("A", self.A), ("B", self.B)):
-            if not tensor.is_floating_point():
-                raise wrong(f"{name} has dtype {tensor.dtype}; expected a floating-point type")
-            if tensor.dim() < 2 or 0 in tensor.shape:
-                raise wrong(f"{name} has shape {list(tensor.shape)}; expected at least two axes, none of them empty")
+        check_parts(module, self.tensors())
+        check_alpha(module, self.alpha)
         if self.A.shape[0] > MAX_RANK:
             raise wrong(f"rank {self.A.shape[0]} is beyond the largest sensible rank, {MAX_RANK}")
         grouped = self.kind == "conv" and self.A.shape[0] == self.B.shape[1] * self.groups
@@ -79,11 +85,8 @@ class Factors:
             )
         if self.kind != "conv" and not (self.A.dim() == self.B.dim() == 2):
             raise wrong(f"A {list(self.A.shape)} and B {list(self.B.shape)} should be matrices")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise wrong(f"alpha is {self.alpha}; expected a positive number")
-        for name, tensor in (("A", self.A), ("B", self.B)):
-            if not tensor.is_meta and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise wrong(
-                    f"{name} holds {bad} values that are not finite (NaN or infinity): the training diverged or the file is damaged"
-                )
+        if self.magnitude is not None:
+            across = self.magnitude.shape[0] == 1
+            expected = [1, self.A.flatten(1).shape[1]] if across else [self.B.shape[0], 1]
+            if list(self.magnitude.shape) != expected:
+                raise wrong(f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {expected}")

@@ -87,6 +87,12 @@ class Plan:
 
 def make_plan(base: Base, adapter: Adapter, dtype: torch.dtype | None, untie: bool) -> Plan:
     """Raises TargetError or AdapterError for whatever of the adapter does not fit the base; nothing is left out in silence."""
+    for module, update in adapter.updates.items():
+        if not isinstance(update, Factors) or update.magnitude is not None:
+            kind = "DoRA" if isinstance(update, Factors) else type(update).__name__
+            raise AdapterError(
+                f"'{module}' has a {kind} update, which merge does not take yet\n  adapter.resize(rank=...) makes low-rank factors of LoHa, LoKr and whole updates"
+            )
     targets = [f"{module}.weight" for module in adapter.factors]
     # Only what lies outside the numbered layers can be tied; the common adapter need not know.
     pairs = {} if all(_numbered(n) for n in (*targets, *adapter.saved)) else declared(base)

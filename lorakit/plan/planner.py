@@ -116,7 +116,9 @@ class Planner:
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
-        heap = int((HEAP_CHECKPOINTING if setting.checkpointing else HEAP) * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
+        heap = (
+            int((HEAP_CHECKPOINTING if setting.checkpointing else HEAP) * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
+        )
         moments = {"step": _moment(resting, step.stretches, working, heap)}
         if held_out:
             moments["evaluation"] = _moment(resting, held_out, working, heap)
