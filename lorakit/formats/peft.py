@@ -2,11 +2,13 @@
 
     base_model.model.<module>.lora_A.weight, .lora_B.weight            linear [r, in], [out, r]; conv [r, in, *k], [out, r/g, 1...]
     base_model.model.<module>.lora_embedding_A, _B                     [r, vocab], [dim, r]
+    base_model.model.<module>.lora_magnitude_vector                    DoRA's: [out]; conv [1, out, 1...]
     base_model.model.<module>.base_layer.bias, <other>.bias            trained biases
     base_model.model.<module>.<parameter>                              modules saved whole
 
 Packed projections and shared grouped convolutions are written as the plain update that they are (exactly: rank and alpha
-grow together), and come back compact.
+grow together), and come back compact. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n parts, r, 1], loralib's
+form) is read as the packed projection that it is. LoHa and LoKr are read in `peft_lycoris`.
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..config import LoraConfig
-from ..errors import AdapterError
-from ..ops.blocks import compact_packed, group_blocks, ungroup
+from ..errors import AdapterError, listing
+from ..ops.blocks import compact_packed, expand_packed, group_blocks, ungroup
+from . import peft_lycoris
 from .files import parse_json, read_json, read_tensors, write_tensors, write_text
-from .peft_config import checked, dumps, from_peft, to_peft
+from .mlx import is_mlx_config
+from .peft_config import checked, dumps, enabled_parts, from_peft, to_peft
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+?)\.lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)")
+_MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
 _UNSUPPORTED = {
-    ".lora_magnitude_vector": "DoRA",
     ".lora_B.bias": "a bias on B",
     ".trainable_tokens_delta": "trained tokens",
     ".lora_E": "AdaLoRA",
@@ -38,54 +42,98 @@ _UNSUPPORTED = {
 
 
 def is_peft(path: Path) -> bool:
-    """Whether a folder, or the folder of a file, is PEFT's."""
-    return (_folder(path) / CONFIG).exists() and (path.is_dir() or path.name in (CONFIG, WEIGHTS, PICKLE))
+    """Whether a folder, or the folder of a file, is PEFT's. (`adapter_config.json` is MLX's name too.)"""
+    folder = _folder(path)
+    if not (folder / CONFIG).exists() or not (path.is_dir() or path.name in (CONFIG, WEIGHTS, PICKLE)):
+        return False
+    try:
+        return not is_mlx_config(read_json(folder / CONFIG))
+    except AdapterError:
+        return True  # reading it says what is wrong
 
 
 def read(path: Path) -> Adapter:
     """Read PEFT's folder. Raises AdapterError naming the file and key at fault."""
     folder = _folder(path)
-    if not (folder / CONFIG).exists():
+    where = folder / CONFIG
+    if not where.exists():
         raise AdapterError(f"{folder} is no PEFT adapter: {CONFIG} is missing")
-    config, transposed = from_peft(read_json(folder / CONFIG), folder / CONFIG)
+    values = read_json(where)
+    kind = str(values.get("peft_type"))
+    lycoris = kind in peft_lycoris.KINDS
+    config, transposed = peft_lycoris.config(values, where) if lycoris else from_peft(values, where)
+    enabled = enabled_parts(values, where)
     weights = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / PICKLE
     if not weights.exists():
         raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there")
     tensors, header = read_tensors(weights)
     ours = read_json(folder / OURS) if (folder / OURS).exists() else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
     config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
+    if lycoris:
+        plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        return Adapter(config, {}, metadata=ours, others=peft_lycoris.updates(kind, plain, config, weights)).check()
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
-    halves, saved = _sort(tensors, weights)
+    halves, saved = _sort(tensors, weights, bool(values.get("use_dora")))
+    if enabled is not None:
+        factors = {module: _merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()}
+        endings = {module.rsplit(".", 1)[-1] for module in factors}
+        return Adapter(config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours).check()
     factors = {
-        module: _factors(module, kind, pair, config, transposed, packed.get(module), weights)
-        for module, (kind, pair) in halves.items()
+        module: _factors(module, form, pair, config, transposed, packed.get(module), weights)
+        for module, (form, pair) in halves.items()
     }  # fmt: skip
     return Adapter(config, factors, saved, ours).check()
+
+
+def losses(adapter: Adapter) -> list[str]:
+    """What PEFT's LoRA folder cannot hold of this adapter, one line each."""
+    lost = []
+    if adapter.others:
+        lost.append(f"{len(adapter.others)} updates of another kind ({listing(adapter.others, 2)}): resize makes factors of them")
+    if adapter.embeddings:
+        lost.append(f"{len(adapter.embeddings)} learned tokens ({listing(adapter.embeddings, 2)})")
+    dora = {m: f.magnitude for m, f in adapter.factors.items() if f.magnitude is not None}
+    if dora and len(dora) != len(adapter.factors):
+        lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in PEFT all modules have one or none has")
+    across = [m for m, t in dora.items() if t.shape[0] == 1 != adapter.factors[m].B.shape[0]]
+    if across:
+        lost.append(f"DoRA's magnitude of {listing(across, 2)}: PEFT has one number for each output, this one for each input")
+    return lost
 
 
 def write(adapter: Adapter, path: Path) -> Path:
     """Write PEFT's folder."""
     adapter.check()
+    lost = losses(adapter)
+    if lost:
+        raise AdapterError(f"{path}: PEFT's LoRA format cannot hold all of this adapter\n  " + "\n  ".join(lost))
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, f in adapter.factors.items():
         A, B, alpha = _plain_pair(f)
+        if f.rslora != adapter.config.rslora:  # one rule for the whole file
+            alpha = f.scale * (math.sqrt(A.shape[0]) if adapter.config.rslora else A.shape[0])
         ranks[module], alphas[module] = A.shape[0], alpha
         infix, suffix = ("lora_embedding_", "") if f.kind == "embedding" else ("lora_", ".weight")
         tensors[f"{PREFIX}{module}.{infix}A{suffix}"] = A
         tensors[f"{PREFIX}{module}.{infix}B{suffix}"] = B
+        if f.magnitude is not None:
+            conv = f.kind == "conv"
+            shape = (1, -1, *[1] * (f.A.dim() - 2)) if conv else (-1,)
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude.reshape(shape)
     for name, tensor in adapter.saved.items():
         module, _, last = name.rpartition(".")
         adapted_bias = last == "bias" and module in adapter.factors
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
     transposed = any(f.transposed for f in adapter.factors.values())
+    dora = any(f.magnitude is not None for f in adapter.factors.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
     config = adapter.config.replace(save_modules=_save_modules(adapter))
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    write_text(path / CONFIG, dumps(to_peft(config, ranks, alphas, transposed)))
+    write_text(path / CONFIG, dumps(to_peft(config, ranks, alphas, transposed, dora)))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
     if (path / PICKLE).exists():
         (path / PICKLE).unlink()  # else a reader that prefers it would get the old weights
@@ -106,10 +154,11 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _sort(tensors: dict[str, Tensor], where: Path) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], dict[str, Tensor]]:
-    """Keys into {module: (kind, {"A": .., "B": ..})} and whole weights."""
+def _sort(tensors: dict[str, Tensor], where: Path, dora: bool) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], dict[str, Tensor]]:
+    """Keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and whole weights. The kind is told by A's axes."""
     halves: dict[str, tuple[str, dict[str, Tensor]]] = {}
     saved: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         for mark, what in _UNSUPPORTED.items():
@@ -117,12 +166,17 @@ def _sort(tensors: dict[str, Tensor], where: Path) -> tuple[dict[str, tuple[str,
                 raise AdapterError(f"{where}: key '{key}': {what} is not supported")
         match = _FACTOR.fullmatch(name)
         if match:
-            kind = "embedding" if match["embedding"] else "linear" if tensor.dim() <= 2 else "conv"
-            pair = halves.setdefault(match["module"], (kind, {}))[1]
             half = match["linear"] or match["embedding"]
+            before, pair = halves.get(match["module"], ("", {}))
+            kind = "embedding" if match["embedding"] else "linear" if tensor.dim() <= 2 else "conv"
+            halves[match["module"]] = (kind if half == "A" or not before else before, pair)
             if half in pair:
                 raise AdapterError(f"{where}: key '{key}': a second {half} for '{match['module']}'")
             pair[half] = tensor
+        elif found := _MAGNITUDE.fullmatch(name):
+            if not dora:
+                raise AdapterError(f"{where}: key '{key}' is a DoRA's magnitude, and {CONFIG} does not say use_dora: true")
+            magnitudes[found["module"]] = tensor
         elif name.endswith(".base_layer.bias"):
             saved[name.replace(".base_layer.", ".")] = tensor
         elif name.endswith(".base_layer.weight") or ".original_module." in name:
@@ -137,6 +191,12 @@ def _sort(tensors: dict[str, Tensor], where: Path) -> tuple[dict[str, tuple[str,
         for half in "AB":
             if half not in pair:
                 raise AdapterError(f"{where}: '{module}' has a lora_{'AB'.replace(half, '')} and no lora_{half}")
+        if dora and module not in magnitudes:
+            raise AdapterError(f"{where}: {CONFIG} says use_dora: true, and '{module}' has no lora_magnitude_vector")
+    for module, magnitude in magnitudes.items():
+        if module not in halves:
+            raise AdapterError(f"{where}: '{module}' has a lora_magnitude_vector and no lora_A")
+        halves[module][1]["magnitude"] = magnitude
     return halves, saved
 
 
@@ -147,17 +207,44 @@ def _factors(
     rank, alpha = config.rank_of(module), config.alpha_of(module)
     if A.dim() < 2 or B.dim() < 2 or A.shape[0] != rank:
         raise AdapterError(f"{where}: '{module}' has A {list(A.shape)}; its config says rank {rank}, so [{rank}, ...] was expected")
+    magnitude = _magnitude(module, pair, where)
     if kind != "conv":
         if parts is not None:
             if compact_packed(B, parts) is None:
                 raise AdapterError(f"{where}: '{module}' is said to be packed as {list(parts)}, and its B does not have that form")
             alpha /= _growth(sum(parts), config.rslora)
-        return Factors(A, B, alpha, kind, config.rslora, transposed and kind == "linear", parts=parts)  # type: ignore[arg-type]
+        return Factors(A, B, alpha, kind, config.rslora, transposed and kind == "linear", parts=parts, magnitude=magnitude)  # type: ignore[arg-type]
     groups = A.shape[0] // B.shape[1] if B.shape[1] and A.shape[0] % B.shape[1] == 0 else 1
     compact = group_blocks(A, B, groups) if groups > 1 and A.shape[1] % groups == 0 else None
     if compact is not None:
         A, alpha = compact[0], alpha / _growth(groups, config.rslora)
-    return Factors(A, B, alpha, "conv", config.rslora, groups=groups)
+    return Factors(A, B, alpha, "conv", config.rslora, groups=groups, magnitude=magnitude)
+
+
+def _magnitude(module: str, pair: dict[str, Tensor], where: Path) -> Tensor | None:
+    """DoRA's, [out, 1] of PEFT's [out] or [1, out, 1...]."""
+    magnitude = pair.get("magnitude")
+    if magnitude is None:
+        return None
+    out, conv = pair["B"].shape[0], pair["A"].dim() > 2
+    if magnitude.numel() != out or list(magnitude.shape) != ([1, out, *[1] * (pair["A"].dim() - 2)] if conv else [out]):
+        raise AdapterError(f"{where}: '{module}' has a lora_magnitude_vector {list(magnitude.shape)}, which does not fit its {out} outputs")
+    return magnitude.reshape(-1, 1)
+
+
+def _merged_linear(module: str, pair: dict[str, Tensor], config: LoraConfig, parts: tuple[bool, ...], where: Path) -> Factors:
+    """PEFT 0.2's: rank and alpha are those of one part, B holds the adapted parts one below the other.
+
+    `fan_in_fan_out` tells nothing here: that version left it true for linears of both layouts.
+    """
+    A, B = pair["A"], pair["B"]
+    n, rank = sum(parts), config.rank_of(module)
+    if A.dim() != 2 or B.dim() not in (2, 3) or B.shape[2:].numel() != 1 or A.shape[0] != n * rank or B.shape[1] != rank or B.shape[0] % n:
+        raise AdapterError(
+            f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}; with enable_lora {list(parts)} and r {rank},"
+            f" A [{n * rank}, in] and B [a multiple of {n}, {rank}, 1] were expected"
+        )
+    return Factors(A, expand_packed(B.reshape(n, -1, rank), parts), config.alpha_of(module), parts=parts)
 
 
 def _plain_pair(f: Factors) -> tuple[Tensor, Tensor, float]:

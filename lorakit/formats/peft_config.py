@@ -13,9 +13,20 @@ from ..errors import AdapterError, ConfigError
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless they hold these values.
 _UNSUPPORTED = {
-    "use_dora": "DoRA", "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA", "lora_bias": "a bias on B", "alora_invocation_tokens": "aLoRA",
+    "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA", "lora_bias": "a bias on B", "alora_invocation_tokens": "aLoRA",
     "arrow_config": "Arrow", "layer_replication": "layer replication", "target_parameters": "adapted parameters (MoE experts)",
     "trainable_token_indices": "trained tokens", "velora_config": "VeLoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
+}  # fmt: skip
+
+# What else PEFT calls an adapter, and what its users can do.
+_MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
+_PROMPT = "it adds inputs and changes no weight, so no LoRA does the same: use it with PEFT"
+_OTHERS = {
+    "IA3": ("IA3 rescales activations", _MERGE), "VERA": ("VeRA shares random matrices that lie in its base's file", _MERGE),
+    "ADALORA": ("AdaLoRA gives each module its own rank and singular values", _MERGE), "OFT": ("OFT rotates weights", _MERGE),
+    "BOFT": ("BOFT rotates weights", _MERGE), "HRA": ("HRA reflects weights", _MERGE), "LN_TUNING": ("it trains norms", _MERGE),
+    "PROMPT_TUNING": ("prompt tuning", _PROMPT), "MULTITASK_PROMPT_TUNING": ("prompt tuning", _PROMPT), "P_TUNING": ("p-tuning", _PROMPT),
+    "PREFIX_TUNING": ("prefix tuning", _PROMPT), "ADAPTION_PROMPT": ("LLaMA-Adapter", _PROMPT), "CPT": ("context prompt tuning", _PROMPT),
 }  # fmt: skip
 
 
@@ -23,7 +34,10 @@ def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig,
     """(our config, fan_in_fan_out). Raises AdapterError for another kind of adapter or an unsupported variant."""
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters")
+        what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
+        raise AdapterError(
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, LOHA and LOKR" + (f"\n  {what}: {advice}" if what else "")
+        )
     for key, name in _UNSUPPORTED.items():
         if values.get(key):
             raise AdapterError(
@@ -41,6 +55,16 @@ def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig,
     return checked(where, lambda: LoraConfig(**ours)), bool(values.get("fan_in_fan_out", False))
 
 
+def enabled_parts(values: Mapping[str, Any], where: Path | str) -> tuple[bool, ...] | None:
+    """PEFT 0.2's `enable_lora`: which equal parts of each target are adapted; None if it says nothing."""
+    parts = values.get("enable_lora")
+    if parts is None:
+        return None
+    if not isinstance(parts, list) or not all(isinstance(p, bool) for p in parts) or not any(parts):
+        raise AdapterError(f"{where}: enable_lora is {parts!r}; expected a list of true and false, one true at least")
+    return tuple(parts)
+
+
 def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
     """A config made from a file's values; AdapterError naming the file if they are wrong."""
     try:
@@ -49,7 +73,9 @@ def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
         raise AdapterError(f"{where}: {error}") from error
 
 
-def to_peft(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float], transposed: bool) -> dict[str, Any]:
+def to_peft(
+    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float], transposed: bool, dora: bool = False
+) -> dict[str, Any]:
     """PEFT's fields. `ranks`, `alphas`: module -> value as the file's tensors have them, the last word on both."""
     modules = list(ranks)
     targets = config.targets
@@ -84,7 +110,7 @@ def to_peft(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, f
         "revision": config.revision,
         "target_modules": targets,
         "task_type": config.task,
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": config.rslora,
     }
 

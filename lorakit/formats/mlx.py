@@ -1,0 +1,197 @@
+"""MLX's adapters (mlx-lm): a folder with `adapters.safetensors` and `adapter_config.json`, or the numbered file alone.
+
+    <module>.lora_a  [in, r]      <module>.lora_b  [r, out]      of an embedding [vocab, r], [r, dim]
+    <module>.m       [out]        DoRA's magnitude; of an embedding [vocab]
+
+    y = x Wᵀ + scale · (x a) b        scale stands in the config as it is, so alpha = scale · r
+
+One scale for all modules: those of another have the rest in lora_b. Ranks may differ. The modules' names are those of
+mlx-lm's models, which for the llama-like are transformers'. `adapter_config.json` is also PEFT's name: its content tells.
+What lorakit knows of the training travels in the header of the safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapter.adapter import Adapter
+from ..adapter.factors import Factors
+from ..errors import AdapterError, listing
+from .files import parse_json, read_json, write_tensors, write_text
+from .packed import parts_of
+from .strength import clean, commonest, config_of, folded
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+OURS = ("packed", "transposed", "embeddings")  # in our part of the header, beside the adapter's metadata
+# The last names of token embeddings in mlx-lm's models: the shapes alone do not tell them from linears.
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "embeddings", "embedding"})
+
+
+def fits(keys: Iterable[str]) -> bool:
+    """Whether a file's keys are MLX's."""
+    endings = {key.rsplit(".", 1)[-1] for key in keys}
+    return {"lora_a", "lora_b"} <= endings
+
+
+def is_mlx_config(values: Mapping[str, Any]) -> bool:
+    """Whether an `adapter_config.json` is MLX's, and not PEFT's."""
+    return "peft_type" not in values and ("lora_parameters" in values or "fine_tune_type" in values)
+
+
+def is_mlx(folder: Path) -> bool:
+    """Whether a folder is MLX's."""
+    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and is_mlx_config(read_json(folder / CONFIG))
+
+
+def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], alpha: float | None = None) -> Adapter:
+    """Read what the file `path` held. Its scale is in the config beside it; `alpha` must be given where there is none."""
+    beside = path.parent / CONFIG
+    values = read_json(beside) if beside.is_file() else {}
+    values = values if is_mlx_config(values) else {}
+    scale = _scale(values, beside, alpha) if values else None
+    if scale is None and alpha is None:
+        raise AdapterError(
+            f"{path} is an MLX adapter without its {CONFIG}, which holds the scale\n"
+            "  put that file beside it, or give alpha = scale · rank: Adapter.load(path, alpha=...); mlx-lm's own scale is 20"
+        )
+    ours = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
+    modules = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
+    factors, saved = {}, {}
+    for module in modules:
+        A, B, m = (tensors.get(f"{module}.{half}") for half in ("lora_a", "lora_b", "m"))
+        factors[module] = _factors(module, A, B, m, scale, alpha, ours, path)
+    for key, tensor in tensors.items():
+        module, _, last = key.rpartition(".")
+        if last == "lora_b" and module not in factors:
+            raise AdapterError(f"{path}: '{module}' has a lora_b and no lora_a")
+        if last not in ("lora_a", "lora_b") and not (last == "m" and module in factors):
+            saved[re.sub(r"\.(linear|embedding)\.(?=[^.]+$)", ".", key) if _inside(module, factors) else key] = tensor
+    dropout, model = (values.get("lora_parameters") or {}).get("dropout"), values.get("model")
+    known = {"dropout": dropout} if isinstance(dropout, int | float) and 0 <= dropout < 1 else {}
+    if not factors:
+        raise AdapterError(f"{path} is no MLX adapter: it has no key that ends in .lora_a (it has {listing(tensors, 3)})")
+    config = config_of(factors, base=model if isinstance(model, str) else None, **known)
+    return Adapter(config, factors, saved, {k: v for k, v in ours.items() if k not in OURS}).check()
+
+
+def losses(adapter: Adapter) -> list[str]:
+    """What MLX's format cannot hold of this adapter, one line each."""
+    lost = []
+    if adapter.others:
+        lost.append(f"{len(adapter.others)} updates of another kind ({listing(adapter.others, 2)}): resize makes factors of them")
+    if adapter.embeddings:
+        lost.append(f"{len(adapter.embeddings)} learned tokens")
+    conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
+    if conv:
+        lost.append(f"{len(conv)} convolutions ({listing(conv, 2)}): mlx-lm adapts linear layers and embeddings")
+    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None and f.kind != "conv"]
+    if dora and len(dora) != len(adapter.factors):
+        lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in MLX all modules have one or none has")
+    across = [m for m in dora if (adapter.factors[m].magnitude.shape[0] == 1) != (adapter.factors[m].kind == "embedding")]  # type: ignore[union-attr]
+    if across:
+        lost.append(f"DoRA's magnitude of {listing(across, 2)}: MLX has one number for each row of the weight, this one for each column")
+    stacked = [n for n, t in adapter.saved.items() if t.dim() > 2]
+    if stacked:
+        lost.append(f"saved weights of more than two axes ({listing(stacked, 2)}), which MLX lays out in another order")
+    return lost
+
+
+def write(adapter: Adapter, path: Path) -> Path:
+    """Write MLX's folder."""
+    adapter.check()
+    lost = losses(adapter)
+    if not adapter.factors:
+        lost.append("it has no low-rank factors")
+    if lost:
+        raise AdapterError(f"{path}: MLX's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
+    scale = commonest(clean(f.scale) for f in adapter.factors.values())
+    scale = next(f.scale for f in adapter.factors.values() if clean(f.scale) == scale)  # without the rounding
+    tensors: dict[str, Tensor] = {}
+    for module, f in adapter.factors.items():
+        ratio = 1.0 if clean(f.scale) == clean(scale) else f.scale / scale
+        tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"] = f.A.T, folded(f.B, ratio).T
+        if f.magnitude is not None:
+            tensors[f"{module}.m"] = f.magnitude.flatten()
+    for name, tensor in adapter.saved.items():
+        module, _, last = name.rpartition(".")
+        f = adapter.factors.get(module)  # type: ignore[assignment]
+        inner = "" if f is None else "embedding." if f.kind == "embedding" else "linear."
+        tensors[f"{module}.{inner}{last}"] = tensor
+    ours = {
+        **adapter.metadata,
+        "packed": {m: list(f.parts) for m, f in adapter.factors.items() if f.parts},
+        "transposed": sorted(m for m, f in adapter.factors.items() if f.transposed),
+        "embeddings": sorted(m for m, f in adapter.factors.items() if f.kind == "embedding"),
+    }
+    values = {
+        "fine_tune_type": "dora" if any(f.magnitude is not None for f in adapter.factors.values()) else "lora",
+        "num_layers": -1,  # all: where the file has nothing, the update that mlx-lm makes is zero
+        "lora_parameters": {
+            "rank": commonest(f.A.shape[0] for f in adapter.factors.values()),
+            "scale": scale,
+            "dropout": adapter.config.dropout,
+            "keys": sorted({_within_layer(m) for m in adapter.factors}),
+        },
+        **({"model": adapter.config.base} if adapter.config.base else {}),
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    write_tensors(path / WEIGHTS, tensors, {"format": "mlx", "lorakit": json.dumps(ours, sort_keys=True)})
+    write_text(path / CONFIG, json.dumps(values, indent=4, sort_keys=True) + "\n")
+    return path
+
+
+def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float:
+    """The config's scale; AdapterError if it has none, or is no LoRA's."""
+    kind = values.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise AdapterError(
+            f"{where}: fine_tune_type is {kind!r}; lorakit reads lora and dora\n  of whole trained weights, lorakit extract makes an adapter"
+        )
+    if alpha is not None:
+        raise AdapterError(f"{where} says what the scale is\n  leave alpha out")
+    parameters = values.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, Mapping) else None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (scale > 0 and math.isfinite(scale)):
+        raise AdapterError(f"{where}: lora_parameters.scale is {scale!r}; expected a positive number")
+    return float(scale)
+
+
+def _factors(
+    module: str, a: Tensor | None, b: Tensor | None, m: Tensor | None, scale: float | None, alpha: float | None,
+    ours: Mapping[str, Any], path: Path,
+) -> Factors:  # fmt: skip
+    if a is None or b is None:
+        raise AdapterError(f"{path}: '{module}' has a lora_a and no lora_b")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or 0 in a.shape:
+        stacked = "\n  those of stacked experts are not supported" if a.dim() == 3 else ""
+        raise AdapterError(f"{path}: '{module}' has lora_a {list(a.shape)}, lora_b {list(b.shape)}; expected [in, r] and [r, out]{stacked}")
+    A, B = a.T.contiguous(), b.T.contiguous()
+    parts = parts_of(ours.get("packed"), module, A, B, path)
+    told, turned = ours.get("embeddings"), ours.get("transposed")
+    embedding = module in told if isinstance(told, list) else module.rsplit(".", 1)[-1] in EMBEDDINGS
+    if m is not None and m.dim() != 1:
+        raise AdapterError(f"{path}: '{module}.m' has shape {list(m.shape)}; expected one axis")
+    rank = A.shape[0] // (sum(parts) if parts else 1)
+    return Factors(
+        A, B, clean(scale * rank) if scale is not None else float(alpha or 0), "embedding" if embedding else "linear",
+        transposed=isinstance(turned, list) and module in turned, parts=tuple(parts) if parts else None,
+        magnitude=None if m is None else m.reshape(1, -1) if embedding else m.reshape(-1, 1),
+    )  # fmt: skip
+
+
+def _inside(module: str, factors: Mapping[str, Factors]) -> bool:
+    """Whether this is the base's layer inside an adapted one, as mlx-lm nests them."""
+    outer, _, last = module.rpartition(".")
+    return last in ("linear", "embedding") and outer in factors
+
+
+def _within_layer(module: str) -> str:
+    """mlx-lm's key: the name inside a layer, or the whole name outside of all."""
+    return re.sub(r"^.*?\.\d+\.", "", module)
