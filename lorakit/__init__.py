@@ -18,6 +18,7 @@ from .version import VERSION as __version__
 
 if TYPE_CHECKING:
     from .adapter.adapter import Adapter
+    from .adapter.combine import combine
     from .adapter.factors import Factors
     from .config import LoraConfig
     from .errors import LorakitError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": ".adapter.adapter",
     "Factors": ".adapter.factors",
+    "combine": ".adapter.combine",
     "LoraConfig": ".config",
     "LorakitError": ".errors",
     **dict.fromkeys(("activate", "active", "adapters", "attach", "capture", "detach", "merge", "unmerge"), ".model"),
@@ -36,7 +38,7 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
-    "LoraConfig", "Adapter", "Factors", "attach", "capture", "activate", "active", "adapters", "route", "merge", "unmerge", "detach", "summary",
+    "LoraConfig", "Adapter", "Factors", "attach", "capture", "activate", "active", "adapters", "route", "merge", "unmerge", "detach", "summary", "combine",
     "LorakitError", "__version__",
 ]  # fmt: skip
 

@@ -50,7 +50,7 @@ class Adapter:
         for module, update in self.updates.items():
             update.check(module)
         for name, tensor in (*self.saved.items(), *self.embeddings.items()):
-            if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise AdapterError(f"saved weight '{name}' holds values that are not finite (NaN or infinity)")
         return self
 
@@ -88,6 +88,36 @@ class Adapter:
         saved = f", {len(self.saved)} saved weights" if self.saved else ""
         tokens = f", {len(self.embeddings)} learned tokens" if self.embeddings else ""
         return f"Adapter(rank {self.rank}, {len(self.updates)} modules, {self.parameters:,} parameters{saved}{tokens})"
+
+    # Arithmetic on ΔW. What it does is in combine.py, edit.py and resize.py, which know this class.
+
+    def __mul__(self, weight: float) -> Adapter:
+        """Every ΔW times a number."""
+        from .edit import scale
+
+        return scale(self, weight) if isinstance(weight, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Adapter:
+        return self * -1.0
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """The exact sum: the ranks add up (`lorakit.combine` has weights and other ways)."""
+        from .combine import combine
+
+        return combine([self, other]) if isinstance(other, Adapter) else NotImplemented
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        from .combine import combine
+
+        return combine([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
+
+    def resize(self, rank: int | None = None, **options: Any) -> Adapter:
+        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.resize`, which tells what it cost)."""
+        from .resize import resize
+
+        return resize(self, rank, **options).adapter
 
     # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for it.
 

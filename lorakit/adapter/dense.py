@@ -41,7 +41,7 @@ class Dense:
         if not self.tensors():
             raise AdapterError(f"adapter factors of '{module}': a whole update without a tensor")
         for name, tensor in self.tensors().items():
-            if not tensor.is_floating_point() or 0 in tensor.shape or tensor.dim() == 0:
+            if not tensor.is_floating_point() or tensor.element_size() < 2 or 0 in tensor.shape or tensor.dim() == 0:
                 raise AdapterError(f"adapter factors of '{module}': {name} has shape {list(tensor.shape)} and dtype {tensor.dtype}")
             if not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise AdapterError(f"adapter factors of '{module}': {name} holds values that are not finite (NaN or infinity)")

@@ -25,8 +25,8 @@ def check_parts(module: str, tensors: Mapping[str, Tensor]) -> None:
     """Floating point, at least two axes, none empty, all finite; or AdapterError."""
     for name, tensor in tensors.items():
         where = f"adapter factors of '{module}': {name}"
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{where} has dtype {tensor.dtype}; expected a floating-point type")
+        if not tensor.is_floating_point() or tensor.element_size() < 2:  # torch has no arithmetic for 8 bits
+            raise AdapterError(f"{where} has dtype {tensor.dtype}; expected a floating-point type of 16 bits or more")
         if tensor.dim() < 2 or 0 in tensor.shape:
             raise AdapterError(f"{where} has shape {list(tensor.shape)}; expected at least two axes, none of them empty")
         if not tensor.is_meta and not torch.isfinite(tensor).all():

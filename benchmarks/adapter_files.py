@@ -1,0 +1,90 @@
+"""Adapters as files: seconds for an adapter of an 8B-shaped Llama (rank 16, all linears: 224 modules, 41.9 M parameters).
+
+    python benchmarks/adapter_files.py [--rounds 3]
+
+The adapter is made of random numbers in bf16 and written as PEFT's folder. `resize` is compared with what it replaces, the SVD of the
+full ΔW (float32, LAPACK), on one module of each shape, one after the other in this process, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import lorakit as lk
+from lorakit.adapter.combine import combined
+from lorakit.adapter.decompose import matrix_of
+from lorakit.adapter.resize import resize
+from lorakit.inspect import describe_adapter
+
+HIDDEN, MLP, KV, LAYERS, RANK = 4096, 14336, 1024, 32, 16
+SHAPES = {  # [out, in] of Llama 3.1 8B
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV, HIDDEN), "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP),
+}  # fmt: skip
+
+
+def make(seed: int) -> lk.Adapter:
+    made = torch.Generator().manual_seed(seed)
+    factors = {}
+    for layer in range(LAYERS):
+        for name, (out, inner) in SHAPES.items():
+            A, B = (torch.randn(shape, generator=made).mul_(0.01).bfloat16() for shape in ((RANK, inner), (out, RANK)))
+            factors[f"model.layers.{layer}.{name}"] = lk.Factors(A, B, 32.0)
+    endings = [name.rpartition(".")[2] for name in SHAPES]
+    return lk.Adapter(lk.LoraConfig(rank=RANK, alpha=32, targets=endings), factors)
+
+
+def timed(rounds: int, run) -> float:
+    """The median of so many runs, in seconds."""
+    took = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
+
+
+def full_svd(f: lk.Factors, rank: int) -> None:
+    U, S, Vt = torch.linalg.svd(matrix_of(f), full_matrices=False)
+    (U[:, :rank] * S[:rank]).contiguous(), Vt[:rank].contiguous()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [make(seed).save(Path(folder) / str(seed)) for seed in (0, 1)]
+        a, b = (lk.Adapter.load(path) for path in paths)
+        print(f"{len(a.factors)} modules, {a.parameters / 1e6:.1f} M parameters, bf16")
+        runs = {
+            "load": lambda: lk.Adapter.load(paths[0]),
+            "load and inspect": lambda: json.dumps(describe_adapter(lk.Adapter.load(paths[0]), str(paths[0])).to_dict()),
+            "combine two, exact": lambda: combined([a, b], [0.7, 0.3]),
+            "combine two, then rank 16": lambda: combined([a, b], [0.7, 0.3], rank=16),
+            "resize to rank 8": lambda: resize(a, 8),
+            "resize to 90 % of all energy": lambda: resize(a, keep=0.9, overall=True),
+            "save": lambda: a.save(Path(folder) / "out"),
+        }
+        for what, run in runs.items():
+            print(f"{what:<30} {timed(rounds, run):7.2f} s")
+    print(f"\n{'one module, to rank 8':<30}  resize   full SVD   ratio")
+    for name in ("self_attn.k_proj", "self_attn.q_proj", "mlp.down_proj"):
+        f = a.factors[f"model.layers.0.{name}"]
+        one = lk.Adapter(lk.LoraConfig(rank=RANK, targets=["m"]), {"m": f})
+        ours, theirs = timed(5 * rounds, lambda one=one: resize(one, 8)), timed(1, lambda f=f: full_svd(f, 8))
+        out, inner = SHAPES[name]
+        print(f"{name:<18} {out:>5} x {inner:<5} {ours:7.4f} s {theirs:8.2f} s {theirs / ours:7.0f}")
+
+
+if __name__ == "__main__":
+    main()

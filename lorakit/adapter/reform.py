@@ -1,0 +1,48 @@
+"""The same adapter with other updates: its config says again which modules there are, and of what rank and strength."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..config import LoraConfig, matches
+from .adapter import Adapter, Other
+from .factors import Factors
+
+
+def with_updates(adapter: Adapter, updates: Mapping[str, Factors | Other], **changes: Any) -> Adapter:
+    """`adapter` with these updates in place of its own, and a config that describes them. `changes`: other fields of it."""
+    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
+    if len({f.rslora for f in factors.values()}) > 1:  # a config has one rule for all: the plain one can say every strength
+        factors = {m: replace(f, alpha=f.scale * f.rank, rslora=False) if f.rslora else f for m, f in factors.items()}
+    others = {m: u for m, u in updates.items() if not isinstance(u, Factors)}
+    base = changes.pop("config", adapter.config)
+    return replace(adapter, config=describing(base, factors, list(updates)), factors=factors, others=others, **changes)
+
+
+def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list[str]) -> LoraConfig:
+    """`config` with the targets, ranks and alphas that these modules have; as it is where it says so already."""
+    ranks = {m: f.rank for m, f in factors.items()}
+    alphas = {m: float(f"{f.alpha:.12g}") for m, f in factors.items()}  # 2 · 0.7 · 49 / 49 is not quite 1.4
+    changes: dict[str, Any] = {}
+    if any(config.rank_of(m) != rank for m, rank in ranks.items()):
+        changes["rank"], changes["rank_pattern"] = _pattern(ranks)
+    if any(config.alpha_of(m) != alpha for m, alpha in alphas.items()):
+        changes["alpha"], changes["alpha_pattern"] = _pattern(alphas)
+    if not (isinstance(config.targets, list) and modules and all(matches(m, config.targets) for m in modules) and config.exclude is None):
+        endings = sorted({m.rpartition(".")[2] for m in modules})
+        changes |= {"targets": endings or config.targets, "exclude": None, "layers": None}
+    packed = {m: list(f.parts) for m, f in factors.items() if f.parts}
+    if {m: list(config.parts_of(m) or ()) for m in packed} != packed or (config.packed and not packed):
+        changes["packed"] = packed
+    rslora = bool(factors) and all(f.rslora for f in factors.values())
+    return config.replace(rslora=rslora if factors else config.rslora, **changes)
+
+
+def _pattern(found: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the commonest value, one key for each module that has another)."""
+    common = Counter(found.values()).most_common(1)[0][0]
+    return common, {f"^{re.escape(m)}": value for m, value in found.items() if value != common}

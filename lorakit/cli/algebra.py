@@ -1,0 +1,196 @@
+"""`lorakit combine`, `resize`, `extract`: arithmetic on adapters as files."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
+    from ..adapter.resize import Resized
+
+Out = Annotated[Path, typer.Argument(help="where to write the result")]
+Rank = Annotated[int | None, typer.Option(min=1, help="the rank of the result, at most")]
+Keep = Annotated[float | None, typer.Option(min=0, max=1, help="keep this share of the energy Σσ² of each module, e.g. 0.99")]
+To = Annotated[str, typer.Option(help="format to write: peft, or any that `lorakit convert` writes")]
+Alpha = Annotated[float | None, typer.Option(help="for loralib files, which do not hold it")]
+Dtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: as it comes")]
+Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
+Modules = Annotated[bool, typer.Option("--modules", help="a line for each module")]
+Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
+
+
+def combine(
+    adapters: Annotated[list[str], typer.Argument(help="the adapters (folders, files or hub ids)")],
+    out: Annotated[Path, typer.Option(help="where to write the result")],
+    weights: Annotated[str | None, typer.Option(help="one for each, e.g. 0.7,0.3; default: 1 each")] = None,
+    method: Annotated[str, typer.Option(help="linear (exact), svd, ties, dare_linear, dare_ties or magnitude_prune")] = "linear",
+    rank: Rank = None,
+    keep: Keep = None,
+    density: Annotated[float | None, typer.Option(min=0, max=1, help="share of each ΔW that ties, dare and magnitude_prune leave")] = None,
+    majority: Annotated[Literal["total", "frequency"], typer.Option(help="how ties elects a sign")] = "total",
+    seed: Annotated[int, typer.Option(help="for dare")] = 0,
+    saved: Annotated[Literal["equal", "mean"], typer.Option(help="weights held whole must be equal, or are averaged")] = "equal",
+    alpha: Alpha = None,
+    to: To = "peft",
+    dtype: Dtype = None,
+    force: Force = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="combine although they were trained on different bases")] = False,
+    modules: Modules = False,
+    json_output: Json = False,
+) -> None:
+    """Several adapters as one: the exact weighted sum of what they add, or TIES, DARE and pruning of it."""
+    from rich.console import Console
+
+    from ..adapter.combine import combined
+
+    out = _free(out, force)
+    values = [_load(source, alpha) for source in adapters]
+    began = time.monotonic()
+    with Console(stderr=True).status("combining") as status:
+        done = combined(
+            values, _numbers(weights), method, rank=rank, keep=keep, density=density, majority=majority, seed=seed, saved=saved,  # type: ignore[arg-type]
+            force=force_base, on_module=lambda name, at, total: status.update(f"{at}/{total} {name}"),
+        )  # fmt: skip
+    _report(f"{len(adapters)} adapters as one ({method})", values, done, _write(done.adapter, out, to, dtype), began, modules, json_output)
+
+
+def resize(
+    adapter: Annotated[str, typer.Argument(help="the adapter (folder, file or hub id)")],
+    out: Out,
+    rank: Rank = None,
+    keep: Keep = None,
+    error: Annotated[float | None, typer.Option(min=0, max=1, help="the largest error ‖ΔW - ΔW'‖ / ‖ΔW‖ of each module")] = None,
+    overall: Annotated[bool, typer.Option("--overall", help="--keep or --error of all modules together, by one threshold")] = False,
+    drop_bias: Annotated[bool, typer.Option("--drop-bias", help="leave out changes of biases beside whole updates")] = False,
+    alpha: Alpha = None,
+    to: To = "peft",
+    dtype: Dtype = None,
+    force: Force = False,
+    modules: Modules = False,
+    json_output: Json = False,
+) -> None:
+    """An adapter at a lower rank, with the smallest error that this rank allows; LoHa, LoKr and whole updates become LoRA."""
+    from rich.console import Console
+
+    from ..adapter.resize import resize as cut
+
+    out = _free(out, force)
+    value = _load(adapter, alpha)
+    began = time.monotonic()
+    with Console(stderr=True).status("resizing") as status:
+        done = cut(
+            value, rank, keep=keep, error=error, overall=overall, drop_bias=drop_bias,
+            on_module=lambda name, at, total: status.update(f"{at}/{total} {name}"),
+        )  # fmt: skip
+    _report("resized", [value], done, _write(done.adapter, out, to, dtype), began, modules, json_output)
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="the base's checkpoint folder, or 'embedded'")],
+    tuned: Annotated[str, typer.Argument(help="the fine-tuned checkpoint's folder")],
+    out: Out,
+    rank: Rank = None,
+    keep: Annotated[float | None, typer.Option(min=0, max=1, help="hold this share of each weight's change, e.g. 0.95")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="only modules whose name ends so; may be repeated")] = None,
+    save_rest: Annotated[bool, typer.Option("--save-rest", help="keep biases, norms and all else that changed whole")] = False,
+    seed: Annotated[int, typer.Option(help="of the random projections")] = 0,
+    to: To = "peft",
+    dtype: Dtype = None,
+    force: Force = False,
+    modules: Modules = False,
+    json_output: Json = False,
+) -> None:
+    """A LoRA out of a fine-tuned checkpoint and its base, one tensor in memory at a time."""
+    from rich.console import Console
+
+    from ..checkpoint.extract import extract as take
+    from ..errors import listing
+    from ..models.base import model_path
+
+    out = _free(out, force)
+    began = time.monotonic()
+    with Console(stderr=True).status("extracting") as status:
+        done = take(
+            model_path(base), model_path(tuned), rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
+            on_tensor=lambda name, at, total: status.update(f"{at}/{total} {name}"),
+        )  # fmt: skip
+    path = _write(done.adapter, out, to, dtype)
+    if json_output:
+        print(json.dumps({"out": str(path), "parameters": done.adapter.parameters, **done.to_dict()}))
+        return
+    if modules:
+        for m in done.modules:
+            print(f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured {m.captured:.1%}")
+    print(f"{len(done.modules)} changed matrices, largest rank {done.adapter.rank}; {done.unchanged} tensors unchanged")
+    if done.rest:
+        print(
+            f"{len(done.rest)} other tensors changed and were {'saved whole' if done.adapter.saved else 'left out'}: {listing(done.rest, 3)}"
+        )
+    print(f"captured: {done.captured:.2%} of the change (squared norm); {done.adapter.parameters:,} parameters, {_seconds(began)}")
+    print(f"next: lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}")
+
+
+def _report(what: str, before: list[Adapter], done: Resized, path: Path, began: float, modules: bool, json_output: bool) -> None:
+    count = [sum(a.parameters for a in before), done.adapter.parameters]
+    if json_output:
+        told: dict[str, Any] = {"out": str(path), "rank": done.adapter.rank, "parameters": {"before": count[0], "after": count[1]}}
+        print(json.dumps(told | done.to_dict()))
+        return
+    if modules:
+        for m in done.modules:
+            print(f"  {m.module}  rank {m.before} -> {m.after}  error {m.error:.3g}")
+    ranks = sorted({f.rank for f in done.adapter.factors.values()})
+    told_ranks = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "whole updates"
+    print(f"{what}: {len(done.modules)} modules, {told_ranks}; {count[0]:,} parameters -> {count[1]:,}, {_seconds(began)}")
+    worst = done.worst
+    if worst is not None and worst.error > 0:
+        print(f"relative error {done.error:.3g} ({done.energy:.2%} of the energy kept); largest: {worst.module}, {worst.error:.3g}")
+    else:
+        print("exact")
+    print(f"next: lorakit inspect {quote(str(path))}")
+
+
+def _load(source: str, alpha: float | None) -> Adapter:
+    from ..formats import load
+
+    options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
+    return load(source, **options)
+
+
+def _write(adapter: Adapter, out: Path, to: str, dtype: str | None) -> Path:
+    import torch
+
+    from ..adapter.edit import cast
+    from ..formats import save
+
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return save(cast(adapter, kinds[dtype]) if dtype else adapter, out, to)
+
+
+def _free(out: Path, force: bool) -> Path:
+    """OUT, if there is nothing there or it may be replaced."""
+    out = out.expanduser()
+    if not force and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} exists\n  --force replaces it")
+    return out
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights: '{text}' is not a list of numbers; expected one for each adapter, e.g. 0.7,0.3") from None
+
+
+def _seconds(began: float) -> str:
+    return f"{time.monotonic() - began:.1f} s"
