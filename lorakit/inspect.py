@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapter.spectrum import norm, spectrum
 from .config import LoraConfig
-from .errors import LorakitError
+from .errors import LorakitError, listing
+from .heatmap import Grid, grids, printable
 from .models.base import EMBEDDED, load_config
+from .training_notes import training
 
 if TYPE_CHECKING:
-    from .adapter.adapter import Adapter
+    from torch import Tensor
+
+    from .adapter.adapter import Adapter, Other
     from .adapter.factors import Factors
+
+__all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
+
+# What a heat map can show, and how it is called there.
+QUANTITIES = {"norm": "‖ΔW‖", "relative": "‖ΔW‖ / ‖W‖", "effective_rank": "effective rank", "stable_rank": "stable rank"}
 
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One adapted module; `norm` is ΔW's Frobenius norm."""
+    """One adapted module; `norm` is ΔW's Frobenius norm (of a DoRA, that of s · B A), `relative` the part of ‖W‖ that the change is.
+
+    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense (a whole ΔW). See `adapter.spectrum` for the two ranks.
+    """
 
     name: str
     kind: str
@@ -30,6 +43,11 @@ class ModuleFacts:
     scale: float
     norm: float
     dtype: str
+    effective_rank: float | None = None
+    stable_rank: float = 0.0
+    relative: float | None = None
+    dora: bool = False
+    dead: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,80 +61,181 @@ class AdapterFacts:
     saved: dict[str, list[int]]
     modules: list[ModuleFacts]
     metadata: Mapping[str, Any]
+    format: str | None = None
+    targets: list[str] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)  # rank -> how many modules have it; so for alpha and the dtypes
+    alphas: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    bytes: int | None = None
+    embeddings: dict[str, list[int]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dead(self) -> list[str]:
+        """Modules that change nothing."""
+        return [m.name for m in self.modules if m.dead]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "dead": self.dead}
+
+    def grids(self, quantity: str = "norm") -> list[Grid]:
+        """A quantity of all modules as heat maps: "norm", "relative", "effective_rank" or "stable_rank"."""
+        return grids({m.name: getattr(m, quantity) for m in self.modules}, QUANTITIES[quantity])
 
     def show(self, every_module: bool = False) -> None:
         """Print; modules of one ending and shape in one line, unless every one is asked for."""
         from rich.console import Console
-        from rich.table import Table
 
-        print(
-            f"{self.source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {self.base or 'not stated'}"
-        )
-        table = Table()
-        table.add_column("module")
-        for column in ("count", "in", "out", "rank", "alpha", "scale", "|ΔW| least", "most"):
-            table.add_column(column, justify="right")
+        source, base = printable(self.source), printable(self.base or "not stated")
+        print(f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}")
+        print("; ".join(self._file()))
+        if self.modules:
+            Console().print(self._table(every_module))
+        if self.dead:
+            print(f"{len(self.dead)} of {len(self.modules)} modules have ΔW = 0: they change nothing ({printable(listing(self.dead, 3))})")
+        for name, shape in self.saved.items():
+            print(f"saved whole: {printable(name)} {shape}")
+        for token, shape in self.embeddings.items():
+            print(f"learned token: {printable(token)} {shape}")
+        for section in ("recipe", "data", "metrics"):
+            if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
+                print(printable(f"{section}: " + ", ".join(f"{k} {v}" for k, v in self.metadata[section].items())))
+        for key, value in self.training.items():
+            told = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, dict) else value
+            print(printable(f"{key}: {', '.join(told) if isinstance(told, list) else told}"))
+
+    def _file(self) -> list[str]:
+        """Of the file as a whole, and the base's fingerprint."""
+        told = [f"format {self.format}"] if self.format else []
+        told += [", ".join(self.dtypes)] if self.dtypes else []
+        told += [f"{self.bytes:,} bytes"] if self.bytes is not None else []
+        print_ = self.metadata.get("fingerprint")
+        if isinstance(print_, Mapping):
+            parameters = print_.get("parameters")
+            count = f"{parameters:,} parameters, " if isinstance(parameters, int) else ""
+            told.append(printable(f"fingerprint of the base: {print_.get('architecture')}, {count}shapes {print_.get('shapes')}"))
+        return told or ["format not stated"]
+
+    def _table(self, every_module: bool):
+        from rich.table import Table
+        from rich.text import Text
+
+        relative = any(m.relative is not None for m in self.modules)
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        table.add_column("module", overflow="fold", vertical="bottom", min_width=9)
+        shown = ["count", "in", "out", "rank", "alpha", "scale", "|ΔW|\nleast", "most", "effect.\nrank", "stable\nrank"]
+        for column in (*shown, *(["|ΔW| /\n|W|"] if relative else [])):
+            table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
         for key, group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
-            table.add_row(
-                key[0], str(len(group)), str(first.size_in), str(first.size_out), str(first.rank), f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"
-            )  # fmt: skip
-        Console().print(table)
-        zero = [m.name for m in self.modules if m.norm == 0]
-        if zero:
-            print(f"{len(zero)} of {len(self.modules)} modules have ΔW = 0: they change nothing")
-        for name, shape in self.saved.items():
-            print(f"saved whole: {name} {shape}")
-        for section in ("recipe", "data", "metrics"):
-            if self.metadata.get(section):
-                print(f"{section}: " + ", ".join(f"{k} {v}" for k, v in self.metadata[section].items()))
+            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " whole"}.get(first.kind, "")
+            cells = [
+                str(len(group)), str(first.size_in), str(first.size_out), str(first.rank), f"{first.alpha:g}", f"{first.scale:g}",
+                f"{min(norms):.3g}", f"{max(norms):.3g}", _mean([m.effective_rank for m in group]), _mean([m.stable_rank for m in group]),
+            ]  # fmt: skip
+            more = [_mean([m.relative for m in group], ".2g")] if relative else []
+            table.add_row(Text(printable(f"{key[0]}{kind}{' DoRA' if first.dora else ''}")), *cells, *more)
+        return table
 
     def _groups(self, every_module: bool) -> dict[tuple, list[ModuleFacts]]:
         groups: dict[tuple, list[ModuleFacts]] = {}
         for m in self.modules:
-            name = m.name if every_module else m.name.rsplit(".", 1)[-1]
-            groups.setdefault((name, m.size_in, m.size_out, m.rank, m.alpha), []).append(m)
+            name = m.name if every_module else ending(m.name)
+            groups.setdefault((name, m.size_in, m.size_out, m.rank, m.alpha, m.kind, m.dora), []).append(m)
         return groups
 
 
-def describe_adapter(adapter: Adapter, source: str) -> AdapterFacts:
-    """The facts of an adapter; no ΔW is built."""
-    modules = [
-        ModuleFacts(
-            name, f.kind, f.A[0].numel(), f.B.shape[0], f.rank, f.alpha, f.scale, norm(f), str(f.A.dtype).removeprefix("torch.")
-        )
-        for name, f in adapter.factors.items()
-    ]  # fmt: skip
-    saved = {name: list(t.shape) for name, t in adapter.saved.items()}
+def ending(module: str) -> str:
+    """The last part of a name; the last two of one that ends in a number (`to_out.0`)."""
+    parts = module.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def _mean(values: list[float | None], how: str = ".1f") -> str:
+    known = [v for v in values if v is not None]
+    return format(sum(known) / len(known), how) if known else ""
+
+
+def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, form: str | None = None) -> AdapterFacts:
+    """The facts of an adapter; no ΔW of low rank is built. With `base`, a checkpoint folder, also relative to the weights there. `form`: the format it was read from."""
+    relative: Mapping[str, float] = {}
+    if base is not None:
+        from .spectrum import open_weights, relative_norms
+
+        relative = relative_norms(adapter, open_weights(base, list(adapter.updates)))
+    modules = [_module(name, update, relative.get(name)) for name, update in adapter.updates.items()]
+    tensors = [t for update in adapter.updates.values() for t in update.tensors().values()]
+    tensors += [*adapter.saved.values(), *adapter.embeddings.values()]
     return AdapterFacts(
         source,
         adapter.config.base,
         adapter.config.task,
-        adapter.rank,
+        max((m.rank for m in modules), default=0),
         adapter.parameters,
         adapter.config.rslora,
-        saved,
+        {name: list(t.shape) for name, t in adapter.saved.items()},
         modules,
         adapter.metadata,
+        format=form,
+        targets=sorted({ending(m.name) for m in modules}),
+        ranks=_counts([str(m.rank) for m in modules]),
+        alphas=_counts([f"{m.alpha:g}" for m in modules]),
+        dtypes=_counts([str(t.dtype).removeprefix("torch.") for t in tensors]),
+        bytes=_size(Path(source).expanduser()),
+        embeddings={token: list(t.shape) for token, t in adapter.embeddings.items()},
+        training=training(adapter.metadata.get("header")),
     )
 
 
-def norm(f: Factors) -> float:
-    """The Frobenius norm of ΔW from the factors: ‖B A‖² = trace((BᵀB)(A Aᵀ)), an r x r product."""
+def _module(name: str, update: Factors | Other, relative: float | None) -> ModuleFacts:
+    from .adapter.factors import Factors
+
+    found = spectrum(update)
+    tensors = update.tensors()
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dora = isinstance(update, Factors) and update.magnitude is not None
+    bias = not isinstance(update, Factors) and "bias" in tensors
+    return ModuleFacts(
+        name,
+        update.kind if isinstance(update, Factors) else type(update).__name__.lower(),
+        found.V.shape[0],
+        found.U.shape[0],
+        update.rank,
+        getattr(update, "alpha", float(update.rank)),
+        update.scale,
+        found.norm,
+        dtype,
+        found.effective_rank,
+        found.stable_rank,
+        relative,
+        dora,
+        dead=found.norm == 0 and not dora and not bias,
+    )
+
+
+def _counts(values: list[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of an adapter's file, or of its folder's tensors."""
+    if path.is_file():
+        return path.stat().st_size
+    files = [p for p in (path / "adapter_model.safetensors", path / "adapter_model.bin") if p.is_file()]
+    return files[0].stat().st_size if files else None
+
+
+def not_finite(source: str) -> dict[str, int]:
+    """Where a file that cannot be loaded for its NaN or infinite numbers has them: key -> how many. Empty if it has none."""
     import torch
 
-    A, B = f.A.flatten(1).to(torch.float64), f.B.flatten(1).to(torch.float64)
-    if A.shape[0] != B.shape[1]:  # PEFT's grouped convolution: each group has factors of its own
-        blocks = zip(A.chunk(f.groups), B.chunk(f.groups), strict=True)
-        return f.scale * math.sqrt(sum(_squared(a, b) for a, b in blocks))
-    return f.scale * math.sqrt(_squared(A, B))
+    from .formats.files import read_tensors
 
-
-def _squared(A, B) -> float:
-    return max(0.0, float(((B.T @ B) * (A @ A.T)).sum()))
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else [p for p in (path / "adapter_model.safetensors", path / "adapter_model.bin") if p.is_file()]
+    tensors: dict[str, Tensor] = read_tensors(files[0])[0] if files and files[0].suffix in (".safetensors", ".bin", ".pt") else {}
+    bad = {key: int((~torch.isfinite(t)).sum()) for key, t in tensors.items() if t.is_floating_point()}
+    return {key: count for key, count in bad.items() if count}
 
 
 @dataclass(frozen=True)

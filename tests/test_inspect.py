@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -11,9 +12,12 @@ import tiny_lm
 import torch
 
 import lorakit as lk
+from lorakit.adapter.dense import Dense
 from lorakit.adapter.factors import Factors
+from lorakit.adapter.hadamard import Hadamard
 from lorakit.errors import LorakitError
 from lorakit.inspect import describe_adapter, describe_model, is_model, norm
+from lorakit.training_notes import training
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -97,9 +101,9 @@ def test_the_facts_of_an_adapter(adapter, capsys, monkeypatch):
     assert "saved whole: model.norm.weight [16]" in out
     assert "recipe: steps 7" in out
     assert "metrics: loss 0.5" in out
-    assert len([line for line in out.splitlines() if "down_proj" in line]) == 1
+    assert len([line for line in out.splitlines() if line.strip().startswith("down_proj")]) == 1
     facts.show(every_module=True)
-    assert len([line for line in capsys.readouterr().out.splitlines() if "down_proj" in line]) == 2
+    assert len([line for line in capsys.readouterr().out.splitlines() if "mlp.down_proj " in line]) == 2
 
 
 def test_a_trained_adapter_has_no_zero_update_to_report(adapter, capsys):
@@ -158,3 +162,72 @@ def test_norms_of_very_different_sizes_keep_their_digits():
     B = torch.stack([torch.ones(4), -torch.ones(4)], 1)  # the two ranks cancel exactly
     found = norm(Factors(A, B, 1.0))
     assert found == 0 or (math.isfinite(found) and found < 1e-6)
+
+
+def test_effective_rank_and_dead_modules_of_every_kind_are_told():
+    A, B = torch.linalg.qr(random(9, 9))[0][:3], torch.linalg.qr(random(6, 6))[0][:, :3]
+    even = Factors(A, B, alpha=3.0)
+    one = Factors(A, B * torch.tensor([1.0, 0, 0]), alpha=3.0)
+    loha = Hadamard(random(30, 2), random(2, 20), random(30, 2), random(2, 20), alpha=4.0)
+    bias = Dense(None, bias=torch.ones(6))
+    made = lk.Adapter(
+        lk.LoraConfig(),
+        {"even": even, "one": one, "dead": replace(even, B=B * 0), "dora": replace(even, B=B * 0, magnitude=torch.ones(6, 1))},
+        others={"loha": loha, "bias": bias, "dead too": Dense(torch.zeros(4, 4))},
+    )
+    facts = describe_adapter(made, "x")
+    by_name = {m.name: m for m in facts.modules}
+    assert by_name["even"].effective_rank == pytest.approx(3, rel=1e-5)
+    assert by_name["one"].effective_rank == pytest.approx(1, rel=1e-5)
+    assert by_name["one"].stable_rank == pytest.approx(1, rel=1e-5)
+    assert (by_name["loha"].kind, by_name["loha"].size_in, by_name["loha"].size_out) == ("hadamard", 20, 30)
+    assert by_name["loha"].norm == pytest.approx(float(loha.delta().norm()), rel=1e-5)
+    assert by_name["dora"].dora
+    assert facts.dead == ["dead", "dead too"]  # a DoRA of B = 0 may still change lengths, and a bias is a change
+    facts.show(every_module=True)
+    json.dumps(facts.to_dict(), allow_nan=False)
+
+
+def test_the_file_the_base_and_the_variety_of_ranks_are_told(tmp_path, capsys):
+    live = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}))
+    made = lk.capture(tiny.randomise_factors(live)).to(torch.bfloat16)
+    made = replace(made, embeddings={"<s1>": torch.ones(2, 8)})
+    folder = replace(made, embeddings={}).save(tmp_path / "a")
+    facts = describe_adapter(made, str(folder), form="peft")
+    assert (facts.format, facts.targets, facts.ranks, facts.alphas) == ("peft", ["q_proj", "v_proj"], {"4": 2, "2": 2}, {"8": 4})
+    assert facts.dtypes == {"bfloat16": 8, "float32": 1}
+    assert facts.bytes == (folder / "adapter_model.safetensors").stat().st_size
+    facts.show()
+    out = capsys.readouterr().out
+    assert "format peft; bfloat16, float32; " in out
+    assert "fingerprint of the base: LlamaForCausalLM, " in out
+    assert "learned token: <s1> [2, 8]" in out
+
+
+def test_trigger_words_tags_and_settings_come_from_kohyas_header(capsys):
+    header = {
+        "ss_tag_frequency": json.dumps({"10_sks dog": {"a dog": 12, "grass ": 3}, "img": {"grass": 4, "bad": "x"}}),
+        "ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}, "2_reg": {}}),
+        "modelspec.trigger_phrase": "in the style of sks",
+        "ss_learning_rate": "0.0001", "ss_unet_lr": "None", "ss_steps": "1200", "ss_training_comment": "hi\x1b[31m",
+    }  # fmt: skip
+    told = training(header)
+    assert told["trigger words"] == ["in the style of sks", "sks dog", "reg"]
+    assert told["commonest tags"] == {"a dog": 12, "grass": 7}
+    assert (told["learning rate"], told["steps"]) == ("0.0001", "1200")
+    assert "unet learning rate" not in told
+    made = lk.Adapter(
+        lk.LoraConfig(), {"x": Factors(random(1, 3), random(2, 1), 1.0)}, metadata={"header": header, "recipe": {"x": "\x1b[2J"}}
+    )
+    describe_adapter(made, "x").show()
+    out = capsys.readouterr().out
+    assert "trigger words: in the style of sks, sks dog, reg" in out
+    assert "commonest tags: a dog (12), grass (7)" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    "header", [None, 3, {}, {"ss_tag_frequency": "{"}, {"ss_tag_frequency": "[1]"}, {"ss_tag_frequency": '{"a": 1}'}, {"ss_steps": None}]
+)
+def test_a_header_of_nonsense_tells_nothing_and_stops_nothing(header):
+    assert training(header) == {}

@@ -5,31 +5,89 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="an adapter (folder, file or hub id), or a model folder with --modules")],
     alpha: Annotated[float | None, typer.Option(help="for loralib files, which do not hold it")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="list every module (of a model: those that can be adapted)")] = False,
+    base: Annotated[str | None, typer.Option(help="the base's checkpoint folder, or 'embedded': norms relative to its weights")] = None,
+    heat: Annotated[bool, typer.Option("--map", help="a heat map of the modules in the terminal")] = False,
+    quantity: Annotated[
+        Literal["norm", "relative", "effective_rank", "stable_rank"] | None,
+        typer.Option(help="what the heat map shows; default: relative with --base, else norm"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the heat map (.png or .svg)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """What is in an adapter: base, targets, ranks, strength, norms of its update; or which modules a model has."""
+    """What is in an adapter: format, base, targets, ranks, strength, norms of its update, training; or which modules a model has."""
+    from ..errors import ConfigError
     from ..inspect import describe_adapter, describe_model, is_model
 
     if is_model(source):
-        told: Any = describe_model(source)
-    else:
-        from ..formats import load
+        if base is not None or heat or plot is not None:
+            raise ConfigError(f"{source} is a model: --base, --map and --plot are for adapters")
+        model = describe_model(source)
+        print(json.dumps(model.to_dict())) if json_output else model.show(modules)
+        return
+    from ..formats import format_of
+    from ..heatmap import kind_of
+    from ..heatmap import plot as draw
 
-        options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
-        told = describe_adapter(load(source, **options), source)
+    shown = quantity or ("relative" if base is not None else "norm")
+    if shown == "relative" and base is None:
+        raise ConfigError("--quantity relative compares with the base's weights\n  give their folder: --base FOLDER")
+    if plot is not None:
+        kind_of(plot)  # before the work
+    folder = base_folder(base)
+    told = describe_adapter(load_adapter(source, alpha, folder), source, folder, format_of(source))
+    if plot is not None and told.modules:
+        draw(told.grids(shown), plot, source)
     if json_output:
         print(json.dumps(told.to_dict()))
-    else:
-        told.show(modules)
+        return
+    told.show(modules)
+    if heat:
+        from rich.console import Console
+
+        console = Console()
+        for grid in told.grids(shown):
+            for table in grid.tables(console.width):
+                console.print(table)
+    if plot is not None:
+        print(f"written: {plot}" if told.modules else "there is no module to draw")
+
+
+def base_folder(name: str | None) -> Path | None:
+    """Where the base's files are: a folder as named, of whatever kind, or the embedded model's."""
+    from ..models.base import EMBEDDED, model_path
+
+    if name is None:
+        return None
+    return Path(model_path(name)) if name == EMBEDDED else Path(name).expanduser()
+
+
+def load_adapter(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
+    """An adapter; where it holds NaN or infinity, the error says in which keys, all of them."""
+    from ..errors import AdapterError
+    from ..formats import load
+    from ..inspect import not_finite
+
+    try:
+        return load(source, alpha=alpha, base=base)
+    except AdapterError as error:
+        bad = not_finite(source) if "not finite" in str(error) else {}
+        if not bad:
+            raise
+        keys = "".join(f"\n  {key}: {count:,}" for key, count in list(bad.items())[:20])
+        more = f"\n  and {len(bad) - 20} more keys" if len(bad) > 20 else ""
+        raise AdapterError(f"{error}\n{len(bad)} keys of {source} hold such numbers:{keys}{more}") from error
 
 
 def merge(

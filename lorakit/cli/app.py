@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import adapters, bench, chat, data, demo, judge, plan, sweep, train
+from . import adapters, algebra, bench, chat, compare, data, demo, export, judge, plan, sweep, train
 
 app = typer.Typer(
     name="lorakit",
@@ -44,5 +44,11 @@ app.command("eval", short_help="judge base and adapters side by side")(judge.eva
 app.command("generate", short_help="answer one prompt")(chat.generate)
 app.command("chat", short_help="talk to a model")(chat.chat)
 app.command("inspect", short_help="what is in an adapter or a model")(adapters.inspect)
+app.command("compare", short_help="two adapters side by side")(compare.compare)
+app.command("combine", short_help="several adapters as one")(algebra.combine)
+app.command("resize", short_help="an adapter at a lower rank")(algebra.resize)
+app.command("extract", short_help="a LoRA out of a fine-tuned checkpoint")(algebra.extract)
 app.command("merge", short_help="merge an adapter into a checkpoint")(adapters.merge)
+app.command("convert", short_help="an adapter in another format")(export.convert)
+app.command("export", short_help="an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified")(export.export)
 app.command("bench", short_help="our figures and the peers', on your machine")(bench.bench)

@@ -1,22 +1,22 @@
-"""How an adapter is written: one file per format, each with `read` and `write`; here, which one a path holds.
+"""How an adapter is written: one file per format, each with `read`, `losses` and `write`; here, which one a path holds.
 
-`load` tells the format by content. Nothing that is read is executed: safetensors, or pickles through torch's
-`weights_only=True`.
+The format is told by content: a file's first bytes, its tensors' names, a folder's config. Nothing that is read is executed:
+safetensors, GGUF, or pickles through torch's `weights_only=True`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterError, did_you_mean
+from ..errors import AdapterError, did_you_mean, listing
 
 if TYPE_CHECKING:
     import torch
 
     from ..adapter.adapter import Adapter
 
-FORMATS = ("peft", "loralib")
+FORMATS = ("peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf")
 
 
 def load(
@@ -26,42 +26,103 @@ def load(
     revision: str | None = None,
     alpha: float | None = None,
     packed: dict[str, list[bool]] | None = None,
+    base: Any = None,
 ) -> Adapter:
-    """Read an adapter.
+    """Read an adapter in any of `FORMATS`.
 
-    source: PEFT's folder (or a file in it), a loralib checkpoint, or a hub id. `alpha` (always) and `packed` (for a
-    MergedLinear) must be given for a loralib checkpoint, which does not hold them. Raises AdapterError for anything that is
-    not a sound adapter; nothing is built before sizes are checked.
+    source: a folder, a file, or a hub id. `alpha` must be given where the file does not hold it (always for loralib, for MLX without
+    its config), `packed` for a MergedLinear of loralib, `base` (the base's folder or config) for a GGUF of a Llama. Raises AdapterError
+    for anything that is not a sound adapter; nothing is built before sizes are checked.
     """
-    from . import loralib, peft
+    from .files import read_tensors
 
+    path = find(source, revision)
+    format = format or format_of(path)
+    reader = _module(format)
+    if alpha is not None and format not in ("loralib", "mlx"):
+        raise AdapterError(f"{path} is a {format} adapter, which says itself what alpha is\n  leave it out")
+    if packed is not None and format != "loralib":
+        raise AdapterError(f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave it out")
+    if format == "peft":
+        return reader.read(path)
+    if format == "loralib":
+        return reader.read(path, alpha, packed)
+    if format == "gguf":
+        return reader.read(path, base)
+    if format == "cloneofsimo":
+        return reader.load(path)
+    file = _inside(path, format)
+    tensors, header = read_tensors(file)
+    return reader.read(file, tensors, header, alpha) if format == "mlx" else reader.read(file, tensors, header)
+
+
+def save(adapter: Adapter, path: str | Path, format: str = "peft", *, dtype: torch.dtype | None = None, base: Any = None) -> Path:
+    """Write an adapter: "peft" and "mlx" are folders, the others files.
+
+    dtype: the precision to write it in (by default as it is). base: the base's folder or config, for "gguf". AdapterError, with all
+    of it, where the format cannot hold something of the adapter (see `losses`). Returns the path written.
+    """
+    adapter, path = adapter.to(dtype) if dtype else adapter, Path(path).expanduser()
+    return _module(format).write(adapter, path, base) if format == "gguf" else _module(format).write(adapter, path)
+
+
+def losses(adapter: Adapter, format: str) -> list[str]:
+    """What of this adapter the format cannot hold, one line each."""
+    return _module(format).losses(adapter)
+
+
+def format_of(source: str | Path) -> str:
+    """Which of `FORMATS` a path holds. AdapterError if none."""
+    from . import peft
+
+    path = find(source)
+    if peft.is_peft(path):
+        return "peft"
+
+    from . import cloneofsimo, diffusers, kohya, mlx
+    from .files import keys_of
+
+    if path.is_dir():
+        if mlx.is_mlx(path):
+            return "mlx"
+        if (path / diffusers.FILE).is_file():
+            return "diffusers"
+        return "loralib"  # whose reader says what is wrong with a folder
+    with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            return "gguf"
+    if cloneofsimo.is_pickle_of_it(path):
+        return "cloneofsimo"
+    keys = keys_of(path)
+    for format, module in (("kohya", kohya), ("cloneofsimo", cloneofsimo), ("mlx", mlx), ("diffusers", diffusers)):
+        if module.fits(keys):
+            return format
+    if any(key.endswith(".lora_A") for key in keys):
+        return "loralib"
+    raise AdapterError(
+        f"{path} is no adapter in a format that lorakit knows: its tensors are {listing(keys, 3)}\n  known formats: {', '.join(FORMATS)}"
+    )
+
+
+def find(source: str | Path, revision: str | None = None) -> Path:
+    """The path of a file or folder, or of a hub id's files."""
     path = Path(source).expanduser()
-    if not path.exists():
-        path = _download(str(source), revision)
-    if format is None:
-        format = "peft" if peft.is_peft(path) else "loralib"
-    if format == "peft":
-        if alpha is not None or packed is not None:
-            raise AdapterError(f"{path} is a PEFT adapter, whose own config says what alpha and packed are\n  leave them out")
-        return peft.read(path)
-    if format == "loralib":
-        return loralib.read(path, alpha, packed)
-    raise _unknown(format)
+    return path if path.exists() else _download(str(source), revision)
 
 
-def save(adapter: Adapter, path: str | Path, format: str = "peft", *, dtype: torch.dtype | None = None) -> Path:
-    """Write an adapter: "peft" (a folder that PEFT and all that read it load) or "loralib" (one state-dict file).
+def _inside(path: Path, format: str) -> Path:
+    """The file with the tensors, where `path` is its folder."""
+    from . import diffusers, mlx
 
-    dtype: the precision to write it in (by default as it is). Returns the path written.
-    """
-    from . import loralib, peft
+    return path / (mlx.WEIGHTS if format == "mlx" else diffusers.FILE) if path.is_dir() else path
 
-    adapter = adapter.to(dtype) if dtype else adapter
-    if format == "peft":
-        return peft.write(adapter, Path(path).expanduser())
-    if format == "loralib":
-        return loralib.write(adapter, Path(path).expanduser())
-    raise _unknown(format)
+
+def _module(format: str) -> Any:
+    from importlib import import_module
+
+    if format not in FORMATS:
+        raise _unknown(format)
+    return import_module(f".{format}", __name__)  # each format's file has its name
 
 
 def _unknown(format: str) -> AdapterError:
@@ -72,7 +133,8 @@ def _download(name: str, revision: str | None) -> Path:
     """A hub id's files. Anything that looks like a local path is not looked for on the hub."""
     here = Path(name).expanduser().parent
     alike = did_you_mean(Path(name).name, [p.name for p in here.iterdir()]) if here.is_dir() else ""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix in {".safetensors", ".bin", ".pt", ".json"}:
+    suffixes = {".safetensors", ".bin", ".pt", ".json", ".gguf"}
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix in suffixes:
         raise AdapterError(f"no adapter at '{name}': there is no such file or folder{alike}")
     from huggingface_hub import snapshot_download
 

@@ -26,7 +26,32 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises AdapterError naming the file, and the key where one is at fault. Header claims are checked against the file's
     size before memory is taken.
     """
-    return _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    return _read_safetensors(path) if _is_safetensors(path) else (_read_pickle(path), {})
+
+
+def keys_of(path: Path) -> list[str]:
+    """The names of a file's tensors; of a safetensors file without reading them."""
+    if not _is_safetensors(path):
+        return list(_read_pickle(path))
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes, a length and a JSON object; a pickle starts otherwise. What is neither is what its name says."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if head[8:] == b"{":
+        return True
+    return path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80"))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -48,6 +73,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    value = read_pickled(path)
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} holds a list; expected a state dict of named tensors")
+    return value
+
+
+def read_pickled(path: Path) -> dict[str, Tensor] | list[Tensor]:
+    """A pickled state dict, or a pickled list of tensors, through `weights_only=True`. AdapterError for anything else."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as parts:
@@ -59,15 +92,16 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is not a state dict that can be read safely: {next(iter(str(error).splitlines()), type(error).__name__)}\n"
             "  lorakit never runs code from an adapter; have its author save it as safetensors"
         ) from error
-    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+    named = value if isinstance(value, Mapping) else {f"[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else None
+    if named is None or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in named.items()):
         raise AdapterError(f"{path} holds a {type(value).__name__}; expected a state dict of named tensors")
-    for name, tensor in value.items():
+    for name, tensor in named.items():
         _check_claim(path, name, list(tensor.shape))
         # A view that repeats a few stored numbers would fill the memory when it is copied.
         whole = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
         if not whole or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise AdapterError(f"{path}: '{name}' is not a plain tensor whose numbers are all in the file")
-    return dict(value)
+    return list(value) if isinstance(value, list) else dict(named)
 
 
 def _check_claim(path: Path, name: str, shape: list[int]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..config import LoraConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, listing
 from ..ops.blocks import compact_packed, expand_packed
 from .files import read_tensors, replacing, write_tensors
 
@@ -53,16 +53,33 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
     return Adapter(config, factors, saved).check()
 
 
+def losses(adapter: Adapter) -> list[str]:
+    """What a loralib state dict cannot hold of this adapter, one line each."""
+    lost = []
+    if adapter.others:
+        lost.append(f"{len(adapter.others)} updates of another kind ({listing(adapter.others, 2)}): resize makes factors of them")
+    if adapter.embeddings:
+        lost.append(f"{len(adapter.embeddings)} learned tokens ({listing(adapter.embeddings, 2)})")
+    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None]
+    if dora:
+        lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)})")
+    conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
+    if conv:
+        lost.append(f"{len(conv)} convolutions ({listing(conv, 2)}), whose updates loralib factors in another way")
+    return lost
+
+
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write a loralib state dict (`.safetensors` by name, else torch's pickle). One alpha for all modules is needed."""
-    alphas = {float(f"{f.scale * f.rank:.9g}") for f in adapter.factors.values()}  # 32 / 49 * 49 is not quite 32
-    if len(alphas) > 1:
-        raise AdapterError(f"loralib has one alpha for a model; this adapter has {sorted(alphas)}")
+    """Write a loralib state dict (`.safetensors` by name, else torch's pickle). It holds no alpha: where the modules' differ, all get the
+    commonest, and the rest of their strength is folded into B."""
+    lost = losses(adapter.check())
+    if lost:
+        raise AdapterError(f"{path}: a loralib checkpoint cannot hold all of this adapter\n  " + "\n  ".join(lost))
+    alphas = {m: float(f"{f.scale * f.rank:.9g}") for m, f in adapter.factors.items()}  # 32 / 49 * 49 is not quite 32
+    common = max(set(alphas.values()), key=list(alphas.values()).count, default=1.0)
     tensors: dict[str, Tensor] = dict(adapter.saved)
     for module, f in adapter.factors.items():
-        if f.kind == "conv":
-            raise AdapterError(f"'{module}' is a convolution, whose update loralib factors in another way")
-        B = f.B
+        B = f.B if alphas[module] == common else (f.B.double() * (alphas[module] / common)).to(f.B.dtype)
         if f.parts:
             compact = compact_packed(B, f.parts)
             if compact is None:

@@ -1,0 +1,259 @@
+"""Two adapters side by side: how alike their updates are, and how much they would disturb each other when both are active.
+
+    cosine               ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖)
+    principal angles     between the spaces of inputs that the two read (V), and of outputs that they write (U)
+    φ(A, B, i, j)        ‖U_A^iᵀ U_B^j‖_F² / min(i, j) (Hu et al. 2021, section 7.2): 0 for orthogonal, 1 for contained subspaces;
+                         max(i, j) / width by chance
+    interference         what B adds to A's effect, relative to it, on the inputs that A acts on (`Interference`)
+
+All from the singular values and directions of the updates: no [out, in] matrix is built for one of low rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .adapter.adapter import Adapter, Other
+from .adapter.factors import Factors
+from .adapter.spectrum import LowRank, Spectrum, decompose, inner, matrix, size_of
+from .config import matches
+from .errors import AdapterError, TargetError, did_you_mean, listing
+from .spectrum import Amplification, amplification, open_weights
+
+Of = Literal["A", "B", "right", "left"]
+MOST_SHOWN = 4  # modules whose φ is drawn where none are asked for: those of the largest updates
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What the second of two stacked adapters does to the first one's effect, in one module. x: an input, B the second.
+
+    change       ‖ΔW_B x‖ over ‖ΔW_A x‖ for inputs along A's own directions, each as strongly as A reads it (x = V_A S_A z, z normal; the
+                 root of the mean squares): ‖ΔW_B ΔW_Aᵀ‖_F / ‖ΔW_A ΔW_Aᵀ‖_F. 0: B does nothing there; 1: it adds as much again.
+    gain         the part of it along A's effect: ⟨ΔW_B ΔW_Aᵀ, ΔW_A ΔW_Aᵀ⟩ / ‖ΔW_A ΔW_Aᵀ‖². +1: the effect is doubled, -1: gone.
+    on_inputs    ‖ΔW_B V_A‖_F / ‖ΔW_B‖_F: the share of B that acts on inputs which A reads. 0 to 1.
+    on_outputs   ‖U_Aᵀ ΔW_B‖_F / ‖ΔW_B‖_F: the share of B that writes where A writes. 0 to 1.
+
+    With weights w_A and w_B in the stack, change and gain are w_B / w_A times as large.
+    """
+
+    change: float
+    gain: float
+    on_inputs: float
+    on_outputs: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module of both adapters. `a_by_b`: what B does to A's effect. Angles in degrees, smallest first; None where a ΔW is 0."""
+
+    name: str
+    shape: tuple[int, int]
+    ranks: tuple[int, int]
+    norms: tuple[float, float]
+    cosine: float | None
+    angles_in: list[float]
+    angles_out: list[float]
+    phi_in: float | None
+    phi_out: float | None
+    a_by_b: Interference | None
+    b_by_a: Interference | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """φ(A, B, i, j) of one module as rows i, columns j, both from 1. `chance`: what random subspaces of the full ranks give."""
+
+    module: str
+    of: Of
+    grid: list[list[float]]
+    chance: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    names: tuple[str, str]
+    pairs: list[Pair]
+    only: tuple[list[str], list[str]]
+    cosine: float | None
+    changes: tuple[float | None, float | None]  # of A's effect by B, and of B's by A, over all modules
+    similarities: list[Similarity]
+    amplifications: tuple[list[Amplification], list[Amplification]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        told = asdict(self)
+        for side, rows in zip(told["amplifications"], self.amplifications, strict=True):
+            for values, row in zip(side, rows, strict=True):
+                values["factor"] = row.factor
+        return told
+
+
+def compare(
+    a: Adapter,
+    b: Adapter,
+    names: tuple[str, str] = ("A", "B"),
+    *,
+    modules: Sequence[str] = (),
+    of: Of = "A",
+    base: Path | None = None,
+    on_module: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Compare two adapters of one base.
+
+    `modules`: names or their endings, of those whose φ is computed for all i, j (and, with `base`, whose update is set against W); the
+    largest few if none are named. `of`: the singular directions that φ is of: "A" the right ones of the factor A, as the paper's figures
+    have it, "B" the left ones of B, "right" and "left" those of ΔW itself. AdapterError where the two are not of one base.
+    """
+    first, second = a.updates, b.updates
+    shared = [module for module in first if module in second]
+    only = [m for m in first if m not in second], [m for m in second if m not in first]
+    pairs, sums = [], _Sums()
+    for i, module in enumerate(shared):
+        if on_module:
+            on_module(module, i, len(shared))
+        pairs.append(_pair(module, first[module], second[module], names, sums))
+    sums.alone([first[m] for m in only[0]], [second[m] for m in only[1]])
+    chosen = _chosen(pairs, modules)
+    similarities = [_similarity(pair.name, first[pair.name], second[pair.name], of) for pair in chosen if all(pair.ranks)]
+    against = ([], []) if base is None else _against(base, [pair.name for pair in chosen], first, second)
+    return Comparison(names, pairs, only, sums.cosine, sums.changes, similarities, against)
+
+
+def similarity(U: Tensor, V: Tensor) -> Tensor:
+    """φ(i, j) for all i, j [i, j], of two sets of orthonormal columns."""
+    energy = (U.T @ V).square().cumsum(0).cumsum(1)
+    i, j = torch.arange(1, U.shape[1] + 1), torch.arange(1, V.shape[1] + 1)
+    return energy / torch.minimum(i[:, None], j[None, :])
+
+
+def principal_angles(U: Tensor, V: Tensor) -> list[float]:
+    """The angles between two subspaces in degrees, smallest first; U and V have orthonormal columns (Björck and Golub 1973)."""
+    if not U.shape[1] or not V.shape[1]:
+        return []
+    return torch.linalg.svdvals(U.T @ V).clamp(0, 1).acos().rad2deg().tolist()
+
+
+def interference(a: Spectrum, b: Spectrum) -> Interference | None:
+    """What B does to A's effect; None if A has none."""
+    return _interfere(a, b)[0] if a.norm > 0 else None
+
+
+def _interfere(a: Spectrum, b: Spectrum) -> tuple[Interference, float, float]:
+    """And ‖ΔW_B ΔW_Aᵀ‖², ‖ΔW_A ΔW_Aᵀ‖²."""
+    reads, writes = a.V.T @ b.V, a.U.T @ b.U  # [r_a, r_b] both
+    near = a.strongest().S.numel()  # directions that A really has
+    added = (a.S[:, None] * reads * b.S).square().sum()
+    own = a.S.pow(4).sum()
+    along = (a.S.pow(3)[:, None] * reads * b.S * writes).sum()
+
+    def share(overlap: Tensor) -> float:
+        return min(1.0, float((overlap[:near] * b.S).norm()) / b.norm) if b.norm > 0 else 0.0
+
+    found = Interference(math.sqrt(float(added / own)), float(along / own), share(reads), share(writes))
+    return found, float(added), float(own)
+
+
+class _Sums:
+    """What is added up over all modules: products of the updates, and their effects on each other."""
+
+    def __init__(self) -> None:
+        self.product, self.energy, self.added, self.own = 0.0, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
+
+    def alone(self, *sides: Sequence[Factors | Other]) -> None:
+        """Modules of one adapter alone."""
+        for side, updates in enumerate(sides):
+            for update in updates:
+                found = decompose(matrix(update))
+                self.energy[side] += found.norm**2
+                self.own[side] += float(found.S.pow(4).sum())
+
+    @property
+    def cosine(self) -> float | None:
+        return self.product / math.sqrt(self.energy[0] * self.energy[1]) if min(self.energy) > 0 else None
+
+    @property
+    def changes(self) -> tuple[float | None, float | None]:
+        first, second = (math.sqrt(added / own) if own > 0 else None for added, own in zip(self.added, self.own, strict=True))
+        return first, second
+
+
+def _pair(module: str, a: Factors | Other, b: Factors | Other, names: tuple[str, str], sums: _Sums) -> Pair:
+    first, second = matrix(a), matrix(b)
+    shape, other = size_of(first), size_of(second)
+    if shape != other:
+        raise AdapterError(
+            f"'{module}' is {shape[0]} x {shape[1]} in {names[0]} and {other[0]} x {other[1]} in {names[1]}\n"
+            "  two adapters can be compared if they are of one base"
+        )
+    x, y = decompose(first), decompose(second)
+    product = inner(first, second)
+    sums.product += product
+    found: list[Interference | None] = []
+    for side, (one, two) in enumerate(((x, y), (y, x))):
+        sums.energy[side] += one.norm**2
+        if one.norm > 0:
+            told, added, own = _interfere(one, two)
+            sums.added[side] += added
+            sums.own[side] += own
+            found.append(told)
+        else:
+            found.append(None)
+    s, t = x.strongest(), y.strongest()
+    phi = [float(similarity(p, q)[-1, -1]) if s.rank and t.rank else None for p, q in ((s.V, t.V), (s.U, t.U))]
+    cosine = max(-1.0, min(1.0, product / (x.norm * y.norm))) if x.norm > 0 and y.norm > 0 else None
+    notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if isinstance(u, Factors) and u.magnitude is not None]
+    notes += [f"{n}: its {d.S.numel()} strongest directions" for n, d in zip(names, (x, y)) if not d.complete]
+    return Pair(
+        module, shape, (s.rank, t.rank), (x.norm, y.norm), cosine, principal_angles(s.V, t.V), principal_angles(s.U, t.U),
+        phi[0], phi[1], found[0], found[1], "; ".join(notes),
+    )  # fmt: skip
+
+
+def _chosen(pairs: Sequence[Pair], wanted: Sequence[str]) -> list[Pair]:
+    for one in wanted:
+        if not any(matches(pair.name, [one]) for pair in pairs):
+            endings = {pair.name.rsplit(".", 1)[-1] for pair in pairs}
+            there = f"they share {listing([pair.name for pair in pairs], 3)}" if pairs else "they share none"
+            raise TargetError(f"no module of both adapters ends in '{one}'{did_you_mean(one, endings)}\n  {there}")
+    if wanted:
+        return [pair for pair in pairs if matches(pair.name, list(wanted))]
+    largest = sorted(pairs, key=lambda pair: pair.norms[0] * pair.norms[1], reverse=True)[:MOST_SHOWN]
+    return [pair for pair in pairs if pair in largest]
+
+
+def _similarity(module: str, a: Factors | Other, b: Factors | Other, of: Of) -> Similarity:
+    if not (isinstance(a, Factors) and isinstance(b, Factors)):  # LoHa, LoKr and whole updates have no A and B
+        of = "right" if of in ("A", "right") else "left"
+    U, V = directions(a, of), directions(b, of)
+    return Similarity(module, of, similarity(U, V).tolist(), max(U.shape[1], V.shape[1]) / U.shape[0])
+
+
+def directions(update: Factors | Other, of: Of) -> Tensor:
+    """Orthonormal columns, the strongest first: ΔW's input (right) or output (left) directions, or those of the factor A or B alone."""
+    low = matrix(update)
+    if of in ("right", "left") or not isinstance(low, LowRank):
+        found = decompose(low).strongest()
+        return found.V if of in ("A", "right") else found.U
+    factor = low.right.T if of == "A" else low.left  # [in, r] or [out, r]
+    own = decompose(LowRank(factor, torch.eye(factor.shape[1], dtype=factor.dtype))).strongest()
+    return own.U
+
+
+def _against(
+    folder: Path, chosen: Sequence[str], a: Mapping[str, Factors | Other], b: Mapping[str, Factors | Other]
+) -> tuple[list[Amplification], list[Amplification]]:
+    weights = open_weights(folder, chosen)
+    rows: tuple[list[Amplification], list[Amplification]] = [], []
+    for module in chosen:
+        for side, updates in zip(rows, (a, b), strict=True):
+            side.append(amplification(module, updates[module], weights.read(module, updates[module])))
+    return rows

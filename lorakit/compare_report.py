@@ -1,0 +1,269 @@
+"""A comparison of two adapters for the eye: tables for the terminal, a picture, and one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .compare import Comparison, Pair
+from .formats.files import write_text
+from .heatmap import Grid, canvas, grids, literal, placed, printable
+from .spectrum import Amplification
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import RenderableType
+
+OF = {"A": "right singular directions of A", "B": "left singular directions of B", "right": "inputs of ΔW", "left": "outputs of ΔW"}
+
+
+def summary(c: Comparison) -> list[str]:
+    """The comparison in a few sentences."""
+    a, b = map(printable, c.names)
+    lines = [f"A = {a}, B = {b}: {len(c.pairs)} modules in both, {len(c.only[0])} in A alone, {len(c.only[1])} in B alone"]
+    if c.cosine is not None:
+        lines.append(f"cosine of all ΔW: {c.cosine:.4f}")
+    for one, two, change in (("A", "B", c.changes[0]), ("B", "A", c.changes[1])):
+        if change is not None:
+            lines.append(f"stacked, {two} changes {one}'s effect by {100 * change:.3g} % of it, on the inputs that {one} acts on")
+    for name, only in zip("AB", c.only, strict=True):
+        if only:
+            shown = ", ".join(map(printable, only[:5])) + (f" and {len(only) - 5} more" if len(only) > 5 else "")
+            lines.append(f"only in {name}: {shown}")
+    return lines
+
+
+def rows(c: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The table of modules: headings and cells."""
+    heads = [
+        "module", "rank A", "B", "|ΔW| A", "B", "cosine", "angle° in", "φ in", "angle° out", "φ out", "A by B", "gain", "B by A", "gain", ""
+    ]  # fmt: skip
+    return heads, [_cells(pair) for pair in c.pairs]
+
+
+def tables(c: Comparison, every_module: bool = False) -> Iterator[RenderableType]:
+    """For the terminal: modules (by name within their layers, or every one), φ of the chosen ones, and W against ΔW."""
+    if every_module:
+        yield _table("modules of both", *rows(c))
+    elif c.pairs:
+        yield _table("modules of both by name, means over the layers (each: --modules)", *grouped(c))
+    for one in c.similarities:
+        at = _steps(len(one.grid)), _steps(len(one.grid[0]))
+        title = f"φ(A, B, i, j), {one.module}, {OF[one.of]}; by chance {one.chance:.3f} at the full ranks"
+        heads = ["i \\ j", *(str(j) for j in at[1])]
+        yield _table(title, heads, [[str(i), *(f"{one.grid[i - 1][j - 1]:.3f}" for j in at[1])] for i in at[0]])
+    if any(c.amplifications):
+        heads, cells = amplification_rows(c)
+        yield _table("W in the directions of ΔW (Hu et al. 2021, Table 7)", heads, cells)
+
+
+def grouped(c: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Modules of one name within their layers as one line: headings and cells."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in c.pairs:
+        groups.setdefault(placed(pair.name)[0], []).append(pair)
+    cells = []
+    for name, pairs in groups.items():
+        first, second = [p.a_by_b for p in pairs if p.a_by_b], [p.b_by_a for p in pairs if p.b_by_a]
+        cells.append([
+            name, str(len(pairs)), _mean([p.cosine for p in pairs], "+.3f"), _mean([p.phi_in for p in pairs]), _mean([p.phi_out for p in pairs]),
+            _mean([i.change for i in first]), _mean([i.gain for i in first], "+.3f"),
+            _mean([i.change for i in second]), _mean([i.gain for i in second], "+.3f"),
+        ])  # fmt: skip
+    return ["module", "count", "cosine", "φ in", "φ out", "A by B", "gain", "B by A", "gain"], cells
+
+
+def amplification_rows(c: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Table 7: headings and cells."""
+    heads = ["module", "", "r", "|W|", "|ΔW|", "W in ΔW", "in W", "in random", "factor"]
+    cells = []
+    for a, b in zip(*c.amplifications, strict=True):
+        for name, one in (("A", a), ("B", b)):
+            numbers = (one.norm_w, one.norm_delta, one.in_delta, one.in_w, one.in_random)
+            factor = "" if one.factor is None else f"{one.factor:.3g}"
+            cells.append([one.module, name, str(one.rank), *(f"{v:.3g}" for v in numbers), factor])
+    return heads, cells
+
+
+def plot(c: Comparison, path: Path) -> Path:
+    """One picture (PNG or SVG by its ending): cosines and interference by module and layer, φ of the chosen modules, Table 7."""
+    maps = list(_maps(c))
+    across = max(2, min(4, len(c.similarities)))
+    lower = -(-len(c.similarities) // across) if c.similarities else 0
+    heights = [*(0.9 + 0.24 * len(grid.rows) for grid, *_ in maps), *([3.4] * lower), *([2.8] if any(c.amplifications) else [])]
+    if not heights:
+        heights = [1.0]
+    wide = min(20.0, max(8.0, 3.2 * across, 3 + 0.22 * max((len(grid.layers) for grid, *_ in maps), default=0)))
+    with canvas(path, (wide, sum(heights) + 0.6), f"A = {c.names[0]}   B = {c.names[1]}") as figure:
+        space = figure.add_gridspec(len(heights), across, height_ratios=heights)
+        for i, (grid, low, high) in enumerate(maps):
+            ax = figure.add_subplot(space[i, :])
+            figure.colorbar(grid.draw(ax, low, high), ax=ax, fraction=0.03, pad=0.01).ax.tick_params(labelsize=7)
+        for i, one in enumerate(c.similarities):
+            ax = figure.add_subplot(space[len(maps) + i // across, i % across])
+            image = _draw_phi(ax, one.grid, f"{_tail(one.module)}\n{OF[one.of]}")
+            if i == len(c.similarities) - 1:
+                figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02, label="φ").ax.tick_params(labelsize=7)
+        if any(c.amplifications):
+            _draw_amplification(figure.add_subplot(space[-1, :]), c.amplifications)
+    return path
+
+
+def write_html(c: Comparison, path: Path) -> Path:
+    """One file: summary, pictures (inlined), tables. No script, nothing fetched, every text escaped."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = plot(c, Path(folder) / "plot.png").read_bytes()
+    parts = [*(f"<p>{_text(line)}</p>" for line in summary(c))]
+    parts.append(
+        f'<img alt="cosines, interference and subspace similarity" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+    )
+    if any(c.amplifications):
+        parts += ["<h2>W in the directions of ΔW</h2>", f"<p>{_text(_AMPLIFICATION)}</p>", _html_table(*amplification_rows(c))]
+    parts += ["<h2>Modules of both</h2>", f"<p>{_text(_MODULES)}</p>", _html_table(*rows(c))]
+    for one in c.similarities:
+        at = _steps(len(one.grid), 16), _steps(len(one.grid[0]), 16)
+        cells = [[str(i), *(f"{one.grid[i - 1][j - 1]:.3f}" for j in at[1])] for i in at[0]]
+        parts += [
+            f"<h2>φ(A, B, i, j) of {_text(one.module)}</h2>",
+            f"<p>{_text(OF[one.of])}; by chance {one.chance:.3f} at the full ranks</p>",
+        ]
+        parts.append(_html_table(["i \\ j", *(str(j) for j in at[1])], cells))
+    for name, only in zip("AB", c.only, strict=True):
+        if only:
+            items = "".join(f"<li>{_text(module)}</li>" for module in only)
+            parts += [f"<h2>Only in {name}</h2>", f"<ul>{items}</ul>"]
+    title = f"{_text(c.names[0])} and {_text(c.names[1])}"
+    write_text(path, _PAGE.format(title=title, style=_STYLE, body="\n".join(parts)))
+    return path
+
+
+_MODULES = (
+    "Angles: the smallest principal angle between the inputs (outputs) of the two. φ: at the full ranks, 1 if one subspace contains the other. "
+    "A by B: ‖ΔW_B x‖ over ‖ΔW_A x‖ on the inputs that A acts on; gain: the part of it along A's own effect, -1 undoes it."
+)
+_AMPLIFICATION = (
+    "W in ΔW: ‖UᵀWV‖ with U, V the first r singular directions of ΔW; in W: with those of W; in random: with random ones. "
+    "factor: the amplification ‖ΔW‖ / ‖UᵀWV‖, how much stronger ΔW acts in its own directions than W does there."
+)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; background: #fff; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }
+img { max-width: 100%; border: 1px solid #d0d7de; } p { margin: .3rem 0; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .6rem; border-bottom: 1px solid #e4e8ec; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { background: #f6f8fa; }
+"""
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def _cells(p: Pair) -> list[str]:
+    def number(value: float | None, how: str = ".3f") -> str:
+        return "" if value is None else format(value, how)
+
+    by = [(f"{i.change:.3f}", f"{i.gain:+.3f}") if i else ("", "") for i in (p.a_by_b, p.b_by_a)]
+    angles = [number(a[0] if a else None, ".1f") for a in (p.angles_in, p.angles_out)]
+    return [
+        p.name, str(p.ranks[0]), str(p.ranks[1]), f"{p.norms[0]:.3g}", f"{p.norms[1]:.3g}", number(p.cosine, "+.3f"), angles[0],
+        number(p.phi_in), angles[1], number(p.phi_out), *by[0], *by[1], p.note,
+    ]  # fmt: skip
+
+
+def _mean(values: Sequence[float | None], how: str = ".3f") -> str:
+    known = [v for v in values if v is not None]
+    return format(sum(known) / len(known), how) if known else ""
+
+
+def _maps(c: Comparison) -> Iterator[tuple[Grid, float, float]]:
+    """(map, least and greatest of its colours)."""
+    quantities: tuple[tuple[str, Mapping[str, float | None]], ...] = (
+        ("cosine of ΔW", {p.name: p.cosine for p in c.pairs}),
+        ("what B changes of A's effect", {p.name: p.a_by_b.change if p.a_by_b else None for p in c.pairs}),
+        ("what A changes of B's effect", {p.name: p.b_by_a.change if p.b_by_a else None for p in c.pairs}),
+    )
+    for what, values in quantities:
+        # At least up to a tenth: the colours of two unrelated adapters shall not look like much.
+        most = max(0.1, *(abs(v) for v in values.values() if v is not None), 0.0)
+        for grid in grids(values, what):
+            yield grid, (-most if what.startswith("cosine") else 0.0), most
+
+
+def _draw_phi(ax: Axes, grid: Sequence[Sequence[float]], title: str) -> Any:
+    """The paper's figure 3: φ for all i (down) and j (across), from 0 to 1."""
+    image = ax.imshow(
+        grid, cmap="viridis", vmin=0, vmax=1, origin="upper", extent=(0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5), aspect="auto"
+    )
+    ax.set_xticks(_steps(len(grid[0]), 8))
+    ax.set_yticks(_steps(len(grid), 8))
+    ax.tick_params(labelsize=7)
+    ax.set_xlabel("j (B)", fontsize=8)
+    ax.set_ylabel("i (A)", fontsize=8)
+    ax.set_title("\n".join(map(literal, title.split("\n"))), fontsize=8, loc="left")
+    return image
+
+
+def _draw_amplification(ax: Axes, sides: tuple[list[Amplification], list[Amplification]]) -> None:
+    """Bars of ‖UᵀWV‖ with U, V of ΔW, of W and of random directions, and of ‖ΔW‖."""
+    labels = [f"{name}\n{_tail(one.module, 22)}" for pair in zip(*sides, strict=True) for name, one in zip("AB", pair, strict=True)]
+    ones = [one for pair in zip(*sides, strict=True) for one in pair]
+    bars = (
+        ("‖ΔW‖", "#c2410c", [o.norm_delta for o in ones]),
+        ("‖UᵀWV‖, U V of ΔW", "#475569", [o.in_delta for o in ones]),
+        ("of W", "#94a3b8", [o.in_w for o in ones]),
+        ("of random", "#cbd5e1", [o.in_random for o in ones]),
+    )
+    for k, (name, colour, heights) in enumerate(bars):
+        ax.bar([i + 0.2 * (k - 1.5) for i in range(len(ones))], heights, 0.18, color=colour, label=name)
+    ax.set_yscale("log")
+    ax.set_xticks(
+        range(len(labels)),
+        ["\n".join(map(literal, label.split("\n"))) for label in labels],
+        fontsize=7,
+        rotation=30 if len(labels) > 6 else 0,
+    )
+    ax.set_title("W in the directions of ΔW", loc="left", fontsize=10)
+    ax.legend(fontsize=7, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def _steps(count: int, most: int = 8) -> list[int]:
+    """Some of 1..count, the ends among them: powers of two where not all fit."""
+    if count <= most:
+        return list(range(1, count + 1))
+    powers = [2**k for k in range(count.bit_length()) if 2**k < count]
+    return [*powers, count]
+
+
+def _tail(module: str, most: int = 34) -> str:
+    """Enough of a name for a small title."""
+    return module if len(module) <= most else "…" + module[1 - most :]
+
+
+def _table(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for i, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if i else "left", overflow="fold", no_wrap=i > 0, vertical="bottom")
+    for row in cells:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return Group(Text(printable(title), style="italic"), table)
+
+
+def _html_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(h)}</th>" for h in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>\n" for row in cells)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))

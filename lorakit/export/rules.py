@@ -1,0 +1,149 @@
+"""What receiving programs accept, as checks on an adapter: each finding says what is wrong and what mends it.
+
+vLLM 0.32: one rank of a fixed list at least as large as any module's, plain factors, linears it knows, no saved modules but a score
+head. SGLang and llama.cpp's tools read one alpha and ignore rsLoRA and patterns. ComfyUI and A1111 read kohya's file, diffusers its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..adapter.adapter import Adapter
+from ..errors import listing
+from .canonical import canonical, is_canonical
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_HEADS = ("score", "classifier")
+VLLM_VOCABULARY = 258_048
+# Last names of linears that vLLM's language models have, packed ones in their parts.
+VLLM_LINEARS = frozenset({
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",
+    "c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "W_pack", "wqkv", "wo", "w1", "w2", "w3",
+    "lm_head", "embed_tokens", "score", "in_proj", "x_proj", "dt_proj", "gate", "kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the receiver does not take. `mend`: gives an adapter without it, the same in effect; None if only another way out is there."""
+
+    what: str
+    way_out: str
+    mend: Callable[[Adapter], Adapter] | None = None
+
+
+Rule = Callable[[Adapter], Iterator[Finding]]
+
+
+def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
+    """No LoHa, LoKr, whole updates or DoRA."""
+    if adapter.others:
+        kinds = sorted({type(o).__name__ for o in adapter.others.values()})
+        yield Finding(
+            f"{len(adapter.others)} modules have updates of other kinds ({', '.join(kinds)})",
+            "lorakit resize makes low-rank factors of them",
+        )
+    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None]
+    if dora:
+        yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", "merge it into the base: lorakit merge")
+
+
+def no_saved_weights(adapter: Adapter) -> Iterator[Finding]:
+    if adapter.saved:
+        yield Finding(
+            f"{len(adapter.saved)} weights are saved whole ({listing(list(adapter.saved), 2)})", "merge it into the base: lorakit merge"
+        )
+
+
+def no_embeddings(adapter: Adapter) -> Iterator[Finding]:
+    if adapter.embeddings:
+        yield Finding(
+            f"{len(adapter.embeddings)} learned tokens ({listing(list(adapter.embeddings), 2)})",
+            "give them to the program as embedding files of their own",
+        )
+
+
+def one_scale(adapter: Adapter) -> Iterator[Finding]:
+    """One rank and the scale 1 everywhere."""
+    if not adapter.others and not any(f.magnitude is not None for f in adapter.factors.values()) and not is_canonical(adapter):
+        ranks = sorted({f.A.shape[0] for f in adapter.factors.values()})
+        scales = sorted({round(f.scale, 6) for f in adapter.factors.values()})
+        yield Finding(
+            f"ranks {listing(list(map(str, ranks)), 4)} and scales {listing([f'{s:g}' for s in scales], 4)}",
+            "fold the scales into B and fill the ranks up",
+            canonical,
+        )
+
+
+def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
+    rank = max((f.A.shape[0] for f in adapter.factors.values()), default=0)
+    if rank > VLLM_RANKS[-1]:
+        yield Finding(f"rank {rank} is beyond the server's largest, {VLLM_RANKS[-1]}", f"lorakit resize --rank {VLLM_RANKS[-1]}")
+    elif rank not in VLLM_RANKS and rank:
+        wanted = next(r for r in VLLM_RANKS if r >= rank)
+        yield Finding(
+            f"rank {rank} is none of {', '.join(map(str, VLLM_RANKS))}, which a server is started with",
+            f"fill up to {wanted}",
+            lambda a: canonical(a, wanted),
+        )
+
+
+def vllm_modules(adapter: Adapter) -> Iterator[Finding]:
+    strange = [m for m in adapter.factors if m.rsplit(".", 1)[-1] not in VLLM_LINEARS]
+    if strange:
+        yield Finding(
+            f"{len(strange)} modules are no linears that vLLM adapts ({listing(strange, 2)})", "merge it into the base: lorakit merge"
+        )
+    conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
+    if conv:
+        yield Finding(f"{len(conv)} modules are convolutions ({listing(conv, 2)})", "merge it into the base: lorakit merge")
+    for module, f in adapter.factors.items():
+        size = f.B.shape[0] if module.endswith("lm_head") else f.A.shape[1] if f.kind == "embedding" else 0
+        if size > VLLM_VOCABULARY:
+            yield Finding(f"'{module}' has a vocabulary of {size:,}, over {VLLM_VOCABULARY:,}", "leave the module out, or merge")
+
+
+def vllm_saved(adapter: Adapter) -> Iterator[Finding]:
+    modules = {name.rpartition(".")[0] for name in adapter.saved}
+    if len(modules) > 1 or any(m.rsplit(".", 1)[-1] not in VLLM_HEADS for m in modules):
+        yield Finding(
+            f"weights saved whole ({listing(sorted(adapter.saved), 2)}); vLLM takes one head, score or classifier",
+            "merge it into the base: lorakit merge",
+        )
+
+
+def initialised_plainly(adapter: Adapter) -> Iterator[Finding]:
+    """PiSSA and its like change the base too; our files never hold such an adapter, so only what a file's config said is looked at."""
+    said = adapter.metadata.get("init")
+    if isinstance(said, str) and said not in ("gaussian", "default"):
+        yield Finding(f"it was started from the base's own weights ({said})", "convert the residual with the tool that made it")
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A program: the format that it reads, and its rules."""
+
+    format: str
+    rules: tuple[Rule, ...]
+    about: str
+
+
+RECEIVERS = {
+    "vllm": Receiver(
+        "peft", (low_rank_only, initialised_plainly, vllm_saved, vllm_modules, one_scale, vllm_rank, no_embeddings), "vLLM's --lora-modules"
+    ),
+    "sglang": Receiver("peft", (low_rank_only, initialised_plainly, no_saved_weights, one_scale, no_embeddings), "SGLang's --lora-paths"),
+    "llama.cpp": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "llama.cpp's --lora"),
+    "ollama": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "Ollama, with its Modelfile"),
+    "comfyui": Receiver("kohya", (no_saved_weights, no_embeddings), "ComfyUI's models/loras"),
+    "a1111": Receiver("kohya", (no_saved_weights, no_embeddings), "A1111's models/Lora"),
+    "diffusers": Receiver("diffusers", (low_rank_only, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"),
+    "peft": Receiver("peft", (no_embeddings,), "PEFT's from_pretrained"),
+    "mlx": Receiver("mlx", (no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
+    "canonical": Receiver("peft", (low_rank_only, one_scale, no_embeddings), "any program that reads PEFT's folder"),
+}
+
+
+def findings(adapter: Adapter, receiver: str) -> list[Finding]:
+    return [finding for rule in RECEIVERS[receiver].rules for finding in rule(adapter)]

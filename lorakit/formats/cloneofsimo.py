@@ -1,0 +1,297 @@
+"""cloneofsimo's files (the first LoRA of Stable Diffusion, 2022): numbers instead of names, scale 1, learned tokens beside the factors.
+
+    .safetensors   "unet:<i>:up" [out, r], "unet:<i>:down" [r, in], "text_encoder:<i>:up", ...; a learned token "<s1>" [dim]
+                   header: "unet": the adapted classes in JSON, "unet:<i>:rank", "<s1>": "<embed>"
+    .pt            the pickled list [up0, down0, up1, down1, ...] of a UNet; `x.text_encoder.pt` that of a text encoder, `x.ti.pt`
+                   {"<token>": [dim]}; the three of one name are one adapter
+
+The number is a module's place in the order in which diffusers' and transformers' classes of the time made them. UNet of SD1 and SD2:
+the down blocks, the up blocks, the middle; in a transformer block attn1 (q, k, v, out), ff.net.0.proj, attn2 (q, k, v, out); the oldest
+files have no ff. Later classes make attn2 before ff; the shapes tell which it is. Text encoder: layer by layer k, v, q, out.
+
+The reader of these files gives every adapted module of the model its pair, so a module that an adapter lacks is written as zeros, and a
+pair of zeros is read as no update.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter.adapter import Adapter
+from ..adapter.factors import Factors
+from ..config import LoraConfig
+from ..errors import AdapterError, listing
+from . import names
+from .diffusers import with_alpha_as_rank
+from .files import parse_json, read_pickled, read_tensors, replacing, write_tensors
+from .strength import config_of
+
+EMBED = "<embed>"
+SIDE_TEXT, SIDE_TOKENS = ".text_encoder.pt", ".ti.pt"
+_KEY = re.compile(r"(?P<component>unet|text_encoder):(?P<at>\d{1,6}):(?P<half>up|down)")
+_TOKEN = re.compile(r"<[^<>\s]+>")
+
+Pair = tuple[Tensor, Tensor]  # down, up
+
+_PLACES = [
+    *(f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)),
+    *(f"up_blocks.{i}.attentions.{j}" for i in (1, 2, 3) for j in range(3)),
+    "mid_block.attentions.0",
+]
+_ATTENTIONS = [[f"attn{n}.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")] for n in (1, 2)]
+_FEED_FORWARD = "ff.net.0.proj"
+_IN_BLOCK = [
+    [*_ATTENTIONS[0], _FEED_FORWARD, *_ATTENTIONS[1]],
+    [*_ATTENTIONS[0], *_ATTENTIONS[1], _FEED_FORWARD],
+    [*_ATTENTIONS[0], *_ATTENTIONS[1]],
+]  # fmt: skip
+UNET_ORDERS = [[f"{place}.transformer_blocks.0.{name}" for place in _PLACES for name in inside] for inside in _IN_BLOCK]
+_CLASSES = {144: ["CrossAttention", "Attention", "GEGLU"], 128: ["CrossAttention", "Attention"]}
+
+
+def text_order(layers: int) -> list[str]:
+    """The modules of a CLIP text encoder in their order."""
+    return [f"text_model.encoder.layers.{i}.self_attn.{x}_proj" for i in range(layers) for x in ("k", "v", "q", "out")]
+
+
+def fits(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of its `.safetensors`, or of its dict of learned tokens."""
+    keys = list(keys)
+    return any(_KEY.fullmatch(key) for key in keys) or (bool(keys) and all(_TOKEN.fullmatch(key) for key in keys))
+
+
+def is_pickle_of_it(path: Path) -> bool:
+    """Whether a file is a pickled list of tensors."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return start in (b"PK", b"\x80\x02") and isinstance(read_pickled(path), list)
+
+
+def load(path: Path) -> Adapter:
+    """Read a file of any of these kinds, a `.pt` with those beside it."""
+    if not is_pickle_of_it(path):
+        return read(path, *read_tensors(path))
+    beside = [path.with_name(path.name.removesuffix(".pt") + side) for side in (SIDE_TEXT, SIDE_TOKENS)]
+    found = _from_list(path, read_pickled(path))
+    embeddings: dict[str, Tensor] = {}
+    for other in beside if path.suffix == ".pt" else []:
+        if other.is_file():
+            value = read_pickled(other)
+            if isinstance(value, list):
+                found |= _from_list(other, value)
+            else:
+                embeddings = value
+    return _adapter(path, found, embeddings, {})
+
+
+def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+    """The adapter that the tensors of a `.safetensors`, or a dict of learned tokens, are."""
+    halves: dict[str, dict[int, dict[str, Tensor]]] = {"unet": {}, "text_encoder": {}}
+    embeddings: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            halves[match["component"]].setdefault(int(match["at"]), {})[match["half"]] = tensor
+        elif header.get(key) == EMBED or _TOKEN.fullmatch(key):
+            embeddings[key] = tensor
+        else:
+            raise AdapterError(
+                f"{path}: key '{key}' is none of this format's\n  expected unet:<i>:up, text_encoder:<i>:down or a token <s1>"
+            )
+    found: dict[str, Pair] = {}
+    for component, numbered in halves.items():
+        for at in range(len(numbered)):
+            for half in ("down", "up"):
+                if half not in numbered.get(at, {}):
+                    raise AdapterError(
+                        f"{path}: key '{component}:{at}:{half}' is missing; {len(numbered)} modules are numbered from 0, each with up and down"
+                    )
+        pairs = [(numbered[at]["down"], numbered[at]["up"]) for at in range(len(numbered))]
+        found |= _named(path, component, pairs) if pairs else {}
+    return _adapter(path, found, embeddings, header)
+
+
+def losses(adapter: Adapter) -> list[str]:
+    """What this format cannot hold of an adapter, one line each."""
+    known = {f"unet.{name}" for name in UNET_ORDERS[0]} | {f"text_encoder.{name}" for name in text_order(_layers(adapter))}
+    nowhere = [module for module in adapter.factors if module not in known]
+    lines = [f"cloneofsimo's order has no place for {len(nowhere)} modules: {listing(nowhere, 3)}"] if nowhere else []
+    if adapter.others:
+        lines.append(f"it holds low-rank factors only (`resize` makes them of any update): {listing(adapter.others, 3)}")
+    dora = [module for module, f in adapter.factors.items() if f.magnitude is not None]
+    lines += [f"it has no DoRA magnitudes: {listing(dora, 3)}"] if dora else []
+    blocks = [m for m, f in adapter.factors.items() if m in known and (f.kind != "linear" or f.transposed)]
+    lines += [f"it has pairs of matrices only, for linear layers: {listing(blocks, 3)}"] if blocks else []
+    if adapter.saved:
+        lines.append(f"it holds no weights saved whole: {listing(adapter.saved, 3)}")
+    return lines or _unfillable(adapter)
+
+
+def write(adapter: Adapter, path: Path) -> Path:
+    """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and `.ti.pt` beside it. AdapterError if anything would be lost."""
+    lost = losses(adapter.check())
+    if lost:
+        raise AdapterError("cloneofsimo's format cannot hold all of this adapter:\n  " + "\n  ".join(lost))
+    pairs = {component: _numbered(adapter, component) for component in ("unet", "text_encoder")}
+    if path.suffix == ".pt":
+        return _write_pickles(path, pairs, adapter.embeddings)
+    tensors: dict[str, Tensor] = dict(adapter.embeddings)
+    header = dict.fromkeys(adapter.embeddings, EMBED)
+    for component, numbered in pairs.items():
+        if numbered:
+            header[component] = json.dumps(_CLASSES[len(numbered)] if component == "unet" else ["CLIPAttention"])
+        for at, (down, up) in enumerate(numbered):
+            tensors[f"{component}:{at}:up"], tensors[f"{component}:{at}:down"] = up, down
+            header[f"{component}:{at}:rank"] = str(down.shape[0])
+    if adapter.metadata:
+        header["lorakit"] = json.dumps(dict(adapter.metadata), sort_keys=True)
+    write_tensors(path, tensors, header)
+    return path
+
+
+def _adapter(path: Path, found: Mapping[str, Pair], embeddings: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+    factors = {m: Factors(down.detach(), up.detach(), float(down.shape[0])) for m, (down, up) in found.items() if down.any() or up.any()}
+    for token, vectors in embeddings.items():
+        if not vectors.is_floating_point() or vectors.dtype.itemsize == 1 or vectors.dim() not in (1, 2):
+            raise AdapterError(
+                f"{path}: token '{token}' has shape {list(vectors.shape)} and dtype {vectors.dtype}; expected vectors, [dim] or [n, dim]"
+            )
+    ours: dict[str, Any] = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
+    try:
+        config = config_of(factors) if factors else LoraConfig(rank=1, alpha=1)
+        return Adapter(config, factors, metadata=ours, embeddings={t: v.detach() for t, v in embeddings.items()}).check()
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def _from_list(path: Path, value: Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Pair]:
+    if isinstance(value, Mapping) or len(value) % 2 or not value:
+        raise AdapterError(f"{path} holds {len(value)} tensors; expected a list of pairs, up and down")
+    pairs = [(value[at + 1], value[at]) for at in range(0, len(value), 2)]
+    # A text encoder's layers are all square and of one size; a UNet's are not.
+    text = len({(*up.shape[:1], *down.shape[1:]) for down, up in pairs}) == 1
+    return _named(path, "text_encoder" if text else "unet", pairs)
+
+
+def _named(path: Path, component: str, pairs: Sequence[Pair]) -> dict[str, Pair]:
+    """The pairs by their modules' names. AdapterError where their shapes cannot be those of that order."""
+    for at, (down, up) in enumerate(pairs):
+        for half, tensor in (("down", down), ("up", up)):
+            if tensor.dim() != 2 or not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or down.shape[0] != up.shape[-1]:
+                raise AdapterError(
+                    f"{path}: '{component}:{at}:{half}' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected the pair "
+                    "up [out, r], down [r, in] of a linear layer (those of convolutions, from an extended injection, are not read)"
+                )
+    if component == "text_encoder":
+        orders = [text_order(len(pairs) // 4)] if len(pairs) % 4 == 0 else []
+        told = "four for each layer"
+    else:
+        orders = [order for order in UNET_ORDERS if len(order) == len(pairs)]
+        told = "144, or 128 of attentions alone, in a UNet of SD1 or SD2"
+    if not orders:
+        raise AdapterError(f"{path}: {len(pairs)} modules numbered as {component}; expected {told}")
+    wrong = [_misfit(order, pairs) for order in orders]
+    if None not in wrong:
+        first = wrong[0] or 0
+        down, up = pairs[first]
+        raise AdapterError(
+            f"{path}: '{component}:{first}' has up {list(up.shape)} and down {list(down.shape)}, which is not the shape of "
+            f"{orders[0][first]}, the module of that number\n  was it made for another model than SD1 or SD2?"
+        )
+    return {f"{component}.{name}": pair for name, pair in zip(orders[wrong.index(None)], pairs)}
+
+
+def _misfit(order: Sequence[str], pairs: Sequence[Pair]) -> int | None:
+    """The first number whose shape disagrees with those before it, or None. Of a block of width C: all [C, C], but ff [8 C, C] and
+    attn2's k, v [C, D] with the text encoder's D, the same everywhere."""
+    widths: dict[str, int] = {}
+    for at, (name, (down, up)) in enumerate(zip(order, pairs)):
+        size = (up.shape[0], down.shape[1])
+        block = "" if name.startswith("text_model") else name.split(".attentions")[0]
+        width = widths.setdefault(block, size[1])
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            expected = (width, widths.setdefault("text", size[1]))
+        else:
+            expected = (8 * width if name.endswith(_FEED_FORWARD) else width, width)
+        if size != expected:
+            return at
+    return None
+
+
+def _layers(adapter: Adapter) -> int:
+    """How many layers of the text encoder are numbered: the model's, or as many as the adapter has."""
+    found = [int(m.split(".")[4]) + 1 for m in adapter.factors if re.match(r"text_encoder\.text_model\.encoder\.layers\.\d{1,4}\.", m)]
+    model = _model(adapter)
+    real = sum(m.endswith(".self_attn.k_proj") and m.startswith("text_encoder.") for m in names.shapes(model)) if model else 0
+    return max((*found, real)) if found else 0
+
+
+def _model(adapter: Adapter) -> str | None:
+    """Which of the two models' widths are the adapter's; at a tie the one it says it is for."""
+    sizes = {m: (f.B.shape[0], f.A.shape[1]) for m, f in adapter.factors.items()}
+    fit = [
+        model for model in ("sd1", "sd2") if all(names.shapes(model)[m] == size for m, size in sizes.items() if m in names.shapes(model))
+    ]
+    said = adapter.metadata.get("model")
+    return said if said in fit else next(iter(fit), None)
+
+
+def _order(adapter: Adapter, component: str) -> list[str]:
+    """The full names that are numbered, [] if the adapter has none of this component."""
+    mine = [m for m in adapter.factors if m.startswith(f"{component}.")]
+    if not mine:
+        return []
+    if component == "text_encoder":
+        order = text_order(_layers(adapter))
+    else:
+        order = UNET_ORDERS[0 if any(m.endswith(_FEED_FORWARD) for m in mine) else 2]
+    return [f"{component}.{name}" for name in order]
+
+
+def _unfillable(adapter: Adapter) -> list[str]:
+    """Modules that need zeros, where the model's widths are not known."""
+    lacking = [m for component in ("unet", "text_encoder") for m in _order(adapter, component) if m not in adapter.factors]
+    if not lacking or _model(adapter) is not None:
+        return []
+    return [f"it needs all modules of its order, and the widths of {listing(lacking, 3)} are not known: this is neither SD1 nor SD2"]
+
+
+def _numbered(adapter: Adapter, component: str) -> list[Pair]:
+    """The pairs in their order at scale 1, zeros of rank 1 for modules that the adapter lacks."""
+    model = _model(adapter)
+    dtype = next((f.A.dtype for f in adapter.factors.values()), torch.float32)
+    pairs = []
+    for module in _order(adapter, component):
+        if module in adapter.factors:
+            f = with_alpha_as_rank(adapter.factors[module])
+            pairs.append((f.A, f.B))
+        else:
+            assert model is not None
+            out, inputs = names.shapes(model)[module][:2]
+            pairs.append((torch.zeros(1, inputs, dtype=dtype), torch.zeros(out, 1, dtype=dtype)))
+    return pairs
+
+
+def _write_pickles(path: Path, pairs: Mapping[str, Sequence[Pair]], embeddings: Mapping[str, Tensor]) -> Path:
+    if not pairs["unet"]:
+        raise AdapterError(f"{path}: a .pt of this format begins with the UNet's list, and the adapter has no UNet\n  write a .safetensors")
+    stem = path.name.removesuffix(".pt")
+    lists: dict[Path, Any] = {
+        path: [t.detach().cpu().clone() for down, up in pairs["unet"] for t in (up, down)],
+        path.with_name(stem + SIDE_TEXT): [t.detach().cpu().clone() for down, up in pairs["text_encoder"] for t in (up, down)],
+        path.with_name(stem + SIDE_TOKENS): {token: t.detach().cpu().clone() for token, t in embeddings.items()},
+    }
+    for file, value in lists.items():
+        if value:
+            with replacing(file) as temporary:
+                torch.save(value, temporary)
+        else:
+            file.unlink(missing_ok=True)  # of an older adapter: it would be read as a part of this one
+    return path

@@ -1,0 +1,220 @@
+"""diffusers' `pytorch_lora_weights.safetensors`: read in all its spellings (`spellings.py`), written as diffusers 0.42 loads it exactly.
+
+    <component>.<module>.lora_A.weight, .lora_B.weight     linear [r, in], [out, r]; conv [r, in, *k], [out, r, 1, 1]
+    <component>.<module>.lora_magnitude_vector             DoRA: [out], conv [1, out, 1, 1]
+    header "lora_adapter_metadata": JSON {"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {...}, "text_encoder.r": ...}
+
+The keys hold no alpha. Without the header alpha is the rank of each module (diffusers' rule); with it, diffusers hands each component's
+entries to `peft.LoraConfig` as they are, so its patterns are PEFT's. The prefix "text_encoder." is diffusers', and `text_model.` below
+it is always written: transformers 5 has lost that level, and diffusers removes it where it is not wanted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter.adapter import Adapter, Other
+from ..adapter.factors import Factors
+from ..config import LoraConfig
+from ..errors import AdapterError, listing
+from . import kohya, lycoris, names
+from .diffusers_header import KEY, Strengths, describe
+from .files import parse_json, write_tensors
+from .peft_config import checked
+from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse
+from .strength import clean, config_of, folded
+
+FILE = "pytorch_lora_weights.safetensors"
+# Without one of these diffusers' reader of text encoders does not tell PEFT's spelling from older ones, and raises.
+_ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+
+
+def fits(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a diffusion model's LoRA with dotted module paths."""
+    return any(map(is_spelling, keys))
+
+
+def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+    """The adapter that these tensors are. AdapterError naming the key at fault."""
+    flat = _native(tensors)
+    if flat is not None:
+        return kohya.read(path, flat, {key: value for key, value in header.items() if key != "format"})
+    strengths = Strengths(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
+    factors: dict[str, Factors] = {}
+    others: dict[str, Other] = {}
+    for module, parts in _sort(path, tensors).items():
+        update = _update(path, module, parts, strengths)
+        if isinstance(update, Factors):
+            factors[module] = update
+        else:
+            others[module] = update
+    metadata = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
+    rest = {key: value for key, value in header.items() if key not in (KEY, "lorakit", "format")}
+    metadata = metadata | ({"header": rest} if rest else {})
+    config = checked(path, lambda: _config(factors, others))
+    return Adapter(config, factors, metadata=metadata, others=others).check()
+
+
+def losses(adapter: Adapter) -> list[str]:
+    """What this format cannot hold of an adapter, one line each."""
+    reasons: dict[str, list[str]] = {}
+    for module in adapter.updates:
+        reason = _unheld(adapter, module)
+        if reason:
+            reasons.setdefault(reason, []).append(module)
+    lines = [f"{reason}: {listing(modules, 3)}" for reason, modules in reasons.items()]
+    if adapter.saved:
+        lines.append(f"diffusers' LoRA files hold no weights saved whole: {listing(adapter.saved, 3)}")
+    if adapter.embeddings:
+        lines.append(f"diffusers' LoRA files hold no learned tokens: {listing(adapter.embeddings, 3)}")
+    return lines
+
+
+def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
+    """Write a `.safetensors` file; into a folder, under diffusers' own name for it. AdapterError if anything of the adapter would be lost.
+
+    fold: multiply each module's strength into its up matrix (alpha = rank), for receivers that do not read the header.
+    """
+    lost = losses(adapter)
+    if lost:
+        raise AdapterError("diffusers' format cannot hold all of this adapter:\n  " + "\n  ".join(lost))
+    path = path if path.suffix == ".safetensors" else path / FILE
+    plain = {module: with_alpha_as_rank(f) if fold else _plain(f) for module, f in adapter.check().factors.items()}
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    for component, modules in _by_component(plain).items():
+        text = component.startswith("text_encoder")
+        old = text and not any(module.endswith(_ATTENTION) for module in modules)
+        down, up = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight") if old else (".lora_A.weight", ".lora_B.weight")
+        for module, f in modules.items():
+            key = f"{component}.{module}"
+            tensors[key + down], tensors[key + up] = f.A, f.B
+            if f.magnitude is not None:
+                # transformers reads a text encoder's tensors by their full names, PEFT a denoiser's by its own without ".weight".
+                flat = f.magnitude.flatten()
+                shaped = flat.reshape(1, -1, *[1] * (f.A.dim() - 2)) if f.A.dim() > 2 else flat
+                tensors[f"{key}.{MAGNITUDE}" + (".weight" if text else "")] = shaped
+        described |= {f"{component}.{name}": value for name, value in describe(modules).items()}
+    header = {"format": "pt", KEY: json.dumps(described, sort_keys=True)}
+    if adapter.metadata:
+        header["lorakit"] = json.dumps(dict(adapter.metadata), sort_keys=True)
+    write_tensors(path, tensors, header)
+    return path
+
+
+def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{module: {kohya's suffix: tensor}}, the modules with their component in front."""
+    found: dict[str, Name] = {}
+    for key in tensors:
+        name = parse(key)
+        if name is None:
+            raise AdapterError(
+                f"{where}: key '{key}' is no part of an adapter that lorakit knows\n"
+                "  expected <component>.<module>.lora_A.weight, .lora_B.weight, or another spelling of them, .alpha, .lora_magnitude_vector"
+            )
+        found[key] = name
+    told = {name.component for name in found.values() if not name.prefixed} - {None}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, name in found.items():
+        component = name.component or (next(iter(told)) if len(told) == 1 else None)
+        if component is None:
+            raise AdapterError(f"{where}: key '{key}' does not tell its model\n  expected one of {', '.join(COMPONENTS)} in front")
+        parts = modules.setdefault(f"{component}.{name.path}", {})
+        if name.suffix in parts:
+            raise AdapterError(f"{where}: key '{key}': a second {name.suffix} for '{component}.{name.path}'")
+        parts[name.suffix] = tensors[key]
+    return modules
+
+
+def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Strengths) -> Factors | Other:
+    """One module's update."""
+    down, up, mid = (parts.get(f"lora_{which}.weight") for which in ("down", "up", "mid"))
+    rslora = False
+    if down is None or up is None:
+        shape = next(
+            (names.shapes(model)[module] for model in names.candidates([module])), (0, 0)
+        )  # LyCORIS' kinds may not tell the kernel
+    elif down.dim() < 2 or up.dim() < 2:
+        raise AdapterError(f"{where}: '{module}' has a down of shape {list(down.shape)} and an up of {list(up.shape)}; expected matrices")
+    else:
+        shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
+        if "alpha" not in parts:
+            alpha, rslora = strengths.of(module, up.shape[1])
+            parts = parts | {"alpha": torch.tensor(alpha, dtype=torch.float64)}
+    if MAGNITUDE in parts:
+        parts = {s: t for s, t in parts.items() if s != MAGNITUDE} | {"dora_scale": parts[MAGNITUDE].reshape(-1, 1)}
+    try:
+        update = lycoris.update(module, parts, shape)
+        update.check(module)
+    except AdapterError as error:
+        raise AdapterError(f"{where}: {error}") from error
+    return replace(update, rslora=True) if rslora and isinstance(update, Factors) else update
+
+
+def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """ComfyUI's paths are the original code's, which kohya's files have with underscores: the same tensors as such a file.
+
+    None if they are not all of one model whose names are known.
+    """
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = parse(key)
+        if name is None or name.component != NATIVE:
+            return None
+        found[f"lora_unet_{name.path.replace('.', '_')}.{name.suffix}"] = tensor
+    known = [set(names.modules_of(model)) for model in names.MODELS]
+    modules = {key.partition(".")[0] for key in found}
+    return found if len(found) == len(tensors) and any(modules <= one for one in known) else None
+
+
+def _unheld(adapter: Adapter, module: str) -> str | None:
+    """Why this format does not hold a module's update, or None if it does."""
+    if module.split(".")[0] not in COMPONENTS:
+        return f"diffusers' files know modules by a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), which these lack"
+    f = adapter.factors.get(module)
+    if f is None:
+        return "diffusers' LoRA files hold low-rank factors only (`resize` makes them of any update)"
+    if f.kind == "embedding" or f.groups > 1 or f.transposed:
+        return "no model of diffusers has an adapted embedding, grouped convolution or transposed linear"
+    if f.magnitude is None:
+        return None
+    if f.magnitude.shape[0] == 1 and f.B.shape[0] != 1:
+        return "diffusers has DoRA's magnitude per output only, not per input"
+    component = module.split(".")[0] + "."
+    if any(other.magnitude is None for name, other in adapter.factors.items() if name.startswith(component)):
+        return "diffusers makes all modules of a component DoRA or none, and others of this one are not"
+    return None
+
+
+def _plain(f: Factors) -> Factors:
+    """A and B as they are, alpha for the scale alpha / rank: a packed projection has the rank of all its parts."""
+    if not f.rslora and not f.parts:
+        return f
+    return Factors(f.A, f.B, clean(f.scale * f.A.shape[0]), f.kind, magnitude=f.magnitude)
+
+
+def with_alpha_as_rank(f: Factors) -> Factors:
+    """The same update at scale 1, which is multiplied into B; in float32 (A too) where B's precision would round it."""
+    B = folded(f.B, f.scale)
+    return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind, magnitude=f.magnitude)
+
+
+def _config(factors: Mapping[str, Factors], others: Mapping[str, Other]) -> LoraConfig:
+    if not factors:
+        return LoraConfig(targets=sorted({module.rsplit(".", 1)[-1] for module in others}))
+    return config_of(factors, rslora=any(f.rslora for f in factors.values()))
+
+
+def _by_component(factors: Mapping[str, Factors]) -> dict[str, dict[str, Factors]]:
+    found: dict[str, dict[str, Factors]] = {}
+    for module, f in sorted(factors.items()):
+        component, _, name = module.partition(".")
+        found.setdefault(component, {})[name] = f
+    return found

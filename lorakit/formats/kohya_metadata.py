@@ -1,0 +1,173 @@
+"""The metadata of a kohya file: `ss_*` (how it was trained), `modelspec.*` (Stability's ModelSpec 1.0.1), `sshs_*` (hashes).
+
+Programs tell the base by it (any metadata without `ss_v2` and without "sdxl" is taken for SD1), and sites find a file by its hash:
+
+    sshs_model_hash    sha256 of all bytes after the safetensors header; its first 12 digits are CivitAI's AutoV3
+    sshs_legacy_hash   the first 8 digits of the sha256 of the file's bytes 0x100000 to 0x110000; e3b0c442, of nothing, under 1 MiB
+
+What a file said when it was read (`Adapter.metadata["header"]`) stays, except what the tensors now say otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..adapter.adapter import Adapter
+from ..adapter.dense import Dense
+from ..adapter.factors import Factors
+from ..adapter.hadamard import Hadamard
+from ..adapter.kronecker import Kronecker
+from .files import replacing
+from .kohya_parts import Update
+from .stream import NAMES, StreamWriter
+
+MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
+LEGACY_BYTES = (0x100000, 0x10000)  # from, and how many
+
+
+class Base(NamedTuple):
+    """How the metadata names a base model."""
+
+    version: str
+    architecture: str
+    implementation: str
+    module: str
+    resolution: str
+
+
+BASES = {
+    "sd1": Base("sd_v1", "stable-diffusion-v1", "diffusers", "networks.lora", "512x512"),
+    "sd2": Base("sd_v2", "stable-diffusion-v2-512", "diffusers", "networks.lora", "512x512"),
+    "sdxl": Base(
+        "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", "networks.lora", "1024x1024"
+    ),
+    "sd3": Base("sd3", "stable-diffusion-3-m", "diffusers", "networks.lora_sd3", "1024x1024"),
+    "flux": Base("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "networks.lora_flux", "1024x1024"),
+}
+
+
+def model_said(header: Mapping[str, str]) -> str | None:
+    """Which model a file's metadata says it is for, if it says."""
+    version, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
+    starts = (
+        ("sdxl", "stable-diffusion-xl", "sdxl"), ("sd_v1", "stable-diffusion-v1", "sd1"), ("sd_v2", "stable-diffusion-v2", "sd2"),
+        ("sd3", "stable-diffusion-3", "sd3"), ("flux", "flux-1", "flux"),
+    )  # fmt: skip
+    for theirs, spec, ours in starts:
+        if version.startswith(theirs) or (not version and architecture.lower().startswith(spec)):
+            return ours
+    return {"True": "sd2", "False": "sd1"}.get(header.get("ss_v2", "")) if not version and not architecture else None
+
+
+def metadata(adapter: Adapter, model: str, written: Mapping[str, tuple[Update, Tensor | None]], title: str) -> dict[str, str]:
+    """The metadata to write, without the hashes. `written`: key -> (what is written under it, its alpha as written)."""
+    base = BASES[model]
+    header = {str(k): str(v) for k, v in _plain(adapter.metadata.get("header")).items()}
+    gone = {MODEL_HASH, LEGACY_HASH, "modelspec.hash_sha256", "lorakit"}
+    # Another format's header speaks of that format's tensors; only a trainer's facts are true here too.
+    trainers = any(k.startswith("ss_") for k in header)
+    kept = {k: v for k, v in header.items() if k not in gone and (trainers or k.startswith("modelspec."))}
+    said = kept if model_said(header) == model else {}  # of another base nothing about the base holds
+    found = kept | {
+        "format": "pt",
+        "ss_base_model_version": said.get("ss_base_model_version", base.version),
+        "ss_v2": str(model == "sd2"),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": said.get("modelspec.architecture", f"{base.architecture}/lora"),
+        "modelspec.implementation": said.get("modelspec.implementation", base.implementation),
+    }
+    found.setdefault("modelspec.title", found.get("ss_output_name", title))
+    found.setdefault("modelspec.resolution", base.resolution)
+    found.setdefault("ss_output_name", title)
+    found |= _network(said, base, written)
+    ours = {k: v for k, v in adapter.metadata.items() if k not in ("header", "model")}
+    return found | ({"lorakit": json.dumps(ours, sort_keys=True)} if ours else {})
+
+
+def _network(header: Mapping[str, str], base: Base, written: Mapping[str, tuple[Update, Tensor | None]]) -> dict[str, str]:
+    """ss_network_*: ranks and alphas, "Dynamic" where they differ. Convolutions with a kernel have their own, in the arguments."""
+    updates = [update for update, _ in written.values()]
+    lycoris = any(not isinstance(u, Factors) or u.magnitude is not None for u in updates)
+    kernels = {key for key, (u, _) in written.items() if isinstance(u, Factors) and u.A[0, 0].numel() > 1}
+    linear = [written[key] for key in written if key not in kernels] or [written[key] for key in kernels]
+    arguments = _arguments(header)
+    arguments.pop("algo", None)
+    if all(isinstance(u, Factors) for u in updates):  # of the other kinds only the file's own words tell these
+        for name in ("conv_dim", "conv_alpha", "conv_rank"):
+            arguments.pop(name, None)
+    if kernels:
+        convs = [written[key] for key in sorted(kernels)]
+        arguments["conv_dim"] = _common(u.A.shape[0] for u, _ in convs if isinstance(u, Factors))
+        arguments["conv_alpha"] = _common(_alpha(update, alpha) for update, alpha in convs)
+    if lycoris:
+        kinds = {Hadamard: "loha", Kronecker: "lokr", Factors: "locon"}
+        algos = {kinds.get(type(u), "full") for u in updates}
+        arguments["algo"] = algos.pop() if len(algos) == 1 else "Dynamic"
+    module = "lycoris.kohya" if lycoris else header.get("ss_network_module", base.module)
+    found = {
+        "ss_network_module": base.module if module.startswith("lycoris") and not lycoris else module,
+        "ss_network_dim": _common(u.A.shape[0] if isinstance(u, Factors) else u.rank for u, _ in linear),
+        "ss_network_alpha": _common(_alpha(update, alpha) for update, alpha in linear if not isinstance(update, Dense)),
+    }
+    return found | {"ss_network_args": json.dumps(arguments)}
+
+
+def _arguments(header: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return _plain(json.loads(header.get("ss_network_args", "{}")))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _common(values: Iterable[float]) -> str:
+    """The one value as text, as kohya writes it, or "Dynamic"."""
+    found = set(values)
+    return "Dynamic" if len(found) != 1 else str(found.pop())
+
+
+def _alpha(update: Update, alpha: Tensor | None) -> float:
+    return float(alpha) if alpha is not None else float(update.rank)
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def write_hashed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file with its own two hashes in its header; whole or not at all.
+
+    The hashes have a fixed length, so that putting them into the header moves nothing. Tensors lie in order of their dtype's size,
+    then of their names, as the safetensors library has them.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    ready = {name: tensors[name].detach().cpu().contiguous() for name in order}
+    empty = {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
+    layout = {name: (NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in ready.items()}
+    with replacing(path) as temporary:
+        # The hashes come first: were they past 1 MiB, behind long metadata, the second would be of itself.
+        with StreamWriter(temporary, layout, empty | dict(sorted(header.items()))) as out:
+            for tensor in ready.values():
+                out.write(tensor)
+        hashes = dict(zip(empty, file_hashes(temporary)))
+        with open(temporary, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(size)
+            for name, value in empty.items():
+                text = text.replace(f'"{name}":"{value}"'.encode(), f'"{name}":"{hashes[name]}"'.encode(), 1)
+            file.seek(8)
+            file.write(text)
+
+
+def file_hashes(path: Path) -> tuple[str, str]:
+    """(model hash, legacy hash) of a safetensors file."""
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        model = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(LEGACY_BYTES[0])
+        return model, hashlib.sha256(file.read(LEGACY_BYTES[1])).hexdigest()[:8]

@@ -1,0 +1,150 @@
+"""An adapter's update against the weights of its base, read from the checkpoint one tensor at a time.
+
+    ‖ΔW‖ / ‖W‖                              how large the change is
+    ‖Uᵀ W V‖_F                              W in the subspace of ΔW's first r singular directions U, V (Hu et al. 2021, Table 7); and,
+                                            to compare with, in that of W's own first r and in one of r random directions
+    ‖ΔW‖_F / ‖Uᵀ W V‖_F                     the amplification factor: how much stronger ΔW acts there than W did
+
+W is [out, in], as in `adapter.spectrum`. A DoRA's ΔW is what its magnitude makes of W: m (W + s B A) / ‖W + s B A‖ - W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter.adapter import Adapter, Other
+from .adapter.factors import Factors
+from .adapter.spectrum import LowRank, matrix, norm, size_of, spectrum, strongest_directions
+from .checkpoint.base import Base, open_base
+from .checkpoint.names import find_renaming
+from .checkpoint.plan import update_for
+from .checkpoint.ties import declared
+from .errors import AdapterError
+from .formats.stream import Slot, read_header
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a base holds the weight of each of an adapter's modules."""
+
+    base: Base
+    slots: Mapping[str, Slot]
+
+    def norm(self, module: str) -> float:
+        """‖W‖_F, block by block."""
+        total = 0.0
+        for _, block in self.slots[module].rows():
+            total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+        return total**0.5
+
+    def across(self, module: str, update: Factors | Other) -> bool:
+        """Whether the weight is stored as [in, out]. AdapterError where the update does not fit it at all."""
+        slot = self.slots[module]
+        if isinstance(update, Factors):
+            return update_for(module, update, slot, self.base.model_type).transposed
+        out, size_in = size_of(matrix(update))
+        if not slot.shape or slot.shape[0] != out or _count(slot.shape) != out * size_in:
+            raise AdapterError(f"'{module}' changes a matrix of {[out, size_in]}; the base's weight is {list(slot.shape)}")
+        return False
+
+    def read(self, module: str, update: Factors | Other) -> Tensor:
+        """W in float32 as [out, in], the same way round as the update's matrix."""
+        across, slot = self.across(module, update), self.slots[module]
+        W = torch.empty(slot.shape[0], _count(slot.shape) // slot.shape[0])
+        for rows, block in slot.rows():
+            W[rows] = block.float()
+        return W.T if across else W
+
+
+def open_weights(folder: Path, modules: Collection[str]) -> Weights:
+    """A checkpoint folder (transformers' or a diffusers pipeline's) and where in it the modules' weights are. TargetError if one is not there."""
+    base = _open_pipeline(folder) if (folder / "model_index.json").is_file() else open_base(folder)
+    wanted = [f"{module}.weight" for module in modules]
+    if all(name in base.tensors for name in wanted):
+        return Weights(base, {module: base.tensors[f"{module}.weight"] for module in modules})
+    # A tied weight can only lie outside the numbered layers; asking which are tied takes transformers.
+    lone = any(not any(part.isdigit() for part in name.split(".")) for name in wanted)
+    pairs = declared(base) if lone else {}
+    holders = [pairs.get(name, name) if name not in base.tensors else name for name in wanted]
+    rename = find_renaming(holders, base.tensors, base.folder)
+    return Weights(base, {module: base.tensors[rename(name)] for module, name in zip(modules, holders, strict=True)})
+
+
+def _open_pipeline(folder: Path) -> Base:
+    """A diffusers pipeline's folder as one base, each tensor's name with its component in front, as an adapter's modules have it."""
+    tensors: dict[str, Slot] = {}
+    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
+        single = [part / name for name in ("diffusion_pytorch_model.safetensors", "model.safetensors") if (part / name).is_file()]
+        for file in single[:1] or sorted(part.glob("*-of-*.safetensors")):
+            tensors |= {f"{part.name}.{name}": slot for name, slot in read_header(file)[0].items()}
+    return Base(folder, {}, tensors, {}, None)
+
+
+def relative_norms(adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None) -> dict[str, float]:
+    """Module -> ‖ΔW‖ / ‖W‖; without modules whose W is zero."""
+    found = {}
+    for module, update in adapter.updates.items():
+        if on_module:
+            on_module(module)
+        weights.across(module, update)  # or it says that the base is another
+        size = weights.norm(module)
+        if size == 0:
+            continue
+        if isinstance(update, Factors) and update.magnitude is not None:
+            change = dora_change(weights.read(module, update), update)
+        else:
+            change = norm(update)
+        found[module] = change / size
+    return found
+
+
+def dora_change(W: Tensor, f: Factors) -> float:
+    """‖W' - W‖_F of a DoRA on W [out, in]."""
+    assert f.magnitude is not None
+    low = matrix(f)
+    assert isinstance(low, LowRank)
+    V = W.double() + low.left @ low.right
+    magnitude = f.magnitude.detach().double()
+    lengths = V.norm(dim=0, keepdim=True) if magnitude.shape[0] == 1 else V.norm(dim=1, keepdim=True)
+    return float((V * (magnitude / lengths) - W).norm())
+
+
+@dataclass(frozen=True)
+class Amplification:
+    """One row of the paper's Table 7 for one module. `factor` is ‖ΔW‖ / ‖Uᵀ W V‖ with U, V from ΔW."""
+
+    module: str
+    rank: int
+    norm_w: float
+    norm_delta: float
+    in_delta: float
+    in_w: float
+    in_random: float
+
+    @property
+    def factor(self) -> float | None:
+        return self.norm_delta / self.in_delta if self.in_delta > 0 else None
+
+
+def amplification(module: str, update: Factors | Other, W: Tensor, rank: int | None = None) -> Amplification:
+    """ΔW against W [out, in], in `rank` directions (all that ΔW has, unless said)."""
+    found = spectrum(update).strongest(rank)
+    n = found.S.numel()
+    U, V = found.U.to(W.dtype), found.V.to(W.dtype)
+    made = torch.Generator().manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(side, n, generator=made, dtype=W.dtype))[0] for side in W.shape)
+    own = strongest_directions(W, n)[1] if n else W.new_zeros(1)
+
+    def inside(left: Tensor, right: Tensor) -> float:
+        return float((left.T @ (W @ right)).norm())
+
+    return Amplification(module, n, float(W.norm()), found.norm, inside(U, V), float(own.norm()), inside(P, Q))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,66 @@
+"""`lorakit convert` and `lorakit export`, on a trained adapter."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+import lorakit as lk
+from lorakit import formats
+
+
+def test_convert_writes_every_format_that_the_adapter_fits(lorakit, trained, model, tmp_path):
+    expected = lk.Adapter.load(trained / "adapter")
+    for to, name in (("mlx", "mlx"), ("gguf", "lora.gguf"), ("loralib", "lora.pt"), ("peft", "peft")):
+        code, out, err = lorakit("convert", str(trained / "adapter"), str(tmp_path / name), "--to", to, "--base", model)
+        assert code == 0, err
+        assert f"(peft) -> {tmp_path / name} ({to})" in out
+        assert out.splitlines()[-1] == f"next: lorakit inspect {tmp_path / name}"
+        options = {"alpha": expected.config.alpha} if to == "loralib" else {}
+        found = formats.load(tmp_path / name, base=model, **options)
+        for module, f in expected.factors.items():
+            torch.testing.assert_close(found.factors[module].delta(), f.delta(), rtol=1e-4, atol=1e-6)
+
+
+def test_convert_says_what_would_be_lost_and_leaves_it_out_only_if_that_is_allowed(lorakit, trained, tmp_path):
+    code, _, err = lorakit("convert", str(trained / "adapter"), str(tmp_path / "x.safetensors"), "--to", "kohya")
+    assert code == 1
+    assert "kohya cannot hold all of this adapter" in err
+    assert not (tmp_path / "x.safetensors").exists()
+    code, out, _ = lorakit("convert", str(trained / "adapter"), str(tmp_path / "x"), "--to", "mlx", "--json")
+    assert code == 0
+    assert json.loads(out)["from"] == "peft"
+    assert json.loads(out)["left_out"] == []
+
+
+def test_export_checks_mends_verifies_and_says_what_to_type_next(lorakit, trained, model, tmp_path):
+    code, _, err = lorakit("export", str(trained / "adapter"), str(tmp_path / "out"), "--for", "vllm")
+    assert code == 1
+    assert "vllm does not take this adapter" in err
+    assert "--fix" in err
+    assert not (tmp_path / "out").exists()
+    code, out, err = lorakit(
+        "export", str(trained / "adapter"), str(tmp_path / "out"), "--for", "vllm", "--fix", "--verify", "--base", model
+    )
+    assert code == 0, err
+    assert "mended: " in out
+    assert "the largest difference of ΔW is" in out
+    assert out.splitlines()[-1] == f"next: vllm serve {model} --enable-lora --lora-modules mine={tmp_path / 'out'}"
+    code, out, err = lorakit(
+        "export", str(trained / "adapter"), str(tmp_path / "x.gguf"), "--for", "llama.cpp", "--base", model, "--verify", "--json"
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["difference"] < 1e-6
+
+
+def test_wrong_calls_are_answered_with_what_is_known(lorakit, trained, tmp_path):
+    assert lorakit("convert", str(trained / "adapter"), str(tmp_path / "x"), "--to", "pfet")[0] == 2
+    assert lorakit("export", str(trained / "adapter"), str(tmp_path / "x"), "--for", "vlm")[0] == 2
+    code, _, err = lorakit("convert", str(tmp_path / "none"), str(tmp_path / "x"), "--to", "peft")
+    assert code == 1
+    assert "no such file or folder" in err
+    (tmp_path / "notes.safetensors").write_text("not tensors")
+    code, _, err = lorakit("convert", str(tmp_path / "notes.safetensors"), str(tmp_path / "x"), "--to", "peft")
+    assert code == 1
+    assert "not a readable safetensors file" in err
