@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .adapter.adapter import Adapter, Other
 from .adapter.factors import Factors
-from .adapter.spectrum import LowRank, matrix, norm, size_of, spectrum, strongest_directions
+from .adapter.spectrum import LowRank, matrix, norm, size_of, spectrum
+from .adapter.svd import random_svd
 from .checkpoint.base import Base, open_base
 from .checkpoint.names import find_renaming
 from .checkpoint.plan import update_for
@@ -138,7 +139,7 @@ def amplification(module: str, update: Factors | Other, W: Tensor, rank: int | N
     U, V = found.U.to(W.dtype), found.V.to(W.dtype)
     made = torch.Generator().manual_seed(0)
     P, Q = (torch.linalg.qr(torch.randn(side, n, generator=made, dtype=W.dtype))[0] for side in W.shape)
-    own = strongest_directions(W, n)[1] if n else W.new_zeros(1)
+    own = random_svd(W, n).S if n else W.new_zeros(1)
 
     def inside(left: Tensor, right: Tensor) -> float:
         return float((left.T @ (W @ right)).norm())

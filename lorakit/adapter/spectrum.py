@@ -23,6 +23,7 @@ from .dense import Dense
 from .factors import Factors
 from .hadamard import Hadamard
 from .kronecker import Kronecker
+from .svd import full_svd, norm_squared, product_core, product_svd, random_svd
 
 # A singular value below this part of the largest is taken for zero: what float32 arithmetic leaves of a direction that is not there.
 ZERO = 1e-6
@@ -87,33 +88,19 @@ def norm(update: Factors | Other) -> float:
     """‖ΔW‖_F."""
     found = matrix(update)
     if isinstance(found, LowRank):
-        return float(torch.linalg.matrix_norm(_core(found)[1]))
+        return float(torch.linalg.matrix_norm(product_core(found.left, found.right)[1]))
     return float(torch.linalg.vector_norm(found, dtype=torch.float64))
 
 
 def decompose(found: LowRank | Tensor) -> Spectrum:
     """U, S, V of a product of two thin matrices, or of a matrix."""
     if isinstance(found, LowRank):
-        q_left, core, q_right = _core(found)
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        return Spectrum(q_left @ U, S, q_right @ Vh.T, float(S.norm()))
-    size = float(torch.linalg.vector_norm(found, dtype=torch.float64))
-    if min(found.shape) <= WHOLE:
-        U, S, Vh = torch.linalg.svd(found, full_matrices=False)
-        return Spectrum(U.double(), S.double(), Vh.T.double(), size)
-    U, S, V = strongest_directions(found, STRONGEST)
-    return Spectrum(U.double(), S.double(), V.double(), size, complete=False)
-
-
-def strongest_directions(M: Tensor, rank: int, rounds: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """About the first `rank` of U, S, V: randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1)."""
-    made = torch.Generator().manual_seed(0)
-    width = min(2 * rank + 10, *M.shape)
-    Q = torch.linalg.qr(M @ torch.randn(M.shape[1], width, generator=made, dtype=M.dtype))[0]
-    for _ in range(rounds):
-        Q = torch.linalg.qr(M @ torch.linalg.qr(M.T @ Q)[0])[0]
-    U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
-    return (Q @ U)[:, :rank], S[:rank], Vh.T[:, :rank]
+        whole = product_svd(found.left, found.right)
+        return Spectrum(whole.U, whole.S, whole.Vt.T, math.sqrt(whole.total))
+    size = math.sqrt(norm_squared(found))
+    complete = min(found.shape) <= WHOLE
+    some = full_svd(found) if complete else random_svd(found, STRONGEST)
+    return Spectrum(some.U.double(), some.S.double(), some.Vt.T.double(), size, complete)
 
 
 def matrix(update: Factors | Other) -> LowRank | Tensor:
@@ -141,13 +128,6 @@ def inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:
 def size_of(found: LowRank | Tensor) -> tuple[int, int]:
     """(out, in)."""
     return (found.left.shape[0], found.right.shape[1]) if isinstance(found, LowRank) else (found.shape[0], found.shape[1])
-
-
-def _core(found: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """Q₁ [out, r], T₁ T₂ᵀ [r, r], Q₂ [in, r] with ΔW = Q₁ (T₁ T₂ᵀ) Q₂ᵀ."""
-    q_left, t_left = torch.linalg.qr(found.left)
-    q_right, t_right = torch.linalg.qr(found.right.T)
-    return q_left, t_left @ t_right.T, q_right
 
 
 def _of_factors(f: Factors) -> LowRank:

@@ -54,11 +54,17 @@ class Svd:
         return self.U * root, root[:, None] * self.Vt
 
 
-def product_svd(B: Tensor, A: Tensor) -> Svd:
-    """The SVD of B A, with B [m, r] and A [r, n], from QR of the halves. In float64."""
+def product_core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Qb [m, r], Rb Raᵀ [r, r] and Qa [n, r] of B A = Qb (Rb Raᵀ) Qaᵀ, with B [m, r] and A [r, n]. In float64."""
     left, R = torch.linalg.qr(B.detach().double())
     right, L = torch.linalg.qr(A.detach().double().T)
-    U, S, Vt = torch.linalg.svd(R @ L.T, full_matrices=False)
+    return left, R @ L.T, right
+
+
+def product_svd(B: Tensor, A: Tensor) -> Svd:
+    """The SVD of B A, with B [m, r] and A [r, n], from QR of the halves. In float64."""
+    left, core, right = product_core(B, A)
+    U, S, Vt = torch.linalg.svd(core, full_matrices=False)
     return Svd(left @ U, S, Vt @ right.T, float(S.square().sum()))
 
 
