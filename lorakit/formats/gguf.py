@@ -40,6 +40,7 @@ from .gguf_names import (
 )
 from .packed import parts_of
 from .strength import clean, commonest, config_of, folded
+from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
 
 __all__ = ["is_gguf", "losses", "names_of", "read", "rows_of", "write"]
 METADATA = "lorakit.metadata"
@@ -51,17 +52,7 @@ def losses(adapter: Adapter) -> list[str]:
     lost = []
     if adapter.saved:
         lost.append(f"{len(adapter.saved)} weights saved whole ({listing(adapter.saved, 2)}): GGUF adapters hold low-rank factors alone")
-    if adapter.others:
-        lost.append(f"{len(adapter.others)} updates of another kind ({listing(adapter.others, 2)}): resize makes factors of them")
-    if adapter.embeddings:
-        lost.append(f"{len(adapter.embeddings)} learned tokens")
-    conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
-    if conv:
-        lost.append(f"{len(conv)} convolutions ({listing(conv, 2)})")
-    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None]
-    if dora:
-        lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): merge it into its base instead")
-    return lost
+    return lost + other_kinds(adapter) + learned_tokens(adapter) + convolutions(adapter) + magnitudes(adapter)
 
 
 def write(adapter: Adapter, path: Path, base: Any = None) -> Path:

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..config import LoraConfig
-from ..errors import AdapterError, listing
+from ..errors import AdapterError
 from ..ops.blocks import compact_packed, expand_packed
 from .files import read_tensors, replacing, write_tensors
+from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
 
 
 def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
@@ -55,18 +56,8 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
 
 def losses(adapter: Adapter) -> list[str]:
     """What a loralib state dict cannot hold of this adapter, one line each."""
-    lost = []
-    if adapter.others:
-        lost.append(f"{len(adapter.others)} updates of another kind ({listing(adapter.others, 2)}): resize makes factors of them")
-    if adapter.embeddings:
-        lost.append(f"{len(adapter.embeddings)} learned tokens ({listing(adapter.embeddings, 2)})")
-    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None]
-    if dora:
-        lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)})")
-    conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
-    if conv:
-        lost.append(f"{len(conv)} convolutions ({listing(conv, 2)}), whose updates loralib factors in another way")
-    return lost
+    conv = convolutions(adapter, ", whose updates loralib factors in another way")
+    return other_kinds(adapter) + learned_tokens(adapter) + magnitudes(adapter) + conv
 
 
 def write(adapter: Adapter, path: Path) -> Path:

@@ -27,6 +27,7 @@ from ..errors import AdapterError, listing
 from .files import parse_json, read_json, write_tensors, write_text
 from .packed import parts_of
 from .strength import clean, commonest, config_of, folded
+from .unheld import convolutions, learned_tokens, other_kinds
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 OURS = ("packed", "transposed", "embeddings")  # in our part of the header, beside the adapter's metadata
@@ -83,14 +84,8 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
 
 def losses(adapter: Adapter) -> list[str]:
     """What MLX's format cannot hold of this adapter, one line each."""
-    lost = []
-    if adapter.others:
-        lost.append(f"{len(adapter.others)} updates of another kind ({listing(adapter.others, 2)}): resize makes factors of them")
-    if adapter.embeddings:
-        lost.append(f"{len(adapter.embeddings)} learned tokens")
-    conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
-    if conv:
-        lost.append(f"{len(conv)} convolutions ({listing(conv, 2)}): mlx-lm adapts linear layers and embeddings")
+    lost = other_kinds(adapter) + learned_tokens(adapter)
+    lost += convolutions(adapter, ": mlx-lm adapts linear layers and embeddings")
     dora = [m for m, f in adapter.factors.items() if f.magnitude is not None and f.kind != "conv"]
     if dora and len(dora) != len(adapter.factors):
         lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in MLX all modules have one or none has")

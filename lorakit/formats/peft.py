@@ -29,6 +29,7 @@ from . import peft_lycoris
 from .files import parse_json, read_json, read_tensors, write_tensors, write_text
 from .mlx import is_mlx_config
 from .peft_config import checked, dumps, enabled_parts, from_peft, to_peft
+from .unheld import learned_tokens, other_kinds
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 PREFIX = "base_model.model."
@@ -87,11 +88,7 @@ def read(path: Path) -> Adapter:
 
 def losses(adapter: Adapter) -> list[str]:
     """What PEFT's LoRA folder cannot hold of this adapter, one line each."""
-    lost = []
-    if adapter.others:
-        lost.append(f"{len(adapter.others)} updates of another kind ({listing(adapter.others, 2)}): resize makes factors of them")
-    if adapter.embeddings:
-        lost.append(f"{len(adapter.embeddings)} learned tokens ({listing(adapter.embeddings, 2)})")
+    lost = other_kinds(adapter) + learned_tokens(adapter)
     dora = {m: f.magnitude for m, f in adapter.factors.items() if f.magnitude is not None}
     if dora and len(dora) != len(adapter.factors):
         lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in PEFT all modules have one or none has")
