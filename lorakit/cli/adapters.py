@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .files import base_folder
+
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
 
@@ -62,15 +64,6 @@ def inspect(
                 console.print(table)
     if plot is not None:
         print(f"written: {plot}" if told.modules else "there is no module to draw")
-
-
-def base_folder(name: str | None) -> Path | None:
-    """Where the base's files are: a folder as named, of whatever kind, or the embedded model's."""
-    from ..models.base import EMBEDDED, model_path
-
-    if name is None:
-        return None
-    return Path(model_path(name)) if name == EMBEDDED else Path(name).expanduser()
 
 
 def load_adapter(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:

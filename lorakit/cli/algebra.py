@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import ConfigError
+from .files import base_folder, dtype_of, free, read
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -22,6 +23,7 @@ Keep = Annotated[float | None, typer.Option(min=0, max=1, help="keep this share 
 To = Annotated[str, typer.Option(help="format to write: peft, or any that `lorakit convert` writes")]
 Alpha = Annotated[float | None, typer.Option(help="for loralib files, which do not hold it")]
 Dtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: as it comes")]
+Base = Annotated[str | None, typer.Option(help="the base's folder, which GGUF needs (--to gguf, and to read one)")]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
 Modules = Annotated[bool, typer.Option("--modules", help="a line for each module")]
 Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
@@ -41,6 +43,7 @@ def combine(
     alpha: Alpha = None,
     to: To = "peft",
     dtype: Dtype = None,
+    base: Base = None,
     force: Force = False,
     force_base: Annotated[bool, typer.Option("--force-base", help="combine although they were trained on different bases")] = False,
     modules: Modules = False,
@@ -51,15 +54,17 @@ def combine(
 
     from ..adapter.combine import combined
 
-    out = _free(out, force)
-    values = [_load(source, alpha) for source in adapters]
+    out = free(out, to, force)
+    values = [read(source, alpha, base_folder(base)) for source in adapters]
     began = time.monotonic()
     with Console(stderr=True).status("combining") as status:
         done = combined(
             values, _numbers(weights), method, rank=rank, keep=keep, density=density, majority=majority, seed=seed, saved=saved,  # type: ignore[arg-type]
             force=force_base, on_module=lambda name, at, total: status.update(f"{at}/{total} {name}"),
         )  # fmt: skip
-    _report(f"{len(adapters)} adapters as one ({method})", values, done, _write(done.adapter, out, to, dtype), began, modules, json_output)
+    _report(
+        f"{len(adapters)} adapters as one ({method})", values, done, _write(done.adapter, out, to, dtype, base), began, modules, json_output
+    )
 
 
 def resize(
@@ -73,6 +78,7 @@ def resize(
     alpha: Alpha = None,
     to: To = "peft",
     dtype: Dtype = None,
+    base: Base = None,
     force: Force = False,
     modules: Modules = False,
     json_output: Json = False,
@@ -82,15 +88,15 @@ def resize(
 
     from ..adapter.resize import resize as cut
 
-    out = _free(out, force)
-    value = _load(adapter, alpha)
+    out = free(out, to, force)
+    value = read(adapter, alpha, base_folder(base))
     began = time.monotonic()
     with Console(stderr=True).status("resizing") as status:
         done = cut(
             value, rank, keep=keep, error=error, overall=overall, drop_bias=drop_bias,
             on_module=lambda name, at, total: status.update(f"{at}/{total} {name}"),
         )  # fmt: skip
-    _report("resized", [value], done, _write(done.adapter, out, to, dtype), began, modules, json_output)
+    _report("resized", [value], done, _write(done.adapter, out, to, dtype, base), began, modules, json_output)
 
 
 def extract(
@@ -115,14 +121,14 @@ def extract(
     from ..errors import listing
     from ..models.base import model_path
 
-    out = _free(out, force)
+    out = free(out, to, force)
     began = time.monotonic()
     with Console(stderr=True).status("extracting") as status:
         done = take(
             model_path(base), model_path(tuned), rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
             on_tensor=lambda name, at, total: status.update(f"{at}/{total} {name}"),
         )  # fmt: skip
-    path = _write(done.adapter, out, to, dtype)
+    path = _write(done.adapter, out, to, dtype, base)
     if json_output:
         print(json.dumps({"out": str(path), "parameters": done.adapter.parameters, **done.to_dict()}))
         return
@@ -158,29 +164,10 @@ def _report(what: str, before: list[Adapter], done: Resized, path: Path, began: 
     print(f"next: lorakit inspect {quote(str(path))}")
 
 
-def _load(source: str, alpha: float | None) -> Adapter:
-    from ..formats import load
-
-    options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
-    return load(source, **options)
-
-
-def _write(adapter: Adapter, out: Path, to: str, dtype: str | None) -> Path:
-    import torch
-
-    from ..adapter.edit import cast
+def _write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None) -> Path:
     from ..formats import save
 
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return save(cast(adapter, kinds[dtype]) if dtype else adapter, out, to)
-
-
-def _free(out: Path, force: bool) -> Path:
-    """OUT, if there is nothing there or it may be replaced."""
-    out = out.expanduser()
-    if not force and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists\n  --force replaces it")
-    return out
+    return save(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
 
 
 def _numbers(text: str | None) -> list[float] | None:

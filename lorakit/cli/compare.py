@@ -34,7 +34,8 @@ def compare(
     from ..compare_report import summary, tables, write_html
     from ..formats import format_of
     from ..heatmap import kind_of
-    from .adapters import base_folder, load_adapter
+    from .adapters import load_adapter
+    from .files import base_folder
 
     if plot is not None:
         kind_of(plot)  # before the work

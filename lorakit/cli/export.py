@@ -9,7 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from .files import base_folder, dtype_of, free, read
+
 _KINDS = Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the numbers; default: the adapter's")]
+_FORCE = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
 _BASE = Annotated[str | None, typer.Option(help="the base's folder (its config.json), which llama.cpp's format needs")]
 
 
@@ -21,23 +24,28 @@ def convert(
     alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
     dtype: _KINDS = None,
     allow_loss: Annotated[bool, typer.Option("--allow-loss", help="leave out what the format cannot hold, and list it")] = False,
+    force: _FORCE = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Write an adapter in another format. What that cannot hold is an error, unless it may be lost; then it is listed."""
-    from ..formats import format_of, load
+    from ..formats import format_of
     from ..formats.convert import convert as converted
 
-    adapter = load(source, base=base, alpha=alpha)
-    done = converted(adapter, out, to, base=base, dtype=_dtype(dtype), allow_loss=allow_loss)
+    out, folder, was = free(out, to, force), base_folder(base), format_of(source)
+    done = converted(read(source, alpha, folder), out, to, base=folder, dtype=dtype_of(dtype), allow_loss=allow_loss)
     if json_output:
-        print(json.dumps({"from": format_of(source), **done.to_dict()}))
+        print(json.dumps({"from": was, **done.to_dict()}))
         return
     for loss in done.lost:
         print(f"left out: {loss}")
-    print(
-        f"{source} ({format_of(source)}) -> {done.path} ({to}): {len(done.adapter.updates)} modules, {done.adapter.parameters:,} parameters"
-    )
-    print(f"next: lorakit inspect {quote(str(done.path))}")
+    print(f"{source} ({was}) -> {done.path} ({to}): {len(done.adapter.updates)} modules, {done.adapter.parameters:,} parameters")
+    more = f" --base {quote(base)}" if base and to == "gguf" else ""
+    if to == "loralib":
+        from ..formats.loralib import alpha_of
+
+        more = f" --alpha {alpha_of(done.adapter):g}"
+        print(f"the file holds no alpha: it is to be read with{more}")
+    print(f"next: lorakit inspect {quote(str(done.path))}{more}")
 
 
 def export(
@@ -52,14 +60,18 @@ def export(
     base: _BASE = None,
     model: Annotated[str | None, typer.Option(help="for Ollama: what the Modelfile starts FROM")] = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
+    force: _FORCE = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Check an adapter against the rules of the program that will read it, write it so, and (--verify) prove the same effect."""
+    from ..export import RECEIVERS
     from ..export import export as exported
-    from ..formats import load
 
-    adapter = load(source, base=base, alpha=alpha)
-    done = exported(adapter, out, receiver, fix=fix, verify=verify, base=base, model=model)
+    folder = base_folder(base)
+    if receiver == "ollama" and out.suffix != ".gguf":
+        out = out / "adapter.gguf"
+    out = free(out, RECEIVERS[receiver].format, force)
+    done = exported(read(source, alpha, folder), out, receiver, fix=fix, verify=verify, base=folder, model=model)
     if json_output:
         print(json.dumps(done.to_dict()))
         return
@@ -69,12 +81,6 @@ def export(
     if done.difference is not None:
         print(f"read again: the largest difference of ΔW is {done.difference:.2g} of the largest ΔW")
     print(f"next: {_next(receiver, done.files[0], base)}")
-
-
-def _dtype(name: str | None):
-    import torch
-
-    return None if name is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def _next(receiver: str, path: Path, base: str | None) -> str:

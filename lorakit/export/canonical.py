@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..errors import AdapterError
+from ..formats.strength import folded
 
 
 def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
@@ -44,7 +45,7 @@ def _plain(module: str, f: Factors) -> Factors:
         raise AdapterError(
             f"'{module}' is a DoRA: its strength depends on the base, so no plain factors are the same\n  merge it into the base instead"
         )
-    B = f.B if f.scale == 1 else (f.B.double() * f.scale).to(f.B.dtype)
+    B = folded(f.B, f.scale)
     return Factors(f.A, B, float(f.A.shape[0]), f.kind, transposed=f.transposed, groups=f.groups)
 
 

@@ -12,6 +12,8 @@ from ..formats.files import write_text
 from .rules import RECEIVERS, Finding, findings
 from .verify import expected, largest_difference
 
+TOLERANCE = 1e-5  # of the largest |ΔW|: float32 rounding of strengths folded into B
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -64,6 +66,10 @@ def export(
     difference = None
     if verify:
         difference = largest_difference(written, target.format, expected(adapter, target.format, base))
+        if difference > TOLERANCE:
+            raise AdapterError(
+                f"{written}, read again, differs from the adapter: ΔW by {difference:.2g} of its largest\n  do not use it, and report this: it is a fault of lorakit's"
+            )
     if receiver == "ollama":
         modelfile = written.parent / "Modelfile"
         write_text(modelfile, f"FROM {model}\nADAPTER ./{written.name}\n")

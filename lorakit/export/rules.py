@@ -76,6 +76,14 @@ def one_scale(adapter: Adapter) -> Iterator[Finding]:
         )
 
 
+def one_rank_and_strength(adapter: Adapter) -> Iterator[Finding]:
+    """One rank and one alpha / rank for all modules: what is said once in a config."""
+    fs = list(adapter.factors.values())
+    same = len({(f.A.shape[0], f.scale, f.rslora) for f in fs}) <= 1 and not any(f.rslora or f.parts for f in fs)
+    if not same and not adapter.others and not any(f.magnitude is not None for f in fs):
+        yield from one_scale(adapter)
+
+
 def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
     rank = max((f.A.shape[0] for f in adapter.factors.values()), default=0)
     if rank > VLLM_RANKS[-1]:
@@ -113,13 +121,6 @@ def vllm_saved(adapter: Adapter) -> Iterator[Finding]:
         )
 
 
-def initialised_plainly(adapter: Adapter) -> Iterator[Finding]:
-    """PiSSA and its like change the base too; our files never hold such an adapter, so only what a file's config said is looked at."""
-    said = adapter.metadata.get("init")
-    if isinstance(said, str) and said not in ("gaussian", "default"):
-        yield Finding(f"it was started from the base's own weights ({said})", "convert the residual with the tool that made it")
-
-
 @dataclass(frozen=True)
 class Receiver:
     """A program: the format that it reads, and its rules."""
@@ -131,9 +132,9 @@ class Receiver:
 
 RECEIVERS = {
     "vllm": Receiver(
-        "peft", (low_rank_only, initialised_plainly, vllm_saved, vllm_modules, one_scale, vllm_rank, no_embeddings), "vLLM's --lora-modules"
+        "peft", (low_rank_only, vllm_saved, vllm_modules, one_rank_and_strength, vllm_rank, no_embeddings), "vLLM's --lora-modules"
     ),
-    "sglang": Receiver("peft", (low_rank_only, initialised_plainly, no_saved_weights, one_scale, no_embeddings), "SGLang's --lora-paths"),
+    "sglang": Receiver("peft", (low_rank_only, no_saved_weights, one_rank_and_strength, no_embeddings), "SGLang's --lora-paths"),
     "llama.cpp": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "llama.cpp's --lora"),
     "ollama": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "Ollama, with its Modelfile"),
     "comfyui": Receiver("kohya", (no_saved_weights, no_embeddings), "ComfyUI's models/loras"),

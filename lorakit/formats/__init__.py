@@ -62,7 +62,9 @@ def save(adapter: Adapter, path: str | Path, format: str = "peft", *, dtype: tor
     dtype: the precision to write it in (by default as it is). base: the base's folder or config, for "gguf". AdapterError, with all
     of it, where the format cannot hold something of the adapter (see `losses`). Returns the path written.
     """
-    adapter, path = adapter.to(dtype) if dtype else adapter, Path(path).expanduser()
+    from ..adapter.edit import cast
+
+    adapter, path = cast(adapter, dtype) if dtype else adapter, Path(path).expanduser()
     return _module(format).write(adapter, path, base) if format == "gguf" else _module(format).write(adapter, path)
 
 

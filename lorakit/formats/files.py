@@ -89,7 +89,7 @@ def read_pickled(path: Path) -> dict[str, Tensor] | list[Tensor]:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AdapterError(
-            f"{path} is not a state dict that can be read safely: {next(iter(str(error).splitlines()), type(error).__name__)}\n"
+            f"{path} is not a state dict that can be read safely: {next(iter(str(error).split('. ')[0].splitlines()), type(error).__name__)}\n"
             "  lorakit never runs code from an adapter; have its author save it as safetensors"
         ) from error
     named = value if isinstance(value, Mapping) else {f"[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else None

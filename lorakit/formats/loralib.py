@@ -18,6 +18,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError
 from ..ops.blocks import compact_packed, expand_packed
 from .files import read_tensors, replacing, write_tensors
+from .strength import clean, commonest, folded
 from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
 
 
@@ -60,17 +61,21 @@ def losses(adapter: Adapter) -> list[str]:
     return other_kinds(adapter) + learned_tokens(adapter) + magnitudes(adapter) + conv
 
 
+def alpha_of(adapter: Adapter) -> float:
+    """The alpha that a file of this adapter has to be read with: the commonest of its modules'."""
+    return commonest(clean(f.scale * f.rank) for f in adapter.factors.values()) if adapter.factors else 1.0
+
+
 def write(adapter: Adapter, path: Path) -> Path:
     """Write a loralib state dict (`.safetensors` by name, else torch's pickle). It holds no alpha: where the modules' differ, all get the
     commonest, and the rest of their strength is folded into B."""
     lost = losses(adapter.check())
     if lost:
         raise AdapterError(f"{path}: a loralib checkpoint cannot hold all of this adapter\n  " + "\n  ".join(lost))
-    alphas = {m: float(f"{f.scale * f.rank:.9g}") for m, f in adapter.factors.items()}  # 32 / 49 * 49 is not quite 32
-    common = max(set(alphas.values()), key=list(alphas.values()).count, default=1.0)
+    common = alpha_of(adapter)
     tensors: dict[str, Tensor] = dict(adapter.saved)
     for module, f in adapter.factors.items():
-        B = f.B if alphas[module] == common else (f.B.double() * (alphas[module] / common)).to(f.B.dtype)
+        B = folded(f.B, clean(f.scale * f.rank / common))
         if f.parts:
             compact = compact_packed(B, f.parts)
             if compact is None:

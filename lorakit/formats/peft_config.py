@@ -18,6 +18,9 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trained tokens", "velora_config": "VeLoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
 }  # fmt: skip
 
+# Starts that take something out of the base's weights, which a reader would have to do again.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
 # What else PEFT calls an adapter, and what its users can do.
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
 _PROMPT = "it adds inputs and changes no weight, so no LoRA does the same: use it with PEFT"
@@ -43,6 +46,12 @@ def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig,
             raise AdapterError(
                 f"{where}: {key} is {values[key]!r}: {name} is not supported\n  merge it into its base with the tool that made it"
             )
+    start = values.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{where}: init_lora_weights is {start!r}: it was started from the base's own weights, which that changed, so its factors alone are "
+            "another update\n  save it again with PEFT as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if values.get(theirs) is not None}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)

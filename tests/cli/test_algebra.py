@@ -88,7 +88,12 @@ def test_an_existing_out_is_kept_unless_forced(lorakit, two, tmp_path):
         code, _, err = lorakit(*call)
         assert code == 2
         assert "exists\n  --force replaces it" in err
-    assert lorakit("resize", two[0], tmp_path / "here", "--rank", "2", "--force")[0] == 0
+    code, _, err = lorakit("resize", two[0], tmp_path / "here", "--rank", "2", "--force")
+    assert code == 2
+    assert "other things in it" in err
+    assert (tmp_path / "here" / "mine").read_text() == "x"
+    for force in ([], ["--force"]):
+        assert lorakit("resize", two[0], tmp_path / "there", "--rank", "2", *force)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ def test_convert_writes_every_format_that_the_adapter_fits(lorakit, trained, mod
         code, out, err = lorakit("convert", str(trained / "adapter"), str(tmp_path / name), "--to", to, "--base", model)
         assert code == 0, err
         assert f"(peft) -> {tmp_path / name} ({to})" in out
-        assert out.splitlines()[-1] == f"next: lorakit inspect {tmp_path / name}"
+        assert out.splitlines()[-1].startswith(f"next: lorakit inspect {tmp_path / name}")
+        code, _, err = lorakit(*out.splitlines()[-1].split()[2:])
+        assert code == 0, f"what it says to type next: {err}"
         options = {"alpha": expected.config.alpha} if to == "loralib" else {}
         found = formats.load(tmp_path / name, base=model, **options)
         for module, f in expected.factors.items():
@@ -64,3 +66,35 @@ def test_wrong_calls_are_answered_with_what_is_known(lorakit, trained, tmp_path)
     code, _, err = lorakit("convert", str(tmp_path / "notes.safetensors"), str(tmp_path / "x"), "--to", "peft")
     assert code == 1
     assert "not a readable safetensors file" in err
+
+
+def test_nothing_that_is_there_is_lost(lorakit, trained, model, tmp_path):
+    source = str(trained / "adapter")
+    (tmp_path / "note.safetensors").write_text("mine")
+    code, _, err = lorakit("convert", source, str(tmp_path / "note.safetensors"), "--to", "loralib")
+    assert code == 2
+    assert "--force" in err
+    assert (tmp_path / "note.safetensors").read_text() == "mine"
+    assert lorakit("convert", source, str(tmp_path / "a"), "--to", "peft")[0] == 0
+    config = (tmp_path / "a" / "adapter_config.json").read_bytes()
+    code, _, err = lorakit("convert", source, str(tmp_path / "a"), "--to", "mlx", "--force")
+    assert code == 2
+    assert "a folder with peft in it" in err
+    assert (tmp_path / "a" / "adapter_config.json").read_bytes() == config
+    assert lorakit("convert", source, str(tmp_path / "a"), "--to", "peft", "--force")[0] == 0
+    code, _, err = lorakit("export", source, model, "--for", "peft", "--force")
+    assert code == 2
+    assert "holds a model" in err
+
+
+def test_names_that_do_not_suit_the_format_are_refused(lorakit, trained, tmp_path):
+    source = str(trained / "adapter")
+    for to, name, said in (
+        ("peft", "x.safetensors", "written as a folder"), ("mlx", "x.gguf", "written as a folder"), ("gguf", "x.safetensors", "ends in .gguf"),
+        ("kohya", "x", "ends in .safetensors"), ("loralib", "x", "ends in .pt"),
+    ):  # fmt: skip
+        code, _, err = lorakit("convert", source, str(tmp_path / name), "--to", to)
+        assert code == 2
+        assert said in err
+    assert lorakit("resize", source, str(tmp_path / "x"), "--rank", "1", "--to", "xx")[0] == 2
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,26 @@ MIXED = adapter(self_attn__q_proj=factors(3, 6), self_attn__v_proj=factors(8, 4,
 
 def largest(a: lk.Adapter, b: lk.Adapter) -> float:
     return max(float((b.factors[m].delta() - f.delta()).abs().max()) for m, f in a.factors.items())
+
+
+@pytest.mark.parametrize("receiver", ["vllm", "sglang"])
+def test_one_rank_and_one_strength_are_taken_as_they_are(tmp_path, receiver):
+    value = adapter(self_attn__q_proj=factors(8, 16), self_attn__v_proj=factors(8, 16))
+    assert export(value, tmp_path / "out", receiver, verify=True).mended == []
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 16
+
+
+def test_sixteen_bits_that_cannot_hold_a_folded_strength_become_thirty_two(tmp_path):
+    value = adapter(
+        self_attn__q_proj=factors(8, 13, rslora=True, dtype=torch.bfloat16), self_attn__v_proj=factors(4, 3, dtype=torch.bfloat16)
+    )
+    assert export(value, tmp_path / "out", "vllm", fix=True, verify=True).difference < 1e-6
+
+
+def test_a_difference_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["lorakit.export.export"], "largest_difference", lambda *_: 0.01)
+    with pytest.raises(AdapterError, match=r"differs from the adapter: ΔW by 0\.01"):
+        export(MIXED, tmp_path / "out", "peft", verify=True)
 
 
 @pytest.mark.parametrize("receiver", ["vllm", "sglang", "canonical"])

@@ -225,3 +225,15 @@ def test_a_magnitude_of_another_shape_is_refused(shape, said, tmp_path):
     write_tensors(tmp_path / "adapter_model.safetensors", tensors | {"base_model.model.lin0.lora_magnitude_vector": torch.ones(shape)})
     with pytest.raises(AdapterError, match=said):
         lk.Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "PiSSA"])
+def test_a_start_that_changed_the_base_is_refused_as_its_factors_are_another_update(tmp_path, start):
+    lk.Adapter(lk.LoraConfig(rank=1, targets=["lin0"]), {"lin0": lk.Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}).save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+        lk.Adapter.load(tmp_path)
+    for harmless in (True, False, "gaussian", "eva", "orthogonal", "mica"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": harmless}))
+        assert lk.Adapter.load(tmp_path).factors

@@ -18,6 +18,7 @@ import lorakit as lk
 from lorakit import formats
 from lorakit.errors import AdapterError
 from lorakit.formats.convert import convert
+from lorakit.formats.loralib import alpha_of
 
 LANGUAGE_FORMATS = ("peft", "loralib", "mlx", "gguf")
 IMAGE_FORMATS = ("peft", "kohya", "diffusers", "cloneofsimo")
@@ -56,13 +57,8 @@ def written(adapter: lk.Adapter, format: str, folder: Path, name: str) -> lk.Ada
     done = convert(adapter, folder / f"{name}{suffix}", format, base=base)
     assert done.lost == []
     assert formats.format_of(done.path) == format
-    alpha = {"alpha": commonest(adapter)} if format == "loralib" else {}
+    alpha = {"alpha": alpha_of(adapter)} if format == "loralib" else {}
     return formats.load(done.path, base=base, **alpha)
-
-
-def commonest(adapter: lk.Adapter) -> float:
-    alphas = [float(f"{f.scale * f.rank:.9g}") for f in adapter.factors.values()]
-    return max(set(alphas), key=alphas.count)
 
 
 def assert_same(found: lk.Adapter, expected: lk.Adapter, folds: int) -> None:

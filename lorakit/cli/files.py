@@ -1,0 +1,78 @@
+"""What the verbs that write adapters share: reading with the options a file may need, and a place to write that loses nobody's work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import AdapterError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..adapter.adapter import Adapter
+
+_FOLDERS = ("peft", "mlx")
+_SUFFIXES = {"kohya": (".safetensors",), "diffusers": (".safetensors", ""), "cloneofsimo": (".safetensors", ".pt"), "gguf": (".gguf",),
+             "loralib": (".pt", ".bin", ".pth", ".safetensors")}  # fmt: skip
+_WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
+
+
+def read(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
+    """An adapter; `alpha` goes to the formats that do not hold it, so that adapters of several formats may be named together."""
+    from ..formats import format_of, load
+
+    return load(source, alpha=alpha if format_of(source) in ("loralib", "mlx") else None, base=base)
+
+
+def base_folder(name: str | None) -> Path | None:
+    """Where the base's files are: a folder as named, of whatever kind, or the embedded model's."""
+    from ..models.base import EMBEDDED, model_path
+
+    if name is None:
+        return None
+    return Path(model_path(name)) if name == EMBEDDED else Path(name).expanduser()
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def free(out: Path, to: str, force: bool) -> Path:
+    """OUT, if it suits the format and there is nothing there, or only an older adapter of that format that may be replaced."""
+    from ..formats import FORMATS
+
+    out = out.expanduser()
+    if to not in FORMATS:
+        raise ConfigError(f"--to {to}: no such format{did_you_mean(to, FORMATS)}\n  known: {', '.join(FORMATS)}")
+    if to in _FOLDERS and out.suffix in _WEIGHTS:
+        raise ConfigError(f"{out}: {to} is written as a folder\n  give a name without '{out.suffix}'")
+    if to in _SUFFIXES and out.suffix not in _SUFFIXES[to] and not (to == "diffusers" and out.suffix not in _WEIGHTS):
+        raise ConfigError(f"{out}: {to} is written as a file that ends in {' or '.join(s for s in _SUFFIXES[to] if s)}")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return out
+    if not force:
+        raise ConfigError(f"{out} exists\n  --force replaces it")
+    if out.is_dir():
+        _check_folder(out, to)
+    elif to in _FOLDERS:
+        raise ConfigError(f"{out} is a file, and {to} is written as a folder")
+    return out
+
+
+def _check_folder(out: Path, to: str) -> None:
+    """A folder may be written into if it holds an adapter of that format: PEFT's and MLX's files have names in common."""
+    from ..formats import format_of
+
+    if to not in (*_FOLDERS, "diffusers"):
+        raise ConfigError(f"{out} is a folder, and {to} is written as a file")
+    if (out / "config.json").exists():
+        raise ConfigError(f"{out} holds a model (config.json), among whose files an adapter would not be found\n  name another folder")
+    try:
+        found = format_of(out)
+    except AdapterError:
+        found = "something else"
+    if found != to:
+        raise ConfigError(f"{out} is a folder with {found if found in _FOLDERS else 'other things'} in it\n  name another folder")
