@@ -80,6 +80,8 @@ def export(
     print(f"written for {receiver}: " + ", ".join(str(f) for f in done.files))
     if done.difference is not None:
         print(f"read again: the largest difference of ΔW is {done.difference:.2g} of the largest ΔW")
+    if done.uncompared:
+        print(f"not compared: {done.uncompared} modules of other kinds (LoHa, LoKr, whole updates), or their DoRA magnitudes")
     print(f"next: {_next(receiver, done.files[0], base)}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError, ConfigError, did_you_mean
+from ..formats import save
 from ..formats.files import write_text
 from .rules import RECEIVERS, Finding, findings
 from .verify import expected, largest_difference
@@ -17,19 +18,23 @@ TOLERANCE = 1e-5  # of the largest |ΔW|: float32 rounding of strengths folded i
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `difference`: the largest between ΔW in the file and the adapter's, over the largest |ΔW|; None if not verified."""
+    """What was written. `difference`: the largest between ΔW in the file and the adapter's, over the largest |ΔW|; None if not verified.
+
+    `uncompared`: modules whose numbers it does not cover: LoHa, LoKr, whole updates, and magnitudes of DoRA.
+    """
 
     receiver: str
     format: str
     files: list[Path]
     mended: list[str] = field(default_factory=list)
     difference: float | None = None
+    uncompared: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "receiver": self.receiver, "format": self.format, "files": [str(f) for f in self.files], "mended": self.mended,
-            "difference": self.difference,
+            "difference": self.difference, "uncompared": self.uncompared,
         }  # fmt: skip
 
 
@@ -61,7 +66,7 @@ def export(
         if model is None:
             raise ConfigError("Ollama's Modelfile starts FROM a model: say which (--model llama3.2, or a GGUF file)")
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
-    written = _write(ready, path, target.format, base)
+    written = save(ready, path, target.format, base=base)
     files = [written]
     difference = None
     if verify:
@@ -74,15 +79,10 @@ def export(
         modelfile = written.parent / "Modelfile"
         write_text(modelfile, f"FROM {model}\nADAPTER ./{written.name}\n")
         files.append(modelfile)
-    return Exported(receiver, target.format, files, mended, difference)
+    uncompared = len(adapter.others) + sum(f.magnitude is not None for f in adapter.factors.values())
+    return Exported(receiver, target.format, files, mended, difference, uncompared if verify else 0)
 
 
 def _refusal(receiver: str, left: list[Finding]) -> str:
     lines = [f"{f.what}\n    {f.way_out}" + (" (--fix does it)" if f.mend is not None else "") for f in left]
     return f"{receiver} does not take this adapter:\n  " + "\n  ".join(lines)
-
-
-def _write(adapter: Adapter, path: Path, format: str, base: Any) -> Path:
-    from ..formats import save
-
-    return save(adapter, path, format, **({"base": base} if format == "gguf" else {}))

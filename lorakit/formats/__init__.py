@@ -83,6 +83,7 @@ def format_of(source: str | Path) -> str:
 
     from . import cloneofsimo, diffusers, kohya, mlx
     from .files import keys_of
+    from .gguf_header import is_gguf
 
     if path.is_dir():
         if mlx.is_mlx(path):
@@ -90,9 +91,8 @@ def format_of(source: str | Path) -> str:
         if (path / diffusers.FILE).is_file():
             return "diffusers"
         return "loralib"  # whose reader says what is wrong with a folder
-    with open(path, "rb") as file:
-        if file.read(4) == b"GGUF":
-            return "gguf"
+    if is_gguf(path):
+        return "gguf"
     if cloneofsimo.is_pickle_of_it(path):
         return "cloneofsimo"
     keys = keys_of(path)

@@ -23,7 +23,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..errors import AdapterError, listing
 from .files import parse_json, replacing
-from .gguf_header import is_gguf, read_gguf
+from .gguf_header import read_gguf
 from .gguf_names import (
     OUTPUT,
     TOKENS,
@@ -42,7 +42,7 @@ from .packed import parts_of
 from .strength import clean, commonest, config_of, folded
 from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
 
-__all__ = ["is_gguf", "losses", "names_of", "read", "rows_of", "write"]
+__all__ = ["losses", "names_of", "read", "rows_of", "write"]
 METADATA = "lorakit.metadata"
 _UNREAD = {"adapter.alora.invocation_tokens": "aLoRA, which is active after its tokens only, is not supported"}
 

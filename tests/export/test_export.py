@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.adapter.hadamard import Hadamard
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.export import RECEIVERS, export, findings
 from lorakit.export.verify import expected, largest_difference
@@ -206,3 +207,10 @@ def test_a_gguf_has_llamas_order_of_rows_and_the_modelfile_its_name(tmp_path, re
 
 def test_mlx_gets_the_same_update(tmp_path):
     assert export(MIXED, tmp_path / "out", "mlx", verify=True).difference < 1e-6
+
+
+def test_what_the_comparison_does_not_cover_is_counted(tmp_path):
+    loha = Hadamard(*(torch.ones(s) for s in ((320, 2), (2, 320), (320, 2), (2, 320))), 2.0)
+    done = export(replace(IMAGE, others={UNET + "to_v": loha}), tmp_path / "x.safetensors", "comfyui", verify=True)
+    assert done.uncompared == 1
+    assert export(IMAGE, tmp_path / "y.safetensors", "comfyui", verify=True).uncompared == 0

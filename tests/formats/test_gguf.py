@@ -23,6 +23,7 @@ from lorakit.adapter.factors import Factors
 from lorakit.adapter.hadamard import Hadamard
 from lorakit.errors import AdapterError
 from lorakit.formats import gguf
+from lorakit.formats.gguf_header import is_gguf
 from lorakit.formats.gguf_names import ARCHITECTURES, permute, tensor_names, unpermute
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -66,7 +67,7 @@ def same(a: Factors, b: Factors) -> None:
 
 def test_the_header_is_what_llama_cpp_checks(tmp_path):
     path = gguf.write(whole(), tmp_path / "x.gguf", LLAMA)
-    assert gguf.is_gguf(path)
+    assert is_gguf(path)
     fields = GGUFReader(path).fields
     told = {key: fields[key].contents() for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha")}
     assert told == {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}
