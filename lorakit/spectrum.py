@@ -23,8 +23,8 @@ from .adapter.spectrum import LowRank, matrix, norm, size_of, spectrum
 from .adapter.svd import random_svd
 from .checkpoint.base import Base, open_base
 from .checkpoint.names import find_renaming
-from .checkpoint.plan import update_for
 from .checkpoint.ties import declared
+from .checkpoint.update import update_for
 from .errors import AdapterError
 from .formats.stream import Slot, read_header
 
@@ -45,13 +45,7 @@ class Weights:
 
     def across(self, module: str, update: Factors | Other) -> bool:
         """Whether the weight is stored as [in, out]. AdapterError where the update does not fit it at all."""
-        slot = self.slots[module]
-        if isinstance(update, Factors):
-            return update_for(module, update, slot, self.base.model_type).transposed
-        out, size_in = size_of(matrix(update))
-        if not slot.shape or slot.shape[0] != out or _count(slot.shape) != out * size_in:
-            raise AdapterError(f"'{module}' changes a matrix of {[out, size_in]}; the base's weight is {list(slot.shape)}")
-        return False
+        return update_for(module, update, self.slots[module], self.base.model_type).transposed
 
     def read(self, module: str, update: Factors | Other) -> Tensor:
         """W in float32 as [out, in], the same way round as the update's matrix."""

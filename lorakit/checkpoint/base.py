@@ -1,10 +1,16 @@
-"""A transformers checkpoint folder: its config, and where in its safetensors files each tensor lies."""
+"""A checkpoint, opened but not read: its config, and where in its safetensors files each tensor lies.
+
+transformers' folder       config.json, model.safetensors or model.safetensors.index.json and its shards
+a diffusers component      the same, called diffusion_pytorch_model; either may have a variant in its name (model.fp16.safetensors)
+a single file              of a diffusion model, in the original code's names
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +21,23 @@ from ..formats.files import read_json
 from ..formats.stream import MERGEABLE, Slot, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_STEMS = ("model", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint folder, opened but not read."""
+    """`folder`: or the single file. `shards`: file name -> its header's metadata. `index`: the index file of a sharded checkpoint, and its name.
+
+    `single_file`: which diffusion model a single file holds ("sd1", "flux": `lorakit.formats.names.MODELS`), or nothing.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Slot]
-    shards: Mapping[str, Mapping[str, str]]  # file name -> its header's metadata
-    index: Mapping[str, Any] | None  # the index file of a sharded checkpoint
+    shards: Mapping[str, Mapping[str, str]]
+    index: Mapping[str, Any] | None
+    index_name: str = INDEX
+    single_file: str = ""
 
     @property
     def architecture(self) -> str | None:
@@ -34,6 +46,10 @@ class Base:
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: slot.shape for name, slot in self.tensors.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,35 +76,70 @@ def open_base(folder: Path) -> Base:
         raise LorakitError(f"{folder} is no checkpoint folder: {CONFIG} is missing{hint}")
     config = read_json(folder / CONFIG)
     _refuse_quantized(folder, config)
-    if (folder / SINGLE).exists():
-        slots, metadata = read_header(folder / SINGLE)
-        return Base(folder, config, slots, {SINGLE: metadata}, None)
-    if (folder / INDEX).exists():
-        return _open_sharded(folder, config)
+    single, index = _weights_of(folder)
+    if single is not None:
+        slots, metadata = read_header(folder / single)
+        return Base(folder, config, slots, {single: metadata}, None)
+    if index is not None:
+        return _open_sharded(folder, config, index)
     raise _no_safetensors(folder)
 
 
-def _open_sharded(folder: Path, config: Mapping[str, Any]) -> Base:
-    index = read_json(folder / INDEX)
+def open_single_file(path: Path) -> Base:
+    """Read the header of a diffusion model's single file. LorakitError for anything else."""
+    from ..formats.single_file import model_of_file
+
+    with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            raise LorakitError(
+                f"{path} is a GGUF file, whose weights are rounded for one program: merging reads safetensors\n"
+                "  merge into the model it was made from (lorakit export --merged --for llama.cpp writes a GGUF of the result)"
+            )
+    if path.suffix != ".safetensors":
+        raise LorakitError(f"{path} is no safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors file")
+    slots, metadata = read_header(path)
+    model = model_of_file({name: slot.shape for name, slot in slots.items()})
+    return Base(path, {}, slots, {path.name: metadata}, None, single_file=model)
+
+
+def _weights_of(folder: Path) -> tuple[str | None, str | None]:
+    """(the file with all weights, or None; the index of several, or None). LorakitError where there are several variants to choose from."""
+    for stem in _STEMS:
+        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        if (folder / single).exists() or (folder / index).exists():
+            return (single, None) if (folder / single).exists() else (None, index)
+        variants = [p.name for p in folder.glob(f"{stem}.*.safetensors") if "-of-" not in p.name]
+        indices = [p.name for p in folder.glob(f"{stem}.safetensors.index.*.json")]
+        if len(variants) + len(indices) > 1:
+            raise LorakitError(
+                f"{folder} holds several variants of its weights: {listing(sorted((*variants, *indices)), 4)}\n  keep one of them there"
+            )
+        if variants or indices:
+            return (variants[0], None) if variants else (None, indices[0])
+    return None, None
+
+
+def _open_sharded(folder: Path, config: Mapping[str, Any], name: str) -> Base:
+    index = read_json(folder / name)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise LorakitError(f"{folder / INDEX} has no 'weight_map' (tensor name -> file)")
+        raise LorakitError(f"{folder / name} has no 'weight_map' (tensor name -> file)")
     tensors: dict[str, Slot] = {}
     shards: dict[str, Mapping[str, str]] = {}
     for file in dict.fromkeys(weight_map.values()):
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise LorakitError(f"{folder / INDEX} names {file!r}; expected safetensors files of the same folder")
+            raise LorakitError(f"{folder / name} names {file!r}; expected safetensors files of the same folder")
         if not (folder / file).exists():
-            raise LorakitError(f"{folder} is incomplete: {INDEX} names {file}, which is missing\n  fetch the checkpoint again")
+            raise LorakitError(f"{folder} is incomplete: {name} names {file}, which is missing\n  fetch the checkpoint again")
         slots, shards[file] = read_header(folder / file)
-        twice = [name for name in slots if name in tensors]
+        twice = [tensor for tensor in slots if tensor in tensors]
         if twice:
             raise LorakitError(f"{folder}: tensor '{twice[0]}' is in {tensors[twice[0]].path.name} and in {file}")
         tensors |= slots
-    lost = [name for name in weight_map if name not in tensors]
+    lost = [tensor for tensor in weight_map if tensor not in tensors]
     if lost:
-        raise LorakitError(f"{folder} is incomplete: {INDEX} lists tensors that its files do not hold: {listing(lost, 3)}")
-    return Base(folder, config, tensors, shards, index)
+        raise LorakitError(f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(lost, 3)}")
+    return Base(folder, config, tensors, shards, index, name)
 
 
 def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One target: `asked`, the largest |ΔW| of its factors; `applied`, the largest |written - base|; `changed`, the share of its numbers that differ."""
+    """One target: `rank`, of all its updates together; `asked`, the largest |ΔW|; `applied`, the largest |written - base|; `changed`, the share of its numbers that differ."""
 
     module: str
     tensor: str
@@ -20,6 +20,10 @@ class TargetReport:
     asked: float
     applied: float
     changed: float
+
+    def within(self, component: str) -> TargetReport:
+        """The same, with a pipeline's component in front of the names."""
+        return replace(self, module=f"{component}.{self.module}", tensor=f"{component}.{self.tensor}") if component else self
 
     @property
     def lost(self) -> bool:

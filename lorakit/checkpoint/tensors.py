@@ -1,15 +1,15 @@
 """Writing the planned tensors block by block, and reading them back to see what was really written.
 
-    W' = round(W + ΔW)        added in float32 (float64 stays), rounded once
+    W' = round(W + Σ ΔW)        added in float32 (float64 stays), rounded once
 
-Memory: a few blocks, whatever the tensors' size; and the adapter's own factors.
+Memory: a few blocks, whatever the tensors' size; and the adapter's own factors. Of a LoHa, a LoKr or a whole update, the ΔW of one tensor.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ..errors import LorakitError
 from ..formats.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
-from .plan import Entry
+from .plan import Entry, Placed
 from .report import TargetReport
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was written of an updated tensor: the largest |ΔW| of its factors, and a checksum of its bytes."""
+    """What was written of an updated tensor: the largest |ΔW| of each of its updates, and a checksum of its bytes."""
 
-    largest: float
+    largest: list[float]
     crc: int
 
 
@@ -52,21 +52,57 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
             elif _as_is(entry):
                 for block in entry.source.copied():  # type: ignore[union-attr]
                     out.write(block)
+            elif not entry.updates:
+                for _, block in entry.source.rows():  # type: ignore[union-attr]
+                    out.write(_rounded(entry, block, block))
             else:
-                most, crc = 0.0, 0
-                for rows, block in entry.source.rows():  # type: ignore[union-attr]
-                    new = block
-                    if entry.update is not None:
-                        new = entry.update.rows(rows)
-                        most = max(most, _largest(new))
-                        new = new.add_(block) if new.dtype == torch.promote_types(new.dtype, block.dtype) else new + block
-                    new = new.to(DTYPES[entry.dtype])
-                    _check_finite(entry, new, block)
-                    crc = out.write(new, crc)
-                if entry.update is not None:
-                    asked[entry.name] = Asked(most, crc)
+                largest, crc = [], 0
+                for slot, placed in entry.pieces():
+                    most = 0.0
+                    for _, block, change in _changes(slot, placed):
+                        most = max(most, _largest(change)) if change is not None else most
+                        crc = out.write(_rounded(entry, _sum(block, change), block), crc)
+                    if placed is not None:
+                        largest.append(most)
+                asked[entry.name] = Asked(largest, crc)
             done(entry.name)
     return asked
+
+
+def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows [n, -1] of a tensor as it is to be, not yet rounded: W + ΔW in at least float32; W as stored, or what replaces it."""
+    if entry.value is not None:
+        whole = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
+        yield slice(0, whole.shape[0]), whole
+        return
+    start = 0
+    for slot, placed in entry.pieces() if entry.updates else ((entry.source, None),):
+        for rows, block, change in _changes(slot, placed):  # type: ignore[arg-type]
+            yield slice(start + rows.start, start + rows.stop), _sum(block, change)
+        start += slot.shape[0] if slot is not None and slot.shape else 1
+
+
+def _changes(slot: Slot, placed: Placed | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Blocks of rows: which, W's, and what is added to them."""
+    made = [update.on(slot) for update in placed.updates] if placed is not None else []
+    for rows, block in slot.rows():
+        changes = [change(rows, block) for change in made]
+        total = changes[0] if changes else None
+        for more in changes[1:]:
+            total = total + more  # type: ignore[operator]
+        yield rows, block, total
+
+
+def _sum(block: Tensor, change: Tensor | None) -> Tensor:
+    if change is None:
+        return block
+    return change.add_(block) if change.dtype == torch.promote_types(change.dtype, block.dtype) else change + block
+
+
+def _rounded(entry: Entry, new: Tensor, old: Tensor) -> Tensor:
+    new = new.to(DTYPES[entry.dtype])
+    _check_finite(entry, new, old)
+    return new
 
 
 def read_back(path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], done: Callable[[str], None]) -> list[TargetReport]:
@@ -79,8 +115,8 @@ def read_back(path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], 
         slot = slots[entry.name]
         if (slot.dtype, slot.shape) != (entry.dtype, entry.shape):
             raise _unlike(path, f"'{entry.name}'")
-        if entry.update is not None:
-            reports.append(_measure(path, entry, slot, asked[entry.name]))
+        if entry.updates:
+            reports += _measure(path, entry, slot, asked[entry.name])
         elif entry.value is not None:
             value = entry.value.to(DTYPES[entry.dtype]).reshape((*slot.shape[:1], -1) if slot.shape else (1, 1))
             if not all(same_bytes(block, value[rows]) for rows, block in slot.rows()):
@@ -96,21 +132,28 @@ def read_back(path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], 
     return reports
 
 
-def _measure(path: Path, entry: Entry, slot: Slot, asked: Asked) -> TargetReport:
-    """|written - base| of an updated tensor, the base in the precision it was written in."""
-    assert entry.source is not None
-    assert entry.update is not None
-    applied, changed, crc = 0.0, 0, 0
-    for (_, new), (_, old) in zip(slot.rows(), entry.source.rows(), strict=True):
-        crc = zlib.crc32(bytes_of(new), crc)
-        before = old.to(new.dtype)
-        changed += int((new != before).sum())
-        wide = torch.promote_types(new.dtype, torch.float32)
-        applied = max(applied, _largest(new.to(wide) - before.to(wide)))
+def _measure(path: Path, entry: Entry, slot: Slot, asked: Asked) -> list[TargetReport]:
+    """|written - base| of each update of a tensor, the base in the precision it was written in."""
+    reports, crc, start = [], 0, 0
+    largest = iter(asked.largest)
+    for source, placed in entry.pieces():
+        applied, changed = 0.0, 0
+        written = slot.part(start, start + source.shape[0])
+        for (_, new), (_, old) in zip(written.rows(), source.rows(), strict=True):
+            crc = zlib.crc32(bytes_of(new), crc)
+            before = old.to(new.dtype)
+            changed += int((new != before).sum())
+            wide = torch.promote_types(new.dtype, torch.float32)
+            applied = max(applied, _largest(new.to(wide) - before.to(wide)))
+        start += source.shape[0]
+        if placed is None and changed:
+            raise _unlike(path, f"'{entry.name}'")
+        if placed is not None:
+            share = changed / math.prod(source.shape)
+            reports.append(TargetReport(placed.module, entry.name, source.shape, placed.rank, next(largest), applied, share))
     if crc != asked.crc:
         raise _unlike(path, f"'{entry.name}'")
-    share = changed / math.prod(entry.shape)
-    return TargetReport(entry.update.module, entry.name, entry.shape, entry.update.rank, asked.largest, applied, share)
+    return reports
 
 
 def _as_is(entry: Entry) -> bool:

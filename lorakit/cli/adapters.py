@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .files import base_folder
+from .files import base_folder, dtype_of, numbers, read
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -84,33 +84,43 @@ def load_adapter(source: str, alpha: float | None = None, base: Path | None = No
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="the base's checkpoint folder, or 'embedded'")],
-    adapter: Annotated[str, typer.Argument(help="the adapter")],
-    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    base: Annotated[
+        str, typer.Argument(help="a checkpoint folder, a diffusers pipeline's, a diffusion model's .safetensors, or 'embedded'")
+    ],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER... OUT", help="one adapter or several, then what to write")],
+    weights: Annotated[str | None, typer.Option(help="one for each adapter, e.g. 0.7,0.3; default: 1 each")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the merged weights; default: the base's")
     ] = None,
     untie: Annotated[bool, typer.Option("--untie", help="give a tied LM head a weight of its own")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="merge although the adapter was trained on another base")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="merge although an adapter was trained on another base")] = False,
+    alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Merge an adapter into a checkpoint's files, one tensor in memory at a time, and check the result by reading it again."""
-    import torch
+    """Merge adapters into a checkpoint's files, one tensor in memory at a time, and check the result by reading it again."""
     from rich.console import Console
 
     from ..checkpoint import merge_checkpoint
-    from ..models.base import model_path
+    from ..errors import ConfigError
 
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if len(adapters) < 2:
+        raise ConfigError("merge takes BASE, one adapter or several, and OUT\n  lorakit merge BASE ADAPTER OUT")
+    *sources, out = adapters
+    folder = base_folder(base)
+    assert folder is not None
     console = Console()
     with console.status("merging") as status:
         report = merge_checkpoint(
-            model_path(base), adapter, out, force=force, dtype=kinds[dtype] if dtype else None, untie=untie, force_base=force_base,
+            folder, [read(source, alpha, folder) for source in sources], out, weights=numbers(weights), force=force,
+            dtype=dtype_of(dtype), untie=untie, force_base=force_base,
             on_tensor=lambda name, done, total: status.update(f"{done}/{total} {name}"),
         )  # fmt: skip
     if json_output:
         print(json.dumps(report.to_dict()))
         return
     console.print(report.table())
-    print(f"next: lorakit generate 'Once upon a time' --model {quote(str(out))}")
+    if (folder / "config.json").is_file():
+        print(f"next: lorakit generate 'Once upon a time' --model {quote(out)}")
+    else:
+        print(f"next: lorakit compare and lorakit inspect tell more of an adapter; {quote(out)} loads as its base does")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import ConfigError
-from .files import base_folder, dtype_of, free, read
+from .files import base_folder, dtype_of, free, numbers, read
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -59,7 +58,7 @@ def combine(
     began = time.monotonic()
     with Console(stderr=True).status("combining") as status:
         done = combined(
-            values, _numbers(weights), method, rank=rank, keep=keep, density=density, majority=majority, seed=seed, saved=saved,  # type: ignore[arg-type]
+            values, numbers(weights), method, rank=rank, keep=keep, density=density, majority=majority, seed=seed, saved=saved,  # type: ignore[arg-type]
             force=force_base, on_module=lambda name, at, total: status.update(f"{at}/{total} {name}"),
         )  # fmt: skip
     _report(
@@ -168,15 +167,6 @@ def _write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | 
     from ..formats import save
 
     return save(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--weights: '{text}' is not a list of numbers; expected one for each adapter, e.g. 0.7,0.3") from None
 
 
 def _seconds(began: float) -> str:

@@ -40,6 +40,16 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+def numbers(text: str | None) -> list[float] | None:
+    """--weights 0.7,0.3"""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights: '{text}' is not a list of numbers; expected one for each adapter, e.g. 0.7,0.3") from None
+
+
 def free(out: Path, to: str, force: bool) -> Path:
     """OUT, if it suits the format and there is nothing there, or only an older adapter of that format that may be replaced."""
     from ..formats import FORMATS
@@ -64,14 +74,14 @@ def free(out: Path, to: str, force: bool) -> Path:
 
 def _check_folder(out: Path, to: str) -> None:
     """A folder may be written into if it holds an adapter of that format: PEFT's and MLX's files have names in common."""
-    from ..formats import format_of
+    from ..formats import find, format_of
 
     if to not in (*_FOLDERS, "diffusers"):
         raise ConfigError(f"{out} is a folder, and {to} is written as a file")
     if (out / "config.json").exists():
         raise ConfigError(f"{out} holds a model (config.json), among whose files an adapter would not be found\n  name another folder")
     try:
-        found = format_of(out)
+        found = format_of(out) if find(out) == out else "something else"  # the adapter may lie deeper: in a run's folder, say
     except AdapterError:
         found = "something else"
     if found != to:

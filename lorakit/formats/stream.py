@@ -54,6 +54,11 @@ class Slot:
     def torch_dtype(self) -> torch.dtype | None:
         return DTYPES.get(self.dtype)
 
+    def part(self, start: int, stop: int) -> Slot:
+        """Some of its rows, as a tensor of their own."""
+        size = self.nbytes // self.shape[0]
+        return Slot(self.path, self.dtype, (stop - start, *self.shape[1:]), self.start + start * size, (stop - start) * size)
+
     def copied(self) -> Iterator[Tensor]:
         """Its bytes, as uint8 vectors of a few megabytes."""
         with open(self.path, "rb", buffering=0) as file:

@@ -1,0 +1,120 @@
+"""What several adapters together do to a base's tensors: updates add up, whole weights replace, and the two do not mix.
+
+W' = W + Σ wᵢ ΔWᵢ
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from ..adapter.adapter import Adapter
+from ..adapter.dense import Dense
+from ..errors import AdapterError, TargetError, listing
+from .base import Base
+from .names import Renaming
+from .update import Dora, Update, bias_for, update_for
+from .where import Place, Places, bias_place, slot_at
+
+
+@dataclass
+class Changes:
+    """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the files lack."""
+
+    base: Base
+    updates: dict[str, dict[tuple[int, int], list[Update]]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+
+    @property
+    def touched(self) -> list[str]:
+        return [*self.updates, *(n for n in self.values if n not in self.updates)]
+
+    def add(self, weight: float, adapter: Adapter, places: Places) -> None:
+        """One adapter, with its weight. Raises TargetError or AdapterError for what does not fit."""
+        seen: set[tuple[str, int]] = set()  # by this adapter
+
+        def once(place: Place, own: str) -> None:
+            if (place.tensor, place.start) in seen:
+                raise AdapterError(
+                    f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n  expected one change a weight"
+                )
+            seen.add((place.tensor, place.start))
+
+        updates: list[Update] = []
+        for module, update in adapter.updates.items():
+            place = places.modules[module]
+            if not isinstance(update, Dense) or update.weight is not None:
+                once(place, f"{module}.weight")
+                slot = slot_at(self.base, place, places.ties)
+                updates.append(update_for(module, update, slot, self.base.model_type, weight, place))
+                self._put(place, updates[-1])
+            if isinstance(update, Dense) and update.bias is not None:
+                at = bias_place(self.base, module, places)
+                once(at, f"{module}.bias")
+                updates.append(bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
+                self._put(at, updates[-1])
+        if not adapter.saved and all(u.zero for u in updates):
+            why = "its weight is 0" if weight == 0 else "was it saved before training?"
+            raise AdapterError(f"the adapter's update is zero everywhere, so there is nothing to merge\n  {why}")
+        for own, value in adapter.saved.items():
+            name = self._place_of(own, value, places)
+            once(Place(name, 0, 0), own)
+            self._replace(name, own, value)
+
+    def check(self) -> None:
+        """AdapterError for what cannot be had together."""
+        for name in self.values:
+            if name in self.updates:
+                raise AdapterError(f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n  merge one of them")
+        for name, places in self.updates.items():
+            for updates in places.values():
+                if len(updates) > 1 and any(isinstance(u, Dora) for u in updates):
+                    raise AdapterError(
+                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight it is added to\n"
+                        "  merge that adapter first, and the others into the result"
+                    )
+            ends = sorted(places)
+            if any(stop > start for (_, stop), (start, _) in pairwise(ends)):
+                raise AdapterError(f"the adapters change overlapping rows of '{name}'\n  merge them one after the other")
+
+    def _put(self, place: Place, update: Update) -> None:
+        self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
+
+    def _replace(self, at: str, own: str, value: Tensor) -> None:
+        if at in self.values and not (self.values[at].shape == value.shape and self.values[at].equal(value)):
+            raise AdapterError(
+                f"the adapters hold different values of the whole weight '{own}', and two values have no sum\n"
+                "  lorakit combine --saved mean takes their mean; merge what it gives"
+            )
+        self.values[at] = value
+
+    def _place_of(self, own: str, value: Tensor, places: Places) -> str:
+        base, rename, ties = self.base, places.rename, places.ties
+        at = next((n for n in (rename(own), own) if n in base.tensors or n in ties), None)
+        if at is None:
+            at = rename(own) if rename.old else own
+            if at not in self.added:
+                _check_new(own, base, rename)
+                self.added.append(at)
+            return at
+        there = base.tensors[at if at in base.tensors else ties[at]].shape
+        if value.shape != there:
+            raise AdapterError(
+                f"saved weight '{own}' has shape {list(value.shape)}; the base's has {list(there)}\n"
+                "  was its vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
+            )
+        return at
+
+
+def _check_new(name: str, base: Base, rename: Renaming) -> None:
+    """A saved weight that the base lacks may be a fresh head, but not a part of something that the base has."""
+    renamed = rename(name)
+    module = renamed.rpartition(".")[0]
+    beside = [t for t in base.tensors if t.rpartition(".")[0] == module]
+    alike = [t for t in base.tensors if t.endswith(f".{name}") or name.endswith(f".{t}")]
+    if beside or alike or base.single_file:
+        what = f"its '{module}' has only {listing(beside, 3)}" if beside else f"it has {listing(alike or list(base.tensors), 3)}"
+        raise TargetError(f"saved weight '{name}' is not in {base.folder}; {what}\n  is it an adapter for another model?")

@@ -1,0 +1,116 @@
+"""The place that a merge writes to: never the base or the adapter, whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import LorakitError, listing
+from ..formats.files import sync_folder
+from .base import CONFIG
+from .parts import PIPELINE, Part
+
+NOTE = "lorakit_merge.json"
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".npz"}
+SLACK = 1 << 20  # for headers and what the file system adds
+
+
+def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> None:
+    """LorakitError if OUT is in the way, or if writing it would touch what is only read."""
+    for what, path in (("base", base), *(("adapter", a) for a in adapters)):
+        if path == out or out in path.parents:
+            raise LorakitError(
+                f"OUT {out} {'is' if path == out else 'holds'} the {what} itself\n  give another place: the {what} is only read"
+            )
+    if base in out.parents:
+        raise LorakitError(f"OUT {out} is inside the base's folder\n  give a place elsewhere: the base is only read")
+    if base.is_file() and out.suffix != ".safetensors":
+        raise LorakitError(f"OUT {out}: the base is a single file, and so is what is written\n  give a name that ends in .safetensors")
+    if base.is_dir() and out.suffix in WEIGHTS:
+        raise LorakitError(f"OUT {out}: the base is a folder, and so is what is written\n  give a name without '{out.suffix}'")
+    if not out.exists():
+        return
+    if not force:
+        raise LorakitError(f"OUT {out} exists\n  give another place, or replace it with force=True (--force)")
+    if base.is_file() and out.is_dir():
+        raise LorakitError(f"OUT {out} is a folder; the base is a single file, and so is what is written")
+    here = Path.cwd()
+    if out in (here, *here.parents, Path.home(), *Path.home().parents):
+        raise LorakitError(f"OUT {out} is a folder that this program, or you, live in; force would delete it\n  give another folder")
+
+
+def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], list[str]]:
+    """({name within the folder: path} to copy, names left out): all but weights of the parts, adapters and what hides behind a dot.
+
+    A pipeline's other components are copied whole.
+    """
+    written = {Path(part.name, name) for part in parts for name in (*part.base.shards, part.base.index_name)}
+    touched = {part.name for part in parts}
+    pipeline = (folder / PIPELINE).is_file()
+    copies: dict[str, Path] = {}
+    left_out = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in name.parts) or name in written or name == Path(NOTE):
+            continue
+        component = name.parts[0] if len(name.parts) > 1 else ""
+        if pipeline and component and component not in touched and (folder / component / CONFIG).is_file():
+            copies[str(name)] = path
+            continue
+        own = 1 if pipeline and component in touched else 0  # a component's folder is a model, and is no stranger here
+        folders = [folder.joinpath(*name.parts[:i]) for i in range(1 + own, len(name.parts))]
+        if _is_weights(path) or any(_is_model(f) for f in folders) or name.name in ("adapter_config.json", "lorakit.json"):
+            left_out.append(str(name))
+        else:
+            copies[str(name)] = path
+    return copies, left_out
+
+
+def check_space(out: Path, need: int) -> None:
+    """LorakitError if the disk has not that many bytes left."""
+    there = next(p for p in out.parents if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < need + SLACK:
+        stale = sorted(p.name for p in there.glob(f".{out.name}.tmp-*"))
+        hint = f"\n  left over from runs that were killed, and yours to delete: {listing(stale)}" if stale else ""
+        raise LorakitError(f"{there} has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB{hint}")
+
+
+def copy(path: Path, to: Path) -> None:
+    """Copy a file, down to the disk."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, to)
+    with open(to, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def put_in_place(temporary: Path, out: Path) -> None:
+    """Rename into place. What was there is moved aside first and deleted last."""
+    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())] if temporary.is_dir() else []:
+        sync_folder(folder)
+    old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}") if out.exists() else None
+    if old is not None:
+        os.rename(out, old)
+    try:
+        os.rename(temporary, out)
+    except BaseException:
+        if old is not None:
+            os.rename(old, out)
+        raise
+    sync_folder(out.parent)
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _is_weights(path: Path) -> bool:
+    index = ".bin.index.", ".safetensors.index."
+    return path.suffix in WEIGHTS or (path.suffix == ".json" and any(i in path.name for i in index))
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder within the base's holds a model or an adapter of its own."""
+    names = {p.name for p in folder.iterdir()}
+    return folder.name == "original" or "adapter_config.json" in names or (CONFIG in names and any(_is_weights(folder / n) for n in names))

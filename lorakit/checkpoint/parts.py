@@ -1,0 +1,86 @@
+"""What an adapter can be merged into, as a list of parts, each with weights of its own.
+
+a transformers folder      one part, without a name
+a diffusers pipeline       a folder with model_index.json: its components (unet/, text_encoder/...), whose names begin an adapter's modules
+a single file              of a diffusion model: one part
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..adapter.adapter import Adapter
+from ..errors import TargetError, listing
+from ..formats.files import read_json
+from .base import Base, open_base, open_single_file
+
+PIPELINE = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`name`: of the component, which is its folder's too; empty for what is no pipeline."""
+
+    name: str
+    base: Base
+
+    def own(self, adapter: Adapter) -> Adapter | None:
+        """What of an adapter is for this part, under the part's own names; None if nothing is."""
+        if not self.name:
+            return adapter
+        updates = _within(self.name, adapter.updates)
+        saved = _within(self.name, adapter.saved)
+        if not updates and not saved:
+            return None
+        return replace(
+            adapter, factors=_within(self.name, adapter.factors), others=_within(self.name, adapter.others), saved=saved,
+            metadata=_fingerprint_within(self.name, adapter.metadata),
+        )  # fmt: skip
+
+    def called(self, name: str) -> str:
+        """A module's or a tensor's name, with the component in front."""
+        return f"{self.name}.{name}" if self.name else name
+
+
+def open_parts(path: Path, adapters: list[Adapter], everything: bool) -> list[Part]:
+    """The parts that the adapters change, or (`everything`) all that have weights. LorakitError for what is no checkpoint."""
+    if path.is_file():
+        return [Part("", open_single_file(path))]
+    if not (path / PIPELINE).is_file():
+        return [Part("", open_base(path))]
+    components = [
+        name
+        for name, value in read_json(path / PIPELINE).items()
+        if isinstance(value, list) and Path(name).name == name and (path / name / "config.json").is_file()
+    ]
+    names = [n for a in adapters for n in (*a.updates, *a.saved)]
+    strange = [n for n in names if n.partition(".")[0] not in components]
+    if strange:
+        raise TargetError(
+            f"the adapter changes '{strange[0]}', which is in no component of {path} (it has {listing(components)})\n"
+            "  is it an adapter for another model? nothing was written"
+        )
+    touched = {n.partition(".")[0] for n in names}
+    wanted = [c for c in components if c in touched or (everything and any((path / c).glob("*.safetensors")))]
+    return [Part(name, open_base(path / name)) for name in wanted]
+
+
+def _within(component: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    start = f"{component}."
+    return {name.removeprefix(start): value for name, value in named.items() if name.startswith(start)}
+
+
+def _fingerprint_within(component: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with, of the fingerprint, the numbers that are of this component."""
+    known = metadata.get("fingerprint")
+    if not isinstance(known, Mapping) or not isinstance(known.get("samples"), Mapping):
+        return dict(metadata)
+    samples = _within(component, known["samples"])
+    return (
+        {**metadata, "fingerprint": {**known, "samples": samples, "architecture": None}}
+        if samples
+        else {k: v for k, v in metadata.items() if k != "fingerprint"}
+    )

@@ -1,0 +1,84 @@
+"""Where the weights that an adapter names lie in a base's files.
+
+transformers and diffusers folders     a tensor each, under the model's own name or one that begins otherwise (`names.py`)
+single files of a diffusion model      the original code's names; one tensor may hold the rows of several modules (attn.qkv)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..adapter.adapter import Adapter
+from ..errors import TargetError, did_you_mean, listing
+from ..formats import names
+from ..formats.single_file import Place, places
+from ..formats.single_file import bias_place as bias_in_single_file
+from ..formats.stream import Slot
+from .base import Base
+from .names import Renaming, find_renaming
+from .ties import find_ties
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each of an adapter's modules has its weight, by its own name; and how the files call other parameters."""
+
+    modules: Mapping[str, Place]
+    rename: Renaming = field(default_factory=Renaming)
+    ties: Mapping[str, str] = field(default_factory=dict)  # user -> holder, in the files' names
+
+
+def find_places(base: Base, adapter: Adapter, pairs: Mapping[str, str]) -> Places:
+    """Of every module that the adapter changes. `pairs`: tied weights, user -> holder. TargetError where one is not there."""
+    if base.single_file:
+        return _in_single_file(base, adapter)
+    targets = [f"{module}.weight" for module in adapter.updates]
+    wanted = targets or [n for n in adapter.saved if any(part.isdigit() for part in n.split("."))]
+    rename = find_renaming([pairs.get(n, n) if n not in base.tensors else n for n in wanted], base.tensors, base.folder)
+    ties = find_ties(base, pairs, rename)
+    found = {}
+    for module in adapter.updates:
+        own = f"{module}.weight"
+        at = next(n for n in (rename(own), own) if n in base.tensors or n in ties)
+        slot = base.tensors.get(at) or base.tensors[ties[at]]
+        found[module] = Place(at, 0, slot.shape[0] if slot.shape else 1)
+    return Places(found, rename, ties)
+
+
+def bias_place(base: Base, module: str, places: Places) -> Place:
+    """Where a module's bias lies. TargetError if it has none."""
+    here = places.modules[module]
+    if base.single_file:
+        found = bias_in_single_file(base.single_file, module, base.shapes)
+        if found is not None:
+            return found
+    else:
+        at = here.tensor.removesuffix("weight") + "bias"
+        if at in base.tensors:
+            return Place(at, 0, base.tensors[at].shape[0])
+    raise TargetError(f"the adapter changes the bias of '{module}', which has none in {base.folder}\n  is it an adapter for another model?")
+
+
+def slot_at(base: Base, place: Place, ties: Mapping[str, str]) -> Slot:
+    """The rows of a place, where the files hold them."""
+    slot = base.tensors[place.tensor if place.tensor in base.tensors else ties[place.tensor]]
+    return slot.part(place.start, place.stop) if slot.shape else slot
+
+
+def _in_single_file(base: Base, adapter: Adapter) -> Places:
+    known = places(base.single_file, base.shapes)
+    lost = [m for m in adapter.updates if m not in known]
+    if lost:
+        held = sorted({m.partition(".")[0] for m in known})
+        strange = [m for m in lost if m not in names.shapes(base.single_file)]
+        why = (
+            f"{lost[0]!r} is no module of {base.single_file}{did_you_mean(lost[0], known)}"
+            if strange
+            else f"it holds {listing(held)} of {base.single_file}"
+        )
+        raise TargetError(
+            f"{len(lost)} of the adapter's {len(adapter.updates)} weights are not in {base.folder}: {listing(lost, 3)}\n  {why}\n"
+            "  is it an adapter for another model? nothing was written"
+        )
+    return Places({m: known[m] for m in adapter.updates})
