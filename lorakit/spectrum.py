@@ -19,65 +19,59 @@ from torch import Tensor
 
 from .adapter.adapter import Adapter, Other
 from .adapter.factors import Factors
-from .adapter.spectrum import LowRank, matrix, norm, size_of, spectrum
+from .adapter.spectrum import LowRank, matrix, norm, spectrum
 from .adapter.svd import random_svd
-from .checkpoint.base import Base, open_base
-from .checkpoint.names import find_renaming
-from .checkpoint.ties import declared
-from .checkpoint.update import update_for
-from .errors import AdapterError
-from .formats.stream import Slot, read_header
+from .checkpoint.base import Base
+from .checkpoint.parts import open_parts
+from .checkpoint.update import halves_swapped, update_for
+from .checkpoint.where import find_places, slot_at
+from .formats.single_file import Place
+from .formats.stream import Slot
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a base holds a module's weight, and how: `place` says what is other than the module has it."""
+
+    base: Base
+    slot: Slot
+    place: Place
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a base holds the weight of each of an adapter's modules."""
+    """The weights of an adapter's modules, in the base's files."""
 
-    base: Base
-    slots: Mapping[str, Slot]
+    found: Mapping[str, Weight]
 
     def norm(self, module: str) -> float:
         """‖W‖_F, block by block."""
         total = 0.0
-        for _, block in self.slots[module].rows():
+        for _, block in self.found[module].slot.rows():
             total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
         return total**0.5
 
     def across(self, module: str, update: Factors | Other) -> bool:
         """Whether the weight is stored as [in, out]. AdapterError where the update does not fit it at all."""
-        return update_for(module, update, self.slots[module], self.base.model_type).transposed
+        weight = self.found[module]
+        return update_for(module, update, weight.slot, weight.base.model_type, place=weight.place).transposed
 
     def read(self, module: str, update: Factors | Other) -> Tensor:
         """W in float32 as [out, in], the same way round as the update's matrix."""
-        across, slot = self.across(module, update), self.slots[module]
-        W = torch.empty(slot.shape[0], _count(slot.shape) // slot.shape[0])
-        for rows, block in slot.rows():
-            W[rows] = block.float()
+        across, weight = self.across(module, update), self.found[module]
+        W = torch.cat([block.float() for _, block in weight.slot.rows()])
+        W = halves_swapped(W) if weight.place.swapped else W
         return W.T if across else W
 
 
-def open_weights(folder: Path, modules: Collection[str]) -> Weights:
-    """A checkpoint folder (transformers' or a diffusers pipeline's) and where in it the modules' weights are. TargetError if one is not there."""
-    base = _open_pipeline(folder) if (folder / "model_index.json").is_file() else open_base(folder)
-    wanted = [f"{module}.weight" for module in modules]
-    if all(name in base.tensors for name in wanted):
-        return Weights(base, {module: base.tensors[f"{module}.weight"] for module in modules})
-    # A tied weight can only lie outside the numbered layers; asking which are tied takes transformers.
-    lone = any(not any(part.isdigit() for part in name.split(".")) for name in wanted)
-    pairs = declared(base) if lone else {}
-    holders = [pairs.get(name, name) if name not in base.tensors else name for name in wanted]
-    rename = find_renaming(holders, base.tensors, base.folder)
-    return Weights(base, {module: base.tensors[rename(name)] for module, name in zip(modules, holders, strict=True)})
-
-
-def _open_pipeline(folder: Path) -> Base:
-    """A diffusers pipeline's folder as one base, each tensor's name with its component in front, as an adapter's modules have it."""
-    tensors: dict[str, Slot] = {}
-    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
-        single = [part / name for name in ("diffusion_pytorch_model.safetensors", "model.safetensors") if (part / name).is_file()]
-        for file in single[:1] or sorted(part.glob("*-of-*.safetensors")):
-            tensors |= {f"{part.name}.{name}": slot for name, slot in read_header(file)[0].items()}
-    return Base(folder, {}, tensors, {}, None)
+def open_weights(path: Path, modules: Collection[str]) -> Weights:
+    """A checkpoint (transformers' folder, a diffusers pipeline's, a diffusion model's single file). TargetError if it lacks one of the modules."""
+    found: dict[str, Weight] = {}
+    for part in open_parts(path, modules):
+        own = {module.removeprefix(part.called("")): module for module in modules if module.startswith(part.called(""))}
+        places = find_places(part.base, own)
+        found |= {own[m]: Weight(part.base, slot_at(part.base, place, places.ties), place) for m, place in places.modules.items()}
+    return Weights(found)
 
 
 def relative_norms(adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None) -> dict[str, float]:
@@ -139,7 +133,3 @@ def amplification(module: str, update: Factors | Other, W: Tensor, rank: int | N
         return float((left.T @ (W @ right)).norm())
 
     return Amplification(module, n, float(W.norm()), found.norm, inside(U, V), float(own.norm()), inside(P, Q))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

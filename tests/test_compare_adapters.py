@@ -165,6 +165,12 @@ def test_overall_numbers_are_over_all_modules_those_of_one_alone_too():
     assert found.changes[0] == pytest.approx(math.sqrt(82 / (82 + 16)))
 
 
+def test_adapters_of_unrelated_bases_are_no_comparison_but_an_error():
+    llama, unet = adapter(**{"model.layers.0.q": A}), adapter(**{"unet.down_blocks.0.q": A})
+    with pytest.raises(AdapterError, match=r"(?s)no module in common.*mine changes model\.layers\.0\.q\n  theirs changes unet\.down"):
+        compare(llama, unet, ("mine", "theirs"))
+
+
 def test_adapters_of_different_modules_do_not_disturb_each_other():
     found = compare(adapter(q=A), adapter(v=A))
     assert (found.pairs, found.cosine, found.changes) == ([], 0, (0, 0))
@@ -281,7 +287,11 @@ def test_the_weights_of_a_pipeline_are_found_by_component(tmp_path):
     ):
         (tmp_path / part).mkdir()
         save_file(tensors, tmp_path / part / file)
-    (tmp_path / "model_index.json").write_text("{}")
+        (tmp_path / part / "config.json").write_text("{}")
+    index = {"weight_map": {"blocks.0.to_q.weight": "diffusion_pytorch_model-00001-of-00001.safetensors"}}
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    components = {part: ["diffusers", "Any"] for part in ("unet", "transformer", "text_encoder")}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", **components}))
     made = adapter(**{
         "unet.conv_in": Factors(random(2, 4, 3, 3), random(6, 2, 1, 1), 2.0, "conv"),
         "transformer.blocks.0.to_q": Factors(random(2, 7), random(5, 2), 2.0),
@@ -299,7 +309,7 @@ def test_an_adapter_of_another_model_is_refused(attached, tmp_path):
     with pytest.raises(TargetError, match="not in"):
         open_weights(folder, ["model.layers.9.mlp.up_proj"])
     wide = adapter(**{"model.layers.0.self_attn.q_proj": Dense(random(5, 5))})
-    with pytest.raises(AdapterError, match=r"changes a matrix of \[5, 5\]; the base's weight is \[32, 32\]"):
+    with pytest.raises(AdapterError, match=r"has a weight of \[32, 32\] in the base; the adapter's Dense update is for \[5, 5\]"):
         compare(wide, wide, base=folder)
     for update in (Factors(random(2, 5), random(5, 2), 1.0), Dense(random(5, 5))):
         small = adapter(**{"model.layers.0.self_attn.q_proj": update})

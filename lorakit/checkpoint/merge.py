@@ -70,7 +70,8 @@ def merge_checkpoint(
     values = [(s if isinstance(s, Adapter) else Adapter.load(find(s))).check() for s in sources]
     warnings = _learned_tokens(values)
     plans: list[tuple[Part, Plan]] = []
-    for part in open_parts(path, values, everything=dtype is not None):
+    names = [n for a in values for n in (*a.updates, *a.saved)]
+    for part in open_parts(path, names, everything=dtype is not None):
         own = [(w, mine) for w, a in zip(factors, values, strict=True) if (mine := part.own(a)) is not None]
         plans.append((part, make_plan(part.base, own, dtype, untie)))
         for (_, mine), rename in zip(own, plans[-1][1].renames, strict=True):

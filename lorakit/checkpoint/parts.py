@@ -7,7 +7,7 @@ a single file              of a diffusion model: one part
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ class Part:
         )  # fmt: skip
 
     def called(self, name: str) -> str:
-        """A module's or a tensor's name, with the component in front."""
+        """A module's or a tensor's name, with the component in front; of no name, what all of them begin with."""
         return f"{self.name}.{name}" if self.name else name
 
 
-def open_parts(path: Path, adapters: list[Adapter], everything: bool) -> list[Part]:
-    """The parts that the adapters change, or (`everything`) all that have weights. LorakitError for what is no checkpoint."""
+def open_parts(path: Path, names: Collection[str], everything: bool = False) -> list[Part]:
+    """The parts that hold these modules or weights, or (`everything`) all that have weights. LorakitError for what is no checkpoint."""
     if path.is_file():
         return [Part("", open_single_file(path))]
     if not (path / PIPELINE).is_file():
@@ -56,7 +56,6 @@ def open_parts(path: Path, adapters: list[Adapter], everything: bool) -> list[Pa
         for name, value in read_json(path / PIPELINE).items()
         if isinstance(value, list) and Path(name).name == name and (path / name / "config.json").is_file()
     ]
-    names = [n for a in adapters for n in (*a.updates, *a.saved)]
     strange = [n for n in names if n.partition(".")[0] not in components]
     if strange:
         raise TargetError(

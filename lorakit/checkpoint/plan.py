@@ -21,7 +21,6 @@ from ..formats.stream import DTYPES, MERGEABLE, NAMES, Slot
 from .base import Base
 from .changes import Changes
 from .names import Renaming
-from .ties import declared
 from .update import Update
 from .where import find_places
 
@@ -98,13 +97,10 @@ class Plan:
 
 def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torch.dtype | None, untie: bool) -> Plan:
     """Of adapters with their weights. TargetError or AdapterError for whatever does not fit the base; nothing is left out in silence."""
-    # Only what lies outside the numbered layers can be tied; the common adapter need not know.
-    names = [n for _, a in adapters for n in (*(f"{module}.weight" for module in a.updates), *a.saved)]
-    pairs = {} if base.single_file or all(_numbered(n) for n in names) else declared(base)
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
     for weight, adapter in adapters:
-        places = find_places(base, adapter, pairs)
+        places = find_places(base, adapter.updates, adapter.saved)
         changes.add(weight, adapter, places)
         renames.append(places.rename)
         ties |= places.ties
@@ -127,11 +123,6 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
         files[last].append(Entry(name, last, stored, tuple(value.shape), value=value))
     replaced = [n for n in changes.values if n not in changes.added]
     return Plan(base, files, renames, replaced, changes.added, sorted(tied) if untying else [])
-
-
-def _numbered(name: str) -> bool:
-    """Whether a weight is part of a numbered layer."""
-    return any(part.isdigit() for part in name.split("."))
 
 
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:

@@ -6,10 +6,9 @@ single files of a diffusion model      the original code's names; one tensor may
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from ..adapter.adapter import Adapter
 from ..errors import TargetError, did_you_mean, listing
 from ..formats import names
 from ..formats.single_file import Place, places
@@ -17,7 +16,7 @@ from ..formats.single_file import bias_place as bias_in_single_file
 from ..formats.stream import Slot
 from .base import Base
 from .names import Renaming, find_renaming
-from .ties import find_ties
+from .ties import declared, find_ties
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,18 @@ class Places:
     ties: Mapping[str, str] = field(default_factory=dict)  # user -> holder, in the files' names
 
 
-def find_places(base: Base, adapter: Adapter, pairs: Mapping[str, str]) -> Places:
-    """Of every module that the adapter changes. `pairs`: tied weights, user -> holder. TargetError where one is not there."""
+def find_places(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Places:
+    """Of all these modules; TargetError where one is not there. `saved`: whole weights' names, which tell the renaming if nothing else does."""
     if base.single_file:
-        return _in_single_file(base, adapter)
-    targets = [f"{module}.weight" for module in adapter.updates]
-    wanted = targets or [n for n in adapter.saved if any(part.isdigit() for part in n.split("."))]
+        return _in_single_file(base, modules)
+    targets = [f"{module}.weight" for module in modules]
+    wanted = targets or [n for n in saved if numbered(n)]
+    # Only what lies outside the numbered layers can be tied; asking which are takes transformers.
+    pairs = {} if all(map(numbered, (*targets, *saved))) else declared(base)
     rename = find_renaming([pairs.get(n, n) if n not in base.tensors else n for n in wanted], base.tensors, base.folder)
     ties = find_ties(base, pairs, rename)
     found = {}
-    for module in adapter.updates:
+    for module in modules:
         own = f"{module}.weight"
         at = next(n for n in (rename(own), own) if n in base.tensors or n in ties)
         slot = base.tensors.get(at) or base.tensors[ties[at]]
@@ -66,9 +67,14 @@ def slot_at(base: Base, place: Place, ties: Mapping[str, str]) -> Slot:
     return slot.part(place.start, place.stop) if slot.shape else slot
 
 
-def _in_single_file(base: Base, adapter: Adapter) -> Places:
+def numbered(name: str) -> bool:
+    """Whether a weight is part of a numbered layer."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _in_single_file(base: Base, modules: Collection[str]) -> Places:
     known = places(base.single_file, base.shapes)
-    lost = [m for m in adapter.updates if m not in known]
+    lost = [m for m in modules if m not in known]
     if lost:
         held = sorted({m.partition(".")[0] for m in known})
         strange = [m for m in lost if m not in names.shapes(base.single_file)]
@@ -78,7 +84,7 @@ def _in_single_file(base: Base, adapter: Adapter) -> Places:
             else f"it holds {listing(held)} of {base.single_file}"
         )
         raise TargetError(
-            f"{len(lost)} of the adapter's {len(adapter.updates)} weights are not in {base.folder}: {listing(lost, 3)}\n  {why}\n"
+            f"{len(lost)} of the adapter's {len(modules)} weights are not in {base.folder}: {listing(lost, 3)}\n  {why}\n"
             "  is it an adapter for another model? nothing was written"
         )
-    return Places({m: known[m] for m in adapter.updates})
+    return Places({m: known[m] for m in modules})
