@@ -98,7 +98,10 @@ def open_single_file(path: Path) -> Base:
     if path.suffix != ".safetensors":
         raise LorakitError(f"{path} is no safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors file")
     slots, metadata = read_header(path)
-    model = model_of_file({name: slot.shape for name, slot in slots.items()})
+    try:
+        model = model_of_file({name: slot.shape for name, slot in slots.items()})
+    except LorakitError as error:
+        raise LorakitError(f"{path}: {error}") from error
     return Base(path, {}, slots, {path.name: metadata}, None, single_file=model)
 
 

@@ -92,7 +92,8 @@ def extract(
     """
     if (rank is None and keep is None) or (rank is not None and rank < 1) or (keep is not None and not 0 < keep <= 1):
         raise ConfigError(
-            f"extract needs a rank of at least 1, or keep, the share of the change to hold, up to 1 (got rank={rank}, keep={keep})"
+            f"extract needs a rank of at least 1, or keep, the share of the change to hold, up to 1 (got rank {rank}, keep {keep})\n"
+            "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
         )
     before, after = open_base(Path(base).expanduser()), open_base(Path(tuned).expanduser())
     names = _common(before, after)

@@ -44,6 +44,7 @@ def merge_checkpoint(
     out: Path | str,
     *,
     weights: Sequence[float] | None = None,
+    called: Sequence[str] | None = None,
     force: bool = False,
     dtype: torch.dtype | None = None,
     untie: bool = False,
@@ -54,7 +55,7 @@ def merge_checkpoint(
 
     base: a transformers folder, a diffusers pipeline's, or a diffusion model's single .safetensors file; OUT is of the same kind.
     adapter: one or several, with a weight each (1 unless said), of any kind: LoRA, LoHa, LoKr, whole ΔW, DoRA.
-    dtype: the precision to write (the base's, by default). untie: give tied weights that the adapter changes a tensor each.
+    called: what the report calls the adapters. dtype: the precision to write (the base's, by default). untie: give tied weights that the adapter changes a tensor each.
     force: replace an existing OUT. force_base: merge although the base is not the one the adapter was trained on.
     on_tensor(name, done, total): called after each tensor; each counts twice, written and read back.
     Raises LorakitError (TargetError, AdapterError) for whatever does not fit, and then leaves nothing behind.
@@ -80,7 +81,7 @@ def merge_checkpoint(
     size = sum(e.nbytes for _, plan in plans for e in plan.entries)
     check_space(target, size + sum(p.stat().st_size for p in copies.values()))
 
-    named = [repr(s) if isinstance(s, Adapter) else str(s) for s in sources]
+    named = called or [repr(s) if isinstance(s, Adapter) else str(s) for s in sources]
     told = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in zip(named, factors, strict=True))
     note = {"lorakit": VERSION, "base": str(base), "adapter": told}
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,7 @@ def merge(
     console = Console()
     with console.status("merging") as status:
         report = merge_checkpoint(
-            folder, [read(source, alpha, folder) for source in sources], out, weights=numbers(weights), force=force,
+            folder, [read(source, alpha, folder) for source in sources], out, weights=numbers(weights), called=sources, force=force,
             dtype=dtype_of(dtype), untie=untie, force_base=force_base,
             on_tensor=lambda name, done, total: status.update(f"{done}/{total} {name}"),
         )  # fmt: skip
@@ -123,4 +123,4 @@ def merge(
     if (folder / "config.json").is_file():
         print(f"next: lorakit generate 'Once upon a time' --model {quote(out)}")
     else:
-        print(f"next: lorakit compare and lorakit inspect tell more of an adapter; {quote(out)} loads as its base does")
+        print(f"next: load {quote(out)} as its base is loaded")

@@ -361,6 +361,33 @@ def test_merge_writes_a_model_with_the_adapters_answers(lorakit, model, trained,
     assert lorakit("generate", "Ada", "--model", out, "--max-new-tokens", "2")[0] == 0
 
 
+def test_merge_takes_several_adapters_with_weights(lorakit, model, trained, tmp_path):
+    adapter, out = trained / "adapter", tmp_path / "out"
+    code, told, error = lorakit("merge", model, adapter, adapter, out, "--weights", "0.75,0.25")
+    assert code == 0, error
+    assert f"0.75 x {adapter}, 0.25 x {adapter}" in (out / "lorakit_merge.json").read_text()
+    assert lorakit("merge", model, adapter, tmp_path / "once")[0] == 0
+    twice, once = (load_model(str(tmp_path / name), torch.float32, CPU).state_dict() for name in ("out", "once"))
+    for name in once:
+        torch.testing.assert_close(twice[name], once[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "args,code,said",
+    [
+        (("ADAPTER",), 2, "one adapter or several, and OUT"),
+        (("ADAPTER", "ADAPTER", "OUT", "--weights", "0.5"), 1, "1 weights for 2 adapters"),
+        (("ADAPTER", "OUT", "--weights", "half"), 2, "'half' is not a list of numbers"),
+        (("nowhere", "OUT"), 1, "no adapter at 'nowhere'"),
+    ],
+)
+def test_a_merge_that_cannot_be_says_why_and_writes_nothing(args, code, said, lorakit, model, trained, tmp_path):
+    named = {"ADAPTER": trained / "adapter", "OUT": tmp_path / "out"}
+    found, _, error = lorakit("merge", model, *(named.get(a, a) for a in args))
+    assert (found, said in error) == (code, True), error
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_closed_pipe_is_no_traceback(model, data):
     command = f"{sys.executable} -c 'from lorakit.cli import main; main()' data show {data} --model {model} --rows 24 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
