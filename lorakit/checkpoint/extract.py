@@ -1,8 +1,9 @@
 """A LoRA out of a fine-tuned checkpoint and its base: the first singular values of each ΔW = W_tuned - W_base.
 
-Both are folders of safetensors; one tensor is in memory at a time, as float32, with its singular vectors. Large ones are decomposed at
-random (Halko et al. 2011, `lorakit.adapter.svd`), and how far the factors are from ΔW is measured on ΔW itself. What has no
-low-rank factors, biases and norms, is left out or saved whole.
+Both are folders of a language model, diffusers pipelines, or single files of a diffusion model. One tensor is in memory at a time, as
+float32, with its singular vectors. Large ones are decomposed at random (Halko et al. 2011, `lorakit.adapter.svd`), and how far
+the factors are from ΔW is measured on ΔW itself. What has no low-rank factors, biases and norms, is left out or kept whole: of a language
+model the trained value, of a diffusion model its change (a "diff" of LyCORIS).
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.decompose import Form, compose
+from ..adapter.dense import Dense
 from ..adapter.factors import Factors
 from ..adapter.reform import describing
 from ..adapter.svd import distance, matrix_svd, norm_squared
 from ..config import LoraConfig, matches
 from ..errors import ConfigError, LorakitError, TargetError, listing
-from ..formats.stream import MERGEABLE, Slot
-from .base import Base, open_base
-from .modules import Layout, layout_of
+from ..formats.stream import Slot
+from .base import open_base
+from .modules import Layout
+from .pairs import image_pairs, model_pairs
 from .ties import declared, find_ties
 
 
@@ -48,19 +51,20 @@ class ModuleExtract:
 
 @dataclass(frozen=True)
 class Extracted:
-    """`rest`: what changed and has no factors, with ‖change‖; it is in `adapter.saved` if that was asked for."""
+    """`rest`: what changed and has no factors, with ‖change‖; those of it that are `kept` are in the adapter whole, if that was asked for."""
 
     adapter: Adapter
     modules: tuple[ModuleExtract, ...]
     rest: dict[str, float]
+    kept: tuple[str, ...]
     unchanged: int
 
     @property
     def captured(self) -> float:
         """The share of the squared change of all weights that the adapter holds."""
-        left_out = {} if self.adapter.saved else self.rest
+        left_out = sum(norm**2 for name, norm in self.rest.items() if name not in self.kept)
         whole = sum(m.norm**2 for m in self.modules) + sum(n**2 for n in self.rest.values())
-        return max(0.0, 1 - (sum((m.error * m.norm) ** 2 for m in self.modules) + sum(n**2 for n in left_out.values())) / whole)
+        return max(0.0, 1 - (sum((m.error * m.norm) ** 2 for m in self.modules) + left_out) / whole)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -69,7 +73,7 @@ class Extracted:
             "captured": self.captured,
             "unchanged": self.unchanged,
             "rest": self.rest,
-            "saved": list(self.adapter.saved),
+            "kept": list(self.kept),
             "modules": modules,
         }
 
@@ -95,87 +99,45 @@ def extract(
             f"extract needs a rank of at least 1, or keep, the share of the change to hold, up to 1 (got rank {rank}, keep {keep})\n"
             "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
         )
-    before, after = open_base(Path(base).expanduser()), open_base(Path(tuned).expanduser())
-    names = _common(before, after)
-    layout = layout_of(before)
+    paths = Path(base).expanduser(), Path(tuned).expanduser()
+    pairs, layout = image_pairs(*paths), None
+    if pairs is None:
+        pairs, layout = model_pairs(*(open_base(path) for path in paths))
     factors: dict[str, Factors] = {}
     saved: dict[str, Tensor] = {}
+    whole: dict[str, dict[str, Tensor]] = {}
     reports, rest, unchanged = [], {}, 0
-    for done, name in enumerate(names, start=1):
-        delta, size = _change(name, before.tensors[name], after.tensors[name])
+    for done, pair in enumerate(pairs, start=1):
+        delta, size = pair.change()
         norm = math.sqrt(norm_squared(delta))
-        own = layout.own(name)
-        module, _, last = own.rpartition(".")
-        form = layout.form(own, tuple(before.tensors[name].shape)) if last == "weight" else None
+        module, _, last = pair.name.rpartition(".")
         if norm == 0:
             unchanged += 1
-        elif form is not None and (targets is None or matches(module, targets)):
-            factors[module], report = _factors(module, delta, form, rank, keep, seed, norm, size)
+        elif pair.form is not None and pair.adaptable and (targets is None or matches(module, targets)):
+            factors[module], report = _factors(module, delta, pair.form, rank, keep, seed, norm, size)
             reports.append(report)
         else:
-            rest[own] = norm
-            if save_rest:
-                saved[own] = _whole(after.tensors[name])
+            rest[pair.name] = norm
+            if save_rest and layout is not None:
+                saved[pair.name] = _whole(pair.after)
+            elif save_rest and pair.adaptable:
+                whole.setdefault(module, {})[last] = delta.reshape(pair.before.shape)
         del delta
         if on_tensor is not None:
-            on_tensor(name, done, len(names))
+            on_tensor(pair.name, done, len(pairs))
+    others = {m: Dense(changes.get("weight"), changes.get("bias")) for m, changes in whole.items() if m not in factors}
+    kept = (*saved, *(f"{m}.{what}" for m, update in others.items() for what in update.tensors()))
     if not factors and not rest:
         raise LorakitError(f"nothing differs between {base} and {tuned}: there is no change to extract")
-    if not factors and not saved:
+    if not factors and not kept:
         asked = f"the targets {targets}" if targets else "a matrix"
         raise TargetError(f"no weight of {asked} changed; what did: {listing(rest)}\n  save_rest=True (--save-rest) keeps that whole")
-    factors |= _heads(before, layout, factors)
-    adapter = Adapter(
-        _config(str(base), factors, saved), factors, saved, {"fingerprint": print_} if (print_ := layout.fingerprint()) else {}
-    )
-    return Extracted(adapter.check(), tuple(reports), rest, unchanged)
-
-
-def _common(before: Base, after: Base) -> list[str]:
-    """The tensors of both. LorakitError if one has what the other lacks, tied weights stored once and twice apart."""
-    lone = {n: b for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors}
-    if lone:
-        pairs = declared(before)
-        twins = {a: b for user, holder in pairs.items() for a, b in ((user, holder), (holder, user))}
-        lone = {n: b for n, b in lone.items() if twins.get(n) not in before.tensors}
-    if lone:
-        told = [f"'{n}' is only in {b.folder}" for n, b in lone.items()]
-        raise LorakitError(
-            f"the two checkpoints hold other tensors, {len(lone)} in all: {listing(told, 3)}\n  is one of them the base of the other?"
-        )
-    names = [n for n in before.tensors if n in after.tensors]
-    for n in names:
-        a, b = before.tensors[n], after.tensors[n]
-        if a.shape != b.shape:
-            raise LorakitError(
-                f"'{n}' has shape {list(a.shape)} in {before.folder} and {list(b.shape)} in {after.folder}\n"
-                "  was a vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
-            )
-        if (a.dtype not in MERGEABLE or b.dtype not in MERGEABLE) and (a.dtype != b.dtype or not _same(a, b)):
-            raise LorakitError(
-                f"'{n}' is stored as {a.dtype} and as {b.dtype}, and differs: no change of a weight\n  expected float tensors"
-            )
-    return names
-
-
-def _same(a: Slot, b: Slot) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.copied(), b.copied(), strict=True))
-
-
-def _change(name: str, before: Slot, after: Slot) -> tuple[Tensor, float]:
-    """(ΔW [first axis, -1], ‖W‖), in float32 (float64 stays). Zero for what is not a float."""
-    if before.dtype not in MERGEABLE:
-        return torch.zeros(1, 1), 0.0
-    wide = torch.float64 if "F64" in (before.dtype, after.dtype) else torch.float32
-    rows = before.shape[0] if before.shape else 1
-    delta = torch.empty(rows, math.prod(before.shape) // max(rows, 1), dtype=wide)
-    size = 0.0
-    for (at, old), (_, new) in zip(before.rows(), after.rows(), strict=True):
-        torch.sub(new.to(wide), old.to(wide), out=delta[at])
-        size += norm_squared(old)
-    if not torch.isfinite(delta).all():
-        raise LorakitError(f"'{name}' holds values that are not finite (NaN or infinity) in {before.path.parent} or {after.path.parent}")
-    return delta, math.sqrt(size)
+    print_ = None
+    if layout is not None:
+        factors |= _heads(layout, factors)
+        print_ = layout.fingerprint()
+    adapter = Adapter(_config(str(base), factors, saved, others), factors, saved, {"fingerprint": print_} if print_ else {}, others)
+    return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged)
 
 
 def _factors(
@@ -193,11 +155,12 @@ def _whole(slot: Slot) -> Tensor:
     return torch.cat([block for _, block in slot.rows()]).reshape(slot.shape)
 
 
-def _heads(base: Base, layout: Layout, factors: dict[str, Factors]) -> dict[str, Factors]:
+def _heads(layout: Layout, factors: dict[str, Factors]) -> dict[str, Factors]:
     """The same change for a head that is tied to a changed embedding and stored with it: ΔW [vocab, dim] = Aᵀ Bᵀ."""
     embeddings = [m for m, f in factors.items() if f.kind == "embedding"]
     if not embeddings:
         return {}
+    base = layout.base
     ties = find_ties(base, declared(base), layout.rename)
     heads = {}
     for user, holder in ties.items():
@@ -208,8 +171,8 @@ def _heads(base: Base, layout: Layout, factors: dict[str, Factors]) -> dict[str,
     return heads
 
 
-def _config(base: str, factors: dict[str, Factors], saved: dict[str, Tensor]) -> LoraConfig:
+def _config(base: str, factors: dict[str, Factors], saved: dict[str, Tensor], others: dict[str, Dense]) -> LoraConfig:
     biases = [n for n in saved if n.endswith(".bias") and f"{n.removesuffix('bias')}weight" not in saved]
     modules = sorted({n.rpartition(".")[0] for n in saved if n not in biases})
     config = LoraConfig(rank=1, alpha=1, base=base, bias="all" if biases else "none", save_modules=modules)
-    return describing(config, factors, list(factors))
+    return describing(config, factors, [*factors, *others])

@@ -99,15 +99,17 @@ def resize(
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="the base's checkpoint folder, or 'embedded'")],
-    tuned: Annotated[str, typer.Argument(help="the fine-tuned checkpoint's folder")],
+    base: Annotated[
+        str, typer.Argument(help="the base: a checkpoint folder, a pipeline's, a diffusion model's .safetensors, or 'embedded'")
+    ],
+    tuned: Annotated[str, typer.Argument(help="the checkpoint that was fine-tuned from it")],
     out: Out,
     rank: Rank = None,
     keep: Annotated[float | None, typer.Option(min=0, max=1, help="hold this share of each weight's change, e.g. 0.95")] = None,
     target: Annotated[list[str] | None, typer.Option(help="only modules whose name ends so; may be repeated")] = None,
     save_rest: Annotated[bool, typer.Option("--save-rest", help="keep biases, norms and all else that changed whole")] = False,
     seed: Annotated[int, typer.Option(help="of the random projections")] = 0,
-    to: To = "peft",
+    to: Annotated[str | None, typer.Option(help="format to write; default: peft, of a diffusion model kohya")] = None,
     dtype: Dtype = None,
     force: Force = False,
     modules: Modules = False,
@@ -118,13 +120,17 @@ def extract(
 
     from ..checkpoint.extract import extract as take
     from ..errors import listing
-    from ..models.base import model_path
 
+    before, after = base_folder(base), base_folder(tuned)
+    assert before is not None
+    assert after is not None
+    image = before.is_file() or (before / "model_index.json").is_file()
+    to = to or ("kohya" if image else "peft")
     out = free(out, to, force)
     began = time.monotonic()
     with Console(stderr=True).status("extracting") as status:
         done = take(
-            model_path(base), model_path(tuned), rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
+            before, after, rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
             on_tensor=lambda name, at, total: status.update(f"{at}/{total} {name}"),
         )  # fmt: skip
     path = _write(done.adapter, out, to, dtype, base)
@@ -136,11 +142,15 @@ def extract(
             print(f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured {m.captured:.1%}")
     print(f"{len(done.modules)} changed matrices, largest rank {done.adapter.rank}; {done.unchanged} tensors unchanged")
     if done.rest:
-        print(
-            f"{len(done.rest)} other tensors changed and were {'saved whole' if done.adapter.saved else 'left out'}: {listing(done.rest, 3)}"
-        )
+        left = [name for name in done.rest if name not in done.kept]
+        told = f", {len(left)} left out ({listing(left, 3)})" if left else ""
+        print(f"{len(done.rest)} other tensors changed: {len(done.kept)} kept whole{told}")
     print(f"captured: {done.captured:.2%} of the change (squared norm); {done.adapter.parameters:,} parameters, {_seconds(began)}")
-    print(f"next: lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}")
+    print(
+        f"next: lorakit inspect {quote(str(path))}"
+        if image
+        else f"next: lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
+    )
 
 
 def _report(what: str, before: list[Adapter], done: Resized, path: Path, began: float, modules: bool, json_output: bool) -> None:

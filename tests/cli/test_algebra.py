@@ -71,7 +71,7 @@ def test_extract_prints_what_is_captured(lorakit, model, tmp_path):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("14 changed matrices, largest rank 8;")
-    assert lines[1].startswith("5 other tensors changed and were saved whole: ")
+    assert lines[1] == "5 other tensors changed: 5 kept whole"
     assert lines[2].startswith("captured: ")
     assert lines[-1].startswith("next: lorakit eval")
     assert lk.Adapter.load(tmp_path / "lora").saved
@@ -115,3 +115,15 @@ def test_each_verb_has_help(lorakit, verb):
     code, out, _ = lorakit(verb, "--help")
     assert code == 0
     assert f"Usage: lorakit {verb}" in out
+
+
+def test_a_result_is_never_written_into_the_folder_of_a_run(lorakit, two, tmp_path):
+    """Reading such a folder means its adapter; writing into it would leave two."""
+    run = tmp_path / "run"
+    lk.Adapter.load(two[0]).save(run / "adapter")
+    (run / "config.yaml").write_text("model: x")
+    assert lorakit("resize", run, tmp_path / "small", "--rank", "2")[0] == 0
+    code, _, err = lorakit("resize", two[1], run, "--rank", "2", "--force")
+    assert code == 2
+    assert "other things in it" in err
+    assert not (run / "adapter_config.json").exists()

@@ -1,0 +1,178 @@
+"""The tensors of a checkpoint and of one tuned from it, side by side, under the names that an adapter has for them.
+
+transformers folders    tensor by tensor, named and told apart by the model's architecture
+diffusers pipelines     component by component, the component's name in front
+single files            module by module (`formats.single_file`), then what is no module of the denoiser or of a text encoder
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapter.decompose import Form
+from ..adapter.svd import norm_squared
+from ..errors import LorakitError, listing
+from ..formats.single_file import Place, bias_place, places
+from ..formats.stream import MERGEABLE, Slot
+from .base import Base
+from .modules import Layout, layout_of
+from .parts import PIPELINE, Part, open_parts
+from .ties import declared
+from .update import halves_swapped
+
+_OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for which there are no adapters
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A parameter as it was and as it is. `form`: of its low-rank factors, None if it has none. `adaptable`: an adapter can hold its change."""
+
+    name: str
+    before: Slot
+    after: Slot
+    form: Form | None
+    adaptable: bool = True
+    swapped: bool = False
+
+    def change(self) -> tuple[Tensor, float]:
+        """(ΔW [first axis, -1], ‖W‖), in float32 (float64 stays). Zero for what is not a float."""
+        before, after = self.before, self.after
+        if before.dtype not in MERGEABLE:
+            return torch.zeros(1, 1), 0.0
+        wide = torch.float64 if "F64" in (before.dtype, after.dtype) else torch.float32
+        rows = before.shape[0] if before.shape else 1
+        delta = torch.empty(rows, math.prod(before.shape) // max(rows, 1), dtype=wide)
+        size = 0.0
+        for (at, old), (_, new) in zip(before.rows(), after.rows(), strict=True):
+            torch.sub(new.to(wide), old.to(wide), out=delta[at])
+            size += norm_squared(old)
+        if not torch.isfinite(delta).all():
+            raise LorakitError(
+                f"'{self.name}' holds values that are not finite (NaN or infinity) in {before.path.parent} or {after.path.parent}"
+            )
+        return halves_swapped(delta) if self.swapped else delta, math.sqrt(size)
+
+
+def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
+    """Of two checkpoints of a diffusion model; None if BASE is a language model's folder. LorakitError if they do not go together."""
+    kinds = [_kind(path) for path in (base, tuned)]
+    if kinds == ["folder", "folder"]:
+        return None
+    if kinds[0] != kinds[1]:
+        raise LorakitError(f"{base} is a {kinds[0]} and {tuned} a {kinds[1]}: expected two checkpoints of one kind")
+    if kinds[0] == "pipeline":
+        return list(_of_pipelines(base, tuned))
+    return list(_of_files(open_parts(base, ())[0].base, open_parts(tuned, ())[0].base))
+
+
+def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
+    """Of two checkpoint folders of a language model."""
+    layout = layout_of(before)
+    pairs = []
+    for name in common(before, after):
+        own = layout.own(name)
+        form = layout.form(own, before.tensors[name].shape) if own.endswith(".weight") else None
+        pairs.append(Pair(own, before.tensors[name], after.tensors[name], form))
+    return pairs, layout
+
+
+def common(before: Base, after: Base) -> list[str]:
+    """The tensors of both. LorakitError if one has what the other lacks, tied weights stored once and twice apart."""
+    lone = {n: b for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors}
+    if lone:
+        pairs = declared(before)
+        twins = {a: b for user, holder in pairs.items() for a, b in ((user, holder), (holder, user))}
+        lone = {n: b for n, b in lone.items() if twins.get(n) not in before.tensors}
+    if lone:
+        told = [f"'{n}' is only in {b.folder}" for n, b in lone.items()]
+        raise LorakitError(
+            f"the two checkpoints hold other tensors, {len(lone)} in all: {listing(told, 3)}\n  is one of them the base of the other?"
+        )
+    names = [n for n in before.tensors if n in after.tensors]
+    for n in names:
+        _check_alike(n, before.tensors[n], after.tensors[n])
+    return names
+
+
+def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
+    parts = [{part.name: part for part in open_parts(path, (), everything=True)} for path in (base, tuned)]
+    lone = sorted(parts[0].keys() ^ parts[1].keys())
+    if lone:
+        raise LorakitError(f"only one of {base} and {tuned} has the component '{lone[0]}'\n  is one of them the base of the other?")
+    for name, part in parts[0].items():
+        for tensor in common(part.base, parts[1][name].base):
+            old, new = (p[name].base.tensors[tensor] for p in parts)
+            own = part.called(_with_level(part, tensor))
+            yield Pair(own, old, new, _form(own, old.shape), adaptable=name not in _OTHER_PARTS)
+
+
+def _of_files(before: Base, after: Base) -> Iterator[Pair]:
+    if before.single_file != after.single_file:
+        raise LorakitError(
+            f"{before.folder} is a {before.single_file} and {after.folder} a {after.single_file}: one is not the base of the other"
+        )
+    here, there = (places(b.single_file, b.shapes) for b in (before, after))
+    lone = sorted(here.keys() ^ there.keys())
+    if lone:
+        raise LorakitError(
+            f"only one of {before.folder} and {after.folder} holds {listing(lone, 3)}\n  is one of them the base of the other?"
+        )
+    seen = set()
+    for module, place in here.items():
+        bias = bias_place(before.single_file, module, before.shapes)
+        for own, at in ((f"{module}.weight", place), (f"{module}.bias", bias)):
+            if at is None or at.tensor not in after.tensors or at.transposed:
+                continue
+            _check_alike(at.tensor, before.tensors[at.tensor], after.tensors[at.tensor])
+            seen.add(at.tensor)
+            old, new = (_rows(b, at) for b in (before, after))
+            yield Pair(own, old, new, _form(own, old.shape), swapped=at.swapped)
+    for name, slot in before.tensors.items():  # EMA weights and the like may be in one of them only
+        if name not in seen and name in after.tensors:
+            _check_alike(name, slot, after.tensors[name])
+            yield Pair(name, slot, after.tensors[name], None, adaptable=False)
+
+
+def _rows(base: Base, place: Place) -> Slot:
+    return base.tensors[place.tensor].part(place.start, place.stop)
+
+
+def _with_level(part: Part, tensor: str) -> str:
+    """CLIP's names with the level `text_model.`, which files of late versions of transformers do not have."""
+    is_clip = (part.base.architecture or "").startswith("CLIP")
+    return f"text_model.{tensor}" if is_clip and not tensor.startswith(("text_model.", "text_projection.")) else tensor
+
+
+def _form(name: str, shape: tuple[int, ...]) -> Form | None:
+    if not name.endswith(".weight") or len(shape) < 2 or 0 in shape:
+        return None
+    if "embedding.weight" in name and name.startswith("text_encoder"):
+        return Form("embedding", shape[:1])
+    return Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
+
+
+def _kind(path: Path) -> str:
+    return "single file" if path.is_file() else "pipeline" if (path / PIPELINE).is_file() else "folder"
+
+
+def _check_alike(name: str, a: Slot, b: Slot) -> None:
+    """LorakitError where the two are no float tensors of one shape, unless they are the same bytes."""
+    if a.shape != b.shape:
+        raise LorakitError(
+            f"'{name}' has shape {list(a.shape)} in {a.path.parent} and {list(b.shape)} in {b.path.parent}\n"
+            "  was a vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
+        )
+    if (a.dtype not in MERGEABLE or b.dtype not in MERGEABLE) and (a.dtype != b.dtype or not _same(a, b)):
+        raise LorakitError(
+            f"'{name}' is stored as {a.dtype} and as {b.dtype}, and differs: no change of a weight\n  expected float tensors"
+        )
+
+
+def _same(a: Slot, b: Slot) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.copied(), b.copied(), strict=True))
