@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,11 @@ from torch import Tensor
 from .adapter.adapter import Adapter, Other
 from .adapter.factors import Factors
 from .adapter.spectrum import LowRank, Spectrum, decompose, inner, matrix, size_of
+from .adapter.together import base_differences
+from .checkpoint.weights import open_weights
 from .config import matches
 from .errors import AdapterError, TargetError, did_you_mean, listing
-from .spectrum import Amplification, amplification, open_weights
+from .spectrum import Amplification, amplification
 
 Of = Literal["A", "B", "right", "left"]
 MOST_SHOWN = 4  # modules whose φ is drawn where none are asked for: those of the largest updates
@@ -87,6 +89,7 @@ class Comparison:
     changes: tuple[float | None, float | None]  # of A's effect by B, and of B's by A, over all modules
     similarities: list[Similarity]
     amplifications: tuple[list[Amplification], list[Amplification]]
+    bases: list[str] = field(default_factory=list)  # what tells their bases apart, where something does
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -111,10 +114,14 @@ def compare(
 
     `modules`: names or their endings, of those whose φ is computed for all i, j (and, with `base`, whose update is set against W); the
     largest few if none are named. `of`: the singular directions that φ is of: "A" the right ones of the factor A, as the paper's figures
-    have it, "B" the left ones of B, "right" and "left" those of ΔW itself. AdapterError where the two are not of one base.
+    have it, "B" the left ones of B, "right" and "left" those of ΔW itself. AdapterError where they are of different bases and have no
+    module in common, or one of another shape.
     """
     first, second = a.updates, b.updates
     shared = [module for module in first if module in second]
+    bases = base_differences(a, b)
+    if bases and not shared:
+        raise AdapterError(_nothing_shared(names, first, second))
     only = [m for m in first if m not in second], [m for m in second if m not in first]
     pairs, sums = [], _Sums()
     for i, module in enumerate(shared):
@@ -125,7 +132,12 @@ def compare(
     chosen = _chosen(pairs, modules)
     similarities = [_similarity(pair.name, first[pair.name], second[pair.name], of) for pair in chosen if all(pair.ranks)]
     against = ([], []) if base is None else _against(base, [pair.name for pair in chosen], first, second)
-    return Comparison(names, pairs, only, sums.cosine, sums.changes, similarities, against)
+    return Comparison(names, pairs, only, sums.cosine, sums.changes, similarities, against, bases)
+
+
+def _nothing_shared(names: tuple[str, str], first: Mapping[str, Factors | Other], second: Mapping[str, Factors | Other]) -> str:
+    told = [f"{name} changes {listing(updates, 3) or 'no module'}" for name, updates in zip(names, (first, second), strict=True)]
+    return "the two adapters have no module in common, and are not of one base: there is nothing to compare\n  " + "\n  ".join(told)
 
 
 def similarity(U: Tensor, V: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ class AdapterFacts:
     alphas: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     bytes: int | None = None
+    packed: int = 0  # how many modules are packed projections
+    unlike_base: list[str] = field(default_factory=list)  # what tells the base given from the one it was trained on
     embeddings: dict[str, list[int]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -89,6 +91,12 @@ class AdapterFacts:
         source, base = printable(self.source), printable(self.base or "not stated")
         print(f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}")
         print("; ".join(self._file()))
+        if self.unlike_base:
+            print(
+                f"trained on another base than the one given, so what is relative to that means little: {'; '.join(map(printable, self.unlike_base))}"
+            )
+        if self.packed:
+            print(f"{self.packed} packed projections: the zeros between their blocks are no parameters, and are not counted")
         if self.modules:
             Console().print(self._table(every_module))
         if self.dead:
@@ -159,10 +167,14 @@ def _mean(values: list[float | None], how: str = ".1f") -> str:
 def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, form: str | None = None) -> AdapterFacts:
     """The facts of an adapter; no ΔW of low rank is built. With `base`, a checkpoint folder, also relative to the weights there. `form`: the format it was read from."""
     relative: Mapping[str, float] = {}
+    unlike: list[str] = []
     if base is not None:
-        from .spectrum import open_weights, relative_norms
+        from .checkpoint.same_base import compare_with_base
+        from .checkpoint.weights import open_weights
+        from .spectrum import relative_norms
 
         relative = relative_norms(adapter, open_weights(base, list(adapter.updates)))
+        unlike = compare_with_base(base, adapter)
     modules = [_module(name, update, relative.get(name)) for name, update in adapter.updates.items()]
     tensors = [t for update in adapter.updates.values() for t in update.tensors().values()]
     tensors += [*adapter.saved.values(), *adapter.embeddings.values()]
@@ -181,7 +193,9 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
         ranks=_counts([str(m.rank) for m in modules]),
         alphas=_counts([f"{m.alpha:g}" for m in modules]),
         dtypes=_counts([str(t.dtype).removeprefix("torch.") for t in tensors]),
-        bytes=_size(Path(source).expanduser()),
+        bytes=_size(source),
+        packed=sum(bool(f.parts) for f in adapter.factors.values()),
+        unlike_base=unlike,
         embeddings={token: list(t.shape) for token, t in adapter.embeddings.items()},
         training=training(adapter.metadata.get("header")),
     )
@@ -217,12 +231,17 @@ def _counts(values: list[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
-def _size(path: Path) -> int | None:
+def _size(source: str) -> int | None:
     """Bytes of an adapter's file, or of its folder's tensors."""
-    if path.is_file():
-        return path.stat().st_size
-    files = [p for p in (path / "adapter_model.safetensors", path / "adapter_model.bin") if p.is_file()]
-    return files[0].stat().st_size if files else None
+    file = _weights(source)
+    return file.stat().st_size if file is not None else None
+
+
+def _weights(source: str) -> Path | None:
+    """The file with an adapter's tensors, if the source is here."""
+    from .formats import find, weights_of
+
+    return weights_of(find(source)) if Path(source).expanduser().exists() else None
 
 
 def not_finite(source: str) -> dict[str, int]:
@@ -231,9 +250,8 @@ def not_finite(source: str) -> dict[str, int]:
 
     from .formats.files import read_tensors
 
-    path = Path(source).expanduser()
-    files = [path] if path.is_file() else [p for p in (path / "adapter_model.safetensors", path / "adapter_model.bin") if p.is_file()]
-    tensors: dict[str, Tensor] = read_tensors(files[0])[0] if files and files[0].suffix in (".safetensors", ".bin", ".pt") else {}
+    file = _weights(source)
+    tensors: dict[str, Tensor] = read_tensors(file)[0] if file and file.suffix in (".safetensors", ".bin", ".pt") else {}
     bad = {key: int((~torch.isfinite(t)).sum()) for key, t in tensors.items() if t.is_floating_point()}
     return {key: count for key, count in bad.items() if count}
 

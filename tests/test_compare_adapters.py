@@ -16,9 +16,10 @@ from lorakit.adapter.dense import Dense
 from lorakit.adapter.factors import Factors
 from lorakit.adapter.hadamard import Hadamard
 from lorakit.adapter.spectrum import spectrum
+from lorakit.checkpoint.weights import open_weights
 from lorakit.compare import compare, interference, principal_angles, similarity
 from lorakit.errors import AdapterError, TargetError
-from lorakit.spectrum import amplification, open_weights, relative_norms
+from lorakit.spectrum import amplification, relative_norms
 
 OUT, IN = 24, 30
 

@@ -21,7 +21,6 @@ import torch
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import differences, fingerprint, places
 from ..errors import AdapterError, LorakitError
-from ..formats import find
 from ..formats.files import write_text
 from ..formats.stream import MERGEABLE, NAMES
 from ..version import VERSION
@@ -31,6 +30,7 @@ from .out import NOTE, check_out, check_space, copy, other_files, put_in_place
 from .parts import Part, open_parts
 from .plan import Plan, make_plan
 from .report import MergeReport, TargetReport
+from .residual import load_on
 from .tensors import in_order, read_back, write_file
 from .ties import untied
 
@@ -68,7 +68,7 @@ def merge_checkpoint(
     factors = _weights(weights, len(sources))
     here = [Path(s).expanduser().resolve() for s in sources if not isinstance(s, Adapter) and Path(s).expanduser().exists()]
     check_out(path.resolve(), here, target, force)
-    values = [(s if isinstance(s, Adapter) else Adapter.load(find(s))).check() for s in sources]
+    values = [(s if isinstance(s, Adapter) else load_on(s, path)).check() for s in sources]
     warnings = _learned_tokens(values)
     plans: list[tuple[Part, Plan]] = []
     names = [n for a in values for n in (*a.updates, *a.saved)]

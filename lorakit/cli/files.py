@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,13 @@ _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 def read(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
     """An adapter; `alpha` goes to the formats that do not hold it, so that adapters of several formats may be named together."""
-    from ..formats import format_of, load
+    from ..checkpoint.residual import load_on, started_as
+    from ..formats import format_of
 
-    return load(source, alpha=alpha if format_of(source) in ("loralib", "mlx") else None, base=base)
+    start = started_as(source) if base is not None else None
+    if start:
+        print(f"{source} was started as {start}: made a plain LoRA of {base}, of twice the rank", file=sys.stderr)
+    return load_on(source, base, alpha if format_of(source) in ("loralib", "mlx") else None)
 
 
 def base_folder(name: str | None) -> Path | None:

@@ -28,7 +28,7 @@ from ..ops.blocks import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_lycoris
 from .files import parse_json, read_json, read_tensors, write_tensors, write_text
 from .mlx import is_mlx_config
-from .peft_config import checked, dumps, enabled_parts, from_peft, to_peft
+from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
 from .unheld import learned_tokens, other_kinds
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
@@ -53,8 +53,17 @@ def is_peft(path: Path) -> bool:
         return True  # reading it says what is wrong
 
 
-def read(path: Path) -> Adapter:
-    """Read PEFT's folder. Raises AdapterError naming the file and key at fault."""
+def start_of(path: Path) -> str | None:
+    """How PEFT's folder was started, if that was from the base's own weights, which it changed ("pissa", "olora"...)."""
+    start = read_json(_folder(path) / CONFIG).get("init_lora_weights")
+    return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else None
+
+
+def read(path: Path, started: bool = False) -> Adapter:
+    """Read PEFT's folder. Raises AdapterError naming the file and key at fault.
+
+    started: also one that was started from the base's weights, whose factors are no update of that base.
+    """
     folder = _folder(path)
     where = folder / CONFIG
     if not where.exists():
@@ -62,7 +71,7 @@ def read(path: Path) -> Adapter:
     values = read_json(where)
     kind = str(values.get("peft_type"))
     lycoris = kind in peft_lycoris.KINDS
-    config, transposed = peft_lycoris.config(values, where) if lycoris else from_peft(values, where)
+    config, transposed = peft_lycoris.config(values, where) if lycoris else from_peft(values, where, started)
     enabled = enabled_parts(values, where)
     weights = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / PICKLE
     if not weights.exists():
@@ -128,7 +137,6 @@ def write(adapter: Adapter, path: Path) -> Path:
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
     config = adapter.config.replace(save_modules=_save_modules(adapter))
-    path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
     write_text(path / CONFIG, dumps(to_peft(config, ranks, alphas, transposed, dora)))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")

@@ -19,7 +19,7 @@ _UNSUPPORTED = {
 }  # fmt: skip
 
 # Starts that take something out of the base's weights, which a reader would have to do again.
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 # What else PEFT calls an adapter, and what its users can do.
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
@@ -33,8 +33,11 @@ _OTHERS = {
 }  # fmt: skip
 
 
-def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig, bool]:
-    """(our config, fan_in_fan_out). Raises AdapterError for another kind of adapter or an unsupported variant."""
+def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = False) -> tuple[LoraConfig, bool]:
+    """(our config, fan_in_fan_out). Raises AdapterError for another kind of adapter or an unsupported variant.
+
+    started: let starts from the base's weights pass.
+    """
     kind = values.get("peft_type")
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
@@ -47,10 +50,11 @@ def from_peft(values: Mapping[str, Any], where: Path | str) -> tuple[LoraConfig,
                 f"{where}: {key} is {values[key]!r}: {name} is not supported\n  merge it into its base with the tool that made it"
             )
     start = values.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) and not started:
         raise AdapterError(
             f"{where}: init_lora_weights is {start!r}: it was started from the base's own weights, which that changed, so its factors alone are "
-            "another update\n  save it again with PEFT as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            "another update\n  PiSSA and OLoRA become a plain LoRA with the base at hand: lorakit convert ADAPTER OUT --to peft --base FOLDER\n"
+            "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if values.get(theirs) is not None}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out

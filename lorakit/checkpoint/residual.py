@@ -1,0 +1,83 @@
+"""Adapters that PEFT started from the base's own weights, as plain LoRA of that base.
+
+    PiSSA (Meng et al. 2024)          s · B₀ A₀ = the r largest singular values of W
+    OLoRA (Büyükakyüz 2024)           B₀ A₀ = the first r columns of Q and rows of R, W = Q R
+
+Training went on from W - s · B₀ A₀, so what the adapter adds to W is s · B A - s · B₀ A₀: rank 2r, exact. B₀ A₀ are made again from W, which
+must be the very base. Starts that took data, random projections or rounded weights (CorDA, LoRA-GA, `pissa_niter_*`, LoftQ)
+cannot be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapter.adapter import Adapter
+from ..adapter.concatenate import exact_sum
+from ..adapter.factors import Factors
+from ..adapter.reform import with_updates
+from ..errors import AdapterError
+from ..formats import find, format_of, load, peft
+from .weights import open_weights
+
+EXACT = ("pissa", "olora")
+
+
+def load_on(source: str | Path, base: Path | None, alpha: float | None = None) -> Adapter:
+    """Read an adapter that may need its base: a GGUF of a Llama, or one that was started from the base's weights."""
+    if base is not None and started_as(source):
+        return plain(find(source), base)
+    return load(source, alpha=alpha, base=base)
+
+
+def started_as(source: str | Path) -> str | None:
+    """ "pissa", "olora"... of one that PEFT started from the base's weights."""
+    path = find(source)
+    return peft.start_of(path) if format_of(path) == "peft" else None
+
+
+def plain(path: Path, base: Path, on_module: Callable[[str, int, int], None] | None = None) -> Adapter:
+    """PEFT's folder of a PiSSA or an OLoRA as a plain LoRA of `base`. AdapterError for another start."""
+    start = str(peft.start_of(path))
+    if start not in EXACT:
+        raise AdapterError(
+            f"{path}: it was started as {start!r}, which cannot be made again from the base's weights\n"
+            "  save it again with PEFT as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    adapter = peft.read(path, started=True)
+    strange = [m for m, f in adapter.factors.items() if f.kind != "linear" or f.parts or f.magnitude is not None]
+    if strange:
+        raise AdapterError(f"{path}: '{strange[0]}' is no plain linear, as a start of {start!r} has it")
+    weights = open_weights(base, adapter.factors)
+    made = {}
+    for done, (module, f) in enumerate(adapter.factors.items(), start=1):
+        W = weights.read(module, f)
+        first = _start(start, W, f)
+        made[module] = exact_sum(module, [(1.0, f), (-1.0, first)])
+        if on_module is not None:
+            on_module(module, done, len(adapter.factors))
+    return with_updates(adapter, made).check()
+
+
+def _start(start: str, W: Tensor, f: Factors) -> Factors:
+    """s · B₀ A₀ of W [out, in], as factors of the form and strength of `f`."""
+    r = f.rank
+    if start == "olora":
+        Q, R = torch.linalg.qr(W)
+        return Factors(R[:r].contiguous(), Q[:, :r].contiguous(), f.alpha, f.kind, f.rslora, f.transposed)
+    U = _largest(W.double(), r) if W.shape[0] <= W.shape[1] else None
+    if U is not None:
+        B, A = U, U.T @ W.double()
+    else:
+        V = _largest(W.double().T, r)
+        B, A = W.double() @ V, V.T
+    return Factors((A / f.scale).float().contiguous(), B.float().contiguous(), f.alpha, f.kind, f.rslora, f.transposed)
+
+
+def _largest(W: Tensor, r: int) -> Tensor:
+    """The first r left singular vectors of W [m, n], m <= n, from W Wᵀ in float64: m x m, where an SVD takes several times as long."""
+    return torch.linalg.eigh(W @ W.T)[1][:, -r:]

@@ -1,0 +1,101 @@
+"""PiSSA and OLoRA as plain LoRA of their base: what PEFT's model with the changed base computes, the untouched base and the adapter do."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import tiny
+import torch
+from tiny import logits
+
+import lorakit as lk
+from lorakit.checkpoint import merge_checkpoint
+from lorakit.checkpoint.residual import load_on, plain
+from lorakit.errors import AdapterError, TargetError
+
+TARGETS = {"llama": (tiny.llama, ["q_proj", "down_proj", "up_proj"]), "gpt2": (tiny.gpt2, ["c_attn", "mlp.c_proj"])}
+
+
+def trained(kind: str, start: str, folder, **options):
+    """A base on disk and PEFT's adapter, started and moved on; returns what that model computes."""
+    make, targets = TARGETS[kind]
+    make().save_pretrained(folder / "base")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, init_lora_weights=start, fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM", **options
+    )
+    model = peft.get_peft_model(make(), config)
+    made = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=made))
+    model.save_pretrained(folder / "adapter")
+    return logits(model.eval())
+
+
+# PEFT's own OLoRA does not run on Conv1D.
+@pytest.mark.parametrize("kind,start", [("llama", "pissa"), ("gpt2", "pissa"), ("llama", "olora")])
+def test_base_and_plain_adapter_compute_what_the_changed_base_did(kind, start, tmp_path):
+    expected = trained(kind, start, tmp_path, rank_pattern={"down_proj": 4} if kind == "llama" else {}, use_rslora=kind == "gpt2")
+    adapter = plain(tmp_path / "adapter", tmp_path / "base")
+    model = TARGETS[kind][0]()
+    before = logits(model)
+    torch.testing.assert_close(logits(lk.attach(model, adapter)), expected, atol=2e-5, rtol=1e-4)
+    assert (expected - before).abs().max() > 1e-3
+    assert {f.rank for f in adapter.factors.values()} <= {6, 8}  # twice that of the training
+    adapter.save(tmp_path / "plain")
+    assert lk.Adapter.load(tmp_path / "plain").factors.keys() == adapter.factors.keys()
+
+
+def test_it_merges_into_the_base_as_it_is(tmp_path):
+    expected = trained("llama", "pissa", tmp_path)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = type(tiny.llama()).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(merged), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_pefts_own_conversion_gives_the_same_change(tmp_path):
+    make, targets = TARGETS["llama"]
+    model = peft.get_peft_model(make(), peft.LoraConfig(r=3, target_modules=targets, init_lora_weights="pissa"))
+    make().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.1)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours, theirs = plain(tmp_path / "adapter", tmp_path / "base"), lk.Adapter.load(tmp_path / "theirs")
+    for module, f in theirs.factors.items():
+        torch.testing.assert_close(ours.factors[module].delta(), f.delta(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_a_start_that_cannot_be_made_again_is_refused(start, tmp_path):
+    trained("llama", "pissa", tmp_path)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=f"started as '{start}', which cannot be made again"):
+        load_on(tmp_path / "adapter", tmp_path / "base")
+
+
+def test_another_base_is_refused_by_its_modules_or_shapes(tmp_path):
+    trained("llama", "pissa", tmp_path)
+    tiny.gpt2().save_pretrained(tmp_path / "other")
+    with pytest.raises(TargetError, match="not in"):
+        load_on(tmp_path / "adapter", tmp_path / "other")
+
+
+def test_the_command_makes_it_plain_and_says_how_without_a_base(tmp_path, capsys):
+    from lorakit.cli import run
+
+    trained("llama", "pissa", tmp_path)
+    assert run(["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "peft"]) == 1
+    assert "--base FOLDER" in capsys.readouterr().err
+    assert run(["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "peft", "--base", str(tmp_path / "base")]) == 0
+    assert "started as pissa" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True
