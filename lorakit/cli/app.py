@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import adapters, algebra, bench, chat, compare, data, demo, export, judge, plan, sweep, train
+from . import adapters, algebra, bench, chat, compare, data, demo, edit, export, judge, plan, share, sweep, train
 
 app = typer.Typer(
     name="lorakit",
@@ -47,8 +47,11 @@ app.command("inspect", short_help="what is in an adapter or a model")(adapters.i
 app.command("compare", short_help="two adapters side by side")(compare.compare)
 app.command("combine", short_help="several adapters as one")(algebra.combine)
 app.command("resize", short_help="an adapter at a lower rank")(algebra.resize)
+app.command("edit", short_help="an adapter scaled, negated, with fewer modules or other names")(edit.edit)
 app.command("extract", short_help="a LoRA out of a fine-tuned checkpoint")(algebra.extract)
 app.command("merge", short_help="merge an adapter into a checkpoint")(adapters.merge)
 app.command("convert", short_help="an adapter in another format")(export.convert)
 app.command("export", short_help="an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified")(export.export)
+app.command("card", short_help="a model card for an adapter")(share.card)
+app.command("push", short_help="an adapter to the Hugging Face hub")(share.push)
 app.command("bench", short_help="our figures and the peers', on your machine")(bench.bench)
