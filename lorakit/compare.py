@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .adapter.adapter import Adapter, Other
 from .adapter.factors import Factors
-from .adapter.spectrum import LowRank, Spectrum, decompose, inner, matrix, size_of
+from .adapter.product import LowRank, inner, matrix, size_of
+from .adapter.spectrum import Spectrum, decompose
 from .adapter.together import base_differences
 from .checkpoint.weights import open_weights
 from .config import matches

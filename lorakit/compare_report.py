@@ -25,6 +25,8 @@ def summary(c: Comparison) -> list[str]:
     """The comparison in a few sentences."""
     a, b = map(printable, c.names)
     lines = [f"A = {a}, B = {b}: {len(c.pairs)} modules in both, {len(c.only[0])} in A alone, {len(c.only[1])} in B alone"]
+    if c.bases:
+        lines.append(f"they were trained on different bases, so alike numbers mean little: {printable('; '.join(c.bases))}")
     if c.cosine is not None:
         lines.append(f"cosine of all ΔW: {c.cosine:.4f}")
     for one, two, change in (("A", "B", c.changes[0]), ("B", "A", c.changes[1])):

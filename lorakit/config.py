@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import ConfigError, did_you_mean
+from .patterns import Patterns, compiled, plain
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536  # beyond any sensible rank
@@ -125,11 +127,19 @@ class LoraConfig(Strict):
 
     def rank_of(self, module: str) -> int:
         """The rank for a module's full name."""
-        return first_match(self.rank_pattern, module, self.rank)
+        return self._ranks_by_name.value(module, self.rank)
 
     def alpha_of(self, module: str) -> float:
         """The alpha for a module's full name."""
-        return first_match(self.alpha_pattern, module, self.alpha)
+        return self._alphas_by_name.value(module, self.alpha)
+
+    @cached_property
+    def _ranks_by_name(self) -> Patterns:
+        return Patterns(self.rank_pattern)
+
+    @cached_property
+    def _alphas_by_name(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Which equal parts of a packed projection are adapted, or None for an ordinary module."""
@@ -155,15 +165,12 @@ def matches(module: str, names: str | list[str]) -> bool:
 
 def pattern_matches(key: str, module: str) -> bool:
     """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
-    return re.match(rf"(.*\.)?({key})$", module) is not None
-
-
-def first_match(pattern: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that matches, as PEFT has it."""
-    return next((value for key, value in pattern.items() if pattern_matches(key, module)), default)
+    return compiled(key).match(module) is not None
 
 
 def _compile(pattern: str) -> None:
+    if plain(pattern):
+        return
     try:
         re.compile(pattern)
     except re.error as error:

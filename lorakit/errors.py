@@ -37,6 +37,10 @@ class TrainError(LorakitError, RuntimeError):
     """A training run that cannot start or go on."""
 
 
+class WriteError(LorakitError, OSError):
+    """A file or folder that cannot be written: a place that is taken, forbidden or full."""
+
+
 class NotFiniteError(LorakitError, RuntimeError):
     """A loss that is NaN or infinite."""
 

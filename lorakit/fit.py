@@ -103,7 +103,7 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
             raise AdapterError(
                 "the adapter was trained on another base:\n  "
                 + "\n  ".join(lines)
-                + "\n  load that base, or attach(..., force=True) if you know better"
+                + "\n  load that base, or attach(..., force=True) (--force-base, where a command has it) if you know better"
             )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .adapter.adapter import Adapter, Other
 from .adapter.factors import Factors
-from .adapter.spectrum import LowRank, matrix, norm, spectrum
+from .adapter.product import LowRank, matrix
+from .adapter.spectrum import norm, spectrum
 from .adapter.svd import random_svd
 from .checkpoint.weights import Weights
 

@@ -66,9 +66,11 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
-        tensors = [t for update in self.updates.values() for t in update.tensors().values()]
-        return sum(t.numel() for t in (*tensors, *self.saved.values(), *self.embeddings.values()))
+        """How many numbers it holds; of packed projections not the zeros between their blocks."""
+        others = [t for other in self.others.values() for t in other.tensors().values()]
+        return sum(f.parameters for f in self.factors.values()) + sum(
+            t.numel() for t in (*others, *self.saved.values(), *self.embeddings.values())
+        )
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
         """The same adapter in another precision or on another device."""

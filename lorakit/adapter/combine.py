@@ -59,8 +59,8 @@ def combined(
     """The combination, and how far it is from the ΔW that the method asks for (nothing, for an exact sum that was not cut).
 
     rank, keep: cut each module to so many singular values, or to those that hold this share of the energy. density: what ties,
-    dare and magnitude_prune leave, between 0 and 1. saved: weights that the adapters hold whole must be equal, or "mean". force: they may be
-    of different bases. A module that only some adapters have is combined among those. Raises AdapterError, ConfigError.
+    dare and magnitude_prune leave, between 0 and 1. saved: weights that the adapters hold whole must be equal, or "mean". force: they may
+    be of different bases. A module that only some adapters have is combined among those. Raises AdapterError, ConfigError.
     """
     weights = _checked(adapters, weights, method, rank, keep, density)
     if not force:
@@ -114,9 +114,13 @@ def _checked(
     if keep is not None and not 0 < keep <= 1:
         raise ConfigError(f"keep is {keep}; expected more than 0 and at most 1")
     if method in EXACT and density is not None:
-        raise ConfigError(f"'{method}' drops nothing, so it has no density\n  density is for ties, dare_linear, dare_ties, magnitude_prune")
+        raise ConfigError(
+            f"'{method}' drops nothing, so it has no density\n  leave density (--density) out: it is for ties, dare_linear, dare_ties, magnitude_prune"
+        )
     if method not in EXACT and (density is None or not 0 < density <= 1):
-        raise ConfigError(f"'{method}' needs a density, the share of each ΔW that is left, more than 0 and at most 1 (got {density})")
+        raise ConfigError(
+            f"'{method}' needs a density, the share of each ΔW that is left, more than 0 and at most 1 (got {density})\n  for example density=0.5 (--density 0.5)"
+        )
     return weights
 
 
@@ -140,7 +144,7 @@ def _mixed(
         vectors = [[t for u in wholes if (t := getattr(u, name)) is not None] for name in ("weight", "bias")]
         if any(len(v) not in (0, len(pieces)) for v in vectors):
             raise AdapterError(
-                f"'{module}' changes its bias in some of the adapters and its weight in others\n  only method='linear' adds such"
+                f"'{module}' changes its bias in some of the adapters and its weight in others\n  only method='linear' (--method linear) adds such"
             )
         weight, bias = (mix([t.float() for t in v]) if v else None for v in vectors)
         return Dense(weight, bias), _untouched(module, Dense(weight, bias))
@@ -199,6 +203,6 @@ def _untouched(module: str, update: Factors | Other) -> ModuleResize:
 def _refuse_biases(module: str, pieces: list[Piece]) -> None:
     if any(isinstance(u, Dense) and u.bias is not None for _, u in pieces):
         raise AdapterError(
-            f"'{module}' changes its bias too, which low-rank factors cannot hold\n  method='linear' without rank or keep adds it exactly; "
-            "or resize first, with drop_bias=True"
+            f"'{module}' changes its bias too, which low-rank factors cannot hold\n  method='linear' (--method linear) without "
+            "rank or keep adds it exactly; or resize first, with drop_bias=True (--drop-bias)"
         )

@@ -20,6 +20,7 @@ from .decompose import Form, form_of, shape_of
 from .dense import Dense
 from .edit import scaled
 from .factors import Factors
+from .parts import narrowed
 
 Piece = tuple[float, Factors | Other]  # its weight, and the update
 
@@ -41,7 +42,10 @@ def concatenate(form: Form, pieces: Sequence[tuple[float, Factors]]) -> Factors:
         torch.promote_types, [t.dtype for _, f in pieces for t in (f.A, f.B)], torch.float32 if kept is None else pieces[0][1].A.dtype
     )
     As = [f.A.detach().flatten(1).to(dtype) for _, f in pieces]
-    Bs = [f.B.detach().flatten(1).to(dtype) * (1 if kept is not None else s) for s, (_, f) in zip(scales, pieces, strict=True)]
+    Bs = [f.B.detach().flatten(1) for _, f in pieces]
+    if kept is None:
+        Bs = [narrowed(B.double() * s, dtype, f"B times its weight and strength, {s:.3g}") for s, B in zip(scales, Bs, strict=True)]
+    Bs = [B.to(dtype) for B in Bs]
     n = sum(form.parts) if form.parts else 1
     # Of a packed projection the parts stay together: [part 1 of all; part 2 of all; ...].
     A = torch.cat([a.unflatten(0, (n, -1)) for a in As], 1).flatten(0, 1)

@@ -1,7 +1,7 @@
 """An update of any kind as singular values, and singular values as low-rank factors again.
 
 LoRA        QR of its halves and an SVD of r x r                         a packed projection: each adapted part by itself
-LoHa        (L1 R1) ∘ (L2 R2) = (L1 ⊙ L2) (R1 ⊙ R2), a product of rank r²  (⊙: row by row, and column by column, Kronecker)
+LoHa        the same, of the product of rank r² that it is (`product`)
 LoKr        the SVD of W1 ⊗ W2 is the Kronecker product of their SVDs
 whole ΔW    the full SVD if it is small, else at random
 
@@ -25,7 +25,8 @@ from .dense import Dense
 from .factors import Factors, Kind
 from .hadamard import Hadamard
 from .kronecker import Kronecker
-from .parts import wide
+from .parts import narrowed
+from .product import LowRank, matrix, pair
 from .svd import Svd, distance, matrix_svd, needed, norm_squared, product_svd
 
 
@@ -62,7 +63,7 @@ def form_of(module: str, update: Factors | Other) -> Form:
         if update.A.shape[0] != update.B.shape[1]:
             raise AdapterError(
                 f"'{module}' is a grouped convolution in PEFT's form, whose A {list(update.A.shape)} reads across the groups: "
-                "no change of the weight does the same\n  leave it out: lorakit.adapter.edit.prune(adapter, ['" + module + "'])"
+                f"no change of the weight does the same\n  leave it out: lorakit.adapter.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT --drop {module})"
             )
         return Form(update.kind, tuple(update.A.shape[1:]), update.B.dim(), update.transposed, update.groups, update.parts)
     if isinstance(update, Dense) and (update.weight is None or update.weight.dim() < 2):
@@ -105,13 +106,8 @@ def decompose(update: Factors | Other, rank: int | None = None, keep: float | No
         pairs = [(B * update.scale, A) for A, B in blocks(update)]
         return [product_svd(B, A) for B, A in pairs]
     if isinstance(update, Hadamard):
-        out, *inner = shape_of(update)
-        (L1, R1), (L2, R2) = _half(update.w1a, update.w1b, update.t1), _half(update.w2a, update.w2b, update.t2)
-        count = L1.shape[1] * L2.shape[1]
-        if count < min(out, math.prod(inner)) // 2:
-            left = (L1[:, :, None] * L2[:, None, :]).reshape(out, count)
-            right = (R1[:, None, :] * R2[None, :, :]).reshape(count, -1)
-            return [product_svd(left * update.scale, right)]
+        found = matrix(update)
+        return [product_svd(found.left, found.right) if isinstance(found, LowRank) else matrix_svd(found.float(), rank, keep)]
     if isinstance(update, Kronecker):
         return [_kronecker(update, rank, keep)]
     return [matrix_svd(matrix_of(update), rank, keep)]
@@ -123,8 +119,8 @@ def compose(
     """Low-rank factors out of singular values: B A = ΔW / scale, both halves of equal size; a shorter SVD is padded with zeros."""
     pairs = [_padded(*cut.cut(rank).halves(), rank) for cut in cuts]
     root = 1 / math.sqrt(scale)
-    A = torch.cat([A * root for _, A in pairs]).to(dtype)
-    Bs = [(B * root).to(dtype) for B, _ in pairs]
+    A = narrowed(torch.cat([A * root for _, A in pairs]), dtype, "the factor A of a cut update")
+    Bs = [narrowed(B * root, dtype, "the factor B of a cut update") for B, _ in pairs]
     B = expand_packed(torch.stack(Bs), form.parts) if form.parts else Bs[0]
     return form.factors(B, A, scale * (math.sqrt(rank) if rslora else rank), rslora)
 
@@ -158,13 +154,6 @@ def blocks(f: Factors) -> list[tuple[Tensor, Tensor]]:
     return [(A[j * r : (j + 1) * r], B[i * size : (i + 1) * size, j * r : (j + 1) * r]) for j, i in zip(range(n), at, strict=True)]
 
 
-def _half(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One half of a LoHa, or a product within a LoKr, as [out, r] and [r, in·k]."""
-    if t is None:
-        return wide(a), wide(b).flatten(1)
-    return wide(a).T, torch.einsum("ij...,jr->ir...", wide(t), wide(b)).flatten(1)
-
-
 def _shape(whole: Tensor | None, a: Tensor | None, b: Tensor | None, t: Tensor | None) -> tuple[int, ...]:
     if whole is not None:
         return tuple(whole.shape)
@@ -181,7 +170,7 @@ def _kronecker(update: Kronecker, rank: int | None, keep: float | None) -> Svd:
             return matrix_svd(whole.double().flatten(1))
         assert a is not None
         assert b is not None
-        return product_svd(*_half(a, b, t))
+        return product_svd(*pair(a, b, t))
 
     first, second = side(update.w1, update.w1a, update.w1b, None), side(update.w2, update.w2a, update.w2b, update.t2)
     values, order = torch.outer(first.S, second.S).flatten().mul(update.scale).sort(descending=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from .adapter import Adapter, Other
 from .dense import Dense
 from .factors import Factors
 from .hadamard import Hadamard
+from .parts import narrowed, wide
 from .reform import with_updates
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ def scale(adapter: Adapter, weight: float) -> Adapter:
     if adapter.saved:
         raise AdapterError(
             f"this adapter holds weights whole ({listing(adapter.saved, 3)}): they are values, not changes, and cannot be scaled\n"
-            "  lorakit.combine([a, b], [0.7, 0.3], saved='mean') takes their mean; dataclasses.replace(adapter, saved={}) leaves them out"
+            "  lorakit.combine([a, b], [0.7, 0.3], saved='mean') (lorakit combine --weights 0.7,0.3 --saved mean) takes their mean; "
+            "dataclasses.replace(adapter, saved={}) leaves them out"
         )
     return with_updates(adapter, {m: scaled(m, u, weight) for m, u in adapter.updates.items()})
 
@@ -44,12 +46,17 @@ def negate(adapter: Adapter) -> Adapter:
 
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """In another precision. AdapterError, naming the module, where a number is too large for it."""
-    moved = adapter.to(dtype)
-    for m, update in moved.updates.items():
-        for name, tensor in update.tensors().items():
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(f"'{m}' has values in {name} too large for {dtype}\n  torch.bfloat16 has the range of float32")
-    return moved
+
+    def moved(update: Any, m: str) -> Any:
+        return replace(update, **{name: narrowed(t, dtype, f"'{m}', {name}") for name, t in update.tensors().items()})
+
+    return replace(
+        adapter,
+        factors={m: moved(f, m) for m, f in adapter.factors.items()},
+        others={m: moved(o, m) for m, o in adapter.others.items()},
+        saved={n: narrowed(t, dtype, f"saved weight '{n}'") for n, t in adapter.saved.items()},
+        embeddings={n: narrowed(t, dtype, f"learned token '{n}'") for n, t in adapter.embeddings.items()},
+    )
 
 
 def prune(adapter: Adapter, drop: str | list[str]) -> Adapter:
@@ -99,14 +106,19 @@ def scaled(module: str, update: Factors | Other, weight: float) -> Factors | Oth
             return replace(update, B=torch.zeros_like(update.B))
         return replace(update, B=update.B if sign > 0 else -update.B, alpha=update.alpha * size)
     if isinstance(update, Dense):
-        return Dense(*(None if t is None else t * weight for t in (update.weight, update.bias)))
+        return Dense(*(None if t is None else _times(t, weight, module) for t in (update.weight, update.bias)))
     if isinstance(update, Hadamard):
         return replace(update, w1a=update.w1a * (sign if size else 0.0), alpha=update.alpha * (size or 1.0))
     in_alpha = bool(size) and (update.w1b is not None or update.w2b is not None)
     factor = sign if in_alpha else weight
     name = "w1" if update.w1 is not None else "w1a"
     first = getattr(update, name)
-    return replace(update, **{name: first * factor}, alpha=update.alpha * (size if in_alpha else 1.0))
+    changes: dict[str, Any] = {name: _times(first, factor, module), "alpha": update.alpha * (size if in_alpha else 1.0)}
+    return replace(update, **changes)
+
+
+def _times(tensor: torch.Tensor, weight: float, module: str) -> torch.Tensor:
+    return narrowed(wide(tensor) * weight, tensor.dtype, f"'{module}' times {weight:g}")
 
 
 def _named(adapter: Adapter, names: str | list[str]) -> set[str]:

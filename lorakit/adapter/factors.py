@@ -65,6 +65,12 @@ class Factors:
             shape = (second, first) if across else (first, second, *self.A.shape[2:])
         return delta(self.A, self.B, self.scale, shape, across)
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds; not the zeros of a packed B outside its blocks."""
+        held = self.B.numel() // (len(self.parts) if self.parts else 1)  # n blocks [out / parts, r] of [out, n·r]
+        return self.A.numel() + held + (self.magnitude.numel() if self.magnitude is not None else 0)
+
     def tensors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B} | ({"magnitude": self.magnitude} if self.magnitude is not None else {})
 

@@ -16,6 +16,25 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def narrowed(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
+    """In this precision (None: as it is). AdapterError where a finite number is too large for it; `what` says where it is from."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    moved = tensor.to(dtype)
+    if not tensor.is_meta and not torch.isfinite(moved).all() and torch.isfinite(tensor).all():
+        raise _too_large(what, float(tensor.abs().max()), dtype)
+    return moved
+
+
+def _too_large(what: str, largest: float, dtype: torch.dtype) -> AdapterError:
+    wider = "bf16 and fp32 reach to 3.4e38: dtype=torch.bfloat16 (--dtype bf16) or dtype=torch.float32 (--dtype fp32)"
+    todo = wider if dtype == torch.float16 else "its strength is beyond all that numbers can hold: was alpha or a weight mistyped?"
+    name = str(dtype).removeprefix("torch.")
+    return AdapterError(
+        f"{what}: numbers up to {largest:.3g} are too large for {name}, which ends at {torch.finfo(dtype).max:.3g}\n  {todo}"
+    )
+
+
 def check_alpha(module: str, alpha: float) -> None:
     if not (alpha > 0 and math.isfinite(alpha)):
         raise AdapterError(f"adapter factors of '{module}': alpha is {alpha}; expected a positive number")
@@ -31,6 +50,11 @@ def check_parts(module: str, tensors: Mapping[str, Tensor]) -> None:
             raise AdapterError(f"{where} has shape {list(tensor.shape)}; expected at least two axes, none of them empty")
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise AdapterError(
-                f"{where} holds {bad} values that are not finite (NaN or infinity): the training diverged or the file is damaged"
+            # NaN spreads where training goes wrong; infinities alone are what is left of numbers that a narrow precision cannot hold.
+            cut = tensor.dtype == torch.float16 and not torch.isnan(tensor).any()
+            why = (
+                "all of them infinite: numbers beyond 65504 were written in fp16, or trained in it\n  make the file again in bf16 or fp32"
+                if cut
+                else "the training diverged or the file is damaged"
             )
+            raise AdapterError(f"{where} holds {bad} values that are not finite (NaN or infinity): {why}")

@@ -11,7 +11,7 @@ LoHa, LoKr and whole updates become low-rank factors. ΔW of a LoRA is never for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,7 +93,13 @@ def resize(
     threshold = None
     if overall and keep is not None:
         spectra = {m: decompose(updates[m], rank, ahead) for m in forms}
-        threshold = _threshold([svd for svds in spectra.values() for svd in svds], keep)
+        threshold = _threshold(spectra, keep)
+        # Where the last value told is still above the threshold, more of that module may have to stay, and less of the others.
+        asked = {m for m in forms if isinstance(updates[m], Factors)}
+        while short := [m for m in forms if m not in asked and any(float(svd.S[-1]) > threshold for svd in spectra[m])]:
+            spectra |= {m: decompose(updates[m], rank) for m in short}
+            asked |= set(short)
+            threshold = _threshold(spectra, keep)
     for done, (m, update) in enumerate(updates.items(), start=1):
         if m in others:
             resized[m] = update
@@ -115,7 +121,9 @@ def resize(
 def _share(rank: int | None, keep: float | None, error: float | None, overall: bool) -> float | None:
     """How much of the energy is to be kept, out of what was asked. ConfigError if that makes no sense."""
     if rank is None and keep is None and error is None:
-        raise ConfigError("resize needs a rank, a share of the energy to keep, or the largest error: rank=8, keep=0.99 or error=0.1")
+        raise ConfigError(
+            "resize needs a rank, a share of the energy to keep, or the largest error\n  rank=8, keep=0.99 or error=0.1 (--rank 8, --keep 0.99 or --error 0.1)"
+        )
     if keep is not None and error is not None:
         raise ConfigError(f"keep={keep} and error={error} say the same thing twice (keep = 1 - error²); give one")
     if rank is not None and rank < 1:
@@ -124,7 +132,9 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
         if value is not None and not (0 < value <= 1):
             raise ConfigError(f"{name} is {value}; expected more than 0 and at most 1")
     if overall and keep is None and error is None:
-        raise ConfigError("overall needs keep or error: a rank is one module's\n  for example keep=0.99, overall=True")
+        raise ConfigError(
+            "overall needs keep or error: a rank is one module's\n  for example keep=0.99, overall=True (--keep 0.99 --overall)"
+        )
     return keep if error is None else 1 - error**2
 
 
@@ -151,7 +161,8 @@ def _rank(svd: Svd, rank: int | None, keep: float | None, threshold: float | Non
     return max(1, min(most, svd.rank))
 
 
-def _threshold(svds: Sequence[Svd], keep: float) -> float:
+def _threshold(spectra: Mapping[str, Sequence[Svd]], keep: float) -> float:
     """The smallest singular value, of all modules', that has to stay."""
+    svds = [svd for own in spectra.values() for svd in own]
     values = torch.cat([svd.S.double() for svd in svds]).sort(descending=True).values
     return float(values[needed(values, sum(svd.total for svd in svds), keep) - 1])

@@ -6,7 +6,8 @@ sum: they are taken over where all adapters that have one have the same, or as t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
@@ -19,18 +20,48 @@ from .parts import wide
 
 Saved = Literal["equal", "mean"]
 
+# The components of a diffusion pipeline, and what they are found beside: no pipeline has both a UNet and a transformer.
+_PIPELINES = {
+    "unet.": {"a pipeline with a UNet"},
+    "transformer.transformer_blocks": {"a pipeline with a transformer"},
+    "transformer.single_transformer_blocks": {"a pipeline with a transformer"},
+    "text_encoder": {"a pipeline with a UNet", "a pipeline with a transformer"},
+}
+
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """AdapterError if the fingerprints of two adapters speak of different bases. One without a fingerprint says nothing."""
-    known = [(number, a.metadata["fingerprint"]) for number, a in enumerate(adapters, start=1) if a.metadata.get("fingerprint")]
-    for (i, first), (j, second) in combinations(known, 2):
-        lines = _unlike(first, second)
+    """AdapterError if two adapters are of different bases: by their fingerprints, or, where one has none, by their modules' names."""
+    for (i, first), (j, second) in combinations(enumerate(adapters, start=1), 2):
+        lines = base_differences(first, second)
         if lines:
             raise AdapterError(
                 f"adapters {i} and {j} were trained on different bases:\n  "
                 + "\n  ".join(lines)
-                + "\n  force=True (--force) if you know better"
+                + "\n  force=True (--force-base) if you know better"
             )
+
+
+def base_differences(first: Adapter, second: Adapter) -> list[str]:
+    """What tells the bases of two adapters apart; empty if nothing does."""
+    prints = first.metadata.get("fingerprint"), second.metadata.get("fingerprint")
+    if all(prints):
+        return _unlike(*prints)
+    ours, theirs = first.updates, second.updates
+    places = _places(ours), _places(theirs)
+    # A module outside the numbered layers (an output layer alone, say) tells nothing of the model.
+    if any(module in theirs for module in ours) or not all(places) or places[0] & places[1]:
+        return []
+    return [
+        "they have no module and no stack of layers in common, and not both have a fingerprint that would say that their base is one",
+        f"the first changes {listing(ours, 2)}",
+        f"the second changes {listing(theirs, 2)}",
+    ]
+
+
+def _places(modules: Iterable[str]) -> set[str]:
+    """Which stacks of numbered layers these modules are in (`model.layers`), and which pipelines have such components side by side."""
+    stacks = {found[1] for module in modules if (found := re.match(r"(.+?)\.\d+\.", module))}
+    return stacks | {what for stack in stacks for begins, pipelines in _PIPELINES.items() if stack.startswith(begins) for what in pipelines}
 
 
 def _unlike(first: Any, second: Any) -> list[str]:

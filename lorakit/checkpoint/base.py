@@ -8,7 +8,7 @@ a single file              of a diffusion model, in the original code's names
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ class Base:
     """`folder`: or the single file. `shards`: file name -> its header's metadata. `index`: the index file of a sharded checkpoint, and its name.
 
     `single_file`: which diffusion model a single file holds ("sd1", "flux": `lorakit.formats.names.MODELS`), or nothing.
+    `component`: the name of a part of a diffusers pipeline, or nothing.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Base:
     index: Mapping[str, Any] | None
     index_name: str = INDEX
     single_file: str = ""
+    component: str = ""
 
     @property
     def architecture(self) -> str | None:
@@ -76,7 +78,7 @@ def open_base(folder: Path) -> Base:
         raise LorakitError(f"{folder} is no checkpoint folder: {CONFIG} is missing{hint}")
     config = read_json(folder / CONFIG)
     _refuse_quantized(folder, config)
-    single, index = _weights_of(folder)
+    single, index = _weights_of(folder, _STEMS[::-1] if "_class_name" in config else _STEMS)  # the latter: diffusers' own config
     if single is not None:
         slots, metadata = read_header(folder / single)
         return Base(folder, config, slots, {single: metadata}, None)
@@ -105,9 +107,9 @@ def open_single_file(path: Path) -> Base:
     return Base(path, {}, slots, {path.name: metadata}, None, single_file=model)
 
 
-def _weights_of(folder: Path) -> tuple[str | None, str | None]:
+def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | None]:
     """(the file with all weights, or None; the index of several, or None). LorakitError where there are several variants to choose from."""
-    for stem in _STEMS:
+    for stem in stems:
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         if (folder / single).exists() or (folder / index).exists():
             return (single, None) if (folder / single).exists() else (None, index)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import differences, fingerprint, places
 from ..errors import AdapterError, LorakitError
+from ..formats import find
 from ..formats.files import write_text
 from ..formats.stream import MERGEABLE, NAMES
 from ..version import VERSION
@@ -30,7 +30,8 @@ from .out import NOTE, check_out, check_space, copy, other_files, put_in_place
 from .parts import Part, open_parts
 from .plan import Plan, make_plan
 from .report import MergeReport, TargetReport
-from .residual import load_on
+from .residual import load_on, started_as
+from .same_base import compare_with_files
 from .tensors import in_order, read_back, write_file
 from .ties import untied
 
@@ -44,7 +45,7 @@ def merge_checkpoint(
     out: Path | str,
     *,
     weights: Sequence[float] | None = None,
-    called: Sequence[str] | None = None,
+    alpha: float | None = None,
     force: bool = False,
     dtype: torch.dtype | None = None,
     untie: bool = False,
@@ -55,7 +56,8 @@ def merge_checkpoint(
 
     base: a transformers folder, a diffusers pipeline's, or a diffusion model's single .safetensors file; OUT is of the same kind.
     adapter: one or several, with a weight each (1 unless said), of any kind: LoRA, LoHa, LoKr, whole ΔW, DoRA.
-    called: what the report calls the adapters. dtype: the precision to write (the base's, by default). untie: give tied weights that the adapter changes a tensor each.
+    alpha: for adapters' files that do not hold it (loralib, old MLX). dtype: the precision to write (the base's, by default).
+    untie: give tied weights that the adapter changes a tensor each.
     force: replace an existing OUT. force_base: merge although the base is not the one the adapter was trained on.
     on_tensor(name, done, total): called after each tensor; each counts twice, written and read back.
     Raises LorakitError (TargetError, AdapterError) for whatever does not fit, and then leaves nothing behind.
@@ -66,23 +68,25 @@ def merge_checkpoint(
     path, target = Path(base).expanduser(), Path(out).expanduser().resolve()
     sources = [adapter] if isinstance(adapter, Adapter | Path | str) else list(adapter)
     factors = _weights(weights, len(sources))
-    here = [Path(s).expanduser().resolve() for s in sources if not isinstance(s, Adapter) and Path(s).expanduser().exists()]
-    check_out(path.resolve(), here, target, force)
-    values = [(s if isinstance(s, Adapter) else load_on(s, path)).check() for s in sources]
-    warnings = _learned_tokens(values)
+    read = [find(s) for s in sources if not isinstance(s, Adapter)]
+    named = [Path(s).expanduser() for s in sources if not isinstance(s, Adapter)]
+    check_out(path.resolve(), [p.resolve() for p in (*named, *read) if p.exists()], target, force)
+    values = [(s if isinstance(s, Adapter) else load_on(s, path, alpha)).check() for s in sources]
+    warnings = _learned_tokens(values) + [
+        f"{p} was started as {start}: made a plain LoRA of the base, of twice the rank" for p in read if (start := started_as(p))
+    ]
     plans: list[tuple[Part, Plan]] = []
     names = [n for a in values for n in (*a.updates, *a.saved)]
     for part in open_parts(path, names, everything=dtype is not None):
         own = [(w, mine) for w, a in zip(factors, values, strict=True) if (mine := part.own(a)) is not None]
         plans.append((part, make_plan(part.base, own, dtype, untie)))
         for (_, mine), rename in zip(own, plans[-1][1].renames, strict=True):
-            warnings += _check_base(part.base, mine, rename, force_base)
+            warnings += [] if force_base else check_base(part.base, mine, rename)
     copies, left_out = other_files(path, [part for part, _ in plans]) if path.is_dir() else ({}, [])
     size = sum(e.nbytes for _, plan in plans for e in plan.entries)
     check_space(target, size + sum(p.stat().st_size for p in copies.values()))
 
-    named = called or [repr(s) if isinstance(s, Adapter) else str(s) for s in sources]
-    told = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in zip(named, factors, strict=True))
+    told = ", ".join(f"{'' if w == 1 else f'{w:g} x '}{s!s}" for s, w in zip(sources, factors, strict=True))
     note = {"lorakit": VERSION, "base": str(base), "adapter": told}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
@@ -140,33 +144,19 @@ def _learned_tokens(adapters: Sequence[Adapter]) -> list[str]:
     return warnings
 
 
-def _check_base(base: Base, adapter: Adapter, rename: Renaming, force: bool) -> list[str]:
-    """Compare a few numbers with those that the adapter's fingerprint holds of its base. Returns warnings."""
-    expected = adapter.metadata.get("fingerprint")
-    if not expected or force or base.single_file:
-        return []
-    if not isinstance(expected, Mapping) or not isinstance(expected.get("samples"), Mapping):
-        raise AdapterError("the adapter's fingerprint of its base is damaged\n  merge without that check: force_base=True (--force-base)")
-    samples, found = {}, {}
-    for name, numbers in expected["samples"].items():
-        slot = base.tensors.get(rename(name))
-        replaced = name in adapter.saved  # a fresh head is not the base's
-        if slot is not None and slot.nbytes and slot.torch_dtype is not None and not replaced:
-            samples[name] = numbers
-            # Where a fingerprint looks, and no more than that: of these few numbers it takes each.
-            found[name] = slot.numbers(places(math.prod(slot.shape)))
-    # The rest of the fingerprint speaks of a model, with heads and ties as its class has them; here only the numbers count.
-    architecture = base.architecture or ""
-    lines = differences({**fingerprint(found, architecture), "samples": samples}, found, architecture)
+def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
+    """Warnings; AdapterError if the adapter's fingerprint speaks of another base."""
+    lines = compare_with_files(base, adapter, rename)
     if lines:
         raise AdapterError(
             "the adapter was trained on another base:\n  "
             + "\n  ".join(lines)
             + "\n  give that base, or force_base=True (--force-base) if you know better"
         )
-    trained = expected.get("architecture")
-    if trained and architecture and trained != architecture:
-        return [f"the adapter was trained on a {trained}, the base is saved as a {architecture}: load the result as a {trained}"]
+    known = adapter.metadata.get("fingerprint")
+    trained = known.get("architecture") if isinstance(known, Mapping) else None
+    if trained and base.architecture and trained != base.architecture:
+        return [f"the adapter was trained on a {trained}, the base is saved as a {base.architecture}: load the result as a {trained}"]
     return []
 
 
@@ -188,7 +178,8 @@ def _write_tensors(
         ordered = {file: in_order(entries) for file, entries in plan.files.items()}
         asked = {}
         for file, entries in ordered.items():
-            metadata = {"format": "pt", **part.base.shards[file], **({"lorakit_merge": json.dumps(note)} if note else {})}
+            header = {key: value for key, value in part.base.shards[file].items() if "hash" not in key}  # those are of the base's numbers
+            metadata = {"format": "pt", **header, **({"lorakit_merge": json.dumps(note)} if note else {})}
             asked[file] = write_file(folder / part.name / file, entries, metadata, done)
         for file, entries in ordered.items():
             reports += [r.within(part.name) for r in read_back(folder / part.name / file, entries, asked[file], done)]

@@ -25,15 +25,20 @@ class Renaming:
         return self.new + name[len(self.old) :] if name.startswith(self.old) else name
 
 
-def find_renaming(wanted: Collection[str], tensors: Collection[str], where: object) -> Renaming:
-    """The renaming under which every wanted name is among the tensors'. TargetError if there is none, or more than one."""
+def find_renaming(
+    wanted: Collection[str], tensors: Collection[str], where: object, allowed: Collection[Renaming] | None = None
+) -> Renaming:
+    """The renaming under which every wanted name is among the tensors'. TargetError if there is none, or more than one.
+
+    allowed: the only ones to try, beside the names as they are.
+    """
     same = Renaming()
     if all(name in tensors for name in wanted):
         return same
     # A name within a numbered layer says most; one such as "embed_tokens.weight" could end many others.
     anchor = next((name for name in wanted if _stem(name) is not None and name not in tensors), next(iter(wanted)))
     found: dict[tuple[str, ...], Renaming] = {}
-    for renaming in _candidates(anchor, tensors):
+    for renaming in _candidates(anchor, tensors) if allowed is None else allowed:
         mapped = tuple(renaming(name) for name in wanted)
         if all(name in tensors for name in mapped):
             found.setdefault(mapped, renaming)

@@ -64,7 +64,7 @@ def open_parts(path: Path, names: Collection[str], everything: bool = False) -> 
         )
     touched = {n.partition(".")[0] for n in names}
     wanted = [c for c in components if c in touched or (everything and any((path / c).glob("*.safetensors")))]
-    return [Part(name, open_base(path / name)) for name in wanted]
+    return [Part(name, replace(open_base(path / name), component=name)) for name in wanted]
 
 
 def _within(component: str, named: Mapping[str, Any]) -> dict[str, Any]:

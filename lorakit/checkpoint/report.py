@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import listing
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -70,9 +72,11 @@ class MergeReport:
         from rich import box
         from rich.table import Table
 
-        table = Table(
-            box=box.SIMPLE, title=self.headline(), title_justify="left", caption="\n".join(self.warnings) or None, caption_justify="left"
-        )
+        notes = [
+            *self.warnings,
+            *([f"not copied, as other weights than those merged: {listing(self.left_out, 4)}"] if self.left_out else []),
+        ]
+        table = Table(box=box.SIMPLE, title=self.headline(), title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
         table.add_column("target", overflow="fold")
         for column in ("shape", "rank", "largest |ΔW|", "written", "changed"):
             table.add_column(column, justify="right")

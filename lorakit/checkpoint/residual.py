@@ -28,10 +28,13 @@ EXACT = ("pissa", "olora")
 
 
 def load_on(source: str | Path, base: Path | None, alpha: float | None = None) -> Adapter:
-    """Read an adapter that may need its base: a GGUF of a Llama, or one that was started from the base's weights."""
+    """Read an adapter that may need its base: a GGUF of a Llama, or one that was started from the base's weights.
+
+    alpha: for formats that do not hold it; others pass over it, so that adapters of several formats may be named together.
+    """
     if base is not None and started_as(source):
         return plain(find(source), base)
-    return load(source, alpha=alpha, base=base)
+    return load(source, alpha=alpha if format_of(source) in ("loralib", "mlx") else None, base=base)
 
 
 def started_as(source: str | Path) -> str | None:

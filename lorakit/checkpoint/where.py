@@ -28,6 +28,10 @@ class Places:
     ties: Mapping[str, str] = field(default_factory=dict)  # user -> holder, in the files' names
 
 
+# Modules of a diffusers component have the names of its files, but for the level of CLIP's that only some versions of transformers write.
+_LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
+
+
 def find_places(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Places:
     """Of all these modules; TargetError where one is not there. `saved`: whole weights' names, which tell the renaming if nothing else does."""
     if base.single_file:
@@ -36,7 +40,8 @@ def find_places(base: Base, modules: Collection[str], saved: Collection[str] = (
     wanted = targets or [n for n in saved if numbered(n)]
     # Only what lies outside the numbered layers can be tied; asking which are takes transformers.
     pairs = {} if all(map(numbered, (*targets, *saved))) else declared(base)
-    rename = find_renaming([pairs.get(n, n) if n not in base.tensors else n for n in wanted], base.tensors, base.folder)
+    held = [pairs.get(n, n) if n not in base.tensors else n for n in wanted]
+    rename = find_renaming(held, base.tensors, base.folder, _LEVELS if base.component else None)
     ties = find_ties(base, pairs, rename)
     found = {}
     for module in modules:

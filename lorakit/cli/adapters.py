@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .files import base_folder, dtype_of, numbers, read
+from .files import base_folder, dtype_of, numbers
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -112,7 +112,7 @@ def merge(
     console = Console()
     with console.status("merging") as status:
         report = merge_checkpoint(
-            folder, [read(source, alpha, folder) for source in sources], out, weights=numbers(weights), called=sources, force=force,
+            folder, sources, out, weights=numbers(weights), alpha=alpha, force=force,
             dtype=dtype_of(dtype), untie=untie, force_base=force_base,
             on_tensor=lambda name, done, total: status.update(f"{done}/{total} {name}"),
         )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,17 +51,15 @@ def combine(
     json_output: Json = False,
 ) -> None:
     """Several adapters as one: the exact weighted sum of what they add, or TIES, DARE and pruning of it."""
-    from rich.console import Console
-
     from ..adapter.combine import combined
 
     out = free(out, to, force)
     values = [read(source, alpha, base_folder(base)) for source in adapters]
     began = time.monotonic()
-    with Console(stderr=True).status("combining") as status:
+    with _progress("combining") as tell:
         done = combined(
             values, numbers(weights), method, rank=rank, keep=keep, density=density, majority=majority, seed=seed, saved=saved,  # type: ignore[arg-type]
-            force=force_base, on_module=lambda name, at, total: status.update(f"{at}/{total} {name}"),
+            force=force_base, on_module=tell,
         )  # fmt: skip
     _report(
         f"{len(adapters)} adapters as one ({method})", values, done, _write(done.adapter, out, to, dtype, base), began, modules, json_output
@@ -83,17 +83,15 @@ def resize(
     json_output: Json = False,
 ) -> None:
     """An adapter at a lower rank, with the smallest error that this rank allows; LoHa, LoKr and whole updates become LoRA."""
-    from rich.console import Console
-
     from ..adapter.resize import resize as cut
 
     out = free(out, to, force)
     value = read(adapter, alpha, base_folder(base))
     began = time.monotonic()
-    with Console(stderr=True).status("resizing") as status:
+    with _progress("resizing") as tell:
         done = cut(
             value, rank, keep=keep, error=error, overall=overall, drop_bias=drop_bias,
-            on_module=lambda name, at, total: status.update(f"{at}/{total} {name}"),
+            on_module=tell,
         )  # fmt: skip
     _report("resized", [value], done, _write(done.adapter, out, to, dtype, base), began, modules, json_output)
 
@@ -116,8 +114,6 @@ def extract(
     json_output: Json = False,
 ) -> None:
     """A LoRA out of a fine-tuned checkpoint and its base, one tensor in memory at a time."""
-    from rich.console import Console
-
     from ..checkpoint.extract import extract as take
     from ..errors import listing
 
@@ -128,10 +124,10 @@ def extract(
     to = to or ("kohya" if image else "peft")
     out = free(out, to, force)
     began = time.monotonic()
-    with Console(stderr=True).status("extracting") as status:
+    with _progress("extracting") as tell:
         done = take(
             before, after, rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
-            on_tensor=lambda name, at, total: status.update(f"{at}/{total} {name}"),
+            on_tensor=tell,
         )  # fmt: skip
     path = _write(done.adapter, out, to, dtype, base)
     if json_output:
@@ -151,6 +147,15 @@ def extract(
         if image
         else f"next: lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
     )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A line on a terminal that says how far it is; the block tells it by (name, done, total)."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield lambda name, done, total: status.update(f"{what} {done}/{total} {name}")
 
 
 def _report(what: str, before: list[Adapter], done: Resized, path: Path, began: float, modules: bool, json_output: bool) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..errors import ConfigError, listing
 from .files import base_folder, dtype_of, free, read
 
-_KINDS = Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the numbers; default: the adapter's")]
+if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
+
+_KINDS = Annotated[
+    Literal["bf16", "fp16", "fp32", "q8_0"] | None, typer.Option(help="precision of the numbers (q8_0: gguf only); default: the adapter's")
+]
+_DTYPES = Annotated[Literal["f16", "bf16", "q8_0", "f32"] | None, typer.Option(help="with --merged: of the matrices; default f16")]
 _FORCE = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
 _BASE = Annotated[str | None, typer.Option(help="the base's folder (its config.json), which llama.cpp's format needs")]
 
@@ -32,7 +39,9 @@ def convert(
     from ..formats.convert import convert as converted
 
     out, folder, was = free(out, to, force), base_folder(base), format_of(source)
-    done = converted(read(source, alpha, folder), out, to, base=folder, dtype=dtype_of(dtype), allow_loss=allow_loss)
+    done = converted(
+        read(source, alpha, folder), out, to, base=folder, dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype), allow_loss=allow_loss
+    )
     if json_output:
         print(json.dumps({"from": was, **done.to_dict()}))
         return
@@ -56,9 +65,20 @@ def export(
         typer.Option("--for", help="the program that will read it; canonical: any"),
     ],
     fix: Annotated[bool, typer.Option("--fix", help="mend what can be mended without changing the effect")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="read the result again, independently, and compare")] = False,
-    base: _BASE = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read the result again, independently, and compare; with --base the logits too")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="the base's folder: its config.json for llama.cpp's format, its weights for --verify")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="for Ollama: what the Modelfile starts FROM")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="for llama.cpp and Ollama: the whole model, base and adapter as one GGUF")
+    ] = False,
+    dtype: _DTYPES = None,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="with --merged: although the adapter was trained on another base")
+    ] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
     force: _FORCE = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
@@ -68,6 +88,16 @@ def export(
     from ..export import export as exported
 
     folder = base_folder(base)
+    if merged:
+        if model is not None:
+            raise ConfigError("--model is what an adapter's Modelfile starts FROM; with --merged it starts from the model that is written")
+        options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base}
+        _merged(read(source, alpha, folder), folder, out, receiver, force, json_output, **options)
+        return
+    if dtype is not None:
+        raise ConfigError(
+            "--dtype is for --merged, a whole model\n  lorakit convert --to gguf --dtype writes the adapter in another precision"
+        )
     if receiver == "ollama" and out.suffix != ".gguf":
         out = out / "adapter.gguf"
     out = free(out, RECEIVERS[receiver].format, force)
@@ -78,11 +108,37 @@ def export(
     for line in done.mended:
         print(f"mended: {line}")
     print(f"written for {receiver}: " + ", ".join(str(f) for f in done.files))
-    if done.difference is not None:
-        print(f"read again: the largest difference of ΔW is {done.difference:.2g} of the largest ΔW")
-    if done.uncompared:
-        print(f"not compared: {done.uncompared} modules of other kinds (LoHa, LoKr, whole updates), or their DoRA magnitudes")
+    for what, value in (done.differences or {}).items():
+        print(f"read again: the largest difference of {what} is {value:.2g} of the largest")
+    if done.logits is not None:
+        print(f"logits through {base}: {done.logits}")
+    if done.no_logits is not None:
+        print(f"logits not compared: {done.no_logits}")
     print(f"next: {_next(receiver, done.files[0], base)}")
+
+
+def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, force: bool, json_output: bool, **options: Any) -> None:
+    from rich.console import Console
+
+    from ..export.merged import export_merged, place_of
+
+    out = free(place_of(out, receiver), "gguf", force)
+    with Console(stderr=True).status("merging") as status:
+        options["on_tensor"] = lambda name, number, total: status.update(f"{number}/{total} {name}")
+        done = export_merged(adapter, base, out, receiver, **options)
+    if json_output:
+        print(json.dumps(done.to_dict()))
+        return
+    print(f"written for {receiver}: " + ", ".join(str(f) for f in done.files))
+    print(f"base and adapter as one model in {done.dtype}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB")
+    if done.other:
+        print(f"in f16, as their rows are no multiple of 32: {listing(done.other, 3)}")
+    for warning in done.warnings:
+        print(f"note: {warning}")
+    if done.verified is not None:
+        print(f"read again: {done.verified}")
+    where = quote(str(done.files[0]))
+    print(f"next: {_next(receiver, done.files[0], None) if receiver == 'ollama' else f'llama-server -m {where}'}")
 
 
 def _next(receiver: str, path: Path, base: str | None) -> str:

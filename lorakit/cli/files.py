@@ -20,14 +20,13 @@ _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
 def read(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
-    """An adapter; `alpha` goes to the formats that do not hold it, so that adapters of several formats may be named together."""
+    """An adapter; see `load_on`."""
     from ..checkpoint.residual import load_on, started_as
-    from ..formats import format_of
 
     start = started_as(source) if base is not None else None
     if start:
         print(f"{source} was started as {start}: made a plain LoRA of {base}, of twice the rank", file=sys.stderr)
-    return load_on(source, base, alpha if format_of(source) in ("loralib", "mlx") else None)
+    return load_on(source, base, alpha)
 
 
 def base_folder(name: str | None) -> Path | None:

@@ -48,10 +48,15 @@ class Loaded:
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
     """The base with the adapters attached; the last of them is active."""
     from ..adapter.adapter import Adapter
+    from ..formats import format_of
     from ..model import attach
-    from ..models.base import choose_device, choose_dtype, load_model, load_tokenizer
+    from ..models.base import choose_device, choose_dtype, load_config, load_model, load_tokenizer
 
-    values = {name: Adapter.load(path) for name, path in named(adapters).items()}  # before the base: it fails faster
+    # Before the base's weights: it fails faster. A GGUF needs the base's config, to know the heads of its permuted rows.
+    values = {
+        name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
+        for name, path in named(adapters).items()
+    }  # fmt: skip
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
     style = None

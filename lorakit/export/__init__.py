@@ -2,8 +2,13 @@
 
 canonical.py  the plainest form: one rank, scale 1
 rules.py      what each program accepts
-verify.py     the written file, read on a path of its own
+written.py    the written file, read on a path of its own (arrays.py: safetensors by its specification; effect.py: the equations)
+expected.py   what it should do, from the adapter's own factors
+verify.py     both compared, number by number
+logits.py     both compared through a base
 export.py     `export`: all of it
+merged.py     `export_merged`: base and adapter as one GGUF model (gguf_model.py: its tensors, gguf_parameters.py, gguf_tokenizer.py;
+              merged_verify.py: the file, read again)
 """
 
 from .export import Exported, export

@@ -16,6 +16,7 @@ from .canonical import canonical, is_canonical
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_HEADS = ("score", "classifier")
 VLLM_VOCABULARY = 258_048
+MERGE = "merge it into the base: lorakit merge"
 # Last names of linears that vLLM's language models have, packed ones in their parts.
 VLLM_LINEARS = frozenset({
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",
@@ -26,33 +27,43 @@ VLLM_LINEARS = frozenset({
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the receiver does not take. `mend`: gives an adapter without it, the same in effect; None if only another way out is there."""
+    """Something that the receiver does not take. `mend`: gives an adapter without it, the same in effect; None if only another way out is there.
+
+    `into_base`: the modules and whole weights that it is about, which could go into the base instead.
+    """
 
     what: str
     way_out: str
     mend: Callable[[Adapter], Adapter] | None = None
+    into_base: tuple[str, ...] = ()
 
 
 Rule = Callable[[Adapter], Iterator[Finding]]
 
 
-def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
-    """No LoHa, LoKr, whole updates or DoRA."""
+def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
+    """No LoHa, LoKr or whole updates."""
     if adapter.others:
         kinds = sorted({type(o).__name__ for o in adapter.others.values()})
         yield Finding(
             f"{len(adapter.others)} modules have updates of other kinds ({', '.join(kinds)})",
             "lorakit resize makes low-rank factors of them",
+            into_base=tuple(adapter.others),
         )
+
+
+def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
+    """None of these, and no DoRA."""
+    yield from no_other_kinds(adapter)
     dora = [m for m, f in adapter.factors.items() if f.magnitude is not None]
     if dora:
-        yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", "merge it into the base: lorakit merge")
+        yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", MERGE, into_base=tuple(dora))
 
 
 def no_saved_weights(adapter: Adapter) -> Iterator[Finding]:
     if adapter.saved:
         yield Finding(
-            f"{len(adapter.saved)} weights are saved whole ({listing(list(adapter.saved), 2)})", "merge it into the base: lorakit merge"
+            f"{len(adapter.saved)} weights are saved whole ({listing(list(adapter.saved), 2)})", MERGE, into_base=tuple(adapter.saved)
         )
 
 
@@ -100,16 +111,14 @@ def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
 def vllm_modules(adapter: Adapter) -> Iterator[Finding]:
     strange = [m for m in adapter.factors if m.rsplit(".", 1)[-1] not in VLLM_LINEARS]
     if strange:
-        yield Finding(
-            f"{len(strange)} modules are no linears that vLLM adapts ({listing(strange, 2)})", "merge it into the base: lorakit merge"
-        )
+        yield Finding(f"{len(strange)} modules are no linears that vLLM adapts ({listing(strange, 2)})", MERGE, into_base=tuple(strange))
     conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
     if conv:
-        yield Finding(f"{len(conv)} modules are convolutions ({listing(conv, 2)})", "merge it into the base: lorakit merge")
+        yield Finding(f"{len(conv)} modules are convolutions ({listing(conv, 2)})", MERGE, into_base=tuple(conv))
     for module, f in adapter.factors.items():
         size = f.B.shape[0] if module.endswith("lm_head") else f.A.shape[1] if f.kind == "embedding" else 0
         if size > VLLM_VOCABULARY:
-            yield Finding(f"'{module}' has a vocabulary of {size:,}, over {VLLM_VOCABULARY:,}", "leave the module out, or merge")
+            yield Finding(f"'{module}' has a vocabulary of {size:,}, over {VLLM_VOCABULARY:,}", MERGE, into_base=(module,))
 
 
 def vllm_saved(adapter: Adapter) -> Iterator[Finding]:
@@ -117,7 +126,8 @@ def vllm_saved(adapter: Adapter) -> Iterator[Finding]:
     if len(modules) > 1 or any(m.rsplit(".", 1)[-1] not in VLLM_HEADS for m in modules):
         yield Finding(
             f"weights saved whole ({listing(sorted(adapter.saved), 2)}); vLLM takes one head, score or classifier",
-            "merge it into the base: lorakit merge",
+            MERGE,
+            into_base=tuple(adapter.saved),
         )
 
 
@@ -139,7 +149,7 @@ RECEIVERS = {
     "ollama": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "Ollama, with its Modelfile"),
     "comfyui": Receiver("kohya", (no_saved_weights, no_embeddings), "ComfyUI's models/loras"),
     "a1111": Receiver("kohya", (no_saved_weights, no_embeddings), "A1111's models/Lora"),
-    "diffusers": Receiver("diffusers", (low_rank_only, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"),
+    "diffusers": Receiver("diffusers", (no_other_kinds, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"),
     "peft": Receiver("peft", (no_embeddings,), "PEFT's from_pretrained"),
     "mlx": Receiver("mlx", (no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
     "canonical": Receiver("peft", (low_rank_only, one_scale, no_embeddings), "any program that reads PEFT's folder"),

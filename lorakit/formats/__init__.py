@@ -7,9 +7,9 @@ safetensors, GGUF, or pickles through torch's `weights_only=True`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import AdapterError, did_you_mean, listing
+from ..errors import AdapterError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +36,15 @@ def load(
     """
     from .files import read_tensors
 
+    if format is not None and format not in FORMATS:
+        raise _unknown(format)
     path = find(source, revision)
     format = format or format_of(path)
     reader = _module(format)
     if alpha is not None and format not in ("loralib", "mlx"):
-        raise AdapterError(f"{path} is a {format} adapter, which says itself what alpha is\n  leave it out")
+        raise AdapterError(f"{path} is a {format} adapter, which says itself what alpha is\n  leave alpha (--alpha) out")
     if packed is not None and format != "loralib":
-        raise AdapterError(f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave it out")
+        raise AdapterError(f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave packed out")
     if format == "peft":
         return reader.read(path)
     if format == "loralib":
@@ -56,21 +58,28 @@ def load(
     return reader.read(file, tensors, header, alpha) if format == "mlx" else reader.read(file, tensors, header)
 
 
-def save(adapter: Adapter, path: str | Path, format: str = "peft", *, dtype: torch.dtype | None = None, base: Any = None) -> Path:
+def save(
+    adapter: Adapter, path: str | Path, format: str = "peft", *, dtype: torch.dtype | Literal["q8_0"] | None = None, base: Any = None
+) -> Path:
     """Write an adapter: "peft" and "mlx" are folders, the others files.
 
-    dtype: the precision to write it in (by default as it is). base: the base's folder or config, for "gguf". AdapterError, with all
+    dtype: the precision to write it in (by default as it is); "q8_0", blocks of 8 bits, for "gguf" alone. base: the base's folder or config, for "gguf". AdapterError, with all
     of it, where the format cannot hold something of the adapter (see `losses`). Returns the path written.
     """
     from ..adapter.edit import cast
 
-    adapter, path = cast(adapter, dtype) if dtype else adapter, Path(path).expanduser()
-    return _module(format).write(adapter, path, base) if format == "gguf" else _module(format).write(adapter, path)
+    path, blocks = Path(path).expanduser(), "q8_0" if dtype == "q8_0" else None
+    if blocks is not None and format != "gguf":
+        raise AdapterError(f"q8_0 is a type of GGUF's tensors, which {format} does not have\n  give bf16, fp16 or fp32")
+    if isinstance(dtype, str) and blocks is None:
+        raise AdapterError(f"dtype is '{dtype}'; expected a torch dtype, or 'q8_0' for gguf")
+    adapter = adapter if dtype is None or isinstance(dtype, str) else cast(adapter, dtype)
+    return _module(format).write(adapter, path, base, blocks) if format == "gguf" else _module(format).write(adapter, path)
 
 
-def losses(adapter: Adapter, format: str) -> list[str]:
-    """What of this adapter the format cannot hold, one line each."""
-    return _module(format).losses(adapter)
+def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:
+    """What of this adapter the format cannot hold, one line each. `path`: where it would be written, as endings differ in that."""
+    return _module(format).losses(adapter, path) if format == "cloneofsimo" else _module(format).losses(adapter)
 
 
 def format_of(source: str | Path) -> str:
@@ -84,13 +93,14 @@ def format_of(source: str | Path) -> str:
     from . import cloneofsimo, diffusers, kohya, mlx
     from .files import keys_of
     from .gguf_header import is_gguf
+    from .inside import not_adapter
 
     if path.is_dir():
         if mlx.is_mlx(path):
             return "mlx"
         if (path / diffusers.FILE).is_file():
             return "diffusers"
-        return "loralib"  # whose reader says what is wrong with a folder
+        return "mlx"  # its config alone, and reading says that the tensors are missing
     if is_gguf(path):
         return "gguf"
     if cloneofsimo.is_pickle_of_it(path):
@@ -101,15 +111,25 @@ def format_of(source: str | Path) -> str:
             return format
     if any(key.endswith(".lora_A") for key in keys):
         return "loralib"
-    raise AdapterError(
-        f"{path} is no adapter in a format that lorakit knows: its tensors are {listing(keys, 3)}\n  known formats: {', '.join(FORMATS)}"
-    )
+    raise AdapterError(f"{not_adapter(keys, path)}\n  known formats: {', '.join(FORMATS)}")
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
-    """The path of a file or folder, or of a hub id's files."""
+    """The path of an adapter's file or folder: as given, inside the folder given, or of a hub id's files."""
+    from .hub import fetch
+    from .inside import adapter_in
+
     path = Path(source).expanduser()
-    return path if path.exists() else _download(str(source), revision)
+    path = path if path.exists() else fetch(str(source), revision)
+    return adapter_in(path) if path.is_dir() else path
+
+
+def weights_of(path: Path) -> Path | None:
+    """The file with an adapter's tensors, of the folder or file that `find` gives; None if it is not there."""
+    from . import diffusers, mlx, peft
+
+    names = (peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, diffusers.FILE)
+    return next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
 
 
 def _inside(path: Path, format: str) -> Path:
@@ -129,21 +149,3 @@ def _module(format: str) -> Any:
 
 def _unknown(format: str) -> AdapterError:
     return AdapterError(f"unknown adapter format '{format}'{did_you_mean(format, FORMATS)}\n  known: {', '.join(FORMATS)}")
-
-
-def _download(name: str, revision: str | None) -> Path:
-    """A hub id's files. Anything that looks like a local path is not looked for on the hub."""
-    here = Path(name).expanduser().parent
-    alike = did_you_mean(Path(name).name, [p.name for p in here.iterdir()]) if here.is_dir() else ""
-    suffixes = {".safetensors", ".bin", ".pt", ".json", ".gguf"}
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).suffix in suffixes:
-        raise AdapterError(f"no adapter at '{name}': there is no such file or folder{alike}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "adapter_model.bin"]))
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise AdapterError(
-            f"no adapter at '{name}': no such folder here{alike}\n  and the hub did not give it: {type(error).__name__}: {reason}"
-        ) from error

@@ -118,8 +118,8 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
     return _adapter(path, found, embeddings, header)
 
 
-def losses(adapter: Adapter) -> list[str]:
-    """What this format cannot hold of an adapter, one line each."""
+def losses(adapter: Adapter, path: Path | None = None) -> list[str]:
+    """What this format cannot hold of an adapter, one line each. `path`: where it is to be written; a `.pt` holds less."""
     known = {f"unet.{name}" for name in UNET_ORDERS[0]} | {f"text_encoder.{name}" for name in text_order(_layers(adapter))}
     nowhere = [module for module in adapter.factors if module not in known]
     lines = [f"cloneofsimo's order has no place for {len(nowhere)} modules: {listing(nowhere, 3)}"] if nowhere else []
@@ -131,12 +131,14 @@ def losses(adapter: Adapter) -> list[str]:
     lines += [f"it has pairs of matrices only, for linear layers: {listing(blocks, 3)}"] if blocks else []
     if adapter.saved:
         lines.append(f"it holds no weights saved whole: {listing(adapter.saved, 3)}")
+    if path is not None and path.suffix == ".pt" and not any(m.startswith("unet.") for m in adapter.factors):
+        lines.append("its .pt begins with the UNet's modules, and the adapter has none: a .safetensors can do without them")
     return lines or _unfillable(adapter)
 
 
 def write(adapter: Adapter, path: Path) -> Path:
     """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and `.ti.pt` beside it. AdapterError if anything would be lost."""
-    lost = losses(adapter.check())
+    lost = losses(adapter.check(), path)
     if lost:
         raise AdapterError("cloneofsimo's format cannot hold all of this adapter:\n  " + "\n  ".join(lost))
     pairs = {component: _numbered(adapter, component) for component in ("unet", "text_encoder")}
@@ -280,8 +282,6 @@ def _numbered(adapter: Adapter, component: str) -> list[Pair]:
 
 
 def _write_pickles(path: Path, pairs: Mapping[str, Sequence[Pair]], embeddings: Mapping[str, Tensor]) -> Path:
-    if not pairs["unet"]:
-        raise AdapterError(f"{path}: a .pt of this format begins with the UNet's list, and the adapter has no UNet\n  write a .safetensors")
     stem = path.name.removesuffix(".pt")
     lists: dict[Path, Any] = {
         path: [t.detach().cpu().clone() for down, up in pairs["unet"] for t in (up, down)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,12 +31,16 @@ class Converted:
 
 
 def convert(
-    adapter: Adapter, out: str | Path, to: str, *, base: Any = None, dtype: torch.dtype | None = None, allow_loss: bool = False
-) -> Converted:
+    adapter: Adapter, out: str | Path, to: str, *, base: Any = None, dtype: torch.dtype | Literal["q8_0"] | None = None,
+    allow_loss: bool = False,
+) -> Converted:  # fmt: skip
     """Write `adapter` in the format `to`. AdapterError lists what it cannot hold; with `allow_loss` that is left out and returned."""
     from . import losses, save
 
     lost = losses(adapter, to)
+    here = [line for line in losses(adapter, to, Path(out)) if line not in lost]
+    if here:  # the place's doing: leaving something out would not help
+        raise AdapterError(f"{out} cannot hold this adapter:\n  " + "\n  ".join(here))
     if lost and not allow_loss:
         raise AdapterError(
             f"{to} cannot hold all of this adapter:\n  " + "\n  ".join(lost) + "\n  --allow-loss (allow_loss=True) leaves that out"

@@ -5,8 +5,9 @@
     <GGUF's tensor>.lora_b  [out, r]      rows of q and k permuted where the base's are (`gguf_names`)
 
 llama.cpp scales a module by alpha / r with its own r and the file's one alpha (0: by 1). rsLoRA and alphas of a module's own
-are in B. In F32, F16 or BF16, as the factors are. Packed projections and what lorakit knows of the training travel in
-the pair `lorakit.metadata`, which others pass over.
+are in B. In F32, F16 or BF16, as the factors are; or in Q8_0 where a tensor's rows are whole blocks of 32 numbers: lora_a of most
+linears, lora_b where the rank is a multiple of 32. The others are then in F16, as llama.cpp's converter has them. Packed projections
+and what lorakit knows of the training travel in the pair `lorakit.metadata`, which others pass over.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ from .gguf_names import (
     tensor_names,
     unpermute,
 )
+from .gguf_types import BF16, BLOCK, F16, F16_MOST, F32, Q8_0, encode, type_of
 from .packed import parts_of
 from .strength import clean, commonest, config_of, folded
 from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
@@ -55,8 +58,12 @@ def losses(adapter: Adapter) -> list[str]:
     return lost + other_kinds(adapter) + learned_tokens(adapter) + convolutions(adapter) + magnitudes(adapter)
 
 
-def write(adapter: Adapter, path: Path, base: Any = None) -> Path:
-    """Write a GGUF adapter. `base`: the folder of its base (with config.json), or a transformers config; else the adapter's own."""
+def write(adapter: Adapter, path: Path, base: Any = None, kind: str | None = None) -> Path:
+    """Write a GGUF adapter. `base`: the folder of its base (with config.json), or a transformers config; else the adapter's own.
+
+    `kind`: "q8_0" for tensors in blocks of 8 bits; else each is as it is.
+    """
+    assert kind in (None, Q8_0), kind
     adapter.check()
     lost = losses(adapter)
     if lost:
@@ -86,7 +93,7 @@ def write(adapter: Adapter, path: Path, base: Any = None) -> Path:
             if ours:
                 writer.add_string(METADATA, json.dumps(ours, sort_keys=True))
             for name, t in pairs.items():
-                _add(writer, gguf, name, t)
+                _add(writer, name, t, kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -146,6 +153,8 @@ def _factors(
         raise AdapterError(f"{path}: '{tensor}' has A {list(A.shape)} and B {list(B.shape)}; expected matrices")
     tokens = tensor == TOKENS
     A = A.T.contiguous() if tokens else A
+    if A.dtype != B.dtype:  # one of them in Q8_0, and then in float32 here
+        A, B = A.float(), B.float()
     count = heads(tensor, base) if architecture.permuted else None
     B = B if count is None else unpermute(B, count, module).contiguous()
     alpha = alpha or float(A.shape[0])  # llama.cpp's 0: scale 1
@@ -206,10 +215,10 @@ def _read_alpha(value: Any, path: Path) -> float:
     return float(str(numpy.float32(value)))
 
 
-def _add(writer: Any, gguf: Any, name: str, tensor: Tensor) -> None:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:  # numpy has none: the bytes
-        octets = tensor.flatten().view(torch.uint8).view(*tensor.shape[:-1], -1)
-        writer.add_tensor(name, octets.numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
-    else:  # float64, which llama.cpp does not take, in float32
-        writer.add_tensor(name, (tensor if tensor.dtype == torch.float16 else tensor.float()).numpy())
+def _add(writer: Any, name: str, tensor: Tensor, kind: str | None) -> None:
+    """In `kind`, or as it is: float64, which llama.cpp does not take, in float32."""
+    numbers = tensor.detach().float().cpu().contiguous().numpy()
+    if kind is not None and numbers.shape[-1] % BLOCK:
+        kind = F16 if np.abs(numbers).max() <= F16_MOST else F32
+    kind = kind or {torch.bfloat16: BF16, torch.float16: F16}.get(tensor.dtype, F32)
+    writer.add_tensor(name, encode(numbers, kind, name), raw_dtype=type_of(kind))

@@ -102,7 +102,7 @@ def heads(tensor: str, base: Mapping[str, Any] | None) -> int | None:
     if base is None:
         raise AdapterError(
             f"'{tensor}' is permuted head by head, and the number of heads is not in the file\n"
-            "  give the base: base=FOLDER, the one with its config.json"
+            "  give the base: base=FOLDER (--base FOLDER), the one with its config.json"
         )
     count = base.get(key) or base.get("num_attention_heads")
     if not isinstance(count, int) or count < 1:
@@ -133,7 +133,7 @@ def base_config(base: Any) -> dict[str, Any]:
     if base is None:
         raise AdapterError(
             "a GGUF adapter names its base's architecture, and some have the rows of q and k permuted head by head\n"
-            "  give the base: base=FOLDER, the one with its config.json"
+            "  give the base: base=FOLDER (--base FOLDER), the one with its config.json"
         )
     if isinstance(base, Mapping):
         return dict(base)

@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.dense import Dense
 from ..adapter.factors import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
@@ -167,7 +168,7 @@ def _split(
     if len(modules) == 1:
         update = lycoris.update(key, parts, shapes[modules[0]])
         update.check(key)
-        return [swap_halves(update, f"key '{key}'") if names.swaps_halves(model, key, modules[0], size(update)) else update]
+        return [swap_halves(update, f"key '{key}'") if _swapped(model, key, modules[0], update) else update]
     update = lycoris.update(key, parts, (sum(stored), *shapes[modules[0]][1:]))
     update.check(key)
     return split(update, part_sizes(size(update)[0], stored, f"key '{key}'"), f"key '{key}'")
@@ -228,4 +229,12 @@ def _fused(place: names.Place, found: Mapping[str, Update], model: str) -> Updat
     if len(place.modules) > 1:
         return fuse(found, place.modules, [names.shapes(model)[m][0] for m in place.modules])
     module, update = next(iter(found.items()))
-    return swap_halves(update, f"'{module}'") if names.swaps_halves(model, place.key, module, size(update)) else update
+    return swap_halves(update, f"'{module}'") if _swapped(model, place.key, module, update) else update
+
+
+def _swapped(model: str, key: str, module: str, update: Update) -> bool:
+    """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's width: the list does."""
+    out, width = size(update)
+    if isinstance(update, Dense) and update.weight is None:
+        width = names.shapes(model)[module][1] if names.shapes(model)[module][0] == out else 0
+    return names.swaps_halves(model, key, module, (out, width))

@@ -25,13 +25,7 @@ from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
 def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
     """Read a loralib state dict. AdapterError without `alpha`, or where the file is not one."""
     if path.is_dir():
-        inside = next((p.parent for p in sorted(path.glob("*/adapter_config.json"))), None)
-        hint = (
-            f"\n  there is an adapter inside it: {inside}"
-            if inside
-            else "\n  expected PEFT's folder, or loralib's checkpoint, which is one file"
-        )
-        raise AdapterError(f"{path} is no adapter: the folder has no adapter_config.json{hint}")
+        raise AdapterError(f"{path} is a folder; loralib's checkpoint is one file\n  give the file")
     tensors, _ = read_tensors(path)
     modules = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     if not modules:
@@ -42,7 +36,8 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
             raise AdapterError(f"{path}: '{key.removesuffix('.lora_B')}' has a lora_B and no lora_A")
     if alpha is None:
         raise AdapterError(
-            f"{path} is a loralib checkpoint, which does not hold alpha\n  give the lora_alpha it was trained with: Adapter.load(path, alpha=...)"
+            f"{path} is a loralib checkpoint, which does not hold alpha\n  give the lora_alpha it was trained with: alpha=16, say (--alpha 16)\n"
+            "  once and for all: lorakit convert FILE OUT --to peft --alpha 16"
         )
     config = LoraConfig(rank=1, alpha=alpha, targets=modules, packed=packed or {})
     factors = {module: _factors(module, tensors, config, path) for module in modules}
@@ -106,7 +101,7 @@ def _factors(module: str, tensors: dict[str, Tensor], config: LoraConfig, where:
     if A.shape[0] != B.shape[1]:
         raise AdapterError(
             f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}: a MergedLinear\n"
-            "  say which parts are adapted: Adapter.load(path, alpha=..., packed={'"
+            "  say which parts are adapted, in Python: Adapter.load(path, alpha=..., packed={'"
             + module.rsplit(".", 1)[-1]
             + "': [True, False, True]})"
         )

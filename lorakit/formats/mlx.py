@@ -60,7 +60,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
     if scale is None and alpha is None:
         raise AdapterError(
             f"{path} is an MLX adapter without its {CONFIG}, which holds the scale\n"
-            "  put that file beside it, or give alpha = scale · rank: Adapter.load(path, alpha=...); mlx-lm's own scale is 20"
+            "  put that file beside it, or give alpha = scale · rank: alpha=160, say (--alpha 160) for rank 8 and mlx-lm's own scale, 20"
         )
     ours = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     modules = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
@@ -136,7 +136,6 @@ def write(adapter: Adapter, path: Path) -> Path:
         },
         **({"model": adapter.config.base} if adapter.config.base else {}),
     }
-    path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / WEIGHTS, tensors, {"format": "mlx", "lorakit": json.dumps(ours, sort_keys=True)})
     write_text(path / CONFIG, json.dumps(values, indent=4, sort_keys=True) + "\n")
     return path

@@ -70,7 +70,8 @@ _CONTINUOUS_NORMS = {
 
 
 @cache
-def _list(name: str) -> dict[str, dict]:
+def module_list(name: str) -> dict[str, dict]:
+    """One of the lists: {"modules": {name: shape}, "ldm": {the original code's name: modules}}."""
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf8"))
 
 
@@ -80,7 +81,7 @@ def shapes(model: str) -> Mapping[str, tuple[int, ...]]:
     return {
         f"{component}.{name}": tuple(shape)
         for component, part in PIPELINES[model].items()
-        for name, shape in _list(part.listed)["modules"].items()
+        for name, shape in module_list(part.listed)["modules"].items()
     }
 
 
@@ -89,7 +90,7 @@ def modules_of(model: str) -> Mapping[str, tuple[str, ...]]:
     """A kohya key, without its suffix -> the modules it stands for, for every prefix and naming in use."""
     found: dict[str, tuple[str, ...]] = {}
     for component, part in PIPELINES[model].items():
-        listed = _list(part.listed)
+        listed = module_list(part.listed)
         for prefix in part.prefixes:
             for name in listed["modules"]:
                 found[prefix + _flat(name)] = (f"{component}.{name}",)
@@ -105,7 +106,7 @@ def places(model: str) -> Mapping[str, Place]:
     """A module's name -> where it is written. A module that has no ldm name where those are written has no place."""
     found: dict[str, Place] = {}
     for component, part in PIPELINES[model].items():
-        listed = _list(part.listed)
+        listed = module_list(part.listed)
         keys = listed["ldm"] if part.ldm else {name: [name] for name in listed["modules"]}
         for name, modules in keys.items():
             full = tuple(f"{component}.{module}" for module in modules)

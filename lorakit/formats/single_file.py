@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ..errors import LorakitError, listing
-from .names import MODELS, PIPELINES, _list
+from .names import MODELS, PIPELINES, module_list
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -106,39 +106,47 @@ def places(model: str, shapes: Shapes) -> dict[str, Place]:
     LorakitError for a tensor that its modules do not share out evenly.
     """
     found: dict[str, Place] = {}
-    denoiser, *encoders = PIPELINES[model]
-    found |= _denoiser_places(model, denoiser, shapes)
-    for component in encoders:
-        for prefix, naming in TEXT_ENCODERS[model][component]:
-            for name in _list(PIPELINES[model][component].listed)["modules"]:
-                module = f"{component}.{name}"
-                place = _in_transformers(prefix, name, shapes) if naming == TRANSFORMERS else _in_open_clip(model, prefix, name, shapes)
-                if place is not None:
-                    found.setdefault(module, place)
+    for component in PIPELINES[model]:
+        for name, place in _places_of(model, component, shapes):
+            found.setdefault(f"{component}.{name}", place)
     return found
 
 
 def bias_place(model: str, module: str, shapes: Shapes) -> Place | None:
     """Where a module's bias lies: the rows of its weight, in another tensor. None if the file does not hold the module or has no bias of it."""
-    place = places(model, shapes).get(module)
+    component, _, name = module.partition(".")
+    place = next((p for _, p in _places_of(model, component, shapes, name)), None) if component in PIPELINES[model] else None
     if place is None or not place.tensor.endswith("weight"):
         return None
-    name = f"{place.tensor.removesuffix('weight')}bias"  # weight -> bias, in_proj_weight -> in_proj_bias
-    if name not in shapes:
+    tensor = f"{place.tensor.removesuffix('weight')}bias"  # weight -> bias, in_proj_weight -> in_proj_bias
+    if tensor not in shapes:
         return None
-    if shapes[name] != shapes[place.tensor][:1]:
-        raise LorakitError(f"'{name}' has shape {list(shapes[name])}; its weight has {list(shapes[place.tensor])}")
-    return place._replace(tensor=name)
+    if shapes[tensor] != shapes[place.tensor][:1]:
+        raise LorakitError(f"'{tensor}' has shape {list(shapes[tensor])}; its weight has {list(shapes[place.tensor])}")
+    return place._replace(tensor=tensor)
 
 
-def _denoiser_places(model: str, component: str, shapes: Shapes) -> Iterator[tuple[str, Place]]:
-    listed = _list(PIPELINES[model][component].listed)
+def _places_of(model: str, component: str, shapes: Shapes, only: str | None = None) -> Iterator[tuple[str, Place]]:
+    """Of a component's modules, by their names within it; or of one of them. What comes first is meant."""
+    listed = module_list(PIPELINES[model][component].listed)
+    if component not in TEXT_ENCODERS[model]:
+        yield from _denoiser_places(listed, shapes, only)
+        return
+    wanted = [name for name in listed["modules"] if only in (None, name)]
+    for prefix, naming in TEXT_ENCODERS[model][component]:
+        for name in wanted:
+            place = _in_transformers(prefix, name, shapes) if naming == TRANSFORMERS else _in_open_clip(model, prefix, name, shapes)
+            if place is not None:
+                yield name, place
+
+
+def _denoiser_places(listed: Mapping[str, Mapping], shapes: Shapes, only: str | None) -> Iterator[tuple[str, Place]]:
     prefix = next((p for p in DENOISER if any(f"{p}{name}.weight" in shapes for name in listed["ldm"])), None)
     if prefix is None:
         return
     for name, modules in listed["ldm"].items():
         tensor = f"{prefix}{name}.weight"
-        if tensor not in shapes:
+        if tensor not in shapes or (only is not None and only not in modules):
             continue
         parts = [listed["modules"][module][0] for module in modules]
         whole, unit = _rows(tensor, shapes), sum(parts)
@@ -149,7 +157,8 @@ def _denoiser_places(model: str, component: str, shapes: Shapes) -> Iterator[tup
             stop = start + whole * part // unit
             # Of these norms those with six parts are of another kind.
             swapped = module.endswith(_CONTINUOUS_NORMS) and shapes[tensor][1:] == (whole // 2,)
-            yield f"{component}.{module}", Place(tensor, start, stop, swapped)
+            if only in (None, module):
+                yield module, Place(tensor, start, stop, swapped)
             start = stop
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.factors import Factors
+from ..adapter.parts import narrowed
 from ..config import LoraConfig
 
 
@@ -27,12 +28,14 @@ def commonest(values: Iterable[float]) -> float:
 
 
 def folded(B: Tensor, ratio: float) -> Tensor:
-    """`ratio` · B: in B's precision if every number of it can be held there, in float32 (or wider) otherwise."""
+    """`ratio` · B: in B's precision if every number of it can be held there, in float32 (or wider) otherwise. AdapterError if not even there."""
     if ratio == 1:
         return B
     exact = B.double() * ratio
     here = exact.to(B.dtype)
-    return here if torch.equal(here.double(), exact) else exact.to(torch.promote_types(B.dtype, torch.float32))
+    if torch.equal(here.double(), exact):
+        return here
+    return narrowed(exact, torch.promote_types(B.dtype, torch.float32), f"a strength of {ratio:.3g}, folded into B")
 
 
 def config_of(factors: Mapping[str, Factors], **known: Any) -> LoraConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from made_adapters import packed
 
 import lorakit as lk
 from lorakit.errors import AdapterError
@@ -73,3 +74,11 @@ def test_an_adapter_of_whole_weights_alone_is_one(tmp_path):
     value.save(tmp_path)
     model = lk.attach(tiny.mlp(), lk.Adapter.load(tmp_path))
     assert torch.equal(model.head.weight, value.saved["head.weight"])
+
+
+def test_the_zeros_between_the_blocks_of_a_packed_projection_are_no_parameters():
+    f = packed(rank=2)  # parts of 4 rows, two of three adapted: A [4, 9], B [12, 4]
+    assert f.parameters == 4 * 9 + 2 * 4 * 2
+    assert lk.Adapter(lk.LoraConfig(rank=2), {"qkv": f}).parameters == f.parameters
+    plain = factors()
+    assert plain.parameters == plain.A.numel() + plain.B.numel()

@@ -314,6 +314,40 @@ def test_adapters_of_different_bases_are_refused():
     assert with_saved(1.0) + trained(0)
 
 
+def of_modules(*names):
+    return lk.Adapter(lk.LoraConfig(targets=["q"]), {name: factors() for name in names})
+
+
+def test_adapters_without_fingerprints_and_of_unlike_modules_are_refused():
+    llama, unet = of_modules("model.layers.0.self_attn.q_proj"), of_modules("unet.down_blocks.0.attentions.0.proj_in")
+    with pytest.raises(AdapterError, match=r"(?s)different bases:.*first changes model\.layers.*second changes unet\..*--force-base"):
+        llama + unet
+    marked = replace(unet, metadata={"fingerprint": fingerprint({"w": torch.randn(3, 4)}, "UNet")})
+    with pytest.raises(AdapterError, match="no module and no stack of layers in common"):
+        llama + marked
+    assert len(lk.combine([llama, unet], force=True).factors) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"),
+        ("unet.down_blocks.0.q", "text_encoder_2.text_model.encoder.layers.0.q"),
+        ("transformer.transformer_blocks.0.q", "text_encoder.text_model.encoder.layers.0.q"),
+        ("lm_head", "model.layers.0.q"),
+    ],
+)
+def test_other_modules_of_one_model_or_pipeline_are_combined(one, other):
+    assert set((of_modules(one) + of_modules(other)).factors) == {one, other}
+
+
+def test_a_unet_and_a_transformer_are_of_different_pipelines():
+    with pytest.raises(AdapterError, match="different bases"):
+        of_modules("unet.down_blocks.0.q") + of_modules("transformer.single_transformer_blocks.0.q")
+    with pytest.raises(AdapterError, match="different bases"):
+        of_modules("transformer.h.0.q") + of_modules("transformer.single_transformer_blocks.0.q")  # GPT-2, Flux
+
+
 def test_modules_of_other_shapes_are_refused_by_name():
     a = lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors()})
     for other in (lk.Factors(numbers(4, 14), numbers(12, 4), 1.0), factors("conv"), factors("embedding")):

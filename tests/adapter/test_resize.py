@@ -186,3 +186,19 @@ def test_packed_parts_share_the_larger_rank():
     assert 1 <= done.adapter.factors["m"].rank <= 3
     assert done.energy >= 0.999 - 1e-9
     assert math.isclose(done.adapter.factors["m"].scale, f.scale)
+
+
+def test_overall_takes_no_more_than_it_must_of_whole_updates_too():
+    """Slow and fast spectra side by side: the slow one's values are needed further than its own share of the energy goes."""
+
+    def whole(values):
+        U, V = (torch.linalg.qr(numbers(220, len(values), seed=seed))[0] for seed in (1, 2))
+        return Dense(U * values @ V.T)
+
+    slow, fast = torch.full((120,), 10.0), torch.logspace(0, -3, 60)
+    value = lk.Adapter(lk.LoraConfig(targets=["q"]), {}, others={"l.0.q": whole(slow), "l.1.q": whole(fast)})
+    done = resize(value, keep=0.9995, overall=True)
+    values = torch.cat([slow, fast]).square().double().sort(descending=True).values
+    least = int((values.cumsum(0) < 0.9995 * values.sum()).sum()) + 1
+    assert done.energy >= 0.9995 - 1e-6
+    assert sum(m.after for m in done.modules) <= least + 1  # each module keeps a rank of 1 at least

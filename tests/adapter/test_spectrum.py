@@ -12,7 +12,8 @@ from lorakit.adapter.dense import Dense
 from lorakit.adapter.factors import Factors
 from lorakit.adapter.hadamard import Hadamard
 from lorakit.adapter.kronecker import Kronecker
-from lorakit.adapter.spectrum import LowRank, decompose, inner, matrix, norm, spectrum
+from lorakit.adapter.product import LowRank, inner, matrix
+from lorakit.adapter.spectrum import decompose, norm, spectrum
 from lorakit.adapter.svd import random_svd
 
 

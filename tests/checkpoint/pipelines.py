@@ -47,6 +47,14 @@ def sd1_unet():
     return diffusers.UNet2DConditionModel(block_out_channels=(4, 8, 12, 12), **UNET)
 
 
+def small_unet(**more):
+    sizes = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1, "block_out_channels": (8, 12),
+    }  # fmt: skip
+    return diffusers.UNet2DConditionModel(**UNET | sizes | more)
+
+
 def sdxl_unet():
     blocks = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -78,7 +86,7 @@ def pipeline(model: str):
     absent = dict.fromkeys(("tokenizer", "feature_extractor", "image_encoder"))
     if model == "sd1":
         del absent["image_encoder"]
-        parts = {"unet": sd1_unet(), "text_encoder": clip(), "scheduler": ddim(), "safety_checker": None}
+        parts = {"unet": small_unet(), "text_encoder": clip(), "scheduler": ddim(), "safety_checker": None}
         made = diffusers.StableDiffusionPipeline(vae=vae(), **parts, **absent, requires_safety_checker=False)
     elif model == "sdxl":
         parts = {"unet": sdxl_unet(), "text_encoder": clip(), "text_encoder_2": clip(CLIPTextModelWithProjection)}

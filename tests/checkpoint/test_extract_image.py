@@ -6,6 +6,7 @@ import shutil
 
 import pipelines as tiny
 import pytest
+import single_files
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -13,8 +14,6 @@ import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.checkpoint.extract import extract
 from lorakit.errors import LorakitError
-
-DENOISER = "model.diffusion_model."
 
 
 def changed(name: str) -> bool:
@@ -66,32 +65,32 @@ def test_without_the_rest_the_share_that_is_captured_is_less(pipes):
     assert max(m.rank for m in low.modules) == 2
 
 
-def single_file(unet) -> dict[str, torch.Tensor]:
-    """SD1's UNet in the original code's names."""
-    from lorakit.formats import names
+@pytest.fixture(scope="module")
+def files():
+    """SD1's UNet and text encoder in the original code's names, before and after."""
+    torch.manual_seed(0)
+    W = {name: t.float() for name, t in single_files.weights_of(single_files.MODELS["sd1"]()).items()}
+    made = torch.Generator().manual_seed(0)
+    after = {name: t + 0.05 * torch.randn(t.shape, generator=made) if changed(name) else t for name, t in W.items()}
+    return tuple({n: t.contiguous() for n, t in single_files.pack("sd1", w).items()} for w in (W, after))
 
-    here = {module: ldm for ldm, (module,) in names._list("sd1")["ldm"].items()}
-    return {f"{DENOISER}{here[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": t for n, t in unet.items() if n.rpartition(".")[0] in here}
 
-
-def test_single_files_are_compared_module_by_module(pipes, tmp_path):
-    base, tuned = (single_file(tiny.stored(pipes / name / "unet")) for name in ("base", "tuned"))
+def test_single_files_are_compared_module_by_module(files, tmp_path):
+    base, tuned = files
     save_file({**base, "model_ema.decay": torch.ones(1), "first_stage_model.a": torch.ones(2)}, tmp_path / "base.safetensors")
     save_file({**tuned, "first_stage_model.a": torch.zeros(2)}, tmp_path / "tuned.safetensors")
     done = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", keep=1.0, save_rest=True)
     assert done.rest["first_stage_model.a"] == pytest.approx(2**0.5)
     assert "first_stage_model.a" not in done.kept
-    whole = extract(pipes / "base", pipes / "tuned", keep=1.0)
-    unet = {name: f for name, f in whole.adapter.factors.items() if name.startswith("unet.")}
-    assert done.adapter.factors.keys() == unet.keys()
+    assert {m.partition(".")[0] for m in done.adapter.factors} == {"unet", "text_encoder"}
     merge_checkpoint(tmp_path / "base.safetensors", done.adapter, tmp_path / "out.safetensors")
     found = load_file(tmp_path / "out.safetensors")
     for name in (n for n in tuned if n.endswith("weight")):
         torch.testing.assert_close(found[name], tuned[name], atol=2e-6, rtol=1e-5)
 
 
-def test_what_does_not_go_together_is_refused(pipes, tmp_path):
-    unet = single_file(tiny.stored(pipes / "base" / "unet"))
+def test_what_does_not_go_together_is_refused(pipes, files, tmp_path):
+    unet = files[0]
     save_file(unet, tmp_path / "file.safetensors")
     with pytest.raises(LorakitError, match=r"is a pipeline and .* a single file"):
         extract(pipes / "base", tmp_path / "file.safetensors", 2)

@@ -42,3 +42,17 @@ def test_a_conversation_longer_than_the_model_is_an_error_that_does_not_end_the_
     assert code == 0
     assert "lorakit: " in out
     assert out.count("> ") == 3
+
+
+def test_a_gguf_adapter_takes_the_heads_of_its_base_from_the_model(lorakit, model, trained, tmp_path):
+    """llama.cpp permutes the rows of q and k head by head, and the file does not say how many heads there are."""
+    assert lorakit("convert", trained / "adapter", tmp_path / "x.gguf", "--to", "gguf", "--base", model)[0] == 0
+    args = ["generate", "Ada: 3\\n", "--model", model, "--precision", "fp32", "--max-new-tokens", "8", "--template", "none", "--adapter"]
+    code, out, error = lorakit(*args, tmp_path / "x.gguf")
+    assert (code, error) == (0, "")
+    assert out == lorakit(*args, trained / "adapter")[1] != ""
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(lorakit, model, trained):
+    args = ["generate", "Ada: 3\\n", "--model", model, "--precision", "fp32", "--max-new-tokens", "8", "--adapter"]
+    assert lorakit(*args, trained) == lorakit(*args, trained / "adapter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -85,7 +86,7 @@ def test_train_has_a_flag_for_every_setting_with_its_text(lorakit):
         (["generate", "hi", "--temperature", "-1"], "temperature"),
         (["generate", "hi", "--adapter", "a=x", "--adapter", "a=y"], "two adapters are named 'a'"),
         (["data", "show", "x", "--columns", "prompt"], "--columns: expected NAME=VALUE"),
-        (["merge", "base"], "adapter"),
+        (["merge", "base"], "ADAPTER... OUT"),
         (["eval"], "data"),
     ],
 )
@@ -363,7 +364,7 @@ def test_merge_writes_a_model_with_the_adapters_answers(lorakit, model, trained,
 
 def test_merge_takes_several_adapters_with_weights(lorakit, model, trained, tmp_path):
     adapter, out = trained / "adapter", tmp_path / "out"
-    code, told, error = lorakit("merge", model, adapter, adapter, out, "--weights", "0.75,0.25")
+    code, _, error = lorakit("merge", model, adapter, adapter, out, "--weights", "0.75,0.25")
     assert code == 0, error
     assert f"0.75 x {adapter}, 0.25 x {adapter}" in (out / "lorakit_merge.json").read_text()
     assert lorakit("merge", model, adapter, tmp_path / "once")[0] == 0
@@ -386,6 +387,16 @@ def test_a_merge_that_cannot_be_says_why_and_writes_nothing(args, code, said, lo
     found, _, error = lorakit("merge", model, *(named.get(a, a) for a in args))
     assert (found, said in error) == (code, True), error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merge_never_replaces_an_adapter_that_it_reads(lorakit, model, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    for args in ((run / "adapter", run / "adapter"), (run, run / "adapter"), (run, run)):
+        code, _, error = lorakit("merge", model, *args, "--force")
+        assert (code, "the adapter" in error) == (1, True), error
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_closed_pipe_is_no_traceback(model, data):

@@ -134,3 +134,48 @@ def test_inspect_and_compare_say_where_a_file_has_nan(lorakit, two, tmp_path):
         for key in bad:
             assert f"{key}: 2" in error
         assert f"{len(bad)} keys" in error
+
+
+def test_compare_and_combine_of_unrelated_adapters_name_modules_of_both(lorakit, two, tmp_path):
+    f = Factors(torch.randn(2, 4), torch.randn(4, 2), 2.0)
+    lk.Adapter(lk.LoraConfig(rank=2, alpha=2, targets=["to_q"]), {"unet.down_blocks.0.to_q": f}).save(tmp_path / "unet")
+    code, out, error = lorakit("compare", two[0], tmp_path / "unet")
+    assert (code, out) == (1, "")
+    assert "model.layers.0" in error
+    assert "unet.down_blocks.0.to_q" in error
+    code, _, error = lorakit("combine", two[0], tmp_path / "unet", "--out", tmp_path / "mix")
+    assert code == 1
+    assert "(--force-base)" in error
+    assert not (tmp_path / "mix").exists()
+    assert lorakit("combine", two[0], tmp_path / "unet", "--out", tmp_path / "mix", "--force-base")[0] == 0
+
+
+def test_compare_says_when_fingerprints_tell_two_bases(lorakit, two, tmp_path):
+    other = lk.Adapter.load(two[0])
+    other = replace(other, metadata={"fingerprint": {**other.metadata["fingerprint"], "architecture": "Other"}})
+    code, out, error = lorakit("compare", two[0], other.save(tmp_path / "other"))
+    assert (code, error) == (0, "")
+    assert "trained on different bases" in out
+    assert "LlamaForCausalLM and Other" in out
+
+
+def test_inspect_says_when_the_base_given_is_not_the_adapters(lorakit, two, model, tmp_path):
+    other = tiny_lm.llama(seed=1)
+    folder = tmp_path / "other"
+    other.save_pretrained(folder)
+    code, out, error = lorakit("inspect", two[0], "--base", folder)
+    assert (code, error) == (0, "")
+    assert "trained on another base than the one given" in out
+    assert "weights: model.embed_tokens.weight holds other values" in out or "weights: lm_head.weight holds other values" in out
+    assert json.loads(lorakit("inspect", two[0], "--base", folder, "--json")[1])["unlike_base"]
+    assert "another base" not in lorakit("inspect", two[0], "--base", model)[1]
+
+
+def test_inspect_counts_a_packed_projection_without_its_zeros(lorakit, tmp_path):
+    B = torch.zeros(12, 4)
+    B[:4, :2], B[8:, 2:] = torch.randn(4, 2), torch.randn(4, 2)
+    f = Factors(torch.randn(4, 9), B, 2.0, parts=(True, False, True))
+    lk.Adapter(lk.LoraConfig(rank=2, alpha=2, targets=["qkv"], packed={"qkv": [True, False, True]}), {"l.0.qkv": f}).save(tmp_path / "a")
+    out = lorakit("inspect", tmp_path / "a")[1]
+    assert "52 parameters in 1 modules" in out  # A 36, two blocks of 4 x 2
+    assert out.count("the zeros between their blocks are no parameters") == 1

@@ -19,7 +19,8 @@ import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.dense import Dense
 from lorakit.errors import AdapterError
-from lorakit.formats import cloneofsimo
+from lorakit.formats import cloneofsimo, losses
+from lorakit.formats.convert import convert
 
 REAL = Path(__file__).parents[1] / "fixtures" / "cloneofsimo_sd"
 DISNEY = REAL / "lora_disney.safetensors"
@@ -248,7 +249,18 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     other_width = lk.Adapter(lk.LoraConfig(), {module: lk.Factors(torch.ones(1, 8), torch.ones(8, 1), 1.0)})
     assert "neither SD1 nor SD2" in cloneofsimo.losses(other_width)[0]
     text_alone = sd_adapter(lambda m: m.startswith("text_encoder."))
-    with pytest.raises(AdapterError, match=r"no UNet\n  write a \.safetensors"):
+    with pytest.raises(AdapterError, match=r"its \.pt begins with the UNet's modules.*a \.safetensors can do without"):
         text_alone.save(tmp_path / "x.pt", "cloneofsimo")
+    assert any("its .pt begins" in line for line in losses(text_alone, "cloneofsimo", tmp_path / "x.pt"))
+    assert losses(text_alone, "cloneofsimo") == losses(text_alone, "cloneofsimo", tmp_path / "x.safetensors") == []
     assert not list(tmp_path.iterdir())
     assert cloneofsimo.losses(adapter) == []
+
+
+def test_allowing_losses_does_not_help_where_the_ending_is_the_trouble(tmp_path):
+    text_alone = sd_adapter(lambda m: m.startswith("text_encoder."))
+    for allow in (False, True):
+        with pytest.raises(AdapterError, match=r"its \.pt begins with the UNet's modules") as caught:
+            convert(text_alone, tmp_path / "x.pt", "cloneofsimo", allow_loss=allow)
+        assert "--allow-loss" not in str(caught.value)
+    assert convert(text_alone, tmp_path / "x.safetensors", "cloneofsimo").lost == []

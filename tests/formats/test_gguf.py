@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lorakit as lk
+from lorakit import formats
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.factors import Factors
 from lorakit.adapter.hadamard import Hadamard
@@ -177,6 +178,40 @@ def test_q8_0_is_read(tmp_path):
     f = gguf.read(tmp_path / "q.gguf").factors[LAYER(0, "mlp.up_proj")]
     np.testing.assert_array_equal(f.A.numpy(), wanted["a"])
     np.testing.assert_array_equal(f.B.numpy(), wanted["b"])
+
+
+def test_q8_0_is_written_where_rows_are_whole_blocks_and_f16_elsewhere(tmp_path):
+    made = {LAYER(0, "mlp.up_proj"): factors(1, 64, 96, rank=32), LAYER(0, "mlp.down_proj"): factors(2, 96, 64, rank=3), LAYER(0, "mlp.gate_proj"): factors(3, 48, 96)}  # fmt: skip
+    path = formats.save(adapter(made), tmp_path / "x.gguf", "gguf", dtype="q8_0", base=QWEN)
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
+    assert kinds == {
+        "blk.0.ffn_up.weight.lora_a": "Q8_0", "blk.0.ffn_up.weight.lora_b": "Q8_0", "blk.0.ffn_down.weight.lora_a": "Q8_0",
+        "blk.0.ffn_down.weight.lora_b": "F16", "blk.0.ffn_gate.weight.lora_a": "F16", "blk.0.ffn_gate.weight.lora_b": "F16",
+    }  # fmt: skip
+    again = gguf.read(path)
+    for module, f in made.items():
+        found = again.factors[module]
+        assert found.alpha == f.alpha
+        for ours, theirs in ((f.A, found.A), (f.B, found.B)):
+            blocks = ours.shape[1] % 32 == 0
+            bound = (0.5 + 127 / 2048) / 127 if blocks else 1 / 2048  # half a step of a block's largest / 127, with its scale in f16
+            assert 0 < (ours - theirs).abs().max() <= bound * ours.abs().max()
+
+
+def test_q8_0_has_a_way_out_for_numbers_beyond_f16(tmp_path):
+    f = factors(1, 64, 96)
+    made = {LAYER(0, "mlp.up_proj"): Factors(f.A, f.B * 1e5, f.alpha)}
+    path = gguf.write(adapter(made), tmp_path / "x.gguf", QWEN, "q8_0")
+    assert {t.name[-6:]: t.tensor_type.name for t in GGUFReader(path).tensors} == {"lora_a": "Q8_0", "lora_b": "F32"}
+    assert torch.equal(gguf.read(path).factors[LAYER(0, "mlp.up_proj")].B, made[LAYER(0, "mlp.up_proj")].B)
+
+
+def test_q8_0_is_for_gguf_alone(tmp_path):
+    with pytest.raises(AdapterError, match="q8_0 is a type of GGUF's tensors, which peft does not have"):
+        formats.save(whole(), tmp_path / "x", "peft", dtype="q8_0")
+    with pytest.raises(AdapterError, match="dtype is 'q4_0'; expected a torch dtype"):
+        formats.save(whole(), tmp_path / "x.gguf", "gguf", dtype="q4_0", base=LLAMA)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

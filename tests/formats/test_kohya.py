@@ -153,6 +153,15 @@ def test_the_halves_of_a_shift_and_scale_are_only_swapped_under_an_ldm_name():
         assert kohya.read("made", made, {}).factors["transformer.norm_out.linear"].B[0, 0] == first
 
 
+def test_the_halves_of_a_bias_alone_are_swapped_with_those_of_its_weight(tmp_path):
+    made = {"lora_unet_final_layer_adaLN_modulation_1.diff_b": torch.arange(6144.0), "lora_unet_img_in.diff": torch.ones(3072, 64)}
+    adapter = kohya.read("made", made, {})
+    assert adapter.others["transformer.norm_out.linear"].bias[0] == 3072
+    kohya.write(adapter, tmp_path / "x.safetensors")
+    tensors, _ = read_tensors(tmp_path / "x.safetensors")
+    assert torch.equal(tensors["lora_unet_final_layer_adaLN_modulation_1.diff_b"], torch.arange(6144.0))
+
+
 @pytest.mark.parametrize("model", names.MODELS)
 def test_the_model_is_told_from_the_keys(model, tmp_path):
     adapter = Adapter(CONFIG, {ONE[model]: factors(ONE[model], model)})

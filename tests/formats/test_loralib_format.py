@@ -101,7 +101,7 @@ def test_a_merged_linear_needs_its_parts_named(tmp_path):
         lk.attach(tiny.mlp(), lk.Adapter.load(tmp_path / "lora.pt", alpha=6))
     both = loralib.MergedLinear(10, 20, r=3, enable_lora=[True, True])
     torch.save({f"lin0.{k}": v for k, v in loralib.lora_state_dict(both).items()}, tmp_path / "both.pt")
-    with pytest.raises(AdapterError, match=r"a MergedLinear\n  say which parts are adapted: .*packed="):
+    with pytest.raises(AdapterError, match=r"a MergedLinear\n  say which parts are adapted, in Python: .*packed="):
         lk.Adapter.load(tmp_path / "both.pt", alpha=6)
     with pytest.raises(AdapterError, match="not 3 adapted parts"):
         lk.Adapter.load(tmp_path / "both.pt", alpha=6, packed={"lin0": [True, True, True]})

@@ -13,7 +13,7 @@ single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 def ldm_weights(model: str, shape_of) -> dict[str, torch.Tensor]:
     """A different small weight for each ldm name of the denoiser."""
     generator = torch.Generator().manual_seed(0)
-    listed = names._list(model)["ldm"]
+    listed = names.module_list(model)["ldm"]
     return {name: torch.randn(shape_of(name), generator=generator) for name in listed}
 
 
@@ -28,7 +28,7 @@ def test_ldm_names_of_a_unet_are_those_of_diffusers_converter(model):
     checkpoint = {f"{name}.{kind}": w for name, w in weights.items() for kind in ("weight", "bias")}
     config = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": "text_time" if model == "sdxl" else None}
     theirs = single_file.convert_ldm_unet_checkpoint({f"model.diffusion_model.{k}": v for k, v in checkpoint.items()}, config)
-    ours = {modules[0]: weights[name] for name, modules in names._list(model)["ldm"].items()}
+    ours = {modules[0]: weights[name] for name, modules in names.module_list(model)["ldm"].items()}
     assert set(ours) == {key.removesuffix(".weight") for key in theirs if key.endswith(".weight")}
     assert all(theirs[f"{module}.weight"] is weight for module, weight in ours.items())
 
@@ -91,9 +91,9 @@ def test_no_two_modules_share_a_key_and_every_written_key_is_read_back_as_its_mo
     for module, place in places.items():
         assert known[place.key] == place.modules
         assert module in place.modules
-    listed = [n for part in names.PIPELINES[model].values() for n in names._list(part.listed)["modules"]]
+    listed = [n for part in names.PIPELINES[model].values() for n in names.module_list(part.listed)["modules"]]
     for part in names.PIPELINES[model].values():
-        own = names._list(part.listed)["modules"]
+        own = names.module_list(part.listed)["modules"]
         assert len({name.replace(".", "_") for name in own}) == len(own)
     assert len(listed) == len(names.shapes(model))
 

@@ -1,0 +1,62 @@
+"""A safetensors file by its specification, as numpy arrays; no library reads it.
+
+8 bytes   n, the header's length, little-endian
+n bytes   JSON: {"<name>": {"dtype": "F32", "shape": [...], "data_offsets": [from, to]}, "__metadata__": {"<key>": "<text>"}}
+the rest  the numbers, little-endian, rows first
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E5M2": "u1", "F8_E4M3": "u1", "I64": "<i8", "I32": "<i4", "I16": "<i2",
+    "I8": "i1", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+
+
+def _e4m3() -> np.ndarray:
+    """The 256 numbers of 8 bits with 4 of exponent and 3 of mantissa (Micikevicius et al. 2022); there is no infinity."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, (bits & 7) / 8
+    size = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    return np.where(bits & 127 == 127, np.nan, np.where(bits & 128, -size, size))
+
+
+# What numpy has no type for, of its bits.
+_DECODE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "BF16": lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),  # the upper half of a float32
+    "F8_E5M2": lambda bits: (bits.astype(np.uint16) << 8).view(np.float16),  # the upper half of a float16
+    "F8_E4M3": lambda bits: _e4m3()[bits],
+}
+
+
+def header(path: Path) -> dict[str, Any]:
+    """Its header. ValueError for one that says it is longer than the file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} says that its header has {length:,} bytes, and has {path.stat().st_size:,} in all")
+        return json.loads(file.read(length))
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """Its tensors by name. ValueError for a type that is not known here."""
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    whole = np.memmap(path, dtype=np.uint8, mode="r")
+    found = {}
+    for name, slot in header(path).items():
+        if name == "__metadata__":
+            continue
+        if slot["dtype"] not in _TYPES:
+            raise ValueError(f"'{name}' holds numbers of type {slot['dtype']}")
+        first, last = slot["data_offsets"]
+        numbers = whole[start + first : start + last].view(_TYPES[slot["dtype"]])
+        found[name] = _DECODE.get(slot["dtype"], np.asarray)(numbers).reshape(slot["shape"])
+    return found

@@ -1,0 +1,45 @@
+"""What a receiver does not take of an adapter, merged into a copy of its base; the rest stays an adapter, of that copy.
+
+base + adapter = (base + part) + rest        no weight is changed by both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from ..adapter.adapter import Adapter
+from ..adapter.reform import with_updates
+from ..checkpoint import merge_checkpoint
+from ..checkpoint.base import open_base
+from ..checkpoint.modules import layout_of
+from ..checkpoint.parts import PIPELINE
+from ..errors import AdapterError
+
+
+def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
+    """(the modules and whole weights of these names, all others). AdapterError if nothing else is left."""
+
+    def those(wanted: bool) -> Adapter:
+        saved = {n: t for n, t in adapter.saved.items() if (n in names) == wanted}
+        modules = [m for m in adapter.config.save_modules if any(f".{m}." in f".{n}" for n in saved)]
+        biases = any(n.endswith(".bias") and not any(f".{m}." in f".{n}" for m in modules) for n in saved)
+        config = adapter.config.replace(save_modules=modules, bias=adapter.config.bias if biases else "none")
+        updates = {m: u for m, u in adapter.updates.items() if (m in names) == wanted}
+        return with_updates(adapter, updates, saved=saved, config=config)
+
+    part, rest = those(True), those(False)
+    if not rest.updates:
+        raise AdapterError(
+            "nothing of this adapter would be left beside the base\n  lorakit merge BASE ADAPTER OUT makes one model of both"
+        )
+    return replace(part, embeddings={}), rest
+
+
+def merged_into(base: Path, part: Adapter, rest: Adapter, out: Path, force: bool) -> Adapter:
+    """Write BASE + `part` as OUT; gives `rest` as an adapter of OUT, of which it has the name and the fingerprint."""
+    merge_checkpoint(base, part, out, force=force)
+    known = None if base.is_file() or (base / PIPELINE).is_file() else layout_of(open_base(out)).fingerprint()
+    metadata = {key: value for key, value in rest.metadata.items() if key != "fingerprint"} | ({"fingerprint": known} if known else {})
+    return replace(rest, config=rest.config.replace(base=str(out)), metadata=metadata)

@@ -1,0 +1,83 @@
+"""`lorakit card` and `lorakit push`, on a trained run, with a stub of the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import hub_stub
+import pytest
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with hub_stub.serve(monkeypatch, tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_a_run_is_given_a_card_pushed_and_read_by_what_is_said_next(lorakit, run_folder, hub):
+    code, out, err = lorakit("card", run_folder, "--license", "apache-2.0", "--description", "Greets people.")
+    assert code == 0, err
+    assert f"written: {run_folder / 'adapter' / 'README.md'}" in out
+    assert "not on it, as it is not known:\n" in out
+    assert "--license" not in out
+    assert out.splitlines()[-1] == f"next: lorakit push {run_folder} OWNER/NAME"
+    code, out, err = lorakit(*out.splitlines()[-1].split()[2:-1], "someone/greets", "--private", "--base-model", "someone/tiny")
+    assert code == 0, err
+    assert f"to {hub.url}/someone/greets:\n  README.md " in out
+    assert "adapter_config.json, base_model_name_or_path: the base is called 'someone/tiny'" in out
+    assert f"made: {hub.url}/someone/greets (commit " in out
+    assert sorted(hub.files("someone/greets")) == [
+        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
+    ]  # fmt: skip
+    assert b"license: apache-2.0" in hub.files("someone/greets")["README.md"]
+    code, out, err = lorakit(*out.splitlines()[-1].split()[2:])
+    assert code == 0, err
+    assert out.startswith("someone/greets: rank 4")
+    assert "base: someone/tiny" in out
+
+
+def test_a_dry_run_prints_the_list_and_the_command_that_uploads(lorakit, run_folder, hub):
+    code, out, _ = lorakit("push", run_folder, "someone/lora", "--dry-run", "--private", "--revision", "v2")
+    assert code == 0
+    assert "adapter_model.safetensors" in out
+    assert out.endswith(f"nothing was sent\nnext: lorakit push {run_folder} someone/lora --private --revision v2\n")
+    assert hub.log == []
+    code, out, _ = lorakit("push", run_folder, "someone/lora", "--dry-run", "--no-card", "--json")
+    told = json.loads(out)
+    assert (told["dry_run"], told["card"], "README.md" in told["files"]) == (True, "none", False)
+
+
+def test_exit_codes_are_one_for_a_refusal_and_two_for_a_wrong_call(lorakit, run_folder, hub, monkeypatch, tmp_path):
+    assert lorakit("push", run_folder, "alone")[0] == 2
+    assert lorakit("card", run_folder, "--license", "Apache 2")[0] == 2
+    assert lorakit("card", "someone/x@v1/y.gguf")[0] == 1
+    (tmp_path / "README.md").write_text("mine")
+    code, _, err = lorakit("card", run_folder, "--out", tmp_path / "README.md")
+    assert code == 2
+    assert "--force replaces it" in err
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert lorakit("card", run_folder, "--out", tmp_path / "README.md", "--force")[0] == 0
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, _, err = lorakit("push", run_folder, "someone/lora")
+    assert (code, "the token was refused" in err, "Traceback" in err) == (1, True, False)
+    assert "hf_wrong" not in err
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    code, _, err = lorakit("push", run_folder, "someone/lora")
+    assert (code, "it cannot be reached" in err) == (1, True)
+
+
+def test_the_card_of_an_adapter_on_the_hub_is_written_where_it_is_said(lorakit, run_folder, hub, tmp_path):
+    assert lorakit("push", run_folder, "someone/lora", "--no-card")[0] == 0
+    code, _, err = lorakit("card", "someone/lora")
+    assert code == 2
+    assert "--out README.md" in err
+    code, out, _ = lorakit("card", "someone/lora", "--out", tmp_path / "card.md", "--repository", "someone/lora", "--json")
+    assert code == 0
+    assert json.loads(out)["card"] == str(tmp_path / "card.md")
+    assert '"someone/lora"' in (tmp_path / "card.md").read_text()

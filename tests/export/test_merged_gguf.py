@@ -1,0 +1,321 @@
+"""Whole merged models as GGUF. transformers' reader of GGUF, the `gguf` package's, and a live model with the adapter are the judges."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import tiny_lm
+import torch
+from gguf import GGUFReader, dequantize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorakit as lk
+from lorakit.adapter.hadamard import Hadamard
+from lorakit.errors import ConfigError, LorakitError
+from lorakit.export import gguf_model, merged_verify
+from lorakit.export.gguf_parameters import llama3_factors
+from lorakit.export.merged import export_merged
+from lorakit.formats.gguf_names import unpermute
+from lorakit.models.base import embedded_folder
+
+SIZES = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 1,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+def model_of(kind: str):
+    import transformers as tf
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1, eos_token_id=1))
+    else:
+        more = {"qwen3": {"head_dim": 128}, "gemma": {"head_dim": 16}, "llama": {"rms_norm_eps": 1e-3}}.get(kind, {})
+        name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}[kind]
+        model = getattr(tf, f"{name}ForCausalLM")(getattr(tf, f"{name}Config")(**SIZES | more))
+    with torch.no_grad():  # norms and biases are ones and zeros, whose places could be exchanged
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape) * 0.1)
+    return model.eval()
+
+
+TARGETS = {"gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def given(folder, model, targets=None, **more):
+    """(base's folder, an adapter of it, the model with it attached)."""
+    base = tiny_lm.save(folder / "base", model)
+    lk.attach(model, lk.LoraConfig(rank=3, targets=targets or TARGETS.get(model.config.model_type, LINEARS), **more))
+    tiny.randomise_factors(model, size=0.1)
+    return base, lk.capture(model), model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.randint(260, (2, 12), generator=torch.Generator().manual_seed(1))).logits
+
+
+def loaded(path):
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def read(path) -> dict[str, np.ndarray]:
+    return {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_transformers_computes_the_same_with_the_file_as_with_the_adapter_attached(kind, tmp_path):
+    base, adapter, live = given(tmp_path, model_of(kind))
+    done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32")
+    torch.testing.assert_close(logits(loaded(done.files[0])), logits(live), atol=2e-5, rtol=0)
+    assert not torch.allclose(logits(live), logits(lk.detach(live)), atol=0.1), "the adapter has an effect to be lost"
+
+
+def test_a_tied_head_that_the_adapter_changes_gets_a_tensor_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    base, adapter, live = given(tmp_path, tiny_lm.llama(tied=True), ["lm_head", "q_proj"])
+    path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32").files[0]
+    there = read(path)
+    assert not np.array_equal(there["output.weight"], there["token_embd.weight"])
+    ids = torch.tensor([[3, 9, 27, 81, 243]])
+    torch.testing.assert_close(loaded(path)(input_ids=ids).logits, live(input_ids=ids).logits, atol=2e-5, rtol=0)
+
+
+def test_a_tied_model_has_no_head(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama(tied=True))
+    assert "output.weight" not in read(export_merged(adapter, base, tmp_path / "x.gguf").files[0])
+
+
+def test_weights_that_the_adapter_saved_whole_are_in_the_model(tmp_path):
+    base, adapter, live = given(tmp_path, model_of("llama"), save_modules=["norm"])
+    assert "model.norm.weight" in adapter.saved
+    path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32", verify=True).files[0]
+    torch.testing.assert_close(logits(loaded(path)), logits(live), atol=2e-5, rtol=0)
+
+
+def test_dora_and_loha_which_adapter_files_of_gguf_cannot_hold_are_merged(tmp_path):
+    base, adapter, live = given(tmp_path, model_of("llama"))
+    lk.detach(live)
+    w = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(0))
+    loha = Hadamard(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
+    name = "model.layers.0.self_attn.o_proj"
+    dora = replace(adapter.factors[name], magnitude=torch.rand(32, 1) + 0.5)
+    odd = replace(adapter, factors={name: dora}, others={"model.layers.1.self_attn.o_proj": loha})
+    done = export_merged(odd, base, tmp_path / "x.gguf", dtype="f32", verify=True)
+    assert done.verified.logits is None
+    there = read(done.files[0])
+    V = live.get_submodule(name).weight.detach() + replace(dora, magnitude=None).delta()
+    wanted = dora.magnitude * V / V.norm(dim=1, keepdim=True)
+    np.testing.assert_allclose(there["blk.0.attn_output.weight"], wanted.numpy(), atol=1e-6)
+    wanted = live.model.layers[1].self_attn.o_proj.weight.detach() + loha.delta()
+    np.testing.assert_allclose(there["blk.1.attn_output.weight"], wanted.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, bound", [("f32", 1e-7), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 0.0045)])
+def test_every_tensor_is_the_merged_one_rounded_once(dtype, bound, tmp_path):
+    base, adapter, live = given(tmp_path, model_of("llama"))
+    done = export_merged(adapter, base, tmp_path / "x.gguf", dtype=dtype, verify=True)
+    assert done.verified.tensors <= bound
+    assert done.verified.logits < merged_verify.LOGITS[dtype]
+    lk.merge(live)
+    there = read(done.files[0])
+    assert len(there) == done.tensors == 2 * 9 + 3
+    for name, module in {
+        "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm", "blk.1.attn_v": "model.layers.1.self_attn.v_proj",
+        "blk.0.ffn_down": "model.layers.0.mlp.down_proj", "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
+        "blk.0.attn_norm": "model.layers.0.input_layernorm", "blk.1.ffn_gate": "model.layers.1.mlp.gate_proj",
+    }.items():  # fmt: skip
+        wanted = live.get_submodule(module).weight.detach().numpy()
+        exact = 1e-7 if wanted.ndim == 1 else bound
+        assert np.abs(there[f"{name}.weight"] - wanted).max() <= exact * np.abs(wanted).max() + 1e-9, name
+    for letter, heads in (("q", 4), ("k", 2)):
+        wanted = live.get_submodule(f"model.layers.0.self_attn.{letter}_proj").weight.detach().numpy()
+        assert np.abs(unpermute(there[f"blk.0.attn_{letter}.weight"], heads, letter) - wanted).max() <= bound * np.abs(wanted).max() + 1e-9
+
+
+def test_rows_that_are_no_blocks_of_q8_0_are_in_f16(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())  # its down_proj reads 48 numbers
+    done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8_0", verify=True)
+    assert done.other == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(done.files[0]).tensors}
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_norm.weight"]) == ("F16", "Q8_0", "F32")
+
+
+def test_the_biases_of_a_llama_go_with_their_rows(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    base, adapter, live = given(tmp_path, model)
+    done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32", verify=True)
+    assert "there are biases" in done.verified.note
+    assert done.verified.logits < 1e-5
+    there = read(done.files[0])
+    wanted = live.model.layers[1].self_attn.k_proj.bias.detach().numpy()
+    np.testing.assert_array_equal(unpermute(there["blk.1.attn_k.bias"][:, None], 2, "k")[:, 0], wanted)
+
+
+def test_gemma_s_norms_are_stored_with_their_one(tmp_path):
+    base, adapter, live = given(tmp_path, model_of("gemma"))
+    done = export_merged(adapter, base, tmp_path / "x.gguf", verify=True)
+    assert done.verified.logits is None
+    assert "reads no GGUF of a gemma" in done.verified.note
+    np.testing.assert_allclose(read(done.files[0])["output_norm.weight"], 1 + live.model.norm.weight.detach().numpy(), rtol=1e-6)
+
+
+def test_the_frequencies_of_llama_3_are_those_of_transformers(tmp_path):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, max_position_embeddings=131072, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 5e5 ** -(torch.arange(0, 128, 2) / 128)
+    factors = llama3_factors(rope, 5e5, 128)
+    assert 1 < len(factors.unique()) < 64, "ones, eights and some between"
+    torch.testing.assert_close(plain / factors, scaled, rtol=1e-5, atol=0)
+    small = LlamaConfig(**SIZES, rope_parameters=rope | {"original_max_position_embeddings": 64})
+    from transformers import LlamaForCausalLM
+
+    base, adapter, _ = given(tmp_path, LlamaForCausalLM(small))
+    done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32", verify=True)
+    assert read(done.files[0])["rope_freqs.weight"].shape == (4,)
+    assert "scaling of rotary positions" in done.verified.note
+
+
+def test_the_hyper_parameters_are_llama_cpp_s(tmp_path):
+    base, adapter, _ = given(tmp_path, model_of("llama"))
+    path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8_0").files[0]
+    pairs = {k: f.contents() for k, f in GGUFReader(path).fields.items()}
+    wanted = {
+        "general.architecture": "llama", "general.type": "model", "general.file_type": 7, "general.quantization_version": 2,
+        "llama.vocab_size": 260, "llama.context_length": 1024, "llama.embedding_length": 32, "llama.block_count": 2,
+        "llama.feed_forward_length": 64, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8, "llama.rope.dimension_count": 8, "llama.rope.freq_base": 10000.0, "tokenizer.ggml.model": "gpt2",
+    }  # fmt: skip
+    assert {k: pairs[k] for k in wanted} == wanted
+    assert pairs["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-3)
+    assert len(pairs["tokenizer.ggml.tokens"]) == 260
+
+
+def test_the_embedded_model_s_tokens_come_out_the_same(tmp_path):
+    base = embedded_folder()
+    path = export_merged(None, base, tmp_path / "x.gguf", dtype="q8_0").files[0]
+    ours, theirs = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    for text in (
+        "Once upon a time, there was",
+        "In 1984 or 3.14\nand\n\nmore\t tabs",
+        "Café, naïve, 東京, привет, 🙂👍🏽",
+        " a b ",
+        "<|endoftext|>x",
+    ):
+        assert theirs(text)["input_ids"] == ours(text)["input_ids"], text
+    assert theirs.eos_token_id == ours.eos_token_id
+
+
+def test_ollama_gets_a_folder_with_a_modelfile(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    done = export_merged(adapter, base, tmp_path / "out", "ollama")
+    assert [f.relative_to(tmp_path / "out").name for f in done.files] == ["model.gguf", "Modelfile"]
+    assert (tmp_path / "out" / "Modelfile").read_text() == "FROM ./model.gguf\n"
+    assert json.dumps(done.to_dict())
+
+
+def test_verify_finds_rows_in_the_wrong_order_and_keeps_what_was_there(tmp_path, monkeypatch):
+    base, adapter, _ = given(tmp_path, model_of("llama"))
+    (tmp_path / "x.gguf").write_text("older")
+    monkeypatch.setattr(gguf_model, "permute", lambda rows, heads, name: rows)
+    with pytest.raises(LorakitError, match="its logits are off"):
+        export_merged(adapter, base, tmp_path / "x.gguf", verify=True)
+    assert (tmp_path / "x.gguf").read_text() == "older"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "x.gguf"]
+
+
+def test_verify_finds_a_wrong_number(tmp_path, monkeypatch):
+    base, adapter, _ = given(tmp_path, model_of("llama"))
+    from lorakit.export import merged
+
+    def wrong(numbers, kind, name):
+        return right(numbers + (0.02 if name == "blk.1.ffn_up.weight" else 0), kind, name)
+
+    right = merged.encode
+    monkeypatch.setattr(merged, "encode", wrong)
+    with pytest.raises(LorakitError, match=r"'blk.1.ffn_up.weight' is off by 0\.02"):
+        export_merged(adapter, base, tmp_path / "x.gguf", dtype="f16", verify=True)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_numbers_too_large_for_f16_are_refused(tmp_path):
+    model = tiny_lm.llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 4] = 1e5
+    base, adapter, _ = given(tmp_path, model)
+    with pytest.raises(LorakitError, match=r"'blk.0.ffn_up.weight' has values too large for f16 \(1e\+05\)\n.*bf16 or f32"):
+        export_merged(adapter, base, tmp_path / "x.gguf", dtype="f16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    assert export_merged(adapter, base, tmp_path / "x.gguf", dtype="bf16", verify=True)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model_type": "falcon"}, "is written of llama, mistral, qwen2, qwen3, gemma, gpt2; the base is a falcon"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp computes a llama with 'silu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}}, r"factor = -2.0; expected a positive number"),
+        ({"num_hidden_layers": 3}, r"lacks 9 tensors that a llama of its config has: blk.2.attn_norm"),
+        ({"num_hidden_layers": 1}, r"tensors have no place in a GGUF of a llama: model.layers.1"),
+        ({"vocab_size": 300}, r"embedding is \[258, 32\], its config says \[300, 32\]"),
+    ],
+)
+def test_a_base_that_llama_cpp_would_not_compute_is_refused(changes, said, tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(LorakitError, match=said):
+        export_merged(adapter, base, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_calls_that_make_no_sense_say_so(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    with pytest.raises(ConfigError, match="which vllm does not read\n  lorakit merge"):
+        export_merged(adapter, base, tmp_path / "x.gguf", "vllm")
+    with pytest.raises(ConfigError, match="needs its base"):
+        export_merged(adapter, None, tmp_path / "x.gguf")
+    with pytest.raises(ConfigError, match="dtype 'q8' is none that lorakit writes; did you mean 'q8_0'"):
+        export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8")
+    with pytest.raises(LorakitError, match="learned tokens"):
+        export_merged(replace(adapter, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").unlink()
+    with pytest.raises(LorakitError, match="tokenizer"):
+        export_merged(adapter, base, tmp_path / "x.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+def test_an_adapter_of_another_base_is_refused_unless_forced(tmp_path):
+    _, adapter, _ = given(tmp_path / "a", tiny_lm.llama(seed=0))
+    other = tiny_lm.save(tmp_path / "b", tiny_lm.llama(seed=1))
+    with pytest.raises(LorakitError, match="trained on another base"):
+        export_merged(adapter, other, tmp_path / "x.gguf")
+    assert export_merged(adapter, other, tmp_path / "x.gguf", force_base=True, verify=True).verified.logits < 0.1
+
+
+def test_where_logits_cannot_be_compared_it_is_said_and_tensors_are(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    done = export_merged(replace(adapter, config=adapter.config.replace(task="SEQ_CLS")), base, tmp_path / "x.gguf", verify=True)
+    assert done.verified.logits is None
+    assert str(done.verified).endswith("logits not compared (the adapter is for SEQ_CLS, which is no language model's task)")
+    assert 0 < done.verified.tensors < 2**-11
