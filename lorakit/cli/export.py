@@ -101,7 +101,7 @@ def export(
     if receiver == "ollama" and out.suffix != ".gguf":
         out = out / "adapter.gguf"
     out = free(out, RECEIVERS[receiver].format, force)
-    done = exported(read(source, alpha, folder), out, receiver, fix=fix, verify=verify, base=folder, model=model)
+    done = exported(read(source, alpha, folder), out, receiver, fix=fix, verify=verify, base=folder, model=model, force=force)
     if json_output:
         print(json.dumps(done.to_dict()))
         return
@@ -114,7 +114,7 @@ def export(
         print(f"logits through {base}: {done.logits}")
     if done.no_logits is not None:
         print(f"logits not compared: {done.no_logits}")
-    print(f"next: {_next(receiver, done.files[0], base)}")
+    print(f"next: {_next(receiver, done.files[0], str(done.base) if done.base else base)}")
 
 
 def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, force: bool, json_output: bool, **options: Any) -> None:

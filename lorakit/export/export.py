@@ -41,6 +41,7 @@ class Exported:
     differences: dict[str, float] | None = None
     logits: Logits | None = None
     no_logits: str | None = None
+    base: Path | None = None  # the copy of the base that holds what the receiver does not take
 
     @property
     def difference(self) -> float | None:
@@ -52,6 +53,7 @@ class Exported:
             "receiver": self.receiver, "format": self.format, "files": [str(f) for f in self.files], "mended": self.mended,
             "difference": self.difference, "differences": self.differences,
             "logits": {**asdict(self.logits), "relative": self.logits.relative} if self.logits else None, "no_logits": self.no_logits,
+            "base": str(self.base) if self.base else None,
         }  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def export(
         modelfile = written.parent / "Modelfile"
         write_text(modelfile, f"FROM {model}\nADAPTER ./{written.name}\n")
         files.append(modelfile)
-    return Exported(receiver, target.format, files, mended, differences, logits, no_logits)
+    return Exported(receiver, target.format, files, mended, differences, logits, no_logits, copy if part is not None else None)
 
 
 def _save_verified(
@@ -168,5 +170,12 @@ def _put_in_place(written: Path, to: Path) -> Path:
 
 
 def _refusal(receiver: str, left: list[Finding]) -> str:
-    lines = [f"{f.what}\n    {f.way_out}" + (" (--fix does it)" if f.mend is not None else "") for f in left]
+    def does_it(f: Finding) -> str:
+        if f.mend is not None:
+            return " (--fix does it)"
+        return " (--fix with --base FOLDER does it, in a copy of the base)" if f.into_base and RECEIVERS[receiver].format != "gguf" else ""
+
+    lines = [f"{f.what}\n    {f.way_out}{does_it(f)}" for f in left]
+    if RECEIVERS[receiver].format == "gguf":
+        lines.append("--merged --base FOLDER writes base and adapter as one GGUF model, whatever the adapter is")
     return f"{receiver} does not take this adapter:\n  " + "\n  ".join(lines)
