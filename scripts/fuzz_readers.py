@@ -1,4 +1,6 @@
-"""Damaged files through every reader: each must give a sound adapter or a LorakitError, in bounded memory, and nothing else.
+"""Damaged files through every reader: each must give something sound or a LorakitError, in bounded memory, and nothing else.
+
+Adapters in each format, and checkpoints that are merged into: a language model's folder, a diffusion model's single file.
 
     python scripts/fuzz_readers.py --count 2000 [--seed 0]
 
@@ -17,10 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "formats"))
 
+import torch
 from damaged import damage, sound
+from safetensors.torch import save_file
 
 import lorakit as lk
+from lorakit.checkpoint.parts import open_parts
 from lorakit.errors import LorakitError
+from lorakit.formats.single_file import places
 
 MEMORY = 3 << 30  # bytes of address space beyond what is there at the start
 
@@ -32,7 +38,7 @@ def main() -> None:
     asked = parser.parse_args()
     failed = total = 0
     with tempfile.TemporaryDirectory() as name:
-        files = sound(Path(name))
+        files = sound(Path(name)) | bases(Path(name))
         for path in files.values():
             read(path, Path(name))  # what is loaded once is loaded now
         limit_memory()
@@ -62,8 +68,27 @@ def fuzz(path: Path, folder: Path, rng: random.Random, count: int) -> tuple[int,
     return refused, bad
 
 
+def bases(folder: Path) -> dict[str, Path]:
+    """A checkpoint's folder and a single file, with a few tensors of theirs."""
+    names = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mod.lin", "txt_in", "single_blocks.0.linear1", "final_layer.linear")
+    save_file({f"{name}.weight": torch.ones(84, 4) for name in names}, folder / "base_file.safetensors")
+    model = folder / "base_model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "plain"}')
+    save_file({f"layers.{i}.proj.weight": torch.ones(8, 4) for i in range(5)}, model / "model.safetensors", {"format": "pt"})
+    return {"base folder": model / "model.safetensors", "base file": folder / "base_file.safetensors"}
+
+
 def read(path: Path, folder: Path) -> None:
     """Load it, and look at all that it holds."""
+    if path.name in ("base_file.safetensors", "model.safetensors"):
+        (part,) = open_parts(path if path.name == "base_file.safetensors" else path.parent, ())
+        if part.base.single_file:
+            places(part.base.single_file, part.base.shapes)
+        for slot in part.base.tensors.values():
+            for _ in slot.copied():
+                pass
+        return
     where = path.parent if path.suffix == ".json" else path
     options = {"alpha": 2.0} if path.suffix == ".pt" else {"base": folder / "base"} if path.suffix == ".gguf" else {}
     for update in lk.Adapter.load(where, **options).updates.values():

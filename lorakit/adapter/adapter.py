@@ -121,6 +121,24 @@ class Adapter:
 
         return resize(self, rank, **options).adapter
 
+    def prune(self, drop: str | list[str]) -> Adapter:
+        """Without the modules whose names end so, or match one regular expression."""
+        from .edit import prune
+
+        return prune(self, drop)
+
+    def select(self, keep: str | list[str]) -> Adapter:
+        """With these modules alone."""
+        from .edit import select
+
+        return select(self, keep)
+
+    def rename(self, names: Mapping[str, str]) -> Adapter:
+        """Modules under other names: a name, or what some begin with -> what it becomes."""
+        from .edit import rename
+
+        return rename(self, names)
+
     # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for it.
 
     @classmethod

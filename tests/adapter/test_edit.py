@@ -75,6 +75,8 @@ def test_prune_and_select_are_each_others_rest():
     assert only.config.targets == ["embed", "q"]
     assert only.config.rank_of("layers.1.q") == 5
     assert not only.config.packed
+    assert value.prune(["q", "embed"]).updates.keys() == without.updates.keys()
+    assert value.select(["q", "embed"]).updates.keys() == only.updates.keys()
 
 
 def test_a_pattern_that_names_nothing_is_an_error():
@@ -95,6 +97,7 @@ def test_rename_by_whole_names_and_by_beginnings():
     assert new.factors["stem"] is value.factors["layers.0.conv"]
     there_and_back = rename(rename(value, {"": "unet"}), {"unet": ""})
     assert there_and_back.factors == dict(value.factors)
+    assert value.rename({"": "unet"}).rename({"unet": ""}).factors == dict(value.factors)
     assert rename(value, {"layers.0": "x"}).factors.keys() >= {"x.q", "layers.1.q"}
 
 
