@@ -35,8 +35,13 @@ def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> N
         return
     if not force:
         raise LorakitError(f"OUT {out} exists\n  give another place, or replace it with force=True (--force)")
-    if base.is_file() and out.is_dir():
-        raise LorakitError(f"OUT {out} is a folder; the base is a single file, and so is what is written")
+    if out.is_dir() == base.is_file() or not (out.is_dir() or out.is_file()):
+        there, wanted = "a folder" if out.is_dir() else "a file", "a single file" if base.is_file() else "a folder"
+        raise LorakitError(f"OUT {out} is {there}; the base is {wanted}, and so is what is written\n  give another place")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CONFIG, PIPELINE, NOTE)):
+        raise LorakitError(
+            f"OUT {out} holds no checkpoint, but {listing(sorted(p.name for p in out.iterdir()), 3)}; force would delete that\n  give another place"
+        )
     here = Path.cwd()
     if out in (here, *here.parents, Path.home(), *Path.home().parents):
         raise LorakitError(f"OUT {out} is a folder that this program, or you, live in; force would delete it\n  give another folder")

@@ -54,6 +54,8 @@ def convert(
 
         more = f" --alpha {alpha_of(done.adapter):g}"
         print(f"the file holds no alpha: it is to be read with{more}")
+    if to == "kohya" and len({f.alpha for f in done.adapter.factors.values()}) > 1:
+        print("note: diffusers mistakes alphas that differ from module to module in this format; for it: lorakit export --for diffusers")
     print(f"next: lorakit inspect {quote(str(done.path))}{more}")
 
 

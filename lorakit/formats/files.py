@@ -143,8 +143,10 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 def replacing(path: Path):
     """A temporary path in the same folder; renamed to `path` (after fsync) if the block succeeds, removed otherwise.
 
-    WriteError where that cannot be written: no folder, no permission, no space.
+    WriteError where that cannot be written: no folder, no permission, no space, or a device that is there.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise WriteError(f"{path} is a device or the like, which is not to be replaced by a file\n  give another name")
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

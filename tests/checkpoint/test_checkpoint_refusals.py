@@ -68,7 +68,7 @@ def refused(kind, match, base, adapter, out, **options):
 
 def test_existing_out_is_refused_unless_forced(base, adapter, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
+    merge_checkpoint(base, adapter, out)
     (out / "old.txt").write_text("old")
     refused(LorakitError, "exists\n.*--force", base, adapter, out)
     assert (out / "old.txt").exists()
@@ -76,6 +76,20 @@ def test_existing_out_is_refused_unless_forced(base, adapter, tmp_path):
     assert not (out / "old.txt").exists()
     assert (out / "lorakit_merge.json").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_force_replaces_checkpoints_and_nothing_else(base, adapter, tmp_path):
+    letters, note, pipe = tmp_path / "letters", tmp_path / "note", tmp_path / "pipe"
+    letters.mkdir()
+    (letters / "dear.txt").write_text("friend")
+    note.write_text("mine")
+    os.mkfifo(pipe)
+    for out, said in ((letters, "holds no checkpoint, but dear.txt"), (note, "is a file"), (pipe, "is a file")):
+        with pytest.raises(LorakitError, match=said):
+            merge_checkpoint(base, adapter, out, force=True)
+    assert (letters / "dear.txt").read_text() == "friend"
+    assert note.read_text() == "mine"
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("where", ["base", ".", "base/merged", "link"])

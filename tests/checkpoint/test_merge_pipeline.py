@@ -18,6 +18,7 @@ from lorakit.adapter.dense import Dense
 from lorakit.adapter.factors import Factors
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError, TargetError
+from lorakit.formats import kohya, names
 
 MODELS = ("sd1", "sdxl", "flux", "sd3")
 NOTE = "lorakit_merge.json"
@@ -100,6 +101,25 @@ def test_the_merged_pipeline_is_the_one_with_the_adapter_fused_by_diffusers(mode
     for name, output in theirs.items():
         torch.testing.assert_close(ours[name], output, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
         assert name not in touched or (output - plain[name]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_a_kohya_file_with_its_strength_in_the_factors_is_the_same_in_diffusers(model, tmp_path):
+    """diffusers mistakes alphas that differ from module to module in this format, so that they are not left to it."""
+    pipe = tiny.pipeline(model)
+    if model == "sd1":
+        pipe.register_modules(unet=tiny.sd1_unet().eval())
+    base = saved(pipe, tmp_path / "base")
+    linears = {n: w for n, w in tiny.targets(tiny.models(pipe), by_diffusers).items() if w.dim() == 2 and n in names.shapes(model)}
+    adapter = tiny.low_rank({n: w for n, w in linears.items() if ".attn" in n or "self_attn" in n or ".ff." in n or ".mlp." in n})
+    kohya.write(adapter, tmp_path / "lora.safetensors", bake_alpha=True)
+    merge_checkpoint(base, tmp_path / "lora.safetensors", tmp_path / "out")
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    pipe.fuse_lora(components=sorted({name.partition(".")[0] for name in adapter.factors}))
+    pipe.unload_lora_weights()
+    ours = tiny.outputs(tiny.loaded(type(pipe), tmp_path / "out"))
+    for name, output in tiny.outputs(pipe).items():
+        torch.testing.assert_close(ours[name], output, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "variant", "sharded", "sharded variant"])
@@ -302,8 +322,10 @@ def test_out_must_be_new_and_outside_the_base(sd1, tmp_path):
     assert "inside the base" in refused(base, adapter, base / "unet/merged")
     assert "the base itself" in refused(base, adapter, base, force=True)
     assert "holds the base" in refused(base, adapter, tmp_path, force=True)
-    merge_checkpoint(base, adapter, taken, force=True)
-    assert_merged(base, taken, adapter)
+    assert "holds no checkpoint, but mine.txt" in refused(base, adapter, taken, force=True)
+    for _ in range(2):
+        merge_checkpoint(base, adapter, tmp_path / "out", force=True)
+    assert_merged(base, tmp_path / "out", adapter)
 
 
 @pytest.mark.parametrize("damage, said", [

@@ -353,6 +353,14 @@ def test_a_place_that_is_taken_is_named_with_what_to_do(tmp_path, format):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(WriteError, match="is a device or the like"):
+        write_text(pipe, "text")
+    assert pipe.is_fifo()
+
+
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "page.html").mkdir()
     for write in (lambda p: write_text(p, "x"), lambda p: write_tensors(p, {"a": torch.zeros(2)})):
