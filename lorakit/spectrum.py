@@ -49,8 +49,8 @@ def dora_change(W: Tensor, f: Factors) -> float:
     assert isinstance(low, LowRank)
     V = W.double() + low.left @ low.right
     magnitude = f.magnitude.detach().double()
-    lengths = V.norm(dim=0, keepdim=True) if magnitude.shape[0] == 1 else V.norm(dim=1, keepdim=True)
-    return float((V * (magnitude / lengths) - W).norm())
+    lengths = V.norm(dim=1, keepdim=True) if magnitude.shape == (V.shape[0], 1) else V.norm(dim=0, keepdim=True)
+    return float((V * torch.where(lengths > 0, magnitude / lengths, 0) - W).norm())
 
 
 @dataclass(frozen=True)

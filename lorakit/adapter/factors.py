@@ -92,7 +92,6 @@ class Factors:
         if self.kind != "conv" and not (self.A.dim() == self.B.dim() == 2):
             raise wrong(f"A {list(self.A.shape)} and B {list(self.B.shape)} should be matrices")
         if self.magnitude is not None:
-            across = self.magnitude.shape[0] == 1
-            expected = [1, self.A.flatten(1).shape[1]] if across else [self.B.shape[0], 1]
-            if list(self.magnitude.shape) != expected:
-                raise wrong(f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {expected}")
+            sizes = [self.B.shape[0], 1], [1, self.A.flatten(1).shape[1]]
+            if list(self.magnitude.shape) not in sizes:
+                raise wrong(f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {sizes[0]} or {sizes[1]}")

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ..errors import AdapterError, ConfigError
-from ..formats import find, format_of, load
+from ..formats import FOLDERS, TAKES_ALPHA, find, format_of, load
 from ..formats.files import read_json
 from ..inspect import AdapterFacts, describe_adapter
 from ..train.run_folder import RunFolder
@@ -52,7 +52,7 @@ class Known:
 
     @property
     def file(self) -> str | None:
-        return self.path.name if self.path.is_file() and self.format not in ("peft", "mlx") else None
+        return self.path.name if self.path.is_file() and self.format not in FOLDERS else None
 
     @property
     def image(self) -> bool:
@@ -78,7 +78,7 @@ def known(source: str | Path, *, alpha: float | None = None, base: Path | None =
     """Read an adapter and what lies beside it. AdapterError for an adapter that is not sound."""
     path = find(source)
     form = format_of(path)
-    adapter = load(path, alpha=alpha if form in ("loralib", "mlx") else None, base=base)
+    adapter = load(path, alpha=alpha if form in TAKES_ALPHA else None, base=base)
     facts = describe_adapter(adapter, str(path), form=form)
     home = path if path.is_dir() else path.parent
     told = facts.metadata

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from shlex import quote
 
+from ..formats.diffusers import FILE
 from ..models.base import EMBEDDED
 from .known import Known
 from .words import fence, line
@@ -93,7 +94,7 @@ def _base_note(known: Known, base: str | None) -> list[str]:
 def _image(known: Known, repository: str, where: str, base: str | None) -> list[str]:
     triggers = known.facts.training.get("trigger words") or []
     prompt = triggers[0] if triggers else "PROMPT"
-    file = known.file or "pytorch_lora_weights.safetensors"
+    file = known.file or FILE
     if known.format not in ("kohya", "diffusers") or not known.plain_lora:
         why = "updates that are no plain LoRA" if not known.plain_lora else f"the format {known.format}"
         comfy = " ComfyUI loads it as it is." if known.format == "kohya" else ""
@@ -104,7 +105,7 @@ def _image(known: Known, repository: str, where: str, base: str | None) -> list[
             more, left = " --allow-loss", " (it leaves the learned tokens out)"
         return [
             f"It has {why}, which diffusers' `load_lora_weights` does not take.{comfy} For diffusers, with lorakit{left}:",
-            fence(f"lorakit {command} {quote(line(where))} pytorch_lora_weights.safetensors --to diffusers{more}", "bash"),
+            fence(f"lorakit {command} {quote(line(where))} {FILE} --to diffusers{more}", "bash"),
         ]
     told = [
         "With [diffusers](https://github.com/huggingface/diffusers):",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 MOST = 200  # characters of a value
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~$&@]|(?<=:)//|(?<=\bwww)\.)", re.IGNORECASE)  # the last two make links of bare addresses
-# A path in a text: /a/b, ~/a, C:\a, \\a\b, file:///a/b; not the slashes of a URL, of 1/2, of </s>, of OWNER/NAME or of a regular
+# A path in a text: /a/b, ~/a, ./a, ../a, C:\a, \\a\b, file:///a/b, note:/a/b; not the slashes of a URL, of 1/2, of </s>, of OWNER/NAME or of a regular
 # expression. And a text that is one.
 _PART = r"[^\s/\\'\"`<>|,;:*?()\[\]{}]+"
 _PATH = re.compile(
-    rf"(?<![\w:/.\\~-])(?:file:(?://)?)?((?:~[\w.-]*|[A-Za-z]:)(?:[\\/]+{_PART})+|(?:/+{_PART}){{2,}}|\\\\{_PART}(?:\\+{_PART})+)[/\\]*"
+    r"(?:(?<![\w:/.\\~-])|(?<=\w\w:)(?=/[^/]))(?:file:(?://)?)?"
+    rf"((?:~[\w.-]*|[A-Za-z]:)(?:[\\/]+{_PART})+|\.{{1,2}}(?:/+{_PART})+|(?:/+{_PART}){{2,}}|\\\\{_PART}(?:\\+{_PART})+)[/\\]*"
 )
-_WHOLE = re.compile(r"(?:file:)?(?:/(?:.*/)+[^/]*|\\\\.*\\[^\\]*|(?:~[\w.-]*|[A-Za-z]:)[\\/].*)")
+_WHOLE = re.compile(r"(?:file:)?(?:/(?:.*/)+[^/]*|\\\\.*\\[^\\]*|\.{1,2}/.*|(?:~[\w.-]*|[A-Za-z]:)[\\/].*)")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+?)[/\\]snapshots[/\\]")
 # First parts of relative paths that nobody owns on the hub.
@@ -67,7 +69,7 @@ def without_paths(text: str) -> str:
 
 
 def is_local_path(text: str) -> bool:
-    """Whether a text as a whole is a path from the root or the home of a machine."""
+    """Whether a text as a whole is a path: from the root, from a home, or from the folder that one is in (./ and ../)."""
     return _WHOLE.fullmatch(text) is not None
 
 
@@ -82,7 +84,7 @@ def is_path(name: str) -> bool:
         or "\\" in name
         or name.count("/") > 1
         or bool(re.match(r"[A-Za-z]:", name))
-        or Path(name).expanduser().exists()
+        or os.path.exists(os.path.expanduser(name))  # (False, too, for what is too long to be a name)
     )
 
 

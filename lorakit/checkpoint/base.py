@@ -8,6 +8,7 @@ a single file              of a diffusion model, in the original code's names
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,6 +123,16 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | N
         if variants or indices:
             return (variants[0], None) if variants else (None, indices[0])
     return None, None
+
+
+def without_variant(file: str) -> str:
+    """model.fp16.safetensors as model.safetensors; shards and indices likewise."""
+    stem, _, rest = file.partition(".safetensors")
+    name = next((s for s in _STEMS if stem.startswith((f"{s}.", f"{s}-"))), None)
+    if name is None:
+        return re.sub(r"\.index\.[^.]+\.json$", ".index.json", file)
+    shard = re.search(r"-\d+-of-\d+", stem)
+    return f"{name}{shard[0] if shard else ''}.safetensors" + re.sub(r"\.index\.[^.]+\.json$", ".index.json", rest)
 
 
 def _open_sharded(folder: Path, config: Mapping[str, Any], name: str) -> Base:

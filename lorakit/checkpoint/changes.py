@@ -6,7 +6,6 @@ W' = W + Σ wᵢ ΔWᵢ
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ..adapter.dense import Dense
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .names import Renaming
-from .update import Dora, Update, bias_for, update_for
+from .update import Dora, Update, bias_for, is_zero, update_for
 from .where import Place, Places, bias_place, slot_at
 
 
@@ -43,22 +42,16 @@ class Changes:
                 )
             seen.add((place.tensor, place.start))
 
-        updates: list[Update] = []
         for module, update in adapter.updates.items():
             place = places.modules[module]
             if not isinstance(update, Dense) or update.weight is not None:
                 once(place, f"{module}.weight")
                 slot = slot_at(self.base, place, places.ties)
-                updates.append(update_for(module, update, slot, self.base.model_type, weight, place))
-                self._put(place, updates[-1])
+                self._put(place, update_for(module, update, slot, self.base.model_type, weight, place))
             if isinstance(update, Dense) and update.bias is not None:
                 at = bias_place(self.base, module, places)
                 once(at, f"{module}.bias")
-                updates.append(bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
-                self._put(at, updates[-1])
-        if not adapter.saved and all(u.zero for u in updates):
-            why = "its weight is 0" if weight == 0 else "was it saved before training?"
-            raise AdapterError(f"the adapter's update is zero everywhere, so there is nothing to merge\n  {why}")
+                self._put(at, bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
         for own, value in adapter.saved.items():
             name = self._place_of(own, value, places)
             once(Place(name, 0, 0), own)
@@ -69,16 +62,13 @@ class Changes:
         for name in self.values:
             if name in self.updates:
                 raise AdapterError(f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n  merge one of them")
-        for name, places in self.updates.items():
+        for places in self.updates.values():
             for updates in places.values():
                 if len(updates) > 1 and any(isinstance(u, Dora) for u in updates):
                     raise AdapterError(
                         f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight it is added to\n"
                         "  merge that adapter first, and the others into the result"
                     )
-            ends = sorted(places)
-            if any(stop > start for (_, stop), (start, _) in pairwise(ends)):
-                raise AdapterError(f"the adapters change overlapping rows of '{name}'\n  merge them one after the other")
 
     def _put(self, place: Place, update: Update) -> None:
         self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
@@ -107,6 +97,23 @@ class Changes:
                 "  was its vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
             )
         return at
+
+
+def check_something(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
+    """Warnings of what cannot be merged; AdapterError where an adapter changes no weight at all, or has none that can be weighted."""
+    tokens = listing(adapter.embeddings, 3)
+    if adapter.embeddings and not adapter.updates and not adapter.saved:
+        raise AdapterError(f"{called} holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to merge")
+    if adapter.saved and weight != 1:
+        raise AdapterError(
+            f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"
+        )
+    if not adapter.saved and (weight == 0 or all(map(is_zero, adapter.updates.values()))):
+        why = "its weight is 0" if weight == 0 else "was it saved before training?"
+        raise AdapterError(f"{called} changes nothing: its update is zero everywhere, so there is nothing to merge\n  {why}")
+    if adapter.embeddings:
+        return [f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program beside it"]
+    return []
 
 
 def _check_new(name: str, base: Base, rename: Renaming) -> None:

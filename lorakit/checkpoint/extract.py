@@ -28,7 +28,7 @@ from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..formats.stream import Slot
 from .base import open_base
 from .modules import Layout
-from .pairs import image_pairs, model_pairs
+from .pairs import Pair, image_pairs, model_pairs
 from .ties import declared, find_ties
 
 
@@ -58,6 +58,7 @@ class Extracted:
     rest: dict[str, float]
     kept: tuple[str, ...]
     unchanged: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def captured(self) -> float:
@@ -74,6 +75,7 @@ class Extracted:
             "unchanged": self.unchanged,
             "rest": self.rest,
             "kept": list(self.kept),
+            "warnings": list(self.warnings),
             "modules": modules,
         }
 
@@ -137,7 +139,18 @@ def extract(
         factors |= _heads(layout, factors)
         print_ = layout.fingerprint()
     adapter = Adapter(_config(str(base), factors, saved, others), factors, saved, {"fingerprint": print_} if print_ else {}, others)
-    return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged)
+    return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged, tuple(_doubts(reports, pairs)))
+
+
+def _doubts(reports: list[ModuleExtract], pairs: list[Pair]) -> list[str]:
+    """What speaks against a change that training made."""
+    doubts = []
+    if reports and sorted(r.change for r in reports)[len(reports) // 2] > 1:
+        doubts.append("most weights changed by more than they were: the one seems not to be tuned from the other")
+    kinds = sorted({(p.before.dtype, p.after.dtype) for p in pairs if p.before.dtype != p.after.dtype})
+    if kinds:
+        doubts.append(f"stored as {kinds[0][0]} and as {kinds[0][1]}: what rounding did counts as change")
+    return doubts
 
 
 def _factors(
@@ -165,7 +178,12 @@ def _heads(layout: Layout, factors: dict[str, Factors]) -> dict[str, Factors]:
     heads = {}
     for user, holder in ties.items():
         module = layout.own(holder).removesuffix(".weight")
-        if user not in base.tensors and module in embeddings and user.endswith(".weight"):
+        if (
+            user not in base.tensors
+            and layout.own(user).removesuffix(".weight") not in factors
+            and module in embeddings
+            and user.endswith(".weight")
+        ):
             f = factors[module]
             heads[layout.own(user).removesuffix(".weight")] = Factors(f.B.T.contiguous(), f.A.T.contiguous(), f.alpha)
     return heads

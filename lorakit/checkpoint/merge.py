@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..errors import AdapterError, LorakitError
+from ..errors import AdapterError, ConfigError, LorakitError
 from ..formats import find
 from ..formats.files import write_text
 from ..formats.stream import MERGEABLE, NAMES
 from ..version import VERSION
 from .base import CONFIG, Base
+from .changes import check_something
 from .names import Renaming
 from .out import NOTE, check_out, check_space, copy, other_files, put_in_place
 from .parts import Part, open_parts
@@ -71,8 +72,11 @@ def merge_checkpoint(
     read = [find(s) for s in sources if not isinstance(s, Adapter)]
     named = [Path(s).expanduser() for s in sources if not isinstance(s, Adapter)]
     check_out(path.resolve(), [p.resolve() for p in (*named, *read) if p.exists()], target, force)
-    values = [(s if isinstance(s, Adapter) else load_on(s, path, alpha)).check() for s in sources]
-    warnings = _learned_tokens(values) + [
+    values = [(s if isinstance(s, Adapter) else load_on(s, path, alpha, force_base)).check() for s in sources]
+    called = [
+        f"adapter {i}{'' if isinstance(s, Adapter) else f' ({s})'}" if len(sources) > 1 else "the adapter" for i, s in enumerate(sources, 1)
+    ]
+    warnings = [line for w, a, c in zip(factors, values, called, strict=True) for line in check_something(w, a, c)] + [
         f"{p} was started as {start}: made a plain LoRA of the base, of twice the rank" for p in read if (start := started_as(p))
     ]
     plans: list[tuple[Part, Plan]] = []
@@ -86,8 +90,12 @@ def merge_checkpoint(
     size = sum(e.nbytes for _, plan in plans for e in plan.entries)
     check_space(target, size + sum(p.stat().st_size for p in copies.values()))
 
-    told = ", ".join(f"{'' if w == 1 else f'{w:g} x '}{s!s}" for s, w in zip(sources, factors, strict=True))
-    note = {"lorakit": VERSION, "base": str(base), "adapter": told}
+    # What travels with the weights names nobody's folders.
+    note = {
+        "lorakit": VERSION,
+        "base": path.name,
+        "adapter": _told([s if isinstance(s, Adapter) else Path(s).name for s in sources], factors),
+    }
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -95,13 +103,13 @@ def merge_checkpoint(
         for name, file in copies.items():
             copy(file, temporary / name)
         with _one_thread():
-            reports = _write_tensors(plans, temporary, note if path.is_file() else {}, on_tensor)
+            reports = _write_tensors(plans, temporary, dtype is not None, note if path.is_file() else {}, on_tensor)
         warnings += _lost(reports, plans)
         for part, plan in plans:
             _write_config(part, plan, temporary / part.name, dtype)
         first = next((part.base for part, plan in plans if any(e.updates for e in plan.entries)), plans[0][0].base)
         report = MergeReport(
-            base=str(base), adapter=told, out=str(out),
+            base=str(base), adapter=_told(sources, factors), out=str(out),
             dtype=str(dtype or first.dtype).removeprefix("torch."), converted=dtype is not None and dtype != first.dtype,
             targets=tuple(reports), replaced=_all(plans, "replaced"), added=_all(plans, "added"), untied=_all(plans, "untied"),
             untouched=sum(e.copied and e.name in p.base.tensors for _, p in plans for e in p.entries),
@@ -122,26 +130,16 @@ def merge_checkpoint(
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     found = [1.0] * count if weights is None else [float(w) for w in weights]
     if not count:
-        raise LorakitError("there is no adapter to merge")
+        raise ConfigError("there is no adapter to merge")
     if len(found) != count:
-        raise LorakitError(f"{len(found)} weights for {count} adapters; expected one each")
+        raise ConfigError(f"{len(found)} weights for {count} adapters; expected one each")
     if not all(math.isfinite(w) for w in found):
-        raise LorakitError(f"the weights are {found}; expected finite numbers")
+        raise ConfigError(f"the weights are {found}; expected finite numbers")
     return found
 
 
-def _learned_tokens(adapters: Sequence[Adapter]) -> list[str]:
-    """A warning for learned tokens, which are no change of a weight. AdapterError where an adapter has nothing else."""
-    warnings = []
-    for adapter in adapters:
-        tokens = ", ".join(list(adapter.embeddings)[:3])
-        if adapter.embeddings and not adapter.updates and not adapter.saved:
-            raise AdapterError(
-                f"the adapter holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to merge"
-            )
-        if adapter.embeddings:
-            warnings.append(f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program beside it")
-    return warnings
+def _told(sources: Sequence[Source], weights: Sequence[float]) -> str:
+    return ", ".join(f"{'' if w == 1 else f'{w:g} x '}{s!s}" for s, w in zip(sources, weights, strict=True))
 
 
 def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
@@ -161,7 +159,7 @@ def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
 
 
 def _write_tensors(
-    plans: Sequence[tuple[Part, Plan]], folder: Path, note: Mapping[str, str], on_tensor: Progress | None
+    plans: Sequence[tuple[Part, Plan]], folder: Path, converted: bool, note: Mapping[str, str], on_tensor: Progress | None
 ) -> list[TargetReport]:
     """Write every file and read it back. `note`: for the files' headers, where there is no folder to hold it."""
     total, count = 2 * sum(len(plan.entries) for _, plan in plans), 0
@@ -180,9 +178,9 @@ def _write_tensors(
         for file, entries in ordered.items():
             header = {key: value for key, value in part.base.shards[file].items() if "hash" not in key}  # those are of the base's numbers
             metadata = {"format": "pt", **header, **({"lorakit_merge": json.dumps(note)} if note else {})}
-            asked[file] = write_file(folder / part.name / file, entries, metadata, done)
+            asked[file] = write_file(folder / part.name / part.file(file, converted), entries, metadata, done)
         for file, entries in ordered.items():
-            reports += [r.within(part.name) for r in read_back(folder / part.name / file, entries, asked[file], done)]
+            reports += [r.within(part.name) for r in read_back(folder / part.name / part.file(file, converted), entries, asked[file], done)]
     return reports
 
 
@@ -195,7 +193,8 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
     if config != base.config:
         write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if base.index is not None:
-        write_text(folder / base.index_name, json.dumps(_index(base, plan), indent=2) + "\n")
+        index = _index(base, plan, {e.file: part.file(e.file, dtype is not None) for e in plan.entries})
+        write_text(folder / part.file(base.index_name, dtype is not None), json.dumps(index, indent=2) + "\n")
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -218,14 +217,14 @@ def _one_thread():
         torch.set_num_threads(before)
 
 
-def _index(base: Base, plan: Plan) -> dict[str, Any]:
+def _index(base: Base, plan: Plan, files: Mapping[str, str]) -> dict[str, Any]:
     assert base.index is not None
     metadata = dict(base.index.get("metadata") or {})
     metadata["total_size"] = sum(e.nbytes for e in plan.entries)
     if "total_parameters" in metadata:
         extra = [e for e in plan.entries if e.name not in base.tensors]
         metadata["total_parameters"] += sum(torch.Size(e.shape).numel() for e in extra)
-    return {"metadata": metadata, "weight_map": {e.name: e.file for e in sorted(plan.entries, key=lambda e: e.name)}}
+    return {"metadata": metadata, "weight_map": {e.name: files[e.file] for e in sorted(plan.entries, key=lambda e: e.name)}}
 
 
 def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:
@@ -235,7 +234,9 @@ def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:
 def _lost(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -> list[str]:
     """Warnings for updates below the precision. LorakitError if that is all of them: OUT would be the base."""
     lost = [r for r in reports if r.lost]
-    if lost and len(lost) == sum(r.asked > 0 for r in reports) and not any(p.replaced or p.added for _, p in plans):
+    if not any(r.changed for r in reports) and not any(p.replaced or p.added for _, p in plans):
+        if not lost:
+            raise LorakitError("no weight changed: with these weights the adapters cancel each other\n  there is nothing to merge")
         raise LorakitError(
             f"no weight changed: the largest |ΔW|, {max(r.asked for r in lost):.3g}, is below the precision of the base's weights\n"
             "  write more digits: dtype=torch.float32 (--dtype fp32); or keep the adapter unmerged"

@@ -79,7 +79,7 @@ def _missing(wanted: Collection[str], tensors: Collection[str], where: object) -
     near = f"\n  the nearest tensors are {', '.join(alike)}" if alike else f"\n  its tensors are {listing(tensors, 5)}"
     return TargetError(
         f"{len(lost)} of the adapter's {len(wanted)} weights are not in {where}: {listing([_module(n) for n in lost], 3)}{near}\n"
-        "  is it an adapter for another model? nothing was written"
+        "  is it an adapter for another model?"
     )
 
 

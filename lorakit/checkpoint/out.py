@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import LorakitError, listing
@@ -57,9 +57,9 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
     pipeline = (folder / PIPELINE).is_file()
     copies: dict[str, Path] = {}
     left_out = []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_files_in(folder)):
         name = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in name.parts) or name in written or name == Path(NOTE):
+        if any(part.startswith(".") for part in name.parts) or name in written or name == Path(NOTE):
             continue
         component = name.parts[0] if len(name.parts) > 1 else ""
         if pipeline and component and component not in touched and (folder / component / CONFIG).is_file():
@@ -74,12 +74,21 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
     return copies, left_out
 
 
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files, also in folders that are links (a cache's); LorakitError for a link that leads back to where it is."""
+    for where, folders, files in os.walk(folder, followlinks=True):
+        for name in folders:
+            if Path(where).resolve().is_relative_to((Path(where) / name).resolve()):
+                raise LorakitError(f"{Path(where) / name} is a link to a folder that it is in\n  take it out of the base's folder")
+        yield from (Path(where) / name for name in files if (Path(where) / name).is_file())
+
+
 def check_space(out: Path, need: int) -> None:
     """LorakitError if the disk has not that many bytes left."""
     there = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
-        stale = sorted(p.name for p in there.glob(f".{out.name}.tmp-*"))
+        stale = sorted(p.name for pattern in (f".{out.name}.tmp-*", f".{out.name}.*.tmp") for p in there.glob(pattern))
         hint = f"\n  left over from runs that were killed, and yours to delete: {listing(stale)}" if stale else ""
         raise LorakitError(f"{there} has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB{hint}")
 

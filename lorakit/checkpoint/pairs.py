@@ -74,21 +74,19 @@ def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
 def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
     """Of two checkpoint folders of a language model."""
     layout = layout_of(before)
+    slots = {name: (before.tensors[name], after.tensors[name]) for name in common(before, after)} | _once_tied(before, after)
     pairs = []
-    for name in common(before, after):
+    for name, (old, new) in slots.items():
         own = layout.own(name)
-        form = layout.form(own, before.tensors[name].shape) if own.endswith(".weight") else None
-        pairs.append(Pair(own, before.tensors[name], after.tensors[name], form))
+        form = layout.form(own, old.shape) if own.endswith(".weight") else None
+        pairs.append(Pair(own, old, new, form))
     return pairs, layout
 
 
 def common(before: Base, after: Base) -> list[str]:
-    """The tensors of both. LorakitError if one has what the other lacks, tied weights stored once and twice apart."""
-    lone = {n: b for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors}
-    if lone:
-        pairs = declared(before)
-        twins = {a: b for user, holder in pairs.items() for a, b in ((user, holder), (holder, user))}
-        lone = {n: b for n, b in lone.items() if twins.get(n) not in before.tensors}
+    """The tensors of both. LorakitError if one has what the other lacks, beside tied weights (`_once_tied`)."""
+    known = _once_tied(before, after)
+    lone = {n: b for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors and n not in known}
     if lone:
         told = [f"'{n}' is only in {b.folder}" for n, b in lone.items()]
         raise LorakitError(
@@ -98,6 +96,21 @@ def common(before: Base, after: Base) -> list[str]:
     for n in names:
         _check_alike(n, before.tensors[n], after.tensors[n])
     return names
+
+
+def _once_tied(before: Base, after: Base) -> dict[str, tuple[Slot, Slot]]:
+    """Weights that one of the two stores as its own and the other as one with another weight: before and after."""
+    lone = [n for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors]
+    if not lone:
+        return {}
+    twins = {a: b for user, holder in declared(before).items() for a, b in ((user, holder), (holder, user))}
+    found = {}
+    for name in lone:
+        slots = [b.tensors.get(name) or b.tensors.get(twins.get(name, "")) for b in (before, after)]
+        if slots[0] is not None and slots[1] is not None:
+            _check_alike(name, slots[0], slots[1])
+            found[name] = (slots[0], slots[1])
+    return found
 
 
 def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:

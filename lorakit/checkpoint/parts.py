@@ -15,7 +15,7 @@ from typing import Any
 from ..adapter.adapter import Adapter
 from ..errors import TargetError, listing
 from ..formats.files import read_json
-from .base import Base, open_base, open_single_file
+from .base import Base, open_base, open_single_file, without_variant
 
 PIPELINE = "model_index.json"
 
@@ -40,6 +40,10 @@ class Part:
             metadata=_fingerprint_within(self.name, adapter.metadata),
         )  # fmt: skip
 
+    def file(self, name: str, converted: bool) -> str:
+        """What a file of weights is called in OUT. A variant (fp16) is one of a pipeline, and of its own precision."""
+        return name if self.name and not converted else without_variant(name) if not self.base.single_file else name
+
     def called(self, name: str) -> str:
         """A module's or a tensor's name, with the component in front; of no name, what all of them begin with."""
         return f"{self.name}.{name}" if self.name else name
@@ -54,13 +58,13 @@ def open_parts(path: Path, names: Collection[str], everything: bool = False) -> 
     components = [
         name
         for name, value in read_json(path / PIPELINE).items()
-        if isinstance(value, list) and Path(name).name == name and (path / name / "config.json").is_file()
+        if isinstance(value, list) and name not in ("", ".", "..") and Path(name).name == name and (path / name / "config.json").is_file()
     ]
     strange = [n for n in names if n.partition(".")[0] not in components]
     if strange:
         raise TargetError(
             f"the adapter changes '{strange[0]}', which is in no component of {path} (it has {listing(components)})\n"
-            "  is it an adapter for another model? nothing was written"
+            "  is it an adapter for another model?"
         )
     touched = {n.partition(".")[0] for n in names}
     wanted = [c for c in components if c in touched or (everything and any((path / c).glob("*.safetensors")))]

@@ -3,14 +3,13 @@
     PiSSA (Meng et al. 2024)          s · B₀ A₀ = the r largest singular values of W
     OLoRA (Büyükakyüz 2024)           B₀ A₀ = the first r columns of Q and rows of R, W = Q R
 
-Training went on from W - s · B₀ A₀, so what the adapter adds to W is s · B A - s · B₀ A₀: rank 2r, exact. B₀ A₀ are made again from W, which
-must be the very base. Starts that took data, random projections or rounded weights (CorDA, LoRA-GA, `pissa_niter_*`, LoftQ)
-cannot be made again.
+Training went on from W - s · B₀ A₀, so what the adapter adds to W is s · B A - s · B₀ A₀, of rank 2r. B₀ A₀ are made again from W, which
+must be the very base; of PiSSA as well as an SVD in float32 tells the r-th singular vector from the next. Starts that took data,
+random projections or rounded weights (CorDA, LoRA-GA, `pissa_niter_*`, LoftQ) cannot be made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.concatenate import exact_sum
 from ..adapter.factors import Factors
 from ..adapter.reform import with_updates
+from ..adapter.spectrum import norm
 from ..errors import AdapterError
 from ..formats import find, format_of, load, peft
 from .weights import open_weights
@@ -27,13 +27,13 @@ from .weights import open_weights
 EXACT = ("pissa", "olora")
 
 
-def load_on(source: str | Path, base: Path | None, alpha: float | None = None) -> Adapter:
+def load_on(source: str | Path, base: Path | None, alpha: float | None = None, force_base: bool = False) -> Adapter:
     """Read an adapter that may need its base: a GGUF of a Llama, or one that was started from the base's weights.
 
     alpha: for formats that do not hold it; others pass over it, so that adapters of several formats may be named together.
     """
     if base is not None and started_as(source):
-        return plain(find(source), base)
+        return plain(find(source), base, force_base)
     return load(source, alpha=alpha if format_of(source) in ("loralib", "mlx") else None, base=base)
 
 
@@ -43,8 +43,12 @@ def started_as(source: str | Path) -> str | None:
     return peft.start_of(path) if format_of(path) == "peft" else None
 
 
-def plain(path: Path, base: Path, on_module: Callable[[str, int, int], None] | None = None) -> Adapter:
-    """PEFT's folder of a PiSSA or an OLoRA as a plain LoRA of `base`. AdapterError for another start."""
+def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
+    """PEFT's folder of a PiSSA or an OLoRA as a plain LoRA of `base`. AdapterError for another start, and for what looks like another base.
+
+    Nothing in the folder tells its base for sure. What training started from is still most of what it ended with: where taking the
+    start of `base` away makes most modules larger, it was another start (`force_base`: take it all the same).
+    """
     start = str(peft.start_of(path))
     if start not in EXACT:
         raise AdapterError(
@@ -52,17 +56,26 @@ def plain(path: Path, base: Path, on_module: Callable[[str, int, int], None] | N
             "  save it again with PEFT as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     adapter = peft.read(path, started=True)
-    strange = [m for m, f in adapter.factors.items() if f.kind != "linear" or f.parts or f.magnitude is not None]
+    # On Conv1D PEFT's OLoRA decomposes the matrix the wrong way round, where that is possible at all.
+    strange = [
+        m
+        for m, f in adapter.factors.items()
+        if f.kind != "linear" or f.parts or f.magnitude is not None or (f.transposed and start == "olora")
+    ]
     if strange:
         raise AdapterError(f"{path}: '{strange[0]}' is no plain linear, as a start of {start!r} has it")
     weights = open_weights(base, adapter.factors)
-    made = {}
-    for done, (module, f) in enumerate(adapter.factors.items(), start=1):
+    made, strangers = {}, 0
+    for module, f in adapter.factors.items():
         W = weights.read(module, f)
         first = _start(start, W, f)
         made[module] = exact_sum(module, [(1.0, f), (-1.0, first)])
-        if on_module is not None:
-            on_module(module, done, len(adapter.factors))
+        strangers += norm(made[module]) > norm(f)
+    if strangers > len(made) / 2 and not force_base:
+        raise AdapterError(
+            f"{path}: it was started as {start!r}, but from other weights than {base} has: of {strangers} of {len(made)} modules it is nothing like\n"
+            "  give the base that it was trained on; force_base=True (merge --force-base) if you know better"
+        )
     return with_updates(adapter, made).check()
 
 

@@ -47,10 +47,6 @@ class LowRank:
     def on(self, slot: Slot) -> Rows:
         return lambda rows, _: delta_rows(self.A, self.B, self.scale, rows, self.transposed)
 
-    @property
-    def zero(self) -> bool:
-        return self.scale == 0 or not (self.A.any() and self.B.any())
-
 
 @dataclass(frozen=True)
 class Whole:
@@ -79,10 +75,6 @@ class Whole:
         full = full.reshape(slot.shape[0], -1)
         return lambda rows, _: full[rows]
 
-    @property
-    def zero(self) -> bool:
-        return self.scale == 0 or not any(t.any() for t in self.update.tensors().values())
-
 
 @dataclass(frozen=True)
 class Dora:
@@ -102,10 +94,6 @@ class Dora:
     @property
     def transposed(self) -> bool:
         return self.low.transposed
-
-    @property
-    def zero(self) -> bool:
-        return False  # a magnitude may change all with factors of zero
 
     def on(self, slot: Slot) -> Rows:
         low = self.low.on(slot)
@@ -138,7 +126,9 @@ def update_for(
     _check_stored(module, slot)
     swapped, across_here = (place.swapped, place.transposed) if place is not None else (False, False)
     if not isinstance(update, Factors):
-        return _whole(module, update, slot, across_here or _is_conv1d(module, model_type), weight, swapped)
+        # A whole ΔW is laid out as the module's weight is, and so differs from the stored one only where the file turns it.
+        turned = across_here or (not isinstance(update, Dense) and _is_conv1d(module, model_type))
+        return _whole(module, update, slot, turned, weight, swapped)
     f = _swapped(update) if swapped else update
     f = replace(f, transposed=True) if across_here else f
     if f.A.shape[0] != f.B.shape[1]:
@@ -169,6 +159,13 @@ def update_for(
     return Dora(low, f.magnitude)
 
 
+def is_zero(update: Factors | Other) -> bool:
+    """Whether it changes nothing, whatever the weight. A DoRA's magnitude may, with factors of zero."""
+    if isinstance(update, Factors):
+        return update.magnitude is None and not (update.A.any() and update.B.any())
+    return not any(t.any() for t in update.tensors().values())
+
+
 def bias_for(module: str, update: Dense, slot: Slot, weight: float = 1.0, swapped: bool = False) -> Whole:
     """What a whole update adds to the bias. AdapterError where their shapes do not meet."""
     _check_stored(f"{module}.bias", slot)
@@ -186,12 +183,12 @@ def halves_swapped(rows: Tensor) -> Tensor:
 def _whole(module: str, update: Other, slot: Slot, across: bool, weight: float, swapped: bool) -> Whole:
     if isinstance(update, Dense):  # laid out as its weight is, in one dimension for a norm
         assert update.weight is not None
-        shape, transposed = tuple(update.weight.shape), False
+        shape = tuple(update.weight.shape)
         fits = _matrix(shape) == _matrix(slot.shape)
     else:  # [out, in], or [out, in·k] where the factors do not tell a kernel
         shape = shape_of(update)
-        transposed = across and slot.shape == shape[::-1]
         fits = (shape[0], math.prod(shape[1:])) == (slot.shape[0], math.prod(slot.shape[1:]))
+    transposed = across and slot.shape == shape[::-1]
     if not transposed and not fits:
         raise AdapterError(
             f"'{module}' has a weight of {list(slot.shape)} in the base; the adapter's {type(update).__name__} update is for {list(shape)}\n"

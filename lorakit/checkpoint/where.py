@@ -90,6 +90,6 @@ def _in_single_file(base: Base, modules: Collection[str]) -> Places:
         )
         raise TargetError(
             f"{len(lost)} of the adapter's {len(modules)} weights are not in {base.folder}: {listing(lost, 3)}\n  {why}\n"
-            "  is it an adapter for another model? nothing was written"
+            "  is it an adapter for another model?"
         )
     return Places({m: known[m] for m in modules})

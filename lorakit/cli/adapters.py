@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .files import base_folder, dtype_of, numbers
+from .files import base_folder, dtype_of, numbers, read
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -69,11 +69,10 @@ def inspect(
 def load_adapter(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
     """An adapter; where it holds NaN or infinity, the error says in which keys, all of them."""
     from ..errors import AdapterError
-    from ..formats import load
     from ..inspect import not_finite
 
     try:
-        return load(source, alpha=alpha, base=base)
+        return read(source, alpha, base)
     except AdapterError as error:
         bad = not_finite(source) if "not finite" in str(error) else {}
         if not bad:

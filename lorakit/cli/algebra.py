@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .files import base_folder, dtype_of, free, numbers, read
+from .files import base_folder, dtype_of, free, inspect_call, numbers, read
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -105,7 +105,10 @@ def extract(
     rank: Rank = None,
     keep: Annotated[float | None, typer.Option(min=0, max=1, help="hold this share of each weight's change, e.g. 0.95")] = None,
     target: Annotated[list[str] | None, typer.Option(help="only modules whose name ends so; may be repeated")] = None,
-    save_rest: Annotated[bool, typer.Option("--save-rest", help="keep biases, norms and all else that changed whole")] = False,
+    save_rest: Annotated[
+        bool,
+        typer.Option("--save-rest", help="keep biases, norms and all else that changed whole (kohya: but biases of modules with factors)"),
+    ] = False,
     seed: Annotated[int, typer.Option(help="of the random projections")] = 0,
     to: Annotated[str | None, typer.Option(help="format to write; default: peft, of a diffusion model kohya")] = None,
     dtype: Dtype = None,
@@ -129,7 +132,7 @@ def extract(
             before, after, rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
             on_tensor=tell,
         )  # fmt: skip
-    path = _write(done.adapter, out, to, dtype, base)
+    path, look = _write(done.adapter, out, to, dtype, base)
     if json_output:
         print(json.dumps({"out": str(path), "parameters": done.adapter.parameters, **done.to_dict()}))
         return
@@ -142,11 +145,10 @@ def extract(
         told = f", {len(left)} left out ({listing(left, 3)})" if left else ""
         print(f"{len(done.rest)} other tensors changed: {len(done.kept)} kept whole{told}")
     print(f"captured: {done.captured:.2%} of the change (squared norm); {done.adapter.parameters:,} parameters, {_seconds(began)}")
-    print(
-        f"next: lorakit inspect {quote(str(path))}"
-        if image
-        else f"next: lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
-    )
+    for doubt in done.warnings:
+        print(f"note: {doubt}")
+    again = look if image or to != "peft" else f"lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
+    print(f"next: {again}")
 
 
 @contextmanager
@@ -158,7 +160,10 @@ def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda name, done, total: status.update(f"{what} {done}/{total} {name}")
 
 
-def _report(what: str, before: list[Adapter], done: Resized, path: Path, began: float, modules: bool, json_output: bool) -> None:
+def _report(
+    what: str, before: list[Adapter], done: Resized, written: tuple[Path, str], began: float, modules: bool, json_output: bool
+) -> None:
+    path, look = written
     count = [sum(a.parameters for a in before), done.adapter.parameters]
     if json_output:
         told: dict[str, Any] = {"out": str(path), "rank": done.adapter.rank, "parameters": {"before": count[0], "after": count[1]}}
@@ -175,13 +180,15 @@ def _report(what: str, before: list[Adapter], done: Resized, path: Path, began: 
         print(f"relative error {done.error:.3g} ({done.energy:.2%} of the energy kept); largest: {worst.module}, {worst.error:.3g}")
     else:
         print("exact")
-    print(f"next: lorakit inspect {quote(str(path))}")
+    print(f"next: {look}")
 
 
-def _write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None) -> Path:
+def _write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None) -> tuple[Path, str]:
+    """What was written, and the call that looks at it."""
     from ..formats import save
 
-    return save(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
+    path = save(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
+    return path, inspect_call(path, adapter, to, base)
 
 
 def _seconds(began: float) -> str:

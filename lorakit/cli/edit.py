@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
 from ..errors import ConfigError
-from .files import base_folder, dtype_of, free, read
+from .files import base_folder, dtype_of, free, inspect_call, read
 
 
 def edit(
@@ -36,6 +35,8 @@ def edit(
         raise ConfigError(
             "edit changes nothing so\n  give --scale, --only, --drop, --rename or --dtype (lorakit convert changes the format alone)"
         )
+    if scale == 0:
+        raise ConfigError("--scale 0 would leave nothing of the adapter\n  give another number")
     began = time.monotonic()
     format, folder = to or format_of(source), base_folder(base)
     out = free(out, format, force)
@@ -56,7 +57,7 @@ def edit(
         f"{len(before.updates)} modules -> {len(adapter.updates)}, {before.parameters:,} parameters -> {adapter.parameters:,}, "
         f"{time.monotonic() - began:.1f} s"
     )
-    print(f"next: lorakit inspect {quote(str(path))}")
+    print(f"next: {inspect_call(path, adapter, format, base)}")
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

@@ -93,8 +93,8 @@ def export(
     if merged:
         if model is not None:
             raise ConfigError("--model is what an adapter's Modelfile starts FROM; with --merged it starts from the model that is written")
-        options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base}
-        _merged(read(source, alpha, folder), folder, out, receiver, force, json_output, **options)
+        options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
+        _merged(read(source, alpha, folder), folder, out, receiver, json_output, **options)
         return
     if dtype is not None:
         raise ConfigError(
@@ -113,18 +113,19 @@ def export(
     for what, value in (done.differences or {}).items():
         print(f"read again: the largest difference of {what} is {value:.2g} of the largest")
     if done.logits is not None:
-        print(f"logits through {base}: {done.logits}")
+        through = base if done.base is None else f"{done.base} with {out}, against {base} with the adapter"
+        print(f"logits through {through}: {done.logits}")
     if done.no_logits is not None:
         print(f"logits not compared: {done.no_logits}")
     print(f"next: {_next(receiver, done.files[0], str(done.base) if done.base else base)}")
 
 
-def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, force: bool, json_output: bool, **options: Any) -> None:
+def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, json_output: bool, **options: Any) -> None:
     from rich.console import Console
 
     from ..export.merged import export_merged, place_of
 
-    out = free(place_of(out, receiver), "gguf", force)
+    out = free(place_of(out, receiver), "gguf", options["force"])
     with Console(stderr=True).status("merging") as status:
         options["on_tensor"] = lambda name, number, total: status.update(f"{number}/{total} {name}")
         done = export_merged(adapter, base, out, receiver, **options)

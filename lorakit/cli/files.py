@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, ConfigError, did_you_mean
@@ -23,10 +24,21 @@ def read(source: str, alpha: float | None = None, base: Path | None = None) -> A
     """An adapter; see `load_on`."""
     from ..checkpoint.residual import load_on, started_as
 
+    adapter = load_on(source, base, alpha)
     start = started_as(source) if base is not None else None
     if start:
         print(f"{source} was started as {start}: made a plain LoRA of {base}, of twice the rank", file=sys.stderr)
-    return load_on(source, base, alpha)
+    return adapter
+
+
+def inspect_call(path: Path, adapter: Adapter, format: str, base: str | None) -> str:
+    """How to look at what was written, with the options that reading it takes."""
+    more = f" --base {quote(base)}" if base and format == "gguf" else ""
+    if format == "loralib":
+        from ..formats.loralib import alpha_of
+
+        more = f" --alpha {alpha_of(adapter):g}"
+    return f"lorakit inspect {quote(str(path))}{more}"
 
 
 def base_folder(name: str | None) -> Path | None:

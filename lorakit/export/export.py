@@ -1,29 +1,20 @@
-"""`export`: check, mend, write, and read again.
-
-With `verify` the file is first written into a temporary folder beside OUT, read again there, and put in its place only if it is what it
-should be: one that is not leaves OUT as it was.
-"""
+"""`export`: check, mend, write, and read again (`tried`)."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..errors import AdapterError, ConfigError, LorakitError, did_you_mean
-from ..formats import peft, save
-from ..formats.files import sync_folder, write_text
-from . import verify as again
-from .into_base import divide, merged_into
-from .logits import TOLERANCE as LOGITS_TOLERANCE
-from .logits import Logits, compare, why_not
+from ..errors import AdapterError, ConfigError, did_you_mean
+from ..formats import save
+from ..formats.files import write_text
+from .into_base import split
+from .logits import Logits
+from .modelfile import check_place, modelfile
 from .rules import RECEIVERS, Finding, findings
-
-_FAULT = "OUT is as it was; report this: it is a fault of lorakit's"
-_OF_IMAGE_MODELS = ("kohya", "diffusers")
+from .tried import ReadAgain, tried
 
 
 @dataclass(frozen=True)
@@ -71,102 +62,56 @@ def export(
     """Write `adapter` as `receiver` reads it (see `RECEIVERS`).
 
     fix: mend what can be mended without changing the effect; with the base's folder as `base`, what the receiver does not take at all is
-    merged into a copy of it, OUT-base (`force` replaces one that is there). verify: read the result again, independently, and compare all that it does
-    to a base; through `base`, if that is a language model's folder with its weights, the logits too. base: the base's folder or config,
-    which llama.cpp's names and row orders need. model: what Ollama's Modelfile says FROM.
+    merged into a copy of it, OUT-base. verify: read the result again, independently, and compare all that it does to a base; through
+    `base`, if that is a language model's folder with its weights, the logits too: of `base` + `adapter` against OUT-base + OUT, where there
+    is that copy. base: the base's folder or config, which llama.cpp's names and row orders need. model: what Ollama's Modelfile says FROM.
+    force: replace an OUT-base, and a Modelfile beside OUT, that are there.
     Raises AdapterError with all that the receiver does not take, each with its way out, or with what is wrong in the written file;
     OUT is then as it was.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}")
-    target, path, mended = RECEIVERS[receiver], Path(out).expanduser(), []
-    ready, part, copy = adapter.check(), None, path.with_name(f"{path.name}-base")
-    names = {n for f in findings(ready, receiver) if f.mend is None for n in f.into_base}
+    target, path, adapter = RECEIVERS[receiver], Path(out).expanduser(), adapter.check()
+    names = {n for f in findings(adapter, receiver) if f.mend is None for n in f.into_base}
+    parts = None
     if fix and names and target.format != "gguf" and isinstance(base, str | Path):
-        part, adapter = divide(ready, names)
-        ready = adapter
-    found = findings(ready, receiver)
-    for _ in found:  # mending one may mend, or show, another
-        finding = next((f for f in findings(ready, receiver) if f.mend is not None), None)
-        if not fix or finding is None or finding.mend is None:
-            break
-        ready = finding.mend(ready)
-        mended.append(f"{finding.what}: {finding.way_out}")
+        parts = split(adapter, names, Path(base).expanduser(), path, force)
+        adapter = parts.rest
+    ready, mended = _mended(adapter, receiver) if fix else (adapter, [])
     left = findings(ready, receiver)
     if left:
         raise AdapterError(_refusal(receiver, left))
-    if part is not None:
-        ready = adapter = merged_into(Path(base).expanduser(), part, adapter, copy, force)
-        base = copy
-        mended.insert(0, f"{len(part.updates) + len(part.saved)} modules and weights that {receiver} does not take: merged into {copy}")
+    if parts is not None:
+        count = len(parts.part.updates) + len(parts.part.saved)
+        mended.insert(0, f"{count} modules and weights that {receiver} does not take: merged into {parts.copy}")
+    beside = None
     if receiver == "ollama":
         if model is None:
             raise ConfigError("Ollama's Modelfile starts FROM a model: say which (--model llama3.2, or a GGUF file)")
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
-    differences, logits, no_logits = None, None, None
-    if verify:
-        written, differences, logits, no_logits = _save_verified(adapter, ready, path, target.format, base)
+        beside = check_place(path, modelfile(path, model), force)
+    if verify or parts is not None:
+        written, read = tried(adapter, ready, path, target.format, base, verify, parts)
     else:
-        written = save(ready, path, target.format, base=base)
+        written, read = save(ready, path, target.format, base=base), ReadAgain()
     files = [written]
-    if receiver == "ollama":
-        modelfile = written.parent / "Modelfile"
-        write_text(modelfile, f"FROM {model}\nADAPTER ./{written.name}\n")
-        files.append(modelfile)
-    return Exported(receiver, target.format, files, mended, differences, logits, no_logits, copy if part is not None else None)
+    if beside is not None:
+        write_text(beside, modelfile(path, model))
+        files.append(beside)
+    copy = parts.copy if parts is not None else None
+    return Exported(receiver, target.format, files, mended, read.differences, read.logits, read.no_logits, copy)
 
 
-def _save_verified(
-    adapter: Adapter, ready: Adapter, path: Path, format: str, base: Any
-) -> tuple[Path, dict[str, float], Logits | None, str | None]:
-    """Write `ready`, and compare what is written with `adapter`."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
-    with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.name}.") as folder:
-        trial = Path(folder) / path.name
-        try:
-            written = save(ready, trial, format, base=base)
-            result = _verified(adapter, written, format, base)
-        except LorakitError as error:  # the reader knows OUT, and not where it was tried
-            raise type(error)(str(error).replace(str(trial), str(path))) from error
-        return _put_in_place(written, path.parent / written.relative_to(folder)), *result
-
-
-def _verified(adapter: Adapter, written: Path, format: str, base: Any) -> tuple[dict[str, float], Logits | None, str | None]:
-    found, wanted = again.contents(written, format, adapter, base)
-    differences = again.differences(found, wanted, written)
-    far = {what: value for what, value in differences.items() if not value <= again.TOLERANCE}
-    if far:
-        lines = [f"{what} by {value:.2g} of the largest" for what, value in far.items()]
-        raise AdapterError(f"{written}, read again, differs from the adapter: {', '.join(lines)}\n  {_FAULT}")
-    no_logits = "image models' outputs are not compared through a base" if format in _OF_IMAGE_MODELS else why_not(adapter, base)
-    if no_logits is not None:
-        return differences, None, no_logits
-    logits = compare(adapter, found, wanted, Path(base).expanduser())
-    if isinstance(logits, str):
-        return differences, None, logits
-    if not logits.relative <= LOGITS_TOLERANCE:
-        raise AdapterError(
-            f"{written}, read again, gives other logits through {base}: {logits.difference:.2g} apart, {logits.relative:.2g} of the largest\n"
-            f"  {_FAULT}"
-        )
-    return differences, logits, None
-
-
-def _put_in_place(written: Path, to: Path) -> Path:
-    """What was tried, under its own name: a file, or a folder's files one by one (what else is in OUT stays)."""
-    if written.is_file() and to.is_dir():
-        raise AdapterError(f"{to} is a folder, and a file is to be written there")
-    if written.is_dir() and to.is_file():
-        raise AdapterError(f"{to} is a file, and a folder is to be written there")
-    files = {p: to / p.name for p in sorted(written.iterdir())} if written.is_dir() else {written: to}
-    parent = to if written.is_dir() else to.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    for file, final in files.items():
-        os.replace(file, final)
-    if any(final.name == peft.WEIGHTS for final in files.values()):
-        (to / peft.PICKLE).unlink(missing_ok=True)  # else a reader that prefers it would get the old weights
-    sync_folder(parent)
-    return to
+def _mended(adapter: Adapter, receiver: str) -> tuple[Adapter, list[str]]:
+    """(the adapter after all that can be mended, what that was)."""
+    mended = []
+    for _ in RECEIVERS[receiver].rules:  # mending one may mend, or show, another; none comes twice
+        finding = next((f for f in findings(adapter, receiver) if f.mend is not None), None)
+        if finding is None or finding.mend is None:
+            break
+        adapter = finding.mend(adapter)
+        mended.append(f"{finding.what}: {finding.way_out}")
+    return adapter, mended
 
 
 def _refusal(receiver: str, left: list[Finding]) -> str:

@@ -71,18 +71,25 @@ def place(entries: Iterable[Entry], config: Any, kind: str) -> list[Placed]:
     number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     known = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     made: dict[str, Placed] = {}
-    strange = []
+    strange: list[Entry] = []
     for entry in entries:
         if _BUFFERS.search(entry.name):
             continue
         name = _name(known, entry.name)
         if name is None or name in made:
-            strange.append(entry.name)
+            strange.append(entry)
         else:
             made[name] = _placed(name, entry, architecture, config, kind)
-    if strange:
+    added = [entry.name for entry in strange if entry.source is None]
+    if added:
         raise LorakitError(
-            f"{len(strange)} of the base's tensors have no place in a GGUF of a {config.model_type}: {listing(strange, 3)}\n  is it a language model of that kind?"
+            f"the adapter saved weights whole that the base lacks, and that have no place in a GGUF of a {config.model_type}: {listing(added, 3)}\n"
+            "  a head of its own, say, which llama.cpp does not run; lorakit merge writes a transformers folder with it"
+        )
+    if strange:
+        names = listing([entry.name for entry in strange], 3)
+        raise LorakitError(
+            f"{len(strange)} of the base's tensors have no place in a GGUF of a {config.model_type}: {names}\n  is it a language model of that kind?"
         )
     _check_whole(made, architecture, config)
     return sorted(made.values(), key=lambda p: _order(p.name))

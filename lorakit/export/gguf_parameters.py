@@ -25,7 +25,11 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "mistral": {"hidden_act": ("silu", "swish")},
     "qwen2": {"hidden_act": ("silu", "swish")},
     "qwen3": {"hidden_act": ("silu", "swish"), "attention_bias": (False,)},
-    "gemma": {"hidden_activation": (None, "gelu_pytorch_tanh"), "attention_bias": (False,)},
+    # transformers 5 computes with hidden_act alone (and takes "gelu" for the other); older ones with hidden_activation, where it is there.
+    "gemma": {
+        "hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "hidden_activation": ("gelu_pytorch_tanh", "gelu_new", None),
+        "attention_bias": (False,),
+    },
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),

@@ -86,9 +86,29 @@ def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
         )
     pairs |= _added(tokenizer, warnings)
     if tokenizer.chat_template:
-        template = tokenizer.chat_template
-        pairs["tokenizer.chat_template"] = template if isinstance(template, str) else template.get("default", next(iter(template.values())))
+        template, broken = chat_template(tokenizer.chat_template)
+        if broken:
+            warnings.append(f"the base's chat template is broken ({broken}) and left out: llama.cpp takes one of its own")
+        else:
+            pairs["tokenizer.chat_template"] = template
     return Vocabulary(pairs, warnings)
+
+
+def chat_template(found: Any) -> tuple[str, str]:
+    """(the template, or of several the default one; what is wrong with it, or nothing). It is compiled, and not run."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    template = found.get("default", next(iter(found.values()), None)) if isinstance(found, dict) else found
+    if not isinstance(template, str):
+        return "", f"it is a {type(template).__name__}, and no text"
+    own = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # a tag of transformers'
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).compile(own, raw=True)
+    except (TemplateError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        return template, f"{'line ' + str(line) + ': ' if line else ''}{str(error).partition('\n')[0].rstrip('.') or type(error).__name__}"
+    return template, ""
 
 
 def pre_name(definition: dict[str, Any]) -> str:
@@ -203,6 +223,11 @@ def _tokens(definition: dict[str, Any], size: int, unknown: int | None, spm: boo
     if most >= size:
         raise LorakitError(
             f"the tokenizer has tokens up to {most}, the embedding has {size} rows\n  are tokenizer and model of one base? resize the embedding and save it first"
+        )
+    if len(by_id) < size // 10:
+        raise LorakitError(
+            f"the tokenizer has {len(by_id):,} tokens, and the embedding {size:,} rows: nearly all would be padding\n"
+            "  is it the model's own tokenizer, and whole?"
         )
     filled = [by_id.get(n, (f"[PAD{n}]", UNUSED)) for n in range(size)]
     return [text for text, _ in filled], [kind for _, kind in filled]

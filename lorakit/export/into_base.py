@@ -6,7 +6,7 @@ base + adapter = (base + part) + rest        no weight is changed by both
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapter.adapter import Adapter
@@ -14,8 +14,35 @@ from ..adapter.reform import with_updates
 from ..checkpoint import merge_checkpoint
 from ..checkpoint.base import open_base
 from ..checkpoint.modules import layout_of
+from ..checkpoint.out import check_out
 from ..checkpoint.parts import PIPELINE
 from ..errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Split:
+    """`whole` = `part` + `rest`; `copy`: where `base` + `part` is to be."""
+
+    whole: Adapter
+    part: Adapter
+    rest: Adapter
+    base: Path
+    copy: Path
+
+    def write(self, rest: Adapter, place: Path) -> Adapter:
+        """Write the copy at `place`, to be moved; gives `rest` (mended) as an adapter of the copy, of which it has the name and the fingerprint."""
+        merge_checkpoint(self.base, self.part, place)
+        known = None if self.base.is_file() or (self.base / PIPELINE).is_file() else layout_of(open_base(place)).fingerprint()
+        metadata = {key: value for key, value in rest.metadata.items() if key != "fingerprint"} | ({"fingerprint": known} if known else {})
+        return replace(rest, config=rest.config.replace(base=str(self.copy)), metadata=metadata)
+
+
+def split(adapter: Adapter, names: Collection[str], base: Path, out: Path, force: bool) -> Split:
+    """`names`: of the modules and whole weights that go into the copy, OUT-base. LorakitError if that is in the way, or nothing else is left."""
+    copy = out.with_name(f"{out.stem}-base.safetensors" if base.is_file() else f"{out.name}-base")
+    part, rest = divide(adapter, names)
+    check_out(base.resolve(), [], copy.resolve(), force)
+    return Split(adapter, part, rest, base, copy)
 
 
 def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
@@ -35,11 +62,3 @@ def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
             "nothing of this adapter would be left beside the base\n  lorakit merge BASE ADAPTER OUT makes one model of both"
         )
     return replace(part, embeddings={}), rest
-
-
-def merged_into(base: Path, part: Adapter, rest: Adapter, out: Path, force: bool) -> Adapter:
-    """Write BASE + `part` as OUT; gives `rest` as an adapter of OUT, of which it has the name and the fingerprint."""
-    merge_checkpoint(base, part, out, force=force)
-    known = None if base.is_file() or (base / PIPELINE).is_file() else layout_of(open_base(out)).fingerprint()
-    metadata = {key: value for key, value in rest.metadata.items() if key != "fingerprint"} | ({"fingerprint": known} if known else {})
-    return replace(rest, config=rest.config.replace(base=str(out)), metadata=metadata)

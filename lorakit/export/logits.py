@@ -6,6 +6,7 @@
 
 One model in float32 is in memory (4 bytes a parameter): the adapter is attached, run and detached, then the weights are changed in place,
 one at a time. No live model takes a DoRA yet: its reference is the same maths on the adapter's own factors, and the base is read twice.
+Where a part of the adapter went into a copy of the base, the reference is base + adapter, and the file's content is added to the copy.
 (The changes of biases that an effect may have are in files of image models alone.)
 """
 
@@ -21,15 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
+from ..checkpoint.base import open_base
 from ..errors import AdapterError, LorakitError
 from ..fit import check_base
+from ..formats.stream import read_header
 from ..model import attach, detach
 from ..models.base import load_config, load_model
-from .arrays import header
 from .effect import Content, Effect
 
 # Of the largest |logit|. The same weights, added in another order in float32, are 1e-6 to 1e-5 apart.
 TOLERANCE = 1e-3
+# The same where weights of a copy of the base were rounded once more, to its own type.
+ROUNDED = {torch.float16: 0.1, torch.bfloat16: 0.25}
 TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 LENGTH = 12
 
@@ -85,14 +89,19 @@ def why_not(adapter: Adapter, base: Any) -> str | None:
     return None
 
 
-def compare(adapter: Adapter, found: Content, wanted: Content, base: Path) -> Logits | str:
-    """The logits of the adapter on its base, and of what the file does to it; why not, where the base is no language model.
+def tolerance(copy: Path | None) -> float:
+    """Of the largest |logit|: through the base, or through a copy of it."""
+    return TOLERANCE if copy is None else ROUNDED.get(open_base(copy).dtype, TOLERANCE)
+
+
+def compare(adapter: Adapter, found: Content, wanted: Content, base: Path, copy: Path | None = None) -> Logits | str:
+    """The logits of the adapter on its base, and of what the file does to it, or to a copy; why not, where the base is no language model.
 
     AdapterError if the adapter is not for this base.
     """
     try:
         model = _load(base)
-        before = _logits(model)
+        before = logits_of(model)
     except LorakitError as error:
         return str(error).splitlines()[0]
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -100,20 +109,21 @@ def compare(adapter: Adapter, found: Content, wanted: Content, base: Path) -> Lo
     live = not adapter.others and not any(f.magnitude is not None for f in adapter.factors.values())
     try:
         if live:
-            reference = _logits(attach(model, adapter))
+            reference = logits_of(attach(model, adapter))
             detach(model)
         else:
             check_base(model, adapter, force=False)
             apply(model, wanted)
-            reference = _logits(model)
+            reference = logits_of(model)
+        if copy is not None or not live:
             del model  # before there is another
-            model = _load(base)
+            model = _load(base if copy is None else copy)
         apply(model, found)
     except LorakitError as error:
         raise AdapterError(
             f"{base}: logits cannot be compared through this base: {error}\n  name the adapter's own base, or none: ΔW is compared all the same"
         ) from error
-    written = _logits(model)
+    written = logits_of(model)
     apart = (written - reference).abs()
     return Logits(
         float(apart.max()) if apart.isfinite().all() else math.inf,
@@ -156,7 +166,7 @@ def _changed(name: str, module: nn.Module, weight: Tensor, effect: Effect) -> Te
         norm = V.norm(dim=0 if m.shape[0] == 1 != V.shape[0] else 1, keepdim=True)
         if m.shape != norm.shape:
             raise AdapterError(f"'{name}' has a magnitude of {list(m.shape)}, and its weight is {list(W.shape)}")
-        V = m * V / norm
+        V = V * torch.where(norm > 0, m / norm, 0)  # a row of zeros stays one, as `merge` has it
     return (V.T if turned else V).reshape(weight.shape)
 
 
@@ -179,7 +189,7 @@ def _load(base: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _logits(model: Any) -> Tensor:
+def logits_of(model: Any) -> Tensor:
     """[2, 12, vocabulary] of tokens spread over the vocabulary."""
     config = model.config.get_text_config()
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
@@ -193,7 +203,7 @@ def _bytes_in_float32(weights: list[Path]) -> int:
     total = 0
     for path in weights:
         if path.suffix == ".safetensors":
-            total += sum(4 * math.prod(slot["shape"]) for name, slot in header(path).items() if name != "__metadata__")
+            total += sum(4 * math.prod(slot.shape) for slot in read_header(path)[0].values())
         else:
             total += 2 * path.stat().st_size
     return total

@@ -17,10 +17,11 @@ import numpy as np
 
 from ..adapter.adapter import Adapter
 from ..checkpoint.base import Base, open_base
+from ..checkpoint.changes import check_something
 from ..checkpoint.merge import check_base
 from ..checkpoint.out import check_space
 from ..checkpoint.plan import make_plan
-from ..errors import AdapterError, ConfigError, did_you_mean, listing
+from ..errors import ConfigError, did_you_mean, listing
 from ..formats.files import replacing, write_text
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
@@ -29,6 +30,7 @@ from .gguf_model import Placed, place
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary
 from .merged_verify import Verified, verified
+from .modelfile import check_place, modelfile
 
 RECEIVERS = ("llama.cpp", "ollama")
 PAIRS = 1 << 24  # bytes, for the tokenizer's
@@ -62,6 +64,7 @@ def export_merged(
     dtype: str = "f16",
     verify: bool = False,
     force_base: bool = False,
+    force: bool = False,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Merged:
     """Write BASE + ADAPTER as a GGUF model OUT; for Ollama a folder with it and a Modelfile (or OUT, and the Modelfile beside it).
@@ -69,7 +72,7 @@ def export_merged(
     adapter: None gives the base alone, which a GGUF adapter goes onto. base: a transformers folder with its tokenizer. dtype: of the
     matrices, one of `KINDS`. verify: before it is put in its place, read the file again with the `gguf` package, compare each tensor
     with the merged weights, and logits where transformers loads such a file. force_base: write although the adapter was trained on
-    another base. on_tensor(name, done, total): called after each tensor.
+    another base. force: replace another Modelfile that is there. on_tensor(name, done, total): called after each tensor.
     Raises LorakitError for what does not fit, and for a file that is not what it should be; OUT is then as it was.
     """
     if base is None:
@@ -79,15 +82,14 @@ def export_merged(
     path = place_of(out, receiver)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; a GGUF model is one file")
-    if adapter is not None and adapter.embeddings:
-        raise AdapterError(
-            f"{len(adapter.embeddings)} learned tokens ({listing(adapter.embeddings, 2)}) are no part of a model's weights\n  leave them out of the adapter"
-        )
+    beside = check_place(path, modelfile(path), force) if receiver == "ollama" else None
     gguf = package()
     opened = open_base(Path(base).expanduser())
     check_supported(opened.model_type)
     plan = make_plan(opened, [] if adapter is None else [(1.0, adapter.check())], None, untie=True)
-    told = [] if adapter is None or force_base else check_base(opened, adapter, plan.renames[0])
+    told = [] if adapter is None else _left_out(adapter)
+    if adapter is not None and not force_base:
+        told += check_base(opened, adapter, plan.renames[0])
     config = load_config(str(opened.folder))
     if plan.untied:
         config.tie_word_embeddings = False
@@ -101,11 +103,21 @@ def export_merged(
         if verify:
             checked = verified(temporary, placed, extra, adapter, opened.folder, config, dtype)
     files = [path]
-    if receiver == "ollama":
-        files.append(path.parent / "Modelfile")
-        write_text(files[-1], f"FROM ./{path.name}\n")
+    if beside is not None:
+        files.append(beside)
+        write_text(beside, modelfile(path))
     other = [p.name for p in placed if len(p.shape) == 2 and p.kind not in (dtype, F32)]
     return Merged(receiver, dtype, files, len(placed) + len(extra), path.stat().st_size, other, told + warnings, checked)
+
+
+def _left_out(adapter: Adapter) -> list[str]:
+    """What of the adapter is in no weight. AdapterError where it changes none at all."""
+    check_something(1.0, adapter)
+    if not adapter.embeddings:
+        return []
+    return [
+        f"learned tokens ({listing(adapter.embeddings, 3)}) are no change of a weight: they are not in the GGUF, and llama.cpp reads them from no other file"
+    ]
 
 
 def place_of(out: str | Path, receiver: str) -> Path:

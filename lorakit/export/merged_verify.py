@@ -1,7 +1,7 @@
 """A merged GGUF model, read again: each tensor by the `gguf` package's reader, and the model as transformers loads it.
 
 tensors   max |file − (W + ΔW)| over max |W + ΔW|, tensor by tensor; within the rounding of the tensor's type (`gguf_types.ROUNDING`)
-logits    max |file's − base's with the adapter attached| over the largest of these, on a few token ids, both in float32
+logits    max |file's − base's with the adapter attached| over the largest of these, of the tokens of `logits`, both in float32
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..errors import LorakitError
@@ -23,12 +22,11 @@ from ..formats.gguf_types import BF16, F16, F32, Q8_0, ROUNDING, SMALLEST
 from ..model import attach
 from ..models.base import load_model
 from .gguf_model import Placed
-from .logits import why_not
+from .logits import logits_of, why_not
 
 # Of logits, by what the matrices are rounded to. Measured on the embedded model and on tiny random ones, whose weights are far larger:
 # f32 5e-6, f16 0.01, bf16 0.08, q8_0 0.17 at the most; with q and k in the wrong order of rows 0.36 at the least.
 LOGITS = {F32: 1e-3, F16: 0.1, BF16: 0.25, Q8_0: 0.3}
-TOKENS = 16
 READ = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # by transformers' reader of GGUF
 
 
@@ -116,21 +114,11 @@ def logits_differ(path: Path, adapter: Adapter | None, base: Path, config: Any =
     more = {} if config is None else {"config": config}
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no other way to be quiet
         theirs: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **more).eval()
-    ids = _ids(theirs.config.vocab_size)
-    found = _logits(theirs, ids)
+    found = logits_of(theirs)
     del theirs
     ours = load_model(str(base), torch.float32, torch.device("cpu"))
-    wanted = _logits(ours if adapter is None else attach(ours, adapter, force=True), ids)
+    wanted = logits_of(ours if adapter is None else attach(ours, adapter, force=True))
     return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def _ids(vocabulary: int) -> Tensor:
-    return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids).logits.float()
 
 
 def _fault(what: str) -> LorakitError:

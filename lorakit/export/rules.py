@@ -71,7 +71,7 @@ def no_embeddings(adapter: Adapter) -> Iterator[Finding]:
     if adapter.embeddings:
         yield Finding(
             f"{len(adapter.embeddings)} learned tokens ({listing(list(adapter.embeddings), 2)})",
-            "give them to the program as embedding files of their own",
+            "give them to the program as embedding files of their own, where it reads such; lorakit convert --allow-loss leaves them out",
         )
 
 

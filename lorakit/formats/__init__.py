@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
 
 FORMATS = ("peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf")
+FOLDERS = ("peft", "mlx")  # written as a folder: a config and the tensors; the others are one file
+TAKES_ALPHA = ("loralib", "mlx")  # read with an alpha that is given: loralib's files hold none, old ones of MLX neither
 
 
 def load(
@@ -41,7 +43,7 @@ def load(
     path = find(source, revision)
     format = format or format_of(path)
     reader = _module(format)
-    if alpha is not None and format not in ("loralib", "mlx"):
+    if alpha is not None and format not in TAKES_ALPHA:
         raise AdapterError(f"{path} is a {format} adapter, which says itself what alpha is\n  leave alpha (--alpha) out")
     if packed is not None and format != "loralib":
         raise AdapterError(f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave packed out")

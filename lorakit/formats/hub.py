@@ -20,6 +20,7 @@ from urllib.parse import unquote
 
 from ..errors import AdapterError, did_you_mean, listing
 from ..version import VERSION
+from . import diffusers, mlx, peft
 from .hub_errors import reason, unreachable
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ MOST_BYTES = 3 << 30
 _NAME = re.compile(
     r"(?P<scheme>hf://)?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>refs/pr/\d+|[^/\s]+))?(?:/(?P<inside>[^\s].*?)/?)?", re.ASCII
 )
-_CONFIG, _OURS, _DIFFUSERS = "adapter_config.json", "lorakit.json", "pytorch_lora_weights.safetensors"
-_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")  # beside a config: PEFT's, MLX's, PEFT's old ones
+_CONFIG, _OURS, _DIFFUSERS = peft.CONFIG, peft.OURS, diffusers.FILE
+_WEIGHTS = (peft.WEIGHTS, mlx.WEIGHTS, peft.PICKLE)  # beside a config (PEFT's and MLX's have one name)
 _SUFFIXES = (".safetensors", ".gguf")
 _PICKLES = (".pt", ".pth", ".bin")
 # What models, trainers and optimizers call their files.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
+_TOKENIZERS = ("tokenizer.json", "tekken.json")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -81,10 +82,25 @@ def choose_dtype(precision: str, device: torch.device) -> Choice:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a base model."""
+    """The tokenizer of a base model. LorakitError if it is damaged, or if its folder has none."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+    folder = Path(model_path(name))
+    if folder.is_dir() and not _has_vocabulary(folder, tokenizer):
+        raise LorakitError(
+            f"'{name}' has no tokenizer: transformers makes up an empty {type(tokenizer).__name__}\n"
+            "  put the model's own tokenizer files into the folder (tokenizer.json and tokenizer_config.json)"
+        )
+    return tokenizer
+
+
+def _has_vocabulary(folder: Path, tokenizer: Any) -> bool:
+    """Whether the folder holds the tokens: in one file, or in all of those that the tokenizer's class reads them from."""
+    if any(p.name in _TOKENIZERS or p.suffix in (".model", ".tiktoken") for p in folder.iterdir()):
+        return True
+    own = {kind: file for kind, file in type(tokenizer).vocab_files_names.items() if kind in ("vocab_file", "merges_file")}
+    return all((folder / file).is_file() for file in own.values()) and (bool(own) or not type(tokenizer).vocab_files_names)
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -116,15 +132,15 @@ def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     local = Path(path).is_dir()
     if local:
         options |= {"local_files_only": True, "revision": None}
-    from safetensors import SafetensorError
-
     try:
         with _quietly(local):
             return kind.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers raises bare ones, and a damaged file anything: KeyError, TypeError, AttributeError
+        said = next(iter(str(error).strip().splitlines()), "")
+        known = isinstance(error, OSError | ValueError | RuntimeError) or type(error) is Exception
         raise LorakitError(
-            f"cannot load '{name}' with {kind.__name__}: {first}\n  expected a model folder, a hub id, or '{EMBEDDED}'"
+            f"cannot load '{name}' with {kind.__name__}: {said if known and said else f'{type(error).__name__} {said}'.strip()}\n"
+            f"  expected a {'whole ' if local else ''}model folder, a hub id, or '{EMBEDDED}'"
         ) from error
 
 

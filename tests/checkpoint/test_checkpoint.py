@@ -374,3 +374,34 @@ def test_memory_is_a_few_blocks_and_not_one_tensor(tmp_path):
         [sys.executable, "-c", PEAK, base, tmp_path / "adapter", tmp_path / "out"], capture_output=True, text=True, check=True
     )
     assert float(child.stdout) < 100, "MB beyond what stood before; one tensor is 128 MB"
+
+
+def test_a_variant_becomes_the_folders_weights(tmp_path):
+    model = tiny.llama(dtype=torch.float16)
+    save(model, tmp_path / "base", variant="fp16", max_shard_size="6KB")
+    merge_checkpoint(tmp_path / "base", trained(model, targets=["q_proj"]), tmp_path / "out")
+    assert not [p.name for p in (tmp_path / "out").iterdir() if "fp16" in p.name]
+    torch.testing.assert_close(logits(load(model, tmp_path / "out")), logits(model), atol=TOLERANCE[torch.float16], rtol=0)
+
+
+def test_the_precision_is_said_in_configs_within_the_config_too(tmp_path):
+    model = tiny.llama()
+    adapter = trained(model, targets=["q_proj"])
+    save(tiny.llama(), tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"text_config": {"dtype": "float32", "hidden_size": 16}}))
+    merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out", dtype=torch.bfloat16, force_base=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] == {"dtype": "bfloat16", "hidden_size": 16}
+
+
+def test_a_head_that_the_adapter_replaces_is_not_compared_with_the_bases(tmp_path):
+    model = tiny.llama()
+    save(model, tmp_path / "base")
+    adapter = trained(model, targets=["q_proj"])
+    name = next(iter(adapter.metadata["fingerprint"]["samples"]))
+    samples = {n: [9.0] * len(v) if n == name else v for n, v in adapter.metadata["fingerprint"]["samples"].items()}
+    metadata = {**adapter.metadata, "fingerprint": {**adapter.metadata["fingerprint"], "samples": samples}}
+    with pytest.raises(lk.errors.AdapterError, match="another base"):
+        merge_checkpoint(tmp_path / "base", replace(adapter, metadata=metadata), tmp_path / "out")
+    whole = weights(tmp_path / "base")[name] + 1
+    merge_checkpoint(tmp_path / "base", replace(adapter, metadata=metadata, saved={name: whole}), tmp_path / "out")

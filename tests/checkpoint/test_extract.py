@@ -207,3 +207,31 @@ def test_a_rank_or_a_share_must_be_said(tmp_path):
     for options in ({}, {"rank": 0}, {"keep": 1.2}):
         with pytest.raises(ConfigError, match="extract needs a rank"):
             extract(tmp_path, tmp_path, **options)
+
+
+def test_a_head_that_only_the_tuned_model_has_of_its_own_is_its_own_change(tmp_path):
+    base = save(tiny.llama(tied=True), tmp_path / "base")
+    model = tiny.llama(tied=True)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.02 * torch.randn(model.lm_head.weight.shape))
+    save(model, tmp_path / "tuned")
+    done = extract(base, tmp_path / "tuned", keep=1.0)
+    assert list(done.adapter.factors) == ["lm_head"]
+    merge_checkpoint(base, done.adapter, tmp_path / "out", untie=True)
+    torch.testing.assert_close(
+        load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], model.lm_head.weight.detach(), atol=1e-6, rtol=0
+    )
+
+
+def test_doubts_are_said(tmp_path):
+    base = save(tiny.llama(), tmp_path / "base")
+    save(tiny.llama(dtype=torch.bfloat16), tmp_path / "rounded")
+    torch.manual_seed(3)
+    other = tiny.llama()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn_like(p))
+    save(other, tmp_path / "other")
+    assert any("seems not to be tuned" in w for w in extract(base, tmp_path / "other", 2).warnings)
+    assert any("stored as F32 and as BF16" in w for w in extract(base, tmp_path / "rounded", 2).warnings)
+    assert not extract(base, save(tuned(tiny.llama), tmp_path / "tuned"), 2).warnings

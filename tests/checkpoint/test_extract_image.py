@@ -89,6 +89,21 @@ def test_single_files_are_compared_module_by_module(files, tmp_path):
         torch.testing.assert_close(found[name], tuned[name], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["flux", "sd3"])
+def test_rows_of_shared_tensors_and_swapped_halves_come_out_as_the_modules_have_them(model, tmp_path):
+    torch.manual_seed(0)
+    W = {name: t.float() for name, t in single_files.weights_of(single_files.MODELS[model]()).items()}
+    wanted = ("norm_out.linear.weight", "attn.to_k.weight", "ff.net.2.weight")
+    made = torch.Generator().manual_seed(0)
+    after = {n: t + 0.05 * torch.randn(t.shape, generator=made) if n.endswith(wanted) else t for n, t in W.items()}
+    for name, values in (("base", W), ("tuned", after)):
+        save_file({n: t.contiguous() for n, t in single_files.pack(model, values).items()}, tmp_path / f"{name}.safetensors")
+    done = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", keep=1.0)
+    assert "transformer.norm_out.linear" in done.adapter.factors
+    for module, f in done.adapter.factors.items():
+        torch.testing.assert_close(f.delta(), after[f"{module}.weight"] - W[f"{module}.weight"], atol=1e-6, rtol=1e-5)
+
+
 def test_what_does_not_go_together_is_refused(pipes, files, tmp_path):
     unet = files[0]
     save_file(unet, tmp_path / "file.safetensors")

@@ -134,6 +134,14 @@ def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dora_with_one_output_keeps_the_norm_of_its_row(tmp_path):
+    torch.manual_seed(0)
+    base = on_disk(nn.Sequential(nn.Linear(3, 1)), tmp_path / "base")
+    f = Factors(random(1, 3), random(1, 1), 1.0, magnitude=torch.tensor([[2.0]]))
+    merge_checkpoint(base, lk.Adapter(CONFIG, {"0": f}), tmp_path / "out")
+    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["0.weight"].norm(), torch.tensor(2.0))
+
+
 def test_a_row_of_zeros_stays_one_under_dora(tmp_path):
     model = tiny.mlp()
     with torch.no_grad():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.factors import Factors
+from lorakit.adapter.fingerprint import fingerprint
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError, TargetError
 from lorakit.formats import kohya, names
@@ -341,6 +342,55 @@ def test_a_damaged_pipeline_is_refused_by_name(damage, said, sd1, tmp_path):
     damage(base)
     adapter = tiny.low_rank(tiny.targets({"unet": pipe.unet}, lambda name: ".attn1.to_q" in name))
     assert said in refused(base, adapter, tmp_path / "out")
+
+
+def test_a_component_whose_factors_are_zero_keeps_none_of_the_others_out(sd1, tmp_path):
+    pipe, base = sd1
+    adapter = tiny.low_rank(tiny.targets(tiny.models(pipe), lambda name: ".to_q" in name or "q_proj" in name))
+    zero = {n: replace(f, B=f.B * 0) if n.startswith("text_encoder") else f for n, f in adapter.factors.items()}
+    merge_checkpoint(base, replace(adapter, factors=zero), tmp_path / "out")
+    assert_merged(base, tmp_path / "out", replace(adapter, factors={n: f for n, f in zero.items() if n.startswith("unet")}))
+
+
+def test_a_component_that_is_a_link_is_part_of_the_pipeline(sd1, tmp_path):
+    pipe, plain = sd1
+    base = saved(pipe, tmp_path / "base")
+    for part in ("vae", "unet"):
+        shutil.move(base / part, tmp_path / f"cached_{part}")
+        (base / part).symlink_to(tmp_path / f"cached_{part}")
+    adapter = tiny.low_rank(tiny.targets({"unet": pipe.unet}, lambda name: ".attn1.to_q" in name))
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert_merged(plain, tmp_path / "out", adapter)
+    assert (tmp_path / "out/vae/diffusion_pytorch_model.safetensors").is_file()
+    (base / "vae/loop").symlink_to(base)
+    assert "link to a folder that it is in" in refused(base, adapter, tmp_path / "again")
+
+
+def test_another_pipeline_of_the_same_shapes_is_noticed_by_the_fingerprint(sd1, tmp_path):
+    pipe, base = sd1
+    adapter = tiny.low_rank(tiny.targets({"unet": pipe.unet}, lambda name: ".attn1.to_q" in name))
+    numbers = fingerprint({f"unet.{n}": p for n, p in pipe.unet.named_parameters()}, "UNet2DConditionModel")
+    known = replace(adapter, metadata={"fingerprint": numbers})
+    merge_checkpoint(base, known, tmp_path / "out")
+    other = {name: [v + 9 for v in values] for name, values in numbers["samples"].items()}
+    strange = replace(adapter, metadata={"fingerprint": {**numbers, "samples": other}})
+    assert "another base" in refused(base, strange, tmp_path / "again", AdapterError)
+
+
+@pytest.mark.parametrize("name", ["..", ".", ""])
+def test_a_component_is_a_folder_of_the_pipeline_and_no_other(name, sd1, tmp_path):
+    pipe, _ = sd1
+    base = saved(pipe, tmp_path / "work/base")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {name: ["diffusers", "UNet2DConditionModel"]}))
+    for folder in (base.parent, base):
+        shutil.copy(base / "unet/config.json", folder / "config.json")
+        save_file({"conv_in.weight": torch.ones(2)}, folder / "model.safetensors")
+    before = files(base.parent)
+    adapter = tiny.low_rank(tiny.targets({"unet": pipe.unet}, lambda name: ".attn1.to_q" in name))
+    merge_checkpoint(base, adapter, tmp_path / "work/out", dtype=torch.float16)
+    shutil.rmtree(tmp_path / "work/out")
+    assert files(base.parent) == before
 
 
 def test_an_index_that_names_a_path_outside_leads_nowhere(sd1, tmp_path):

@@ -81,6 +81,17 @@ def test_two_values_of_one_whole_weight_are_refused(base, tmp_path):
     assert "--saved mean" in message
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, -1.0])
+def test_a_whole_weight_has_no_other_weight_than_one(weight, base, tmp_path):
+    whole = replace(adapter(1), saved={"model.norm.weight": torch.full((16,), 1.5)})
+    message = refused(base, tmp_path, [adapter(2), whole], weights=[1.0, weight])
+    assert "adapter 2 replaces whole weights (model.norm.weight), which cannot be scaled" in message
+
+
+def test_adapters_that_cancel_each_other_are_no_merge(base, tmp_path):
+    assert "cancel each other" in refused(base, tmp_path, [adapter(1), adapter(1)], weights=[1.0, -1.0])
+
+
 def test_a_weight_that_one_replaces_and_one_changes_is_refused(base, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     whole = replace(adapter(1, targets=["down_proj"]), saved={name: torch.ones(16, 16)})

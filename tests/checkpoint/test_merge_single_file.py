@@ -5,6 +5,7 @@ What is expected is the same file as `single_files` packs it from W + ΔW.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,10 +124,10 @@ def test_sd3_read_back_by_diffusers_is_the_transformer_with_the_adapter(tmp_path
 def test_open_clips_projection_which_is_stored_across_changes_by_the_transposed_delta(tmp_path):
     models = made("sdxl")
     base = single_file(tmp_path / "base.safetensors", "sdxl", models)
-    weight = models["text_encoder_2"].text_projection.weight
+    name, weight = "text_encoder_2.text_projection", models["text_encoder_2"].text_projection.weight
+    whole = tiny.of_other_kinds(dict.fromkeys(("loha", "lokr", "diff"), weight))
     for i, adapter in enumerate((
-        tiny.low_rank({"text_encoder_2.text_projection": weight}), tiny.low_rank({"text_encoder_2.text_projection": weight}, dora=True),
-        tiny.of_other_kinds({"text_encoder_2.text_projection": weight}),
+        tiny.low_rank({name: weight}), tiny.low_rank({name: weight}, dora=True), *(replace(whole, others={name: u}) for u in whole.others.values()),
     )):  # fmt: skip
         merge_checkpoint(base, adapter, tmp_path / f"out{i}.safetensors")
         assert_merged(base, tmp_path / f"out{i}.safetensors", pack("sdxl", changed(weights_of(models), adapter)))
@@ -309,6 +310,17 @@ def test_another_precision_is_written_throughout(tmp_path):
     for name, tensor in expected.items():
         assert new[name].dtype == torch.float16
         torch.testing.assert_close(new[name].double(), tensor, **tiny.rounding(torch.float16))
+
+
+def test_hashes_of_the_bases_numbers_are_not_those_of_the_result(tmp_path):
+    models = made("sd1")
+    base = single_file(tmp_path / "base.safetensors", "sd1", models)
+    save_file(load_file(base), base, {"modelspec.hash_sha256": "0x12", "modelspec.title": "tiny", "format": "pt"})
+    merge_checkpoint(base, tiny.low_rank({"unet.conv_in": models["unet"].conv_in.weight}), tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        header = file.metadata()
+    assert (header["modelspec.title"], "modelspec.hash_sha256" in header) == ("tiny", False)
+    assert str(tmp_path) not in header["lorakit_merge"]
 
 
 def test_the_file_says_in_its_header_what_was_merged(tmp_path):

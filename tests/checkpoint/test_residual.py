@@ -35,7 +35,7 @@ def trained(kind: str, start: str, folder, **options):
     return logits(model.eval())
 
 
-# PEFT's own OLoRA does not run on Conv1D.
+# PEFT's own OLoRA runs on no Conv1D but square ones, and those it decomposes the wrong way round.
 @pytest.mark.parametrize("kind,start", [("llama", "pissa"), ("gpt2", "pissa"), ("llama", "olora")])
 def test_base_and_plain_adapter_compute_what_the_changed_base_did(kind, start, tmp_path):
     expected = trained(kind, start, tmp_path, rank_pattern={"down_proj": 4} if kind == "llama" else {}, use_rslora=kind == "gpt2")
@@ -81,6 +81,28 @@ def test_a_start_that_cannot_be_made_again_is_refused(start, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
     with pytest.raises(AdapterError, match=f"started as '{start}', which cannot be made again"):
         load_on(tmp_path / "adapter", tmp_path / "base")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_other_weights_of_the_same_shapes_are_noticed(start, tmp_path):
+    trained("llama", start, tmp_path)
+    other = tiny.llama()
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(0.02 * torch.randn_like(p))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="from other weights than"):
+        load_on(tmp_path / "adapter", tmp_path / "other")
+    assert load_on(tmp_path / "adapter", tmp_path / "other", force_base=True).factors
+
+
+def test_pefts_olora_of_a_square_conv1d_is_refused(tmp_path):
+    tiny.gpt2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["attn.c_proj"], init_lora_weights="olora", fan_in_fan_out=True)
+    peft.get_peft_model(tiny.gpt2(), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="is no plain linear"):
+        plain(tmp_path / "adapter", tmp_path / "base")
 
 
 def test_another_base_is_refused_by_its_modules_or_shapes(tmp_path):

@@ -41,6 +41,15 @@ def test_modules_go_names_change_and_numbers_are_cast(lorakit, adapter, tmp_path
     assert len(lk.Adapter.load(tmp_path / "v.pt", alpha=8).factors) == 2
 
 
+def test_a_file_without_alpha_is_to_be_read_with_the_alpha_that_is_printed(lorakit, adapter, tmp_path):
+    assert lorakit("edit", adapter, tmp_path / "a.pt", "--scale", 2, "--to", "loralib")[0] == 0
+    code, told, error = lorakit("edit", tmp_path / "a.pt", tmp_path / "b.pt", "--scale", 0.5, "--alpha", 16)
+    assert (code, told.splitlines()[-1]) == (0, f"next: lorakit inspect {tmp_path / 'b.pt'} --alpha 8"), error
+    before = lk.Adapter.load(adapter)
+    for module, f in lk.Adapter.load(tmp_path / "b.pt", alpha=8).factors.items():
+        torch.testing.assert_close(f.delta(), before.factors[module].delta())
+
+
 @pytest.mark.parametrize(
     "options,code,said",
     [
@@ -48,6 +57,7 @@ def test_modules_go_names_change_and_numbers_are_cast(lorakit, adapter, tmp_path
         (("--drop", "k_proj"), 1, "no module of this adapter matches 'k_proj'; did you mean"),
         (("--rename", "model"), 2, "'model' is not OLD=NEW"),
         (("--rename", "modle=m"), 1, "no module is named 'modle'"),
+        (("--scale", "0"), 2, "would leave nothing"),
         (("--scale", "nan"), 2, "cannot be scaled by nan"),
         (("--scale", "2", "--to", "keft"), 2, "no such format"),
         (("--scale", "2", "--to", "gguf"), 2, "ends in .gguf"),

@@ -179,3 +179,28 @@ def test_transformers_gives_the_same_tokens_from_the_file(tokenizer, tmp_path):
     for text in (t for t in SAMPLES if not (ours.unk_token and t.startswith(" "))):
         assert theirs(text)["input_ids"] == ours(text)["input_ids"], text
     assert theirs.chat_template == tiny_lm.CHATML
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% for", r"line 1: unexpected 'end of template'"),
+        ("hello\n{{ messages | nosuch }}", r"line 2: No filter named 'nosuch'"),
+        ({"tool_use": "fine", "default": "{%"}, "tag name expected"),
+        (5, "it is a int, and no text"),
+    ],
+)
+def test_a_broken_chat_template_is_left_out_and_said(template, said):
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template = template
+    made = vocabulary(tokenizer, 258)
+    assert "tokenizer.chat_template" not in made.pairs
+    assert any(line.startswith("the base's chat template is broken (") and said in line for line in made.warnings)
+
+
+def test_a_chat_template_with_transformers_own_tags_is_whole():
+    own = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}{{ raise_exception('x') }}"
+    tokenizer = tiny_lm.tokenizer(own)
+    made = vocabulary(tokenizer, 258)
+    assert made.pairs["tokenizer.chat_template"] == own
+    assert made.warnings == vocabulary(tiny_lm.tokenizer(), 258).warnings

@@ -296,13 +296,77 @@ def test_calls_that_make_no_sense_say_so(tmp_path):
         export_merged(adapter, None, tmp_path / "x.gguf")
     with pytest.raises(ConfigError, match="dtype 'q8' is none that lorakit writes; did you mean 'q8_0'"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8")
-    with pytest.raises(LorakitError, match="learned tokens"):
-        export_merged(replace(adapter, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
+    with pytest.raises(LorakitError, match="learned tokens alone"):
+        export_merged(replace(adapter, factors={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()
     with pytest.raises(LorakitError, match="tokenizer"):
         export_merged(adapter, base, tmp_path / "x.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+def test_learned_tokens_are_said_not_to_be_in_the_model(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    done = export_merged(replace(adapter, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf", verify=True)
+    (told,) = done.warnings
+    assert told.startswith("learned tokens (<x>) are no change of a weight: they are not in the GGUF")
+    assert "OUT" not in told
+
+
+def test_a_head_that_the_adapter_adds_is_told_as_the_adapter_s(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    with pytest.raises(LorakitError, match=r"the adapter saved weights whole that the base lacks(.|\n)*: score.weight\n"):
+        export_merged(replace(adapter, saved={"score.weight": torch.ones(2, 32)}), base, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["hidden_act", "hidden_activation"])
+def test_a_gemma_of_another_activation_is_refused(name, tmp_path):
+    base, adapter, live = given(tmp_path, model_of("gemma"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {name: "relu"}))
+    with pytest.raises(LorakitError, match=f"the base's {name} is 'relu'; llama.cpp computes a gemma with 'gelu_pytorch_tanh'"):
+        export_merged(adapter, base, tmp_path / "x.gguf")
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))  # of the first releases: the other is meant
+    assert export_merged(adapter, base, tmp_path / "x.gguf").tensors
+
+
+def test_a_base_without_a_tokenizer_is_refused_and_not_given_an_empty_one(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.gpt2(), ["c_attn"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    with pytest.raises(LorakitError, match=r"has no tokenizer: transformers makes up an empty GPT2Tokenizer\n.*tokenizer\.json"):
+        export_merged(adapter, base, tmp_path / "x.gguf")
+    (base / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
+    (base / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(LorakitError, match="the tokenizer has 2 tokens, and the embedding 258 rows"):
+        export_merged(adapter, base, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no merges", "vocab a list"])
+def test_a_damaged_tokenizer_is_an_error_that_names_the_base(text, tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    whole = json.loads((base / "tokenizer.json").read_text())
+    damaged = {"no merges": {k: v for k, v in whole["model"].items() if k != "merges"}, "vocab a list": whole["model"] | {"vocab": [1]}}
+    (base / "tokenizer.json").write_text(json.dumps(whole | {"model": damaged[text]}) if text in damaged else text)
+    with pytest.raises(LorakitError, match=f"cannot load '{base}' with AutoTokenizer: "):
+        export_merged(adapter, base, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_modelfile_that_says_other_things_is_not_replaced_unless_forced(tmp_path):
+    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    (tmp_path / "o").mkdir()
+    mine = tmp_path / "o" / "Modelfile"
+    mine.write_text("FROM llama3.2\nSYSTEM be kind\n")
+    with pytest.raises(ConfigError, match="Modelfile exists and says other things"):
+        export_merged(adapter, base, tmp_path / "o" / "x.gguf", "ollama")
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["Modelfile"]
+    assert mine.read_text() == "FROM llama3.2\nSYSTEM be kind\n"
+    export_merged(adapter, base, tmp_path / "o" / "x.gguf", "ollama", force=True)
+    assert mine.read_text() == "FROM ./x.gguf\n"
+    export_merged(adapter, base, tmp_path / "o" / "x.gguf", "ollama")  # the same again
 
 
 def test_an_adapter_of_another_base_is_refused_unless_forced(tmp_path):

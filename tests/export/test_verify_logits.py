@@ -132,6 +132,40 @@ def test_a_dora_goes_through_the_base_by_plain_maths_and_that_is_said(tmp_path, 
     assert "no live model takes its kind yet" in str(done.logits)
 
 
+@pytest.mark.parametrize("base, embedding", [("llama", "embed_tokens"), ("gpt2", "wte")])
+def test_a_dora_of_an_embedding_as_mlx_has_it(tmp_path, bases, base, embedding):
+    """One number for each token, and ‖·‖ of each token's row."""
+    made = torch.Generator().manual_seed(4)
+    value = trained(base, targets=[embedding])
+    value = replace(value, factors={
+        m: replace(f, magnitude=torch.rand(1, f.A.shape[1], generator=made) + 0.5) for m, f in value.factors.items()
+    })  # fmt: skip
+    done = export(value, tmp_path / "out", "mlx", verify=True, base=bases / base)
+    assert done.logits.relative < 2e-6
+    assert done.logits.moved > 0.1
+    # MLX's own way: rows of the embedding, as they are stored, brought to the lengths in the file.
+    there = load_file(tmp_path / "out" / "adapters.safetensors")
+    module, f = next(iter(value.factors.items()))
+    plain = MODELS[base]().eval()
+    V = plain.get_submodule(module).weight.detach() + f.delta()
+    wanted = V * (there[f"{module}.m"] / V.norm(dim=1))[:, None]
+    apply(plain, read(tmp_path / "out", "mlx"))
+    torch.testing.assert_close(plain.get_submodule(module).weight, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_zeros_stays_one_under_a_dora():
+    from lorakit.export.effect import Content, Effect
+
+    model = MODELS["llama"]()
+    name = "model.layers.0.self_attn.q_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[3] = 0
+    apply(model, Content({name: Effect(magnitude=torch.full((32, 1), 2.0).numpy())}))
+    lengths = model.get_submodule(name).weight.norm(dim=1)
+    assert lengths[3] == 0
+    torch.testing.assert_close(lengths[4:], torch.full((28,), 2.0))
+
+
 @pytest.mark.parametrize("base, targets, more", [
     ("llama", ["q_proj", "embed_tokens"], {"use_dora": True, "modules_to_save": ["lm_head"]}),
     ("gpt2", ["c_attn", "wte"], {"use_dora": True, "fan_in_fan_out": True}),
@@ -215,7 +249,10 @@ def test_why_logits_are_not_compared_is_said(tmp_path, bases, monkeypatch):
     assert "is quantized" in said(tmp_path / "quantized")
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     (tmp_path / "quantized" / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x0f{}")
-    assert "says that its header has" in said(tmp_path / "quantized")
+    assert "is not a sound safetensors file" in said(tmp_path / "quantized")
+    header = json.dumps({"x": {"dtype": "F32", "shape": "huge", "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "quantized" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "is not a sound safetensors file" in said(tmp_path / "quantized")
     (tmp_path / "quantized" / "config.json").write_text("{}")
     assert "cannot be read" in said(tmp_path / "quantized")
     assert export(value, tmp_path / "out", "peft", base=bases / "llama").no_logits is None, "nothing was to be verified"

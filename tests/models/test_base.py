@@ -92,6 +92,34 @@ def test_a_damaged_model_folder_is_an_error_that_names_it(tmp_path, break_it):
     assert f"cannot load '{folder}'" in str(error.value)
 
 
+@pytest.mark.parametrize("name, text", [
+    ("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}'),
+    ("tokenizer_config.json", "[]"), ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+])  # fmt: skip
+def test_a_damaged_tokenizer_is_an_error_that_names_its_folder(tmp_path, name, text):
+    folder = tiny_lm.save(tmp_path / "m")
+    (folder / name).write_text(text)
+    with pytest.raises(LorakitError) as error:
+        load_tokenizer(str(folder))
+    assert str(error.value).startswith(f"cannot load '{folder}' with AutoTokenizer: ")
+
+
+def test_a_tokenizer_that_is_not_there_is_not_made_up(tmp_path):
+    folder = tiny_lm.save(tmp_path / "m", tiny_lm.gpt2())
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(LorakitError, match="has no tokenizer"):
+        load_tokenizer(str(folder))
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
+    with pytest.raises(LorakitError, match="has no tokenizer"):  # each letter by itself, without its merges
+        load_tokenizer(str(folder))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    assert load_tokenizer(str(folder))("ab").input_ids == [0, 1]
+    (folder / "vocab.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert len(load_tokenizer(str(folder))) > 256, "one of bytes, which has no files"
+
+
 def test_weights_that_do_not_fit_the_config_are_an_error(tmp_path):
     """Else transformers draws the missing ones at random, and training starts from noise."""
     folder = tiny_lm.save(tmp_path / "m")
