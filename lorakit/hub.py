@@ -5,13 +5,14 @@
 
 What is uploaded is the adapter's own: of PEFT's folder `adapter_config.json`, `adapter_model.safetensors`, `lorakit.json` and the card; of
 MLX's the config and the tensors; of the other formats the one file. An adapter that does not load, or holds NaN, stays here. Paths of this
-machine in a PEFT or MLX folder's texts (a base or data as a local folder) are cut to their last name in what is uploaded, and it is said.
+machine in a PEFT or MLX folder's texts (a base or data as a local folder) are cut to their last name in what is uploaded, and it is said;
+so is where others are left.
 The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,10 +22,10 @@ from .card import card_of
 from .card.page import with_repository
 from .card.words import is_hub_name
 from .errors import ConfigError, LorakitError
-from .formats import find, format_of
+from .formats import FOLDERS, find, format_of
 from .formats.hub import SECONDS, api, endpoint
 from .formats.hub_errors import LOGIN, TOKENS, reason
-from .upload import FOLDERS, check, files_of, mended, paths_left
+from .upload import check, files_of, inside, mended
 
 CARD = "README.md"
 
@@ -32,7 +33,8 @@ CARD = "README.md"
 @dataclass(frozen=True)
 class Pushed:
     """What was done, or would be. `files`: name in the repository -> bytes; `mended`: where local paths or the base's name were changed;
-    `card`: "written", "as it is", or "none"; `left`: paths in a file's header that were uploaded as they are.
+    `left`: where local paths are uploaded as they are; `card`: "written", "as it is here", "as it is there" or "none"; `not_on_card`: the
+    options that it does not follow.
     """
 
     repository: str
@@ -42,6 +44,7 @@ class Pushed:
     card: str
     mended: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    not_on_card: list[str] = field(default_factory=list)
     created: bool = False
     changed: bool = True
     commit: str | None = None
@@ -63,7 +66,7 @@ def push(
     license: str | None = None,
     alpha: float | None = None,
     base: Path | None = None,
-    tell: Any = None,
+    tell: Callable[[Pushed], None] | None = None,
 ) -> Pushed:
     """Upload an adapter (a run's folder, an adapter's folder or file) to OWNER/NAME, which is made if it is not there.
 
@@ -80,8 +83,9 @@ def push(
     files = files_of(path, form)
     with ExitStack() as stack:
         check(files, path, form, alpha, base)
-        files, changes = mended(files, base_model, stack)
-        if changes:
+        ours = mended(files, base_model, stack)
+        files = ours.files
+        if ours.changed:
             check(files, path, form, alpha, base)
         there = {} if dry_run else _repository(repository, revision, private)
         kind, page = _page(path, form, repository, card, there, base_model, license, alpha, base)
@@ -92,8 +96,9 @@ def push(
             revision or "main",
             dict(sorted(sizes.items())),
             kind,
-            changes,
-            paths_left(files),
+            ours.changed,
+            ours.left,
+            _not_on(kind, page, base_model, license),
         )
         if tell is not None:
             tell(told)
@@ -103,7 +108,7 @@ def push(
 def _repository(repository: str, revision: str | None, private: bool) -> dict[str, Any]:
     """What the hub has by that name: {} if nothing, else its commit and the names of its files. LorakitError if it cannot be written."""
     from huggingface_hub import get_token
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if get_token() is None:
         raise LorakitError(f"{repository}: there is no token, and the hub takes uploads only with one\n  {LOGIN}; {TOKENS} (of kind write)")
@@ -118,11 +123,11 @@ def _repository(repository: str, revision: str | None, private: bool) -> dict[st
             info = api().model_info(repository, revision=revision, timeout=SECONDS)
     except RevisionNotFoundError:
         pass  # it is made; its files are those of main
-    except RepositoryNotFoundError:
-        return {}
     except LorakitError:
         raise
     except Exception as error:
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):  # a gated one is of that class, and is there
+            return {}
         raise LorakitError(f"nothing was uploaded to {repository}: {reason(error, repository, revision, writing=True)}") from error
     return {"commit": info.sha, "files": [f.rfilename for f in info.siblings or []]}
 
@@ -137,6 +142,7 @@ def _page(
     home = path if path.is_dir() else path.parent
     beside = home / CARD if form in FOLDERS or path.is_dir() else home / f"{path.stem}.{CARD}"
     if beside.is_file():
+        inside(beside, "--no-card")
         if license is not None:
             raise ConfigError(f"{beside} is the card, and a licence belongs into it\n  lorakit card {path} --license {license}, or edit it")
         text = beside.read_text(encoding="utf8", errors="replace")
@@ -145,6 +151,15 @@ def _page(
         return "as it is there", None
     written = card_of(path, repository=repository, base_model=base_model, license=license, alpha=alpha, base=base)
     return "written", written.text.encode()
+
+
+def _not_on(kind: str, page: bytes | None, base_model: str | None, license: str | None) -> list[str]:
+    """The options that a card would follow, and this one does not: it was there before, or there is none."""
+    if kind == "written":
+        return []
+    said = page.decode() if page is not None else ""
+    wanted = (("--base-model", base_model), ("--license", license))
+    return [f"{option} {value}" for option, value in wanted if value is not None and value not in said]
 
 
 def _upload(told: Pushed, files: Mapping[str, Path], page: bytes | None, private: bool, message: str, there: Mapping[str, Any]) -> Pushed:

@@ -10,14 +10,14 @@ from typing import Any
 
 MOST = 200  # characters of a value
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~$&@]|(?<=:)//|(?<=\bwww)\.)", re.IGNORECASE)  # the last two make links of bare addresses
-# A path in a text: /a/b, ~/a, ./a, ../a, C:\a, \\a\b, file:///a/b, note:/a/b; not the slashes of a URL, of 1/2, of </s>, of OWNER/NAME or of a regular
-# expression. And a text that is one.
+# A path in a text: /a/b, ~/a, ./a, ../a, C:\a, \\a\b, file:///a/b, note:/a/b; not the slashes of a URL, of 1/2, of </s>, of OWNER/NAME or of
+# a regular expression. And a text that is one.
 _PART = r"[^\s/\\'\"`<>|,;:*?()\[\]{}]+"
 _PATH = re.compile(
     r"(?:(?<![\w:/.\\~-])|(?<=\w\w:)(?=/[^/]))(?:file:(?://)?)?"
     rf"((?:~[\w.-]*|[A-Za-z]:)(?:[\\/]+{_PART})+|\.{{1,2}}(?:/+{_PART})+|(?:/+{_PART}){{2,}}|\\\\{_PART}(?:\\+{_PART})+)[/\\]*"
 )
-_WHOLE = re.compile(r"(?:file:)?(?:/(?:.*/)+[^/]*|\\\\.*\\[^\\]*|\.{1,2}/.*|(?:~[\w.-]*|[A-Za-z]:)[\\/].*)")
+_WHOLE = re.compile(r"(?:file:)?(?:/.*/[^/]*|\\\\.*\\[^\\]*|\.{1,2}/.*|(?:~[\w.-]*|[A-Za-z]:)[\\/].*)")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+?)[/\\]snapshots[/\\]")
 # First parts of relative paths that nobody owns on the hub.

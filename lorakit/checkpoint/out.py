@@ -77,8 +77,10 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
 def _files_in(folder: Path) -> Iterator[Path]:
     """All files, also in folders that are links (a cache's); LorakitError for a link that leads back to where it is."""
     for where, folders, files in os.walk(folder, followlinks=True):
+        here = Path(where)
+        above = {p.resolve() for p in (here, *here.parents) if p.is_relative_to(folder)}
         for name in folders:
-            if Path(where).resolve().is_relative_to((Path(where) / name).resolve()):
+            if (here / name).resolve() in above:
                 raise LorakitError(f"{Path(where) / name} is a link to a folder that it is in\n  take it out of the base's folder")
         yield from (Path(where) / name for name in files if (Path(where) / name).is_file())
 

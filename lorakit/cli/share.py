@@ -106,7 +106,14 @@ def _tell(pushed: Pushed) -> None:
         print(f"  {name:<{width}}  {size:>12,} bytes{note}")
     if "README.md" not in pushed.files and pushed.card != "none":
         print(f"  the card stays {pushed.card}")
-    for line in pushed.mended:
+    if pushed.not_on_card:
+        none = "there is no card" if pushed.card == "none" else f"the card stays {pushed.card}"
+        print(f"{none}, without {' and '.join(pushed.not_on_card)}")
+    for line in _first(pushed.mended):
         print(f"mended in the upload: {line}")
-    if pushed.left:
-        print(f"the file's header names local paths, and is uploaded with them: {', '.join(pushed.left)}")
+    for line in _first(pushed.left):
+        print(f"left as it is: {line}")
+
+
+def _first(lines: list[str], most: int = 20) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more (--json prints all)"]
