@@ -12,6 +12,7 @@ The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` left.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -126,7 +127,9 @@ def _repository(repository: str, revision: str | None, private: bool) -> dict[st
     except LorakitError:
         raise
     except Exception as error:
-        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):  # a gated one is of that class, and is there
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(
+            error, GatedRepoError
+        ):  # a gated one is of that class, and is there
             return {}
         raise LorakitError(f"nothing was uploaded to {repository}: {reason(error, repository, revision, writing=True)}") from error
     return {"commit": info.sha, "files": [f.rfilename for f in info.siblings or []]}
@@ -142,7 +145,7 @@ def _page(
     home = path if path.is_dir() else path.parent
     beside = home / CARD if form in FOLDERS or path.is_dir() else home / f"{path.stem}.{CARD}"
     if beside.is_file():
-        inside(beside, "--no-card")
+        inside(beside, "leave the card out with --no-card")
         if license is not None:
             raise ConfigError(f"{beside} is the card, and a licence belongs into it\n  lorakit card {path} --license {license}, or edit it")
         text = beside.read_text(encoding="utf8", errors="replace")
@@ -158,8 +161,8 @@ def _not_on(kind: str, page: bytes | None, base_model: str | None, license: str 
     if kind == "written":
         return []
     said = page.decode() if page is not None else ""
-    wanted = (("--base-model", base_model), ("--license", license))
-    return [f"{option} {value}" for option, value in wanted if value is not None and value not in said]
+    wanted = {"--license": license, "--base-model": base_model if kind != "none" else None}  # the latter is the config's, too
+    return [f"{k} {v}" for k, v in wanted.items() if v is not None and not re.search(rf"(?<![\w./-]){re.escape(v)}(?![\w/-])", said)]
 
 
 def _upload(told: Pushed, files: Mapping[str, Path], page: bytes | None, private: bool, message: str, there: Mapping[str, Any]) -> Pushed:

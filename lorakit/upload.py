@@ -20,7 +20,7 @@ from .card.paths import Paths
 from .errors import AdapterError
 from .formats import FOLDERS, TAKES_ALPHA, diffusers, load, mlx, peft
 from .formats.files import read_json
-from .formats.gguf_header import read_gguf
+from .formats.gguf_header import is_gguf, read_gguf
 from .formats.stream import StreamWriter, read_header
 
 # A folder's config, its tensors, and what else is the adapter's.
@@ -133,7 +133,7 @@ def _cleaned(name: str, file: Path, found: Paths) -> dict[str, Any] | None:
 
 def _notes(file: Path) -> dict[str, str]:
     """The texts in a file's header. (One that is no map of texts has been refused when the file was read.)"""
-    notes = read_gguf(file)[0] if file.suffix == ".gguf" else read_header(file)[1]
+    notes = read_gguf(file)[0] if is_gguf(file) else read_header(file)[1]
     return {k: v for k, v in notes.items() if isinstance(v, str)} if isinstance(notes, dict) else {}
 
 

@@ -27,7 +27,7 @@ from ..version import VERSION
 from .base import CONFIG, Base
 from .changes import check_something
 from .names import Renaming
-from .out import NOTE, check_out, check_space, copy, other_files, put_in_place
+from .out import NOTE, check_out, check_space, copy, leftovers, other_files, put_in_place
 from .parts import Part, open_parts
 from .plan import Plan, make_plan
 from .report import MergeReport, TargetReport
@@ -86,6 +86,7 @@ def merge_checkpoint(
         plans.append((part, make_plan(part.base, own, dtype, untie)))
         for (_, mine), rename in zip(own, plans[-1][1].renames, strict=True):
             warnings += [] if force_base else check_base(part.base, mine, rename)
+    warnings += leftovers(target)
     copies, left_out = other_files(path, [part for part, _ in plans]) if path.is_dir() else ({}, [])
     size = sum(e.nbytes for _, plan in plans for e in plan.entries)
     check_space(target, size + sum(p.stat().st_size for p in copies.values()))

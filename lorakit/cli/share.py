@@ -107,8 +107,11 @@ def _tell(pushed: Pushed) -> None:
     if "README.md" not in pushed.files and pushed.card != "none":
         print(f"  the card stays {pushed.card}")
     if pushed.not_on_card:
-        none = "there is no card" if pushed.card == "none" else f"the card stays {pushed.card}"
-        print(f"{none}, without {' and '.join(pushed.not_on_card)}")
+        options = " ".join(pushed.not_on_card)
+        if pushed.card == "none":
+            print(f"without a card, there is no place for {options}")
+        else:
+            print(f"the card says nothing of {options}: edit it, or write it anew (lorakit card SOURCE {options})")
     for line in _first(pushed.mended):
         print(f"mended in the upload: {line}")
     for line in _first(pushed.left):

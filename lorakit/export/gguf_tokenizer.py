@@ -106,8 +106,8 @@ def chat_template(found: Any) -> tuple[str, str]:
     try:
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).compile(own, raw=True)
     except (TemplateError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        return template, f"{'line ' + str(line) + ': ' if line else ''}{str(error).partition('\n')[0].rstrip('.') or type(error).__name__}"
+        line, said = getattr(error, "lineno", None), next(iter(str(error).splitlines()), type(error).__name__)
+        return template, f"line {line}: {said.rstrip('.')}" if line else said
     return template, ""
 
 

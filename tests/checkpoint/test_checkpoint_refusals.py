@@ -152,6 +152,13 @@ def test_killed_merge_leaves_no_out_and_the_next_one_works(at, base, adapter, tm
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_what_killed_runs_left_is_named(base, adapter, tmp_path):
+    (tmp_path / ".out.old-12345678").mkdir()
+    (warning,) = merge_checkpoint(base, adapter, tmp_path / "out").warnings
+    assert ".out.old-12345678" in warning
+    assert "the last OUT, moved aside" in warning
+
+
 def test_full_disk_is_noticed_before_anything_is_written(base, adapter, tmp_path, monkeypatch):
     (tmp_path / ".out.tmp-0badcafe").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))

@@ -98,3 +98,20 @@ def test_names_that_do_not_suit_the_format_are_refused(lorakit, trained, tmp_pat
         assert said in err
     assert lorakit("resize", source, str(tmp_path / "x"), "--rank", "1", "--to", "xx")[0] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_modelfile_beside_out_is_replaced_only_with_force(lorakit, trained, model, tmp_path):
+    (tmp_path / "Modelfile").write_text("FROM mine\n")
+    calls = (
+        ["export", trained / "adapter", tmp_path / "a.gguf", "--for", "ollama", "--base", model, "--model", "llama3.2"],
+        ["export", trained / "adapter", tmp_path / "b.gguf", "--for", "ollama", "--base", model, "--merged"],
+    )
+    for call in calls:
+        code, _, err = lorakit(*call)
+        assert code == 2
+        assert "Modelfile exists and says other things" in err
+        assert [p.name for p in tmp_path.iterdir()] == ["Modelfile"]
+        assert (tmp_path / "Modelfile").read_text() == "FROM mine\n"
+    for call in calls:
+        assert lorakit(*call, "--force")[0] == 0
+    assert (tmp_path / "Modelfile").read_text() == "FROM ./b.gguf\n"

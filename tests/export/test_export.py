@@ -181,3 +181,50 @@ def test_a_gguf_has_llamas_order_of_rows_and_the_modelfile_its_name(tmp_path, re
 
 def test_mlx_gets_the_same_update(tmp_path):
     assert export(MIXED, tmp_path / "out", "mlx", verify=True).difference < 1e-6
+
+
+PLACES = {"peft": "out", "mlx": "out", "gguf": "x.gguf", "kohya": "x.safetensors", "diffusers": "out"}
+
+
+@pytest.mark.parametrize("receiver", RECEIVERS)
+def test_a_receiver_takes_what_was_written_for_it(tmp_path, receiver):
+    """Of ranks and strengths that none of them has at first: the rules again, on what is read from OUT."""
+    kind = RECEIVERS[receiver].format
+    modules = (UNET + "to_q", UNET + "to_k") if kind in ("kohya", "diffusers") else (LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj")
+    mixed = {modules[0]: factors(7, 3, 320, 320, rslora=True), modules[1]: factors(9, 4, 320, 320, rslora=True)}
+    value = lk.Adapter(lk.LoraConfig(rank=7, alpha=3, rslora=True, targets=["to_q"]), mixed)
+    one = replace(value, factors={m: factors(7, 3, 320, 320, rslora=True) for m in modules})
+    config = LLAMA | {"hidden_size": 320, "num_key_value_heads": 4}
+    for number, given in enumerate((value, one)):
+        place = tmp_path / str(number) / PLACES[kind]
+        export(given, place, receiver, fix=True, verify=True, base=config, model="m")
+        read = lk.Adapter.load(place, base=config) if kind == "gguf" else lk.Adapter.load(place)
+        assert findings(read, receiver) == []
+        assert largest(given, read) < 1e-3
+
+
+def test_a_modelfile_that_says_other_things_is_not_replaced_unless_forced(tmp_path):
+    value = adapter(self_attn__q_proj=factors(3, 6, 16, 16))
+    mine = tmp_path / "Modelfile"
+    mine.write_text("FROM mine\n")
+    with pytest.raises(ConfigError, match="Modelfile exists and says other things"):
+        export(value, tmp_path / "lora.gguf", "ollama", base=LLAMA, model="llama3.2")
+    assert [p.name for p in tmp_path.iterdir()] == ["Modelfile"]
+    assert mine.read_text() == "FROM mine\n"
+    export(value, tmp_path / "lora.gguf", "ollama", base=LLAMA, model="llama3.2", force=True)
+    export(value, tmp_path / "lora.gguf", "ollama", base=LLAMA, model="llama3.2")  # the same again
+    assert mine.read_text() == "FROM llama3.2\nADAPTER ./lora.gguf\n"
+    mine.unlink()
+    mine.mkdir()
+    with pytest.raises(ConfigError, match="Modelfile is a folder"):
+        export(value, tmp_path / "lora.gguf", "ollama", base=LLAMA, model="llama3.2", force=True)
+
+
+def test_learned_tokens_are_left_out_as_the_refusal_says(tmp_path):
+    from lorakit.formats.convert import convert
+
+    value = replace(adapter(self_attn__q_proj=factors(8, 8)), embeddings={"<s1>": torch.ones(8)})
+    with pytest.raises(AdapterError, match="lorakit convert --allow-loss leaves them out"):
+        export(value, tmp_path / "out", "vllm")
+    convert(value, tmp_path / "plain", "peft", allow_loss=True)
+    assert export(lk.Adapter.load(tmp_path / "plain"), tmp_path / "out", "vllm").files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import logits, randomise_factors
 import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError
-from lorakit.export import export
+from lorakit.export import export, findings, into_base
 
 
 @pytest.fixture
@@ -78,3 +79,75 @@ def test_the_command_names_the_copy_to_serve(base, adapter, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "mended: 1 modules and weights that sglang does not take: merged into" in told
     assert f"--model-path {tmp_path / 'out-base'}" in told.splitlines()[-1]
+    assert f"logits through {tmp_path / 'out-base'} with {tmp_path / 'out'}, against {base} with the adapter: the largest" in told
+
+
+def test_what_was_mended_is_what_is_written(base, tmp_path):
+    model = lk.attach(tiny.llama(), lk.LoraConfig(rank=7, alpha=5, rslora=True, targets=["q_proj"], save_modules=["norm"]))
+    value = lk.capture(randomise_factors(model))
+    value = replace(value, saved={name: tensor * 1.5 for name, tensor in value.saved.items()})
+    for receiver in ("vllm", "sglang"):
+        out = tmp_path / receiver
+        done = export(value, out, receiver, fix=True, verify=True, base=base)
+        assert findings(lk.Adapter.load(out), receiver) == []
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert (config["r"], config["use_rslora"]) == (8 if receiver == "vllm" else 7, False)
+        assert done.logits.relative < 1e-5
+
+
+def damaged(name, change, monkeypatch):
+    """`Split.write`, of another part than is to be written."""
+    write = into_base.Split.write
+    monkeypatch.setattr(into_base.Split, "write", lambda self, rest, place: write(replace(self, **{name: change(self)}), rest, place))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_logits_are_those_of_the_whole_adapter_on_the_user_s_base(adapter, tmp_path, monkeypatch, dtype):
+    tiny.llama().to(dtype).save_pretrained(tmp_path / "base")
+    plain = replace(adapter, factors={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    for value, live in ((plain, True), (adapter, False)):  # a DoRA goes through the base by plain maths
+        done = export(value, tmp_path / "out", "vllm", fix=True, verify=True, base=tmp_path / "base", force=True)
+        assert done.logits.live == live
+        assert done.logits.relative < {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
+        assert done.logits.moved > 0.1 * done.logits.largest
+    damaged("part", lambda s: replace(s.part, saved={n: t * 30 for n, t in s.part.saved.items()}), monkeypatch)
+    with pytest.raises(AdapterError, match=r"gives other logits through .*out-base, against .*base with the adapter: .* apart"):
+        export(plain, tmp_path / "other", "vllm", fix=True, verify=True, base=tmp_path / "base")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "out-base"]
+
+
+def test_what_the_format_cannot_hold_is_said_before_the_base_is_copied(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(into_base, "merge_checkpoint", lambda *_: pytest.fail("the base was copied"))
+    plain = replace(adapter, factors={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    with pytest.raises(AdapterError, match="kohya"):
+        export(plain, tmp_path / "x.safetensors", "comfyui", fix=True, base=base)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("where", ["save", "compare", "_put_in_place"])
+def test_an_error_at_any_time_leaves_no_copy_and_an_older_one_as_it_was(base, adapter, tmp_path, monkeypatch, where):
+    def fails(*_, **more):
+        raise LorakitError("the disk is full")
+
+    tried = sys.modules["lorakit.export.tried"]
+    options = {"fix": True, "verify": True, "base": base, "force": True}
+    with monkeypatch.context() as patched:
+        patched.setattr(tried, where, fails)
+        with pytest.raises(LorakitError, match="the disk is full"):
+            export(adapter, tmp_path / "out", "vllm", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    export(adapter, tmp_path / "out", "vllm", **options)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert tmp_path / "out-base" / "model.safetensors" in before
+    with monkeypatch.context() as patched:
+        patched.setattr(tried, where, fails)
+        with pytest.raises(LorakitError, match="the disk is full"):
+            export(replace(adapter, saved={n: t * 2 for n, t in adapter.saved.items()}), tmp_path / "out", "vllm", **options)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "out-base"]
+
+
+def test_an_error_names_the_places_that_were_asked_for(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["lorakit.export.tried"].again, "TOLERANCE", -1)
+    with pytest.raises(AdapterError, match=rf"^{tmp_path / 'out'}, read again, differs from the adapter"):
+        export(adapter, tmp_path / "out", "vllm", fix=True, verify=True, base=base)

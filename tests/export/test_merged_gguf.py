@@ -322,7 +322,7 @@ def test_a_head_that_the_adapter_adds_is_told_as_the_adapter_s(tmp_path):
 
 @pytest.mark.parametrize("name", ["hidden_act", "hidden_activation"])
 def test_a_gemma_of_another_activation_is_refused(name, tmp_path):
-    base, adapter, live = given(tmp_path, model_of("gemma"))
+    base, adapter, _ = given(tmp_path, model_of("gemma"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {name: "relu"}))
     with pytest.raises(LorakitError, match=f"the base's {name} is 'relu'; llama.cpp computes a gemma with 'gelu_pytorch_tanh'"):

@@ -271,7 +271,7 @@ def test_damage_is_seen_and_out_is_as_it_was(tmp_path, monkeypatch, kind):
         damage(written if written.name != "pytorch_lora_weights.safetensors" else written.parent)
         return written
 
-    monkeypatch.setattr(sys.modules["lorakit.export.export"], "save", save_and_damage)
+    monkeypatch.setattr(sys.modules["lorakit.export.tried"], "save", save_and_damage)
     with pytest.raises(AdapterError, match=said) as error:
         export(value, out, receiver, verify=True, base=base)
     assert str(out) in str(error.value), "the message names OUT, not where it was tried"
@@ -329,7 +329,7 @@ def test_a_small_modules_wrong_strength_is_not_lost_beside_a_large_one(tmp_path,
     def save_and_damage(adapter, path, format, **options):
         return save(replace(adapter, factors={**adapter.factors, V: replace(small, alpha=7.9)}), path, format, **options)
 
-    monkeypatch.setattr(sys.modules["lorakit.export.export"], "save", save_and_damage)
+    monkeypatch.setattr(sys.modules["lorakit.export.tried"], "save", save_and_damage)
     with pytest.raises(AdapterError, match="ΔW by"):
         export(value, tmp_path / "out", "peft", verify=True)
 
