@@ -92,10 +92,11 @@ def mended(files: dict[str, Path], base_model: str | None, stack: ExitStack) -> 
     if len(files) == 1:
         found = Paths()
         for name, file in files.items():
-            for key, value in _notes(file).items():
-                found.clean_text(value, f"{name}, {key}", key)
+            for key, text in _notes(file).items():
+                found.clean_text(text, f"{name}, {key}", key)
         return Mended(files, [], _told([*((where, "holds a local path") for where, _ in found.cut), *found.left]))
-    found, clean = Paths(base_model), {}
+    found = Paths(base_model)
+    clean: dict[str, Any] = {}
     for name, file in files.items():
         try:
             value = _cleaned(name, file, found)

@@ -26,6 +26,7 @@ LARGE = (".safetensors", ".gguf", ".bin", ".pt")
 class Repository:
     private: bool = False
     gated: bool = False
+    granted: bool = True  # access, to the token, if it is gated
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> path -> content
     refs: dict[str, str] = field(default_factory=dict)  # branch or tag -> commit
 
@@ -135,8 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or (found.private and token != TOKEN):
             self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
             return None
-        if found.gated and token is None:
-            self.refuse(401, "GatedRepo", f"Access to model {name} is restricted")
+        if found.gated and (token is None or not found.granted):
+            self.refuse(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted")
             return None
         return found
 

@@ -185,6 +185,108 @@ def test_paths_of_this_machine_are_not_uploaded(hub, tmp_path):
     assert lk.Adapter.load("someone/lora").config.base == "meta/llama"
 
 
+@pytest.mark.parametrize(
+    "base, uploaded",
+    [
+        ("../private/acme-secret-llama", "acme-secret-llama"),
+        ("./llama", "llama"),
+        ("clients/acme/llama", "llama"),
+        ("clients/llama/", "llama"),  # a folder that is here
+        ("models/llama", "llama"),  # nobody's on the hub
+        ("..\\acme\\llama", "llama"),
+        ("/home/alice/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0ab12", "Qwen/Qwen3-0.6B"),
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        ("gpt2", "gpt2"),
+        ("https://example.org/a/b/llama", "https://example.org/a/b/llama"),
+        ("..", ".."),
+    ],
+)
+def test_a_base_that_is_no_hub_id_is_uploaded_by_its_last_name(hub, tmp_path, monkeypatch, base, uploaded):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients" / "llama").mkdir(parents=True)
+    folder = adapter(base, recipe={"model": base}).save(tmp_path / "adapter")
+    done = push(folder, "someone/lora", card=False)
+    there = hub.files("someone/lora")
+    assert json.loads(there["adapter_config.json"])["base_model_name_or_path"] == uploaded
+    assert json.loads(there["lorakit.json"])["recipe"] == {"model": uploaded}
+    assert [line.split(":")[0] for line in done.mended] == (
+        []
+        if base == uploaded
+        else [
+            "adapter_config.json, base_model_name_or_path",
+            "adapter_model.safetensors, lorakit, recipe, model",
+            "lorakit.json, recipe, model",
+        ]
+    )
+    assert done.left == []
+    assert same(lk.Adapter.load("someone/lora"), lk.Adapter.load(folder))
+
+
+def test_every_local_path_is_cut_or_named_and_nothing_is_sent_unmentioned(hub, tmp_path):
+    notes = {
+        "argv": ["train", "--data=/home/bob/rows.jsonl", "/home/bob/out", "--lr=1e-4"],
+        "about": "trained on /home/alice/x, see https://example.org/a/b",
+        "also": "rows of ../acme/rows.jsonl",
+        "sizes": {"/home/carol/rows.jsonl": 3},
+        "validation": "private/acme/rows.jsonl",
+        "link": "https://example.org/c/d",
+    }
+    folder = adapter(recipe=notes).save(tmp_path / "adapter")
+    dry = push(folder, "someone/lora", dry_run=True)
+    done = push(folder, "someone/lora")
+    recipe = json.loads(hub.files("someone/lora")["lorakit.json"])["recipe"]
+    assert recipe == notes | {"argv": ["train", "--data=rows.jsonl", "out", "--lr=1e-4"], "validation": "rows.jsonl"}
+    copies = ("adapter_model.safetensors, lorakit", "lorakit.json")
+    assert sorted(done.mended) == [
+        f"{copy}, recipe, {told}"
+        for copy in copies
+        for told in (
+            "argv[1]: a local path is cut to '--data=rows.jsonl'",
+            "argv[2]: a local path is cut to 'out'",
+            "validation: a local path is cut to 'rows.jsonl'",
+        )
+    ]
+    assert sorted(done.left) == [
+        f"{copy}, recipe, {told}"
+        for copy in copies
+        for told in (
+            "about: holds a local path",
+            "also: holds a local path",
+            "sizes, /home/carol/rows.jsonl: the key holds a local path",
+        )
+    ]
+    assert (dry.mended, dry.left) == (done.mended, done.left)
+    assert done.to_dict()["left"] == done.left
+
+
+def test_the_header_of_the_tensors_is_mended_and_their_bytes_stay(hub, folder):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        tensors, file, {"lorakit": json.dumps({"recipe": {"data": "/home/alice/rows"}}), "note": "from /home/alice/x", "format": "pt"}
+    )
+    done = push(folder, "someone/lora")
+    assert done.mended == ["adapter_model.safetensors, lorakit, recipe, data: a local path is cut to 'rows'"]
+    assert done.left == ["adapter_model.safetensors, note: holds a local path"]
+    there = hub.files("someone/lora")[file.name]
+    size = int.from_bytes(there[:8], "little")
+    assert json.loads(there[8 : 8 + size])["__metadata__"] == {
+        "lorakit": '{"recipe": {"data": "rows"}}', "note": "from /home/alice/x", "format": "pt"
+    }  # fmt: skip
+    assert same(lk.Adapter.load("someone/lora"), lk.Adapter.load(folder))
+    old = file.read_bytes()
+    assert there[8 + size :] == old[8 + int.from_bytes(old[:8], "little") :]
+
+
+def test_a_single_file_goes_as_it_is_and_its_paths_are_named(hub, tmp_path):
+    file = formats.save(adapter(), tmp_path / "lora.safetensors", "loralib")
+    save_file(load_file(file), file, {"base": "/home/alice/llama", "args": '["--data=/home/alice/x"]', "url": "https://example.org/a/b"})
+    done = push(file, "someone/lora", alpha=8.0)
+    assert sorted(done.left) == ["lora.safetensors, args[0]: holds a local path", "lora.safetensors, base: holds a local path"]
+    assert done.mended == []
+    assert hub.files("someone/lora")[file.name] == file.read_bytes()
+
+
 def test_the_card_that_is_here_goes_and_the_one_that_is_there_stays(hub, folder):
     hub.add("someone/lora", {"README.md": b"their own words"})
     assert push(folder, "someone/lora").card == "as it is there"
@@ -201,6 +303,56 @@ def test_the_card_that_is_here_goes_and_the_one_that_is_there_stays(hub, folder)
     assert hub.files("someone/lora")["README.md"] == b"by hand, OWNER/NAME"
     with pytest.raises(ConfigError, match="a licence belongs into it"):
         push(folder, "someone/lora", license="mit")
+
+
+def test_options_that_a_card_that_is_there_does_not_follow_are_named(hub, folder):
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit").not_on_card == []  # written with them
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit").not_on_card == ["--license mit", "--base-model Qwen/Qwen3"]
+    (folder / "README.md").write_text("---\nbase_model: Qwen/Qwen3-0.6B\n---\n")
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3").not_on_card == ["--base-model Qwen/Qwen3"]
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3-0.6B").not_on_card == []
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit", card=False).not_on_card == ["--license mit"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "lorakit.json"])
+def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name):
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"token": "secret"}')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(AdapterError, match=rf"{name} is a link that leads out of its folder, to {secret}\n  put a copy"):
+        push(folder, "someone/lora")
+    assert hub.repositories == {}
+    (folder / name).unlink()
+    (folder / "inside.md").write_text("{}")
+    (folder / name).symlink_to("inside.md")
+    push(folder, "someone/lora")
+    assert hub.files("someone/lora")[name] == b"{}"
+
+
+def test_the_links_of_the_hubs_cache_are_followed_and_none_out_of_it(hub, folder, tmp_path):
+    write(card_of(folder, repository="someone/lora").text, folder / "README.md")
+    push(folder, "someone/lora")
+    from huggingface_hub import snapshot_download
+
+    cached = snapshot_download("someone/lora", endpoint=hub.url)
+    assert push(cached, "someone/copy").card == "as it is here"
+    assert hub.files("someone/copy")["README.md"] == (folder / "README.md").read_bytes()
+    (tmp_path / "secret").write_text("secret")
+    page = next(tmp_path.glob("hub-cache/models--someone--lora/snapshots/*/README.md"))
+    page.unlink()
+    page.symlink_to(tmp_path / "secret")
+    with pytest.raises(AdapterError, match="leads out of its folder"):
+        push(cached, "someone/copy")
+
+
+def test_a_gated_repository_is_not_taken_for_a_missing_one(hub, folder):
+    hub.add("someone/gated", {"a": b"x"}, gated=True, granted=False)
+    with pytest.raises(
+        LorakitError, match=r"nothing was uploaded to someone/gated: someone/gated is gated: its owner grants access\n  ask"
+    ):
+        push(folder, "someone/gated")
+    assert not any("create" in line for line in hub.log)
 
 
 def test_refusals_say_what_to_do_and_leave_nothing_there(hub, folder, monkeypatch):

@@ -69,16 +69,8 @@ def merge_checkpoint(
     path, target = Path(base).expanduser(), Path(out).expanduser().resolve()
     sources = [adapter] if isinstance(adapter, Adapter | Path | str) else list(adapter)
     factors = _weights(weights, len(sources))
-    read = [find(s) for s in sources if not isinstance(s, Adapter)]
-    named = [Path(s).expanduser() for s in sources if not isinstance(s, Adapter)]
-    check_out(path.resolve(), [p.resolve() for p in (*named, *read) if p.exists()], target, force)
-    values = [(s if isinstance(s, Adapter) else load_on(s, path, alpha, force_base)).check() for s in sources]
-    called = [
-        f"adapter {i}{'' if isinstance(s, Adapter) else f' ({s})'}" if len(sources) > 1 else "the adapter" for i, s in enumerate(sources, 1)
-    ]
-    warnings = [line for w, a, c in zip(factors, values, called, strict=True) for line in check_something(w, a, c)] + [
-        f"{p} was started as {start}: made a plain LoRA of the base, of twice the rank" for p in read if (start := started_as(p))
-    ]
+    check_out(path.resolve(), _read_only(sources), target, force)
+    values, warnings = _values(sources, factors, path, alpha, force_base)
     plans: list[tuple[Part, Plan]] = []
     names = [n for a in values for n in (*a.updates, *a.saved)]
     for part in open_parts(path, names, everything=dtype is not None):
@@ -92,11 +84,8 @@ def merge_checkpoint(
     check_space(target, size + sum(p.stat().st_size for p in copies.values()))
 
     # What travels with the weights names nobody's folders.
-    note = {
-        "lorakit": VERSION,
-        "base": path.name,
-        "adapter": _told([s if isinstance(s, Adapter) else Path(s).name for s in sources], factors),
-    }
+    short = _told([s if isinstance(s, Adapter) else Path(s).name for s in sources], factors)
+    note = {"lorakit": VERSION, "base": path.name, "adapter": short}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -120,12 +109,36 @@ def merge_checkpoint(
         if path.is_file():
             put_in_place(temporary / path.name, target)
         else:
-            told_whole = {**note, "merged": report.headline(), "warnings": warnings}
-            write_text(temporary / NOTE, json.dumps(told_whole, indent=2, ensure_ascii=False) + "\n")
+            whole = {**note, "merged": report.headline(), "warnings": warnings}
+            write_text(temporary / NOTE, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
             put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
     return report
+
+
+def _read_only(sources: Sequence[Source]) -> list[Path]:
+    """Where the adapters lie, as named and as found (a run's folder, and its adapter within)."""
+    named = [Path(s).expanduser() for s in sources if not isinstance(s, Adapter)]
+    found = [find(s) for s in sources if not isinstance(s, Adapter)]
+    return [p.resolve() for p in (*named, *found) if p.exists()]
+
+
+def _values(
+    sources: Sequence[Source], weights: Sequence[float], base: Path, alpha: float | None, force_base: bool
+) -> tuple[list[Adapter], list[str]]:
+    """The adapters, and warnings."""
+    values, warnings = [], []
+    for number, (source, weight) in enumerate(zip(sources, weights, strict=True), start=1):
+        where = "" if isinstance(source, Adapter) else f" ({source})"
+        called = f"adapter {number}{where}" if len(sources) > 1 else "the adapter"
+        start = None if isinstance(source, Adapter) else started_as(source)
+        value = source if isinstance(source, Adapter) else load_on(source, base, alpha, force_base)
+        values.append(value.check())
+        warnings += check_something(weight, value, called)
+        if start:
+            warnings.append(f"{Path(str(source)).name} was started as {start}: made a plain LoRA of the base, of twice the rank")
+    return values, warnings
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:

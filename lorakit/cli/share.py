@@ -111,7 +111,9 @@ def _tell(pushed: Pushed) -> None:
         if pushed.card == "none":
             print(f"without a card, there is no place for {options}")
         else:
-            print(f"the card says nothing of {options}: edit it, or write it anew (lorakit card SOURCE {options})")
+            print(
+                f"{options} changes nothing on the card, which stays {pushed.card}: edit it, or write one with lorakit card SOURCE {options}"
+            )
     for line in _first(pushed.mended):
         print(f"mended in the upload: {line}")
     for line in _first(pushed.left):
