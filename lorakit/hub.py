@@ -127,9 +127,8 @@ def _repository(repository: str, revision: str | None, private: bool) -> dict[st
     except LorakitError:
         raise
     except Exception as error:
-        if isinstance(error, RepositoryNotFoundError) and not isinstance(
-            error, GatedRepoError
-        ):  # a gated one is of that class, and is there
+        gated = isinstance(error, GatedRepoError)  # of the class of those that are not found, and it is there
+        if isinstance(error, RepositoryNotFoundError) and not gated:
             return {}
         raise LorakitError(f"nothing was uploaded to {repository}: {reason(error, repository, revision, writing=True)}") from error
     return {"commit": info.sha, "files": [f.rfilename for f in info.siblings or []]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import hub_stub
@@ -17,6 +18,7 @@ from lorakit import formats
 from lorakit.card import card_of, write
 from lorakit.errors import AdapterError, ConfigError, LorakitError
 from lorakit.hub import push
+from lorakit.upload import mended
 
 NAMES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json"]
 
@@ -285,6 +287,23 @@ def test_a_single_file_goes_as_it_is_and_its_paths_are_named(hub, tmp_path):
     assert sorted(done.left) == ["lora.safetensors, args[0]: holds a local path", "lora.safetensors, base: holds a local path"]
     assert done.mended == []
     assert hub.files("someone/lora")[file.name] == file.read_bytes()
+
+
+def test_local_paths_in_a_ggufs_pairs_are_named(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "qwen2")
+    writer.add_string("general.source.url", "https://example.org/a/b")
+    writer.add_string("general.description", "from /home/alice/llama")
+    writer.add_tensor("x", torch.ones(2, 2).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = {"lora.gguf": tmp_path / "lora.gguf"}
+    with ExitStack() as stack:
+        found = mended(files, None, stack)
+    assert (found.files, found.changed) == (files, [])
+    assert found.left == ["lora.gguf, general.description: holds a local path"]
 
 
 def test_the_card_that_is_here_goes_and_the_one_that_is_there_stays(hub, folder):

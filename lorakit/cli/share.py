@@ -81,7 +81,7 @@ def push(
 
     done = pushed(
         source, repository, private=private, revision=revision, message=message, card=with_card, dry_run=dry_run, base_model=base_model,
-        license=license, alpha=alpha, base=base_folder(base), tell=None if json_output else _tell,
+        license=license, alpha=alpha, base=base_folder(base), tell=None if json_output else lambda told: _tell(told, source),
     )  # fmt: skip
     if json_output:
         print(json.dumps(done.to_dict() | {"dry_run": dry_run}))
@@ -89,15 +89,19 @@ def push(
     at = "" if done.revision == "main" else f"@{done.revision.replace('/', '%2F')}"
     if dry_run:
         print("nothing was sent")
-        more = "".join(f" {quote(w)}" for w in (*(["--private"] if private else []), *(["--revision", revision] if revision else [])))
-        print(f"next: lorakit push {quote(source)} {repository}{more}")
+        given = {
+            "--private": private, "--revision": revision, "--message": message, "--no-card": not with_card, "--base-model": base_model,
+            "--license": license, "--alpha": alpha, "--base": base,
+        }  # fmt: skip
+        words = [w for k, v in given.items() if v is not None and v is not False for w in ([k] if v is True else [k, quote(str(v))])]
+        print(f"next: {' '.join(['lorakit push', quote(source), repository, *words])}")
         return
     what = "made" if done.created else "updated" if done.changed else "unchanged: it had all of this already"
     print(f"{what}: {done.url}" + (f" (commit {done.commit[:8]})" if done.commit and done.changed else ""))
     print(f"next: lorakit inspect {repository}{at}")
 
 
-def _tell(pushed: Pushed) -> None:
+def _tell(pushed: Pushed, source: str) -> None:
     """What is going to be uploaded, before it is."""
     width = max(map(len, pushed.files))
     print(f"to {pushed.url}{'' if pushed.revision == 'main' else f', branch {pushed.revision}'}:")
@@ -111,9 +115,8 @@ def _tell(pushed: Pushed) -> None:
         if pushed.card == "none":
             print(f"without a card, there is no place for {options}")
         else:
-            print(
-                f"{options} changes nothing on the card, which stays {pushed.card}: edit it, or write one with lorakit card SOURCE {options}"
-            )
+            print(f"{options} changes nothing on the card, which stays {pushed.card}")
+            print(f"  edit it, or write one here: lorakit card {quote(source)} {options}")
     for line in _first(pushed.mended):
         print(f"mended in the upload: {line}")
     for line in _first(pushed.left):

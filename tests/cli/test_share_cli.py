@@ -48,9 +48,31 @@ def test_a_dry_run_prints_the_list_and_the_command_that_uploads(lorakit, run_fol
     assert "adapter_model.safetensors" in out
     assert out.endswith(f"nothing was sent\nnext: lorakit push {run_folder} someone/lora --private --revision v2\n")
     assert hub.log == []
+    options = ["--message", "the first", "--no-card", "--base-model", "a/b"]
+    code, out, _ = lorakit("push", run_folder, "someone/lora", "--dry-run", *options)
+    assert out.endswith(f"next: lorakit push {run_folder} someone/lora --message 'the first' --no-card --base-model a/b\n")
     code, out, _ = lorakit("push", run_folder, "someone/lora", "--dry-run", "--no-card", "--json")
     told = json.loads(out)
     assert (told["dry_run"], told["card"], "README.md" in told["files"]) == (True, "none", False)
+
+
+def test_what_is_cut_what_is_left_and_what_the_card_does_not_say_is_printed(lorakit, run_folder, hub):
+    notes = run_folder / "adapter" / "lorakit.json"
+    told = json.loads(notes.read_text()) | {"by": "/home/alice/train.py", "about": "rows of /home/alice/x", "all": ["on /home/b/x"] * 30}
+    notes.write_text(json.dumps(told))
+    (run_folder / "adapter" / "README.md").write_text("# by hand")
+    call = ("push", run_folder, "someone/lora", "--base-model", "someone/tiny", "--dry-run")
+    code, out, _ = lorakit(*call)
+    assert code == 0
+    assert "mended in the upload: lorakit.json, by: a local path is cut to 'train.py'\n" in out
+    assert "left as it is: lorakit.json, about: holds a local path\n" in out
+    assert "left as it is: and 11 more (--json prints all)\n" in out
+    assert "--base-model someone/tiny changes nothing on the card, which stays as it is here\n" in out
+    assert f"  edit it, or write one here: lorakit card {run_folder} --base-model someone/tiny\n" in out
+    printed = json.loads(lorakit(*call, "--json")[1])
+    assert len(printed["left"]) == 31
+    assert printed["not_on_card"] == ["--base-model someone/tiny"]
+    assert json.loads(notes.read_text()) == told
 
 
 def test_exit_codes_are_one_for_a_refusal_and_two_for_a_wrong_call(lorakit, run_folder, hub, monkeypatch, tmp_path):

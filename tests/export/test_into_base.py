@@ -151,3 +151,16 @@ def test_an_error_names_the_places_that_were_asked_for(base, adapter, tmp_path, 
     monkeypatch.setattr(sys.modules["lorakit.export.tried"].again, "TOLERANCE", -1)
     with pytest.raises(AdapterError, match=rf"^{tmp_path / 'out'}, read again, differs from the adapter"):
         export(adapter, tmp_path / "out", "vllm", fix=True, verify=True, base=base)
+
+
+def test_the_copy_of_a_single_file_is_one_too(adapter, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for base, out, copy in (
+        ("model.safetensors", "out", "out-base.safetensors"),
+        ("model.safetensors", "x.safetensors", "x-base.safetensors"),
+        ("folder", "out", "out-base"),
+    ):
+        made = into_base.split(adapter, list(adapter.saved), tmp_path / base, tmp_path / out, force=False)
+        assert made.copy == tmp_path / copy
+        assert (made.part.saved, made.rest.saved) == (adapter.saved, {})
