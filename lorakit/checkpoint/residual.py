@@ -21,7 +21,7 @@ from ..adapter.factors import Factors
 from ..adapter.reform import with_updates
 from ..adapter.spectrum import norm
 from ..errors import AdapterError
-from ..formats import find, format_of, load, peft
+from ..formats import TAKES_ALPHA, find, format_of, load, peft
 from .weights import open_weights
 
 EXACT = ("pissa", "olora")
@@ -34,7 +34,7 @@ def load_on(source: str | Path, base: Path | None, alpha: float | None = None, f
     """
     if base is not None and started_as(source):
         return plain(find(source), base, force_base)
-    return load(source, alpha=alpha if format_of(source) in ("loralib", "mlx") else None, base=base)
+    return load(source, alpha=alpha if format_of(source) in TAKES_ALPHA else None, base=base)
 
 
 def started_as(source: str | Path) -> str | None:

@@ -32,7 +32,7 @@ def compare(
     from ..compare import compare as set_side_by_side
     from ..compare_report import plot as draw
     from ..compare_report import summary, tables, write_html
-    from ..formats import format_of
+    from ..formats import TAKES_ALPHA, format_of
     from ..heatmap import kind_of
     from .adapters import load_adapter
     from .files import base_folder
@@ -41,7 +41,7 @@ def compare(
         kind_of(plot)  # before the work
     folder = base_folder(base)
     # alpha is for those files alone that do not say it themselves.
-    asks = [alpha if alpha is not None and format_of(source) in ("loralib", "mlx") else None for source in (a, b)]
+    asks = [alpha if alpha is not None and format_of(source) in TAKES_ALPHA else None for source in (a, b)]
     first, second = (load_adapter(source, own, folder) for source, own in zip((a, b), asks, strict=True))
     with Console(stderr=True).status("comparing") as status:
         found = set_side_by_side(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import ConfigError, listing
-from .files import base_folder, dtype_of, free, read
+from .files import base_folder, dtype_of, free, inspect_call, read
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -48,15 +48,11 @@ def convert(
     for loss in done.lost:
         print(f"left out: {loss}")
     print(f"{source} ({was}) -> {done.path} ({to}): {len(done.adapter.updates)} modules, {done.adapter.parameters:,} parameters")
-    more = f" --base {quote(base)}" if base and to == "gguf" else ""
     if to == "loralib":
-        from ..formats.loralib import alpha_of
-
-        more = f" --alpha {alpha_of(done.adapter):g}"
-        print(f"the file holds no alpha: it is to be read with{more}")
+        print("the file holds no alpha: it is to be read with the one below")
     if to == "kohya" and len({f.alpha for f in done.adapter.factors.values()}) > 1:
         print("note: diffusers mistakes alphas that differ from module to module in this format; for it: lorakit export --for diffusers")
-    print(f"next: lorakit inspect {quote(str(done.path))}{more}")
+    print(f"next: {inspect_call(done.path, done.adapter, to, base)}")
 
 
 def export(

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from ..adapter.adapter import Adapter
 
-_FOLDERS = ("peft", "mlx")
 _SUFFIXES = {"kohya": (".safetensors",), "diffusers": (".safetensors", ""), "cloneofsimo": (".safetensors", ".pt"), "gguf": (".gguf",),
              "loralib": (".pt", ".bin", ".pth", ".safetensors")}  # fmt: skip
 _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
@@ -68,12 +67,12 @@ def numbers(text: str | None) -> list[float] | None:
 
 def free(out: Path, to: str, force: bool) -> Path:
     """OUT, if it suits the format and there is nothing there, or only an older adapter of that format that may be replaced."""
-    from ..formats import FORMATS
+    from ..formats import FOLDERS, FORMATS
 
     out = out.expanduser()
     if to not in FORMATS:
         raise ConfigError(f"--to {to}: no such format{did_you_mean(to, FORMATS)}\n  known: {', '.join(FORMATS)}")
-    if to in _FOLDERS and out.suffix in _WEIGHTS:
+    if to in FOLDERS and out.suffix in _WEIGHTS:
         raise ConfigError(f"{out}: {to} is written as a folder\n  give a name without '{out.suffix}'")
     if to in _SUFFIXES and out.suffix not in _SUFFIXES[to] and not (to == "diffusers" and out.suffix not in _WEIGHTS):
         raise ConfigError(f"{out}: {to} is written as a file that ends in {' or '.join(s for s in _SUFFIXES[to] if s)}")
@@ -83,16 +82,16 @@ def free(out: Path, to: str, force: bool) -> Path:
         raise ConfigError(f"{out} exists\n  --force replaces it")
     if out.is_dir():
         _check_folder(out, to)
-    elif to in _FOLDERS:
+    elif to in FOLDERS:
         raise ConfigError(f"{out} is a file, and {to} is written as a folder")
     return out
 
 
 def _check_folder(out: Path, to: str) -> None:
     """A folder may be written into if it holds an adapter of that format: PEFT's and MLX's files have names in common."""
-    from ..formats import find, format_of
+    from ..formats import FOLDERS, find, format_of
 
-    if to not in (*_FOLDERS, "diffusers"):
+    if to not in (*FOLDERS, "diffusers"):
         raise ConfigError(f"{out} is a folder, and {to} is written as a file")
     if (out / "config.json").exists():
         raise ConfigError(f"{out} holds a model (config.json), among whose files an adapter would not be found\n  name another folder")
@@ -101,4 +100,4 @@ def _check_folder(out: Path, to: str) -> None:
     except AdapterError:
         found = "something else"
     if found != to:
-        raise ConfigError(f"{out} is a folder with {found if found in _FOLDERS else 'other things'} in it\n  name another folder")
+        raise ConfigError(f"{out} is a folder with {found if found in FOLDERS else 'other things'} in it\n  name another folder")
