@@ -22,6 +22,7 @@ import lorakit as lk
 from lorakit.adapter.combine import combined
 from lorakit.adapter.decompose import matrix_of
 from lorakit.adapter.resize import resize
+from lorakit.formats.convert import convert
 from lorakit.inspect import describe_adapter
 
 HIDDEN, MLP, KV, LAYERS, RANK = 4096, 14336, 1024, 32, 16
@@ -29,6 +30,7 @@ SHAPES = {  # [out, in] of Llama 3.1 8B
     "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV, HIDDEN), "self_attn.v_proj": (KV, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP),
 }  # fmt: skip
+BASE = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": LAYERS, "hidden_size": HIDDEN}
 
 
 def make(seed: int) -> lk.Adapter:
@@ -74,6 +76,8 @@ def main() -> None:
             "resize to rank 8": lambda: resize(a, 8),
             "resize to 90 % of all energy": lambda: resize(a, keep=0.9, overall=True),
             "save": lambda: a.save(Path(folder) / "out"),
+            "convert to gguf": lambda: convert(lk.Adapter.load(paths[0]), Path(folder) / "out.gguf", "gguf", base=BASE),
+            "convert to mlx": lambda: convert(lk.Adapter.load(paths[0]), Path(folder) / "mlx", "mlx"),
         }
         for what, run in runs.items():
             print(f"{what:<30} {timed(rounds, run):7.2f} s")
