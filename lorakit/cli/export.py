@@ -113,7 +113,8 @@ def export(
         print(f"logits through {through}: {done.logits}")
     if done.no_logits is not None:
         print(f"logits not compared: {done.no_logits}")
-    print(f"next: {_next(receiver, done.files[0], str(done.base) if done.base else base)}")
+    served = done.base or folder  # 'embedded' is a name of ours alone
+    print(f"next: {_next(receiver, done.files[0], str(served) if served else None)}")
 
 
 def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, json_output: bool, **options: Any) -> None:
