@@ -202,8 +202,9 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
     """What of a part's config and index is no longer as it was."""
     base = part.base
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
-    if dtype is not None and config and not part.name:
-        config = _with_dtype({"dtype": "", **config} if "torch_dtype" not in config else config, str(dtype).removeprefix("torch."))
+    if dtype is not None and config:
+        says = part.name or "torch_dtype" in config  # a pipeline's component may not say it, a transformers model always does
+        config = _with_dtype(config if says else {"dtype": "", **config}, str(dtype).removeprefix("torch."))
     if config != base.config:
         write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if base.index is not None:
@@ -250,7 +251,7 @@ def _lost(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -
     lost = [r for r in reports if r.lost]
     if not any(r.changed for r in reports) and not any(p.replaced or p.added for _, p in plans):
         if not lost:
-            raise LorakitError("no weight changed: with these weights the adapters cancel each other\n  there is nothing to merge")
+            raise LorakitError("no weight changed: the adapters cancel each other, or change nothing\n  there is nothing to merge")
         raise LorakitError(
             f"no weight changed: the largest |ΔW|, {max(r.asked for r in lost):.3g}, is below the precision of the base's weights\n"
             "  write more digits: dtype=torch.float32 (--dtype fp32); or keep the adapter unmerged"

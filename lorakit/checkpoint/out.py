@@ -38,7 +38,7 @@ def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> N
     if out.is_dir() == base.is_file() or not (out.is_dir() or out.is_file()):
         there, wanted = "a folder" if out.is_dir() else "a file", "a single file" if base.is_file() else "a folder"
         raise LorakitError(f"OUT {out} is {there}; the base is {wanted}, and so is what is written\n  give another place")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CONFIG, PIPELINE, NOTE)):
+    if out.is_dir() and any(out.iterdir()) and not _is_checkpoint(out):
         raise LorakitError(
             f"OUT {out} holds no checkpoint, but {listing(sorted(p.name for p in out.iterdir()), 3)}; force would delete that\n  give another place"
         )
@@ -131,6 +131,11 @@ def put_in_place(temporary: Path, out: Path) -> None:
 def _is_weights(path: Path) -> bool:
     index = ".bin.index.", ".safetensors.index."
     return path.suffix in WEIGHTS or (path.suffix == ".json" and any(i in path.name for i in index))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    config = (folder / CONFIG).is_file() and any(map(_is_weights, folder.iterdir()))
+    return config or (folder / PIPELINE).is_file() or (folder / NOTE).is_file()
 
 
 def _is_model(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..adapter.decompose import Form
 from ..adapter.svd import norm_squared
 from ..errors import LorakitError, listing
+from ..formats import names
 from ..formats.single_file import Place, bias_place, places
 from ..formats.stream import MERGEABLE, Slot
 from .base import Base
@@ -118,11 +119,18 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
     lone = sorted(parts[0].keys() ^ parts[1].keys())
     if lone:
         raise LorakitError(f"only one of {base} and {tuned} has the component '{lone[0]}'\n  is one of them the base of the other?")
+    found = []
     for name, part in parts[0].items():
         for tensor in common(part.base, parts[1][name].base):
             old, new = (p[name].base.tensors[tensor] for p in parts)
-            own = part.called(_with_level(part, tensor))
-            yield Pair(own, old, new, _form(own, old.shape), adaptable=name not in _OTHER_PARTS)
+            found.append((part.called(_with_level(part, tensor)), old, new))
+    denoiser = [own.rpartition(".")[0] for own, old, _ in found if own.startswith(("unet.", "transformer.")) and len(old.shape) > 1]
+    model = names.model_of(denoiser)
+    for own, old, new in found:
+        module, component = own.rpartition(".")[0], own.partition(".")[0]
+        # Adapters of a known model change the modules of its lists: no tables of tokens and positions.
+        adaptable = module in names.shapes(model) if model is not None else component not in _OTHER_PARTS
+        yield Pair(own, old, new, _form(own, old.shape), adaptable)
 
 
 def _of_files(before: Base, after: Base) -> Iterator[Pair]:

@@ -21,7 +21,7 @@ from ..formats.stream import DTYPES, MERGEABLE, NAMES, Slot
 from .base import Base
 from .changes import Changes
 from .names import Renaming
-from .update import Update
+from .update import LowRank, Update
 from .where import find_places
 
 
@@ -125,6 +125,15 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
     return Plan(base, files, renames, replaced, changes.added, sorted(tied) if untying else [])
 
 
+def _same_change(changes: Changes, group: list[str]) -> bool:
+    """Whether all of a group of tied weights gain the same low-rank update: a head the transposed factors of its embedding."""
+    found = [u for n in group for us in changes.updates.get(n, {}).values() for u in us]
+    if len(found) != len(group) or any(n in changes.values for n in group) or not all(isinstance(u, LowRank) for u in found):
+        return False
+    pairs = [(u.B, u.A, u.scale) if not u.transposed else (u.A.T, u.B.T, u.scale) for u in found if isinstance(u, LowRank)]
+    return all(s == pairs[0][2] and torch.equal(left, pairs[0][0]) and torch.equal(right, pairs[0][1]) for left, right, s in pairs)
+
+
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
     """Weights that stay one can only change as one: TargetError unless the adapter saved the same whole weight for all of them."""
     values = changes.values
@@ -132,6 +141,11 @@ def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
         group = [holder, *(user for user, h in ties.items() if h == holder)]
         touched = [n for n in group if n in changes.touched]
         if not touched:
+            continue
+        if _same_change(changes, group):
+            for n in group[1:]:
+                if n not in changes.base.tensors:
+                    del changes.updates[n]
             continue
         first = values.get(holder)
         if first is None or any(n in changes.updates or n not in values or not values[n].equal(first) for n in group):

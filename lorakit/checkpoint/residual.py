@@ -47,7 +47,7 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
     """PEFT's folder of a PiSSA or an OLoRA as a plain LoRA of `base`. AdapterError for another start, and for what looks like another base.
 
     Nothing in the folder tells its base for sure. What training started from is still most of what it ended with: where taking the
-    start of `base` away makes most modules larger, it was another start (`force_base`: take it all the same).
+    start of `base` away makes all modules larger, it was another start (`force_base`: take it all the same).
     """
     start = str(peft.start_of(path))
     if start not in EXACT:
@@ -71,10 +71,10 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         first = _start(start, W, f)
         made[module] = exact_sum(module, [(1.0, f), (-1.0, first)])
         strangers += norm(made[module]) > norm(f)
-    if strangers > len(made) / 2 and not force_base:
+    if strangers == len(made) and not force_base:
         raise AdapterError(
-            f"{path}: it was started as {start!r}, but from other weights than {base} has: of {strangers} of {len(made)} modules it is nothing like\n"
-            "  give the base that it was trained on; force_base=True (merge --force-base) if you know better"
+            f"{path}: it was started as {start!r}, but from other weights than {base} has, as no module is like what it would have started from\n"
+            "  give the base that it was trained on; force_base=True (--force-base of merge and export) if you know better"
         )
     return with_updates(adapter, made).check()
 

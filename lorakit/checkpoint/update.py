@@ -163,7 +163,8 @@ def is_zero(update: Factors | Other) -> bool:
     """Whether it changes nothing, whatever the weight. A DoRA's magnitude may, with factors of zero."""
     if isinstance(update, Factors):
         return update.magnitude is None and not (update.A.any() and update.B.any())
-    return not any(t.any() for t in update.tensors().values())
+    parts = [bool(t.any()) for t in update.tensors().values()]
+    return not (any(parts) if isinstance(update, Dense) else all(parts))  # of a product every part counts
 
 
 def bias_for(module: str, update: Dense, slot: Slot, weight: float = 1.0, swapped: bool = False) -> Whole:

@@ -75,7 +75,7 @@ def export(
     ] = False,
     dtype: _DTYPES = None,
     force_base: Annotated[
-        bool, typer.Option("--force-base", help="with --merged: although the adapter was trained on another base")
+        bool, typer.Option("--force-base", help="with --base: although the adapter was trained on another one")
     ] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
     force: _FORCE = False,
@@ -84,13 +84,14 @@ def export(
     """Check an adapter against the rules of the program that will read it, write it so, and (--verify) prove the same effect."""
     from ..export import RECEIVERS
     from ..export import export as exported
+    from ..formats import find
 
     folder = base_folder(base)
     if merged:
         if model is not None:
             raise ConfigError("--model is what an adapter's Modelfile starts FROM; with --merged it starts from the model that is written")
         options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
-        _merged(read(source, alpha, folder), folder, out, receiver, json_output, **options)
+        _merged(read(source, alpha, folder, force_base), folder, out, receiver, json_output, **options)
         return
     if dtype is not None:
         raise ConfigError(
@@ -99,7 +100,17 @@ def export(
     if receiver == "ollama" and out.suffix != ".gguf":
         out = out / "adapter.gguf"
     out = free(out, RECEIVERS[receiver].format, force)
-    done = exported(read(source, alpha, folder), out, receiver, fix=fix, verify=verify, base=folder, model=model, force=force)
+    done = exported(
+        read(source, alpha, folder, force_base),
+        out,
+        receiver,
+        fix=fix,
+        verify=verify,
+        base=folder,
+        model=model,
+        force=force,
+        source=find(source),
+    )
     if json_output:
         print(json.dumps(done.to_dict()))
         return

@@ -19,11 +19,11 @@ _SUFFIXES = {"kohya": (".safetensors",), "diffusers": (".safetensors", ""), "clo
 _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
-def read(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
+def read(source: str, alpha: float | None = None, base: Path | None = None, force_base: bool = False) -> Adapter:
     """An adapter; see `load_on`."""
     from ..checkpoint.residual import load_on, started_as
 
-    adapter = load_on(source, base, alpha)
+    adapter = load_on(source, base, alpha, force_base)
     start = started_as(source) if base is not None else None
     if start:
         print(f"{source} was started as {start}: made a plain LoRA of {base}, of twice the rank", file=sys.stderr)

@@ -58,6 +58,7 @@ def export(
     base: Any = None,
     model: str | None = None,
     force: bool = False,
+    source: Path | None = None,
 ) -> Exported:
     """Write `adapter` as `receiver` reads it (see `RECEIVERS`).
 
@@ -65,7 +66,7 @@ def export(
     merged into a copy of it, OUT-base. verify: read the result again, independently, and compare all that it does to a base; through
     `base`, if that is a language model's folder with its weights, the logits too: of `base` + `adapter` against OUT-base + OUT, where there
     is that copy. base: the base's folder or config, which llama.cpp's names and row orders need. model: what Ollama's Modelfile says FROM.
-    force: replace an OUT-base, and a Modelfile beside OUT, that are there.
+    force: replace an OUT-base, and a Modelfile beside OUT, that are there; never what holds `source`, where the adapter was read from.
     Raises AdapterError with all that the receiver does not take, each with its way out, or with what is wrong in the written file;
     OUT is then as it was.
     """
@@ -75,7 +76,7 @@ def export(
     names = {n for f in findings(adapter, receiver) if f.mend is None for n in f.into_base}
     parts = None
     if fix and names and target.format != "gguf" and isinstance(base, str | Path):
-        parts = split(adapter, names, Path(base).expanduser(), path, force)
+        parts = split(adapter, names, Path(base).expanduser(), path, force, source)
         adapter = parts.rest
     ready, mended = _mended(adapter, receiver) if fix else (adapter, [])
     left = findings(ready, receiver)

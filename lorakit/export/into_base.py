@@ -31,17 +31,20 @@ class Split:
 
     def write(self, rest: Adapter, place: Path) -> Adapter:
         """Write the copy at `place`, to be moved; gives `rest` (mended) as an adapter of the copy, of which it has the name and the fingerprint."""
-        merge_checkpoint(self.base, self.part, place)
+        merge_checkpoint(self.base, self.part, place, untie=True)
         known = None if self.base.is_file() or (self.base / PIPELINE).is_file() else layout_of(open_base(place)).fingerprint()
         metadata = {key: value for key, value in rest.metadata.items() if key != "fingerprint"} | ({"fingerprint": known} if known else {})
         return replace(rest, config=rest.config.replace(base=str(self.copy)), metadata=metadata)
 
 
-def split(adapter: Adapter, names: Collection[str], base: Path, out: Path, force: bool) -> Split:
-    """`names`: of the modules and whole weights that go into the copy, OUT-base. LorakitError if that is in the way, or nothing else is left."""
+def split(adapter: Adapter, names: Collection[str], base: Path, out: Path, force: bool, source: Path | None = None) -> Split:
+    """`names`: of the modules and whole weights that go into the copy, OUT-base. LorakitError if that is in the way, or nothing else is left.
+
+    source: where the adapter lies, if it does: it is only read.
+    """
     copy = out.with_name(f"{out.stem}-base.safetensors" if base.is_file() else f"{out.name}-base")
     part, rest = divide(adapter, names)
-    check_out(base.resolve(), [], copy.resolve(), force)
+    check_out(base.resolve(), [source.resolve()] if source is not None else [], copy.resolve(), force)
     return Split(adapter, part, rest, base, copy)
 
 

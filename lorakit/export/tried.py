@@ -6,6 +6,8 @@ A copy of the base that takes what the receiver does not (`into_base`) is tried 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +57,7 @@ def tried(
         to = path.parent / written.relative_to(folder)
         if parts is None or copy is None:
             return _put_in_place(written, to), read
-        with _moved(copy, parts.copy, folder):
+        with _moved(copy, parts.copy):
             return _put_in_place(written, to), read
 
 
@@ -84,9 +86,10 @@ def _verified(adapter: Adapter, written: Path, format: str, base: Any, parts: Sp
 
 
 @contextmanager
-def _moved(copy: Path, to: Path, folder: Path) -> Iterator[None]:
-    """The copy under its own name; what was there is back if what follows fails, and else goes with the trial's folder."""
-    old = folder / "old" if to.exists() else None
+def _moved(copy: Path, to: Path) -> Iterator[None]:
+    """The copy under its own name; what was there is back if what follows fails, and else is deleted."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    old = to.with_name(f".{to.name}.old-{secrets.token_hex(4)}") if to.exists() else None  # where a killed run's can be found
     if old is not None:
         os.rename(to, old)
     try:
@@ -99,6 +102,8 @@ def _moved(copy: Path, to: Path, folder: Path) -> Iterator[None]:
             os.rename(old, to)
         raise
     sync_folder(to.parent)
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _put_in_place(written: Path, to: Path) -> Path:
@@ -110,6 +115,9 @@ def _put_in_place(written: Path, to: Path) -> Path:
     files = {p: to / p.name for p in sorted(written.iterdir())} if written.is_dir() else {written: to}
     parent = to if written.is_dir() else to.parent
     parent.mkdir(parents=True, exist_ok=True)
+    wrong = next((final for final in files.values() if final.exists() and not final.is_file()), None)
+    if wrong is not None:  # said before the first file is replaced
+        raise AdapterError(f"{wrong} is there and is no file, and a file is to be written there")
     for file, final in files.items():
         os.replace(file, final)
     if any(final.name == peft.WEIGHTS for final in files.values()):

@@ -82,9 +82,10 @@ def test_force_replaces_checkpoints_and_nothing_else(base, adapter, tmp_path):
     letters, note, pipe = tmp_path / "letters", tmp_path / "note", tmp_path / "pipe"
     letters.mkdir()
     (letters / "dear.txt").write_text("friend")
+    (letters / "config.json").write_text("{}")  # of something else
     note.write_text("mine")
     os.mkfifo(pipe)
-    for out, said in ((letters, "holds no checkpoint, but dear.txt"), (note, "is a file"), (pipe, "is a file")):
+    for out, said in ((letters, "holds no checkpoint, but config.json, dear.txt"), (note, "is a file"), (pipe, "is a file")):
         with pytest.raises(LorakitError, match=said):
             merge_checkpoint(base, adapter, out, force=True)
     assert (letters / "dear.txt").read_text() == "friend"

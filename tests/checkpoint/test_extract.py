@@ -235,3 +235,12 @@ def test_doubts_are_said(tmp_path):
     assert any("seems not to be tuned" in w for w in extract(base, tmp_path / "other", 2).warnings)
     assert any("stored as F32 and as BF16" in w for w in extract(base, tmp_path / "rounded", 2).warnings)
     assert not extract(base, save(tuned(tiny.llama), tmp_path / "tuned"), 2).warnings
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.llama(tied=True), tiny.gpt2], ids=["llama", "gpt2"])
+def test_the_change_of_tied_weights_merges_back_as_one(make, tmp_path):
+    base = save(make(), tmp_path / "base")
+    after = tuned(make)
+    done = extract(base, save(after, tmp_path / "tuned"), keep=1.0, save_rest=True)
+    merge_checkpoint(base, done.adapter, tmp_path / "out")
+    torch.testing.assert_close(logits(type(after).from_pretrained(tmp_path / "out").eval()), logits(after.eval()), atol=2e-4, rtol=1e-3)

@@ -58,6 +58,17 @@ def test_what_is_extracted_from_a_pipeline_makes_the_base_the_tuned_one(pipes, t
     assert all(name.endswith(".bias") for name in done.rest if name not in done.kept)
 
 
+def test_tables_of_tokens_and_positions_which_no_adapter_changes_are_left_out_by_name(pipes, tmp_path):
+    shutil.copytree(pipes / "base", tmp_path / "tuned")
+    file = tmp_path / "tuned" / "text_encoder" / "model.safetensors"
+    save_file({n: t + 0.1 if t.is_floating_point() else t for n, t in load_file(file).items()}, file, {"format": "pt"})
+    done = extract(pipes / "base", tmp_path / "tuned", 2, save_rest=True)
+    left = [n for n in done.rest if n not in done.kept]
+    assert any("position_embedding" in n for n in left)
+    assert any("token_embedding" in n for n in left)
+    done.adapter.save(tmp_path / "lora.safetensors", "kohya")
+
+
 def test_without_the_rest_the_share_that_is_captured_is_less(pipes):
     low, all_but_rest = extract(pipes / "base", pipes / "tuned", 2), extract(pipes / "base", pipes / "tuned", keep=1.0)
     assert 0 < low.captured < all_but_rest.captured < 1

@@ -124,6 +124,16 @@ def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, mon
     assert after["lin0.bias"].equal(before["lin0.bias"])
 
 
+def test_an_untrained_lokr_or_loha_is_said_to_be_one(tmp_path):
+    base = on_disk(tiny.mlp(), tmp_path / "base")
+    for zero in (
+        Kronecker(1.0, w1=random(2, 2), w2=torch.zeros(10, 5)),
+        Hadamard(random(20, 2), random(2, 10), torch.zeros(20, 2), random(2, 10), 1.0),
+    ):
+        with pytest.raises(AdapterError, match="saved before training"):
+            merge_checkpoint(base, lk.Adapter(CONFIG, {}, others={"lin0": zero}), tmp_path / "out")
+
+
 def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
     with pytest.raises(TargetError, match="bias of 'head', which has none"):

@@ -352,6 +352,15 @@ def test_a_component_whose_factors_are_zero_keeps_none_of_the_others_out(sd1, tm
     assert_merged(base, tmp_path / "out", replace(adapter, factors={n: f for n, f in zero.items() if n.startswith("unet")}))
 
 
+def test_another_precision_is_said_in_the_configs_of_the_components_that_say_one(tmp_path):
+    pipe = tiny.pipeline("sd1").to(torch.float16)
+    base = saved(pipe, tmp_path / "base", variant="fp16")
+    adapter = tiny.low_rank(tiny.targets({"unet": pipe.unet}, lambda name: ".attn1.to_q" in name))
+    merge_checkpoint(base, adapter, tmp_path / "out", dtype=torch.float32)
+    assert {p.dtype for p in tiny.loaded(type(pipe), tmp_path / "out").text_encoder.parameters()} == {torch.float32}
+    assert json.loads((tmp_path / "out/unet/config.json").read_text()) == json.loads((base / "unet/config.json").read_text())
+
+
 def test_a_component_that_is_a_link_is_part_of_the_pipeline(sd1, tmp_path):
     pipe, plain = sd1
     base = saved(pipe, tmp_path / "base")

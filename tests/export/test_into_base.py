@@ -34,6 +34,10 @@ def adapter():
     return replace(value, saved=saved, factors=factors)
 
 
+def plain(adapter):
+    return {m: replace(f, magnitude=None) for m, f in adapter.factors.items()}
+
+
 def test_copy_and_rest_compute_what_base_and_adapter_do(base, adapter, tmp_path):
     merge_checkpoint(base, adapter, tmp_path / "merged")
     expected = logits(type(tiny.llama()).from_pretrained(tmp_path / "merged").eval())
@@ -71,8 +75,7 @@ def test_where_nothing_would_be_left_or_the_copy_is_in_the_way_nothing_is_writte
 def test_the_command_names_the_copy_to_serve(base, adapter, tmp_path, capsys):
     from lorakit.cli import run
 
-    plain = replace(adapter, factors={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
-    plain.save(tmp_path / "adapter")
+    replace(adapter, factors=plain(adapter)).save(tmp_path / "adapter")
     assert (
         run(["export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--for", "sglang", "--fix", "--verify", "--base", str(base)]) == 0
     )
@@ -164,3 +167,54 @@ def test_the_copy_of_a_single_file_is_one_too(adapter, tmp_path):
         made = into_base.split(adapter, list(adapter.saved), tmp_path / base, tmp_path / out, force=False)
         assert made.copy == tmp_path / copy
         assert (made.part.saved, made.rest.saved) == (adapter.saved, {})
+
+
+def test_the_adapter_that_is_read_is_never_in_what_is_replaced(base, adapter, tmp_path, capsys):
+    from lorakit.cli import run
+
+    merge_checkpoint(base, replace(adapter, saved={}), tmp_path / "out-base")
+    replace(adapter, factors=plain(adapter)).save(tmp_path / "out-base" / "adapter")
+    before = (tmp_path / "out-base" / "adapter" / "adapter_model.safetensors").read_bytes()
+    call = [
+        "export",
+        str(tmp_path / "out-base" / "adapter"),
+        str(tmp_path / "out"),
+        "--for",
+        "vllm",
+        "--fix",
+        "--base",
+        str(base),
+        "--force",
+    ]
+    assert run(call) == 1
+    assert "holds the adapter itself" in capsys.readouterr().err
+    assert (tmp_path / "out-base" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_folders_that_are_not_there_yet_are_made(base, adapter, tmp_path):
+    done = export(adapter, tmp_path / "new" / "deep" / "out", "vllm", fix=True, base=base)
+    assert done.base == tmp_path / "new" / "deep" / "out-base"
+    assert (done.base / "config.json").is_file()
+
+
+def test_a_name_that_is_taken_is_said_before_anything_is_replaced(base, adapter, tmp_path):
+    export(adapter, tmp_path / "out", "vllm", fix=True, base=base)
+    (tmp_path / "out" / "lorakit.json").unlink()
+    (tmp_path / "out" / "lorakit.json").mkdir()
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(LorakitError, match="is no file"):
+        export(
+            2.0 * replace(adapter, saved={}, factors=plain(adapter)), tmp_path / "out", "vllm", fix=True, verify=True, base=base, force=True
+        )
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_saved_head_of_a_tied_model_is_untied_in_the_copy(tmp_path):
+    tiny.llama(tied=True).save_pretrained(tmp_path / "tied")
+    model = lk.attach(tiny.llama(tied=True), lk.LoraConfig(rank=8, alpha=16, targets=["q_proj"]))
+    value = lk.capture(randomise_factors(model))
+    lk.detach(model)
+    whole = replace(value, saved={"lm_head.weight": torch.randn(tiny.VOCAB, 16)})
+    done = export(whole, tmp_path / "out", "sglang", fix=True, base=tmp_path / "tied")
+    assert json.loads((done.base / "config.json").read_text())["tie_word_embeddings"] is False
