@@ -74,9 +74,7 @@ def export(
         bool, typer.Option("--merged", help="for llama.cpp and Ollama: the whole model, base and adapter as one GGUF")
     ] = False,
     dtype: _DTYPES = None,
-    force_base: Annotated[
-        bool, typer.Option("--force-base", help="with --base: although the adapter was trained on another one")
-    ] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="with --base: although the adapter was trained on another one")] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
     force: _FORCE = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
