@@ -49,18 +49,18 @@ class Paths:
         return clean
 
     def clean_text(self, text: str, where: str, key: str) -> str:
-        """A header's value, which may be JSON itself."""
+        """A header's value, which may be JSON itself; what is none, or nested too deep, is a text."""
         inner = Paths(self.base_model)
         try:
             value = json.loads(text)
-            if isinstance(value, dict | list):
-                clean = inner.clean(value, where, key)
-                self.cut += inner.cut
-                self.left += inner.left
-                return text if clean == value else json.dumps(clean, sort_keys=True)
+            clean = inner.clean(value, where, key) if isinstance(value, dict | list) else None
         except (ValueError, RecursionError):
-            pass  # then it is a text
-        return self.clean(text, where, key)
+            clean = None
+        if clean is None:
+            return self.clean(text, where, key)
+        self.cut += inner.cut
+        self.left += inner.left
+        return text if clean == value else json.dumps(clean, sort_keys=True)
 
     def _name(self, value: str, where: str, key: str) -> str:
         """The name of a base or of data: a hub id stays, a folder of the hub's cache becomes one, another path is cut."""

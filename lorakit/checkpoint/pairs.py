@@ -8,7 +8,7 @@ single files            module by module (`formats.single_file`), then what is n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,13 +124,18 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
         for tensor in common(part.base, parts[1][name].base):
             old, new = (p[name].base.tensors[tensor] for p in parts)
             found.append((part.called(_with_level(part, tensor)), old, new))
-    denoiser = [own.rpartition(".")[0] for own, old, _ in found if own.startswith(("unet.", "transformer.")) and len(old.shape) > 1]
-    model = names.model_of(denoiser)
+    model = _model_of({own: old.shape for own, old, _ in found})
     for own, old, new in found:
         module, component = own.rpartition(".")[0], own.partition(".")[0]
         # Adapters of a known model change the modules of its lists: no tables of tokens and positions.
         adaptable = module in names.shapes(model) if model is not None else component not in _OTHER_PARTS
         yield Pair(own, old, new, _form(own, old.shape), adaptable)
+
+
+def _model_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which diffusion model these parameters are of. By widths too: SD1 and SD2 share their UNet's names, and their text encoders differ."""
+    sizes = {n.rpartition(".")[0]: s for n, s in shapes.items() if n.startswith(("unet.", "transformer.")) and len(s) > 1}
+    return names.model_of(sizes, {module: (size[0], size[1]) for module, size in sizes.items()})
 
 
 def _of_files(before: Base, after: Base) -> Iterator[Pair]:

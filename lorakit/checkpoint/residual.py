@@ -40,7 +40,7 @@ def load_on(source: str | Path, base: Path | None, alpha: float | None = None, f
 def started_as(source: str | Path) -> str | None:
     """ "pissa", "olora"... of one that PEFT started from the base's weights."""
     path = find(source)
-    return peft.start_of(path) if format_of(path) == "peft" else None
+    return peft.start_of(path) if peft.is_peft(path) else None
 
 
 def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:

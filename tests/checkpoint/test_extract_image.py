@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.checkpoint.extract import extract
+from lorakit.checkpoint.pairs import _model_of
 from lorakit.errors import LorakitError
+from lorakit.formats import names
 
 
 def changed(name: str) -> bool:
@@ -67,6 +69,13 @@ def test_tables_of_tokens_and_positions_which_no_adapter_changes_are_left_out_by
     assert any("position_embedding" in n for n in left)
     assert any("token_embedding" in n for n in left)
     done.adapter.save(tmp_path / "lora.safetensors", "kohya")
+
+
+@pytest.mark.parametrize("model", ["sd1", "sd2", "sdxl", "sd3", "flux"])
+def test_a_pipeline_is_known_by_its_names_and_widths(model):
+    shapes = {f"{module}.weight": shape for module, shape in names.shapes(model).items()}
+    assert _model_of(shapes) == model
+    assert _model_of({"unet.strange.weight": (4, 4)}) is None
 
 
 def test_without_the_rest_the_share_that_is_captured_is_less(pipes):
