@@ -34,7 +34,8 @@ from .attached import (
 from .config import LoraConfig
 from .errors import AdapterError, StateError, listing
 from .fit import check_base, check_tied, fresh_saved, modules_for, saved_for
-from .layers import blocks, fastpath, saved
+from .layers import fastpath, saved
+from .layers.fused import attention, fused
 from .layers.layer import LoraFactors, LoraLayer, child_name
 from .layers.merge import merge_module, unmerge_module
 from .layers.place import factors_for, fresh_for
@@ -114,7 +115,9 @@ def attach(
     _use_saved(model, state, None)
     _keep_whole(model, name, values, trainable)
     fastpath.close(model)
-    blocks.adopt(model)
+    fused.adopt(model)
+    if trainable:
+        attention.use(model)
     if modules:
         config = config.replace(targets=shortest_endings(list(modules), list(module_names(model))), exclude=None, layers=None)
     state.routes = None
@@ -253,7 +256,8 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
         _activate(model, state, {n: w for n, w in state.active.items() if n in state.adapters})
     fastpath.reopen(model)
     if not state.adapters:
-        blocks.release(model)
+        fused.release(model)
+        attention.leave(model)
     return model
 
 

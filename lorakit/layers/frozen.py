@@ -9,14 +9,21 @@ from torch.nn.modules import module as torch_module
 
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
     """Whether the weight is a frozen plain tensor of x's dtype, and nothing is cast. The forward must be nn.Linear's own."""
+    return (
+        is_plain_weight(module)
+        and x.dtype == module._parameters["weight"].dtype  # type: ignore[union-attr]
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # it does not know of "meta"
+    )
+
+
+def is_plain_weight(module: nn.Module) -> bool:
+    """Whether weight and bias are frozen plain tensors: not quantized, sharded, or computed by a parametrization."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     return (
-        type(weight) in (nn.Parameter, Tensor)  # not quantized, sharded, or computed by a parametrization
+        type(weight) in (nn.Parameter, Tensor)
         and "bias" in module._parameters
-        and x.dtype == weight.dtype  # type: ignore[union-attr]
         and not weight.requires_grad  # type: ignore[union-attr]
         and (bias is None or not bias.requires_grad)
-        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # it does not know of "meta"
     )
 
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.blocks import expand_packed
-from ..ops.linear import add_low_rank, add_packed, needs_plain
+from ..ops.linear import add_low_rank, add_packed, needs_plain, reference
 from ..ops.projections import Projection, project
+from ..ops.shared_mask import mask_for
 from . import routed
 from .frozen import is_frozen_linear
 from .layer import LoraFactors, LoraLayer, Shapes
@@ -41,7 +42,8 @@ class LinearLayer(LoraLayer):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None  # type: ignore[arg-type]
         if whole is not None:
-            return project(x, [whole[0]], whole[1])[0]
+            projection, dropout = whole
+            return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
             return routed.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -50,8 +52,11 @@ class LinearLayer(LoraLayer):
         return y
 
     def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
-        dropout = factors.dropout if self.training else 0.0  # type: ignore[attr-defined]
-        return add_low_rank(y, x, factors.A, factors.B, scale, dropout, into=self.lora_fresh_output)
+        dropped = self.training and factors.dropout  # type: ignore[attr-defined]
+        mask = mask_for(x, factors.dropout, self) if dropped and not needs_plain() else None
+        if dropped and mask is None:  # the compiler makes masks itself
+            return y + reference(F.dropout(x, factors.dropout).to(y.dtype), factors.A, factors.B, scale)
+        return add_low_rank(y, x, factors.A, factors.B, scale, mask, into=self.lora_fresh_output)
 
 
 def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | None:

@@ -24,6 +24,7 @@ from ..ops.blocks import expand_packed
 from ..ops.cut import Cut, Row, cut
 from ..ops.linear import add_low_rank, needs_plain
 from ..ops.segments import Segments, add_segments, segments
+from ..ops.shared_mask import mask_for
 from .frozen import is_frozen_linear
 
 if TYPE_CHECKING:
@@ -280,7 +281,8 @@ def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kw
         return base(x, *args, **kwargs)
     together = None if plain else group(layer, x)
     if together is not None and together.A is not None and together.B is not None:
-        return add_low_rank(_own(layer, base(x, *args, **kwargs)), x, *together)  # type: ignore[arg-type]
+        mask = mask_for(x, together.dropout, layer) if together.dropout else None
+        return add_low_rank(_own(layer, base(x, *args, **kwargs)), x, together.A, together.B, together.scale, mask)
     if plain or (layer.training and any(f.dropout for f in used.values())):  # type: ignore[attr-defined]
         return _one_by_one(layer, base(x, *args, **kwargs), x)
     if not (torch.is_grad_enabled() and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))):

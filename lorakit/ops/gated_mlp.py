@@ -8,7 +8,7 @@ again: elementwise work only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from . import projections as p
 from .autocast import without_autocast
-from .dropout import draw_seed, keep_mask, masked
+from .dropout import Mask, draw_mask, draw_seed, masked
 from .projections import Projection, Wanted
 
 
@@ -34,67 +34,79 @@ def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward.grad_input(g, x, grad_input=g)
 
 
-def _gelu_tanh_backward(g: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward.grad_input(g, x, approximate="tanh", grad_input=g)
+def _gelu(approximate: str) -> Activation:
+    def backward(g: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward.grad_input(g, x, approximate=approximate, grad_input=g)
+
+    return Activation(lambda x: F.gelu(x, approximate=approximate), backward)
 
 
-SILU = Activation(F.silu, _silu_backward)
-GELU_TANH = Activation(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_backward)
+SILU, GELU, GELU_TANH = Activation(F.silu, _silu_backward), _gelu("none"), _gelu("tanh")
+ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
 
-def reference(x: Tensor, gate: Projection, up: Projection, down: Projection, act: Activation) -> Tensor:
-    """The equation."""
-    return p.reference(act.forward(p.reference(x, [gate])[0]) * p.reference(x, [up])[0], [down])[0]
+def reference(x: Tensor, gate_up: Sequence[Projection], down: Projection, act: Activation) -> Tensor:
+    """The equation. `gate_up`: gate and up, or one projection whose outputs are gate's and then up's."""
+    gated, lifted = _halves(p.reference(x, gate_up))
+    return p.reference(act.forward(gated) * lifted, [down])[0]
 
 
-def gated_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, act: Activation, dropout: float = 0.0) -> Tensor:
-    """down(act(gate(x)) · up(x)). `dropout` is that of the updates: one mask for gate and up, another for down."""
-    seeds = (draw_seed(), draw_seed()) if dropout else (0, 0)
-    three = [gate, up, down]
-    return _GatedMlp.apply(x, act, dropout, seeds, [t.scale for t in three], *p.flat(three))
+def gated_mlp(x: Tensor, gate_up: Sequence[Projection], down: Projection, act: Activation, mask: Mask | None = None) -> Tensor:
+    """down(act(gate(x)) · up(x)); `gate_up`: as in `reference`.
+
+    `mask`: dropout of the updates of gate and up; that of down's is drawn here, as nobody else reads h.
+    """
+    every = [*gate_up, down]
+    seed = draw_seed() if mask else 0
+    return _GatedMlp.apply(x, act, mask.p if mask else 0.0, mask.state if mask else None, seed, [t.scale for t in every], *p.flat(every))
+
+
+def _halves(outs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return outs[0].chunk(2, dim=-1) if len(outs) == 1 else outs
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, act: Activation, dropout: float, seeds: tuple[int, int], scales: list[float], *tensors: Tensor | None):
+    def forward(
+        ctx, x: Tensor, act: Activation, dropout: float, state: Tensor | None, seed: int, scales: list[float], *tensors: Tensor | None
+    ) -> Tensor:  # fmt: skip
         x2 = x.reshape(-1, x.shape[-1])
-        gate_up, down = _split(tensors, scales, dropout)
-        (gated, lifted), low = p.forward(x2, _dropped(x2, dropout, seeds[0]), gate_up)
+        *gate_up, down = p.unflat(tensors, scales, dropout)
+        outs, low = p.forward(x2, _dropped(x2, dropout, state), gate_up)
+        gated, lifted = _halves(outs)
         h = act.forward(gated).mul_(lifted)  # [N, ffn]
-        (out,), low_down = p.forward(h, _dropped(h, dropout, seeds[1]), down)
-        needs = ctx.needs_input_grad[5:]
-        ctx.wanted = Wanted.of(ctx.needs_input_grad[0], needs[:8])
-        ctx.wanted_down = Wanted.of(ctx.wanted.x or any(needs[:8]), needs[8:])
-        ctx.act, ctx.dropout, ctx.seeds, ctx.scales, ctx.shape = act, dropout, seeds, scales, x.shape
-        ctx.save_for_backward(x2, gated, lifted, low, low_down, *tensors)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        state_of_h = draw_mask(h, dropout, seed).state if state is not None else None
+        (out,), low_down = p.forward(h, _dropped(h, dropout, state_of_h), [down])
+        needs = ctx.needs_input_grad[6:]
+        ctx.wanted = Wanted.of(ctx.needs_input_grad[0], needs[:-4])
+        ctx.wanted_down = Wanted.of(ctx.wanted.x or any(needs[:-4]), needs[-4:])
+        ctx.act, ctx.dropout, ctx.scales, ctx.shape = act, dropout, scales, x.shape
+        ctx.save_for_backward(x2, low, low_down, state, state_of_h, *outs, *tensors)
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))  # not a view, see `projections`
 
     @staticmethod
     @without_autocast
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, gated, lifted, low, low_down, *tensors = ctx.saved_tensors
-        gate_up, down = _split(tensors, ctx.scales, ctx.dropout)
+        x, low, low_down, state, state_of_h, *kept = ctx.saved_tensors
+        many = len(ctx.scales) - 1
+        outs, (*gate_up, down) = kept[:many], p.unflat(kept[many:], ctx.scales, ctx.dropout)
+        gated, lifted = _halves(outs)
         a = ctx.act.forward(gated)
         h = a * lifted
-        mask = keep_mask(h, ctx.dropout, ctx.seeds[1]) if ctx.dropout else None
-        dropped = h if mask is None else masked(h, mask)
-        dh, gradients_down = p.backward([g.reshape(-1, g.shape[-1])], h, dropped, mask, low_down, down, ctx.wanted_down)
+        mask = None if state_of_h is None else Mask(ctx.dropout, state_of_h)
+        dropped = _dropped(h, ctx.dropout, state_of_h)
+        dh, gradients_down = p.backward([g.reshape(-1, g.shape[-1])], h, dropped, mask, low_down, [down], ctx.wanted_down)
         if dh is None:
-            return (None, None, None, None, None, *[None] * 8, *gradients_down)
-        del h, dropped, mask
+            return (None, None, None, None, None, None, *[None] * (4 * many), *gradients_down)
+        del h, dropped
         d_lifted = a.mul_(dh)
         d_gated = ctx.act.backward(dh.mul_(lifted), gated)
-        mask = keep_mask(x, ctx.dropout, ctx.seeds[0]) if ctx.dropout else None
-        dropped = x if mask is None else masked(x, mask)
-        dx, gradients = p.backward([d_gated, d_lifted], x, dropped, mask, low, gate_up, ctx.wanted)
-        return (dx.view(ctx.shape) if dx is not None else None, None, None, None, None, *gradients, *gradients_down)
+        grads = [d_gated, d_lifted] if many == 2 else [torch.cat([d_gated, d_lifted], dim=-1)]
+        mask = None if state is None else Mask(ctx.dropout, state)
+        dx, gradients = p.backward(grads, x, _dropped(x, ctx.dropout, state), mask, low, gate_up, ctx.wanted)
+        return (dx.view(ctx.shape) if dx is not None else None, None, None, None, None, None, *gradients, *gradients_down)
 
 
-def _split(tensors, scales: list[float], dropout: float) -> tuple[list[Projection], list[Projection]]:
-    three = p.unflat(tensors, scales, dropout)
-    return three[:2], three[2:]
-
-
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    return masked(x, keep_mask(x, dropout, seed)) if dropout else x
+def _dropped(x: Tensor, p: float, state: Tensor | None) -> Tensor:
+    return x if state is None else masked(x, Mask(p, state))

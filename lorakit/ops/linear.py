@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
-from .dropout import draw_seed, keep_mask, kept_share, masked
+from .dropout import Mask, kept_share, masked, scaled
 from .groups import add_product, groups
 
 
@@ -24,7 +24,7 @@ def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def add_low_rank(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, into: bool = True
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, mask: Mask | None = None, into: bool = True
 ) -> Tensor:  # fmt: skip
     """y + s · (drop(x) Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written into.
 
@@ -32,12 +32,12 @@ def add_low_rank(
     """
     x = x.to(y.dtype)
     if not into or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
-        return y + reference(F.dropout(x, dropout) if dropout else x, A, B, scale)
-    if not (dropout or torch.is_grad_enabled()) and y.is_contiguous():  # decoding: an autograd node's own cost would show
+        return y + reference(scaled(x, mask) if mask else x, A, B, scale)
+    if not (mask or torch.is_grad_enabled()) and y.is_contiguous():  # decoding: an autograd node's own cost would show
         down = F.linear(x, A.to(y.dtype))
         y.view(-1, y.shape[-1]).addmm_(down.view(-1, down.shape[-1]), B.to(y.dtype).T, alpha=scale)
         return y
-    return _AddLowRank.apply(y, x, A, B, scale, dropout, draw_seed() if dropout else 0)
+    return _AddLowRank.apply(y, x, A, B, scale, mask.p if mask else 0.0, mask.state if mask else None)
 
 
 def needs_plain() -> bool:
@@ -63,16 +63,17 @@ def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, seed: int) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, state: Tensor | None) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        scale = scale / kept_share(dropout)
-        dropped = masked(x2, keep_mask(x2, dropout, seed)) if dropout else x2
+        scale = scale / kept_share(p)
+        dropped = x2 if state is None else masked(x2, Mask(p, state))
         down = groups(dropped, A) @ A.to(y.dtype).mT  # [N, r]
         out = y if y.is_contiguous() else y.contiguous()
         add_product(out.view(-1, out.shape[-1]), down, B.to(y.dtype).mT, scale)
-        ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
+        ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x2 if needs_A or (needs_x and dropout) else None, down if needs_B else None, A, B)
+        kept = state if needs_x or needs_A else None
+        ctx.save_for_backward(x2 if needs_A else None, kept, down if needs_B else None, A, B)
         if out is y:
             ctx.mark_dirty(y)
         return out
@@ -81,11 +82,11 @@ class _AddLowRank(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, down, A, B = ctx.saved_tensors
+        x, state, down, A, B = ctx.saved_tensors
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
+        mask = None if state is None else Mask(ctx.p, state)
         g2 = g.reshape(-1, g.shape[-1])
         inner = (groups(g2, B) @ B.to(g.dtype)).mul_(ctx.scale) if needs_x or needs_A else None  # [N, r]
-        mask = keep_mask(x, ctx.dropout, ctx.seed) if ctx.dropout and x is not None else None
         dA = (inner.mT @ groups(x if mask is None else masked(x, mask), A)).to(A.dtype) if needs_A else None  # type: ignore[union-attr]
         dB = (groups(g2, B).mT @ down).to(B.dtype).mul_(ctx.scale) if needs_B else None
         dx = (inner @ A.to(g.dtype)).view(-1, ctx.shape[-1]) if needs_x else None  # type: ignore[operator]

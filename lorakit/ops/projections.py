@@ -2,9 +2,9 @@
 
     y_i = x W_iᵀ + b_i + s_i · (drop(x) A_iᵀ) B_iᵀ        x: [..., in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]
 
-One linear alone, q with k and v, or gate with up. All A are one matrix for the product with x and for the gradients that go through
-it; the input gradient of all is summed in one buffer. Kept for backward: x, once, and the [N, r] products; a dropout mask is made
-again from its seed. The float32 master factors are cast to x's dtype for the matmuls; activations are never upcast.
+One linear alone (`project`), or gate with up (in `gated_mlp`). All A are one matrix for the product with x and for the gradients that go through
+it; the input gradient of all is summed in one buffer. Kept for backward: x, once, the [N, r] products, and the packed dropout mask.
+The float32 master factors are cast to x's dtype for the matmuls; activations are never upcast.
 
 Of a batch that trains G adapters at once (see `lorakit.route`) each has the same number of rows, one adapter's after the other's;
 A is then [G, r, in], B [G, out, r], and every low-rank product a batched one over `groups` of rows.
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
-from .dropout import draw_seed, keep_mask, kept_share, masked
+from .dropout import Mask, kept_share, masked
 from .groups import add_product, groups
 
 
@@ -47,9 +47,9 @@ def reference(x: Tensor, projections: Sequence[Projection], keep: Tensor | None 
     )
 
 
-def project(x: Tensor, projections: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
-    """Every projection of x; the weights and biases take no gradient."""
-    return _Project.apply(x, dropout, draw_seed() if dropout else 0, [p.scale for p in projections], *flat(projections))
+def project(x: Tensor, projection: Projection, mask: Mask | None = None) -> Tensor:
+    """One projection of x: [..., in] -> [..., out]; its weight and bias take no gradient. `mask`: the update's dropout."""
+    return _Project.apply(x, mask.p if mask else 0.0, mask.state if mask else None, projection.scale, *projection[:4])
 
 
 def flat(projections: Sequence[Projection]) -> Tensors:
@@ -89,7 +89,7 @@ class Wanted(NamedTuple):
 
 
 def backward(
-    grads: Sequence[Tensor], x: Tensor | None, dropped: Tensor | None, mask: Tensor | None, down: Tensor | None,
+    grads: Sequence[Tensor], x: Tensor | None, dropped: Tensor | None, mask: Mask | None, down: Tensor | None,
     projections: Sequence[Projection], wanted: Wanted,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradient of x, and those of W, bias, A, B of each projection (None for W and bias). grads: [N, out_i]."""
@@ -141,26 +141,23 @@ def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int =
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dropout: float, seed: int, scales: list[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx, x: Tensor, p: float, state: Tensor | None, scale: float, *tensors: Tensor | None) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        projections = unflat(tensors, scales, dropout)
-        outs, down = forward(x2, masked(x2, keep_mask(x2, dropout, seed)) if dropout else x2, projections)
-        ctx.wanted = Wanted.of(ctx.needs_input_grad[0], ctx.needs_input_grad[4:])
-        ctx.dropout, ctx.seed, ctx.scales, ctx.shape = dropout, seed, scales, x.shape
-        ctx.save_for_backward(x2 if any(ctx.wanted.A) else None, down if any(ctx.wanted.B) else None, *tensors)
-        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+        (out,), down = forward(x2, x2 if state is None else masked(x2, Mask(p, state)), unflat(tensors, [scale], p))
+        ctx.wanted = wanted = Wanted.of(ctx.needs_input_grad[0], ctx.needs_input_grad[4:])
+        ctx.p, ctx.scale, ctx.shape = p, scale, x.shape
+        kept_state = state if wanted.x or any(wanted.A) else None
+        ctx.save_for_backward(x2 if any(wanted.A) else None, kept_state, down if any(wanted.B) else None, *tensors)
+        # Not a view: callers may change a linear's output in place, and autograd refuses that for views made by a node.
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
     @without_autocast
     @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        x, down, *tensors = ctx.saved_tensors
-        projections = unflat(tensors, ctx.scales, ctx.dropout)
-        flat_grads = [g.reshape(-1, g.shape[-1]) for g in grads]
-        mask = None
-        if ctx.dropout:
-            like = x if x is not None else flat_grads[0].new_empty((flat_grads[0].shape[0], ctx.shape[-1]))
-            mask = keep_mask(like, ctx.dropout, ctx.seed)
+    def backward(ctx, g: Tensor):
+        x, state, down, *tensors = ctx.saved_tensors
+        mask = None if state is None else Mask(ctx.p, state)
         dropped = x if mask is None or x is None else masked(x, mask)
-        dx, gradients = backward(flat_grads, x, dropped, mask, down, projections, ctx.wanted)
+        projections = unflat(tensors, [ctx.scale], ctx.p)
+        dx, gradients = backward([g.reshape(-1, g.shape[-1])], x, dropped, mask, down, projections, ctx.wanted)
         return (dx.view(ctx.shape) if dx is not None else None, None, None, None, *gradients)

@@ -1,11 +1,13 @@
 """RMSNorm with a frozen weight (Zhang and Sennrich 2019), as one autograd node.
 
-    y = w · x / √(mean(x²) + ε)        x: [..., width], the mean over the last axis, in float32
+    y = (o + w) · x / √(mean(x²) + ε)        x: [..., width], the mean over the last axis, in float32
 
 Kept for backward: x as it came and one number a row, where plain autograd keeps a float32 copy of x.
 """
 
 from __future__ import annotations
+
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -14,28 +16,53 @@ from torch.autograd.function import once_differentiable
 from .autocast import without_autocast
 
 
-def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The equation, rounded where transformers rounds it: to x's dtype before the weight."""
+class Form(Enum):
+    """How models write it: what is added to the weight (o), and whether the result is rounded to x's dtype before the weight or after."""
+
+    ROUNDED_FIRST = (0, False)  # Llama: w · (x̂ rounded)
+    ROUNDED_LAST = (0, True)  # Olmo 2: (w · x̂) rounded
+    FROM_ONE = (1, True)  # Gemma: ((1 + w) · x̂) rounded
+
+    @property
+    def offset(self) -> int:
+        return self.value[0]
+
+    @property
+    def rounded_last(self) -> bool:
+        return self.value[1]
+
+
+def reference(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_FIRST) -> Tensor:
+    """The equation, rounded where the form says."""
     wide = x.to(_wide(x))
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * _factor(weight, form, wide.dtype)).to(x.dtype) if form.rounded_last else weight * normed.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_FIRST) -> Tensor:
     """The same bits; `weight` takes no gradient."""
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps, form)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _factor(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+    return form.offset + weight.to(dtype) if form.offset else weight.to(dtype)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
         wide = x.to(_wide(x))
         rate = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # [..., 1]
         ctx.save_for_backward(x, rate, weight)
-        normed = (wide * rate).to(x.dtype)
+        ctx.form = form
+        normed = wide * rate
+        if form.rounded_last:
+            return normed.mul_(_factor(weight, form, wide.dtype)).to(x.dtype)
+        normed = normed.to(x.dtype)
         return weight * normed if weight.dtype != x.dtype else normed.mul_(weight)
 
     @staticmethod
@@ -44,6 +71,6 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, rate, weight = ctx.saved_tensors
         wide = x.to(_wide(x)) * rate  # x̂
-        d = (g * weight).to(wide.dtype)
+        d = g.to(wide.dtype) * _factor(weight, ctx.form, wide.dtype) if ctx.form.rounded_last else (g * weight).to(wide.dtype)
         along = (d * wide).mean(-1, keepdim=True)
-        return d.sub_(wide.mul_(along)).mul_(rate).to(x.dtype), None, None
+        return d.sub_(wide.mul_(along)).mul_(rate).to(x.dtype), None, None, None

@@ -1,0 +1,125 @@
+"""Attention's own backward for 16 bits on a CPU (see `ops.attention`), through transformers' public attention interface.
+
+`use` gives a model the implementation named below in place of "sdpa", `leave` gives "sdpa" back. Wherever our backward does not apply, the
+implementation calls "sdpa" itself. It is registered as a mask function too: without that, transformers passes no mask and padding is ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.attention import causal_attention
+from ...ops.linear import needs_plain
+
+NAME = "lorakit_sdpa"
+# Arguments of the interface that do not change what plain attention computes.
+_HARMLESS = {
+    "position_ids", "use_cache", "cache_position", "num_items_in_batch", "output_hidden_states", "output_attentions", "sliding_window",
+}  # fmt: skip
+
+
+def register() -> None:
+    """Make the name known to transformers. Needed once a process."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(NAME, forward)
+        AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def use(model: nn.Module) -> bool:
+    """Switch a transformers model from "sdpa" to our backward, if that may apply. Whether it did."""
+    if why_not(model) is not None:
+        return False
+    register()
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    return _implementations(model) == {NAME}
+
+
+def leave(model: nn.Module) -> None:
+    """Undo `use`."""
+    if NAME in _implementations(model):
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
+
+
+def is_used(model: nn.Module) -> bool:
+    return NAME in _implementations(model)
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why our backward cannot be used in this model; None if it can."""
+    if not _implementations(model):
+        return "the model has no attention interface of transformers"
+    if is_used(model):
+        return None
+    if _implementations(model) != {"sdpa"}:
+        return f"the attention is {', '.join(sorted(map(str, _implementations(model))))}; expected sdpa"
+    if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
+        return f"{type(model).__name__} does not leave attention to transformers' interface"
+    # Of any device: a model may be planned on the meta device.
+    parameter = next((p for p in model.parameters() if p.dtype.is_floating_point), None)
+    if parameter is None or parameter.device.type not in ("cpu", "meta"):
+        return "it is for a CPU"
+    if parameter.element_size() != 2:
+        return "in 32 bits the kernel's own backward is as fast"
+    odd = next((found for m in model.modules() if (found := _unknown_child(m)) is not None), None)
+    return None if odd is None else f"its attention holds {odd}, which the fused form does not know"
+
+
+def forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """transformers' interface: query [rows, heads, length, size], rotated -> [rows, length, heads, size], and no weights."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if (
+        _applies(query, key, value, attention_mask, dropout, causal, kwargs)
+        and sdpa.__module__ == "transformers.integrations.sdpa_attention"
+    ):
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+    return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+
+
+def _applies(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, kwargs: dict[str, Any]) -> bool:
+    return (
+        mask is None  # a real window, padding and packed rows come as an explicit mask
+        and causal
+        and not dropout
+        and q.device.type == "cpu"
+        and q.shape[2] == k.shape[2] > 1
+        and q.shape[3] == v.shape[3]
+        and q.numel() > 0
+        and torch.is_grad_enabled()
+        and (q.requires_grad or k.requires_grad or v.requires_grad)
+        and all(name in _HARMLESS or value is None for name, value in kwargs.items())
+        and torch.backends.cuda.flash_sdp_enabled()  # `sdpa_kernel` may ask for another, on a CPU too
+        and not torch.is_autocast_enabled("cpu")
+        and not needs_plain()
+    )
+
+
+def _implementations(model: nn.Module) -> set[str | None]:
+    """The attention of a transformers model and of all models in it; empty for any other model."""
+    if not hasattr(model, "set_attn_implementation"):
+        return set()
+    configs = [getattr(m, "config", None) for m in model.modules() if hasattr(m, "set_attn_implementation")]
+    return {getattr(config, "_attn_implementation", None) for config in configs}
+
+
+def _unknown_child(module: nn.Module) -> str | None:
+    """What an attention holds besides linears, norms and dropout. An indexer of keys, say, is only right with the names it knows."""
+    if not hasattr(module, "is_causal") or not any(isinstance(child, nn.Linear) for child in module.children()):
+        return None
+    for name, child in module.named_children():
+        plain = isinstance(child, nn.Linear | nn.Dropout | nn.Identity | nn.LayerNorm)
+        if not plain and (child._modules or len(child._parameters) > 2 or any(p is not None and p.dim() > 1 for p in child.parameters())):
+            return f"'{name}' ({type(child).__name__})"
+    return None

@@ -1,0 +1,130 @@
+"""Which modules of a model are computed as one node: give them their class (`adopt`), take it back (`release`), and say what became of them.
+
+A fused module gets its class as an adapted linear does (see `swap`). It stands in for its own class's forward only where gradients are made;
+whatever else is the case (hooks on a child, several active adapters, autocast, torch.compile), that forward is called.
+While B is zero, values have the base's bits either way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..frozen import is_plain_weight
+from ..layer import LoraLayer, Swapped
+from ..linear import LinearLayer
+from ..swap import adapted_class, mixin_and_base, rebind_hooked_forward
+from ..walk import base_modules
+from . import attention, gated_mlp, rms_norm
+from .gated_mlp import FusedGatedMlp
+from .rms_norm import FusedRmsNorm
+
+Match = Callable[[nn.Module], Any]  # what was found, or why the module cannot be fused, or None
+Kind = type[FusedRmsNorm] | type[FusedGatedMlp]
+KINDS: dict[Kind, tuple[str, Match]] = {
+    FusedRmsNorm: ("RMSNorm", rms_norm.match),
+    FusedGatedMlp: ("gated MLP", gated_mlp.match),
+}
+ATTENTION, LINEAR = "attention's backward", "linear with its update"
+_OWN = ("lora_form", "lora_roles", "lora_act")
+
+
+class Fused(NamedTuple):
+    """How many modules of a class are fused as what; or are not, and why."""
+
+    kind: str
+    cls: str
+    modules: int
+    why_not: str | None
+
+    def __str__(self) -> str:
+        what = f"{self.kind} of {self.cls}" if self.cls else self.kind
+        return f"{what}: {self.modules} fused" if self.why_not is None else f"{what} is not fused ({self.modules}): {self.why_not}"
+
+
+def adopt(model: nn.Module) -> None:
+    """Give every module that can be fused, and is or holds nothing that an adapter trains whole, its class."""
+    known: dict[tuple, tuple[Kind, Any] | None] = {}
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        for _, module in base_modules(model):
+            found = None if isinstance(module, Swapped) else _match(module, known)
+            if found is not None:
+                kind, what = found
+                module.__dict__.update(kind.lora_settings(module, what))
+                module.__class__ = adapted_class(kind, type(module))  # type: ignore[arg-type]
+
+
+def release(model: nn.Module) -> None:
+    """Give every fused module its own class back."""
+    for _, module in base_modules(model):
+        if type(module).__bases__[0] in KINDS:
+            module.__class__ = mixin_and_base(type(module))[1]
+            for name in _OWN:
+                module.__dict__.pop(name, None)
+            rebind_hooked_forward(module)
+
+
+def report(model: nn.Module) -> list[Fused]:
+    """What of a model with adapters is fused, and why the rest is not."""
+    counts: Counter[tuple[str, str, str | None]] = Counter()
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        for _, module in base_modules(model):
+            cls = type(module)
+            if cls.__bases__[0] in KINDS:
+                counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1  # type: ignore[index]
+            elif isinstance(module, LinearLayer):
+                counts[LINEAR, mixin_and_base(cls)[1].__name__, _why_not_linear(module)] += 1
+            elif not isinstance(module, LoraLayer):
+                for name, match in KINDS.values():
+                    why = "it has a forward of its own" if "forward" in module.__dict__ else _applicable(module) and match(module)
+                    if isinstance(why, str) and _applicable(module):
+                        counts[name, cls.__name__, why] += 1
+    rows = [Fused(kind, cls, count, why) for (kind, cls, why), count in counts.items()]
+    why = attention.why_not(model)
+    if attention.is_used(model) or (why is not None and hasattr(model, "set_attn_implementation")):
+        rows.append(Fused(ATTENTION, "", 1, None if attention.is_used(model) else why))
+    return rows
+
+
+def _match(module: nn.Module, known: dict[tuple, tuple[Kind, Any] | None]) -> tuple[Kind, Any] | None:
+    """How a module can be fused, from what is known of modules like it."""
+    if "forward" in module.__dict__ or not _applicable(module):
+        return None
+    key = _like(module)
+    if key not in known:
+        found = ((kind, match(module)) for kind, (_, match) in KINDS.items())
+        known[key] = next(((kind, what) for kind, what in found if not isinstance(what, str | None)), None)
+    return known[key]
+
+
+def _applicable(module: nn.Module) -> bool:
+    """A module that has no children (a norm), or holds adapted linears."""
+    return not module._modules or any(isinstance(child, LoraLayer) for child in module._modules.values())
+
+
+def _like(module: nn.Module) -> tuple:
+    """Equal for modules of one class and config: what a probe of one says goes for the other."""
+    children = tuple(
+        (name, type(child), repr(child) if not isinstance(child, LoraLayer) else (child.weight.shape, child.bias is None))  # type: ignore[attr-defined]
+        for name, child in module._modules.items()
+        if child is not None
+    )
+    own = tuple((k, repr(v)) for k, v in module.__dict__.items() if isinstance(v, int | float | str | tuple) and k != "training")
+    return (
+        type(module),
+        type(module).forward,
+        own,
+        children,
+        tuple((n, None if p is None else p.shape) for n, p in module._parameters.items()),
+    )
+
+
+def _why_not_linear(layer: LinearLayer) -> str | None:
+    if not layer.lora_plain:
+        base = mixin_and_base(type(layer))[1].__name__
+        return "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
+    return None if is_plain_weight(layer) else "its weight is trained, quantized, sharded or computed"  # type: ignore[arg-type]

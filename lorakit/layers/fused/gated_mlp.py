@@ -1,0 +1,142 @@
+"""A gated MLP with adapted linears, as one node (see `ops.gated_mlp`): down(act(gate(x)) · up(x)). It keeps x, gate and up for backward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.gated_mlp import ACTIVATIONS, Activation, gated_mlp
+from ...ops.projections import Projection
+from ...ops.shared_mask import mask_for
+from ..frozen import is_hooked
+from ..layer import Swapped
+from ..linear import makes_gradients, projection_of
+from .probe import misfit, twin, unknown_attribute
+
+SIZE, FFN = 5, 7  # of the twin that is probed: small, odd and unequal
+
+
+class Roles(NamedTuple):
+    """The children's names. `gate_up`: gate and up, or one linear that holds both. `function`: what the child `act` computes."""
+
+    gate_up: tuple[str, ...]
+    down: str
+    act: str
+    function: str
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.gate_up, self.down)
+
+
+class FusedGatedMlp(Swapped):
+    """In front of the MLP's own class, whose forward is called wherever the node does not apply."""
+
+    lora_roles: Roles
+    lora_act: nn.Module  # the one that was probed: of another one in its place nothing is known
+
+    @staticmethod
+    def lora_settings(module: nn.Module, found: Any) -> dict[str, object]:
+        """What to set on a module that `match` says can be fused."""
+        return {"lora_roles": found, "lora_act": module._modules[found.act]}
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        found = None if args or kwargs or not makes_gradients(self) else _projections(self, x)  # type: ignore[arg-type]
+        if found is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        act, projections, dropout = found
+        mask = None
+        if dropout:
+            for name in self.lora_roles.gate_up:  # each draws a seed, as it would by itself
+                mask = mask_for(x, dropout, self._modules[name])  # type: ignore[attr-defined]
+        return gated_mlp(x, projections[:-1], projections[-1], act, mask)
+
+
+def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], float] | None:
+    """The linears as one node can compute them and the dropout they share; None: nothing is adapted, or something needs its own call."""
+    roles, act = mlp.lora_roles, mlp.lora_act
+    if mlp._modules[roles.act] is not act or is_hooked(act):
+        return None
+    modules = [mlp._modules[name] for name in roles.linears]
+    found = [None if m is None or is_hooked(m) else projection_of(m, x) for m in modules]
+    if any(f is None for f in found):
+        return None
+    dropouts = {dropout for projection, dropout in found if projection.A is not None}  # type: ignore[misc]
+    if len(dropouts) != 1:
+        return None
+    return ACTIVATIONS[roles.function], [projection for projection, _ in found], dropouts.pop()  # type: ignore[misc]
+
+
+def match(module: nn.Module) -> Roles | str | None:
+    """Its children's roles if a module can be fused; why it cannot, if it looks like a gated MLP; None if it does not."""
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    linears = {name: child for name, child in children.items() if isinstance(child, nn.Linear)}
+    rest = {name: child for name, child in children.items() if name not in linears}
+    possible = list(_possible_roles(linears)) if len(linears) in (2, 3) and rest else []
+    if not possible:
+        return None
+    if any(child._modules or child._parameters or child._buffers for child in rest.values()):
+        return None
+    rest = {name: child for name, child in rest.items() if not _does_nothing(child)}
+    functions = {name: function for name, child in rest.items() if (function := _function_of(child)) is not None}
+    unknown = [f"'{name}' ({type(child).__name__})" for name, child in rest.items() if name not in functions]
+    if not rest or all(isinstance(child, nn.Dropout) for child in rest.values()):
+        return None
+    if unknown or len(functions) != 1:
+        return f"has a child {unknown[0]} that the fused form does not know" if unknown else "has several activations"
+    sizes = {size for child in linears.values() for size in (child.in_features, child.out_features, child.out_features // 2)}
+    odd = unknown_attribute(module, [*sizes, None])
+    if odd is not None or module._parameters or module._buffers:
+        held = odd or next(iter([*module._parameters, *module._buffers]))
+        return f"has an attribute '{held}' that the fused form does not know"
+    why: str | None = None
+    ((act, function),) = functions.items()
+    for gate_up, down in possible:
+        roles = Roles(gate_up, down, act, function)
+        why = _misfit(module, roles, linears)
+        if why is None:
+            return roles
+    return why
+
+
+def _possible_roles(linears: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """By the shapes: gate and up lead from the input to the inner size, down leads back."""
+    for order in itertools.permutations(linears):
+        gate_up, down = order[:-1], linears[order[-1]]
+        inner = down.in_features * (2 if len(gate_up) == 1 else 1)
+        if gate_up and all((linears[n].in_features, linears[n].out_features) == (down.out_features, inner) for n in gate_up):
+            yield gate_up, order[-1]
+
+
+def _does_nothing(child: nn.Module) -> bool:
+    return isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and child.p == 0)
+
+
+def _function_of(child: nn.Module) -> str | None:
+    """Which of the activations a child without parameters computes, to the bit."""
+    made = twin(child, {}, {})
+    for name, act in ACTIVATIONS.items():
+        if misfit(made, lambda x, act=act: act.forward(x), (64,), torch.float32, 0.0, 1e-5) is None:  # type: ignore[misc]
+            return name
+    return None
+
+
+def _misfit(module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> str | None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: (SIZE, FFN * (3 - len(roles.gate_up))) for name in roles.gate_up} | {roles.down: (FFN, SIZE)}
+    small = {name: _linear(*shapes[name], child.bias is not None, generator) for name, child in linears.items()}
+    made = twin(module, {}, {name: small.get(name, child) for name, child in module._modules.items() if child is not None})
+    projections = [Projection(small[name].weight, small[name].bias, None, None, 1.0) for name in roles.linears]
+    act = ACTIVATIONS[roles.function]
+    return misfit(made, lambda x: gated_mlp(x, projections[:-1], projections[-1], act), (2, 3, SIZE), torch.float64, 1e-12, 1e-12)
+
+
+def _linear(size_in: int, size_out: int, bias: bool, generator: torch.Generator) -> nn.Linear:
+    made = nn.Linear(size_in, size_out, bias, device="cpu", dtype=torch.float64).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float64))
+    return made

@@ -1,0 +1,92 @@
+"""Whether a module computes what a fused node computes: its own forward is run on small random inputs, and values and gradients compared.
+
+No source text, class name or release is known. A probe sees what runs, not what could run, so it is made hard to be fooled: in train mode (a
+dropout shows), at three sizes (a clamp shows), on a twin of the module with small weights of its own (nothing of the user's is touched, and a
+model on the meta device can be probed too), and a module is refused before that if it holds anything that the node does not know.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZES = (1e-3, 1.0, 1e3)
+
+Run = Callable[[Tensor], Tensor]
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+# What libraries note on modules and no forward reads.
+_HARMLESS = frozenset({"config", "_is_hf_initialized", "layer_idx"})
+
+
+def unknown_attribute(module: nn.Module, known: Iterable[object]) -> str | None:
+    """The name of an attribute that may steer the forward and is none of the `known` values, or None."""
+    values = list(known)
+    for name, value in module.__dict__.items():
+        if name in _OF_EVERY_MODULE or name in _HARMLESS or any(value is v or (type(value) is type(v) and value == v) for v in values):
+            continue
+        return name
+    return None
+
+
+def twin(module: nn.Module, parameters: Mapping[str, nn.Parameter], children: Mapping[str, nn.Module]) -> nn.Module:
+    """A module of the same class and attributes, in train mode, without hooks, with these parameters and children."""
+    made = module.__class__.__new__(module.__class__)
+    made.__dict__.update(nn.Module().__dict__ | {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE})
+    made.__dict__.update(_parameters=OrderedDict(parameters), _modules=OrderedDict(children), training=True)
+    return made
+
+
+def misfit(module: nn.Module, fused: Run, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, of_gradients: float) -> str | None:
+    """Why `fused` is not what the module (a twin) computes, or None if it is.
+
+    `tolerance` of the values and `of_gradients`: the largest relative norm of the difference; 0: equal bits.
+    """
+    before = _state(module)
+    generator = torch.Generator().manual_seed(0)
+
+    def own(x: Tensor) -> Tensor:
+        return type(module).forward(module, x)
+
+    with torch.enable_grad(), torch.device("cpu"):
+        for size in SIZES:
+            x = (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+            weights = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            try:
+                theirs = _value_and_gradient(own, x, weights)
+            except Exception as error:  # the class's own code, on inputs of our choice: anything may be raised
+                return f"its forward does not run on a probe ({type(error).__name__})"
+            ours = _value_and_gradient(fused, x, weights)
+            for what, a, b, allowed in zip(("values", "gradients"), ours, theirs, (tolerance, of_gradients), strict=True):
+                if not _close(a, b, allowed):
+                    return f"its {what} are others at inputs of size {size:g}"
+    return None if _state(module) == before else "its forward changes the module"
+
+
+def _value_and_gradient(run: Run, x: Tensor, weights: Tensor) -> tuple[Any, Any]:
+    x = x.clone().requires_grad_()
+    y = run(x)
+    if not isinstance(y, Tensor) or y.shape != weights.shape or not y.requires_grad:
+        return None, None
+    (gradient,) = torch.autograd.grad((y * weights.to(y.dtype)).sum(), x)
+    return y.detach(), gradient
+
+
+def _close(a: Any, b: Any, tolerance: float) -> bool:
+    if a is None or b is None or a.dtype != b.dtype:
+        return False
+    if not tolerance:
+        return torch.equal(a, b)
+    difference = float((a - b).double().norm())
+    return difference <= tolerance * float(b.double().norm())
+
+
+def _state(module: nn.Module) -> dict[str, int]:
+    """Which object stands under each name, and how often tensors were written into."""
+    return {name: id(value) for name, value in module.__dict__.items()} | {
+        f"{name} {i}": p._version for name in ("_parameters", "_buffers") for i, p in enumerate(module.__dict__[name].values())
+    }
