@@ -11,6 +11,7 @@ from torch import nn
 from .config import LoraConfig
 from .errors import StateError, did_you_mean, listing
 from .layers import saved
+from .layers.fused import attention
 from .layers.layer import LoraLayer, child_name
 from .layers.routed import Routes, Routing
 from .layers.swap import mixin_and_base
@@ -39,6 +40,13 @@ class State:
     required_grad: set[str] = field(default_factory=set)  # the base's parameters that took gradients before
     routing: Routing | None = None  # while inside `route`
     routes: Routes | None = None  # what `route` keeps from batch to batch, until adapters come or go
+    own_attention: bool = False  # transformers' attention is `layers.fused.attention`
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """After unpickling, perhaps in a process that does not know the attention's name yet."""
+        self.__dict__.update(fields)
+        if self.own_attention:
+            attention.register()
 
 
 def state_of(model: nn.Module) -> State:

@@ -117,7 +117,7 @@ def attach(
     fastpath.close(model)
     fused.adopt(model)
     if trainable:
-        attention.use(model)
+        state.own_attention = attention.use(model) or state.own_attention
     if modules:
         config = config.replace(targets=shortest_endings(list(modules), list(module_names(model))), exclude=None, layers=None)
     state.routes = None

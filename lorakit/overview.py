@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .attached import layer_at, names_of, state_of
 from .layers import saved
+from .layers.fused import fused
+from .layers.fused.fused import Fused
 from .layers.layer import LoraFactors, child_name
 
 
@@ -31,6 +33,7 @@ class Summary:
     rows: list[Row]
     active: dict[str, float]
     skipped: dict[str, str]
+    fused: list[Fused]
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
@@ -45,11 +48,12 @@ class Summary:
             how = f"rank {rank}" if rank else "whole"
             lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {how:<9} {sum(counts):>12,}")
         lines += [f"  left out: {module} ({why})" for module, why in self.skipped.items()]
+        lines += [f"  {row}" for row in self.fused]
         return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:
-    """Trainable and total parameters, and each adapter's share per target."""
+    """Trainable and total parameters, each adapter's share per target, and what is computed as one node (and why the rest is not)."""
     state = state_of(model)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
@@ -66,7 +70,8 @@ def summary(model: nn.Module) -> Summary:
             parameter = holder.get(name)[last]
             rows.append(Row(name, full, _shape(parameter), None, parameter.numel()))
     every = {id(p): p for p in model.parameters()}.values()
-    return Summary(sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every), rows, dict(state.active), skipped)
+    trainable = sum(p.numel() for p in every if p.requires_grad)
+    return Summary(trainable, sum(p.numel() for p in every), rows, dict(state.active), skipped, fused.report(model))
 
 
 def _shape(tensor: Tensor) -> str:

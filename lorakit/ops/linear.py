@@ -20,7 +20,8 @@ from .groups import add_product, groups
 
 def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """s · (x Aᵀ) Bᵀ; x: [..., in] -> [..., out], in x's dtype."""
-    return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
+    # s on the narrow product: on the wide one, backward would make a scaled copy of the output's gradient.
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
 
 def add_low_rank(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import LorakitError
-from ..layers.blocks import has_attention
+from ..layers.fused import attention
 from ..layers.layer import LoraLayer
 from ..layers.targets import is_linear
 from ..model import attach
@@ -68,8 +68,8 @@ class Shell:
         self.foldable = self.stack is not None and len(self.stack) > FEW and _alike(self.model, self.stack)
 
     def attention(self, plain: bool) -> None:
-        """Plain attention (if there is no block for it), or the one that transformers chose."""
-        self.model.set_attn_implementation("eager" if plain and not has_attention(self.model) else self._attention)
+        """Plain attention (unless its backward is ours), or the one that transformers chose."""
+        self.model.set_attn_implementation("eager" if plain and not attention.is_used(self.model) else self._attention)
 
     @contextmanager
     def first(self, layers: int) -> Iterator[None]:

@@ -48,6 +48,9 @@ class TrainConfig(LoraConfig):
     clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="largest gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="the base's precision; the adapter trains in float32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, a third more time")
+    compile: bool = Field(
+        False, description="compile the layers with torch.compile before the first step (needs a C++ compiler on a CPU; pays in long runs)"
+    )
     seed: int = Field(0, ge=0, lt=1 << 31, description="of the factors, the batches and dropout")
     threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
 
@@ -71,6 +74,12 @@ class TrainConfig(LoraConfig):
         if isinstance(values, dict) and values.get("base") is not None:
             raise ValueError("'base' is set from 'model' in a training run; give 'model'")
         return values
+
+    @model_validator(mode="after")
+    def _compiled(self) -> TrainConfig:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile with gradient_checkpointing has not been shown to be right; leave one of the two out")
+        return self
 
     @model_validator(mode="after")
     def _to_be_found(self) -> TrainConfig:

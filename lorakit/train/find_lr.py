@@ -87,7 +87,7 @@ def find(config: TrainConfig, progress: Progress) -> Found:
 def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
     """Short runs side by side, in a folder that is thrown away."""
     never = 1 << 30
-    short = config.replace(find_lr=False, eval_every=never, save_every=never, patience=0, sample_tokens=0, track=[])
+    short = config.replace(find_lr=False, eval_every=never, save_every=never, patience=0, sample_tokens=0, track=[], compile=False)
     configs = {f"x{factor:g}": short.replace(out=str(folder / f"x{factor:g}")) for factor in FACTORS}
     jobs = set_up_together(configs)
     for job, factor in zip(jobs, FACTORS, strict=True):

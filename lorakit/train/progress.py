@@ -103,6 +103,7 @@ def _facts(job: Job, step: int) -> Table:
         ("length", f"at most {data.max_length} tokens ({data.max_length_reason}){left_out}"),
         ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
         *([("memory", job.memory.reason)] if job.memory else []),
+        *([("compiled", job.compiled)] if job.compiled else []),
         ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes over the data)"),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),

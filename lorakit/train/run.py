@@ -5,6 +5,7 @@ Everything random is a function of (seed, step), so a run that is killed and tak
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..data.dataset import Item
 from ..errors import TrainError, listing
 from ..evaluate.perplexity import perplexity
 from ..model import activate, capture
-from . import checkpoint, defaults, samples
+from . import checkpoint, compile, defaults, samples
 from .early_stop import EarlyStop
 from .report import write_report
 from .run_folder import FREE
@@ -115,6 +116,10 @@ class Run:
 
     def evaluate(self) -> None:
         """The loss on the held-out rows, and sample answers."""
+        with compile.as_it_is() if self.config.compile else contextlib.nullcontext():
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         self._activate()
         if self.job.held_out:
             measured = perplexity(self.job.model, self.job.held_out, self.job.pad_id, batch_size=self.config.batch_size)

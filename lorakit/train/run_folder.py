@@ -64,6 +64,7 @@ class RunFolder:
             raise TrainError(f"{self.config} cannot be read: {error}\n  give another folder (--out)") from error
         if not isinstance(then, dict):
             raise TrainError(f"{self.config} holds no settings; give another folder (--out)")
+        then = {name: field.get_default(call_default_factory=True) for name, field in TrainConfig.model_fields.items()} | then
         changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and then.get(k) != now.get(k)]
         lines = [f"  {k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in changed]
         if rows_then != rows_now:

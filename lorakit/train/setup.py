@@ -17,10 +17,10 @@ from ..data.dataset import Dataset, Item, build, fingerprint, split
 from ..data.read import read_rows
 from ..errors import TrainError
 from ..evaluate.generate import positions_of
-from ..layers.blocks import has_attention
+from ..layers.fused import attention
 from ..model import DEFAULT, attach
 from ..models.base import Choice, choose_dtype, load_model, load_tokenizer
-from . import defaults
+from . import compile, defaults
 from .config import TrainConfig
 from .memory import check
 from .run_folder import RunFolder
@@ -52,6 +52,7 @@ class Job:
     pad_id: int
     data_hash: str
     memory: Choice | None = None  # the estimate; none for runs that train together
+    compiled: str | None = None  # what torch.compile made
     _epoch: int = -1  # whose order is kept
     _order: list[list[int]] = field(default_factory=list)
 
@@ -84,6 +85,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     data = _data_of(configs, tokenizer)
     accelerator = Accelerator(mixed_precision="no")  # the base's precision is `config.precision`; factors are float32
     device = accelerator.device
+    if config.compile:
+        compile.check(config, device, accelerator.num_processes)
     full, alone = config.method == "full", list(configs) == [DEFAULT]
     dtype = Choice(torch.float32, "full fine-tuning has no other copy of the weights") if full else choose_dtype(config.precision, device)
     # Before anything is written or loaded. (What runs that train together need is not estimated.)
@@ -105,8 +108,11 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     short = max(_longest(train) for _, train, _ in data.values()) <= defaults.PLAIN_ATTENTION
-    if device.type == "cpu" and short and not has_attention(model):
+    if device.type == "cpu" and short and not attention.is_used(model):
         model.set_attn_implementation("eager")
+    longest = max(_longest(train) for _, train, _ in data.values())
+    rows_at_once = defaults.micro_batch(config, longest, device, accelerator.num_processes)
+    compiled = compile.compile_layers(model, rows_at_once.value, longest, len(tokenizer)) if config.compile else None
     pad = tokenizer.pad_token_id
     jobs = []
     for name, each in configs.items():
@@ -116,7 +122,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
             name, each, folders[name], accelerator, model, tokenizer, rows, train, held_out, steps,
             rate=defaults.learning_rate(each, _width(model), steps),
             micro_batch=defaults.micro_batch(each, _longest(train), device, accelerator.num_processes),
-            dtype=dtype, pad_id=tokenizer.eos_token_id if pad is None else pad, data_hash=hashes[name], memory=memory,
+            dtype=dtype, pad_id=tokenizer.eos_token_id if pad is None else pad, data_hash=hashes[name], memory=memory, compiled=compiled,
         ))  # fmt: skip
     return jobs
 

@@ -96,6 +96,8 @@ def check_joint(config: TrainConfig) -> None:
     """ConfigError for what cannot train beside other adapters: each row's own factors are all that a shared pass can have."""
     if config.find_lr:
         raise ConfigError(f"find_lr: {NOT_SWEPT['find_lr']}: give it a list of them, or use lorakit train")
+    if config.compile:
+        raise ConfigError("compile: runs that train together need another graph for each mix of them\n  leave it out, or use lorakit train")
     if config.method != "lora":
         raise ConfigError(
             "method: full fine-tuning changes the base that a sweep's runs share\n  start such runs one by one with lorakit train"
