@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorakit as lk
 from lorakit.layers.linear import LinearLayer
-from lorakit.ops.dropout import draw_seed, keep_mask, kept_share, masked
+from lorakit.ops.dropout import draw_mask, draw_seed, masked, scaled
 
 
 def adapted(layer: nn.Module, **config) -> nn.Module:
@@ -77,7 +77,7 @@ def test_dropout_drops_inputs_of_the_update_only_and_only_in_training():
     ours = model(x)
     torch.manual_seed(3)
     f = model[0].lora_default
-    kept = masked(x, keep_mask(x, 0.5, draw_seed()))
+    kept = masked(x, draw_mask(x, 0.5, draw_seed()))
     theirs = F.linear(x, model[0].weight, model[0].bias) + 2 * (kept / 0.5) @ f.A.T @ f.B.T
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, model(x)), "another draw"
@@ -89,8 +89,8 @@ def test_dropout_gives_the_gradients_of_the_same_draw():
     torch.manual_seed(3)
     ours = torch.autograd.grad(model(x).square().sum(), [x, f.A, f.B])
     torch.manual_seed(3)
-    kept = masked(x, keep_mask(x, 0.4, draw_seed()))
-    theirs = F.linear(x, model[0].weight, model[0].bias) + 2 * (kept / kept_share(0.4)) @ f.A.T @ f.B.T
+    dropped = scaled(x, draw_mask(x, 0.4, draw_seed()))
+    theirs = F.linear(x, model[0].weight, model[0].bias) + 2 * dropped @ f.A.T @ f.B.T
     for a, e in zip(ours, torch.autograd.grad(theirs.square().sum(), [x, f.A, f.B]), strict=True):
         torch.testing.assert_close(a, e)
 
@@ -225,16 +225,53 @@ def test_functional_transforms_see_the_update():
     torch.testing.assert_close(rows, model(x))
 
 
-@pytest.mark.slow
-def test_a_compiled_adapted_layer_computes_and_trains_the_same():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_adapted_layer_computes_and_trains_the_same(backend):
     model, x = adapted(linear()), torch.randn(4, 8, requires_grad=True)
     twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, fullgraph=True)
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
     f, g = model[0].lora_default, twin[0].lora_default
     y, z = model(x), compiled(x)
     torch.testing.assert_close(y, z)
     for a, e in zip(torch.autograd.grad(z.sum(), [x, g.A, g.B]), torch.autograd.grad(y.sum(), [x, f.A, f.B]), strict=True):
         torch.testing.assert_close(a, e)
+
+
+def conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(6, 8)
+
+
+KINDS = {
+    "linear": (linear, {}),
+    "float64 linear without a bias": (lambda: linear(torch.float64, bias=False), {}),
+    "Conv1D": (conv1d, {}),
+    "packed": (lambda: nn.Linear(8, 6), {"packed": {"0": (True, False, True)}}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8)], ids=str)
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen input", "two adapters", "no_grad"])
+def test_an_output_may_be_changed_in_place_as_nn_linear_allows(kind, shape, mode):
+    torch.manual_seed(0)
+    make, config = KINDS[kind]
+    model = adapted(make(), dropout=0.3, **config).train(mode != "eval")
+    if mode == "two adapters":
+        lk.attach(model, lk.LoraConfig(rank=2, targets=["0"]), name="b")
+        tiny.randomise_factors(model, 5)
+        lk.activate(model, {"default": 1.0, "b": 1.0})
+    x = torch.randn(shape, dtype=model[0].weight.dtype, requires_grad=mode != "frozen input")
+    wanted = [t for t in (x, *model.parameters()) if t.requires_grad]
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(mode != "no_grad"):
+            y = model(x)
+            z = y.mul_(2).add_(1).relu_() if in_place else (y * 2 + 1).relu()
+        found.append([z, *(torch.autograd.grad(z.square().sum(), wanted) if mode != "no_grad" else [])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_plain_linears_take_the_one_node_path_and_others_do_not():

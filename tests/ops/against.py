@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lorakit.ops.dropout import draw_seed
+from lorakit.ops.dropout import Mask, draw_mask, draw_seed, masked
 from lorakit.ops.projections import Projection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,6 +68,17 @@ def seeds_of(draws: int, seed: int = 3) -> list[int]:
     drawn = [draw_seed() for _ in range(draws)]
     torch.manual_seed(seed)
     return drawn
+
+
+def keep(x: Tensor, mask: Mask) -> Tensor:
+    """1 (kept) or 0 for each element of x, in its type."""
+    flat = torch.ones_like(x, memory_format=torch.contiguous_format).reshape(-1, x.shape[-1])
+    return masked(flat, mask).view(x.shape)
+
+
+def mask_of(x: Tensor, p: float, seed: int = 1) -> Mask | None:
+    """The mask of a seed for x as rows; None without dropout."""
+    return draw_mask(x.reshape(-1, x.shape[-1]), p, seed) if p else None
 
 
 def kept(forward: Callable[[], object], known: Sequence[Tensor | None]) -> list[tuple[torch.dtype, tuple[int, ...]]]:

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from against import DTYPES, assert_as_exact, gradients, kept, randn, seeds_of
+from against import DTYPES, assert_as_exact, gradients, keep, kept, mask_of, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from lorakit.ops.dropout import keep_mask, kept_share
+from lorakit.ops.dropout import kept_share
 from lorakit.ops.linear import add_low_rank, reference
 
 
@@ -23,10 +23,10 @@ def tensors(shape: tuple[int, ...], size_out: int, rank: int, dtype=torch.float6
 
 
 def plain(y, x, A, B, scale: float, dropout: float):
-    """The line with the mask that the next call draws."""
-    (seed,) = seeds_of(1)
-    if dropout:
-        x = x * (keep_mask(x.reshape(-1, x.shape[-1]), dropout, seed) != 0).view(x.shape).to(x.dtype) / kept_share(dropout)
+    """The line with the same mask."""
+    mask = mask_of(x, dropout)
+    if mask:
+        x = x * keep(x, mask) / kept_share(dropout)
     return y + reference(x.to(y.dtype), A, B, scale)
 
 
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_of_the_plain_line(shape, size_out, rank,
     if y_takes_gradients:
         of.append(W.requires_grad_())
     expected = plain(F.linear(x, W, b), x, A, B, scale, dropout)
-    found = add_low_rank(F.linear(x, W, b), x, A, B, scale, dropout)
+    found = add_low_rank(F.linear(x, W, b), x, A, B, scale, mask_of(x, dropout))
     for a, e in zip([found, *gradients(found, of)], [expected, *gradients(expected, of)], strict=True):
         torch.testing.assert_close(a, e)
 
@@ -61,11 +61,8 @@ def test_gradients_are_right_for_every_subset_of_inputs_that_take_them(needs, sh
     strided = torch.stack([x, x], dim=-1)[..., 0]
     of = [t.requires_grad_() for name, t in zip("xAB", (strided, A, B), strict=True) if name in needs]
 
-    def run(*_):
-        seeds_of(0)
-        return add_low_rank(F.linear(strided, W, b), strided, A, B, 0.7, dropout)
-
-    assert gradcheck(run, of)
+    mask = mask_of(strided, dropout)
+    assert gradcheck(lambda *_: add_low_rank(F.linear(strided, W, b), strided, A, B, 0.7, mask), of)
 
 
 def test_the_base_output_takes_its_gradient_through_the_update():
@@ -82,7 +79,7 @@ def test_it_is_as_near_to_float64_maths_as_the_plain_line_with_float32_factors(d
     wide = [t.detach().double().requires_grad_() for t in of]
     exact = plain(F.linear(wide[0], W.double(), b.double()), *wide, 0.5, dropout)
     expected = plain(F.linear(x, W, b), x, A, B, 0.5, dropout)
-    found = add_low_rank(F.linear(x, W, b), x, A, B, 0.5, dropout)
+    found = add_low_rank(F.linear(x, W, b), x, A, B, 0.5, mask_of(x, dropout))
     assert (found.dtype, *(g.dtype for g in gradients(found, of))) == (dtype, dtype, torch.float32, torch.float32)
     assert_as_exact([found], [expected], [exact])
     for a, p, e in zip(gradients(found, of), gradients(expected, of), gradients(exact, wide), strict=True):
@@ -112,26 +109,25 @@ def test_an_output_that_something_else_keeps_is_not_written_into():
 def test_a_leaf_that_takes_gradients_is_not_written_into(dropout):
     x, W, b, A, B = tensors((3, 4), 5, 2)
     y = F.linear(x, W, b).requires_grad_()
-    out = add_low_rank(y, x, A, B, 0.7, dropout)
+    out = add_low_rank(y, x, A, B, 0.7, mask_of(x, dropout))
     (g,) = gradients(out, [y])
     assert torch.equal(g, randn(3, 5, seed=9))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_backward_keeps_x_and_the_rank_wide_product_only(dropout):
+def test_backward_keeps_x_the_rank_wide_product_and_a_packed_mask_only(dropout):
     x, W, b, A, B = tensors((64, 32), 48, 2, torch.float32)
     A.requires_grad_(), B.requires_grad_(), x.requires_grad_()
-    assert kept(lambda: add_low_rank(F.linear(x, W, b), x, A, B, 1.0, dropout), [W, b, A, B]) == [
-        (torch.float32, (64, 2)),
-        (torch.float32, (64, 32)),
-    ]
+    mask = mask_of(x, dropout)
+    expected = [(torch.float32, (64, 2)), (torch.float32, (64, 32)), *([(torch.uint8, (64 * 32 // 8,))] if mask else [])]
+    assert kept(lambda: add_low_rank(F.linear(x, W, b), x, A, B, 1.0, mask), [W, b, A, B]) == expected
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_second_backward_through_the_same_node_gives_the_same_gradients(dropout):
     x, W, b, A, B = tensors((6, 4), 5, 2)
     of = [t.requires_grad_() for t in (x, A, B)]
-    out = add_low_rank(F.linear(x, W, b), x, A, B, 0.7, dropout)
+    out = add_low_rank(F.linear(x, W, b), x, A, B, 0.7, mask_of(x, dropout))
     assert all(torch.equal(a, e) for a, e in zip(gradients(out, of), gradients(out, of), strict=True))
 
 
@@ -141,3 +137,14 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     (first,) = torch.autograd.grad(add_low_rank(F.linear(x, W, b), x, A, B, 1.0).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("into", [True, False])
+def test_the_output_may_be_changed_in_place(dropout, into):
+    x, W, b, A, B = tensors((2, 3, 4), 5, 2)
+    of = [t.requires_grad_() for t in (x, A, B)]
+    found = add_low_rank(F.linear(x, W, b), x, A, B, 0.7, mask_of(x, dropout), into=into)
+    expected = 2 * plain(F.linear(x, W, b), x, A, B, 0.7, dropout)
+    for a, e in zip(gradients(found.mul_(2).relu_(), of), gradients(expected.relu(), of), strict=True):
+        torch.testing.assert_close(a, e)

@@ -1,19 +1,21 @@
-"""Tiny models whose blocks are known, and what the tests of the blocks do with them."""
+"""Tiny models that hold modules to be fused, and what the tests do with them."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import tiny
 import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.layers import blocks
+from lorakit.layers.fused import fused
 from lorakit.layers.layer import LoraFactors
 
-KINDS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Granite"]
+KINDS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Granite", "Phi3", "Olmo2"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PACKED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def build(kind: str = "Llama", **config) -> nn.Module:
@@ -27,11 +29,17 @@ def build(kind: str = "Llama", **config) -> nn.Module:
         "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
     }  # fmt: skip
     made = getattr(transformers, f"{kind}Config")(**sizes | config)
-    return getattr(transformers, f"{kind}ForCausalLM")(made).train()
+    model = getattr(transformers, f"{kind}ForCausalLM")(made)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:  # not ones, or zeros
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    return model.train()
 
 
 def adapted(kind: str = "Llama", trained: bool = True, dtype: torch.dtype = torch.float32, config: dict | None = None, **lora) -> nn.Module:
-    model = lk.attach(build(kind, **config or {}).to(dtype), lk.LoraConfig(**{"rank": 4, "targets": ALL} | lora))
+    targets = PACKED if kind == "Phi3" else ALL
+    model = lk.attach(build(kind, **config or {}).to(dtype), lk.LoraConfig(**{"rank": 4, "targets": targets} | lora))
     return tiny.randomise_factors(model, size=0.1) if trained else model
 
 
@@ -40,9 +48,9 @@ def tokens(rows: int = 2, length: int = 9) -> Tensor:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy without blocks."""
+    """A copy in which no module is fused."""
     twin = copy.deepcopy(model)
-    blocks.release(twin)
+    fused.release(twin)
     return twin
 
 
@@ -69,5 +77,12 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """The modules that blocks have taken over, and with which."""
-    return {n: type(m).__bases__[0].__name__ for n, m in model.named_modules() if isinstance(m, blocks.Block)}
+    """The modules that are fused, and as what."""
+    return {n: type(m).__bases__[0].__name__ for n, m in model.named_modules() if type(m).__bases__[0] in fused.KINDS}
+
+
+def counts(calls: dict[str, int], run: Callable[[], object]) -> dict[str, int]:
+    """The calls that `run` makes."""
+    before = dict(calls)
+    run()
+    return {n: calls[n] - before[n] for n in calls}

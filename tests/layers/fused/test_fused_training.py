@@ -1,4 +1,4 @@
-"""Blocks as one node: the base's bits, the plain path's gradients, PEFT's gradients, and everything back as it was on detach."""
+"""Models with fused modules: the base's bits, the plain path's gradients, PEFT's gradients, and everything back as it was on detach."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 import pytest
 import tiny
 import torch
-from block_models import ALL, KINDS, adapted, assert_same_gradients, build, factors, gradients, kinds, plain, tokens
+from fused_models import ALL, KINDS, PACKED, adapted, assert_same_gradients, build, counts, factors, gradients, kinds, plain, tokens
 
 import lorakit as lk
 
@@ -17,23 +17,21 @@ MODELS = pytest.mark.parametrize("kind", KINDS)
 
 
 @MODELS
-def test_attach_takes_over_what_it_knows_and_training_uses_it(kind, calls):
+def test_attach_fuses_what_it_knows_and_training_uses_it(kind, calls):
     model = adapted(kind)
-    expected = {}
+    after = ["post_attention_layernorm", "post_feedforward_layernorm"]  # Olmo 2
+    expected = {"model.norm": "FusedRmsNorm"}
     for i in range(2):
-        expected[f"model.layers.{i}.self_attn"] = "AttentionBlock"
-        if kind == "Qwen3":
-            expected |= {f"model.layers.{i}.self_attn.{n}": "RmsNormBlock" for n in ("q_norm", "k_norm")}
-        expected[f"model.layers.{i}.mlp"] = "GatedMlpBlock"
-        if kind != "Gemma":  # its norm multiplies by 1 + w, in float32
-            expected |= {f"model.layers.{i}.{n}": "RmsNormBlock" for n in ("input_layernorm", "post_attention_layernorm")}
-    if kind != "Gemma":
-        expected["model.norm"] = "RmsNormBlock"
+        expected[f"model.layers.{i}.mlp"] = "FusedGatedMlp"
+        expected |= {f"model.layers.{i}.{n}": "FusedRmsNorm" for n in (after if kind == "Olmo2" else ["input_layernorm", after[0]])}
+        if kind in ("Qwen3", "Olmo2"):
+            expected |= {f"model.layers.{i}.self_attn.{n}": "FusedRmsNorm" for n in ("q_norm", "k_norm")}
     assert kinds(model) == expected
-    gradients(model)
-    # The first norm's input takes no gradient.
-    norms = 0 if kind == "Gemma" else sum(k == "RmsNormBlock" for k in expected.values()) - 1
-    assert calls == {"gated_mlp": 2, "rope_attention": 2, "project": 2, "rms_norm": norms}
+    done = counts(calls, lambda: gradients(model))
+    # The first norm's input takes no gradient, but for Olmo 2 that has none there.
+    norms = sum(k == "FusedRmsNorm" for k in expected.values()) - (kind != "Olmo2")
+    linears = 2 * (2 if kind == "Phi3" else 4)
+    assert done == {"gated_mlp": 2, "causal_attention": 0, "project": linears, "rms_norm": norms}
 
 
 @MODELS
@@ -100,7 +98,9 @@ def test_gradients_are_pefts(kind):
     import peft
 
     model = adapted(kind, alpha=8)
-    theirs = peft.get_peft_model(build(kind), peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(
+        build(kind), peft.LoraConfig(r=4, lora_alpha=8, target_modules=PACKED if kind == "Phi3" else ALL, task_type="CAUSAL_LM")
+    )
     named = dict(theirs.named_parameters())
 
     def parameter(name: str) -> torch.nn.Parameter:
@@ -122,7 +122,7 @@ def test_detach_gives_every_class_back_as_often_as_it_is_done(kind):
     model = build(kind)
     before, bits = tiny.picture(model), tiny.bits(model)
     for _ in range(2):
-        lk.attach(model, lk.LoraConfig(rank=2, targets=ALL))
+        lk.attach(model, lk.LoraConfig(rank=2, targets=PACKED if kind == "Phi3" else ALL))
         assert kinds(model)
         assert list(tiny.bits(model)) == list(bits), "names of the base's weights"
         gradients(model)
@@ -132,7 +132,7 @@ def test_detach_gives_every_class_back_as_often_as_it_is_done(kind):
         assert tiny.same_bits(tiny.bits(model), bits)
 
 
-def test_a_block_stays_as_long_as_any_adapter_does():
+def test_modules_stay_fused_as_long_as_any_adapter_is_there():
     model = adapted()
     lk.attach(model, lk.LoraConfig(rank=2, targets=["q_proj"]), name="b")
     before = kinds(model)
@@ -144,18 +144,17 @@ def test_a_block_stays_as_long_as_any_adapter_does():
     assert kinds(model) == {}
 
 
-def test_a_block_is_still_of_its_own_class():
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+def test_a_fused_module_is_still_of_its_own_class():
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
     layer = adapted().model.layers[0]
     assert isinstance(layer.mlp, LlamaMLP)
-    assert isinstance(layer.self_attn, LlamaAttention)
     assert isinstance(layer.input_layernorm, LlamaRMSNorm)
     assert type(layer.mlp) is type(adapted().model.layers[1].mlp)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies_have_their_blocks_and_train_the_same(way):
+def test_copies_are_fused_and_train_the_same(way, calls):
     model = adapted("Qwen3")
     if way == "deepcopy":
         twin = copy.deepcopy(model)
@@ -166,14 +165,15 @@ def test_copies_have_their_blocks_and_train_the_same(way):
         file.seek(0)
         twin = torch.load(file, weights_only=False)
     assert kinds(twin) == kinds(model)
-    ours, theirs = gradients(twin), gradients(model)
+    ours, theirs = {}, gradients(model)
+    assert counts(calls, lambda: ours.update(gradients(twin)))["gated_mlp"] == 2
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
     lk.detach(twin)
     assert kinds(twin) == {}
     assert kinds(model)
 
 
-def test_an_adapter_saved_from_a_model_with_blocks_attaches_to_a_plain_one(tmp_path):
+def test_an_adapter_saved_from_a_fused_model_attaches_to_a_plain_one(tmp_path):
     model = adapted("Qwen2")
     lk.capture(model).save(tmp_path)
     again = lk.attach(build("Qwen2"), lk.Adapter.load(tmp_path)).eval()
@@ -199,29 +199,36 @@ SUBSETS = [
 
 @pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("kind", ["Llama", "Gemma"])
-def test_any_part_of_a_blocks_linears_may_be_targeted(kind, targets, calls):
+def test_any_of_a_models_linears_may_be_targeted(kind, targets, calls):
     model = adapted(kind, targets=targets)
+    done = counts(calls, lambda: gradients(model))
     assert_same_gradients(gradients(model), gradients(plain(model)))
-    in_mlp, in_qkv = (bool({"gate_proj", "up_proj", "down_proj"} & {*targets}), bool({"q_proj", "k_proj", "v_proj"} & {*targets}))
-    attention = in_qkv or "o_proj" in targets
-    assert (calls["gated_mlp"], calls["project"], calls["rope_attention"]) == (2 * in_mlp, 2 * in_qkv, 2 * attention)
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    assert (done["gated_mlp"], done["project"]) == (2 * bool(mlp & {*targets}), 2 * len({*targets} - mlp))
+
+
+@pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
+def test_dropout_is_the_plain_paths_whatever_is_targeted(targets, request):
+    if {"gate_proj", "up_proj", "down_proj"} & {*targets}:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a fused MLP draws seeds for linears without an update too"))
+    model = adapted(targets=targets, dropout=0.4)
+    assert_same_gradients(gradients(model), gradients(plain(model)))
 
 
 def test_layers_without_an_adapter_pass_gradients_on(calls):
     model = adapted(layers=[0])
     assert set(kinds(model)) >= {"model.layers.0.mlp", "model.layers.1.input_layernorm"}
     assert "model.layers.1.mlp" not in kinds(model)
+    assert counts(calls, lambda: gradients(model))["gated_mlp"] == 1
     assert_same_gradients(gradients(model), gradients(plain(model)))
-    assert (calls["gated_mlp"], calls["rope_attention"]) == (1, 1)
 
 
 @pytest.mark.parametrize("size", [2, 24, 264])
-def test_heads_may_be_of_any_even_size(size, calls):
+def test_heads_may_be_of_any_even_size(size):
     base, model = build(head_dim=size), adapted(trained=False, config={"head_dim": size})
     assert torch.equal(model(tokens()).logits, base(tokens()).logits)
     tiny.randomise_factors(model, size=0.1)
     assert_same_gradients(gradients(model), gradients(plain(model)))
-    assert calls["rope_attention"]
 
 
 def test_no_rows_are_no_error():
@@ -234,7 +241,7 @@ def test_no_rows_are_no_error():
     assert all(not p.grad.any() for p in factors(layer.mlp).values())
 
 
-def test_ranks_and_scales_may_differ_between_a_blocks_linears():
+def test_ranks_and_scales_may_differ_between_linears():
     model = adapted(
         rank_pattern={"q_proj": 1, "v_proj": 5, "up_proj": 2, "down_proj": 7}, alpha_pattern={"v_proj": 3, "gate_proj": 5}, rslora=True
     )
@@ -268,6 +275,7 @@ def test_less_is_kept_for_backward_than_by_the_plain_path():
         return kept_bytes(model, lambda: model(ids).logits.sum()), kept_bytes(twin := plain(model), lambda: twin(ids).logits.sum())
 
     ours, theirs = kept(torch.float32)
+    masks = 2 * 128 * 40 // 8  # of each down's input
     assert theirs - ours == 2 * 2 * (128 * 40 * 4), "act(gate) and act(gate) · up of two layers"
     ours, theirs = kept(torch.bfloat16)
     assert ours < 0.7 * theirs, "and the norms' float32 copies"

@@ -1,4 +1,4 @@
-"""Where a block steps aside, or must not stand in at all: hooks, masks, caches, casting, compilers, code that it does not know."""
+"""Where a fused module steps aside for its own class's forward: hooks, casting, compilers, several adapters. (Attention: see its own file.)"""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ import copy
 import pytest
 import tiny
 import torch
-from block_models import adapted, assert_same_gradients, build, factors, gradients, plain, tokens
+from fused_models import adapted, assert_same_gradients, build, counts, factors, gradients, plain, tokens
 from torch import nn
 
 import lorakit as lk
-
-
-def counts(calls: dict[str, int], run) -> dict[str, int]:
-    """The calls that `run` makes."""
-    before = dict(calls)
-    run()
-    return {n: calls[n] - before[n] for n in calls}
-
 
 # ---- something waits for a child's own call ----
 
@@ -32,7 +24,8 @@ def test_hooks_on_a_child_are_called(child, kind, calls):
     getattr(module, f"register_{kind}_hook")(lambda module, *_: seen.append(module))
     done = counts(calls, lambda: assert_same_gradients(gradients(model), expected))
     assert seen == [module]
-    assert (done["gated_mlp"], done["project"]) == (2 - child.startswith("mlp"), 2 - (child == "self_attn.k_proj"))
+    # Linears of the attention are nodes by themselves, those of the MLP if it steps aside.
+    assert (done["gated_mlp"], done["project"]) == ((1, 8 + 3) if child.startswith("mlp") else (2, 8))
 
 
 def test_a_hook_that_changes_a_childs_output_has_its_effect():
@@ -43,7 +36,7 @@ def test_a_hook_that_changes_a_childs_output_has_its_effect():
     assert_same_gradients(gradients(model), gradients(plain(model)))
 
 
-def test_hooks_on_the_block_itself_are_called_around_it(calls):
+def test_hooks_on_the_fused_module_itself_are_called_around_it(calls):
     model, seen = adapted(), []
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     assert counts(calls, lambda: gradients(model))["gated_mlp"] == 2
@@ -60,7 +53,7 @@ def test_global_module_hooks_are_called_for_every_child():
     assert {m for n, m in model.named_modules() if n.endswith("_proj")} <= seen
 
 
-def test_hooks_of_accelerate_work_and_are_no_trap_for_detach():
+def test_detach_keeps_accelerate_hooks():
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     class Seen(ModelHook):
@@ -90,77 +83,6 @@ def test_hooks_of_accelerate_work_and_are_no_trap_for_detach():
             remove_hook_from_module(module)
         assert torch.equal(model(tokens()).logits, base)
         assert type(named[0]) is type(build().model.layers[0].mlp)
-
-
-# ---- arguments of the attention ----
-
-
-def padded(ids: torch.Tensor) -> torch.Tensor:
-    mask = torch.ones_like(ids)
-    mask[0, -3:] = 0
-    return mask
-
-
-CASES = {
-    "a mask": (lambda ids: {"attention_mask": padded(ids)}, 0),
-    "a mask of ones": (lambda ids: {"attention_mask": torch.ones_like(ids)}, 2),
-    "packed rows": (lambda ids: {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)}, 0),
-    "positions of each row": (lambda ids: {"position_ids": torch.arange(9) + torch.tensor([[0], [5]])}, 2),
-    "a cache": (lambda ids: {"use_cache": True}, 0),
-    "no causal mask": (lambda ids: {"is_causal": False}, 0),
-    "causal said": (lambda ids: {"is_causal": True}, 0),
-    "lengths as tensors": (lambda ids: {"cu_seq_lens_q": torch.tensor([0, 4, 9]), "cu_seq_lens_k": torch.tensor([0, 4, 9])}, 0),
-    "attention weights asked for": (lambda ids: {"output_attentions": True}, 0),
-    "not asked for": (lambda ids: {"output_attentions": False}, 2),
-    "hidden states": (lambda ids: {"output_hidden_states": True}, 2),
-    "items in the batch": (lambda ids: {"num_items_in_batch": torch.tensor(18)}, 2),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
-def test_an_attention_with_other_arguments_computes_what_its_own_class_does(case, kind, calls):
-    model, (arguments, fused) = adapted(kind), CASES[case]
-    inputs = arguments(tokens())
-    done = counts(calls, lambda: gradients(model, **inputs))
-    assert done["rope_attention"] == fused
-    assert_same_gradients(gradients(model, **inputs), gradients(plain(model), **inputs))
-
-
-def test_a_sliding_window_is_kept_to(calls):
-    for window, fused in ((4, 0), (64, 2)):
-        model = adapted("Mistral", config={"sliding_window": window})
-        done = counts(calls, lambda model=model: gradients(model))
-        assert done["rope_attention"] == fused
-        assert_same_gradients(gradients(model), gradients(plain(model)))
-
-
-def test_some_layers_may_have_a_window(calls):
-    types = ["sliding_attention", "full_attention"]
-    model = adapted("Qwen3", config={"use_sliding_window": True, "sliding_window": 4, "layer_types": types})
-    assert counts(calls, lambda: gradients(model))["rope_attention"] == 1
-    assert_same_gradients(gradients(model), gradients(plain(model)))
-
-
-@pytest.mark.parametrize("config", [{"attn_implementation": "eager"}, {"attention_dropout": 0.5}], ids=str)
-def test_other_attention_than_the_one_it_replaces_is_left_alone(config, calls):
-    model = adapted(config=config)
-    assert counts(calls, lambda: gradients(model))["rope_attention"] == 0
-    assert_same_gradients(gradients(model), gradients(plain(model)))
-
-
-def test_another_kernel_asked_for_is_used(calls):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    model = adapted()
-    with sdpa_kernel(SDPBackend.MATH):
-        assert counts(calls, lambda: gradients(model))["rope_attention"] == 0
-
-
-def test_generation_uses_the_cache_and_gives_the_same_tokens():
-    model = adapted().eval()
-    asked = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
-    assert torch.equal(model.generate(tokens(), **asked), plain(model).generate(tokens(), **asked))
 
 
 # ---- precision, compilers, checkpointing ----
@@ -200,7 +122,7 @@ def test_a_float64_model_trains_as_the_plain_path_does():
     assert_same_gradients(ours, theirs, tolerance=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma", "Phi3"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(kind, dropout, reentrant):
@@ -209,6 +131,37 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, dropout, reentran
     expected = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same_gradients(gradients(model), expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["up_proj"], ["q_proj", "down_proj"]], ids="+".join)
+@pytest.mark.parametrize("early", [True, False], ids=["hooks in forward", "hooks in backward"])
+def test_hooks_put_on_or_off_before_backward_do_not_change_the_masks_of_checkpointing(reentrant, targets, early, request):
+    """What is fused changes between the two runs of a layer, not what it computes."""
+    if reentrant and ("q_proj" in targets or (early and targets == ["up_proj"])):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a fused MLP draws seeds for linears without an update too"))
+    model = adapted(dropout=0.4, targets=targets, config={"num_hidden_layers": 3})
+    model.enable_input_require_grads()
+    expected = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    def hook() -> list:
+        return [layer.mlp.up_proj.register_forward_hook(lambda *_: None) for layer in model.model.layers]
+
+    handles = hook() if early else []
+    torch.manual_seed(5)
+    model.zero_grad()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    if early:
+        [handle.remove() for handle in handles]
+    else:
+        hook()
+    if reentrant:  # the other kind compares what both runs keep, and says so
+        loss.backward()
+        assert_same_gradients({n: p.grad for n, p in factors(model).items()}, expected)
+        return
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()
 
 
 def test_the_loss_without_gradients_is_that_with_the_same_dropout():
@@ -221,7 +174,7 @@ def test_the_loss_without_gradients_is_that_with_the_same_dropout():
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "Gemma"])
+@pytest.mark.parametrize("kind", ["Qwen3", pytest.param("Gemma", marks=pytest.mark.slow)])
 def test_a_compiled_model_trains_the_same(kind):
     model = adapted(kind, config={"num_hidden_layers": 1})
     expected = gradients(model)
@@ -233,15 +186,17 @@ def test_a_compiled_model_trains_the_same(kind):
     torch._dynamo.reset()
 
 
-def test_inference_mode_and_no_grad_compute_the_same_bits_without_blocks(calls):
+def test_inference_mode_and_no_grad_compute_the_same_bits_without_the_nodes(calls):
     model = adapted().eval()
     with torch.no_grad():
         expected = plain(model)(tokens()).logits
-    with torch.inference_mode():
-        assert torch.equal(model(tokens()).logits, expected)
-    with torch.no_grad():
-        assert torch.equal(model(tokens()).logits, expected)
-    assert not any(calls.values())
+
+    def run() -> None:
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert torch.equal(model(tokens()).logits, expected)
+
+    assert not any(counts(calls, run).values())
     assert model(tokens()).logits.requires_grad
 
 
@@ -258,7 +213,7 @@ def test_functional_calls_and_vmap_compute_the_same():
         torch.testing.assert_close(g, parameters[name].grad, atol=1e-6, rtol=1e-4)
 
 
-def test_blocks_on_meta_give_shapes():
+def test_fused_modules_on_meta_give_shapes():
     layer = adapted(trained=False, dropout=0.1).to("meta").model.layers[0]
     x = torch.empty(2, 9, 32, device="meta")
     assert layer.mlp(x).shape == layer.self_attn.o_proj(x).shape == layer.input_layernorm(x).shape == x.shape
@@ -306,14 +261,14 @@ def test_dropout_acts_in_training_only_and_differs_with_each_draw():
 
 
 @pytest.mark.parametrize("targets", [["up_proj"], ["down_proj"], ["up_proj", "down_proj"]], ids="+".join)
-def test_the_dropout_of_a_blocks_linears_is_unbiased(targets):
+def test_the_dropout_of_an_mlps_linears_is_unbiased(targets):
     """The mean over many draws nears the output without dropout. (Not so behind an activation: gate's.)"""
-    block = adapted(targets=targets, dropout=0.2).model.layers[0].mlp
+    mlp = adapted(targets=targets, dropout=0.2).model.layers[0].mlp
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
-    whole = block.eval()(x).detach()
-    block.train()
+    whole = mlp.eval()(x).detach()
+    mlp.train()
     torch.manual_seed(0)
-    draws = torch.stack([block(x).detach() for _ in range(500)])
+    draws = torch.stack([mlp(x).detach() for _ in range(500)])
     off = (draws.mean(0) - whole) / (draws.std(0) / len(draws) ** 0.5)
     assert draws.std(0).min() > 0
     assert 0.5 < float(off.square().mean()) < 1.5  # 64 rows of rank 4: 1 ± 0.1
@@ -323,6 +278,7 @@ def test_linears_with_different_dropouts_compute_each_its_own(calls):
     model = adapted(dropout=0.3)
     model.model.layers[0].mlp.up_proj.lora_default.dropout = 0.6
     assert counts(calls, lambda: gradients(model))["gated_mlp"] == 1
+    assert_same_gradients(gradients(model), gradients(plain(model)))
 
 
 def test_unfreezing_a_weight_of_the_base_gives_its_gradient(calls):
@@ -332,10 +288,10 @@ def test_unfreezing_a_weight_of_the_base_gives_its_gradient(calls):
     same = [twin.model.layers[0].mlp.up_proj.weight, twin.model.layers[0].self_attn.k_proj.weight, twin.model.norm.weight]
     for w in (*weights, *same):
         w.requires_grad_()
+    assert counts(calls, lambda: gradients(model))["gated_mlp"] == 1
     assert_same_gradients(gradients(model), gradients(twin))
     for ours, theirs in zip(weights, same, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
-    assert calls["gated_mlp"] == 1
 
 
 def test_a_norm_that_an_adapter_holds_whole_is_trained():
