@@ -47,7 +47,7 @@ class Weightless(Tensor):
         made.meta = meta
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Weightless({list(self.shape)}, {self.dtype})"
 
     @classmethod
