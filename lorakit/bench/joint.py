@@ -8,7 +8,7 @@ measured beside it. Eight steps with PEFT and the Hugging Face loss are measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lorakit as lk
 
 from ..train.loss import row_losses
-from .measure import in_turn
+from .measure import PRECISIONS, in_turn
 from .train_step import RANK, Shape, llama, peft_side
 
 TITLE = (
@@ -29,11 +29,11 @@ ADAPTERS = 8
 LAYERS = 4
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> list[dict[str, Any]]:
     widths, lengths = ((256,), (64,)) if quick else ((256, 512, 1024), (64, 128, 512))
     return [
         measure(Shape(width, layers=LAYERS, ffn=width * 11 // 4, length=length), dtype, rounds=3)
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in precisions
         for width in widths
         for length in lengths
     ]

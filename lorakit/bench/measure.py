@@ -9,6 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+PRECISIONS = (torch.float32, torch.bfloat16)  # of the tables that measure in several
+
 
 def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int = 7, warm: int = 2) -> dict[str, float]:
     """Seconds of each side: the median of `rounds`, the sides run one after the other in each, after `warm` rounds not counted.

@@ -1,22 +1,25 @@
 """What the tables of `lorakit bench` have in common: their names, the machine, peers that may be missing, and how rows are shown.
 
 A table is a module of this package with `TITLE` (what its rows compare), `run(quick) -> rows` (plain values by column), and
-perhaps `plot(rows, axes)`. Lists among a row's values are for the JSON and the plot; the printed table leaves them out.
+perhaps `plot(rows, axes)`. One that measures in several precisions takes those it shall measure in: `run(quick, precisions)`.
+Lists among a row's values are for the JSON and the plot; the printed table leaves them out.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..errors import ConfigError, LorakitError, did_you_mean, listing
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
 NAMES = {
@@ -39,7 +42,8 @@ class Bench(Protocol):
 
     TITLE: str
 
-    def run(self, quick: bool = False) -> list[Row]: ...
+    @property
+    def run(self) -> Callable[..., list[Row]]: ...
 
 
 class MissingPeer(LorakitError):
@@ -49,16 +53,44 @@ class MissingPeer(LorakitError):
         super().__init__(f"not measured: {name} is not installed\n  {INSTALL}")
 
 
-def load(name: str) -> Bench:
-    """The module of a table. ConfigError for a name that is none."""
+def check_name(name: str) -> None:
+    """ConfigError for a name that is no table's."""
     if name not in NAMES:
         raise ConfigError(f"no benchmark is named '{name}'{did_you_mean(name, NAMES)}\n  there are: {listing(NAMES, len(NAMES))}")
+
+
+def load(name: str) -> Bench:
+    """The module of a table. ConfigError for a name that is none."""
+    check_name(name)
     return cast(Bench, importlib.import_module(f".{name.replace('-', '_')}", __package__))
 
 
-def measure(name: str, quick: bool) -> list[Row]:
-    """Run a table. MissingPeer if what it compares with is not installed."""
+def precisions(asked: str | None) -> tuple[tuple[torch.dtype, ...], str]:
+    """The precisions to measure in, and what is to be said of it. `asked`: fp32, bf16 or all; None: all that the machine multiplies
+    itself, as others take minutes a step."""
+    import torch
+
+    from ..models.base import choose_device, choose_dtype
+
+    both = (torch.float32, torch.bfloat16)
+    if asked in ("fp32", "bf16"):
+        return (both[asked == "bf16"],), ""
+    found = choose_dtype("auto", choose_device().value)
+    if asked == "all" or found.value == torch.bfloat16:
+        return both, ""
+    return both[:1], f"bf16 is left out: {found.reason}, and a step would take minutes; --precision all measures it too"
+
+
+def measures_precisions(name: str) -> bool:
+    """Whether a table measures in several precisions."""
+    return "precisions" in inspect.signature(load(name).run).parameters
+
+
+def measure(name: str, quick: bool, precisions: Sequence[torch.dtype] | None = None) -> list[Row]:
+    """Run a table; `precisions`: None for all of them. MissingPeer if what it compares with is not installed."""
     try:
+        if precisions is not None and measures_precisions(name):
+            return load(name).run(quick, precisions)
         return load(name).run(quick)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

@@ -6,8 +6,9 @@ run the same model with the Hugging Face loss over all positions, rank 16 on all
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 
-from .measure import in_turn, kept_bytes
+from .measure import PRECISIONS, in_turn, kept_bytes
 
 TITLE = (
     "A training step (forward and backward, Hugging Face loss) of a Llama-shaped model with rank 16 on all seven linears of each layer.\n"
@@ -126,10 +127,10 @@ def _draw(shape: Shape, dtype: torch.dtype, dropout: float, names: list[str], ro
     return {name: (seconds[name], kept[name]) for name in forwards}
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
+def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> list[dict[str, Any]]:
     shape = Shape(layers=2, length=128) if quick else Shape()
     rows = []
-    for dtype, dropout in ((torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)):
+    for dtype, dropout in product(precisions, (0.0, 0.1)):
         found = measure(shape, dtype, dropout, ["lorakit", "PEFT"] if quick else list(SIDES), *((3, 1) if quick else (5, 3)))
         floor, peft = found["floor"], found["PEFT"]
         for name, (seconds, kept) in found.items():

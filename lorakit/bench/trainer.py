@@ -15,12 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import torch
+
+from .measure import PRECISIONS
 from .suite import Row, need
 
 TITLE = (
@@ -42,6 +46,11 @@ class Side:
     adapter: str = "fp32"  # the factors' precision, TRL's
     autocast: bool = False
     attention: str = "sdpa"  # TRL's; lorakit has its own block
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What is multiplied."""
+        return torch.bfloat16 if self.autocast or self.weights == "bf16" else torch.float32
 
 
 # TRL's own default is autocast over fp32 weights; plain attention ("eager") is faster for short rows on a CPU.
@@ -77,9 +86,11 @@ class Outcome:
         return fmean(self.cpu[UNCOUNTED - 1 :])
 
 
-def run(quick: bool = False) -> list[Row]:
+def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> list[Row]:
     need("trl", "peft")
-    steps, rounds, sides = (8, 1, QUICK) if quick else (40, 3, tuple(SIDES))
+    steps, rounds, every = (8, 1, QUICK) if quick else (40, 3, tuple(SIDES))
+    # The reference is always there: losses are compared with it.
+    sides = [side for side in every if SIDES[side].precision in precisions or side == REFERENCE]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trained = _prepare(folder, steps)

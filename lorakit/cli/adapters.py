@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..errors import ConfigError
 from .files import base_folder, dtype_of, numbers, read
+from .starting import starting
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -29,8 +31,8 @@ def inspect(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """What is in an adapter: format, base, targets, ranks, strength, norms of its update, training; or which modules a model has."""
-    from ..errors import ConfigError
-    from ..inspect import describe_adapter, describe_model, is_model
+    with starting(f"reading {source}"):
+        from ..inspect import describe_adapter, describe_model, is_model
 
     if is_model(source):
         if base is not None or heat or plot is not None:
@@ -100,11 +102,11 @@ def merge(
     """Merge adapters into a checkpoint's files, one tensor in memory at a time, and check the result by reading it again."""
     from rich.console import Console
 
-    from ..checkpoint import merge_checkpoint
-    from ..errors import ConfigError
-
     if len(adapters) < 2:
         raise ConfigError("merge takes BASE, one adapter or several, and OUT\n  lorakit merge BASE ADAPTER OUT")
+    with starting("reading the base and the adapters"):
+        from ..checkpoint import merge_checkpoint
+
     *sources, out = adapters
     folder = base_folder(base)
     assert folder is not None

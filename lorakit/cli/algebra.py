@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .files import base_folder, dtype_of, free, inspect_call, numbers, read
+from .starting import starting
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -51,7 +52,8 @@ def combine(
     json_output: Json = False,
 ) -> None:
     """Several adapters as one: the exact weighted sum of what they add, or TIES, DARE and pruning of it."""
-    from ..adapter.combine import combined
+    with starting("reading the adapters"):
+        from ..adapter.combine import combined
 
     out = free(out, to, force)
     values = [read(source, alpha, base_folder(base)) for source in adapters]
@@ -83,7 +85,8 @@ def resize(
     json_output: Json = False,
 ) -> None:
     """An adapter at a lower rank, with the smallest error that this rank allows; LoHa, LoKr and whole updates become LoRA."""
-    from ..adapter.resize import resize as cut
+    with starting("reading the adapter"):
+        from ..adapter.resize import resize as cut
 
     out = free(out, to, force)
     value = read(adapter, alpha, base_folder(base))
@@ -117,8 +120,9 @@ def extract(
     json_output: Json = False,
 ) -> None:
     """A LoRA out of a fine-tuned checkpoint and its base, one tensor in memory at a time."""
-    from ..checkpoint.extract import extract as take
-    from ..errors import listing
+    with starting("reading the checkpoints"):
+        from ..checkpoint.extract import extract as take
+        from ..errors import listing
 
     before, after = base_folder(base), base_folder(tuned)
     assert before is not None

@@ -11,6 +11,7 @@ import typer
 from ..errors import ConfigError
 from .loading import load
 from .options import Model, Precision, TopP
+from .starting import starting
 
 _HELP = "/adapter NAME chooses an adapter, /base the base alone, /reset forgets the conversation, /quit leaves"
 
@@ -31,8 +32,9 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
 ) -> None:
     """Answer one prompt. `\\n` in the argument is a line end."""
-    from ..data.render import question_ids
-    from ..evaluate.generate import stream
+    with starting(f"loading {model}"):
+        from ..data.render import question_ids
+        from ..evaluate.generate import stream
 
     text = sys.stdin.read() if prompt is None else prompt.replace("\\n", "\n")
     if not text:
@@ -63,9 +65,10 @@ def chat(
     precision: Precision = "auto",
 ) -> None:
     """A conversation on the terminal. A model without a chat template completes each line on its own."""
-    from ..data.render import question_ids
-    from ..errors import LorakitError
-    from ..evaluate.generate import stream
+    with starting(f"loading {model}"):
+        from ..data.render import question_ids
+        from ..errors import LorakitError
+        from ..evaluate.generate import stream
 
     loaded = load(model, adapter or [], precision)
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .starting import starting
+
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="an adapter (folder, file or hub id)")],
@@ -29,13 +31,14 @@ def compare(
     """Two adapters of one base: cosine, principal angles and subspace similarity of their updates, and their interference when stacked."""
     from rich.console import Console
 
-    from ..compare import compare as set_side_by_side
-    from ..compare_report import plot as draw
-    from ..compare_report import summary, tables, write_html
-    from ..formats import TAKES_ALPHA, format_of
-    from ..heatmap import kind_of
-    from .adapters import load_adapter
-    from .files import base_folder
+    with starting(f"reading {a} and {b}"):
+        from ..compare import compare as set_side_by_side
+        from ..compare_report import plot as draw
+        from ..compare_report import summary, tables, write_html
+        from ..formats import TAKES_ALPHA, format_of
+        from ..heatmap import kind_of
+        from .adapters import load_adapter
+        from .files import base_folder
 
     if plot is not None:
         kind_of(plot)  # before the work

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .options import Columns, DataTemplate, Split
+from .starting import starting
 
 
 def pairs(text: str | None, what: str) -> dict[str, str]:
@@ -33,13 +34,14 @@ def show(
     json_output: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
 ) -> None:
     """Print rows with the trained tokens marked, a length histogram, duplicates, and what the length limit would cut."""
-    from ..data.dataset import build
-    from ..data.read import read_rows
-    from ..data.show import report
-    from ..data.show import show as print_rows
-    from ..models.base import load_tokenizer
-
     renamed = pairs(columns, "--columns") or None  # before anything is loaded
+    with starting(f"reading {data}"):
+        from ..data.dataset import build
+        from ..data.read import read_rows
+        from ..data.show import report
+        from ..data.show import show as print_rows
+        from ..models.base import load_tokenizer
+
     tokenizer = load_tokenizer(model)
     dataset = build(
         read_rows(data, split), tokenizer, columns=renamed, template=template, train_on=train_on,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from .starting import starting
 
 
 def demo(
@@ -33,7 +34,8 @@ def demo(
     if out.exists() and force:
         shutil.rmtree(out)
 
-    from ..demo import run
+    with starting("loading the embedded model"):
+        from ..demo import run
 
     console = Console(stderr=json_output)
     outcome = run(out, compare, rows, steps, say=lambda line: console.print(f"\n{line}", highlight=False), console=console)

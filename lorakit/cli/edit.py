@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from .files import base_folder, dtype_of, free, inspect_call, read
+from .starting import starting
 
 
 def edit(
@@ -28,15 +29,16 @@ def edit(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Scale or negate an adapter, take modules out, rename them, change the precision; in this order: only, drop, rename, scale."""
-    from ..adapter import edit as change
-    from ..formats import format_of, save
-
     if scale is None and not (only or drop or rename or dtype):
         raise ConfigError(
             "edit changes nothing so\n  give --scale, --only, --drop, --rename or --dtype (lorakit convert changes the format alone)"
         )
     if scale == 0:
         raise ConfigError("--scale 0 would leave nothing of the adapter\n  give another number")
+    with starting(f"reading {source}"):
+        from ..adapter import edit as change
+        from ..formats import format_of, save
+
     began = time.monotonic()
     format, folder = to or format_of(source), base_folder(base)
     out = free(out, format, force)

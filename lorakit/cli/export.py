@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigError, listing
 from .files import base_folder, dtype_of, free, inspect_call, read
+from .starting import starting
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -35,8 +36,9 @@ def convert(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Write an adapter in another format. What that cannot hold is an error, unless it may be lost; then it is listed."""
-    from ..formats import format_of
-    from ..formats.convert import convert as converted
+    with starting(f"reading {source}"):
+        from ..formats import format_of
+        from ..formats.convert import convert as converted
 
     out, folder, was = free(out, to, force), base_folder(base), format_of(source)
     done = converted(
@@ -80,9 +82,10 @@ def export(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Check an adapter against the rules of the program that will read it, write it so, and (--verify) prove the same effect."""
-    from ..export import RECEIVERS
-    from ..export import export as exported
-    from ..formats import find
+    with starting(f"reading {source}"):
+        from ..export import RECEIVERS
+        from ..export import export as exported
+        from ..formats import find
 
     folder = base_folder(base)
     if merged:

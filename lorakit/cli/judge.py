@@ -11,6 +11,7 @@ import typer
 from .data import pairs
 from .loading import load
 from .options import Columns, DataTemplate, Model, Precision, Split
+from .starting import starting
 
 _NO_LIMIT = 1 << 30
 
@@ -33,12 +34,13 @@ def evaluate(
     """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by side."""
     from rich.console import Console
 
-    from ..data.dataset import build
-    from ..data.read import read_rows
-    from ..evaluate.compare import evaluate as judge
-    from ..evaluate.generate import positions_of
-
     renamed = pairs(columns, "--columns") or None  # before anything is loaded
+    with starting(f"reading the rows and the base {model}"):
+        from ..data.dataset import build
+        from ..data.read import read_rows
+        from ..evaluate.compare import evaluate as judge
+        from ..evaluate.generate import positions_of
+
     loaded = load(model, adapter or [], precision)
     base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
     longest = positions_of(base) or _NO_LIMIT

@@ -13,6 +13,7 @@ import typer
 from ..errors import ConfigError
 from ..train.config import TrainConfig
 from .settings import read_config, with_flags
+from .starting import starting
 
 if TYPE_CHECKING:
     import torch
@@ -40,17 +41,18 @@ def _plan(
     """Memory and time of a training run before it starts, from the base's config alone: no weights are loaded."""
     settings = TrainConfig(**{"data": "-"} | (read_config(config) if config else {}) | flags)
 
-    import torch
-    from rich.console import Console
+    with starting("reading the base's config"):
+        import torch
+        from rich.console import Console
 
-    from ..models.base import choose_device
-    from ..plan.estimate import STATE_COPIES
-    from ..plan.machine import multiply_rate
-    from ..plan.planner import MOST_ROWS
-    from ..plan.show import bars, grid, numbers
-    from ..plan.units import show_bytes
-    from ..train import defaults
-    from ..train.memory import allowed, planner_for
+        from ..models.base import choose_device
+        from ..plan.estimate import STATE_COPIES
+        from ..plan.machine import multiply_rate
+        from ..plan.planner import MOST_ROWS
+        from ..plan.show import bars, grid, numbers
+        from ..plan.units import show_bytes
+        from ..train import defaults
+        from ..train.memory import allowed, planner_for
 
     found = choose_device().value
     where = found if device == "auto" else torch.device(device)

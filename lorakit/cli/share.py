@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .files import base_folder
+from .starting import starting
 
 if TYPE_CHECKING:
     from ..hub import Pushed
@@ -40,8 +41,9 @@ def card(
     json_output: _Json = False,
 ) -> None:
     """Write a model card: what the adapter is, how to use it, how it was trained and how good it is, as far as that is known."""
-    from ..card import card_of, write
-    from ..errors import ConfigError
+    with starting(f"reading {source}"):
+        from ..card import card_of, write
+        from ..errors import ConfigError
 
     made = card_of(
         source, title=title, description=description, license=license, base_model=base_model, data=data, repository=repository,
@@ -77,7 +79,8 @@ def push(
     json_output: _Json = False,
 ) -> None:
     """Upload an adapter to the Hugging Face hub, checked first, in one commit. The token: HF_TOKEN, or `hf auth login`."""
-    from ..hub import push as pushed
+    with starting(f"reading {source}"):
+        from ..hub import push as pushed
 
     done = pushed(
         source, repository, private=private, revision=revision, message=message, card=with_card, dry_run=dry_run, base_model=base_model,

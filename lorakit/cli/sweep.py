@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.sweep_config import MAX_RUNS, Sweep, expand
 from .settings import read_config, with_flags
+from .starting import starting
 
 if TYPE_CHECKING:
     from ..train.sweep import Outcome
@@ -42,8 +43,9 @@ def _sweep(
         _list(plan, json_output)
         return
 
-    from ..train.sweep import sweep as start
-    from ..train.sweep_progress import SweepProgress
+    with starting("reading the base and the data", quiet):
+        from ..train.sweep import sweep as start
+        from ..train.sweep_progress import SweepProgress
 
     outcome = start(plan, SweepProgress(quiet=quiet or json_output))
     if json_output:

@@ -14,6 +14,7 @@ import typer
 from ..errors import ConfigError
 from ..train.config import TrainConfig
 from .settings import commented, read_config, with_flags
+from .starting import starting
 
 if TYPE_CHECKING:
     from ..train.loop import Result
@@ -49,8 +50,9 @@ def _train(
         raise ConfigError("no training data: give --data FILE, or a --config that names it (lorakit init writes one)")
     settings = TrainConfig(**values)
 
-    from ..train.loop import train as run
-    from ..train.progress import Progress
+    with starting("reading the base and the data", quiet or os.environ.get("RANK", "0") != "0"):
+        from ..train.loop import train as run
+        from ..train.progress import Progress
 
     result = run(settings, Progress(quiet=quiet or json_output))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) the first one speaks

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .shapes import flat
+from .shapes import Weightless, flat
 
 _aten = torch.ops.aten
 
@@ -39,12 +39,18 @@ _FLOPS = {
 }
 
 
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor.meta if isinstance(tensor, Weightless) else tensor).untyped_storage()
+
+
 class Live(TorchDispatchMode):
     """Inside this mode storages are counted. `purpose` and `stretch` are set from outside as the work goes on."""
 
-    def __init__(self, present: Iterable[Tensor] = ()) -> None:
-        """`present`: tensors that were there before; their storages, and so their views, are not counted."""
+    def __init__(self, present: Iterable[Tensor] = (), through: TorchDispatchMode | None = None) -> None:
+        """`present`: tensors that were there before; their storages, and so their views, are not counted. `through`: a mode that
+        operations are given to, as if this one were inside it (two modes on torch's stack cost twice as much)."""
         super().__init__()
+        self._through = through
         self.purpose, self.stretch = "working", "forward"
         self.bytes: dict[str, int] = {}  # alive now, by purpose
         self.peaks: dict[str, dict[str, int]] = {}  # at each stretch's largest moment, by purpose
@@ -52,10 +58,17 @@ class Live(TorchDispatchMode):
         self._alive: dict[int, tuple[str, int, weakref.ref]] = {}
         self._now = 0
         self._most: dict[str, int] = {}
-        self._present = {t.untyped_storage()._cdata: t for t in present}  # kept, so that no key is used twice
+        self._present = {_storage(t)._cdata: t for t in present}  # kept, so that no key is used twice
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see `Shapes`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if self._through is None:
+            out = func(*args, **(kwargs or {}))
+        else:
+            out = self._through.__torch_dispatch__(func, types, args, kwargs)
         for leaf in flat((out,)):
             if isinstance(leaf, Tensor):
                 self.note(leaf, self.purpose)
@@ -66,7 +79,7 @@ class Live(TorchDispatchMode):
 
     def note(self, tensor: Tensor, purpose: str) -> None:
         """Count the tensor's storage under `purpose`, if it is not counted yet."""
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         key, size = storage._cdata, storage.nbytes()
         if size and key not in self._alive and key not in self._present:
             self._alive[key] = (purpose, size, weakref.ref(storage, lambda _: self._gone(key)))
@@ -74,7 +87,7 @@ class Live(TorchDispatchMode):
 
     def rename(self, tensor: Tensor, purpose: str) -> None:
         """Count the tensor's storage under another purpose."""
-        key = tensor.untyped_storage()._cdata
+        key = _storage(tensor)._cdata
         if key in self._alive:
             before, size, ref = self._alive[key]
             self._alive[key] = (purpose, size, ref)

@@ -87,29 +87,37 @@ class Planner:
 
     def most_rows(self, length: int, memory: int) -> int:
         """The most rows of `length` at once that fit (to two percent); 0 if not even one does."""
+        if sum(self._resting().values()) > memory:
+            return 0
         return largest(lambda rows: self.estimate(rows, length).total, memory, MOST_ROWS, slack=0.02)
 
     def longest(self, rows: int, memory: int, most: int | None = None) -> int:
         """The longest length (to two percent) of which `rows` at once fit; 0 if none does."""
+        if sum(self._resting().values()) > memory:
+            return 0
         most = min(most or 1 << 20, self.positions or 1 << 20)
         return COLUMNS * largest(lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02)
+
+    def _resting(self) -> dict[str, int]:
+        """Bytes by part that are there all the time."""
+        setting, shell = self.setting, self.shell
+        size, weights = shell.trained_bytes(), shell.frozen_bytes()
+        if setting.four_bit:
+            weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in shell.linear_weights())
+        return {
+            "weights": weights + (size if shell.full else 0), "adapter": 0 if shell.full else size,
+            "optimizer": setting.state_copies * size, "overhead": setting.overhead,
+            "best": size if setting.device.type == "cpu" and setting.validation else 0,
+        }  # fmt: skip
 
     def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
         setting, shell = self.setting, self.shell
         shell.attention(plain=length <= setting.plain_attention)
-        trained = shell.trained()
-        size = sum(p.numel() * p.element_size() for p in trained)
-        weights, working = shell.frozen_bytes(), 0
-        if setting.four_bit:
-            linear = shell.linear_weights()
-            weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in linear)
-            working = max((w.numel() * w.element_size() for w in linear), default=0)  # one weight at a time, made whole
+        size, working = shell.trained_bytes(), 0
+        if setting.four_bit:  # one weight at a time, made whole
+            working = max((w.numel() * w.element_size() for w in shell.linear_weights()), default=0)
         on_cpu = setting.device.type == "cpu"
-        resting = {
-            "weights": weights + (size if shell.full else 0), "adapter": 0 if shell.full else size,
-            "optimizer": setting.state_copies * size, "overhead": setting.overhead,
-            "best": size if on_cpu and setting.validation else 0,
-        }  # fmt: skip
+        resting = self._resting()
         key = (rows, length, accumulating)
         if key not in self._traced:
             self._traced[key] = training_step(shell, _batch(rows, length, setting.share), setting.loss, accumulating)
@@ -126,7 +134,7 @@ class Planner:
             copies = setting.state_copies * size
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
         method = "full" if shell.full else "4-bit lora" if setting.four_bit else "lora"
-        count = sum(p.numel() for p in trained)
+        count = sum(p.numel() for p in shell.trained())
         return Estimate(method, rows, length, shell.base_parameters(), count, size, moments, step.flops)
 
     def _evaluation(self, length: int) -> dict[str, Parts]:

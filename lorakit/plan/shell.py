@@ -88,6 +88,10 @@ class Shell:
         """The parameters that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def trained_bytes(self) -> int:
+        """Of the same."""
+        return _bytes(self.trained())
+
     def frozen_bytes(self) -> int:
         """Of parameters that are not trained, and of buffers."""
         return _bytes(p for p in self.model.parameters() if not p.requires_grad) + _bytes(self.model.buffers())

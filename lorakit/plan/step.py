@@ -41,15 +41,14 @@ def evaluation(shell: Shell, batch: Mapping[str, Tensor], losses: Callable[[Any,
     """A forward of held-out rows without gradients, to `losses`."""
 
     def run() -> Traced:
-        with shell.shapes:
-            live = Live([*without_memory(shell.model, shell.shapes), *batch.values()])
-            live.stretch = "evaluation"
-            shell.model.eval()
-            try:
-                with live, torch.no_grad(), spoken(shell.name):
-                    losses(shell.model, dict(batch))
-            finally:
-                shell.model.train()
+        live = Live([*without_memory(shell.model), *batch.values()], shell.shapes)
+        live.stretch = "evaluation"
+        shell.model.eval()
+        try:
+            with live, torch.no_grad(), spoken(shell.name):
+                losses(shell.model, dict(batch))
+        finally:
+            shell.model.train()
         return Traced(live.peaks, live.flops)
 
     return _over_layers(shell, run)
@@ -57,32 +56,32 @@ def evaluation(shell: Shell, batch: Mapping[str, Tensor], losses: Callable[[Any,
 
 def _training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumulating: bool) -> Traced:
     model, handles = shell.model, []
-    with shell.shapes:
-        live = Live([*without_memory(model, shell.shapes), *batch.values()])
-        for parameter in shell.trained():
-            if not parameter.is_meta:
-                handles.append(parameter.register_post_accumulate_grad_hook(lambda p: live.rename(p.grad, "gradients")))  # type: ignore[arg-type]
-                if accumulating:
+    live = Live([*without_memory(model), *batch.values()], shell.shapes)
+    for parameter in shell.trained():
+        if not parameter.is_meta:
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda p: live.rename(p.grad, "gradients")))  # type: ignore[arg-type]
+            if accumulating:
+                with shell.shapes:
                     parameter.grad = torch.empty_like(parameter)
-                    live.note(parameter.grad, "gradients")
-        if shell.stack is not None:
-            handles.append(shell.stack[0].register_forward_pre_hook(_before_layers(live), with_kwargs=True))
-        head = model.get_output_embeddings()
-        if head is not None and model.base_model is not model:  # a hook on the output layer would keep the loss from doing its work
-            handles.append(model.base_model.register_forward_hook(_before_loss(live)))
-        live.purpose = "activations"
-        try:
-            with live, spoken(shell.name):
-                value = loss(model, dict(batch))
-                if head is None:
-                    live.stretch, live.purpose = "layers", "working"
-                value.backward()
-                del value
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter in shell.trained():
-                parameter.grad = None
+                live.note(parameter.grad, "gradients")
+    if shell.stack is not None:
+        handles.append(shell.stack[0].register_forward_pre_hook(_before_layers(live), with_kwargs=True))
+    head = model.get_output_embeddings()
+    if head is not None and model.base_model is not model:  # a hook on the output layer would keep the loss from doing its work
+        handles.append(model.base_model.register_forward_hook(_before_loss(live)))
+    live.purpose = "activations"
+    try:
+        with live, spoken(shell.name):
+            value = loss(model, dict(batch))
+            if head is None:
+                live.stretch, live.purpose = "layers", "working"
+            value.backward()
+            del value
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in shell.trained():
+            parameter.grad = None
     return Traced(live.peaks, live.flops)
 
 

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from lorakit.bench import suite
 from lorakit.errors import ConfigError
+from lorakit.models import base
 
 WIRED = [name for name in suite.NAMES if (Path(suite.__file__).parent / f"{name.replace('-', '_')}.py").exists()]
 
@@ -100,3 +102,44 @@ def test_a_table_without_a_picture_draws_none(monkeypatch, tmp_path):
     monkeypatch.delattr(suite.load("latency"), "plot")
     assert suite.save_plot("latency", [], tmp_path / "plots") is None
     assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize(
+    "asked, native, expected",
+    [
+        ("fp32", torch.bfloat16, [torch.float32]), ("bf16", torch.float32, [torch.bfloat16]),
+        ("all", torch.float32, [torch.float32, torch.bfloat16]), (None, torch.bfloat16, [torch.float32, torch.bfloat16]),
+        (None, torch.float32, [torch.float32]),
+    ],
+)  # fmt: skip
+def test_precisions_are_those_asked_for_or_those_that_the_machine_multiplies(monkeypatch, asked, native, expected):
+    monkeypatch.setattr(base, "choose_dtype", lambda precision, device: base.Choice(native, "the CPU has no bf16 arithmetic"))
+    measured, told = suite.precisions(asked)
+    assert list(measured) == expected
+    assert bool(told) == (asked is None and native == torch.float32)
+    assert not told or "--precision all" in told
+
+
+def test_a_table_of_several_precisions_is_told_which_and_another_is_not_asked(monkeypatch):
+    running(monkeypatch, lambda quick, precisions=(): [{"precisions": precisions}])
+    assert suite.measure("latency", True, (torch.float32,)) == [{"precisions": (torch.float32,)}]
+    running(monkeypatch, lambda quick: [{"quick": quick}])
+    assert suite.measure("latency", True, (torch.float32,)) == [{"quick": True}]
+
+
+@pytest.mark.parametrize("name", ["train-step", "joint", "trainer"])
+def test_tables_of_several_precisions_take_them(name):
+    assert suite.measures_precisions(name)
+
+
+def test_a_training_step_is_measured_with_and_without_dropout_in_each_precision(monkeypatch):
+    from lorakit.bench import train_step
+
+    seen = []
+    sides = {"floor": (1.0, 1), "PEFT": (2.0, 2)}
+    monkeypatch.setattr(train_step, "measure", lambda shape, dtype, dropout, *a: seen.append((dtype, dropout)) or sides)
+    train_step.run(True)
+    assert seen == [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.0), (torch.bfloat16, 0.1)]
+    seen.clear()
+    train_step.run(True, [torch.float32])
+    assert seen == [(torch.float32, 0.0), (torch.float32, 0.1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from lorakit.bench import suite
 
@@ -66,3 +67,18 @@ def test_plots_into_a_file_are_refused_before_anything_runs(lorakit, fake, tmp_p
     code, _, err = lorakit("bench", "latency", "--plots", tmp_path / "plots")
     assert (code, fake) == (2, [])
     assert "is a file" in err
+
+
+def test_the_precision_asked_for_reaches_the_table_and_its_command(lorakit, monkeypatch):
+    seen = []
+    monkeypatch.setattr(suite.load("latency"), "run", lambda quick=False, precisions=(): seen.append(precisions) or ROWS)
+    code, out, _ = lorakit("bench", "latency", "--precision", "fp32")
+    assert (code, seen) == (0, [(torch.float32,)])
+    assert "lorakit bench latency --precision fp32" in out
+
+
+def test_a_precision_that_is_left_out_is_said_where_a_table_has_several(lorakit, fake, monkeypatch):
+    monkeypatch.setattr(suite, "precisions", lambda asked: ((torch.float32,), "bf16 is left out"))
+    assert "left out" not in lorakit("bench", "latency")[1]
+    monkeypatch.setattr(suite.load("latency"), "run", lambda quick=False, precisions=(): ROWS)
+    assert "bf16 is left out" in lorakit("bench", "latency")[1]

@@ -1,0 +1,28 @@
+"""What a verb says before it imports torch and transformers, which takes seconds.
+
+    with starting("reading the adapter"):
+        from ..adapter.combine import combined
+
+On a terminal the line goes away when the block ends; elsewhere it stays. It is on stderr, so that --json on stdout stays clean.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_CLEAR = "\r\x1b[2K"  # to the line's start, and what is on it away
+
+
+@contextmanager
+def starting(what: str, quiet: bool = False) -> Iterator[None]:
+    """Say `what` is being done while the block runs."""
+    terminal = sys.stderr.isatty()
+    if not quiet:
+        print(f"lorakit: {what} ...", end="" if terminal else "\n", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if terminal and not quiet:
+            print(_CLEAR, end="", file=sys.stderr, flush=True)

@@ -1,0 +1,100 @@
+"""The first line of a verb comes before torch, which takes seconds to import; a wrong call is answered without either."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorakit
+from lorakit.cli.starting import starting
+
+VERBS = {
+    "demo": ["demo", "--out", "nowhere"],
+    "plan": ["plan"],
+    "train": ["train", "--data", "rows.jsonl"],
+    "sweep": ["sweep", "--data", "rows.jsonl", "--rank", "4,8"],
+    "eval": ["eval", "rows.jsonl"],
+    "generate": ["generate", "hello"],
+    "chat": ["chat"],
+    "inspect": ["inspect", "adapter"],
+    "compare": ["compare", "a", "b"],
+    "combine": ["combine", "a", "b", "--out", "c"],
+    "resize": ["resize", "a", "b", "--rank", "2"],
+    "edit": ["edit", "a", "b", "--scale", "2"],
+    "extract": ["extract", "base", "tuned", "out"],
+    "merge": ["merge", "base", "a", "out"],
+    "convert": ["convert", "a", "b", "--to", "kohya"],
+    "export": ["export", "a", "b", "--for", "vllm"],
+    "card": ["card", "a"],
+    "push": ["push", "a", "me/mine"],
+    "bench": ["bench", "latency"],
+    "data show": ["data", "show", "rows.jsonl"],
+}
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory):
+    """`lorakit ARGS` in a process whose torch says that it is imported, and then fails."""
+    folder = tmp_path_factory.mktemp("torchless")
+    (folder / "torch.py").write_text("import sys\nprint('TORCH', file=sys.stderr, flush=True)\nraise SystemExit(7)\n")
+    path = os.pathsep.join([str(folder), str(Path(lorakit.__file__).parents[1])])
+
+    def call(args):
+        code = f"import lorakit.cli; lorakit.cli.main({args!r})"
+        return subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, cwd=folder, capture_output=True, text=True
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_says_what_it_does_before_it_imports_torch(without_torch, verb):
+    done = without_torch(VERBS[verb])
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("lorakit: ")
+    assert first.endswith(" ...")
+    assert "TORCH" in rest
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep"])
+def test_quiet_says_nothing(without_torch, verb):
+    assert without_torch([*VERBS[verb], "--quiet"]).stderr.splitlines() == ["TORCH"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["train"], "no training data"),
+        (["bench", "latencies"], "did you mean 'latency'"),
+        (["edit", "a", "b"], "edit changes nothing"),
+        (["merge", "base", "out"], "merge takes BASE"),
+        (["eval", "rows.jsonl", "--columns", "x"], "expected NAME=VALUE"),
+        (["plan", "--rnk", "8"], "--rank"),
+    ],
+)
+def test_a_wrong_call_is_answered_alone(without_torch, args, message):
+    done = without_torch(args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "TORCH" not in done.stderr
+    assert " ...\n" not in done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_the_line_goes_away_again(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with starting("reading"):
+        assert terminal.getvalue() == "lorakit: reading ..."
+    assert terminal.getvalue() == "lorakit: reading ...\r\x1b[2K"
