@@ -39,7 +39,7 @@ class State:
     merged: dict[str, float] | None = None
     required_grad: set[str] = field(default_factory=set)  # the base's parameters that took gradients before
     routing: Routing | None = None  # while inside `route`
-    routes: Routes | None = None  # what `route` keeps from batch to batch, until adapters come or go
+    routes: Routes | None = None  # what `route` keeps from batch to batch
     own_attention: bool = False  # transformers' attention is `layers.fused.attention`
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
@@ -81,7 +81,8 @@ def check_not_routed(state: State, doing: str) -> None:
 def check_new_name(state: State, name: str) -> None:
     if not name:
         raise StateError("'' cannot be an adapter's name")
-    twin = next((n for n in state.adapters if n != name and child_name(n) == child_name(name)), None)
+    child = child_name(name)
+    twin = next((n for n in state.adapters if n != name and child_name(n) == child), None)
     if twin is not None:
         raise StateError(f"the names '{name}' and '{twin}' would be one child of each module\n  choose another name")
     if name in state.adapters:
@@ -98,9 +99,9 @@ def layer_at(model: nn.Module, name: str) -> LoraLayer:
     return model.get_submodule(name)  # type: ignore[return-value]
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's own parameters by their own names, whatever is attached or active."""
-    for module_name, module in base_modules(model):
+def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's own parameters by their own names, whatever is attached or active. `every_name`: one that is shared, under all it has."""
+    for module_name, module in base_modules(model, every_name):
         child = saved.saved_of(module)
         own = child.get(saved.BASE) if child else {}
         for name, parameter in module._parameters.items():

@@ -48,7 +48,7 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
 def saved_for(model: nn.Module, adapter: Adapter, strict: bool, skipped: dict[str, str]) -> list[str]:
     if not adapter.saved:
         return []
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(base_parameters(model, every_name=True))
     lost = [n for n in adapter.saved if n not in own]
     buffers = [n for n in lost if n in dict(model.named_buffers())]
     if buffers and strict:

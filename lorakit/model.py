@@ -36,7 +36,7 @@ from .errors import AdapterError, StateError, listing
 from .fit import check_base, check_tied, fresh_saved, modules_for, saved_for
 from .layers import fastpath, saved
 from .layers.fused import attention, fused
-from .layers.layer import LoraFactors, LoraLayer, child_name
+from .layers.layer import COUNT, LoraFactors, LoraLayer, add_factors, child_name, remove_factors
 from .layers.merge import merge_module, unmerge_module
 from .layers.place import factors_for, fresh_for
 from .layers.swap import adopt, release
@@ -111,7 +111,7 @@ def attach(
         for parameter in base.values():
             parameter.requires_grad_(False)
     for m, module in modules.items():
-        module.add_module(child, built[m].train(module.training))
+        add_factors(module, child, built[m].train(module.training))
     _use_saved(model, state, None)
     _keep_whole(model, name, values, trainable)
     fastpath.close(model)
@@ -120,7 +120,8 @@ def attach(
         state.own_attention = attention.use(model) or state.own_attention
     if modules:
         config = config.replace(targets=shortest_endings(list(modules), list(module_names(model))), exclude=None, layers=None)
-    state.routes = None
+    if state.routes is not None:
+        state.routes.attached(child, {module: m for m, module in modules.items()})  # type: ignore[misc]
     state.adapters[name] = Attached(config, list(modules), list(values), trainable, metadata, skipped)
     model.__dict__[STATE] = state
     _activate(model, state, {name: 1.0})
@@ -244,6 +245,8 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
             raise StateError("merged='keep' removes all adapters; leave `name` out")
     keep = state.active if merged == "keep" and state.merged is not None else {}
     gone = list(state.adapters) if name is None else [name]
+    if name is None:
+        state.routes = None
     for n in gone:
         attached_of(state, n)
     for n in gone:
@@ -294,12 +297,16 @@ def _use_saved(model: nn.Module, state: State, name: str | None) -> None:
 
 def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None:
     attached = state.adapters.pop(name)
-    state.routes = None
+    child, ranks = child_name(name), {}
     for m in attached.modules:
-        module = model.get_submodule(m)
-        del module._modules[child_name(name)]
-        if not any(isinstance(c, LoraFactors) for c in module.children()):
-            release(module)
+        module = layer_at(model, m)
+        ranks[module] = remove_factors(module, child).A.shape[0]
+    left = {module for module in ranks if module.__dict__[COUNT]}
+    if state.routes is not None:
+        state.routes.detached(child, ranks, left)
+    for module in ranks:
+        if module not in left:
+            release(module)  # type: ignore[arg-type]
     if attached.saved:
         if keep_saved:
             saved.adopt_as_base(model, name)

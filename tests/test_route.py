@@ -280,7 +280,6 @@ def test_an_adapter_that_is_gone_is_not_kept_for_later(model):
     with lk.route(model, ["a", "b"]):
         tiny.logits(model)
     lk.detach(model, "a")
-    assert model._lorakit.routes is None
     with pytest.raises(StateError, match="no adapter named 'a'"), lk.route(model, ["a", "b"]):
         pass
     lk.attach(model, lk.LoraConfig(rank=4), name="a", trainable=False)
@@ -326,3 +325,77 @@ def test_training_several_adapters_on_one_batch_is_training_each_alone():
         for m in theirs.factors:
             torch.testing.assert_close(ours.factors[m].B, theirs.factors[m].B, atol=1e-5, rtol=1e-4)
             assert theirs.factors[m].B.abs().max() > 0
+
+
+# Packed batches: one choice per token
+
+
+def packing(lengths: list[int]) -> tuple[dict, list[slice]]:
+    """Rows of these lengths behind each other, [1, tokens], that do not see each other; and where each is."""
+    rows = [ids(len(lengths), length)[n : n + 1] for n, length in enumerate(lengths)]
+    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    inputs = {"input_ids": torch.cat(rows, 1), "position_ids": positions, "use_cache": False}
+    return inputs, [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("choices", [["a", None, {"a": 0.7, "c": 0.3}, "b"], ["b", "a", "b", "c"]], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 1, 4, 7], [3, 3, 3, 3], [80, 70, 66, 90]], ids=str)
+def test_packed_rows_have_their_adapters_values_and_gradients(choices, lengths):
+    model = tiny.llama().eval()
+    for rank, name in ((2, "a"), (3, "b"), (2, "c")):
+        lk.attach(model, lk.LoraConfig(rank=rank, targets="all-linear"), name=name, trainable=True)
+    tiny.randomise_factors(model, size=0.5)
+    inputs, places = packing(lengths)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    alone = []
+    for place, choice in zip(places, choices, strict=True):
+        lk.activate(model, choice)
+        alone.append(model(**{k: v[:, place] if torch.is_tensor(v) else v for k, v in inputs.items()}).logits)
+    expected = torch.cat(alone, 1)
+    theirs = torch.autograd.grad(expected.square().mean(), wanted, materialize_grads=True)
+    per_token = [choice for choice, length in zip(choices, lengths, strict=True) for _ in range(length)]
+    with lk.route(model, per_token, per="token"):
+        logits = model(**inputs).logits
+        ours = torch.autograd.grad(logits.square().mean(), wanted, materialize_grads=True)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-3)
+
+
+def test_rows_and_tokens_of_equal_choices_are_not_taken_for_each_other():
+    """What is derived once from a batch and found again knows what its choices are for."""
+    model = tiny.mlp().eval()
+    for name in "ab":
+        lk.attach(model, lk.LoraConfig(rank=2, targets=["lin0"]), name=name, trainable=False)
+    tiny.randomise_factors(model)
+    x = torch.randn(1, 2, 10)
+    with torch.no_grad():
+        for _ in range(2):
+            with lk.route(model, ["a", "b"]):
+                rows = model(x[0])
+                with pytest.raises(StateError, match="1 rows"):
+                    model(x)
+            with lk.route(model, ["a", "b"], per="token"):
+                torch.testing.assert_close(model(x)[0], rows)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m: lk.route(m, ["a"], per="tokens"), "per='tokens'.*expected 'row', or 'token'"),
+    (lambda m: lk.route(m, ["a"], 2, per="token"), "repeat=2, per='token'.*\n  name a choice for each token"),
+    (lambda m: lk.route(m, ["a", "bb"], per="token"), "no adapter named 'bb'"),
+    (lambda m: lk.route(m, ["a", 3], per="token"), "token 1 of route's choices is 3"),
+    (lambda m: lk.route(m, [{"a": float("inf")}], per="token"), r"adapter 'a' \(token 0\) is inf"),
+])  # fmt: skip
+def test_choices_per_token_that_say_nothing_sensible_are_errors(model, call, message):
+    with pytest.raises(StateError, match=message), call(model):
+        pytest.fail("entered")
+    assert model._lorakit.routing is None
+
+
+def test_a_module_that_sees_some_of_the_tokens_is_an_error_that_names_it(model):
+    message = r"'model.layers.0.self_attn.q_proj' was given 5 tokens .* expected 7"
+    with pytest.raises(StateError, match=message), lk.route(model, ["a"] * 7, per="token"):
+        model(ids(1, 5))

@@ -34,4 +34,4 @@ def reopen(model: nn.Module) -> None:
 
 
 def _holds_adapted(module: nn.Module) -> bool:
-    return any(isinstance(m, LoraLayer) for m in module.modules())
+    return any(isinstance(m, LoraLayer) for _, m in base_modules(module))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .routed import Routing
 
 PREFIX = "lora_"
+COUNT = "_lora_children"  # an adapted module's attribute: how many adapters' factors it has
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of A and of B
 
 # What an adapted module has of its own under the prefix.
@@ -50,7 +51,11 @@ def child_name(adapter: str) -> str:
     return PREFIX + adapter.replace(".", "∙") + ("_" if taken else "")
 
 
-class LoraFactors(nn.Module):
+class Own(nn.Module):
+    """A child that lorakit adds to a module, none of the base's own."""
+
+
+class LoraFactors(Own):
     """One adapter's A and B on one module, with what is needed to use them. Shapes: see the layer's file."""
 
     def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
@@ -66,6 +71,17 @@ class LoraFactors(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, A={list(self.A.shape)}, B={list(self.B.shape)}"
+
+
+def add_factors(layer: Any, child: str, factors: LoraFactors) -> None:
+    layer.add_module(child, factors)
+    layer.__dict__[COUNT] = layer.__dict__.get(COUNT, 0) + 1
+
+
+def remove_factors(layer: Any, child: str) -> LoraFactors:
+    factors: LoraFactors = layer._modules.pop(child)
+    layer.__dict__[COUNT] -= 1
+    return factors
 
 
 class Swapped:

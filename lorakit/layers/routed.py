@@ -1,41 +1,35 @@
-"""What an adapted module computes while each row of the batch has an adapter of its own (`lorakit.route`).
+"""What an adapted module computes while each row of the batch, or each token, has an adapter of its own (`lorakit.route`).
 
     y[n] = base(x)[n] + Σ_k w[n, k] · update_k(x[n])        w: [rows, adapters], a row of zeros for the base alone
 
 `Routing` holds one batch's choices, and what the layers derive from them once and share. `Routes` holds what outlives a batch:
-the layers, each layer's factors stacked in the activations' precision, and the last batches' routings.
+the layers, their stacks (see `stacks`), and the last batches' routings. Where choices are for tokens, each token is a row here.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import StateError
-from ..ops import mixed
-from ..ops.blocks import expand_packed
-from ..ops.cut import Cut, Row, cut
+from ..ops import mixed, sampled
+from ..ops.cut import Cut, Row, cut, in_place, runs
 from ..ops.linear import add_low_rank, needs_plain
+from ..ops.sampled import Pattern, add_sampled
 from ..ops.segments import Segments, add_segments, segments
 from ..ops.shared_mask import mask_for
 from .frozen import is_frozen_linear
+from .stacks import EXCESS, Order, Stack, Stacks, Uses
 
 if TYPE_CHECKING:
     from .layer import LoraFactors, LoraLayer
 
 Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () is the base
-
-# A layer's stack may hold this many times the ranks that a batch needs before it is built anew without the rest.
-STACK_EXCESS = 2
-
-_version = operator.attrgetter("_version")
 
 
 class Group(NamedTuple):
@@ -47,100 +41,101 @@ class Group(NamedTuple):
     dropout: float
 
 
-class Layout:
-    """The adapters of a stack and their ranks. Layers whose stacks are alike hold the same one, so that it need not be compared."""
+class Chosen(NamedTuple):
+    """Choices, one for each row or token. `repeat`: each stands for so many rows."""
 
-    def __init__(self, adapters: tuple[tuple[str, int], ...]):
-        self.adapters = adapters
-
-
-class Stack:
-    """The factors of some adapters on one layer, in one precision: A [ΣR, in] and scale · Bᵀ [ΣR, out]. Plain tensors, for decoding."""
-
-    def __init__(self, layer: LoraLayer, children: Sequence[str], like: Tensor):
-        modules = layer._modules  # type: ignore[attr-defined]
-        self.children = sorted(children, key=lambda c: modules[c].A.shape[0])  # equal ranks side by side, see `ops.cut`
-        self.factors: list[LoraFactors] = [modules[c] for c in self.children]
-        self.ranks, downs, ups = [], [], []
-        with torch.no_grad():
-            for f in self.factors:
-                B = expand_packed(f.B, layer.lora_parts) if f.B.dim() == 3 else f.B  # type: ignore[attr-defined]
-                downs.append(f.A.to(like))
-                ups.append((B.T * f.scale).to(like))
-                self.ranks.append(B.shape[1])
-            self.A, self.Bt = torch.cat(downs), torch.cat(ups)
-        self.layout = Layout(tuple(zip(self.children, self.ranks, strict=True)))
-        self._pieces: tuple[Cut, list[mixed.Piece]] | None = None
-        self._parameters = self._now()
-        # Not believed twice: inference tensors, which do not count their changes, and what is trained, as some optimizers write without counting.
-        self._counts = not any(p.is_inference() or p.requires_grad for p in self._parameters)
-        self._versions = list(map(_version, self._parameters)) if self._counts else []
-        self._places = list(map(Tensor.data_ptr, self._parameters))
-
-    def fits(self, y: Tensor) -> bool:
-        return self.A.dtype == y.dtype and self.A.device == y.device
-
-    def pieces(self, how: Cut) -> list[mixed.Piece]:
-        if self._pieces is None or self._pieces[0] is not how:
-            self._pieces = how, mixed.pieces(self.A, self.Bt, how)
-        return self._pieces[1]
-
-    def _now(self) -> list[Tensor]:
-        return [p for f in self.factors for p in f._parameters.values()]  # type: ignore[misc]
-
-    def valid(self) -> bool:
-        """Whether the factors are still what was stacked: the same parameters, not written to, not moved."""
-        kept = self._parameters
-        return (
-            self._counts
-            and all(map(operator.is_, self._now(), kept))
-            and list(map(_version, kept)) == self._versions
-            and list(map(Tensor.data_ptr, kept)) == self._places
-        )
+    choices: tuple[Choice, ...]
+    repeat: int = 1
+    per_token: bool = False
 
 
 class Routes:
-    """What a model keeps between batches, until its adapters change."""
+    """What a model keeps between batches."""
 
-    def __init__(self, names: Mapping[LoraLayer, str]):
+    def __init__(self, names: dict[LoraLayer, str]):
         self.names = names
-        self.stacks: dict[LoraLayer, Stack] = {}
-        self.layouts: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
-        self.last: dict[tuple[tuple[Choice, ...], int], Routing] = {}
+        self.stacks = Stacks()
+        self.last: dict[Chosen, Routing] = {}
 
     def __reduce__(self):
         return type(None), ()  # a copy of a model makes its own
 
-    def routing(self, choices: tuple[Choice, ...], repeat: int) -> Routing:
+    def routing(self, chosen: Chosen) -> Routing:
         """The routing of such a batch; a server asks for the same one at every step."""
-        found = self.last.get((choices, repeat))
+        found = self.last.get(chosen)
         if found is None:
             while len(self.last) >= 8:
                 del self.last[next(iter(self.last))]
-            found = self.last[choices, repeat] = Routing(self, choices, repeat)
+            found = self.last[chosen] = Routing(self, chosen)
+        self.stacks.begin(found.children)
         return found
+
+    def attached(self, child: str, names: Mapping[LoraLayer, str]) -> None:
+        """An adapter was attached to these layers."""
+        for layer, name in names.items():
+            self.names.setdefault(layer, name)
+            self.stacks.joined(layer, layer._modules[child].A.shape[0])  # type: ignore[attr-defined]
+
+    def detached(self, child: str, ranks: Mapping[LoraLayer, int], left: set[LoraLayer]) -> None:
+        """An adapter was detached from these layers; on those of `left` others are. Keeps nothing of it."""
+        self.last = {chosen: routing for chosen, routing in self.last.items() if child not in routing.children}
+        for layer, rank in ranks.items():
+            self.stacks.forget(layer, child, rank, last=layer not in left)
+            if layer not in left:
+                del self.names[layer]
+                for routing in self.last.values():
+                    routing.forget(layer)
 
 
 class Routing:
     """A batch's choices, and what the layers derive from them once and share."""
 
-    def __init__(self, routes: Routes, choices: tuple[Choice, ...], repeat: int):
-        self.routes, self.choices, self.repeat = routes, choices, repeat
-        self.children = list(dict.fromkeys(child for choice in choices for child, _ in choice))
-        self.groups = _groups(choices)
+    def __init__(self, routes: Routes, chosen: Chosen):
+        self.routes = routes
+        self.choices, self.repeat, self.per_token = chosen
+        self.children = list(dict.fromkeys(child for choice in self.choices for child, _ in choice))
+        self.groups = _groups(self.choices)
         self._shared: dict[tuple, Any] = {}
-        self._accepted: dict[LoraLayer, Stack] = {}
+        self._uses: dict[LoraLayer, Uses] = {}
 
     def __reduce__(self):
         return type(None), ()  # a copy of a model is not inside `route`
 
+    def forget(self, layer: LoraLayer) -> None:
+        self._uses.pop(layer, None)
+
     def tokens(self, layer: LoraLayer, x: Tensor) -> int:
         """Tokens (positions) of x: [rows, ..., in] that each choice stands for. StateError if x has another number of rows."""
-        rows, wanted = x.shape[0] if x.dim() > 1 else 0, len(self.choices)
+        wanted = len(self.choices)
+        if self.per_token:
+            self._check_tokens(layer, x.shape[:-1])
+            return 1 if wanted else 0
+        rows = x.shape[0] if x.dim() > 1 else 0
         # As many rows as choices, whatever `repeat`: an encoder runs before rows are repeated for beams.
         if rows in (wanted * self.repeat, wanted):
             return x.numel() // (x.shape[-1] * wanted) if wanted and x.numel() else 0
         raise self._wrong(layer, rows)
+
+    def _check_tokens(self, layer: LoraLayer, shape: Sequence[int]) -> None:
+        """StateError unless `shape`, of what a layer is given without its features, is one axis of as many tokens as there are choices."""
+        wanted = len(self.choices)
+        long = [size for size in shape if size != 1] or [1]
+        if shape and long == [wanted]:
+            return
+        name, count = self._name(layer), torch.Size(shape).numel()
+        if shape and count == wanted and len(long) > 1:
+            raise StateError(
+                f"'{name}' was given {' x '.join(map(str, shape))} tokens inside lorakit.route(per='token'); expected one row of {wanted}\n"
+                "  put the rows behind each other as [1, tokens], or choose per row: lorakit.route(model, choices) without `per`"
+            )
+        hint = (
+            f"each of the {count} tokens needs its choice, also the prompt's and padding"
+            if count > wanted
+            else "every adapted module must be given all tokens; leave those that see some of them (pooled, routed to experts) without adapter"
+        )
+        raise StateError(
+            f"'{name}' was given {count} tokens inside lorakit.route(per='token'); expected {wanted}, one per choice\n  {hint}"
+        )
 
     def _wrong(self, layer: LoraLayer, rows: int) -> StateError:
         wanted = len(self.choices)
@@ -150,8 +145,23 @@ class Routing:
             if wanted and rows > wanted and rows % wanted == 0
             else "the first axis of what an adapted module is given must be the batch's rows"
         )
-        name = self.routes.names.get(layer, type(layer).__name__)
-        return StateError(f"'{name}' was given {rows} rows inside lorakit.route; expected {expected}\n  {hint}")
+        return StateError(f"'{self._name(layer)}' was given {rows} rows inside lorakit.route; expected {expected}\n  {hint}")
+
+    def _name(self, layer: LoraLayer) -> str:
+        return self.routes.names.get(layer, type(layer).__name__)
+
+    def as_rows(self, layer: LoraLayer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer is given and what its base makes of it, with an axis of rows first: as they are, or one row for each token."""
+        if not self.per_token:
+            return y, x
+        if layer.lora_kind == "conv":
+            raise StateError(
+                f"'{self._name(layer)}' is a convolution, which mixes neighbouring tokens, so they cannot have adapters of their own\n"
+                "  give each adapter's tokens a row of their own: lorakit.route(model, choices) without `per`"
+            )
+        axes = y.dim() - 1  # all but the features; an embedding's ids have none
+        self._check_tokens(layer, x.shape[:axes])
+        return y.reshape(-1, y.shape[-1]), x.reshape(-1, *x.shape[axes:])
 
     def share(self, layer: LoraLayer, child: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of x that use an adapter, and their weights."""
@@ -167,30 +177,46 @@ class Routing:
 
     def stack(self, layer: LoraLayer, y: Tensor) -> Stack | None:
         """The layer's stack with all that this batch names, or None if it names none that is on this layer."""
-        stack = self._accepted.get(layer)
-        if stack is not None and stack is self.routes.stacks.get(layer) and stack.fits(y) and stack.valid():
-            return stack
-        wanted = [c for c in self.children if c in layer._modules]  # type: ignore[attr-defined]
-        if not wanted:
+        uses, stacks = self._uses.get(layer), self.routes.stacks
+        if uses is not None and uses.stack is stacks.of.get(layer) and uses.stack.fits(y) and uses.valid():
+            return uses.stack
+        modules = layer._modules  # type: ignore[attr-defined]
+        children = [c for c in self.children if c in modules]
+        if not children:
             return None
-        stack = self.routes.stacks.get(layer)
-        if stack is None or not stack.fits(y) or not set(wanted) <= set(stack.children) or not stack.valid() or self._excess(stack):
-            stack = self.routes.stacks[layer] = Stack(layer, wanted, y)
-            stack.layout = self.routes.layouts.setdefault(stack.layout.adapters, stack.layout)
-        self._accepted[layer] = stack
-        return stack
+        uses = self._uses[layer] = stacks.uses(layer, children, y, self.routes.names)
+        return uses.stack
 
-    def _excess(self, stack: Stack) -> bool:
-        used = sum(rank for child, rank in zip(stack.children, stack.ranks, strict=True) if child in self.children)
-        return sum(stack.ranks) > STACK_EXCESS * used
-
-    def cut(self, stack: Stack, tokens: int, y: Tensor) -> Cut:
-        size = stack.A.shape[1] + stack.Bt.shape[1]
+    def add(self, stack: Stack, tokens: int, y: Tensor, x: Tensor) -> None:
+        """Write the updates into y: [N, out], contiguous, for x: [N, in]; `tokens` of each row."""
+        size = x.shape[1] + y.shape[1]
         key = (stack.layout, tokens, size, y.dtype, y.device)
         if key not in self._shared:
-            place = {child: (k, 1.0) for k, child in enumerate(stack.children)}
-            self._shared[key] = cut(self._rows(place), stack.ranks, tokens, size, y)
-        return self._shared[key]
+            self._shared[key] = self._how(stack, tokens, size, y)
+        how, order = self._shared[key]
+        if isinstance(how, Pattern):
+            add_sampled(y, x, stack.A, stack.Bt, how)
+        else:
+            mixed.add_stacked(y, x, stack.pieces(how, order), how)
+
+    def _how(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Cut, Order | None]:
+        """How the updates are computed, and of which adapters side by side; None for those of the stack wherever they lie."""
+        layout = stack.layout
+        children = [c for c in self.children if c in layout.places]
+        rows, spans = self._rows({c: (k, 1.0) for k, c in enumerate(children)}), [layout.places[c] for c in children]
+        if in_place(rows, tokens):
+            return runs(rows, spans, tokens), None
+        if sampled.pays(rows, tokens, y):
+            key = ("pattern", layout, tokens, y.dtype)
+            if key not in self._shared:
+                self._shared[key] = sampled.pattern(rows, spans, tokens, layout.capacity, y)
+            return self._shared[key], None
+        ordered = ("order", layout, y.device)
+        if ordered not in self._shared:
+            self._shared[ordered] = Order(layout, children, y.device)
+        order: Order = self._shared[ordered]
+        rows = self._rows({c: (k, 1.0) for k, c in enumerate(order.children)})
+        return cut(rows, order.ranks, tokens, size, y), order
 
     def segments(self, place: Mapping[str, tuple[int, float]], tokens: int, x: Tensor) -> Segments:
         key = (tuple(place.items()), tokens, x.dtype, x.device)
@@ -200,7 +226,11 @@ class Routing:
 
     def _rows(self, place: Mapping[str, tuple[int, float]]) -> list[Row]:
         """`place`: of each adapter on the layer its number and scale."""
-        return [tuple(sorted((place[c][0], place[c][1] * w) for c, w in choice if c in place)) for choice in self.choices]
+        read: dict[Choice, Row] = {}
+        for choice in self.choices:
+            if choice not in read:
+                read[choice] = tuple(sorted((place[c][0], place[c][1] * w) for c, w in choice if c in place))
+        return [read[choice] for choice in self.choices]
 
 
 def _groups(choices: tuple[Choice, ...]) -> Choice:
@@ -230,7 +260,7 @@ def group(layer: LoraLayer, x: Tensor) -> Group | None:
     if (
         len(dropouts) > 1
         or any(f.B.dim() == 3 or f.A.dtype != first.A.dtype for f in used)
-        or max(ranks) * len(children) > STACK_EXCESS * sum(ranks)
+        or max(ranks) * len(children) > EXCESS * sum(ranks)
     ):
         return None
     scales = [0.0 if f is None else f.scale * w for f, w in zip(children, weights, strict=True)]
@@ -256,6 +286,8 @@ def add_updates(layer: LoraLayer, y: Tensor, x: Tensor, update: Callable[[Tensor
     """
     routing = layer.lora_route
     assert routing is not None
+    whole = y
+    y, x = routing.as_rows(layer, y, x)
     for child in routing.children:
         factors: LoraFactors | None = layer._modules.get(child)  # type: ignore[attr-defined]
         if factors is not None:
@@ -263,7 +295,7 @@ def add_updates(layer: LoraLayer, y: Tensor, x: Tensor, update: Callable[[Tensor
             change = update(x.index_select(0, rows), factors)
             scales = (factors.scale * weights).to(change.dtype).view(-1, *(1 for _ in change.shape[1:]))
             y = y.index_add(0, rows, (change * scales).to(y.dtype))
-    return y
+    return y.view_as(whole)
 
 
 def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
@@ -309,9 +341,7 @@ def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tens
         return y
     y = _own(layer, y)
     with torch.no_grad():
-        x2 = x.reshape(-1, x.shape[-1]).to(y.dtype)
-        how = routing.cut(stack, tokens, y)
-        mixed.add_stacked(y.view(-1, y.shape[-1]), x2, stack.pieces(how), how)
+        routing.add(stack, tokens, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype))
     return y
 
 

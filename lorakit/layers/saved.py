@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from .layer import PREFIX
+from .layer import PREFIX, Own
+from .walk import base_modules
 
 CHILD = PREFIX + "saved"
 BASE = "base"
 
 
-class SavedParameters(nn.Module):
+class SavedParameters(Own):
     """Versions of one module's parameters: `<adapter>` -> {name: parameter}, and the base's own under "base"."""
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ def keep(adapter: str, module: nn.Module, name: str, value: nn.Parameter) -> Non
 
 def use(model: nn.Module, adapter: str | None) -> None:
     """Put an adapter's versions in place; the base's own where it has none, or for None."""
-    for module in list(model.modules()):
+    for _, module in base_modules(model):
         child = saved_of(module)
         if child is None:
             continue
@@ -69,7 +70,7 @@ def use(model: nn.Module, adapter: str | None) -> None:
 
 def adopt_as_base(model: nn.Module, adapter: str) -> None:
     """Make an adapter's versions the base's own (what merging means for whole weights)."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         child = saved_of(module)
         if child is not None:
             child.put(BASE, child.get(BASE) | child.get(adapter))
@@ -77,7 +78,7 @@ def adopt_as_base(model: nn.Module, adapter: str) -> None:
 
 def forget(model: nn.Module, adapter: str) -> None:
     """Remove an adapter's versions (put back the base's first). The child goes with the last of them."""
-    for module in list(model.modules()):
+    for _, module in base_modules(model):
         child = saved_of(module)
         if child is None:
             continue

@@ -13,7 +13,7 @@ from torch import nn
 
 from .conv import ConvLayer
 from .embedding import EmbeddingLayer
-from .layer import LoraLayer
+from .layer import COUNT, LoraLayer
 from .linear import Conv1DLayer, LinearLayer, PackedConv1DLayer, PackedLayer
 
 _PACKED = {LinearLayer: PackedLayer, Conv1DLayer: PackedConv1DLayer}
@@ -80,7 +80,7 @@ def release(module: nn.Module) -> None:
     if not isinstance(module, LoraLayer):
         return
     module.__class__ = mixin_and_base(type(module))[1]  # type: ignore[assignment]
-    for name in ("lora_active", "lora_merged", "lora_parts"):
+    for name in ("lora_active", "lora_merged", "lora_parts", COUNT):
         module.__dict__.pop(name, None)
     rebind_hooked_forward(module)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 Row = tuple[tuple[int, float], ...]  # what a row uses: ((which adapter, s), ...), each once, in rising order; () is the base
+Span = tuple[int, int]  # an adapter's ranks in a stack: the first, and the one after the last
 Use = tuple[int, int, float]  # (which adapter, which row, s)
 
 # What a chunk's two calls cost, in multiply-adds that the same core does meanwhile. Found by trying, on one Zen 4 core, for 32
@@ -30,7 +31,8 @@ Use = tuple[int, int, float]  # (which adapter, which row, s)
 # both do about 45 G multiply-adds a second.
 CALL = {torch.bfloat16: 5_000_000, torch.float16: 5_000_000, torch.float32: 200_000, torch.float64: 100_000}
 CALL_ELSEWHERE = 200_000_000  # on an accelerator: few large calls (an estimate, not measured)
-# Rows that alternate between adapters are brought together, which copies x and the update, unless each has this many tokens.
+# Rows that alternate between adapters are brought together, which copies x and the update, unless runs of equal rows have this many
+# tokens on average.
 GATHER_BELOW = 64
 
 
@@ -90,8 +92,8 @@ class _Block:
 def cut(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like: Tensor) -> Cut:
     """Chunks for rows of so many tokens each. `ranks` of the stack's adapters; `size`: in + out of the layer; scales are made `like`."""
     starts = [0, *itertools.accumulate(ranks)]
-    if tokens >= GATHER_BELOW:
-        return Cut(None, _runs(rows, starts, tokens))
+    if in_place(rows, tokens):
+        return runs(rows, list(itertools.pairwise(starts)), tokens)
     uses = sorted((k, n, s) for n, row in enumerate(rows) for k, s in row)
     blocks = [_Block([list(users)], starts) for _, users in itertools.groupby(uses, key=operator.itemgetter(0))]
     call = (CALL.get(like.dtype, CALL[torch.float32]) if like.device.type == "cpu" else CALL_ELSEWHERE) / (max(tokens, 1) * size)
@@ -127,12 +129,17 @@ def _merged(blocks: Sequence[_Block], batched: bool, call: float) -> list[_Block
     return done
 
 
-def _runs(rows: Sequence[Row], starts: Sequence[int], tokens: int) -> list[Chunk]:
-    """Each run of equal rows where it is, one adapter after the other."""
+def in_place(rows: Sequence[Row], tokens: int) -> bool:
+    """Whether runs of equal rows are so long that each is best taken where it stands. `tokens` of each row."""
+    return len(rows) * tokens >= GATHER_BELOW * sum(1 for _ in itertools.groupby(rows))
+
+
+def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Cut:
+    """Each run of equal rows where it is, one adapter after the other. `spans`: each adapter's ranks in the stack, anywhere."""
     chunks, place = [], 0
     for row, run in itertools.groupby(rows):
         length = sum(1 for _ in run)
         where = slice(place * tokens, (place + length) * tokens)
-        chunks += [Chunk(where, slice(starts[k], starts[k + 1]), 1, s) for k, s in row]
+        chunks += [Chunk(where, slice(*spans[k]), 1, s) for k, s in row]
         place += length
-    return chunks
+    return Cut(None, chunks)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
-from .cut import GATHER_BELOW, Row
+from .cut import Row, in_place
 
 
 class Segment(NamedTuple):
@@ -36,9 +36,9 @@ class Segments(NamedTuple):
 
 
 def segments(rows: Sequence[Row], tokens: int, like: Tensor) -> Segments:
-    """Runs of equal rows for `add_segments`, brought together where rows are short. `tokens` of each row."""
+    """Runs of equal rows for `add_segments`, brought together where they are short. `tokens` of each row."""
     order = list(range(len(rows)))
-    if tokens < GATHER_BELOW:
+    if not in_place(rows, tokens):
         first = {row: n for n, row in reversed(list(enumerate(rows)))}
         order.sort(key=lambda n: (not rows[n], first[rows[n]]))  # the base's last
     parts: list[Segment] = []

@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakit as lk
-from lorakit.layers.layer import LoraFactors
-from lorakit.layers.routed import Stack
+from lorakit.errors import StateError
 
 CHOICES = ["a", None, {"a": 0.5, "b": -2.0}, "c", "b", "a"]
 
@@ -174,75 +173,13 @@ def test_dropout_is_for_training(kind):
     assert all(p.grad is not None for n, p in model.named_parameters() if ".lora_" in n)
 
 
-def stack(model: nn.Module) -> Stack:
-    return model._lorakit.routes.stacks[model[0]]
-
-
-@torch.no_grad()
-def test_the_stack_is_kept_from_batch_to_batch_and_made_anew_when_a_factor_changes():
-    model, x = build("linear", trainable=False)
-    factors: LoraFactors = model[0].lora_a
-
-    def right() -> Stack:
-        expected = row_by_row(model, x)
-        with lk.route(model, CHOICES):
-            torch.testing.assert_close(model(x), expected)
-        return stack(model)
-
-    first = right()
-    assert right() is first
-    factors.B.mul_(2.0)
-    second = right()
-    assert second is not first
-    factors.A.data = factors.A.data * 3.0
-    third = right()
-    assert third is not second
-    factors.A = nn.Parameter(factors.A * 0.5, requires_grad=False)
-    fourth = right()
-    assert fourth is not third
-    model.float()
-    x = x.float()
-    assert right() is not fourth
-
-
-@torch.no_grad()
-def test_the_stack_serves_fewer_adapters_until_most_of_it_is_idle():
-    model, x = build("linear", trainable=False)  # ranks 1, 2, 3
-    for choices, same in ((["a", "b", "c"], None), (["c", "c", None], True), (["a", "b", "a"], True), (["a", "a", None], False)):
-        before = model._lorakit.routes.stacks.get(model[0]) if model._lorakit.routes else None
-        expected = row_by_row(model, x[:3], choices)
-        with lk.route(model, choices):
-            torch.testing.assert_close(model(x[:3]), expected)
-        assert same is None or (stack(model) is before) == same
-
-
-@torch.no_grad()
-def test_factors_that_are_trained_are_read_afresh_each_time_as_an_optimizer_may_write_unseen():
-    model, x = build("linear")
-    for _ in range(2):
-        expected = row_by_row(model, x)
-        with lk.route(model, CHOICES):
-            torch.testing.assert_close(model(x), expected)
-        model[0].lora_a.B.data.mul_(2.0)  # not counted by autograd
-
-
-def test_factors_made_in_inference_mode_are_read_afresh_each_time():
-    with torch.inference_mode():
-        model, x = build("linear", trainable=False)
-        for _ in range(2):
-            expected = row_by_row(model, x)
-            with lk.route(model, CHOICES):
-                torch.testing.assert_close(model(x), expected)
-            model[0].lora_a.B.mul_(2.0)
-
-
 def test_what_layers_derive_from_a_batch_is_shared_by_layers_of_equal_ranks():
     model = tiny.llama()
     for rank, name in ((2, "a"), (3, "b")):
         lk.attach(model, lk.LoraConfig(rank=rank), name=name, trainable=False)
     with torch.no_grad(), lk.route(model, ["a", "b"]):
         model(**tiny.example(model))
-        assert len(model._lorakit.routing._shared) == 3  # of 14 layers: in + out is 32, 24 (k and v) or 40
+        assert len(model._lorakit.routing._shared) == 4  # of 14 layers: in + out is 32, 24 (k and v) or 40; and the adapters' order
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -357,3 +294,98 @@ def test_torch_compile_gives_the_same_values():
         rows = row_by_row(model, x, choices) if rows is None else rows
         with torch.no_grad(), lk.route(model, choices):
             torch.testing.assert_close(compiled(x), rows)
+
+
+# One choice per token
+
+
+def packed(kind: str, tokens: int, requires_grad: bool = False, dropout: float = 0.0) -> tuple[nn.Module, torch.Tensor]:
+    model, x = build(kind, trainable=requires_grad, dropout=dropout)
+    made = torch.Generator().manual_seed(4)
+    if not x.is_floating_point():
+        return model, torch.randint(0, 9, (1, tokens), generator=made)
+    return model, torch.randn(1, tokens, 8, generator=made, dtype=x.dtype)
+
+
+TOKENS = {
+    "mixed": ["a", None, {"a": 0.5, "b": -2.0}, "c", "b", "a", "a"],
+    "groups": ["b"] * 4 + ["a"] * 4 + ["c"] * 4,
+    "long runs": ["a"] * 70 + [None] * 70 + ["c"] * 60 + [{"b": 2.0}] * 80,
+    "long and short": ["a"] * 150 + ["b", None, "c"],
+}
+BY_TOKEN = [kind for kind in LAYERS if "conv" not in kind]
+
+
+@pytest.mark.parametrize("choices", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("kind", BY_TOKEN)
+def test_each_token_is_what_its_adapter_alone_gives_it(kind, choices):
+    model, x = packed(kind, len(choices))
+    expected = row_by_row(model, x.transpose(0, 1), choices).transpose(0, 1)  # a row for each token
+    assert expected.shape[:2] == (1, len(choices))
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode(), lk.route(model, choices, per="token"):
+            torch.testing.assert_close(model(x), expected)
+            torch.testing.assert_close(model(x[0]), expected[0])  # an engine without an axis of rows
+
+
+@pytest.mark.parametrize("choices", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("kind", BY_TOKEN)
+def test_gradients_of_tokens_are_those_of_the_tokens_one_by_one(kind, choices):
+    model, x = packed(kind, len(choices), requires_grad=True)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    if x.is_floating_point():
+        wanted.append(x.requires_grad_())
+    out = row_by_row(model, x.transpose(0, 1), choices).transpose(0, 1)
+    g = torch.randn_like(out)
+    expected = torch.autograd.grad(out, wanted, g)
+    with lk.route(model, choices, per="token"):
+        ours = torch.autograd.grad(model(x), wanted, g)
+    for a, e in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_groups_of_tokens_train_as_one_node():
+    model, x = packed("linear", 12, requires_grad=True)
+    with lk.route(model, TOKENS["groups"], per="token"):
+        assert "Project" in model(x.requires_grad_()).grad_fn.name()
+
+
+def test_dropout_of_tokens_is_for_training():
+    model, x = packed("linear", 4, requires_grad=True, dropout=0.5)
+    choices = ["a", None, {"a": 1.0, "b": 1.0}, "c"]
+    expected = row_by_row(model, x.transpose(0, 1), choices).transpose(0, 1)
+    model.train()
+    with lk.route(model, choices, per="token"):
+        ours = model(x)
+    assert torch.allclose(ours[0, 1], expected[0, 1])
+    assert not torch.allclose(ours[0, 0], expected[0, 0])
+
+
+@pytest.mark.parametrize("shape, message", [
+    ((1, 3, 8), r"'0' was given 3 tokens inside lorakit.route\(per='token'\); expected 4, one per choice\n  every adapted module"),
+    ((1, 6, 8), r"'0' was given 6 tokens .*; expected 4, one per choice\n  each of the 6 tokens"),
+    ((3, 8), r"'0' was given 3 tokens .*; expected 4"),
+    ((2, 2, 8), r"'0' was given 2 x 2 tokens .*; expected one row of 4\n  put the rows behind each other"),
+    ((4, 2, 8), r"'0' was given 8 tokens .*; expected 4"),
+    ((8,), r"'0' was given 1 tokens .*; expected 4"),
+])  # fmt: skip
+def test_another_number_of_tokens_is_an_error(shape, message):
+    model, _ = packed("linear", 4)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(StateError, match=message), lk.route(model, ["a", "b", None, "a"], per="token"):
+            model(torch.randn(shape, dtype=torch.float64))
+
+
+def test_an_embedding_counts_its_tokens():
+    model, _ = packed("embedding", 4)
+    with pytest.raises(StateError, match=r"'0' was given 3 tokens .* expected 4"), lk.route(model, ["a", "b", None, "a"], per="token"):
+        model(torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(StateError, match=r"2 x 2 tokens .* expected one row of 4"), lk.route(model, ["a", "b", None, "a"], per="token"):
+        model(torch.zeros(2, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d, groups"])
+def test_a_convolution_mixes_tokens_and_is_refused(kind):
+    model, x = build(kind)
+    with pytest.raises(StateError, match="'0' is a convolution, which mixes neighbouring tokens"), lk.route(model, CHOICES, per="token"):
+        model(x)
