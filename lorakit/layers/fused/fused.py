@@ -108,19 +108,17 @@ def _applicable(module: nn.Module) -> bool:
 
 def _like(module: nn.Module) -> tuple:
     """Equal for modules of one class and config: what a probe of one says goes for the other."""
-    children = tuple(
-        (name, type(child), repr(child) if not isinstance(child, LoraLayer) else (child.weight.shape, child.bias is None))  # type: ignore[attr-defined]
-        for name, child in module._modules.items()
-        if child is not None
-    )
-    own = tuple((k, repr(v)) for k, v in module.__dict__.items() if isinstance(v, int | float | str | tuple) and k != "training")
-    return (
-        type(module),
-        type(module).forward,
-        own,
-        children,
-        tuple((n, None if p is None else p.shape) for n, p in module._parameters.items()),
-    )
+    children = tuple((name, type(child), _shapes(child), _settings(child)) for name, child in module._modules.items() if child is not None)
+    return type(module), type(module).forward, _settings(module), children, _shapes(module)
+
+
+def _settings(module: nn.Module) -> tuple:
+    """Attributes that may steer its forward."""
+    return tuple((k, repr(v)) for k, v in module.__dict__.items() if isinstance(v, int | float | str | tuple) and not k.startswith("lora_"))
+
+
+def _shapes(module: nn.Module) -> tuple:
+    return tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
 
 
 def _why_not_linear(layer: LinearLayer) -> str | None:

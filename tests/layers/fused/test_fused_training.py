@@ -275,7 +275,6 @@ def test_less_is_kept_for_backward_than_by_the_plain_path():
         return kept_bytes(model, lambda: model(ids).logits.sum()), kept_bytes(twin := plain(model), lambda: twin(ids).logits.sum())
 
     ours, theirs = kept(torch.float32)
-    masks = 2 * 128 * 40 // 8  # of each down's input
     assert theirs - ours == 2 * 2 * (128 * 40 * 4), "act(gate) and act(gate) · up of two layers"
     ours, theirs = kept(torch.bfloat16)
     assert ours < 0.7 * theirs, "and the norms' float32 copies"
