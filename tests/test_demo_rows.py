@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 from lorakit.demo import ASSETS
-from lorakit.demo_rows import usual
+from lorakit.demo_rows import chosen, usual
 from lorakit.evaluate.slots import check_slots, parse_mr
 
 
@@ -37,3 +38,10 @@ def test_the_slice_keeps_every_meaning_and_its_texts_state_all_slots():
     starts = [r["completion"].startswith(parse_mr(r["prompt"].strip())["name"]) for r in kept]
     assert sum(starts) / len(starts) > 0.65, "most texts begin with the name, and more of the kept ones (57 % before)"
     assert not any(check_slots(parse_mr(r["prompt"].strip()), r["completion"]).missing for r in kept)
+
+
+def test_meanings_with_few_properties_are_thinned_out_and_none_with_many():
+    rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()]
+    before, after = (Counter(len(parse_mr(r["prompt"].strip())) >= 6 for r in some) for some in (usual(rows), chosen(rows)))
+    assert after[True] == before[True]
+    assert after[False] == -(-before[False] // 3)
