@@ -16,8 +16,8 @@ from .errors import TrainError
 from .models.base import EMBEDDED, embedded_folder
 
 ASSETS = embedded_folder().parent / "e2e"
-# The rate is twice what `auto` picks: after 600 steps the held-out loss is 0.986 against 1.027 (16 rows a step, rank 16). 8 rows a step cost
-# half of what 16 do (383 against 797 ms of CPU time, one thread, fp32), so the steps are small and many.
+# The rate is twice what `auto` picks: after 600 steps the held-out loss is 0.986 against 1.027 (16 rows a step, rank 16).
+# 8 rows a step cost half of what 16 do (383 against 797 ms of CPU time, one thread, fp32), so the steps are small and many.
 SETTINGS: dict[str, Any] = {
     "rank": 16, "steps": 750, "batch_size": 8, "learning_rate": 5e-3, "validation": 0.02, "patience": 0, "sample_tokens": 0,
     "eval_every": 250,
