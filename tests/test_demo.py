@@ -11,7 +11,7 @@ import lorakit as lk
 from lorakit.cli import run as cli
 from lorakit.data.dataset import build
 from lorakit.data.read import read_rows
-from lorakit.demo import ASSETS, run
+from lorakit.demo import ASSETS, ROWS_FILE, run
 from lorakit.evaluate.perplexity import perplexity
 from lorakit.models.base import load_model, load_tokenizer
 from lorakit.train.run_folder import RunFolder
@@ -67,6 +67,11 @@ def test_again_on_the_same_folder_it_goes_on_and_ends_the_same(demo):
     assert again.scores[1].seconds == outcome.scores[1].seconds
 
 
+def test_a_demo_that_was_killed_before_its_run_began_is_begun_again(tmp_path):
+    (tmp_path / ROWS_FILE).write_text("{}\n")
+    assert cli(["demo", "--out", str(tmp_path), "--steps", "1", "--rows", "1", "--json"]) == 0
+
+
 def test_at_the_command_line_other_steps_need_force_and_strangers_are_left_alone(demo, tmp_path, capsys):
     out, _, _ = demo
     assert cli(["demo", "--out", str(out), "--steps", "1", "--rows", "1"]) == 1
@@ -77,6 +82,7 @@ def test_at_the_command_line_other_steps_need_force_and_strangers_are_left_alone
         assert cli(["demo", "--out", str(tmp_path), "--steps", "1", "--rows", "1", *force]) == 2
         assert "not empty and not a demo's folder" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "thesis.txt"]
+    assert {p.name for p in out.iterdir()} == {ROWS_FILE, "run", "merged"}
     assert cli(["demo", "--out", str(out), "--steps", "1", "--rows", "1", "--force", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["adapter"] == str(out / "run" / "adapter")

@@ -27,15 +27,17 @@ def demo(
     from rich.table import Table
     from rich.text import Text
 
+    from ..demo import ROWS_FILE, run
+
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder (--out)")
-    if out.exists() and any(out.iterdir()) and not (out / "run").is_dir():
+    if out.exists() and any(path.name != ROWS_FILE for path in out.iterdir()) and not (out / "run").is_dir():
         raise ConfigError(f"{out} is not empty and not a demo's folder; give another (--out)")  # --force does not remove it either
     if out.exists() and force:
         shutil.rmtree(out)
 
     with starting("loading the embedded model"):
-        from ..demo import run
+        from ..train import loop  # noqa: F401 (with torch and transformers, which take seconds)
 
     console = Console(stderr=json_output)
     outcome = run(out, compare, rows, steps, say=lambda line: console.print(f"\n{line}", highlight=False), console=console)

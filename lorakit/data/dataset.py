@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lorakit.data.parse import Row
-from lorakit.data.render import Rendered, TrainOn, render
+from lorakit.data.render import Habits, Rendered, TrainOn, render
 from lorakit.data.shapes import read_examples
 from lorakit.data.templates import Style, Template, style_for
 from lorakit.errors import ConfigError, DataError
@@ -84,7 +84,8 @@ def build(
     how = ("split" if is_text else "drop") if on_long == "auto" else on_long
     if how == "split" and not is_text:
         raise ConfigError(f"on_long: split is for plain text; rows of shape {shape} would lose their prompts\n  use drop or cut")
-    rendered = [render(example, tokenizer, template, train_on) for example in examples]
+    habits = Habits.of(tokenizer)
+    rendered = [render(example, tokenizer, template, train_on, habits) for example in examples]
     for row, one in zip(rows, rendered):
         # The first id is predicted from nothing, so it cannot be trained whatever its mask says.
         if not any(one.trained[1:]):

@@ -50,16 +50,40 @@ class Segment:
     answer: bool
 
 
-def render(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template = "auto", train_on: TrainOn = "completion") -> Rendered:
-    """The ids of `example`, up to its last trained message, and which of them are trained."""
+@dataclass(frozen=True)
+class Habits:
+    """What a tokenizer does to any text, found by trying it once (five short encodings, five of seven for a prompt and completion)."""
+
+    head: list[int]  # what it puts before a text: BOS, [CLS] or nothing
+    mark: list[int] | None  # the ids of a line end, if a text begins otherwise by itself than behind one
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Habits:
+        bare = tokenizer.encode("x", add_special_tokens=False)
+        dressed = tokenizer.encode("x")
+        start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
+        mark = tokenizer.encode("\n", add_special_tokens=False)
+        same = tokenizer.encode("\nx", add_special_tokens=False)[len(mark) :] == bare
+        return cls(dressed[:start], None if same else mark)
+
+
+def render(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "auto",
+    train_on: TrainOn = "completion",
+    habits: Habits | None = None,
+) -> Rendered:
+    """The ids of `example`, up to its last trained message, and which of them are trained. `habits`: the tokenizer's, for many examples."""
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError(
             "the tokenizer has no end (eos) token, so a model trained with it could not learn to stop\n"
             "  set one: tokenizer.eos_token = '...', or eos_token in tokenizer_config.json"
         )
-    head, segments, note = _segments(example, tokenizer, template)
-    rendered = _tokens(segments, tokenizer, head, end)
+    habits = habits or Habits.of(tokenizer)
+    head, segments, note = _segments(example, tokenizer, habits, template)
+    rendered = _tokens(segments, tokenizer, habits, head, end)
     if train_on == "all":
         start = len(head) if rendered.ids[: len(head)] == head else 0
         rendered = replace(rendered, trained=[position >= start for position in range(len(rendered.ids))])
@@ -76,20 +100,22 @@ def render_prompt(
     """
     if not isinstance(example, Example):
         example = _to_answer(example)
-    head, segments, _ = _segments(example, tokenizer, template, with_answer=False)
-    return _tokens(segments, tokenizer, head, end=None).ids
+    habits = Habits.of(tokenizer)
+    head, segments, _ = _segments(example, tokenizer, habits, template, with_answer=False)
+    return _tokens(segments, tokenizer, habits, head, end=None).ids
 
 
 def question_ids(question: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, style: Style) -> list[int]:
     """The ids that an answer to a free question starts from: the text as it is ("none"), or as a user's turn or conversation."""
     if style == "none":
         text = question if isinstance(question, str) else str(question[-1]["content"])
-        return [*_head(tokenizer), *_encode(tokenizer, text, continues=False)]
+        habits = Habits.of(tokenizer)
+        return [*habits.head, *_encode(tokenizer, habits, text, continues=False)]
     return render_prompt([{"role": "user", "content": question}] if isinstance(question, str) else question, tokenizer, style)
 
 
 def _segments(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: Template, with_answer: bool = True
+    example: Example, tokenizer: PreTrainedTokenizerBase, habits: Habits, template: Template, with_answer: bool = True
 ) -> tuple[list[int], list[Segment], str | None]:
     """What the tokenizer puts first, the segments up to the last answer (with it or not), and a note."""
     style = style_for(example.kind, tokenizer, template)
@@ -99,7 +125,7 @@ def _segments(
         segments = [Segment(message.content, message.trained) for message in before]
         answer = example.messages[last].content
         bare_joint = bool(before) and before[-1].content[-1:].strip() and answer[:1].strip()
-        return _head(tokenizer), segments + [Segment(answer, True)] * with_answer, JOINED if bare_joint else None
+        return habits.head, segments + [Segment(answer, True)] * with_answer, JOINED if bare_joint else None
     write = writer_for(style, tokenizer, example)
     segments, written, note = _context(before, write)
     if with_answer:
@@ -111,7 +137,7 @@ def _segments(
             )
         segments.append(Segment(full[len(written) :], True))
     # A chat template writes its own BOS where the model wants one; transformers adds none to it either.
-    return [] if style == "chat" else _head(tokenizer), segments, note
+    return [] if style == "chat" else habits.head, segments, note
 
 
 def _context(before: Sequence[Message], write: Writer) -> tuple[list[Segment], str, str | None]:
@@ -131,14 +157,14 @@ def _context(before: Sequence[Message], write: Writer) -> tuple[list[Segment], s
     return [*segments, Segment(opening[len(written) :], False)], opening, None
 
 
-def _tokens(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, head: list[int], end: int | None) -> Rendered:
+def _tokens(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, habits: Habits, head: list[int], end: int | None) -> Rendered:
     """Ids and mask of the segments; with `end`, the last one is an answer and ends with it."""
     segments = [segment for segment in segments if segment.text]
     ids, trained = list(head), [False] * len(head)
     prompt: int | None = None
     stop: int | None = None
     for position, segment in enumerate(segments):
-        piece = _encode(tokenizer, segment.text, continues=position > 0)
+        piece = _encode(tokenizer, habits, segment.text, continues=position > 0)
         if position == 0 and piece[: len(head)] == head:
             piece = piece[len(head) :]  # the text brings its own BOS: one is enough
         if segment.answer and prompt is None:
@@ -162,26 +188,16 @@ def _end_in(piece: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
     return stop if not str(tokenizer.decode(piece[stop:])).strip() else None
 
 
-def _head(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text: BOS, [CLS] or nothing."""
-    bare = tokenizer.encode("x", add_special_tokens=False)
-    dressed = tokenizer.encode("x")
-    start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-    return dressed[:start]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, habits: Habits, text: str, continues: bool) -> list[int]:
     """The ids of `text` with nothing added; where it continues another, without a space put before it.
 
     SentencePiece tokenizers begin every text with a space. Inside a sequence it is not in the data: the text is encoded
     behind a line end, whose ids are then taken off.
     """
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    if not continues:
+    mark = habits.mark
+    if not continues or mark is None:
         return ids
-    mark = tokenizer.encode("\n", add_special_tokens=False)
-    if tokenizer.encode("\nx", add_special_tokens=False)[len(mark) :] == tokenizer.encode("x", add_special_tokens=False):
-        return ids  # nothing is put before a text
     behind = tokenizer.encode("\n" + text, add_special_tokens=False, verbose=False)
     return behind[len(mark) :] if behind[: len(mark)] == mark else ids
 

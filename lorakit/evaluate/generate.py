@@ -1,25 +1,26 @@
 """Text out of a model: many prompts in batches (`generate`), or one, piece by piece (`stream`).
 
 Prompts are token ids; the result is text without the prompt, without special tokens, up to the end token or a stop text. Temperature
-0 takes the likeliest token each time; otherwise tokens are drawn from softmax(logits / temperature), cut to the smallest set
-whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020). Nothing else of the model's own generation settings
+0 takes the likeliest token each time; otherwise tokens are drawn (see `sampling`). Nothing else of the model's own generation settings
 applies (top-k, penalties, beams), save which tokens end a text.
 
-Decoder-only models get their prompts padded on the left, so that every row's next token is in the last column; encoder-decoder models
-read the prompt with the encoder, padded on the right.
+Most decoder-only models are decoded here (see `decode`); encoder-decoder models, and those whose cache is not one of keys and values,
+by transformers' `generate`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorakit.errors import ConfigError, DataError
+from lorakit.evaluate.decode import Decoder, pad_rows, roomy_cache, step, supports
 from lorakit.evaluate.mode import evaluating
+from lorakit.evaluate.sampling import Pick, picker, random_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,16 +50,19 @@ def generate(
     check_prompts(model, prompts, max_new_tokens)
     ends = end_ids(model, tokenizer)
     pad = _pad_id(tokenizer, ends)
-    settings = _settings(max_new_tokens, temperature, top_p, ends, pad)
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # longest first: too little memory shows at once
+    if supports(model):
+        write = partial(_decoded, most=max_new_tokens, ends=ends, pick=picker(temperature, top_p))
+    else:
+        write = partial(_generated, settings=_settings(max_new_tokens, temperature, top_p, ends, pad))
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.inference_mode(), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for row, ids in zip(rows, _batch(model, tokenizer, [prompts[row] for row in rows], settings, pad, stop)):
+            for row, ids in zip(rows, write(model, tokenizer, [prompts[row] for row in rows], pad, stop)):
                 texts[row] = _until(_decode(tokenizer, _before_end(ids, ends)), stop)
             if on_batch is not None:
                 on_batch(len(rows))
@@ -124,10 +128,30 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 # ------------------------------------------------------------------------------------------ batches
 
 
-def _batch(
-    model: Any, tokenizer: Any, prompts: list[Sequence[int]], settings: dict[str, Any], pad: int, stop: Sequence[str]
+def _decoded(
+    model: Any, tokenizer: Any, prompts: list[Sequence[int]], pad: int, stop: Sequence[str], *, most: int, ends: Sequence[int], pick: Pick
 ) -> list[list[int]]:
-    """The new ids of each row, with whatever stands behind the end token."""
+    """The new ids of each row, its end token included; a row leaves the batch when it ends."""
+    made: list[list[int]] = [[] for _ in prompts]
+    decoder = Decoder(model, prompts, pad, most)
+    rows = list(range(len(prompts)))  # those still in the batch
+    while True:
+        tokens = pick(decoder.logits)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            made[row].append(token)
+        going = [made[row][-1] not in ends and not _stopped(tokenizer, made[row], stop) for row in rows]
+        if len(made[rows[0]]) == most or not any(going):
+            return made
+        if not all(going):
+            now = decoder.keep(going)
+            rows, tokens = [rows[place] for place in now], tokens[now]
+        decoder.step(tokens)
+
+
+def _generated(
+    model: Any, tokenizer: Any, prompts: list[Sequence[int]], pad: int, stop: Sequence[str], *, settings: dict[str, Any]
+) -> list[list[int]]:
+    """The same by transformers, with whatever stands behind the end token."""
     on_left = not model.config.is_encoder_decoder
     ids, mask = pad_rows(prompts, pad, on_left)  # [rows, longest]
     given = ids.shape[1] if on_left else 1  # an encoder-decoder's result starts with the decoder's start token
@@ -136,18 +160,6 @@ def _batch(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), stopping_criteria=criteria, use_cache=True, **settings
     )  # [rows, given + new]
     return made[:, given:].tolist()
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad: int, on_left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, [rows, longest]."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if on_left else slice(0, len(row))
-        ids[index, place] = torch.tensor(list(row))
-        mask[index, place] = 1
-    return ids, mask
 
 
 def _settings(max_new_tokens: int, temperature: float, top_p: float, ends: list[int], pad: int) -> dict[str, Any]:
@@ -166,14 +178,20 @@ def _settings(max_new_tokens: int, temperature: float, top_p: float, ends: list[
 
 def _stops_at(tokenizer: Any, stop: Sequence[str], given: int) -> Callable[..., Tensor]:
     """Says of each row whether its new text holds a stop text (transformers' StoppingCriteria is such a function)."""
-    # A token is at least one byte and a character at most four, so a stop text that just appeared lies within this many tokens.
-    tail = 4 * max(map(len, stop)) + 4
 
     def found(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        texts = [_decode(tokenizer, row) for row in ids[:, given:][:, -tail:].tolist()]
-        return torch.tensor([any(s in text for s in stop) for text in texts], device=ids.device)
+        return torch.tensor([_stopped(tokenizer, row, stop) for row in ids[:, given:].tolist()], device=ids.device)
 
     return found
+
+
+def _stopped(tokenizer: Any, made: list[int], stop: Sequence[str]) -> bool:
+    """Whether the last token completed a stop text."""
+    if not stop:
+        return False
+    # A token is at least one byte and a character at most four, so a stop text that just appeared lies within this many tokens.
+    text = _decode(tokenizer, made[-4 * max(map(len, stop)) - 4 :])
+    return any(s in text for s in stop)
 
 
 # ------------------------------------------------------------------------------------------ one token after the other
@@ -198,7 +216,7 @@ def _pieces(
     made: list[int] = []
     said = 0  # characters given out so far
     with evaluating(model):
-        for token in _tokens(model, prompt, max_new_tokens, _picker(model.device, temperature, top_p, seed)):
+        for token in _tokens(model, prompt, max_new_tokens, picker(temperature, top_p, random_source(model.device, seed))):
             if token in ends:
                 break
             made.append(token)
@@ -215,40 +233,18 @@ def _pieces(
         yield rest
 
 
-def _tokens(model: Any, prompt: Sequence[int], most: int, pick: Callable[[Tensor], int]) -> Iterator[int]:
+def _tokens(model: Any, prompt: Sequence[int], most: int, pick: Pick) -> Iterator[int]:
     """New tokens, each fed back; without a key-value cache (some recurrent models) everything is fed again."""
-    ids, fed, cache = list(prompt), 0, None
+    ids, fed = list(prompt), 0
+    cache = roomy_cache(model, len(prompt) + most - 1) if supports(model) else None
     for _ in range(most):
-        last, cache = _step(model, ids[fed:], cache)
+        # Inference mode is entered and left within each step: held across a `yield` it would reach into the caller's own code.
+        with torch.inference_mode():
+            logits, cache = step(model, torch.tensor([ids[fed:]], device=model.device), cache)
+            token = int(pick(logits))
         fed = len(ids) if cache is not None else 0
-        token = pick(last)
         ids.append(token)
         yield token
-
-
-# Entered and left within each step: inference mode held across a `yield` would reach into the caller's own code.
-@torch.inference_mode()
-def _step(model: Any, ids: list[int], cache: Any) -> tuple[Tensor, Any]:
-    """The last position's logits, [vocab], and the cache."""
-    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    out = model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, **only_last)
-    return out.logits[0, -1].float(), getattr(out, "past_key_values", None)
-
-
-def _picker(device: torch.device, temperature: float, top_p: float, seed: int | None) -> Callable[[Tensor], int]:
-    if temperature == 0:
-        return lambda logits: int(logits.argmax())
-    source = torch.Generator(device)
-    source.manual_seed(seed) if seed is not None else source.seed()
-    return lambda logits: int(torch.multinomial(nucleus(logits / temperature, top_p), 1, generator=source))
-
-
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Probabilities, [vocab], zero outside the smallest set of likeliest tokens whose sum reaches top_p."""
-    probabilities, order = logits.softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens hold; 0 for the likeliest, which always stays
-    kept = probabilities.masked_fill(before >= top_p, 0)
-    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum())
 
 
 # ------------------------------------------------------------------------------------------ text

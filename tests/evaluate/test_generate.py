@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lorakit.errors import ConfigError, DataError
-from lorakit.evaluate.generate import generate, nucleus, stream
+from lorakit.evaluate.generate import generate, stream
+from lorakit.evaluate.sampling import nucleus
 
 TEXTS = ["a", "The cat", "hello there, you", "x" * 30, "café", "b"]
 
@@ -148,6 +149,8 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
     torch.testing.assert_close(nucleus(logits, 0.75), torch.tensor([0.0, 0.625, 0.0, 0.375]))
     torch.testing.assert_close(nucleus(logits, 1.0), torch.tensor([0.15, 0.5, 0.05, 0.3]))
+    rows = torch.stack([logits, logits.flip(0)])
+    torch.testing.assert_close(nucleus(rows, 0.75), torch.tensor([[0.0, 0.625, 0.0, 0.375], [0.375, 0.0, 0.625, 0.0]]))
 
 
 def test_every_modules_training_flag_is_restored(llama, tokenizer, prompts):
