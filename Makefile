@@ -40,7 +40,8 @@ test: $(VENV)/tested
 	$(BIN)/python $(PYTEST)
 
 lock:
-	$(PYTHON) scripts/lock.py
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
+	.venv-lock/bin/python scripts/lock.py
 
 # Tests only: how code is formatted and typed is `make test`'s matter, with the releases that are pinned.
 test-oldest: .venv-oldest/installed
@@ -60,4 +61,4 @@ test-newest:
 	.venv-newest/bin/python $(PYTEST)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf $(VENV) .venv-lock .venv-oldest .venv-newest build dist *.egg-info
