@@ -116,14 +116,12 @@ def devices() -> list[Device]:
     used = choose_device().value
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        memory = memory_of(torch.device("cuda", index))
-        assert memory is not None  # cuda is available
-        found.append(Device("cuda", memory.source, memory.total, memory.free, used.type == "cuda" and index == torch.cuda.current_device()))
+        here = torch.device("cuda", index)
+        taken = used.type == "cuda" and index == torch.cuda.current_device()
+        found.append(_device(here, torch.cuda.get_device_name(here), taken))
     if used.type not in ("cuda", "cpu"):
-        memory = memory_of(used)
-        found.append(Device(used.type, used.type, memory and memory.total, memory and memory.free, True))
-    memory = memory_of(torch.device("cpu"))
-    found.append(Device("cpu", cpu_name(), memory and memory.total, memory and memory.free, used.type == "cpu"))
+        found.append(_device(used, used.type, True))
+    found.append(_device(torch.device("cpu"), cpu_name(), used.type == "cpu"))
     return found
 
 
@@ -206,6 +204,11 @@ def cpu_name() -> str:
 def named(lines: Iterable[str]) -> str:
     """The model name in /proc/cpuinfo; ARM's has none."""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _device(device: torch.device, name: str, used: bool) -> Device:
+    memory = memory_of(device)
+    return Device(device.type, name, memory.total if memory else None, memory.free if memory else None, used)
 
 
 def _why_bf16(device: torch.device) -> str:
