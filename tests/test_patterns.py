@@ -62,10 +62,10 @@ def test_a_thousand_ranks_are_found_in_a_moment():
         for x in "qkv"
     ]
     config = lk.LoraConfig(targets=["to_q"], rank_pattern={f"^{n}": 1 + at % 7 for at, n in enumerate(names)})
-    began = time.perf_counter()
+    began = time.process_time()
     assert [config.rank_of(n) for n in names] == [1 + at % 7 for at in range(len(names))]
     assert config.rank_of("other.to_q") == 16
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_config_that_has_looked_up_is_equal_to_one_that_has_not():

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -110,15 +110,16 @@ def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import torch
 
+    from ..doctor.machine import cores, cpu_name
+    from ..doctor.versions import installed
     from ..version import VERSION
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     load_average = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "load": load_average,
+        "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads(), "gpu": gpu, "load": load_average,
         "python": platform.python_version(), "torch": torch.__version__, "lorakit": VERSION,
-        **{peer: _version(peer) for peer in ("transformers", *PEERS)},
+        **{peer: installed(peer) for peer in ("transformers", *PEERS)},
     }  # fmt: skip
 
 
@@ -174,20 +175,3 @@ def _text(value: Any) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    return _named(Path("/proc/cpuinfo").read_text().splitlines()) if Path("/proc/cpuinfo").exists() else platform.processor()
-
-
-def _named(lines: Iterable[str]) -> str:
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -18,8 +18,15 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """The same, returning the exit code."""
     from ..errors import ConfigError, LorakitError
-    from .app import app
 
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:  # so that a half-installed lorakit says so, rather than showing a traceback
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "lorakit"):
+            raise
+        print(f"lorakit: the library '{name}', which it needs, is not installed\n  pip install lorakit brings it", file=sys.stderr)
+        return 1
     try:
         app(args, prog_name="lorakit")  # typer prints usage errors itself, with the nearest option, and exits with 2
     except SystemExit as stop:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import adapters, algebra, bench, chat, compare, data, demo, edit, export, judge, plan, share, sweep, train
+from . import adapters, algebra, bench, chat, compare, data, demo, doctor, edit, export, judge, plan, share, sweep, train
 
 app = typer.Typer(
     name="lorakit",
@@ -38,6 +38,7 @@ app.command("demo", short_help="everything in a few minutes, on the embedded mod
 app.command("init", short_help="write a commented config file")(train.init)
 app.add_typer(data_app, name="data")
 app.command("plan", short_help="memory and time of a run before it starts")(plan.plan)
+app.command("doctor", short_help="what this machine can do: versions, devices, precisions, a compiler")(doctor.doctor)
 app.command("train", short_help="train one adapter, or go on with a run")(train.train)
 app.command("sweep", short_help="train many adapters at once, and compare them")(sweep.sweep)
 app.command("eval", short_help="judge base and adapters side by side")(judge.evaluate)

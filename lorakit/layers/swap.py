@@ -42,7 +42,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @functools.cache
 def adapted_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[nn.Module]:
-    names: dict[str, object] = {"__module__": base.__module__, "__doc__": base.__doc__}
+    names: dict[str, object] = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_probed": base.forward}
     if issubclass(mixin, LinearLayer):
         names["lora_plain"] = mixin is LinearLayer and base.forward is nn.Linear.forward
         names["lora_fresh_output"] = base.forward is nn.Linear.forward or base.forward.__qualname__ == "Conv1D.forward"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 _TOKENIZERS = ("tokenizer.json", "tekken.json")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+_CALLED = {"cuda": "the GPU", "cpu": "the CPU"}
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,20 @@ def choose_dtype(precision: str, device: torch.device) -> Choice:
         return Choice(named[precision], "as asked")
     if precision != "auto":
         raise ConfigError(f"unknown precision '{precision}'{did_you_mean(precision, PRECISIONS)}\n  known: {', '.join(PRECISIONS)}")
+    if multiplies_bf16(device):
+        return Choice(torch.bfloat16, f"{_CALLED.get(device.type, device.type)} multiplies bf16")
+    return Choice(torch.float32, "the GPU has no bf16" if device.type == "cuda" else "the CPU has no bf16 arithmetic")
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware has bf16 arithmetic, rather than torch emulating it."""
+    import torch
+
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice(torch.bfloat16, "the GPU multiplies bf16")
-        return Choice(torch.float32, "the GPU has no bf16")
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-            return Choice(torch.bfloat16, "the CPU multiplies bf16")
-        return Choice(torch.float32, "the CPU has no bf16 arithmetic")
-    return Choice(torch.bfloat16, f"{device.type} multiplies bf16")
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True  # mps, xpu
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

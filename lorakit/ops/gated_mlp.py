@@ -51,14 +51,16 @@ def reference(x: Tensor, gate_up: Sequence[Projection], down: Projection, act: A
     return p.reference(act.forward(gated) * lifted, [down])[0]
 
 
-def gated_mlp(x: Tensor, gate_up: Sequence[Projection], down: Projection, act: Activation, mask: Mask | None = None) -> Tensor:
+def gated_mlp(
+    x: Tensor, gate_up: Sequence[Projection], down: Projection, act: Activation, mask: Mask | None = None, dropout: float = 0.0
+) -> Tensor:  # fmt: skip
     """down(act(gate(x)) · up(x)); `gate_up`: as in `reference`.
 
-    `mask`: dropout of the updates of gate and up; that of down's is drawn here, as nobody else reads h.
+    `dropout`: of the updates. `mask`: for x, where gate or up have one; that of down's is drawn here, as nobody else reads h.
     """
     every = [*gate_up, down]
-    seed = draw_seed() if mask else 0
-    return _GatedMlp.apply(x, act, mask.p if mask else 0.0, mask.state if mask else None, seed, [t.scale for t in every], *p.flat(every))
+    seed = draw_seed() if dropout and down.A is not None else None
+    return _GatedMlp.apply(x, act, dropout, mask.state if mask else None, seed, [t.scale for t in every], *p.flat(every))
 
 
 def _halves(outs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -68,14 +70,14 @@ def _halves(outs: Sequence[Tensor]) -> Sequence[Tensor]:
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, act: Activation, dropout: float, state: Tensor | None, seed: int, scales: list[float], *tensors: Tensor | None
+        ctx, x: Tensor, act: Activation, dropout: float, state: Tensor | None, seed: int | None, scales: list[float], *tensors: Tensor | None
     ) -> Tensor:  # fmt: skip
         x2 = x.reshape(-1, x.shape[-1])
         *gate_up, down = p.unflat(tensors, scales, dropout)
         outs, low = p.forward(x2, _dropped(x2, dropout, state), gate_up)
         gated, lifted = _halves(outs)
         h = act.forward(gated).mul_(lifted)  # [N, ffn]
-        state_of_h = draw_mask(h, dropout, seed).state if state is not None else None
+        state_of_h = draw_mask(h, dropout, seed).state if seed is not None else None
         (out,), low_down = p.forward(h, _dropped(h, dropout, state_of_h), [down])
         needs = ctx.needs_input_grad[6:]
         ctx.wanted = Wanted.of(ctx.needs_input_grad[0], needs[:-4])

@@ -34,10 +34,11 @@ class _Readers:
     seeds: OrderedDict[int, int] = field(default_factory=OrderedDict)  # drawn -> used
 
 
-class _Inputs(threading.local):
-    """The inputs whose storage is alive: by storage, then by view and p."""
+class _Inputs:
+    """The inputs whose storage is alive: by storage, then by view, p and version. Of all threads, as backward may run in another one."""
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()  # a storage may be freed, and its entry with it, while the same thread holds the lock
         self.views: dict[int, tuple[weakref.ref, dict[tuple, _Readers]]] = {}
 
 
@@ -49,8 +50,15 @@ def mask_for(x: Tensor, p: float, reader: object) -> Mask:
     drawn = draw_seed()
     if type(x) is not Tensor:  # a subclass, such as a fake tensor in planning: its storage says little
         return draw_mask(x, p, drawn)
-    readers = _views(x)
-    key = (x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, 0 if x.is_inference() else x._version, p)
+    with _inputs.lock:
+        return _shared(x, p, reader, drawn)
+
+
+def _shared(x: Tensor, p: float, reader: object, drawn: int) -> Mask:
+    readers, version = _views(x), 0 if x.is_inference() else x._version
+    for outdated in [key for key in readers if key[0] != version]:  # written into since: nobody can read it again
+        del readers[outdated]
+    key = (version, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, p)
     known = readers.get(key)
     if known is None:
         known = readers[key] = _Readers(draw_mask(x, p, drawn), drawn)
@@ -73,7 +81,6 @@ def _views(x: Tensor) -> dict[tuple, _Readers]:
     place = storage._cdata
     found = _inputs.views.get(place)
     if found is None or found[0]() is None:
-        views = _inputs.views  # this thread's: the storage may be freed by another
-        found = weakref.ref(storage, lambda _: views.pop(place, None)), {}
-        views[place] = found
+        found = weakref.ref(storage, lambda _: _inputs.views.pop(place, None)), {}
+        _inputs.views[place] = found
     return found[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,26 +75,40 @@ def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, s
     return best
 
 
+def cpu_limit() -> float | None:
+    """The processor time that this process's control groups may take, in cores, or None where nothing limits it."""
+    limits = []
+    for text in _group_files("cpu", "cpu.max", "cpu.cfs_quota_us"):
+        quota, _, period = text.partition(" ")
+        if quota.isdigit():  # "max", or -1 in v1: no limit
+            limits.append(int(quota) / int(period or 100_000))  # v1 has the period in a file of its own; nobody changes it
+    return min(limits, default=None)
+
+
 def _group_limit() -> int:
-    """The lowest memory limit of the control groups that this process is in (v2, then v1), or a number beyond any."""
-    root, limits = Path("/sys/fs/cgroup"), [_UNLIMITED]
+    """The lowest memory limit of the control groups that this process is in, or a number beyond any."""
+    return min((int(text) for text in _group_files("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()), default=_UNLIMITED)
+
+
+def _group_files(controller: str, name: str, name_v1: str) -> Iterator[str]:
+    """What a setting's files say in the control groups (v2, v1) that this process is in, from its own to the root."""
+    root = Path("/sys/fs/cgroup")
     try:
         own = Path("/proc/self/cgroup").read_text(encoding="utf8").splitlines()
     except OSError:
-        return _UNLIMITED
+        return
     for line in own:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and controller not in controllers.split(","):
             continue
-        at, name = (root, "memory.max") if controllers == "" else (root / "memory", "memory.limit_in_bytes")
+        at, file_name = (root / controller, name_v1) if controllers else (root, name)
         folder = at / path.lstrip("/")
         for each in (folder, *folder.parents):
-            file = each / name
-            if file.is_file() and (text := file.read_text(encoding="ascii").strip()).isdigit():
-                limits.append(int(text))
+            file = each / file_name
+            if file.is_file():
+                yield file.read_text(encoding="ascii").strip()
             if each == at:
                 break
-    return min(limits)
 
 
 def _without_proc() -> Memory | None:

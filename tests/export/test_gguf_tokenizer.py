@@ -9,11 +9,13 @@ import tiny_lm
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from lorakit.errors import LorakitError
 from lorakit.export.gguf_tokenizer import pre_name, vocabulary
 from lorakit.export.merged import export_merged
+
+# transformers' own table of what GGUF's names of a cut mean; its older releases have none to compare with.
+GGUF_PRE_TOKENIZER_SPLITS = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
 
 TEXT = ["the cat sat on the mat, there and then; in 1984 it was 42 degrees. That's what they've said!\n\tCafé 東京 привет 🙂"] * 3
 SAMPLES = ("the cat's mat", "In 1984,  3 x 42!\n\n\tthen", " café 東京 привет, 🙂👍🏽", "they've THEY'VE 12345", "<|end|>the", "")

@@ -170,7 +170,7 @@ def test_a_dora_is_the_same_weight_in_diffusers(tmp_path):
 @pytest.mark.parametrize("spelled", ["peft", "diffusers"])
 def test_what_diffusers_writes_is_read_with_every_strength(spelled, tmp_path):
     from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import get_peft_model_state_dict
 
     pipe = stable_diffusion()
@@ -179,7 +179,7 @@ def test_what_diffusers_writes_is_read_with_every_strength(spelled, tmp_path):
     for (component, model), targets in zip(models.items(), (["to_q", "to_out.0", "conv1"], ["q_proj", "out_proj"])):
         config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, rank_pattern={r".*\.0\..*(to|out)_.*": 2},
                             alpha_pattern={targets[0]: 3}, use_rslora=component == "unet")  # fmt: skip
-        model.add_adapter(config)
+        inject_adapter_in_model(config, model)  # by peft alone: transformers' add_adapter may ask for a peft that is not out yet
         state = get_peft_model_state_dict(model, adapter_name="default")
         layers[component] = state if spelled == "peft" else convert_state_dict_to_diffusers(state)
         notes[component] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
@@ -375,7 +375,7 @@ def test_a_header_that_names_every_module_is_read_in_no_time(tmp_path):
 
     with safe_open(path, "pt") as file:
         header = file.metadata()
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: others may have the machine
     again = diffusers.read(path, tensors, header)
-    assert time.perf_counter() - start < 5  # matching 2,048 modules with 1,755 keys as regular expressions takes minutes
+    assert time.process_time() - start < 5  # matching 2,048 modules with 1,755 keys as regular expressions takes minutes
     assert {m: f.alpha for m, f in again.factors.items()} == {m: f.alpha for m, f in factors.items()}

@@ -111,7 +111,7 @@ def test_a_tokenizer_that_is_not_there_is_not_made_up(tmp_path):
     with pytest.raises(LorakitError, match="has no tokenizer"):
         load_tokenizer(str(folder))
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
-    with pytest.raises(LorakitError, match=r"cannot load .*merges"):
+    with pytest.raises(LorakitError, match="cannot load"):  # transformers' releases say it in different words: merges, protobuf
         load_tokenizer(str(folder))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     assert load_tokenizer(str(folder))("ab").input_ids == [0, 1]

@@ -7,6 +7,7 @@ While B is zero, values have the base's bits either way.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ KINDS: dict[Kind, tuple[str, Match]] = {
     FusedGatedMlp: ("gated MLP", gated_mlp.match),
 }
 ATTENTION, LINEAR = "attention's backward", "linear with its update"
+_TORCHS = frozenset(nn.Module().__dict__)
 _OWN = ("lora_form", "lora_roles", "lora_act")
 
 
@@ -113,8 +115,16 @@ def _like(module: nn.Module) -> tuple:
 
 
 def _settings(module: nn.Module) -> tuple:
-    """Attributes that may steer its forward."""
-    return tuple((k, repr(v)) for k, v in module.__dict__.items() if isinstance(v, int | float | str | tuple) and not k.startswith("lora_"))
+    """All that may steer its forward."""
+    own = tuple((k, _known(v)) for k, v in module.__dict__.items() if k not in _TORCHS and not k.startswith("lora_"))
+    return own, tuple((name, None if b is None else b.shape) for name, b in module._buffers.items())
+
+
+def _known(value: object) -> object:
+    """What tells a value from another one: plain values by what they are, all else by being that object."""
+    if isinstance(value, functools.partial):
+        return id(value.func), repr(value.args), repr(value.keywords)
+    return repr(value) if isinstance(value, int | float | str | tuple | None) else id(value)
 
 
 def _shapes(module: nn.Module) -> tuple:

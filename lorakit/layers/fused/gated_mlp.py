@@ -15,7 +15,7 @@ from ...ops.shared_mask import mask_for
 from ..frozen import is_hooked
 from ..layer import Swapped
 from ..linear import makes_gradients, projection_of
-from .probe import misfit, twin, unknown_attribute
+from .probe import RUNS, is_as_probed, misfit, twin, unknown_attribute
 
 SIZE, FFN = 5, 7  # of the twin that is probed: small, odd and unequal
 
@@ -27,6 +27,7 @@ class Roles(NamedTuple):
     down: str
     act: str
     function: str
+    idle: tuple[str, ...]  # children that do nothing: an Identity, a Dropout of 0
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -44,22 +45,26 @@ class FusedGatedMlp(Swapped):
         """What to set on a module that `match` says can be fused."""
         return {"lora_roles": found, "lora_act": module._modules[found.act]}
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        found = None if args or kwargs or not makes_gradients(self) else _projections(self, x)  # type: ignore[arg-type]
+    def forward(self, *args, **kwargs) -> Tensor:
+        alone = len(args) == 1 and not kwargs and makes_gradients(self) and is_as_probed(self)  # type: ignore[arg-type]
+        found = _projections(self, args[0]) if alone else None
         if found is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         act, projections, dropout = found
         mask = None
         if dropout:
-            for name in self.lora_roles.gate_up:  # each draws a seed, as it would by itself
-                mask = mask_for(x, dropout, self._modules[name])  # type: ignore[attr-defined]
-        return gated_mlp(x, projections[:-1], projections[-1], act, mask)
+            for name, projection in zip(self.lora_roles.gate_up, projections):
+                if projection.A is not None:  # each draws a seed, as it would by itself
+                    mask = mask_for(args[0], dropout, self._modules[name])  # type: ignore[attr-defined]
+        return gated_mlp(args[0], projections[:-1], projections[-1], act, mask, dropout)
 
 
 def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], float] | None:
     """The linears as one node can compute them and the dropout they share; None: nothing is adapted, or something needs its own call."""
     roles, act = mlp.lora_roles, mlp.lora_act
     if mlp._modules[roles.act] is not act or is_hooked(act):
+        return None
+    if any(not _does_nothing(mlp._modules[name]) or is_hooked(mlp._modules[name]) for name in roles.idle):
         return None
     modules = [mlp._modules[name] for name in roles.linears]
     found = [None if m is None or is_hooked(m) else projection_of(m, x) for m in modules]
@@ -81,7 +86,8 @@ def match(module: nn.Module) -> Roles | str | None:
         return None
     if any(child._modules or child._parameters or child._buffers for child in rest.values()):
         return None
-    rest = {name: child for name, child in rest.items() if not _does_nothing(child)}
+    idle = tuple(name for name, child in rest.items() if _does_nothing(child))
+    rest = {name: child for name, child in rest.items() if name not in idle}
     functions = {name: function for name, child in rest.items() if (function := _function_of(child)) is not None}
     unknown = [f"'{name}' ({type(child).__name__})" for name, child in rest.items() if name not in functions]
     if not rest or all(isinstance(child, nn.Dropout) for child in rest.values()):
@@ -96,7 +102,7 @@ def match(module: nn.Module) -> Roles | str | None:
     why: str | None = None
     ((act, function),) = functions.items()
     for gate_up, down in possible:
-        roles = Roles(gate_up, down, act, function)
+        roles = Roles(gate_up, down, act, function, idle)
         why = _misfit(module, roles, linears)
         if why is None:
             return roles
@@ -126,17 +132,37 @@ def _function_of(child: nn.Module) -> str | None:
 
 
 def _misfit(module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> str | None:
+    # Values in float64 to the last digits, and in 16 bits to the bit: an upcast in between shows there only.
+    for dtype, tolerance, of_gradients in ((torch.float64, 1e-12, 1e-12), (torch.bfloat16, 0.0, 0.05)):
+        why = _misfit_in(dtype, module, roles, linears, tolerance, of_gradients)
+        if why is not None:
+            return why
+    return None
+
+
+def _misfit_in(
+    dtype: torch.dtype, module: nn.Module, roles: Roles, linears: dict[str, nn.Linear], tolerance: float, of_gradients: float
+) -> str | None:  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     shapes = {name: (SIZE, FFN * (3 - len(roles.gate_up))) for name in roles.gate_up} | {roles.down: (FFN, SIZE)}
-    small = {name: _linear(*shapes[name], child.bias is not None, generator) for name, child in linears.items()}
-    made = twin(module, {}, {name: small.get(name, child) for name, child in module._modules.items() if child is not None})
+    small = {name: _linear(*shapes[name], child.bias is not None, dtype, generator) for name, child in linears.items()}
+    made = twin(
+        module,
+        {},
+        {name: small[name] if name in small else twin(child, {}, {}) for name, child in module._modules.items() if child is not None},
+    )
     projections = [Projection(small[name].weight, small[name].bias, None, None, 1.0) for name in roles.linears]
     act = ACTIVATIONS[roles.function]
-    return misfit(made, lambda x: gated_mlp(x, projections[:-1], projections[-1], act), (2, 3, SIZE), torch.float64, 1e-12, 1e-12)
+    called = dict.fromkeys(small, 0)
+    for name, child in small.items():
+        child.register_forward_hook(lambda *_, name=name: called.__setitem__(name, called[name] + 1))  # type: ignore[misc]
+    why = misfit(made, lambda x: gated_mlp(x, projections[:-1], projections[-1], act), (2, 3, SIZE), dtype, tolerance, of_gradients)
+    odd = next((name for name, times in called.items() if times != RUNS), None)
+    return why or (f"it does not call '{odd}' once, but uses its weight" if odd is not None else None)
 
 
-def _linear(size_in: int, size_out: int, bias: bool, generator: torch.Generator) -> nn.Linear:
-    made = nn.Linear(size_in, size_out, bias, device="cpu", dtype=torch.float64).requires_grad_(False)
+def _linear(size_in: int, size_out: int, bias: bool, dtype: torch.dtype, generator: torch.Generator) -> nn.Linear:
+    made = nn.Linear(size_in, size_out, bias, device="cpu", dtype=dtype).requires_grad_(False)
     for parameter in made.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float64))
     return made

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...ops.linear import needs_plain
 from ...ops.rms_norm import Form, rms_norm
 from ..layer import Swapped
-from .probe import misfit, twin, unknown_attribute
+from .probe import is_as_probed, misfit, twin, unknown_attribute
 
 
 class FusedRmsNorm(Swapped):
@@ -24,15 +24,16 @@ class FusedRmsNorm(Swapped):
         """What to set on a module that `match` says can be fused."""
         return {"lora_form": found}
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, *args, **kwargs) -> Tensor:
         weight: Tensor = self.weight  # type: ignore[attr-defined]
+        x = args[0] if len(args) == 1 and not kwargs else None
         if (
-            args or kwargs or not hidden_states.requires_grad or not torch.is_grad_enabled()
-            or weight.requires_grad or hidden_states.dtype != weight.dtype or weight.dtype == torch.float64 or needs_plain()
+            x is None or not x.requires_grad or not torch.is_grad_enabled() or weight.requires_grad or x.dtype != weight.dtype
+            or weight.dtype == torch.float64 or not is_as_probed(self) or needs_plain()  # type: ignore[arg-type]
         ):  # fmt: skip
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         form, epsilon = self.lora_form
-        return rms_norm(hidden_states, weight, getattr(self, epsilon), form)
+        return rms_norm(x, weight, getattr(self, epsilon), form)
 
 
 def match(module: nn.Module) -> tuple[Form, str] | str | None:

@@ -1,0 +1,78 @@
+"""`lorakit doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..version import VERSION
+
+if TYPE_CHECKING:
+    from ..doctor.fused import FusedPart
+    from ..doctor.machine import Machine
+    from ..doctor.versions import Extra, Library
+
+
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
+    pins: Annotated[
+        bool, typer.Option("--pins", help="print the releases that lorakit is tested with, as a constraints file for pip")
+    ] = False,
+) -> None:
+    """What this machine can do: versions against the tested ones, devices, precisions, threads, a compiler, extras, disk.
+
+    The exit code is 0 when all can work, and 1 when a required library is missing, broken or outside lorakit's bounds.
+    """
+    from ..doctor import versions
+
+    if pins:
+        print(versions.pins(), end="")
+        return
+    system = platform.platform()
+    if not json_output:  # before anything that takes seconds is imported
+        print(f"lorakit {VERSION}, Python {platform.python_version()}, {system}\n", flush=True)
+    python = versions.python()
+    libraries = [*([python] if python.fix else []), *versions.required()]
+    extras = versions.extras()
+    works = not any(lib.fix for lib in libraries)
+    machine = fused = None
+    if all(lib.state not in versions.BAD for lib in libraries if lib.name in ("torch", "numpy")):
+        from ..doctor.machine import look
+
+        machine = look()
+    if works:
+        from ..doctor.fused import fused_report
+
+        fused = fused_report()
+    if json_output:
+        print(json.dumps({
+            "lorakit": VERSION, "python": platform.python_version(), "platform": system, "works": works,
+            "libraries": [{**asdict(lib), "fix": lib.fix} for lib in libraries],
+            "extras": [{**asdict(extra), "lacking": extra.lacking, "fix": extra.fix} for extra in extras],
+            "machine": asdict(machine) if machine else None, "fused": [asdict(part) for part in fused or ()],
+        }))  # fmt: skip
+    else:
+        _print(libraries, extras, machine, fused)
+    raise typer.Exit(0 if works else 1)
+
+
+def _print(libraries: list[Library], extras: list[Extra], machine: Machine | None, fused: list[FusedPart] | None) -> None:
+    from rich.console import Console
+
+    from ..doctor import show
+
+    console = Console(width=None if sys.stdout.isatty() else 140)  # in a pipe, lines that a script can read
+    sections = [show.libraries(libraries), show.extras(extras)]
+    if machine is not None:
+        sections += [show.devices(machine.devices), show.precisions(machine.precisions), show.machine(machine)]
+    if fused:
+        sections.append(show.fused(fused))
+    for section in sections:
+        console.print(section)
+        console.print()
+    console.print(show.summary(libraries))

@@ -1,0 +1,53 @@
+"""The installed libraries are judged by our bounds and by what was tested; what ships with the package is what is pinned."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakit.doctor import versions
+
+
+@pytest.mark.parametrize(
+    "here, state",
+    [("1.4", "tested"), ("1.4.0", "tested"), ("1.4+cpu", "tested"), ("1.3.9", "older"), ("1.5", "newer"), ("1.4.post1", "newer"),
+     ("0.9", "outside"), ("2.0", "outside"), (None, "missing")],
+)  # fmt: skip
+def test_a_version_is_judged_by_bounds_and_by_what_was_tested(here, state):
+    assert versions.judge("Some_Lib>=1.0,<2", here, "1.4").state == state
+
+
+def test_a_release_between_bounds_with_nothing_tested_is_no_fault():
+    assert versions.judge("lib>=1", "3", None).state == "untested"
+
+
+def test_the_fix_installs_the_tested_release():
+    assert versions.judge("lib>=1,<2", "2.5", "1.4").fix == "pip install 'lib==1.4'"
+    assert versions.judge("lib>=1,<2", None, None).fix == "pip install 'lib>=1,<2'"
+    assert versions.judge("lib>=1,<2", "1.4", "1.4").fix == ""
+
+
+def test_a_library_that_fails_on_import_is_broken_and_says_how(tmp_path, monkeypatch):
+    (tmp_path / "half_built.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = versions.importable(versions.Library("half_built", "1.0", "1.0", ">=1", "tested"))
+    assert (found.state, found.why) == ("broken", "RuntimeError: operator torchvision::nms does not exist")
+    assert found.fix == "pip install --force-reinstall 'half_built==1.0'"
+    works = versions.judge("pyyaml>=6", "6.0", "6.0")
+    assert versions.importable(works) == works
+
+
+def test_an_extra_lists_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda name: None if name == "trl" else "1.0" if name == "peft" else "99")
+    bench = next(extra for extra in versions.extras() if extra.name == "bench")
+    assert bench.lacking == ["trl"]
+    assert bench.fix == "pip install 'lorakit[bench]'"
+    complete = next(extra for extra in versions.extras() if extra.name == "gguf")
+    assert (complete.lacking, complete.fix) == ([], "")
+
+
+def test_pins_are_a_constraints_file_that_admits_what_is_needed():
+    from packaging.requirements import Requirement
+
+    pins = {pin.name: pin.specifier for pin in map(Requirement, versions.pins().splitlines())}
+    assert {"torch", "transformers", "peft"} <= pins.keys()
+    assert all(str(pin).startswith("==") for pin in pins.values())
