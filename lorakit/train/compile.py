@@ -53,24 +53,31 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_layers(model: nn.Module, rows: int, length: int, vocabulary: int) -> str:
-    """Compile them in place, on a batch of this size. What was done, for the start panel."""
+def compile_layers(model: nn.Module, rows: set[int], length: int, vocabulary: int) -> str:
+    """Compile them in place, on batches of these numbers of rows. What was done, for the start panel."""
     layers = repeated_layers(model)
     if not layers:
         raise TrainError(f"compile: {type(model).__name__} has no stack of like layers (a ModuleList) that trains; leave compile out")
     began = time.perf_counter()
-    for layer in layers:
-        layer.compile(dynamic=True)
     device = next(model.parameters()).device
     length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # Twice: the second finds the sizes that the first one's graph was too narrow for, a batch of one row among them.
-        for n in sorted({rows, max(2, rows - 1), 1}, reverse=True):
+        with torch.no_grad():  # what the loss finds out about a model, it finds out without layers that are compiled
+            row_losses(model, _batch(1, LENGTH_MULTIPLE, vocabulary, device))
+        for layer in layers:
+            layer.compile(dynamic=True)
+        for n in sorted(rows, reverse=True):
             row_losses(model, _batch(n, length, vocabulary, device)).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
     return f"{len(layers)} layers with inductor, {graphs()} graphs, in {time.perf_counter() - began:.0f} s"
+
+
+def rows_at_once(most: int, batch: int, rows: int) -> set[int]:
+    """Numbers of rows that need graphs of their own: any number from two on shares one, a single row has its own."""
+    last = rows % batch or batch  # of an epoch's last step
+    return {most} | ({1} if 1 in (most, batch % most, last % most) else set())
 
 
 def graphs() -> int:

@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from ..layers.fused.fused import ATTENTION, report
 from ..models.base import choose_device
 from . import defaults
 
@@ -104,6 +105,7 @@ def _facts(job: Job, step: int) -> Table:
         ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
         *([("memory", job.memory.reason)] if job.memory else []),
         *([("compiled", job.compiled)] if job.compiled else []),
+        *_fused(job),
         ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes over the data)"),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
@@ -113,6 +115,16 @@ def _facts(job: Job, step: int) -> Table:
     for note, count in data.notes.items():
         table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
     return table
+
+
+def _fused(job: Job) -> list[tuple[str, str]]:
+    """How much is computed as one node, and what is not and costs time for that; see `layers.fused`."""
+    if job.config.method != "lora" or job.compiled:
+        return []
+    rows = report(job.model)
+    done = [f"{row.modules} {row.kind}" for row in rows if row.why_not is None]
+    slower = [str(row) for row in rows if row.why_not is not None and (row.kind != ATTENTION or job.dtype.value.itemsize == 2)]
+    return [("fused", ", ".join(done) or "nothing"), *(("note", line) for line in slower)]
 
 
 def _why(device: Any) -> str:

@@ -111,8 +111,11 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     if device.type == "cpu" and short and not attention.is_used(model):
         model.set_attn_implementation("eager")
     longest = max(_longest(train) for _, train, _ in data.values())
-    rows_at_once = defaults.micro_batch(config, longest, device, accelerator.num_processes)
-    compiled = compile.compile_layers(model, rows_at_once.value, longest, len(tokenizer)) if config.compile else None
+    compiled = None
+    if config.compile:
+        most = defaults.micro_batch(config, longest, device, accelerator.num_processes).value
+        numbers = compile.rows_at_once(most, config.batch_size, len(data[DEFAULT][1]))
+        compiled = compile.compile_layers(model, numbers, longest, len(tokenizer))
     pad = tokenizer.pad_token_id
     jobs = []
     for name, each in configs.items():

@@ -66,6 +66,8 @@ def why_not(model: nn.Module) -> str | None:
         return "it is for a CPU"
     if parameter.element_size() != 2:
         return "in 32 bits the kernel's own backward is as fast"
+    if not any(getattr(m, "is_causal", False) for m in model.modules()):
+        return "its attention is not causal"
     odd = next((found for m in model.modules() if (found := _unknown_child(m)) is not None), None)
     return None if odd is None else f"its attention holds {odd}, which the fused form does not know"
 
