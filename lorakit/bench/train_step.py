@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import lorakit as lk
 
+from ..layers.fused.fused import report
+from ..train.compile import no_compiler
 from .measure import PRECISIONS, in_turn, kept_bytes
 
 TITLE = (
@@ -81,9 +83,25 @@ def full_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
     return llama(shape, dtype).requires_grad_(True)
 
 
+def compiled(build: Callable[[Shape, torch.dtype, float], nn.Module]) -> Callable[[Shape, torch.dtype, float], nn.Module]:
+    """The same side with its layers compiled by inductor, as `lorakit train --compile` compiles them."""
+
+    def side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+        model = build(shape, dtype, dropout)
+        for layer in next(m for m in model.modules() if isinstance(m, nn.ModuleList)):
+            layer.compile(dynamic=True)
+        return model
+
+    return side
+
+
 SIDES: dict[str, Callable[[Shape, torch.dtype, float], nn.Module]] = {
     "lorakit": lorakit_side, "PEFT": peft_side, "loralib": loralib_side, "full fine-tuning": full_side,
 }  # fmt: skip
+COMPILED: dict[str, Callable[[Shape, torch.dtype, float], nn.Module]] = {
+    f"{name}, compiled": compiled(build)
+    for name, build in {"floor": lambda shape, dtype, _: llama(shape, dtype), "lorakit": lorakit_side, "PEFT": peft_side}.items()
+}
 
 
 def step(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
@@ -111,9 +129,11 @@ def measure(
 
 
 def _draw(shape: Shape, dtype: torch.dtype, dropout: float, names: list[str], rounds: int) -> dict[str, tuple[float, int]]:
-    models = {"floor": llama(shape, dtype)} | {name: SIDES[name](shape, dtype, dropout) for name in names}
+    models = {"floor": llama(shape, dtype)} | {name: (SIDES | COMPILED)[name](shape, dtype, dropout) for name in names}
     ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.length), device=next(models["floor"].parameters()).device)
     forwards = {name: step(model, ids) for name, model in models.items()}
+    for forward in forwards.values():  # compiles, where there is something to compile
+        forward()
     kept = {name: kept_bytes(models[name], forward) for name, forward in forwards.items()}
 
     def whole(name: str) -> Callable[[], None]:
@@ -131,14 +151,16 @@ def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> 
     shape = Shape(layers=2, length=128) if quick else Shape()
     rows = []
     for dtype, dropout in product(precisions, (0.0, 0.1)):
-        found = measure(shape, dtype, dropout, ["lorakit", "PEFT"] if quick else list(SIDES), *((3, 1) if quick else (5, 3)))
+        names = ["lorakit", "PEFT"] if quick else [*SIDES, *(COMPILED if not dropout and no_compiler() is None else ())]
+        found = measure(shape, dtype, dropout, names, *((3, 1) if quick else (5, 3)))
         floor, peft = found["floor"], found["PEFT"]
+        fused = "; ".join(map(str, report(lorakit_side(shape, dtype, dropout))))
         for name, (seconds, kept) in found.items():
             rows.append(
                 {
                     "precision": str(dtype).removeprefix("torch."), "dropout": dropout, "side": name, "milliseconds": round(1e3 * seconds, 1),
                     "over floor": round(seconds / floor[0], 2), "over PEFT": round(seconds / peft[0], 2), "kept MB": round(kept / 1e6, 1),
-                    "kept over PEFT": round(kept / peft[1], 2),
+                    "kept over PEFT": round(kept / peft[1], 2), "fused": fused if name == "lorakit" else None,
                 }
             )  # fmt: skip
     return rows

@@ -56,7 +56,7 @@ def mask_for(x: Tensor, p: float, reader: object) -> Mask:
 
 def _shared(x: Tensor, p: float, reader: object, drawn: int) -> Mask:
     readers, version = _views(x), 0 if x.is_inference() else x._version
-    for outdated in [key for key in readers if key[0] != version]:  # written into since: nobody can read it again
+    for outdated in [key for key in readers if key[0] < version]:  # written into since: nobody can read it again
         del readers[outdated]
     key = (version, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, p)
     known = readers.get(key)

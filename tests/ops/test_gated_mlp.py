@@ -29,9 +29,10 @@ def linears(size: int, ffn: int, ranks: tuple, bias: bool = False, **dtypes) -> 
 
 
 def gated_mlp(x: Tensor, mlp: list[Projection], act: Activation, dropout: float = 0.0) -> Tensor:
-    """With a mask for x that no generator draws, and the first draw of a seed for h."""
+    """With a mask for x that no generator draws, where an update reads x, and the first draw of a seed for h."""
     seeds_of(0)
-    return ops.gated_mlp(x, mlp[:-1], mlp[-1], act, mask_of(x, dropout))
+    mask = mask_of(x, dropout) if any(one.A is not None for one in mlp[:-1]) else None
+    return ops.gated_mlp(x, mlp[:-1], mlp[-1], act, mask, dropout)
 
 
 def plain(x: Tensor, mlp: list[Projection], act: Activation, dropout: float = 0.0) -> Tensor:
@@ -176,6 +177,16 @@ def test_gate_and_up_share_a_mask_and_down_has_another():
     torch.testing.assert_close(gated_mlp(x, [ones, ones, adapted], identity, 0.5), expected)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+def test_a_seed_is_drawn_for_an_update_of_down_only(ranks, dropout):
+    """As each linear by itself does, so torch's generator moves on the same way; the mask for x is the caller's."""
+    x, mlp = randn(3, 4).requires_grad_(), linears(4, 6, ranks, dtype=torch.float64)
+    first, second = seeds_of(2)
+    gated_mlp(x, mlp, SILU, dropout).sum().backward()
+    assert draw_seed() == (second if dropout and ranks[-1] is not None else first)
+
+
 def test_a_second_derivative_is_refused_rather_than_wrong():
     x, mlp = randn(3, 4).requires_grad_(), linears(4, 6, (2, 2, 2), dtype=torch.float64)
     (first,) = torch.autograd.grad(gated_mlp(x, mlp, SILU).square().sum(), x, create_graph=True)
@@ -192,7 +203,7 @@ def test_gradient_checkpointing_makes_the_same_masks_again(ranks, reentrant):
     of, found = wanted(x, mlp), []
 
     def run(x: Tensor) -> Tensor:
-        return ops.gated_mlp(x, mlp[:-1], mlp[-1], SILU, draw_mask(x, 0.5, draw_seed()))
+        return ops.gated_mlp(x, mlp[:-1], mlp[-1], SILU, draw_mask(x, 0.5, draw_seed()), 0.5)
 
     for way in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
         seeds_of(0)

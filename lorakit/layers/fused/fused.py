@@ -7,7 +7,6 @@ While B is zero, values have the base's bits either way.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from ..swap import adapted_class, mixin_and_base, rebind_hooked_forward
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm
 from .gated_mlp import FusedGatedMlp
+from .probe import settings
 from .rms_norm import FusedRmsNorm
 
 Match = Callable[[nn.Module], Any]  # what was found, or why the module cannot be fused, or None
@@ -31,7 +31,6 @@ KINDS: dict[Kind, tuple[str, Match]] = {
     FusedGatedMlp: ("gated MLP", gated_mlp.match),
 }
 ATTENTION, LINEAR = "attention's backward", "linear with its update"
-_TORCHS = frozenset(nn.Module().__dict__)
 _OWN = ("lora_form", "lora_roles", "lora_act")
 
 
@@ -110,21 +109,8 @@ def _applicable(module: nn.Module) -> bool:
 
 def _like(module: nn.Module) -> tuple:
     """Equal for modules of one class and config: what a probe of one says goes for the other."""
-    children = tuple((name, type(child), _shapes(child), _settings(child)) for name, child in module._modules.items() if child is not None)
-    return type(module), type(module).forward, _settings(module), children, _shapes(module)
-
-
-def _settings(module: nn.Module) -> tuple:
-    """All that may steer its forward."""
-    own = tuple((k, _known(v)) for k, v in module.__dict__.items() if k not in _TORCHS and not k.startswith("lora_"))
-    return own, tuple((name, None if b is None else b.shape) for name, b in module._buffers.items())
-
-
-def _known(value: object) -> object:
-    """What tells a value from another one: plain values by what they are, all else by being that object."""
-    if isinstance(value, functools.partial):
-        return id(value.func), repr(value.args), repr(value.keywords)
-    return repr(value) if isinstance(value, int | float | str | tuple | None) else id(value)
+    children = tuple((name, type(child), _shapes(child), settings(child)) for name, child in module._modules.items() if child is not None)
+    return type(module), type(module).forward, settings(module), children, _shapes(module)
 
 
 def _shapes(module: nn.Module) -> tuple:

@@ -15,7 +15,7 @@ from ...ops.shared_mask import mask_for
 from ..frozen import is_hooked
 from ..layer import Swapped
 from ..linear import makes_gradients, projection_of
-from .probe import RUNS, is_as_probed, misfit, twin, unknown_attribute
+from .probe import RUNS, is_as_probed, misfit, settings, twin, unknown_attribute
 
 SIZE, FFN = 5, 7  # of the twin that is probed: small, odd and unequal
 
@@ -38,12 +38,12 @@ class FusedGatedMlp(Swapped):
     """In front of the MLP's own class, whose forward is called wherever the node does not apply."""
 
     lora_roles: Roles
-    lora_act: nn.Module  # the one that was probed: of another one in its place nothing is known
+    lora_act: tuple  # the activation as it was probed, see `_as_probed`: of another one in its place nothing is known
 
     @staticmethod
     def lora_settings(module: nn.Module, found: Any) -> dict[str, object]:
         """What to set on a module that `match` says can be fused."""
-        return {"lora_roles": found, "lora_act": module._modules[found.act]}
+        return {"lora_roles": found, "lora_act": _as_probed(module._modules[found.act])}
 
     def forward(self, *args, **kwargs) -> Tensor:
         alone = len(args) == 1 and not kwargs and makes_gradients(self) and is_as_probed(self)  # type: ignore[arg-type]
@@ -61,12 +61,13 @@ class FusedGatedMlp(Swapped):
 
 def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], float] | None:
     """The linears as one node can compute them and the dropout they share; None: nothing is adapted, or something needs its own call."""
-    roles, act = mlp.lora_roles, mlp.lora_act
-    if mlp._modules[roles.act] is not act or is_hooked(act):
+    roles, children = mlp.lora_roles, mlp._modules
+    act, idle = children.get(roles.act), [children.get(name) for name in roles.idle]
+    if act is None or _as_probed(act) != mlp.lora_act or is_hooked(act):
         return None
-    if any(not _does_nothing(mlp._modules[name]) or is_hooked(mlp._modules[name]) for name in roles.idle):
+    if any(child is None or not _does_nothing(child) or is_hooked(child) for child in idle):
         return None
-    modules = [mlp._modules[name] for name in roles.linears]
+    modules = [children.get(name) for name in roles.linears]
     found = [None if m is None or is_hooked(m) else projection_of(m, x) for m in modules]
     if any(f is None for f in found):
         return None
@@ -103,9 +104,10 @@ def match(module: nn.Module) -> Roles | str | None:
     ((act, function),) = functions.items()
     for gate_up, down in possible:
         roles = Roles(gate_up, down, act, function, idle)
-        why = _misfit(module, roles, linears)
-        if why is None:
+        misfitting = _misfit(module, roles, linears)
+        if misfitting is None:
             return roles
+        why = why or misfitting  # of the natural order, which comes first
     return why
 
 
@@ -119,7 +121,13 @@ def _possible_roles(linears: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _does_nothing(child: nn.Module) -> bool:
-    return isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and child.p == 0)
+    forward = type(child).forward  # of a subclass it may be another one
+    return forward is nn.Identity.forward or (forward is nn.Dropout.forward and getattr(child, "p", 1) == 0)
+
+
+def _as_probed(act: nn.Module | None) -> tuple:
+    """What tells an activation from another one, and from itself with another function in it."""
+    return (act, type(act).forward, settings(act)) if act is not None else ()
 
 
 def _function_of(child: nn.Module) -> str | None:

@@ -7,7 +7,9 @@ model on the meta device can be probed too), and a module is refused before that
 
 from __future__ import annotations
 
+import functools
 import itertools
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +23,7 @@ RUNS = len(SIZES) * len(MODES)  # of a module's forward in one probe
 
 Run = Callable[[Tensor], Tensor]
 
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 # What libraries note on modules and no forward reads.
 _HARMLESS = frozenset({"config", "_is_hf_initialized", "layer_idx"})
@@ -29,6 +32,21 @@ _HARMLESS = frozenset({"config", "_is_hf_initialized", "layer_idx"})
 def is_as_probed(module: nn.Module) -> bool:
     """Whether a fused module's own class still has the forward that was probed; it may have been patched since."""
     return type(module).__bases__[1].forward is type(module).lora_probed  # type: ignore[attr-defined]
+
+
+def settings(module: nn.Module) -> tuple:
+    """All that may steer its forward."""
+    own = tuple((k, _known(v)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith("lora_"))
+    return own, tuple((name, None if b is None else b.shape) for name, b in module._buffers.items())
+
+
+def _known(value: object) -> object:
+    """What tells a value from another one: plain values by what they are, all else by being that object."""
+    if isinstance(value, functools.partial):
+        return value.func, repr(value.args), repr(value.keywords)
+    if isinstance(value, _FUNCTIONS):
+        return value
+    return repr(value) if isinstance(value, int | float | str | tuple | None) else id(value)
 
 
 def unknown_attribute(module: nn.Module, known: Iterable[object]) -> str | None:

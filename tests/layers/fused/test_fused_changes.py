@@ -18,7 +18,7 @@ from lorakit.layers.fused import fused
 
 
 def odd_function(layer: nn.Module) -> None:
-    layer.after = torch.sin
+    layer.after = torch.abs  # not sin: of 1e8 in float64 it has 8 digits only
 
 
 def odd_buffer(layer: nn.Module) -> None:
@@ -54,10 +54,6 @@ class Given(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="what is known of one module is applied to others that differ in attributes that are no number or text, in buffers, or in their activation",
-)
 @pytest.mark.parametrize("odd", [odd_function, odd_buffer, odd_activation])
 def test_a_layer_with_something_of_its_own_is_not_taken_for_the_one_before(odd):
     layers = [Optional(), Optional()]
@@ -97,7 +93,6 @@ def test_a_hook_that_was_there_before_attach_has_its_effect():
     assert seen
 
 
-@pytest.mark.xfail(strict=True, reason="children that do nothing are not looked at again")
 @pytest.mark.parametrize("child", ["drop", "same"])
 def test_a_hook_on_a_child_that_does_nothing_has_its_effect(child):
     model = net(Named)
@@ -106,7 +101,6 @@ def test_a_hook_on_a_child_that_does_nothing_has_its_effect(child):
     compare(model)
 
 
-@pytest.mark.xfail(strict=True, reason="children that do nothing are not looked at again")
 def test_a_dropout_that_is_turned_on_after_attach_drops():
     model = net(Named)
     model.layers[0].drop.p = 0.5
@@ -130,17 +124,13 @@ def test_a_class_that_is_patched_before_attach_is_probed_as_it_is(monkeypatch):
     compare(model)
 
 
-@pytest.mark.xfail(strict=True, reason="the class's forward is not looked at again")
 def test_a_class_that_is_patched_after_attach_is_followed(monkeypatch):
     model = net(Mlp)
     monkeypatch.setattr(Mlp, "forward", lambda self, x: self.down(self.act(self.gate(x))))
     compare(model)
 
 
-OTHER_NAME = pytest.mark.xfail(strict=True, raises=TypeError, reason="the fused forward knows its input as x only")
-
-
-@pytest.mark.parametrize("how", ["name", pytest.param("other name", marks=OTHER_NAME), "more"])
+@pytest.mark.parametrize("how", ["name", "other name", "more"])
 def test_arguments_are_handed_on_as_they_come(how):
     class Asked(Mlp):
         def forward(self, hidden_states: Tensor, factor: float = 1.0) -> Tensor:

@@ -233,10 +233,7 @@ def test_a_trained_weight_gets_its_gradient():
     compare(net)
 
 
-OTHER_NAME = pytest.mark.xfail(strict=True, raises=TypeError, reason="the fused forward knows its input as hidden_states only")
-
-
-@pytest.mark.parametrize("name", [pytest.param("x", marks=OTHER_NAME), "hidden_states"])
+@pytest.mark.parametrize("name", ["x", "hidden_states"])
 def test_the_input_may_be_given_by_its_name(name):
     class Named(Norm):
         def forward(self, hidden_states: Tensor) -> Tensor:
@@ -248,10 +245,6 @@ def test_the_input_may_be_given_by_its_name(name):
     torch.testing.assert_close(net.norm(**{name: x}), net.norm(x))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="what is known of one module is applied to others that differ in attributes that are no number or text, in buffers, or in their activation",
-)
 def test_a_second_norm_with_something_of_its_own_is_not_taken_for_the_first():
     class Optional(Norm):
         after: Callable[[Tensor], Tensor] | None = None
@@ -268,7 +261,6 @@ def test_a_second_norm_with_something_of_its_own_is_not_taken_for_the_first():
     compare(Net(make))
 
 
-@pytest.mark.xfail(strict=True, reason="the class's forward is not looked at again")
 def test_a_class_that_is_patched_after_attach_is_followed(monkeypatch):
     net = Net(Norm)
     monkeypatch.setattr(Norm, "forward", lambda self, x: x * 2)

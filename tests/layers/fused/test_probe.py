@@ -54,6 +54,15 @@ def test_what_computes_something_else_is_said_to(other):
     assert "forward" in Other.__dict__
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_what_differs_in_one_mode_only_is_a_misfit(mode):
+    class Moody(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * x if self.training == mode else 2 * x
+
+    assert "values" in probe(Moody())
+
+
 def test_the_reason_names_what_differs():
     assert "values" in probe(Doubled(2.001))
     assert "gradients" in probe(Doubled(), run=lambda x: 2 * x.detach() + x - x.detach())
