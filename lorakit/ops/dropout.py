@@ -8,6 +8,9 @@ of the time of drawing again, and the packed mask 1/32 of the memory of a float3
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +56,48 @@ def draw_mask(x: Tensor, p: float, seed: int) -> Mask:
 def masked(x: Tensor, mask: Mask) -> Tensor:
     """x with what is dropped set to zero; a new tensor, without gradients."""
     if x.device.type == "cpu" or _planned(x):
-        integer = _INTEGERS[x.element_size()]
-        return (x.view(integer) & _bits(x, mask).to(integer)).view(x.dtype)  # all bits of an element or none
+        return (x.view(_INTEGERS[x.element_size()]) & _wide(x, mask)).view(x.dtype)  # all bits of an element or none
     generator = torch.Generator(x.device).manual_seed(int(mask.state))
     return torch.empty_like(x).bernoulli_(kept_share(mask.p), generator=generator).mul_(x)
+
+
+def masked_input(x: Tensor, mask: Mask | None) -> Tensor:
+    """The same for a linear's input, x itself without a mask. Not to be changed: linears that read one input get one tensor."""
+    if mask is None:
+        return x
+    if _planned(x) or x.is_inference() or mask.state.is_inference() or x.device.type != "cpu":
+        return masked(x, mask)
+    return _latest_inputs.of(x, mask, masked)
+
+
+class _Latest(threading.local):
+    """The last result of a function of a tensor and a mask, for as long as both are alive.
+
+    q, k and v ask for the same masked input, one after the other, in forward and again in backward. (Writing through `.data` is not seen,
+    as autograd does not see it; each forward has a mask of its own.)
+    """
+
+    def __init__(self) -> None:
+        self.key: tuple | None = None
+        self.made: Tensor | None = None
+
+    def of(self, x: Tensor, mask: Mask, make: Callable[[Tensor, Mask], Tensor]) -> Tensor:
+        """make(x, mask), made anew only if either is another tensor than last time."""
+        key = _place(x), _place(mask.state), mask.p
+        if self.made is None or key != self.key:
+            fields = self.__dict__  # this thread's
+            self.made = make(x, mask)
+            self.key = key
+            self.alive = [weakref.ref(t.untyped_storage(), lambda _: fields.update(made=None)) for t in (x, mask.state)]
+        return self.made
+
+
+_latest_inputs, _latest_wide = _Latest(), _Latest()
+
+
+def _place(x: Tensor) -> tuple:
+    """What tells a tensor from any other that is alive, whichever Python object stands for it."""
+    return x.untyped_storage()._cdata, x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
 def scaled(x: Tensor, mask: Mask) -> Tensor:
@@ -64,12 +105,21 @@ def scaled(x: Tensor, mask: Mask) -> Tensor:
     return x * (masked(torch.ones_like(x), mask) / kept_share(mask.p))
 
 
-def _bits(x: Tensor, mask: Mask) -> Tensor:
-    """-1 (kept) or 0, int8, in x's shape."""
+def _wide(x: Tensor, mask: Mask) -> Tensor:
+    """-1 (kept) or 0, in x's shape, as integers that are as wide as x's elements."""
+    integer = _INTEGERS[x.element_size()]
     if _planned(x):
-        return x.new_empty(x.shape, dtype=torch.int8)
-    bits = np.unpackbits(mask.state.numpy(), count=x.numel()).view(np.int8)
-    return torch.from_numpy(np.negative(bits, out=bits)).view(x.shape)
+        return x.new_empty(x.shape, dtype=integer)
+    if mask.state.is_inference():
+        return _unpacked(mask, x.numel()).to(integer).view(x.shape)
+    made = _latest_wide.of(mask.state, mask, lambda _, mask: _unpacked(mask, x.numel()).to(integer))
+    return (made if made.dtype == integer else _unpacked(mask, x.numel()).to(integer)).view(x.shape)
+
+
+def _unpacked(mask: Mask, elements: int) -> Tensor:
+    """-1 (kept) or 0, int8."""
+    bits = np.unpackbits(mask.state.numpy(), count=elements).view(np.int8)
+    return torch.from_numpy(np.negative(bits, out=bits))
 
 
 def _rounded(p: float) -> tuple[int, int]:

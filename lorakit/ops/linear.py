@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
-from .dropout import Mask, kept_share, masked, scaled
-from .groups import add_product, groups
+from .dropout import Mask, kept_share, masked, masked_input, scaled
+from .groups import add_product, gradient_of_B, groups, product
 
 
 def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -35,8 +35,8 @@ def add_low_rank(
     if not into or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
         return y + reference(scaled(x, mask) if mask else x, A, B, scale)
     if not (mask or torch.is_grad_enabled()) and y.is_contiguous():  # decoding: an autograd node's own cost would show
-        down = F.linear(x, A.to(y.dtype))
-        y.view(-1, y.shape[-1]).addmm_(down.view(-1, down.shape[-1]), B.to(y.dtype).T, alpha=scale)
+        down = product(x.reshape(-1, x.shape[-1]), A.to(y.dtype).T, scale)
+        y.view(-1, y.shape[-1]).addmm_(down, B.to(y.dtype).T)
         return y
     return _AddLowRank.apply(y, x, A, B, scale, mask.p if mask else 0.0, mask.state if mask else None)
 
@@ -67,10 +67,10 @@ class _AddLowRank(torch.autograd.Function):
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, state: Tensor | None) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         scale = scale / kept_share(p)
-        dropped = x2 if state is None else masked(x2, Mask(p, state))
-        down = groups(dropped, A) @ A.to(y.dtype).mT  # [N, r]
+        dropped = masked_input(x2, None if state is None else Mask(p, state))
+        down = product(groups(dropped, A), A.to(y.dtype).mT, scale)  # [N, r]
         out = y if y.is_contiguous() else y.contiguous()
-        add_product(out.view(-1, out.shape[-1]), down, B.to(y.dtype).mT, scale)
+        add_product(out.view(-1, out.shape[-1]), down, B.to(y.dtype).mT)
         ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         kept = state if needs_x or needs_A else None
@@ -87,9 +87,9 @@ class _AddLowRank(torch.autograd.Function):
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         mask = None if state is None else Mask(ctx.p, state)
         g2 = g.reshape(-1, g.shape[-1])
-        inner = (groups(g2, B) @ B.to(g.dtype)).mul_(ctx.scale) if needs_x or needs_A else None  # [N, r]
-        dA = (inner.mT @ groups(x if mask is None else masked(x, mask), A)).to(A.dtype) if needs_A else None  # type: ignore[union-attr]
-        dB = (groups(g2, B).mT @ down).to(B.dtype).mul_(ctx.scale) if needs_B else None
+        inner = product(groups(g2, B), B.to(g.dtype), ctx.scale) if needs_x or needs_A else None  # [N, r]
+        dA = (inner.mT @ groups(masked_input(x, mask), A)).to(A.dtype) if needs_A else None  # type: ignore[union-attr]
+        dB = gradient_of_B(down, g2, B.dtype) if needs_B else None
         dx = (inner @ A.to(g.dtype)).view(-1, ctx.shape[-1]) if needs_x else None  # type: ignore[operator]
         if mask is not None and dx is not None:
             dx = masked(dx, mask)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import without_autocast
-from .dropout import Mask, kept_share, masked
-from .groups import add_product, groups
+from .dropout import Mask, kept_share, masked, masked_input
+from .groups import add_product, gradient_of_B, groups, product
 
 
 class Projection(NamedTuple):
@@ -96,7 +96,7 @@ def backward(
     dtype = grads[0].dtype
     inner = None
     if wanted.x or any(wanted.A):
-        inners = [(groups(g, p.B) @ p.B.to(dtype)).mul_(p.scale) for g, p in zip(grads, projections) if p.B is not None]
+        inners = [product(groups(g, p.B), p.B.to(dtype), p.scale) for g, p in zip(grads, projections) if p.B is not None]
         inner = inners[0] if len(inners) == 1 else torch.cat(inners, dim=-1) if inners else None  # [N, Σ r]
     dA = inner.mT @ groups(dropped, inner) if inner is not None and any(wanted.A) else None  # type: ignore[arg-type]  # [Σ r, in]
     gradients: list[Tensor | None] = []
@@ -105,7 +105,7 @@ def backward(
     )  # fmt: skip
     for dA_part, down_part, g, p, needs_A, needs_B in parts:
         gradients += [None, None, None if dA_part is None or not needs_A else dA_part.to(p.A.dtype)]  # type: ignore[union-attr]
-        gradients.append(_gradient_of_B(down_part, g, p) if needs_B and down_part is not None else None)
+        gradients.append(gradient_of_B(down_part, g, p.B.dtype).mul_(p.scale) if needs_B and down_part is not None else None)  # type: ignore[union-attr]
     if not wanted.x:
         return None, gradients
     dx = grads[0] @ projections[0].W  # [N, in]: one buffer for all that follows
@@ -118,11 +118,6 @@ def backward(
         else:
             dx.add_(masked((inner @ factors).view_as(dx), mask))  # type: ignore[operator]
     return dx, gradients
-
-
-def _gradient_of_B(down: Tensor, g: Tensor, p: Projection) -> Tensor:
-    # (downᵀ g)ᵀ: the product with the long side last takes 0.9 of gᵀ down's time in bf16, and half in float32 (1,024 x 512, rank 16).
-    return (down.mT @ groups(g, down)).mul_(p.scale).mT.to(p.B.dtype, memory_format=torch.contiguous_format)  # type: ignore[union-attr]
 
 
 def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
@@ -140,14 +135,22 @@ def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int =
 
 
 class _Project(torch.autograd.Function):
+    """One projection, written out: this runs for every adapted linear, and lists would be a tenth of what it adds to the base's time."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, p: float, state: Tensor | None, scale: float, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, p: float, state: Tensor | None, scale: float, W, bias, A, B) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        (out,), down = forward(x2, x2 if state is None else masked(x2, Mask(p, state)), unflat(tensors, [scale], p))
-        ctx.wanted = wanted = Wanted.of(ctx.needs_input_grad[0], ctx.needs_input_grad[4:])
+        out = F.linear(x2, W, bias)  # [N, out]
+        scale = scale / kept_share(p) if p else scale
+        down = None
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+        if A is not None:
+            kept = masked_input(x2, None if state is None else Mask(p, state))
+            down = product(groups(kept, A), A.to(x.dtype).mT, scale)  # [N, r]
+            add_product(out, down, B.to(x.dtype).mT)
         ctx.p, ctx.scale, ctx.shape = p, scale, x.shape
-        kept_state = state if wanted.x or any(wanted.A) else None
-        ctx.save_for_backward(x2 if any(wanted.A) else None, kept_state, down if any(wanted.B) else None, *tensors)
+        needs_mask = state is not None and (needs_x or needs_A)
+        ctx.save_for_backward(x2 if needs_A else None, state if needs_mask else None, down if needs_B else None, W, A, B)
         # Not a view: callers may change a linear's output in place, and autograd refuses that for views made by a node.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -155,9 +158,20 @@ class _Project(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, state, down, *tensors = ctx.saved_tensors
+        x, state, down, W, A, B = ctx.saved_tensors
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+        g = g.reshape(-1, g.shape[-1])
         mask = None if state is None else Mask(ctx.p, state)
-        dropped = x if mask is None or x is None else masked(x, mask)
-        projections = unflat(tensors, [ctx.scale], ctx.p)
-        dx, gradients = backward([g.reshape(-1, g.shape[-1])], x, dropped, mask, down, projections, ctx.wanted)
-        return (dx.view(ctx.shape) if dx is not None else None, None, None, None, *gradients)
+        dx = g @ W if needs_x else None  # [N, in]: one buffer for all that follows
+        dA = dB = None
+        if B is not None and (needs_x or needs_A):
+            inner = groups(g, B) @ B.to(g.dtype)  # [N, r]
+            if needs_A:
+                dA = product(inner.mT, groups(masked_input(x, mask), inner), ctx.scale).to(A.dtype)
+            if dx is not None and mask is None:
+                add_product(dx, inner, A.to(g.dtype), ctx.scale)
+            elif dx is not None:
+                dx.add_(masked(product(inner, A.to(g.dtype), ctx.scale).view_as(dx), mask))  # type: ignore[arg-type]
+        if needs_B:
+            dB = gradient_of_B(down, g, B.dtype)
+        return dx.view(ctx.shape) if dx is not None else None, None, None, None, None, None, dA, dB
