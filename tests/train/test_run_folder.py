@@ -39,6 +39,15 @@ def test_the_same_run_goes_on(begun, config):
     assert begun.config.read_text() == before
 
 
+def test_a_run_of_a_release_with_fewer_settings_goes_on(begun, config):
+    then = yaml.safe_load(begun.config.read_text())
+    del then["compile"], then["rslora"]
+    begun.config.write_text(yaml.safe_dump(then))
+    begun.open(config, "a" * 64)
+    with pytest.raises(TrainError, match="compile: False then, True now"):
+        begun.open(config.replace(compile=True), "a" * 64)
+
+
 def test_other_settings_are_refused_with_the_difference(begun, config):
     with pytest.raises(TrainError) as error:
         begun.open(config.replace(rank=8, learning_rate=1e-3), "a" * 64)
