@@ -258,7 +258,9 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     else:
         _activate(model, state, {n: w for n, w in state.active.items() if n in state.adapters})
     fastpath.reopen(model)
-    if not state.adapters:
+    if state.adapters:
+        fused.adopt(model)  # what only the adapter that left kept from being fused
+    else:
         fused.release(model)
         attention.leave(model)
     return model

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 from lorakit.demo import ASSETS
-from lorakit.demo_rows import chosen, usual
+from lorakit.demo_rows import MANY, ONE_IN, chosen, usual
 from lorakit.evaluate.slots import check_slots, parse_mr
 
 
@@ -42,6 +42,6 @@ def test_the_slice_keeps_every_meaning_and_its_texts_state_all_slots():
 
 def test_meanings_with_few_properties_are_thinned_out_and_none_with_many():
     rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()]
-    before, after = (Counter(len(parse_mr(r["prompt"].strip())) >= 6 for r in some) for some in (usual(rows), chosen(rows)))
+    before, after = (Counter(len(parse_mr(r["prompt"].strip())) >= MANY for r in some) for some in (usual(rows), chosen(rows)))
     assert after[True] == before[True]
-    assert after[False] == -(-before[False] // 3)
+    assert after[False] == -(-before[False] // ONE_IN)

@@ -12,8 +12,13 @@ def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
     return (
         is_plain_weight(module)
         and x.dtype == module._parameters["weight"].dtype  # type: ignore[union-attr]
-        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))  # it does not know of "meta"
+        and not is_casting(x)
     )
+
+
+def is_casting(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (it does not know of "meta")."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def is_plain_weight(module: nn.Module) -> bool:

@@ -5,8 +5,8 @@ same storage at the same version, seen through the same shape and strides. No cl
 
 Every linear still draws a seed of its own, in the order of the calls, and the first one's counts. So torch's generator moves on the same way
 however many linears share, and gradient checkpointing, which runs a part of the forward again with the generator set back, can tell by the seed
-drawn which mask a linear had, even if the first reader lies outside of the part. A linear that comes again with the same tensor starts a
-new pass with a new mask.
+drawn which mask a linear had, even if the first reader lies outside of the part. When a linear reads the same tensor a
+second time, a new pass begins, with a new mask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .dropout import Mask, draw_mask, draw_seed
+from .dropout import Mask, draw_mask, draw_seed, planned
 
 # Seeds remembered of a tensor that is read in pass after pass (all rows of a small data set, say): far more than graphs are ever alive.
 REMEMBERED = 4096
@@ -48,7 +48,7 @@ _inputs = _Inputs()
 def mask_for(x: Tensor, p: float, reader: object) -> Mask:
     """The mask with which `reader` (a module) drops elements of its input x."""
     drawn = draw_seed()
-    if type(x) is not Tensor:  # a subclass, such as a fake tensor in planning: its storage says little
+    if planned(x):  # its storage says nothing
         return draw_mask(x, p, drawn)
     with _inputs.lock:
         return _shared(x, p, reader, drawn)

@@ -22,8 +22,10 @@ from .loss import row_losses
 LENGTH_MULTIPLE = 8  # of a batch's columns, see `data.batches.collate`
 
 
-def check(config: TrainConfig, device: torch.device, processes: int) -> None:
+def check(config: TrainConfig, device: torch.device, processes: int, runs: int = 1) -> None:
     """Refuse what compiled steps are not known to be right for, and machines that cannot compile."""
+    if runs > 1:
+        raise ConfigError("compile: runs that train together need another graph for each mix of them; leave it out")
     if processes > 1:
         raise ConfigError(f"compile: with {processes} processes it has not been shown to be right; leave one of the two out")
     if device.type not in ("cpu", "cuda"):
@@ -67,8 +69,12 @@ def compile_layers(model: nn.Module, rows: set[int], length: int, vocabulary: in
             row_losses(model, _batch(1, LENGTH_MULTIPLE, vocabulary, device))
         for layer in layers:
             layer.compile(dynamic=True)
-        for n in sorted(rows, reverse=True):
-            row_losses(model, _batch(n, length, vocabulary, device)).sum().backward()
+        try:
+            for n in sorted(rows, reverse=True):
+                row_losses(model, _batch(n, length, vocabulary, device)).sum().backward()
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise TrainError(f"compile: inductor could not compile {type(model).__name__}: {first}\n  leave compile out") from error
     for parameter in model.parameters():
         parameter.grad = None
     return f"{len(layers)} layers with inductor, {graphs()} graphs, in {time.perf_counter() - began:.0f} s"

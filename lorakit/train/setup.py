@@ -86,7 +86,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     accelerator = Accelerator(mixed_precision="no")  # the base's precision is `config.precision`; factors are float32
     device = accelerator.device
     if config.compile:
-        compile.check(config, device, accelerator.num_processes)
+        compile.check(config, device, accelerator.num_processes, len(configs))
     full, alone = config.method == "full", list(configs) == [DEFAULT]
     dtype = Choice(torch.float32, "full fine-tuning has no other copy of the weights") if full else choose_dtype(config.precision, device)
     # Before anything is written or loaded. (What runs that train together need is not estimated.)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
 import tiny_lm
 
 from lorakit.cli import run
+
+STARTING = re.compile(r"^lorakit: .* \.\.\.\n", re.MULTILINE)  # what a verb says at once; test_starting.py has it
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +34,7 @@ def trained(model, data, tmp_path_factory):
 
 @pytest.fixture
 def lorakit(capsys, monkeypatch):
-    """`lorakit(*args)`: exit code, what was printed, what was said on stderr."""
+    """`lorakit(*args)`: exit code, what was printed, what was said on stderr (but for the line at the start)."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*args, stdin: str | None = None):
@@ -40,6 +43,6 @@ def lorakit(capsys, monkeypatch):
         capsys.readouterr()
         code = run([str(arg) for arg in args])
         told = capsys.readouterr()
-        return code, told.out, told.err
+        return code, told.out, STARTING.sub("", told.err)
 
     return call

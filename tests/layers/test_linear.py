@@ -279,3 +279,19 @@ def test_plain_linears_take_the_one_node_path_and_others_do_not():
     assert "_Project" in type(adapted(linear())(x).grad_fn).__name__
     assert "_Project" not in type(adapted(Squashed(8, 5))(x).grad_fn).__name__
     assert issubclass(type(adapted(linear())[0]), LinearLayer)
+
+
+def test_autocast_with_a_base_that_gives_float32():
+    class Wide(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).float()
+
+    model = adapted(Wide(8, 5), dropout=0.2).train()
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.sum().backward()
+    assert model[0].lora_default.A.grad.dtype == torch.float32
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(model(x).double(), plain(model, x), atol=0.1, rtol=0.1)

@@ -356,3 +356,21 @@ def test_linears_of_one_input_have_equal_masks_and_others_independent_ones():
     for another in (made["q"](other), made["q"](x)):
         correlation = torch.corrcoef(torch.cat([q, another], dim=1).T)[0, 1]
         assert abs(float(correlation)) < 5 / 2000**0.5
+
+
+def test_a_parameter_is_an_input_like_any_other():
+    x = torch.nn.Parameter(torch.ones(64, 64))
+    kept = masked(x.detach(), mask_for(x, 0.5, object())).mean()
+    assert 0.45 < float(kept) < 0.55
+    one, other = object(), object()
+    assert mask_for(x, 0.5, one).state is mask_for(x, 0.5, other).state
+
+
+def test_the_default_device_has_no_part_in_it():
+    x = torch.ones(8, 8)
+    torch.manual_seed(3)
+    expected = masked(x, mask_for(x, 0.5, object()))
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        mask = mask_for(x.clone(), 0.5, object())
+    assert torch.equal(masked(x, mask), expected)

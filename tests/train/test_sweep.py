@@ -186,7 +186,7 @@ def test_the_held_out_rows_do_not_depend_on_the_seed(make_config, tmp_path):
 def eventful(make_sweep, out):
     """Dropout, unequal lengths, an early stop, accumulation."""
     return make_sweep(
-        out=out, learning_rate=[5e-3, 1.0], steps=None, epochs=[1.0, 2.0], dropout=0.1, eval_every=1, save_every=3, patience=1,
+        out=out, learning_rate=[5e-3, 3.0], steps=None, epochs=[1.0, 2.0], dropout=0.1, eval_every=1, save_every=3, patience=1,
         schedule="constant", micro_batch=5,
     )  # fmt: skip
 

@@ -63,9 +63,9 @@ def why_not(model: nn.Module) -> str | None:
     # Of any device: a model may be planned on the meta device.
     parameter = next((p for p in model.parameters() if p.dtype.is_floating_point), None)
     if parameter is None or parameter.device.type not in ("cpu", "meta"):
-        return "it is for a CPU"
+        return "only for CPUs"
     if parameter.element_size() != 2:
-        return "in 32 bits the kernel's own backward is as fast"
+        return "only for 16 bits; in float32 torch's own backward is as fast"
     if not any(getattr(m, "is_causal", False) for m in model.modules()):
         return "its attention is not causal"
     odd = next((found for m in model.modules() if (found := _unknown_child(m)) is not None), None)

@@ -1,6 +1,6 @@
-"""Which modules of a model are computed as one node: give them their class (`adopt`), take it back (`release`), and say what became of them.
+"""Which modules of a model are computed as one node: give them their class (`adopt`), take it back (`release`), and report which are fused.
 
-A fused module gets its class as an adapted linear does (see `swap`). It stands in for its own class's forward only where gradients are made;
+A fused module gets its class as an adapted linear does (see `swap`). It stands in for its own class's forward only in training and where gradients are made;
 whatever else is the case (hooks on a child, several active adapters, autocast, torch.compile), that forward is called.
 While B is zero, values have the base's bits either way.
 """
@@ -31,11 +31,12 @@ KINDS: dict[Kind, tuple[str, Match]] = {
     FusedGatedMlp: ("gated MLP", gated_mlp.match),
 }
 ATTENTION, LINEAR = "attention's backward", "linear with its update"
+_OWN_FORWARD = "the instance has a forward of its own, or an adapter trains it whole"
 _OWN = ("lora_form", "lora_roles", "lora_act")
 
 
 class Fused(NamedTuple):
-    """How many modules of a class are fused as what; or are not, and why."""
+    """How many modules of one class are fused, or why they are not."""
 
     kind: str
     cls: str
@@ -76,14 +77,15 @@ def report(model: nn.Module) -> list[Fused]:
         for _, module in base_modules(model):
             cls = type(module)
             if cls.__bases__[0] in KINDS:
-                counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1  # type: ignore[index]
+                if _applicable(module):  # else nothing in it is adapted any more
+                    counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1  # type: ignore[index]
             elif isinstance(module, LinearLayer):
                 counts[LINEAR, mixin_and_base(cls)[1].__name__, _why_not_linear(module)] += 1
-            elif not isinstance(module, LoraLayer):
+            elif not isinstance(module, LoraLayer) and _applicable(module):
                 for name, match in KINDS.values():
-                    why = "it has a forward of its own" if "forward" in module.__dict__ else _applicable(module) and match(module)
-                    if isinstance(why, str) and _applicable(module):
-                        counts[name, cls.__name__, why] += 1
+                    found = match(module)
+                    if found is not None:
+                        counts[name, cls.__name__, found if isinstance(found, str) else _OWN_FORWARD] += 1
     rows = [Fused(kind, cls, count, why) for (kind, cls, why), count in counts.items()]
     why = attention.why_not(model)
     if attention.is_used(model) or (why is not None and hasattr(model, "set_attn_implementation")):

@@ -91,7 +91,7 @@ def misfit(module: nn.Module, fused: Run, shape: tuple[int, ...], dtype: torch.d
             ours = _value_and_gradient(fused, x, weights)
             for what, a, b, allowed in zip(("values", "gradients"), ours, theirs, (tolerance, of_gradients), strict=True):
                 if not _close(a, b, allowed):
-                    return f"its {what} are others at inputs of size {size:g}"
+                    return f"its {what} differ at inputs of size {size:g}"
     return None if _state(module) == before else "its forward changes the module"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...ops.linear import needs_plain
 from ...ops.rms_norm import Form, rms_norm
+from ..frozen import is_casting
 from ..layer import Swapped
 from .probe import is_as_probed, misfit, twin, unknown_attribute
 
@@ -29,7 +30,7 @@ class FusedRmsNorm(Swapped):
         x = args[0] if len(args) == 1 and not kwargs else None
         if (
             x is None or not x.requires_grad or not torch.is_grad_enabled() or weight.requires_grad or x.dtype != weight.dtype
-            or weight.dtype == torch.float64 or not is_as_probed(self) or needs_plain()  # type: ignore[arg-type]
+            or weight.dtype == torch.float64 or not is_as_probed(self) or is_casting(x) or needs_plain()  # type: ignore[arg-type]
         ):  # fmt: skip
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         form, epsilon = self.lora_form

@@ -79,7 +79,7 @@ def of_image(model: nn.Module) -> Tensor:
 
 
 NO_INTERFACE = ("attention's backward", "", 1, "does not leave attention")
-IN_32_BITS = ("attention's backward", "", 1, "in 32 bits")
+IN_32_BITS = ("attention's backward", "", 1, "only for 16 bits")
 # Kind, class, how many, and a part of why they are not fused.
 Row = tuple[str, str, int, str | None]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], list[Row]]] = {
