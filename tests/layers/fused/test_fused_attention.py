@@ -72,7 +72,7 @@ def test_in_32_bits_torchs_stays():
     assert not attention.is_used(model)
     assert model.config._attn_implementation == "sdpa"
     (row,) = [row for row in fused.report(model) if row.kind == fused.ATTENTION]
-    assert "32 bits" in row.why_not
+    assert "only for 16 bits" in row.why_not
 
 
 def test_an_adapter_that_is_not_trained_leaves_attention_alone():
