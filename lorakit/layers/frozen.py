@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+from ..ops.autocast import is_casting
 
 
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
@@ -14,11 +15,6 @@ def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
         and x.dtype == module._parameters["weight"].dtype  # type: ignore[union-attr]
         and not is_casting(x)
     )
-
-
-def is_casting(x: Tensor) -> bool:
-    """Whether autocast is on for x's device (it does not know of "meta")."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def is_plain_weight(module: nn.Module) -> bool:

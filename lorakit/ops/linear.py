@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autocast import without_autocast
+from .autocast import is_casting, without_autocast
 from .dropout import Mask, kept_share, masked, masked_input, scaled
 from .groups import add_product, gradient_of_B, groups, product
 
@@ -32,8 +32,8 @@ def add_low_rank(
     A [G, r, in] and B [G, out, r] are those of groups of rows, see `projections`.
     """
     x = x.to(y.dtype)
-    casting = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which casts operands, but not of in-place products
-    if not into or casting or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
+    # Autocast casts the operands of products, but not of those in place.
+    if not into or is_casting(x) or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
         return y + reference(scaled(x, mask) if mask else x, A, B, scale)
     if not (mask or torch.is_grad_enabled()) and y.is_contiguous():  # decoding: an autograd node's own cost would show
         down = product(x.reshape(-1, x.shape[-1]), A.to(y.dtype).T, scale)

@@ -107,10 +107,9 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    short = max(_longest(train) for _, train, _ in data.values()) <= defaults.PLAIN_ATTENTION
-    if device.type == "cpu" and short and not attention.is_used(model):
-        model.set_attn_implementation("eager")
     longest = max(_longest(train) for _, train, _ in data.values())
+    if device.type == "cpu" and longest <= defaults.PLAIN_ATTENTION and not attention.is_used(model):
+        model.set_attn_implementation("eager")
     compiled = None
     if config.compile:
         most = defaults.micro_batch(config, longest, device, accelerator.num_processes).value

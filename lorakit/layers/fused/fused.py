@@ -7,6 +7,7 @@ While B is zero, values have the base's bits either way.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,13 +51,14 @@ class Fused(NamedTuple):
 
 def adopt(model: nn.Module) -> None:
     """Give every module that can be fused, and is or holds nothing that an adapter trains whole, its class."""
-    known: dict[tuple, tuple[Kind, Any] | None] = {}
+    known: dict[tuple, dict[Kind, Any]] = {}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
-            found = None if isinstance(module, Swapped) else _match(module, known)
-            if found is not None:
-                kind, what = found
-                module.__dict__.update(kind.lora_settings(module, what))
+            if isinstance(module, Swapped) or "forward" in module.__dict__:
+                continue
+            fitting = ((kind, found) for kind, found in _match(module, known).items() if not isinstance(found, str))
+            for kind, found in itertools.islice(fitting, 1):
+                module.__dict__.update(kind.lora_settings(module, found))
                 module.__class__ = adapted_class(kind, type(module))  # type: ignore[arg-type]
 
 
@@ -73,6 +75,7 @@ def release(model: nn.Module) -> None:
 def report(model: nn.Module) -> list[Fused]:
     """What of a model with adapters is fused, and why the rest is not."""
     counts: Counter[tuple[str, str, str | None]] = Counter()
+    known: dict[tuple, dict[Kind, Any]] = {}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
             cls = type(module)
@@ -81,26 +84,24 @@ def report(model: nn.Module) -> list[Fused]:
                     counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1  # type: ignore[index]
             elif isinstance(module, LinearLayer):
                 counts[LINEAR, mixin_and_base(cls)[1].__name__, _why_not_linear(module)] += 1
-            elif not isinstance(module, LoraLayer) and _applicable(module):
-                for name, match in KINDS.values():
-                    found = match(module)
-                    if found is not None:
-                        counts[name, cls.__name__, found if isinstance(found, str) else _OWN_FORWARD] += 1
+            elif not isinstance(module, LoraLayer):
+                for kind, found in _match(module, known).items():
+                    counts[KINDS[kind][0], cls.__name__, found if isinstance(found, str) else _OWN_FORWARD] += 1
     rows = [Fused(kind, cls, count, why) for (kind, cls, why), count in counts.items()]
-    why = attention.why_not(model)
-    if attention.is_used(model) or (why is not None and hasattr(model, "set_attn_implementation")):
-        rows.append(Fused(ATTENTION, "", 1, None if attention.is_used(model) else why))
+    if hasattr(model, "set_attn_implementation"):
+        used, why = attention.is_used(model), attention.why_not(model)
+        if used or why is not None:
+            rows.append(Fused(ATTENTION, "", 1, why))
     return rows
 
 
-def _match(module: nn.Module, known: dict[tuple, tuple[Kind, Any] | None]) -> tuple[Kind, Any] | None:
-    """How a module can be fused, from what is known of modules like it."""
-    if "forward" in module.__dict__ or not _applicable(module):
-        return None
+def _match(module: nn.Module, known: dict[tuple, dict[Kind, Any]]) -> dict[Kind, Any]:
+    """What was found, or why the module cannot be fused, for each kind that it looks like; `known`: of modules like it."""
+    if not _applicable(module):
+        return {}
     key = _like(module)
     if key not in known:
-        found = ((kind, match(module)) for kind, (_, match) in KINDS.items())
-        known[key] = next(((kind, what) for kind, what in found if not isinstance(what, str | None)), None)
+        known[key] = {kind: found for kind, (_, match) in KINDS.items() if (found := match(module)) is not None}
     return known[key]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.autocast import is_casting
 from ...ops.linear import needs_plain
 from ...ops.rms_norm import Form, rms_norm
-from ..frozen import is_casting
 from ..layer import Swapped
 from .probe import is_as_probed, misfit, twin, unknown_attribute
 
