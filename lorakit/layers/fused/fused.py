@@ -22,7 +22,7 @@ from ..swap import adapted_class, mixin_and_base, rebind_hooked_forward
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm
 from .gated_mlp import FusedGatedMlp
-from .probe import settings
+from .probe import outlives_its_module, settings
 from .rms_norm import FusedRmsNorm
 
 Match = Callable[[nn.Module], Any]  # what was found, or why the module cannot be fused, or None
@@ -34,6 +34,11 @@ KINDS: dict[Kind, tuple[str, Match]] = {
 ATTENTION, LINEAR = "attention's backward", "linear with its update"
 _OWN_FORWARD = "the instance has a forward of its own, or an adapter trains it whole"
 _OWN = ("lora_form", "lora_roles", "lora_act")
+
+Matches = dict[tuple, dict[Kind, Any]]  # by `_like`
+# A probe takes some 10 ms; the next model with such modules, or the next attach to this one, need none.
+_probed: Matches = {}
+MOST_PROBED = 1000  # entries hold classes, and some programs make classes without end
 
 
 class Fused(NamedTuple):
@@ -51,7 +56,7 @@ class Fused(NamedTuple):
 
 def adopt(model: nn.Module) -> None:
     """Give every module that can be fused, and is or holds nothing that an adapter trains whole, its class."""
-    known: dict[tuple, dict[Kind, Any]] = {}
+    known: Matches = {}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
             if isinstance(module, Swapped) or "forward" in module.__dict__:
@@ -75,7 +80,7 @@ def release(model: nn.Module) -> None:
 def report(model: nn.Module) -> list[Fused]:
     """What of a model with adapters is fused, and why the rest is not."""
     counts: Counter[tuple[str, str, str | None]] = Counter()
-    known: dict[tuple, dict[Kind, Any]] = {}
+    known: Matches = {}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
             cls = type(module)
@@ -95,14 +100,18 @@ def report(model: nn.Module) -> list[Fused]:
     return rows
 
 
-def _match(module: nn.Module, known: dict[tuple, dict[Kind, Any]]) -> dict[Kind, Any]:
-    """What was found, or why the module cannot be fused, for each kind that it looks like; `known`: of modules like it."""
+def _match(module: nn.Module, known: Matches) -> dict[Kind, Any]:
+    """What was found, or why the module cannot be fused, for each kind that it looks like; `known`: of this model's modules."""
     if not _applicable(module):
         return {}
     key = _like(module)
-    if key not in known:
-        known[key] = {kind: found for kind, (_, match) in KINDS.items() if (found := match(module)) is not None}
-    return known[key]
+    found = known.get(key, _probed.get(key))
+    if found is None:
+        found = {kind: fit for kind, (_, match) in KINDS.items() if (fit := match(module)) is not None}
+        if outlives_its_module(key) and len(_probed) < MOST_PROBED:
+            _probed[key] = found
+    known[key] = found
+    return found
 
 
 def _applicable(module: nn.Module) -> bool:
@@ -112,7 +121,11 @@ def _applicable(module: nn.Module) -> bool:
 
 def _like(module: nn.Module) -> tuple:
     """Equal for modules of one class and config: what a probe of one says goes for the other."""
-    children = tuple((name, type(child), _shapes(child), settings(child)) for name, child in module._modules.items() if child is not None)
+    children = tuple(
+        (name, type(child), type(child).forward, _shapes(child), settings(child))
+        for name, child in module._modules.items()
+        if child is not None
+    )
     return type(module), type(module).forward, settings(module), children, _shapes(module)
 
 

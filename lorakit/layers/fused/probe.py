@@ -12,7 +12,7 @@ import itertools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +36,32 @@ def is_as_probed(module: nn.Module) -> bool:
 
 def settings(module: nn.Module) -> tuple:
     """All that may steer its forward."""
-    own = tuple((k, _known(v)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith("lora_"))
+    own = tuple((k, _known(k, v)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith("lora_"))
     return own, tuple((name, None if b is None else b.shape) for name, b in module._buffers.items())
 
 
-def _known(value: object) -> object:
-    """What tells a value from another one: plain values by what they are, all else by being that object."""
+class Identity(NamedTuple):
+    """Stands for an object that only its identity tells from others. It may be reused once the object is gone."""
+
+    id: int
+
+
+def outlives_its_module(settings: object) -> bool:
+    """Whether settings tell modules apart even after the one they were read from is gone."""
+    if isinstance(settings, tuple):
+        return not isinstance(settings, Identity) and all(map(outlives_its_module, settings))
+    return True
+
+
+def _known(name: str, value: object) -> object:
+    """What tells a value from another one: plain values and configs by what they hold, all else by being that object."""
     if isinstance(value, functools.partial):
         return value.func, repr(value.args), repr(value.keywords)
     if isinstance(value, _FUNCTIONS):
         return value
-    return repr(value) if isinstance(value, int | float | str | tuple | None) else id(value)
+    if name == "config" and hasattr(value, "__dict__"):
+        return type(value), repr(vars(value))
+    return repr(value) if isinstance(value, int | float | str | tuple | None) else Identity(id(value))
 
 
 def unknown_attribute(module: nn.Module, known: Iterable[object]) -> str | None:

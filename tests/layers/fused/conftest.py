@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from lorakit.layers import linear
-from lorakit.layers.fused import attention, gated_mlp, rms_norm
+from lorakit.layers.fused import attention, fused, gated_mlp, rms_norm
+
+
+@pytest.fixture(autouse=True)
+def nothing_probed(monkeypatch):
+    """Each test probes for itself: what the process remembers of another one's modules is hidden."""
+    monkeypatch.setattr(fused, "_probed", {})
 
 
 @pytest.fixture

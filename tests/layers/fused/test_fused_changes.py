@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from mlp_nets import Mlp, Named, Net, Packed, compare, is_fused, net
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.layers.fused import fused
+from lorakit.layers.fused import fused, gated_mlp
 
 # ---- modules that are not like the first of their class ----
 
@@ -156,6 +157,54 @@ def test_the_output_may_be_changed_in_place(cls, shape, training):
         y = y.add_(x).relu_() if in_place else (y + x).relu()
         found.append([y, *torch.autograd.grad(y.square().sum(), of)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_modules_like_ones_that_were_probed_before_are_not_probed_again(monkeypatch):
+    probed = []
+    monkeypatch.setitem(fused.KINDS, fused.FusedGatedMlp, ("gated MLP", lambda m: probed.append(m) or gated_mlp.match(m)))
+    assert is_fused(net(Mlp)) == is_fused(net(Mlp)) == [True, True]
+    assert len(probed) == 1, "the second model's are like the first one's"
+    assert is_fused(Net(Mlp(nn.GELU()), Mlp(nn.Tanh()), Mlp(bias=True))) == [True, False, True]
+    assert len(probed) == 4
+
+
+def test_what_a_probe_said_of_one_config_does_not_go_for_another_one():
+    class Scaled(Mlp):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace(factor=factor)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.config.factor
+
+    for factors in ((1.0, 3.0), (3.0, 1.0)):
+        model = Net(*map(Scaled, factors))
+        assert is_fused(model) == [factor == 1 for factor in factors]
+        compare(model)
+    before = len(fused._probed)
+    assert is_fused(Net(Scaled(1.0), Scaled(3.0))) == [True, False]
+    assert len(fused._probed) == before
+
+
+def test_what_only_identity_tells_apart_is_not_remembered():
+    class Switched(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.switch = object()  # its id may be another object's tomorrow
+
+    assert is_fused(net(Switched)) == [False, False]
+    assert fused._probed == {}
+
+
+def test_a_child_class_that_is_patched_between_two_models_is_probed_again(monkeypatch):
+    class Act(nn.SiLU):
+        pass
+
+    assert is_fused(net(lambda: Mlp(Act()))) == [True, True]
+    monkeypatch.setattr(Act, "forward", lambda self, x: 2 * nn.functional.silu(x), raising=False)
+    model = net(lambda: Mlp(Act()))
+    assert is_fused(model) == [False, False]
+    compare(model)
 
 
 # ---- models ----
