@@ -18,10 +18,10 @@ from statistics import median
 import torch
 
 import lorakit as lk
+from lorakit.bases.load import EMBEDDED, load_model, load_tokenizer
 from lorakit.demo import ASSETS, LONGEST_ANSWER
 from lorakit.evaluate.decode import pad_rows
 from lorakit.evaluate.generate import generate
-from lorakit.models.base import EMBEDDED, load_model, load_tokenizer
 
 
 def main() -> None:

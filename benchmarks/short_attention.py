@@ -15,8 +15,9 @@ from statistics import median
 import torch
 
 import lorakit as lk
+from lorakit.bases.device import choose_dtype
+from lorakit.bases.load import EMBEDDED, load_model
 from lorakit.layers.fused import attention
-from lorakit.models.base import EMBEDDED, choose_dtype, load_model
 from lorakit.train.loss import summed_loss
 
 TOKENS = 1536

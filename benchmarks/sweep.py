@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from lorakit.models.base import embedded_folder
+from lorakit.bases.load import embedded_folder
 from lorakit.train import loop
 from lorakit.train.config import TrainConfig
 from lorakit.train.progress import Progress

@@ -26,8 +26,8 @@ from .adapter.product import LowRank, inner, matrix, size_of
 from .adapter.spectrum import Spectrum, decompose
 from .adapter.together import base_differences
 from .checkpoint.weights import open_weights
-from .config import matches
 from .errors import AdapterError, TargetError, did_you_mean, listing
+from .module_names import matches
 from .spectrum import Amplification, amplification
 
 Of = Literal["A", "B", "right", "left"]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import ConfigError, did_you_mean
-from .patterns import Patterns, compiled, plain
+from .module_names import Patterns, ends_with, plain
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536  # beyond any sensible rank
@@ -25,6 +26,14 @@ PEFT_NAMES = {
     "exclude_modules": "exclude", "layers_to_transform": "layers", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
     "use_rslora": "rslora", "modules_to_save": "save_modules", "task_type": "task", "base_model_name_or_path": "base", "revision": "revision",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something chosen, and why."""
+
+    value: Any
+    reason: str
 
 
 class Strict(BaseModel):
@@ -149,23 +158,6 @@ class LoraConfig(Strict):
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     """The factor before B A."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def ends_with(module: str, ending: str) -> bool:
-    """Whether a module's full name is `ending` or ends in `.ending` (PEFT's rule for lists)."""
-    return module == ending or module.endswith("." + ending)
-
-
-def matches(module: str, names: str | list[str]) -> bool:
-    """A list matches by ending, a string as a regular expression for the whole name (PEFT's rules)."""
-    if isinstance(names, list):
-        return any(ends_with(module, name) for name in names)
-    return re.fullmatch(names, module) is not None
-
-
-def pattern_matches(key: str, module: str) -> bool:
-    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
-    return compiled(key).match(module) is not None
 
 
 def _compile(pattern: str) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter.spectrum import norm, spectrum
+from .bases.load import EMBEDDED, load_config
 from .config import LoraConfig
 from .errors import LorakitError, listing
 from .heatmap import Grid, grids, printable
-from .models.base import EMBEDDED, load_config
 from .training_notes import training
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 import lorakit as lk
+from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.cli.files import base_folder
 from lorakit.errors import AdapterError
 from lorakit.export.merged import export_merged
 from lorakit.formats.gguf_types import KINDS
-from lorakit.models.base import load_model, load_tokenizer
 
 TEXTS = [
     "Once upon a time there was a little girl.", "Two  spaces, three   and a tab\there.", "In 1984, 3.14159 and 1234567890!",

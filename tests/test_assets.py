@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from lorakit.bases.load import EMBEDDED, embedded_folder, load_model, load_tokenizer
 from lorakit.demo import ASSETS
 from lorakit.evaluate.slots import check_slots, parse_mr
-from lorakit.models.base import EMBEDDED, embedded_folder, load_model, load_tokenizer
 
 
 def rows(name: str) -> list[dict]:

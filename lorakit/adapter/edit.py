@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config import matches
 from ..errors import AdapterError, ConfigError, TargetError, did_you_mean, listing
+from ..module_names import matches
 from .adapter import Adapter, Other
 from .dense import Dense
 from .factors import Factors

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import LoraConfig, matches
+from ..config import LoraConfig
+from ..module_names import matches
 from .adapter import Adapter, Other
 from .factors import Factors
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from ..bases.load import EMBEDDED, embedded_folder
 from ..data.read import read_rows
-from ..models.base import EMBEDDED, embedded_folder
 from ..plan.units import show_bytes
 from ..train.config import TrainConfig
 from ..train.memory import planner_for

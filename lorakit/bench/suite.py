@@ -70,7 +70,7 @@ def precisions(asked: str | None) -> tuple[tuple[torch.dtype, ...], str]:
     itself, as others take minutes a step."""
     import torch
 
-    from ..models.base import choose_device, choose_dtype
+    from ..bases.device import choose_device, choose_dtype
 
     both = (torch.float32, torch.bfloat16)
     if asked in ("fp32", "bf16"):

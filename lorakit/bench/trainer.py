@@ -143,9 +143,9 @@ def _settings(folder: Path, precision: str, steps: int) -> Any:
 
 def _prepare(folder: Path, steps: int) -> int:
     """Write rows, batches (ids and labels in order), the starting adapter and the rates. Returns the number of trained tokens."""
+    from ..bases.load import embedded_folder
     from ..data.batches import IGNORED
     from ..model import capture
-    from ..models.base import embedded_folder
     from ..train.defaults import rate_factor
     from ..train.setup import set_up, trained_in
 
@@ -231,7 +231,7 @@ def _trl(folder: Path, side: Side, steps: int, clock: Clock) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from ..models.base import embedded_folder
+    from ..bases.load import embedded_folder
 
     job = json.loads((folder / "job.json").read_text())
     dtype = torch.bfloat16 if side.weights == "bf16" else torch.float32

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bases.load import EMBEDDED
 from ..errors import ConfigError
-from ..models.base import EMBEDDED
 from .known import Known, known, mapping
 from .page import base_text, data_text, marked, page
 from .words import hub_id, is_hub_name, last_name, line, number, without_paths

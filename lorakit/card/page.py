@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bases.load import EMBEDDED
 from ..errors import ConfigError
 from ..formats.files import write_text
-from ..models.base import EMBEDDED
 from ..version import VERSION
 from .known import Known, mapping
 from .use import use

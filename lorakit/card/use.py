@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from shlex import quote
 
+from ..bases.load import EMBEDDED
 from ..formats.diffusers import FILE
-from ..models.base import EMBEDDED
 from .known import Known
 from .words import fence, line
 
@@ -55,7 +55,7 @@ def _text(known: Known, where: str, base: str | None) -> list[str]:
     embedded = known.facts.base == EMBEDDED
     name = 'model_path("embedded")' if embedded else _text_of(base or "BASE")
     if kind is not None:
-        before = ["from lorakit.models.base import model_path"] if embedded else []
+        before = ["from lorakit.bases.load import model_path"] if embedded else []
         before += [f"from transformers import {kind}, AutoTokenizer", "", f"model = {kind}.from_pretrained({name})"]
         before += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
     else:

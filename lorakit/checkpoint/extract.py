@@ -23,9 +23,10 @@ from ..adapter.dense import Dense
 from ..adapter.factors import Factors
 from ..adapter.reform import describing
 from ..adapter.svd import distance, matrix_svd, norm_squared
-from ..config import LoraConfig, matches
+from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..formats.stream import Slot
+from ..module_names import matches
 from .base import open_base
 from .modules import Layout
 from .pairs import Pair, image_pairs, model_pairs

@@ -36,11 +36,11 @@ def show(
     """Print rows with the trained tokens marked, a length histogram, duplicates, and what the length limit would cut."""
     renamed = pairs(columns, "--columns") or None  # before anything is loaded
     with starting(f"reading {data}"):
+        from ..bases.load import load_tokenizer
         from ..data.dataset import build
         from ..data.read import read_rows
         from ..data.show import report
         from ..data.show import show as print_rows
-        from ..models.base import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     dataset = build(

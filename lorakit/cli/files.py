@@ -42,7 +42,7 @@ def inspect_call(path: Path, adapter: Adapter, format: str, base: str | None) ->
 
 def base_folder(name: str | None) -> Path | None:
     """Where the base's files are: a folder as named, of whatever kind, or the embedded model's."""
-    from ..models.base import EMBEDDED, model_path
+    from ..bases.load import EMBEDDED, model_path
 
     if name is None:
         return None

@@ -48,9 +48,10 @@ class Loaded:
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
     """The base with the adapters attached; the last of them is active."""
     from ..adapter.adapter import Adapter
+    from ..bases.device import choose_device, choose_dtype
+    from ..bases.load import load_config, load_model, load_tokenizer
     from ..formats import format_of
     from ..model import attach
-    from ..models.base import choose_device, choose_dtype, load_config, load_model, load_tokenizer
 
     # Before the base's weights: it fails faster. A GGUF needs the base's config, to know the heads of its permuted rows.
     values = {

@@ -45,7 +45,7 @@ def _plan(
         import torch
         from rich.console import Console
 
-        from ..models.base import choose_device
+        from ..bases.device import choose_device
         from ..plan.estimate import STATE_COPIES
         from ..plan.machine import multiply_rate
         from ..plan.planner import MOST_ROWS
@@ -112,7 +112,7 @@ def _plan(
 def _dtype(settings: TrainConfig, where: torch.device, here: bool) -> torch.dtype:
     import torch
 
-    from ..models.base import choose_dtype
+    from ..bases.device import choose_dtype
 
     if settings.precision == "auto" and not here:
         return torch.bfloat16  # what such devices multiply

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..models.base import choose_device, choose_dtype, multiplies_bf16
+from ..bases.device import choose_device, choose_dtype, multiplies_bf16
 from ..plan.machine import cpu_limit, memory_of
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..adapter.adapter import Adapter
+from ..bases.load import load_config, load_tokenizer
 from ..checkpoint.base import Base, open_base
 from ..checkpoint.changes import check_something
 from ..checkpoint.merge import check_base
@@ -25,7 +26,6 @@ from ..errors import ConfigError, did_you_mean, listing
 from ..formats.files import replacing, write_text
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
-from ..models.base import load_config, load_tokenizer
 from .gguf_model import Placed, place
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from ..adapter.adapter import Adapter
+from ..bases.load import load_model
 from ..checkpoint.tensors import merged_rows
 from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
 from ..model import attach
-from ..models.base import load_model
 from .gguf_model import Placed
 from .logits import logits_of, why_not
 

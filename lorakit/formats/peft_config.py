@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import PEFT_NAMES, LoraConfig, matches
+from ..config import PEFT_NAMES, LoraConfig
 from ..errors import AdapterError, ConfigError
+from ..module_names import matches
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless they hold these values.
 _UNSUPPORTED = {

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..config import ALL_LINEAR, LoraConfig, ends_with, matches, pattern_matches
+from ..config import ALL_LINEAR, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
+from ..module_names import ends_with, matches, pattern_matches
 from .linear import LinearLayer
 from .swap import is_linear, mixin_for
 from .walk import base_modules

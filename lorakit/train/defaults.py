@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..models.base import Choice
+from ..config import Choice
 from .config import TrainConfig
 
 if TYPE_CHECKING:

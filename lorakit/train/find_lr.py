@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import Choice
 from ..errors import TrainError
 from ..formats.files import write_text
-from ..models.base import Choice
 from . import leaderboard
 from .config import TrainConfig
 from .interrupt import listening

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..config import Choice
 from ..data.batches import collate
 from ..data.dataset import Item
 from ..errors import NotFiniteError
 from ..model import activate
-from ..models.base import Choice
 from ..routing import route
 from .config import TrainConfig
 from .interrupt import Interrupt, listening

@@ -10,9 +10,10 @@ import math
 
 import torch
 
+from ..bases.load import load_config
+from ..config import Choice
 from ..data.dataset import Item
 from ..errors import TrainError
-from ..models.base import Choice, load_config
 from ..plan.estimate import Estimate
 from ..plan.machine import Memory, memory_of, overhead, resident
 from ..plan.planner import Planner, Setting

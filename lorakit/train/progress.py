@@ -14,8 +14,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from ..bases.device import choose_device
 from ..layers.fused.fused import ATTENTION, report
-from ..models.base import choose_device
 from . import defaults
 
 if TYPE_CHECKING:

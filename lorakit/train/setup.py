@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..bases.device import choose_dtype
+from ..bases.load import load_model, load_tokenizer
+from ..config import Choice
 from ..data.batches import batch_order
 from ..data.dataset import Dataset, Item, build, fingerprint, split
 from ..data.read import read_rows
@@ -19,7 +22,6 @@ from ..errors import TrainError
 from ..evaluate.generate import positions_of
 from ..layers.fused import attention
 from ..model import DEFAULT, attach
-from ..models.base import Choice, choose_dtype, load_model, load_tokenizer
 from . import compile, defaults
 from .config import TrainConfig
 from .memory import check

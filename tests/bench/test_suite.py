@@ -11,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorakit.bases import device
 from lorakit.bench import suite
+from lorakit.config import Choice
 from lorakit.errors import ConfigError
-from lorakit.models import base
 
 WIRED = [name for name in suite.NAMES if (Path(suite.__file__).parent / f"{name.replace('-', '_')}.py").exists()]
 
@@ -113,7 +114,7 @@ def test_a_table_without_a_picture_draws_none(monkeypatch, tmp_path):
     ],
 )  # fmt: skip
 def test_precisions_are_those_asked_for_or_those_that_the_machine_multiplies(monkeypatch, asked, native, expected):
-    monkeypatch.setattr(base, "choose_dtype", lambda precision, device: base.Choice(native, "the CPU has no bf16 arithmetic"))
+    monkeypatch.setattr(device, "choose_dtype", lambda precision, device: Choice(native, "the CPU has no bf16 arithmetic"))
     measured, told = suite.precisions(asked)
     assert list(measured) == expected
     assert bool(told) == (asked is None and native == torch.float32)

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 import lorakit as lk
+from lorakit.bases.load import load_model
 from lorakit.cli.loading import load
 from lorakit.data.dataset import build
 from lorakit.data.read import read_rows
 from lorakit.data.render import question_ids
-from lorakit.models.base import load_model
 from lorakit.train.config import TrainConfig
 from lorakit.version import VERSION
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
+from lorakit.bases.device import choose_device, choose_dtype
 from lorakit.doctor import machine
-from lorakit.models.base import choose_device, choose_dtype
 from lorakit.plan import machine as plan_machine
 
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit as lk
 from lorakit.adapter.hadamard import Hadamard
+from lorakit.bases.load import embedded_folder
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.export import gguf_model
 from lorakit.export.gguf_parameters import llama3_factors
 from lorakit.export.merged import export_merged
 from lorakit.formats.gguf_names import unpermute
-from lorakit.models.base import embedded_folder
 
 SIZES = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

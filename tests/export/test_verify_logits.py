@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.bases.load import embedded_folder
 from lorakit.errors import AdapterError
 from lorakit.export import export
 from lorakit.export.logits import TOLERANCE, apply
 from lorakit.export.written import read
 from lorakit.formats import gguf as gguf_format
-from lorakit.models.base import embedded_folder
 
 CALL = sys.modules["lorakit.export.tried"]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -84,7 +84,7 @@ def test_an_encoder_and_decoder_has_logits_too(tmp_path, bases):
 
 
 def test_the_embedded_model(tmp_path):
-    from lorakit.models.base import load_model
+    from lorakit.bases.load import load_model
 
     model = lk.attach(load_model("embedded", torch.float32, torch.device("cpu")), lk.LoraConfig(rank=4, targets=["q_proj", "down_proj"]))
     value = lk.capture(tiny.randomise_factors(model, size=0.05)).to(torch.bfloat16)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.bases.load import load_model
 from lorakit.data.batches import batch_order, collate
 from lorakit.errors import ConfigError, DataError, TrainError
 from lorakit.evaluate.perplexity import perplexity
-from lorakit.models.base import load_model
 from lorakit.train import defaults, loop, run
 from lorakit.train.loop import train
 from lorakit.train.loss import summed_loss

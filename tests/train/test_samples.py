@@ -9,9 +9,9 @@ import tiny_lm
 import torch
 
 import lorakit as lk
+from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.errors import DataError
 from lorakit.evaluate.generate import generate
-from lorakit.models.base import load_model, load_tokenizer
 from lorakit.train import samples
 from lorakit.train.loop import train
 from lorakit.train.progress import Progress

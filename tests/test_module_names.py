@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit as lk
-from lorakit.patterns import Patterns, plain
+from lorakit.module_names import Patterns, plain
 
 PART = st.text("ab0_.", min_size=1, max_size=4)
 NAME = st.lists(PART, min_size=1, max_size=3).map(".".join)

@@ -1,30 +1,19 @@
-"""Load a base model and its tokenizer, and say which device and precision were chosen and why."""
+"""Load a base model and its tokenizer: the embedded one, a folder, or one of the hub."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, LorakitError, did_you_mean, listing
+from ..errors import LorakitError, did_you_mean, listing
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
 _TOKENIZERS = ("tokenizer.json", "tekken.json")
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-_CALLED = {"cuda": "the GPU", "cpu": "the CPU"}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Something chosen, and why."""
-
-    value: Any
-    reason: str
 
 
 def embedded_folder() -> Path:
@@ -47,44 +36,6 @@ def model_path(name: str) -> str:
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise LorakitError(f"there is no model folder '{name}'{did_you_mean(path.name, here)}")
     return name
-
-
-def choose_device() -> Choice:
-    """cuda, xpu or mps where there is one, else the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return Choice(torch.device("cuda"), torch.cuda.get_device_name())
-    for name in ("xpu", "mps"):
-        backend = getattr(torch, name, None) or getattr(torch.backends, name)
-        if backend.is_available():
-            return Choice(torch.device(name), f"torch found {name}")
-    return Choice(torch.device("cpu"), "no accelerator found")
-
-
-def choose_dtype(precision: str, device: torch.device) -> Choice:
-    """The base's precision: as asked, or bf16 where the hardware multiplies it and float32 elsewhere."""
-    import torch
-
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision in named:
-        return Choice(named[precision], "as asked")
-    if precision != "auto":
-        raise ConfigError(f"unknown precision '{precision}'{did_you_mean(precision, PRECISIONS)}\n  known: {', '.join(PRECISIONS)}")
-    if multiplies_bf16(device):
-        return Choice(torch.bfloat16, f"{_CALLED.get(device.type, device.type)} multiplies bf16")
-    return Choice(torch.float32, "the GPU has no bf16" if device.type == "cuda" else "the CPU has no bf16 arithmetic")
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bf16 arithmetic, rather than torch emulating it."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return True  # mps, xpu
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

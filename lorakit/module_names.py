@@ -1,4 +1,6 @@
-"""Settings by module name: PEFT's rank_pattern and alpha_pattern, whose keys are regular expressions, the first that matches counts.
+"""Which modules a setting names, by PEFT's rules: `targets` and `exclude`, and the keys of `rank_pattern` and `alpha_pattern`.
+
+The keys of patterns are regular expressions, and the first one that matches counts.
 
 PEFT's rule for a key and a module's name is `re.match(rf"(.*\\.)?({key})$", name)`. Adapters with ranks of their own have a key for each
 of a thousand modules, and a thousand times a thousand matches take a minute. Nearly all of these keys are plain names, perhaps with "^"
@@ -23,6 +25,23 @@ def compiled(key: str) -> re.Pattern[str]:
 def plain(key: str) -> bool:
     """Whether a key is a name: no character of it is special in a regular expression, but for dots and a "^" before."""
     return _PLAIN.fullmatch(key) is not None
+
+
+def ends_with(module: str, ending: str) -> bool:
+    """Whether a module's full name is `ending` or ends in `.ending` (PEFT's rule for lists)."""
+    return module == ending or module.endswith("." + ending)
+
+
+def matches(module: str, names: str | list[str]) -> bool:
+    """A list matches by ending, a string as a regular expression for the whole name (PEFT's rules)."""
+    if isinstance(names, list):
+        return any(ends_with(module, name) for name in names)
+    return re.fullmatch(names, module) is not None
+
+
+def pattern_matches(key: str, module: str) -> bool:
+    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
+    return compiled(key).match(module) is not None
 
 
 class Patterns:

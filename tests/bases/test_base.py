@@ -8,9 +8,10 @@ import pytest
 import tiny_lm
 import torch
 
+from lorakit.bases import load
+from lorakit.bases.device import choose_device, choose_dtype
+from lorakit.bases.load import load_config, load_model, load_tokenizer, model_path
 from lorakit.errors import ConfigError, LorakitError
-from lorakit.models import base
-from lorakit.models.base import choose_device, choose_dtype, load_config, load_model, load_tokenizer, model_path
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_embedded_model_is_a_folder_of_the_package():
-    path = base.embedded_folder()
+    path = load.embedded_folder()
     assert model_path("embedded") == str(path)
     assert (path / "config.json").is_file()
     assert (path / "model.safetensors").is_file()
