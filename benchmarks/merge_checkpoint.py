@@ -46,7 +46,7 @@ def make_base(folder: Path, layers: int, per_shard: int = 400_000_000) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from lorakit.formats.stream import StreamWriter
+    from lorakit.io.stream import StreamWriter
 
     shards: list[dict[str, tuple[str, tuple[int, ...], int]]] = [{}]
     for name, shape in shapes(layers):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compare import Comparison, Pair
-from .formats.files import write_text
 from .heatmap import Grid, canvas, grids, literal, placed, printable
+from .io.atomic import write_text
 from .spectrum import Amplification
 
 if TYPE_CHECKING:

@@ -115,7 +115,7 @@ def run(
 def _write_rows(out: Path) -> Path:
     """The rows to train on, as a file that `lorakit train` takes as well."""
     from .demo_rows import chosen
-    from .formats.files import write_text
+    from .io.atomic import write_text
 
     rows = chosen([json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()])
     path = out / ROWS_FILE

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .formats.files import replacing
+from .io.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

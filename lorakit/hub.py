@@ -25,7 +25,7 @@ from .card.words import is_hub_name
 from .errors import ConfigError, LorakitError
 from .formats import FOLDERS, find, format_of
 from .formats.hub import SECONDS, api, endpoint
-from .formats.hub_errors import LOGIN, TOKENS, reason
+from .io.hub_errors import LOGIN, TOKENS, reason
 from .upload import check, files_of, inside, mended
 
 CARD = "README.md"

@@ -248,7 +248,7 @@ def not_finite(source: str) -> dict[str, int]:
     """Where a file that cannot be loaded for its NaN or infinite numbers has them: key -> how many. Empty if it has none."""
     import torch
 
-    from .formats.files import read_tensors
+    from .io.tensors import read_tensors
 
     file = _weights(source)
     tensors: dict[str, Tensor] = read_tensors(file)[0] if file and file.suffix in (".safetensors", ".bin", ".pt") else {}

@@ -19,9 +19,9 @@ from typing import Any
 from .card.paths import Paths
 from .errors import AdapterError
 from .formats import FOLDERS, TAKES_ALPHA, diffusers, load, mlx, peft
-from .formats.files import read_json
-from .formats.gguf_header import is_gguf, read_gguf
-from .formats.stream import StreamWriter, read_header
+from .io.gguf_header import is_gguf, read_gguf
+from .io.json_object import read_json
+from .io.stream import StreamWriter, read_header
 
 # A folder's config, its tensors, and what else is the adapter's.
 FILES = {"peft": (peft.CONFIG, peft.WEIGHTS, peft.OURS), "mlx": (mlx.CONFIG, mlx.WEIGHTS)}

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 import lorakit as lk
 from lorakit.checkpoint.parts import open_parts
+from lorakit.checkpoint.single_file import places
 from lorakit.errors import LorakitError
-from lorakit.formats.single_file import places
 
 MEMORY = 3 << 30  # bytes of address space beyond what is there at the start
 

@@ -144,8 +144,8 @@ def _settings(folder: Path, precision: str, steps: int) -> Any:
 def _prepare(folder: Path, steps: int) -> int:
     """Write rows, batches (ids and labels in order), the starting adapter and the rates. Returns the number of trained tokens."""
     from ..bases.load import embedded_folder
-    from ..data.batches import IGNORED
     from ..model import capture
+    from ..ops import IGNORE_INDEX
     from ..train.defaults import rate_factor
     from ..train.setup import set_up, trained_in
 
@@ -156,7 +156,7 @@ def _prepare(folder: Path, steps: int) -> int:
     batches = [job.batch(step) for step in range(steps)]
     items = [item for batch in batches for item in batch]
     plain = [
-        {"input_ids": i.ids, "labels": [token if trained else IGNORED for token, trained in zip(i.ids, i.trained, strict=True)]}
+        {"input_ids": i.ids, "labels": [token if trained else IGNORE_INDEX for token, trained in zip(i.ids, i.trained, strict=True)]}
         for i in items
     ]
     rates = [job.rate.value * rate_factor(config, step, steps) for step in range(steps)]

@@ -20,8 +20,8 @@ import yaml
 
 from ..errors import AdapterError, ConfigError
 from ..formats import FOLDERS, TAKES_ALPHA, find, format_of, load
-from ..formats.files import read_json
 from ..inspect import AdapterFacts, describe_adapter
+from ..io.json_object import read_json
 from ..train.run_folder import RunFolder
 from .words import number
 

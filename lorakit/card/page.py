@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bases.load import EMBEDDED
 from ..errors import ConfigError
-from ..formats.files import write_text
+from ..io.atomic import write_text
 from ..version import VERSION
 from .known import Known, mapping
 from .use import use

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import LorakitError, did_you_mean, listing
-from ..formats.files import read_json
-from ..formats.stream import MERGEABLE, Slot, read_header
+from ..io.json_object import read_json
+from ..io.stream import MERGEABLE, Slot, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -90,7 +90,7 @@ def open_base(folder: Path) -> Base:
 
 def open_single_file(path: Path) -> Base:
     """Read the header of a diffusion model's single file. LorakitError for anything else."""
-    from ..formats.single_file import model_of_file
+    from .single_file import model_of_file
 
     with open(path, "rb") as file:
         if file.read(4) == b"GGUF":

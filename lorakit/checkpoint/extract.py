@@ -25,12 +25,12 @@ from ..adapter.reform import describing
 from ..adapter.svd import distance, matrix_svd, norm_squared
 from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
-from ..formats.stream import Slot
+from ..io.stream import Slot
 from ..module_names import matches
 from .base import open_base
 from .modules import Layout
 from .pairs import Pair, image_pairs, model_pairs
-from .ties import declared, find_ties
+from .tied_weights import declared, find_ties
 
 
 @dataclass(frozen=True)

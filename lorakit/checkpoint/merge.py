@@ -21,8 +21,8 @@ import torch
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError, ConfigError, LorakitError
 from ..formats import find
-from ..formats.files import write_text
-from ..formats.stream import MERGEABLE, NAMES
+from ..io.atomic import write_text
+from ..io.stream import MERGEABLE, NAMES
 from ..version import VERSION
 from .base import CONFIG, Base
 from .changes import check_something
@@ -34,7 +34,7 @@ from .report import MergeReport, TargetReport
 from .residual import load_on, started_as
 from .same_base import compare_with_files
 from .tensors import in_order, read_back, write_file
-from .ties import untied
+from .tied_weights import untied
 
 Source = Adapter | Path | str
 Progress = Callable[[str, int, int], None]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import LorakitError, listing
-from ..formats.files import sync_folder
+from ..io.atomic import sync_folder
 from .base import CONFIG
 from .parts import PIPELINE, Part
 

@@ -19,12 +19,12 @@ from ..adapter.decompose import Form
 from ..adapter.svd import norm_squared
 from ..errors import LorakitError, listing
 from ..formats import names
-from ..formats.single_file import Place, bias_place, places
-from ..formats.stream import MERGEABLE, Slot
+from ..io.stream import MERGEABLE, Slot
 from .base import Base
 from .modules import Layout, layout_of
 from .parts import PIPELINE, Part, open_parts
-from .ties import declared
+from .single_file import Place, bias_place, places
+from .tied_weights import declared
 from .update import halves_swapped
 
 _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for which there are no adapters

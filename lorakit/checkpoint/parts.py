@@ -14,7 +14,7 @@ from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..errors import TargetError, listing
-from ..formats.files import read_json
+from ..io.json_object import read_json
 from .base import Base, open_base, open_single_file, without_variant
 
 PIPELINE = "model_index.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..errors import TargetError, listing
-from ..formats.stream import DTYPES, MERGEABLE, NAMES, Slot
+from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
 from .base import Base
 from .changes import Changes
 from .names import Renaming

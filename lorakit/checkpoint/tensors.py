@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LorakitError
-from ..formats.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
+from ..io.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
 from .plan import Entry, Placed
 from .report import TargetReport
 

@@ -22,9 +22,9 @@ from ..adapter.decompose import shape_of
 from ..adapter.dense import Dense
 from ..adapter.factors import Factors
 from ..errors import AdapterError, LorakitError
-from ..formats.single_file import Place
-from ..formats.stream import MERGEABLE, Slot
+from ..io.stream import MERGEABLE, Slot
 from ..ops.delta import as_matrices, delta_rows
+from .single_file import Place
 
 Rows = Callable[[slice, Tensor], Tensor]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..adapter.adapter import Other
 from ..adapter.factors import Factors
-from ..formats.single_file import Place
-from ..formats.stream import Slot
+from ..io.stream import Slot
 from .base import Base
 from .parts import open_parts
+from .single_file import Place
 from .update import halves_swapped, update_for
 from .where import find_places, slot_at
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 from ..errors import TargetError, did_you_mean, listing
 from ..formats import names
-from ..formats.single_file import Place, places
-from ..formats.single_file import bias_place as bias_in_single_file
-from ..formats.stream import Slot
+from ..io.stream import Slot
 from .base import Base
 from .names import Renaming, find_renaming
-from .ties import declared, find_ties
+from .single_file import Place, places
+from .single_file import bias_place as bias_in_single_file
+from .tied_weights import declared, find_ties
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def bench(
     from rich.console import Console
 
     with starting("loading the tables"):
-        from ..formats.files import write_text
+        from ..io.atomic import write_text
 
         tables = {name: suite.load(name) for name in wanted}
         measured, left_out = suite.precisions(precision)

@@ -30,7 +30,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
 ) -> None:
     """Write a config file with every setting, its default and what it does."""
-    from ..formats.files import write_text
+    from ..io.atomic import write_text
 
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; --force replaces it")

@@ -13,6 +13,7 @@ import numpy as np
 
 from lorakit.data.dataset import Item
 from lorakit.errors import ConfigError
+from lorakit.ops import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 # Rows are sorted by length within pools of so many batches: enough to fill batches with like lengths, few enough that
 # batches still differ from epoch to epoch.
 POOL_BATCHES = 32
-
-IGNORED = -100  # the label transformers and torch's cross entropy leave out
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_length: bool = True) -> list[list[int]]:
@@ -54,10 +53,10 @@ def collate(items: Sequence[Item], pad_id: int, multiple_of: int = 8) -> dict[st
     length = -(-longest // multiple_of) * multiple_of
     input_ids = torch.full((len(items), length), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     for place, item in enumerate(items):
         ids, trained = torch.tensor(item.ids), torch.tensor(item.trained)
         input_ids[place, : len(ids)] = ids
         attention_mask[place, : len(ids)] = 1
-        labels[place, : len(ids)] = ids.where(trained, IGNORED)
+        labels[place, : len(ids)] = ids.where(trained, IGNORE_INDEX)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.data.batches import IGNORED, collate
+from lorakit.data.batches import collate
 from lorakit.errors import ConfigError, DataError, NotFiniteError
 from lorakit.evaluate.generate import positions_of
 from lorakit.evaluate.mode import evaluating
+from lorakit.ops import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def perplexity(
 def token_losses(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     """−log p of each row's trained tokens, float32, one tensor a row."""
     targets = batch["labels"][:, 1:]  # position t predicts token t+1
-    columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # [kept]
+    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]  # [kept]
     ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
     sparing = "logits_to_keep" in inspect.signature(model.forward).parameters
     kept = {"logits_to_keep": columns.to(model.device)} if sparing else {}
@@ -82,7 +83,7 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     if not sparing:
         logits = logits[:, columns.to(logits.device)]
     targets = targets[:, columns].to(logits.device)  # [rows, kept]
-    trained = targets != IGNORED
+    trained = targets != IGNORE_INDEX
     return [F.cross_entropy(logits[row][trained[row]].float(), targets[row][trained[row]], reduction="none") for row in range(len(targets))]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError, ConfigError, did_you_mean
 from ..formats import save
-from ..formats.files import write_text
+from ..io.atomic import write_text
 from .into_base import split
 from .logits import Logits
 from .modelfile import check_place, modelfile

@@ -26,7 +26,7 @@ from ..bases.load import load_config, load_model
 from ..checkpoint.base import open_base
 from ..errors import AdapterError, LorakitError
 from ..fit import check_base
-from ..formats.stream import read_header
+from ..io.stream import read_header
 from ..model import attach, detach
 from .effect import Content, Effect
 

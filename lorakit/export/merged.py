@@ -23,9 +23,9 @@ from ..checkpoint.merge import check_base
 from ..checkpoint.out import check_space
 from ..checkpoint.plan import make_plan
 from ..errors import ConfigError, did_you_mean, listing
-from ..formats.files import replacing, write_text
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
+from ..io.atomic import replacing, write_text
 from .gguf_model import Placed, place
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary

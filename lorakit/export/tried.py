@@ -18,7 +18,7 @@ from typing import Any
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError, LorakitError
 from ..formats import peft, save
-from ..formats.files import sync_folder
+from ..io.atomic import sync_folder
 from . import verify as again
 from .expected import expected
 from .into_base import Split

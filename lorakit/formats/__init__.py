@@ -36,7 +36,7 @@ def load(
     its config), `packed` for a MergedLinear of loralib, `base` (the base's folder or config) for a GGUF of a Llama. Raises AdapterError
     for anything that is not a sound adapter; nothing is built before sizes are checked.
     """
-    from .files import read_tensors
+    from ..io.tensors import read_tensors
 
     if format is not None and format not in FORMATS:
         raise _unknown(format)
@@ -92,9 +92,9 @@ def format_of(source: str | Path) -> str:
     if peft.is_peft(path):
         return "peft"
 
+    from ..io.gguf_header import is_gguf
+    from ..io.tensors import keys_of
     from . import cloneofsimo, diffusers, kohya, mlx
-    from .files import keys_of
-    from .gguf_header import is_gguf
     from .inside import not_adapter
 
     if path.is_dir():

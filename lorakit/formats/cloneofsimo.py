@@ -28,9 +28,11 @@ from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
+from ..io.atomic import replacing
+from ..io.json_object import parse_json
+from ..io.tensors import read_pickled, read_tensors, write_tensors
 from . import names
 from .diffusers import with_alpha_as_rank
-from .files import parse_json, read_pickled, read_tensors, replacing, write_tensors
 from .strength import config_of
 
 EMBED = "<embed>"

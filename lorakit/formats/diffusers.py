@@ -24,9 +24,10 @@ from ..adapter.adapter import Adapter, Other
 from ..adapter.factors import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
+from ..io.json_object import parse_json
+from ..io.tensors import write_tensors
 from . import kohya, lycoris, names
 from .diffusers_header import KEY, Strengths, describe
-from .files import parse_json, write_tensors
 from .peft_config import checked
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse
 from .strength import clean, config_of, folded

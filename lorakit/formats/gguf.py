@@ -24,8 +24,9 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..errors import AdapterError, listing
-from .files import parse_json, replacing
-from .gguf_header import read_gguf
+from ..io.atomic import replacing
+from ..io.gguf_header import read_gguf
+from ..io.json_object import parse_json
 from .gguf_names import (
     OUTPUT,
     TOKENS,

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import AdapterError, did_you_mean
-from .files import read_json
+from ..io.json_object import read_json
 
 MAX_LAYERS = 1024  # no model is near it; a name with a number beyond would make the map huge
 _ENDS = ("model.embed_tokens", "lm_head")

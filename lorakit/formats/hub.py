@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from ..errors import AdapterError, did_you_mean, listing
+from ..io.hub_errors import reason, unreachable
 from ..version import VERSION
 from . import diffusers, mlx, peft
-from .hub_errors import reason, unreachable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -24,8 +24,8 @@ from ..adapter.dense import Dense
 from ..adapter.factors import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
+from ..io.json_object import parse_json
 from . import lycoris, names
-from .files import parse_json
 from .kohya_metadata import metadata, model_said, write_hashed
 from .kohya_parts import Update, fuse, part_sizes, size, split, swap_halves
 from .peft_config import checked

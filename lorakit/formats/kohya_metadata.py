@@ -23,9 +23,9 @@ from ..adapter.dense import Dense
 from ..adapter.factors import Factors
 from ..adapter.hadamard import Hadamard
 from ..adapter.kronecker import Kronecker
-from .files import replacing
+from ..io.atomic import replacing
+from ..io.stream import NAMES, StreamWriter
 from .kohya_parts import Update
-from .stream import NAMES, StreamWriter
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 LEGACY_BYTES = (0x100000, 0x10000)  # from, and how many

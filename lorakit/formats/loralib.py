@@ -16,8 +16,9 @@ from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError
+from ..io.atomic import replacing
+from ..io.tensors import read_tensors, write_tensors
 from ..ops.blocks import compact_packed, expand_packed
-from .files import read_tensors, replacing, write_tensors
 from .strength import clean, commonest, folded
 from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
 

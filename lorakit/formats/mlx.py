@@ -24,7 +24,9 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.factors import Factors
 from ..errors import AdapterError, listing
-from .files import parse_json, read_json, write_tensors, write_text
+from ..io.atomic import write_text
+from ..io.json_object import parse_json, read_json
+from ..io.tensors import write_tensors
 from .packed import parts_of
 from .strength import clean, commonest, config_of, folded
 from .unheld import convolutions, learned_tokens, other_kinds

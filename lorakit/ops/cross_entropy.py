@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import IGNORE_INDEX
 from .autocast import without_autocast
-
-LEFT_OUT = -100  # F.cross_entropy's own default
 
 # A chunk is as many rows as have float32 logits of so many bytes, more leave the cache; but at least so many rows, fewer read W too
 # often (benchmarks/output_loss.py); and there are at most so many chunks, each costs a dozen calls.
@@ -67,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if made.dtype != precise:
                     made.copy_(logits)
                 torch.mm(made, W, out=gradient[part])
-        left_out = targets == LEFT_OUT
+        left_out = targets == IGNORE_INDEX
         losses.masked_fill_(left_out, 0)
         if gradient is not None:
             gradient.masked_fill_(left_out.unsqueeze(1), 0)

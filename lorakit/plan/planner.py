@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..config import LoraConfig
-from ..data.batches import IGNORED
 from ..evaluate.perplexity import token_losses
+from ..ops import IGNORE_INDEX
 from .estimate import Estimate
 from .largest import largest
 from .live import SMALL
@@ -161,5 +161,5 @@ def _batch(rows: int, length: int, share: float) -> dict[str, Tensor]:
     """Rows of which the last `share` is trained, as `collate` makes them."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     labels = ids.clone()
-    labels[:, : min(length - 1, round((1 - share) * length))] = IGNORED
+    labels[:, : min(length - 1, round((1 - share) * length))] = IGNORE_INDEX
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

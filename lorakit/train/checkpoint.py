@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainError
-from ..formats.files import read_tensors, sync_folder
+from ..io.atomic import sync_folder
+from ..io.tensors import read_tensors
 from ..layers.layer import child_name
 from ..model import DEFAULT
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Choice
 from ..errors import TrainError
-from ..formats.files import write_text
+from ..io.atomic import write_text
 from . import leaderboard
 from .config import TrainConfig
 from .interrupt import listening

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.batches import IGNORED
 from ..errors import TrainError
 from ..layers.frozen import is_frozen_linear, is_hooked
+from ..ops import IGNORE_INDEX
 from ..ops.cross_entropy import linear_cross_entropy
 from ..ops.linear import needs_plain
 
@@ -47,7 +47,7 @@ def row_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def _chosen(batch: dict[str, Tensor]) -> Tensor:
     """The positions whose logits are made, [rows, length − 1]: the trained ones, and as many more as `POSITIONS` asks for."""
-    chosen = batch["labels"][:, 1:] != IGNORED
+    chosen = batch["labels"][:, 1:] != IGNORE_INDEX
     more = -int(chosen.sum()) % POSITIONS
     if more:
         chosen.view(-1)[(~chosen).view(-1).nonzero()[:more, 0]] = True  # their labels say that they count for nothing

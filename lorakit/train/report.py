@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from ..formats.files import write_text
+from ..io.atomic import write_text
 from .config import TrainConfig
 from .run_folder import RunFolder
 

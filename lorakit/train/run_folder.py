@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 from ..errors import TrainError
-from ..formats.files import replacing, write_text
+from ..io.atomic import replacing, write_text
 from .checkpoint import found
 from .config import TrainConfig
 
 # Settings that do not change what is computed, so that a run may go on with others. (The data's rows are compared by hash.)
 FREE = {"data", "out", "track", "keep", "threads", "save_every", "sample_prompts", "sample_tokens", "memory"}
-TEMPORARY = ".*.tmp"  # what `formats.files.replacing` names a file that is being written
+TEMPORARY = ".*.tmp"  # what `io.atomic.replacing` names a file that is being written
 
 
 class RunFolder:

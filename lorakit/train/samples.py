@@ -11,7 +11,7 @@ from ..data.dataset import Item
 from ..data.render import question_ids
 from ..data.templates import Style
 from ..evaluate.generate import check_prompts, generate, positions_of
-from ..formats.files import write_text
+from ..io.atomic import write_text
 from ..model import activate, active
 from .config import TrainConfig
 from .run_folder import RunFolder

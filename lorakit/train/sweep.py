@@ -17,7 +17,7 @@ from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..errors import TrainError
-from ..formats.files import write_text
+from ..io.atomic import write_text
 from . import leaderboard, sweep_plot
 from .interrupt import listening
 from .leaderboard import Entry

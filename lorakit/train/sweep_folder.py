@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import TrainError
-from ..formats.files import write_text
+from ..io.atomic import write_text
 from . import checkpoint
 from .run_folder import FREE, TEMPORARY
 from .sweep_config import Sweep

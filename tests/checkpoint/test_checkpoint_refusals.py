@@ -20,7 +20,7 @@ from tiny import randomise_factors
 import lorakit as lk
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError, TargetError
-from lorakit.formats.stream import read_header
+from lorakit.io.stream import read_header
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_loha_and_lokr_merge_as_peft_merges_them(kind, tmp_path):
 
 
 def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, monkeypatch):
-    import lorakit.formats.stream as stream
+    import lorakit.io.stream as stream
 
     monkeypatch.setattr(stream, "BLOCK", 30)  # a few rows at a time
     base = on_disk(tiny.mlp(), tmp_path / "base")

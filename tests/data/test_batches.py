@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.data.batches import IGNORED, batch_order, collate
+from lorakit.data.batches import batch_order, collate
 from lorakit.data.dataset import Item, build
 from lorakit.data.parse import Row
 from lorakit.errors import ConfigError
+from lorakit.ops import IGNORE_INDEX
 
 ROW = Row({}, "data.jsonl", 1)
 
@@ -56,7 +57,7 @@ def test_collate_pads_on_the_right_to_a_multiple_and_labels_only_what_is_trained
     batch = collate([Item([5, 6, 7], [False, True, True], ROW), Item([8], [True], ROW)], pad_id=0, multiple_of=4)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED], [8, IGNORED, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7, IGNORE_INDEX], [8, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
     assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}
 
 
@@ -74,9 +75,9 @@ def test_a_pad_token_that_is_the_end_token_leaves_the_end_trained_and_the_paddin
         last = len(item.ids) - 1
         assert batch["labels"][place, last] == t.eos_token_id
         assert batch["attention_mask"][place, last] == 1
-        assert (batch["labels"][place, last + 1 :] == IGNORED).all()
+        assert (batch["labels"][place, last + 1 :] == IGNORE_INDEX).all()
         assert (batch["input_ids"][place, last + 1 :] == t.eos_token_id).all()
-        assert (batch["labels"][place] != IGNORED).sum() == sum(item.trained)
+        assert (batch["labels"][place] != IGNORE_INDEX).sum() == sum(item.trained)
 
 
 def test_an_empty_batch_is_refused():

@@ -24,8 +24,8 @@ from lorakit.adapter.factors import Factors
 from lorakit.adapter.hadamard import Hadamard
 from lorakit.errors import AdapterError
 from lorakit.formats import gguf
-from lorakit.formats.gguf_header import is_gguf
 from lorakit.formats.gguf_names import ARCHITECTURES, permute, tensor_names, unpermute
+from lorakit.io.gguf_header import is_gguf
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
 QWEN = LLAMA | {"model_type": "qwen3"}

@@ -18,7 +18,7 @@ from lorakit.adapter.kronecker import Kronecker
 from lorakit.config import LoraConfig
 from lorakit.errors import AdapterError
 from lorakit.formats import kohya, lycoris, names
-from lorakit.formats.files import read_tensors
+from lorakit.io.tensors import read_tensors
 
 CONFIG = LoraConfig(rank=4, alpha=4, targets=["to_q"])
 ONE = {  # a module of each model that no other model has, or has in this width

@@ -14,8 +14,8 @@ from lorakit.adapter.factors import Factors
 from lorakit.adapter.kronecker import Kronecker
 from lorakit.config import LoraConfig
 from lorakit.formats import kohya
-from lorakit.formats.files import read_tensors
 from lorakit.formats.kohya_metadata import model_said
+from lorakit.io.tensors import read_tensors
 
 CONFIG = LoraConfig(rank=4, alpha=4, targets=["to_q"])
 LINEAR = ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"]

@@ -20,7 +20,7 @@ from lorakit.adapter.factors import Factors
 from lorakit.adapter.hadamard import Hadamard
 from lorakit.errors import AdapterError
 from lorakit.formats import mlx, peft
-from lorakit.formats.files import read_tensors
+from lorakit.io.tensors import read_tensors
 
 REAL = Path(__file__).parents[1] / "fixtures" / "mlx" / "0000100_adapters.safetensors"
 Q, V, EMBED = "model.layers.0.self_attn.q_proj", "model.layers.11.self_attn.v_proj", "model.embed_tokens"

@@ -217,7 +217,7 @@ def test_factors_of_both_scaling_rules_keep_their_scale_in_one_folder(tmp_path):
     "shape, said", [((3,), r"lora_magnitude_vector \[3\], which does not fit its 20 outputs"), ((1, 20), r"\[1, 20\], which does not")]
 )
 def test_a_magnitude_of_another_shape_is_refused(shape, said, tmp_path):
-    from lorakit.formats.files import write_tensors
+    from lorakit.io.tensors import write_tensors
 
     f = Factors(torch.randn(4, 10), torch.randn(20, 4), 6.0, magnitude=torch.ones(20, 1))
     Adapter(lk.LoraConfig(rank=4, alpha=6), {"lin0": f}).save(tmp_path)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from lorakit.ops import cross_entropy
-from lorakit.ops.cross_entropy import LEFT_OUT, linear_cross_entropy, reference
+from lorakit.ops import IGNORE_INDEX, cross_entropy
+from lorakit.ops.cross_entropy import linear_cross_entropy, reference
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def small_chunks(monkeypatch):
 def targets(rows: int, vocabulary: int, left_out: Sequence[int] = ()) -> torch.Tensor:
     made = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(2))
     for i in left_out:
-        made[i] = LEFT_OUT
+        made[i] = IGNORE_INDEX
     return made
 
 
@@ -65,7 +65,7 @@ def test_a_token_that_is_all_but_impossible_has_a_finite_loss():
 
 def test_what_is_not_a_number_shows_unless_it_is_left_out():
     h = torch.tensor([[1.0], [float("nan")], [float("nan")]]).requires_grad_()
-    losses = linear_cross_entropy(h, torch.ones(2, 1), None, torch.tensor([0, 1, LEFT_OUT]))
+    losses = linear_cross_entropy(h, torch.ones(2, 1), None, torch.tensor([0, 1, IGNORE_INDEX]))
     losses.sum().backward()
     assert losses.isnan().tolist() == [False, True, False]
     assert h.grad.isnan().flatten().tolist() == [False, True, False]

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.config import LoraConfig
-from lorakit.data.batches import IGNORED
 from lorakit.evaluate.perplexity import token_losses
 from lorakit.model import attach
+from lorakit.ops import IGNORE_INDEX
 from lorakit.plan import step as step_file
 from lorakit.plan.live import Live
 from lorakit.plan.machine import resident
@@ -36,7 +36,7 @@ def batch(rows: int = 2, length: int = 96, untrained: int = 40):
     made = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 250, (rows, length), generator=made)
     labels = ids.clone()
-    labels[:, :untrained] = IGNORED
+    labels[:, :untrained] = IGNORE_INDEX
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import lorakit as lk
-from lorakit.data.batches import IGNORED, collate
+from lorakit.data.batches import collate
 from lorakit.errors import TrainError
+from lorakit.ops import IGNORE_INDEX
 from lorakit.train import loss as loss_module
 from lorakit.train.loss import row_losses, summed_loss
 
@@ -91,7 +92,7 @@ def test_only_trained_positions_are_projected(model, batch, monkeypatch):
     handle.remove()
     trained = sum(sum(item.trained[1:]) for item in tiny_lm.items(LENGTHS))
     assert shapes == [(trained, 258)]
-    assert int((batch["labels"][:, 1:] != IGNORED).sum()) == trained < batch["labels"].numel() / 2
+    assert int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) == trained < batch["labels"].numel() / 2
 
 
 def test_logits_are_made_for_a_round_number_of_positions_without_changing_the_loss(model, batch, monkeypatch):
@@ -128,7 +129,7 @@ def test_chunks_give_the_same_value_and_gradients(make, batch, monkeypatch):
     chunked = summed_loss(model, batch)
     found = gradients(model, chunked)
     handle.remove()
-    assert len(calls) > int((batch["labels"][:, 1:] != IGNORED).sum()) // 3  # it did go in chunks
+    assert len(calls) > int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) // 3  # it did go in chunks
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
     assert_same_gradients(found, expected, 1e-5)
 
@@ -240,7 +241,9 @@ def test_logits_that_are_all_zero_do_not_tell_that_nothing_comes_after_the_outpu
     expected = (
         model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1).gather(2, batch["labels"][:, 1:, None].clamp_min(0))[..., 0]
     )
-    assert summed_loss(model, batch).item() == pytest.approx(-float(expected.detach()[batch["labels"][:, 1:] != IGNORED].sum()), rel=1e-5)
+    assert summed_loss(model, batch).item() == pytest.approx(
+        -float(expected.detach()[batch["labels"][:, 1:] != IGNORE_INDEX].sum()), rel=1e-5
+    )
     assert fused == []
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.errors import AdapterError, LorakitError, WriteError
-from lorakit.formats.files import replacing, write_tensors, write_text
+from lorakit.io.atomic import replacing, write_text
+from lorakit.io.tensors import write_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Q = "base_model.model.lin0"

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ..errors import LorakitError, listing
-from .names import MODELS, PIPELINES, module_list
+from ..formats.names import MODELS, PIPELINES, module_list
 
 Shapes = Mapping[str, tuple[int, ...]]
 

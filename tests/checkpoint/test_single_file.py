@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorakit.checkpoint import single_file
+from lorakit.checkpoint.single_file import bias_place, model_of_file, places
 from lorakit.errors import LorakitError
-from lorakit.formats import names, single_file
-from lorakit.formats.single_file import bias_place, model_of_file, places
+from lorakit.formats import names
 
 theirs = pytest.importorskip("diffusers.loaders.single_file_utils")
 

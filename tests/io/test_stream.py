@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import LorakitError
-from lorakit.formats import stream
-from lorakit.formats.stream import StreamWriter, read_header
+from lorakit.io import stream
+from lorakit.io.stream import StreamWriter, read_header
 
 TENSORS = {
     "wide": torch.randn(5, 7, dtype=torch.float64),

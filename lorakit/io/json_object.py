@@ -1,0 +1,31 @@
+"""Files that hold a JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; AdapterError with line and column otherwise."""
+    try:
+        text = path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object; AdapterError with line and column otherwise."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{where}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise AdapterError(f"{where}: its JSON is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{where} holds a {type(value).__name__}; expected a JSON object")
+    return value
