@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.bench.measure import in_turn
-from lorakit.ops import cross_entropy
+from lorakit.ops.fused import cross_entropy
 
 SIZES = ((8192, 256), (8192, 512), (8192, 1024), (32000, 512), (4096, 288))  # vocabulary, width
 CHUNKS = (64, 128, 256, 512)

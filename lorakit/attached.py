@@ -11,9 +11,9 @@ from torch import nn
 from .config import LoraConfig
 from .errors import StateError, did_you_mean, listing
 from .layers import saved
+from .layers.batched.routes import Routes, Routing
 from .layers.fused import attention
 from .layers.layer import LoraLayer, child_name
-from .layers.routed import Routes, Routing
 from .layers.swap import mixin_and_base
 from .layers.walk import base_modules
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean
-from .ops.blocks import expand_packed
 from .ops.delta import delta, delta_rows
 from .ops.exact import Undo, add_, subtract_
 from .ops.linear import add_low_rank, add_packed
+from .ops.packed import expand_packed
 
 __all__ = [
     "Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear",

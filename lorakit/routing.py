@@ -20,8 +20,8 @@ from torch import nn
 from .attached import State, attached_of, check_not_routed, layer_at, names_of, state_of
 from .errors import StateError, listing
 from .layers import saved
+from .layers.batched.routes import Choice, Chosen, Routes
 from .layers.layer import child_name
-from .layers.routed import Choice, Chosen, Routes
 
 Which = str | Mapping[str, float] | None
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..ops.blocks import expand_packed
 from ..ops.delta import as_matrices
+from ..ops.packed import expand_packed
 from .adapter import Other
 from .dense import Dense
 from .factors import Factors, Kind

@@ -18,7 +18,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError
 from ..io.atomic import replacing
 from ..io.tensors import read_tensors, write_tensors
-from ..ops.blocks import compact_packed, expand_packed
+from ..ops.packed import compact_packed, expand_packed
 from .strength import clean, commonest, folded
 from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
 

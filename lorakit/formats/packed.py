@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..ops.blocks import compact_packed
+from ..ops.packed import compact_packed
 
 
 def parts_of(packed: Any, module: str, A: Tensor, B: Tensor, where: Path) -> tuple[bool, ...] | None:

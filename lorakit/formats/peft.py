@@ -27,7 +27,7 @@ from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import read_tensors, write_tensors
-from ..ops.blocks import compact_packed, expand_packed, group_blocks, ungroup
+from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_lycoris
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft

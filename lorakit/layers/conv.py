@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import routed
+from .batched import routes
 from .layer import LoraFactors, LoraLayer, Shapes
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -39,7 +39,7 @@ class ConvLayer(LoraLayer):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self.lora_route is not None:
-            return routed.add_updates(self, y, x, lambda x, factors: self._update(x, factors, y.dtype))
+            return routes.add_updates(self, y, x, lambda x, factors: self._update(x, factors, y.dtype))
         for factors, scale in self.lora_in_use():
             y = y + self._update(x, factors, y.dtype) * scale
         return y

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import routed
+from .batched import routes
 from .layer import LoraFactors, LoraLayer, Shapes
 
 
@@ -28,7 +28,7 @@ class EmbeddingLayer(LoraLayer):
     def forward(self, ids: Tensor, *args, **kwargs) -> Tensor:
         y = super().forward(ids, *args, **kwargs)  # type: ignore[misc]
         if self.lora_route is not None:
-            return routed.add_updates(self, y, ids, lambda ids, factors: self._update(ids, factors, y.dtype))
+            return routes.add_updates(self, y, ids, lambda ids, factors: self._update(ids, factors, y.dtype))
         for factors, scale in self.lora_in_use():
             y = y + self._update(ids, factors, y.dtype) * scale
         return y

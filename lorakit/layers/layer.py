@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import scale_of
 
 if TYPE_CHECKING:
-    from .routed import Routing
+    from .batched.routes import Routing
 
 PREFIX = "lora_"
 COUNT = "_lora_children"  # an adapted module's attribute: how many adapters' factors it has
@@ -103,7 +103,7 @@ class LoraLayer(Swapped):
     lora_transposed = False  # the weight is [in, out]
     lora_active: tuple[tuple[str, float], ...]
     lora_merged: Any
-    lora_route: Routing | None = None  # set on the instance while inside `lorakit.route`, see `routed`
+    lora_route: Routing | None = None  # set on the instance while inside `lorakit.route`, see `batched.routes`
 
     def lora_in_use(self) -> list[tuple[LoraFactors, float]]:
         """The factors that the forward has to add, each with its scale times its weight."""

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.blocks import expand_packed
-from ..ops.linear import add_low_rank, add_packed, needs_plain, reference
+from ..ops.linear import add_low_rank, needs_plain, reference
 from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
-from . import routed
+from .batched import routes
 from .frozen import is_frozen_linear
 from .layer import LoraFactors, LoraLayer, Shapes
 
@@ -45,7 +44,7 @@ class LinearLayer(LoraLayer):
             projection, dropout = whole
             return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
-            return routed.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
+            return routes.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         for factors, scale in active:
             y = self.lora_add(y, x, factors, scale)
@@ -73,7 +72,7 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
     active: list[tuple[LoraFactors, float]] = []
     if isinstance(module, LinearLayer):
         if module.lora_route is not None:
-            together = routed.group(module, x)
+            together = routes.group(module, x)
             return None if together is None else (Projection(weight, bias, *together[:3]), together.dropout)  # type: ignore[arg-type]
         active = module.lora_in_use()
     if len(active) > 1:
@@ -98,32 +97,3 @@ class Conv1DLayer(LinearLayer):
     def lora_sizes(self) -> tuple[int, int]:
         size_in, size_out = self.weight.shape  # type: ignore[attr-defined]
         return size_in, size_out
-
-
-def packed_shapes(sizes: tuple[int, int], parts: tuple[bool, ...], rank: int) -> Shapes:
-    """A [n·r, in] and B [n, out/parts, r] of a packed projection."""
-    size_in, size_out = sizes
-    return (sum(parts) * rank, size_in), (sum(parts), size_out // len(parts), rank)
-
-
-class PackedLayer(LinearLayer):
-    """One linear that holds several projections, some of them adapted. `lora_parts` is set when the class is swapped."""
-
-    lora_parts: tuple[bool, ...]
-
-    def lora_shapes(self, rank: int) -> Shapes:
-        return packed_shapes(self.lora_sizes(), self.lora_parts, rank)
-
-    def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
-        if factors.B.dim() == 2:  # another adapter on this module, not packed
-            return super().lora_add(y, x, factors, scale)
-        x = F.dropout(x, factors.dropout, self.training) if factors.dropout else x  # type: ignore[attr-defined]
-        return add_packed(y, x, factors.A, factors.B, scale, self.lora_parts, into=self.lora_fresh_output)
-
-    def lora_full(self, factors: LoraFactors) -> tuple[Tensor, Tensor]:
-        B = factors.B.detach()
-        return factors.A.detach(), expand_packed(B, self.lora_parts) if B.dim() == 3 else B
-
-
-class PackedConv1DLayer(PackedLayer, Conv1DLayer):
-    """A packed projection stored as [in, out], as GPT-2's c_attn."""

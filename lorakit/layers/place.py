@@ -10,9 +10,10 @@ from torch import nn
 from ..adapter.factors import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, StateError
-from ..ops.blocks import compact_packed
+from ..ops.packed import compact_packed
 from .layer import LoraFactors, LoraLayer
-from .linear import LinearLayer, PackedLayer
+from .linear import LinearLayer
+from .packed import PackedLayer
 
 
 def fresh_for(module: nn.Module, name: str, config: LoraConfig, trainable: bool) -> LoraFactors:

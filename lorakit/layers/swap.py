@@ -14,7 +14,8 @@ from torch import nn
 from .conv import ConvLayer
 from .embedding import EmbeddingLayer
 from .layer import COUNT, LoraLayer
-from .linear import Conv1DLayer, LinearLayer, PackedConv1DLayer, PackedLayer
+from .linear import Conv1DLayer, LinearLayer
+from .packed import PackedConv1DLayer, PackedLayer
 
 _PACKED = {LinearLayer: PackedLayer, Conv1DLayer: PackedConv1DLayer}
 

@@ -2,7 +2,7 @@
 
     y_i = x W_iᵀ + b_i + s_i · (drop(x) A_iᵀ) B_iᵀ        x: [..., in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]
 
-One linear alone (`project`), or gate with up (in `gated_mlp`). All A are one matrix for the product with x and for the gradients that go through
+One linear alone (`project`), or gate with up (in `fused.gated_mlp`). All A are one matrix for the product with x and for the gradients that go through
 it; the input gradient of all is summed in one buffer. Kept for backward: x, once, the [N, r] products, and the packed dropout mask.
 The float32 master factors are cast to x's dtype for the matmuls; activations are never upcast.
 

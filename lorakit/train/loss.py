@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import TrainError
 from ..layers.frozen import is_frozen_linear, is_hooked
 from ..ops import IGNORE_INDEX
-from ..ops.cross_entropy import linear_cross_entropy
+from ..ops.fused.cross_entropy import linear_cross_entropy
 from ..ops.linear import needs_plain
 
 # Logits of at most so many bytes (as float32) are made at once of an output layer that is not frozen: beyond, chunks of this size are

@@ -62,7 +62,7 @@ def test_convolutions_and_embeddings_are_filled_too():
 
 
 def test_a_packed_projection_becomes_the_plain_update_that_it_is():
-    from lorakit.ops.blocks import expand_packed
+    from lorakit.ops.packed import expand_packed
 
     f = lk.Factors(torch.randn(4, 6), expand_packed(torch.randn(2, 3, 2), (True, False, True)), 4.0, parts=(True, False, True))
     after = canonical(adapter(a=f)).factors["a"]

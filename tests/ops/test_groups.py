@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorakit.ops import gated_mlp as gated
 from lorakit.ops import linear, projections
 from lorakit.ops.dropout import Mask, kept_share
+from lorakit.ops.fused import gated_mlp as gated
 from lorakit.ops.projections import Projection, project
 
 

@@ -1,4 +1,4 @@
-"""Attention's own backward for 16 bits on a CPU (see `ops.attention`), through transformers' public attention interface.
+"""Attention's own backward for 16 bits on a CPU (see `ops.fused.attention`), through transformers' public attention interface.
 
 `use` gives a model the implementation named below in place of "sdpa", `leave` gives "sdpa" back. Wherever our backward does not apply, the
 implementation calls "sdpa" itself. It is registered as a mask function too: without that, transformers passes no mask and padding is ignored.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.attention import causal_attention
+from ...ops.fused.attention import causal_attention
 from ...ops.linear import needs_plain
 
 NAME = "lorakit_sdpa"

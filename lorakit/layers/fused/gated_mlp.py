@@ -1,4 +1,4 @@
-"""A gated MLP with adapted linears, as one node (see `ops.gated_mlp`): down(act(gate(x)) · up(x)). It keeps x, gate and up for backward."""
+"""A gated MLP with adapted linears, as one node (see `ops.fused.gated_mlp`): down(act(gate(x)) · up(x)). It keeps x, gate and up for backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...ops.gated_mlp import ACTIVATIONS, Activation, gated_mlp
+from ...ops.fused.gated_mlp import ACTIVATIONS, Activation, gated_mlp
 from ...ops.projections import Projection
 from ...ops.shared_mask import mask_for
 from ..frozen import is_hooked

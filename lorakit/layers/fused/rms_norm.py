@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight, as one node (see `ops.rms_norm`): it keeps x as it is for backward, not a float32 copy of it."""
+"""RMSNorm with a frozen weight, as one node (see `ops.fused.rms_norm`): it keeps x as it is for backward, not a float32 copy of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.autocast import is_casting
+from ...ops.fused.rms_norm import Form, rms_norm
 from ...ops.linear import needs_plain
-from ...ops.rms_norm import Form, rms_norm
 from ..layer import Swapped
 from .probe import is_as_probed, misfit, twin, unknown_attribute
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.layers.fused import fused
-from lorakit.ops.rms_norm import Form
+from lorakit.ops.fused.rms_norm import Form
 
 
 class Norm(nn.Module):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from lorakit.ops.rms_norm import Form, reference, rms_norm
+from lorakit.ops.fused.rms_norm import Form, reference, rms_norm
 
 EPS = 1e-5
 FORMS = pytest.mark.parametrize("form", Form, ids=lambda form: form.name)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import IGNORE_INDEX
-from .autocast import without_autocast
+from .. import IGNORE_INDEX
+from ..autocast import without_autocast
 
 # A chunk is as many rows as have float32 logits of so many bytes, more leave the cache; but at least so many rows, fewer read W too
 # often (benchmarks/output_loss.py); and there are at most so many chunks, each costs a dozen calls.

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from lorakit.ops import cut as cut_module
-from lorakit.ops.cut import cut
-from lorakit.ops.mixed import add_stacked, pieces, reference
-from lorakit.ops.segments import add_segments, segments
+from lorakit.ops.batched import schedule as cut_module
+from lorakit.ops.batched.schedule import schedule_rows
+from lorakit.ops.batched.segments import add_segments, segments
+from lorakit.ops.batched.stacked import add_stacked, pieces, reference
 
 RANKS = [1, 2, 2, 2, 3, 3]  # equal ranks side by side, as a stack has them
 SIZE_IN, SIZE_OUT = 4, 3
@@ -44,7 +44,7 @@ def stacked(rows: list, ranks: list[int], tokens: int, dtype: torch.dtype, call:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cut_module.CALL, dtype, call)
         patch.setattr(cut_module, "GATHER_BELOW", gather_below)
-        how = cut(rows, ranks, tokens, SIZE_IN + SIZE_OUT, x)
+        how = schedule_rows(rows, ranks, tokens, SIZE_IN + SIZE_OUT, x)
     parts = pieces(torch.cat([A for A, _ in factors]), torch.cat([B.T for _, B in factors]), how)
     done = y.clone()
     add_stacked(done.view(-1, SIZE_OUT), x.view(-1, SIZE_IN), parts, how)
@@ -107,7 +107,7 @@ def test_a_row_that_is_not_a_number_stays_alone():
     for call in (0.0, 20.0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(cut_module.CALL, torch.float64, call)
-            how = cut(rows, [2, 2], 1, SIZE_IN + SIZE_OUT, x)
+            how = schedule_rows(rows, [2, 2], 1, SIZE_IN + SIZE_OUT, x)
         done = y.clone()
         parts = pieces(torch.cat([A for A, _ in factors]), torch.cat([B.T for _, B in factors]), how)
         add_stacked(done.view(-1, SIZE_OUT), x.view(-1, SIZE_IN), parts, how)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from lorakit.ops import IGNORE_INDEX, cross_entropy
-from lorakit.ops.cross_entropy import linear_cross_entropy, reference
+from lorakit.ops import IGNORE_INDEX
+from lorakit.ops.fused import cross_entropy
+from lorakit.ops.fused.cross_entropy import linear_cross_entropy, reference
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@
 s is an adapter's weight in that row (times its scale, if B does not hold that), and zero where the row does not name it.
 
 `reference` is that line. `add_stacked` is for serving, without gradients: all A stacked as [ΣR, in], all Bᵀ as [ΣR, out], true
-ranks, no padding, and few products with ranges of them (see `cut`). For training see `segments`.
+ranks, no padding, and few products with ranges of them (see `schedule`). For training see `segments`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cut import Cut, Row
+from .schedule import Row, Schedule
 
 Piece = tuple[Tensor, Tensor]  # Aᵀ [in, r] and Bᵀ [r, out] of a chunk; batched [G, in, r] and [G, r, out]
 
@@ -30,7 +30,7 @@ def reference(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], ro
     return torch.stack(done) if done else y
 
 
-def pieces(A: Tensor, Bt: Tensor, how: Cut) -> list[Piece]:
+def pieces(A: Tensor, Bt: Tensor, how: Schedule) -> list[Piece]:
     """Each chunk's part of a stack A [ΣR, in], Bt [ΣR, out]. Views, worth keeping: making them costs as much as a small product."""
     made = []
     for _, ranks, adapters, _ in how.chunks:
@@ -41,8 +41,8 @@ def pieces(A: Tensor, Bt: Tensor, how: Cut) -> list[Piece]:
     return made
 
 
-def add_stacked(y: Tensor, x: Tensor, parts: Sequence[Piece], how: Cut) -> None:
-    """Write the updates into y: [N, out], contiguous, without gradients. x: [N, in], contiguous; `parts`: `pieces` for this cut."""
+def add_stacked(y: Tensor, x: Tensor, parts: Sequence[Piece], how: Schedule) -> None:
+    """Write the updates into y: [N, out], contiguous, without gradients. x: [N, in], contiguous; `parts`: `pieces` for this schedule."""
     if how.order is None:
         for (tokens, _, adapters, scale), (At, Bt) in zip(how.chunks, parts, strict=True):
             down, out = _down(x[tokens], At, adapters, scale), y[tokens]

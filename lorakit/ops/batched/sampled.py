@@ -6,7 +6,7 @@
 x: [N, in]   y: [N, out]   A: [ΣR, in]   Bᵀ: [ΣR, out]. The first line is a sampled matrix product (`torch.sparse.sampled_addmm`),
 the second a weighted lookup (`embedding_bag`). Both read just the ranks in use, so the stack may hold hundreds of idle adapters, and
 a batch that names others costs the same as one that names those of the step before: nothing is copied or brought side by side.
-Each token works alone, though: of an adapter that many tokens use, a matrix product (see `cut`) reads the factors once for all.
+Each token works alone, though: of an adapter that many tokens use, a matrix product (see `schedule`) reads the factors once for all.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cut import Row, Span
+from .schedule import Row, Span
 
-# Up to so many tokens for each adapter in use these two calls beat the products of `cut`, which then have to be many (one EPYC core,
+# Up to so many tokens for each adapter in use these two calls beat the products of `schedule`, which then have to be many (one EPYC core,
 # fp32, 8 or 32 rows, widths 512 and 2048: 0.45 to 1.1 times as long up to 8 tokens each, 1.1 to 1.8 times from 14 on; for
 # an adapter alone always 1.4 times and more).
 MOST_TOKENS_EACH = 8

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorakit.ops import gated_mlp as ops
 from lorakit.ops import projections as p
 from lorakit.ops.dropout import draw_mask, draw_seed, kept_share
-from lorakit.ops.gated_mlp import ACTIVATIONS, SILU, Activation
+from lorakit.ops.fused import gated_mlp as ops
+from lorakit.ops.fused.gated_mlp import ACTIVATIONS, SILU, Activation
 from lorakit.ops.projections import Projection
 
 ACTS = pytest.mark.parametrize("act", ACTIVATIONS.values(), ids=ACTIVATIONS)

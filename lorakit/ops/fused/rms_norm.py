@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autocast import without_autocast
+from ..autocast import without_autocast
 
 
 class Form(Enum):

@@ -1,4 +1,4 @@
-"""How a batch whose rows have adapters of their own is cut into few products (see `mixed`).
+"""In which few products a batch is computed whose rows have adapters of their own (see `stacked`).
 
 The factors of all adapters lie stacked, A as [ΣR, in] and Bᵀ as [ΣR, out], neighbours of equal rank side by side. A chunk is
 some of the rows with a range of the stack's ranks, in one of two ways:
@@ -43,7 +43,7 @@ class Chunk(NamedTuple):
     scale: float | Tensor  # s: [rows, 1, 1] or, masked, [rows, 1, ranks]
 
 
-class Cut(NamedTuple):
+class Schedule(NamedTuple):
     """`order`: which rows to bring together first; None if the chunks take them where they are, and may then take some twice."""
 
     order: Tensor | None
@@ -89,7 +89,7 @@ class _Block:
         return mask.to(like)
 
 
-def cut(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like: Tensor) -> Cut:
+def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like: Tensor) -> Schedule:
     """Chunks for rows of so many tokens each. `ranks` of the stack's adapters; `size`: in + out of the layer; scales are made `like`."""
     starts = [0, *itertools.accumulate(ranks)]
     if in_place(rows, tokens):
@@ -104,7 +104,7 @@ def cut(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like:
         numbers = [n for users in blocks[0].users for _, n, _ in users]
         first, last = min(numbers), max(numbers) + 1
         scale = blocks[0].scales(rows[first:last], like)
-        return Cut(None, [Chunk(slice(first * tokens, last * tokens), blocks[0].ranks, 1, scale)])
+        return Schedule(None, [Chunk(slice(first * tokens, last * tokens), blocks[0].ranks, 1, scale)])
     order: list[int] = []
     chunks = []
     for block in blocks:
@@ -113,7 +113,7 @@ def cut(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like:
         adapters = len(block.users) if block.batched else 1
         chunks.append(Chunk(place, block.ranks, adapters, block.scales([((k, s),) for k, _, s in taken], like)))
         order += [n for _, n, _ in taken]
-    return Cut(torch.tensor(order, device=like.device), chunks) if order != list(range(len(order))) else Cut(None, chunks)
+    return Schedule(torch.tensor(order, device=like.device), chunks) if order != list(range(len(order))) else Schedule(None, chunks)
 
 
 def _merged(blocks: Sequence[_Block], batched: bool, call: float) -> list[_Block]:
@@ -134,7 +134,7 @@ def in_place(rows: Sequence[Row], tokens: int) -> bool:
     return len(rows) * tokens >= GATHER_BELOW * sum(1 for _ in itertools.groupby(rows))
 
 
-def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Cut:
+def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Schedule:
     """Each run of equal rows where it is, one adapter after the other. `spans`: each adapter's ranks in the stack, anywhere."""
     chunks, place = [], 0
     for row, run in itertools.groupby(rows):
@@ -142,4 +142,4 @@ def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Cut:
         where = slice(place * tokens, (place + length) * tokens)
         chunks += [Chunk(where, slice(*spans[k]), 1, s) for k, s in row]
         place += length
-    return Cut(None, chunks)
+    return Schedule(None, chunks)

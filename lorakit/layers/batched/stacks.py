@@ -1,4 +1,4 @@
-"""Factors of many adapters stacked, one stack for each routed layer, for batches that need no gradients (see `routed`).
+"""Factors of many adapters stacked, one stack for each routed layer, for batches that need no gradients (see `routes`).
 
 A stack is a buffer with spare room: A [capacity, in] and s · Bᵀ [capacity, out], in the activations' precision. An adapter that a batch
 names for the first time is written into a gap, which copies its own factors and no others. It stays there, so that a mix
@@ -17,13 +17,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..ops import mixed
-from ..ops.blocks import expand_packed
-from ..ops.cut import Cut
-from .layer import LoraFactors
+from ...ops.batched import stacked
+from ...ops.batched.schedule import Schedule
+from ...ops.packed import expand_packed
+from ..layer import LoraFactors
 
 if TYPE_CHECKING:
-    from .layer import LoraLayer
+    from ..layer import LoraLayer
 
 # All stacks of a model together hold at most this many bytes, or EXCESS times what one batch needs, if that is more; and no more than
 # SPARE times what is attached. Writing an adapter in takes longer than a step's use of it (512 -> 512, rank 24, fp32, one EPYC core: 82 µs
@@ -96,7 +96,7 @@ class Uses:
 
 
 class Order:
-    """Adapters side by side for matrix products, those of equal rank next to each other (see `ops.cut`)."""
+    """Adapters side by side for matrix products, those of equal rank next to each other (see `ops.batched.schedule`)."""
 
     def __init__(self, layout: Layout, children: Iterable[str], device: torch.device):
         places = layout.places
@@ -119,7 +119,7 @@ class Stack:
         self.layout, self.detached = layout, 0  # `detached`: ranks that were detached since, less those attached
         self.held: dict[str, Held] = {}
         self._ordered: tuple[Order, Tensor, Tensor] | None = None
-        self._pieces: tuple[Cut, list[mixed.Piece]] | None = None
+        self._pieces: tuple[Schedule, list[stacked.Piece]] | None = None
 
     def fits(self, y: Tensor) -> bool:
         return self.A.dtype == y.dtype and self.A.device == y.device
@@ -152,11 +152,11 @@ class Stack:
             self._ordered = order, A, Bt
         return self._ordered[1:]
 
-    def pieces(self, how: Cut, order: Order | None) -> list[mixed.Piece]:
+    def pieces(self, how: Schedule, order: Order | None) -> list[stacked.Piece]:
         """Each chunk's factors, from the buffer as it is or from adapters side by side."""
         if self._pieces is None or self._pieces[0] is not how:
             A, Bt = (self.A, self.Bt) if order is None else self.ordered(order)
-            self._pieces = how, mixed.pieces(A, Bt, how)
+            self._pieces = how, stacked.pieces(A, Bt, how)
         return self._pieces[1]
 
 

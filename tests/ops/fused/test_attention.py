@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorakit.ops import attention
-from lorakit.ops.attention import BLOCK, BLOCKWISE_MAX_LENGTH, causal_attention, reference
+from lorakit.ops.fused import attention
+from lorakit.ops.fused.attention import BLOCK, BLOCKWISE_MAX_LENGTH, causal_attention, reference
 
 
 def inputs(rows: int, length: int, heads: int, shared: int, size: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

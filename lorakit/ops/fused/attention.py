@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autocast import without_autocast
+from ..autocast import without_autocast
 
 # In 16 bits our blockwise backward beats the kernel's up to this length (0.3 of its time at 96 tokens, 0.6 at 256 and 512, 1.0 at 1,024;
 # 8 heads of 64, 1,024 tokens in all, one thread). In float32 the kernel is as fast throughout.

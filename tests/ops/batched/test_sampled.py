@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.ops.mixed import reference
-from lorakit.ops.sampled import MOST_TOKENS_EACH, add_sampled, pattern, pays
+from lorakit.ops.batched.sampled import MOST_TOKENS_EACH, add_sampled, pattern, pays
+from lorakit.ops.batched.stacked import reference
 
 SIZE_IN, SIZE_OUT, WIDTH = 4, 3, 14
 SPANS = [(9, 10), (2, 4), (4, 7), (12, 14)]  # gaps between them, in no order

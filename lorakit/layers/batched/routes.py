@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import StateError
-from ..ops import mixed, sampled
-from ..ops.cut import Cut, Row, cut, in_place, runs
-from ..ops.linear import add_low_rank, needs_plain
-from ..ops.sampled import Pattern, add_sampled
-from ..ops.segments import Segments, add_segments, segments
-from ..ops.shared_mask import mask_for
-from .frozen import is_frozen_linear
+from ...errors import StateError
+from ...ops.batched import sampled, stacked
+from ...ops.batched.sampled import Pattern, add_sampled
+from ...ops.batched.schedule import Row, Schedule, in_place, runs, schedule_rows
+from ...ops.batched.segments import Segments, add_segments, segments
+from ...ops.linear import add_low_rank, needs_plain
+from ...ops.shared_mask import mask_for
+from ..frozen import is_frozen_linear
 from .stacks import EXCESS, Order, Stack, Stacks, Uses
 
 if TYPE_CHECKING:
-    from .layer import LoraFactors, LoraLayer
+    from ..layer import LoraFactors, LoraLayer
 
 Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () is the base
 
@@ -197,9 +197,9 @@ class Routing:
         if isinstance(how, Pattern):
             add_sampled(y, x, stack.A, stack.Bt, how)
         else:
-            mixed.add_stacked(y, x, stack.pieces(how, order), how)
+            stacked.add_stacked(y, x, stack.pieces(how, order), how)
 
-    def _how(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Cut, Order | None]:
+    def _how(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
         """How the updates are computed, and of which adapters side by side; None for those of the stack wherever they lie."""
         layout = stack.layout
         children = [c for c in self.children if c in layout.places]
@@ -216,7 +216,7 @@ class Routing:
             self._shared[ordered] = Order(layout, children, y.device)
         order: Order = self._shared[ordered]
         rows = self._rows({c: (k, 1.0) for k, c in enumerate(order.children)})
-        return cut(rows, order.ranks, tokens, size, y), order
+        return schedule_rows(rows, order.ranks, tokens, size, y), order
 
     def segments(self, place: Mapping[str, tuple[int, float]], tokens: int, x: Tensor) -> Segments:
         key = (tuple(place.items()), tokens, x.dtype, x.device)

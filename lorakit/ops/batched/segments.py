@@ -2,7 +2,7 @@
 
 For any rows: mixes of adapters, the base's, runs of other lengths. Where each adapter has as many rows as the next, see `groups`.
 
-    y[n] = x[n] Wᵀ + b + Σ_k s[n, k] · (x[n] A_kᵀ) B_kᵀ        (see `mixed.reference`; s is weight times scale)
+    y[n] = x[n] Wᵀ + b + Σ_k s[n, k] · (x[n] A_kᵀ) B_kᵀ        (see `stacked.reference`; s is weight times scale)
 
 The base's GEMM runs once over all rows, if its weight is frozen; each segment's update is added into the same buffer. Kept for
 backward are x and the [n, r] products.
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autocast import without_autocast
-from .cut import Row, in_place
+from ..autocast import without_autocast
+from .schedule import Row, in_place
 
 
 class Segment(NamedTuple):

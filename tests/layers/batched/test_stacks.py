@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.layers import stacks as stacks_module
-from lorakit.layers.stacks import Layout, Stack
+from lorakit.layers.batched import stacks as stacks_module
+from lorakit.layers.batched.stacks import Layout, Stack
 
 RANKS = {"a": 1, "b": 2, "c": 3, "d": 2, "e": 1}
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import projections as p
-from .autocast import without_autocast
-from .dropout import Mask, draw_mask, draw_seed, masked
-from .projections import Projection, Wanted
+from .. import projections as p
+from ..autocast import without_autocast
+from ..dropout import Mask, draw_mask, draw_seed, masked
+from ..projections import Projection, Wanted
 
 
 @dataclass(frozen=True)
