@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import lorakit as lk
-from lorakit.adapter.combine import combined
-from lorakit.adapter.decompose import matrix_of
-from lorakit.adapter.resize import resize
+from lorakit.adapter.algebra.combine import combined
+from lorakit.adapter.algebra.decompose import matrix_of
+from lorakit.adapter.algebra.resize import resize
 from lorakit.formats.convert import convert
 from lorakit.inspect import describe_adapter
 

@@ -18,8 +18,8 @@ from .version import VERSION as __version__
 
 if TYPE_CHECKING:
     from .adapter.adapter import Adapter
-    from .adapter.combine import combine
-    from .adapter.factors import Factors
+    from .adapter.algebra.combine import combine
+    from .adapter.lora import Factors
     from .config import LoraConfig
     from .errors import LorakitError
     from .model import activate, active, adapters, attach, capture, detach, merge, unmerge

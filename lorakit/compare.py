@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .adapter.adapter import Adapter, Other
-from .adapter.factors import Factors
-from .adapter.product import LowRank, inner, matrix, size_of
-from .adapter.spectrum import Spectrum, decompose
-from .adapter.together import base_differences
+from .adapter.algebra.compatible import base_differences
+from .adapter.algebra.product import LowRank, inner, matrix, size_of
+from .adapter.algebra.spectrum import Spectrum, decompose
+from .adapter.lora import Factors
 from .checkpoint.weights import open_weights
 from .errors import AdapterError, TargetError, did_you_mean, listing
 from .module_names import matches

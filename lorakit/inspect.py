@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter.spectrum import norm, spectrum
+from .adapter.algebra.spectrum import norm, spectrum
 from .bases.load import EMBEDDED, load_config
 from .config import LoraConfig
 from .errors import LorakitError, listing
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .adapter.adapter import Adapter, Other
-    from .adapter.factors import Factors
+    from .adapter.lora import Factors
 
 __all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
 
@@ -31,7 +31,7 @@ QUANTITIES = {"norm": "‖ΔW‖", "relative": "‖ΔW‖ / ‖W‖", "effective
 class ModuleFacts:
     """One adapted module; `norm` is ΔW's Frobenius norm (of a DoRA, that of s · B A), `relative` the part of ‖W‖ that the change is.
 
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense (a whole ΔW). See `adapter.spectrum` for the two ranks.
+    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense (a whole ΔW). See `adapter.algebra.spectrum` for the two ranks.
     """
 
     name: str
@@ -202,7 +202,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
 
 
 def _module(name: str, update: Factors | Other, relative: float | None) -> ModuleFacts:
-    from .adapter.factors import Factors
+    from .adapter.lora import Factors
 
     found = spectrum(update)
     tensors = update.tensors()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter.adapter import Adapter
-from .adapter.factors import Factors
 from .adapter.fingerprint import fingerprint
+from .adapter.lora import Factors
 from .attached import (
     STATE,
     Attached,

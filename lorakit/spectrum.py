@@ -5,7 +5,7 @@
                                             to compare with, in that of W's own first r and in one of r random directions
     ‖ΔW‖_F / ‖Uᵀ W V‖_F                     the amplification factor: how much stronger ΔW acts there than W did
 
-W is [out, in], as in `adapter.spectrum`. A DoRA's ΔW is what its magnitude makes of W: m (W + s B A) / ‖W + s B A‖ - W.
+W is [out, in], as in `adapter.algebra.spectrum`. A DoRA's ΔW is what its magnitude makes of W: m (W + s B A) / ‖W + s B A‖ - W.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .adapter.adapter import Adapter, Other
-from .adapter.factors import Factors
-from .adapter.product import LowRank, matrix
-from .adapter.spectrum import norm, spectrum
-from .adapter.svd import random_svd
+from .adapter.algebra.product import LowRank, matrix
+from .adapter.algebra.spectrum import norm, spectrum
+from .adapter.algebra.svd import random_svd
+from .adapter.lora import Factors
 from .checkpoint.weights import Weights
 
 

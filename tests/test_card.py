@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 import lorakit as lk
 from lorakit import formats
-from lorakit.adapter.hadamard import Hadamard
+from lorakit.adapter.loha import Hadamard
 from lorakit.card import card_of, ours, write
 from lorakit.card.words import MOST, cell, code, hub_id, line, plain, without_paths
 from lorakit.errors import AdapterError, ConfigError

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import lorakit as lk
+from lorakit.adapter.algebra.spectrum import spectrum
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.spectrum import spectrum
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lora import Factors
 from lorakit.checkpoint.weights import open_weights
 from lorakit.compare import compare, interference, principal_angles, similarity
 from lorakit.errors import AdapterError, TargetError

@@ -13,8 +13,8 @@ import torch
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lora import Factors
 from lorakit.errors import LorakitError
 from lorakit.inspect import describe_adapter, describe_model, is_model, norm
 from lorakit.training_notes import training

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..config import LoraConfig
 from ..errors import AdapterError
 from .dense import Dense
-from .factors import Factors
-from .hadamard import Hadamard
-from .kronecker import Kronecker
+from .loha import Hadamard
+from .lokr import Kronecker
+from .lora import Factors
 
 Other = Hadamard | Kronecker | Dense
 
@@ -95,7 +95,7 @@ class Adapter:
 
     def __mul__(self, weight: float) -> Adapter:
         """Every ΔW times a number."""
-        from .edit import scale
+        from .algebra.edit import scale
 
         return scale(self, weight) if isinstance(weight, int | float) else NotImplemented
 
@@ -106,36 +106,36 @@ class Adapter:
 
     def __add__(self, other: Adapter) -> Adapter:
         """The exact sum: the ranks add up (`lorakit.combine` has weights and other ways)."""
-        from .combine import combine
+        from .algebra.combine import combine
 
         return combine([self, other]) if isinstance(other, Adapter) else NotImplemented
 
     def __sub__(self, other: Adapter) -> Adapter:
-        from .combine import combine
+        from .algebra.combine import combine
 
         return combine([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
 
     def resize(self, rank: int | None = None, **options: Any) -> Adapter:
-        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.resize`, which tells what it cost)."""
-        from .resize import resize
+        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.algebra.resize`, which tells what it cost)."""
+        from .algebra.resize import resize
 
         return resize(self, rank, **options).adapter
 
     def prune(self, drop: str | list[str]) -> Adapter:
         """Without the modules whose names end so, or match one regular expression."""
-        from .edit import prune
+        from .algebra.edit import prune
 
         return prune(self, drop)
 
     def select(self, keep: str | list[str]) -> Adapter:
         """With these modules alone."""
-        from .edit import select
+        from .algebra.edit import select
 
         return select(self, keep)
 
     def rename(self, names: Mapping[str, str]) -> Adapter:
         """Modules under other names: a name, or what some begin with -> what it becomes."""
-        from .edit import rename
+        from .algebra.edit import rename
 
         return rename(self, names)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .parts import wide
+from .checks import wide
 
 
 @dataclass(frozen=True)

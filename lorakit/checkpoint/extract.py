@@ -1,7 +1,7 @@
 """A LoRA out of a fine-tuned checkpoint and its base: the first singular values of each ΔW = W_tuned - W_base.
 
 Both are folders of a language model, diffusers pipelines, or single files of a diffusion model. One tensor is in memory at a time, as
-float32, with its singular vectors. Large ones are decomposed at random (Halko et al. 2011, `lorakit.adapter.svd`), and how far
+float32, with its singular vectors. Large ones are decomposed at random (Halko et al. 2011, `lorakit.adapter.algebra.svd`), and how far
 the factors are from ΔW is measured on ΔW itself. What has no low-rank factors, biases and norms, is left out or kept whole: of a language
 model the trained value, of a diffusion model its change (a "diff" of LyCORIS).
 """
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.decompose import Form, compose
+from ..adapter.algebra.decompose import Form, compose
+from ..adapter.algebra.reform import describing
+from ..adapter.algebra.svd import distance, matrix_svd, norm_squared
 from ..adapter.dense import Dense
-from ..adapter.factors import Factors
-from ..adapter.reform import describing
-from ..adapter.svd import distance, matrix_svd, norm_squared
+from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..io.stream import Slot

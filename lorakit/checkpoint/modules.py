@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.decompose import Form
+from ..adapter.algebra.decompose import Form
 from ..adapter.fingerprint import fingerprint
 from ..errors import TargetError
 from .base import Base

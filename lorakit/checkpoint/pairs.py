@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter.decompose import Form
-from ..adapter.svd import norm_squared
+from ..adapter.algebra.decompose import Form
+from ..adapter.algebra.svd import norm_squared
 from ..errors import LorakitError, listing
 from ..formats import names
 from ..io.stream import MERGEABLE, Slot

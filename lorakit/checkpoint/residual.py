@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.concatenate import exact_sum
-from ..adapter.factors import Factors
-from ..adapter.reform import with_updates
-from ..adapter.spectrum import norm
+from ..adapter.algebra.concatenate import exact_sum
+from ..adapter.algebra.reform import with_updates
+from ..adapter.algebra.spectrum import norm
+from ..adapter.lora import Factors
 from ..errors import AdapterError
 from ..formats import TAKES_ALPHA, find, format_of, load, peft
 from .weights import open_weights

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Other
-from ..adapter.decompose import shape_of
+from ..adapter.algebra.decompose import shape_of
 from ..adapter.dense import Dense
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..errors import AdapterError, LorakitError
 from ..io.stream import MERGEABLE, Slot
 from ..ops.delta import as_matrices, delta_rows

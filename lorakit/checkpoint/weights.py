@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Other
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..io.stream import Slot
 from .base import Base
 from .parts import open_parts

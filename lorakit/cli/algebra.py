@@ -17,7 +17,7 @@ from .starting import starting
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
-    from ..adapter.resize import Resized
+    from ..adapter.algebra.resize import Resized
 
 Out = Annotated[Path, typer.Argument(help="where to write the result")]
 Rank = Annotated[int | None, typer.Option(min=1, help="the rank of the result, at most")]
@@ -53,7 +53,7 @@ def combine(
 ) -> None:
     """Several adapters as one: the exact weighted sum of what they add, or TIES, DARE and pruning of it."""
     with starting("reading the adapters"):
-        from ..adapter.combine import combined
+        from ..adapter.algebra.combine import combined
 
     out = free(out, to, force)
     values = [read(source, alpha, base_folder(base)) for source in adapters]
@@ -86,7 +86,7 @@ def resize(
 ) -> None:
     """An adapter at a lower rank, with the smallest error that this rank allows; LoHa, LoKr and whole updates become LoRA."""
     with starting("reading the adapter"):
-        from ..adapter.resize import resize as cut
+        from ..adapter.algebra.resize import resize as cut
 
     out = free(out, to, force)
     value = read(adapter, alpha, base_folder(base))

@@ -36,7 +36,7 @@ def edit(
     if scale == 0:
         raise ConfigError("--scale 0 would leave nothing of the adapter\n  give another number")
     with starting(f"reading {source}"):
-        from ..adapter import edit as change
+        from ..adapter.algebra import edit as change
         from ..formats import format_of, save
 
     began = time.monotonic()

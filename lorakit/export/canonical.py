@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 
 from ..adapter.adapter import Adapter
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..errors import AdapterError
 from ..formats.strength import folded
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..adapter.adapter import Adapter, Other
 from ..adapter.dense import Dense
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..formats import names
 from .effect import Content, Effect, low_rank
 

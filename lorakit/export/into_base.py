@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapter.adapter import Adapter
-from ..adapter.reform import with_updates
+from ..adapter.algebra.reform import with_updates
 from ..checkpoint import merge_checkpoint
 from ..checkpoint.base import open_base
 from ..checkpoint.modules import layout_of

@@ -68,7 +68,7 @@ def save(
     dtype: the precision to write it in (by default as it is); "q8_0", blocks of 8 bits, for "gguf" alone. base: the base's folder or config, for "gguf". AdapterError, with all
     of it, where the format cannot hold something of the adapter (see `losses`). Returns the path written.
     """
-    from ..adapter.edit import cast
+    from ..adapter.algebra.edit import cast
 
     path, blocks = Path(path).expanduser(), "q8_0" if dtype == "q8_0" else None
     if blocks is not None and format != "gguf":

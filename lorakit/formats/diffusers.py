@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter, Other
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.json_object import parse_json

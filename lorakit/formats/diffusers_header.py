@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..errors import AdapterError
 
 KEY = "lora_adapter_metadata"

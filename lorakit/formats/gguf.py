@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..errors import AdapterError, listing
 from ..io.atomic import replacing
 from ..io.gguf_header import read_gguf

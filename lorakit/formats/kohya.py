@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.dense import Dense
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json

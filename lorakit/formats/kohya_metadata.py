@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.dense import Dense
-from ..adapter.factors import Factors
-from ..adapter.hadamard import Hadamard
-from ..adapter.kronecker import Kronecker
+from ..adapter.loha import Hadamard
+from ..adapter.lokr import Kronecker
+from ..adapter.lora import Factors
 from ..io.atomic import replacing
 from ..io.stream import NAMES, StreamWriter
 from .kohya_parts import Update

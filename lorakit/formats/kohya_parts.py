@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Other
+from ..adapter.checks import wide
 from ..adapter.dense import Dense
-from ..adapter.factors import Factors
-from ..adapter.hadamard import Hadamard
-from ..adapter.kronecker import Kronecker
-from ..adapter.parts import wide
+from ..adapter.loha import Hadamard
+from ..adapter.lokr import Kronecker
+from ..adapter.lora import Factors
 from ..errors import AdapterError
 
 Update = Factors | Other

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..io.atomic import replacing

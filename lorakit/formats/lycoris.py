@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..adapter.dense import Dense
-from ..adapter.factors import Factors
-from ..adapter.hadamard import Hadamard
-from ..adapter.kronecker import Kronecker
+from ..adapter.loha import Hadamard
+from ..adapter.lokr import Kronecker
+from ..adapter.lora import Factors
 from ..errors import AdapterError, did_you_mean
 from .kohya_parts import Update
 

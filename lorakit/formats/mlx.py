@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json

@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text

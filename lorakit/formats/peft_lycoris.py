@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter.adapter import Other
-from ..adapter.hadamard import Hadamard
-from ..adapter.kronecker import Kronecker
+from ..adapter.loha import Hadamard
+from ..adapter.lokr import Kronecker
 from ..config import LoraConfig
 from ..errors import AdapterError
 from .peft_config import from_peft

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.factors import Factors
-from ..adapter.parts import narrowed
+from ..adapter.checks import narrowed
+from ..adapter.lora import Factors
 from ..config import LoraConfig
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..adapter.factors import Factors
+from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError, StateError
 from ..ops.packed import compact_packed

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
 from lorakit.errors import AdapterError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.adapter.algebra.edit import cast
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.edit import cast
 from lorakit.errors import AdapterError
 from lorakit.formats.strength import folded
 

@@ -12,9 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lora import Factors
 
 STRENGTHS = ((2, 1.0), (3, 4.0), (4, 6.5), (1, 1.0), (4, 4.0))  # rank and alpha, mixed over the modules
 SIZE = 0.1  # of an update's numbers: some rounding of half precision, and no lost updates

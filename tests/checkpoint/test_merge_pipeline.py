@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
 from lorakit.adapter.fingerprint import fingerprint
+from lorakit.adapter.lora import Factors
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError, TargetError
 from lorakit.formats import kohya, names

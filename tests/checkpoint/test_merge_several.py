@@ -12,7 +12,7 @@ from tiny import logits, randomise_factors
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
+from lorakit.adapter.lora import Factors
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError
 

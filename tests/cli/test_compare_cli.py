@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from lorakit.adapter.factors import Factors
+from lorakit.adapter.lora import Factors
 from lorakit.compare import compare
 from lorakit.compare_report import write_html
 

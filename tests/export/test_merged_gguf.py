@@ -14,7 +14,7 @@ from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit as lk
-from lorakit.adapter.hadamard import Hadamard
+from lorakit.adapter.loha import Hadamard
 from lorakit.bases.load import embedded_folder
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.export import gguf_model

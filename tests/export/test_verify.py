@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
 from lorakit.errors import AdapterError
 from lorakit.export import export
 from lorakit.formats import save

@@ -20,8 +20,8 @@ from torch import nn
 import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import gguf
 from lorakit.formats.gguf_names import ARCHITECTURES, permute, tensor_names, unpermute

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.errors import AdapterError
 from lorakit.formats import kohya, lycoris, names

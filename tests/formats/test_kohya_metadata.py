@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.kronecker import Kronecker
+from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.formats import kohya
 from lorakit.formats.kohya_metadata import model_said

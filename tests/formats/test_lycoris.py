@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import kohya, lycoris
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import mlx, peft
 from lorakit.io.tensors import read_tensors

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ties import Majority, elect_and_merge
+from .ties_merging import Majority, elect_and_merge
 
 
 def drop(delta: Tensor, density: float, seed: int, module: str, place: int) -> Tensor:

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
-from ..ops.delta import as_matrices
-from ..ops.packed import expand_packed
-from .adapter import Other
-from .dense import Dense
-from .factors import Factors, Kind
-from .hadamard import Hadamard
-from .kronecker import Kronecker
-from .parts import narrowed
+from ...errors import AdapterError
+from ...ops.delta import as_matrices
+from ...ops.packed import expand_packed
+from ..adapter import Other
+from ..checks import narrowed
+from ..dense import Dense
+from ..loha import Hadamard
+from ..lokr import Kronecker
+from ..lora import Factors, Kind
 from .product import LowRank, matrix, pair
 from .svd import Svd, distance, matrix_svd, needed, norm_squared, product_svd
 
@@ -63,7 +63,7 @@ def form_of(module: str, update: Factors | Other) -> Form:
         if update.A.shape[0] != update.B.shape[1]:
             raise AdapterError(
                 f"'{module}' is a grouped convolution in PEFT's form, whose A {list(update.A.shape)} reads across the groups: "
-                f"no change of the weight does the same\n  leave it out: lorakit.adapter.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT --drop {module})"
+                f"no change of the weight does the same\n  leave it out: lorakit.adapter.algebra.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT --drop {module})"
             )
         return Form(update.kind, tuple(update.A.shape[1:]), update.B.dim(), update.transposed, update.groups, update.parts)
     if isinstance(update, Dense) and (update.weight is None or update.weight.dim() < 2):

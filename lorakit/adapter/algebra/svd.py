@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .parts import wide
+from ..checks import wide
 
 # Extra random columns. Halko et al. (section 1.3) call 5 or 10 enough; 10 make the first pass good to a factor of √(1 + k/9).
 OVERSAMPLE = 10

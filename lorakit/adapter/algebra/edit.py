@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import AdapterError, ConfigError, TargetError, did_you_mean, listing
-from ..module_names import matches
-from .adapter import Adapter, Other
-from .dense import Dense
-from .factors import Factors
-from .hadamard import Hadamard
-from .parts import narrowed, wide
+from ...errors import AdapterError, ConfigError, TargetError, did_you_mean, listing
+from ...module_names import matches
+from ..adapter import Adapter, Other
+from ..checks import narrowed, wide
+from ..dense import Dense
+from ..loha import Hadamard
+from ..lora import Factors
 from .reform import with_updates
 
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from peft.utils import merge_utils
 from torch import nn
 
 import lorakit as lk
-from lorakit.adapter.combine import combined
-from lorakit.adapter.dare import dare_linear, dare_ties, drop
+from lorakit.adapter.algebra.combine import combined
+from lorakit.adapter.algebra.dare import dare_linear, dare_ties, drop
+from lorakit.adapter.algebra.ties_merging import magnitude_prune, ties, trim
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.fingerprint import fingerprint
-from lorakit.adapter.ties import magnitude_prune, ties, trim
 from lorakit.errors import AdapterError, ConfigError
 
 # ------------------------------------------------------------------------------------------ the exact sum

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .parts import check_alpha, check_parts, wide
+from .checks import check_alpha, check_parts, wide
 
 
 @dataclass(frozen=True)

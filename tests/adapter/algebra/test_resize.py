@@ -10,8 +10,8 @@ import torch
 from made_adapters import adapter, deltas, exact, factors, numbers, packed
 
 import lorakit as lk
+from lorakit.adapter.algebra.resize import resize
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.resize import resize
 from lorakit.errors import AdapterError, ConfigError
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from made_adapters import exact, factors, hadamard, kronecker, numbers, packed
 
-from lorakit.adapter.decompose import decompose, form_of, matrix_of
+from lorakit.adapter.algebra.decompose import decompose, form_of, matrix_of
+from lorakit.adapter.algebra.svd import distance, full_svd, matrix_svd, needed, product_svd, random_svd
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
-from lorakit.adapter.svd import distance, full_svd, matrix_svd, needed, product_svd, random_svd
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
 
 
 @pytest.mark.parametrize("m, r, n", [(40, 5, 30), (6, 9, 30), (40, 9, 7), (3, 1, 1)])

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import MAX_RANK, scale_of
 from ..errors import AdapterError
 from ..ops.delta import delta
-from .parts import check_alpha, check_parts
+from .checks import check_alpha, check_parts
 
 Kind = Literal["linear", "embedding", "conv"]
 

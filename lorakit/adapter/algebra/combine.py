@@ -20,18 +20,18 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..errors import AdapterError, ConfigError, did_you_mean
-from .adapter import Adapter, Other
+from ...errors import AdapterError, ConfigError, did_you_mean
+from ..adapter import Adapter, Other
+from ..dense import Dense
+from ..lora import Factors
+from .compatible import Saved, check_same_base, whole_values
 from .concatenate import Piece, common_form, exact_sum
 from .dare import dare_linear, dare_ties, drop
 from .decompose import Form, compose, decompose, difference, form_of, matrix_of, norm_of
-from .dense import Dense
-from .factors import Factors
 from .reform import with_updates
 from .resize import ModuleResize, Resized
 from .svd import Svd, distance, matrix_svd, needed, norm_squared
-from .ties import Majority, magnitude_prune, ties
-from .together import Saved, check_same_base, whole_values
+from .ties_merging import Majority, magnitude_prune, ties
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 EXACT = ("linear", "cat", "svd")

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from ..errors import AdapterError, ConfigError
-from .adapter import Adapter, Other
+from ...errors import AdapterError, ConfigError
+from ..adapter import Adapter, Other
+from ..dense import Dense
+from ..lora import Factors
 from .decompose import compose, decompose, difference, form_of, norm_of
-from .dense import Dense
-from .factors import Factors
 from .reform import with_updates
 from .svd import Svd, needed
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import Other
-from .factors import Factors
+from ..adapter import Other
+from ..lora import Factors
 from .product import LowRank, matrix
 from .svd import full_svd, norm_squared, product_core, product_svd, random_svd
 

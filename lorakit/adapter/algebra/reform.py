@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import LoraConfig
-from ..module_names import matches
-from .adapter import Adapter, Other
-from .factors import Factors
+from ...config import LoraConfig
+from ...module_names import matches
+from ..adapter import Adapter, Other
+from ..lora import Factors
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Factors | Other], **changes: Any) -> Adapter:

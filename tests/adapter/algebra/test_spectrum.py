@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from lorakit.adapter import spectrum as sp
+from lorakit.adapter.algebra import spectrum as sp
+from lorakit.adapter.algebra.product import LowRank, inner, matrix
+from lorakit.adapter.algebra.spectrum import decompose, norm, spectrum
+from lorakit.adapter.algebra.svd import random_svd
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.factors import Factors
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
-from lorakit.adapter.product import LowRank, inner, matrix
-from lorakit.adapter.spectrum import decompose, norm, spectrum
-from lorakit.adapter.svd import random_svd
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lora import Factors
 
 
 def random(*shape: int) -> torch.Tensor:

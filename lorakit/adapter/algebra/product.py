@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import Other
-from .dense import Dense
-from .factors import Factors
-from .hadamard import Hadamard
-from .kronecker import Kronecker
+from ..adapter import Other
+from ..dense import Dense
+from ..loha import Hadamard
+from ..lokr import Kronecker
+from ..lora import Factors
 
 # A whole matrix up to here is in float64, a larger one in float32, for memory.
 DOUBLE = 1 << 22

@@ -14,13 +14,13 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
-from .adapter import Other
+from ...errors import AdapterError
+from ..adapter import Other
+from ..checks import narrowed
+from ..dense import Dense
+from ..lora import Factors
 from .decompose import Form, form_of, shape_of
-from .dense import Dense
 from .edit import scaled
-from .factors import Factors
-from .parts import narrowed
 
 Piece = tuple[float, Factors | Other]  # its weight, and the update
 

@@ -9,7 +9,7 @@ import torch
 from made_adapters import adapter, deltas, exact, factors, numbers
 
 import lorakit as lk
-from lorakit.adapter.edit import cast, negate, prune, rename, scale, select
+from lorakit.adapter.algebra.edit import cast, negate, prune, rename, scale, select
 from lorakit.errors import AdapterError, ConfigError, TargetError
 
 

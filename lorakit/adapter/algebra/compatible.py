@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, listing
-from .adapter import Adapter
-from .parts import wide
+from ...errors import AdapterError, listing
+from ..adapter import Adapter
+from ..checks import wide
 
 Saved = Literal["equal", "mean"]
 

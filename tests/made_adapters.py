@@ -7,8 +7,8 @@ from torch import Tensor
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.hadamard import Hadamard
-from lorakit.adapter.kronecker import Kronecker
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
