@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": ".adapter.adapter",
-    "Factors": ".adapter.factors",
-    "combine": ".adapter.combine",
+    "Factors": ".adapter.lora",
+    "combine": ".adapter.algebra.combine",
     "LoraConfig": ".config",
     "LorakitError": ".errors",
     **dict.fromkeys(("activate", "active", "adapters", "attach", "capture", "detach", "merge", "unmerge"), ".model"),
