@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from .adapter.lora import Factors
     from .config import LoraConfig
     from .errors import LorakitError
-    from .model import activate, active, adapters, attach, capture, detach, merge, unmerge
-    from .overview import summary
-    from .routing import route
+    from .model.activate import activate, active, adapters
+    from .model.attach import attach
+    from .model.capture import capture
+    from .model.detach import detach
+    from .model.merge import merge, unmerge
+    from .model.route import route
+    from .model.summary import summary
 
 _HOME = {
     "Adapter": ".adapter.adapter",
@@ -32,9 +36,10 @@ _HOME = {
     "combine": ".adapter.algebra.combine",
     "LoraConfig": ".config",
     "LorakitError": ".errors",
-    **dict.fromkeys(("activate", "active", "adapters", "attach", "capture", "detach", "merge", "unmerge"), ".model"),
-    "route": ".routing",
-    "summary": ".overview",
+    **{name: f".model.{name}" for name in ("activate", "attach", "capture", "detach", "merge", "route", "summary")},
+    "active": ".model.activate",
+    "adapters": ".model.activate",
+    "unmerge": ".model.merge",
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)

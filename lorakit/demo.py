@@ -61,7 +61,9 @@ def run(
     from .bases.device import choose_device, choose_dtype
     from .bases.load import load_model, load_tokenizer
     from .checkpoint import merge_checkpoint
-    from .model import activate, attach, detach
+    from .model.activate import activate
+    from .model.attach import attach
+    from .model.detach import detach
     from .train.config import TrainConfig
     from .train.loop import train
     from .train.progress import Progress

@@ -144,7 +144,7 @@ def _settings(folder: Path, precision: str, steps: int) -> Any:
 def _prepare(folder: Path, steps: int) -> int:
     """Write rows, batches (ids and labels in order), the starting adapter and the rates. Returns the number of trained tokens."""
     from ..bases.load import embedded_folder
-    from ..model import capture
+    from ..model.capture import capture
     from ..ops import IGNORE_INDEX
     from ..train.defaults import rate_factor
     from ..train.setup import set_up, trained_in

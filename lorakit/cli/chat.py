@@ -104,7 +104,7 @@ def chat(
 
 
 def _command(base: Any, names: list[str], line: str, history: list[dict[str, str]]) -> list[dict[str, str]]:
-    from ..model import activate
+    from ..model.activate import activate
 
     word, _, rest = line.partition(" ")
     if word == "/adapter":

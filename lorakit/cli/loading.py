@@ -51,7 +51,7 @@ def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
     from ..bases.device import choose_device, choose_dtype
     from ..bases.load import load_config, load_model, load_tokenizer
     from ..formats import format_of
-    from ..model import attach
+    from ..model.attach import attach
 
     # Before the base's weights: it fails faster. A GGUF needs the base's config, to know the heads of its permuted rows.
     values = {

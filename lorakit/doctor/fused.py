@@ -50,7 +50,7 @@ def fused_report() -> list[FusedPart]:
 
     from ..config import LoraConfig
     from ..layers.fused.fused import report
-    from ..model import attach
+    from ..model.attach import attach
 
     found: list[FusedPart] = []
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

@@ -204,7 +204,7 @@ def _told(on_rows: Callable[[str, int], None] | None, what: str) -> Callable[[in
 
 
 def _check_adapters(model: PreTrainedModel, wanted: Sequence[str | None]) -> None:
-    from lorakit.model import adapters
+    from ..model.activate import adapters
 
     attached = adapters(model)
     if not wanted:
@@ -216,7 +216,7 @@ def _check_adapters(model: PreTrainedModel, wanted: Sequence[str | None]) -> Non
 
 
 def _use(model: PreTrainedModel, which: str | Mapping[str, float] | None) -> None:
-    from lorakit.model import activate, adapters
+    from ..model.activate import activate, adapters
 
     if adapters(model):  # a model without adapters is its base already
         activate(model, which)
@@ -224,7 +224,7 @@ def _use(model: PreTrainedModel, which: str | Mapping[str, float] | None) -> Non
 
 @contextmanager
 def _adapters_restored(model: PreTrainedModel) -> Iterator[None]:
-    from lorakit.model import active, adapters
+    from ..model.activate import active, adapters
 
     before = active(model) if adapters(model) else {}
     try:

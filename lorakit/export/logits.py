@@ -25,9 +25,10 @@ from ..adapter.adapter import Adapter
 from ..bases.load import load_config, load_model
 from ..checkpoint.base import open_base
 from ..errors import AdapterError, LorakitError
-from ..fit import check_base
 from ..io.stream import read_header
-from ..model import attach, detach
+from ..model.attach import attach
+from ..model.detach import detach
+from ..model.fit import check_base
 from .effect import Content, Effect
 
 # Of the largest |logit|. The same weights, added in another order in float32, are 1e-6 to 1e-5 apart.

@@ -23,7 +23,7 @@ from ..bases.load import load_model
 from ..checkpoint.tensors import merged_rows
 from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
-from ..model import attach
+from ..model.attach import attach
 from .gguf_model import Placed
 from .logits import logits_of, why_not
 

@@ -7,6 +7,7 @@ parameters A and B. Nothing else about the module changes: its own parameters ke
 from __future__ import annotations
 
 import copyreg
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -87,13 +88,37 @@ def remove_factors(layer: Any, child: str) -> LoraFactors:
 class Swapped:
     """A mixin in front of a module's own class. The class so made has no name to import; a pickle names the two instead."""
 
+    @classmethod
+    def lora_class_attributes(cls, base: type[nn.Module]) -> dict[str, object]:
+        """What an adapted class says about the base class behind the mixin."""
+        return {}
+
     def __reduce_ex__(self, protocol):
         function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            from .swap import mixin_and_base, rebuild
+            from .layer import mixin_and_base, rebuild
 
             return rebuild, mixin_and_base(type(self)), *rest
         return function, args, *rest
+
+
+@functools.cache
+def adapted_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
+    """The class of modules with this mixin in front of their own class: made once, as torch's parametrizations do."""
+    names = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_probed": base.forward}
+    return type("Lora" + base.__name__, (mixin, base), names | mixin.lora_class_attributes(base))
+
+
+def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
+    """What `adapted_class` was made of."""
+    mixin, base = cls.__bases__
+    return mixin, base
+
+
+def rebuild(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
+    """An empty instance of an adapted class; used by pickle."""
+    cls = adapted_class(mixin, base)
+    return cls.__new__(cls)
 
 
 class LoraLayer(Swapped):

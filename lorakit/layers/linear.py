@@ -23,9 +23,16 @@ from .layer import LoraFactors, LoraLayer, Shapes
 
 class LinearLayer(LoraLayer):
     lora_kind = "linear"
-    # Both are set with the adapted class (see `swap`), from the base's own forward:
     lora_plain = False  # the base computes just x Wᵀ + b
     lora_fresh_output = False  # nothing else keeps the base's output. A subclass with a forward of its own may keep it
+
+    @classmethod
+    def lora_class_attributes(cls, base: type[nn.Module]) -> dict[str, object]:
+        own_forward = base.forward is nn.Linear.forward
+        return {
+            "lora_plain": cls is LinearLayer and own_forward,
+            "lora_fresh_output": own_forward or base.forward.__qualname__ == "Conv1D.forward",
+        }
 
     def lora_sizes(self) -> tuple[int, int]:
         """(in, out)"""

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import functools
 import types
 
 from torch import nn
 
 from .conv import ConvLayer
 from .embedding import EmbeddingLayer
-from .layer import COUNT, LoraLayer
+from .layer import COUNT, LoraLayer, adapted_class, mixin_and_base
 from .linear import Conv1DLayer, LinearLayer
 from .packed import PackedConv1DLayer, PackedLayer
 
@@ -39,26 +38,6 @@ def is_linear(module: nn.Module) -> bool:
     """Whether 'all-linear' means this module."""
     mixin = mixin_for(module)
     return mixin is not None and issubclass(mixin, LinearLayer)
-
-
-@functools.cache
-def adapted_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[nn.Module]:
-    names: dict[str, object] = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_probed": base.forward}
-    if issubclass(mixin, LinearLayer):
-        names["lora_plain"] = mixin is LinearLayer and base.forward is nn.Linear.forward
-        names["lora_fresh_output"] = base.forward is nn.Linear.forward or base.forward.__qualname__ == "Conv1D.forward"
-    return type("Lora" + base.__name__, (mixin, base), names)
-
-
-def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
-    mixin, base = cls.__bases__
-    return mixin, base
-
-
-def rebuild(mixin: type[LoraLayer], base: type[nn.Module]) -> nn.Module:
-    """An empty instance of an adapted class; used by pickle."""
-    cls = adapted_class(mixin, base)  # type: ignore[arg-type]
-    return cls.__new__(cls)
 
 
 def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:

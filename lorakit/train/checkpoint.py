@@ -27,7 +27,7 @@ from ..errors import TrainError
 from ..io.atomic import sync_folder
 from ..io.tensors import read_tensors
 from ..layers.layer import child_name
-from ..model import DEFAULT
+from ..model.attach import DEFAULT
 
 PREFIX, TEMPORARY = "step-", ".writing-"
 

@@ -20,8 +20,8 @@ from ..config import Choice
 from ..data.batches import collate
 from ..data.dataset import Item
 from ..errors import NotFiniteError
-from ..model import activate
-from ..routing import route
+from ..model.activate import activate
+from ..model.route import route
 from .config import TrainConfig
 from .interrupt import Interrupt, listening
 from .loss import row_losses

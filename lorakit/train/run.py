@@ -17,7 +17,8 @@ from torch import Tensor
 from ..data.dataset import Item
 from ..errors import TrainError, listing
 from ..evaluate.perplexity import perplexity
-from ..model import activate, capture
+from ..model.activate import activate
+from ..model.capture import capture
 from . import checkpoint, compile, defaults, samples
 from .early_stop import EarlyStop
 from .report import write_report

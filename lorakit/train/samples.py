@@ -12,7 +12,7 @@ from ..data.render import question_ids
 from ..data.templates import Style
 from ..evaluate.generate import check_prompts, generate, positions_of
 from ..io.atomic import write_text
-from ..model import activate, active
+from ..model.activate import activate, active
 from .config import TrainConfig
 from .run_folder import RunFolder
 

@@ -21,7 +21,7 @@ from ..data.read import read_rows
 from ..errors import TrainError
 from ..evaluate.generate import positions_of
 from ..layers.fused import attention
-from ..model import DEFAULT, attach
+from ..model.attach import DEFAULT, attach
 from . import compile, defaults
 from .config import TrainConfig
 from .memory import check

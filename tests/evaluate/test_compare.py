@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-import lorakit.model as lm
+import lorakit as lk
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, DataError, StateError
 from lorakit.evaluate.compare import evaluate, prompts_of
@@ -33,13 +33,13 @@ def items(make_item):
 def adapted(llama):
     """The tiny Llama with two adapters that change its output, `first` with half its weight active."""
     for seed, name in enumerate(["first", "second"]):
-        lm.attach(llama, LoraConfig(rank=2, targets=["q_proj", "down_proj"]), name=name)
+        lk.attach(llama, LoraConfig(rank=2, targets=["q_proj", "down_proj"]), name=name)
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter_name, parameter in llama.named_parameters():
                 if "lora_" in parameter_name and name in parameter_name:
                     parameter.normal_(std=0.5)
-    lm.activate(llama, {"first": 0.5})
+    lk.activate(llama, {"first": 0.5})
     return llama
 
 
@@ -54,7 +54,7 @@ def test_each_adapter_is_judged_as_if_it_were_the_active_one(adapted, tokenizer,
     assert [one.adapter for one in report.judged] == [None, "first", "second"]
     assert len({one.loss.loss for one in report.judged}) == 3
     for one in report.judged:
-        lm.activate(adapted, one.adapter)
+        lk.activate(adapted, one.adapter)
         assert one.loss == perplexity(adapted, items, 0)
         texts = [text.strip() for text in generate(adapted, tokenizer, [p.ids for p in report.prompts], max_new_tokens=6)]
         assert list(one.texts) == texts
@@ -63,17 +63,17 @@ def test_each_adapter_is_judged_as_if_it_were_the_active_one(adapted, tokenizer,
 
 def test_what_was_active_before_is_active_afterwards(adapted, tokenizer, items):
     evaluate(adapted, tokenizer, items, [None, "second"])
-    assert lm.active(adapted) == {"first": 0.5}
-    lm.activate(adapted, None)
+    assert lk.active(adapted) == {"first": 0.5}
+    lk.activate(adapted, None)
     evaluate(adapted, tokenizer, items, ["second"])
-    assert lm.active(adapted) == {}
+    assert lk.active(adapted) == {}
 
 
 def test_what_was_active_before_is_active_after_an_error(adapted, tokenizer, items):
     broken = dataclasses.replace(items[0], trained=[False] * len(items[0].ids))
     with pytest.raises(DataError, match="row 1"):
         evaluate(adapted, tokenizer, [broken], ["second"])
-    assert lm.active(adapted) == {"first": 0.5}
+    assert lk.active(adapted) == {"first": 0.5}
 
 
 def test_a_model_without_adapters_is_judged_as_the_base(llama, tokenizer, items):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.attached import base_parameters
 from lorakit.errors import AdapterError, StateError, TargetError
+from lorakit.model.state import base_parameters
 
 HEAD = lk.LoraConfig(rank=2, targets=["query", "value"], save_modules=["classifier"])
 

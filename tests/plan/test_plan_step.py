@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.config import LoraConfig
 from lorakit.evaluate.perplexity import token_losses
-from lorakit.model import attach
+from lorakit.model.attach import attach
 from lorakit.ops import IGNORE_INDEX
 from lorakit.plan import step as step_file
 from lorakit.plan.live import Live

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..frozen import is_plain_weight
-from ..layer import LoraLayer, Swapped
+from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base
 from ..linear import LinearLayer
-from ..swap import adapted_class, mixin_and_base, rebind_hooked_forward
+from ..swap import rebind_hooked_forward
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm
 from .gated_mlp import FusedGatedMlp

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.attached import base_parameters
 from lorakit.errors import AdapterError, StateError, TargetError
-from lorakit.model import active, adapters
+from lorakit.model.activate import active, adapters
+from lorakit.model.state import base_parameters
 
 LLAMA = lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj", "down_proj"])
 MAKERS = {

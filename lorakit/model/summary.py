@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attached import layer_at, names_of, state_of
-from .layers import saved
-from .layers.fused import fused
-from .layers.fused.fused import Fused
-from .layers.layer import LoraFactors, child_name
+from ..layers import saved
+from ..layers.fused import fused
+from ..layers.fused.fused import Fused
+from ..layers.layer import LoraFactors, child_name
+from .state import layer_at, names_of, state_of
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Batches that mix adapters: one choice per row, for any forward and for `generate`, or one per token of a packed batch.
 
-    with lk.route(model, ["sql", None, {"sql": 0.7, "style": 0.3}]):
-        model(batch)                                     # three rows
-    with lk.route(model, ["sql"] * 40 + ["style"] * 25, per="token"):
-        model(packed)                                    # [1, 65]
-
-(In a file of this name because `lorakit.route` is the function.)
+with lk.route(model, ["sql", None, {"sql": 0.7, "style": 0.3}]):
+    model(batch)                                     # three rows
+with lk.route(model, ["sql"] * 40 + ["style"] * 25, per="token"):
+    model(packed)                                    # [1, 65]
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ from typing import Literal
 
 from torch import nn
 
-from .attached import State, attached_of, check_not_routed, layer_at, names_of, state_of
-from .errors import StateError, listing
-from .layers import saved
-from .layers.batched.routes import Choice, Chosen, Routes
-from .layers.layer import child_name
+from ..errors import StateError, listing
+from ..layers import saved
+from ..layers.batched.routes import Choice, Chosen, Routes
+from ..layers.layer import child_name
+from .state import State, attached_of, check_not_routed, layer_at, names_of, state_of
 
 Which = str | Mapping[str, float] | None
 

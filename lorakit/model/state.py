@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from .config import LoraConfig
-from .errors import StateError, did_you_mean, listing
-from .layers import saved
-from .layers.batched.routes import Routes, Routing
-from .layers.fused import attention
-from .layers.layer import LoraLayer, child_name
-from .layers.swap import mixin_and_base
-from .layers.walk import base_modules
+from ..config import LoraConfig
+from ..errors import StateError, did_you_mean, listing
+from ..layers import saved
+from ..layers.batched.routes import Routes, Routing
+from ..layers.fused import attention
+from ..layers.layer import LoraLayer, child_name, mixin_and_base
+from ..layers.walk import base_modules
 
 STATE = "_lorakit"
 
@@ -121,3 +120,8 @@ def architecture_of(model: nn.Module) -> str:
 
 def names_of(chosen: Mapping[str, float]) -> str:
     return " + ".join(f"'{n}'" if w == 1 else f"{w:g} x '{n}'" for n, w in chosen.items())
+
+
+def qualified_name(value: object) -> str:
+    """The name of a value's type, with its module, for error messages."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -9,7 +9,7 @@ import torch
 import lorakit as lk
 from lorakit.errors import StateError
 from lorakit.layers.layer import child_name
-from lorakit.model import active, adapters
+from lorakit.model.activate import active, adapters
 
 MAKERS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "t5": tiny.t5, "mlp": tiny.mlp, "cnn": tiny.cnn}
 

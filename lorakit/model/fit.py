@@ -6,13 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .adapter.adapter import Adapter
-from .adapter.fingerprint import differences
-from .attached import architecture_of, base_modules, base_parameters, is_adapter_key
-from .config import LoraConfig
-from .errors import AdapterError, StateError, TargetError, did_you_mean, listing
-from .layers.layer import LoraLayer
-from .layers.targets import check_adaptable, check_packed, find_saved, module_names
+from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import differences
+from ..config import LoraConfig
+from ..errors import AdapterError, TargetError, did_you_mean, listing
+from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
+from .state import architecture_of, base_parameters, is_adapter_key
 
 
 def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -104,20 +103,4 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
                 "the adapter was trained on another base:\n  "
                 + "\n  ".join(lines)
                 + "\n  load that base, or attach(..., force=True) (--force-base, where a command has it) if you know better"
-            )
-
-
-def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """A weight used in two places, of which one is adapted, cannot hold ΔW for that one alone."""
-    users: dict[int, list[str]] = {}
-    for name, module in base_modules(model):
-        for own, parameter in module._parameters.items():
-            users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
-    for m, layer in layers.items():
-        others = [n for n in users.get(id(layer.weight), []) if n != m]  # type: ignore[attr-defined]
-        if others:
-            raise StateError(
-                f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"
-                "  keep the adapter unmerged, or give the module a weight of its own first:\n"
-                f"  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings = False"
             )

@@ -1,0 +1,76 @@
+"""Take adapters off a model again."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from ..errors import StateError
+from ..layers import fastpath, saved
+from ..layers.fused import attention, fused
+from ..layers.layer import COUNT, child_name, remove_factors
+from ..layers.swap import release
+from .activate import set_active
+from .merge import unmerge
+from .state import STATE, State, attached_of, check_not_routed, layer_at, names_of, state_of
+
+
+def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "undo"] | None = None) -> nn.Module:
+    """Remove all adapters (or one): classes, names, gradients' flags and bits are then as if lorakit had never been here.
+
+    While something is merged, `merged` must say what becomes of it: "keep" leaves ΔW (and saved weights) in the base, a
+    plain merged model; "undo" restores the base first.
+    """
+    state = state_of(model)
+    check_not_routed(state, "detach")
+    if merged not in (None, "keep", "undo"):
+        raise StateError(f"detach(model, merged={merged!r}): expected 'keep' or 'undo'")
+    if state.merged is not None:
+        if merged is None:
+            raise StateError(
+                f"{names_of(state.merged)} is merged: say detach(model, merged='keep') for a plain merged model, or merged='undo' for the base"
+            )
+        if merged == "undo":
+            unmerge(model)
+        elif name is not None:
+            raise StateError("merged='keep' removes all adapters; leave `name` out")
+    keep = state.active if merged == "keep" and state.merged is not None else {}
+    gone = list(state.adapters) if name is None else [name]
+    if name is None:
+        state.routes = None
+    for n in gone:
+        attached_of(state, n)
+    for n in gone:
+        _remove(model, state, n, keep_saved=n in keep)
+    if not state.adapters:
+        del model.__dict__[STATE]
+        for full, parameter in model.named_parameters():
+            parameter.requires_grad_(full in state.required_grad)
+    else:
+        set_active(model, state, {n: w for n, w in state.active.items() if n in state.adapters})
+    fastpath.reopen(model)
+    if state.adapters:
+        fused.adopt(model)  # what only the adapter that left kept from being fused
+    else:
+        fused.release(model)
+        attention.leave(model)
+    return model
+
+
+def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None:
+    attached = state.adapters.pop(name)
+    child, ranks = child_name(name), {}
+    for m in attached.modules:
+        module = layer_at(model, m)
+        ranks[module] = remove_factors(module, child).A.shape[0]
+    left = {module for module in ranks if module.__dict__[COUNT]}
+    if state.routes is not None:
+        state.routes.detached(child, ranks, left)
+    for module in ranks:
+        if module not in left:
+            release(module)  # type: ignore[arg-type]
+    if attached.saved:
+        if keep_saved:
+            saved.adopt_as_base(model, name)
+        saved.forget(model, name)

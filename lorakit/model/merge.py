@@ -1,0 +1,66 @@
+"""Merge the active adapters into the base's weights, and take them out again to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..errors import StateError, listing
+from ..layers.layer import LoraLayer
+from ..layers.merge import merge_module, unmerge_module
+from ..layers.walk import base_modules
+from .state import check_not_routed, layers_of, names_of, state_of
+
+
+def merge(model: nn.Module) -> None:
+    """Add the active adapters' ΔW into the base's weights. `unmerge` gives every bit back.
+
+    It keeps what that needs, a quarter to one byte a merged weight. Raises StateError if something is merged already,
+    and where merging would be wrong: a tied weight of which only one user is adapted, quantized or offloaded weights.
+    """
+    state = state_of(model)
+    check_not_routed(state, "merge")
+    if state.merged is not None:
+        raise StateError(f"{names_of(state.merged)} is merged already\n  lorakit.unmerge(model) first")
+    if not state.active:
+        raise StateError("no adapter is active, so there is nothing to merge\n  lorakit.activate(model, name) first")
+    layers = {m: layer for m, layer in layers_of(model) if layer.lora_in_use()}
+    check_tied(model, layers)
+    done: list[LoraLayer] = []
+    try:
+        for m, layer in layers.items():
+            merge_module(layer, m)
+            done.append(layer)
+    except Exception:
+        for layer in done:
+            unmerge_module(layer, "a module")
+        raise
+    state.merged = dict(state.active)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take the merged ΔW out of the base's weights, which then have their original bits."""
+    state = state_of(model)
+    if state.merged is None:
+        raise StateError("nothing is merged into this model")
+    for m, layer in layers_of(model):
+        if layer.lora_merged is not None:
+            unmerge_module(layer, m)
+    state.merged = None
+
+
+def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """A weight used in two places, of which one is adapted, cannot hold ΔW for that one alone."""
+    users: dict[int, list[str]] = {}
+    for name, module in base_modules(model):
+        for own, parameter in module._parameters.items():
+            users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
+    for m, layer in layers.items():
+        others = [n for n in users.get(id(layer.weight), []) if n != m]  # type: ignore[attr-defined]
+        if others:
+            raise StateError(
+                f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"
+                "  keep the adapter unmerged, or give the module a weight of its own first:\n"
+                f"  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings = False"
+            )
