@@ -22,8 +22,8 @@ import lorakit as lk
 from lorakit.adapter.algebra.combine import combined
 from lorakit.adapter.algebra.decompose import matrix_of
 from lorakit.adapter.algebra.resize import resize
+from lorakit.analysis.inspect import describe_adapter
 from lorakit.formats.convert import convert
-from lorakit.inspect import describe_adapter
 
 HIDDEN, MLP, KV, LAYERS, RANK = 4096, 14336, 1024, 32, 16
 SHAPES = {  # [out, in] of Llama 3.1 8B

@@ -19,9 +19,9 @@ import torch
 
 import lorakit as lk
 from lorakit.bases.load import EMBEDDED, load_model, load_tokenizer
-from lorakit.demo import ASSETS, LONGEST_ANSWER
-from lorakit.evaluate.decode import pad_rows
-from lorakit.evaluate.generate import generate
+from lorakit.generate.decode import pad_rows
+from lorakit.generate.generate import generate
+from lorakit.reproduce.demo import ASSETS, LONGEST_ANSWER
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import random
 import zipfile
 from pathlib import Path
 
-from lorakit.evaluate.slots import check_slots, parse_mr
+from lorakit.reproduce.slots import check_slots, parse_mr
 
 PER_MEANING = 2
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lorakit.bases.load import EMBEDDED, embedded_folder, load_model, load_tokenizer
-from lorakit.demo import ASSETS
-from lorakit.evaluate.slots import check_slots, parse_mr
+from lorakit.reproduce.demo import ASSETS
+from lorakit.reproduce.slots import check_slots, parse_mr
 
 
 def rows(name: str) -> list[dict]:

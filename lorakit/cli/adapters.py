@@ -32,7 +32,7 @@ def inspect(
 ) -> None:
     """What is in an adapter: format, base, targets, ranks, strength, norms of its update, training; or which modules a model has."""
     with starting(f"reading {source}"):
-        from ..inspect import describe_adapter, describe_model, is_model
+        from ..analysis.inspect import describe_adapter, describe_model, is_model
 
     if is_model(source):
         if base is not None or heat or plot is not None:
@@ -40,9 +40,9 @@ def inspect(
         model = describe_model(source)
         print(json.dumps(model.to_dict())) if json_output else model.show(modules)
         return
+    from ..analysis.heatmap import kind_of
+    from ..analysis.heatmap import plot as draw
     from ..formats import format_of
-    from ..heatmap import kind_of
-    from ..heatmap import plot as draw
 
     shown = quantity or ("relative" if base is not None else "norm")
     if shown == "relative" and base is None:
@@ -70,8 +70,8 @@ def inspect(
 
 def load_adapter(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
     """An adapter; where it holds NaN or infinity, the error says in which keys, all of them."""
+    from ..analysis.inspect import not_finite
     from ..errors import AdapterError
-    from ..inspect import not_finite
 
     try:
         return read(source, alpha, base)

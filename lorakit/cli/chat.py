@@ -34,7 +34,7 @@ def generate(
     """Answer one prompt. `\\n` in the argument is a line end."""
     with starting(f"loading {model}"):
         from ..data.render import question_ids
-        from ..evaluate.generate import stream
+        from ..generate.generate import stream
 
     text = sys.stdin.read() if prompt is None else prompt.replace("\\n", "\n")
     if not text:
@@ -68,7 +68,7 @@ def chat(
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..errors import LorakitError
-        from ..evaluate.generate import stream
+        from ..generate.generate import stream
 
     loaded = load(model, adapter or [], precision)
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)

@@ -32,11 +32,11 @@ def compare(
     from rich.console import Console
 
     with starting(f"reading {a} and {b}"):
-        from ..compare import compare as set_side_by_side
-        from ..compare_report import plot as draw
-        from ..compare_report import summary, tables, write_html
+        from ..analysis.compare import compare as set_side_by_side
+        from ..analysis.compare_report import plot as draw
+        from ..analysis.compare_report import summary, tables, write_html
+        from ..analysis.heatmap import kind_of
         from ..formats import TAKES_ALPHA, format_of
-        from ..heatmap import kind_of
         from .adapters import load_adapter
         from .files import base_folder
 

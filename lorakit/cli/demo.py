@@ -27,7 +27,7 @@ def demo(
     from rich.table import Table
     from rich.text import Text
 
-    from ..demo import ROWS_FILE, run
+    from ..reproduce.demo import ROWS_FILE, run
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder (--out)")

@@ -38,8 +38,8 @@ def evaluate(
     with starting(f"reading the rows and the base {model}"):
         from ..data.dataset import build
         from ..data.read import read_rows
-        from ..evaluate.compare import evaluate as judge
-        from ..evaluate.generate import positions_of
+        from ..evaluate.evaluate import evaluate as judge
+        from ..generate.generate import positions_of
 
     loaded = load(model, adapter or [], precision)
     base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names

@@ -13,7 +13,7 @@ from .files import base_folder
 from .starting import starting
 
 if TYPE_CHECKING:
-    from ..hub import Pushed
+    from ..share.push import Pushed
 
 _License = Annotated[
     str | None, typer.Option("--license", "--licence", help="the hub's name of a licence: apache-2.0, mit, cc-by-4.0, ...")
@@ -42,8 +42,8 @@ def card(
 ) -> None:
     """Write a model card: what the adapter is, how to use it, how it was trained and how good it is, as far as that is known."""
     with starting(f"reading {source}"):
-        from ..card import card_of, write
         from ..errors import ConfigError
+        from ..share import card_of, write
 
     made = card_of(
         source, title=title, description=description, license=license, base_model=base_model, data=data, repository=repository,
@@ -80,7 +80,7 @@ def push(
 ) -> None:
     """Upload an adapter to the Hugging Face hub, checked first, in one commit. The token: HF_TOKEN, or `hf auth login`."""
     with starting(f"reading {source}"):
-        from ..hub import push as pushed
+        from ..share.push import push as pushed
 
     done = pushed(
         source, repository, private=private, revision=revision, message=message, card=with_card, dry_run=dry_run, base_model=base_model,

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lorakit.data.batches import collate
 from lorakit.errors import ConfigError, DataError, NotFiniteError
-from lorakit.evaluate.generate import positions_of
-from lorakit.evaluate.mode import evaluating
 from lorakit.ops import IGNORE_INDEX
+
+from ..generate.eval_mode import evaluating
+from ..generate.generate import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

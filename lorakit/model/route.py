@@ -1,9 +1,11 @@
 """Batches that mix adapters: one choice per row, for any forward and for `generate`, or one per token of a packed batch.
 
-with lk.route(model, ["sql", None, {"sql": 0.7, "style": 0.3}]):
-    model(batch)                                     # three rows
-with lk.route(model, ["sql"] * 40 + ["style"] * 25, per="token"):
-    model(packed)                                    # [1, 65]
+    with lk.route(model, ["sql", None, {"sql": 0.7, "style": 0.3}]):
+        model(batch)                                     # three rows
+    with lk.route(model, ["sql"] * 40 + ["style"] * 25, per="token"):
+        model(packed)                                    # [1, 65]
+
+How the rows are computed in few products: `layers.batched`.
 """
 
 from __future__ import annotations

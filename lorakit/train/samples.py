@@ -10,7 +10,7 @@ from typing import Any
 from ..data.dataset import Item
 from ..data.render import question_ids
 from ..data.templates import Style
-from ..evaluate.generate import check_prompts, generate, positions_of
+from ..generate.generate import check_prompts, generate, positions_of
 from ..io.atomic import write_text
 from ..model.activate import activate, active
 from .config import TrainConfig

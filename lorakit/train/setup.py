@@ -19,7 +19,7 @@ from ..data.batches import batch_order
 from ..data.dataset import Dataset, Item, build, fingerprint, split
 from ..data.read import read_rows
 from ..errors import TrainError
-from ..evaluate.generate import positions_of
+from ..generate.generate import positions_of
 from ..layers.fused import attention
 from ..model.attach import DEFAULT, attach
 from . import compile, defaults

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tiny_lm
 
-from lorakit.evaluate import generate
+from lorakit.generate import generate
 
 
 def test_chat_talks_and_obeys_its_commands(lorakit, model, trained):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.adapter.lora import Factors
-from lorakit.compare import compare
-from lorakit.compare_report import write_html
+from lorakit.analysis.compare import compare
+from lorakit.analysis.compare_report import write_html
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 import lorakit as lk
 from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.errors import DataError
-from lorakit.evaluate.generate import generate
+from lorakit.generate.generate import generate
 from lorakit.train import samples
 from lorakit.train.loop import train
 from lorakit.train.progress import Progress

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from lorakit.card.paths import Paths, holds_path
-from lorakit.card.words import is_local_path, is_path, without_paths
+from lorakit.share.paths import Paths, holds_path
+from lorakit.share.words import is_local_path, is_path, without_paths
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save"])

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit import formats
-from lorakit.card import card_of, write
 from lorakit.errors import AdapterError, ConfigError, LorakitError
-from lorakit.hub import push
-from lorakit.upload import mended
+from lorakit.share import card_of, write
+from lorakit.share.push import push
+from lorakit.share.upload import mended
 
 NAMES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json"]
 

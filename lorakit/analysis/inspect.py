@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter.algebra.spectrum import norm, spectrum
-from .bases.load import EMBEDDED, load_config
-from .config import LoraConfig
-from .errors import LorakitError, listing
+from ..adapter.algebra.spectrum import norm, spectrum
+from ..bases.load import EMBEDDED, load_config
+from ..config import LoraConfig
+from ..errors import LorakitError, listing
 from .heatmap import Grid, grids, printable
 from .training_notes import training
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .adapter.adapter import Adapter, Other
-    from .adapter.lora import Factors
+    from ..adapter.adapter import Adapter, Other
+    from ..adapter.lora import Factors
 
 __all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
 
@@ -169,9 +169,9 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
     relative: Mapping[str, float] = {}
     unlike: list[str] = []
     if base is not None:
-        from .checkpoint.same_base import compare_with_base
-        from .checkpoint.weights import open_weights
-        from .spectrum import relative_norms
+        from ..checkpoint.same_base import compare_with_base
+        from ..checkpoint.weights import open_weights
+        from .amplification import relative_norms
 
         relative = relative_norms(adapter, open_weights(base, list(adapter.updates)))
         unlike = compare_with_base(base, adapter)
@@ -202,7 +202,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
 
 
 def _module(name: str, update: Factors | Other, relative: float | None) -> ModuleFacts:
-    from .adapter.lora import Factors
+    from ..adapter.lora import Factors
 
     found = spectrum(update)
     tensors = update.tensors()
@@ -239,7 +239,7 @@ def _size(source: str) -> int | None:
 
 def _weights(source: str) -> Path | None:
     """The file with an adapter's tensors, if the source is here."""
-    from .formats import find, weights_of
+    from ..formats import find, weights_of
 
     return weights_of(find(source)) if Path(source).expanduser().exists() else None
 
@@ -248,7 +248,7 @@ def not_finite(source: str) -> dict[str, int]:
     """Where a file that cannot be loaded for its NaN or infinite numbers has them: key -> how many. Empty if it has none."""
     import torch
 
-    from .io.tensors import read_tensors
+    from ..io.tensors import read_tensors
 
     file = _weights(source)
     tensors: dict[str, Tensor] = read_tensors(file)[0] if file and file.suffix in (".safetensors", ".bin", ".pt") else {}
@@ -289,8 +289,8 @@ def describe_model(source: str) -> ModelFacts:
     import torch
     import transformers
 
-    from .layers.swap import mixin_for
-    from .layers.targets import find_targets, module_names
+    from ..layers.swap import mixin_for
+    from ..layers.targets import find_targets, module_names
 
     config = load_config(source)
     name = (config.architectures or [""])[0]

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..io.atomic import write_text
+from .amplification import Amplification
 from .compare import Comparison, Pair
 from .heatmap import Grid, canvas, grids, literal, placed, printable
-from .io.atomic import write_text
-from .spectrum import Amplification
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from lorakit.evaluate.decode import Decoder, RoomyLayer, pad_rows, supports
-from lorakit.evaluate.generate import generate, stream
+from lorakit.generate.decode import Decoder, RoomyLayer, pad_rows, supports
+from lorakit.generate.generate import generate, stream
 
 TEXTS = ["a", "The cat", "hello there, you", "x" * 30, "café", "b", "The dog", "c"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}

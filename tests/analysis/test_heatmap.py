@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
+from lorakit.analysis.heatmap import colour, grids, kind_of, literal, placed, plot, short
 from lorakit.errors import ConfigError
-from lorakit.heatmap import colour, grids, kind_of, literal, placed, plot, short
 
 NAMES = {
     "model.layers.3.self_attn.q_proj": ("self_attn.q_proj", "3"),

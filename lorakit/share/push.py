@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .card import card_of
-from .card.page import with_repository
-from .card.words import is_hub_name
-from .errors import ConfigError, LorakitError
-from .formats import FOLDERS, find, format_of
-from .formats.hub import SECONDS, api, endpoint
-from .io.hub_errors import LOGIN, TOKENS, reason
+from ..errors import ConfigError, LorakitError
+from ..formats import FOLDERS, find, format_of
+from ..formats.hub import SECONDS, api, endpoint
+from ..io.hub_errors import LOGIN, TOKENS, reason
+from . import card_of
+from .page import with_repository
 from .upload import check, files_of, inside, mended
+from .words import is_hub_name
 
 CARD = "README.md"
 

@@ -18,9 +18,9 @@ from markdown_it import MarkdownIt
 import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.loha import Hadamard
-from lorakit.card import card_of, ours, write
-from lorakit.card.words import MOST, cell, code, hub_id, line, plain, without_paths
 from lorakit.errors import AdapterError, ConfigError
+from lorakit.share import card_of, ours, write
+from lorakit.share.words import MOST, cell, code, hub_id, line, plain, without_paths
 
 EVIL = [
     "a\n---\nlicense: mit\n---\n# owned", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "``` \n# x\n```", "`a``b`", "{{ 7*7 }}{% x %}",

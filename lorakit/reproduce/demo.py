@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .bases.load import EMBEDDED, embedded_folder
-from .errors import TrainError
+from ..bases.load import EMBEDDED, embedded_folder
+from ..errors import TrainError
 
 ASSETS = embedded_folder().parent / "e2e"
 # The rate is twice what `auto` picks: after 600 steps the held-out loss is 0.986 against 1.027 (16 rows a step, rank 16).
@@ -57,16 +57,16 @@ def run(
     """The whole demo, into `out`. `rows`: judge on the first test rows only. `compare`: also full fine-tuning at equal steps."""
     import torch
 
-    from .adapter.adapter import Adapter
-    from .bases.device import choose_device, choose_dtype
-    from .bases.load import load_model, load_tokenizer
-    from .checkpoint import merge_checkpoint
-    from .model.activate import activate
-    from .model.attach import attach
-    from .model.detach import detach
-    from .train.config import TrainConfig
-    from .train.loop import train
-    from .train.progress import Progress
+    from ..adapter.adapter import Adapter
+    from ..bases.device import choose_device, choose_dtype
+    from ..bases.load import load_model, load_tokenizer
+    from ..checkpoint import merge_checkpoint
+    from ..model.activate import activate
+    from ..model.attach import attach
+    from ..model.detach import detach
+    from ..train.config import TrainConfig
+    from ..train.loop import train
+    from ..train.progress import Progress
 
     began = time.perf_counter()
     tests = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()][:rows]
@@ -116,8 +116,8 @@ def run(
 
 def _write_rows(out: Path) -> Path:
     """The rows to train on, as a file that `lorakit train` takes as well."""
+    from ..io.atomic import write_text
     from .demo_rows import chosen
-    from .io.atomic import write_text
 
     rows = chosen([json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()])
     path = out / ROWS_FILE
@@ -127,9 +127,9 @@ def _write_rows(out: Path) -> Path:
 
 def judge(model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, seconds: float) -> tuple[list[str], Score]:
     """Greedy texts for the test rows, and their scores."""
-    from .evaluate.generate import generate
-    from .evaluate.metrics import score
-    from .evaluate.slots import slot_error_rate
+    from ..evaluate.metrics import score
+    from ..generate.generate import generate
+    from .slots import slot_error_rate
 
     prompts = [tokenizer(test["prompt"]).input_ids for test in tests]
     texts = [t.strip() for t in generate(model, tokenizer, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=210)]

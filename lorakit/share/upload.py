@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .card.paths import Paths
-from .errors import AdapterError
-from .formats import FOLDERS, TAKES_ALPHA, diffusers, load, mlx, peft
-from .io.gguf_header import is_gguf, read_gguf
-from .io.json_object import read_json
-from .io.stream import StreamWriter, read_header
+from ..errors import AdapterError
+from ..formats import FOLDERS, TAKES_ALPHA, diffusers, load, mlx, peft
+from ..io.gguf_header import is_gguf, read_gguf
+from ..io.json_object import read_json
+from ..io.stream import StreamWriter, read_header
+from .paths import Paths
 
 # A folder's config, its tensors, and what else is the adapter's.
 FILES = {"peft": (peft.CONFIG, peft.WEIGHTS, peft.OURS), "mlx": (mlx.CONFIG, mlx.WEIGHTS)}

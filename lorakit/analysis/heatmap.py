@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
-from .io.atomic import replacing
+from ..errors import ConfigError
+from ..io.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

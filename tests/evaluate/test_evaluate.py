@@ -13,10 +13,10 @@ from rich.console import Console
 import lorakit as lk
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, DataError, StateError
-from lorakit.evaluate.compare import evaluate, prompts_of
-from lorakit.evaluate.generate import generate
+from lorakit.evaluate.evaluate import evaluate, prompts_of
 from lorakit.evaluate.metrics import score
 from lorakit.evaluate.perplexity import perplexity
+from lorakit.generate.generate import generate
 
 
 @pytest.fixture

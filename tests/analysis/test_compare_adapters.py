@@ -16,10 +16,10 @@ from lorakit.adapter.algebra.spectrum import spectrum
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lora import Factors
+from lorakit.analysis.amplification import amplification, relative_norms
+from lorakit.analysis.compare import compare, interference, principal_angles, similarity
 from lorakit.checkpoint.weights import open_weights
-from lorakit.compare import compare, interference, principal_angles, similarity
 from lorakit.errors import AdapterError, TargetError
-from lorakit.spectrum import amplification, relative_norms
 
 OUT, IN = 24, 30
 

@@ -26,8 +26,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from lorakit.errors import DataError
-from lorakit.evaluate.slot_words import FOR_FAMILIES, LEVEL_OF, LEVELS, NAMES, NOT_FOR_FAMILIES
+from ..errors import DataError
+from .slot_words import FOR_FAMILIES, LEVEL_OF, LEVELS, NAMES, NOT_FOR_FAMILIES
 
 _SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*(?:,|$)")
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-", "−": "-"})

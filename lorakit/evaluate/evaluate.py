@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import ConfigError, DataError, StateError, did_you_mean, listing
-from lorakit.evaluate.generate import check_prompts
-from lorakit.evaluate.generate import generate as write
-from lorakit.evaluate.metrics import Scores, score
-from lorakit.evaluate.perplexity import Loss, perplexity
+from ..errors import ConfigError, DataError, StateError, did_you_mean, listing
+from ..generate.generate import check_prompts
+from ..generate.generate import generate as write
+from .metrics import Scores, score
+from .perplexity import Loss, perplexity
 
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorakit.data.dataset import Item
+    from ..data.dataset import Item
 
 BASE = "base"
 

@@ -20,15 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .adapter.adapter import Adapter, Other
-from .adapter.algebra.compatible import base_differences
-from .adapter.algebra.product import LowRank, inner, matrix, size_of
-from .adapter.algebra.spectrum import Spectrum, decompose
-from .adapter.lora import Factors
-from .checkpoint.weights import open_weights
-from .errors import AdapterError, TargetError, did_you_mean, listing
-from .module_names import matches
-from .spectrum import Amplification, amplification
+from ..adapter.adapter import Adapter, Other
+from ..adapter.algebra.compatible import base_differences
+from ..adapter.algebra.product import LowRank, inner, matrix, size_of
+from ..adapter.algebra.spectrum import Spectrum, decompose
+from ..adapter.lora import Factors
+from ..checkpoint.weights import open_weights
+from ..errors import AdapterError, TargetError, did_you_mean, listing
+from ..module_names import matches
+from .amplification import Amplification, amplification
 
 Of = Literal["A", "B", "right", "left"]
 MOST_SHOWN = 4  # modules whose φ is drawn where none are asked for: those of the largest updates

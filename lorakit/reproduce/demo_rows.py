@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .evaluate.slots import parse_mr
+from .slots import parse_mr
 
 TRIGRAM, BIGRAM, UNIGRAM = 0.6, 0.3, 0.1  # usual weights of an interpolated model; nothing here hangs on them
 _WORD = re.compile(r"\w+|[^\w\s]")

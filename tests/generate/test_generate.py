@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lorakit.errors import ConfigError, DataError
-from lorakit.evaluate.generate import generate, stream
-from lorakit.evaluate.sampling import nucleus
+from lorakit.generate.generate import generate, stream
+from lorakit.generate.sampling import nucleus
 
 TEXTS = ["a", "The cat", "hello there, you", "x" * 30, "café", "b"]
 

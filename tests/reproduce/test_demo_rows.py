@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from lorakit.demo import ASSETS
-from lorakit.demo_rows import MANY, ONE_IN, chosen, usual
-from lorakit.evaluate.slots import check_slots, parse_mr
+from lorakit.reproduce.demo import ASSETS
+from lorakit.reproduce.demo_rows import MANY, ONE_IN, chosen, usual
+from lorakit.reproduce.slots import check_slots, parse_mr
 
 
 def row(name: str, text: str) -> dict[str, str]:

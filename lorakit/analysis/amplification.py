@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter.adapter import Adapter, Other
-from .adapter.algebra.product import LowRank, matrix
-from .adapter.algebra.spectrum import norm, spectrum
-from .adapter.algebra.svd import random_svd
-from .adapter.lora import Factors
-from .checkpoint.weights import Weights
+from ..adapter.adapter import Adapter, Other
+from ..adapter.algebra.product import LowRank, matrix
+from ..adapter.algebra.spectrum import norm, spectrum
+from ..adapter.algebra.svd import random_svd
+from ..adapter.lora import Factors
+from ..checkpoint.weights import Weights
 
 
 def relative_norms(adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None) -> dict[str, float]:

@@ -15,9 +15,9 @@ import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lora import Factors
+from lorakit.analysis.inspect import describe_adapter, describe_model, is_model, norm
+from lorakit.analysis.training_notes import training
 from lorakit.errors import LorakitError
-from lorakit.inspect import describe_adapter, describe_model, is_model, norm
-from lorakit.training_notes import training
 
 
 def random(*shape: int) -> torch.Tensor:

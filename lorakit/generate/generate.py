@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorakit.errors import ConfigError, DataError
-from lorakit.evaluate.decode import Decoder, pad_rows, roomy_cache, step, supports
-from lorakit.evaluate.mode import evaluating
-from lorakit.evaluate.sampling import Pick, picker, random_source
+from ..errors import ConfigError, DataError
+from .decode import Decoder, pad_rows, roomy_cache, step, supports
+from .eval_mode import evaluating
+from .sampling import Pick, picker, random_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorakit.errors import DataError
-from lorakit.evaluate.slots import SlotErrors, check_slots, normalise, parse_mr, slot_error_rate
+from lorakit.reproduce.slots import SlotErrors, check_slots, normalise, parse_mr, slot_error_rate
 
 NAMED = "The Vaults is a place."
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
+from ..analysis.inspect import AdapterFacts, describe_adapter
 from ..errors import AdapterError, ConfigError
 from ..formats import FOLDERS, TAKES_ALPHA, find, format_of, load
-from ..inspect import AdapterFacts, describe_adapter
 from ..io.json_object import read_json
 from ..train.run_folder import RunFolder
 from .words import number

@@ -1,0 +1,1 @@
+"""What is in an adapter: inspect one, compare two, hold one against its base, draw heat maps."""

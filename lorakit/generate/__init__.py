@@ -1,0 +1,1 @@
+"""Text out of a model: greedy or sampled, batch by batch."""
