@@ -8,7 +8,6 @@ Llamas with random weights.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..bases.device import peak_memory
 from ..bases.load import EMBEDDED, embedded_folder
 from ..data.read import read_rows
 from ..plan.units import show_bytes
@@ -127,20 +127,11 @@ def _measure(config: TrainConfig) -> int:
 
 
 def _child(settings: str) -> None:
-    from ..train.loop import train
     from ..train.progress import Progress
+    from ..train.train import train
 
     train(TrainConfig(**json.loads(settings)), Progress(quiet=True))
-    print(_peak())
-
-
-def _peak() -> int:
-    """Of this process. Linux counts in `ru_maxrss` also what its parent held before it became this program, so not that."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak_memory())
 
 
 def _config(case: Case, folder: Path, number: int) -> TrainConfig:

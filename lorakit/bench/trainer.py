@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..bases.device import peak_memory
 from .measure import PRECISIONS
 from .suite import Row, need
 
@@ -146,7 +146,7 @@ def _prepare(folder: Path, steps: int) -> int:
     from ..bases.load import embedded_folder
     from ..model.capture import capture
     from ..ops import IGNORE_INDEX
-    from ..train.defaults import rate_factor
+    from ..train.optimizer import rate_factor
     from ..train.setup import set_up, trained_in
 
     rows = (embedded_folder().parent / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines()[: steps * ROWS_A_STEP]
@@ -181,7 +181,7 @@ def _main(task: str) -> None:
     side, folder = Side(**told["side"]), Path(told["folder"])
     clock = Clock()
     (_lorakit if side.tool == "lorakit" else _trl)(folder, side, told["steps"], clock)
-    outcome = Outcome([b - a for a, b in pairwise(clock.wall)], [b - a for a, b in pairwise(clock.cpu)], clock.losses, _peak())
+    outcome = Outcome([b - a for a, b in pairwise(clock.wall)], [b - a for a, b in pairwise(clock.cpu)], clock.losses, peak_memory())
     Path(told["answer"]).write_text(json.dumps(asdict(outcome)))
 
 
@@ -199,23 +199,12 @@ class Clock:
         self.losses.append(loss)
 
 
-def _peak() -> int:
-    """This process's own peak resident bytes.
-
-    Not `ru_maxrss` where it can be helped: Linux counts what the parent held when it started this process into that.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # ------------------------------------------------------------------------------------- the two trainers
 
 
 def _lorakit(folder: Path, side: Side, steps: int, clock: Clock) -> None:
-    from ..train.loop import train
     from ..train.progress import Progress
+    from ..train.train import train
 
     class Timed(Progress):
         def row(self, row: dict[str, Any]) -> None:

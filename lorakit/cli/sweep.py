@@ -12,12 +12,12 @@ import yaml
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
-from ..train.sweep_config import MAX_RUNS, Sweep, expand
+from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
 from .settings import read_config, with_flags
 from .starting import starting
 
 if TYPE_CHECKING:
-    from ..train.sweep import Outcome
+    from ..train.sweep.sweep import Outcome
 
 _SKIP = ("base", "find_lr")
 
@@ -44,8 +44,8 @@ def _sweep(
         return
 
     with starting("reading the base and the data", quiet):
-        from ..train.sweep import sweep as start
-        from ..train.sweep_progress import SweepProgress
+        from ..train.sweep.sweep import sweep as start
+        from ..train.sweep.sweep_progress import SweepProgress
 
     outcome = start(plan, SweepProgress(quiet=quiet or json_output))
     if json_output:
@@ -90,7 +90,7 @@ def _last_words(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
     """The leaderboard, how it ended, and what to type next."""
     from rich.console import Console
 
-    from ..train.leaderboard import table
+    from ..train.sweep.leaderboard import table
 
     if not quiet:
         console = Console()

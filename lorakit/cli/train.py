@@ -51,8 +51,8 @@ def _train(
     settings = TrainConfig(**values)
 
     with starting("reading the base and the data", quiet or os.environ.get("RANK", "0") != "0"):
-        from ..train.loop import train as run
         from ..train.progress import Progress
+        from ..train.train import train as run
 
     result = run(settings, Progress(quiet=quiet or json_output))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) the first one speaks

@@ -65,8 +65,8 @@ def run(
     from ..model.attach import attach
     from ..model.detach import detach
     from ..train.config import TrainConfig
-    from ..train.loop import train
     from ..train.progress import Progress
+    from ..train.train import train
 
     began = time.perf_counter()
     tests = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()][:rows]

@@ -66,16 +66,3 @@ def evaluate_every(config: TrainConfig, steps: int) -> int:
 def save_every(config: TrainConfig, steps: int) -> int:
     """Steps between checkpoints."""
     return int(config.save_every) if config.save_every != "auto" else evaluate_every(config, steps)
-
-
-def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """The share of the peak rate at optimizer step `step` (from 0): warm-up, then the schedule, to zero after the last step."""
-    warm = max(1, round(config.warmup * steps)) if config.warmup else 0
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    if config.schedule == "linear":
-        return 1 - done
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0

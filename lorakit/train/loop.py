@@ -16,37 +16,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import Choice
 from ..data.batches import collate
 from ..data.dataset import Item
 from ..errors import NotFiniteError
 from ..model.activate import activate
 from ..model.route import route
-from .config import TrainConfig
-from .interrupt import Interrupt, listening
+from .interrupt import Interrupt
 from .loss import row_losses
 from .micro import limit_for, micro_batches
-from .progress import Progress
 from .run import Result, Run
-from .setup import set_up, trained_in
-
-
-def train(config: TrainConfig, progress: Progress | None = None) -> Result:
-    """Train one adapter as `config` says; see `Result`. Raises LorakitError, having kept the last good checkpoint."""
-    progress = progress or Progress()
-    found = None
-    if config.find_lr:
-        from .find_lr import find  # which trains with this loop
-
-        found = find(config, progress)
-        config = config.replace(learning_rate=found.rate, find_lr=False)
-    job = set_up(config)
-    if found is not None:
-        job.rate = Choice(job.rate.value, "found by trial")
-        found.keep(job.folder)
-    with contextlib.closing(Loop([Run(job, progress)])) as loop, contextlib.closing(progress), listening() as interrupt:
-        progress.start(job, loop.runs[0].step)
-        return loop.go(interrupt)[0]
+from .setup import trained_in
 
 
 class Loop:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from ..bases.device import choose_device
+from ..bases.device import choose_device, peak_memory
 from ..layers.fused.fused import ATTENTION, report
 from . import defaults
 
@@ -149,8 +147,7 @@ def _memory() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{peak / 2**30:.1f} GiB"
+    return f"{peak_memory() / 2**30:.1f} GiB"
 
 
 def dtype_name(dtype: Any) -> str:

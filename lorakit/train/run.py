@@ -11,7 +11,6 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..data.dataset import Item
@@ -19,7 +18,7 @@ from ..errors import TrainError, listing
 from ..evaluate.perplexity import perplexity
 from ..model.activate import activate
 from ..model.capture import capture
-from . import checkpoint, compile, defaults, samples
+from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
 from .report import write_report
 from .run_folder import FREE
@@ -54,11 +53,8 @@ class Run:
 
     def __init__(self, job: Job, show: Shows):
         self.job, self.config, self.show = job, job.config, show
-        self.parameters = checkpoint.trainable(job.model, job.adapter)
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=job.rate.value, betas=(self.config.beta1, self.config.beta2),
-            weight_decay=self.config.weight_decay, fused=True,
-        )  # fmt: skip
+        self.parameters = resume.trainable(job.model, job.adapter)
+        self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value)
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, Tensor] = {}
         self.step, self.spent = 0, 0.0
@@ -82,12 +78,8 @@ class Run:
 
     def update(self, loss: float, norm: float, items: list[Item]) -> dict[str, Any]:
         """Clip by the gradients' norm, step; what there is to log."""
-        rate = self.job.rate.value * defaults.rate_factor(self.config, self.step, self.job.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.config.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, torch.tensor(norm))
-        self.optimizer.step()
+        rate = self.job.rate.value * optimizer.rate_factor(self.config, self.step, self.job.steps)
+        optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
         self.loss = loss
         return {"loss": round(loss, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), "tokens": trained_in(items)}
@@ -97,7 +89,7 @@ class Run:
 
     def not_finite(self, what: str, value: float, items: list[Item]) -> TrainError:
         """The error for a loss or gradient that is not finite."""
-        kept = checkpoint.found(self.job.folder.checkpoints)
+        kept = resume.found(self.job.folder.checkpoints)
         saved = (
             f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}" if kept else "no checkpoint had been written yet"
         )
@@ -148,19 +140,19 @@ class Run:
         state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.spent, "steps": job.steps}
         state |= {"together": True} if together else {}
         keep = self.config.keep + together
-        checkpoint.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
+        resume.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
 
     def prune(self) -> None:
-        checkpoint.prune(self.job.folder.checkpoints, self.config.keep)
+        resume.prune(self.job.folder.checkpoints, self.config.keep)
 
     def _resume(self) -> None:
         job = self.job
-        loaded = checkpoint.load_newest(job.folder.checkpoints)
+        loaded = resume.load_newest(job.folder.checkpoints)
         if loaded is None:
             if job.accelerator.is_main_process:
                 job.folder.rewind(0)
             return
-        checkpoint.restore(loaded, job.model, self.optimizer, job.adapter)
+        resume.restore(loaded, job.model, self.optimizer, job.adapter)
         self.best, self.step, self.spent = loaded.best, loaded.state["step"], loaded.state["seconds"]
         self.loss = loaded.state["loss"]
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
@@ -174,7 +166,7 @@ class Run:
         if self.failed is not None or not job.accelerator.is_main_process:
             return
         if self.best:
-            checkpoint.put(self.best, self.parameters)
+            resume.put(self.best, self.parameters)
         if self.config.method == "full":
             job.model.save_pretrained(job.folder.model)
             job.tokenizer.save_pretrained(job.folder.model)

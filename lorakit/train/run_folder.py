@@ -14,8 +14,8 @@ import yaml
 
 from ..errors import TrainError
 from ..io.atomic import replacing, write_text
-from .checkpoint import found
 from .config import TrainConfig
+from .resume import found
 
 # Settings that do not change what is computed, so that a run may go on with others. (The data's rows are compared by hash.)
 FREE = {"data", "out", "track", "keep", "threads", "save_every", "sample_prompts", "sample_tokens", "memory"}

@@ -12,10 +12,10 @@ from lorakit.errors import ConfigError, TrainError
 from lorakit.plan.machine import Memory
 from lorakit.train import memory as memory_file
 from lorakit.train import setup as setup_file
-from lorakit.train.loop import train
 from lorakit.train.memory import check
 from lorakit.train.progress import Progress
 from lorakit.train.setup import set_up
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported once, before the forks)
 import yaml
 
-from lorakit.train import checkpoint, loop
+from lorakit.train import loop, resume
 from lorakit.train.config import TrainConfig
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
@@ -80,7 +80,7 @@ def killed_at_change(number: int, of_checkpoints: bool = False) -> Callable[[], 
                 return result
 
             setattr(os, name, change)
-        save_file, write_text, log, save = safetensors.torch.save_file, Path.write_text, RunFolder.log, checkpoint.save
+        save_file, write_text, log, save = safetensors.torch.save_file, Path.write_text, RunFolder.log, resume.save
 
         def save_half(tensors, path, *args, **options):
             save_file(tensors, path, *args, **options)
@@ -102,7 +102,7 @@ def killed_at_change(number: int, of_checkpoints: bool = False) -> Callable[[], 
             saving = False
             return result
 
-        safetensors.torch.save_file, Path.write_text, RunFolder.log, checkpoint.save = save_half, write_half, log_half, save_noted
+        safetensors.torch.save_file, Path.write_text, RunFolder.log, resume.save = save_half, write_half, log_half, save_noted
         if number == 0:
             exit_now = os._exit
 
@@ -139,7 +139,7 @@ def killed_at_random(config: TrainConfig, how: str, seed: int, kills: int) -> di
         ends.append(code)
         if code != -signal.SIGKILL:
             return {"ends": ends, "kills": found}
-        writing = folder.checkpoints.is_dir() and any(p.name.startswith(checkpoint.TEMPORARY) for p in folder.checkpoints.iterdir())
+        writing = folder.checkpoints.is_dir() and any(p.name.startswith(resume.TEMPORARY) for p in folder.checkpoints.iterdir())
         found.append((last_step(folder), newest(folder), bool(writing)))
 
 
@@ -148,7 +148,7 @@ def last_step(folder: RunFolder) -> int:
 
 
 def newest(folder: RunFolder) -> int:
-    return (checkpoint.found(folder.checkpoints) or [0])[-1]
+    return (resume.found(folder.checkpoints) or [0])[-1]
 
 
 def wait_for(pid: int, folder: RunFolder, step: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import LorakitError, TrainError
-from lorakit.train import checkpoint
+from lorakit.train import resume
 
 
 @pytest.fixture
@@ -32,18 +32,18 @@ def trained():
 
 
 def save(folder, step, model, optimizer, best=None, keep=2, **state):
-    return checkpoint.save(folder, step, model, optimizer, best or {}, state, keep)
+    return resume.save(folder, step, model, optimizer, best or {}, state, keep)
 
 
 def test_a_restored_run_takes_the_same_next_step_to_the_bit(trained, tmp_path):
     model, optimizer = trained()
     best = {"0.weight": torch.randn(4, 3)}
     save(tmp_path, 2, model, optimizer, best, note="kept")
-    loaded = checkpoint.load_newest(tmp_path)
+    loaded = resume.load_newest(tmp_path)
     assert loaded.state == {"step": 2, "note": "kept"}
     assert torch.equal(loaded.best["0.weight"], best["0.weight"])
     other, other_optimizer = trained(0)
-    checkpoint.restore(loaded, other, other_optimizer)
+    resume.restore(loaded, other, other_optimizer)
     for m, o in ((model, optimizer), (other, other_optimizer)):
         o.zero_grad()
         m(torch.ones(1, 3)).square().sum().backward()
@@ -57,15 +57,15 @@ def test_the_newest_are_kept_by_number_not_by_name(trained, tmp_path):
     model, optimizer = trained()
     for step in (2, 9, 10, 100):
         save(tmp_path, step, model, optimizer, keep=3)
-    assert checkpoint.found(tmp_path) == [9, 10, 100]
-    assert checkpoint.load_newest(tmp_path).state["step"] == 100
+    assert resume.found(tmp_path) == [9, 10, 100]
+    assert resume.load_newest(tmp_path).state["step"] == 100
 
 
 def test_a_folder_without_checkpoints_gives_none(tmp_path):
-    assert checkpoint.found(tmp_path / "nowhere") == []
-    assert checkpoint.load_newest(tmp_path / "nowhere") is None
+    assert resume.found(tmp_path / "nowhere") == []
+    assert resume.load_newest(tmp_path / "nowhere") is None
     (tmp_path / "step-x").mkdir()
-    assert checkpoint.load_newest(tmp_path) is None
+    assert resume.load_newest(tmp_path) is None
 
 
 def test_a_write_that_failed_leaves_the_old_checkpoint_and_nothing_else(trained, tmp_path, monkeypatch):
@@ -91,8 +91,8 @@ def test_a_write_that_was_killed_is_cleared_away(trained, tmp_path, monkeypatch)
         save(tmp_path, 2, model, optimizer)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert any(name.startswith(checkpoint.TEMPORARY) for name in os.listdir(tmp_path))
-    assert checkpoint.load_newest(tmp_path).state["step"] == 1
+    assert any(name.startswith(resume.TEMPORARY) for name in os.listdir(tmp_path))
+    assert resume.load_newest(tmp_path).state["step"] == 1
     assert os.listdir(tmp_path) == ["step-1"]
 
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_other_parameters_is_refused_by_name(trained, tmp_path, 
     save(tmp_path, 1, model, optimizer)
     model[0].bias.requires_grad_(True) if change == "more" else model[1].weight.requires_grad_(False)
     with pytest.raises(TrainError, match="0.bias" if change == "more" else "1.weight"):
-        checkpoint.restore(checkpoint.load_newest(tmp_path), model, optimizer)
+        resume.restore(resume.load_newest(tmp_path), model, optimizer)
 
 
 def test_a_damaged_file_is_named(trained, tmp_path):
@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named(trained, tmp_path):
     path = save(tmp_path, 1, model, optimizer) / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(LorakitError, match=r"optimizer\.safetensors"):
-        checkpoint.load_newest(tmp_path)
+        resume.load_newest(tmp_path)
 
 
 def test_parameters_in_two_places_are_saved_once_and_all_there_again(tmp_path):
@@ -123,7 +123,7 @@ def test_parameters_in_two_places_are_saved_once_and_all_there_again(tmp_path):
     save(tmp_path, 1, model, optimizer)
     with torch.no_grad():
         model["a"].weight.zero_()
-    checkpoint.restore(checkpoint.load_newest(tmp_path), model, optimizer)
+    resume.restore(resume.load_newest(tmp_path), model, optimizer)
     assert torch.equal(model["b"].weight, value)
 
 
@@ -132,5 +132,5 @@ def test_old_ones_whose_removal_was_killed_go_at_the_next_start(trained, tmp_pat
     for step in (1, 2, 3):
         save(tmp_path, step, model, optimizer, keep=3)
     (tmp_path / "step-1" / "state.json").unlink()
-    checkpoint.prune(tmp_path, 2)
-    assert checkpoint.found(tmp_path) == [2, 3]
+    resume.prune(tmp_path, 2)
+    assert resume.found(tmp_path) == [2, 3]

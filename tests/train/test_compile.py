@@ -12,11 +12,11 @@ from torch import nn
 import lorakit as lk
 from lorakit.errors import ConfigError, TrainError
 from lorakit.train import compile as compiling
-from lorakit.train.loop import train
 from lorakit.train.loss import row_losses
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
-from lorakit.train.sweep_config import check_joint
+from lorakit.train.sweep.sweep_config import check_joint
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 needs_compiler = pytest.mark.skipif(compiling.no_compiler() is not None, reason="no C++ compiler for inductor")

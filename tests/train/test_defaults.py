@@ -1,4 +1,4 @@
-"""What 'auto' means: learning rate, steps, micro-batch, and the schedule."""
+"""What 'auto' means: learning rate, steps, micro-batch."""
 
 from __future__ import annotations
 
@@ -66,23 +66,3 @@ def test_about_ten_evaluations_and_a_checkpoint_at_each():
     assert defaults.evaluate_every(config(), 3) == 1
     assert defaults.save_every(config(), 600) == 60
     assert defaults.save_every(config(save_every=7, eval_every=9), 600) == 7
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 50, 1000])
-@pytest.mark.parametrize("warmup", [0.0, 0.03, 1.0])
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_the_rate_rises_to_its_peak_and_never_goes_up_after(schedule, warmup, steps):
-    factors = [defaults.rate_factor(config(schedule=schedule, warmup=warmup), step, steps) for step in range(steps)]
-    assert all(0 < f <= 1 for f in factors)
-    assert max(factors) == 1
-    peak = factors.index(1)
-    assert factors[:peak] == sorted(factors[:peak])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    if schedule == "constant":
-        assert set(factors[peak:]) == {1}
-
-
-def test_the_schedules_reach_zero_after_the_last_step():
-    for schedule in ("linear", "cosine"):
-        assert defaults.rate_factor(config(schedule=schedule), 1000, 1000) == pytest.approx(0, abs=1e-12)
-    assert defaults.rate_factor(config(warmup=0.1), 550, 1000) == pytest.approx(0.5)

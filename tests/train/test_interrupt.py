@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from lorakit.train import loop
-from lorakit.train.checkpoint import found
 from lorakit.train.interrupt import listening
-from lorakit.train.loop import train
 from lorakit.train.progress import Progress
+from lorakit.train.resume import found
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]

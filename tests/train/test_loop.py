@@ -16,13 +16,13 @@ from lorakit.bases.load import load_model
 from lorakit.data.batches import batch_order, collate
 from lorakit.errors import ConfigError, DataError, TrainError
 from lorakit.evaluate.perplexity import perplexity
-from lorakit.train import defaults, loop, run
-from lorakit.train.loop import train
+from lorakit.train import loop, optimizer, run
 from lorakit.train.loss import summed_loss
 from lorakit.train.progress import Progress
 from lorakit.train.run import Run
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up, trained_in
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ def test_metrics_have_each_step_once_with_the_same_keys(make_config):
         assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]), rel=1e-4)
     assert result.loss == pytest.approx(steps[-1]["loss"], abs=1e-5)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert [row["learning_rate"] for row in steps] == [5e-3 * defaults.rate_factor(config, step, 6) for step in range(6)]
+    assert [row["learning_rate"] for row in steps] == [5e-3 * optimizer.rate_factor(config, step, 6) for step in range(6)]
 
 
 def fake_held_out(monkeypatch, losses) -> None:

@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lorakit.train.loop import train
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.train import train
 
 COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
 

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from lorakit.train import progress as progress_module
-from lorakit.train.loop import train
 from lorakit.train.progress import Progress
+from lorakit.train.train import train
 
 
 def shown(config, terminal: bool = False, width: int = 400) -> str:

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import pytest
 
 from lorakit.train.config import TrainConfig
-from lorakit.train.loop import train
 from lorakit.train.progress import Progress
 from lorakit.train.report import write_report
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.train import train
 
 
 class Page(HTMLParser):

@@ -15,10 +15,10 @@ import tiny_lm
 import yaml
 
 from lorakit.errors import TrainError
-from lorakit.train import checkpoint
-from lorakit.train.loop import train
+from lorakit.train import resume
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 SCRIPT = Path(__file__).with_name("killed_runs.py")
@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory, model_folder, data_file):
 def outcome(folder: RunFolder) -> dict:
     """All that a run leaves, timing apart."""
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in folder.rows()]
-    state = json.loads((folder.checkpoints / f"step-{checkpoint.found(folder.checkpoints)[-1]}" / "state.json").read_text())
+    state = json.loads((folder.checkpoints / f"step-{resume.found(folder.checkpoints)[-1]}" / "state.json").read_text())
     return {
         "adapter": (folder.adapter / "adapter_model.safetensors").read_bytes(),
         "lorakit.json": json.loads((folder.adapter / "lorakit.json").read_text()),
@@ -174,7 +174,7 @@ def test_going_on_with_other_rows_is_refused(make_config, tmp_path):
 def test_full_fine_tuning_goes_on_exactly_too(make_config, tmp_path, monkeypatch):
     config = make_config(method="full", steps=6, save_every=2, learning_rate=1e-3)
     undisturbed = train(config.replace(out=str(tmp_path / "undisturbed")), QUIET)
-    real, steps = checkpoint.save, []
+    real, steps = resume.save, []
 
     def interrupted(*args, **options):
         steps.append(1)
@@ -182,7 +182,7 @@ def test_full_fine_tuning_goes_on_exactly_too(make_config, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(checkpoint, "save", interrupted)
+    monkeypatch.setattr(resume, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, QUIET)
     monkeypatch.undo()

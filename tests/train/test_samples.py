@@ -13,10 +13,10 @@ from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.errors import DataError
 from lorakit.generate.generate import generate
 from lorakit.train import samples
-from lorakit.train.loop import train
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 

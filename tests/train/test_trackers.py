@@ -8,9 +8,9 @@ import types
 import pytest
 
 from lorakit.errors import TrainError
-from lorakit.train.loop import train
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter.adapter import Adapter
-from ..errors import TrainError
-from ..io.atomic import write_text
+from ...adapter.adapter import Adapter
+from ...errors import TrainError
+from ...io.atomic import write_text
+from ..interrupt import listening
+from ..loop import Loop
+from ..run import Run
+from ..setup import Job, set_up_together
 from . import leaderboard, sweep_plot
-from .interrupt import listening
 from .leaderboard import Entry
-from .loop import Loop
-from .run import Run
-from .setup import Job, set_up_together
 from .sweep_config import Sweep
 from .sweep_folder import SweepFolder
 from .sweep_progress import SweepProgress
@@ -84,7 +84,7 @@ def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
 
 def check_output_layer(job: Job) -> None:
     """TrainError for an adapted output layer: only trained positions reach it, and of these nobody knows the row."""
-    from ..layers.layer import LoraLayer
+    from ...layers.layer import LoraLayer
 
     if isinstance(job.model.get_output_embeddings(), LoraLayer):
         raise TrainError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..io.atomic import replacing
+from ...io.atomic import replacing
 from .leaderboard import Entry
 from .sweep_config import short
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 import lorakit as lk
 from lorakit.errors import LorakitError, TrainError
-from lorakit.train import checkpoint, loop, run
-from lorakit.train.loop import train
+from lorakit.train import loop, resume, run
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
-from lorakit.train.sweep import sweep
-from lorakit.train.sweep_config import Sweep, expand
-from lorakit.train.sweep_progress import SweepProgress
+from lorakit.train.sweep.sweep import sweep
+from lorakit.train.sweep.sweep_config import Sweep, expand
+from lorakit.train.sweep.sweep_progress import SweepProgress
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 # How far an adapter may be from the same one trained alone, in float32, as a share of the way its weights went: what the order
@@ -55,10 +55,10 @@ def assert_as_alone(plan, tmp_path) -> None:
     for i, (name, config) in enumerate(plan.runs.items()):
         alone = config.replace(out=str(tmp_path / f"alone-{i}"))
         job = set_up(alone)
-        fresh = {n: p.detach().clone() for n, p in checkpoint.trainable(job.model).items()}
+        fresh = {n: p.detach().clone() for n, p in resume.trainable(job.model).items()}
         result = loop.Loop([run.Run(job, QUIET)]).go(loop.Interrupt())[0]
-        last = checkpoint.found(RunFolder(alone.out).checkpoints)[-1]
-        assert checkpoint.found(RunFolder(config.out).checkpoints)[-1] == last == result.step, name
+        last = resume.found(RunFolder(alone.out).checkpoints)[-1]
+        assert resume.found(RunFolder(config.out).checkpoints)[-1] == last == result.step, name
         theirs, ours = (load_file(RunFolder(c.out).checkpoints / f"step-{last}" / "trainable.safetensors") for c in (alone, config))
         assert theirs.keys() == ours.keys() == fresh.keys()
         went, off = (torch.cat([(theirs[n] - to[n]).flatten() for n in theirs]) for to in (fresh, ours))
@@ -196,7 +196,7 @@ def left_by(plan) -> dict:
     found = {}
     for name, config in plan.runs.items():
         folder = RunFolder(config.out)
-        steps = checkpoint.found(folder.checkpoints)
+        steps = resume.found(folder.checkpoints)
         state = json.loads((folder.checkpoints / f"step-{steps[-1]}" / "state.json").read_text())
         found[name] = {
             "adapter": (folder.adapter / "adapter_model.safetensors").read_bytes(),
@@ -257,7 +257,7 @@ def test_a_sweep_killed_between_its_runs_checkpoints_ends_with_the_bits_of_one_t
     plan = eventful(make_sweep, tmp_path / "sweep")
     pid = os.fork()
     if pid == 0:
-        real, done = checkpoint.save, []
+        real, done = resume.save, []
 
         def save(*args, **options):
             done.append(1)
@@ -265,7 +265,7 @@ def test_a_sweep_killed_between_its_runs_checkpoints_ends_with_the_bits_of_one_t
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **options)
 
-        checkpoint.save = save
+        resume.save = save
         try:
             start(plan)
         finally:
@@ -298,7 +298,7 @@ def test_a_run_of_a_sweep_can_be_gone_on_with_alone(make_sweep, tmp_path, monkey
     start(plan)
     monkeypatch.undo()
     config = plan.runs["rank=4"]
-    assert checkpoint.found(RunFolder(config.out).checkpoints)[-1] == 3
+    assert resume.found(RunFolder(config.out).checkpoints)[-1] == 3
     result = train(config, QUIET)
     assert (result.step, result.stopped) == (6, None)
     alone = (RunFolder(config.out).adapter / "adapter_model.safetensors").read_bytes()

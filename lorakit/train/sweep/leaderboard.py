@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..data.dataset import fingerprint
-from .setup import DATA_SETTINGS
+from ...data.dataset import fingerprint
+from ..setup import DATA_SETTINGS
 from .sweep_config import names, short
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .run import Run
+    from ..run import Run
     from .sweep_config import Sweep
 
 # Single batches jump, so the training loss at the end is the mean of the last tenth of the steps.

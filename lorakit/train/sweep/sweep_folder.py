@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..errors import TrainError
-from ..io.atomic import write_text
-from . import checkpoint
-from .run_folder import FREE, TEMPORARY
+from ...errors import TrainError
+from ...io.atomic import write_text
+from .. import resume
+from ..run_folder import FREE, TEMPORARY
 from .sweep_config import Sweep
 
 if TYPE_CHECKING:
-    from .run import Run
-    from .setup import Job
+    from ..run import Run
+    from ..setup import Job
 
 
 class SweepFolder:
@@ -45,7 +45,7 @@ class SweepFolder:
         if not self.settings.exists():
             if self.path.is_dir() and not all(p.match(TEMPORARY) for p in self.path.iterdir()):
                 raise TrainError(f"{self.path} is not empty and holds no sweep; give another folder (--out)")
-        elif any(checkpoint.found(run / "checkpoints") for run in self.runs.glob("*")):
+        elif any(resume.found(run / "checkpoints") for run in self.runs.glob("*")):
             self._check_same(sweep)
         text = "# Everything this sweep was started with. Written by lorakit; resume by the same command, or lorakit sweep --config this.\n"
         write_text(self.settings, text + yaml.safe_dump(dict(sweep.settings), sort_keys=False, allow_unicode=True))
@@ -78,9 +78,9 @@ class SweepFolder:
         told = self._told()
         for job in jobs:
             folder = job.folder.checkpoints
-            steps = checkpoint.found(folder)
-            if steps and self._together(folder / f"{checkpoint.PREFIX}{steps[-1]}"):
-                checkpoint.drop_after(folder, told["steps"].get(job.adapter, 0))
+            steps = resume.found(folder)
+            if steps and self._together(folder / f"{resume.PREFIX}{steps[-1]}"):
+                resume.drop_after(folder, told["steps"].get(job.adapter, 0))
         return told["failed"]
 
     def commit(self, runs: Iterable[Run]) -> None:

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from lorakit.errors import ConfigError, TrainError
-from lorakit.train import find_lr, loop
-from lorakit.train.loop import train
+from lorakit.train import loop
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.sweep import find_lr
+from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
 

@@ -7,7 +7,7 @@ import yaml
 
 from lorakit.errors import ConfigError
 from lorakit.train.config import TrainConfig
-from lorakit.train.sweep_config import NOT_SWEPT, expand, names, short
+from lorakit.train.sweep.sweep_config import NOT_SWEPT, expand, names, short
 
 
 def of(**values):

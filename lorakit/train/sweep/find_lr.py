@@ -16,24 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Choice
-from ..errors import TrainError
-from ..io.atomic import write_text
+from ...config import Choice
+from ...errors import TrainError
+from ...io.atomic import write_text
+from ..config import TrainConfig
+from ..interrupt import listening
+from ..loop import Loop
+from ..run import Run
+from ..run_folder import RunFolder
+from ..setup import set_up_together
 from . import leaderboard
-from .config import TrainConfig
-from .interrupt import listening
 from .leaderboard import Entry
-from .loop import Loop
-from .run import Run
-from .run_folder import RunFolder
-from .setup import set_up_together
 from .sweep_config import Sweep
 from .sweep_progress import SweepProgress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .progress import Progress
+    from ..progress import Progress
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # of the rate that `auto` picks for the whole run
 STEPS, SHARE = 40, 10  # so many, or a tenth of the run if that is fewer,

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from ..config import ALL_LINEAR
-from ..errors import ConfigError, did_you_mean, listing
-from .config import TrainConfig
+from ...config import ALL_LINEAR
+from ...errors import ConfigError, did_you_mean, listing
+from ..config import TrainConfig
 
 MAX_RUNS = 64
 OUT = "sweeps/default"

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .run import Run
+    from ..run import Run
 
 MOST_LISTED = 24  # runs in the start panel
 LINES = 20  # of a whole sweep, without a terminal
@@ -115,7 +115,7 @@ class SweepProgress:
 
 def _shared(runs: Sequence[Run], folder: str) -> Table:
     """What all runs have in common."""
-    from .progress import dtype_name, threads_of
+    from ..progress import dtype_name, threads_of
 
     job = runs[0].job
     base = sum(p.numel() for p in job.model.parameters()) - sum(p.numel() for p in job.model.parameters() if p.requires_grad)

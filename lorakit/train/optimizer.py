@@ -1,0 +1,40 @@
+"""The optimizer (AdamW), its learning-rate schedule, and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+
+
+def adamw(config: TrainConfig, parameters: Mapping[str, nn.Parameter], rate: float) -> torch.optim.AdamW:
+    """AdamW over a run's trained parameters; `rate`: the peak learning rate."""
+    return torch.optim.AdamW(
+        list(parameters.values()), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], rate: float, norm: float, clip: float) -> None:
+    """One step at the learning rate `rate`, with the gradients clipped to the norm `clip` (0: as they are); `norm`: theirs, of all together."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, torch.tensor(norm))
+    optimizer.step()
+
+
+def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
+    """The share of the peak rate at optimizer step `step` (from 0): warm-up, then the schedule, to zero after the last step."""
+    warm = max(1, round(config.warmup * steps)) if config.warmup else 0
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    if config.schedule == "linear":
+        return 1 - done
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
