@@ -19,7 +19,7 @@ import torch
 
 import lorakit as lk
 from lorakit.bases.load import load_model, load_tokenizer
-from lorakit.cli.files import base_folder
+from lorakit.cli.shared.files import base_folder
 from lorakit.errors import AdapterError
 from lorakit.export.merged import export_merged
 from lorakit.formats.gguf_types import KINDS

@@ -13,7 +13,7 @@ import typer
 
 from ..bench.suite import NAMES
 from ..errors import ConfigError
-from .starting import starting
+from .shared.starting import starting
 
 _NAMES_HELP = "; ".join(f"{name}: {about}" for name, about in NAMES.items())
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .starting import starting
+from .shared.starting import starting
 
 
 def compare(
@@ -37,15 +37,14 @@ def compare(
         from ..analysis.compare_report import summary, tables, write_html
         from ..analysis.heatmap import kind_of
         from ..formats import TAKES_ALPHA, format_of
-        from .adapters import load_adapter
-        from .files import base_folder
+        from .shared.files import base_folder, read_checked
 
     if plot is not None:
         kind_of(plot)  # before the work
     folder = base_folder(base)
     # alpha is for those files alone that do not say it themselves.
     asks = [alpha if alpha is not None and format_of(source) in TAKES_ALPHA else None for source in (a, b)]
-    first, second = (load_adapter(source, own, folder) for source, own in zip((a, b), asks, strict=True))
+    first, second = (read_checked(source, own, folder) for source, own in zip((a, b), asks, strict=True))
     with Console(stderr=True).status("comparing") as status:
         found = set_side_by_side(
             first, second, (a, b), modules=module or (), of=of, base=folder,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .starting import starting
+from .shared.starting import starting
 
 
 def demo(

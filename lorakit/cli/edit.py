@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import ConfigError
-from .files import base_folder, dtype_of, free, inspect_call, read
-from .starting import starting
+from .shared.files import base_folder, dtype_of, free, inspect_call, read
+from .shared.starting import starting
 
 
 def edit(

@@ -12,8 +12,8 @@ import typer
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
-from .settings import read_config, with_flags
-from .starting import starting
+from .shared.settings import read_config, with_flags
+from .shared.starting import starting
 
 if TYPE_CHECKING:
     import torch

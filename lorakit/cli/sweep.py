@@ -13,8 +13,8 @@ import yaml
 from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
-from .settings import read_config, with_flags
-from .starting import starting
+from .shared.settings import read_config, with_flags
+from .shared.starting import starting
 
 if TYPE_CHECKING:
     from ..train.sweep.sweep import Outcome

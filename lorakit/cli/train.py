@@ -1,4 +1,4 @@
-"""`lorakit init` and `lorakit train`."""
+"""`lorakit train`: train one adapter, or go on with a run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,13 @@ import typer
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
-from .settings import commented, read_config, with_flags
-from .starting import starting
+from .shared.settings import read_config, with_flags
+from .shared.starting import starting
 
 if TYPE_CHECKING:
     from ..train.loop import Result
 
 _SKIP = ("base",)
-_HEAD = "# A lorakit training run:  lorakit train --config {name}\n# Lines that are commented out show the defaults.\n\n"
-
-
-def init(
-    path: Annotated[Path, typer.Argument(help="the file to write")] = Path("lorakit.yaml"),
-    data: Annotated[str, typer.Option(help="your training data")] = "data.jsonl",
-    model: Annotated[str, typer.Option(help="the base model")] = "embedded",
-    force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
-) -> None:
-    """Write a config file with every setting, its default and what it does."""
-    from ..io.atomic import write_text
-
-    if path.exists() and not force:
-        raise ConfigError(f"{path} exists already; --force replaces it")
-    write_text(path, _HEAD.format(name=path) + commented(TrainConfig, {"model": model, "data": data}, skip=_SKIP))
-    print(f"wrote {path}\nnext: lorakit data show {shlex.quote(data)}, then lorakit train --config {shlex.quote(str(path))}")
 
 
 def _train(

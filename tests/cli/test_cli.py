@@ -15,7 +15,7 @@ import yaml
 
 import lorakit as lk
 from lorakit.bases.load import load_model
-from lorakit.cli.loading import load
+from lorakit.cli.shared.loading import load
 from lorakit.data.dataset import build
 from lorakit.data.read import read_rows
 from lorakit.data.render import question_ids

@@ -11,7 +11,7 @@ import typer
 import yaml
 from pydantic import Field
 
-from lorakit.cli.settings import commented, read_config, with_flags
+from lorakit.cli.shared.settings import commented, read_config, with_flags
 from lorakit.config import Strict
 from lorakit.errors import ConfigError
 from lorakit.train.config import TrainConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
-from lorakit.cli.starting import starting
+from lorakit.cli.shared.starting import starting
 
 VERBS = {
     "demo": ["demo", "--out", "nowhere"],

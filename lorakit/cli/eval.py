@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .data import pairs
-from .loading import load
-from .options import Columns, DataTemplate, Model, Precision, Split
-from .starting import starting
+from .shared.loading import load
+from .shared.options import Columns, DataTemplate, Model, Precision, Split, pairs
+from .shared.starting import starting
 
 _NO_LIMIT = 1 << 30
 

@@ -13,8 +13,8 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
-from ..config import ALL_LINEAR, Strict
-from ..errors import ConfigError, did_you_mean
+from ...config import ALL_LINEAR, Strict
+from ...errors import ConfigError, did_you_mean
 
 _ALSO = {"learning_rate": ("--lr",)}  # other spellings that hands have learned
 

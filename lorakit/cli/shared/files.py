@@ -7,12 +7,12 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterError, ConfigError, did_you_mean
+from ...errors import AdapterError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
-    from ..adapter.adapter import Adapter
+    from ...adapter.adapter import Adapter
 
 _SUFFIXES = {"kohya": (".safetensors",), "diffusers": (".safetensors", ""), "cloneofsimo": (".safetensors", ".pt"), "gguf": (".gguf",),
              "loralib": (".pt", ".bin", ".pth", ".safetensors")}  # fmt: skip
@@ -21,7 +21,7 @@ _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 def read(source: str, alpha: float | None = None, base: Path | None = None, force_base: bool = False) -> Adapter:
     """An adapter; see `load_on`."""
-    from ..checkpoint.residual import load_on, started_as
+    from ...checkpoint.residual import load_on, started_as
 
     adapter = load_on(source, base, alpha, force_base)
     start = started_as(source) if base is not None else None
@@ -30,11 +30,26 @@ def read(source: str, alpha: float | None = None, base: Path | None = None, forc
     return adapter
 
 
+def read_checked(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
+    """An adapter; where it holds NaN or infinity, the error says in which keys, all of them."""
+    from ...analysis.inspect import not_finite
+
+    try:
+        return read(source, alpha, base)
+    except AdapterError as error:
+        bad = not_finite(source) if "not finite" in str(error) else {}
+        if not bad:
+            raise
+        keys = "".join(f"\n  {key}: {count:,}" for key, count in list(bad.items())[:20])
+        more = f"\n  and {len(bad) - 20} more keys" if len(bad) > 20 else ""
+        raise AdapterError(f"{error}\n{len(bad)} keys of {source} hold such numbers:{keys}{more}") from error
+
+
 def inspect_call(path: Path, adapter: Adapter, format: str, base: str | None) -> str:
     """How to look at what was written, with the options that reading it takes."""
     more = f" --base {quote(base)}" if base and format == "gguf" else ""
     if format == "loralib":
-        from ..formats.loralib import alpha_of
+        from ...formats.loralib import alpha_of
 
         more = f" --alpha {alpha_of(adapter):g}"
     return f"lorakit inspect {quote(str(path))}{more}"
@@ -42,7 +57,7 @@ def inspect_call(path: Path, adapter: Adapter, format: str, base: str | None) ->
 
 def base_folder(name: str | None) -> Path | None:
     """Where the base's files are: a folder as named, of whatever kind, or the embedded model's."""
-    from ..bases.load import EMBEDDED, model_path
+    from ...bases.load import EMBEDDED, model_path
 
     if name is None:
         return None
@@ -67,7 +82,7 @@ def numbers(text: str | None) -> list[float] | None:
 
 def free(out: Path, to: str, force: bool) -> Path:
     """OUT, if it suits the format and there is nothing there, or only an older adapter of that format that may be replaced."""
-    from ..formats import FOLDERS, FORMATS
+    from ...formats import FOLDERS, FORMATS
 
     out = out.expanduser()
     if to not in FORMATS:
@@ -89,7 +104,7 @@ def free(out: Path, to: str, force: bool) -> Path:
 
 def _check_folder(out: Path, to: str) -> None:
     """A folder may be written into if it holds an adapter of that format: PEFT's and MLX's files have names in common."""
-    from ..formats import FOLDERS, find, format_of
+    from ...formats import FOLDERS, find, format_of
 
     if to not in (*FOLDERS, "diffusers"):
         raise ConfigError(f"{out} is a folder, and {to} is written as a file")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..data.templates import Style
+    from ...data.templates import Style
 
 
 def named(adapters: list[str]) -> dict[str, str]:
@@ -47,11 +47,11 @@ class Loaded:
 
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
     """The base with the adapters attached; the last of them is active."""
-    from ..adapter.adapter import Adapter
-    from ..bases.device import choose_device, choose_dtype
-    from ..bases.load import load_config, load_model, load_tokenizer
-    from ..formats import format_of
-    from ..model.attach import attach
+    from ...adapter.adapter import Adapter
+    from ...bases.device import choose_device, choose_dtype
+    from ...bases.load import load_config, load_model, load_tokenizer
+    from ...formats import format_of
+    from ...model.attach import attach
 
     # Before the base's weights: it fails faster. A GGUF needs the base's config, to know the heads of its permuted rows.
     values = {

@@ -8,17 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..errors import ConfigError
-from .options import Columns, DataTemplate, Split
-from .starting import starting
-
-
-def pairs(text: str | None, what: str) -> dict[str, str]:
-    """`a=b,c=d` as a dict."""
-    found = [part.partition("=") for part in (text or "").split(",") if part]
-    if not all(sep for _, sep, _ in found):
-        raise ConfigError(f"{what}: expected NAME=VALUE,... (got '{text}')")
-    return {name.strip(): value.strip() for name, _, value in found}
+from .shared.options import Columns, DataTemplate, Split, pairs
+from .shared.starting import starting
 
 
 def show(

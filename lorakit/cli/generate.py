@@ -1,0 +1,48 @@
+"""`lorakit generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import ConfigError
+from .shared.loading import load
+from .shared.options import Model, Precision, TopP
+from .shared.starting import starting
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; standard input if left out")] = None,
+    model: Model = "embedded",
+    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated, the last is used")] = None,
+    template: Annotated[
+        Literal["auto", "chat", "plain", "none"],
+        typer.Option(help="chat, plain: the prompt as a user's turn; none: as it is; auto: as the adapter was trained"),
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.0,
+    top_p: TopP = 1.0,
+    seed: Annotated[int | None, typer.Option(help="for a repeatable sample")] = None,
+    precision: Precision = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
+) -> None:
+    """Answer one prompt. `\\n` in the argument is a line end."""
+    with starting(f"loading {model}"):
+        from ..data.render import question_ids
+        from ..generate.generate import stream
+
+    text = sys.stdin.read() if prompt is None else prompt.replace("\\n", "\n")
+    if not text:
+        raise ConfigError("the prompt is empty")
+    loaded = load(model, adapter or [], precision)
+    ids = question_ids(text, loaded.tokenizer, loaded.style_for(template))
+    pieces = stream(loaded.model, loaded.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if json_output:
+        print(json.dumps({"prompt": text, "text": "".join(pieces)}, ensure_ascii=False))
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

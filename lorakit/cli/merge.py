@@ -1,0 +1,56 @@
+"""`lorakit merge`: adapters into a checkpoint's files."""
+
+from __future__ import annotations
+
+import json
+from shlex import quote
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import ConfigError
+from .shared.files import base_folder, dtype_of, numbers
+from .shared.starting import starting
+
+
+def merge(
+    base: Annotated[
+        str, typer.Argument(help="a checkpoint folder, a diffusers pipeline's, a diffusion model's .safetensors, or 'embedded'")
+    ],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER... OUT", help="one adapter or several, then what to write")],
+    weights: Annotated[str | None, typer.Option(help="one for each adapter, e.g. 0.7,0.3; default: 1 each")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the merged weights; default: the base's")
+    ] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="give a tied LM head a weight of its own")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="merge although an adapter was trained on another base")] = False,
+    alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Merge adapters into a checkpoint's files, one tensor in memory at a time, and check the result by reading it again."""
+    from rich.console import Console
+
+    if len(adapters) < 2:
+        raise ConfigError("merge takes BASE, one adapter or several, and OUT\n  lorakit merge BASE ADAPTER OUT")
+    with starting("reading the base and the adapters"):
+        from ..checkpoint import merge_checkpoint
+
+    *sources, out = adapters
+    folder = base_folder(base)
+    assert folder is not None
+    console = Console()
+    with console.status("merging") as status:
+        report = merge_checkpoint(
+            folder, sources, out, weights=numbers(weights), alpha=alpha, force=force,
+            dtype=dtype_of(dtype), untie=untie, force_base=force_base,
+            on_tensor=lambda name, done, total: status.update(f"{done}/{total} {name}"),
+        )  # fmt: skip
+    if json_output:
+        print(json.dumps(report.to_dict()))
+        return
+    console.print(report.table())
+    if (folder / "config.json").is_file():
+        print(f"next: lorakit generate 'Once upon a time' --model {quote(out)}")
+    else:
+        print(f"next: load {quote(out)} as its base is loaded")
