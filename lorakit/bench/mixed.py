@@ -72,19 +72,25 @@ def many_attached(shape: Shape, dtype: torch.dtype, attached: int, counts: Seque
         for count in counts:
             sides = {kind: mixes(names, count, kind) for kind in ("steady", "one", "all")}
 
-            def steps(kind: str, sides: dict[str, Iterator[list[str]]] = sides) -> Callable[[], None]:
-                def some() -> None:
-                    for _ in range(STEPS):
-                        step(next(sides[kind]))
-
-                return some
-
-            spent = in_turn({kind: steps(kind) for kind in sides}, rounds)
+            spent = step_seconds(sides, step, rounds)
             row(
-                adapters=count, attached=attached, **{"step ms": round(1e3 * spent["steady"] / STEPS, 1)},
+                adapters=count, attached=attached, **{"step ms": round(1e3 * spent["steady"], 1)},
                 **{f"{kind} changing": round(spent[kind] / spent["steady"], 3) for kind in ("one", "all")},
             )  # fmt: skip
     return rows
+
+
+def step_seconds(sides: dict[str, Iterator[list[str]]], step: Callable[[Sequence[str]], None], rounds: int) -> dict[str, float]:
+    """The median of each side's steps. They are timed one by one: a busy machine holds up some of them, and would spoil all STEPS of a turn."""
+    spent: dict[str, list[float]] = {kind: [] for kind in sides}
+    for _ in range(rounds):
+        for kind, mix in sides.items():
+            for _ in range(STEPS):
+                names = next(mix)
+                began = time.perf_counter()
+                step(names)
+                spent[kind].append(time.perf_counter() - began)
+    return {kind: median(found) for kind, found in spent.items()}
 
 
 def mixes(names: Sequence[str], count: int, kind: str) -> Iterator[list[str]]:

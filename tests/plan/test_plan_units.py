@@ -52,3 +52,11 @@ def test_a_straight_line_takes_few_looks():
 def test_slack_gives_a_number_that_fits_and_is_nearly_the_largest():
     found = largest(lambda n: n * n, 10_000_000, 100_000, slack=0.02)
     assert 3162 * 0.96 <= found <= 3162
+
+
+def test_a_parabola_takes_few_looks_wherever_it_crosses():
+    for crossing in (3, 40, 1000, 20_000, 100_000):
+        looks = []
+        found = largest(lambda n: looks.append(n) or 10**8 + 5000 * n + n * n, 10**8 + 5000 * crossing + crossing**2, 1 << 17, slack=0.02)
+        assert crossing * 0.98 - 1 <= found <= crossing
+        assert len(looks) <= 6

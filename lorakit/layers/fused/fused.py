@@ -22,7 +22,7 @@ from ..swap import rebind_hooked_forward
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm
 from .gated_mlp import FusedGatedMlp
-from .probe import outlives_its_module, settings
+from .probe import Configs, outlives_its_module, settings
 from .rms_norm import FusedRmsNorm
 
 Match = Callable[[nn.Module], Any]  # what was found, or why the module cannot be fused, or None
@@ -35,10 +35,16 @@ ATTENTION, LINEAR = "attention's backward", "linear with its update"
 _OWN_FORWARD = "the instance has a forward of its own, or an adapter trains it whole"
 _OWN = ("lora_form", "lora_roles", "lora_act")
 
-Matches = dict[tuple, dict[Kind, Any]]  # by `_like`
-# A probe takes some 10 ms; the next model with such modules, or the next attach to this one, need none.
-_probed: Matches = {}
+# A probe takes some 10 ms; the next model with such modules, or the next attach to this one, need none. By `_like`.
+_probed: dict[tuple, dict[Kind, Any]] = {}
 MOST_PROBED = 1000  # entries hold classes, and some programs make classes without end
+
+
+class _Seen(NamedTuple):
+    """What is known of one model's modules: by `_like` what they can be fused as; and its configs."""
+
+    matches: dict[tuple, dict[Kind, Any]]
+    configs: Configs
 
 
 class Fused(NamedTuple):
@@ -56,12 +62,12 @@ class Fused(NamedTuple):
 
 def adopt(model: nn.Module) -> None:
     """Give every module that can be fused, and is or holds nothing that an adapter trains whole, its class."""
-    known: Matches = {}
+    seen = _Seen({}, {})
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
             if isinstance(module, Swapped) or "forward" in module.__dict__:
                 continue
-            fitting = ((kind, found) for kind, found in _match(module, known).items() if not isinstance(found, str))
+            fitting = ((kind, found) for kind, found in _match(module, seen).items() if not isinstance(found, str))
             for kind, found in itertools.islice(fitting, 1):
                 module.__dict__.update(kind.lora_settings(module, found))
                 module.__class__ = adapted_class(kind, type(module))  # type: ignore[arg-type]
@@ -80,7 +86,7 @@ def release(model: nn.Module) -> None:
 def report(model: nn.Module) -> list[Fused]:
     """What of a model with adapters is fused, and why the rest is not."""
     counts: Counter[tuple[str, str, str | None]] = Counter()
-    known: Matches = {}
+    seen = _Seen({}, {})
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
             cls = type(module)
@@ -90,7 +96,7 @@ def report(model: nn.Module) -> list[Fused]:
             elif isinstance(module, LinearLayer):
                 counts[LINEAR, mixin_and_base(cls)[1].__name__, _why_not_linear(module)] += 1
             elif not isinstance(module, LoraLayer):
-                for kind, found in _match(module, known).items():
+                for kind, found in _match(module, seen).items():
                     counts[KINDS[kind][0], cls.__name__, found if isinstance(found, str) else _OWN_FORWARD] += 1
     rows = [Fused(kind, cls, count, why) for (kind, cls, why), count in counts.items()]
     if hasattr(model, "set_attn_implementation"):
@@ -100,17 +106,17 @@ def report(model: nn.Module) -> list[Fused]:
     return rows
 
 
-def _match(module: nn.Module, known: Matches) -> dict[Kind, Any]:
-    """What was found, or why the module cannot be fused, for each kind that it looks like; `known`: of this model's modules."""
+def _match(module: nn.Module, seen: _Seen) -> dict[Kind, Any]:
+    """What was found, or why the module cannot be fused, for each kind that it looks like."""
     if not _applicable(module):
         return {}
-    key = _like(module)
-    found = known.get(key, _probed.get(key))
+    key = _like(module, seen.configs)
+    found = seen.matches.get(key, _probed.get(key))
     if found is None:
         found = {kind: fit for kind, (_, match) in KINDS.items() if (fit := match(module)) is not None}
         if outlives_its_module(key) and len(_probed) < MOST_PROBED:
             _probed[key] = found
-    known[key] = found
+    seen.matches[key] = found
     return found
 
 
@@ -119,14 +125,14 @@ def _applicable(module: nn.Module) -> bool:
     return not module._modules or any(isinstance(child, LoraLayer) for child in module._modules.values())
 
 
-def _like(module: nn.Module) -> tuple:
+def _like(module: nn.Module, configs: Configs) -> tuple:
     """Equal for modules of one class and config: what a probe of one says goes for the other."""
     children = tuple(
-        (name, type(child), type(child).forward, _shapes(child), settings(child))
+        (name, type(child), type(child).forward, _shapes(child), settings(child, configs))
         for name, child in module._modules.items()
         if child is not None
     )
-    return type(module), type(module).forward, settings(module), children, _shapes(module)
+    return type(module), type(module).forward, settings(module, configs), children, _shapes(module)
 
 
 def _shapes(module: nn.Module) -> tuple:

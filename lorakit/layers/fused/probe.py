@@ -34,9 +34,13 @@ def is_as_probed(module: nn.Module) -> bool:
     return type(module).__bases__[1].forward is type(module).lora_probed  # type: ignore[attr-defined]
 
 
-def settings(module: nn.Module) -> tuple:
+Configs = dict[int, tuple]  # by id, of one model: what a config holds, read once and not for each module that has it
+
+
+def settings(module: nn.Module, configs: Configs | None = None) -> tuple:
     """All that may steer its forward."""
-    own = tuple((k, _known(k, v)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith("lora_"))
+    configs = {} if configs is None else configs
+    own = tuple((k, _known(k, v, configs)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith("lora_"))
     return own, tuple((name, None if b is None else b.shape) for name, b in module._buffers.items())
 
 
@@ -53,14 +57,16 @@ def outlives_its_module(settings: object) -> bool:
     return True
 
 
-def _known(name: str, value: object) -> object:
+def _known(name: str, value: object, configs: Configs) -> object:
     """What tells a value from another one: plain values and configs by what they hold, all else by being that object."""
     if isinstance(value, functools.partial):
         return value.func, repr(value.args), repr(value.keywords)
     if isinstance(value, _FUNCTIONS):
         return value
     if name == "config" and hasattr(value, "__dict__"):
-        return type(value), repr(vars(value))
+        if id(value) not in configs:
+            configs[id(value)] = type(value), repr(vars(value))
+        return configs[id(value)]
     return repr(value) if isinstance(value, int | float | str | tuple | None) else Identity(id(value))
 
 
