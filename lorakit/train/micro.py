@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # From so many tokens in a run's batch on it has micro-batches of its own: the products are as fast as they get, and a run by
 # itself has fused blocks. Embedded model, 8 runs, one thread, bf16, throughput of mixed micro-batches over runs one by one, rows
-# of about 45 tokens: 1 row each 1.9, 2 rows 1.6, 4 rows 1.5, 8 rows 0.97, 16 rows 0.96 (benchmarks/sweep.py, on a busy machine).
+# of about 45 tokens: 1 row each 1.9, 2 rows 1.6, 4 rows 1.5, 8 rows 0.97, 16 rows 0.96 (bench/sweep.py, on a busy machine).
 BUSY_CPU = 320
 # Not measured: what such a device takes to be busy is several times that.
 BUSY = 4096

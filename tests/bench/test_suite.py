@@ -47,14 +47,6 @@ def test_every_table_says_what_it_compares_and_imports_without_peers(name):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", suite.NAMES)
-def test_every_table_has_a_script(name):
-    script = Path(suite.__file__).parents[2] / "benchmarks" / f"{name.replace('-', '_')}.py"
-    if not script.parent.exists():
-        pytest.skip("benchmarks/ is not part of an installed lorakit")
-    assert f'main(["bench", "{name}", *sys.argv[1:]])' in script.read_text()
-
-
 def test_a_missing_peer_is_named_with_the_command_that_installs_it(monkeypatch):
     def run(quick):
         raise ModuleNotFoundError("No module named 'trl.trainer'", name="trl.trainer")

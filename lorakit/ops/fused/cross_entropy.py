@@ -19,7 +19,7 @@ from .. import IGNORE_INDEX
 from ..autocast import without_autocast
 
 # A chunk is as many rows as have float32 logits of so many bytes, more leave the cache; but at least so many rows, fewer read W too
-# often (benchmarks/output_loss.py); and there are at most so many chunks, each costs a dozen calls.
+# often (bench/output_loss.py); and there are at most so many chunks, each costs a dozen calls.
 BYTES = 1 << 24
 ROWS = 256
 CHUNKS = 32

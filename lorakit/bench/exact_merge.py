@@ -1,6 +1,6 @@
 """What an exact unmerge costs: bytes kept for each merged weight, by precision and by how large ΔW is beside W.
 
-    python benchmarks/exact_merge.py
+    python -m lorakit.bench.exact_merge
 
 W is normal with deviation 0.02, ΔW is B A of rank 16 scaled to the given share of W's norm. Not timed: sizes do not depend on
 the machine. Beside it, PEFT's way back, (W + ΔW) − ΔW, and the share of weights that it leaves changed.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from lorakit.ops.delta import delta_rows
-from lorakit.ops.exact import add_, subtract_
+from ..ops.delta import delta_rows
+from ..ops.exact import add_, subtract_
 
 SIZE, RANK = 2048, 16
 

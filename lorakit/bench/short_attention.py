@@ -1,6 +1,6 @@
 """Plain against fused attention in a training step of short rows on a CPU; what `PLAIN_ATTENTION` was chosen by.
 
-    python benchmarks/short_attention.py [--rounds 5]
+    python -m lorakit.bench.short_attention [--rounds 5]
 
 The embedded model with a rank-16 adapter, bf16 where the CPU has it; forward and backward of about 1,536 tokens in rows of the
 given length, the two in turn in one process, medians of CPU time.
@@ -15,10 +15,11 @@ from statistics import median
 import torch
 
 import lorakit as lk
-from lorakit.bases.device import choose_dtype
-from lorakit.bases.load import EMBEDDED, load_model
-from lorakit.layers.fused import attention
-from lorakit.train.loss import summed_loss
+
+from ..bases.device import choose_dtype
+from ..bases.load import EMBEDDED, load_model
+from ..layers.fused import attention
+from ..train.loss import summed_loss
 
 TOKENS = 1536
 

@@ -1,6 +1,6 @@
 """Adapters as files: seconds for an adapter of an 8B-shaped Llama (rank 16, all linears: 224 modules, 41.9 M parameters).
 
-    python benchmarks/adapter_files.py [--rounds 3]
+    python -m lorakit.bench.adapter_files [--rounds 3]
 
 The adapter is made of random numbers in bf16 and written as PEFT's folder. `resize` is compared with what it replaces, the SVD of the
 full ΔW (float32, LAPACK), on one module of each shape, one after the other in this process, in turn.
@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 import lorakit as lk
-from lorakit.adapter.algebra.combine import combined
-from lorakit.adapter.algebra.decompose import matrix_of
-from lorakit.adapter.algebra.resize import resize
-from lorakit.analysis.inspect import describe_adapter
-from lorakit.formats.convert import convert
+
+from ..adapter.algebra.combine import combined
+from ..adapter.algebra.decompose import matrix_of
+from ..adapter.algebra.resize import resize
+from ..analysis.inspect import describe_adapter
+from ..formats.convert import convert
 
 HIDDEN, MLP, KV, LAYERS, RANK = 4096, 14336, 1024, 32, 16
 SHAPES = {  # [out, in] of Llama 3.1 8B

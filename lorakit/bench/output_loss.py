@@ -1,6 +1,6 @@
 """The loss of a frozen output layer in chunks (`ops/cross_entropy.py`) against all logits at once, by rows of a chunk.
 
-    python benchmarks/output_loss.py [--rows 512] [--turns 9]
+    python -m lorakit.bench.output_loss [--rows 512] [--turns 9]
 
 Forward and backward; times over that of the two matrix products alone (hidden states to logits, and back). All sides in turn, medians.
 """
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.bench.measure import in_turn
-from lorakit.ops.fused import cross_entropy
+from ..ops.fused import cross_entropy
+from .measure import in_turn
 
 SIZES = ((8192, 256), (8192, 512), (8192, 1024), (32000, 512), (4096, 288))  # vocabulary, width
 CHUNKS = (64, 128, 256, 512)

@@ -6,7 +6,7 @@ whole process's, imports included; lorakit's also holds syncing to disk and read
 Peak memory is the kernel's high-water mark; pages of mapped files count in it, so the part that is not backed by files
 (sampled every 20 ms) is shown too.
 
-    python benchmarks/merge_checkpoint.py --rounds 3
+    python -m lorakit.bench.merge_checkpoint --rounds 3
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def make_base(folder: Path, layers: int, per_shard: int = 400_000_000) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from lorakit.io.stream import StreamWriter
+    from ..io.stream import StreamWriter
 
     shards: list[dict[str, tuple[str, tuple[int, ...], int]]] = [{}]
     for name, shape in shapes(layers):
@@ -86,7 +86,7 @@ def make_adapter(folder: Path, layers: int) -> None:
 
 
 def ours(base: str, adapter: str, out: str) -> None:
-    from lorakit.checkpoint import merge_checkpoint
+    from ..checkpoint import merge_checkpoint
 
     merge_checkpoint(base, adapter, out)
 
@@ -114,7 +114,7 @@ def status(pid: int | str, key: str) -> int:
 
 def measure(side: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """One merge in a fresh process: seconds, peak resident memory, and the largest sample of its part not backed by files."""
-    command = [sys.executable, __file__, "--child", side, str(base), str(adapter), str(out)]
+    command = [sys.executable, "-m", "lorakit.bench.merge_checkpoint", "--child", side, str(base), str(adapter), str(out)]
     began, anonymous = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         while child.poll() is None:

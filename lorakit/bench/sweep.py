@@ -1,6 +1,6 @@
 """Steps of several runs in one pass (`lorakit sweep`) against the same steps of runs alone, by rows a step.
 
-    python benchmarks/sweep.py [--runs 8] [--rows 1 2 4 8 16] [--precision bf16 fp32] [--turns 5]
+    python -m lorakit.bench.sweep [--runs 8] [--rows 1 2 4 8 16] [--precision bf16 fp32] [--turns 5]
 
 The embedded model, rows of E2E NLG. Each side takes whole optimizer steps: loading of rows, forward, backward, clipping, AdamW. CPU time, in
 turn within one process, medians; without a GPU one thread. "mixed": rows of all runs share micro-batches, whatever their number; "lorakit": as it
@@ -18,12 +18,12 @@ from statistics import median
 
 import torch
 
-from lorakit.bases.load import embedded_folder
-from lorakit.train import loop
-from lorakit.train.config import TrainConfig
-from lorakit.train.progress import Progress
-from lorakit.train.run import Run
-from lorakit.train.setup import set_up, set_up_together
+from ..bases.load import embedded_folder
+from ..train import loop
+from ..train.config import TrainConfig
+from ..train.progress import Progress
+from ..train.run import Run
+from ..train.setup import set_up, set_up_together
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """lorakit's decoding loop against transformers' `generate`: greedy, the same prompts in the same batches, the same tokens.
 
-    python benchmarks/decode.py [--prompts 210] [--rounds 3] [--adapter lorakit-demo/run/adapter]
+    python -m lorakit.bench.decode [--prompts 210] [--rounds 3] [--adapter lorakit-demo/run/adapter]
 
 The embedded model in float32 on E2E's test prompts, up to 80 new tokens. The base hardly ever ends its text; with the demo's adapter
 rows end after some 40 tokens, each at its own. The two in turn in one process, medians of CPU time, which a busy machine
@@ -18,10 +18,11 @@ from statistics import median
 import torch
 
 import lorakit as lk
-from lorakit.bases.load import EMBEDDED, load_model, load_tokenizer
-from lorakit.generate.decode import pad_rows
-from lorakit.generate.generate import generate
-from lorakit.reproduce.demo import ASSETS, LONGEST_ANSWER
+
+from ..bases.load import EMBEDDED, load_model, load_tokenizer
+from ..generate.decode import pad_rows
+from ..generate.generate import generate
+from ..reproduce.demo import ASSETS, LONGEST_ANSWER
 
 
 def main() -> None:
