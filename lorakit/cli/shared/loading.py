@@ -1,4 +1,4 @@
-"""A base with its adapters, as `eval`, `generate` and `chat` load them."""
+"""Load a base with its adapters, for `eval`, `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ if TYPE_CHECKING:
 
 
 def named(adapters: list[str]) -> dict[str, str]:
-    """`NAME=PATH` or `PATH` (named "adapter", "adapter2", ...) as {name: path}."""
-    found: dict[str, str] = {}
+    """Parse `NAME=PATH` or `PATH` (named "adapter", "adapter2", ...) into {name: path}.
+
+    ConfigError if a name occurs twice.
+    """
+    paths: dict[str, str] = {}
     for given in adapters:
         name, sep, path = given.partition("=")
         if not sep:
-            name, path = "adapter" if not found else f"adapter{len(found) + 1}", given
-        if name in found:
+            name, path = "adapter" if not paths else f"adapter{len(paths) + 1}", given
+        if name in paths:
             raise ConfigError(f"--adapter: two adapters are named '{name}'")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base with adapters. `style`: how the last adapter's training data was written, where it says so."""
+    """A base with adapters. `style`: how the last adapter's training data was formatted, if recorded."""
 
     model: Any
     tokenizer: Any
@@ -34,26 +37,29 @@ class Loaded:
     style: str | None
 
     def style_for(self, template: str) -> Style:
-        """How a prompt is to be written: as asked, as the adapter was trained, or by the chat template if there is one."""
-        has_one = bool(getattr(self.tokenizer, "chat_template", None))
-        style = (self.style or ("chat" if has_one else "none")) if template == "auto" else template
-        if style == "chat" and not has_one:
+        """How to format a prompt: as requested or, for "auto", as in training, else with the chat template if there is one.
+
+        ConfigError if that needs a chat template and the tokenizer has none.
+        """
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        style = (self.style or ("chat" if has_template else "none")) if template == "auto" else template
+        if style == "chat" and not has_template:
             why = "the adapter was trained with a chat template" if template == "auto" else "--template chat"
             raise ConfigError(
-                f"{why}: this model's tokenizer has no chat template\n  use --template plain or none, or the base it was trained on"
+                f"{why}, but this model's tokenizer has no chat template\n  use --template plain or none, or the base it was trained on"
             )
         return style  # type: ignore[return-value]
 
 
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
-    """The base with the adapters attached; the last of them is active."""
+    """Load the base and attach the adapters; the last one is active."""
     from ...adapter.adapter import Adapter
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import load_config, load_model, load_tokenizer
     from ...formats import format_of
     from ...model.attach import attach
 
-    # Before the base's weights: it fails faster. A GGUF needs the base's config, to know the heads of its permuted rows.
+    # Adapters first, to fail early. A GGUF needs the base's config: its rows are permuted per head.
     values = {
         name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
         for name, path in named(adapters).items()
