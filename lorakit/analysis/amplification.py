@@ -1,11 +1,11 @@
 """Compare an adapter's updates with its base's weights, which are read from the checkpoint one tensor at a time.
 
     ‖ΔW‖ / ‖W‖              relative size of the change
-    ‖Uᵀ W V‖_F              W projected onto ΔW's first r singular directions U, V (Hu et al. 2021, Table 7); for comparison, also onto
-                            W's own first r and onto r random directions
+    ‖Uᵀ W V‖_F              W projected onto ΔW's first r singular directions U, V (Hu et al. 2021, Table 7); for
+                            comparison, also onto W's own first r and onto r random directions
     ‖ΔW‖_F / ‖Uᵀ W V‖_F     the amplification factor: how much larger ΔW is there than W
 
-W is [out, in], as in `adapter.algebra.spectrum`. A DoRA's ΔW is what its magnitude makes of W: m (W + s B A) / ‖W + s B A‖ - W.
+W is [out, in], as in `adapter.algebra.spectrum`. For a DoRA, ΔW = m (W + s B A) / ‖W + s B A‖ - W.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def dora_change(W: Tensor, f: Factors) -> float:
 
 @dataclass(frozen=True)
 class Amplification:
-    """One module's row of the paper's Table 7: ‖UᵀWV‖ with U, V from ΔW (`in_delta`), W (`in_w`) and random (`in_random`).
+    """One module's row of the paper's Table 7: ‖UᵀWV‖ with U, V of ΔW (`in_delta`), W (`in_w`) and random.
 
     `factor`: the amplification factor ‖ΔW‖ / `in_delta`.
     """

@@ -2,8 +2,8 @@
 
     cosine               ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖)
     principal angles     between their input subspaces (V), and between their output subspaces (U)
-    φ(A, B, i, j)        ‖U_A^iᵀ U_B^j‖_F² / min(i, j) (Hu et al. 2021, section 7.2): 0 for orthogonal, 1 for contained subspaces;
-                         max(i, j) / width by chance
+    φ(A, B, i, j)        ‖U_A^iᵀ U_B^j‖_F² / min(i, j) (Hu et al. 2021, section 7.2): 0 for orthogonal, 1 for contained
+                         subspaces, max(i, j) / width for random ones
     interference         what B adds to A's effect on A's inputs, relative to that effect (`Interference`)
 
 Everything is computed from singular values and vectors: no [out, in] matrix is formed for a low-rank update.
@@ -38,9 +38,11 @@ MOST_SHOWN = 4  # by default, φ is computed for the modules with the largest up
 class Interference:
     """How adapter B changes the effect of adapter A in one module, if both are active.
 
-    change       ‖ΔW_B x‖ / ‖ΔW_A x‖ (root mean square) for inputs along A's directions, weighted by its singular values (x = V_A S_A z,
-                 z normal): ‖ΔW_B ΔW_Aᵀ‖_F / ‖ΔW_A ΔW_Aᵀ‖_F. 0: B does nothing there; 1: B's output is as large as A's.
-    gain         the part of it along A's effect: ⟨ΔW_B ΔW_Aᵀ, ΔW_A ΔW_Aᵀ⟩ / ‖ΔW_A ΔW_Aᵀ‖². +1: the effect is doubled, -1: cancelled.
+    change       ‖ΔW_B x‖ / ‖ΔW_A x‖ (root mean square) for inputs along A's directions, weighted by its singular values
+                 (x = V_A S_A z, z normal): ‖ΔW_B ΔW_Aᵀ‖_F / ‖ΔW_A ΔW_Aᵀ‖_F. 0: B does nothing there; 1: B's output is
+                 as large as A's.
+    gain         the part of it along A's effect: ⟨ΔW_B ΔW_Aᵀ, ΔW_A ΔW_Aᵀ⟩ / ‖ΔW_A ΔW_Aᵀ‖². +1: the effect is doubled,
+                 -1: cancelled.
     on_inputs    ‖ΔW_B V_A‖_F / ‖ΔW_B‖_F: the share of B that acts on A's inputs. 0 to 1.
     on_outputs   ‖U_Aᵀ ΔW_B‖_F / ‖ΔW_B‖_F: the share of B that writes to A's outputs. 0 to 1.
 
@@ -124,15 +126,15 @@ def compare(
 ) -> Comparison:
     """Compare two adapters of one base.
 
-    modules: names or name endings of the modules for which φ is computed for all i, j and, with `base`, ΔW is compared with W. Default:
-        the modules with the largest updates.
-    of: the singular directions for φ: "A" the right ones of the factor A, as in the paper's figures, "B" the left ones of B, "right" and
-        "left" those of ΔW itself.
+    modules: names or name endings of the modules for which φ is computed for all i, j and, with `base`, ΔW is compared
+        with W. Default: the modules with the largest updates.
+    of: the singular directions for φ: "A" the right ones of the factor A, as in the paper's figures, "B" the left ones
+        of B, "right" and "left" those of ΔW itself.
     base: the base's checkpoint folder.
     on_module(name, done, total): called before each shared module.
 
-    AdapterError if the adapters have different bases and no module in common, or a module with different shapes. TargetError if a name
-    in `modules` matches no shared module.
+    AdapterError if the adapters have different bases and no module in common, or a module with different shapes.
+    TargetError if a name in `modules` matches no shared module.
     """
     first, second = a.updates, b.updates
     shared = [module for module in first if module in second]
@@ -271,7 +273,7 @@ def _similarity(module: str, a: Factors | Other, b: Factors | Other, of: Of) -> 
 
 
 def directions(update: Factors | Other, of: Of) -> Tensor:
-    """Orthonormal columns by descending singular value: ΔW's right or left singular vectors, or those of the factor A or B alone."""
+    """Right or left singular vectors of ΔW, or of the factor A or B alone: columns by descending singular value."""
     low = matrix(update)
     if of in ("right", "left") or not isinstance(low, LowRank):
         delta = decompose(low).strongest()

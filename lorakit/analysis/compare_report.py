@@ -26,7 +26,7 @@ def summary(c: Comparison) -> list[str]:
     a, b = map(printable, c.names)
     lines = [f"A = {a}, B = {b}: {len(c.pairs)} modules in both, {len(c.only[0])} in A alone, {len(c.only[1])} in B alone"]
     if c.bases:
-        lines.append(f"they were trained on different bases, so similarity means little: {printable('; '.join(c.bases))}")
+        lines.append(f"trained on different bases, so similarity means little: {printable('; '.join(c.bases))}")
     if c.cosine is not None:
         lines.append(f"cosine of all ΔW: {c.cosine:.4f}")
     for one, two, change in (("A", "B", c.changes[0]), ("B", "A", c.changes[1])):
@@ -92,9 +92,9 @@ def amplification_rows(c: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def plot(c: Comparison, path: Path) -> Path:
-    """Plot cosines and interference by module and layer, φ of the chosen modules, and Table 7, as PNG or SVG by the ending.
+    """Plot cosines and interference by module and layer, φ of the chosen modules, and Table 7.
 
-    ConfigError for another ending.
+    The ending of `path` selects PNG or SVG; ConfigError for any other.
     """
     maps = list(_maps(c))
     columns = max(2, min(4, len(c.similarities)))
@@ -150,15 +150,16 @@ def write_html(c: Comparison, path: Path) -> Path:
 
 
 _MODULES = (
-    "Angles: the smallest principal angle between the two input (output) subspaces. φ: at full rank, 1 if one subspace contains the "
-    "other. A by B: ‖ΔW_B x‖ / ‖ΔW_A x‖ on A's inputs; gain: the part of it along A's own effect, -1 cancels it."
+    "Angles: the smallest principal angle between the two input (output) subspaces. φ: at full rank, 1 if one subspace "
+    "contains the other. A by B: ‖ΔW_B x‖ / ‖ΔW_A x‖ on A's inputs; gain: the part of it along A's own effect, -1 cancels it."
 )
 _AMPLIFICATION = (
-    "W in ΔW: ‖UᵀWV‖ with U, V the first r singular directions of ΔW; in W: with those of W; in random: with random ones. "
-    "factor: the amplification factor ‖ΔW‖ / ‖UᵀWV‖, how much larger ΔW is in its own directions than W is there."
+    "W in ΔW: ‖UᵀWV‖ with U, V the first r singular directions of ΔW; in W: with those of W; in random: with random "
+    "ones. factor: the amplification factor ‖ΔW‖ / ‖UᵀWV‖, how much larger ΔW is in its own directions than W is there."
 )
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; background: #fff; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; }
+body { background: #fff; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }
 img { max-width: 100%; border: 1px solid #d0d7de; } p { margin: .3rem 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }

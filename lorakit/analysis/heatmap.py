@@ -1,8 +1,8 @@
 """Heat maps of a quantity over an adapter's modules and layers, for the terminal and as an image.
 
 A module's name is split at its layer: `model.layers.3.self_attn.q_proj` becomes `self_attn.q_proj` of layer 3, and
-`unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` becomes `attn1.to_q` of layer `down 1.0.0`. Each part of a pipeline
-(`unet`, `text_encoder`...) gets its own map.
+`unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` becomes `attn1.to_q` of layer `down 1.0.0`. Each part
+of a pipeline (`unet`, `text_encoder`...) gets its own map.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Grid:
         return (min(known) if low is None else low, max(known) if high is None else high)
 
     def tables(self, width: int = 80) -> Iterator[Table]:
-        """Tables for a terminal of `width` columns: one line per layer, one column per module, split into as many tables as needed."""
+        """Tables for a terminal of `width` columns: one line per layer, one column per module, split if too wide."""
         margin = max(5, *map(len, self.layers)) + 1
         batch: list[str] = []
         for row in self.rows:

@@ -29,10 +29,11 @@ QUANTITIES = {"norm": "‖ΔW‖", "relative": "‖ΔW‖ / ‖W‖", "effective
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖. `dead`: changes nothing.
+    """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines the effective
-    and the stable rank.
+    `dead`: changes nothing.
+    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines
+    the effective and the stable rank.
     """
 
     name: str
@@ -104,7 +105,8 @@ class AdapterFacts:
         if self.modules:
             Console().print(self._table(every_module))
         if self.dead:
-            print(f"{len(self.dead)} of {len(self.modules)} modules have ΔW = 0 and no effect ({printable(listing(self.dead, 3))})")
+            names = printable(listing(self.dead, 3))
+            print(f"{len(self.dead)} of {len(self.modules)} modules have ΔW = 0 and no effect ({names})")
         for name, shape in self.saved.items():
             print(f"saved weight: {printable(name)} {shape}")
         for token, shape in self.embeddings.items():
@@ -172,7 +174,8 @@ def _mean(values: list[float | None], spec: str = ".1f") -> str:
 def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, form: str | None = None) -> AdapterFacts:
     """Describe an adapter without forming any low-rank ΔW.
 
-    source: the path it was read from. base: a checkpoint folder, for norms relative to its weights. form: the format it was read from.
+    source: the path it was read from. base: a checkpoint folder, for norms relative to its weights. form: the format it
+        was read from.
     """
     relative: Mapping[str, float] = {}
     differences: list[str] = []
@@ -310,7 +313,7 @@ def describe_model(source: str) -> ModelFacts:
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise LorakitError(f"{source}: transformers has no architecture '{name}' (config.json, architectures), so its modules are unknown")
+        raise LorakitError(f"{source}: transformers has no architecture '{name}' (config.json)\n  update transformers, if it is new")
     with torch.device("meta"):
         model = kind(config)
     linear = find_targets(model, LoraConfig()).modules

@@ -3,8 +3,8 @@
     ss_tag_frequency      {"10_sks dog": {"a dog": 12, ...}}: image folder -> count of each caption tag
     ss_*, modelspec.*     settings, as text (kohya's sd-scripts; the modelspec of Stability AI)
 
-By kohya's convention a folder is named `<repeats>_<trigger words>`. Malformed fields are ignored: they are only notes, and nothing
-depends on them.
+By kohya's convention a folder is named `<repeats>_<trigger words>`. Malformed fields are ignored: they are only notes,
+and nothing depends on them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_TAGS = 12
 
 
 def training(header: Any) -> dict[str, Any]:
-    """Trigger words, the most common tags and training settings of a kohya or modelspec header; empty if there are none."""
+    """Trigger words, the most common tags and training settings of a kohya or modelspec header; may be empty."""
     if not isinstance(header, Mapping):
         return {}
     notes: dict[str, Any] = {}

@@ -11,8 +11,8 @@ import sys
 
 def main(args: list[str] | None = None) -> None:
     """Run `lorakit ARGS` and exit with `run`'s code."""
-    # Let idle OpenMP threads spin only briefly before they sleep. Endless spinning (the default) is many times slower on a
-    # busy machine; sleeping at once makes a training step of the embedded model 1.3 times as long on an idle one.
+    # Let idle OpenMP threads spin only briefly before they sleep. Endless spinning (the default) is many times slower
+    # on a busy machine; sleeping at once makes a training step of the embedded model 1.3 times as long on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(run(sys.argv[1:] if args is None else args))

@@ -30,7 +30,7 @@ def bench(
         typer.Option(help="for train-step, trainer, mixed and joint; default: those with native matrix products here"),
     ] = None,
 ) -> None:
-    """Measure lorakit and its peers side by side on this machine, and print each table with an explanation of its rows."""
+    """Measure lorakit and its peers side by side on this machine, and print a table with an explanation for each."""
     from ..bench import suite
 
     selected = list(dict.fromkeys(names or NAMES))

@@ -32,7 +32,7 @@ def card(
     force: Annotated[bool, typer.Option("--force", help="replace a README.md that lorakit did not write")] = False,
     json_output: Json = False,
 ) -> None:
-    """Write a model card: what the adapter is, how to use it, how it was trained and how it scored, as far as recorded."""
+    """Write a model card: what the adapter is, how to use it, how it was trained and how it scored, if recorded."""
     with starting(f"reading {source}"):
         from ..errors import ConfigError
         from ..share import card_of, write

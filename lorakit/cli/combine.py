@@ -35,7 +35,7 @@ def combine(
     modules: Modules = False,
     json_output: Json = False,
 ) -> None:
-    """Combine several adapters into one: the exact weighted sum of their updates, or TIES, DARE or magnitude pruning."""
+    """Combine several adapters into one: the exact weighted sum of their updates, or TIES, DARE or pruning."""
     with starting("reading the adapters"):
         from ..adapter.algebra.combine import combined
 

@@ -29,7 +29,7 @@ def compare(
     alpha: Annotated[float | None, typer.Option(help="for loralib files, which do not store it")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """Compare two adapters of one base: cosine, principal angles and subspace similarity of their updates, and interference when both are active."""
+    """Compare two adapters of one base: cosine, angles and subspace similarity of their updates, and interference."""
     from rich.console import Console
 
     with starting(f"reading {a} and {b}"):

@@ -51,5 +51,5 @@ def convert(
     if to == "loralib":
         print("the file does not store alpha: pass it when reading, as below")
     if to == "kohya" and len({f.alpha for f in result.adapter.factors.values()}) > 1:
-        print("note: diffusers misreads per-module alphas in this format; for diffusers use: lorakit export --for diffusers")
+        print("note: diffusers misreads per-module alphas in this format; use lorakit export --for diffusers")
     print(f"next: {inspect_call(result.path, result.adapter, to, base)}")

@@ -24,7 +24,7 @@ def show(
     rows: Annotated[int, typer.Option(min=0, help="how many rows to print")] = 3,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Print rows with the trained tokens marked, a length histogram, duplicates, and what the length limit would cut."""
+    """Print rows with the trained tokens marked, a length histogram, duplicates, and the effect of the length limit."""
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
     with starting(f"reading {data}"):
         from ..bases.load import load_tokenizer

@@ -22,7 +22,7 @@ def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     pins: Annotated[bool, typer.Option("--pins", help="print the tested releases as a constraints file for pip")] = False,
 ) -> None:
-    """Show what this machine supports: versions next to the tested ones, devices, precisions, threads, compiler, extras, disk.
+    """Show what this machine supports: library versions, devices, precisions, threads, compiler, extras, disk.
 
     The exit code is 0 if everything required works, and 1 if a required library is missing, broken or not supported.
     """

@@ -28,11 +28,9 @@ def edit(
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """Scale or negate an adapter, remove or rename modules, change the precision; applied in the order only, drop, rename, scale."""
+    """Scale, negate, prune or rename an adapter, or change its precision; in the order only, drop, rename, scale."""
     if scale is None and not (only or drop or rename or dtype):
-        raise ConfigError(
-            "edit has nothing to change\n  give --scale, --only, --drop, --rename or --dtype (to change only the format: lorakit convert)"
-        )
+        raise ConfigError("edit has nothing to change\n  give --scale, --only, --drop, --rename or --dtype; or use lorakit convert")
     if scale == 0:
         raise ConfigError("--scale 0 would leave nothing of the adapter\n  give a scale other than 0")
     with starting(f"reading {source}"):

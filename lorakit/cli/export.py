@@ -42,7 +42,7 @@ def export(
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """Check an adapter against what a program accepts, write it for that program, and (--verify) check that its effect is the same."""
+    """Check an adapter against what a program accepts, write it for that program, and verify its effect (--verify)."""
     with starting(f"reading {source}"):
         from ..export import RECEIVERS
         from ..export import export as exported
@@ -51,7 +51,7 @@ def export(
     folder = base_folder(base)
     if merged:
         if model is not None:
-            raise ConfigError("--model cannot be used with --merged: the Modelfile starts FROM the merged model\n  leave --model out")
+            raise ConfigError("--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model")
         options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
         _merged(read(source, alpha, folder, force_base), folder, out, receiver, json_output, **options)
         return

@@ -26,7 +26,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="write the heat map to a file (.png or .svg)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """Show what an adapter contains: format, base, targets, ranks, scales, norms of its updates, training; or which modules a model has."""
+    """Show what an adapter contains (format, base, ranks, scales, norms, training), or which modules a model has."""
     with starting(f"reading {source}"):
         from ..analysis.inspect import describe_adapter, describe_model, is_model
 

@@ -28,7 +28,7 @@ def merge(
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Merge adapters into a checkpoint's files, with one tensor in memory at a time, and check the result by reading it back."""
+    """Merge adapters into a checkpoint's files, one tensor in memory at a time, and verify the result."""
     from rich.console import Console
 
     if len(adapters) < 2:

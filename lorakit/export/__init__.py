@@ -1,8 +1,8 @@
-"""Write an adapter for another program: check it against the program's rules, write its format, read the file back and compare.
+"""Write an adapter for another program: check it against the program's rules, write, read the file back and compare.
 
 canonical.py  the canonical form: one rank, scale 1
 rules.py      what each program accepts
-written.py    reads the file with independent code (arrays.py: safetensors by its specification; effect.py: the equations)
+written.py    reads the file with independent code (arrays.py: the safetensors format; effect.py: the equations)
 expected.py   what the file should do, from the adapter's own factors
 verify.py     compares the two, element by element
 logits.py     compares the two through a base
@@ -10,8 +10,8 @@ staging.py    writes the file to a temporary folder and moves it into place once
 into_base.py  merges what a program does not accept into a copy of the base
 modelfile.py  Ollama's Modelfile
 export.py     `export`, which calls all of these
-merged.py     `export_merged`: base and adapter as one GGUF model (gguf_model.py, gguf_parameters.py and gguf_tokenizer.py: its
-              parts; merged_verify.py: reads it back and compares)
+merged.py     `export_merged`: base and adapter as one GGUF model (gguf_model.py, gguf_parameters.py and
+              gguf_tokenizer.py: its parts; merged_verify.py: reads it back and compares)
 """
 
 from .export import Exported, export

@@ -1,7 +1,8 @@
 """Read a safetensors file as numpy arrays, directly from its specification and without the safetensors library.
 
 8 bytes   n, the header's length, little-endian
-n bytes   JSON: {"<name>": {"dtype": "F32", "shape": [...], "data_offsets": [from, to]}, "__metadata__": {"<key>": "<text>"}}
+n bytes   JSON: {"<name>": {"dtype": "F32", "shape": [...], "data_offsets": [from, to]}, ...,
+                 "__metadata__": {"<key>": "<text>"}}
 the rest  the elements, little-endian, row-major
 """
 

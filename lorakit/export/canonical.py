@@ -1,6 +1,6 @@
 """The canonical form of an adapter, which every LoRA loader applies with the right scale.
 
-    B' = s · B, zero-padded to one rank R for all modules, alpha = R, so that alpha / r = 1 however a program computes it
+    B' = s · B, zero-padded to one rank R for all modules, alpha = R, so that alpha / r = 1 in every module
 
 No patterns, no rsLoRA, no packed parts; docs/export.md says which programs misread them.
 """
@@ -31,9 +31,7 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
     largest = max((f.A.shape[0] for f in plain.values()), default=0)
     rank = largest if rank is None else rank
     if rank < largest:
-        raise AdapterError(
-            f"a module has rank {largest}, which is more than {rank}\n  lorakit resize --rank {rank} lowers it and reports the error"
-        )
+        raise AdapterError(f"a module has rank {largest}, more than {rank}\n  lorakit resize --rank {rank} lowers it and reports the error")
     factors = {module: _padded(f, rank) for module, f in plain.items()}
     endings = sorted({module.rsplit(".", 1)[-1] for module in factors})
     config = adapter.config.replace(
@@ -46,9 +44,7 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
 def _plain(module: str, f: Factors) -> Factors:
     """The factors with the scale folded into B and packed parts written out. AdapterError for a DoRA."""
     if f.magnitude is not None:
-        raise AdapterError(
-            f"'{module}' is a DoRA: its update depends on the base, so plain factors cannot express it\n  merge it into the base instead"
-        )
+        raise AdapterError(f"'{module}' is a DoRA, whose update depends on the base\n  merge it into the base instead")
     B = folded(f.B, f.scale)
     return Factors(f.A, B, float(f.A.shape[0]), f.kind, transposed=f.transposed, groups=f.groups)
 

@@ -1,12 +1,12 @@
-"""What an adapter does to a base's weights, in plain numpy float64: the equations of all kinds, independent of lorakit's own.
+"""What an adapter does to a base's weights, in plain numpy float64 and independent of lorakit's own code.
 
     LoRA     ΔW = s · B A                                   Hu et al. 2021
     LoHa     ΔW = s · (W1a W1b) ∘ (W2a W2b)                 Hyeon-Woo et al. 2022
     LoKr     ΔW = s · W1 ⊗ W2                               Yeh et al. 2024
     Tucker   T ×₁ Wa ×₂ Wb in place of a product Wa Wb      T [r, r, *k], Wa [r, out], Wb [r, in]
 
-ΔW is always a matrix [out, in·k...], whatever the layout of the base's weight. A DoRA (Liu et al. 2024) also has a magnitude m:
-W' = m (W + ΔW) / ‖W + ΔW‖.
+ΔW is always a matrix [out, in·k...], whatever the layout of the base's weight. A DoRA (Liu et al. 2024) also has a
+magnitude m: W' = m (W + ΔW) / ‖W + ΔW‖.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a written file should do to the base, computed from the adapter's own factors, under the format's names.
 
-Names and row order are the receiver's: a kohya key may cover several modules, whose rows are concatenated, and for some the two halves
-are swapped. GGUF's names and row order are undone when the file is read (`written.gguf`), so transformers' are used here too.
+Names and row order are the receiver's: a kohya key may cover several modules, whose rows are concatenated, and for some
+the two halves are swapped. GGUF's names and row order are undone when the file is read (`written.gguf`), so
+transformers' are used here too.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ from .staging import Readback, write_staged
 class Exported:
     """What was written and, if verified, how far it is from the adapter.
 
-    mended: the fixes applied. differences: the largest relative difference of ΔW, DoRA's magnitudes, changes of biases and saved
-    weights, as far as the adapter has them (see `verify`); `difference` is the largest of these. logits: compared through the
-    base, or no_logits: why they were not.
+    mended: the fixes applied.
+    differences: the largest relative difference of ΔW, DoRA's magnitudes, changes of biases and saved weights, as far
+        as the adapter has them (see `verify`); `difference` is the largest of these.
+    logits: compared through the base, or no_logits: why they were not.
     """
 
     receiver: str
@@ -63,17 +64,17 @@ def export(
 ) -> Exported:
     """Write `adapter` for the program `receiver` (see `RECEIVERS`).
 
-    fix: apply the fixes that do not change the effect. If `base` is the base's folder, also merge what the receiver does not accept
-        into a copy of it, OUT-base.
-    verify: read the result back with independent code and compare everything it does to a base. If `base` is a language model's
-        folder with weights, also compare logits: `base` + `adapter` against OUT-base (or `base`) + OUT.
+    fix: apply the fixes that do not change the effect. If `base` is the base's folder, also merge what the receiver
+        does not accept into a copy of it, OUT-base.
+    verify: read the result back with independent code and compare everything it does to a base. If `base` is a language
+        model's folder with weights, also compare logits: `base` + `adapter` against OUT-base (or `base`) + OUT.
     base: the base's folder or config; llama.cpp's names and row order depend on it.
     model: what Ollama's Modelfile starts FROM.
     force: replace an existing OUT-base and a Modelfile next to OUT, but never a folder that contains `source`.
     source: the path the adapter was read from.
 
-    Raises AdapterError listing everything the receiver does not accept, each with a way out, or what is wrong in the written file.
-    OUT is unchanged after an error. Raises ConfigError for an unknown receiver, or Ollama without `model`.
+    AdapterError lists everything the receiver does not accept, each with a way out, or what is wrong in the written
+    file. ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an error.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}")

@@ -3,8 +3,8 @@
     llama, mistral   q and k: the rows of each head in llama.cpp's order (`gguf_names.permute`), also for biases
     gpt2             Conv1D's weights [in, out] transposed to [out, in]
     gemma            1 added to the norms, which transformers stores minus 1
-    types            f32 for vectors and position embeddings; otherwise the requested f32, f16, bf16 or q8_0, with f16 instead of q8_0
-                     for matrices whose row length is not a multiple of its block of 32
+    types            f32 for vectors and position embeddings; otherwise the requested f32, f16, bf16 or q8_0, with f16
+                     instead of q8_0 for matrices whose row length is not a multiple of its block of 32
 
 Only blocks of rows are in memory, except for permuted or transposed tensors, which are loaded one at a time.
 """
@@ -129,10 +129,16 @@ def _check_complete(tensors: dict[str, GgufTensor], architecture: Architecture, 
     required += [f"blk.{n}.{end}" for n in range(config.num_hidden_layers) for end in _LAYER[architecture.name]]
     missing = [name for name in required if name not in tensors]
     if missing:
-        raise LorakitError(f"the base lacks {len(missing)} tensors of a {config.model_type} with its config: {listing(missing, 3)}")
+        raise LorakitError(
+            f"the base lacks {len(missing)} tensors of a {config.model_type} with its config: {listing(missing, 3)}\n"
+            "  check that its files are complete and that config.json belongs to them"
+        )
     rows, width = tensors["token_embd.weight"].shape
     if (rows, width) != (config.vocab_size, config.hidden_size):
-        raise LorakitError(f"the base's embedding is {[rows, width]}, but its config says {[config.vocab_size, config.hidden_size]}")
+        raise LorakitError(
+            f"the base's embedding is {[rows, width]}, but its config says {[config.vocab_size, config.hidden_size]}\n"
+            "  check that config.json belongs to these weights"
+        )
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -1,6 +1,7 @@
-"""A model's hyper-parameters as GGUF key-value pairs, from its transformers config, and the tensor derived from them, `rope_freqs`.
+"""Convert a transformers config to GGUF key-value pairs, and to the tensor `rope_freqs` for Llama 3.1.
 
-rope types: default; linear and yarn (`rope.scaling.*`); llama3 (Llama 3.1), whose frequencies f are divided by `rope_freqs.weight`:
+rope types: default; linear and yarn (`rope.scaling.*`); llama3 (Llama 3.1), whose frequencies f are divided by
+`rope_freqs.weight`:
 
     wavelength λ = 2π / f     1 where λ < L/high, factor where λ > L/low, otherwise 1 / ((1 - t) / factor + t),
     t = (L/λ - low) / (high - low)     L: original_max_position_embeddings
@@ -25,7 +26,8 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "mistral": {"hidden_act": ("silu", "swish")},
     "qwen2": {"hidden_act": ("silu", "swish")},
     "qwen3": {"hidden_act": ("silu", "swish"), "attention_bias": (False,)},
-    # transformers 5 uses only hidden_act (and reads "gelu" as gelu_pytorch_tanh); older releases use hidden_activation if present.
+    # transformers 5 uses only hidden_act (and reads "gelu" as gelu_pytorch_tanh); older releases use hidden_activation
+    # if present.
     "gemma": {
         "hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "hidden_activation": ("gelu_pytorch_tanh", "gelu_new", None),
         "attention_bias": (False,),

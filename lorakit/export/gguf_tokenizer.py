@@ -3,9 +3,10 @@
 byte-level BPE (GPT-2, Llama 3, Qwen)     model "gpt2": tokens, types, merges, and the name of the pre-tokenizer ("pre")
 BPE with byte fallback (Llama 2, Mistral) model "llama": tokens, types and scores; llama.cpp merges like SentencePiece
 
-llama.cpp does not read the pre-tokenizer's regular expression from the file; it knows a fixed set by name. The name is found from the
-tokenizer's definition. A pre-tokenizer without a name is an error, because text would silently get other tokens than in training.
-Scores encode the merge order: SentencePiece merges the adjacent pair with the highest score, BPE the pair listed first.
+llama.cpp does not read the pre-tokenizer's regular expression from the file; it knows a fixed set by name. The name is
+found from the tokenizer's definition. A pre-tokenizer without a name is an error, because text would silently get other
+tokens than in training. Scores encode the merge order: SentencePiece merges the adjacent pair with the highest score,
+BPE the pair listed first.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Vocabulary:
 def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
     """The vocabulary of a transformers tokenizer.
 
-    size: rows of the embedding; the vocabulary is padded to it. eos: the model's end token, used if the tokenizer has none.
+    size: rows of the embedding; the vocabulary is padded to it. eos: the model's end token, used if the tokenizer has
+        none.
     LorakitError for a tokenizer that llama.cpp cannot reproduce.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -83,9 +85,7 @@ def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
             pairs[f"tokenizer.ggml.{name}_token_id"] = int(number)
     if ids["eos"] is None:
         default = 2 if spm else 11  # llama.cpp's
-        warnings.append(
-            f"neither the tokenizer nor the model has an end token; llama.cpp will use token {default} ({tokens[default : default + 1]})"
-        )
+        warnings.append(f"neither tokenizer nor model has an end token; llama.cpp uses {default} ({tokens[default : default + 1]})")
     pairs |= _added(tokenizer, warnings)
     if tokenizer.chat_template:
         template, broken = chat_template(tokenizer.chat_template)
@@ -131,7 +131,7 @@ def pre_name(definition: dict[str, Any]) -> str:
 
 
 def _step(part: dict[str, Any]) -> str:
-    """A step as written in `_NAMES`: a regular expression, "digit", or "" for bytes only; otherwise its JSON, which matches none."""
+    """A step as written in `_NAMES`: a regular expression, "digit", or "" for bytes; else its JSON, which matches none."""
     kind = part.get("type")
     if kind == "ByteLevel" and not part.get("add_prefix_space"):
         return _GPT2 if part.get("use_regex", True) else ""
@@ -149,7 +149,7 @@ def _byte_level(definition: dict[str, Any], warnings: list[str]) -> dict[str, An
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise _unsupported(f"it normalizes text ({json.dumps(normalizer)[:200]}), which llama.cpp does not support")
     if normalizer is not None:
-        warnings.append("the tokenizer normalizes text (NFC) but llama.cpp does not: text with combining accents may get other tokens")
+        warnings.append("the tokenizer normalizes text (NFC), llama.cpp does not: combining accents may get other tokens")
     merges = [m if isinstance(m, str) else " ".join(part.replace(" ", "Ġ") for part in m) for m in definition["model"]["merges"]]
     merges = merges or ["[none] [none]"]  # llama.cpp requires one; this one never applies, as all text starts as bytes
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre_name(definition), "tokenizer.ggml.merges": merges}
@@ -162,7 +162,8 @@ def _sentencepiece(definition: dict[str, Any], warnings: list[str]) -> dict[str,
     inexact = _inexact(definition["model"])
     if inexact:
         warnings.append(
-            f"the tokenizer's merges differ from SentencePiece's; llama.cpp may split some words differently (tokens: {listing(inexact, 3)})"
+            "the tokenizer's merges differ from SentencePiece's; llama.cpp may split some words differently "
+            f"(tokens: {listing(inexact, 3)})"
         )
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix}
 
@@ -234,7 +235,7 @@ def _tokens(definition: dict[str, Any], size: int, unknown: int | None, spm: boo
         )
     if len(by_id) < size // 10:
         raise LorakitError(
-            f"the tokenizer has {len(by_id):,} tokens, but the embedding has {size:,} rows: nearly all would be padding\n"
+            f"the tokenizer has {len(by_id):,} tokens, but the embedding has {size:,} rows: most would be padding\n"
             "  check that the tokenizer is complete and belongs to this model"
         )
     padded = [by_id.get(n, (f"[PAD{n}]", UNUSED)) for n in range(size)]

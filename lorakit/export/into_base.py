@@ -30,7 +30,7 @@ class Split:
     copy: Path
 
     def write(self, rest: Adapter, path: Path) -> Adapter:
-        """Write `base` + `part` to the temporary `path`; returns `rest` (fixed) with the copy's name and fingerprint as its base."""
+        """Write `base` + `part` to the temporary `path`. Returns `rest`, with the copy's name and fingerprint."""
         merge_checkpoint(self.base, self.part, path, untie=True)
         is_image_model = self.base.is_file() or (self.base / PIPELINE).is_file()
         fingerprint = None if is_image_model else layout_of(open_base(path)).fingerprint()
@@ -64,7 +64,5 @@ def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
 
     part, rest = part_of(True), part_of(False)
     if not rest.updates:
-        raise AdapterError(
-            "merging this into the base would leave nothing of the adapter\n  lorakit merge BASE ADAPTER OUT merges all of it"
-        )
+        raise AdapterError("merging this would leave nothing of the adapter\n  lorakit merge BASE ADAPTER OUT merges all of it")
     return replace(part, embeddings={}), rest

@@ -1,13 +1,14 @@
-"""Compare logits through a base: with lorakit's adapter attached, and with the written file's content added to the base's weights.
+"""Compare logits through a base: with the adapter attached, and with the written file's content added to its weights.
 
-    W' = W + ΔW          ΔW as `written.py` reads it; weights stored as [in, out] (Conv1D, embeddings) are transposed for it
+    W' = W + ΔW          ΔW from `written.py`; weights stored as [in, out] (Conv1D, embeddings) are transposed for it
     W' = m V / ‖V‖       V = W + ΔW, for a DoRA (Liu et al. 2024): norms of V's rows (outputs) or columns (inputs)
     saved weights        replaced; tied weights are untied first
 
-One float32 model is in memory (4 bytes per parameter): the adapter is attached, run and detached, then the weights are changed in
-place, one at a time. A DoRA cannot be attached to a live model yet: its reference is the same maths on the adapter's own factors, and the
-base is read twice. If part of the adapter was merged into a copy of the base, the reference is base + adapter, and the file's content is
-added to the copy. (Only files of image models contain bias changes.)
+One float32 model is in memory (4 bytes per parameter): the adapter is attached, run and detached, then the weights are
+changed in place, one at a time. A DoRA cannot be attached to a live model yet: its reference is the same maths on the
+adapter's own factors, and the base is read twice. If part of the adapter was merged into a copy of the base, the
+reference is base + adapter, and the file's content is added to the copy. (Only files of image models contain bias
+changes.)
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from .effect import Content, Effect
 
 # Relative to the largest |logit|. The same weights, summed in another order in float32, differ by 1e-6 to 1e-5.
 TOLERANCE = 1e-3
-# For a copy of the base, whose weights are rounded once more to its dtype. Measured on the embedded model and on tiny random ones with
-# five of seven linears in the copy: at most 0.0024 in f16 and 0.023 in bf16; with all but one of them missing, at least 0.12.
+# For a copy of the base, whose weights are rounded once more to its dtype. Measured on the embedded model and on tiny
+# random ones with five of seven linears in the copy: at most 0.0024 in f16 and 0.023 in bf16; with all but one of them
+# missing, at least 0.12.
 ROUNDED = {torch.float16: 0.02, torch.bfloat16: 0.1}
 TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 LENGTH = 12
@@ -42,9 +44,11 @@ LENGTH = 12
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits of 2 x 12 fixed tokens. `difference`: the largest. `largest`: the largest |logit|. `moved`: the adapter's largest change.
+    """A comparison of logits for 2 x 12 fixed tokens.
 
-    `live`: whether the reference is the adapter attached to the model; otherwise it is W' computed from the adapter's own factors.
+    `difference`: the largest. `largest`: the largest |logit|. `moved`: the largest change made by the adapter.
+    `live`: whether the reference is the adapter attached to the model; otherwise it is W' computed from the adapter's
+    own factors.
     """
 
     difference: float
@@ -97,10 +101,10 @@ def tolerance(copy: Path | None) -> float:
 
 
 def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, copy: Path | None = None) -> Logits | str:
-    """Compare the logits of the adapter on `base` with those of `base`, or its `copy`, changed as the file says (`stored`).
+    """Compare the logits of base + adapter with those of `base`, or its `copy`, changed as the file says (`stored`).
 
-    intended: what the adapter does, the reference if it cannot be attached. Returns the reason instead if the base is no language
-    model. AdapterError if the adapter is not for this base.
+    intended: what the adapter does, the reference if it cannot be attached. Returns the reason instead if the base is
+        no language model. AdapterError if the adapter is not for this base.
     """
     try:
         model = _load(base)

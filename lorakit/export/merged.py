@@ -1,9 +1,10 @@
 """`export_merged`: base and adapter as one GGUF model, for llama.cpp and Ollama.
 
-    header, key-value pairs (hyper-parameters, tokenizer), names and offsets of all tensors | each tensor's data, block by block
+    header, key-value pairs (hyper-parameters, tokenizer), names and offsets of all tensors | each tensor's data, block
+    by block
 
-The file is written under a temporary name, synced and renamed. Updates that a GGUF adapter cannot hold (DoRA, LoHa, LoKr, saved
-modules) become part of the merged weights.
+The file is written under a temporary name, synced and renamed. Updates that a GGUF adapter cannot hold (DoRA, LoHa,
+LoKr, saved modules) become part of the merged weights.
 """
 
 from __future__ import annotations
@@ -72,14 +73,14 @@ def export_merged(
     adapter: None writes the base alone, to load a GGUF adapter onto.
     base: a transformers folder with its tokenizer.
     dtype: type of the matrices, one of `KINDS`.
-    verify: before moving the file into place, read it with the `gguf` package and compare each tensor with the merged weights, and
-        logits if transformers can load the file.
+    verify: before moving the file into place, read it with the `gguf` package and compare each tensor with the merged
+        weights, and logits if transformers can load the file.
     force_base: accept an adapter trained on another base.
     force: replace an existing Modelfile with other content.
     on_tensor(name, done, total): called after each tensor.
 
-    Raises ConfigError for a missing base, a bad `dtype`, `receiver` or `out`, and LorakitError for a base or adapter that cannot be
-    written or a file that fails verification. OUT is unchanged after an error.
+    Raises ConfigError for a missing base, a bad `dtype`, `receiver` or `out`, and LorakitError for a base or adapter
+    that cannot be written or a file that fails verification. OUT is unchanged after an error.
     """
     if base is None:
         raise ConfigError("a merged model needs its base\n  give --base FOLDER, with config.json, weights and tokenizer")

@@ -1,9 +1,10 @@
 """Read a merged GGUF model back and check it: each tensor with the `gguf` package, and the logits with transformers.
 
-tensors   max |file − (W + ΔW)| / max |W + ΔW| per tensor; must be within the rounding of its type (`gguf_types.ROUNDING`)
-logits    max |file's − base's with the adapter attached| over the latter's largest, for the tokens of `logits`, both in float32. This
-          is the cost of the file's precision, and depends on the model. Correctness is decided by a second difference: from the model
-          with W + ΔW rounded like the file's tensors, in the model's own row order. The weights are the same, so it is nearly zero.
+tensors   max |file − (W + ΔW)| / max |W + ΔW| per tensor; must be within its type's rounding (`gguf_types.ROUNDING`)
+logits    max |file's − base's with the adapter attached| over the latter's largest, for the tokens of `logits`, both in
+          float32. This is the cost of the file's precision, and depends on the model. A second difference decides
+          correctness: from the model with W + ΔW rounded like the file's tensors, in the model's own row order. The
+          weights are then the same, so it is nearly zero.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..model.attach import attach
 from .gguf_model import GgufTensor
 from .logits import logits_of, why_not
 
-TOLERANCE = 1e-3  # of logits from the same rounded weights; with the rows of q and k in the wrong order they were off by at least 0.34
+# For logits from the same rounded weights. With the rows of q and k in the wrong order they were off by at least 0.34.
+TOLERANCE = 1e-3
 LOADABLE = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # by transformers from a GGUF
 
 
@@ -161,6 +163,4 @@ def _rounded(model: Any, tensors: Sequence[GgufTensor]) -> Any:
 
 
 def _fault(what: str) -> LorakitError:
-    return LorakitError(
-        f"the GGUF model, read back, does not match base and adapter: {what}\n  nothing was written; please report this bug in lorakit"
-    )
+    return LorakitError(f"the GGUF model does not match base and adapter: {what}\n  nothing was written; please report this bug")

@@ -1,7 +1,8 @@
 """What receiving programs accept, as checks on an adapter. Each finding says what is wrong and how to fix it.
 
-vLLM 0.32: one rank from a fixed list, at least as large as any module's; plain factors; known linears; no saved modules except a score
-head. SGLang and llama.cpp's tools read one alpha and ignore rsLoRA and patterns. ComfyUI and A1111 read kohya's format, diffusers its own.
+vLLM 0.32: one rank from a fixed list, at least as large as any module's; plain factors; known linears; no saved modules
+except a score head. SGLang and llama.cpp's tools read one alpha and ignore rsLoRA and patterns. ComfyUI and A1111 read
+kohya's format, diffusers its own.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def no_embeddings(adapter: Adapter) -> Iterator[Finding]:
     if adapter.embeddings:
         yield Finding(
             f"{len(adapter.embeddings)} textual-inversion embeddings ({listing(list(adapter.embeddings), 2)})",
-            "give them to the program as separate embedding files, if it reads those; lorakit convert --allow-loss leaves them out",
+            "give them to the program as separate files, if it reads those; lorakit convert --allow-loss leaves them out",
         )
 
 

@@ -1,6 +1,7 @@
-"""Write to a temporary folder next to OUT, verify there, and only then move into place: after an error OUT is unchanged.
+"""Write to a temporary folder next to OUT, verify, and only then move into place: after an error OUT is unchanged.
 
-A copy of the base (`into_base`) is written and verified there too, and moved together with the adapter: both or neither.
+A copy of the base (`into_base`) is written and verified there too, and moved together with the adapter: both or
+neither.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .expected import expected
 from .into_base import Split
 from .logits import Logits, compare, tolerance, why_not
 
-_BUG = "OUT is unchanged; please report this bug in lorakit"
+_BUG = "OUT is unchanged; please report this bug"
 _IMAGE_FORMATS = ("kohya", "diffusers")
 
 

@@ -1,9 +1,10 @@
 """Compare a written file with the adapter: everything that either does to the base, element by element.
 
-    ΔW       |ΔW in the file − ΔW| over the module's largest |ΔW| (or a thousandth of the adapter's largest, if that is more)
+    ΔW       |ΔW in the file − ΔW| over the module's largest |ΔW| (or 1/1000 of the adapter's largest, if that is more)
     others   DoRA magnitudes, bias changes, saved weights: difference over the largest element of each
 
-`written.py` reads the file with independent code, `expected.py` computes what it should do, `logits.py` runs both through a base.
+`written.py` reads the file with independent code, `expected.py` computes what it should do, `logits.py` runs both
+through a base.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Read a written file with independent code: numpy and the format's specification, none of lorakit's readers.
 
-    PEFT        ΔW = lora_alpha / r · B A, alpha and r from the first matching key of `alpha_pattern`, `rank_pattern`; / √r with use_rslora
-    kohya       ΔW = alpha / r · up · down, and LyCORIS' kinds (r: inner dimension of their products; a LoKr of two full factors has s = 1)
+    PEFT        ΔW = lora_alpha / r · B A, alpha and r from the first matching key of `alpha_pattern`, `rank_pattern`;
+                / √r with use_rslora
+    kohya       ΔW = alpha / r · up · down, and LyCORIS' kinds (r: inner dimension of their products; s = 1 for a LoKr
+                of two full factors)
     diffusers   as PEFT, ranks and alphas from the header's `lora_adapter_metadata`
     MLX         ΔW = scale · (a b)ᵀ
     GGUF        ΔW = adapter.lora.alpha / r · b a, rows of llama's q and k reordered
 
-Every tensor in the file must be accounted for: an unknown one is a ValueError. Names are the file's own; for GGUF, the given modules' names
-are looked up, because its name map goes only from transformers' names to GGUF's.
+Every tensor in the file must be accounted for: an unknown one is a ValueError. Names are the file's own; for GGUF, the
+given modules' names are looked up, because its name map goes only from transformers' names to GGUF's.
 """
 
 from __future__ import annotations
@@ -109,8 +111,8 @@ def _lycoris(key: str, parts: Arrays) -> Effect:
     return effect
 
 
-# Architectures whose q and k rows llama.cpp's converter reorders (convert_hf_to_gguf.py, LlamaModel and its subclasses): llama.cpp rotates
-# adjacent rows of a head together, transformers rows of its two halves.
+# Architectures whose q and k rows llama.cpp's converter reorders (convert_hf_to_gguf.py, LlamaModel and its
+# subclasses): llama.cpp rotates adjacent rows of a head together, transformers rows of its two halves.
 _REORDERED = ("llama", "granite")
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 

@@ -120,7 +120,7 @@ def test_token_types_ids_and_padding():
 def test_a_missing_end_token_gives_a_warning():
     tokenizer = byte_level(BYTES)
     tokenizer.eos_token = tokenizer.bos_token = None
-    assert "llama.cpp will use token 11" in " ".join(vocabulary(tokenizer, 400).warnings)
+    assert "llama.cpp uses 11 (" in " ".join(vocabulary(tokenizer, 400).warnings)
     known = vocabulary(tokenizer, 400, eos=7)
     assert (known.pairs["tokenizer.ggml.eos_token_id"], known.warnings) == (7, [])
 

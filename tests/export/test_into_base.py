@@ -63,7 +63,7 @@ def test_without_the_base_the_refusal_suggests_it(base, adapter, tmp_path):
 
 
 def test_nothing_is_written_if_nothing_is_left_or_the_copy_exists(base, adapter, tmp_path):
-    with pytest.raises(AdapterError, match="would leave nothing of the adapter"):
+    with pytest.raises(AdapterError, match="merging this would leave nothing"):
         export(replace(adapter, factors={}), tmp_path / "out", "sglang", fix=True, base=base)
     (tmp_path / "out-base").mkdir()
     with pytest.raises(LorakitError, match="out-base exists"):

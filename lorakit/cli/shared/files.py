@@ -1,4 +1,4 @@
-"""Shared by the commands that read and write adapters: options that some files need, and checks that protect existing output."""
+"""Shared by the commands that read and write adapters: options for some formats, and protection of existing output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def read(source: str, alpha: float | None = None, base: Path | None = None, forc
     adapter = load_on(source, base, alpha, force_base)
     init = started_as(source) if base is not None else None
     if init:
-        print(f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank", file=sys.stderr)
+        note = f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank"
+        print(note, file=sys.stderr)
     return adapter
 
 
@@ -112,9 +113,10 @@ def _check_folder(out: Path, to: str) -> None:
     if to not in (*FOLDERS, "diffusers"):
         raise ConfigError(f"{out} is a folder, but {to} is written as a file")
     if (out / "config.json").exists():
-        raise ConfigError(f"{out} holds a model (config.json); an adapter there would be mistaken for part of it\n  name another folder")
+        raise ConfigError(f"{out} holds a model (config.json); expected a folder for the adapter alone\n  name another folder")
     try:
-        existing = format_of(out) if find(out) == out else "something else"  # the adapter may be in a subfolder, as in a run's folder
+        # The adapter may be in a subfolder, as in a run's folder.
+        existing = format_of(out) if find(out) == out else "something else"
     except AdapterError:
         existing = "something else"
     if existing != to:

@@ -37,7 +37,7 @@ class Loaded:
     style: str | None
 
     def style_for(self, template: str) -> Style:
-        """How to format a prompt: as requested or, for "auto", as in training, else with the chat template if there is one.
+        """How to format a prompt: as requested; for "auto" as in training, else with the chat template if there is one.
 
         ConfigError if that needs a chat template and the tokenizer has none.
         """
@@ -45,9 +45,7 @@ class Loaded:
         style = (self.style or ("chat" if has_template else "none")) if template == "auto" else template
         if style == "chat" and not has_template:
             why = "the adapter was trained with a chat template" if template == "auto" else "--template chat"
-            raise ConfigError(
-                f"{why}, but this model's tokenizer has no chat template\n  use --template plain or none, or the base it was trained on"
-            )
+            raise ConfigError(f"{why}, but this model has no chat template\n  use --template plain or none, or the base it was trained on")
         return style  # type: ignore[return-value]
 
 

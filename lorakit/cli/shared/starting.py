@@ -3,7 +3,8 @@
     with starting("reading the adapter"):
         from ..adapter.combine import combined
 
-On a terminal the line is cleared when the block ends; elsewhere it stays. It goes to stderr, so --json on stdout stays clean.
+On a terminal the line is cleared when the block ends; elsewhere it stays. It goes to stderr, so that stdout holds only
+the result (--json).
 """
 
 from __future__ import annotations
