@@ -54,7 +54,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What `describe_adapter` found. `saved`, `embeddings`: shapes by name."""
+    """The result of `describe_adapter`. `saved`, `embeddings`: shapes by name."""
 
     source: str
     base: str | None

@@ -49,11 +49,11 @@ def push(
     at = "" if done.revision == "main" else f"@{done.revision.replace('/', '%2F')}"
     if dry_run:
         print("nothing was sent")
-        given = {
+        options = {
             "--private": private, "--revision": revision, "--message": message, "--no-card": not with_card, "--base-model": base_model,
             "--license": license, "--alpha": alpha, "--base": base,
         }  # fmt: skip
-        words = [w for k, v in given.items() if v is not None and v is not False for w in ([k] if v is True else [k, quote(str(v))])]
+        words = [w for k, v in options.items() if v is not None and v is not False for w in ([k] if v is True else [k, quote(str(v))])]
         print(f"next: {' '.join(['lorakit push', quote(source), repository, *words])}")
         return
     what = "created" if done.created else "updated" if done.changed else "unchanged, it has all of this already"

@@ -79,7 +79,7 @@ def export(
     if receiver not in RECEIVERS:
         raise ConfigError(f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}")
     target, path, adapter = RECEIVERS[receiver], Path(out).expanduser(), adapter.check()
-    unfixable = {n for f in findings(adapter, receiver) if f.mend is None for n in f.into_base}
+    unfixable = {n for f in findings(adapter, receiver) if f.fix is None for n in f.into_base}
     parts = None
     if fix and unfixable and target.format != "gguf" and isinstance(base, str | Path):
         parts = split(adapter, unfixable, Path(base).expanduser(), path, force, source)
@@ -113,17 +113,17 @@ def _fixed(adapter: Adapter, receiver: str) -> tuple[Adapter, list[str]]:
     """Apply every available fix. Returns the adapter and a description of each fix."""
     fixes = []
     for _ in RECEIVERS[receiver].rules:  # one fix may resolve or reveal another finding; none occurs twice
-        finding = next((f for f in findings(adapter, receiver) if f.mend is not None), None)
-        if finding is None or finding.mend is None:
+        finding = next((f for f in findings(adapter, receiver) if f.fix is not None), None)
+        if finding is None or finding.fix is None:
             break
-        adapter = finding.mend(adapter)
+        adapter = finding.fix(adapter)
         fixes.append(f"{finding.what}: {finding.way_out}")
     return adapter, fixes
 
 
 def _refusal(receiver: str, refused: list[Finding]) -> str:
     def option(f: Finding) -> str:
-        if f.mend is not None:
+        if f.fix is not None:
             return " (--fix does it)"
         return " (--fix with --base FOLDER does it in a copy of the base)" if f.into_base and RECEIVERS[receiver].format != "gguf" else ""
 

@@ -71,8 +71,8 @@ def gguf_tensors(entries: Iterable[Entry], config: Any, kind: str) -> list[GgufT
     """
     architecture = ARCHITECTURES[config.model_type]
     gguf = package()
-    number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    known = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    arch_id = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    known = gguf.get_tensor_name_map(arch_id, config.num_hidden_layers)
     tensors: dict[str, GgufTensor] = {}
     unknown: list[Entry] = []
     for entry in entries:

@@ -80,9 +80,9 @@ def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
     }
     if ids["eos"] is None:
         ids["eos"] = eos
-    for name, number in ids.items():
-        if number is not None:
-            pairs[f"tokenizer.ggml.{name}_token_id"] = int(number)
+    for name, token_id in ids.items():
+        if token_id is not None:
+            pairs[f"tokenizer.ggml.{name}_token_id"] = int(token_id)
     if ids["eos"] is None:
         default = 2 if spm else 11  # llama.cpp's
         warnings.append(f"neither tokenizer nor model has an end token; llama.cpp uses {default} ({tokens[default : default + 1]})")
@@ -220,7 +220,7 @@ def _inexact(model: dict[str, Any]) -> list[str]:
 
 def _tokens(definition: dict[str, Any], size: int, unknown: int | None, spm: bool) -> tuple[list[str], list[int]]:
     """(texts, types), indexed by token id and padded to `size`. `unknown`: id of the unknown token."""
-    by_id = {number: (text, NORMAL) for text, number in definition["model"]["vocab"].items()}
+    by_id = {token_id: (text, NORMAL) for text, token_id in definition["model"]["vocab"].items()}
     if spm:
         by_id |= {n: (t, BYTE) for n, (t, _) in by_id.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", t)}
     for token in definition.get("added_tokens") or ():

@@ -21,9 +21,9 @@ from ..errors import AdapterError
 
 @dataclass(frozen=True)
 class Split:
-    """An adapter split in two: `whole` = `part` + `rest`. `copy`: the path for `base` + `part`."""
+    """An adapter split in two: `adapter` = `part` + `rest`. `copy`: the path for `base` + `part`."""
 
-    whole: Adapter
+    adapter: Adapter
     part: Adapter
     rest: Adapter
     base: Path

@@ -30,13 +30,13 @@ VLLM_LINEARS = frozenset({
 class Finding:
     """Something that the receiver does not accept.
 
-    mend: returns an equivalent adapter without it; None if it cannot be fixed that way. way_out: what the user can do.
+    fix: returns an equivalent adapter without it; None if it cannot be fixed that way. way_out: what the user can do.
     into_base: the modules and saved weights concerned, which could be merged into the base instead.
     """
 
     what: str
     way_out: str
-    mend: Callable[[Adapter], Adapter] | None = None
+    fix: Callable[[Adapter], Adapter] | None = None
     into_base: tuple[str, ...] = ()
 
 

@@ -73,7 +73,7 @@ def _verified(adapter: Adapter, written: Path, format: str, base: Any, parts: Sp
         lines = [f"{what} by {value:.2g} of the largest" for what, value in large.items()]
         raise AdapterError(f"{written}, read back, differs from the adapter: {', '.join(lines)}\n  {_BUG}")
     if parts is not None:
-        adapter = parts.whole
+        adapter = parts.adapter
     no_logits = "image models' outputs are not compared through a base" if format in _IMAGE_FORMATS else why_not(adapter, base)
     if no_logits is not None:
         return Readback(differences, None, no_logits)

@@ -123,10 +123,10 @@ def gguf(path: Path, modules: Iterable[str], base: Mapping[str, Any]) -> Content
     reader = GGUFReader(path)
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
     architecture = reader.fields["general.architecture"].contents()
-    number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    arch_id = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     modules = list(modules)
     layers = 1 + max((int(n) for module in modules for n in re.findall(r"\.(\d+)\.", module)), default=0)
-    known = get_tensor_name_map(number, layers)
+    known = get_tensor_name_map(arch_id, layers)
     ours = {f"{known.get_name(module)}.weight": module for module in modules}
     tensors: Arrays = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
     effects: dict[str, Effect] = {}
