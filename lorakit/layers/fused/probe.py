@@ -40,7 +40,9 @@ Configs = dict[int, tuple]  # by id, of one model: what a config holds, read onc
 def settings(module: nn.Module, configs: Configs | None = None) -> tuple:
     """All that may steer its forward."""
     configs = {} if configs is None else configs
-    own = tuple((k, _known(k, v, configs)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith("lora_"))
+    own = tuple(
+        (k, _known(k, v, configs)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith(("lora_", "_lora"))
+    )
     return own, tuple((name, None if b is None else b.shape) for name, b in module._buffers.items())
 
 

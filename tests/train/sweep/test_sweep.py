@@ -399,7 +399,7 @@ def fake_held_out(monkeypatch, losses: dict[str, float]) -> None:
 
     def measured(model, *args, **options):
         found = real(model, *args, **options)
-        return type(found)(losses[next(iter(lk.model.active(model)))], 1.0, found.tokens, found.rows)
+        return type(found)(losses[next(iter(lk.active(model)))], 1.0, found.tokens, found.rows)
 
     monkeypatch.setattr(run, "perplexity", measured)
 
