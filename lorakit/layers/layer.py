@@ -40,6 +40,7 @@ _TAKEN = frozenset(
         "sizes",
         "add",
         "plain",
+        "class_attributes",
         "fresh_output",
         "route",
     }
