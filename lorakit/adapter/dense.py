@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import wide
+from .update import Update
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Update):
     """`weight`: ΔW in the weight's own shape (also of a norm, [dim]). `bias`: the bias's change."""
 
     weight: Tensor | None
@@ -26,9 +27,6 @@ class Dense:
     @property
     def scale(self) -> float:
         return 1.0
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: t for name, t in (("weight", self.weight), ("bias", self.bias)) if t is not None}
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """ΔW in float32 (float64 stays), in the weight's shape."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import check_alpha, check_parts, wide
+from .update import Update
 
 
 @dataclass(frozen=True)
-class Hadamard:
+class Hadamard(Update):
     w1a: Tensor
     w1b: Tensor
     w2a: Tensor
@@ -35,10 +36,6 @@ class Hadamard:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {"w1a": self.w1a, "w1b": self.w1b, "w2a": self.w2a, "w2b": self.w2b, "t1": self.t1, "t2": self.t2}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """ΔW in float32 (float64 stays), in the weight's shape."""

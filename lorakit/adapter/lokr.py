@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import check_alpha, check_parts, wide
+from .update import Update
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Update):
     alpha: float
     w1: Tensor | None = None
     w1a: Tensor | None = None
@@ -39,10 +40,6 @@ class Kronecker:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank if self.w1b is not None or self.w2b is not None else 1.0
-
-    def tensors(self) -> dict[str, Tensor]:
-        names = ("w1", "w1a", "w1b", "w2", "w2a", "w2b", "t2")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """ΔW in float32 (float64 stays), in the weight's shape."""

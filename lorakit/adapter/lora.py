@@ -19,12 +19,13 @@ from ..config import MAX_RANK, scale_of
 from ..errors import AdapterError
 from ..ops.delta import delta
 from .checks import check_alpha, check_parts
+from .update import Update
 
 Kind = Literal["linear", "embedding", "conv"]
 
 
 @dataclass(frozen=True)
-class Factors:
+class Factors(Update):
     """ΔW = scale · B A of one module, scale = alpha / rank (or alpha / √rank)."""
 
     A: Tensor
@@ -70,9 +71,6 @@ class Factors:
         """How many numbers it holds; not the zeros of a packed B outside its blocks."""
         held = self.B.numel() // (len(self.parts) if self.parts else 1)  # n blocks [out / parts, r] of [out, n·r]
         return self.A.numel() + held + (self.magnitude.numel() if self.magnitude is not None else 0)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"A": self.A, "B": self.B} | ({"magnitude": self.magnitude} if self.magnitude is not None else {})
 
     def check(self, module: str) -> None:
         """Raise AdapterError if these factors cannot be an update: shapes, ranks, dtypes, NaN."""

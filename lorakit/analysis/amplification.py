@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Adapter, Other
+from ..adapter.adapter import Adapter
 from ..adapter.algebra.product import LowRank, matrix
 from ..adapter.algebra.spectrum import norm, spectrum
 from ..adapter.algebra.svd import random_svd
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..checkpoint.weights import Weights
 
 
@@ -70,7 +71,7 @@ class Amplification:
         return self.norm_delta / self.in_delta if self.in_delta > 0 else None
 
 
-def amplification(module: str, update: Factors | Other, W: Tensor, rank: int | None = None) -> Amplification:
+def amplification(module: str, update: Update, W: Tensor, rank: int | None = None) -> Amplification:
     """ΔW against W [out, in], in `rank` directions (all that ΔW has, unless said)."""
     found = spectrum(update).strongest(rank)
     n = found.S.numel()

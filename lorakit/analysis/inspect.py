@@ -18,8 +18,8 @@ from .training_notes import training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..adapter.adapter import Adapter, Other
-    from ..adapter.lora import Factors
+    from ..adapter.adapter import Adapter
+    from ..adapter.update import Update
 
 __all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
 
@@ -201,7 +201,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
     )
 
 
-def _module(name: str, update: Factors | Other, relative: float | None) -> ModuleFacts:
+def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     from ..adapter.lora import Factors
 
     found = spectrum(update)

@@ -14,7 +14,7 @@ from ..adapter.dense import Dense
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .names import Renaming
-from .update import Dora, Update, bias_for, is_zero, update_for
+from .update import Change, Dora, bias_for, is_zero, update_for
 from .where import Place, Places, bias_place, slot_at
 
 
@@ -23,7 +23,7 @@ class Changes:
     """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the files lack."""
 
     base: Base
-    updates: dict[str, dict[tuple[int, int], list[Update]]] = field(default_factory=dict)
+    updates: dict[str, dict[tuple[int, int], list[Change]]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class Changes:
                         "  merge that adapter first, and the others into the result"
                     )
 
-    def _put(self, place: Place, update: Update) -> None:
+    def _put(self, place: Place, update: Change) -> None:
         self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
 
     def _replace(self, at: str, own: str, value: Tensor) -> None:

@@ -139,7 +139,8 @@ def extract(
     if layout is not None:
         factors |= _heads(layout, factors)
         print_ = layout.fingerprint()
-    adapter = Adapter(_config(str(base), factors, saved, others), factors, saved, {"fingerprint": print_} if print_ else {}, others)
+    config = _config(str(base), factors, saved, others)
+    adapter = Adapter(config, {**factors, **others}, saved, {"fingerprint": print_} if print_ else {})
     return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged, tuple(_doubts(reports, pairs)))
 
 

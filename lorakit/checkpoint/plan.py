@@ -21,7 +21,7 @@ from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
 from .base import Base
 from .changes import Changes
 from .names import Renaming
-from .update import LowRank, Update
+from .update import Change, LowRank
 from .where import find_places
 
 
@@ -31,7 +31,7 @@ class Placed:
 
     start: int
     stop: int
-    updates: tuple[Update, ...]
+    updates: tuple[Change, ...]
 
     @property
     def module(self) -> str:

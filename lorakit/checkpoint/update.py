@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Other
 from ..adapter.algebra.decompose import shape_of
 from ..adapter.dense import Dense
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError, LorakitError
 from ..io.stream import MERGEABLE, Slot
 from ..ops.delta import as_matrices, delta_rows
@@ -53,7 +53,7 @@ class Whole:
     """A LoHa, a LoKr or a whole ΔW, times `scale`; of the latter the bias's part, where `bias` says so."""
 
     module: str
-    update: Other
+    update: Update
     scale: float = 1.0
     transposed: bool = False  # ΔW is [out, in], the weight stored as [in, out]
     swapped: bool = False  # the stored rows have their two halves the other way round
@@ -113,12 +113,10 @@ class Dora:
         return lambda rows, block: (block.double() + low(rows, block)) * ratio - block
 
 
-Update = LowRank | Whole | Dora
+Change = LowRank | Whole | Dora
 
 
-def update_for(
-    module: str, update: Factors | Other, slot: Slot, model_type: str = "", weight: float = 1.0, place: Place | None = None
-) -> Update:
+def update_for(module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, place: Place | None = None) -> Change:
     """An update of a stored weight. AdapterError where their shapes do not meet.
 
     place: says where the weight is stored otherwise than the module has it (transposed; its halves swapped, shift and scale of some norms).
@@ -159,7 +157,7 @@ def update_for(
     return Dora(low, f.magnitude)
 
 
-def is_zero(update: Factors | Other) -> bool:
+def is_zero(update: Update) -> bool:
     """Whether it changes nothing, whatever the weight. A DoRA's magnitude may, with factors of zero."""
     if isinstance(update, Factors):
         return update.magnitude is None and not (update.A.any() and update.B.any())
@@ -181,7 +179,7 @@ def halves_swapped(rows: Tensor) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1])
 
 
-def _whole(module: str, update: Other, slot: Slot, across: bool, weight: float, swapped: bool) -> Whole:
+def _whole(module: str, update: Update, slot: Slot, across: bool, weight: float, swapped: bool) -> Whole:
     if isinstance(update, Dense):  # laid out as its weight is, in one dimension for a norm
         assert update.weight is not None
         shape = tuple(update.weight.shape)

@@ -36,7 +36,7 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
         rank=max(rank, 1), alpha=float(max(rank, 1)), rslora=False, rank_pattern={}, alpha_pattern={}, packed={},
         targets=adapter.config.targets if adapter.config.targets != "all-linear" else endings,
     )  # fmt: skip
-    return replace(adapter, config=config, factors=factors)
+    return replace(adapter, config=config, updates=factors)
 
 
 def _plain(module: str, f: Factors) -> Factors:

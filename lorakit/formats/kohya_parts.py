@@ -3,7 +3,7 @@
     W = [W1; W2; ...]     the parts are blocks of rows        ΔW = B A:  ΔWi = Bi A     LoHa: rows of W1a and W2a     LoKr: rows of W1
 
 Splitting is exact and keeps rank and alpha: each part has the fused A. Fusing parts that share what is not rows gives the fused
-tensors back, bit for bit. Other low-rank parts, and some parts without the others, are fused as blocks, A = [A1; A2; ...] and B
+tensors back, bit for bit. Update low-rank parts, and some parts without the others, are fused as blocks, A = [A1; A2; ...] and B
 block-diagonal, the ranks added; such blocks (sd-scripts' split_qkv trains them too) are told and split into parts of their own ranks.
 """
 
@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Other
 from ..adapter.checks import wide
 from ..adapter.dense import Dense
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError
 
-Update = Factors | Other
 _ROWS = {Factors: ("B", "magnitude"), Hadamard: ("w1a", "w2a"), Kronecker: ("w1", "w1a"), Dense: ("weight", "bias")}
 
 

@@ -83,7 +83,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
     if lycoris:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        return Adapter(config, {}, metadata=ours, others=peft_lycoris.updates(kind, plain, config, weights)).check()
+        return Adapter(config, peft_lycoris.updates(kind, plain, config, weights), metadata=ours).check()
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
     halves, saved = _sort(tensors, weights, bool(values.get("use_dora")))
     if enabled is not None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter.adapter import Other
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError
 from .peft_config import from_peft
@@ -33,7 +33,7 @@ def config(values: Mapping[str, Any], where: Path) -> tuple[LoraConfig, bool]:
     return from_peft({**values, "peft_type": "LORA", "lora_alpha": values.get("alpha", 8), "lora_dropout": 0.0}, where)
 
 
-def updates(kind: str, tensors: Mapping[str, Tensor], config: LoraConfig, where: Path) -> dict[str, Other]:
+def updates(kind: str, tensors: Mapping[str, Tensor], config: LoraConfig, where: Path) -> dict[str, Update]:
     """module -> its update. `tensors`: without PEFT's prefix."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -46,7 +46,7 @@ def updates(kind: str, tensors: Mapping[str, Tensor], config: LoraConfig, where:
         if part in parts.setdefault(match["module"], {}):
             raise AdapterError(f"{where}: key '{key}': a second {part} for '{match['module']}'")
         parts[match["module"]][part] = tensor
-    made: dict[str, Other] = {}
+    made: dict[str, Update] = {}
     for module, found in parts.items():
         lacking = sorted(_NEEDED[kind] - found.keys())
         extra = sorted(found.keys() - ({"w1a", "w1b", "w2a", "w2b", "t1", "t2"} if kind == "LOHA" else {*_LOKR}))

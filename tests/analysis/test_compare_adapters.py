@@ -42,8 +42,7 @@ def update(outputs: slice, inputs: slice, *strengths: float) -> Factors:
 
 
 def adapter(**updates) -> lk.Adapter:
-    factors = {m: f for m, f in updates.items() if isinstance(f, Factors)}
-    return lk.Adapter(lk.LoraConfig(rank=2, alpha=2), factors, others={m: f for m, f in updates.items() if m not in factors})
+    return lk.Adapter(lk.LoraConfig(rank=2, alpha=2), updates)
 
 
 def pair(a, b):

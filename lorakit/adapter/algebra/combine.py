@@ -21,9 +21,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ...errors import AdapterError, ConfigError, did_you_mean
-from ..adapter import Adapter, Other
+from ..adapter import Adapter
 from ..dense import Dense
 from ..lora import Factors
+from ..update import Update
 from .compatible import Saved, check_same_base, whole_values
 from .concatenate import Piece, common_form, exact_sum
 from .dare import dare_linear, dare_ties, drop
@@ -69,7 +70,7 @@ def combined(
     tokens = whole_values("learned token", [a.embeddings for a in adapters], weights, saved)
     parts = [a.updates for a in adapters]
     modules = list(dict.fromkeys(m for updates in parts for m in updates))
-    result: dict[str, Factors | Other] = {}
+    result: dict[str, Update] = {}
     reports = []
     for done, module in enumerate(modules, start=1):
         placed = [(i, w, updates[module]) for i, (w, updates) in enumerate(zip(weights, parts, strict=True)) if module in updates]
@@ -137,7 +138,7 @@ def _mix(
 
 def _mixed(
     module: str, pieces: list[Piece], mix: Callable[[list[Tensor]], Tensor], rank: int | None, keep: float | None
-) -> tuple[Factors | Other, ModuleResize]:
+) -> tuple[Update, ModuleResize]:
     """The method's ΔW as low-rank factors; a change of a vector, which has none, as it is."""
     wholes = [u for _, u in pieces if isinstance(u, Dense)]
     if wholes and len(wholes) == len(pieces) and all(u.weight is None or u.weight.dim() < 2 for u in wholes):
@@ -163,9 +164,7 @@ def _composed(module: str, form: Form, cuts: list[Svd], rank: int | None, keep: 
     return made, ModuleResize(module, min(W.shape), made.rank, math.sqrt(lost / norm) if norm else 0.0, math.sqrt(norm))
 
 
-def _cut(
-    module: str, total: Factors | Other, pieces: list[Piece], rank: int | None, keep: float | None
-) -> tuple[Factors | Other, ModuleResize]:
+def _cut(module: str, total: Update, pieces: list[Piece], rank: int | None, keep: float | None) -> tuple[Update, ModuleResize]:
     """An exact sum at a lower rank; a change of a vector as it is."""
     if isinstance(total, Dense):
         if total.weight is None or total.weight.dim() < 2:
@@ -195,7 +194,7 @@ def _largest(pieces: list[Piece]) -> int:
     return max(u.rank for _, u in pieces)
 
 
-def _untouched(module: str, update: Factors | Other) -> ModuleResize:
+def _untouched(module: str, update: Update) -> ModuleResize:
     norm = norm_of(update) if isinstance(update, Factors) else sum(norm_squared(t) for t in update.tensors().values())
     return ModuleResize(module, update.rank, update.rank, 0.0, math.sqrt(norm))
 

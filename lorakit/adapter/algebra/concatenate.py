@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError
-from ..adapter import Other
 from ..checks import narrowed
 from ..dense import Dense
 from ..lora import Factors
+from ..update import Update
 from .decompose import Form, form_of, shape_of
 from .edit import scaled
 
-Piece = tuple[float, Factors | Other]  # its weight, and the update
+Piece = tuple[float, Update]  # its weight, and the update
 
 
-def exact_sum(module: str, pieces: Sequence[Piece]) -> Factors | Other:
+def exact_sum(module: str, pieces: Sequence[Piece]) -> Update:
     """The sum in the module's form; a whole update if one of several is no product of low-rank factors."""
     if len(pieces) == 1:
         return scaled(module, pieces[0][1], pieces[0][0])
@@ -68,7 +68,7 @@ def common_form(module: str, pieces: Sequence[Piece]) -> Form:
     return Form(first.kind, first.inner, first.axes, transposed, first.groups, first.parts if same_parts else None)
 
 
-def _outputs(update: Factors | Other) -> int:
+def _outputs(update: Update) -> int:
     return update.B.shape[0] if isinstance(update, Factors) else shape_of(update)[0]
 
 
@@ -79,7 +79,7 @@ def _columns(form: Form) -> int:
     return columns
 
 
-def _has_weight(update: Factors | Other) -> bool:
+def _has_weight(update: Update) -> bool:
     return not isinstance(update, Dense) or update.weight is not None
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from ...errors import AdapterError
 from ...ops.delta import as_matrices
 from ...ops.packed import expand_packed
-from ..adapter import Other
 from ..checks import narrowed
 from ..dense import Dense
 from ..loha import Hadamard
 from ..lokr import Kronecker
 from ..lora import Factors, Kind
+from ..update import Update
 from .product import LowRank, matrix, pair
 from .svd import Svd, distance, matrix_svd, needed, norm_squared, product_svd
 
@@ -52,7 +52,7 @@ class Form:
         return Factors(A.contiguous(), B.contiguous(), alpha, self.kind, rslora, self.transposed, self.groups, self.parts)
 
 
-def form_of(module: str, update: Factors | Other) -> Form:
+def form_of(module: str, update: Update) -> Form:
     """The form that an update has, or takes as low-rank factors. AdapterError if no low-rank factors can say the same."""
     if isinstance(update, Factors):
         if update.magnitude is not None:
@@ -73,7 +73,7 @@ def form_of(module: str, update: Factors | Other) -> Form:
     return Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
 
 
-def shape_of(update: Other) -> tuple[int, ...]:
+def shape_of(update: Update) -> tuple[int, ...]:
     """The weight's shape, from the factors alone."""
     if isinstance(update, Dense):
         assert update.weight is not None
@@ -88,7 +88,7 @@ def shape_of(update: Other) -> tuple[int, ...]:
     return (o1 * out, i1 * inner, *k)
 
 
-def matrix_of(update: Factors | Other, across: bool = False) -> Tensor:
+def matrix_of(update: Update, across: bool = False) -> Tensor:
     """ΔW as [out, in·k...], in float32 (float64 stays). `across`: a whole ΔW of another kind is stored as [in, out]."""
     if isinstance(update, Factors):
         A, B = as_matrices(update.A, update.B)
@@ -97,7 +97,7 @@ def matrix_of(update: Factors | Other, across: bool = False) -> Tensor:
     return full.T if across else full
 
 
-def decompose(update: Factors | Other, rank: int | None = None, keep: float | None = None) -> list[Svd]:
+def decompose(update: Update, rank: int | None = None, keep: float | None = None) -> list[Svd]:
     """The singular values of ΔW: one SVD, or one for each adapted part of a packed projection.
 
     `rank`, `keep`: how much of it is wanted, for those kinds where a part is cheaper than the whole (more may come).
@@ -125,7 +125,7 @@ def compose(
     return form.factors(B, A, scale * (math.sqrt(rank) if rslora else rank), rslora)
 
 
-def difference(before: Factors | Other, after: Factors) -> tuple[float, float]:
+def difference(before: Update, after: Factors) -> tuple[float, float]:
     """(‖ΔW - ΔW'‖², ‖ΔW‖²) (Frobenius): between low-rank factors by QR of their halves, with ΔW itself only for the other kinds."""
     A, B = as_matrices(after.A, after.B)
     if not isinstance(before, Factors):

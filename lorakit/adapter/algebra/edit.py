@@ -14,11 +14,12 @@ import torch
 
 from ...errors import AdapterError, ConfigError, TargetError, did_you_mean, listing
 from ...module_names import matches
-from ..adapter import Adapter, Other
+from ..adapter import Adapter
 from ..checks import narrowed, wide
 from ..dense import Dense
 from ..loha import Hadamard
 from ..lora import Factors
+from ..update import Update
 from .reform import with_updates
 
 T = TypeVar("T")
@@ -47,13 +48,12 @@ def negate(adapter: Adapter) -> Adapter:
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """In another precision. AdapterError, naming the module, where a number is too large for it."""
 
-    def moved(update: Any, m: str) -> Any:
-        return replace(update, **{name: narrowed(t, dtype, f"'{m}', {name}") for name, t in update.tensors().items()})
+    def moved(m: str, update: Update) -> Update:
+        return update.map(lambda name, t: narrowed(t, dtype, f"'{m}', {name}"))
 
     return replace(
         adapter,
-        factors={m: moved(f, m) for m, f in adapter.factors.items()},
-        others={m: moved(o, m) for m, o in adapter.others.items()},
+        updates={m: moved(m, u) for m, u in adapter.updates.items()},
         saved={n: narrowed(t, dtype, f"saved weight '{n}'") for n, t in adapter.saved.items()},
         embeddings={n: narrowed(t, dtype, f"learned token '{n}'") for n, t in adapter.embeddings.items()},
     )
@@ -96,7 +96,7 @@ def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     return with_updates(adapter, updates, saved=saved)
 
 
-def scaled(module: str, update: Factors | Other, weight: float) -> Factors | Other:
+def scaled(module: str, update: Update, weight: float) -> Update:
     """One update times a number, of the same kind."""
     sign, size = math.copysign(1.0, weight), abs(weight)
     if isinstance(update, Factors):

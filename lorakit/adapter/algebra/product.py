@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter import Other
 from ..dense import Dense
 from ..loha import Hadamard
 from ..lokr import Kronecker
 from ..lora import Factors
+from ..update import Update
 
 # A whole matrix up to here is in float64, a larger one in float32, for memory.
 DOUBLE = 1 << 22
@@ -31,7 +31,7 @@ class LowRank:
     right: Tensor  # [r, in]
 
 
-def matrix(update: Factors | Other) -> LowRank | Tensor:
+def matrix(update: Update) -> LowRank | Tensor:
     """ΔW as the product of two thin matrices where it is one, else whole."""
     if isinstance(update, Factors):
         return _of_factors(update)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from ...errors import AdapterError, ConfigError
-from ..adapter import Adapter, Other
+from ..adapter import Adapter
 from ..dense import Dense
 from ..lora import Factors
+from ..update import Update
 from .decompose import compose, decompose, difference, form_of, norm_of
 from .reform import with_updates
 from .svd import Svd, needed
@@ -89,7 +90,7 @@ def resize(
     # The other kinds tell their singular values only as far as they are asked to: a little further than each needs by itself.
     ahead = keep if keep is None or not overall else 1 - (1 - keep) / 10
     spectra, reports = {}, []
-    resized: dict[str, Factors | Other] = {}
+    resized: dict[str, Update] = {}
     threshold = None
     if overall and keep is not None:
         spectra = {m: decompose(updates[m], rank, ahead) for m in forms}
@@ -138,9 +139,11 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
     return keep if error is None else 1 - error**2
 
 
-def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Other]:
+def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
     """The updates that stay as they are: changes of norms and biases alone. AdapterError for a matrix with a bias, unless dropped."""
-    whole: dict[str, Other] = {m: o for m, o in adapter.others.items() if isinstance(o, Dense) and (o.weight is None or o.weight.dim() < 2)}
+    whole: dict[str, Update] = {
+        m: o for m, o in adapter.others.items() if isinstance(o, Dense) and (o.weight is None or o.weight.dim() < 2)
+    }
     for m, other in adapter.others.items():
         if m not in whole and isinstance(other, Dense) and other.bias is not None and not drop_bias:
             raise AdapterError(

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter import Other
-from ..lora import Factors
+from ..update import Update
 from .product import LowRank, matrix
 from .svd import full_svd, norm_squared, product_core, product_svd, random_svd
 
@@ -66,12 +65,12 @@ class Spectrum:
         return Spectrum(self.U[:, :n], self.S[:n], self.V[:, :n], self.norm, self.complete)
 
 
-def spectrum(update: Factors | Other) -> Spectrum:
+def spectrum(update: Update) -> Spectrum:
     """The singular values and directions of one module's update."""
     return decompose(matrix(update))
 
 
-def norm(update: Factors | Other) -> float:
+def norm(update: Update) -> float:
     """‖ΔW‖_F."""
     found = matrix(update)
     if isinstance(found, LowRank):
