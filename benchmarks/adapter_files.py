@@ -20,7 +20,6 @@ import torch
 
 import lorakit as lk
 from lorakit.adapter.algebra.combine import combined
-from lorakit.adapter.algebra.decompose import matrix_of
 from lorakit.adapter.algebra.resize import resize
 from lorakit.analysis.inspect import describe_adapter
 from lorakit.formats.convert import convert
@@ -55,7 +54,7 @@ def timed(rounds: int, run) -> float:
 
 
 def full_svd(f: lk.Factors, rank: int) -> None:
-    U, S, Vt = torch.linalg.svd(matrix_of(f), full_matrices=False)
+    U, S, Vt = torch.linalg.svd(f.matrix(), full_matrices=False)
     (U[:, :rank] * S[:rank]).contiguous(), Vt[:rank].contiguous()
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.algebra.compatible import base_differences
-from ..adapter.algebra.product import LowRank, inner, matrix, size_of
+from ..adapter.algebra.product import inner, matrix, size_of
 from ..adapter.algebra.spectrum import Spectrum, decompose
 from ..adapter.lora import Factors
-from ..adapter.update import Update
+from ..adapter.update import LowRank, Update
 from ..checkpoint.weights import open_weights
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..module_names import matches
@@ -224,7 +224,7 @@ def _pair(module: str, a: Update, b: Update, names: tuple[str, str], sums: _Sums
     s, t = x.strongest(), y.strongest()
     phi = [float(similarity(p, q)[-1, -1]) if s.rank and t.rank else None for p, q in ((s.V, t.V), (s.U, t.U))]
     cosine = max(-1.0, min(1.0, product / (x.norm * y.norm))) if x.norm > 0 and y.norm > 0 else None
-    notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if isinstance(u, Factors) and u.magnitude is not None]
+    notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if u.needs_base]
     notes += [f"{n}: its {d.S.numel()} strongest directions" for n, d in zip(names, (x, y)) if not d.complete]
     return Pair(
         module, shape, (s.rank, t.rank), (x.norm, y.norm), cosine, principal_angles(s.V, t.V), principal_angles(s.U, t.U),

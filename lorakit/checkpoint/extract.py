@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.algebra.decompose import Form, compose
+from ..adapter.algebra.compose import compose
 from ..adapter.algebra.reform import describing
 from ..adapter.algebra.svd import distance, matrix_svd, norm_squared
 from ..adapter.dense import Dense
-from ..adapter.lora import Factors
+from ..adapter.lora import Factors, Form
 from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..io.stream import Slot

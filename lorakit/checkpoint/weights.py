@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter.update import Update
+from ..adapter.update import Update, halves_swapped
 from ..io.stream import Slot
 from .base import Base
 from .parts import open_parts
 from .single_file import Place
-from .update import halves_swapped, update_for
+from .update import update_for
 from .where import find_places, slot_at
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.dense import Dense
 from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..config import LoraConfig
@@ -234,6 +233,6 @@ def _fused(place: names.Place, found: Mapping[str, Update], model: str) -> Updat
 def _swapped(model: str, key: str, module: str, update: Update) -> bool:
     """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's width: the list does."""
     out, width = size(update)
-    if isinstance(update, Dense) and update.weight is None:
+    if not update.changes_weight:
         width = names.shapes(model)[module][1] if names.shapes(model)[module][0] == out else 0
     return names.swaps_halves(model, key, module, (out, width))
