@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import LoraFactors
 from lorakit.layers.saved import SavedParameters
+from lorakit.layers.updates.lora import LoraFactors
 
 VOCAB = 48
 

@@ -62,6 +62,11 @@ class Update(ABC):
         return sum(t.numel() for t in self.tensors().values())
 
     @property
+    def parts(self) -> tuple[bool, ...] | None:
+        """The adapted parts of a packed projection."""
+        return None
+
+    @property
     def needs_base(self) -> bool:
         """Whether ΔW depends on W."""
         return False

@@ -32,18 +32,10 @@ def size(update: Update) -> tuple[int, int]:
     """(out, in) of the weight it changes, a convolution's in without its kernel where the tensors tell it."""
     if isinstance(update, Factors):
         return update.B.shape[0], update.A.shape[1]
-    if isinstance(update, Hadamard):
-        if update.shape is not None:
-            return update.shape[0], update.shape[1]
-        return update.w1a.shape[1 if update.t1 is not None else 0], update.w1b.shape[1]
-    if isinstance(update, Kronecker):
-        if update.shape is not None:
-            return update.shape[0], update.shape[1]
-        (o1, i1), (o2, i2) = _sides(update.w1, update.w1a, update.w1b), _sides(update.w2, update.w2a, update.w2b, update.t2)
-        return o1 * o2, i1 * i2
-    first = update.weight if update.weight is not None else update.bias
-    assert first is not None
-    return first.shape[0], first.shape[1] if first.dim() > 1 else 1
+    if not update.changes_weight:
+        return update.tensors()["bias"].shape[0], 1
+    out, inner = (*update.weight_shape(), 1)[:2]
+    return out, inner
 
 
 def _sides(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> tuple[int, int]:

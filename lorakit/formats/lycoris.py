@@ -74,6 +74,7 @@ def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: boo
     if isinstance(update, Dense):
         weight, bias = ("w_norm", "b_norm") if update.weight is not None and update.weight.dim() == 1 else ("diff", "diff_b")
         return {f"{key}.{weight if name == 'weight' else bias}": t for name, t in update.tensors().items()}
+    assert isinstance(update, Hadamard | Kronecker)
     suffixes = {name: suffix for suffix, name in (LOHA if isinstance(update, Hadamard) else LOKR).items()}
     named = {suffixes[name]: t for name, t in update.tensors().items()}
     named["alpha"] = scalar(update.alpha, next(iter(named.values())).dtype)

@@ -9,12 +9,11 @@ change of the weight can be, so only such factors that have the form above (bloc
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batched import routes
-from .layer import LoraFactors, LoraLayer, Shapes
+from .layer import LoraLayer, Shapes
+from .updates.update import Pair
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -22,7 +21,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class ConvLayer(LoraLayer):
     lora_kind = "conv"
 
-    def lora_shapes(self, rank: int) -> Shapes:
+    def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         weight = self.weight  # type: ignore[attr-defined]
         return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
 
@@ -36,17 +35,12 @@ class ConvLayer(LoraLayer):
                 return None
         return why
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self.lora_route is not None:
-            return routes.add_updates(self, y, x, lambda x, factors: self._update(x, factors, y.dtype))
-        for factors, scale in self.lora_in_use():
-            y = y + self._update(x, factors, y.dtype) * scale
-        return y
+    def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
+        return self._conv_forward(x.to(W.dtype), W, None)  # type: ignore[attr-defined]
 
-    def _update(self, x: Tensor, factors: LoraFactors, dtype: torch.dtype) -> Tensor:
-        x = (F.dropout(x, factors.dropout, self.training) if factors.dropout else x).to(dtype)  # type: ignore[attr-defined]
-        A, B = factors.A.to(x.dtype), factors.B.to(x.dtype)
+    def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
+        x = (F.dropout(x, pair.dropout, self.training) if pair.dropout else x).to(like.dtype)  # type: ignore[attr-defined]
+        A, B = pair.A.to(x.dtype), pair.B.to(x.dtype)
         groups = self.groups  # type: ignore[attr-defined]
         conv = _CONV[A.dim() - 2]
         if A.shape[1] * groups == self.in_channels:  # type: ignore[attr-defined]

@@ -18,7 +18,8 @@ from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
 from .batched import routes
 from .frozen import is_frozen_linear
-from .layer import LoraFactors, LoraLayer, Shapes
+from .layer import LoraLayer, Shapes
+from .updates.update import LiveUpdate, Pair
 
 
 class LinearLayer(LoraLayer):
@@ -38,45 +39,48 @@ class LinearLayer(LoraLayer):
         """(in, out)"""
         return self.in_features, self.out_features  # type: ignore[attr-defined]
 
-    def lora_shapes(self, rank: int) -> Shapes:
+    def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         size_in, size_out = self.lora_sizes()
         return (rank, size_in), (size_out, rank)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         active = self.lora_in_use() if self.lora_route is None else []
         if not active and self.lora_route is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super(LoraLayer, self).forward(x, *args, **kwargs)  # type: ignore[misc]
         whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None  # type: ignore[arg-type]
         if whole is not None:
             projection, dropout = whole
             return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
-            return routes.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
-        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        for factors, scale in active:
-            y = self.lora_add(y, x, factors, scale)
-        return y
+            return routes.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)  # type: ignore[misc]
+        return self.lora_updated(super(LoraLayer, self).forward(x, *args, **kwargs), x, active)  # type: ignore[misc]
 
-    def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
-        dropped = self.training and factors.dropout  # type: ignore[attr-defined]
-        mask = mask_for(x, factors.dropout, self) if dropped and not needs_plain() else None
+    def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
+        dropped = self.training and pair.dropout  # type: ignore[attr-defined]
+        mask = mask_for(x, pair.dropout, self) if dropped and not needs_plain() else None
         if dropped and mask is None:  # the compiler makes masks itself
-            return y + reference(F.dropout(x, factors.dropout).to(y.dtype), factors.A, factors.B, scale)
-        return add_low_rank(y, x, factors.A, factors.B, scale, mask, into=self.lora_fresh_output)
+            return y + reference(F.dropout(x, pair.dropout).to(y.dtype), pair.A, pair.B, scale)
+        return add_low_rank(y, x, pair.A, pair.B, scale, mask, into=self.lora_fresh_output)
+
+    def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
+        return self.lora_add(like.new_zeros(*x.shape[:-1], like.shape[-1]), x, pair, 1.0)
+
+    def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x.to(W.dtype), W.T if self.lora_transposed else W)
 
 
 def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | None:
     """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than that.
 
-    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group of rows), no
-    casting by autocast.
+    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group of rows) whose
+    update is a pair of matrices, no casting by autocast.
     """
     if type(module) is not nn.Linear and not (isinstance(module, LinearLayer) and module.lora_plain):
         return None
     if x.dim() < 2 or needs_plain() or not is_frozen_linear(module, x):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
-    active: list[tuple[LoraFactors, float]] = []
+    active: list[tuple[LiveUpdate, float]] = []
     if isinstance(module, LinearLayer):
         if module.lora_route is not None:
             together = routes.group(module, x)
@@ -86,8 +90,11 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
         return None
     if not active:
         return Projection(weight, bias, None, None, 1.0), 0.0  # type: ignore[arg-type]
-    factors, scale = active[0]
-    return Projection(weight, bias, factors.A, factors.B, scale), factors.dropout if module.training else 0.0  # type: ignore[arg-type]
+    update, share = active[0]
+    pair = update.pair()
+    if pair is None:
+        return None
+    return Projection(weight, bias, pair.A, pair.B, pair.scale * share), pair.dropout if module.training else 0.0  # type: ignore[arg-type]
 
 
 def makes_gradients(module: nn.Module) -> bool:

@@ -82,15 +82,15 @@ def test_an_empty_name_and_one_that_a_module_uses_itself_are_refused(tiny_mlp):
 
 
 def test_no_name_of_an_adapted_class_can_be_an_adapters_child():
-    from lorakit.layers import conv, embedding, linear
+    from lorakit.layers import conv, embedding, linear, packed
 
     classes = [
         conv.ConvLayer,
         embedding.EmbeddingLayer,
         linear.LinearLayer,
         linear.Conv1DLayer,
-        linear.PackedLayer,
-        linear.PackedConv1DLayer,
+        packed.PackedLayer,
+        packed.PackedConv1DLayer,
     ]
     own = {
         n.removeprefix("lora_")

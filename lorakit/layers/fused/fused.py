@@ -19,6 +19,7 @@ from ..frozen import is_plain_weight
 from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base
 from ..linear import LinearLayer
 from ..swap import rebind_hooked_forward
+from ..updates.update import LiveUpdate
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm
 from .gated_mlp import FusedGatedMlp
@@ -137,4 +138,7 @@ def _why_not_linear(layer: LinearLayer) -> str | None:
     if not layer.lora_plain:
         base = mixin_and_base(type(layer))[1].__name__
         return "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
-    return None if is_plain_weight(layer) else "its weight is trained, quantized, sharded or computed"  # type: ignore[arg-type]
+    if not is_plain_weight(layer):  # type: ignore[arg-type]
+        return "its weight is trained, quantized, sharded or computed"
+    children = layer._modules.values()  # type: ignore[attr-defined]
+    return None if any(isinstance(child, LiveUpdate) and child.width for child in children) else "its update is no pair of matrices"

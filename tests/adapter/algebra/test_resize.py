@@ -16,8 +16,7 @@ from lorakit.errors import AdapterError, ConfigError
 
 
 def one(update, **config) -> lk.Adapter:
-    kind = {"factors": {"m": update}} if isinstance(update, lk.Factors) else {"factors": {}, "others": {"m": update}}
-    return lk.Adapter(lk.LoraConfig(rank=4, targets=["m"], **config), **kind)
+    return lk.Adapter(lk.LoraConfig(rank=4, targets=["m"], **config), {"m": update})
 
 
 def as_matrix(update, W):
