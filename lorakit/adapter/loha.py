@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from .checks import check_alpha, check_tensors
 from .lora import Form
-from .tucker import factors_of, product
+from .tucker import factors_of, wide_product
 from .update import LowRank, Read, Rows, Update
 
 
@@ -72,7 +72,7 @@ class Hadamard(Update):
         return (self.w1a.shape[0], *self.w1b.shape[1:])
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        full = product(self.w1a, self.w1b, self.t1).mul_(product(self.w2a, self.w2b, self.t2)).mul_(self.scale)
+        full = wide_product(self.w1a, self.w1b, self.t1).mul_(wide_product(self.w2a, self.w2b, self.t2)).mul_(self.scale)
         shape = shape or self.shape
         return full.reshape(shape) if shape else full
 
@@ -106,4 +106,4 @@ class Hadamard(Update):
             b = b[:, rows]
         else:
             a = a[rows] if t is None else a[:, rows]
-        return product(a, b, t).flatten(1)
+        return wide_product(a, b, t).flatten(1)

@@ -20,7 +20,7 @@ from ..errors import AdapterError
 from .algebra.svd import Svd, matrix_svd, needed, product_svd
 from .checks import check_alpha, check_tensors, multiplied, wide
 from .lora import Form
-from .tucker import factors_of, product, size_of
+from .tucker import factors_of, size_of, wide_product
 from .update import LowRank, Read, Rows, Update
 
 Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # W whole, or Wa, Wb and perhaps the core
@@ -133,7 +133,7 @@ class Kronecker(Update):
 def _whole(side: Side) -> Tensor:
     """W1 or W2, in float32 (float64 stays)."""
     whole, a, b, core = side
-    return wide(whole) if whole is not None else product(*_pair(a, b), core)
+    return wide(whole) if whole is not None else wide_product(*_pair(a, b), core)
 
 
 def _shape(side: Side) -> tuple[int, ...]:

@@ -13,10 +13,15 @@ from .checks import wide
 
 
 def product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """[out, in·k], or [out, in, *k] where the tensors tell the kernel; in float32 (float64 stays)."""
+    """[out, in·k], or [out, in, *k] where the tensors tell the kernel."""
     if core is not None:
-        return torch.einsum("ij...,ip,jr->pr...", wide(core), wide(a), wide(b))
-    return (wide(a) @ wide(b.flatten(1))).reshape(a.shape[0], *b.shape[1:])
+        return torch.einsum("ij...,ip,jr->pr...", core, a, b)
+    return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
+
+
+def wide_product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+    """The same without gradients, in float32 (float64 stays)."""
+    return product(wide(a), wide(b), None if core is None else wide(core))
 
 
 def factors_of(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -22,32 +22,32 @@ class ConvLayer(LoraLayer):
     lora_kind = "conv"
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
-        weight = self.weight  # type: ignore[attr-defined]
+        weight = self.weight
         return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
 
     def lora_fits(self, A: Tensor, B: Tensor) -> str | None:
         why = super().lora_fits(A, B)
-        groups, weight = self.groups, self.weight  # type: ignore[attr-defined]
+        groups, weight = self.groups, self.weight
         if why and groups > 1 and A.shape[0] % groups == 0:
-            down = (A.shape[0], self.in_channels, *weight.shape[2:])  # type: ignore[attr-defined]
+            down = (A.shape[0], self.in_channels, *weight.shape[2:])
             up = (weight.shape[0], A.shape[0] // groups, *(1 for _ in weight.shape[2:]))
             if (tuple(A.shape), tuple(B.shape)) == (down, up):  # PEFT's form
                 return None
         return why
 
     def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
-        return self._conv_forward(x.to(W.dtype), W, None)  # type: ignore[attr-defined]
+        return self._conv_forward(x.to(W.dtype), W, None)
 
     def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
-        x = (F.dropout(x, pair.dropout, self.training) if pair.dropout else x).to(like.dtype)  # type: ignore[attr-defined]
+        x = (F.dropout(x, pair.dropout, self.training) if pair.dropout else x).to(like.dtype)
         A, B = pair.A.to(x.dtype), pair.B.to(x.dtype)
-        groups = self.groups  # type: ignore[attr-defined]
+        groups = self.groups
         conv = _CONV[A.dim() - 2]
-        if A.shape[1] * groups == self.in_channels:  # type: ignore[attr-defined]
-            down = self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)  # type: ignore[attr-defined]
+        if A.shape[1] * groups == self.in_channels:
+            down = self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)
         else:
-            padding = self.padding  # type: ignore[attr-defined]
-            if self.padding_mode != "zeros":  # type: ignore[attr-defined]
-                x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0  # type: ignore[attr-defined]
-            down = conv(x, A, None, self.stride, padding, self.dilation)  # type: ignore[attr-defined, operator]
-        return conv(down, B, groups=groups)  # type: ignore[operator]
+            padding = self.padding
+            if self.padding_mode != "zeros":
+                x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+            down = conv(x, A, None, self.stride, padding, self.dilation)
+        return conv(down, B, groups=groups)

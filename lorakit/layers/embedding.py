@@ -20,18 +20,18 @@ class EmbeddingLayer(LoraLayer):
     lora_transposed = True  # the weight is [vocab, dim], ΔW = (B A)ᵀ
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
-        return (rank, self.num_embeddings), (self.embedding_dim, rank)  # type: ignore[attr-defined]
+        return (rank, self.num_embeddings), (self.embedding_dim, rank)
 
     def lora_fresh(self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.zeros(shapes[0], dtype=dtype, device=device), torch.randn(shapes[1], dtype=dtype, device=device)
 
     def lora_apply(self, ids: Tensor, W: Tensor) -> Tensor:
-        return self._times_scale(F.embedding(ids, W, self.padding_idx))  # type: ignore[attr-defined]
+        return self._times_scale(F.embedding(ids, W, self.padding_idx))
 
     def lora_branch(self, ids: Tensor, pair: Pair, like: Tensor) -> Tensor:
-        rows = F.embedding(ids, pair.A.T, self.padding_idx)  # type: ignore[attr-defined]
+        rows = F.embedding(ids, pair.A.T, self.padding_idx)
         if pair.dropout:
-            rows = F.dropout(rows, pair.dropout, self.training)  # type: ignore[attr-defined]
+            rows = F.dropout(rows, pair.dropout, self.training)
         return self._times_scale(F.linear(rows.to(like.dtype), pair.B.to(like.dtype)))
 
     def _times_scale(self, update: Tensor) -> Tensor:

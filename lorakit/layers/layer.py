@@ -46,6 +46,8 @@ _TAKEN = frozenset(
         "apply",
         "plain",
         "fresh_output",
+        "class_attributes",
+        "probed",
         "route",
     }
 )
@@ -72,7 +74,11 @@ def remove_update(layer: Any, child: str) -> LiveUpdate:
     return update
 
 
-class Swapped:
+# What the mixins are put in front of, for the type checker.
+_Module = nn.Module if TYPE_CHECKING else object
+
+
+class Swapped(_Module):
     """A mixin in front of a module's own class. The class so made has no name to import; a pickle names the two instead."""
 
     @classmethod

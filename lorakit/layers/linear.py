@@ -37,7 +37,7 @@ class LinearLayer(LoraLayer):
 
     def lora_sizes(self) -> tuple[int, int]:
         """(in, out)"""
-        return self.in_features, self.out_features  # type: ignore[attr-defined]
+        return self.in_features, self.out_features
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         size_in, size_out = self.lora_sizes()
@@ -46,17 +46,17 @@ class LinearLayer(LoraLayer):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         active = self.lora_in_use() if self.lora_route is None else []
         if not active and self.lora_route is None:
-            return super(LoraLayer, self).forward(x, *args, **kwargs)  # type: ignore[misc]
-        whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None  # type: ignore[arg-type]
+            return super(LoraLayer, self).forward(x, *args, **kwargs)
+        whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None
         if whole is not None:
             projection, dropout = whole
             return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
-            return routes.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)  # type: ignore[misc]
-        return self.lora_updated(super(LoraLayer, self).forward(x, *args, **kwargs), x, active)  # type: ignore[misc]
+            return routes.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)
+        return self.lora_updated(super(LoraLayer, self).forward(x, *args, **kwargs), x, active)
 
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
-        dropped = self.training and pair.dropout  # type: ignore[attr-defined]
+        dropped = self.training and pair.dropout
         mask = mask_for(x, pair.dropout, self) if dropped and not needs_plain() else None
         if dropped and mask is None:  # the compiler makes masks itself
             return y + reference(F.dropout(x, pair.dropout).to(y.dtype), pair.A, pair.B, scale)
@@ -109,5 +109,5 @@ class Conv1DLayer(LinearLayer):
     lora_transposed = True
 
     def lora_sizes(self) -> tuple[int, int]:
-        size_in, size_out = self.weight.shape  # type: ignore[attr-defined]
+        size_in, size_out = self.weight.shape
         return size_in, size_out

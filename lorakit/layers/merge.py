@@ -14,8 +14,8 @@ from .layer import LoraLayer
 
 def merge_module(layer: LoraLayer, name: str) -> None:
     """W += Σ weight · ΔW, in place. StateError for a weight that cannot hold it (quantized, offloaded)."""
-    weight: Tensor = layer.weight  # type: ignore[attr-defined]
-    if "weight" not in layer._parameters:  # type: ignore[attr-defined]
+    weight: Tensor = layer.weight
+    if "weight" not in layer._parameters:
         raise StateError(
             f"the weight of '{name}' is computed from others (a parametrization such as weight_norm), so nothing can be added to it\n"
             "  keep the adapter unmerged, or take the parametrization off: torch.nn.utils.parametrize.remove_parametrizations"
@@ -40,7 +40,7 @@ def unmerge_module(layer: LoraLayer, name: str) -> None:
     layer.lora_merged = None  # so that lora_in_use tells what was merged
     try:
         with torch.no_grad():
-            subtract_(layer.weight, _rows(layer), undo, f"'{name}'")  # type: ignore[attr-defined]
+            subtract_(layer.weight, _rows(layer), undo, f"'{name}'")
     except StateError:
         layer.lora_merged = undo
         raise
@@ -48,7 +48,7 @@ def unmerge_module(layer: LoraLayer, name: str) -> None:
 
 def _rows(layer: LoraLayer) -> Callable[[slice], Tensor]:
     """Σ weight · ΔW of what is in use, by blocks of the weight's rows."""
-    weight: Tensor = layer.weight  # type: ignore[attr-defined]
+    weight: Tensor = layer.weight
     changes = [update.rows(layer, share) for update, share in layer.lora_in_use()]
 
     def total(rows: slice) -> Tensor:

@@ -38,7 +38,7 @@ class PackedLayer(LinearLayer):
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
         if pair.B.dim() == 2:  # another adapter on this module, not packed
             return super().lora_add(y, x, pair, scale)
-        x = F.dropout(x, pair.dropout, self.training) if pair.dropout else x  # type: ignore[attr-defined]
+        x = F.dropout(x, pair.dropout, self.training) if pair.dropout else x
         return add_packed(y, x, pair.A, pair.B, scale, self.lora_parts, into=self.lora_fresh_output)
 
     def lora_full(self, pair: Pair) -> tuple[Tensor, Tensor]:

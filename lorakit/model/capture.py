@@ -22,7 +22,7 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
     updates: dict[str, Update] = {}
     for m in attached.modules:
         layer = layer_at(model, m)
-        child: LiveUpdate = layer._modules[child_name(name)]  # type: ignore[attr-defined]
+        child: LiveUpdate = layer._modules[child_name(name)]
         updates[m] = child.value(layer).map(lambda _, t: _copy(t))
     kept = {}
     for full in attached.saved:

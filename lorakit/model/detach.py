@@ -69,7 +69,7 @@ def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None
         state.routes.detached(child, ranks, left)
     for module in ranks:
         if module not in left:
-            release(module)  # type: ignore[arg-type]
+            release(module)
     if attached.saved:
         if keep_saved:
             saved.adopt_as_base(model, name)

@@ -62,8 +62,8 @@ def summary(model: nn.Module) -> Summary:
         skipped.update(attached.skipped)
         for m in attached.modules:
             layer = layer_at(model, m)
-            child: LiveUpdate = layer._modules[child_name(name)]  # type: ignore[attr-defined]
-            rows.append(Row(name, m, _shape(layer.weight), child.rank, sum(p.numel() for p in child.parameters())))  # type: ignore[attr-defined]
+            child: LiveUpdate = layer._modules[child_name(name)]
+            rows.append(Row(name, m, _shape(layer.weight), child.rank, sum(p.numel() for p in child.parameters())))
         for full in attached.saved:
             module, _, last = full.rpartition(".")
             holder = saved.saved_of(model.get_submodule(module))

@@ -75,7 +75,7 @@ class Routes:
         """An adapter was attached to these layers."""
         for layer, name in names.items():
             self.names.setdefault(layer, name)
-            self.stacks.joined(layer, layer._modules[child].width)  # type: ignore[attr-defined]
+            self.stacks.joined(layer, layer._modules[child].width)
 
     def detached(self, child: str, ranks: Mapping[LoraLayer, int], left: set[LoraLayer]) -> None:
         """An adapter was detached from these layers; on those of `left` others are. Keeps nothing of it."""
@@ -111,7 +111,7 @@ class Routing:
         """The adapters whose update of this layer is no pair of matrices."""
         found = self._unpaired.get(layer)
         if found is None:
-            modules = layer._modules  # type: ignore[attr-defined]
+            modules = layer._modules
             found = self._unpaired[layer] = [c for c in self.children if c in modules and modules[c].pair() is None]
         return found
 
@@ -197,7 +197,7 @@ class Routing:
         y0 = self.as_rows(layer, y if y0 is None else y0, x)[0]
         y, x = self.as_rows(layer, y, x)
         for child in self.children if children is None else children:
-            update: LiveUpdate | None = layer._modules.get(child)  # type: ignore[attr-defined]
+            update: LiveUpdate | None = layer._modules.get(child)
             if update is None:
                 continue
             rows, weights = self.share(layer, child, x)
@@ -215,7 +215,7 @@ class Routing:
         uses, stacks = self._uses.get(layer), self.routes.stacks
         if uses is not None and uses.stack is stacks.of.get(layer) and uses.stack.fits(y) and uses.valid():
             return uses.stack
-        modules = layer._modules  # type: ignore[attr-defined]
+        modules = layer._modules
         children = [c for c in self.children if c in modules and modules[c].width]
         if not children:
             return None
@@ -281,17 +281,17 @@ def group(layer: LoraLayer, x: Tensor) -> Group | None:
     """The batch's adapters on this layer as one, for training; None if they differ in more than rank and scale."""
     routing = layer.lora_route
     assert routing is not None
-    modules = layer._modules  # type: ignore[attr-defined]
+    modules = layer._modules
     children, weights = [modules[c].pair() if c in modules else None for c, _ in routing.groups], [w for _, w in routing.groups]
     used: list[Pair] = [f for f in children if f is not None]
     if not routing.groups or not routing.tokens(layer, x) or routing.unpaired(layer):
         return None
-    if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in used):  # type: ignore[attr-defined]
+    if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in used):
         return None  # no gradient: `_stacked` is faster
     if not used:
         return Group(None, None, 1.0, 0.0)
     first = used[0]
-    dropouts = {f.dropout if layer.training else 0.0 for f in used}  # type: ignore[attr-defined]
+    dropouts = {f.dropout if layer.training else 0.0 for f in used}
     ranks = [f.B.shape[-1] for f in used]
     if (
         len(dropouts) > 1
@@ -333,9 +333,9 @@ def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kw
 def _pairs(layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
     """The output with those updates that are pairs of matrices."""
     plain = needs_plain()
-    if not (plain or layer.training or torch.is_grad_enabled()):  # type: ignore[attr-defined]
+    if not (plain or layer.training or torch.is_grad_enabled()):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
-    modules = layer._modules  # type: ignore[attr-defined]
+    modules = layer._modules
     used: dict[str, Pair] = {c: pair for c in routing.children if c in modules and (pair := modules[c].pair()) is not None}
     if not used:
         return base(x, *args, **kwargs)
@@ -343,7 +343,7 @@ def _pairs(layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., 
     if together is not None and together.A is not None and together.B is not None:
         mask = mask_for(x, together.dropout, layer) if together.dropout else None
         return add_low_rank(_own(layer, base(x, *args, **kwargs)), x, together.A, together.B, together.scale, mask)
-    if plain or (layer.training and any(f.dropout for f in used.values())):  # type: ignore[attr-defined]
+    if plain or (layer.training and any(f.dropout for f in used.values())):
         return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
     if not (torch.is_grad_enabled() and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
@@ -351,8 +351,8 @@ def _pairs(layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., 
         return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
     how = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(used.items())}, tokens, x)
     factors = [(f.A, f.B) for f in used.values()]
-    if not args and not kwargs and layer.lora_plain and is_frozen_linear(layer, x):  # type: ignore[attr-defined, arg-type]
-        return add_segments(None, x, layer.weight, layer.bias, how, factors)  # type: ignore[attr-defined]
+    if not args and not kwargs and layer.lora_plain and is_frozen_linear(layer, x):
+        return add_segments(None, x, layer.weight, layer.bias, how, factors)
     return add_segments(_own(layer, base(x, *args, **kwargs)), x, None, None, how, factors)
 
 
@@ -368,5 +368,5 @@ def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tens
 
 def _own(layer: LoraLayer, y: Tensor) -> Tensor:
     """y as a contiguous tensor that may be written into."""
-    fresh = layer.lora_fresh_output and not (y.requires_grad and y.is_leaf)  # type: ignore[attr-defined]
+    fresh = layer.lora_fresh_output and not (y.requires_grad and y.is_leaf)
     return y.contiguous() if fresh else y.clone(memory_format=torch.contiguous_format)

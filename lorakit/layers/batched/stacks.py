@@ -193,7 +193,7 @@ class Stacks:
 
     def _filled(self, layer: LoraLayer, stack: Stack | None, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]) -> Stack:
         """The stack, or a new one, after what is missing or has changed was written."""
-        modules: Mapping[str, LiveUpdate] = layer._modules  # type: ignore[attr-defined]
+        modules: Mapping[str, LiveUpdate] = layer._modules
         stale = list(children) if stack is None else stack.stale(children)
         ranks = {c: modules[c].width for c in stale}
         layout = self._with_room(layer, stack.layout, ranks, children, y, layers) if stack is not None else None
@@ -244,7 +244,7 @@ class Stacks:
     def _planned(
         self, layer: LoraLayer, layout: Layout, ranks: Mapping[str, int], children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]
     ) -> Layout | None:
-        modules = layer._modules  # type: ignore[attr-defined]
+        modules = layer._modules
         same = {c: (start, stop) for c, (start, stop) in layout.places.items() if ranks.get(c, stop - start) == stop - start}
         planned, kept = Layout(layout.capacity, same), set(children)
         oldest = [c for c in self._named if c in same and c not in kept]
@@ -273,7 +273,7 @@ class Stacks:
 
     def _capacity(self, layer: LoraLayer, needed: int, y: Tensor, layers: Iterable[LoraLayer]) -> int:
         """How many ranks a new stack of this layer may hold, for a batch that needs so many."""
-        children: Iterable[object] = layer._modules.values()  # type: ignore[attr-defined]
+        children: Iterable[object] = layer._modules.values()
         attached = sum([u.width for u in children if isinstance(u, LiveUpdate)])
         if self._width is None:
             self._width = sum([sum(_sizes(each)) for each in layers if each.lora_kind == "linear"])
@@ -283,4 +283,4 @@ class Stacks:
 
 def _sizes(layer: LoraLayer) -> tuple[int, int]:
     """(in, out)"""
-    return layer.lora_sizes()  # type: ignore[attr-defined]
+    return layer.lora_sizes()

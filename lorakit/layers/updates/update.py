@@ -79,7 +79,7 @@ def live(variant: str) -> type[LiveUpdate]:
 
 def master_dtype(layer: LoraLayer) -> torch.dtype:
     """Of what is trained: float32 (float64 over a float64 base)."""
-    weight: Tensor = layer.weight  # type: ignore[attr-defined]
+    weight: Tensor = layer.weight
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -87,4 +87,4 @@ def device_of(layer: LoraLayer) -> torch.device:
     """The layer's device, where accelerate's offload leaves its weight on "meta" between calls the one it is called on."""
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else layer.weight.device  # type: ignore[attr-defined]
+    return torch.device(device) if device is not None else layer.weight.device
