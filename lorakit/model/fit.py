@@ -38,6 +38,11 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
     return found, dict.fromkeys(lost, "no such module in this model")
 
 
+def is_live(adapter: Adapter) -> bool:
+    """Whether a live model takes all of its updates."""
+    return all(u.variant in variants() for u in adapter.updates.values())
+
+
 def _check_live(module: str, update: Update) -> None:
     if update.variant in variants():
         return
