@@ -60,6 +60,8 @@ def without_losses(adapter: Adapter, losses: Callable[[Adapter], list[str]]) -> 
     )
     if not (left.updates or left.saved or left.embeddings):
         raise AdapterError("nothing of this adapter can be held by that format")
+    if left.factors and left.others and losses(left):
+        left = replace(left, updates=left.factors)  # a format of one kind a file holds either of them
     still = losses(left)
     if still:
         raise AdapterError("what the format cannot hold is no single part that could be left out:\n  " + "\n  ".join(still))

@@ -86,7 +86,10 @@ VALUES = {
 }  # fmt: skip
 
 # The layers that a kind can be trained on, as `on` names them.
-LIVE = {"lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"}}
+LIVE = {
+    "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
+    "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
+}
 
 
 @pytest.fixture(params=VALUES)
