@@ -9,17 +9,28 @@ change of the weight can be, so only such factors that have the form above (bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layer import LoraLayer, Shapes
 from .updates.update import Pair
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvLayer(LoraLayer):
     lora_kind = "conv"
+    in_channels: int
+    groups: int
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    padding_mode: str
+    dilation: tuple[int, ...]
+    _reversed_padding_repeated_twice: list[int]
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         weight = self.weight
@@ -46,7 +57,7 @@ class ConvLayer(LoraLayer):
         if A.shape[1] * groups == self.in_channels:
             down = self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)
         else:
-            padding = self.padding
+            padding: Any = self.padding
             if self.padding_mode != "zeros":
                 x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
             down = conv(x, A, None, self.stride, padding, self.dilation)

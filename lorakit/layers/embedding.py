@@ -17,6 +17,9 @@ from .updates.update import Pair
 
 class EmbeddingLayer(LoraLayer):
     lora_kind = "embedding"
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
     lora_transposed = True  # the weight is [vocab, dim], ΔW = (B A)ᵀ
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:

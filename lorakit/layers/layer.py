@@ -74,8 +74,10 @@ def remove_update(layer: Any, child: str) -> LiveUpdate:
     return update
 
 
-# What the mixins are put in front of, for the type checker.
-_Module = nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Module = nn.Module  # what the mixins are put in front of
+else:
+    _Module = object
 
 
 class Swapped(_Module):
@@ -122,6 +124,9 @@ def rebuild(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
 class LoraLayer(Swapped):
     """The mixin's state. `lora_active` is a tuple of (child's name, weight); `lora_merged` tells that ΔW is in the weight now."""
 
+    weight: Tensor
+    bias: Tensor | None
+    _modules: dict[str, Any]  # the updates among them
     lora_kind: Kind  # how A and B are to be read
     lora_transposed = False  # the weight is [in, out]
     lora_active: tuple[tuple[str, float], ...]
@@ -129,7 +134,7 @@ class LoraLayer(Swapped):
     lora_route: Routing | None = None  # set on the instance while inside `lorakit.route`, see `batched.routes`
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        y = super().forward(x, *args, **kwargs)
         if self.lora_route is not None:
             return self.lora_route.add_updates(self, y, x)
         active = self.lora_in_use()
@@ -139,7 +144,7 @@ class LoraLayer(Swapped):
         """The updates that the forward has to add, each with its weight."""
         if self.lora_merged is not None:
             return []
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         return [(children[name], weight) for name, weight in self.lora_active if weight != 0]
 
     def lora_updated(self, y0: Tensor, x: Tensor, active: list[tuple[LiveUpdate, float]]) -> Tensor:
@@ -165,6 +170,10 @@ class LoraLayer(Swapped):
 
     def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
         """What the layer makes of x with this weight, of its own one's shape, and without bias. In W's dtype."""
+        raise NotImplementedError
+
+    def lora_sizes(self) -> tuple[int, int]:
+        """(in, out) of a linear."""
         raise NotImplementedError
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:

@@ -24,6 +24,8 @@ from .updates.update import LiveUpdate, Pair
 
 class LinearLayer(LoraLayer):
     lora_kind = "linear"
+    in_features: int
+    out_features: int
     lora_plain = False  # the base computes just x Wᵀ + b
     lora_fresh_output = False  # nothing else keeps the base's output. A subclass with a forward of its own may keep it
 

@@ -47,7 +47,7 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
     mixin = mixin_for(module)
     assert mixin is not None
     if parts is not None:
-        mixin = _PACKED[mixin]
+        mixin = _PACKED[mixin]  # type: ignore[index]
         module.lora_parts = parts  # type: ignore[assignment]
     module.__class__ = adapted_class(mixin, type(module))
     module.lora_active = ()  # type: ignore[assignment]

@@ -18,6 +18,7 @@ from .probe import is_as_probed, misfit, twin, unknown_attribute
 class FusedRmsNorm(Swapped):
     """In front of the norm's own class, whose forward is called wherever the node does not apply."""
 
+    weight: Tensor
     lora_form: tuple[Form, str]  # and the name of epsilon
 
     @staticmethod
@@ -26,7 +27,7 @@ class FusedRmsNorm(Swapped):
         return {"lora_form": found}
 
     def forward(self, *args, **kwargs) -> Tensor:
-        weight: Tensor = self.weight
+        weight = self.weight
         x = args[0] if len(args) == 1 and not kwargs else None
         if (
             x is None or not x.requires_grad or not torch.is_grad_enabled() or weight.requires_grad or x.dtype != weight.dtype

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 class LohaFactors(LiveUpdate):
     """One adapter's factors of one linear or convolution. `t1`, `t2`: of a loaded one in Tucker form."""
 
+    w1a: Tensor
+    w1b: Tensor
+    w2a: Tensor
+    w2b: Tensor
+    t1: Tensor | None
+    t2: Tensor | None
+
     def __init__(self, factors: dict[str, Tensor], rank: int, alpha: float, dropout: float, trainable: bool):
         super().__init__()
         for name in ("w1a", "w1b", "w2a", "w2b", "t1", "t2"):

@@ -67,7 +67,7 @@ class LiveUpdate(Own):
 
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
         """`weight` · ΔW by blocks of rows of the layer's weight, on its device."""
-        W: Tensor = layer.weight  # type: ignore[attr-defined]
+        W: Tensor = layer.weight
         value = self.value(layer).map(lambda _, t: t.to(W.device))
         return value.rows(tuple(W.shape), layer.lora_transposed, weight)
 
