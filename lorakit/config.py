@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -87,6 +88,7 @@ class LoraConfig(Strict):
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks: {name ending or regular expression: rank}")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, likewise")
     rslora: bool = Field(False, description="scale by alpha / √rank (Kalajdzievski 2023)")
+    variant: str = Field("lora", description="kind of update to train (docs/python.md lists them)")
     init: Literal["default", "gaussian"] = Field("default", description="A kaiming-uniform or gaussian; B zero, so that ΔW starts at zero")
     save_modules: list[str] = Field(default_factory=list, description="modules trained and saved whole (PEFT's modules_to_save)")
     packed: dict[str, list[bool]] = Field(
@@ -106,6 +108,13 @@ class LoraConfig(Strict):
             return sorted(dict.fromkeys(value))
         if isinstance(value, str) and value != ALL_LINEAR:
             _compile(value)
+        return value
+
+    @field_validator("variant")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in variants():
+            raise ValueError(f"there is no '{value}'{did_you_mean(value, variants())}; it is one of {', '.join(variants())}")
         return value
 
     @field_validator("rank_pattern")
@@ -153,6 +162,13 @@ class LoraConfig(Strict):
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Which equal parts of a packed projection are adapted, or None for an ordinary module."""
         return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
+
+
+@cache
+def variants() -> tuple[str, ...]:
+    """The kinds of update that a live model takes: each is a file of layers/updates/, which is not imported here."""
+    files = (Path(__file__).parent / "layers" / "updates").glob("*.py")
+    return tuple(sorted(file.stem for file in files if file.stem not in ("__init__", "update")))
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

@@ -50,7 +50,7 @@ def adapter(seed: int = 0, rank: int = 4, others: bool = False, rslora: bool = F
         "layers.1.r": factors(rank=rank, seed=seed + 3, rslora=rslora),
     }  # fmt: skip
     whole = {"layers.1.loha": hadamard(seed), "layers.1.lokr": kronecker(seed), "layers.1.full": Dense(numbers(7, 9, seed=seed))}
-    return lk.Adapter(lk.LoraConfig(rank=rank, alpha=6.0, targets=["q"]), made, others=whole if others else {})
+    return lk.Adapter(lk.LoraConfig(rank=rank, alpha=6.0, targets=["q"]), made | (whole if others else {}))
 
 
 def exact(update) -> Tensor:

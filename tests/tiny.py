@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import LoraFactors
 from lorakit.layers.saved import SavedParameters
+from lorakit.layers.updates.update import LiveUpdate
 
 VOCAB = 48
 
@@ -131,8 +131,8 @@ def randomise_factors(model: nn.Module, seed: int = 1, size: float = 0.3) -> nn.
     made = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, LoraFactors):
-                for parameter in (module.A, module.B):
+            if isinstance(module, LiveUpdate):
+                for parameter in module.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=made) * size)
             if isinstance(module, SavedParameters):
                 for name in module.adapters():

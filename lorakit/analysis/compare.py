@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Adapter, Other
+from ..adapter.adapter import Adapter
 from ..adapter.algebra.compatible import base_differences
-from ..adapter.algebra.product import LowRank, inner, matrix, size_of
+from ..adapter.algebra.product import inner, matrix, size_of
 from ..adapter.algebra.spectrum import Spectrum, decompose
 from ..adapter.lora import Factors
+from ..adapter.update import LowRank, Update
 from ..checkpoint.weights import open_weights
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..module_names import matches
@@ -136,7 +137,7 @@ def compare(
     return Comparison(names, pairs, only, sums.cosine, sums.changes, similarities, against, bases)
 
 
-def _nothing_shared(names: tuple[str, str], first: Mapping[str, Factors | Other], second: Mapping[str, Factors | Other]) -> str:
+def _nothing_shared(names: tuple[str, str], first: Mapping[str, Update], second: Mapping[str, Update]) -> str:
     told = [f"{name} changes {listing(updates, 3) or 'no module'}" for name, updates in zip(names, (first, second), strict=True)]
     return "the two adapters have no module in common, and are not of one base: there is nothing to compare\n  " + "\n  ".join(told)
 
@@ -181,7 +182,7 @@ class _Sums:
     def __init__(self) -> None:
         self.product, self.energy, self.added, self.own = 0.0, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
 
-    def alone(self, *sides: Sequence[Factors | Other]) -> None:
+    def alone(self, *sides: Sequence[Update]) -> None:
         """Modules of one adapter alone."""
         for side, updates in enumerate(sides):
             for update in updates:
@@ -199,7 +200,7 @@ class _Sums:
         return first, second
 
 
-def _pair(module: str, a: Factors | Other, b: Factors | Other, names: tuple[str, str], sums: _Sums) -> Pair:
+def _pair(module: str, a: Update, b: Update, names: tuple[str, str], sums: _Sums) -> Pair:
     first, second = matrix(a), matrix(b)
     shape, other = size_of(first), size_of(second)
     if shape != other:
@@ -223,7 +224,7 @@ def _pair(module: str, a: Factors | Other, b: Factors | Other, names: tuple[str,
     s, t = x.strongest(), y.strongest()
     phi = [float(similarity(p, q)[-1, -1]) if s.rank and t.rank else None for p, q in ((s.V, t.V), (s.U, t.U))]
     cosine = max(-1.0, min(1.0, product / (x.norm * y.norm))) if x.norm > 0 and y.norm > 0 else None
-    notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if isinstance(u, Factors) and u.magnitude is not None]
+    notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if u.needs_base]
     notes += [f"{n}: its {d.S.numel()} strongest directions" for n, d in zip(names, (x, y)) if not d.complete]
     return Pair(
         module, shape, (s.rank, t.rank), (x.norm, y.norm), cosine, principal_angles(s.V, t.V), principal_angles(s.U, t.U),
@@ -243,14 +244,14 @@ def _chosen(pairs: Sequence[Pair], wanted: Sequence[str]) -> list[Pair]:
     return [pair for pair in pairs if pair in largest]
 
 
-def _similarity(module: str, a: Factors | Other, b: Factors | Other, of: Of) -> Similarity:
+def _similarity(module: str, a: Update, b: Update, of: Of) -> Similarity:
     if not (isinstance(a, Factors) and isinstance(b, Factors)):  # LoHa, LoKr and whole updates have no A and B
         of = "right" if of in ("A", "right") else "left"
     U, V = directions(a, of), directions(b, of)
     return Similarity(module, of, similarity(U, V).tolist(), max(U.shape[1], V.shape[1]) / U.shape[0])
 
 
-def directions(update: Factors | Other, of: Of) -> Tensor:
+def directions(update: Update, of: Of) -> Tensor:
     """Orthonormal columns, the strongest first: ΔW's input (right) or output (left) directions, or those of the factor A or B alone."""
     low = matrix(update)
     if of in ("right", "left") or not isinstance(low, LowRank):
@@ -262,7 +263,7 @@ def directions(update: Factors | Other, of: Of) -> Tensor:
 
 
 def _against(
-    folder: Path, chosen: Sequence[str], a: Mapping[str, Factors | Other], b: Mapping[str, Factors | Other]
+    folder: Path, chosen: Sequence[str], a: Mapping[str, Update], b: Mapping[str, Update]
 ) -> tuple[list[Amplification], list[Amplification]]:
     weights = open_weights(folder, chosen)
     rows: tuple[list[Amplification], list[Amplification]] = [], []

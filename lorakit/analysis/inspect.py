@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.algebra.spectrum import norm, spectrum
+from ..adapter.algebra.product import norm
+from ..adapter.algebra.spectrum import spectrum
 from ..bases.load import EMBEDDED, load_config
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
@@ -18,8 +19,8 @@ from .training_notes import training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..adapter.adapter import Adapter, Other
-    from ..adapter.lora import Factors
+    from ..adapter.adapter import Adapter
+    from ..adapter.update import Update
 
 __all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
 
@@ -201,17 +202,13 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
     )
 
 
-def _module(name: str, update: Factors | Other, relative: float | None) -> ModuleFacts:
-    from ..adapter.lora import Factors
-
+def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
     tensors = update.tensors()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    dora = isinstance(update, Factors) and update.magnitude is not None
-    bias = not isinstance(update, Factors) and "bias" in tensors
     return ModuleFacts(
         name,
-        update.kind if isinstance(update, Factors) else type(update).__name__.lower(),
+        getattr(update, "kind", type(update).__name__.lower()),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
@@ -222,8 +219,8 @@ def _module(name: str, update: Factors | Other, relative: float | None) -> Modul
         found.effective_rank,
         found.stable_rank,
         relative,
-        dora,
-        dead=found.norm == 0 and not dora and not bias,
+        update.needs_base,
+        dead=found.norm == 0 and not update.needs_base and not update.changes_bias,
     )
 
 

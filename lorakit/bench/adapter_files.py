@@ -21,7 +21,6 @@ import torch
 import lorakit as lk
 
 from ..adapter.algebra.combine import combined
-from ..adapter.algebra.decompose import matrix_of
 from ..adapter.algebra.resize import resize
 from ..analysis.inspect import describe_adapter
 from ..formats.convert import convert
@@ -56,7 +55,7 @@ def timed(rounds: int, run) -> float:
 
 
 def full_svd(f: lk.Factors, rank: int) -> None:
-    U, S, Vt = torch.linalg.svd(matrix_of(f), full_matrices=False)
+    U, S, Vt = torch.linalg.svd(f.matrix(), full_matrices=False)
     (U[:, :rank] * S[:rank]).contiguous(), Vt[:rank].contiguous()
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.dense import Dense
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .names import Renaming
-from .update import Dora, Update, bias_for, is_zero, update_for
+from .update import Change, bias_for, update_for
 from .where import Place, Places, bias_place, slot_at
 
 
@@ -23,7 +22,7 @@ class Changes:
     """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the files lack."""
 
     base: Base
-    updates: dict[str, dict[tuple[int, int], list[Update]]] = field(default_factory=dict)
+    updates: dict[str, dict[tuple[int, int], list[Change]]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
 
@@ -44,11 +43,11 @@ class Changes:
 
         for module, update in adapter.updates.items():
             place = places.modules[module]
-            if not isinstance(update, Dense) or update.weight is not None:
+            if update.changes_weight:
                 once(place, f"{module}.weight")
                 slot = slot_at(self.base, place, places.ties)
                 self._put(place, update_for(module, update, slot, self.base.model_type, weight, place))
-            if isinstance(update, Dense) and update.bias is not None:
+            if update.changes_bias:
                 at = bias_place(self.base, module, places)
                 once(at, f"{module}.bias")
                 self._put(at, bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
@@ -64,13 +63,13 @@ class Changes:
                 raise AdapterError(f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n  merge one of them")
         for places in self.updates.values():
             for updates in places.values():
-                if len(updates) > 1 and any(isinstance(u, Dora) for u in updates):
+                if len(updates) > 1 and any(change.update.needs_base for change in updates):
                     raise AdapterError(
                         f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight it is added to\n"
                         "  merge that adapter first, and the others into the result"
                     )
 
-    def _put(self, place: Place, update: Update) -> None:
+    def _put(self, place: Place, update: Change) -> None:
         self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
 
     def _replace(self, at: str, own: str, value: Tensor) -> None:
@@ -108,7 +107,7 @@ def check_something(weight: float, adapter: Adapter, called: str = "the adapter"
         raise AdapterError(
             f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"
         )
-    if not adapter.saved and (weight == 0 or all(map(is_zero, adapter.updates.values()))):
+    if not adapter.saved and (weight == 0 or all(u.is_zero() for u in adapter.updates.values())):
         why = "its weight is 0" if weight == 0 else "was it saved before training?"
         raise AdapterError(f"{called} changes nothing: its update is zero everywhere, so there is nothing to merge\n  {why}")
     if adapter.embeddings:

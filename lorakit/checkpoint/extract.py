@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.algebra.decompose import Form, compose
+from ..adapter.algebra.compose import compose
 from ..adapter.algebra.reform import describing
 from ..adapter.algebra.svd import distance, matrix_svd, norm_squared
 from ..adapter.dense import Dense
-from ..adapter.lora import Factors
+from ..adapter.lora import Factors, Form
 from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..io.stream import Slot
@@ -139,7 +139,8 @@ def extract(
     if layout is not None:
         factors |= _heads(layout, factors)
         print_ = layout.fingerprint()
-    adapter = Adapter(_config(str(base), factors, saved, others), factors, saved, {"fingerprint": print_} if print_ else {}, others)
+    config = _config(str(base), factors, saved, others)
+    adapter = Adapter(config, {**factors, **others}, saved, {"fingerprint": print_} if print_ else {})
     return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged, tuple(_doubts(reports, pairs)))
 
 

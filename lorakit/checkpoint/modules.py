@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.algebra.decompose import Form
 from ..adapter.fingerprint import fingerprint
+from ..adapter.lora import Form
 from ..errors import TargetError
 from .base import Base
 from .names import Renaming, find_renaming

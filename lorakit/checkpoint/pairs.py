@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter.algebra.decompose import Form
 from ..adapter.algebra.svd import norm_squared
+from ..adapter.lora import Form
+from ..adapter.update import halves_swapped
 from ..errors import LorakitError, listing
 from ..formats import names
 from ..io.stream import MERGEABLE, Slot
@@ -25,7 +26,6 @@ from .modules import Layout, layout_of
 from .parts import PIPELINE, Part, open_parts
 from .single_file import Place, bias_place, places
 from .tied_weights import declared
-from .update import halves_swapped
 
 _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for which there are no adapters
 

@@ -35,10 +35,7 @@ class Part:
         saved = _within(self.name, adapter.saved)
         if not updates and not saved:
             return None
-        return replace(
-            adapter, factors=_within(self.name, adapter.factors), others=_within(self.name, adapter.others), saved=saved,
-            metadata=_fingerprint_within(self.name, adapter.metadata),
-        )  # fmt: skip
+        return replace(adapter, updates=updates, saved=saved, metadata=_fingerprint_within(self.name, adapter.metadata))
 
     def file(self, name: str, converted: bool) -> str:
         """What a file of weights is called in OUT. A variant (fp16) is one of a pipeline, and of its own precision."""

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.lora import Factors
 from ..errors import TargetError, listing
 from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
+from ..ops.delta import as_matrices
 from .base import Base
 from .changes import Changes
 from .names import Renaming
-from .update import LowRank, Update
+from .update import Change
 from .where import find_places
 
 
@@ -31,7 +33,7 @@ class Placed:
 
     start: int
     stop: int
-    updates: tuple[Update, ...]
+    updates: tuple[Change, ...]
 
     @property
     def module(self) -> str:
@@ -127,11 +129,19 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
 
 def _same_change(changes: Changes, group: list[str]) -> bool:
     """Whether all of a group of tied weights gain the same low-rank update: a head the transposed factors of its embedding."""
-    found = [u for n in group for us in changes.updates.get(n, {}).values() for u in us]
-    if len(found) != len(group) or any(n in changes.values for n in group) or not all(isinstance(u, LowRank) for u in found):
+    found = [change for n in group for changed in changes.updates.get(n, {}).values() for change in changed]
+    if len(found) != len(group) or any(n in changes.values for n in group):
         return False
-    pairs = [(u.B, u.A, u.scale) if not u.transposed else (u.A.T, u.B.T, u.scale) for u in found if isinstance(u, LowRank)]
-    return all(s == pairs[0][2] and torch.equal(left, pairs[0][0]) and torch.equal(right, pairs[0][1]) for left, right, s in pairs)
+    halves = []
+    for change in found:
+        f = change.update
+        if not isinstance(f, Factors) or f.needs_base:
+            return False
+        A, B = as_matrices(f.A, f.B)
+        left, right = (A.T, B.T) if change.transposed else (B, A)
+        halves.append((f.scale * change.weight, left, right))
+    scale, left, right = halves[0]
+    return all(s == scale and torch.equal(x, left) and torch.equal(y, right) for s, x, y in halves)
 
 
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.algebra.concatenate import exact_sum
+from ..adapter.algebra.product import norm
 from ..adapter.algebra.reform import with_updates
-from ..adapter.algebra.spectrum import norm
 from ..adapter.lora import Factors
 from ..errors import AdapterError
 from ..formats import TAKES_ALPHA, find, format_of, load, peft

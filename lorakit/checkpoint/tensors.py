@@ -2,7 +2,7 @@
 
     W' = round(W + Σ ΔW)        added in float32 (float64 stays), rounded once
 
-Memory: a few blocks, whatever the tensors' size; and the adapter's own factors. Of a LoHa, a LoKr or a whole update, the ΔW of one tensor.
+Memory: a few blocks, whatever the tensors' size; and the adapter's own factors.
 """
 
 from __future__ import annotations

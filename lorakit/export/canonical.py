@@ -36,12 +36,12 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
         rank=max(rank, 1), alpha=float(max(rank, 1)), rslora=False, rank_pattern={}, alpha_pattern={}, packed={},
         targets=adapter.config.targets if adapter.config.targets != "all-linear" else endings,
     )  # fmt: skip
-    return replace(adapter, config=config, factors=factors)
+    return replace(adapter, config=config, updates=factors)
 
 
 def _plain(module: str, f: Factors) -> Factors:
     """Scale 1, and the update that a packed one is."""
-    if f.magnitude is not None:
+    if f.needs_base:
         raise AdapterError(
             f"'{module}' is a DoRA: its strength depends on the base, so no plain factors are the same\n  merge it into the base instead"
         )
@@ -64,11 +64,7 @@ def _padded(f: Factors, rank: int) -> Factors:
 def is_canonical(adapter: Adapter) -> bool:
     """Whether every module has one rank and the scale 1."""
     return (
-        not adapter.others
+        all(u.variant == "lora" for u in adapter.updates.values())
         and len({f.A.shape[0] for f in adapter.factors.values()}) <= 1
-        and all(_unit(f) for f in adapter.factors.values())
+        and all(f.scale == 1 and not f.rslora and f.parts is None for f in adapter.factors.values())
     )
-
-
-def _unit(f: Factors) -> bool:
-    return f.scale == 1 and not f.rslora and f.parts is None and f.magnitude is None

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter.adapter import Adapter, Other
+from ..adapter.adapter import Adapter
 from ..adapter.dense import Dense
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..formats import names
 from .effect import Content, Effect, low_rank
 
@@ -26,7 +27,7 @@ def expected(adapter: Adapter, format: str) -> Content:
     return Content({m: effect_of(u) for m, u in adapter.updates.items()}, {name: _array(t) for name, t in adapter.saved.items()})
 
 
-def effect_of(update: Factors | Other) -> Effect:
+def effect_of(update: Update) -> Effect:
     """One update's effect. Of the other kinds ΔW is lorakit's own, in double precision: the equations that it is held against are in `effect`."""
     if isinstance(update, Factors):
         return Effect(lambda: _low_rank(update), None if update.magnitude is None else _array(update.magnitude))
@@ -99,7 +100,7 @@ def _swapped(e: Effect) -> Effect:
     return Effect(None if delta is None else lambda: swap(delta()), magnitude, None if bias is None else swap(bias))
 
 
-def _shift_and_scale(update: Factors | Other) -> bool:
+def _shift_and_scale(update: Update) -> bool:
     """Whether the weight has two rows for each input: a norm's shift and scale."""
     if isinstance(update, Factors):
         return update.B.shape[0] == 2 * update.A.shape[1]

@@ -28,7 +28,7 @@ from ..errors import AdapterError, LorakitError
 from ..io.stream import read_header
 from ..model.attach import attach
 from ..model.detach import detach
-from ..model.fit import check_base
+from ..model.fit import check_base, is_live
 from .effect import Content, Effect
 
 # Of the largest |logit|. The same weights, added in another order in float32, are 1e-6 to 1e-5 apart.
@@ -108,7 +108,7 @@ def compare(adapter: Adapter, found: Content, wanted: Content, base: Path, copy:
         return str(error).splitlines()[0]
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"{base} gives no logits for token ids alone: {next(iter(str(error).splitlines()), type(error).__name__)}"
-    live = not adapter.others and not any(f.magnitude is not None for f in adapter.factors.values())
+    live = is_live(adapter)
     try:
         if live:
             reference = logits_of(attach(model, adapter))

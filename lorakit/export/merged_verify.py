@@ -24,6 +24,7 @@ from ..checkpoint.tensors import merged_rows
 from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
 from ..model.attach import attach
+from ..model.fit import is_live
 from .gguf_model import Placed
 from .logits import logits_of, why_not
 
@@ -57,12 +58,12 @@ def verified(
     if why is not None:
         return Verified(most, name, None, why)
     lost = unread(config)
-    live = adapter is None or not (adapter.others or any(f.magnitude is not None for f in adapter.factors.values()))
+    live = adapter is None or is_live(adapter)
     logits, fault = logits_differ(path, placed, adapter if live else None, base, config if lost else None)
     if not fault <= TOLERANCE:
         raise _fault(f"its logits are off by {fault:.2g} of the largest from those of the same numbers")
     notes = [f"with the base's hyper-parameters, as transformers does not read {lost} from a GGUF"] if lost else []
-    notes += [] if live else ["from W + ΔW rounded as in the file: no live model takes DoRA, LoHa, LoKr or whole updates yet"]
+    notes += [] if live else ["from W + ΔW rounded as in the file: no live model takes DoRA, or other kinds that lorakit does not train"]
     return Verified(most, name, logits if live else fault, "; ".join(notes))
 
 

@@ -55,7 +55,7 @@ def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
 def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
     """None of these, and no DoRA."""
     yield from no_other_kinds(adapter)
-    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None]
+    dora = [m for m, u in adapter.updates.items() if u.needs_base]
     if dora:
         yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", MERGE, into_base=tuple(dora))
 
@@ -75,9 +75,14 @@ def no_embeddings(adapter: Adapter) -> Iterator[Finding]:
         )
 
 
+def _plain(adapter: Adapter) -> bool:
+    """Whether all of it is LoRA."""
+    return all(u.variant == "lora" for u in adapter.updates.values())
+
+
 def one_scale(adapter: Adapter) -> Iterator[Finding]:
     """One rank and the scale 1 everywhere."""
-    if not adapter.others and not any(f.magnitude is not None for f in adapter.factors.values()) and not is_canonical(adapter):
+    if _plain(adapter) and not is_canonical(adapter):
         ranks = sorted({f.A.shape[0] for f in adapter.factors.values()})
         scales = sorted({round(f.scale, 6) for f in adapter.factors.values()})
         yield Finding(
@@ -91,7 +96,7 @@ def one_rank_and_strength(adapter: Adapter) -> Iterator[Finding]:
     """One rank and one alpha / rank for all modules: what is said once in a config."""
     fs = list(adapter.factors.values())
     same = len({(f.A.shape[0], f.scale, f.rslora) for f in fs}) <= 1 and not any(f.rslora or f.parts for f in fs)
-    if not same and not adapter.others and not any(f.magnitude is not None for f in fs):
+    if not same and _plain(adapter):
         yield from one_scale(adapter)
 
 

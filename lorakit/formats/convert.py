@@ -51,16 +51,17 @@ def convert(
 
 def without_losses(adapter: Adapter, losses: Callable[[Adapter], list[str]]) -> Adapter:
     """The adapter without the parts that `losses` objects to, each looked at by itself."""
-    alone = replace(adapter, factors={}, others={}, saved={}, embeddings={})
+    alone = replace(adapter, updates={}, saved={}, embeddings={})
     left = replace(
         adapter,
-        factors={m: f for m, f in adapter.factors.items() if not losses(replace(alone, factors={m: f}))},
-        others={m: o for m, o in adapter.others.items() if not losses(replace(alone, others={m: o}))},
+        updates={m: u for m, u in adapter.updates.items() if not losses(replace(alone, updates={m: u}))},
         saved={n: t for n, t in adapter.saved.items() if not losses(replace(alone, saved={n: t}))},
         embeddings={n: t for n, t in adapter.embeddings.items() if not losses(replace(alone, embeddings={n: t}))},
     )
     if not (left.updates or left.saved or left.embeddings):
         raise AdapterError("nothing of this adapter can be held by that format")
+    if left.factors and left.others and losses(left):
+        left = replace(left, updates=left.factors)  # a format of one kind a file holds either of them
     still = losses(left)
     if still:
         raise AdapterError("what the format cannot hold is no single part that could be left out:\n  " + "\n  ".join(still))

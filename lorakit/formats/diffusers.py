@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Adapter, Other
+from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
@@ -48,19 +49,12 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
     if flat is not None:
         return kohya.read(path, flat, {key: value for key, value in header.items() if key != "format"})
     strengths = Strengths(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
-    factors: dict[str, Factors] = {}
-    others: dict[str, Other] = {}
-    for module, parts in _sort(path, tensors).items():
-        update = _update(path, module, parts, strengths)
-        if isinstance(update, Factors):
-            factors[module] = update
-        else:
-            others[module] = update
+    updates = {module: _update(path, module, parts, strengths) for module, parts in _sort(path, tensors).items()}
     metadata = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     rest = {key: value for key, value in header.items() if key not in (KEY, "lorakit", "format")}
     metadata = metadata | ({"header": rest} if rest else {})
-    config = checked(path, lambda: _config(factors, others))
-    return Adapter(config, factors, metadata=metadata, others=others).check()
+    config = checked(path, lambda: _config(updates))
+    return Adapter(config, updates, metadata=metadata).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -134,7 +128,7 @@ def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return modules
 
 
-def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Strengths) -> Factors | Other:
+def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Strengths) -> Update:
     """One module's update."""
     down, up, mid = (parts.get(f"lora_{which}.weight") for which in ("down", "up", "mid"))
     rslora = False
@@ -207,9 +201,10 @@ def with_alpha_as_rank(f: Factors) -> Factors:
     return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind, magnitude=f.magnitude)
 
 
-def _config(factors: Mapping[str, Factors], others: Mapping[str, Other]) -> LoraConfig:
+def _config(updates: Mapping[str, Update]) -> LoraConfig:
+    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
     if not factors:
-        return LoraConfig(targets=sorted({module.rsplit(".", 1)[-1] for module in others}))
+        return LoraConfig(targets=sorted({module.rsplit(".", 1)[-1] for module in updates}))
     return config_of(factors, rslora=any(f.rslora for f in factors.values()))
 
 

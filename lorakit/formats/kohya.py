@@ -20,14 +20,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.dense import Dense
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json
 from . import lycoris, names
 from .kohya_metadata import metadata, model_said, write_hashed
-from .kohya_parts import Update, fuse, part_sizes, size, split, swap_halves
+from .kohya_parts import fuse, part_sizes, size, split, swap_halves
 from .peft_config import checked
 
 _EMBEDDING = "bundle_emb."
@@ -63,11 +63,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
             updates[module], came_from[module] = update, key
     ours = parse_json(header["lorakit"], f"{path} (its header)") if "lorakit" in header else {}
     facts = ours | {"model": model, "header": {k: v for k, v in header.items() if k != "lorakit"}}
-    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
-    others = {m: u for m, u in updates.items() if not isinstance(u, Factors)}
     try:
         config = checked(path, lambda: _config(updates))
-        return Adapter(config, factors, metadata=facts, others=others, embeddings=embeddings).check()
+        return Adapter(config, updates, metadata=facts, embeddings=embeddings).check()
     except AdapterError as error:
         raise error if str(error).startswith(str(path)) else AdapterError(f"{path}: {error}") from error
 
@@ -235,6 +233,6 @@ def _fused(place: names.Place, found: Mapping[str, Update], model: str) -> Updat
 def _swapped(model: str, key: str, module: str, update: Update) -> bool:
     """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's width: the list does."""
     out, width = size(update)
-    if isinstance(update, Dense) and update.weight is None:
+    if not update.changes_weight:
         width = names.shapes(model)[module][1] if names.shapes(model)[module][0] == out else 0
     return names.swaps_halves(model, key, module, (out, width))

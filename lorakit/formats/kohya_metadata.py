@@ -23,9 +23,9 @@ from ..adapter.dense import Dense
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..io.atomic import replacing
 from ..io.stream import NAMES, StreamWriter
-from .kohya_parts import Update
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 LEGACY_BYTES = (0x100000, 0x10000)  # from, and how many

@@ -3,7 +3,7 @@
     W = [W1; W2; ...]     the parts are blocks of rows        ΔW = B A:  ΔWi = Bi A     LoHa: rows of W1a and W2a     LoKr: rows of W1
 
 Splitting is exact and keeps rank and alpha: each part has the fused A. Fusing parts that share what is not rows gives the fused
-tensors back, bit for bit. Other low-rank parts, and some parts without the others, are fused as blocks, A = [A1; A2; ...] and B
+tensors back, bit for bit. Update low-rank parts, and some parts without the others, are fused as blocks, A = [A1; A2; ...] and B
 block-diagonal, the ranks added; such blocks (sd-scripts' split_qkv trains them too) are told and split into parts of their own ranks.
 """
 
@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Other
 from ..adapter.checks import wide
 from ..adapter.dense import Dense
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError
 
-Update = Factors | Other
 _ROWS = {Factors: ("B", "magnitude"), Hadamard: ("w1a", "w2a"), Kronecker: ("w1", "w1a"), Dense: ("weight", "bias")}
 
 
@@ -33,18 +32,10 @@ def size(update: Update) -> tuple[int, int]:
     """(out, in) of the weight it changes, a convolution's in without its kernel where the tensors tell it."""
     if isinstance(update, Factors):
         return update.B.shape[0], update.A.shape[1]
-    if isinstance(update, Hadamard):
-        if update.shape is not None:
-            return update.shape[0], update.shape[1]
-        return update.w1a.shape[1 if update.t1 is not None else 0], update.w1b.shape[1]
-    if isinstance(update, Kronecker):
-        if update.shape is not None:
-            return update.shape[0], update.shape[1]
-        (o1, i1), (o2, i2) = _sides(update.w1, update.w1a, update.w1b), _sides(update.w2, update.w2a, update.w2b, update.t2)
-        return o1 * o2, i1 * i2
-    first = update.weight if update.weight is not None else update.bias
-    assert first is not None
-    return first.shape[0], first.shape[1] if first.dim() > 1 else 1
+    if not update.changes_weight:
+        return update.tensors()["bias"].shape[0], 1
+    out, inner = (*update.weight_shape(), 1)[:2]
+    return out, inner
 
 
 def _sides(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> tuple[int, int]:

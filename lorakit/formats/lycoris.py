@@ -22,8 +22,8 @@ from ..adapter.dense import Dense
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError, did_you_mean
-from .kohya_parts import Update
 
 LORA = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "dora_scale": "magnitude"}
 LOHA = {"hada_w1_a": "w1a", "hada_w1_b": "w1b", "hada_w2_a": "w2a", "hada_w2_b": "w2b", "hada_t1": "t1", "hada_t2": "t2"}
@@ -74,6 +74,7 @@ def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: boo
     if isinstance(update, Dense):
         weight, bias = ("w_norm", "b_norm") if update.weight is not None and update.weight.dim() == 1 else ("diff", "diff_b")
         return {f"{key}.{weight if name == 'weight' else bias}": t for name, t in update.tensors().items()}
+    assert isinstance(update, Hadamard | Kronecker)
     suffixes = {name: suffix for suffix, name in (LOHA if isinstance(update, Hadamard) else LOKR).items()}
     named = {suffixes[name]: t for name, t in update.tensors().items()}
     named["alpha"] = scalar(update.alpha, next(iter(named.values())).dtype)

@@ -8,7 +8,7 @@
 
 Packed projections and shared grouped convolutions are written as the plain update that they are (exactly: rank and alpha
 grow together), and come back compact. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n parts, r, 1], loralib's
-form) is read as the packed projection that it is. LoHa and LoKr are read in `peft_lycoris`.
+form) is read as the packed projection that it is. LoHa and LoKr: see `peft_lycoris`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def read(path: Path, started: bool = False) -> Adapter:
     config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
     if lycoris:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        return Adapter(config, {}, metadata=ours, others=peft_lycoris.updates(kind, plain, config, weights)).check()
+        updates, saved = peft_lycoris.updates(kind, plain, config, weights)
+        return Adapter(config, updates, saved, ours).check()
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
     halves, saved = _sort(tensors, weights, bool(values.get("use_dora")))
     if enabled is not None:
@@ -98,7 +99,9 @@ def read(path: Path, started: bool = False) -> Adapter:
 
 
 def losses(adapter: Adapter) -> list[str]:
-    """What PEFT's LoRA folder cannot hold of this adapter, one line each."""
+    """What PEFT's folder cannot hold of this adapter, one line each."""
+    if peft_lycoris.is_loha(adapter):
+        return learned_tokens(adapter) + peft_lycoris.losses(adapter)
     lost = other_kinds(adapter) + learned_tokens(adapter)
     dora = {m: f.magnitude for m, f in adapter.factors.items() if f.magnitude is not None}
     if dora and len(dora) != len(adapter.factors):
@@ -114,7 +117,28 @@ def write(adapter: Adapter, path: Path) -> Path:
     adapter.check()
     lost = losses(adapter)
     if lost:
-        raise AdapterError(f"{path}: PEFT's LoRA format cannot hold all of this adapter\n  " + "\n  ".join(lost))
+        raise AdapterError(f"{path}: PEFT's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
+    loha = peft_lycoris.is_loha(adapter)
+    tensors, ranks, alphas = peft_lycoris.tensors_of(adapter, PREFIX) if loha else _tensors_of(adapter)
+    for name, tensor in adapter.saved.items():
+        module, _, last = name.rpartition(".")
+        adapted_bias = last == "bias" and module in adapter.factors
+        tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
+    transposed = any(f.transposed for f in adapter.factors.values())
+    dora = any(f.magnitude is not None for f in adapter.factors.values())
+    packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
+    ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
+    values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
+    write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
+    write_text(path / CONFIG, dumps(peft_lycoris.to_loha(values, adapter) if loha else values))
+    write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
+    if (path / PICKLE).exists():
+        (path / PICKLE).unlink()  # else a reader that prefers it would get the old weights
+    return path
+
+
+def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:
+    """The factors by PEFT's keys, and the ranks and alphas of the modules as PEFT counts them."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -130,21 +154,7 @@ def write(adapter: Adapter, path: Path) -> Path:
             conv = f.kind == "conv"
             shape = (1, -1, *[1] * (f.A.dim() - 2)) if conv else (-1,)
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude.reshape(shape)
-    for name, tensor in adapter.saved.items():
-        module, _, last = name.rpartition(".")
-        adapted_bias = last == "bias" and module in adapter.factors
-        tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
-    transposed = any(f.transposed for f in adapter.factors.values())
-    dora = any(f.magnitude is not None for f in adapter.factors.values())
-    packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
-    ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
-    config = adapter.config.replace(save_modules=_save_modules(adapter))
-    write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    write_text(path / CONFIG, dumps(to_peft(config, ranks, alphas, transposed, dora)))
-    write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
-    if (path / PICKLE).exists():
-        (path / PICKLE).unlink()  # else a reader that prefers it would get the old weights
-    return path
+    return tensors, ranks, alphas
 
 
 def _save_modules(adapter: Adapter) -> list[str]:

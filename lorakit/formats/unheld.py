@@ -24,5 +24,5 @@ def convolutions(adapter: Adapter, why: str = "") -> list[str]:
 
 def magnitudes(adapter: Adapter) -> list[str]:
     """DoRA's."""
-    found = [m for m, f in adapter.factors.items() if f.magnitude is not None]
+    found = [m for m, u in adapter.updates.items() if u.variant == "dora"]
     return [f"DoRA's magnitude of {len(found)} modules ({listing(found, 2)}): merge it into its base instead"] if found else []

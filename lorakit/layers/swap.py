@@ -49,7 +49,7 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
     if parts is not None:
         mixin = _PACKED[mixin]  # type: ignore[index]
         module.lora_parts = parts  # type: ignore[assignment]
-    module.__class__ = adapted_class(mixin, type(module))  # type: ignore[arg-type]
+    module.__class__ = adapted_class(mixin, type(module))
     module.lora_active = ()  # type: ignore[assignment]
     module.lora_merged = None  # type: ignore[assignment]
     rebind_hooked_forward(module)

@@ -162,7 +162,7 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
                 f"'{name}' cannot be adapted: {unseen[name]}, so an update there would have no effect\n"
                 "  leave it out (LoraConfig.exclude), or adapt the feed-forward layers around it"
             )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             raise TargetError(f"'{name}' is a {type(module).__name__} that has no shape yet\n  run the model once, then attach")
         if mixin_for(module) is None:
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]

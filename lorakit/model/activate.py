@@ -52,7 +52,7 @@ def set_active(model: nn.Module, state: State, wanted: dict[str, float]) -> None
     state.active = wanted
     chosen = [(child_name(n), w) for n, w in wanted.items()]
     for _, layer in layers_of(model):
-        layer.lora_active = tuple((child, w) for child, w in chosen if child in layer._modules)  # type: ignore[attr-defined]
+        layer.lora_active = tuple((child, w) for child, w in chosen if child in layer._modules)
     use_saved(model, state, next((n for n in wanted if state.adapters[n].saved), None))
 
 

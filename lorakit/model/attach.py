@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import fingerprint
-from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, StateError
 from ..layers import fastpath, saved
 from ..layers.fused import attention, fused
-from ..layers.layer import LoraFactors, LoraLayer, add_factors, child_name
-from ..layers.place import factors_for, fresh_for
+from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
 from ..layers.targets import find_targets, module_names, shortest_endings, with_head
+from ..layers.updates.update import LiveUpdate, live
 from .activate import set_active, use_saved
 from .fit import check_base, fresh_saved, modules_for, saved_for
 from .state import (
@@ -65,14 +65,14 @@ def attach(
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
     plan = _fresh(model, adapter) if isinstance(adapter, LoraConfig) else _loaded(model, adapter, strict, force)
-    factors = _build(model, plan, child_name(name), trainable)
+    updates = _build(model, plan, child_name(name), trainable)
     # From here on nothing can fail.
     if not state.adapters:
         state.required_grad = {n for n, p in base_parameters(model) if p.requires_grad}
     if trainable and not any(a.trainable for a in state.adapters.values()):
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
-    _register(model, state, name, plan, factors, trainable)
+    _register(model, state, name, plan, updates, trainable)
     set_active(model, state, {name: 1.0})
     return model
 
@@ -86,17 +86,19 @@ class _Plan:
     modules: Mapping[str, nn.Module]
     saved: Mapping[str, Tensor]
     skipped: Mapping[str, str]
-    values: Mapping[str, Factors] | None  # None: fresh ones
+    values: Mapping[str, Update] | None  # None: fresh ones
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Which parts of a packed projection are adapted."""
         return self.config.parts_of(module) if self.values is None else self.values[module].parts
 
-    def factors_of(self, module: nn.Module, name: str, trainable: bool) -> LoraFactors:
-        """A module's A and B, fresh or with the adapter's values."""
+    def update_of(self, module: nn.Module, name: str, trainable: bool) -> LiveUpdate:
+        """A module's update, fresh or with the adapter's values."""
+        assert isinstance(module, LoraLayer)
         if self.values is None:
-            return fresh_for(module, name, self.config, trainable)
-        return factors_for(module, name, self.values[name], self.config.dropout, trainable)
+            return live(self.config.variant).fresh(module, name, self.config, trainable)
+        value = self.values[name]
+        return live(value.variant).of(module, name, value, self.config.dropout, trainable)
 
 
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
@@ -111,16 +113,16 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     check_base(model, adapter, force)
     modules, skipped = modules_for(model, adapter, strict)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
-    return _Plan(adapter.config, adapter.metadata, modules, values, skipped, adapter.factors)
+    return _Plan(adapter.config, adapter.metadata, modules, values, skipped, adapter.updates)
 
 
-def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LoraFactors]:
-    """The modules' factors, not registered yet. The modules have their adapted class then, or, after an error, their own as before."""
+def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LiveUpdate]:
+    """The modules' updates, not registered yet. The modules have their adapted class then, or, after an error, their own as before."""
     fresh = [module for module in plan.modules.values() if not isinstance(module, LoraLayer)]
     try:
         for name, module in plan.modules.items():
             adopt(module, plan.parts_of(name))
-        factors = {name: plan.factors_of(module, name, trainable) for name, module in plan.modules.items()}
+        updates = {name: plan.update_of(module, name, trainable) for name, module in plan.modules.items()}
         for full in plan.saved:
             module = model.get_submodule(full.rpartition(".")[0])
             if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
@@ -132,13 +134,13 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
         for module in fresh:
             release(module)
         raise
-    return factors
+    return updates
 
 
-def _register(model: nn.Module, state: State, name: str, plan: _Plan, factors: Mapping[str, LoraFactors], trainable: bool) -> None:
+def _register(model: nn.Module, state: State, name: str, plan: _Plan, updates: Mapping[str, LiveUpdate], trainable: bool) -> None:
     child = child_name(name)
     for m, module in plan.modules.items():
-        add_factors(module, child, factors[m].train(module.training))
+        add_update(module, child, updates[m].train(module.training))
     use_saved(model, state, None)
     _keep_whole(model, name, plan.saved, trainable)
     fastpath.close(model)

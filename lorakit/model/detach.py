@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import StateError
 from ..layers import fastpath, saved
 from ..layers.fused import attention, fused
-from ..layers.layer import COUNT, child_name, remove_factors
+from ..layers.layer import COUNT, child_name, remove_update
 from ..layers.swap import release
 from .activate import set_active
 from .merge import unmerge
@@ -63,13 +63,13 @@ def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None
     child, ranks = child_name(name), {}
     for m in attached.modules:
         module = layer_at(model, m)
-        ranks[module] = remove_factors(module, child).A.shape[0]
+        ranks[module] = remove_update(module, child).width
     left = {module for module in ranks if module.__dict__[COUNT]}
     if state.routes is not None:
         state.routes.detached(child, ranks, left)
     for module in ranks:
         if module not in left:
-            release(module)  # type: ignore[arg-type]
+            release(module)
     if attached.saved:
         if keep_saved:
             saved.adopt_as_base(model, name)

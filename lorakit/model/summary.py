@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..layers import saved
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
-from ..layers.layer import LoraFactors, child_name
+from ..layers.layer import child_name
+from ..layers.updates.update import LiveUpdate
 from .state import layer_at, names_of, state_of
 
 
@@ -61,8 +62,8 @@ def summary(model: nn.Module) -> Summary:
         skipped.update(attached.skipped)
         for m in attached.modules:
             layer = layer_at(model, m)
-            child: LoraFactors = layer._modules[child_name(name)]  # type: ignore[attr-defined]
-            rows.append(Row(name, m, _shape(layer.weight), child.rank, child.A.numel() + child.B.numel()))  # type: ignore[attr-defined]
+            child: LiveUpdate = layer._modules[child_name(name)]
+            rows.append(Row(name, m, _shape(layer.weight), child.rank, sum(p.numel() for p in child.parameters())))
         for full in attached.saved:
             module, _, last = full.rpartition(".")
             holder = saved.saved_of(model.get_submodule(module))

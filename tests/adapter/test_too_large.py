@@ -47,7 +47,7 @@ def test_folding_widens_fp16_and_refuses_what_no_float32_holds():
 def test_sums_and_cuts_that_overflow_say_so():
     with pytest.raises(AdapterError, match=r"weight and strength, 1e\+38: .*too large for float32"):
         lk.combine([large(1e3), large(1.0)], [1e38, 1.0])
-    whole = lk.Adapter(lk.LoraConfig(targets=["q"]), {}, others={"l.0.q": Dense(torch.full((2, 2), 6e4, dtype=FP16))})
+    whole = lk.Adapter(lk.LoraConfig(targets=["q"]), {"l.0.q": Dense(torch.full((2, 2), 6e4, dtype=FP16))})
     with pytest.raises(AdapterError, match=r"'l\.0\.q' times 2: .*too large for float16"):
         2.0 * whole
 

@@ -172,8 +172,15 @@ def test_effective_rank_and_dead_modules_of_every_kind_are_told():
     bias = Dense(None, bias=torch.ones(6))
     made = lk.Adapter(
         lk.LoraConfig(),
-        {"even": even, "one": one, "dead": replace(even, B=B * 0), "dora": replace(even, B=B * 0, magnitude=torch.ones(6, 1))},
-        others={"loha": loha, "bias": bias, "dead too": Dense(torch.zeros(4, 4))},
+        {
+            "even": even,
+            "one": one,
+            "dead": replace(even, B=B * 0),
+            "dora": replace(even, B=B * 0, magnitude=torch.ones(6, 1)),
+            "loha": loha,
+            "bias": bias,
+            "dead too": Dense(torch.zeros(4, 4)),
+        },
     )
     facts = describe_adapter(made, "x")
     by_name = {m.name: m for m in facts.modules}

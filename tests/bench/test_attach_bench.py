@@ -6,7 +6,7 @@ import pytest
 
 import lorakit as lk
 from lorakit.bench import attach
-from lorakit.layers.layer import LoraFactors
+from lorakit.layers.updates.lora import LoraFactors
 from lorakit.layers.walk import base_modules
 
 pytest.importorskip("peft")

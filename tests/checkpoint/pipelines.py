@@ -166,7 +166,7 @@ def of_other_kinds(weights: dict[str, Tensor]) -> lk.Adapter:
             others[name] = Kronecker(1.0, w1=SIZE * random(half, half), w2=random(out // half, weight.shape[1] // half, *weight.shape[2:]))
         else:
             others[name] = Dense(SIZE * random(*weight.shape))
-    return lk.Adapter(lk.LoraConfig(rank=4, alpha=4), {}, others=others)
+    return lk.Adapter(lk.LoraConfig(rank=4, alpha=4), others)
 
 
 def exact(update, weight: Tensor) -> Tensor:

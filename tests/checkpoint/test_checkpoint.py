@@ -149,7 +149,7 @@ def test_square_conv1d_merges_right_without_the_flag(tmp_path):
     model = tiny.gpt2()
     save(model, tmp_path / "base")
     adapter = trained(model, targets=["attn.c_proj"])
-    unset = replace(adapter, factors={m: replace(f, transposed=False) for m, f in adapter.factors.items()})
+    unset = replace(adapter, updates={m: replace(f, transposed=False) for m, f in adapter.factors.items()})
     merge_checkpoint(tmp_path / "base", unset, tmp_path / "out")
     torch.testing.assert_close(logits(load(model, tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
 
@@ -312,15 +312,15 @@ def test_update_below_the_precision_is_a_warning_and_all_of_them_an_error(tmp_pa
     save(model, tmp_path / "base")
     adapter = trained(model, targets=["q_proj", "v_proj"])
     small = {m: replace(f, B=f.B * 1e-4) if "q_proj" in m else f for m, f in adapter.factors.items()}
-    report = merge_checkpoint(tmp_path / "base", replace(adapter, factors=small), tmp_path / "out")
+    report = merge_checkpoint(tmp_path / "base", replace(adapter, updates=small), tmp_path / "out")
     assert [t.module for t in report.targets if t.lost] == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert len(report.warnings) == 2
     assert "below its weight's precision" in report.warnings[0]
     only = {m: f for m, f in small.items() if "q_proj" in m}
     with pytest.raises(lk.LorakitError, match="no weight changed"):
-        merge_checkpoint(tmp_path / "base", replace(adapter, factors=only), tmp_path / "lost")
+        merge_checkpoint(tmp_path / "base", replace(adapter, updates=only), tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
-    merge_checkpoint(tmp_path / "base", replace(adapter, factors=only), tmp_path / "lost", dtype=torch.float32)
+    merge_checkpoint(tmp_path / "base", replace(adapter, updates=only), tmp_path / "lost", dtype=torch.float32)
 
 
 def test_other_files_are_copied_and_other_weights_left_out(tmp_path):

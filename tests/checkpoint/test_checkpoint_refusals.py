@@ -224,13 +224,13 @@ def test_cut_off_shard_is_named(base, adapter, tmp_path):
 
 
 def test_adapter_of_another_model_names_the_missing_target_and_the_nearest_tensors(base, adapter, tmp_path):
-    other = replace(adapter, factors={m.replace("q_proj", "q_prok"): f for m, f in adapter.factors.items()})
+    other = replace(adapter, updates={m.replace("q_proj", "q_prok"): f for m, f in adapter.factors.items()})
     refused(TargetError, r"layers\.0\.self_attn\.q_prok(.|\n)*nearest.*layers\.0\.self_attn\.q_proj\.weight", base, other, tmp_path / "out")
 
 
 def test_one_missing_target_of_many_is_an_error(base, adapter, tmp_path):
     one = next(iter(adapter.factors.values()))
-    more = replace(adapter, factors={**adapter.factors, "model.layers.7.self_attn.q_proj": one})
+    more = replace(adapter, updates={**adapter.factors, "model.layers.7.self_attn.q_proj": one})
     refused(TargetError, "1 of the adapter's 3 weights", base, more, tmp_path / "out")
 
 
@@ -251,7 +251,7 @@ def test_two_changes_of_one_weight_are_an_error(base, adapter, tmp_path):
     saved = replace(adapter, saved={f"{module}.weight": factors.delta()})
     refused(AdapterError, "twice", base, saved, tmp_path / "out")
     tensors = {f"{m.removeprefix('model.')}.weight": torch.zeros(16, 16) for m in adapter.factors}
-    double = replace(adapter, factors={**adapter.factors, module.removeprefix("model."): factors})
+    double = replace(adapter, updates={**adapter.factors, module.removeprefix("model."): factors})
     refused(AdapterError, "twice", single(tmp_path / "short", tensors), double, tmp_path / "out", force_base=True)
 
 
@@ -348,7 +348,7 @@ def test_damaged_fingerprint_is_an_error_and_no_crash(broken, base, adapter, tmp
 
 
 def test_overflow_in_half_precision_is_an_error(base, adapter, tmp_path):
-    huge = replace(adapter, factors={m: replace(f, B=f.B * 1e7) for m, f in adapter.factors.items()})
+    huge = replace(adapter, updates={m: replace(f, B=f.B * 1e7) for m, f in adapter.factors.items()})
     refused(LorakitError, "too large for torch.float16", base, huge, tmp_path / "out", dtype=torch.float16)
 
 

@@ -116,7 +116,7 @@ def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, mon
         "head": Dense(random(4, 12)),
         "norm": Dense(random(12), bias=random(12)),
     }
-    merge_checkpoint(base, lk.Adapter(CONFIG, {}, others=others), tmp_path / "out", weights=[0.5])
+    merge_checkpoint(base, lk.Adapter(CONFIG, others), tmp_path / "out", weights=[0.5])
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     for module, update in others.items():
         torch.testing.assert_close(after[f"{module}.weight"] - before[f"{module}.weight"], 0.5 * update.delta(), atol=1e-6, rtol=0)
@@ -131,16 +131,16 @@ def test_an_untrained_lokr_or_loha_is_said_to_be_one(tmp_path):
         Hadamard(random(20, 2), random(2, 10), torch.zeros(20, 2), random(2, 10), 1.0),
     ):
         with pytest.raises(AdapterError, match="saved before training"):
-            merge_checkpoint(base, lk.Adapter(CONFIG, {}, others={"lin0": zero}), tmp_path / "out")
+            merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": zero}), tmp_path / "out")
 
 
 def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
     with pytest.raises(TargetError, match="bias of 'head', which has none"):
-        merge_checkpoint(base, lk.Adapter(CONFIG, {}, others={"head": Dense(None, bias=random(4))}), tmp_path / "out")
+        merge_checkpoint(base, lk.Adapter(CONFIG, {"head": Dense(None, bias=random(4))}), tmp_path / "out")
     for wrong in (Dense(random(4, 11)), Hadamard(random(5, 2), random(2, 12), random(5, 2), random(2, 12), 1.0)):
         with pytest.raises(AdapterError, match=r"'head' has a weight of \[4, 12\]"):
-            merge_checkpoint(base, lk.Adapter(CONFIG, {}, others={"head": wrong}), tmp_path / "out")
+            merge_checkpoint(base, lk.Adapter(CONFIG, {"head": wrong}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

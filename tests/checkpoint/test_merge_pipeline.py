@@ -200,7 +200,7 @@ def test_a_bias_and_a_norm_that_a_whole_update_changes(sd1, tmp_path):
     names = ("unet.conv_in", "unet.conv_norm_out", "text_encoder.text_model.encoder.layers.0.layer_norm1")
     sizes = (pipe.unet.conv_in.weight.shape, pipe.unet.conv_norm_out.weight.shape, (12,))
     others = {n: Dense(torch.full(tuple(s), 0.25), torch.full((s[0],), -0.5)) for n, s in zip(names, sizes, strict=True)}
-    merge_checkpoint(base, lk.Adapter(lk.LoraConfig(rank=1, alpha=1), {}, others=others), tmp_path / "out", weights=[2.0])
+    merge_checkpoint(base, lk.Adapter(lk.LoraConfig(rank=1, alpha=1), others), tmp_path / "out", weights=[2.0])
     for component in ("unet", "text_encoder"):
         old, new = tiny.stored(base / component), tiny.stored(tmp_path / "out" / component)
         changed = {n for n, t in old.items() if not new[n].equal(t)}
@@ -348,8 +348,8 @@ def test_a_component_whose_factors_are_zero_keeps_none_of_the_others_out(sd1, tm
     pipe, base = sd1
     adapter = tiny.low_rank(tiny.targets(tiny.models(pipe), lambda name: ".to_q" in name or "q_proj" in name))
     zero = {n: replace(f, B=f.B * 0) if n.startswith("text_encoder") else f for n, f in adapter.factors.items()}
-    merge_checkpoint(base, replace(adapter, factors=zero), tmp_path / "out")
-    assert_merged(base, tmp_path / "out", replace(adapter, factors={n: f for n, f in zero.items() if n.startswith("unet")}))
+    merge_checkpoint(base, replace(adapter, updates=zero), tmp_path / "out")
+    assert_merged(base, tmp_path / "out", replace(adapter, updates={n: f for n, f in zero.items() if n.startswith("unet")}))
 
 
 def test_another_precision_is_said_in_the_configs_of_the_components_that_say_one(tmp_path):

@@ -127,7 +127,7 @@ def test_open_clips_projection_which_is_stored_across_changes_by_the_transposed_
     name, weight = "text_encoder_2.text_projection", models["text_encoder_2"].text_projection.weight
     whole = tiny.of_other_kinds(dict.fromkeys(("loha", "lokr", "diff"), weight))
     for i, adapter in enumerate((
-        tiny.low_rank({name: weight}), tiny.low_rank({name: weight}, dora=True), *(replace(whole, others={name: u}) for u in whole.others.values()),
+        tiny.low_rank({name: weight}), tiny.low_rank({name: weight}, dora=True), *(replace(whole, updates={name: u}) for u in whole.updates.values()),
     )):  # fmt: skip
         merge_checkpoint(base, adapter, tmp_path / f"out{i}.safetensors")
         assert_merged(base, tmp_path / f"out{i}.safetensors", pack("sdxl", changed(weights_of(models), adapter)))
@@ -146,7 +146,7 @@ def test_biases_of_whole_updates_are_rows_of_the_shared_bias(model, modules, tmp
         m: Dense(torch.randn(W[f"{m}.weight"].shape, generator=number), torch.randn(W[f"{m}.bias"].shape, generator=number))
         for m in modules
     }
-    adapter = lk.Adapter(lk.LoraConfig(rank=1, alpha=1), {}, others=others)
+    adapter = lk.Adapter(lk.LoraConfig(rank=1, alpha=1), others)
     merge_checkpoint(base, adapter, tmp_path / "out.safetensors", weights=[-0.5])
     assert_merged(base, tmp_path / "out.safetensors", pack(model, changed(W, adapter, -0.5)))
 

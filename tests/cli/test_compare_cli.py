@@ -27,7 +27,7 @@ def two(model, tmp_path_factory):
         live = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=2 + seed, alpha=4, targets=["q_proj", "down_proj"], base=model))
         made = lk.capture(tiny.randomise_factors(live, seed))
         if name == "b":
-            made = replace(made, factors={m: f for m, f in made.factors.items() if m != "model.layers.0.mlp.down_proj"})
+            made = replace(made, updates={m: f for m, f in made.factors.items() if m != "model.layers.0.mlp.down_proj"})
         made.save(folder / name)
     return folder / "a", folder / "b"
 

@@ -73,7 +73,7 @@ def test_a_packed_projection_becomes_the_plain_update_that_it_is():
 @pytest.mark.parametrize(
     "broken, said",
     [
-        (replace(adapter(**MIXED), others={"d": Dense(torch.ones(2, 2))}), "not low-rank factors"),
+        (replace(adapter(**MIXED), updates={**MIXED, "d": Dense(torch.ones(2, 2))}), "not low-rank factors"),
         (adapter(a=replace(factors(2, 4), magnitude=torch.ones(5, 1, dtype=torch.float64))), "DoRA"),
     ],
 )

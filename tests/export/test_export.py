@@ -173,7 +173,7 @@ def test_a_gguf_has_llamas_order_of_rows_and_the_modelfile_its_name(tmp_path, re
     assert done.difference < 1e-6
     embedding = adapter(self_attn__q_proj=factors(3, 6, 16, 16))
     tokens = lk.Factors(torch.randn(3, 40), torch.randn(16, 3), 5.0, "embedding")
-    embedding = replace(embedding, factors={**embedding.factors, "model.embed_tokens": tokens})
+    embedding = replace(embedding, updates={**embedding.factors, "model.embed_tokens": tokens})
     assert export(embedding, tmp_path / "e.gguf", "llama.cpp", verify=True, base=tmp_path / "base").difference < 1e-6
     if receiver == "ollama":
         assert (tmp_path / "Modelfile").read_text() == "FROM llama3.2\nADAPTER ./lora.gguf\n"
@@ -193,7 +193,7 @@ def test_a_receiver_takes_what_was_written_for_it(tmp_path, receiver):
     modules = (UNET + "to_q", UNET + "to_k") if kind in ("kohya", "diffusers") else (LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj")
     mixed = {modules[0]: factors(7, 3, 320, 320, rslora=True), modules[1]: factors(9, 4, 320, 320, rslora=True)}
     value = lk.Adapter(lk.LoraConfig(rank=7, alpha=3, rslora=True, targets=["to_q"]), mixed)
-    one = replace(value, factors={m: factors(7, 3, 320, 320, rslora=True) for m in modules})
+    one = replace(value, updates={m: factors(7, 3, 320, 320, rslora=True) for m in modules})
     config = LLAMA | {"hidden_size": 320, "num_key_value_heads": 4}
     for number, given in enumerate((value, one)):
         place = tmp_path / str(number) / PLACES[kind]

@@ -31,7 +31,7 @@ def adapter():
     dora = "model.layers.1.mlp.down_proj"
     f = value.factors[dora]
     factors = {**value.factors, dora: replace(f, magnitude=torch.rand(f.B.shape[0], 1) + 0.5)}
-    return replace(value, saved=saved, factors=factors)
+    return replace(value, saved=saved, updates=factors)
 
 
 def plain(adapter):
@@ -64,7 +64,7 @@ def test_without_the_base_it_is_refused_with_that_way_out(base, adapter, tmp_pat
 
 def test_where_nothing_would_be_left_or_the_copy_is_in_the_way_nothing_is_written(base, adapter, tmp_path):
     with pytest.raises(AdapterError, match="nothing of this adapter would be left"):
-        export(replace(adapter, factors={}), tmp_path / "out", "sglang", fix=True, base=base)
+        export(replace(adapter, updates={}), tmp_path / "out", "sglang", fix=True, base=base)
     (tmp_path / "out-base").mkdir()
     with pytest.raises(LorakitError, match="out-base exists"):
         export(adapter, tmp_path / "out", "sglang", fix=True, base=base)
@@ -75,7 +75,7 @@ def test_where_nothing_would_be_left_or_the_copy_is_in_the_way_nothing_is_writte
 def test_the_command_names_the_copy_to_serve(base, adapter, tmp_path, capsys):
     from lorakit.cli import run
 
-    replace(adapter, factors=plain(adapter)).save(tmp_path / "adapter")
+    replace(adapter, updates=plain(adapter)).save(tmp_path / "adapter")
     assert (
         run(["export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--for", "sglang", "--fix", "--verify", "--base", str(base)]) == 0
     )
@@ -107,7 +107,7 @@ def damaged(name, change, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_logits_are_those_of_the_whole_adapter_on_the_user_s_base(adapter, tmp_path, monkeypatch, dtype):
     tiny.llama().to(dtype).save_pretrained(tmp_path / "base")
-    plain = replace(adapter, factors={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
     for value, live in ((plain, True), (adapter, False)):  # a DoRA goes through the base by plain maths
         done = export(value, tmp_path / "out", "vllm", fix=True, verify=True, base=tmp_path / "base", force=True)
         assert done.logits.live == live
@@ -121,7 +121,7 @@ def test_the_logits_are_those_of_the_whole_adapter_on_the_user_s_base(adapter, t
 
 def test_what_the_format_cannot_hold_is_said_before_the_base_is_copied(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(into_base, "merge_checkpoint", lambda *_: pytest.fail("the base was copied"))
-    plain = replace(adapter, factors={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
     with pytest.raises(AdapterError, match="kohya"):
         export(plain, tmp_path / "x.safetensors", "comfyui", fix=True, base=base)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -173,7 +173,7 @@ def test_the_adapter_that_is_read_is_never_in_what_is_replaced(base, adapter, tm
     from lorakit.cli import run
 
     merge_checkpoint(base, replace(adapter, saved={}), tmp_path / "out-base")
-    replace(adapter, factors=plain(adapter)).save(tmp_path / "out-base" / "adapter")
+    replace(adapter, updates=plain(adapter)).save(tmp_path / "out-base" / "adapter")
     before = (tmp_path / "out-base" / "adapter" / "adapter_model.safetensors").read_bytes()
     call = [
         "export",
@@ -204,7 +204,7 @@ def test_a_name_that_is_taken_is_said_before_anything_is_replaced(base, adapter,
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(LorakitError, match="is no file"):
         export(
-            2.0 * replace(adapter, saved={}, factors=plain(adapter)), tmp_path / "out", "vllm", fix=True, verify=True, base=base, force=True
+            2.0 * replace(adapter, saved={}, updates=plain(adapter)), tmp_path / "out", "vllm", fix=True, verify=True, base=base, force=True
         )
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -108,7 +108,7 @@ def test_dora_and_loha_which_adapter_files_of_gguf_cannot_hold_are_merged(tmp_pa
     loha = Hadamard(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
     name = "model.layers.0.self_attn.o_proj"
     dora = replace(adapter.factors[name], magnitude=torch.rand(32, 1) + 0.5)
-    odd = replace(adapter, factors={name: dora}, others={"model.layers.1.self_attn.o_proj": loha})
+    odd = replace(adapter, updates={name: dora, "model.layers.1.self_attn.o_proj": loha})
     done = export_merged(odd, base, tmp_path / "x.gguf", dtype="f32", verify=True)
     assert done.verified.logits < 1e-5
     assert "no live model takes DoRA" in done.verified.note
@@ -305,7 +305,7 @@ def test_calls_that_make_no_sense_say_so(tmp_path):
     with pytest.raises(ConfigError, match="dtype 'q8' is none that lorakit writes; did you mean 'q8_0'"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8")
     with pytest.raises(LorakitError, match="learned tokens alone"):
-        export_merged(replace(adapter, factors={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
+        export_merged(replace(adapter, updates={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()
     with pytest.raises(LorakitError, match="tokenizer"):

@@ -38,12 +38,8 @@ def low_rank(rank: int, alpha: float, out: int = 12, size_in: int = 8, **more) -
 
 
 def adapter(updates: dict, saved: dict | None = None, **config) -> lk.Adapter:
-    factors = {m: u for m, u in updates.items() if isinstance(u, lk.Factors)}
     targets = sorted({m.rsplit(".", 1)[-1] for m in updates}) or ["q_proj"]
-    return lk.Adapter(
-        lk.LoraConfig(**{"rank": 4, "alpha": 8, "targets": targets} | config), factors, saved or {},
-        others={m: u for m, u in updates.items() if m not in factors},
-    )  # fmt: skip
+    return lk.Adapter(lk.LoraConfig(**{"rank": 4, "alpha": 8, "targets": targets} | config), updates, saved or {})
 
 
 def dora(**more) -> lk.Factors:
@@ -327,7 +323,7 @@ def test_a_small_modules_wrong_strength_is_not_lost_beside_a_large_one(tmp_path,
     value = adapter({Q: low_rank(4, 8), V: small})
 
     def save_and_damage(adapter, path, format, **options):
-        return save(replace(adapter, factors={**adapter.factors, V: replace(small, alpha=7.9)}), path, format, **options)
+        return save(replace(adapter, updates={**adapter.updates, V: replace(small, alpha=7.9)}), path, format, **options)
 
     monkeypatch.setattr(sys.modules["lorakit.export.tried"], "save", save_and_damage)
     with pytest.raises(AdapterError, match="ΔW by"):

@@ -46,7 +46,7 @@ def trained(name: str, **config) -> lk.Adapter:
 
 def with_doras(adapter: lk.Adapter) -> lk.Adapter:
     made = torch.Generator().manual_seed(3)
-    return replace(adapter, factors={
+    return replace(adapter, updates={
         m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in adapter.factors.items()
     })  # fmt: skip
 
@@ -137,7 +137,7 @@ def test_a_dora_of_an_embedding_as_mlx_has_it(tmp_path, bases, base, embedding):
     """One number for each token, and ‖·‖ of each token's row."""
     made = torch.Generator().manual_seed(4)
     value = trained(base, targets=[embedding])
-    value = replace(value, factors={
+    value = replace(value, updates={
         m: replace(f, magnitude=torch.rand(1, f.A.shape[1], generator=made) + 0.5) for m, f in value.factors.items()
     })  # fmt: skip
     done = export(value, tmp_path / "out", "mlx", verify=True, base=bases / base)

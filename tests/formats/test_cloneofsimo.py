@@ -111,7 +111,7 @@ def test_three_pickles_of_one_name_are_one_adapter_and_stale_ones_go(tmp_path):
     assert all(torch.equal(exact(again.factors[m]), exact(f)) for m, f in adapter.factors.items())
     assert all(torch.equal(again.embeddings[t], v) for t, v in adapter.embeddings.items())
     unet = {m: f for m, f in adapter.factors.items() if m.startswith("unet.")}
-    replace(adapter, factors=unet, embeddings={}).save(path, "cloneofsimo")
+    replace(adapter, updates=unet, embeddings={}).save(path, "cloneofsimo")
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     assert lk.Adapter.load(path).factors.keys() == unet.keys()
 
@@ -239,8 +239,9 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     more = {
         module: replace(f, magnitude=torch.ones(1280, 1)), "unet.conv_in": lk.Factors(torch.ones(1, 4, 3, 3), torch.ones(320, 1, 1, 1), 1.0, "conv"),
         "text_encoder.text_model.encoder.layers.0.mlp.fc1": lk.Factors(torch.ones(1, 768), torch.ones(3072, 1), 1.0),
+        "unet.conv_out": Dense(torch.ones(2, 2)),
     }  # fmt: skip
-    full = lk.Adapter(lk.LoraConfig(), more, saved={"unet.conv_in.bias": torch.ones(2)}, others={"unet.conv_out": Dense(torch.ones(2, 2))})
+    full = lk.Adapter(lk.LoraConfig(), more, saved={"unet.conv_in.bias": torch.ones(2)})
     lines = cloneofsimo.losses(full)
     for said in ("no place for 2 modules", "no DoRA magnitudes", "low-rank factors only", "weights saved whole"):
         assert sum(said in line for line in lines) == 1, said

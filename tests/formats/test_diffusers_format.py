@@ -334,8 +334,9 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     f = lk.Factors(A, B, 2.0)
     dora = replace(f, magnitude=torch.ones(6, 1))
     adapter = lk.Adapter(
-        lk.LoraConfig(), {Q: dora, Q.replace("to_q", "to_k"): f, "model.layers.0.q": f, "unet.c": lk.Factors(A, B, 2.0, magnitude=torch.ones(1, 4))},
-        saved={"unet.conv_in.bias": torch.ones(2)}, embeddings={"<s1>": torch.ones(3)}, others={"unet.conv_out": Dense(torch.ones(2, 2))},
+        lk.LoraConfig(), {Q: dora, Q.replace("to_q", "to_k"): f, "model.layers.0.q": f, "unet.c": lk.Factors(A, B, 2.0, magnitude=torch.ones(1, 4)),
+                          "unet.conv_out": Dense(torch.ones(2, 2))},
+        saved={"unet.conv_in.bias": torch.ones(2)}, embeddings={"<s1>": torch.ones(3)},
     )  # fmt: skip
     lines = diffusers.losses(adapter)
     for said in (

@@ -233,8 +233,9 @@ def test_every_linear_of_a_real_model_has_its_tensor(model_type):
 def test_what_a_gguf_adapter_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     value = adapter(
-        {LAYER(0, "mlp.up_proj"): factors(1, magnitude=torch.ones(32, 1)), "c": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv")},
-        others={"x": Hadamard(ones, ones, ones, ones, 1.0)}, embeddings={"<s>": torch.ones(3)}, saved={"model.norm.weight": torch.ones(2)},
+        {LAYER(0, "mlp.up_proj"): factors(1, magnitude=torch.ones(32, 1)), "c": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
+         "x": Hadamard(ones, ones, ones, ones, 1.0)},
+        embeddings={"<s>": torch.ones(3)}, saved={"model.norm.weight": torch.ones(2)},
     )  # fmt: skip
     lost = "\n".join(gguf.losses(value))
     for said in ("1 weights saved whole", "another kind (x)", "1 learned tokens", "1 convolutions (c)", "DoRA's magnitude"):

@@ -37,8 +37,7 @@ def written(adapter: Adapter, path, **options) -> dict[str, str]:
 
 
 def made(updates, model="sd1", **metadata) -> Adapter:
-    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
-    return Adapter(CONFIG, factors, metadata={"model": model} | metadata, others={m: u for m, u in updates.items() if m not in factors})
+    return Adapter(CONFIG, updates, metadata={"model": model} | metadata)
 
 
 @pytest.mark.parametrize("width", [8, 4096])

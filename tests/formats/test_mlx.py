@@ -159,8 +159,9 @@ def test_the_two_formats_that_share_a_configs_name_are_told_apart(tmp_path):
 def test_what_mlx_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     value = adapter(
-        {Q: factors(1, magnitude=torch.ones(1, 5)), "conv": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv")},
-        others={"x": Hadamard(ones, ones, ones, ones, 1.0)}, embeddings={"<s>": torch.ones(3)}, saved={"c.weight": torch.ones(1, 1, 2)},
+        {Q: factors(1, magnitude=torch.ones(1, 5)), "conv": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
+         "x": Hadamard(ones, ones, ones, ones, 1.0)},
+        embeddings={"<s>": torch.ones(3)}, saved={"c.weight": torch.ones(1, 1, 2)},
     )  # fmt: skip
     lost = "\n".join(mlx.losses(value))
     for said in ("another kind (x)", "1 learned tokens", "1 convolutions (conv)", "all modules have one", "each column", "c.weight"):

@@ -194,7 +194,7 @@ def test_what_pefts_format_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     plain, across = Factors(ones, ones, 2.0), Factors(ones, ones, 2.0, magnitude=torch.ones(1, 2))
     adapter = Adapter(
-        lk.LoraConfig(rank=2), {"a": plain, "b": across}, others={"x": Hadamard(ones, ones, ones, ones, 1.0)}, embeddings={"<s>": ones}
+        lk.LoraConfig(rank=2), {"a": plain, "b": across, "x": Hadamard(ones, ones, ones, ones, 1.0)}, embeddings={"<s>": ones}
     )
     lost = "\n".join(ours.losses(adapter))
     for said in ("another kind (x)", "learned tokens (<s>)", "all modules have one", "this one for each input"):

@@ -128,7 +128,7 @@ def test_a_doras_magnitude_is_kept_to_the_bit_where_a_format_has_a_place_for_it(
     made = torch.Generator().manual_seed(3)
     factors = {m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in plain.factors.items()}
     with tempfile.TemporaryDirectory() as name:
-        first = written(replace(plain, factors=factors), one, Path(name), "one")
+        first = written(replace(plain, updates=factors), one, Path(name), "one")
         second = written(first, other, Path(name), "other")
     for module, f in factors.items():
         found = second.factors[module]

@@ -11,7 +11,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import AdapterError, StateError
-from lorakit.layers.layer import LoraFactors
+from lorakit.layers.updates.lora import LoraFactors
 
 CASES = {
     "1d": (nn.Conv1d, (4, 6, 3), {"stride": 2, "padding": 1, "dilation": 2}),

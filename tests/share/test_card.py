@@ -227,7 +227,7 @@ def test_no_code_is_shown_that_cannot_work(tmp_path):
     assert "mlx_lm.generate --model Qwen/Qwen3-0.6B" in card_of(tmp_path / "mlx", base_model="Qwen/Qwen3-0.6B").text
     value = image()
     loha = Hadamard(torch.randn(320, 2), torch.randn(2, 320), torch.randn(320, 2), torch.randn(2, 320), 1.0)
-    value = lk.Adapter(value.config, {}, others={next(iter(value.factors)): loha})
+    value = lk.Adapter(value.config, {next(iter(value.factors)): loha})
     file = formats.save(value, tmp_path / "loha.safetensors", "kohya")
     text = card_of(file).text
     assert "load_lora_weights(" not in text

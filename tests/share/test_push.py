@@ -98,7 +98,7 @@ def test_a_dry_run_asks_nothing_and_needs_no_token(hub, folder, monkeypatch):
 def test_a_branch_is_made_and_read_by_its_name(hub, folder):
     push(folder, "someone/lora", card=False)
     other = adapter()
-    other = replace(other, factors={m: replace(f, A=f.A * 2) for m, f in other.factors.items()})
+    other = replace(other, updates={m: replace(f, A=f.A * 2) for m, f in other.factors.items()})
     other.save(folder)
     push(folder, "someone/lora", revision="twice/it", card=False)
     assert same(lk.Adapter.load("someone/lora@twice%2Fit"), other)

@@ -18,16 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ...errors import AdapterError, ConfigError, did_you_mean
-from ..adapter import Adapter, Other
+from ..adapter import Adapter
 from ..dense import Dense
-from ..lora import Factors
+from ..lora import Factors, Form
+from ..update import Update
 from .compatible import Saved, check_same_base, whole_values
+from .compose import compose, relative
 from .concatenate import Piece, common_form, exact_sum
 from .dare import dare_linear, dare_ties, drop
-from .decompose import Form, compose, decompose, difference, form_of, matrix_of, norm_of
+from .product import norm
 from .reform import with_updates
 from .resize import ModuleResize, Resized
 from .svd import Svd, distance, matrix_svd, needed, norm_squared
@@ -69,7 +72,7 @@ def combined(
     tokens = whole_values("learned token", [a.embeddings for a in adapters], weights, saved)
     parts = [a.updates for a in adapters]
     modules = list(dict.fromkeys(m for updates in parts for m in updates))
-    result: dict[str, Factors | Other] = {}
+    result: dict[str, Update] = {}
     reports = []
     for done, module in enumerate(modules, start=1):
         placed = [(i, w, updates[module]) for i, (w, updates) in enumerate(zip(weights, parts, strict=True)) if module in updates]
@@ -137,11 +140,10 @@ def _mix(
 
 def _mixed(
     module: str, pieces: list[Piece], mix: Callable[[list[Tensor]], Tensor], rank: int | None, keep: float | None
-) -> tuple[Factors | Other, ModuleResize]:
+) -> tuple[Update, ModuleResize]:
     """The method's ΔW as low-rank factors; a change of a vector, which has none, as it is."""
-    wholes = [u for _, u in pieces if isinstance(u, Dense)]
-    if wholes and len(wholes) == len(pieces) and all(u.weight is None or u.weight.dim() < 2 for u in wholes):
-        vectors = [[t for u in wholes if (t := getattr(u, name)) is not None] for name in ("weight", "bias")]
+    if not any(u.is_matrix for _, u in pieces):
+        vectors = [[u.tensors()[name] for _, u in pieces if name in u.tensors()] for name in ("weight", "bias")]
         if any(len(v) not in (0, len(pieces)) for v in vectors):
             raise AdapterError(
                 f"'{module}' changes its bias in some of the adapters and its weight in others\n  only method='linear' (--method linear) adds such"
@@ -150,7 +152,7 @@ def _mixed(
         return Dense(weight, bias), _untouched(module, Dense(weight, bias))
     _refuse_biases(module, pieces)
     form = common_form(module, pieces)
-    W = mix([matrix_of(u, form.across) for _, u in pieces])
+    W = mix([u.matrix(form.across) for _, u in pieces])
     most = rank or (None if keep is not None else _largest(pieces))
     cuts = [matrix_svd(rows, most, keep) for rows in _rows(W, form)]
     return _composed(module, form, cuts, most, keep, W)
@@ -159,29 +161,25 @@ def _mixed(
 def _composed(module: str, form: Form, cuts: list[Svd], rank: int | None, keep: float | None, W: Tensor) -> tuple[Factors, ModuleResize]:
     count = max(min(rank or len(c.S), len(c.S) if keep is None else needed(c.S, c.total, keep)) for c in cuts)
     made = compose(form, cuts, max(count, 1))
-    lost, norm = distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1)), norm_squared(W)
-    return made, ModuleResize(module, min(W.shape), made.rank, math.sqrt(lost / norm) if norm else 0.0, math.sqrt(norm))
+    lost, size = distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1)), norm_squared(W)
+    return made, ModuleResize(module, min(W.shape), made.rank, math.sqrt(lost / size) if size else 0.0, math.sqrt(size))
 
 
-def _cut(
-    module: str, total: Factors | Other, pieces: list[Piece], rank: int | None, keep: float | None
-) -> tuple[Factors | Other, ModuleResize]:
+def _cut(module: str, total: Update, pieces: list[Piece], rank: int | None, keep: float | None) -> tuple[Update, ModuleResize]:
     """An exact sum at a lower rank; a change of a vector as it is."""
-    if isinstance(total, Dense):
-        if total.weight is None or total.weight.dim() < 2:
-            return total, _untouched(module, total)
+    if not total.is_matrix:
+        return total, _untouched(module, total)
+    if not isinstance(total, Factors):
         _refuse_biases(module, pieces)
         form = common_form(module, pieces)
-        W = matrix_of(total, form.across)
+        W = total.matrix(form.across)
         return _composed(module, form, [matrix_svd(W, rank, keep)], rank, keep, W)
-    assert isinstance(total, Factors)
-    svds = decompose(total)
+    svds = total.singular_values()
     count = max(min(rank or len(s.S), len(s.S) if keep is None else needed(s.S, s.total, keep)) for s in svds)
     if count >= total.rank:
         return total, _untouched(module, total)
-    made = compose(form_of(module, total), svds, max(count, 1), total.scale, dtype=total.A.dtype)
-    lost, norm = difference(total, made)
-    return made, ModuleResize(module, total.rank, made.rank, math.sqrt(lost / norm) if norm else 0.0, math.sqrt(norm))
+    made = compose(total.form(module), svds, max(count, 1), total.scale, dtype=total.A.dtype)
+    return made, ModuleResize(module, total.rank, made.rank, *relative(total, made))
 
 
 def _rows(W: Tensor, form: Form) -> list[Tensor]:
@@ -195,13 +193,13 @@ def _largest(pieces: list[Piece]) -> int:
     return max(u.rank for _, u in pieces)
 
 
-def _untouched(module: str, update: Factors | Other) -> ModuleResize:
-    norm = norm_of(update) if isinstance(update, Factors) else sum(norm_squared(t) for t in update.tensors().values())
-    return ModuleResize(module, update.rank, update.rank, 0.0, math.sqrt(norm))
+def _untouched(module: str, update: Update) -> ModuleResize:
+    bias = update.tensors()["bias"].double() if update.changes_bias else torch.zeros(1)
+    return ModuleResize(module, update.rank, update.rank, 0.0, math.hypot(norm(update), float(bias.norm())))
 
 
 def _refuse_biases(module: str, pieces: list[Piece]) -> None:
-    if any(isinstance(u, Dense) and u.bias is not None for _, u in pieces):
+    if any(u.changes_bias for _, u in pieces):
         raise AdapterError(
             f"'{module}' changes its bias too, which low-rank factors cannot hold\n  method='linear' (--method linear) without "
             "rank or keep adds it exactly; or resize first, with drop_bias=True (--drop-bias)"

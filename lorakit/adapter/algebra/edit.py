@@ -8,17 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ...errors import AdapterError, ConfigError, TargetError, did_you_mean, listing
 from ...module_names import matches
-from ..adapter import Adapter, Other
-from ..checks import narrowed, wide
-from ..dense import Dense
-from ..loha import Hadamard
-from ..lora import Factors
+from ..adapter import Adapter
+from ..checks import narrowed
+from ..update import Update
 from .reform import with_updates
 
 T = TypeVar("T")
@@ -36,7 +34,7 @@ def scale(adapter: Adapter, weight: float) -> Adapter:
             "  lorakit.combine([a, b], [0.7, 0.3], saved='mean') (lorakit combine --weights 0.7,0.3 --saved mean) takes their mean; "
             "dataclasses.replace(adapter, saved={}) leaves them out"
         )
-    return with_updates(adapter, {m: scaled(m, u, weight) for m, u in adapter.updates.items()})
+    return with_updates(adapter, {m: u.times(weight, m) for m, u in adapter.updates.items()})
 
 
 def negate(adapter: Adapter) -> Adapter:
@@ -47,13 +45,12 @@ def negate(adapter: Adapter) -> Adapter:
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """In another precision. AdapterError, naming the module, where a number is too large for it."""
 
-    def moved(update: Any, m: str) -> Any:
-        return replace(update, **{name: narrowed(t, dtype, f"'{m}', {name}") for name, t in update.tensors().items()})
+    def moved(m: str, update: Update) -> Update:
+        return update.map(lambda name, t: narrowed(t, dtype, f"'{m}', {name}"))
 
     return replace(
         adapter,
-        factors={m: moved(f, m) for m, f in adapter.factors.items()},
-        others={m: moved(o, m) for m, o in adapter.others.items()},
+        updates={m: moved(m, u) for m, u in adapter.updates.items()},
         saved={n: narrowed(t, dtype, f"saved weight '{n}'") for n, t in adapter.saved.items()},
         embeddings={n: narrowed(t, dtype, f"learned token '{n}'") for n, t in adapter.embeddings.items()},
     )
@@ -94,31 +91,6 @@ def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
             f"no module is named '{idle}' or begins so{did_you_mean(idle, adapter.updates)}\n  modules: {listing(adapter.updates, 3)}"
         )
     return with_updates(adapter, updates, saved=saved)
-
-
-def scaled(module: str, update: Factors | Other, weight: float) -> Factors | Other:
-    """One update times a number, of the same kind."""
-    sign, size = math.copysign(1.0, weight), abs(weight)
-    if isinstance(update, Factors):
-        if update.magnitude is not None:
-            raise AdapterError(f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead")
-        if not size:
-            return replace(update, B=torch.zeros_like(update.B))
-        return replace(update, B=update.B if sign > 0 else -update.B, alpha=update.alpha * size)
-    if isinstance(update, Dense):
-        return Dense(*(None if t is None else _times(t, weight, module) for t in (update.weight, update.bias)))
-    if isinstance(update, Hadamard):
-        return replace(update, w1a=update.w1a * (sign if size else 0.0), alpha=update.alpha * (size or 1.0))
-    in_alpha = bool(size) and (update.w1b is not None or update.w2b is not None)
-    factor = sign if in_alpha else weight
-    name = "w1" if update.w1 is not None else "w1a"
-    first = getattr(update, name)
-    changes: dict[str, Any] = {name: _times(first, factor, module), "alpha": update.alpha * (size if in_alpha else 1.0)}
-    return replace(update, **changes)
-
-
-def _times(tensor: torch.Tensor, weight: float, module: str) -> torch.Tensor:
-    return narrowed(wide(tensor) * weight, tensor.dtype, f"'{module}' times {weight:g}")
 
 
 def _named(adapter: Adapter, names: str | list[str]) -> set[str]:

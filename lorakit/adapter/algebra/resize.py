@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from ...errors import AdapterError, ConfigError
-from ..adapter import Adapter, Other
-from ..dense import Dense
+from ..adapter import Adapter
 from ..lora import Factors
-from .decompose import compose, decompose, difference, form_of, norm_of
+from ..update import Update
+from .compose import compose, relative
+from .product import norm
 from .reform import with_updates
 from .svd import Svd, needed
 
@@ -85,34 +86,34 @@ def resize(
     """
     keep = _share(rank, keep, error, overall)
     updates, others = dict(adapter.updates), _kept_whole(adapter, drop_bias)
-    forms = {m: form_of(m, u) for m, u in updates.items() if m not in others}
+    forms = {m: u.form(m) for m, u in updates.items() if m not in others}
     # The other kinds tell their singular values only as far as they are asked to: a little further than each needs by itself.
     ahead = keep if keep is None or not overall else 1 - (1 - keep) / 10
     spectra, reports = {}, []
-    resized: dict[str, Factors | Other] = {}
+    resized: dict[str, Update] = {}
     threshold = None
     if overall and keep is not None:
-        spectra = {m: decompose(updates[m], rank, ahead) for m in forms}
+        spectra = {m: updates[m].singular_values(rank, ahead) for m in forms}
         threshold = _threshold(spectra, keep)
         # Where the last value told is still above the threshold, more of that module may have to stay, and less of the others.
         asked = {m for m in forms if isinstance(updates[m], Factors)}
         while short := [m for m in forms if m not in asked and any(float(svd.S[-1]) > threshold for svd in spectra[m])]:
-            spectra |= {m: decompose(updates[m], rank) for m in short}
+            spectra |= {m: updates[m].singular_values(rank) for m in short}
             asked |= set(short)
             threshold = _threshold(spectra, keep)
     for done, (m, update) in enumerate(updates.items(), start=1):
         if m in others:
             resized[m] = update
             continue
-        svds = spectra.pop(m, None) or decompose(update, rank, ahead)
+        svds = spectra.pop(m, None) or update.singular_values(rank, ahead)
         wanted = max(_rank(svd, rank, keep, threshold) for svd in svds)
         if isinstance(update, Factors) and wanted >= update.rank:
             resized[m], after = update, update
         else:
             scale, rslora = (update.scale, update.rslora) if isinstance(update, Factors) else (1.0, False)
             after = resized[m] = compose(forms[m], svds, wanted, scale, rslora, next(iter(update.tensors().values())).dtype)
-        lost, norm = difference(update, after) if after is not update else (0.0, norm_of(after))
-        reports.append(ModuleResize(m, update.rank, after.rank, math.sqrt(lost / norm) if norm else 0.0, math.sqrt(norm)))
+        error, size = relative(update, after) if after is not update else (0.0, norm(after))
+        reports.append(ModuleResize(m, update.rank, after.rank, error, size))
         if on_module is not None:
             on_module(m, done, len(updates))
     return Resized(with_updates(adapter, resized).check(), tuple(reports))
@@ -138,11 +139,11 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
     return keep if error is None else 1 - error**2
 
 
-def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Other]:
+def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
     """The updates that stay as they are: changes of norms and biases alone. AdapterError for a matrix with a bias, unless dropped."""
-    whole: dict[str, Other] = {m: o for m, o in adapter.others.items() if isinstance(o, Dense) and (o.weight is None or o.weight.dim() < 2)}
-    for m, other in adapter.others.items():
-        if m not in whole and isinstance(other, Dense) and other.bias is not None and not drop_bias:
+    whole = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
+    for m, update in adapter.updates.items():
+        if m not in whole and update.changes_bias and not drop_bias:
             raise AdapterError(
                 f"'{m}' changes its bias too, which low-rank factors cannot hold\n  drop_bias=True (--drop-bias) leaves the bias's change out"
             )

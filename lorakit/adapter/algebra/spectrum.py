@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter import Other
-from ..lora import Factors
-from .product import LowRank, matrix
-from .svd import full_svd, norm_squared, product_core, product_svd, random_svd
+from ..update import LowRank, Update
+from .product import matrix
+from .svd import full_svd, norm_squared, product_svd, random_svd
 
 # A singular value below this part of the largest is taken for zero: what float32 arithmetic leaves of a direction that is not there.
 ZERO = 1e-6
@@ -66,17 +65,9 @@ class Spectrum:
         return Spectrum(self.U[:, :n], self.S[:n], self.V[:, :n], self.norm, self.complete)
 
 
-def spectrum(update: Factors | Other) -> Spectrum:
+def spectrum(update: Update) -> Spectrum:
     """The singular values and directions of one module's update."""
     return decompose(matrix(update))
-
-
-def norm(update: Factors | Other) -> float:
-    """‖ΔW‖_F."""
-    found = matrix(update)
-    if isinstance(found, LowRank):
-        return float(torch.linalg.matrix_norm(product_core(found.left, found.right)[1]))
-    return float(torch.linalg.vector_norm(found, dtype=torch.float64))
 
 
 def decompose(found: LowRank | Tensor) -> Spectrum:

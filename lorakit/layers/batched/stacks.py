@@ -20,7 +20,7 @@ from torch import Tensor
 from ...ops.batched import stacked
 from ...ops.batched.schedule import Schedule
 from ...ops.packed import expand_packed
-from ..layer import LoraFactors
+from ..updates.update import LiveUpdate
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
@@ -57,13 +57,13 @@ class Layout:
 
 
 class Held:
-    """One adapter's factors as a stack holds them, and what tells whether they still are what was copied."""
+    """One adapter's pair as a stack holds it, and what tells whether the parameters it is made of still are what they were then."""
 
     __slots__ = ("addresses", "counts", "parameters", "registered", "versions")
 
-    def __init__(self, factors: LoraFactors):
-        self.registered = factors._parameters
-        self.parameters: list[Tensor] = list(factors._parameters.values())  # type: ignore[arg-type]
+    def __init__(self, update: LiveUpdate):
+        self.registered = update._parameters
+        self.parameters: list[Tensor] = list(update._parameters.values())  # type: ignore[arg-type]
         # Not believed twice: inference tensors, which do not count their changes, and what is trained, as some optimizers write without counting.
         self.counts = not any(p.is_inference() or p.requires_grad for p in self.parameters)
         self.versions = list(map(_version, self.parameters)) if self.counts else []
@@ -128,14 +128,15 @@ class Stack:
         """Those whose factors are not in it, or have changed since."""
         return [c for c in children if c not in self.held or not Uses(self, [self.held[c]]).valid()]
 
-    def write(self, child: str, factors: LoraFactors, parts: Sequence[bool]) -> None:
-        """Copy an adapter's factors to its place. `parts`: the layer's, where B is packed."""
-        place = slice(*self.layout.places[child])
+    def write(self, child: str, update: LiveUpdate, parts: Sequence[bool]) -> None:
+        """Copy an adapter's pair to its place. `parts`: the layer's, where B is packed."""
+        place, pair = slice(*self.layout.places[child]), update.pair()
+        assert pair is not None
         with torch.no_grad():
-            B = expand_packed(factors.B, parts) if factors.B.dim() == 3 else factors.B  # type: ignore[arg-type]
-            self.A[place] = factors.A
-            self.Bt[place] = B.T * factors.scale
-        self.held[child] = Held(factors)
+            B = expand_packed(pair.B, parts) if pair.B.dim() == 3 else pair.B  # type: ignore[arg-type]
+            self.A[place] = pair.A
+            self.Bt[place] = B.T * pair.scale
+        self.held[child] = Held(update)
         self._ordered = self._pieces = None
 
     def move(self, layout: Layout) -> None:
@@ -192,13 +193,13 @@ class Stacks:
 
     def _filled(self, layer: LoraLayer, stack: Stack | None, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]) -> Stack:
         """The stack, or a new one, after what is missing or has changed was written."""
-        modules: Mapping[str, LoraFactors] = layer._modules  # type: ignore[attr-defined]
+        modules: Mapping[str, LiveUpdate] = layer._modules
         stale = list(children) if stack is None else stack.stale(children)
-        ranks = {c: modules[c].A.shape[0] for c in stale}
+        ranks = {c: modules[c].width for c in stale}
         layout = self._with_room(layer, stack.layout, ranks, children, y, layers) if stack is not None else None
         if stack is None or layout is None:
             self.of.pop(layer, None)  # freed before the next one is made
-            stale, ranks = list(children), {c: modules[c].A.shape[0] for c in children}
+            stale, ranks = list(children), {c: modules[c].width for c in children}
             layout = self._fresh(self._capacity(layer, sum(ranks.values()), y, layers), ranks)
             stack = self.of[layer] = Stack(layout, *_sizes(layer), y)
         elif layout is not stack.layout:
@@ -243,13 +244,13 @@ class Stacks:
     def _planned(
         self, layer: LoraLayer, layout: Layout, ranks: Mapping[str, int], children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]
     ) -> Layout | None:
-        modules = layer._modules  # type: ignore[attr-defined]
+        modules = layer._modules
         same = {c: (start, stop) for c, (start, stop) in layout.places.items() if ranks.get(c, stop - start) == stop - start}
         planned, kept = Layout(layout.capacity, same), set(children)
         oldest = [c for c in self._named if c in same and c not in kept]
         for child, rank in sorted(((c, r) for c, r in ranks.items() if c not in same), key=operator.itemgetter(1)):
             start = planned.gap(rank)
-            if start is None and layout.capacity < self._capacity(layer, sum(modules[c].A.shape[0] for c in children), y, layers):
+            if start is None and layout.capacity < self._capacity(layer, sum(modules[c].width for c in children), y, layers):
                 return None  # more is attached than when it was made
             while start is None and oldest:
                 del planned.places[oldest.pop(0)]
@@ -272,8 +273,8 @@ class Stacks:
 
     def _capacity(self, layer: LoraLayer, needed: int, y: Tensor, layers: Iterable[LoraLayer]) -> int:
         """How many ranks a new stack of this layer may hold, for a batch that needs so many."""
-        children: Iterable[object] = layer._modules.values()  # type: ignore[attr-defined]
-        attached = sum([f.A.shape[0] for f in children if isinstance(f, LoraFactors)])
+        children: Iterable[object] = layer._modules.values()
+        attached = sum([u.width for u in children if isinstance(u, LiveUpdate)])
         if self._width is None:
             self._width = sum([sum(_sizes(each)) for each in layers if each.lora_kind == "linear"])
         bound = STACK_BYTES // (self._width * y.element_size())
@@ -282,4 +283,4 @@ class Stacks:
 
 def _sizes(layer: LoraLayer) -> tuple[int, int]:
     """(in, out)"""
-    return layer.lora_sizes()  # type: ignore[attr-defined]
+    return layer.lora_sizes()

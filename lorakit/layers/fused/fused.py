@@ -19,6 +19,7 @@ from ..frozen import is_plain_weight
 from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base
 from ..linear import LinearLayer
 from ..swap import rebind_hooked_forward
+from ..updates.update import LiveUpdate
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm
 from .gated_mlp import FusedGatedMlp
@@ -70,7 +71,7 @@ def adopt(model: nn.Module) -> None:
             fitting = ((kind, found) for kind, found in _match(module, seen).items() if not isinstance(found, str))
             for kind, found in itertools.islice(fitting, 1):
                 module.__dict__.update(kind.lora_settings(module, found))
-                module.__class__ = adapted_class(kind, type(module))  # type: ignore[arg-type]
+                module.__class__ = adapted_class(kind, type(module))
 
 
 def release(model: nn.Module) -> None:
@@ -92,7 +93,7 @@ def report(model: nn.Module) -> list[Fused]:
             cls = type(module)
             if cls.__bases__[0] in KINDS:
                 if _applicable(module):  # else nothing in it is adapted any more
-                    counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1  # type: ignore[index]
+                    counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1
             elif isinstance(module, LinearLayer):
                 counts[LINEAR, mixin_and_base(cls)[1].__name__, _why_not_linear(module)] += 1
             elif not isinstance(module, LoraLayer):
@@ -143,4 +144,7 @@ def _why_not_linear(layer: LinearLayer) -> str | None:
     if not layer.lora_plain:
         base = mixin_and_base(type(layer))[1].__name__
         return "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
-    return None if is_plain_weight(layer) else "its weight is trained, quantized, sharded or computed"  # type: ignore[arg-type]
+    if not is_plain_weight(layer):
+        return "its weight is trained, quantized, sharded or computed"
+    children = layer._modules.values()
+    return None if any(isinstance(child, LiveUpdate) and child.width for child in children) else "its update is no pair of matrices"

@@ -46,16 +46,16 @@ class FusedGatedMlp(Swapped):
         return {"lora_roles": found, "lora_act": _as_probed(module._modules[found.act])}
 
     def forward(self, *args, **kwargs) -> Tensor:
-        alone = len(args) == 1 and not kwargs and makes_gradients(self) and is_as_probed(self)  # type: ignore[arg-type]
+        alone = len(args) == 1 and not kwargs and makes_gradients(self) and is_as_probed(self)
         found = _projections(self, args[0]) if alone else None
         if found is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         act, projections, dropout = found
         mask = None
         if dropout:
             for name, projection in zip(self.lora_roles.gate_up, projections):
                 if projection.A is not None:  # each draws a seed, as it would by itself
-                    mask = mask_for(args[0], dropout, self._modules[name])  # type: ignore[attr-defined]
+                    mask = mask_for(args[0], dropout, self._modules[name])
         return gated_mlp(args[0], projections[:-1], projections[-1], act, mask, dropout)
 
 
@@ -163,7 +163,7 @@ def _misfit_in(
     act = ACTIVATIONS[roles.function]
     called = dict.fromkeys(small, 0)
     for name, child in small.items():
-        child.register_forward_hook(lambda *_, name=name: called.__setitem__(name, called[name] + 1))  # type: ignore[misc]
+        child.register_forward_hook(lambda *_, name=name: called.__setitem__(name, called[name] + 1))
     why = misfit(made, lambda x: gated_mlp(x, projections[:-1], projections[-1], act), (2, 3, SIZE), dtype, tolerance, of_gradients)
     odd = next((name for name, times in called.items() if times != RUNS), None)
     return why or (f"it does not call '{odd}' once, but uses its weight" if odd is not None else None)

@@ -18,6 +18,7 @@ from .probe import is_as_probed, misfit, twin, unknown_attribute
 class FusedRmsNorm(Swapped):
     """In front of the norm's own class, whose forward is called wherever the node does not apply."""
 
+    weight: Tensor
     lora_form: tuple[Form, str]  # and the name of epsilon
 
     @staticmethod
@@ -26,13 +27,13 @@ class FusedRmsNorm(Swapped):
         return {"lora_form": found}
 
     def forward(self, *args, **kwargs) -> Tensor:
-        weight: Tensor = self.weight  # type: ignore[attr-defined]
+        weight = self.weight
         x = args[0] if len(args) == 1 and not kwargs else None
         if (
             x is None or not x.requires_grad or not torch.is_grad_enabled() or weight.requires_grad or x.dtype != weight.dtype
-            or weight.dtype == torch.float64 or not is_as_probed(self) or is_casting(x) or needs_plain()  # type: ignore[arg-type]
+            or weight.dtype == torch.float64 or not is_as_probed(self) or is_casting(x) or needs_plain()
         ):  # fmt: skip
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         form, epsilon = self.lora_form
         return rms_norm(x, weight, getattr(self, epsilon), form)
 

@@ -85,8 +85,7 @@ def test_an_update_alone_stays_of_its_kind():
 def test_loha_lokr_and_whole_updates_add_to_a_whole_update_or_to_the_rank_asked_for():
     lora = lk.Factors(numbers(3, 18), numbers(20, 3), 3.0)
     values = [
-        lk.Adapter(lk.LoraConfig(rank=3, targets=["m"]), {}, others={"m": u})
-        for u in (hadamard(), kronecker(), Dense(numbers(20, 18), numbers(20)))
+        lk.Adapter(lk.LoraConfig(rank=3, targets=["m"]), {"m": u}) for u in (hadamard(), kronecker(), Dense(numbers(20, 18), numbers(20)))
     ]
     values.append(lk.Adapter(lk.LoraConfig(rank=3, targets=["m"]), {"m": lora}))
     weights = [1.0, -0.5, 2.0, 0.1]
@@ -96,7 +95,7 @@ def test_loha_lokr_and_whole_updates_add_to_a_whole_update_or_to_the_rank_asked_
     torch.testing.assert_close(total.bias, 2 * numbers(20))
     with pytest.raises(AdapterError, match="'m' changes its bias too"):
         lk.combine(values, weights, rank=4)
-    values[2] = replace(values[2], others={"m": Dense(numbers(20, 18))})
+    values[2] = replace(values[2], updates={"m": Dense(numbers(20, 18))})
     cut = combined(values, weights, rank=4)
     best = torch.linalg.svdvals(expected)[4:].square().sum().sqrt() / expected.norm()
     assert cut.adapter.factors["m"].rank == 4
@@ -104,7 +103,7 @@ def test_loha_lokr_and_whole_updates_add_to_a_whole_update_or_to_the_rank_asked_
 
 
 def test_a_combined_adapter_survives_pefts_folder(tmp_path):
-    a, b = (replace(v, factors={m: f for m, f in v.factors.items() if not f.transposed}) for v in (adapter(0, rslora=True), adapter(9)))
+    a, b = (replace(v, updates={m: f for m, f in v.factors.items() if not f.transposed}) for v in (adapter(0, rslora=True), adapter(9)))
     mixed = 0.3 * a - b
     back = lk.Adapter.load(mixed.save(tmp_path / "mixed"))
     for m, W in deltas(mixed).items():
@@ -268,7 +267,7 @@ def test_the_methods_take_every_kind_and_report_what_the_cut_cost(method):
 
 
 def test_changes_of_vectors_are_combined_by_the_same_method():
-    values = [lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors(seed=s)}, others={"norm": Dense(numbers(40, seed=s))}) for s in (0, 1)]
+    values = [lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors(seed=s), "norm": Dense(numbers(40, seed=s))}) for s in (0, 1)]
     got = lk.combine(values, method="ties", density=0.5).others["norm"].weight
     torch.testing.assert_close(got, ties([numbers(40), numbers(40, seed=1)], [1, 1], 0.5))
     torch.testing.assert_close((values[0] + values[1]).others["norm"].weight, numbers(40) + numbers(40, seed=1))

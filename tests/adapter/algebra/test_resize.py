@@ -16,8 +16,7 @@ from lorakit.errors import AdapterError, ConfigError
 
 
 def one(update, **config) -> lk.Adapter:
-    kind = {"factors": {"m": update}} if isinstance(update, lk.Factors) else {"factors": {}, "others": {"m": update}}
-    return lk.Adapter(lk.LoraConfig(rank=4, targets=["m"], **config), **kind)
+    return lk.Adapter(lk.LoraConfig(rank=4, targets=["m"], **config), {"m": update})
 
 
 def as_matrix(update, W):
@@ -123,7 +122,7 @@ def test_a_zero_update_stays_zero():
 
 def test_a_resized_adapter_survives_pefts_folder(tmp_path):
     small = adapter(others=True, rslora=True).resize(2)
-    plain = replace(small, factors={m: f for m, f in small.factors.items() if not f.transposed})
+    plain = replace(small, updates={m: f for m, f in small.factors.items() if not f.transposed})
     back = lk.Adapter.load(plain.save(tmp_path / "small"))
     for m, W in deltas(plain).items():
         torch.testing.assert_close(exact(back.factors[m]), W)
@@ -145,7 +144,7 @@ def test_a_grouped_convolution_stays_grouped():
 
 
 def test_a_change_of_a_norm_or_a_bias_alone_stays_as_it_is():
-    value = lk.Adapter(lk.LoraConfig(), {"q": factors()}, others={"norm": Dense(numbers(9)), "head": Dense(None, numbers(5))})
+    value = lk.Adapter(lk.LoraConfig(), {"q": factors(), "norm": Dense(numbers(9)), "head": Dense(None, numbers(5))})
     small = value.resize(1)
     assert small.others["norm"] is value.others["norm"]
     assert set(small.others) == {"norm", "head"}
@@ -196,7 +195,7 @@ def test_overall_takes_no_more_than_it_must_of_whole_updates_too():
         return Dense(U * values @ V.T)
 
     slow, fast = torch.full((120,), 10.0), torch.logspace(0, -3, 60)
-    value = lk.Adapter(lk.LoraConfig(targets=["q"]), {}, others={"l.0.q": whole(slow), "l.1.q": whole(fast)})
+    value = lk.Adapter(lk.LoraConfig(targets=["q"]), {"l.0.q": whole(slow), "l.1.q": whole(fast)})
     done = resize(value, keep=0.9995, overall=True)
     values = torch.cat([slow, fast]).square().double().sort(descending=True).values
     least = int((values.cumsum(0) < 0.9995 * values.sum()).sum()) + 1

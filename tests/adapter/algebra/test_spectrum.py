@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from lorakit.adapter.algebra import spectrum as sp
-from lorakit.adapter.algebra.product import LowRank, inner, matrix
-from lorakit.adapter.algebra.spectrum import decompose, norm, spectrum
+from lorakit.adapter.algebra.product import inner, matrix, norm
+from lorakit.adapter.algebra.spectrum import decompose, spectrum
 from lorakit.adapter.algebra.svd import random_svd
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lokr import Kronecker
 from lorakit.adapter.lora import Factors
+from lorakit.adapter.update import LowRank
 
 
 def random(*shape: int) -> torch.Tensor:

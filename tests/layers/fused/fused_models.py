@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.layers.fused import fused
-from lorakit.layers.layer import LoraFactors
+from lorakit.layers.updates.lora import LoraFactors
 
 KINDS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Granite", "Phi3", "Olmo2"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
