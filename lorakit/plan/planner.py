@@ -10,16 +10,16 @@ each with the overhead, on a CPU also with the holes in the C library's heap.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import LoraConfig
 from ..evaluate.perplexity import token_losses
 from ..ops import IGNORE_INDEX
-from .estimate import Estimate
+from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
 from .shell import Shell
@@ -44,7 +44,8 @@ class Setting:
     device: torch.device
     loss: Loss
     overhead: int
-    adapter: LoraConfig | None  # None: full fine-tuning
+    attach: Callable[[Any], object]  # puts on the model what the method trains
+    method: str = "lora"
     four_bit: bool = False
     checkpointing: bool = False
     plain_attention: int = 0  # rows up to this length use it
@@ -62,7 +63,7 @@ class Planner:
         """`base`: transformers' config."""
         self.setting = setting
         self.shell = Shell(
-            base, setting.dtype, setting.adapter, checkpointing=setting.checkpointing, trust_remote_code=setting.trust_remote_code
+            base, setting.dtype, setting.attach, checkpointing=setting.checkpointing, trust_remote_code=setting.trust_remote_code
         )
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._judged: dict[int, Traced] = {}  # evaluations, by length
@@ -101,12 +102,11 @@ class Planner:
     def _resting(self) -> dict[str, int]:
         """Bytes by part that are there all the time."""
         setting, shell = self.setting, self.shell
-        size, weights = shell.trained_bytes(), shell.frozen_bytes()
+        size, weights = shell.trained_bytes(), shell.weight_bytes
         if setting.four_bit:
             weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in shell.linear_weights())
         return {
-            "weights": weights + (size if shell.full else 0), "adapter": 0 if shell.full else size,
-            "optimizer": setting.state_copies * size, "overhead": setting.overhead,
+            "weights": weights, "adapter": shell.added_bytes, "optimizer": setting.state_copies * size, "overhead": setting.overhead,
             "best": size if setting.device.type == "cpu" and setting.validation else 0,
         }  # fmt: skip
 
@@ -133,7 +133,7 @@ class Planner:
         if on_cpu:
             copies = setting.state_copies * size
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
-        method = "full" if shell.full else "4-bit lora" if setting.four_bit else "lora"
+        method = f"{FOUR_BIT}{setting.method}" if setting.four_bit else setting.method
         count = sum(p.numel() for p in shell.trained())
         return Estimate(method, rows, length, shell.base_parameters(), count, size, moments, step.flops)
 

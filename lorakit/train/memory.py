@@ -7,6 +7,7 @@ change, and a run that is taken up again shall not depend on what else is runnin
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -14,6 +15,8 @@ from ..bases.load import load_config
 from ..config import Choice
 from ..data.dataset import Item
 from ..errors import TrainError
+from ..methods import method_of
+from ..model.attach import DEFAULT
 from ..plan.estimate import Estimate
 from ..plan.machine import Memory, memory_of, overhead, resident
 from ..plan.planner import Planner, Setting
@@ -34,7 +37,8 @@ def planner_for(
     `validation`: rows of an evaluation's batch."""
     taken = overhead(device) if held is None else overhead(device, held)
     setting = Setting(
-        dtype, device, summed_loss, taken, None if config.method == "full" else config.lora(), checkpointing=config.gradient_checkpointing,
+        dtype, device, summed_loss, taken, partial(method_of(config.method).attach, config=config, name=DEFAULT), config.method,
+        checkpointing=config.gradient_checkpointing,
         plain_attention=defaults.PLAIN_ATTENTION if device.type == "cpu" else 0, state_copies=state_copies, validation=validation,
         share=share, batch=config.batch_size, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
@@ -73,13 +77,13 @@ def check(config: TrainConfig, dtype: torch.dtype, device: torch.device, rows: l
     if may is None:
         return Choice(estimate, f"about {show_bytes(estimate.total)}, not checked")
     if estimate.total > may.total:
-        raise TrainError(refusal(planner, estimate, may))
+        raise TrainError(refusal(planner, estimate, may, method_of(config.method).cheaper()))
     now = f"; only {show_bytes(may.free)} are free now" if estimate.total > may.free else ""
     return Choice(estimate, f"about {show_bytes(estimate.total)} of {show_bytes(may.total)} ({may.source}){now}")
 
 
-def refusal(planner: Planner, estimate: Estimate, may: Memory) -> str:
-    """What it would need, what there is, and which changes would make it fit."""
+def refusal(planner: Planner, estimate: Estimate, may: Memory, cheaper: str | None) -> str:
+    """What it would need, what there is, and which changes would make it fit. `cheaper`: another method."""
     most = sorted(((size, part) for part, size in estimate.parts.items()), reverse=True)[:3]
     lines = [
         f"this run needs about {show_bytes(estimate.total)}, and there are {show_bytes(may.total)} ({may.source})",
@@ -94,8 +98,8 @@ def refusal(planner: Planner, estimate: Estimate, may: Memory) -> str:
         lines.append(f"  max_length: {length} with micro_batch: 1 fits")
     if not planner.setting.checkpointing:
         lines.append("  gradient_checkpointing: true needs less for activations")
-    if estimate.method == "full":
-        lines.append("  method: lora needs no gradients and optimizer state for the base")
+    if cheaper:
+        lines.append(f"  {cheaper}")
     if not rows and not length:
         lines.append("  no batch fits: take a smaller base or a lower precision")
     lines.append(f"  look at the whole: lorakit plan. To start anyway: memory: {UNCHECKED}")

@@ -92,12 +92,11 @@ def _facts(job: Job, step: int) -> Table:
     left_out = (
         f", {data.dropped} dropped" * bool(data.dropped) + f", {data.cut} cut" * bool(data.cut) + f", {data.split} split" * bool(data.split)
     )
-    what = f"rank {config.rank}, alpha {config.alpha:g}, " if config.method == "lora" else "none: full fine-tuning, "
-    base = total - trained if config.method == "lora" else total
+    base = total - trained if job.method.keeps_base else total
     rows = [
         ("model", f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
         ("device", f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}"),
-        ("adapter", f"{what}{trained:,} trainable ({_short_number(100 * trained / total)} %)"),
+        ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
         ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}"),
         ("length", f"at most {data.max_length} tokens ({data.max_length_reason}){left_out}"),
         ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
@@ -117,7 +116,7 @@ def _facts(job: Job, step: int) -> Table:
 
 def _fused(job: Job) -> list[tuple[str, str]]:
     """How much is computed as one node, and what is not and costs time for that; see `layers.fused`."""
-    if job.config.method != "lora" or job.compiled:
+    if not job.method.keeps_base or job.compiled:
         return []
     rows = report(job.model)
     done = [f"{row.modules} {row.kind}" for row in rows if row.why_not is None]

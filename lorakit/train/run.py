@@ -16,8 +16,6 @@ from torch import Tensor
 from ..data.dataset import Item
 from ..errors import TrainError, listing
 from ..evaluate.perplexity import perplexity
-from ..model.activate import activate
-from ..model.capture import capture
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
 from .report import write_report
@@ -113,7 +111,7 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        self._activate()
+        self.job.method.activate(self.job.model, self.job.adapter)
         if self.job.held_out:
             measured = perplexity(self.job.model, self.job.held_out, self.job.pad_id, batch_size=self.config.batch_size)
             if self.early.better(measured.loss, self.step):
@@ -123,13 +121,11 @@ class Run:
         if self.prompts and self.job.accelerator.is_main_process:
             self._sample()
 
-    def _activate(self) -> None:
-        if self.config.method == "lora":
-            activate(self.job.model, self.job.adapter)
-
     def _sample(self) -> None:
         job, tokens = self.job, self.config.sample_tokens
-        self.base_answers = self.base_answers or samples.of_base(job.model, job.tokenizer, self.prompts, tokens)
+        if not self.base_answers:
+            with job.method.base_alone(job.model):
+                self.base_answers = samples.take(job.model, job.tokenizer, self.prompts, tokens)
         tuned = samples.take(job.model, job.tokenizer, self.prompts, tokens)
         samples.write(job.folder, self.step, self.prompts, self.base_answers, tuned)
         self.show.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
@@ -167,12 +163,7 @@ class Run:
             return
         if self.best:
             resume.put(self.best, self.parameters)
-        if self.config.method == "full":
-            job.model.save_pretrained(job.folder.model)
-            job.tokenizer.save_pretrained(job.folder.model)
-        else:
-            adapter = capture(job.model, job.adapter)
-            dataclasses.replace(adapter, metadata={**adapter.metadata, **self._metadata()}).save(job.folder.adapter)
+        job.method.save(job.model, job.tokenizer, job.adapter, job.result, self._metadata())
         write_report(job.folder, self.config)
 
     def _metadata(self) -> dict[str, Any]:
@@ -186,16 +177,15 @@ class Run:
 
     def result(self, interrupted: str | None = None) -> Result:
         """How it ended, or where the signal `interrupted` found it."""
-        job, folder = self.job, self.job.folder
+        job = self.job
         if self.failed is not None:
             stopped: str | None = "failed"
         elif not self.ended:
             stopped = interrupted
         else:
             stopped = "early" if self.step < job.steps else None
-        adapter = folder.model if self.config.method == "full" else folder.adapter
         return Result(
-            adapter if self.ended and self.failed is None else None, self.step, job.steps, self.loss, self.early.best_loss,
+            job.result if self.ended and self.failed is None else None, self.step, job.steps, self.loss, self.early.best_loss,
             self.early.best_step, self.spent, stopped,
         )  # fmt: skip
 

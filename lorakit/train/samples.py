@@ -12,7 +12,7 @@ from ..data.render import question_ids
 from ..data.templates import Style
 from ..generate.generate import check_prompts, generate, positions_of
 from ..io.atomic import write_text
-from ..model.activate import activate, active
+from ..methods import method_of
 from .config import TrainConfig
 from .run_folder import RunFolder
 
@@ -27,7 +27,7 @@ class Prompt:
 
 def prompts_for(config: TrainConfig, model: Any, tokenizer: Any, held_out: list[Item], style: Style) -> list[Prompt]:
     """The configured prompts, written as the data's are (`style`), or the first held-out rows that have one and leave room for an answer."""
-    if config.sample_tokens == 0 or config.method == "full":  # there, no base is left to answer beside it
+    if config.sample_tokens == 0 or not method_of(config.method).keeps_base:
         return []
     if config.sample_prompts:
         ids = [question_ids(text, tokenizer, style) for text in config.sample_prompts]
@@ -48,16 +48,6 @@ def prompts_for(config: TrainConfig, model: Any, tokenizer: Any, held_out: list[
 def take(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int) -> list[str]:
     """One greedy answer for each prompt, as the model is now."""
     return generate(model, tokenizer, [p.ids for p in prompts], max_new_tokens=tokens) if prompts else []
-
-
-def of_base(model: Any, tokenizer: Any, prompts: list[Prompt], tokens: int) -> list[str]:
-    """The base's answers; the active adapters are put back."""
-    before = active(model)
-    activate(model, None)
-    try:
-        return take(model, tokenizer, prompts, tokens)
-    finally:
-        activate(model, before)
 
 
 def write(folder: RunFolder, step: int, prompts: list[Prompt], base: list[str], tuned: list[str]) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..bases.device import choose_dtype
 from ..bases.load import load_model, load_tokenizer
 from ..config import Choice
 from ..data.batches import batch_order
@@ -21,7 +21,9 @@ from ..data.read import read_rows
 from ..errors import TrainError
 from ..generate.generate import positions_of
 from ..layers.fused import attention
-from ..model.attach import DEFAULT, attach
+from ..methods import method_of
+from ..methods.method import Method
+from ..model.attach import DEFAULT
 from . import compile, defaults
 from .config import TrainConfig
 from .memory import check
@@ -58,6 +60,15 @@ class Job:
     _epoch: int = -1  # whose order is kept
     _order: list[list[int]] = field(default_factory=list)
 
+    @property
+    def method(self) -> Method:
+        return method_of(self.config.method)
+
+    @property
+    def result(self) -> Path:
+        """The folder of what comes out: an adapter's, or a model's."""
+        return self.folder.path / self.method.result
+
     def batch(self, step: int) -> list[Item]:
         """The rows of optimizer step `step` (from 0): a function of the seed and the step alone."""
         per_epoch = defaults.steps_per_epoch(self.config, len(self.train))
@@ -89,8 +100,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     device = accelerator.device
     if config.compile:
         compile.check(config, device, accelerator.num_processes, len(configs))
-    full, alone = config.method == "full", list(configs) == [DEFAULT]
-    dtype = Choice(torch.float32, "full fine-tuning has no other copy of the weights") if full else choose_dtype(config.precision, device)
+    method, alone = method_of(config.method), list(configs) == [DEFAULT]
+    dtype = method.precision(config, device)
     # Before anything is written or loaded. (What runs that train together need is not estimated.)
     memory = check(config, dtype.value, device, data[DEFAULT][1], len(data[DEFAULT][2]), accelerator.num_processes) if alone else None
     folders = {name: RunFolder(each.out) for name, each in configs.items()}
@@ -104,8 +115,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         _, train, held_out = data[name]
         _check_model(model, train + held_out, each)
         torch.manual_seed(each.seed)
-        if not full:
-            attach(model, each.lora(), name)
+        method.attach(model, each, name)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

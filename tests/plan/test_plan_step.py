@@ -40,8 +40,17 @@ def batch(rows: int = 2, length: int = 96, untrained: int = 40):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def lora(**settings):
+    """Puts such an adapter on a model."""
+    return lambda model: attach(model, LoraConfig(**settings))
+
+
+def nothing(model) -> None:
+    """Full fine-tuning: all of the base trains."""
+
+
 def shell(layers: int = 6, full: bool = False, checkpointing: bool = False, plain: bool = False, dtype=torch.float32) -> Shell:
-    made = Shell(config(layers), dtype, None if full else LoraConfig(rank=4), checkpointing=checkpointing)
+    made = Shell(config(layers), dtype, nothing if full else lora(rank=4), checkpointing=checkpointing)
     made.attention(plain)
     return made
 
@@ -96,9 +105,9 @@ def test_a_step_on_shapes_sees_what_a_real_step_makes(kind, monkeypatch):
 
 
 def test_a_model_of_unequal_layers_is_run_whole():
-    made = Shell(config(6), torch.float32, LoraConfig(rank=4, layers=[1, 4]))
+    made = Shell(config(6), torch.float32, lora(rank=4, layers=[1, 4]))
     assert not made.foldable
-    adapted = Shell(config(6), torch.float32, LoraConfig(rank=4, rank_pattern={"layers.3.self_attn.q_proj": 8}))
+    adapted = Shell(config(6), torch.float32, lora(rank=4, rank_pattern={"layers.3.self_attn.q_proj": 8}))
     assert not adapted.foldable
     assert training_step(made, batch(), summed_loss, False).stretches["loss"]["loss"] > 0
 
@@ -107,7 +116,7 @@ def test_no_memory_is_taken_for_seventy_billion_parameters():
     before = resident()
     made = Shell(
         config(80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256),
-        torch.bfloat16, LoraConfig(rank=16),
+        torch.bfloat16, lora(rank=16),
     )  # fmt: skip
     traced = training_step(made, batch(1, 1024), summed_loss, False)
     assert made.frozen_bytes() > 130e9
@@ -150,8 +159,8 @@ def test_an_evaluation_keeps_nothing_for_backward():
 
 
 def test_other_architectures_can_be_planned():
-    for model, lora in ((tiny_lm.gpt2(), LoraConfig(rank=4)), (tiny.llama(tied=True), LoraConfig(rank=4, save_modules=["lm_head"]))):
-        made = Shell(model.config, torch.float32, lora)
+    for model, adapter in ((tiny_lm.gpt2(), lora(rank=4)), (tiny.llama(tied=True), lora(rank=4, save_modules=["lm_head"]))):
+        made = Shell(model.config, torch.float32, adapter)
         traced = training_step(made, batch(1, 24, 8) if model.config.vocab_size > 250 else _small(), summed_loss, False)
         assert traced.stretches["loss"]["loss"] > 0
         assert made.base_parameters() == sum(p.numel() for p in model.parameters())
@@ -174,7 +183,7 @@ def test_a_step_that_asks_for_numbers_is_an_error_that_says_so():
 
 def test_an_encoder_decoder_cannot_be_planned_and_the_error_says_so():
     with pytest.raises(PlanError, match="cannot be estimated"):
-        Shell(tiny.t5().config, torch.float32, LoraConfig(rank=4))
+        Shell(tiny.t5().config, torch.float32, lora(rank=4))
 
 
 def test_a_storage_counts_once_and_until_its_last_view_is_gone():

@@ -26,10 +26,11 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported once, before the forks)
 import yaml
 
-from lorakit.train import loop, resume
+from lorakit.train import resume
 from lorakit.train.config import TrainConfig
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.train import train
 
 CHANGES_OF_A_CHECKPOINT = 30  # about
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
@@ -43,7 +44,7 @@ def attempt(config: TrainConfig, prepare: Callable[[], None] = lambda: None) -> 
     code = 3
     try:
         prepare()
-        code = 0 if loop.train(config, Progress(quiet=True)).adapter else 1
+        code = 0 if train(config, Progress(quiet=True)).adapter else 1
     except BaseException:
         traceback.print_exc()
     finally:

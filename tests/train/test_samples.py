@@ -86,6 +86,8 @@ def test_sampling_leaves_the_adapter_active_and_training_as_it_was(make_config):
     job = set_up(make_config())
     job.model.train()
     prompts = samples.prompts_for(job.config, job.model, job.tokenizer, job.held_out, "none")
-    samples.of_base(job.model, job.tokenizer, prompts, 2)
+    with job.method.base_alone(job.model):
+        assert lk.active(job.model) == {}
+        samples.take(job.model, job.tokenizer, prompts, 2)
     assert lk.active(job.model) == {"default": 1.0}
     assert all(module.training for module in job.model.modules())

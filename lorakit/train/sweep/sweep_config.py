@@ -20,6 +20,7 @@ from typing import Any, Union, get_args, get_origin
 
 from ...config import ALL_LINEAR
 from ...errors import ConfigError, did_you_mean, listing
+from ...methods import method_of
 from ..config import TrainConfig
 
 MAX_RUNS = 64
@@ -98,16 +99,9 @@ def check_joint(config: TrainConfig) -> None:
         raise ConfigError(f"find_lr: {NOT_SWEPT['find_lr']}: give it a list of them, or use lorakit train")
     if config.compile:
         raise ConfigError("compile: runs that train together need another graph for each mix of them\n  leave it out, or use lorakit train")
-    if config.method != "lora":
-        raise ConfigError(
-            "method: full fine-tuning changes the base that a sweep's runs share\n  start such runs one by one with lorakit train"
-        )
-    for name, empty in (("save_modules", []), ("bias", "none")):
-        if getattr(config, name) != empty:
-            raise ConfigError(
-                f"{name}: {getattr(config, name)}: weights trained whole take the base's place for every row, so runs cannot share a pass\n"
-                f"  leave {name} out, or start such runs one by one with lorakit train"
-            )
+    alone = method_of(config.method).alone(config)
+    if alone:
+        raise ConfigError(alone[1])
     if config.memory not in ("auto", "unchecked"):
         raise ConfigError(
             f"memory: {config.memory}: what runs that train together need is not estimated\n  lorakit plan says what one of them needs; leave memory out here"

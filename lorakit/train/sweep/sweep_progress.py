@@ -128,8 +128,7 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
         ("runs", f"{len(runs)}, trained together on one base, {sum(r.job.steps for r in runs):,} steps in all"),
         ("folder", folder),
     ]
-    if any(run.config.dropout for run in runs):
-        rows.append(("note", "dropout masks are those of the sweep: such a run alone would draw others"))
+    rows += [("note", note) for note in dict.fromkeys(run.job.method.note_together(run.config) for run in runs) if note]
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
