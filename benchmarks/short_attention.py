@@ -18,7 +18,7 @@ import lorakit as lk
 from lorakit.bases.device import choose_dtype
 from lorakit.bases.load import EMBEDDED, load_model
 from lorakit.layers.fused import attention
-from lorakit.train.loss import summed_loss
+from lorakit.tasks.text.causal_loss import summed_loss
 
 TOKENS = 1536
 

@@ -1,7 +1,7 @@
 """Settings as pure data, validated, without torch: what to adapt and how (`LoraConfig`), and a run's (`RunSettings`).
 
 `LoraConfig` has our names; `lorakit/formats/peft_config.py` maps them to PEFT's `adapter_config.json`. A run's config, flat in YAML, is
-`RunSettings` joined with the settings of every method (`lorakit/methods/`): see `lorakit/train/config.py`.
+`RunSettings` joined with the settings of every method and every task: see `lorakit/train/config.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
@@ -43,6 +43,10 @@ class Choice:
 class Strict(BaseModel):
     """A frozen settings object that refuses unknown keys (with the nearest name) and says what was wrong with a value."""
 
+    # Names of a class's own settings: those that change nothing that is computed, and those that decide which rows are trained on, and how.
+    free: ClassVar[Collection[str]] = ()
+    rows: ClassVar[Collection[str]] = ()
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
 
     def __init__(self, **values: Any) -> None:
@@ -72,12 +76,28 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
+_Part = TypeVar("_Part", bound=Strict)
+
+
+def part(config: Strict, cls: type[_Part]) -> _Part:
+    """The settings of one class, out of a config that has them among others."""
+    return cls(**{name: getattr(config, name) for name in cls.model_fields})
+
+
+def at_least_one(value: int | str) -> int | str:
+    """For settings that are a count, or 'auto'."""
+    if value != "auto" and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"expected a positive whole number or 'auto' (got {value})")
+    return value
+
+
 def joined(name: str, parts: Iterable[type[Strict]]) -> type[Strict]:
-    """One class of settings with those of all parts. A setting is defined in one class only: TypeError where two define it."""
+    """One class of settings with those of all parts. A setting, or a check of one, is defined in one class only: TypeError where two do."""
     parts = tuple(parts)
     owners: dict[str, type] = {}
-    for cls in dict.fromkeys(cls for part in parts for cls in part.__mro__):
-        for setting in inspect.get_annotations(cls) if issubclass(cls, Strict) else ():
+    for cls in dict.fromkeys(cls for part in parts for cls in part.__mro__ if issubclass(cls, Strict)):
+        checks = {*cls.__pydantic_decorators__.field_validators, *cls.__pydantic_decorators__.model_validators} & cls.__dict__.keys()
+        for setting in (cls.model_fields.keys() & inspect.get_annotations(cls).keys()) | checks:
             if setting in owners:
                 raise TypeError(
                     f"'{setting}' is a setting of {owners[setting].__name__} and of {cls.__name__}; give one of them another name"
@@ -183,24 +203,26 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-class RunSettings(Strict):
-    """What a training run can be told, whatever the method."""
+class Source(Strict):
+    """What is to be learnt, by which model, from which rows."""
 
-    task: str | None = Field(None, description="what the model is for, PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    free: ClassVar = {"data"}  # the rows are compared by hash
+    rows: ClassVar = {"task", "data", "split"}
+
+    task: str = Field("causal_lm", description="what is to be learnt")
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
     model: str = Field("embedded", description="the base: 'embedded', a model folder, or a hub id such as Qwen/Qwen3-0.6B")
     data: str = Field(..., description="training data: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")
     split: str | None = Field(None, description="the data's split, where it has several")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="your column names, if they differ: {prompt: question, completion: answer}"
-    )
-    template: Literal["auto", "chat", "plain"] = Field(
-        "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
-    )
-    train_on: Literal["completion", "all"] = Field("completion", description="train on the answers only, or on everything")
-    max_length: int | Auto = Field("auto", description="longest row in tokens; auto: the data's 99th percentile")
-    on_long: Literal["auto", "drop", "cut", "split"] = Field("auto", description="longer rows are dropped, cut, or (plain text) split")
+
+
+class RunSettings(Source):
+    """What a training run can be told, whatever the method and the task."""
+
+    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
+    rows: ClassVar = {"validation"}
+
     validation: float | str = Field(0.05, description="held out: a share of the data, a file of its own, or 0 for none")
 
     method: str = Field("lora", description="how to fine-tune")
@@ -230,10 +252,6 @@ class RunSettings(Strict):
     patience: int = Field(3, ge=0, description="stop after so many evaluations without a better held-out loss; 0: never")
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="checkpoints kept")
-    sample_prompts: list[str] = Field(
-        default_factory=list, description="prompts answered at each evaluation by base and adapter; default: two held-out rows"
-    )
-    sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="also log to these, if installed")
     memory: str = Field(
         "auto", description="memory the run may take, such as 24GB; auto: what the device has; unchecked: start in any case"
@@ -260,12 +278,7 @@ class RunSettings(Strict):
             raise ValueError(f"expected a positive number or 'auto' (got {value})")
         return value
 
-    @field_validator("micro_batch", "max_length", "eval_every", "save_every", "threads")
-    @classmethod
-    def _at_least_one(cls, value: int | str) -> int | str:
-        if value != "auto" and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"expected a positive whole number or 'auto' (got {value})")
-        return value
+    _at_least_one = field_validator("micro_batch", "eval_every", "save_every", "threads")(at_least_one)
 
     @field_validator("validation")
     @classmethod

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..config import part
 from ..errors import ConfigError
 from ..methods import method_of
+from ..tasks.text.settings import Lengths
 from ..train.config import METHODS, TrainConfig
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 # What decides memory; a file given with --config may hold the others too.
 _ASKED = (
-    "rank", "dropout", "bias", "targets", "exclude", "layers", "rank_pattern", "save_modules", "packed", "revision", "model", "max_length",
+    "rank", "dropout", "bias", "targets", "exclude", "layers", "rank_pattern", "save_modules", "packed", "task", "labels", "revision", "model", "max_length",
     "validation", "method", "batch_size", "micro_batch", "precision", "gradient_checkpointing", "memory", "trust_remote_code",
 )  # fmt: skip
 _LENGTHS = (256, 1024, 4096, 16384)
@@ -74,7 +76,8 @@ def _plan(
     own, dtype = planners[settings.method], planners[settings.method].setting.dtype
     if not json_output:
         print("running the step on shapes alone, some seconds ...", file=sys.stderr, flush=True)
-    length = min(own.positions or _LENGTH, _LENGTH) if settings.max_length == "auto" else int(settings.max_length)
+    asked_length = part(settings, Lengths).max_length
+    length = min(own.positions or _LENGTH, _LENGTH) if asked_length == "auto" else int(asked_length)
     if own.positions is not None and length > own.positions:
         raise ConfigError(f"max_length is {length:,}, and {settings.model} has {own.positions:,} positions")
     rows = defaults.micro_batch(settings, length, where, 1)

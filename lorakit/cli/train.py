@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ConfigError
 from ..methods import method_of
+from ..tasks import DEFAULT
 from ..train.config import TrainConfig
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -56,7 +57,8 @@ def _last_words(result: Result, settings: TrainConfig) -> str:
         how = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
     method = method_of(settings.method)
-    judge = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}"
+    task = "" if settings.task == DEFAULT else f" --task {settings.task}"
+    judge = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
     return f"{how} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {judge}"
 
 

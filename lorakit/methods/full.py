@@ -37,7 +37,7 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
     return rate / FACTOR, f"a {FACTOR}th of LoRA's rate {why}"
 
 
-def attach(model: Any, config: RunSettings, name: str) -> None:
+def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
     """Nothing: the base's own weights train as they are."""
 
 

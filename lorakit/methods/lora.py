@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..config import Choice, LoraConfig, LoraSettings, RunSettings
+from ..config import Choice, LoraConfig, LoraSettings, RunSettings, part
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,9 @@ result = "adapter"
 keeps_base = True
 
 
-def adapter_config(config: RunSettings) -> LoraConfig:
+def adapter_config(config: RunSettings, task_type: str) -> LoraConfig:
     """What to adapt and how, as it travels with the adapter."""
-    own = {name: getattr(config, name) for name in LoraSettings.model_fields}
-    return LoraConfig(**own, base=config.model, revision=config.revision, task=config.task or "CAUSAL_LM")
+    return LoraConfig(**part(config, LoraSettings).model_dump(), base=config.model, revision=config.revision, task=task_type)
 
 
 def precision(config: RunSettings, device: torch.device) -> Choice:
@@ -37,10 +36,10 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
     return rate, why
 
 
-def attach(model: Any, config: RunSettings, name: str) -> None:
+def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
     from ..model.attach import attach
 
-    attach(model, adapter_config(config), name)
+    attach(model, adapter_config(config, task_type), name)
 
 
 def activate(model: Any, name: str) -> None:
@@ -69,12 +68,12 @@ def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str
 
 
 def trained(config: RunSettings) -> str:
-    own = adapter_config(config)
+    own = part(config, LoraSettings)
     return f"rank {own.rank}, alpha {own.alpha:g}"
 
 
 def note_together(config: RunSettings) -> str | None:
-    return "dropout masks are those of the sweep: such a run alone would draw others" if adapter_config(config).dropout else None
+    return "dropout masks are those of the sweep: such a run alone would draw others" if part(config, LoraSettings).dropout else None
 
 
 def alone(config: RunSettings) -> tuple[str, str] | None:

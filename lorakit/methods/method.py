@@ -27,8 +27,8 @@ class Method(Protocol):
     def learning_rate(self, rate: float, why: str) -> tuple[float, str]:
         """The peak rate for `auto`, of the rate that suits LoRA, and why."""
 
-    def attach(self, model: Any, config: RunSettings, name: str) -> None:
-        """Put on the model what is trained, and say what takes gradients. `name`: of several on one model."""
+    def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:
+        """Put on the model what is trained, and say what takes gradients. `name`: of several on one model; `task_type`: PEFT's."""
 
     def activate(self, model: Any, name: str) -> None:
         """Have the model compute with what was attached as `name`."""

@@ -12,18 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..evaluate.perplexity import token_losses
-from ..ops import IGNORE_INDEX
+from ..config import RunSettings
+from ..tasks.task import Task
 from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
 from .shell import Shell
-from .step import Loss, Parts, Traced, evaluation, training_step
+from .step import Parts, Traced, evaluation, training_step
 
 # Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes between what
 # lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m lorakit.bench.plan, which chose this).
@@ -42,18 +43,18 @@ class Setting:
 
     dtype: torch.dtype
     device: torch.device
-    loss: Loss
+    task: Task
     overhead: int
     attach: Callable[[Any], object]  # puts on the model what the method trains
+    config: RunSettings
     method: str = "lora"
     four_bit: bool = False
     checkpointing: bool = False
     plain_attention: int = 0  # rows up to this length use it
     state_copies: int = 2
     validation: int = 0  # rows of an evaluation's batch; 0: none
-    share: float = 1.0  # of positions that are trained
+    share: float = 1.0  # weight of rows by their size: of text, which part of the positions is trained
     batch: int = 1  # rows of an optimizer step; more than are computed at once are accumulated
-    trust_remote_code: bool = False
 
 
 class Planner:
@@ -62,9 +63,8 @@ class Planner:
     def __init__(self, base: Any, setting: Setting):
         """`base`: transformers' config."""
         self.setting = setting
-        self.shell = Shell(
-            base, setting.dtype, setting.attach, checkpointing=setting.checkpointing, trust_remote_code=setting.trust_remote_code
-        )
+        build = partial(setting.task.skeleton, setting.config, base, setting.dtype)
+        self.shell = Shell(type(base).__name__, build, setting.attach, checkpointing=setting.checkpointing)
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._judged: dict[int, Traced] = {}  # evaluations, by length
 
@@ -120,7 +120,7 @@ class Planner:
         resting = self._resting()
         key = (rows, length, accumulating)
         if key not in self._traced:
-            self._traced[key] = training_step(shell, _batch(rows, length, setting.share), setting.loss, accumulating)
+            self._traced[key] = training_step(shell, self._batch(rows, length), self._loss, accumulating)
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
@@ -141,8 +141,14 @@ class Planner:
         """The stretches of an evaluation; none if nothing is held out."""
         rows = self.setting.validation
         if rows and length not in self._judged:
-            self._judged[length] = evaluation(self.shell, _batch(rows, length, self.setting.share), token_losses)
+            self._judged[length] = evaluation(self.shell, self._batch(rows, length), self.setting.task.losses)
         return self._judged[length].stretches if rows else {}
+
+    def _batch(self, rows: int, length: int) -> dict[str, Tensor]:
+        return self.setting.task.example(rows, length, self.setting.share)
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return self.setting.task.losses(model, batch).sum()
 
 
 def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
@@ -155,11 +161,3 @@ def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int
         return resting | own
 
     return max((whole(parts) for parts in stretches.values()), key=lambda parts: sum(parts.values()))
-
-
-def _batch(rows: int, length: int, share: float) -> dict[str, Tensor]:
-    """Rows of which the last `share` is trained, as `collate` makes them."""
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    labels = ids.clone()
-    labels[:, : min(length - 1, round((1 - share) * length))] = IGNORE_INDEX
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -43,15 +43,11 @@ class Shell:
     """`model`: on the meta device, in training mode, as `train` would set it up."""
 
     def __init__(
-        self, config: Any, dtype: torch.dtype, attach: Callable[[nn.Module], object], *, checkpointing: bool = False,
-        trust_remote_code: bool = False,
+        self, name: str, build: Callable[[], Any], attach: Callable[[nn.Module], object], *, checkpointing: bool = False
     ):  # fmt: skip
-        """`config`: transformers' config of the base; `attach`: puts on the model what is trained."""
-        from transformers import AutoModelForCausalLM
-
-        self.name = type(config).__name__
-        with spoken(self.name), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        """`name`: what to call the base if it cannot be built; `build`: makes it; `attach`: puts on the model what is trained."""
+        with spoken(name), torch.device("meta"):
+            self.model = build()
         self.name = type(self.model).__name__
         own = list(self.model.parameters())
         self._base_parameters = sum(p.numel() for p in own)

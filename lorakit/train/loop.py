@@ -16,16 +16,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..data.batches import collate
-from ..data.dataset import Item
 from ..errors import NotFiniteError
 from ..model.activate import activate
 from ..model.route import route
+from ..tasks.task import Item, weight_of
 from .interrupt import Interrupt
-from .loss import row_losses
 from .micro import limit_for, micro_batches
 from .run import Result, Run
-from .setup import trained_in
 
 
 class Loop:
@@ -37,7 +34,7 @@ class Loop:
     def __init__(self, runs: Sequence[Run], saved: Callable[[], None] = lambda: None, ended: Callable[[Run], None] = lambda run: None):
         self.runs, self.saved, self.ended = list(runs), saved, ended
         job = self.runs[0].job
-        self.accelerator, self.pad_id = job.accelerator, job.pad_id
+        self.accelerator, self.task, self.base = job.accelerator, job.task, job.base
         self.model = self.accelerator.prepare_model(job.model)  # the same object, or its DistributedDataParallel
 
     def go(self, interrupt: Interrupt) -> list[Result]:
@@ -57,7 +54,7 @@ class Loop:
         return [run.result(stopped) for run in self.runs]
 
     def _step(self, going: list[Run]) -> None:
-        """A step of every run: gradients of its batch, normalised by the trained tokens of all of it; then its update."""
+        """A step of every run: gradients of its batch, normalised by the weights of all its rows; then its update."""
         began = time.perf_counter()
         batches = [run.batch() for run in going]
         losses, norms = self._gradients(going, batches)
@@ -96,8 +93,8 @@ class Loop:
         accelerator, first = self.accelerator, going[0]
         torch.manual_seed((first.config.seed << 32) + first.step * accelerator.num_processes + accelerator.process_index)
         mine = [batch[accelerator.process_index :: accelerator.num_processes] for batch in batches]
-        # DistributedDataParallel averages over processes; the sum over all of them is what is divided by the trained tokens.
-        weights = [accelerator.num_processes / trained_in(batch) for batch in batches]
+        # DistributedDataParallel averages over processes; the sum over all of them is what is divided by the weights.
+        weights = [accelerator.num_processes / weight_of(batch) for batch in batches]
         if not any(mine):
             # A last batch may have fewer rows than there are processes. One without a row still has to take part in the
             # exchange of gradients: it computes some row and counts it as nothing.
@@ -105,10 +102,10 @@ class Loop:
         parts = micro_batches(mine, limit_for([run.job for run in going]))
         totals = [torch.zeros((), device=accelerator.device) for _ in going]
         for i, part in enumerate(parts):
-            batch = {k: v.to(accelerator.device) for k, v in collate(part.items, self.pad_id).items()}
+            batch = {k: v.to(accelerator.device) for k, v in self.task.collate(part.items, self.base).items()}
             weight = torch.tensor([weights[run] for run in part.runs], device=accelerator.device)  # [rows]
             with self._routed([going[run].job.adapter for run in part.runs]), self._syncing(last=i + 1 == len(parts)):
-                losses = row_losses(self.model, batch) * weight
+                losses = self.task.losses(self.model, batch) * weight
                 accelerator.backward(losses.sum())
             for run, own in zip(dict.fromkeys(part.runs), losses.detach().split(part.counts), strict=True):
                 totals[run] += own.sum()

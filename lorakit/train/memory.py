@@ -13,7 +13,6 @@ import torch
 
 from ..bases.load import load_config
 from ..config import Choice
-from ..data.dataset import Item
 from ..errors import TrainError
 from ..methods import method_of
 from ..model.attach import DEFAULT
@@ -22,9 +21,10 @@ from ..plan.machine import Memory, memory_of, overhead, resident
 from ..plan.planner import Planner, Setting
 from ..plan.shell import PlanError
 from ..plan.units import parse_bytes, show_bytes
+from ..tasks import task_of
+from ..tasks.task import Item, weight_of
 from . import defaults
 from .config import TrainConfig
-from .loss import summed_loss
 
 UNCHECKED = "unchecked"
 
@@ -33,14 +33,15 @@ def planner_for(
     config: TrainConfig, dtype: torch.dtype, device: torch.device, *, share: float = 1.0, held: int | None = None, validation: int = 0,
     state_copies: int = 2,
 ) -> Planner:  # fmt: skip
-    """The planner of a run. `share`: of positions that are trained; `held`: bytes that this process holds already;
+    """The planner of a run. `share`: weight by size; `held`: bytes that this process holds already;
     `validation`: rows of an evaluation's batch."""
     taken = overhead(device) if held is None else overhead(device, held)
+    task = task_of(config.task)
     setting = Setting(
-        dtype, device, summed_loss, taken, partial(method_of(config.method).attach, config=config, name=DEFAULT), config.method,
-        checkpointing=config.gradient_checkpointing,
+        dtype, device, task, taken, partial(method_of(config.method).attach, config=config, name=DEFAULT, task_type=task.peft_type),
+        config, config.method, checkpointing=config.gradient_checkpointing,
         plain_attention=defaults.PLAIN_ATTENTION if device.type == "cpu" else 0, state_copies=state_copies, validation=validation,
-        share=share, batch=config.batch_size, trust_remote_code=config.trust_remote_code,
+        share=share, batch=config.batch_size,
     )  # fmt: skip
     return Planner(load_config(config.model, config.revision, config.trust_remote_code), setting)
 
@@ -61,16 +62,16 @@ def check(config: TrainConfig, dtype: torch.dtype, device: torch.device, rows: l
 
     `rows`: those to train on; `held_out`: how many are judged now and then.
     """
-    ordered = sorted(rows, key=lambda item: -len(item.ids))
-    at_once = defaults.micro_batch(config, len(ordered[0].ids), device, processes).value
+    ordered = sorted(rows, key=lambda item: -item.size)
+    at_once = defaults.micro_batch(config, ordered[0].size, device, processes).value
     largest = ordered[:at_once]
-    share = min(1.0, sum(sum(item.trained) for item in largest) / sum(len(item.ids) for item in largest))
+    share = min(1.0, weight_of(largest) / sum(item.size for item in largest))
     try:
         planner = planner_for(
             config, dtype, device, share=share, held=resident() or None, validation=min(held_out, config.batch_size)
         )  # fmt: skip
         accumulating = at_once < math.ceil(config.batch_size / processes)
-        estimate = planner.estimate(at_once, len(ordered[0].ids), accumulating)
+        estimate = planner.estimate(at_once, ordered[0].size, accumulating)
     except PlanError as error:
         return Choice(None, f"not known: {error}")
     may = allowed(config, device)

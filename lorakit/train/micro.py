@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..data.dataset import Item
+from ..tasks.task import Item
 from . import defaults
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def limit_for(jobs: Sequence[Job]) -> Limit:
 
 def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:
     """All rows of each run's batch; a batch may be empty."""
-    ordered = {run: sorted(batch, key=lambda item: len(item.ids)) for run, batch in enumerate(batches) if batch}
-    longest = {run: len(batch[-1].ids) for run, batch in ordered.items()}
+    ordered = {run: sorted(batch, key=lambda item: item.size) for run, batch in enumerate(batches) if batch}
+    longest = {run: batch[-1].size for run, batch in ordered.items()}
     own = [
         run for run, batch in ordered.items()
         if len(ordered) == 1 or len(batch) * longest[run] >= limit.busy or not limit.allows(len(batch), longest[run])

@@ -13,14 +13,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.dataset import Item
 from ..errors import TrainError, listing
-from ..evaluate.perplexity import perplexity
+from ..tasks.task import Item, weight_of
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
 from .report import write_report
 from .run_folder import FREE
-from .setup import Job, trained_in
+from .setup import Job
 from .trackers import Trackers
 
 
@@ -60,7 +59,7 @@ class Run:
         self.failed: str | None = None  # why it cannot go on
         self._resume()
         self.trackers = Trackers(self.config) if job.accelerator.is_main_process else None
-        self.prompts = samples.prompts_for(self.config, job.model, job.tokenizer, job.held_out, job.data.style)
+        self.prompts = job.task.prompts(self.config, job.base, job.data) if job.method.keeps_base else []
         self.base_answers: list[str] = []
 
     @property
@@ -80,7 +79,7 @@ class Run:
         optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
         self.loss = loss
-        return {"loss": round(loss, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), "tokens": trained_in(items)}
+        return {"loss": round(loss, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), self.job.task.unit: weight_of(items)}
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -93,7 +92,7 @@ class Run:
         )
         return TrainError(
             f"the {what} is {value} at step {self.step + 1}; nothing was updated, and {saved}\n"
-            f"  rows of this batch: {listing([item.row.where for item in items], 16)}\n"
+            f"  rows of this batch: {listing([item.where for item in items], 16)}\n"
             f"  look at them, or try a lower learning rate (now {self.job.rate.value:g}), precision: fp32, or clip: 1"
         )
 
@@ -113,20 +112,19 @@ class Run:
     def _evaluate(self) -> None:
         self.job.method.activate(self.job.model, self.job.adapter)
         if self.job.held_out:
-            measured = perplexity(self.job.model, self.job.held_out, self.job.pad_id, batch_size=self.config.batch_size)
-            if self.early.better(measured.loss, self.step):
+            measured = self.job.task.evaluate(self.job.base, self.job.held_out, self.config.batch_size)
+            if self.early.better(next(iter(measured.values())), self.step):
                 self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
-            perplexed = round(measured.perplexity, 4) if math.isfinite(measured.perplexity) else None  # JSON has no infinity
-            self.log({"step": self.step, "held_out_loss": round(measured.loss, 5), "held_out_perplexity": perplexed})
+            self.log({"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()})
         if self.prompts and self.job.accelerator.is_main_process:
             self._sample()
 
     def _sample(self) -> None:
-        job, tokens = self.job, self.config.sample_tokens
+        job = self.job
         if not self.base_answers:
             with job.method.base_alone(job.model):
-                self.base_answers = samples.take(job.model, job.tokenizer, self.prompts, tokens)
-        tuned = samples.take(job.model, job.tokenizer, self.prompts, tokens)
+                self.base_answers = job.task.samples(self.config, job.base, self.prompts)
+        tuned = job.task.samples(self.config, job.base, self.prompts)
         samples.write(job.folder, self.step, self.prompts, self.base_answers, tuned)
         self.show.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
 
@@ -163,7 +161,7 @@ class Run:
             return
         if self.best:
             resume.put(self.best, self.parameters)
-        job.method.save(job.model, job.tokenizer, job.adapter, job.result, self._metadata())
+        job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
         write_report(job.folder, self.config)
 
     def _metadata(self) -> dict[str, Any]:
@@ -171,7 +169,7 @@ class Run:
         job = self.job
         return {
             "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
-            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), "template": job.data.style},
+            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), **job.data.about},
             "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
         }
 
@@ -200,3 +198,8 @@ class Run:
     def close(self) -> None:
         if self.trackers is not None:
             self.trackers.close()
+
+
+def _logged(name: str, value: float) -> float | None:
+    """A figure of an evaluation, as it is written down; JSON has no infinity."""
+    return round(value, 5 if name == "loss" else 4) if math.isfinite(value) else None

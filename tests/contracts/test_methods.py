@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import Field, field_validator
 
 import lorakit as lk
 from lorakit.bases.load import load_model
+from lorakit.config import LoraSettings, Strict, joined
 from lorakit.errors import ConfigError, LorakitError, StateError
 from lorakit.methods import method_names, method_of
 from lorakit.train import resume
@@ -132,12 +134,13 @@ def test_the_flags_it_names_judge_its_result(method):
 
 
 def test_a_setting_that_two_parts_define_is_refused():
-    from pydantic import Field
-
-    from lorakit.config import LoraSettings, Strict, joined
-
     class Mine(Strict):
         rank: int = Field(3, description="of something else")
 
+    class Checked(Strict):
+        _ranks = field_validator("*")(lambda value: value)
+
     with pytest.raises(TypeError, match="'rank' is a setting of LoraSettings and of Mine"):
         joined("Both", [LoraSettings, Mine])
+    with pytest.raises(TypeError, match="'_ranks' is a setting of LoraSettings and of Checked"):
+        joined("Both", [LoraSettings, Checked])

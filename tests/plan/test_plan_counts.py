@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from lorakit.config import LoraConfig
+from lorakit.methods import method_of
 from lorakit.model.attach import attach
 from lorakit.plan.planner import Planner, Setting
-from lorakit.plan.shell import Shell
-from lorakit.train.loss import summed_loss
+from lorakit.tasks import causal_lm
+from lorakit.train.config import TrainConfig
 
 CUDA = torch.device("cuda")
 
@@ -39,7 +42,14 @@ def gpt_3():
 
 
 def planner(base, **changes) -> Planner:
-    values = {"dtype": torch.bfloat16, "device": CUDA, "loss": summed_loss, "overhead": 0, "attach": lora()} | changes
+    values = {
+        "dtype": torch.bfloat16,
+        "device": CUDA,
+        "task": causal_lm,
+        "config": TrainConfig(data="-"),
+        "overhead": 0,
+        "attach": lora(),
+    } | changes
     return Planner(base, Setting(**values))
 
 
@@ -57,7 +67,10 @@ def test_gpt_3_with_rank_4_on_q_and_v_makes_a_checkpoint_of_about_35_mb():
     """Hu et al. 2021, section 4.2: 'with r = 4 and only the query and value projection matrices being adapted, the checkpoint size is
     reduced by roughly 10,000x (from 350GB to 35MB)'. That is 96 layers x 2 matrices x 4 x (12288 + 12288) numbers in 16 bits:
     37.7 MB, or 36.0 MiB."""
-    shell = Shell(gpt_3(), torch.float16, lora(rank=4, targets=["c_attn"], packed={"c_attn": [True, False, True]}))
+    config = TrainConfig(data="-", rank=4, targets=["c_attn"], packed={"c_attn": [True, False, True]})
+    shell = planner(
+        gpt_3(), dtype=torch.float16, attach=partial(method_of("lora").attach, config=config, name="a", task_type="CAUSAL_LM")
+    ).shell
     trained = sum(p.numel() for p in shell.trained())
     assert trained == 96 * 2 * 4 * (12288 + 12288) == 18_874_368
     assert 2 * trained / 2**20 == pytest.approx(35, rel=0.03)

@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin
 from ...config import ALL_LINEAR
 from ...errors import ConfigError, did_you_mean, listing
 from ...methods import method_of
+from ...tasks import task_of
 from ..config import TrainConfig
 
 MAX_RUNS = 64
@@ -32,7 +33,7 @@ _ONE_BASE = "the runs train on one base, loaded once"
 _ONE_PASS = "the runs are computed together, in one pass"
 _ONE_FOLDER = "it does not change what is trained"
 NOT_SWEPT = {
-    "model": _ONE_BASE, "revision": _ONE_BASE, "trust_remote_code": _ONE_BASE, "precision": _ONE_BASE, "method": _ONE_BASE, "base": _ONE_BASE,
+    "task": _ONE_BASE, "model": _ONE_BASE, "revision": _ONE_BASE, "trust_remote_code": _ONE_BASE, "precision": _ONE_BASE, "method": _ONE_BASE, "base": _ONE_BASE,
     "gradient_checkpointing": _ONE_PASS, "threads": _ONE_PASS, "micro_batch": _ONE_PASS, "memory": _ONE_PASS,
     "out": _ONE_FOLDER, "keep": _ONE_FOLDER, "save_every": _ONE_FOLDER, "track": _ONE_FOLDER, "sample_prompts": _ONE_FOLDER,
     "sample_tokens": _ONE_FOLDER, "find_lr": "the sweep itself compares learning rates",
@@ -102,6 +103,8 @@ def check_joint(config: TrainConfig) -> None:
     alone = method_of(config.method).alone(config)
     if alone:
         raise ConfigError(alone[1])
+    if why := task_of(config.task).alone(config):
+        raise ConfigError(why)
     if config.memory not in ("auto", "unchecked"):
         raise ConfigError(
             f"memory: {config.memory}: what runs that train together need is not estimated\n  lorakit plan says what one of them needs; leave memory out here"
