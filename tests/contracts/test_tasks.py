@@ -16,7 +16,7 @@ import tiny_lm
 import torch
 import torch.nn.functional as F
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
@@ -49,8 +49,29 @@ def causal_loss(model: Any, item: Any) -> torch.Tensor:
     return F.cross_entropy(logits, targets, reduction="none")[torch.tensor(item.trained[1:])].sum()
 
 
+def label_loss(model: Any, item: Any) -> torch.Tensor:
+    return -model(torch.tensor([item.ids])).logits[0].log_softmax(0)[item.label]
+
+
+def classifier(base: str, result: Path) -> Any:
+    names = json.loads((result / "lorakit.json").read_text())["data"]["labels"]
+    torch.manual_seed(99)  # the head that PEFT replaces is another one in each process
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names), id2label=dict(enumerate(names)))
+    model.config.pad_token_id = tiny_lm.PAD
+    return model
+
+
+def labelled_rows() -> list[dict[str, Any]]:
+    ends = {"good": "!", "bad": ".", "plain": "?"}
+    return [
+        {"text": f"{name} sees {what}{end}", "label": label}
+        for name in tiny_lm.NAMES for label, end in ends.items() for what in ("tea", "the winding road")
+    ]  # fmt: skip
+
+
 KINDS = {
     "causal_lm": Kind(tiny_lm.rows(), causal_loss, lambda base, result: AutoModelForCausalLM.from_pretrained(base)),
+    "classification": Kind(labelled_rows(), label_loss, classifier),
 }
 
 
