@@ -51,7 +51,7 @@ def limit_for(jobs: Sequence[Job]) -> Limit:
     """`micro_batch` rows if it is given; otherwise about as much as one run alone computes at once."""
     first = jobs[0]
     given = None if first.config.micro_batch == "auto" else int(first.config.micro_batch)
-    on_cpu = first.accelerator.device.type == "cpu"
+    on_cpu = first.parallel.device.type == "cpu"
     tokens = None if given else defaults.CPU_TOKENS if on_cpu else BUSY
     return Limit([job.micro_batch.value for job in jobs], given, tokens, BUSY_CPU if on_cpu else BUSY)
 

@@ -35,7 +35,7 @@ class Progress:
     def start(self, job: Job, step: int) -> None:
         """The panel, and the bar."""
         self._steps, self._every, self._unit = job.steps, max(1, job.steps // 20), job.task.unit
-        if self.quiet or not job.accelerator.is_main_process:
+        if self.quiet or not job.parallel.is_first:
             self.quiet = True
             return
         self.console.print(Panel(_facts(job, step), title="lorakit train", title_align="left", expand=False))
@@ -85,8 +85,8 @@ def _facts(job: Job, step: int) -> Table:
     config, data = job.config, job.data
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in job.model.parameters())
-    device = job.accelerator.device
-    processes = job.accelerator.num_processes
+    device = job.parallel.device
+    processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
     table = Table.grid(padding=(0, 2))
     base = total - trained if job.method.keeps_base else total

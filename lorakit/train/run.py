@@ -54,11 +54,11 @@ class Run:
         self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value)
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, Tensor] = {}
-        self.step, self.spent = 0, 0.0
+        self.step, self.elapsed = 0, 0.0
         self.loss: float | None = None
         self.failed: str | None = None  # why it cannot go on
         self._resume()
-        self.trackers = Trackers(self.config) if job.accelerator.is_main_process else None
+        self.trackers = Trackers(self.config) if job.parallel.is_first else None
         self.prompts = job.task.prompts(self.config, job.base, job.data) if job.method.keeps_base else []
         self.base_answers: list[str] = []
 
@@ -81,7 +81,7 @@ class Run:
         self.loss = loss
         return {"loss": round(loss, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), self.job.task.unit: weight_of(items)}
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def not_finite(self, what: str, value: float, items: list[Item]) -> TrainError:
@@ -116,7 +116,7 @@ class Run:
             if self.early.better(next(iter(measured.values())), self.step):
                 self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
             self.log({"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()})
-        if self.prompts and self.job.accelerator.is_main_process:
+        if self.prompts and self.job.parallel.is_first:
             self._sample()
 
     def _sample(self) -> None:
@@ -131,7 +131,7 @@ class Run:
     def save(self, together: bool = False) -> None:
         """A checkpoint. `together`: others save at this step too, and the one before stays until `prune`, when all have done so."""
         job = self.job
-        state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.spent, "steps": job.steps}
+        state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
         state |= {"together": True} if together else {}
         keep = self.config.keep + together
         resume.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
@@ -143,21 +143,21 @@ class Run:
         job = self.job
         loaded = resume.load_newest(job.folder.checkpoints)
         if loaded is None:
-            if job.accelerator.is_main_process:
+            if job.parallel.is_first:
                 job.folder.rewind(0)
             return
         resume.restore(loaded, job.model, self.optimizer, job.adapter)
-        self.best, self.step, self.spent = loaded.best, loaded.state["step"], loaded.state["seconds"]
+        self.best, self.step, self.elapsed = loaded.best, loaded.state["step"], loaded.state["seconds"]
         self.loss = loaded.state["loss"]
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
-        if job.accelerator.is_main_process:
+        if job.parallel.is_first:
             job.folder.rewind(self.step)
             self.prune()  # a kill may have come before its turn
 
     def finish(self) -> None:
         """Write the adapter: the parameters of the best held-out loss, or the last ones where nothing was held out."""
         job = self.job
-        if self.failed is not None or not job.accelerator.is_main_process:
+        if self.failed is not None or not job.parallel.is_first:
             return
         if self.best:
             resume.put(self.best, self.parameters)
@@ -184,12 +184,12 @@ class Run:
             stopped = "early" if self.step < job.steps else None
         return Result(
             job.result if self.ended and self.failed is None else None, self.step, job.steps, self.loss, self.early.best_loss,
-            self.early.best_step, self.spent, stopped,
+            self.early.best_step, self.elapsed, stopped,
         )  # fmt: skip
 
     def log(self, row: dict[str, Any]) -> None:
         """A line of metrics.jsonl, to all who want it."""
-        if self.job.accelerator.is_main_process:
+        if self.job.parallel.is_first:
             self.job.folder.log(row)
             if self.trackers is not None:
                 self.trackers.log(row)

@@ -25,6 +25,7 @@ from ..tasks.task import Base, Data, Item, Task
 from . import compile, defaults
 from .config import TrainConfig
 from .memory import check
+from .parallel import Parallel
 from .run_folder import RunFolder
 from .trackers import check_trackers
 
@@ -34,12 +35,12 @@ DATA_SETTINGS = tuple(name for name in TrainConfig.model_fields if any(name in c
 
 @dataclass
 class Job:
-    """All that the loop needs for one run. Jobs that train together share accelerator and base."""
+    """All that the loop needs for one run. Jobs that train together share processes and base."""
 
     adapter: str  # its name on the model
     config: TrainConfig
     folder: RunFolder
-    accelerator: Any
+    parallel: Parallel
     base: Base
     data: Data
     train: list[Item]
@@ -89,8 +90,6 @@ def set_up(config: TrainConfig) -> Job:
 
 def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     """The same for several runs on one base, by their adapters' names. Settings of base and device are the first one's."""
-    from accelerate import Accelerator
-
     config = next(iter(configs.values()))
     for each in configs.values():
         check_trackers(each)
@@ -99,21 +98,21 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     task, method, alone = task_of(config.task), method_of(config.method), list(configs) == [DEFAULT]
     processor = task.processor(config)
     data = _data_of(configs, task, processor)
-    accelerator = Accelerator(mixed_precision="no")  # the base's precision is `config.precision`; factors are float32
-    device = accelerator.device
+    parallel = Parallel()
+    device = parallel.device
     if config.compile:
-        compile.check(config, device, accelerator.num_processes, len(configs))
+        compile.check(config, device, parallel.world, len(configs))
     dtype = method.precision(config, device)
     # Before anything is written or loaded. (What runs that train together need is not estimated.)
     memory = None
     if alone:
-        memory = check(config, dtype.value, device, data[DEFAULT].train, len(data[DEFAULT].held_out), accelerator.num_processes)
+        memory = check(config, dtype.value, device, data[DEFAULT].train, len(data[DEFAULT].held_out), parallel.world)
     folders = {name: RunFolder(each.out) for name, each in configs.items()}
     hashes = {name: fingerprint([*each.train, *each.held_out]) for name, each in data.items()}
-    if accelerator.is_main_process:
+    if parallel.is_first:
         for name, each in configs.items():
             folders[name].open(each, hashes[name])
-    accelerator.wait_for_everyone()
+    parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)
     for name, each in configs.items():
         task.check(each, model, [*data[name].train, *data[name].held_out])
@@ -127,7 +126,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         model.set_attn_implementation("eager")
     compiled = None
     if config.compile:
-        most = defaults.micro_batch(config, longest, device, accelerator.num_processes).value
+        most = defaults.micro_batch(config, longest, device, parallel.world).value
         numbers = compile.rows_at_once(most, config.batch_size, len(data[DEFAULT].train))
         compiled = compile.compile_layers(model, numbers, longest, task)
     base, jobs = Base(model, processor), []
@@ -135,9 +134,9 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         train = data[name].train
         steps = defaults.total_steps(each, len(train))
         jobs.append(Job(
-            name, each, folders[name], accelerator, base, data[name], train, data[name].held_out, steps,
+            name, each, folders[name], parallel, base, data[name], train, data[name].held_out, steps,
             rate=defaults.learning_rate(each, _width(model), steps),
-            micro_batch=defaults.micro_batch(each, _longest(train), device, accelerator.num_processes),
+            micro_batch=defaults.micro_batch(each, _longest(train), device, parallel.world),
             dtype=dtype, data_hash=hashes[name], memory=memory, compiled=compiled,
         ))  # fmt: skip
     return jobs

@@ -123,7 +123,7 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
     table = Table.grid(padding=(0, 2))
     rows = [
         ("model", f"{job.config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
-        ("device", f"{job.accelerator.device}, {threads_of(job.accelerator.device)}"),
+        ("device", f"{job.parallel.device}, {threads_of(job.parallel.device)}"),
         *(("data", f"{name}: {train:,} rows to train on, {held:,} held out") for name, train, held in data),
         ("runs", f"{len(runs)}, trained together on one base, {sum(r.job.steps for r in runs):,} steps in all"),
         ("folder", folder),
