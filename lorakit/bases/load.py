@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
+HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
 _TOKENIZERS = ("tokenizer.json", "tekken.json")
 
 
@@ -80,6 +81,42 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: st
     if missing:  # transformers draws them at random and only warns
         raise LorakitError(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n  is it complete, and a language model?"
+        )
+    return model.to(device).eval()
+
+
+def load_classifier(
+    name: str,
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trained: Sequence[str] = (),
+) -> Any:
+    """The base model with a head for these labels, in eval mode. The head is fresh, at random, unless the folder holds one.
+
+    `trained`: modules besides the head that may be fresh too, as they are trained and saved.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is fresh is no news
+    try:
+        model, loaded = _from_pretrained(
+            AutoModelForSequenceClassification, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype,
+            num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)},
+            output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(said)
+    fresh = (*HEADS, *trained)
+    missing = sorted(key for key in loaded["missing_keys"] if not any(f".{module}." in f".{key}" for module in fresh))
+    if missing:
+        raise LorakitError(
+            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
+            f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
         )
     return model.to(device).eval()
 

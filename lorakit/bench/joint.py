@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 
-from ..train.loss import row_losses
+from ..tasks.text.causal_loss import row_losses
 from .measure import PRECISIONS, in_turn
 from .train_step import RANK, Shape, llama, peft_side
 

@@ -21,6 +21,7 @@ import torch
 from ..bases.device import peak_memory
 from ..bases.load import EMBEDDED, embedded_folder
 from ..data.read import read_rows
+from ..methods import method_of
 from ..plan.units import show_bytes
 from ..train.config import TrainConfig
 from ..train.memory import planner_for
@@ -59,8 +60,8 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        plain = self.settings.get("method") == "full" or self.settings.get("precision") == "fp32"
-        return torch.float32 if plain else torch.bfloat16
+        config = TrainConfig(**{"data": "-", "precision": "bf16"} | self.settings)
+        return method_of(config.method).precision(config, torch.device("cpu")).value
 
 
 CASES = (

@@ -19,7 +19,7 @@ import lorakit as lk
 from ..bases.device import choose_dtype
 from ..bases.load import EMBEDDED, load_model
 from ..layers.fused import attention
-from ..train.loss import summed_loss
+from ..tasks.text.causal_loss import summed_loss
 
 TOKENS = 1536
 

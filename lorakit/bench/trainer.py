@@ -146,15 +146,16 @@ def _prepare(folder: Path, steps: int) -> int:
     from ..bases.load import embedded_folder
     from ..model.capture import capture
     from ..ops import IGNORE_INDEX
+    from ..tasks.task import weight_of
     from ..train.optimizer import rate_factor
-    from ..train.setup import set_up, trained_in
+    from ..train.setup import set_up
 
     rows = (embedded_folder().parent / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines()[: steps * ROWS_A_STEP]
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     config = _settings(folder, "fp32", steps)
     job = set_up(config)
     batches = [job.batch(step) for step in range(steps)]
-    items = [item for batch in batches for item in batch]
+    items: list[Any] = [item for batch in batches for item in batch]
     plain = [
         {"input_ids": i.ids, "labels": [token if trained else IGNORE_INDEX for token, trained in zip(i.ids, i.trained, strict=True)]}
         for i in items
@@ -162,7 +163,7 @@ def _prepare(folder: Path, steps: int) -> int:
     rates = [job.rate.value * rate_factor(config, step, steps) for step in range(steps)]
     (folder / "job.json").write_text(json.dumps({"items": plain, "rates": rates, "clip": config.clip}))
     capture(job.model).save(folder / "start")
-    return sum(trained_in(batch) for batch in batches)
+    return sum(weight_of(batch) for batch in batches)
 
 
 def _process(folder: Path, side: Side, steps: int) -> Outcome:

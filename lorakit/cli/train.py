@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..methods import method_of
+from ..tasks import DEFAULT
 from ..train.config import TrainConfig
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -54,11 +56,10 @@ def _last_words(result: Result, settings: TrainConfig) -> str:
     if result.stopped:
         how = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-    data, out = shlex.quote(settings.data), shlex.quote(str(result.adapter))
-    if settings.method == "full":
-        return f"{how} in {result.seconds:.0f} s{best}; model: {result.adapter}\nnext: lorakit eval {data} --model {out}"
-    judge = f"lorakit eval {data} --model {shlex.quote(settings.model)} --adapter {out}"
-    return f"{how} in {result.seconds:.0f} s{best}; adapter: {result.adapter}\nnext: {judge}"
+    method = method_of(settings.method)
+    task = "" if settings.task == DEFAULT else f" --task {settings.task}"
+    judge = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
+    return f"{how} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {judge}"
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

@@ -17,6 +17,7 @@ from lorakit.ops import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 # Rows are sorted by length within pools of so many batches: enough to fill batches with like lengths, few enough that
 # batches still differ from epoch to epoch.
@@ -37,6 +38,12 @@ def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, 
         near = sorted(order[start : start + pool], key=lambda index: lengths[index])
         batches += [near[first : first + batch_size] for first in range(0, len(near), batch_size)]
     return [batches[index] for index in random.permutation(len(batches))]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What rows are padded with. It is masked out, so any token serves where there is none for it."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in found if token is not None), 0)
 
 
 def collate(items: Sequence[Item], pad_id: int, multiple_of: int = 8) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ PERCENTILE = 99
 MULTIPLE = 8
 # Split text loses nothing by shorter pieces, and a book is one document: without a bound its length would be the limit.
 TEXT_LENGTH = 1024
+SPLIT_SEED = 0
 # Tokenizers without a limit of their own report 10^30.
 SANE_LENGTH = 10_000_000
 
@@ -46,6 +47,29 @@ class Item:
     def prompt_length(self) -> int:
         """How many ids stand before the first answer; 0 if there is no prompt."""
         return self.prompt if self.prompt is not None else next((i for i, trained in enumerate(self.trained) if trained), 0)
+
+    @property
+    def size(self) -> int:
+        """Its tokens."""
+        return len(self.ids)
+
+    @property
+    def weight(self) -> int:
+        """Its trained tokens; the first one is predicted from nothing and is never trained."""
+        return sum(self.trained[1:])
+
+    @property
+    def where(self) -> str:
+        return self.row.where
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Its prompt, or all of it where there is none: rows of one group are held out together."""
+        return tuple(self.ids[: self.prompt_length] or self.ids)
+
+    def digest(self) -> bytes:
+        """Ids and mask."""
+        return len(self.ids).to_bytes(8, "little") + np.asarray(self.ids, dtype="<i8").tobytes() + bytes(self.trained)
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,7 @@ def build(
                 f"{row.where}: no trained tokens: the template or tokenizer wrote nothing for the answer ({len(one.ids)} tokens in all)"
             )
     lengths = [len(one.ids) for one in rendered]
-    limit, reason = _limit(lengths, tokenizer, max_length, how)
+    limit, reason = length_limit(lengths, tokenizer, max_length, how)
     items: list[Item] = []
     too_long = dropped = 0
     for row, one in zip(rows, rendered):
@@ -125,7 +149,8 @@ def build(
     )
 
 
-def _limit(lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, asked: int | Literal["auto"], how: str) -> tuple[int, str]:
+def length_limit(lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, asked: int | Literal["auto"], how: str) -> tuple[int, str]:
+    """The longest row in tokens, and why. `how`: what becomes of longer ones."""
     if asked != "auto":
         if asked < 2:
             raise ConfigError(f"max_length: {asked} leaves nothing to train: at least 2 tokens are needed")
@@ -156,23 +181,18 @@ def _repeats(items: Sequence[Item]) -> tuple[int, int]:
     """Rows that repeat an earlier one exactly, and rows that share their prompt with another completion."""
     completions: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
     for item in items:
-        completions.setdefault(_prompt_key(item), Counter())[tuple(item.ids)] += 1
+        completions.setdefault(item.group, Counter())[tuple(item.ids)] += 1
     duplicates = len(items) - sum(len(found) for found in completions.values())
     return duplicates, sum(found.total() for found in completions.values() if len(found) > 1)
 
 
-def _prompt_key(item: Item) -> tuple[int, ...]:
-    """What identifies a row's prompt: its ids, or all ids where there is no prompt."""
-    return tuple(item.ids[: item.prompt_length] or item.ids)
-
-
-def split(items: Sequence[Item], share: float = 0.05, seed: int = 0) -> tuple[list[Item], list[Item]]:
+def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[list[Any], list[Any]]:
     """`items` as (train, held out), each in their order. Equal prompts stay together, so that nothing held out was trained on."""
     if not 0 < share < 1:
         raise ConfigError(f"held-out share: {share} is not between 0 and 1")
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, item in enumerate(items):
-        groups.setdefault(_prompt_key(item), []).append(index)
+        groups.setdefault(item.group, []).append(index)
     if len(groups) < 2:
         what = (
             "there is only one row" if len(items) == 1 else f"all {len(items)} rows have the same prompt" if items else "there are no rows"
@@ -191,11 +211,14 @@ def split(items: Sequence[Item], share: float = 0.05, seed: int = 0) -> tuple[li
     return [item for i, item in enumerate(items) if i not in held], [items[i] for i in sorted(held)]
 
 
-def fingerprint(items: Sequence[Item]) -> str:
-    """SHA-256 of ids and masks, row by row: two datasets with one fingerprint train the same."""
+def held_out_of(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """A run's rows as (train, held out). Runs that differ in their seeds are compared on the same held-out rows."""
+    return split(items, share, SPLIT_SEED) if share else (list(items), [])
+
+
+def fingerprint(items: Iterable[Any]) -> str:
+    """SHA-256 of all items' digests, row by row: two datasets with one fingerprint train the same."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(len(item.ids).to_bytes(8, "little"))
-        digest.update(np.asarray(item.ids, dtype="<i8").tobytes())
-        digest.update(bytes(item.trained))
+        digest.update(item.digest())
     return digest.hexdigest()

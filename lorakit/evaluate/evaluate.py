@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..data.batches import pad_id
 from ..errors import ConfigError, DataError, StateError, did_you_mean, listing
 from ..generate.generate import check_prompts
 from ..generate.generate import generate as write
+from ..tasks.text.perplexity import Loss, perplexity
 from .metrics import Scores, score
-from .perplexity import Loss, perplexity
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,7 +137,7 @@ def evaluate(
     _check_adapters(model, wanted)
     prompts = _spread(prompts_of(items, tokenizer, references_column), max_prompts) if generate else []
     check_prompts(model, [p.ids for p in prompts], max_new_tokens, [p.where for p in prompts])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0  # masked out: any token serves
+    pad = pad_id(tokenizer)
     judged = []
     with _adapters_restored(model):
         for name in wanted:

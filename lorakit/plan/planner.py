@@ -10,20 +10,21 @@ each with the overhead, on a CPU also with the holes in the C library's heap.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import LoraConfig
-from ..evaluate.perplexity import token_losses
-from ..ops import IGNORE_INDEX
-from .estimate import Estimate
+from ..config import RunSettings
+from ..tasks.task import Task
+from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
 from .shell import Shell
-from .step import Loss, Parts, Traced, evaluation, training_step
+from .step import Parts, Traced, evaluation, training_step
 
 # Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes between what
 # lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m lorakit.bench.plan, which chose this).
@@ -42,17 +43,18 @@ class Setting:
 
     dtype: torch.dtype
     device: torch.device
-    loss: Loss
+    task: Task
     overhead: int
-    adapter: LoraConfig | None  # None: full fine-tuning
+    attach: Callable[[Any], object]  # puts on the model what the method trains
+    config: RunSettings
+    method: str = "lora"
     four_bit: bool = False
     checkpointing: bool = False
     plain_attention: int = 0  # rows up to this length use it
     state_copies: int = 2
     validation: int = 0  # rows of an evaluation's batch; 0: none
-    share: float = 1.0  # of positions that are trained
+    share: float = 1.0  # weight of rows by their size: of text, which part of the positions is trained
     batch: int = 1  # rows of an optimizer step; more than are computed at once are accumulated
-    trust_remote_code: bool = False
 
 
 class Planner:
@@ -61,9 +63,8 @@ class Planner:
     def __init__(self, base: Any, setting: Setting):
         """`base`: transformers' config."""
         self.setting = setting
-        self.shell = Shell(
-            base, setting.dtype, setting.adapter, checkpointing=setting.checkpointing, trust_remote_code=setting.trust_remote_code
-        )
+        build = partial(setting.task.skeleton, setting.config, base, setting.dtype)
+        self.shell = Shell(type(base).__name__, build, setting.attach, checkpointing=setting.checkpointing)
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._judged: dict[int, Traced] = {}  # evaluations, by length
 
@@ -101,12 +102,11 @@ class Planner:
     def _resting(self) -> dict[str, int]:
         """Bytes by part that are there all the time."""
         setting, shell = self.setting, self.shell
-        size, weights = shell.trained_bytes(), shell.frozen_bytes()
+        size, weights = shell.trained_bytes(), shell.weight_bytes
         if setting.four_bit:
             weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in shell.linear_weights())
         return {
-            "weights": weights + (size if shell.full else 0), "adapter": 0 if shell.full else size,
-            "optimizer": setting.state_copies * size, "overhead": setting.overhead,
+            "weights": weights, "adapter": shell.added_bytes, "optimizer": setting.state_copies * size, "overhead": setting.overhead,
             "best": size if setting.device.type == "cpu" and setting.validation else 0,
         }  # fmt: skip
 
@@ -120,7 +120,7 @@ class Planner:
         resting = self._resting()
         key = (rows, length, accumulating)
         if key not in self._traced:
-            self._traced[key] = training_step(shell, _batch(rows, length, setting.share), setting.loss, accumulating)
+            self._traced[key] = training_step(shell, self._batch(rows, length), self._loss, accumulating)
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
@@ -133,7 +133,7 @@ class Planner:
         if on_cpu:
             copies = setting.state_copies * size
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
-        method = "full" if shell.full else "4-bit lora" if setting.four_bit else "lora"
+        method = f"{FOUR_BIT}{setting.method}" if setting.four_bit else setting.method
         count = sum(p.numel() for p in shell.trained())
         return Estimate(method, rows, length, shell.base_parameters(), count, size, moments, step.flops)
 
@@ -141,8 +141,14 @@ class Planner:
         """The stretches of an evaluation; none if nothing is held out."""
         rows = self.setting.validation
         if rows and length not in self._judged:
-            self._judged[length] = evaluation(self.shell, _batch(rows, length, self.setting.share), token_losses)
+            self._judged[length] = evaluation(self.shell, self._batch(rows, length), self.setting.task.losses)
         return self._judged[length].stretches if rows else {}
+
+    def _batch(self, rows: int, length: int) -> dict[str, Tensor]:
+        return self.setting.task.example(rows, length, self.setting.share)
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return self.setting.task.losses(model, batch).sum()
 
 
 def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
@@ -155,11 +161,3 @@ def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int
         return resting | own
 
     return max((whole(parts) for parts in stretches.values()), key=lambda parts: sum(parts.values()))
-
-
-def _batch(rows: int, length: int, share: float) -> dict[str, Tensor]:
-    """Rows of which the last `share` is trained, as `collate` makes them."""
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    labels = ids.clone()
-    labels[:, : min(length - 1, round((1 - share) * length))] = IGNORE_INDEX
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

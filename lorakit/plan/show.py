@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from .estimate import PARTS, Estimate
+from ..methods import method_of
+from .estimate import FOUR_BIT, PARTS, Estimate
 from .units import show_bytes
 
 # Each part's letter in the bars, and its colour where there is one.
@@ -17,7 +18,6 @@ _MARKS = {
     "holes": ("h", "bright_black"), "overhead": ("o", "white"),
 }  # fmt: skip
 WIDTH = 64
-_NAMES = {"full": "full, float32", "lora": "LoRA", "4-bit lora": "4-bit LoRA *"}
 
 
 def numbers(
@@ -28,7 +28,7 @@ def numbers(
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for estimate in estimates:
-        table.add_column(_NAMES[estimate.method], justify="right")
+        table.add_column(_title(estimate), justify="right")
 
     def line(name: str, values: Sequence[str], style: str = "") -> None:
         table.add_row(Text(name), *map(Text, values), style=style)
@@ -53,7 +53,7 @@ def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
     memory = None if memory is None or memory > most else memory  # beyond the longest bar there is nothing to mark
     text = Text()
     for estimate in estimates:
-        text.append(f"{_NAMES[estimate.method]:<14} ")
+        text.append(f"{_title(estimate):<14} ")
         done, drawn = 0, 0
         for part, size in estimate.parts.items():
             done += size
@@ -76,6 +76,13 @@ def grid(fitting: Mapping[int, int], most: int) -> Table:
         table.add_column(f"{length:,}", justify="right")
     table.add_row("most rows at once", *(_most(rows, most) for rows in fitting.values()))
     return table
+
+
+def _title(estimate: Estimate) -> str:
+    """The method's; a star for one that is an estimate only."""
+    name = estimate.method.removeprefix(FOUR_BIT)
+    title = method_of(name).title
+    return title if name == estimate.method else f"{FOUR_BIT}{title} *"
 
 
 def _most(fits: int, looked: int | None) -> str:

@@ -33,7 +33,7 @@ class Traced:
 
 
 def training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumulating: bool) -> Traced:
-    """Forward and backward of one micro-batch (`input_ids`, `labels`: [rows, length]). `accumulating`: gradients are there already."""
+    """Forward and backward of one micro-batch. `accumulating`: gradients are there already."""
     return _over_layers(shell, lambda: _training_step(shell, batch, loss, accumulating))
 
 

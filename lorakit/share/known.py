@@ -22,6 +22,7 @@ from ..analysis.inspect import AdapterFacts, describe_adapter
 from ..errors import AdapterError, ConfigError
 from ..formats import FOLDERS, TAKES_ALPHA, find, format_of, load
 from ..io.json_object import read_json
+from ..tasks import task_for, task_names, task_of
 from ..train.run_folder import RunFolder
 from .words import number
 
@@ -65,6 +66,12 @@ class Known:
         return all(m.kind in ("linear", "embedding", "conv") for m in self.facts.modules)
 
     @property
+    def labels(self) -> list[str]:
+        """A classifier's, by their numbers."""
+        found = self.data.get("labels")
+        return found if isinstance(found, list) and all(isinstance(label, str) for label in found) else []
+
+    @property
     def header(self) -> Mapping[str, Any]:
         return mapping(self.facts.metadata.get("header"))
 
@@ -90,6 +97,7 @@ def known(source: str | Path, *, alpha: float | None = None, base: Path | None =
     run = RunFolder(home.parent)
     if home.name == "adapter" and run.config.is_file() and run.metrics.is_file():
         found |= _of_run(run, found)
+        found["settings"] = _of_task(found["settings"], str(facts.task))
     elif held_out := number(metrics.get("held_out_loss")):
         found["held_out"] = [{"held_out_loss": held_out}]
     if judged is not None:
@@ -125,6 +133,16 @@ def _of_run(run: RunFolder, found: Mapping[str, Any]) -> dict[str, Any]:
         "held_out": held_out,
         "samples": _samples(run),
     }
+
+
+def _of_task(settings: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
+    """Without what only other tasks ask for."""
+    name = task_for(peft_type)
+    if name is None:
+        return dict(settings)
+    own = task_of(name).settings.model_fields
+    others = {setting for other in task_names() for setting in task_of(other).settings.model_fields} - own.keys()
+    return {setting: value for setting, value in settings.items() if setting not in others}
 
 
 def _samples(run: RunFolder) -> list[tuple[str, str, str]]:

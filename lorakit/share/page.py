@@ -200,10 +200,11 @@ def _results(known: Known, data_name: str | None, judged_on: str | None) -> list
     told = []
     if known.judged:
         scored = [(key, name) for key, name in _SCORES if all(number(mapping(r.get("scores")).get(key)) is not None for r in known.judged)]
-        head = ["", "loss", "perplexity", *(name for _, name in scored)]
+        measured = _measured(known.judged, "")
+        head = ["", *(name for _, name, _ in measured), *(name for _, name in scored)]
         lines = []
         for row in known.judged:
-            values = [_rounded(row.get("loss"), 4), _rounded(row.get("perplexity"), 2)]
+            values = [_rounded(row.get(key), digits) for key, _, digits in measured]
             values += [_rounded(mapping(row.get("scores")).get(key), 1) for key, _ in scored]
             lines.append([("base" if row.get("adapter") is None else "this adapter"), *values])
         rows, tokens = number(known.judged[0].get("rows")), number(known.judged[0].get("tokens"))
@@ -214,14 +215,22 @@ def _results(known: Known, data_name: str | None, judged_on: str | None) -> list
     if len(held) > MOST_ROWS:  # evenly, and the last
         held = [held[i * (len(held) - 1) // (MOST_ROWS - 1)] for i in range(MOST_ROWS)]
     if held:
-        lines = [[f"{row['step']}", _rounded(row["held_out_loss"], 4), _rounded(row.get("held_out_perplexity"), 2)] for row in held]
+        measured = _measured(held, "held_out_")
+        lines = [[f"{row['step']}", *(_rounded(row.get(key), digits) for key, _, digits in measured)] for row in held]
         where = f" of {data_name}" if data_name else ""
-        told += [f"On rows{where} that were held out of the training:", _grid(["step", "loss", "perplexity"], lines)]
+        told += [f"On rows{where} that were held out of the training:", _grid(["step", *(name for _, name, _ in measured)], lines)]
         if known.best is not None and len(known.held_out) > 1 and number(known.best.get("step")) is not None:
             told.append(f"The adapter has the parameters of step {known.best['step']}, where the loss was least.")
     elif known.held_out:
         told.append(f"Loss on rows held out of the training: {_rounded(known.held_out[0]['held_out_loss'], 4)}.")
     return told
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[tuple[str, str, int]]:
+    """The figures that some row has: key, name, digits."""
+    known = (("loss", 4), ("perplexity", 2), ("accuracy", 4), ("macro_f1", 4))
+    found = [(prefix + name, name.replace("_", " "), digits) for name, digits in known]
+    return [figure for figure in found if any(number(row.get(figure[0])) is not None for row in rows)]
 
 
 def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -56,8 +56,12 @@ def _text(known: Known, where: str, base: str | None) -> list[str]:
     name = 'model_path("embedded")' if embedded else _text_of(base or "BASE")
     if kind is not None:
         before = ["from lorakit.bases.load import model_path"] if embedded else []
-        before += [f"from transformers import {kind}, AutoTokenizer", "", f"model = {kind}.from_pretrained({name})"]
-        before += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
+        labels = [_text_of(label) for label in known.labels]
+        before += [f"from transformers import {kind}, AutoTokenizer", ""]
+        before += [f"labels = [{', '.join(labels)}]"] if labels else []
+        more = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
+        before += [f"model = {kind}.from_pretrained({name}{more})", f"tokenizer = AutoTokenizer.from_pretrained({name})"]
+        before += ["model.config.pad_token_id = tokenizer.pad_token_id"] if labels else []
     else:
         before = ["", "model = ...  # the base, of the class that it had in training"]
     told = []

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, TrainError
 from ..layers.layer import LoraLayer
+from ..tasks.task import Task
 from .config import TrainConfig
-from .loss import row_losses
 
 LENGTH_MULTIPLE = 8  # of a batch's columns, see `data.batches.collate`
 
@@ -55,7 +55,7 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_layers(model: nn.Module, rows: set[int], length: int, vocabulary: int) -> str:
+def compile_layers(model: nn.Module, rows: set[int], length: int, task: Task) -> str:
     """Compile them in place, on batches of these numbers of rows. What was done, for the start panel."""
     layers = repeated_layers(model)
     if not layers:
@@ -66,12 +66,12 @@ def compile_layers(model: nn.Module, rows: set[int], length: int, vocabulary: in
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with torch.no_grad():  # what the loss finds out about a model, it finds out without layers that are compiled
-            row_losses(model, _batch(1, LENGTH_MULTIPLE, vocabulary, device))
+            task.losses(model, _batch(task, 1, LENGTH_MULTIPLE, device))
         for layer in layers:
             layer.compile(dynamic=True)
         try:
             for n in sorted(rows, reverse=True):
-                row_losses(model, _batch(n, length, vocabulary, device)).sum().backward()
+                task.losses(model, _batch(task, n, length, device)).sum().backward()
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise TrainError(f"compile: inductor could not compile {type(model).__name__}: {first}\n  leave compile out") from error
@@ -98,9 +98,8 @@ def as_it_is() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
-def _batch(rows: int, length: int, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
-    ids = torch.arange(rows * length, device=device).view(rows, length) % vocabulary
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+def _batch(task: Task, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in task.example(rows, length).items()}
 
 
 def _inside(stack: nn.Module, layers: list[nn.Module]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..data.dataset import Item
+from ..tasks.task import Item
 from . import defaults
 
 if TYPE_CHECKING:
@@ -51,15 +51,15 @@ def limit_for(jobs: Sequence[Job]) -> Limit:
     """`micro_batch` rows if it is given; otherwise about as much as one run alone computes at once."""
     first = jobs[0]
     given = None if first.config.micro_batch == "auto" else int(first.config.micro_batch)
-    on_cpu = first.accelerator.device.type == "cpu"
+    on_cpu = first.parallel.device.type == "cpu"
     tokens = None if given else defaults.CPU_TOKENS if on_cpu else BUSY
     return Limit([job.micro_batch.value for job in jobs], given, tokens, BUSY_CPU if on_cpu else BUSY)
 
 
 def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:
     """All rows of each run's batch; a batch may be empty."""
-    ordered = {run: sorted(batch, key=lambda item: len(item.ids)) for run, batch in enumerate(batches) if batch}
-    longest = {run: len(batch[-1].ids) for run, batch in ordered.items()}
+    ordered = {run: sorted(batch, key=lambda item: item.size) for run, batch in enumerate(batches) if batch}
+    longest = {run: batch[-1].size for run, batch in ordered.items()}
     own = [
         run for run, batch in ordered.items()
         if len(ordered) == 1 or len(batch) * longest[run] >= limit.busy or not limit.allows(len(batch), longest[run])

@@ -15,8 +15,8 @@ from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, DataError, StateError
 from lorakit.evaluate.evaluate import evaluate, prompts_of
 from lorakit.evaluate.metrics import score
-from lorakit.evaluate.perplexity import perplexity
 from lorakit.generate.generate import generate
+from lorakit.tasks.text.perplexity import perplexity
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.cli import run as cli
 from lorakit.data.dataset import build
 from lorakit.data.read import read_rows
-from lorakit.evaluate.perplexity import perplexity
 from lorakit.reproduce.demo import ASSETS, ROWS_FILE, run
+from lorakit.tasks.text.perplexity import perplexity
 from lorakit.train.run_folder import RunFolder
 
 STEPS, ROWS = 3, 8

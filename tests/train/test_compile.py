@@ -11,8 +11,9 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import ConfigError, TrainError
+from lorakit.tasks import causal_lm
+from lorakit.tasks.text.causal_loss import row_losses
 from lorakit.train import compile as compiling
-from lorakit.train.loss import row_losses
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.sweep.sweep_config import check_joint
@@ -48,7 +49,7 @@ def test_layers_share_one_graph_and_varied_lengths_need_no_other(make_config):
     plain = {"input_ids": torch.arange(30).view(3, 10), "labels": torch.arange(30).view(3, 10)}
     expected = row_losses(model, plain)
     before = compiling.graphs()
-    said = compiling.compile_layers(model, {4}, 32, 258)
+    said = compiling.compile_layers(model, {4}, 32, causal_lm)
     made = compiling.graphs() - before
     assert "2 layers" in said
     assert made <= 2, "one for the first layer, whose input takes no gradient, and one for the others"
@@ -78,7 +79,7 @@ def test_repeated_layers_are_those_that_train():
 
 def test_a_model_without_repeated_layers_is_refused():
     with pytest.raises(TrainError, match="no stack of like layers"):
-        compiling.compile_layers(nn.Sequential(nn.Linear(4, 4)), {2}, 8, 16)
+        compiling.compile_layers(nn.Sequential(nn.Linear(4, 4)), {2}, 8, causal_lm)
 
 
 def test_without_a_compiler_it_says_so_before_anything_is_written(make_config, monkeypatch, tmp_path):

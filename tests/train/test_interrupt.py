@@ -26,9 +26,9 @@ COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
 
 def test_the_first_signal_is_a_wish_and_the_second_an_order():
     with pytest.raises(KeyboardInterrupt), listening() as interrupt:  # noqa: PT012
-        assert interrupt.wanted is None
+        assert interrupt.signal is None
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.wanted == "SIGTERM"
+        assert interrupt.signal == "SIGTERM"
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -44,7 +44,7 @@ def test_outside_the_main_thread_nothing_is_caught():
 
     def work():
         with listening() as interrupt:
-            wanted.append(interrupt.wanted)
+            wanted.append(interrupt.signal)
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 
 import lorakit as lk
 from lorakit.bases.load import load_model
-from lorakit.data.batches import batch_order, collate
+from lorakit.data.batches import batch_order
 from lorakit.errors import ConfigError, DataError, TrainError
-from lorakit.evaluate.perplexity import perplexity
-from lorakit.train import loop, optimizer, run
-from lorakit.train.loss import summed_loss
+from lorakit.tasks import causal_lm
+from lorakit.tasks.task import weight_of
+from lorakit.tasks.text.causal_loss import summed_loss
+from lorakit.tasks.text.perplexity import perplexity
+from lorakit.train import loop, optimizer
 from lorakit.train.progress import Progress
 from lorakit.train.run import Run
 from lorakit.train.run_folder import RunFolder
-from lorakit.train.setup import set_up, trained_in
+from lorakit.train.setup import set_up
 from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
@@ -49,12 +51,12 @@ def test_the_gradient_of_a_step_is_that_of_all_its_trained_tokens_however_it_is_
     job = set_up(config.replace(out=str(tmp_path / "again")))
     rows = job.batch(0)
     assert len({sum(r.trained) for r in rows}) > 3  # unequal shares: a mean of means would differ
-    (summed_loss(job.model, collate(rows, job.pad_id)) / trained_in(rows)).backward()
+    (summed_loss(job.model, job.task.collate(rows, job.base)) / weight_of(rows)).backward()
     expected = {n: p.grad for n, p in job.model.named_parameters() if p.requires_grad}
     _, optimizer = checkpoint_of(config, 1)
     for name, gradient in expected.items():
         torch.testing.assert_close(10 * optimizer[f"{name}.exp_avg"], gradient, rtol=1e-4, atol=1e-6)
-    assert rows_of(config)[0]["tokens"] == trained_in(rows)
+    assert rows_of(config)[0]["tokens"] == weight_of(rows)
 
 
 def test_accumulating_1x8_and_8x1_ends_with_the_same_parameters(make_config, tmp_path):
@@ -77,7 +79,7 @@ def test_the_logged_loss_is_the_batchs_mean_over_its_trained_tokens(make_config)
     config = make_config(steps=1, validation=0)
     train(config, QUIET)
     job = set_up(config.replace(out=config.out + "-again"))
-    expected = perplexity(job.model, job.batch(0), job.pad_id).loss
+    expected = perplexity(job.model, job.batch(0), tiny_lm.PAD).loss
     assert rows_of(config)[0]["loss"] == pytest.approx(expected, abs=2e-5)
 
 
@@ -158,7 +160,7 @@ def test_the_saved_adapter_is_what_was_trained_and_says_how(make_config, data_fi
     assert not {"out", "threads", "seconds"} & {*adapter.metadata["recipe"], *adapter.metadata["metrics"]}
     job = set_up(config.replace(out=config.out + "-again"))
     fresh = lk.attach(load_model(config.model, torch.float32, CPU), adapter)
-    assert perplexity(fresh, job.held_out, job.pad_id).loss == pytest.approx(result.best_loss, abs=1e-5)
+    assert perplexity(fresh, job.held_out, tiny_lm.PAD).loss == pytest.approx(result.best_loss, abs=1e-5)
 
 
 def test_full_fine_tuning_saves_a_model_that_loads(make_config):
@@ -205,13 +207,8 @@ def test_metrics_have_each_step_once_with_the_same_keys(make_config):
 
 def fake_held_out(monkeypatch, losses) -> None:
     """Held-out losses as given, one evaluation after the other."""
-    real, told = run.perplexity, iter(losses)
-
-    def measured(*args, **options):
-        found = real(*args, **options)
-        return type(found)(next(told), 1.0, found.tokens, found.rows)
-
-    monkeypatch.setattr(run, "perplexity", measured)
+    told = iter(losses)
+    monkeypatch.setattr(causal_lm, "evaluate", lambda *args: {"loss": next(told), "perplexity": 1.0})
 
 
 def test_early_stopping_saves_the_adapter_of_the_best_held_out_loss(make_config, monkeypatch):
@@ -267,13 +264,14 @@ def test_validation_may_be_a_file(make_config, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the_last_checkpoint(make_config, monkeypatch, data_file):
     config = make_config(steps=8, eval_every=2)
-    real, calls = loop.row_losses, []
+    real, calls = causal_lm.losses, []
 
     def broken(*args):
-        calls.append(1)
-        return real(*args) * (math.nan if len(calls) > 8 else 1)  # two micro-batches a step: step 5
+        losses = real(*args)
+        calls.append(type(losses) is torch.Tensor)  # and not of the plan, which has no numbers
+        return losses * (math.nan if sum(calls) > 8 else 1)  # two micro-batches a step: step 5
 
-    monkeypatch.setattr(loop, "row_losses", broken)
+    monkeypatch.setattr(causal_lm, "losses", broken)
     with pytest.raises(TrainError) as error:
         train(config, QUIET)
     said = str(error.value)
@@ -283,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the
     assert all(f"{data_file}, row {item.row.number}" in said for item in job.batch(4))
     assert "lower learning rate" in said
     assert [row["step"] for row in rows_of(config) if "loss" in row] == [1, 2, 3, 4]
-    monkeypatch.setattr(loop, "row_losses", real)
+    monkeypatch.setattr(causal_lm, "losses", real)
     again = train(config, QUIET)  # the kept checkpoint serves: the run goes on from it
     assert again.step == 8
     undisturbed = train(config.replace(out=config.out + "-undisturbed"), QUIET)
@@ -304,14 +302,14 @@ def test_a_gradient_that_is_not_finite_updates_nothing(make_config, monkeypatch)
     config = make_config(steps=2, validation=0, micro_batch=4)
     job = set_up(config)
     before = {n: p.clone() for n, p in job.model.named_parameters()}
-    real = loop.row_losses
+    real = causal_lm.losses
 
     def broken(*args):
         loss = real(*args)
         loss.register_hook(lambda g: g * math.inf)
         return loss
 
-    monkeypatch.setattr(loop, "row_losses", broken)
+    monkeypatch.setattr(causal_lm, "losses", broken)
     with loop.contextlib.closing(loop.Loop([Run(job, QUIET)])) as training, pytest.raises(TrainError, match="the gradient is"):
         training.go(loop.Interrupt())
     assert all(torch.equal(before[n], p) for n, p in job.model.named_parameters())
@@ -341,7 +339,7 @@ def test_a_batch_larger_than_the_data_and_a_single_step_work(make_config):
     config = make_config(batch_size=500, micro_batch=7, steps=1, validation=0)
     result = train(config, QUIET)
     assert result.step == 1
-    assert rows_of(config)[0]["tokens"] == trained_in(set_up(config).train)
+    assert rows_of(config)[0]["tokens"] == weight_of(set_up(config).train)
 
 
 def test_rows_longer_than_the_models_positions_are_refused_before_the_first_step(make_config, tmp_path):

@@ -92,7 +92,7 @@ def test_a_narrow_terminal_does_not_break_it(make_config):
 def test_the_bar_is_closed_when_the_run_fails(make_config, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     progress = Progress(console)
-    monkeypatch.setattr("lorakit.train.loop.row_losses", lambda *_: 1 / 0)
+    monkeypatch.setattr("lorakit.tasks.causal_lm.losses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(make_config(steps=3), progress)
     assert progress._bar is None

@@ -7,6 +7,7 @@ import yaml
 
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
+from lorakit.methods.lora import adapter_config
 from lorakit.train.config import TrainConfig
 
 
@@ -55,7 +56,7 @@ def test_a_value_out_of_range_is_refused_by_name(setting, value):
 
 def test_what_travels_with_the_adapter_is_the_lora_part():
     config = TrainConfig(data="x", model="some/base", rank=8, targets=["q_proj"], learning_rate=1.0, dropout=0.1)
-    lora = config.lora()
+    lora = adapter_config(config, "CAUSAL_LM")
     assert type(lora) is LoraConfig
     assert (lora.base, lora.task, lora.rank, lora.targets, lora.dropout) == ("some/base", "CAUSAL_LM", 8, ["q_proj"], 0.1)
 

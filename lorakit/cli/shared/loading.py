@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
+    from ...adapter.adapter import Adapter
     from ...data.templates import Style
 
 
@@ -45,19 +47,29 @@ class Loaded:
         return style  # type: ignore[return-value]
 
 
-def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
-    """The base with the adapters attached; the last of them is active."""
+def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
+    """The adapters by name. A GGUF needs the base's config, to know the heads of its permuted rows."""
     from ...adapter.adapter import Adapter
-    from ...bases.device import choose_device, choose_dtype
-    from ...bases.load import load_config, load_model, load_tokenizer
+    from ...bases.load import load_config
     from ...formats import format_of
-    from ...model.attach import attach
 
-    # Before the base's weights: it fails faster. A GGUF needs the base's config, to know the heads of its permuted rows.
-    values = {
+    return {
         name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
         for name, path in named(adapters).items()
     }  # fmt: skip
+
+
+def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
+    """The base with the adapters attached; the last of them is active."""
+    return attached(model, read(model, adapters), precision)  # adapters before the base's weights: it fails faster
+
+
+def attached(model: str, values: Mapping[str, Adapter], precision: str = "auto") -> Loaded:
+    """The same with adapters that are read already."""
+    from ...bases.device import choose_device, choose_dtype
+    from ...bases.load import load_model, load_tokenizer
+    from ...model.attach import attach
+
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
     style = None

@@ -99,8 +99,8 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
     with contextlib.closing(Loop(runs, ended=shown.ended)) as loop, contextlib.closing(shown), listening() as interrupt:
         shown.start(runs, "none: these runs are thrown away")
         loop.go(interrupt)
-    if interrupt.wanted and not all(run.ended for run in runs):
-        raise TrainError(f"stopped by {interrupt.wanted} while looking for a learning rate; nothing was kept: start the run again")
+    if interrupt.signal and not all(run.ended for run in runs):
+        raise TrainError(f"stopped by {interrupt.signal} while looking for a learning rate; nothing was kept: start the run again")
     return leaderboard.entries(Sweep({"out": str(folder)}, (), configs), runs)
 
 

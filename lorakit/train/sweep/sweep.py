@@ -21,7 +21,7 @@ from ...io.atomic import write_text
 from ..interrupt import listening
 from ..loop import Loop
 from ..run import Run
-from ..setup import Job, set_up_together
+from ..setup import set_up_together
 from . import leaderboard, sweep_plot
 from .leaderboard import Entry
 from .sweep_config import Sweep
@@ -60,7 +60,7 @@ def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
     folder = SweepFolder(plan.out)
     folder.open(plan)
     jobs = set_up_together(plan.runs)
-    check_output_layer(jobs[0])
+    jobs[0].task.check_together(jobs[0].model)
     failed = folder.rewind(jobs)
     runs = [Run(job, progress.lane(job.adapter)) for job in jobs]
     for run in runs:
@@ -80,17 +80,6 @@ def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
     )  # fmt: skip
     write_text(folder.leaderboard, json.dumps(outcome.to_dict(), indent=2) + "\n")
     return outcome
-
-
-def check_output_layer(job: Job) -> None:
-    """TrainError for an adapted output layer: only trained positions reach it, and of these nobody knows the row."""
-    from ...layers.layer import LoraLayer
-
-    if isinstance(job.model.get_output_embeddings(), LoraLayer):
-        raise TrainError(
-            "the targets include the output layer, which sees trained positions and no rows, so its adapters cannot share a pass\n"
-            "  leave it out of the targets, or start such runs one by one with lorakit train"
-        )
 
 
 def _keep_winners(best: Mapping[str, Entry], out: Path) -> dict[str, Path]:

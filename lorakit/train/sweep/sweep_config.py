@@ -20,6 +20,8 @@ from typing import Any, Union, get_args, get_origin
 
 from ...config import ALL_LINEAR
 from ...errors import ConfigError, did_you_mean, listing
+from ...methods import method_of
+from ...tasks import task_of
 from ..config import TrainConfig
 
 MAX_RUNS = 64
@@ -31,7 +33,7 @@ _ONE_BASE = "the runs train on one base, loaded once"
 _ONE_PASS = "the runs are computed together, in one pass"
 _ONE_FOLDER = "it does not change what is trained"
 NOT_SWEPT = {
-    "model": _ONE_BASE, "revision": _ONE_BASE, "trust_remote_code": _ONE_BASE, "precision": _ONE_BASE, "method": _ONE_BASE, "base": _ONE_BASE,
+    "task": _ONE_BASE, "model": _ONE_BASE, "revision": _ONE_BASE, "trust_remote_code": _ONE_BASE, "precision": _ONE_BASE, "method": _ONE_BASE, "base": _ONE_BASE,
     "gradient_checkpointing": _ONE_PASS, "threads": _ONE_PASS, "micro_batch": _ONE_PASS, "memory": _ONE_PASS,
     "out": _ONE_FOLDER, "keep": _ONE_FOLDER, "save_every": _ONE_FOLDER, "track": _ONE_FOLDER, "sample_prompts": _ONE_FOLDER,
     "sample_tokens": _ONE_FOLDER, "find_lr": "the sweep itself compares learning rates",
@@ -98,16 +100,11 @@ def check_joint(config: TrainConfig) -> None:
         raise ConfigError(f"find_lr: {NOT_SWEPT['find_lr']}: give it a list of them, or use lorakit train")
     if config.compile:
         raise ConfigError("compile: runs that train together need another graph for each mix of them\n  leave it out, or use lorakit train")
-    if config.method != "lora":
-        raise ConfigError(
-            "method: full fine-tuning changes the base that a sweep's runs share\n  start such runs one by one with lorakit train"
-        )
-    for name, empty in (("save_modules", []), ("bias", "none")):
-        if getattr(config, name) != empty:
-            raise ConfigError(
-                f"{name}: {getattr(config, name)}: weights trained whole take the base's place for every row, so runs cannot share a pass\n"
-                f"  leave {name} out, or start such runs one by one with lorakit train"
-            )
+    alone = method_of(config.method).alone(config)
+    if alone:
+        raise ConfigError(alone[1])
+    if why := task_of(config.task).alone(config):
+        raise ConfigError(why)
     if config.memory not in ("auto", "unchecked"):
         raise ConfigError(
             f"memory: {config.memory}: what runs that train together need is not estimated\n  lorakit plan says what one of them needs; leave memory out here"

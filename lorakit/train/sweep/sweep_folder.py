@@ -22,7 +22,7 @@ import yaml
 from ...errors import TrainError
 from ...io.atomic import write_text
 from .. import resume
-from ..run_folder import FREE, TEMPORARY
+from ..run_folder import FREE, TEMPORARY, filled
 from .sweep_config import Sweep
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class SweepFolder:
             raise TrainError(f"{self.settings} cannot be read: {error}\n  give another folder (--out)") from error
         if not isinstance(then, dict):
             raise TrainError(f"{self.settings} holds no settings; give another folder (--out)")
+        then = filled(then)
         lines = []
         for name in sorted(then.keys() | sweep.settings.keys()):
             before, now = then.get(name), sweep.settings.get(name)

@@ -41,7 +41,7 @@ class SweepProgress:
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._done, self._all, self._going = 0, 0, 0
-        self._tokens, self._since = 0, time.perf_counter()
+        self._weight, self._unit, self._since = 0, "tokens", time.perf_counter()
         self._best: tuple[float, str, int] | None = None
         self._ended: set[str] = set()
 
@@ -52,7 +52,7 @@ class SweepProgress:
         """The panel, and the bar. A unit of progress is a step of one run."""
         self._all = sum(run.job.steps for run in runs)
         self._done = sum(run.step for run in runs)
-        self._going = len(runs)
+        self._going, self._unit = len(runs), runs[0].job.task.unit
         self._note_best(runs)
         if self.quiet:
             return
@@ -73,7 +73,7 @@ class SweepProgress:
                 self._best = (row["held_out_loss"], name, row["step"])
             return
         self._done += 1
-        self._tokens += row["tokens"]
+        self._weight += row[self._unit]
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, facts=self._facts())
         elif self._done * LINES // self._all > (self._done - 1) * LINES // self._all:
@@ -104,9 +104,9 @@ class SweepProgress:
         self._best = min(found, default=None)
 
     def _facts(self) -> str:
-        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
+        speed = self._weight / max(1e-9, time.perf_counter() - self._since)
         best = f"  best {self._best[1]}: {self._best[0]:.4f} at step {self._best[2]}" if self._best else ""
-        return f"{self._going} runs going  {speed:,.0f} trained tokens/s{best}"
+        return f"{self._going} runs going  {speed:,.0f} trained {self._unit}/s{best}"
 
     def _say(self, line: str) -> None:
         if not self.quiet:
@@ -123,13 +123,12 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
     table = Table.grid(padding=(0, 2))
     rows = [
         ("model", f"{job.config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
-        ("device", f"{job.accelerator.device}, {threads_of(job.accelerator.device)}"),
+        ("device", f"{job.parallel.device}, {threads_of(job.parallel.device)}"),
         *(("data", f"{name}: {train:,} rows to train on, {held:,} held out") for name, train, held in data),
         ("runs", f"{len(runs)}, trained together on one base, {sum(r.job.steps for r in runs):,} steps in all"),
         ("folder", folder),
     ]
-    if any(run.config.dropout for run in runs):
-        rows.append(("note", "dropout masks are those of the sweep: such a run alone would draw others"))
+    rows += [("note", note) for note in dict.fromkeys(run.job.method.note_together(run.config) for run in runs) if note]
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import TrainError
-from ..layers.frozen import is_frozen_linear, is_hooked
-from ..ops import IGNORE_INDEX
-from ..ops.fused.cross_entropy import linear_cross_entropy
-from ..ops.linear import needs_plain
+from ...errors import TrainError
+from ...layers.frozen import is_frozen_linear, is_hooked
+from ...ops import IGNORE_INDEX
+from ...ops.fused.cross_entropy import linear_cross_entropy
+from ...ops.linear import needs_plain
 
 # Logits of at most so many bytes (as float32) are made at once of an output layer that is not frozen: beyond, chunks of this size are
 # recomputed in backward. Recomputing costs one more projection, so it is for large vocabularies and long batches only.
@@ -58,7 +58,7 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tenso
     """−log p of each of the N chosen positions (`chosen`: [rows, length − 1]), row after row, zero where untrained: [N], float32."""
     targets = batch["labels"][:, 1:][chosen]
     layer = _output_layer(model)
-    picked = Picked(chosen, fused=_is_frozen_end(model, layer, batch["input_ids"]))
+    picked = Picked(chosen, _is_frozen_end(model, layer, batch["input_ids"]), _in_one(model, layer, batch["input_ids"], len(targets)))
     handle = layer.register_forward_pre_hook(picked)
     try:
         # No attention mask: rows are padded on the right, and a causal model never looks there; the plain causal kernel is
@@ -71,7 +71,10 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tenso
     if picked.fused:
         return linear_cross_entropy(picked.hidden, layer.weight, layer.bias, targets)  # type: ignore[arg-type]
     if logits.dim() == 2:
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        # Without gradients their float32 copy and its softmax need not be there for all of them.
+        rows = len(logits) if torch.is_grad_enabled() else POSITIONS
+        parts = zip(logits.split(rows), targets.split(rows), strict=True)
+        return torch.cat([F.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts])
     if not _is_last(model, layer, batch["input_ids"]):
         raise TrainError(
             "this architecture changes its logits after the output layer, so its loss cannot be made in chunks\n"
@@ -83,15 +86,14 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tenso
 class Picked:
     """The hook: hands the output layer the trained positions only, flattened, or, where that is not to make their logits, one of them."""
 
-    def __init__(self, chosen: Tensor, fused: bool):
-        self.chosen, self.fused = chosen, fused
+    def __init__(self, chosen: Tensor, fused: bool, in_one: bool):
+        self.chosen, self.fused, self.in_one = chosen, fused, in_one
         self.hidden: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = self.hidden = args[0][self.chosen]  # [N, width]
         self.fused = self.fused and is_frozen_linear(layer, hidden)
-        rows, vocabulary = hidden.shape[0], getattr(layer, "out_features", 0)
-        if not self.fused and rows * vocabulary * 4 <= MAX_LOGITS_BYTES:
+        if not self.fused and self.in_one:
             return hidden, *args[1:]
         return hidden[:1, None], *args[1:]  # [1, 1, width]: three axes tell that there is more
 
@@ -105,6 +107,14 @@ def _is_frozen_end(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
         and not needs_plain()
         and _is_last(model, layer, ids)
     )
+
+
+def _in_one(model: nn.Module, layer: nn.Module, ids: Tensor, count: int) -> bool:
+    """Whether an output layer that is not fused makes the logits of all `count` positions at once. Where something comes after it, it has
+    to: too many of them are an error in training, where they are kept for backward, and none in an evaluation."""
+    if count * getattr(layer, "out_features", 0) * 4 <= MAX_LOGITS_BYTES:
+        return True
+    return not torch.is_grad_enabled() and not _is_last(model, layer, ids)
 
 
 _last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by output layer

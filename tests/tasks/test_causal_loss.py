@@ -13,8 +13,8 @@ import lorakit as lk
 from lorakit.data.batches import collate
 from lorakit.errors import TrainError
 from lorakit.ops import IGNORE_INDEX
-from lorakit.train import loss as loss_module
-from lorakit.train.loss import row_losses, summed_loss
+from lorakit.tasks.text import causal_loss as loss_module
+from lorakit.tasks.text.causal_loss import row_losses, summed_loss
 
 MAKERS = {"llama": tiny_lm.llama, "gpt2": tiny_lm.gpt2, "gemma2": tiny_lm.gemma2}
 LENGTHS = (5, 23, 9, 14)  # none a multiple of 8: every row is padded

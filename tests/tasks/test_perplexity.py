@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lorakit.errors import ConfigError, DataError, LorakitError
-from lorakit.evaluate.perplexity import Loss, perplexity
+from lorakit.tasks.text import causal_loss
+from lorakit.tasks.text.perplexity import Loss, perplexity
 
 
 @pytest.fixture
@@ -56,9 +57,10 @@ def test_untrained_positions_do_not_count(llama, make_item):
     assert perplexity(llama, [only_last], 0).loss == pytest.approx(total, abs=1e-5)
 
 
-def test_logits_are_made_only_where_some_row_is_trained(llama, make_item):
+def test_logits_are_made_only_of_trained_positions(llama, make_item, monkeypatch):
+    monkeypatch.setattr(causal_loss, "POSITIONS", 1)
     seen = []
-    hook = llama.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
+    hook = llama.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.shape[:-1].numel()))
     perplexity(llama, [make_item("a prompt of thirty characters!", "yes")], 0)
     hook.remove()
     assert seen == [len("yes") + 1]  # and the end token

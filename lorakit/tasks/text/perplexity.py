@@ -3,33 +3,28 @@
     loss = − Σ log p(token | tokens before it) / tokens        perplexity = exp(loss)
 
 summed over all trained tokens of all rows, so that a long row counts for more than a short one and batches do not matter. The first
-token of a row is predicted from nothing and is left out. Logits are asked for only in columns where some row of the batch is trained,
-and turned to float32 row by row, trained positions only.
+token of a row is predicted from nothing and is left out. The losses are those of training (`causal_loss`).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from lorakit.data.batches import collate
-from lorakit.errors import ConfigError, DataError, NotFiniteError
-from lorakit.ops import IGNORE_INDEX
-
-from ..generate.eval_mode import evaluating
-from ..generate.generate import positions_of
+from ...data.batches import collate
+from ...errors import ConfigError, DataError, NotFiniteError
+from ...generate.eval_mode import evaluating
+from ...generate.generate import positions_of
+from .causal_loss import row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lorakit.data.dataset import Item
+    from ...data.dataset import Item
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,8 @@ def perplexity(
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
             rows = ordered[start : start + batch_size]
-            for item, losses in zip(rows, token_losses(model, collate(rows, pad_id))):
-                row_loss = float(losses.double().sum())
+            batch = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_id).items()}
+            for item, row_loss in zip(rows, row_losses(model, batch).tolist(), strict=True):
                 if not math.isfinite(row_loss):
                     raise NotFiniteError(
                         f"{item.row.where}: the loss is {row_loss}\n"
@@ -66,26 +61,11 @@ def perplexity(
                         "  and look at the adapter (lorakit inspect) for factors that are not finite"
                     )
                 total += row_loss
-                tokens += len(losses)
+                tokens += item.weight
             if on_batch is not None:
                 on_batch(len(rows))
     loss = total / tokens
     return Loss(loss, math.exp(loss) if loss < 709 else math.inf, tokens, len(ordered))  # exp(710) is beyond float64
-
-
-def token_losses(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
-    """−log p of each row's trained tokens, float32, one tensor a row."""
-    targets = batch["labels"][:, 1:]  # position t predicts token t+1
-    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]  # [kept]
-    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    sparing = "logits_to_keep" in inspect.signature(model.forward).parameters
-    kept = {"logits_to_keep": columns.to(model.device)} if sparing else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits  # [rows, kept or length, vocab]
-    if not sparing:
-        logits = logits[:, columns.to(logits.device)]
-    targets = targets[:, columns].to(logits.device)  # [rows, kept]
-    trained = targets != IGNORE_INDEX
-    return [F.cross_entropy(logits[row][trained[row]].float(), targets[row][trained[row]], reduction="none") for row in range(len(targets))]
 
 
 def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> None:
