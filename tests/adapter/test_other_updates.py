@@ -127,8 +127,8 @@ def test_models_and_checkpoints_do_not_take_them_in_silence(tmp_path):
     import tiny
 
     model = tiny.mlp()
-    adapter = lk.Adapter(lk.LoraConfig(), {"lin0": loha()})
-    with pytest.raises(AdapterError, match=r"Hadamard update.*\n.*resize"):
+    adapter = lk.Adapter(lk.LoraConfig(), {"lin0": Kronecker(1.0, **WHOLE)})
+    with pytest.raises(AdapterError, match=r"Kronecker update.*\n.*resize"):
         lk.attach(model, adapter)
     dora = lk.Factors(torch.ones(1, 10), torch.ones(20, 1), 1.0, magnitude=torch.ones(20, 1))
     with pytest.raises(AdapterError, match="DoRA"):
