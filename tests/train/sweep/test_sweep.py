@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_lm
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import lorakit as lk
@@ -307,6 +308,18 @@ def test_a_run_of_a_sweep_can_be_gone_on_with_alone(make_sweep, tmp_path, monkey
     assert {entry.step for entry in outcome.entries} == {6}
     assert (RunFolder(config.out).adapter / "adapter_model.safetensors").read_bytes() == alone
     assert_as_alone(plan, tmp_path)
+
+
+def test_a_sweep_of_a_release_with_fewer_settings_goes_on(make_sweep):
+    plan = make_sweep(rank=[2, 4], steps=2)
+    start(plan)
+    file = plan.out / "sweep.yaml"
+    then = yaml.safe_load(file.read_text()) | {"task": None}  # what it was before tasks had names
+    del then["compile"], then["rslora"]
+    file.write_text(yaml.safe_dump(then))
+    assert len(start(plan).entries) == 2
+    with pytest.raises(TrainError, match="rslora: False then, True now"):
+        start(make_sweep(rank=[2, 4], steps=2, rslora=True))
 
 
 def test_a_sweep_may_come_back_with_more_values_and_not_with_other_settings(make_sweep):
