@@ -378,12 +378,12 @@ def test_refusals_say_what_to_do_and_leave_nothing_there(hub, folder, monkeypatc
     with pytest.raises(LorakitError, match=r"the token may not write to other/lora: You don't have the rights"):
         push(folder, "other/lora")
     hub.fail["/api/repos/create"] = 500
-    with pytest.raises(LorakitError, match=r"the upload to someone/lora failed: it answers 500: the trouble is on its side"):
+    with pytest.raises(LorakitError, match=r"the upload to someone/lora failed: it answers 500, an error on the hub's side"):
         push(folder, "someone/lora")
     del hub.fail["/api/repos/create"]
     hub.add("someone/taken", {})
     hub.fail["/api/models/someone/taken/commit"] = 409
-    with pytest.raises(LorakitError, match="changed by somebody else at the same time"):
+    with pytest.raises(LorakitError, match="changed by someone else at the same time"):
         push(folder, "someone/taken")
     assert hub.files("someone/taken") == {}
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
