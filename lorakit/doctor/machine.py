@@ -153,7 +153,7 @@ def threads() -> Threads:
 
 
 def thread_notes(count: int, available: int, limit: float | None, variables: dict[str, str]) -> list[str]:
-    """Return what to change about `count` threads on `available` cores. limit: the cgroup's in cores, None without one."""
+    """Return what to change about `count` threads on `available` cores. limit: the cgroup's, in cores, or None."""
     notes = []
     usable = available if limit is None else max(1, min(available, round(limit)))
     if count > usable:
