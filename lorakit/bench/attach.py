@@ -1,12 +1,12 @@
-"""What it costs to put adapters on a model, to load, switch and disable them, and to start.
+"""Time attaching, loading, switching and disabling adapters, and process start-up.
 
-    attach              `lk.attach(model, config)` against `peft.get_peft_model(model, config)`, rank 16 on the seven linears of a layer
-    load                `lk.attach(model, lk.Adapter.load(folder), name)` against `model.load_adapter(folder, name)`, the n-th adapter
+    attach              `lk.attach(model, config)` against `peft.get_peft_model(model, config)`, rank 16 on all linears
+    load                `lk.attach(model, lk.Adapter.load(folder), name)` against `model.load_adapter(folder, name)`
     switch, base alone  `lk.activate` against `set_adapter` and `with disable_adapter()`
     start               a fresh process
 
-Garbage collection is off while the clock runs, on both sides: a full collection with torch and transformers loaded takes 0.2 s
-and would fall on whoever happens to allocate.
+Garbage collection is off during each measurement: a full collection with torch and transformers loaded takes 0.2 s, and
+would be charged to whichever side happens to trigger it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from .suite import Row, need
 
 TITLE = (
     "Milliseconds to attach a fresh adapter (rank 16 on q, k, v, o, gate, up and down of each layer), to load one of several from disk\n"
-    "(rank 8), to switch between them, to compute with the base alone for a moment, and to start; lorakit against PEFT, each on a model\n"
-    "of its own. 'times faster': PEFT's time over lorakit's."
+    "(rank 8), to switch between them, to disable them and switch back, and to start; lorakit against PEFT, each on its own model.\n"
+    "'times faster': PEFT's time over lorakit's."
 )
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def llama(layers: int, hidden: int, ffn: int, heads: int, device: str = "cpu") -> Any:
+    """Return a Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -47,6 +48,7 @@ def llama(layers: int, hidden: int, ffn: int, heads: int, device: str = "cpu") -
 
 
 def run(quick: bool = False) -> list[Row]:
+    """Return the table's rows. Raises MissingPeer without PEFT."""
     need("peft")
     layers, rounds = (8, 1) if quick else (80, 5)
     rows = [
@@ -72,11 +74,11 @@ def _attach(what: str, build: Callable[[], nn.Module], rounds: int) -> Row:
 
 
 def _several(layers: int, numbers: tuple[int, ...], repeats: int) -> list[Row]:
-    """Many adapters on one model: loading the n-th, then switching among n, and the base alone for a moment."""
+    """Load many adapters; for each n in `numbers` time the n-th load, switching among n, and disabling all."""
     import peft
 
     def build() -> Any:
-        torch.manual_seed(0)  # one base for all: the file knows its fingerprint
+        torch.manual_seed(0)  # the same base each time: the file has its fingerprint
         return llama(layers, 256, 704, 4)
 
     ours, base = build(), build()
@@ -104,21 +106,22 @@ def _several(layers: int, numbers: tuple[int, ...], repeats: int) -> list[Row]:
                 pass
 
         for n in range(1, max(numbers) + 1):
-            spent = [_seconds(load, f"a{n}") for load in (load_ours, load_theirs)]
+            load_seconds = [_seconds(load, f"a{n}") for load in (load_ours, load_theirs)]
             if n not in numbers:
                 continue
-            named = f"{layers} layers x 7"
-            loads.append(_row(f"load adapter {n}, {named}", *spent))
+            targets = f"{layers} layers x 7"
+            loads.append(_row(f"load adapter {n}, {targets}", *load_seconds))
             names = [f"a{1 + i % n}" for i in range(repeats)]
-            one_of = f"one of {n}, {named}" if n > 1 else f"the only one, {named}"
-            switches.append(
-                _row(f"switch to {one_of}", *_each(names, lambda name: lk.activate(ours, name), lambda name: theirs.set_adapter(name)))
-            )
+            one_of = f"one of {n}, {targets}" if n > 1 else f"the only one, {targets}"
+            switch_seconds = _each(names, lambda name: lk.activate(ours, name), lambda name: theirs.set_adapter(name))
+            switches.append(_row(f"switch to {one_of}", *switch_seconds))
             disables.append(_row(f"base alone and back, {n} attached", *_each(names, disable_ours, disable_theirs)))
     return loads + switches + disables
 
 
 def _start(rounds: int) -> list[Row]:
+    """Time fresh processes."""
+
     def python(code: str) -> float:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -139,6 +142,7 @@ def _start(rounds: int) -> list[Row]:
 
 
 def plot(rows: list[Row], axes: Any) -> None:
+    """Draw the rows that compare with PEFT as bars."""
     compared = [row for row in rows if row["PEFT ms"] is not None][::-1]
     axes.barh([row["what"] for row in compared], [row["times faster"] for row in compared], color="tab:blue")
     axes.set_xscale("log")
@@ -147,12 +151,13 @@ def plot(rows: list[Row], axes: Any) -> None:
 
 
 def _each(names: list[str], ours: Callable[[str], None], theirs: Callable[[str], None]) -> tuple[float, float]:
-    """Median seconds of both over these names, in turn."""
+    """Return both sides' median seconds over the names, interleaved."""
     both = [(_seconds(ours, name), _seconds(theirs, name)) for name in names]
     return median(a for a, _ in both), median(b for _, b in both)
 
 
 def _seconds(call: Callable[..., object], *args: Any) -> float:
+    """Time a call, without garbage collection."""
     gc.collect()
     gc.disable()
     try:

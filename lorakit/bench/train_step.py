@@ -1,7 +1,7 @@
-"""One training step of a Llama-shaped model: lorakit, PEFT, loralib and full fine-tuning over the frozen model's own cost.
+"""Time a training step of a Llama-shaped model with lorakit, PEFT, loralib and full fine-tuning, relative to a floor.
 
-The floor is the frozen model's forward and the backward of its input gradient: what any adapter method has to pay. All sides
-run the same model with the Hugging Face loss over all positions, rank 16 on all seven linears of a layer.
+The floor is the frozen model's forward and its backward to the inputs, which every adapter method has to pay. All sides
+run the same model with the Hugging Face loss over all positions, and rank 16 on all seven linears of a layer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .measure import PRECISIONS, in_turn, kept_bytes
 
 TITLE = (
     "A training step (forward and backward, Hugging Face loss) of a Llama-shaped model with rank 16 on all seven linears of each layer.\n"
-    "'over floor': time over the frozen model's own forward and input-gradient backward. 'over PEFT': time, and bytes kept for backward,\n"
-    "over PEFT with adapters in the base's dtype, its fast setting."
+    "'over floor': time over the frozen model's forward and backward to its inputs. 'over PEFT': time, or bytes kept for backward, over\n"
+    "PEFT's with adapters in the base's dtype, its faster setting."
 )
 RANK = 16
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,6 +32,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class Shape:
+    """The shape of the Llama, and of its batch: rows of `length` tokens."""
+
     hidden: int = 512
     layers: int = 8
     ffn: int = 1408
@@ -41,7 +43,7 @@ class Shape:
 
 
 def llama(shape: Shape, dtype: torch.dtype) -> Any:
-    """A Llama with random weights."""
+    """Return a frozen Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -84,7 +86,7 @@ def full_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
 
 
 def compiled(build: Callable[[Shape, torch.dtype, float], nn.Module]) -> Callable[[Shape, torch.dtype, float], nn.Module]:
-    """The same side with its layers compiled by inductor, as `lorakit train --compile` compiles them."""
+    """Wrap a side: compile its layers with inductor, as `lorakit train --compile` does."""
 
     def side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
         model = build(shape, dtype, dropout)
@@ -105,7 +107,7 @@ COMPILED: dict[str, Callable[[Shape, torch.dtype, float], nn.Module]] = {
 
 
 def step(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
-    """A forward; the loss is to be sent backward. For the floor the embeddings ask for a gradient, so that it runs all the way."""
+    """Return a forward that gives the loss. For the floor, the embeddings require a gradient: backward reaches them."""
     trains = any(p.requires_grad for p in model.parameters())
     embeddings = model.get_input_embeddings()(ids).detach()  # type: ignore[operator]
 
@@ -120,42 +122,44 @@ def step(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
 def measure(
     shape: Shape, dtype: torch.dtype, dropout: float, names: list[str], rounds: int, draws: int = 1
 ) -> dict[str, tuple[float, int]]:
-    """Seconds and kept bytes of the floor and of each side.
+    """Return (seconds, bytes kept for backward) of the floor and of each side.
 
-    `draws`: models are made so many times and the median taken, as where they come to lie in memory alone moves a time by some percent.
+    draws: how many times the models are built anew. The median over draws is taken, as a model's placement in memory
+    alone changes its time by a few percent.
     """
-    found = [_draw(shape, dtype, dropout, names, rounds) for _ in range(draws)]
-    return {name: (median(draw[name][0] for draw in found), found[0][name][1]) for name in found[0]}
+    results = [_draw(shape, dtype, dropout, names, rounds) for _ in range(draws)]
+    return {name: (median(result[name][0] for result in results), results[0][name][1]) for name in results[0]}
 
 
 def _draw(shape: Shape, dtype: torch.dtype, dropout: float, names: list[str], rounds: int) -> dict[str, tuple[float, int]]:
     models = {"floor": llama(shape, dtype)} | {name: (SIDES | COMPILED)[name](shape, dtype, dropout) for name in names}
     ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.length), device=next(models["floor"].parameters()).device)
     forwards = {name: step(model, ids) for name, model in models.items()}
-    for forward in forwards.values():  # compiles, where there is something to compile
+    for forward in forwards.values():  # compiles the compiled sides
         forward()
     kept = {name: kept_bytes(models[name], forward) for name, forward in forwards.items()}
 
-    def whole(name: str) -> Callable[[], None]:
+    def full_step(name: str) -> Callable[[], None]:
         def run() -> None:
             forwards[name]().backward()
             models[name].zero_grad()
 
         return run
 
-    seconds = in_turn({name: whole(name) for name in forwards}, rounds)
+    seconds = in_turn({name: full_step(name) for name in forwards}, rounds)
     return {name: (seconds[name], kept[name]) for name in forwards}
 
 
 def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> list[dict[str, Any]]:
+    """Return a row for each precision, dropout and side."""
     shape = Shape(layers=2, length=128) if quick else Shape()
     rows = []
     for dtype, dropout in product(precisions, (0.0, 0.1)):
         names = ["lorakit", "PEFT"] if quick else [*SIDES, *(COMPILED if not dropout and no_compiler() is None else ())]
-        found = measure(shape, dtype, dropout, names, *((3, 1) if quick else (5, 3)))
-        floor, peft = found["floor"], found["PEFT"]
+        results = measure(shape, dtype, dropout, names, *((3, 1) if quick else (5, 3)))
+        floor, peft = results["floor"], results["PEFT"]
         fused = "; ".join(map(str, report(lorakit_side(shape, dtype, dropout))))
-        for name, (seconds, kept) in found.items():
+        for name, (seconds, kept) in results.items():
             rows.append(
                 {
                     "precision": str(dtype).removeprefix("torch."), "dropout": dropout, "side": name, "milliseconds": round(1e3 * seconds, 1),
@@ -167,17 +171,16 @@ def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> 
 
 
 def plot(rows: list[dict[str, Any]], axes: Any) -> None:
+    """Draw times over the floor as grouped bars."""
     settings = list(dict.fromkeys((row["precision"], row["dropout"]) for row in rows))
     sides = list(dict.fromkeys(row["side"] for row in rows))
     width = 0.8 / len(sides)
     for k, side in enumerate(sides):
-        heights = [
-            next(r["over floor"] for r in rows if (r["precision"], r["dropout"], r["side"]) == (*setting, side)) for setting in settings
-        ]
+        times = {(r["precision"], r["dropout"], r["side"]): r["over floor"] for r in rows}
+        heights = [times[(*setting, side)] for setting in settings]
         bars = axes.bar([i + k * width for i in range(len(settings))], heights, width, label=side)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.set_xticks(
-        [i + 0.4 - width / 2 for i in range(len(settings))], [f"{precision}{f', dropout {d:g}' if d else ''}" for precision, d in settings]
-    )
-    axes.set_ylabel("time of a step over the frozen model's own")
+    labels = [f"{precision}{f', dropout {d:g}' if d else ''}" for precision, d in settings]
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(settings))], labels)
+    axes.set_ylabel("time of a step over the floor's")
     axes.legend(fontsize=8)

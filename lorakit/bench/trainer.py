@@ -1,9 +1,9 @@
-"""The real trainers end to end: `lorakit train` against TRL's `SFTTrainer` with PEFT.
+"""Time training runs from start to end: `lorakit train` against TRL's `SFTTrainer` with PEFT.
 
-Both fine-tune the embedded model on E2E rows: the same token ids, the same labels (prompts masked) in the same batches of 16,
-the same AdamW, schedule and clipping, from the same adapter (rank 16 on all linears). Each run is a process of its own. A
-step's time is that between the ends of two steps, with all that the trainer does there; set-up and the first two steps are
-left out. Peak memory is the process's high-water mark, set-up included.
+Both fine-tune the embedded model on E2E rows: the same token ids and labels (prompts masked) in the same batches of 16,
+with the same AdamW, schedule and clipping, from the same adapter (rank 16 on all linears). Each run has its own
+process. A step's time is that between the ends of two steps, with everything the trainer does in between; set-up and
+the first two steps are left out. Peak memory is the process's high-water mark, set-up included.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ from .measure import PRECISIONS
 from .suite import Row, need
 
 TITLE = (
-    "Training the embedded model (5.9 M parameters) on E2E rows, 16 a step: `lorakit train` against TRL's SFTTrainer with PEFT, same rows,\n"
-    "batches, masks, optimizer, schedule and start, each run a process of its own. Times are per optimizer step and per trained token,\n"
-    "without set-up; 'over best TRL' compares with the fastest of TRL's settings. Losses are compared step by step with TRL's in fp32."
+    "Training the embedded model (5.9 M parameters) on E2E rows, 16 a step: `lorakit train` against TRL's SFTTrainer with PEFT, same\n"
+    "rows, batches, masks, optimizer, schedule and initial adapter, each run in its own process. Times are per optimizer step and per\n"
+    "trained token, without set-up; 'over best TRL' compares with TRL's fastest settings. Losses are compared step by step with TRL's\n"
+    "in fp32."
 )
 ROWS_A_STEP = 16
-UNCOUNTED = 2  # steps at the start: first-use costs
+UNCOUNTED = 2  # warm-up steps at the start
 REFERENCE = "TRL fp32"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run the job."""
+    """A trainer and its precisions."""
 
     tool: str  # "lorakit" or "trl"
-    weights: str = "fp32"  # the base's
-    adapter: str = "fp32"  # the factors' precision, TRL's
+    weights: str = "fp32"  # of the base
+    adapter: str = "fp32"  # of the factors, for TRL
     autocast: bool = False
-    attention: str = "sdpa"  # TRL's; lorakit has its own block
+    attention: str = "sdpa"  # for TRL; lorakit has its own implementation
 
     @property
     def precision(self) -> torch.dtype:
-        """What is multiplied."""
+        """The precision of the matmuls."""
         return torch.bfloat16 if self.autocast or self.weights == "bf16" else torch.float32
 
 
-# TRL's own default is autocast over fp32 weights; plain attention ("eager") is faster for short rows on a CPU.
+# TRL's default is autocast with fp32 weights; plain attention ("eager") is faster for short rows on a CPU.
 SIDES = {
     "lorakit fp32": Side("lorakit"),
     "lorakit bf16": Side("lorakit", "bf16"),
@@ -69,7 +70,7 @@ QUICK = ("lorakit fp32", "lorakit bf16", REFERENCE, "TRL all bf16, plain attenti
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run tells. `seconds` and `cpu` (seconds of all threads): of each step after the first."""
+    """A run's measurements. `seconds` (wall) and `cpu` (of all threads): one value for each step after the first."""
 
     seconds: list[float]
     cpu: list[float]
@@ -78,34 +79,36 @@ class Outcome:
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
+        """Mean seconds a step."""
         return fmean(self.seconds[UNCOUNTED - 1 :])
 
     @property
     def cpu_step(self) -> float:
+        """Mean CPU seconds a step."""
         return fmean(self.cpu[UNCOUNTED - 1 :])
 
 
 def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> list[Row]:
+    """Return a row for each trainer and setting. Raises MissingPeer without TRL or PEFT."""
     need("trl", "peft")
-    steps, rounds, every = (8, 1, QUICK) if quick else (40, 3, tuple(SIDES))
-    # The reference is always there: losses are compared with it.
-    sides = [side for side in every if SIDES[side].precision in precisions or side == REFERENCE]
+    steps, rounds, candidates = (8, 1, QUICK) if quick else (40, 3, tuple(SIDES))
+    # The reference always runs: losses are compared with it.
+    sides = [side for side in candidates if SIDES[side].precision in precisions or side == REFERENCE]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        trained = _prepare(folder, steps)
+        trained_tokens = _prepare(folder, steps)
         outcomes = {side: [_process(folder, SIDES[side], steps)] for side in sides}
         best = min((s for s in sides if SIDES[s].tool == "trl"), key=lambda s: outcomes[s][0].step)
-        for _ in range(rounds - 1):  # the slower settings of TRL need no second look
+        for _ in range(rounds - 1):  # TRL's slower settings run once
             for side in (*(s for s in sides if SIDES[s].tool == "lorakit"), best):
                 outcomes[side].append(_process(folder, SIDES[side], steps))
-    tokens_a_step = trained / steps
+    tokens_a_step = trained_tokens / steps
     return [_row(side, runs, outcomes, best, tokens_a_step) for side, runs in outcomes.items()]
 
 
 def _row(side: str, runs: list[Outcome], outcomes: dict[str, list[Outcome]], best: str, tokens: float) -> Row:
     seconds, peak = median(r.step for r in runs), median(r.peak for r in runs)
-    apart = [abs(a - b) for a, b in zip(runs[0].losses, outcomes[REFERENCE][0].losses, strict=True)]
+    differences = [abs(a - b) for a, b in zip(runs[0].losses, outcomes[REFERENCE][0].losses, strict=True)]
     return {
         "trainer": side + (" (best TRL)" if side == best else ""),
         "ms a step": seconds * 1e3,
@@ -114,13 +117,14 @@ def _row(side: str, runs: list[Outcome], outcomes: dict[str, list[Outcome]], bes
         "time over best TRL": seconds / median(r.step for r in outcomes[best]),
         "peak RSS MB": peak / 1e6,
         "RSS over best TRL": peak / median(r.peak for r in outcomes[best]),
-        "mean |Δloss|": fmean(apart),
-        "largest |Δloss|": max(apart),
+        "mean |Δloss|": fmean(differences),
+        "largest |Δloss|": max(differences),
         "losses": runs[0].losses,
     }
 
 
 def plot(rows: list[Row], axes: Any) -> None:
+    """Draw the losses step by step."""
     for row in rows:
         name = f"{row['trainer']}: {row['ms a step']:.0f} ms a step"
         axes.plot(range(1, len(row["losses"]) + 1), row["losses"], label=name, linestyle="-" if "lorakit" in name else ":")
@@ -129,7 +133,7 @@ def plot(rows: list[Row], axes: Any) -> None:
     axes.legend(fontsize="small")
 
 
-# ------------------------------------------------------------------------------------- the job, written down for both
+# ------------------------------------------------------------------------------------- the same job for both
 
 
 def _settings(folder: Path, precision: str, steps: int) -> Any:
@@ -142,7 +146,7 @@ def _settings(folder: Path, precision: str, steps: int) -> Any:
 
 
 def _prepare(folder: Path, steps: int) -> int:
-    """Write rows, batches (ids and labels in order), the starting adapter and the rates. Returns the number of trained tokens."""
+    """Write rows, batches (ids and labels), initial adapter and learning rates. Return the number of trained tokens."""
     from ..bases.load import embedded_folder
     from ..model.capture import capture
     from ..ops import IGNORE_INDEX
@@ -156,38 +160,41 @@ def _prepare(folder: Path, steps: int) -> int:
     job = set_up(config)
     batches = [job.batch(step) for step in range(steps)]
     items: list[Any] = [item for batch in batches for item in batch]
-    plain = [
-        {"input_ids": i.ids, "labels": [token if trained else IGNORE_INDEX for token, trained in zip(i.ids, i.trained, strict=True)]}
-        for i in items
-    ]
+    inputs = []
+    for item in items:
+        pairs = zip(item.ids, item.trained, strict=True)
+        labels = [token if trained else IGNORE_INDEX for token, trained in pairs]
+        inputs.append({"input_ids": item.ids, "labels": labels})
     rates = [job.rate.value * rate_factor(config, step, steps) for step in range(steps)]
-    (folder / "job.json").write_text(json.dumps({"items": plain, "rates": rates, "clip": config.clip}))
+    (folder / "job.json").write_text(json.dumps({"items": inputs, "rates": rates, "clip": config.clip}))
     capture(job.model).save(folder / "start")
     return sum(weight_of(batch) for batch in batches)
 
 
 def _process(folder: Path, side: Side, steps: int) -> Outcome:
-    """One run as a process of its own."""
-    answer = folder / "outcome.json"
-    task = json.dumps({"folder": str(folder), "side": asdict(side), "steps": steps, "answer": str(answer)})
+    """Run a side in a fresh process. Raises RuntimeError if it fails."""
+    outcome = folder / "outcome.json"
+    task = json.dumps({"folder": str(folder), "side": asdict(side), "steps": steps, "outcome": str(outcome)})
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-m", __name__, task], env=os.environ | quiet, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{side} failed ({done.returncode}):\n{done.stderr[-2000:]}")
-    return Outcome(**json.loads(answer.read_text()))
+    command = [sys.executable, "-m", __name__, task]
+    process = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{side} failed ({process.returncode}):\n{process.stderr[-2000:]}")
+    return Outcome(**json.loads(outcome.read_text()))
 
 
-def _main(task: str) -> None:
-    told = json.loads(task)
-    side, folder = Side(**told["side"]), Path(told["folder"])
+def _main(text: str) -> None:
+    task = json.loads(text)
+    side, folder = Side(**task["side"]), Path(task["folder"])
     clock = Clock()
-    (_lorakit if side.tool == "lorakit" else _trl)(folder, side, told["steps"], clock)
-    outcome = Outcome([b - a for a, b in pairwise(clock.wall)], [b - a for a, b in pairwise(clock.cpu)], clock.losses, peak_memory())
-    Path(told["answer"]).write_text(json.dumps(asdict(outcome)))
+    (_lorakit if side.tool == "lorakit" else _trl)(folder, side, task["steps"], clock)
+    wall, cpu = ([b - a for a, b in pairwise(times)] for times in (clock.wall, clock.cpu))
+    outcome = Outcome(wall, cpu, clock.losses, peak_memory())
+    Path(task["outcome"]).write_text(json.dumps(asdict(outcome)))
 
 
 class Clock:
-    """The times at which steps ended, and their losses."""
+    """Records when each step ended, and its loss."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -195,6 +202,7 @@ class Clock:
         self.losses: list[float] = []
 
     def step(self, loss: float) -> None:
+        """Record the end of a step."""
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
         self.losses.append(loss)

@@ -1,14 +1,14 @@
-"""How English texts state the attribute values of E2E NLG (Novikova et al. 2017): the word lists behind `slots`.
+"""Word lists for `slots`: how English texts state the attribute values of E2E NLG (Novikova et al. 2017).
 
-For each attribute, levels; for each level two regular expressions over normalised text (lower case, no accents, plain quotes and
-hyphens, restaurant names masked):
+Each attribute has levels, and each level two regular expressions over normalised text (lower case, no accents, plain
+quotes and hyphens, restaurant names masked):
 
-    accepts   the level counts as realised when this is found; generous, as the human references are
-    states    the level counts as claimed when this is found although the meaning representation does not have it; strict,
-              so that "a good place" is not a claim about the customer rating
+    accepts   a match realises the level; lenient, as the human references are
+    states    a match claims the level, even where the meaning representation does not have it; strict, so that "a good
+              place" is not a claim about the customer rating
 
-The data's verbal and numeric values are one level ("cheap" and "less than £20", "average" and "3 out of 5"): the human authors
-use one for the other.
+The data's verbal and numeric values share a level ("cheap" and "less than £20", "average" and "3 out of 5"): the human
+authors use them interchangeably.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# --------------------------------------------------------------------------------------------- pieces
+# --------------------------------------------------------------------------------------------- building blocks
 
 _PRICE = r"(?:pric\w*|costs?|costing)"
 _RATING = r"(?:rate[ds]?|rating|ratings|reviews?|reviewed|ranked|ranking|scores?|scored|satisfaction|feedback)"
@@ -34,7 +34,7 @@ _NOT_OF = "".join(rf"(?<!{side} {of})" for side in ("north", "south", "east", "w
 
 
 def _about(words: str, noun: str, other: str) -> str:
-    """A level word said of a noun: "high [customer] rating", "rating is [very] high"; not the "high" of "rating, high price"."""
+    """Match a level word about a noun: "high [customer] rating", "rating is [very] high"; not "rating, high price"."""
     return rf"\b(?:{words})[\s-]+(?!the\b){_SKIP}{{0,2}}{noun}\b|\b{noun}[\s:-]+{_SKIP}{{0,3}}(?:{words})\b(?![\s-]+(?:customer\w*[\s-]+)?{other}\b)"
 
 
@@ -47,7 +47,7 @@ def _rating(words: str) -> str:
 
 
 def _stars(number: str) -> str:
-    """`number` of five: "3 out of 5", "three-star", "3/5", "rated 3"; not the 5 of "3 out of 5 stars"."""
+    """Match `number` out of five: "3 out of 5", "three-star", "3/5", "rated 3"; not the 5 of "3 out of 5 stars"."""
     alone = (
         rf"(?<!t of )(?<!one of )(?<!ree of )(?<!ive of )(?<!out if )(?<!ur of )(?<!\d of )(?<!of-)(?<!out )(?<!/ )(?<![\w/£.])(?:{number})"
     )
@@ -64,14 +64,14 @@ def _stars(number: str) -> str:
 
 @dataclass(frozen=True)
 class Level:
-    """The two expressions of one attribute level; without `states`, the level is never taken for a claim."""
+    """The two expressions of an attribute's level. Without `states`, no text claims the level."""
 
     accepts: re.Pattern[str]
     states: re.Pattern[str] | None
 
 
 def _level(states: str, accepts: str = "") -> Level:
-    """What states a level also realises it; `accepts` are the looser words that do only that."""
+    """Build a level. What states it also realises it; `accepts` are looser words that only realise it."""
     parts = [part for part in (states, accepts) if part]
     return Level(re.compile("|".join(parts)), re.compile(states) if states else None)
 
@@ -136,7 +136,7 @@ LEVELS: dict[str, dict[str, Level]] = {
             r"|\bpopular\b|\brave\b|\bbest\b|\btop\b|\bhigh[\s-]+(?:customer|quality|star|standard)\w*|\bexceptional\w*\b|\bacclaimed\b|\bloved?\b|\bwonderful\b|\bsuperb\b"
             rf"|{_rating('good|well|great|positive|fantastic|exceptional|amazing|wonderful|superb|top|full|maximum|best')}",
         ),
-        # no value of the data; said of any of them it is wrong
+        # not a value in the data, so wrong for every row
         "between": _level(_stars("2|two|4|four")),
     },
     "area": {
@@ -177,7 +177,7 @@ FOR_FAMILIES = re.compile(
 
 # --------------------------------------------------------------------------------------------- names
 
-# Every `name` and `near` of the E2E data, training, development and test.
+# Every value of `name` and `near` in E2E's training, development and test sets.
 # fmt: off
 NAMES = (
     "Alimentum", "All Bar One", "Aromi", "Avalon", "Bibimbap House", "Blue Spice", "Browns Cambridge", "Burger King", "Café Adriatic",

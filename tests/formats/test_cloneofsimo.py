@@ -205,7 +205,7 @@ def test_a_damaged_file_is_refused_with_the_key_at_fault(changes, said, tmp_path
         ([torch.ones(3, 1), torch.ones(1, 4)] * 5, "5 modules numbered as text_encoder"),
         ([torch.ones(3, 1), torch.ones(1, 4), torch.ones(3, 1), torch.ones(1, 3)], "2 modules numbered as unet; expected 144, or 128"),
         ([torch.ones(3, 1), "x"], "holds a list"),
-        ([torch.ones(1).expand(1 << 30, 1), torch.ones(1, 4)], "'[0]' is not a plain tensor whose numbers are all in the file"),
+        ([torch.ones(1).expand(1 << 30, 1), torch.ones(1, 4)], "'[0]' is not a plain tensor whose elements are all in the file"),
     ],
 )
 def test_a_pickled_list_that_is_no_adapter_is_refused(value, said, tmp_path):

@@ -213,7 +213,7 @@ def test_refusals_say_what_to_do(hub, peft, monkeypatch):
     hub.add("someone/secret", peft, private=True)
     hub.add("someone/gated", peft, gated=True)
     assert lk.Adapter.load("someone/secret").rank == 4
-    with pytest.raises(AdapterError, match=r"no repository someone/none, or it is private\n.*the token that is set does not see it"):
+    with pytest.raises(AdapterError, match=r"no repository someone/none, or it is private\n.*your token has no access to it"):
         lk.Adapter.load("someone/none")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(AdapterError, match=r"the token was refused\n  log in with `hf auth login`, or set HF_TOKEN"):

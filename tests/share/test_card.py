@@ -1,4 +1,4 @@
-"""Model cards: true, complete as far as things are known, and safe against what an adapter's file says of itself.
+"""Model cards are true, complete as far as things are known, and safe against untrusted metadata.
 
 The page is read by markdown-it (CommonMark with GitHub's tables), the metadata by huggingface_hub.
 """
@@ -20,7 +20,7 @@ from lorakit import formats
 from lorakit.adapter.loha import Hadamard
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.share import card_of, ours, write
-from lorakit.share.words import MOST, cell, code, hub_id, line, plain, without_paths
+from lorakit.share.words import MAX_CHARACTERS, cell, code, line, plain
 
 EVIL = [
     "a\n---\nlicense: mit\n---\n# owned", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "``` \n# x\n```", "`a``b`", "{{ 7*7 }}{% x %}",
@@ -48,7 +48,7 @@ def tokens(text):
 
 
 def shape(text):
-    """What a page is made of, but for its words: headings, blocks of code, tables and their cells; and its raw HTML, links, pictures."""
+    """Return a page's structure without its words: headings, code blocks, table columns, raw HTML, links, images."""
     found = tokens(text)
     inline = [child for token in found for child in token.children or []]
     return {
@@ -64,7 +64,7 @@ def shape(text):
 # ------------------------------------------------------------------------------------------ what is on it
 
 
-def test_the_metadata_says_what_is_certain_and_no_more(tmp_path):
+def test_the_metadata_has_only_what_is_certain(tmp_path):
     card = card_of(adapter().save(tmp_path / "a"), license="apache-2.0", description="Writes verse.", repository="someone/verse")
     assert front(card.text) == {
         "base_model": "Qwen/Qwen3-0.6B", "base_model_relation": "adapter", "library_name": "peft", "license": "apache-2.0",
@@ -78,8 +78,8 @@ def test_the_metadata_says_what_is_certain_and_no_more(tmp_path):
     assert "## Samples" not in card.text
     bare = card_of(adapter(base=None, task=None).save(tmp_path / "b"))
     assert front(bare.text) == {"library_name": "peft", "tags": ["lora"]}
-    wanted = ("--repository", "--license", "--description", "--base-model", "--data", "lorakit eval", "samples")
-    assert all(any(word in told for told in bare.missing) for word in wanted)
+    options = ("--repository", "--license", "--description", "--base-model", "--data", "lorakit eval", "samples")
+    assert all(any(option in line for line in bare.missing) for option in options)
 
 
 def test_a_dataset_of_the_hub_is_linked_and_its_results_are_in_the_model_index(run_folder):
@@ -91,7 +91,7 @@ def test_a_dataset_of_the_hub_is_linked_and_its_results_are_in_the_model_index(r
     (result,) = told["model-index"][0]["results"]
     assert result["dataset"] == {"name": "someone/rows", "type": "someone/rows"}
     assert [(m["type"], m["value"]) for m in result["metrics"]] == [("loss", 1.25), ("perplexity", 3.4903)]
-    assert all("held out of the training" in m["name"] for m in result["metrics"])
+    assert all("held out from training" in m["name"] for m in result["metrics"])
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def run_folder(tmp_path):
     return run
 
 
-def test_a_runs_folder_gives_recipe_data_results_and_samples(run_folder):
+def test_a_runs_folder_provides_recipe_data_results_and_samples(run_folder):
     card = card_of(run_folder)
     assert card.path == run_folder / "adapter" / "README.md"
     for row in (
@@ -127,14 +127,14 @@ def test_a_runs_folder_gives_recipe_data_results_and_samples(run_folder):
         "| Say<br>it \\| so | no | yes |", "| warmup | 3 % of the steps |", "| learning rate | 0.002 |",
     ):  # fmt: skip
         assert row in card.text, row
-    assert "parameters of step 10, where the loss was least" in card.text
+    assert "parameters of step 10, where the loss was lowest" in card.text
     assert "weight decay" not in card.text
     assert "model-index" not in front(card.text), "a file of one's own is no dataset of the hub"
     assert sorted(shape(card.text)["html"]) == [f"{card.text.splitlines()[-1]}\n", "<br>"]
     assert card_of(run_folder / "adapter").text == card.text
 
 
-def test_what_lorakit_eval_measured_is_on_it_and_in_the_model_index_if_the_rows_are_on_the_hub(tmp_path):
+def test_results_of_lorakit_eval_are_on_the_card_and_for_hub_datasets_in_the_model_index(tmp_path):
     folder = adapter().save(tmp_path / "a")
     rows = [
         {"adapter": None, "loss": 2.5, "perplexity": 12.18, "tokens": 900, "rows": 50, "scores": {"bleu": 5.1, "chrf": 20.0, "rouge_l": 1.0, "exact_match": 0.0}},
@@ -198,7 +198,7 @@ def test_an_image_adapters_card_has_its_trigger_words_and_diffusers_code(tmp_pat
     assert card.path == tmp_path / "dog.README.md"
     told = front(card.text)
     assert (told["library_name"], told["pipeline_tag"], told["instance_prompt"]) == ("diffusers", "text-to-image", "sks dog")
-    assert "license" not in told, "what the file says of it is no licence that its owner gave here"
+    assert "license" not in told, "a licence that the file names is not one that the user gave"
     assert any("the file says 'openrail'" in told for told in card.missing)
     assert "## Trigger words\n\n`sks dog`" in card.text
     assert "`a dog` (12), `grass` (3)" in card.text
@@ -208,7 +208,7 @@ def test_an_image_adapters_card_has_its_trigger_words_and_diffusers_code(tmp_pat
     compile(next(t.content for t in tokens(card.text) if t.info == "python"), "card", "exec")
 
 
-def test_no_code_is_shown_that_cannot_work(tmp_path):
+def test_code_that_cannot_work_is_not_shown(tmp_path):
     formats.save(adapter(), tmp_path / "lora.safetensors", "loralib")
     text = card_of(tmp_path / "lora.safetensors", alpha=8.0).text
     assert "lorakit convert OWNER/NAME/lora.safetensors adapter --to peft --alpha 8" in text
@@ -220,7 +220,7 @@ def test_no_code_is_shown_that_cannot_work(tmp_path):
     tokens_alone = lk.Adapter(lk.LoraConfig(), {}, embeddings={"<s1>": torch.ones(768)})
     text = card_of(formats.save(tokens_alone, tmp_path / "t.safetensors", "cloneofsimo")).text
     assert "## Use" not in text
-    assert "Learned tokens: 768 parameters." in text
+    assert "Textual-inversion embeddings: 768 parameters." in text
     text = card_of(adapter(task=None).save(tmp_path / "no-task")).text
     assert "AutoModel" not in text
     formats.save(adapter(), tmp_path / "mlx", "mlx")
@@ -239,7 +239,7 @@ def test_no_code_is_shown_that_cannot_work(tmp_path):
 
 
 @pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
-def test_what_a_file_says_of_itself_stays_text(evil, run_folder, tmp_path):
+def test_untrusted_metadata_stays_text(evil, run_folder, tmp_path):
     recipe = {"schedule": evil, "learning_rate": evil, evil[:50]: 1}
     data = {"name": evil, "hash": evil, "rows": evil, "template": evil}
     mark = {"architecture": evil, "shapes": evil, "parameters": evil}
@@ -266,7 +266,7 @@ def test_what_a_file_says_of_itself_stays_text(evil, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
-def test_an_image_files_header_stays_text_and_yaml(evil, tmp_path):
+def test_an_image_files_header_stays_text_on_page_and_in_yaml(evil, tmp_path):
     pages = []
     for text in (evil, "harmless"):
         tags = json.dumps({f"10_{text}": {text: 3}})
@@ -294,7 +294,7 @@ def test_an_image_files_header_stays_text_and_yaml(evil, tmp_path):
             assert token.content.count("\n") == 6
 
 
-def test_no_path_and_no_user_of_this_machine_is_on_it(tmp_path, run_folder):
+def test_no_local_path_or_user_name_is_on_the_card(tmp_path, run_folder):
     base = tmp_path / "llama-local"
     base.mkdir()
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
@@ -306,44 +306,14 @@ def test_no_path_and_no_user_of_this_machine_is_on_it(tmp_path, run_folder):
     card = card_of(run_folder)
     for secret in (str(tmp_path), "alice", f"/{getpass.getuser()}/"):
         assert secret not in card.text
-        assert not any(secret in told for told in card.missing)
+        assert not any(secret in line_ for line_ in card.missing)
     assert "| base | llama-local |" in card.text
     assert "base_model" not in front(card.text)
     assert '"BASE"' in card.text
 
 
-@pytest.mark.parametrize(
-    "text, clean",
-    [
-        ("/home/alice/models/llama", "llama"),
-        ("see /home/alice/x.bin, then", "see x.bin, then"),
-        ("~/secret/x", "x"),
-        ("C:\\Users\\bob\\m\\x", "x"),
-        ("at C:/Users/bob/x", "at x"),
-        ("file:///home/bob/y", "y"),
-        ("\\\\server\\share\\x", "x"),
-        ("/home/Alice Smith/m/final", "final"),
-        ("{'a': '/mnt/d/e.pt'}", "{'a': 'e.pt'}"),
-        ("https://huggingface.co/a/b/c", "https://huggingface.co/a/b/c"),
-        ("1/2 and/or </s> OWNER/NAME", "1/2 and/or </s> OWNER/NAME"),
-        (r".*\.layers\.\d+\.(q|v)_proj", r".*\.layers\.\d+\.(q|v)_proj"),
-    ],
-)
-def test_local_paths_are_cut_to_their_last_name_and_nothing_else_is(text, clean):
-    assert without_paths(text) == clean
-
-
-def test_a_hub_id_is_told_from_a_local_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "someone" / "here").mkdir(parents=True)
-    assert hub_id("someone/there") == "someone/there"
-    assert hub_id("/home/u/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0ab") == "Qwen/Qwen3-0.6B"
-    for name in ("someone/here", "gpt2", "embedded", "./a/b", "models/x", "a/b/c", "a/../b", "a b/c", None, 3, "a/b\n", "~/x"):
-        assert hub_id(name) is None, name
-
-
 @pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
-def test_words_read_back_as_they_were(evil):
+def test_escaped_text_renders_as_the_original(evil):
     reader = MarkdownIt("commonmark", {"html": True}).enable("table")
 
     def shown(markdown):
@@ -353,14 +323,14 @@ def test_words_read_back_as_they_were(evil):
     assert shown(plain(evil)) == f"x{line(evil)}x"
     assert shown(code(evil)) == f"x{line(evil)}x"
     assert not re.search(r"://|www\.", plain(evil)), "GitHub makes links of bare addresses"
-    assert len(line(evil)) <= MOST
+    assert len(line(evil)) <= MAX_CHARACTERS
     assert len(cell(evil, 600)) < 2000
 
 
 # ------------------------------------------------------------------------------------------ writing it
 
 
-def test_a_page_of_others_is_kept_and_one_of_ours_is_renewed(tmp_path):
+def test_only_an_unedited_page_of_ours_is_replaced(tmp_path):
     folder = adapter().save(tmp_path / "a")
     card = card_of(folder)
     write(card.text, card.path)
@@ -380,7 +350,7 @@ def test_equal_adapters_have_equal_cards(tmp_path):
     assert card_of(adapter().save(tmp_path / "a")).text == card_of(adapter().save(tmp_path / "b")).text
 
 
-def test_what_the_hub_would_not_take_is_refused(tmp_path):
+def test_values_that_the_hub_would_reject_are_refused(tmp_path):
     folder = adapter().save(tmp_path / "a")
     for options, told in (
         ({"license": "Apache 2.0"}, "expected one of the hub's identifiers"), ({"base_model": "/home/x"}, "expected a hub id"),
