@@ -1,1 +1,1 @@
-"""What is in an adapter: inspect one, compare two, hold one against its base, draw heat maps."""
+"""Analyse adapters: inspect one, compare two, compare one with its base, draw heat maps."""

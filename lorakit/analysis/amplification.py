@@ -1,11 +1,11 @@
-"""An adapter's update against the weights of its base, read from the checkpoint one tensor at a time.
+"""Compare an adapter's updates with its base's weights, which are read from the checkpoint one tensor at a time.
 
-    ‖ΔW‖ / ‖W‖                              how large the change is
-    ‖Uᵀ W V‖_F                              W in the subspace of ΔW's first r singular directions U, V (Hu et al. 2021, Table 7); and,
-                                            to compare with, in that of W's own first r and in one of r random directions
-    ‖ΔW‖_F / ‖Uᵀ W V‖_F                     the amplification factor: how much stronger ΔW acts there than W did
+    ‖ΔW‖ / ‖W‖              relative size of the change
+    ‖Uᵀ W V‖_F              W projected onto ΔW's first r singular directions U, V (Hu et al. 2021, Table 7); for
+                            comparison, also onto W's own first r and onto r random directions
+    ‖ΔW‖_F / ‖Uᵀ W V‖_F     the amplification factor: how much larger ΔW is there than W
 
-W is [out, in], as in `adapter.algebra.spectrum`. A DoRA's ΔW depends on W (`adapter.dora`).
+W is [out, in], as in `adapter.algebra.spectrum`. The ΔW of a DoRA depends on W (see `adapter.dora`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..checkpoint.weights import Weights
 
 
 def relative_norms(adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None) -> dict[str, float]:
-    """Module -> ‖ΔW‖ / ‖W‖; without modules whose W is zero."""
-    found = {}
+    """‖ΔW‖ / ‖W‖ per module, without modules whose W is zero. Raises if a module does not fit the base's weights."""
+    ratios = {}
     for module, update in adapter.updates.items():
         if on_module:
             on_module(module)
-        weights.across(module, update)  # or it says that the base is another
+        weights.across(module, update)  # raises if the base is a different one
         size = weights.norm(module)
         if size == 0:
             continue
-        found[module] = (norm_on(weights.read(module, update), update) if update.needs_base else norm(update)) / size
-    return found
+        ratios[module] = (norm_on(weights.read(module, update), update) if update.needs_base else norm(update)) / size
+    return ratios
 
 
 def norm_on(W: Tensor, update: Update) -> float:
@@ -46,7 +46,10 @@ def norm_on(W: Tensor, update: Update) -> float:
 
 @dataclass(frozen=True)
 class Amplification:
-    """One row of the paper's Table 7 for one module. `factor` is ‖ΔW‖ / ‖Uᵀ W V‖ with U, V from ΔW."""
+    """One module's row of the paper's Table 7: ‖UᵀWV‖ with U, V of ΔW (`in_delta`), W (`in_w`) and random.
+
+    `factor`: the amplification factor ‖ΔW‖ / `in_delta`.
+    """
 
     module: str
     rank: int
@@ -62,15 +65,15 @@ class Amplification:
 
 
 def amplification(module: str, update: Update, W: Tensor, rank: int | None = None) -> Amplification:
-    """ΔW against W [out, in], in `rank` directions (all that ΔW has, unless said)."""
-    found = spectrum(update).strongest(rank)
-    n = found.S.numel()
-    U, V = found.U.to(W.dtype), found.V.to(W.dtype)
-    made = torch.Generator().manual_seed(0)
-    P, Q = (torch.linalg.qr(torch.randn(side, n, generator=made, dtype=W.dtype))[0] for side in W.shape)
+    """Compare ΔW with W [out, in] in ΔW's first `rank` singular directions (default: all)."""
+    delta = spectrum(update).strongest(rank)
+    n = delta.S.numel()
+    U, V = delta.U.to(W.dtype), delta.V.to(W.dtype)
+    generator = torch.Generator().manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(side, n, generator=generator, dtype=W.dtype))[0] for side in W.shape)
     own = random_svd(W, n).S if n else W.new_zeros(1)
 
-    def inside(left: Tensor, right: Tensor) -> float:
+    def projected(left: Tensor, right: Tensor) -> float:
         return float((left.T @ (W @ right)).norm())
 
-    return Amplification(module, n, float(W.norm()), found.norm, inside(U, V), float(own.norm()), inside(P, Q))
+    return Amplification(module, n, float(W.norm()), delta.norm, projected(U, V), float(own.norm()), projected(P, Q))

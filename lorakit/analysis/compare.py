@@ -1,12 +1,12 @@
-"""Two adapters side by side: how alike their updates are, and how much they would disturb each other when both are active.
+"""Compare two adapters: how similar their updates are, and how much they interfere when both are active.
 
     cosine               ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖)
-    principal angles     between the spaces of inputs that the two read (V), and of outputs that they write (U)
-    φ(A, B, i, j)        ‖U_A^iᵀ U_B^j‖_F² / min(i, j) (Hu et al. 2021, section 7.2): 0 for orthogonal, 1 for contained subspaces;
-                         max(i, j) / width by chance
-    interference         what B adds to A's effect, relative to it, on the inputs that A acts on (`Interference`)
+    principal angles     between their input subspaces (V), and between their output subspaces (U)
+    φ(A, B, i, j)        ‖U_A^iᵀ U_B^j‖_F² / min(i, j) (Hu et al. 2021, section 7.2): 0 for orthogonal, 1 for contained
+                         subspaces, max(i, j) / width for random ones
+    interference         what B adds to A's effect on A's inputs, relative to that effect (`Interference`)
 
-All from the singular values and directions of the updates: no [out, in] matrix is built for one of low rank.
+Everything is computed from singular values and vectors: no [out, in] matrix is formed for a low-rank update.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ from ..module_names import matches
 from .amplification import Amplification, amplification
 
 Of = Literal["A", "B", "right", "left"]
-MOST_SHOWN = 4  # modules whose φ is drawn where none are asked for: those of the largest updates
+MOST_SHOWN = 4  # by default, φ is computed for the modules with the largest updates, at most this many
 
 
 @dataclass(frozen=True)
 class Interference:
-    """What the second of two stacked adapters does to the first one's effect, in one module. x: an input, B the second.
+    """How adapter B changes the effect of adapter A in one module, if both are active.
 
-    change       ‖ΔW_B x‖ over ‖ΔW_A x‖ for inputs along A's own directions, each as strongly as A reads it (x = V_A S_A z, z normal; the
-                 root of the mean squares): ‖ΔW_B ΔW_Aᵀ‖_F / ‖ΔW_A ΔW_Aᵀ‖_F. 0: B does nothing there; 1: it adds as much again.
-    gain         the part of it along A's effect: ⟨ΔW_B ΔW_Aᵀ, ΔW_A ΔW_Aᵀ⟩ / ‖ΔW_A ΔW_Aᵀ‖². +1: the effect is doubled, -1: gone.
-    on_inputs    ‖ΔW_B V_A‖_F / ‖ΔW_B‖_F: the share of B that acts on inputs which A reads. 0 to 1.
-    on_outputs   ‖U_Aᵀ ΔW_B‖_F / ‖ΔW_B‖_F: the share of B that writes where A writes. 0 to 1.
+    change       ‖ΔW_B x‖ / ‖ΔW_A x‖ (root mean square) for inputs along A's directions, weighted by its singular values
+                 (x = V_A S_A z, z normal): ‖ΔW_B ΔW_Aᵀ‖_F / ‖ΔW_A ΔW_Aᵀ‖_F. 0: B does nothing there; 1: B's output is
+                 as large as A's.
+    gain         the part of it along A's effect: ⟨ΔW_B ΔW_Aᵀ, ΔW_A ΔW_Aᵀ⟩ / ‖ΔW_A ΔW_Aᵀ‖². +1: the effect is doubled,
+                 -1: cancelled.
+    on_inputs    ‖ΔW_B V_A‖_F / ‖ΔW_B‖_F: the share of B that acts on A's inputs. 0 to 1.
+    on_outputs   ‖U_Aᵀ ΔW_B‖_F / ‖ΔW_B‖_F: the share of B that writes to A's outputs. 0 to 1.
 
-    With weights w_A and w_B in the stack, change and gain are w_B / w_A times as large.
+    If the adapters are weighted by w_A and w_B, change and gain scale by w_B / w_A.
     """
 
     change: float
@@ -56,7 +58,10 @@ class Interference:
 
 @dataclass(frozen=True)
 class Pair:
-    """One module of both adapters. `a_by_b`: what B does to A's effect. Angles in degrees, smallest first; None where a ΔW is 0."""
+    """One module that both adapters change.
+
+    `a_by_b`: how B changes A's effect. Angles in degrees, smallest first; None if a ΔW is 0.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -74,7 +79,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Similarity:
-    """φ(A, B, i, j) of one module as rows i, columns j, both from 1. `chance`: what random subspaces of the full ranks give."""
+    """φ(A, B, i, j) of one module, rows i and columns j from 1.
+
+    `chance`: the value for random subspaces at full rank.
+    """
 
     module: str
     of: Of
@@ -84,22 +92,27 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Comparison:
+    """The result of `compare`.
+
+    `only`: modules of one adapter alone; `names`, `ranks` and other pairs are in the order (A, B).
+    """
+
     names: tuple[str, str]
     pairs: list[Pair]
     only: tuple[list[str], list[str]]
     cosine: float | None
-    changes: tuple[float | None, float | None]  # of A's effect by B, and of B's by A, over all modules
+    changes: tuple[float | None, float | None]  # interference over all modules: of A's effect by B, of B's by A
     similarities: list[Similarity]
     amplifications: tuple[list[Amplification], list[Amplification]]
-    bases: list[str] = field(default_factory=list)  # what tells their bases apart, where something does
+    bases: list[str] = field(default_factory=list)  # how their bases differ, as far as known
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        told = asdict(self)
-        for side, rows in zip(told["amplifications"], self.amplifications, strict=True):
-            for values, row in zip(side, rows, strict=True):
-                values["factor"] = row.factor
-        return told
+        """A JSON-serializable dict."""
+        values = asdict(self)
+        for side, rows in zip(values["amplifications"], self.amplifications, strict=True):
+            for fields, row in zip(side, rows, strict=True):
+                fields["factor"] = row.factor
+        return values
 
 
 def compare(
@@ -114,10 +127,15 @@ def compare(
 ) -> Comparison:
     """Compare two adapters of one base.
 
-    `modules`: names or their endings, of those whose φ is computed for all i, j (and, with `base`, whose update is set against W); the
-    largest few if none are named. `of`: the singular directions that φ is of: "A" the right ones of the factor A, as the paper's figures
-    have it, "B" the left ones of B, "right" and "left" those of ΔW itself. AdapterError where they are of different bases and have no
-    module in common, or one of another shape.
+    modules: names or name endings of the modules for which φ is computed for all i, j and, with `base`, ΔW is compared
+        with W. Default: the modules with the largest updates.
+    of: the singular directions for φ: "A" the right ones of the factor A, as in the paper's figures, "B" the left ones
+        of B, "right" and "left" those of ΔW itself.
+    base: the base's checkpoint folder.
+    on_module(name, done, total): called before each shared module.
+
+    AdapterError if the adapters have different bases and no module in common, or a module with different shapes.
+    TargetError if a name in `modules` matches no shared module.
     """
     first, second = a.updates, b.updates
     shared = [module for module in first if module in second]
@@ -138,57 +156,61 @@ def compare(
 
 
 def _nothing_shared(names: tuple[str, str], first: Mapping[str, Update], second: Mapping[str, Update]) -> str:
-    told = [f"{name} changes {listing(updates, 3) or 'no module'}" for name, updates in zip(names, (first, second), strict=True)]
-    return "the two adapters have no module in common, and are not of one base: there is nothing to compare\n  " + "\n  ".join(told)
+    lines = [f"{name} changes {listing(updates, 3) or 'no module'}" for name, updates in zip(names, (first, second), strict=True)]
+    problem = "the adapters have different bases and no module in common, so they cannot be compared"
+    return f"{problem}\n  " + "\n  ".join(lines)
 
 
 def similarity(U: Tensor, V: Tensor) -> Tensor:
-    """φ(i, j) for all i, j [i, j], of two sets of orthonormal columns."""
+    """φ(i, j) for all i, j, as a matrix [columns of U, columns of V]. U and V have orthonormal columns."""
     energy = (U.T @ V).square().cumsum(0).cumsum(1)
     i, j = torch.arange(1, U.shape[1] + 1), torch.arange(1, V.shape[1] + 1)
     return energy / torch.minimum(i[:, None], j[None, :])
 
 
 def principal_angles(U: Tensor, V: Tensor) -> list[float]:
-    """The angles between two subspaces in degrees, smallest first; U and V have orthonormal columns (Björck and Golub 1973)."""
+    """Principal angles between two subspaces in degrees, smallest first (Björck and Golub 1973).
+
+    U and V have orthonormal columns.
+    """
     if not U.shape[1] or not V.shape[1]:
         return []
     return torch.linalg.svdvals(U.T @ V).clamp(0, 1).acos().rad2deg().tolist()
 
 
 def interference(a: Spectrum, b: Spectrum) -> Interference | None:
-    """What B does to A's effect; None if A has none."""
+    """How B changes A's effect; None if A's update is zero."""
     return _interfere(a, b)[0] if a.norm > 0 else None
 
 
 def _interfere(a: Spectrum, b: Spectrum) -> tuple[Interference, float, float]:
-    """And ‖ΔW_B ΔW_Aᵀ‖², ‖ΔW_A ΔW_Aᵀ‖²."""
+    """(the interference, ‖ΔW_B ΔW_Aᵀ‖², ‖ΔW_A ΔW_Aᵀ‖²)."""
     reads, writes = a.V.T @ b.V, a.U.T @ b.U  # [r_a, r_b] both
-    near = a.strongest().S.numel()  # directions that A really has
+    rank = a.strongest().S.numel()  # A's effective number of directions: without negligible singular values
     added = (a.S[:, None] * reads * b.S).square().sum()
     own = a.S.pow(4).sum()
     along = (a.S.pow(3)[:, None] * reads * b.S * writes).sum()
 
     def share(overlap: Tensor) -> float:
-        return min(1.0, float((overlap[:near] * b.S).norm()) / b.norm) if b.norm > 0 else 0.0
+        return min(1.0, float((overlap[:rank] * b.S).norm()) / b.norm) if b.norm > 0 else 0.0
 
-    found = Interference(math.sqrt(float(added / own)), float(along / own), share(reads), share(writes))
-    return found, float(added), float(own)
+    result = Interference(math.sqrt(float(added / own)), float(along / own), share(reads), share(writes))
+    return result, float(added), float(own)
 
 
 class _Sums:
-    """What is added up over all modules: products of the updates, and their effects on each other."""
+    """Sums over all modules: inner products of the updates, their energies, and their effects on each other."""
 
     def __init__(self) -> None:
         self.product, self.energy, self.added, self.own = 0.0, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
 
     def alone(self, *sides: Sequence[Update]) -> None:
-        """Modules of one adapter alone."""
+        """Add the modules that only A has, then those that only B has."""
         for side, updates in enumerate(sides):
             for update in updates:
-                found = decompose(matrix(update))
-                self.energy[side] += found.norm**2
-                self.own[side] += float(found.S.pow(4).sum())
+                alone = decompose(matrix(update))
+                self.energy[side] += alone.norm**2
+                self.own[side] += float(alone.S.pow(4).sum())
 
     @property
     def cosine(self) -> float | None:
@@ -206,57 +228,57 @@ def _pair(module: str, a: Update, b: Update, names: tuple[str, str], sums: _Sums
     if shape != other:
         raise AdapterError(
             f"'{module}' is {shape[0]} x {shape[1]} in {names[0]} and {other[0]} x {other[1]} in {names[1]}\n"
-            "  two adapters can be compared if they are of one base"
+            "  compare adapters of the same base"
         )
     x, y = decompose(first), decompose(second)
     product = inner(first, second)
     sums.product += product
-    found: list[Interference | None] = []
+    interferences: list[Interference | None] = []
     for side, (one, two) in enumerate(((x, y), (y, x))):
         sums.energy[side] += one.norm**2
         if one.norm > 0:
-            told, added, own = _interfere(one, two)
+            result, added, own = _interfere(one, two)
             sums.added[side] += added
             sums.own[side] += own
-            found.append(told)
+            interferences.append(result)
         else:
-            found.append(None)
+            interferences.append(None)
     s, t = x.strongest(), y.strongest()
     phi = [float(similarity(p, q)[-1, -1]) if s.rank and t.rank else None for p, q in ((s.V, t.V), (s.U, t.U))]
     cosine = max(-1.0, min(1.0, product / (x.norm * y.norm))) if x.norm > 0 and y.norm > 0 else None
     notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if u.needs_base]
-    notes += [f"{n}: its {d.S.numel()} strongest directions" for n, d in zip(names, (x, y)) if not d.complete]
+    notes += [f"{n}: its {d.S.numel()} leading directions" for n, d in zip(names, (x, y)) if not d.complete]
     return Pair(
         module, shape, (s.rank, t.rank), (x.norm, y.norm), cosine, principal_angles(s.V, t.V), principal_angles(s.U, t.U),
-        phi[0], phi[1], found[0], found[1], "; ".join(notes),
+        phi[0], phi[1], interferences[0], interferences[1], "; ".join(notes),
     )  # fmt: skip
 
 
-def _chosen(pairs: Sequence[Pair], wanted: Sequence[str]) -> list[Pair]:
-    for one in wanted:
-        if not any(matches(pair.name, [one]) for pair in pairs):
+def _chosen(pairs: Sequence[Pair], requested: Sequence[str]) -> list[Pair]:
+    for name in requested:
+        if not any(matches(pair.name, [name]) for pair in pairs):
             endings = {pair.name.rsplit(".", 1)[-1] for pair in pairs}
-            there = f"they share {listing([pair.name for pair in pairs], 3)}" if pairs else "they share none"
-            raise TargetError(f"no module of both adapters ends in '{one}'{did_you_mean(one, endings)}\n  {there}")
-    if wanted:
-        return [pair for pair in pairs if matches(pair.name, list(wanted))]
+            shared = f"they share {listing([pair.name for pair in pairs], 3)}" if pairs else "they share no module"
+            raise TargetError(f"no module of both adapters ends in '{name}'{did_you_mean(name, endings)}\n  {shared}")
+    if requested:
+        return [pair for pair in pairs if matches(pair.name, list(requested))]
     largest = sorted(pairs, key=lambda pair: pair.norms[0] * pair.norms[1], reverse=True)[:MOST_SHOWN]
     return [pair for pair in pairs if pair in largest]
 
 
 def _similarity(module: str, a: Update, b: Update, of: Of) -> Similarity:
-    if not (isinstance(a, Factors) and isinstance(b, Factors)):  # LoHa, LoKr and whole updates have no A and B
+    if not (isinstance(a, Factors) and isinstance(b, Factors)):  # LoHa, LoKr and dense updates have no A and B
         of = "right" if of in ("A", "right") else "left"
     U, V = directions(a, of), directions(b, of)
     return Similarity(module, of, similarity(U, V).tolist(), max(U.shape[1], V.shape[1]) / U.shape[0])
 
 
 def directions(update: Update, of: Of) -> Tensor:
-    """Orthonormal columns, the strongest first: ΔW's input (right) or output (left) directions, or those of the factor A or B alone."""
+    """Right or left singular vectors of ΔW, or of the factor A or B alone: columns by descending singular value."""
     low = matrix(update)
     if of in ("right", "left") or not isinstance(low, LowRank):
-        found = decompose(low).strongest()
-        return found.V if of in ("A", "right") else found.U
+        delta = decompose(low).strongest()
+        return delta.V if of in ("A", "right") else delta.U
     factor = low.right.T if of == "A" else low.left  # [in, r] or [out, r]
     own = decompose(LowRank(factor, torch.eye(factor.shape[1], dtype=factor.dtype))).strongest()
     return own.U

@@ -1,4 +1,4 @@
-"""A comparison of two adapters for the eye: tables for the terminal, a picture, and one HTML file that needs nothing else."""
+"""Show a comparison of two adapters: tables for the terminal, a plot, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ OF = {"A": "right singular directions of A", "B": "left singular directions of B
 
 
 def summary(c: Comparison) -> list[str]:
-    """The comparison in a few sentences."""
+    """The comparison in a few lines of text."""
     a, b = map(printable, c.names)
     lines = [f"A = {a}, B = {b}: {len(c.pairs)} modules in both, {len(c.only[0])} in A alone, {len(c.only[1])} in B alone"]
     if c.bases:
-        lines.append(f"they were trained on different bases, so alike numbers mean little: {printable('; '.join(c.bases))}")
+        lines.append(f"trained on different bases, so similarity means little: {printable('; '.join(c.bases))}")
     if c.cosine is not None:
         lines.append(f"cosine of all ΔW: {c.cosine:.4f}")
     for one, two, change in (("A", "B", c.changes[0]), ("B", "A", c.changes[1])):
         if change is not None:
-            lines.append(f"stacked, {two} changes {one}'s effect by {100 * change:.3g} % of it, on the inputs that {one} acts on")
+            lines.append(f"with both active, {two} changes {one}'s effect by {100 * change:.3g} % on {one}'s inputs")
     for name, only in zip("AB", c.only, strict=True):
         if only:
             shown = ", ".join(map(printable, only[:5])) + (f" and {len(only) - 5} more" if len(only) > 5 else "")
@@ -40,7 +40,7 @@ def summary(c: Comparison) -> list[str]:
 
 
 def rows(c: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The table of modules: headings and cells."""
+    """Headings and cells of the module table."""
     heads = [
         "module", "rank A", "B", "|ΔW| A", "B", "cosine", "angle° in", "φ in", "angle° out", "φ out", "A by B", "gain", "B by A", "gain", ""
     ]  # fmt: skip
@@ -48,14 +48,14 @@ def rows(c: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def tables(c: Comparison, every_module: bool = False) -> Iterator[RenderableType]:
-    """For the terminal: modules (by name within their layers, or every one), φ of the chosen ones, and W against ΔW."""
+    """Tables for the terminal: modules (grouped by name, or each), φ of the chosen ones, and ΔW compared with W."""
     if every_module:
-        yield _table("modules of both", *rows(c))
+        yield _table("shared modules", *rows(c))
     elif c.pairs:
-        yield _table("modules of both by name, means over the layers (each: --modules)", *grouped(c))
+        yield _table("shared modules by name, means over the layers (--modules lists each)", *grouped(c))
     for one in c.similarities:
         at = _steps(len(one.grid)), _steps(len(one.grid[0]))
-        title = f"φ(A, B, i, j), {one.module}, {OF[one.of]}; by chance {one.chance:.3f} at the full ranks"
+        title = f"φ(A, B, i, j), {one.module}, {OF[one.of]}; random subspaces: {one.chance:.3f} at full rank"
         heads = ["i \\ j", *(str(j) for j in at[1])]
         yield _table(title, heads, [[str(i), *(f"{one.grid[i - 1][j - 1]:.3f}" for j in at[1])] for i in at[0]])
     if any(c.amplifications):
@@ -64,7 +64,7 @@ def tables(c: Comparison, every_module: bool = False) -> Iterator[RenderableType
 
 
 def grouped(c: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Modules of one name within their layers as one line: headings and cells."""
+    """Headings and cells with one row per module name within a layer."""
     groups: dict[str, list[Pair]] = {}
     for pair in c.pairs:
         groups.setdefault(placed(pair.name)[0], []).append(pair)
@@ -80,33 +80,36 @@ def grouped(c: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def amplification_rows(c: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Table 7: headings and cells."""
+    """Headings and cells of Table 7."""
     heads = ["module", "", "r", "|W|", "|ΔW|", "W in ΔW", "in W", "in random", "factor"]
     cells = []
     for a, b in zip(*c.amplifications, strict=True):
         for name, one in (("A", a), ("B", b)):
-            numbers = (one.norm_w, one.norm_delta, one.in_delta, one.in_w, one.in_random)
+            norms = (one.norm_w, one.norm_delta, one.in_delta, one.in_w, one.in_random)
             factor = "" if one.factor is None else f"{one.factor:.3g}"
-            cells.append([one.module, name, str(one.rank), *(f"{v:.3g}" for v in numbers), factor])
+            cells.append([one.module, name, str(one.rank), *(f"{v:.3g}" for v in norms), factor])
     return heads, cells
 
 
 def plot(c: Comparison, path: Path) -> Path:
-    """One picture (PNG or SVG by its ending): cosines and interference by module and layer, φ of the chosen modules, Table 7."""
+    """Plot cosines and interference by module and layer, φ of the chosen modules, and Table 7.
+
+    The ending of `path` selects PNG or SVG; ConfigError for any other.
+    """
     maps = list(_maps(c))
-    across = max(2, min(4, len(c.similarities)))
-    lower = -(-len(c.similarities) // across) if c.similarities else 0
-    heights = [*(0.9 + 0.24 * len(grid.rows) for grid, *_ in maps), *([3.4] * lower), *([2.8] if any(c.amplifications) else [])]
+    columns = max(2, min(4, len(c.similarities)))
+    phi_rows = -(-len(c.similarities) // columns) if c.similarities else 0
+    heights = [*(0.9 + 0.24 * len(grid.rows) for grid, *_ in maps), *([3.4] * phi_rows), *([2.8] if any(c.amplifications) else [])]
     if not heights:
         heights = [1.0]
-    wide = min(20.0, max(8.0, 3.2 * across, 3 + 0.22 * max((len(grid.layers) for grid, *_ in maps), default=0)))
-    with canvas(path, (wide, sum(heights) + 0.6), f"A = {c.names[0]}   B = {c.names[1]}") as figure:
-        space = figure.add_gridspec(len(heights), across, height_ratios=heights)
+    width = min(20.0, max(8.0, 3.2 * columns, 3 + 0.22 * max((len(grid.layers) for grid, *_ in maps), default=0)))
+    with canvas(path, (width, sum(heights) + 0.6), f"A = {c.names[0]}   B = {c.names[1]}") as figure:
+        space = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         for i, (grid, low, high) in enumerate(maps):
             ax = figure.add_subplot(space[i, :])
             figure.colorbar(grid.draw(ax, low, high), ax=ax, fraction=0.03, pad=0.01).ax.tick_params(labelsize=7)
         for i, one in enumerate(c.similarities):
-            ax = figure.add_subplot(space[len(maps) + i // across, i % across])
+            ax = figure.add_subplot(space[len(maps) + i // columns, i % columns])
             image = _draw_phi(ax, one.grid, f"{_tail(one.module)}\n{OF[one.of]}")
             if i == len(c.similarities) - 1:
                 figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02, label="φ").ax.tick_params(labelsize=7)
@@ -116,7 +119,10 @@ def plot(c: Comparison, path: Path) -> Path:
 
 
 def write_html(c: Comparison, path: Path) -> Path:
-    """One file: summary, pictures (inlined), tables. No script, nothing fetched, every text escaped."""
+    """Write one HTML file with summary, inlined plot and tables.
+
+    No scripts, no external resources, all text escaped.
+    """
     with tempfile.TemporaryDirectory() as folder:
         picture = plot(c, Path(folder) / "plot.png").read_bytes()
     parts = [*(f"<p>{_text(line)}</p>" for line in summary(c))]
@@ -125,13 +131,13 @@ def write_html(c: Comparison, path: Path) -> Path:
     )
     if any(c.amplifications):
         parts += ["<h2>W in the directions of ΔW</h2>", f"<p>{_text(_AMPLIFICATION)}</p>", _html_table(*amplification_rows(c))]
-    parts += ["<h2>Modules of both</h2>", f"<p>{_text(_MODULES)}</p>", _html_table(*rows(c))]
+    parts += ["<h2>Shared modules</h2>", f"<p>{_text(_MODULES)}</p>", _html_table(*rows(c))]
     for one in c.similarities:
         at = _steps(len(one.grid), 16), _steps(len(one.grid[0]), 16)
         cells = [[str(i), *(f"{one.grid[i - 1][j - 1]:.3f}" for j in at[1])] for i in at[0]]
         parts += [
             f"<h2>φ(A, B, i, j) of {_text(one.module)}</h2>",
-            f"<p>{_text(OF[one.of])}; by chance {one.chance:.3f} at the full ranks</p>",
+            f"<p>{_text(OF[one.of])}; random subspaces: {one.chance:.3f} at full rank</p>",
         ]
         parts.append(_html_table(["i \\ j", *(str(j) for j in at[1])], cells))
     for name, only in zip("AB", c.only, strict=True):
@@ -144,15 +150,16 @@ def write_html(c: Comparison, path: Path) -> Path:
 
 
 _MODULES = (
-    "Angles: the smallest principal angle between the inputs (outputs) of the two. φ: at the full ranks, 1 if one subspace contains the other. "
-    "A by B: ‖ΔW_B x‖ over ‖ΔW_A x‖ on the inputs that A acts on; gain: the part of it along A's own effect, -1 undoes it."
+    "Angles: the smallest principal angle between the two input (output) subspaces. φ: at full rank, 1 if one subspace "
+    "contains the other. A by B: ‖ΔW_B x‖ / ‖ΔW_A x‖ on A's inputs; gain: the part of it along A's own effect, -1 cancels it."
 )
 _AMPLIFICATION = (
-    "W in ΔW: ‖UᵀWV‖ with U, V the first r singular directions of ΔW; in W: with those of W; in random: with random ones. "
-    "factor: the amplification ‖ΔW‖ / ‖UᵀWV‖, how much stronger ΔW acts in its own directions than W does there."
+    "W in ΔW: ‖UᵀWV‖ with U, V the first r singular directions of ΔW; in W: with those of W; in random: with random "
+    "ones. factor: the amplification factor ‖ΔW‖ / ‖UᵀWV‖, how much larger ΔW is in its own directions than W is there."
 )
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; background: #fff; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; }
+body { background: #fff; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }
 img { max-width: 100%; border: 1px solid #d0d7de; } p { margin: .3rem 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -168,38 +175,38 @@ _PAGE = """<!doctype html>
 
 
 def _cells(p: Pair) -> list[str]:
-    def number(value: float | None, how: str = ".3f") -> str:
-        return "" if value is None else format(value, how)
+    def number(value: float | None, spec: str = ".3f") -> str:
+        return "" if value is None else format(value, spec)
 
-    by = [(f"{i.change:.3f}", f"{i.gain:+.3f}") if i else ("", "") for i in (p.a_by_b, p.b_by_a)]
+    interference = [(f"{i.change:.3f}", f"{i.gain:+.3f}") if i else ("", "") for i in (p.a_by_b, p.b_by_a)]
     angles = [number(a[0] if a else None, ".1f") for a in (p.angles_in, p.angles_out)]
     return [
         p.name, str(p.ranks[0]), str(p.ranks[1]), f"{p.norms[0]:.3g}", f"{p.norms[1]:.3g}", number(p.cosine, "+.3f"), angles[0],
-        number(p.phi_in), angles[1], number(p.phi_out), *by[0], *by[1], p.note,
+        number(p.phi_in), angles[1], number(p.phi_out), *interference[0], *interference[1], p.note,
     ]  # fmt: skip
 
 
-def _mean(values: Sequence[float | None], how: str = ".3f") -> str:
+def _mean(values: Sequence[float | None], spec: str = ".3f") -> str:
     known = [v for v in values if v is not None]
-    return format(sum(known) / len(known), how) if known else ""
+    return format(sum(known) / len(known), spec) if known else ""
 
 
 def _maps(c: Comparison) -> Iterator[tuple[Grid, float, float]]:
-    """(map, least and greatest of its colours)."""
+    """Yield (heat map, minimum and maximum of its colour scale)."""
     quantities: tuple[tuple[str, Mapping[str, float | None]], ...] = (
         ("cosine of ΔW", {p.name: p.cosine for p in c.pairs}),
-        ("what B changes of A's effect", {p.name: p.a_by_b.change if p.a_by_b else None for p in c.pairs}),
-        ("what A changes of B's effect", {p.name: p.b_by_a.change if p.b_by_a else None for p in c.pairs}),
+        ("change of A's effect by B", {p.name: p.a_by_b.change if p.a_by_b else None for p in c.pairs}),
+        ("change of B's effect by A", {p.name: p.b_by_a.change if p.b_by_a else None for p in c.pairs}),
     )
     for what, values in quantities:
-        # At least up to a tenth: the colours of two unrelated adapters shall not look like much.
-        most = max(0.1, *(abs(v) for v in values.values() if v is not None), 0.0)
+        # Scale to at least 0.1, so that noise between two unrelated adapters does not look significant.
+        highest = max(0.1, *(abs(v) for v in values.values() if v is not None), 0.0)
         for grid in grids(values, what):
-            yield grid, (-most if what.startswith("cosine") else 0.0), most
+            yield grid, (-highest if what.startswith("cosine") else 0.0), highest
 
 
 def _draw_phi(ax: Axes, grid: Sequence[Sequence[float]], title: str) -> Any:
-    """The paper's figure 3: φ for all i (down) and j (across), from 0 to 1."""
+    """Draw φ from 0 to 1 for all i (rows) and j (columns), as in the paper's figure 3."""
     image = ax.imshow(
         grid, cmap="viridis", vmin=0, vmax=1, origin="upper", extent=(0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5), aspect="auto"
     )
@@ -213,7 +220,7 @@ def _draw_phi(ax: Axes, grid: Sequence[Sequence[float]], title: str) -> Any:
 
 
 def _draw_amplification(ax: Axes, sides: tuple[list[Amplification], list[Amplification]]) -> None:
-    """Bars of ‖UᵀWV‖ with U, V of ΔW, of W and of random directions, and of ‖ΔW‖."""
+    """Draw bars of ‖ΔW‖ and of ‖UᵀWV‖ with U, V of ΔW, of W and of random directions."""
     labels = [f"{name}\n{_tail(one.module, 22)}" for pair in zip(*sides, strict=True) for name, one in zip("AB", pair, strict=True)]
     ones = [one for pair in zip(*sides, strict=True) for one in pair]
     bars = (
@@ -235,17 +242,17 @@ def _draw_amplification(ax: Axes, sides: tuple[list[Amplification], list[Amplifi
     ax.legend(fontsize=7, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
 
 
-def _steps(count: int, most: int = 8) -> list[int]:
-    """Some of 1..count, the ends among them: powers of two where not all fit."""
-    if count <= most:
+def _steps(count: int, limit: int = 8) -> list[int]:
+    """Ticks in 1..count including both ends: all if at most `limit`, otherwise powers of two."""
+    if count <= limit:
         return list(range(1, count + 1))
     powers = [2**k for k in range(count.bit_length()) if 2**k < count]
     return [*powers, count]
 
 
-def _tail(module: str, most: int = 34) -> str:
-    """Enough of a name for a small title."""
-    return module if len(module) <= most else "…" + module[1 - most :]
+def _tail(module: str, limit: int = 34) -> str:
+    """The last `limit` characters of a name, for a small title."""
+    return module if len(module) <= limit else "…" + module[1 - limit :]
 
 
 def _table(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> RenderableType:

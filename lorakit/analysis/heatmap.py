@@ -1,8 +1,8 @@
-"""Numbers of an adapter's modules as a heat map, modules by layers: in the terminal, and as a picture.
+"""Heat maps of a quantity over an adapter's modules and layers, for the terminal and as an image.
 
-A module's name is split at its layer: `model.layers.3.self_attn.q_proj` is `self_attn.q_proj` of layer 3, and
-`unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` is `attn1.to_q` of `down 1.0.0`. Parts of a pipeline (`unet`,
-`text_encoder`...) have a map each.
+A module's name is split at its layer: `model.layers.3.self_attn.q_proj` becomes `self_attn.q_proj` of layer 3, and
+`unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` becomes `attn1.to_q` of layer `down 1.0.0`. Each part
+of a pipeline (`unet`, `text_encoder`...) gets its own map.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-# What counts layers: the part before a number. `to_out.0`, `net.2` and `experts.5` count something else.
+# Name parts whose number counts layers. `to_out.0`, `net.2` and `experts.5` count something else.
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|\w*blocks?|h|resnets|attentions|\w*samplers)\.\d+(?=\.|$)")
 _PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.(?!h\.)")  # GPT-2's names begin with "transformer.h."
-# Dark to bright in even steps of lightness: readable in grey and by the colour-blind.
+# Dark to bright with even steps of lightness: readable in greyscale and with colour blindness.
 _RAMP = ((13, 8, 60), (84, 15, 109), (158, 40, 100), (219, 80, 59), (250, 156, 27), (246, 232, 120))
 GREY = "#d4d4d4"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One map: `values[row, layer]`, None for a value that is not known."""
+    """One heat map: `values[row, layer]`, None for an unknown value."""
 
     title: str
     rows: tuple[str, ...]
@@ -41,28 +41,28 @@ class Grid:
     values: Mapping[tuple[str, str], float | None]
 
     def range(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
-        """From what to what the colours go: the values' own least and greatest, unless said."""
+        """The colour scale's limits: `low` and `high`, by default the smallest and largest value."""
         known = [v for v in self.values.values() if v is not None and math.isfinite(v)] or [0.0]
         return (min(known) if low is None else low, max(known) if high is None else high)
 
     def tables(self, width: int = 80) -> Iterator[Table]:
-        """For a terminal, which is more tall than wide: a line for each layer, a column for each module; as many tables as it takes."""
+        """Tables for a terminal of `width` columns: one line per layer, one column per module, split if too wide."""
         margin = max(5, *map(len, self.layers)) + 1
-        part: list[str] = []
+        batch: list[str] = []
         for row in self.rows:
-            if part and margin + sum(_width(r) + 1 for r in (*part, row)) > width:
-                yield self._table(part)
-                part = []
-            part.append(row)
-        yield self._table(part)
+            if batch and margin + sum(_width(r) + 1 for r in (*batch, row)) > width:
+                yield self._table(batch)
+                batch = []
+            batch.append(row)
+        yield self._table(batch)
 
     def _table(self, rows: Sequence[str]) -> Table:
-        """Some of the modules, and the layers that have one of them."""
+        """A table of these modules, with the layers that contain at least one of them."""
         from rich.style import Style
         from rich.table import Table
         from rich.text import Text
 
-        least, most = self.range()
+        lowest, highest = self.range()
         table = Table(title=Text(printable(self.title)), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("layer", justify="right", no_wrap=True, vertical="bottom")
         for row in rows:
@@ -74,7 +74,7 @@ class Grid:
                 if value is None:
                     cells.append(Text("?" if (row, layer) in self.values else ""))
                     continue
-                r, g, b = colour(value, least, most)
+                r, g, b = colour(value, lowest, highest)
                 ink = "white" if is_dark(r, g, b) else "black"
                 cells.append(Text(f"{short(value):^{_width(row)}}", style=Style(color=ink, bgcolor=f"rgb({r},{g},{b})")))
             if any(cell.plain for cell in cells[1:]):
@@ -82,28 +82,28 @@ class Grid:
         return table
 
     def draw(self, ax: Axes, low: float | None = None, high: float | None = None) -> Any:
-        """On matplotlib's axes: modules down, layers across. Returns the image, for a colour bar."""
+        """Draw on matplotlib's axes, modules as rows and layers as columns. Returns the image, for a colour bar."""
         import numpy
         from matplotlib.colors import LinearSegmentedColormap
 
-        least, most = self.range(low, high)
+        lowest, highest = self.range(low, high)
         colours = LinearSegmentedColormap.from_list("lorakit", [tuple(c / 255 for c in step) for step in _RAMP]).with_extremes(bad=GREY)
         cells = numpy.full((len(self.rows), len(self.layers)), numpy.nan)
         for (row, layer), value in self.values.items():
             if value is not None and math.isfinite(value):
                 cells[self.rows.index(row), self.layers.index(layer)] = value
-        image = ax.imshow(cells, cmap=colours, vmin=least, vmax=most if most > least else least + 1e-12, aspect="auto")
-        every = -(-len(self.layers) // 48)
-        ticks = range(0, len(self.layers), every)
-        long = max(map(len, self.layers), default=0) > 3
-        ax.set_xticks(ticks, [literal(self.layers[i]) for i in ticks], rotation=90 if long else 0, fontsize=7)
+        image = ax.imshow(cells, cmap=colours, vmin=lowest, vmax=highest if highest > lowest else lowest + 1e-12, aspect="auto")
+        step = -(-len(self.layers) // 48)
+        ticks = range(0, len(self.layers), step)
+        long_labels = max(map(len, self.layers), default=0) > 3
+        ax.set_xticks(ticks, [literal(self.layers[i]) for i in ticks], rotation=90 if long_labels else 0, fontsize=7)
         ax.set_yticks(range(len(self.rows)), [literal(row) for row in self.rows], fontsize=8)
         ax.set_xlabel("layer")
         ax.set_title(literal(self.title), loc="left", fontsize=10)
         if len(self.layers) <= 16:
             for (row, layer), value in self.values.items():
                 if value is not None and math.isfinite(value):
-                    dark = is_dark(*colour(value, least, most))
+                    dark = is_dark(*colour(value, lowest, highest))
                     ax.text(
                         self.layers.index(layer), self.rows.index(row), short(value), ha="center", va="center", fontsize=7,
                         color="white" if dark else "black",
@@ -112,29 +112,29 @@ class Grid:
 
 
 def grids(values: Mapping[str, float | None], what: str) -> list[Grid]:
-    """Heat maps of module -> value, one for each part of a pipeline; `what` names the quantity."""
+    """Heat maps of module -> value, one per part of a pipeline. `what`: the quantity, for the titles."""
     split = {module: (match[1], module[match.end() :]) if (match := _PARTS.match(module)) else ("", module) for module in values}
-    taken = Counter((part, placed(name)) for part, name in split.values())
+    counts = Counter((part, placed(name)) for part, name in split.values())
     parts: dict[str, dict[tuple[str, str], float | None]] = {}
     for module, value in values.items():
         part, name = split[module]
         row, layer = placed(name)
-        if taken[part, (row, layer)] > 1:  # T5's encoder and decoder have both a layer 3: their whole names, then
+        if counts[part, (row, layer)] > 1:  # T5's encoder and decoder both have a layer 3: use the full prefix
             layer = name.removesuffix(f".{row}")
         parts.setdefault(part, {})[row, layer] = value
-    made = []
+    maps = []
     for part, cells in parts.items():
         rows, layers = tuple(dict.fromkeys(row for row, _ in cells)), tuple(sorted({layer for _, layer in cells}, key=_natural))
-        made.append(Grid(f"{what}, {part}" if part else what, rows, layers, cells))
-    return made
+        maps.append(Grid(f"{what}, {part}" if part else what, rows, layers, cells))
+    return maps
 
 
 def placed(module: str) -> tuple[str, str]:
-    """(the module's name within its layer, the layer). Outside the layers: (its name, "")."""
-    found = list(_LAYER.finditer(module))
-    if not found:
+    """(the module's name within its layer, the layer's label), or (name, "") outside of layers."""
+    layers = list(_LAYER.finditer(module))
+    if not layers:
         return module, ""
-    last = found[-1]
+    last = layers[-1]
     row = module[last.end() + 1 :] or module[last.start() :].lstrip(".").rsplit(".", 1)[0]
     within = module[: last.end()]
     numbers = ".".join(part for part in within.split(".") if part.isdigit())
@@ -143,12 +143,12 @@ def placed(module: str) -> tuple[str, str]:
 
 
 def _natural(label: str) -> list[tuple[int, str]]:
-    """So that layer 2 comes before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", label)]
 
 
 def colour(value: float, low: float, high: float) -> tuple[int, int, int]:
-    """Red, green, blue of a value between two others."""
+    """RGB (0 to 255) of a value on the colour scale from `low` to `high`; grey if not finite."""
     if not math.isfinite(value):
         return (212, 212, 212)
     at = (min(max(value, low), high) - low) / (high - low) if high > low else 0.0
@@ -159,38 +159,38 @@ def colour(value: float, low: float, high: float) -> tuple[int, int, int]:
 
 
 def is_dark(red: int, green: int, blue: int) -> bool:
-    """Whether white text is easier to read on it than black."""
+    """Whether white text is more readable than black on this colour (RGB, 0 to 255)."""
     return 0.3 * red + 0.6 * green + 0.1 * blue < 110
 
 
 def _width(row: str) -> int:
-    """Of a column: its title's longest part, and six digits at least."""
+    """Column width in characters: the longest part of its title, at least 7."""
     return max(7, *map(len, row.split(".")))
 
 
 def short(value: float) -> str:
-    """At most six characters."""
+    """Format a value in at most six characters."""
     if value == 0 or 0.01 <= abs(value) < 1000:
         return f"{value:.3g}"
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def printable(text: str) -> str:
-    """Text of a file for a terminal or a page, without control characters."""
+    """Text from a file, with control characters replaced, safe for a terminal or a page."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib shows as it is: a dollar sign begins no formula."""
+    """Escape text for matplotlib, where a dollar sign would start a formula."""
     return printable(text).replace("$", r"\$")
 
 
 def plot(maps: list[Grid], path: Path, title: str) -> Path:
-    """Draw heat maps below each other into a PNG or SVG, by the path's ending."""
-    height = [0.9 + 0.24 * len(grid.rows) for grid in maps]
-    wide = max(5.0, 2.4 + 0.2 * max(len(grid.layers) for grid in maps))
-    with canvas(path, (min(wide, 20), sum(height) + 0.4), title) as figure:
-        axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=height)
+    """Draw heat maps below each other into a PNG or SVG, by the path's ending. ConfigError for another ending."""
+    heights = [0.9 + 0.24 * len(grid.rows) for grid in maps]
+    width = max(5.0, 2.4 + 0.2 * max(len(grid.layers) for grid in maps))
+    with canvas(path, (min(width, 20), sum(heights) + 0.4), title) as figure:
+        axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)
         for ax, grid in zip(axes.flat, maps):
             figure.colorbar(grid.draw(ax), ax=ax, fraction=0.03, pad=0.01).ax.tick_params(labelsize=7)
     return path
@@ -198,7 +198,10 @@ def plot(maps: list[Grid], path: Path, title: str) -> Path:
 
 @contextmanager
 def canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
-    """A figure that is written to `path` when the block ends. No global state: pyplot would keep it, and choose a backend."""
+    """Yield a figure of `size` (inches), saved to `path` when the block ends.
+
+    Avoids pyplot, which keeps figures and picks a backend.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,8 +215,8 @@ def canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
 
 
 def kind_of(path: Path) -> str:
-    """ "png" or "svg", by the ending; ConfigError for another."""
+    """Return "png" or "svg" by the ending; ConfigError for any other."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
-        raise ConfigError(f"--plot {path}: expected a name that ends in .png or .svg")
+        raise ConfigError(f"--plot {path}: expected a file name ending in .png or .svg")
     return kind

@@ -1,4 +1,4 @@
-"""What is inside an adapter, or which modules of a model can be adapted."""
+"""Describe what an adapter contains, or which modules of a model can be adapted."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
 
-# What a heat map can show, and how it is called there.
+# The quantities a heat map can show, and their titles.
 QUANTITIES = {"norm": "‖ΔW‖", "relative": "‖ΔW‖ / ‖W‖", "effective_rank": "effective rank", "stable_rank": "stable rank"}
 
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One adapted module; `norm` is ΔW's Frobenius norm (of a DoRA, that of s · B A), `relative` the part of ‖W‖ that the change is.
+    """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense (a whole ΔW). See `adapter.algebra.spectrum` for the two ranks.
+    `dead`: changes nothing.
+    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines
+    the effective and the stable rank.
     """
 
     name: str
@@ -53,6 +55,8 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class AdapterFacts:
+    """What `describe_adapter` found. `saved`, `embeddings`: shapes by name."""
+
     source: str
     base: str | None
     task: str | None
@@ -64,29 +68,29 @@ class AdapterFacts:
     metadata: Mapping[str, Any]
     format: str | None = None
     targets: list[str] = field(default_factory=list)
-    ranks: dict[str, int] = field(default_factory=dict)  # rank -> how many modules have it; so for alpha and the dtypes
+    ranks: dict[str, int] = field(default_factory=dict)  # rank -> number of modules with it; likewise for alphas and dtypes
     alphas: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     bytes: int | None = None
-    packed: int = 0  # how many modules are packed projections
-    unlike_base: list[str] = field(default_factory=list)  # what tells the base given from the one it was trained on
+    packed: int = 0  # number of packed projections
+    unlike_base: list[str] = field(default_factory=list)  # how the given base differs from the one it was trained on
     embeddings: dict[str, list[int]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dead(self) -> list[str]:
-        """Modules that change nothing."""
+        """Names of modules that change nothing."""
         return [m.name for m in self.modules if m.dead]
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "dead": self.dead}
 
     def grids(self, quantity: str = "norm") -> list[Grid]:
-        """A quantity of all modules as heat maps: "norm", "relative", "effective_rank" or "stable_rank"."""
+        """Heat maps of a quantity (a key of `QUANTITIES`) over all modules."""
         return grids({m.name: getattr(m, quantity) for m in self.modules}, QUANTITIES[quantity])
 
     def show(self, every_module: bool = False) -> None:
-        """Print; modules of one ending and shape in one line, unless every one is asked for."""
+        """Print the facts. Modules with the same ending and shape share a line, unless `every_module`."""
         from rich.console import Console
 
         source, base = printable(self.source), printable(self.base or "not stated")
@@ -94,36 +98,39 @@ class AdapterFacts:
         print("; ".join(self._file()))
         if self.unlike_base:
             print(
-                f"trained on another base than the one given, so what is relative to that means little: {'; '.join(map(printable, self.unlike_base))}"
+                "trained on a different base than the one given, so figures relative to it mean little: "
+                + "; ".join(map(printable, self.unlike_base))
             )
         if self.packed:
-            print(f"{self.packed} packed projections: the zeros between their blocks are no parameters, and are not counted")
+            print(f"{self.packed} packed projections: the zeros between their blocks are not counted as parameters")
         if self.modules:
             Console().print(self._table(every_module))
         if self.dead:
-            print(f"{len(self.dead)} of {len(self.modules)} modules have ΔW = 0: they change nothing ({printable(listing(self.dead, 3))})")
+            names = printable(listing(self.dead, 3))
+            print(f"{len(self.dead)} of {len(self.modules)} modules have ΔW = 0 and no effect ({names})")
         for name, shape in self.saved.items():
-            print(f"saved whole: {printable(name)} {shape}")
+            print(f"saved weight: {printable(name)} {shape}")
         for token, shape in self.embeddings.items():
-            print(f"learned token: {printable(token)} {shape}")
+            print(f"textual-inversion embedding: {printable(token)} {shape}")
         for section in ("recipe", "data", "metrics"):
             if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
                 print(printable(f"{section}: " + ", ".join(f"{k} {v}" for k, v in self.metadata[section].items())))
         for key, value in self.training.items():
-            told = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, dict) else value
-            print(printable(f"{key}: {', '.join(told) if isinstance(told, list) else told}"))
+            text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, dict) else value
+            print(printable(f"{key}: {', '.join(text) if isinstance(text, list) else text}"))
 
     def _file(self) -> list[str]:
-        """Of the file as a whole, and the base's fingerprint."""
-        told = [f"format {self.format}"] if self.format else []
-        told += [", ".join(self.dtypes)] if self.dtypes else []
-        told += [f"{self.bytes:,} bytes"] if self.bytes is not None else []
-        print_ = self.metadata.get("fingerprint")
-        if isinstance(print_, Mapping):
-            parameters = print_.get("parameters")
+        """Facts about the file, and the base's fingerprint."""
+        facts = [f"format {self.format}"] if self.format else []
+        facts += [", ".join(self.dtypes)] if self.dtypes else []
+        facts += [f"{self.bytes:,} bytes"] if self.bytes is not None else []
+        fingerprint = self.metadata.get("fingerprint")
+        if isinstance(fingerprint, Mapping):
+            parameters = fingerprint.get("parameters")
             count = f"{parameters:,} parameters, " if isinstance(parameters, int) else ""
-            told.append(printable(f"fingerprint of the base: {print_.get('architecture')}, {count}shapes {print_.get('shapes')}"))
-        return told or ["format not stated"]
+            base = f"{fingerprint.get('architecture')}, {count}shapes {fingerprint.get('shapes')}"
+            facts.append(printable(f"fingerprint of the base: {base}"))
+        return facts or ["format not stated"]
 
     def _table(self, every_module: bool):
         from rich.table import Table
@@ -132,12 +139,12 @@ class AdapterFacts:
         relative = any(m.relative is not None for m in self.modules)
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         table.add_column("module", overflow="fold", vertical="bottom", min_width=9)
-        shown = ["count", "in", "out", "rank", "alpha", "scale", "|ΔW|\nleast", "most", "effect.\nrank", "stable\nrank"]
+        shown = ["count", "in", "out", "rank", "alpha", "scale", "|ΔW|\nmin", "max", "effect.\nrank", "stable\nrank"]
         for column in (*shown, *(["|ΔW| /\n|W|"] if relative else [])):
             table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
         for key, group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
-            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " whole"}.get(first.kind, "")
+            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
             cells = [
                 str(len(group)), str(first.size_in), str(first.size_out), str(first.rank), f"{first.alpha:g}", f"{first.scale:g}",
                 f"{min(norms):.3g}", f"{max(norms):.3g}", _mean([m.effective_rank for m in group]), _mean([m.stable_rank for m in group]),
@@ -155,27 +162,31 @@ class AdapterFacts:
 
 
 def ending(module: str) -> str:
-    """The last part of a name; the last two of one that ends in a number (`to_out.0`)."""
+    """The last part of a name, or the last two if it ends in a number (`to_out.0`)."""
     parts = module.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def _mean(values: list[float | None], how: str = ".1f") -> str:
+def _mean(values: list[float | None], spec: str = ".1f") -> str:
     known = [v for v in values if v is not None]
-    return format(sum(known) / len(known), how) if known else ""
+    return format(sum(known) / len(known), spec) if known else ""
 
 
 def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, form: str | None = None) -> AdapterFacts:
-    """The facts of an adapter; no ΔW of low rank is built. With `base`, a checkpoint folder, also relative to the weights there. `form`: the format it was read from."""
+    """Describe an adapter without forming any low-rank ΔW.
+
+    source: the path it was read from. base: a checkpoint folder, for norms relative to its weights. form: the format it
+        was read from.
+    """
     relative: Mapping[str, float] = {}
-    unlike: list[str] = []
+    differences: list[str] = []
     if base is not None:
         from ..checkpoint.same_base import compare_with_base
         from ..checkpoint.weights import open_weights
         from .amplification import relative_norms
 
         relative = relative_norms(adapter, open_weights(base, list(adapter.updates)))
-        unlike = compare_with_base(base, adapter)
+        differences = compare_with_base(base, adapter)
     modules = [_module(name, update, relative.get(name)) for name, update in adapter.updates.items()]
     tensors = [t for update in adapter.updates.values() for t in update.tensors().values()]
     tensors += [*adapter.saved.values(), *adapter.embeddings.values()]
@@ -196,7 +207,7 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
         dtypes=_counts([str(t.dtype).removeprefix("torch.") for t in tensors]),
         bytes=_size(source),
         packed=sum(bool(f.parts) for f in adapter.factors.values()),
-        unlike_base=unlike,
+        unlike_base=differences,
         embeddings={token: list(t.shape) for token, t in adapter.embeddings.items()},
         training=training(adapter.metadata.get("header")),
     )
@@ -229,20 +240,20 @@ def _counts(values: list[str]) -> dict[str, int]:
 
 
 def _size(source: str) -> int | None:
-    """Bytes of an adapter's file, or of its folder's tensors."""
+    """Size in bytes of an adapter's file, or of the weights file in its folder; None if not local."""
     file = _weights(source)
     return file.stat().st_size if file is not None else None
 
 
 def _weights(source: str) -> Path | None:
-    """The file with an adapter's tensors, if the source is here."""
+    """The file with an adapter's tensors; None if the source is not local."""
     from ..formats import find, weights_of
 
     return weights_of(find(source)) if Path(source).expanduser().exists() else None
 
 
 def not_finite(source: str) -> dict[str, int]:
-    """Where a file that cannot be loaded for its NaN or infinite numbers has them: key -> how many. Empty if it has none."""
+    """Count the NaN and infinite elements of an adapter file: key -> count, only for keys that have some."""
     import torch
 
     from ..io.tensors import read_tensors
@@ -255,17 +266,20 @@ def not_finite(source: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ModelFacts:
+    """The modules of a model that can be adapted."""
+
     source: str
     architecture: str
     parameters: int
-    modules: list[tuple[str, str, list[int], bool]]  # name, class, weight's shape, whether 'all-linear' means it
+    modules: list[tuple[str, str, list[int], bool]]  # name, class, weight shape, whether 'all-linear' includes it
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def show(self, every_module: bool = False) -> None:
-        """Print the modules that can be adapted, each or by ending."""
-        print(f"{self.source}: {self.architecture}, {self.parameters:,} parameters; modules that can be adapted (* those of 'all-linear'):")
+        """Print the modules that can be adapted, grouped by name ending unless `every_module`."""
+        model = f"{self.source}: {self.architecture}, {self.parameters:,} parameters"
+        print(f"{model}; modules that can be adapted (*: included in 'all-linear'):")
         groups: dict[tuple, int] = {}
         for name, kind, shape, linear in self.modules:
             key = (name if every_module else name.rsplit(".", 1)[-1], kind, "x".join(map(str, shape)), "*" if linear else " ")
@@ -276,13 +290,16 @@ class ModelFacts:
 
 
 def is_model(source: str) -> bool:
-    """Whether `source` names a model, not an adapter."""
+    """Whether `source` is a model rather than an adapter."""
     path = Path(source)
     return source == EMBEDDED or ((path / "config.json").exists() and not (path / "adapter_config.json").exists())
 
 
 def describe_model(source: str) -> ModelFacts:
-    """The modules of a model folder (built without its weights) that can be adapted."""
+    """List a model's modules that can be adapted; the model is built without weights.
+
+    LorakitError for an unknown architecture.
+    """
     import torch
     import transformers
 
@@ -293,9 +310,7 @@ def describe_model(source: str) -> ModelFacts:
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise LorakitError(
-            f"{source}: transformers has no architecture '{name}' (config.json, architectures), so its modules are not known"
-        )
+        raise LorakitError(f"{source}: transformers has no architecture '{name}' (config.json)\n  update transformers, if it is new")
     with torch.device("meta"):
         model = kind(config)
     linear = find_targets(model, LoraConfig()).modules

@@ -1,10 +1,10 @@
-"""What an image adapter's file says of its training: trigger words, tags, settings, from kohya's and Stability's header fields.
+"""Read an image adapter's training notes (trigger words, tags, settings) from kohya's and Stability AI's header fields.
 
-    ss_tag_frequency      {"10_sks dog": {"a dog": 12, ...}}: image folder -> how often each tag of its captions occurs
+    ss_tag_frequency      {"10_sks dog": {"a dog": 12, ...}}: image folder -> count of each caption tag
     ss_*, modelspec.*     settings, as text (kohya's sd-scripts; the modelspec of Stability AI)
 
-A folder is called `<repeats>_<trigger words>`, by kohya's convention. Fields that are not what they should be are passed over: they are
-somebody's notes, and nothing depends on them.
+By kohya's convention a folder is named `<repeats>_<trigger words>`. Malformed fields are ignored: they are only notes,
+and nothing depends on them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-# The fields that a reader wants to see, and how they are called here.
+# Header fields that are shown, and their names here.
 _NOTES = {
     "modelspec.title": "title", "ss_output_name": "name", "modelspec.author": "author", "modelspec.description": "description",
     "modelspec.architecture": "architecture", "ss_sd_model_name": "trained on", "ss_base_model_version": "model version",
@@ -28,13 +28,10 @@ MOST_TAGS = 12
 
 
 def training(header: Any) -> dict[str, Any]:
-    """Trigger words, the commonest tags and the settings of the training, from a kohya or modelspec header; empty without one.
-
-    kohya's image folders are called `<repeats>_<trigger words>`; its `ss_tag_frequency` counts the captions' tags in each.
-    """
+    """Trigger words, the most common tags and training settings of a kohya or modelspec header; may be empty."""
     if not isinstance(header, Mapping):
         return {}
-    told: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
     folders, tags = _tags(header.get("ss_tag_frequency"))
     folders += [f for f in _object(header.get("ss_dataset_dirs")) if f not in folders]
     phrase = header.get("modelspec.trigger_phrase")
@@ -44,14 +41,14 @@ def training(header: Any) -> dict[str, Any]:
         if repeats.isdigit() and name and name not in triggers:
             triggers.append(name)
     if triggers:
-        told["trigger words"] = triggers
+        notes["trigger words"] = triggers
     if tags:
-        told["commonest tags"] = dict(tags.most_common(MOST_TAGS))
+        notes["commonest tags"] = dict(tags.most_common(MOST_TAGS))
     for key, name in _NOTES.items():
         value = header.get(key)
         if isinstance(value, str | int | float) and str(value) not in ("", "None", "null", "{}"):
-            told.setdefault(name, str(value)[:500])
-    return told
+            notes.setdefault(name, str(value)[:500])
+    return notes
 
 
 def _tags(text: Any) -> tuple[list[str], Counter[str]]:
@@ -66,7 +63,7 @@ def _tags(text: Any) -> tuple[list[str], Counter[str]]:
 
 
 def _object(text: Any) -> dict[str, Any]:
-    """A JSON object inside a header; empty if it is none."""
+    """Parse a JSON object from a header field; empty if it is not one."""
     try:
         value = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):

@@ -1,4 +1,7 @@
-"""The command line: parse, call, show. `lorakit --help` and `--version` answer without importing torch."""
+"""The command line: parse the arguments, call the library, print the result.
+
+`--help` and `--version` do not import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,25 @@ import sys
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run `lorakit ARGS` and exit: 0 done, 1 the job failed, 2 the call was wrong."""
-    # Idle OpenMP threads spin only briefly before they sleep. Endless spinning (the default) is many times slower on a busy
-    # machine; sleeping at once makes a training step of the embedded model 1.3 times as long on a quiet one.
+    """Run `lorakit ARGS` and exit with `run`'s code."""
+    # Let idle OpenMP threads spin only briefly before they sleep. Endless spinning (the default) is many times slower
+    # on a busy machine; sleeping at once makes a training step of the embedded model 1.3 times as long on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 
 def run(args: list[str]) -> int:
-    """The same, returning the exit code."""
+    """Run `lorakit ARGS` and return the exit code: 0 success, 1 the job failed, 2 a usage error (ConfigError)."""
     from ..errors import ConfigError, LorakitError
 
     try:
         from .app import app
-    except ModuleNotFoundError as error:  # so that a half-installed lorakit says so, rather than showing a traceback
+    except ModuleNotFoundError as error:  # an incomplete installation gets a message instead of a traceback
         name = (error.name or "").partition(".")[0]
         if name in ("", "lorakit"):
             raise
-        print(f"lorakit: the library '{name}', which it needs, is not installed\n  pip install lorakit brings it", file=sys.stderr)
+        print(f"lorakit: the required library '{name}' is not installed\n  pip install lorakit installs it", file=sys.stderr)
         return 1
     try:
         app(args, prog_name="lorakit")  # typer prints usage errors itself, with the nearest option, and exits with 2

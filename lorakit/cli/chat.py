@@ -10,24 +10,24 @@ from .shared.loading import load
 from .shared.options import Model, Precision, TopP
 from .shared.starting import starting
 
-_HELP = "/adapter NAME chooses an adapter, /base the base alone, /reset forgets the conversation, /quit leaves"
+_HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit leaves"
 
 
 def chat(
     model: Model = "embedded",
-    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated, the last is active first")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable, starts with the last one")] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     template: Annotated[
         Literal["auto", "chat", "plain", "none"],
-        typer.Option(help="chat, plain: a conversation; none: each line is completed on its own; auto: as the adapter was trained"),
+        typer.Option(help="chat, plain: a conversation; none: each line is completed on its own; auto: as in training"),
     ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum answer length in tokens")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="sampling temperature; 0 is greedy")] = 0.7,
     top_p: TopP = 0.95,
-    seed: Annotated[int | None, typer.Option(help="for a repeatable conversation")] = None,
+    seed: Annotated[int | None, typer.Option(help="sampling seed")] = None,
     precision: Precision = "auto",
 ) -> None:
-    """A conversation on the terminal. A model without a chat template completes each line on its own."""
+    """Chat with a model in the terminal. A model without a chat template completes each line on its own."""
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..errors import LorakitError
@@ -35,10 +35,10 @@ def chat(
 
     loaded = load(model, adapter or [], precision)
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)
-    talks = style != "none"
+    has_turns = style != "none"
     print(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
-    if not talks:
-        print("No chat template: each line is completed on its own (\\n is a line end).")
+    if not has_turns:
+        print("No chat template: each line is completed on its own (\\n is a newline).")
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -52,9 +52,9 @@ def chat(
             if line.startswith("/"):
                 history = _command(base, names, line, history)
             elif line:
-                if not talks:
+                if not has_turns:
                     history = []
-                history.append({"role": "user", "content": line.replace("\\n", "\n") if not talks else line})
+                history.append({"role": "user", "content": line.replace("\\n", "\n") if not has_turns else line})
                 ids = question_ids(history, tokenizer, style)
                 answer = ""
                 for piece in stream(base, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):

@@ -1,4 +1,4 @@
-"""`lorakit convert`: an adapter in another format."""
+"""`lorakit convert`: convert an adapter to another format."""
 
 from __future__ import annotations
 
@@ -8,44 +8,48 @@ from typing import Annotated, Literal
 
 import typer
 
-from .shared.files import base_folder, dtype_of, free, inspect_call, read
+from .shared.files import base_folder, dtype_of, inspect_call, output_path, read
 from .shared.options import Force
 from .shared.starting import starting
 
 _KINDS = Annotated[
-    Literal["bf16", "fp16", "fp32", "q8_0"] | None, typer.Option(help="precision of the numbers (q8_0: gguf only); default: the adapter's")
+    Literal["bf16", "fp16", "fp32", "q8_0"] | None, typer.Option(help="precision of the tensors (q8_0: gguf only); default: the adapter's")
 ]
-_BASE = Annotated[str | None, typer.Option(help="the base's folder (its config.json), which llama.cpp's format needs")]
+_BASE = Annotated[str | None, typer.Option(help="the base's folder (with config.json), required for gguf")]
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="an adapter in any format: folder, file or hub id")],
-    out: Annotated[Path, typer.Argument(help="what to write: a folder for peft and mlx, a file for the others")],
+    out: Annotated[Path, typer.Argument(help="the output: a folder for peft and mlx, a file for the others")],
     to: Annotated[Literal["peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf"], typer.Option(help="the format to write")],
     base: _BASE = None,
-    alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
+    alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     dtype: _KINDS = None,
     allow_loss: Annotated[bool, typer.Option("--allow-loss", help="leave out what the format cannot hold, and list it")] = False,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """Write an adapter in another format. What that cannot hold is an error, unless it may be lost; then it is listed."""
+    """Convert an adapter to another format.
+
+    What that format cannot hold is an error; --allow-loss leaves it out and lists it.
+    """
     with starting(f"reading {source}"):
         from ..formats import format_of
         from ..formats.convert import convert as converted
 
-    out, folder, was = free(out, to, force), base_folder(base), format_of(source)
-    done = converted(
+    out, folder, source_format = output_path(out, to, force), base_folder(base), format_of(source)
+    result = converted(
         read(source, alpha, folder), out, to, base=folder, dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype), allow_loss=allow_loss
     )
     if json_output:
-        print(json.dumps({"from": was, **done.to_dict()}))
+        print(json.dumps({"from": source_format, **result.to_dict()}))
         return
-    for loss in done.lost:
+    for loss in result.lost:
         print(f"left out: {loss}")
-    print(f"{source} ({was}) -> {done.path} ({to}): {len(done.adapter.updates)} modules, {done.adapter.parameters:,} parameters")
+    size = f"{len(result.adapter.updates)} modules, {result.adapter.parameters:,} parameters"
+    print(f"{source} ({source_format}) -> {result.path} ({to}): {size}")
     if to == "loralib":
-        print("the file holds no alpha: it is to be read with the one below")
-    if to == "kohya" and len({f.alpha for f in done.adapter.factors.values()}) > 1:
-        print("note: diffusers mistakes alphas that differ from module to module in this format; for it: lorakit export --for diffusers")
-    print(f"next: {inspect_call(done.path, done.adapter, to, base)}")
+        print("the file does not store alpha: pass it when reading, as below")
+    if to == "kohya" and len({f.alpha for f in result.adapter.factors.values()}) > 1:
+        print("note: diffusers misreads per-module alphas in this format; use lorakit export --for diffusers")
+    print(f"next: {inspect_call(result.path, result.adapter, to, base)}")

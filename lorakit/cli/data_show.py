@@ -18,14 +18,14 @@ def show(
     split: Split = None,
     columns: Columns = None,
     template: DataTemplate = "auto",
-    train_on: Annotated[Literal["completion", "all"], typer.Option(help="what is trained")] = "completion",
-    max_length: Annotated[int | None, typer.Option(help="longest row in tokens; default: the data's 99th percentile")] = None,
-    on_long: Annotated[Literal["auto", "drop", "cut", "split"], typer.Option(help="what becomes of longer rows")] = "auto",
+    train_on: Annotated[Literal["completion", "all"], typer.Option(help="which tokens are trained")] = "completion",
+    max_length: Annotated[int | None, typer.Option(help="maximum row length in tokens; default: the data's 99th percentile")] = None,
+    on_long: Annotated[Literal["auto", "drop", "cut", "split"], typer.Option(help="what to do with longer rows")] = "auto",
     rows: Annotated[int, typer.Option(min=0, help="how many rows to print")] = 3,
-    json_output: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Print rows with the trained tokens marked, a length histogram, duplicates, and what the length limit would cut."""
-    renamed = pairs(columns, "--columns") or None  # before anything is loaded
+    """Print rows with the trained tokens marked, a length histogram, duplicates, and the effect of the length limit."""
+    renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
     with starting(f"reading {data}"):
         from ..bases.load import load_tokenizer
         from ..data.dataset import build
@@ -42,6 +42,6 @@ def show(
         print(json.dumps(report(dataset)))
         return
     print_rows(dataset, tokenizer, rows)
-    same = {"--split": split, "--columns": columns, "--template": template if template != "auto" else None}
-    also = "".join(f" {flag} {quote(value)}" for flag, value in same.items() if value)
-    print(f"\nnext: lorakit train --data {quote(data)} --model {quote(model)}{also}")
+    options = {"--split": split, "--columns": columns, "--template": template if template != "auto" else None}
+    flags = "".join(f" {flag} {quote(value)}" for flag, value in options.items() if value)
+    print(f"\nnext: lorakit train --data {quote(data)} --model {quote(model)}{flags}")

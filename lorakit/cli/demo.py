@@ -1,4 +1,4 @@
-"""`lorakit demo`: everything in a few minutes, on the embedded model and data."""
+"""`lorakit demo`: train, evaluate and merge in a few minutes, with the embedded model and data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .shared.starting import starting
 
 def demo(
     out: Annotated[Path, typer.Option(help="the folder to write")] = Path("lorakit-demo"),
-    compare: Annotated[bool, typer.Option("--compare", help="also full fine-tuning at equal steps")] = False,
-    rows: Annotated[int | None, typer.Option(min=1, help="judge on the first test rows only")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="train for so many steps")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="also run full fine-tuning for the same number of steps")] = False,
+    rows: Annotated[int | None, typer.Option(min=1, help="evaluate only the first N test rows")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="number of training steps")] = None,
     force: Annotated[bool, typer.Option("--force", help="start over if the folder exists")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Fine-tune the embedded model on restaurant descriptions (E2E NLG), judge it before and after, save, merge."""
+    """Fine-tune the embedded model on restaurant descriptions (E2E NLG), evaluate it before and after, save, merge."""
     import shutil
 
     from rich.console import Console
@@ -32,12 +32,12 @@ def demo(
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder (--out)")
     if out.exists() and any(path.name != ROWS_FILE for path in out.iterdir()) and not (out / "run").is_dir():
-        raise ConfigError(f"{out} is not empty and not a demo's folder; give another (--out)")  # --force does not remove it either
+        raise ConfigError(f"{out} is not empty and not a demo's folder; give another (--out)")  # not deleted even with --force
     if out.exists() and force:
         shutil.rmtree(out)
 
     with starting("loading the embedded model"):
-        from ..train import loop  # noqa: F401 (with torch and transformers, which take seconds)
+        from ..train import loop  # noqa: F401 (imports torch and transformers, which takes seconds)
 
     console = Console(stderr=json_output)
     outcome = run(out, compare, rows, steps, say=lambda line: console.print(f"\n{line}", highlight=False), console=console)

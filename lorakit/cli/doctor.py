@@ -1,4 +1,4 @@
-"""`lorakit doctor`: what this machine can do."""
+"""`lorakit doctor`: what this machine supports."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    json_output: Annotated[bool, typer.Option("--json", help="print the facts as JSON")] = False,
-    pins: Annotated[
-        bool, typer.Option("--pins", help="print the releases that lorakit is tested with, as a constraints file for pip")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    pins: Annotated[bool, typer.Option("--pins", help="print the tested releases as a constraints file for pip")] = False,
 ) -> None:
-    """What this machine can do: versions against the tested ones, devices, precisions, threads, a compiler, extras, disk.
+    """Show what this machine supports: library versions, devices, precisions, threads, compiler, extras, disk.
 
-    The exit code is 0 when all can work, and 1 when a required library is missing, broken or outside lorakit's bounds.
+    The exit code is 0 if everything required works, and 1 if a required library is missing, broken or not supported.
     """
     from ..doctor import versions
 
@@ -34,7 +32,7 @@ def doctor(
         print(versions.pins(), end="")
         return
     system = platform.platform()
-    if not json_output:  # before anything that takes seconds is imported
+    if not json_output:  # before the imports that take seconds
         print(f"lorakit {VERSION}, Python {platform.python_version()}, {system}\n", flush=True)
     python = versions.python()
     libraries = [*([python] if python.fix else []), *versions.required()]
@@ -66,7 +64,7 @@ def _print(libraries: list[Library], extras: list[Extra], machine: Machine | Non
 
     from ..doctor import show
 
-    console = Console(width=None if sys.stdout.isatty() else 140)  # in a pipe, lines that a script can read
+    console = Console(width=None if sys.stdout.isatty() else 140)  # in a pipe, keep one row per line
     sections = [show.libraries(libraries), show.extras(extras)]
     if machine is not None:
         sections += [show.devices(machine.devices), show.precisions(machine.precisions), show.machine(machine)]

@@ -1,4 +1,4 @@
-"""`lorakit export`: an adapter for the program that will read it, checked and verified."""
+"""`lorakit export`: write an adapter for the program that will load it, checked and verified."""
 
 from __future__ import annotations
 
@@ -10,41 +10,39 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import ConfigError, listing
-from .shared.files import base_folder, free, read
+from .shared.files import base_folder, output_path, read
 from .shared.options import Force
 from .shared.starting import starting
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
 
-_DTYPES = Annotated[Literal["f16", "bf16", "q8_0", "f32"] | None, typer.Option(help="with --merged: of the matrices; default f16")]
+_DTYPES = Annotated[
+    Literal["f16", "bf16", "q8_0", "f32"] | None, typer.Option(help="with --merged: precision of the matrices; default: f16")
+]
 
 
 def export(
     source: Annotated[str, typer.Argument(help="the adapter: folder, file or hub id")],
-    out: Annotated[Path, typer.Argument(help="what to write")],
+    out: Annotated[Path, typer.Argument(help="the output: a folder or file")],
     receiver: Annotated[
         Literal["vllm", "sglang", "llama.cpp", "ollama", "comfyui", "a1111", "diffusers", "peft", "mlx", "canonical"],
-        typer.Option("--for", help="the program that will read it; canonical: any"),
+        typer.Option("--for", help="the program that will load it; canonical: any"),
     ],
-    fix: Annotated[bool, typer.Option("--fix", help="mend what can be mended without changing the effect")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="fix what can be fixed without changing the effect")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="read the result again, independently, and compare; with --base the logits too")
+        bool, typer.Option("--verify", help="read the result back with independent code and compare; with --base, logits too")
     ] = False,
-    base: Annotated[
-        str | None, typer.Option(help="the base's folder: its config.json for llama.cpp's format, its weights for --verify")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="for Ollama: what the Modelfile starts FROM")] = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="for llama.cpp and Ollama: the whole model, base and adapter as one GGUF")
-    ] = False,
+    base: Annotated[str | None, typer.Option(help="the base's folder: config.json for llama.cpp's format, weights for --verify")] = None,
+    model: Annotated[str | None, typer.Option(help="for Ollama: the model that the Modelfile starts FROM")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="for llama.cpp and Ollama: merge base and adapter into one GGUF model")] = False,
     dtype: _DTYPES = None,
-    force_base: Annotated[bool, typer.Option("--force-base", help="with --base: although the adapter was trained on another one")] = False,
-    alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
+    force_base: Annotated[bool, typer.Option("--force-base", help="accept a --base that the adapter was not trained on")] = False,
+    alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """Check an adapter against the rules of the program that will read it, write it so, and (--verify) prove the same effect."""
+    """Check an adapter against what a program accepts, write it for that program, and verify its effect (--verify)."""
     with starting(f"reading {source}"):
         from ..export import RECEIVERS
         from ..export import export as exported
@@ -53,18 +51,19 @@ def export(
     folder = base_folder(base)
     if merged:
         if model is not None:
-            raise ConfigError("--model is what an adapter's Modelfile starts FROM; with --merged it starts from the model that is written")
+            raise ConfigError("--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model")
         options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
         _merged(read(source, alpha, folder, force_base), folder, out, receiver, json_output, **options)
         return
     if dtype is not None:
         raise ConfigError(
-            "--dtype is for --merged, a whole model\n  lorakit convert --to gguf --dtype writes the adapter in another precision"
+            "--dtype requires --merged, which writes a whole model\n"
+            "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
         )
     if receiver == "ollama" and out.suffix != ".gguf":
         out = out / "adapter.gguf"
-    out = free(out, RECEIVERS[receiver].format, force)
-    done = exported(
+    out = output_path(out, RECEIVERS[receiver].format, force)
+    result = exported(
         read(source, alpha, folder, force_base),
         out,
         receiver,
@@ -76,44 +75,44 @@ def export(
         source=find(source),
     )
     if json_output:
-        print(json.dumps(done.to_dict()))
+        print(json.dumps(result.to_dict()))
         return
-    for line in done.mended:
-        print(f"mended: {line}")
-    print(f"written for {receiver}: " + ", ".join(str(f) for f in done.files))
-    for what, value in (done.differences or {}).items():
-        print(f"read again: the largest difference of {what} is {value:.2g} of the largest")
-    if done.logits is not None:
-        through = base if done.base is None else f"{done.base} with {out}, against {base} with the adapter"
-        print(f"logits through {through}: {done.logits}")
-    if done.no_logits is not None:
-        print(f"logits not compared: {done.no_logits}")
-    served = done.base or folder  # 'embedded' is a name of ours alone
-    print(f"next: {_next(receiver, done.files[0], str(served) if served else None)}")
+    for line in result.mended:
+        print(f"fixed: {line}")
+    print(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
+    for what, value in (result.differences or {}).items():
+        print(f"read back: {what} off by at most {value:.2g} of the largest element")
+    if result.logits is not None:
+        through = base if result.base is None else f"{result.base} with {out}, against {base} with the adapter"
+        print(f"logits through {through}: {result.logits}")
+    if result.no_logits is not None:
+        print(f"logits not compared: {result.no_logits}")
+    served = result.base or folder  # a path: other programs do not know 'embedded'
+    print(f"next: {_next(receiver, result.files[0], str(served) if served else None)}")
 
 
 def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, json_output: bool, **options: Any) -> None:
     from rich.console import Console
 
-    from ..export.merged import export_merged, place_of
+    from ..export.merged import export_merged, model_path
 
-    out = free(place_of(out, receiver), "gguf", options["force"])
+    out = output_path(model_path(out, receiver), "gguf", options["force"])
     with Console(stderr=True).status("merging") as status:
         options["on_tensor"] = lambda name, number, total: status.update(f"{number}/{total} {name}")
-        done = export_merged(adapter, base, out, receiver, **options)
+        result = export_merged(adapter, base, out, receiver, **options)
     if json_output:
-        print(json.dumps(done.to_dict()))
+        print(json.dumps(result.to_dict()))
         return
-    print(f"written for {receiver}: " + ", ".join(str(f) for f in done.files))
-    print(f"base and adapter as one model in {done.dtype}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB")
-    if done.other:
-        print(f"in f16, as their rows are no multiple of 32: {listing(done.other, 3)}")
-    for warning in done.warnings:
+    print(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
+    print(f"merged model in {result.dtype}: {result.tensors} tensors, {result.bytes / 1e6:,.1f} MB")
+    if result.other:
+        print(f"in f16, because their row length is not a multiple of 32: {listing(result.other, 3)}")
+    for warning in result.warnings:
         print(f"note: {warning}")
-    if done.verified is not None:
-        print(f"read again: {done.verified}")
-    where = quote(str(done.files[0]))
-    print(f"next: {_next(receiver, done.files[0], None) if receiver == 'ollama' else f'llama-server -m {where}'}")
+    if result.verified is not None:
+        print(f"read back: {result.verified}")
+    where = quote(str(result.files[0]))
+    print(f"next: {_next(receiver, result.files[0], None) if receiver == 'ollama' else f'llama-server -m {where}'}")
 
 
 def _next(receiver: str, path: Path, base: str | None) -> str:

@@ -1,4 +1,4 @@
-"""`lorakit extract`: a LoRA out of a fine-tuned checkpoint."""
+"""`lorakit extract`: extract a LoRA from a fine-tuned checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .shared.algebra import Dtype, Force, Json, Modules, Out, Rank, progress, seconds_since, write
-from .shared.files import base_folder, free
+from .shared.files import base_folder, output_path
 from .shared.starting import starting
 
 
@@ -18,25 +18,27 @@ def extract(
     base: Annotated[
         str, typer.Argument(help="the base: a checkpoint folder, a pipeline's, a diffusion model's .safetensors, or 'embedded'")
     ],
-    tuned: Annotated[str, typer.Argument(help="the checkpoint that was fine-tuned from it")],
+    tuned: Annotated[str, typer.Argument(help="the checkpoint fine-tuned from it")],
     out: Out,
     rank: Rank = None,
-    keep: Annotated[float | None, typer.Option(min=0, max=1, help="hold this share of each weight's change, e.g. 0.95")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="only modules whose name ends so; may be repeated")] = None,
+    keep: Annotated[
+        float | None, typer.Option(min=0, max=1, help="keep this share of the energy of each weight's change, e.g. 0.95")
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="only modules with this name ending; repeatable")] = None,
     save_rest: Annotated[
         bool,
-        typer.Option("--save-rest", help="keep biases, norms and all else that changed whole (kohya: but biases of modules with factors)"),
+        typer.Option("--save-rest", help="save changed biases, norms and all else in full (kohya: except biases of modules with factors)"),
     ] = False,
-    seed: Annotated[int, typer.Option(help="of the random projections")] = 0,
-    to: Annotated[str | None, typer.Option(help="format to write; default: peft, of a diffusion model kohya")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the random projections")] = 0,
+    to: Annotated[str | None, typer.Option(help="format to write; default: peft, or kohya for a diffusion model")] = None,
     dtype: Dtype = None,
     force: Force = False,
     modules: Modules = False,
     json_output: Json = False,
 ) -> None:
-    """A LoRA out of a fine-tuned checkpoint and its base, one tensor in memory at a time."""
+    """Extract a LoRA from a fine-tuned checkpoint and its base, with one tensor in memory at a time."""
     with starting("reading the checkpoints"):
-        from ..checkpoint.extract import extract as take
+        from ..checkpoint.extract import extract as extract_adapter
         from ..errors import listing
 
     before, after = base_folder(base), base_folder(tuned)
@@ -44,27 +46,28 @@ def extract(
     assert after is not None
     image = before.is_file() or (before / "model_index.json").is_file()
     to = to or ("kohya" if image else "peft")
-    out = free(out, to, force)
-    began = time.monotonic()
-    with progress("extracting") as tell:
-        done = take(
+    out = output_path(out, to, force)
+    started = time.monotonic()
+    with progress("extracting") as on_tensor:
+        result = extract_adapter(
             before, after, rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
-            on_tensor=tell,
+            on_tensor=on_tensor,
         )  # fmt: skip
-    path, look = write(done.adapter, out, to, dtype, base)
+    path, inspect = write(result.adapter, out, to, dtype, base)
     if json_output:
-        print(json.dumps({"out": str(path), "parameters": done.adapter.parameters, **done.to_dict()}))
+        print(json.dumps({"out": str(path), "parameters": result.adapter.parameters, **result.to_dict()}))
         return
     if modules:
-        for m in done.modules:
+        for m in result.modules:
             print(f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured {m.captured:.1%}")
-    print(f"{len(done.modules)} changed matrices, largest rank {done.adapter.rank}; {done.unchanged} tensors unchanged")
-    if done.rest:
-        left = [name for name in done.rest if name not in done.kept]
-        told = f", {len(left)} left out ({listing(left, 3)})" if left else ""
-        print(f"{len(done.rest)} other tensors changed: {len(done.kept)} kept whole{told}")
-    print(f"captured: {done.captured:.2%} of the change (squared norm); {done.adapter.parameters:,} parameters, {seconds_since(began)}")
-    for doubt in done.warnings:
-        print(f"note: {doubt}")
-    again = look if image or to != "peft" else f"lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
-    print(f"next: {again}")
+    print(f"{len(result.modules)} changed matrices, largest rank {result.adapter.rank}; {result.unchanged} tensors unchanged")
+    if result.rest:
+        omitted = [name for name in result.rest if name not in result.kept]
+        note = f", {len(omitted)} left out ({listing(omitted, 3)})" if omitted else ""
+        print(f"{len(result.rest)} other tensors changed: {len(result.kept)} saved in full{note}")
+    size = f"{result.adapter.parameters:,} parameters, {seconds_since(started)}"
+    print(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
+    for warning in result.warnings:
+        print(f"note: {warning}")
+    command = inspect if image or to != "peft" else f"lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
+    print(f"next: {command}")

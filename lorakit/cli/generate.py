@@ -15,28 +15,28 @@ from .shared.starting import starting
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="the prompt; standard input if left out")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; default: read from standard input")] = None,
     model: Model = "embedded",
-    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated, the last is used")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable, the last one is used")] = None,
     template: Annotated[
         Literal["auto", "chat", "plain", "none"],
-        typer.Option(help="chat, plain: the prompt as a user's turn; none: as it is; auto: as the adapter was trained"),
+        typer.Option(help="chat, plain: the prompt is a user turn; none: raw text; auto: as in training"),
     ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum answer length in tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="sampling temperature; 0 is greedy")] = 0.0,
     top_p: TopP = 1.0,
-    seed: Annotated[int | None, typer.Option(help="for a repeatable sample")] = None,
+    seed: Annotated[int | None, typer.Option(help="sampling seed")] = None,
     precision: Precision = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
 ) -> None:
-    """Answer one prompt. `\\n` in the argument is a line end."""
+    """Answer one prompt. `\\n` in the argument is a newline."""
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..generate.generate import stream
 
     text = sys.stdin.read() if prompt is None else prompt.replace("\\n", "\n")
     if not text:
-        raise ConfigError("the prompt is empty")
+        raise ConfigError("the prompt is empty; expected at least one character")
     loaded = load(model, adapter or [], precision)
     ids = question_ids(text, loaded.tokenizer, loaded.style_for(template))
     pieces = stream(loaded.model, loaded.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -1,4 +1,4 @@
-"""`lorakit init`: a config file with every setting."""
+"""`lorakit init`: write a config file with every setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..train.config import TrainConfig
 from .shared.settings import commented
 
 _SKIP = ("base",)
-_HEAD = "# A lorakit training run:  lorakit train --config {name}\n# Lines that are commented out show the defaults.\n\n"
+_HEAD = "# A lorakit training run:  lorakit train --config {name}\n# Commented-out lines show the defaults.\n\n"
 
 
 def init(
@@ -22,7 +22,7 @@ def init(
     model: Annotated[str, typer.Option(help="the base model")] = "embedded",
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
 ) -> None:
-    """Write a config file with every setting, its default and what it does."""
+    """Write a config file with every setting, its default and an explanation."""
     from ..io.atomic import write_text
 
     if path.exists() and not force:

@@ -1,4 +1,4 @@
-"""`lorakit inspect`: what is in an adapter, or which modules a model has."""
+"""`lorakit inspect`: show what an adapter contains, or which modules a model has."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .shared.starting import starting
 
 def inspect(
     source: Annotated[str, typer.Argument(help="an adapter (folder, file or hub id), or a model folder with --modules")],
-    alpha: Annotated[float | None, typer.Option(help="for loralib files, which do not hold it")] = None,
-    modules: Annotated[bool, typer.Option("--modules", help="list every module (of a model: those that can be adapted)")] = False,
+    alpha: Annotated[float | None, typer.Option(help="for loralib files, which do not store it")] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="list every module (for a model: every module that can be adapted)")] = False,
     base: Annotated[str | None, typer.Option(help="the base's checkpoint folder, or 'embedded': norms relative to its weights")] = None,
-    heat: Annotated[bool, typer.Option("--map", help="a heat map of the modules in the terminal")] = False,
+    heat: Annotated[bool, typer.Option("--map", help="print a heat map of the modules")] = False,
     quantity: Annotated[
         Literal["norm", "relative", "effective_rank", "stable_rank"] | None,
-        typer.Option(help="what the heat map shows; default: relative with --base, else norm"),
+        typer.Option(help="what the heat map shows; default: relative with --base, otherwise norm"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="write the heat map (.png or .svg)")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the heat map to a file (.png or .svg)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
-    """What is in an adapter: format, base, targets, ranks, strength, norms of its update, training; or which modules a model has."""
+    """Show what an adapter contains (format, base, ranks, scales, norms, training), or which modules a model has."""
     with starting(f"reading {source}"):
         from ..analysis.inspect import describe_adapter, describe_model, is_model
 
@@ -44,21 +44,21 @@ def inspect(
     if shown == "relative" and base is None:
         raise ConfigError("--quantity relative compares with the base's weights\n  give their folder: --base FOLDER")
     if plot is not None:
-        kind_of(plot)  # before the work
+        kind_of(plot)  # check the ending before the work
     folder = base_folder(base)
-    told = describe_adapter(read_checked(source, alpha, folder), source, folder, format_of(source))
-    if plot is not None and told.modules:
-        draw(told.grids(shown), plot, source)
+    facts = describe_adapter(read_checked(source, alpha, folder), source, folder, format_of(source))
+    if plot is not None and facts.modules:
+        draw(facts.grids(shown), plot, source)
     if json_output:
-        print(json.dumps(told.to_dict()))
+        print(json.dumps(facts.to_dict()))
         return
-    told.show(modules)
+    facts.show(modules)
     if heat:
         from rich.console import Console
 
         console = Console()
-        for grid in told.grids(shown):
+        for grid in facts.grids(shown):
             for table in grid.tables(console.width):
                 console.print(table)
     if plot is not None:
-        print(f"written: {plot}" if told.modules else "there is no module to draw")
+        print(f"written: {plot}" if facts.modules else "no plot: the adapter changes no module")

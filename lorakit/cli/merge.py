@@ -1,4 +1,4 @@
-"""`lorakit merge`: adapters into a checkpoint's files."""
+"""`lorakit merge`: merge adapters into a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import ConfigError
-from .shared.files import base_folder, dtype_of, numbers
+from .shared.files import base_folder, dtype_of, parse_weights
 from .shared.starting import starting
 
 
 def merge(
     base: Annotated[
-        str, typer.Argument(help="a checkpoint folder, a diffusers pipeline's, a diffusion model's .safetensors, or 'embedded'")
+        str, typer.Argument(help="a checkpoint folder, a diffusers pipeline's folder, a diffusion model's .safetensors, or 'embedded'")
     ],
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER... OUT", help="one adapter or several, then what to write")],
-    weights: Annotated[str | None, typer.Option(help="one for each adapter, e.g. 0.7,0.3; default: 1 each")] = None,
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER... OUT", help="one or several adapters, then the output")],
+    weights: Annotated[str | None, typer.Option(help="one per adapter, e.g. 0.7,0.3; default: 1 each")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the merged weights; default: the base's")
     ] = None,
-    untie: Annotated[bool, typer.Option("--untie", help="give a tied LM head a weight of its own")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="merge although an adapter was trained on another base")] = False,
-    alpha: Annotated[float | None, typer.Option(help="for files that do not hold it (loralib, old MLX)")] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="give a tied LM head its own weight")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="merge even if an adapter was trained on another base")] = False,
+    alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Merge adapters into a checkpoint's files, one tensor in memory at a time, and check the result by reading it again."""
+    """Merge adapters into a checkpoint's files, one tensor in memory at a time, and verify the result."""
     from rich.console import Console
 
     if len(adapters) < 2:
-        raise ConfigError("merge takes BASE, one adapter or several, and OUT\n  lorakit merge BASE ADAPTER OUT")
+        raise ConfigError("merge expects BASE, one or several adapters, and OUT\n  lorakit merge BASE ADAPTER OUT")
     with starting("reading the base and the adapters"):
         from ..checkpoint import merge_checkpoint
 
@@ -42,7 +42,7 @@ def merge(
     console = Console()
     with console.status("merging") as status:
         report = merge_checkpoint(
-            folder, sources, out, weights=numbers(weights), alpha=alpha, force=force,
+            folder, sources, out, weights=parse_weights(weights), alpha=alpha, force=force,
             dtype=dtype_of(dtype), untie=untie, force_base=force_base,
             on_tensor=lambda name, done, total: status.update(f"{done}/{total} {name}"),
         )  # fmt: skip
@@ -53,4 +53,4 @@ def merge(
     if (folder / "config.json").is_file():
         print(f"next: lorakit generate 'Once upon a time' --model {quote(out)}")
     else:
-        print(f"next: load {quote(out)} as its base is loaded")
+        print(f"next: load {quote(out)} the way you load its base")

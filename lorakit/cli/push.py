@@ -1,4 +1,4 @@
-"""`lorakit push`: an adapter to the Hugging Face hub."""
+"""`lorakit push`: upload an adapter to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ if TYPE_CHECKING:
 
 def push(
     source: Annotated[str, typer.Argument(help="a run's folder, or an adapter in any format: folder or file")],
-    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there")],
-    private: Annotated[bool, typer.Option("--private", help="a new repository is private")] = False,
-    revision: Annotated[str | None, typer.Option(help="the branch; made if it is not there")] = None,
-    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
-    with_card: Annotated[bool, typer.Option("--card/--no-card", help="with a README.md: the one beside the adapter, or a new one")] = True,
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; created if missing")],
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+    revision: Annotated[str | None, typer.Option(help="the branch; created if missing")] = None,
+    message: Annotated[str | None, typer.Option(help="the commit message")] = None,
+    with_card: Annotated[
+        bool, typer.Option("--card/--no-card", help="upload a README.md: the one next to the adapter, or a new one")
+    ] = True,
     base_model: BaseModel = None,
     license: License = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be uploaded, and send nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be uploaded, and send nothing")] = False,
     alpha: Alpha = None,
     base: Base = None,
     json_output: Json = False,
 ) -> None:
-    """Upload an adapter to the Hugging Face hub, checked first, in one commit. The token: HF_TOKEN, or `hf auth login`."""
+    """Check an adapter and upload it to the Hugging Face hub in one commit.
+
+    The token is HF_TOKEN or that of `hf auth login`.
+    """
     with starting(f"reading {source}"):
         from ..share.push import push as pushed
 
     done = pushed(
         source, repository, private=private, revision=revision, message=message, card=with_card, dry_run=dry_run, base_model=base_model,
-        license=license, alpha=alpha, base=base_folder(base), tell=None if json_output else lambda told: _tell(told, source),
+        license=license, alpha=alpha, base=base_folder(base), tell=None if json_output else lambda pushed: _announce(pushed, source),
     )  # fmt: skip
     if json_output:
         print(json.dumps(done.to_dict() | {"dry_run": dry_run}))
@@ -51,13 +56,13 @@ def push(
         words = [w for k, v in given.items() if v is not None and v is not False for w in ([k] if v is True else [k, quote(str(v))])]
         print(f"next: {' '.join(['lorakit push', quote(source), repository, *words])}")
         return
-    what = "made" if done.created else "updated" if done.changed else "unchanged: it had all of this already"
+    what = "created" if done.created else "updated" if done.changed else "unchanged, it has all of this already"
     print(f"{what}: {done.url}" + (f" (commit {done.commit[:8]})" if done.commit and done.changed else ""))
     print(f"next: lorakit inspect {repository}{at}")
 
 
-def _tell(pushed: Pushed, source: str) -> None:
-    """What is going to be uploaded, before it is."""
+def _announce(pushed: Pushed, source: str) -> None:
+    """Print what will be uploaded, before it is."""
     width = max(map(len, pushed.files))
     print(f"to {pushed.url}{'' if pushed.revision == 'main' else f', branch {pushed.revision}'}:")
     for name, size in pushed.files.items():
@@ -68,14 +73,14 @@ def _tell(pushed: Pushed, source: str) -> None:
     if pushed.not_on_card:
         options = " ".join(pushed.not_on_card)
         if pushed.card == "none":
-            print(f"without a card, there is no place for {options}")
+            print(f"{options} has no effect: no card is uploaded")
         else:
-            print(f"{options} changes nothing on the card, which stays {pushed.card}")
+            print(f"{options} does not change the card, which stays {pushed.card}")
             print(f"  edit it, or write one here: lorakit card {quote(source)} {options}")
     for line in _first(pushed.mended):
-        print(f"mended in the upload: {line}")
+        print(f"changed in the upload: {line}")
     for line in _first(pushed.left):
-        print(f"left as it is: {line}")
+        print(f"left unchanged: {line}")
 
 
 def _first(lines: list[str], most: int = 20) -> list[str]:

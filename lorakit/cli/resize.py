@@ -1,4 +1,4 @@
-"""`lorakit resize`: an adapter at a lower rank."""
+"""`lorakit resize`: lower an adapter's rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .shared.algebra import Alpha, Base, Dtype, Force, Json, Keep, Modules, Out, Rank, To, progress, report, write
-from .shared.files import base_folder, free, read
+from .shared.files import base_folder, output_path, read
 from .shared.starting import starting
 
 
@@ -17,9 +17,9 @@ def resize(
     out: Out,
     rank: Rank = None,
     keep: Keep = None,
-    error: Annotated[float | None, typer.Option(min=0, max=1, help="the largest error ‖ΔW - ΔW'‖ / ‖ΔW‖ of each module")] = None,
-    overall: Annotated[bool, typer.Option("--overall", help="--keep or --error of all modules together, by one threshold")] = False,
-    drop_bias: Annotated[bool, typer.Option("--drop-bias", help="leave out changes of biases beside whole updates")] = False,
+    error: Annotated[float | None, typer.Option(min=0, max=1, help="the largest error ‖ΔW - ΔW'‖ / ‖ΔW‖ allowed per module")] = None,
+    overall: Annotated[bool, typer.Option("--overall", help="apply --keep or --error to all modules together, with one threshold")] = False,
+    drop_bias: Annotated[bool, typer.Option("--drop-bias", help="drop the bias changes of dense updates")] = False,
     alpha: Alpha = None,
     to: To = "peft",
     dtype: Dtype = None,
@@ -28,16 +28,16 @@ def resize(
     modules: Modules = False,
     json_output: Json = False,
 ) -> None:
-    """An adapter at a lower rank, with the smallest error that this rank allows; LoHa, LoKr and whole updates become LoRA."""
+    """Lower an adapter's rank with the smallest possible error; LoHa, LoKr and dense updates become LoRA."""
     with starting("reading the adapter"):
-        from ..adapter.algebra.resize import resize as cut
+        from ..adapter.algebra.resize import resize as resize_adapter
 
-    out = free(out, to, force)
+    out = output_path(out, to, force)
     value = read(adapter, alpha, base_folder(base))
-    began = time.monotonic()
-    with progress("resizing") as tell:
-        done = cut(
+    started = time.monotonic()
+    with progress("resizing") as on_module:
+        result = resize_adapter(
             value, rank, keep=keep, error=error, overall=overall, drop_bias=drop_bias,
-            on_module=tell,
+            on_module=on_module,
         )  # fmt: skip
-    report("resized", [value], done, write(done.adapter, out, to, dtype, base), began, modules, json_output)
+    report("resized", [value], result, write(result.adapter, out, to, dtype, base), started, modules, json_output)

@@ -1,17 +1,17 @@
-"""An adapter for a program that receives it: checked against the program's rules, written in its format, read again and compared.
+"""Write an adapter for another program: check it against the program's rules, write, read the file back and compare.
 
-canonical.py  the plainest form: one rank, scale 1
+canonical.py  the canonical form: one rank, scale 1
 rules.py      what each program accepts
-written.py    the written file, read on a path of its own (arrays.py: safetensors by its specification; effect.py: the equations)
-expected.py   what it should do, from the adapter's own factors
-verify.py     both compared, number by number
-logits.py     both compared through a base
-tried.py      the file under a trial name, until both agree
-into_base.py  what a program does not take, in a copy of the base
-modelfile.py  Ollama's
-export.py     `export`: all of it
-merged.py     `export_merged`: base and adapter as one GGUF model (gguf_model.py: its tensors, gguf_parameters.py, gguf_tokenizer.py;
-              merged_verify.py: the file, read again)
+written.py    reads the file with independent code (arrays.py: the safetensors format; effect.py: the equations)
+expected.py   what the file should do, from the adapter's own factors
+verify.py     compares the two, element by element
+logits.py     compares the two through a base
+staging.py    writes the file to a temporary folder and moves it into place once everything agrees
+into_base.py  merges what a program does not accept into a copy of the base
+modelfile.py  Ollama's Modelfile
+export.py     `export`, which calls all of these
+merged.py     `export_merged`: base and adapter as one GGUF model (gguf_model.py, gguf_parameters.py and
+              gguf_tokenizer.py: its parts; merged_verify.py: reads it back and compares)
 """
 
 from .export import Exported, export

@@ -1,8 +1,9 @@
-"""A safetensors file by its specification, as numpy arrays; no library reads it.
+"""Read a safetensors file as numpy arrays, directly from its specification and without the safetensors library.
 
 8 bytes   n, the header's length, little-endian
-n bytes   JSON: {"<name>": {"dtype": "F32", "shape": [...], "data_offsets": [from, to]}, "__metadata__": {"<key>": "<text>"}}
-the rest  the numbers, little-endian, rows first
+n bytes   JSON: {"<name>": {"dtype": "F32", "shape": [...], "data_offsets": [from, to]}, ...,
+                 "__metadata__": {"<key>": "<text>"}}
+the rest  the elements, little-endian, row-major
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ _TYPES = {
 
 
 def _e4m3() -> np.ndarray:
-    """The 256 numbers of 8 bits with 4 of exponent and 3 of mantissa (Micikevicius et al. 2022); there is no infinity."""
+    """The 256 values of float8 E4M3 (4 exponent bits, 3 mantissa bits; Micikevicius et al.
+
+    2022), which has no infinity. [256]
+    """
     bits = np.arange(256)
     exponent, mantissa = bits >> 3 & 15, (bits & 7) / 8
-    size = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
-    return np.where(bits & 127 == 127, np.nan, np.where(bits & 128, -size, size))
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    return np.where(bits & 127 == 127, np.nan, np.where(bits & 128, -magnitude, magnitude))
 
 
-# What numpy has no type for, of its bits.
+# Decoders from bits, for the types that numpy lacks.
 _DECODE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "BF16": lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),  # the upper half of a float32
     "F8_E5M2": lambda bits: (bits.astype(np.uint16) << 8).view(np.float16),  # the upper half of a float16
@@ -37,26 +41,26 @@ _DECODE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def header(path: Path) -> dict[str, Any]:
-    """Its header. ValueError for one that says it is longer than the file."""
+    """The parsed JSON header. ValueError if it claims to be longer than the file."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
-            raise ValueError(f"{path.name} says that its header has {length:,} bytes, and has {path.stat().st_size:,} in all")
+            raise ValueError(f"{path.name} claims a header of {length:,} bytes, but the file has only {path.stat().st_size:,}")
         return json.loads(file.read(length))
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
-    """Its tensors by name. ValueError for a type that is not known here."""
+    """All tensors by name. ValueError for an unknown dtype."""
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-    whole = np.memmap(path, dtype=np.uint8, mode="r")
-    found = {}
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    tensors = {}
     for name, slot in header(path).items():
         if name == "__metadata__":
             continue
         if slot["dtype"] not in _TYPES:
-            raise ValueError(f"'{name}' holds numbers of type {slot['dtype']}")
+            raise ValueError(f"'{name}' has the unknown dtype {slot['dtype']}")
         first, last = slot["data_offsets"]
-        numbers = whole[start + first : start + last].view(_TYPES[slot["dtype"]])
-        found[name] = _DECODE.get(slot["dtype"], np.asarray)(numbers).reshape(slot["shape"])
-    return found
+        raw = content[start + first : start + last].view(_TYPES[slot["dtype"]])
+        tensors[name] = _DECODE.get(slot["dtype"], np.asarray)(raw).reshape(slot["shape"])
+    return tensors

@@ -1,8 +1,8 @@
-"""The plainest form of an adapter: every program that reads LoRA gives it the right strength.
+"""The canonical form of an adapter, which every LoRA loader applies with the right scale.
 
-    B' = s · B, zeros up to one rank R for all modules, alpha = R, so that alpha / r = 1 wherever it is looked for
+    B' = s · B, zero-padded to one rank R for all modules, alpha = R, so that alpha / r = 1 in every module
 
-No patterns, no rsLoRA, no packed parts: what programs misread of these is in docs/export.md.
+No patterns, no rsLoRA, no packed parts; docs/export.md says which programs misread them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from ..formats.strength import folded
 
 
 def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
-    """The adapter with alpha = rank = `rank` in every module (by default the largest rank it has). AdapterError where that cannot be."""
+    """The same adapter with alpha = rank = `rank` in every module (default: its largest rank).
+
+    AdapterError for updates other than LoRA, and if `rank` is too small.
+    """
     if adapter.others:
         raise AdapterError(
-            f"'{next(iter(adapter.others))}' has an update that is not low-rank factors\n  lorakit resize makes factors of it, and says how near they are"
+            f"'{next(iter(adapter.others))}' has an update that is not low-rank factors\n"
+            "  lorakit resize approximates it by factors and reports the error"
         )
-    folded = {module: _plain(module, f) for module, f in adapter.factors.items()}
-    most = max((f.A.shape[0] for f in folded.values()), default=0)
-    rank = most if rank is None else rank
-    if rank < most:
-        raise AdapterError(
-            f"a module has rank {most}, which does not fit {rank}\n  lorakit resize --rank {rank} makes it smaller, and says what is lost"
-        )
-    factors = {module: _padded(f, rank) for module, f in folded.items()}
+    plain = {module: _plain(module, f) for module, f in adapter.factors.items()}
+    largest = max((f.A.shape[0] for f in plain.values()), default=0)
+    rank = largest if rank is None else rank
+    if rank < largest:
+        raise AdapterError(f"a module has rank {largest}, more than {rank}\n  lorakit resize --rank {rank} lowers it and reports the error")
+    factors = {module: _padded(f, rank) for module, f in plain.items()}
     endings = sorted({module.rsplit(".", 1)[-1] for module in factors})
     config = adapter.config.replace(
         rank=max(rank, 1), alpha=float(max(rank, 1)), rslora=False, rank_pattern={}, alpha_pattern={}, packed={},
@@ -40,29 +42,30 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
 
 
 def _plain(module: str, f: Factors) -> Factors:
-    """Scale 1, and the update that a packed one is."""
+    """The factors with the scale folded into B and packed parts written out. AdapterError for a DoRA."""
     if f.needs_base:
-        raise AdapterError(
-            f"'{module}' is a DoRA: its strength depends on the base, so no plain factors are the same\n  merge it into the base instead"
-        )
+        raise AdapterError(f"'{module}' is a DoRA, whose update depends on the base\n  merge it into the base instead")
     B = folded(f.B, f.scale)
     return Factors(f.A, B, float(f.A.shape[0]), f.kind, transposed=f.transposed, groups=f.groups)
 
 
 def _padded(f: Factors, rank: int) -> Factors:
-    """With zeros up to this rank. (PEFT's B of a grouped convolution holds rank / groups.)"""
+    """The factors zero-padded to `rank`.
+
+    AdapterError for PEFT's grouped convolutions, whose B is [out, rank / groups].
+    """
     missing = rank - f.A.shape[0]
     if not missing:
         return f
     if f.groups > 1 and f.A.shape[0] != f.B.shape[1]:
-        raise AdapterError("a grouped convolution's factors cannot be filled up to another rank")
+        raise AdapterError("the factors of a grouped convolution cannot be zero-padded to another rank")
     A = F.pad(f.A, [0, 0] * (f.A.dim() - 1) + [0, missing])
     B = F.pad(f.B, [0, 0] * (f.B.dim() - 2) + [0, missing])
     return replace(f, A=A, B=B, alpha=float(rank))
 
 
 def is_canonical(adapter: Adapter) -> bool:
-    """Whether every module has one rank and the scale 1."""
+    """Whether all modules have the same rank and scale 1."""
     return (
         all(u.variant == "lora" for u in adapter.updates.values())
         and len({f.A.shape[0] for f in adapter.factors.values()}) <= 1

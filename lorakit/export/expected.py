@@ -1,7 +1,8 @@
-"""What a file should do to the base: from the adapter's own factors, under the format's names.
+"""What a written file should do to the base, computed from the adapter's own factors, under the format's names.
 
-The names and the order of rows are the receiver's: a key of kohya may stand for several modules, whose rows then follow each other, and of
-some the two halves are swapped. GGUF's are undone where it is read (`written.gguf`), so that here, too, stand transformers' names.
+Names and row order are the receiver's: a kohya key may cover several modules, whose rows are concatenated, and for some
+the two halves are swapped. GGUF's names and row order are undone when the file is read (`written.gguf`), so
+transformers' are used here too.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from .effect import Content, Effect, low_rank
 
 
 def expected(adapter: Adapter, format: str) -> Content:
-    """What the adapter does, under the format's names."""
+    """What the adapter does to the base, under the names of `format`."""
     if format == "kohya":
         return Content(_by_kohyas_keys(adapter))
     return Content({m: effect_of(u) for m, u in adapter.updates.items()}, {name: _array(t) for name, t in adapter.saved.items()})
 
 
 def effect_of(update: Update) -> Effect:
-    """One update's effect. Of the other kinds ΔW is lorakit's own, in double precision: the equations that it is held against are in `effect`."""
+    """The effect of one update.
+
+    For LoHa, LoKr and dense updates ΔW is lorakit's own, in float64; `effect` has the equations to check it.
+    """
     if isinstance(update, Factors):
         return Effect(lambda: _low_rank(update), None if update.magnitude is None else _array(update.magnitude))
     bias = update.bias if isinstance(update, Dense) else None
@@ -38,59 +42,59 @@ def effect_of(update: Update) -> Effect:
 
 def _matrix(update: Any) -> np.ndarray:
     exact = replace(update, **{name: tensor.detach().cpu().double() for name, tensor in update.tensors().items()})
-    whole = exact.delta().numpy()
-    return whole.reshape(whole.shape[0], -1)
+    delta = exact.delta().numpy()
+    return delta.reshape(delta.shape[0], -1)
 
 
 def _low_rank(f: Factors) -> np.ndarray:
     A, B = _array(f.A), _array(f.B)
     if f.groups == 1 or A.shape[0] != B.shape[1]:
         return low_rank(B, A, f.scale)
-    # One A for all groups, each of which sees its own inputs alone: [out, in, *k] with zeros outside the blocks.
+    # All groups share A, but each sees only its own inputs: [out, in, *k], block-diagonal.
     out, size_in, kernel = B.shape[0], A.shape[1], math.prod(A.shape[2:])
-    whole = np.zeros((f.groups, out // f.groups, f.groups, size_in * kernel))
+    delta = np.zeros((f.groups, out // f.groups, f.groups, size_in * kernel))
     for g, rows in enumerate(np.split(low_rank(B, A, f.scale), f.groups)):
-        whole[g, :, g] = rows
-    return whole.reshape(out, -1)
+        delta[g, :, g] = rows
+    return delta.reshape(out, -1)
 
 
 def _by_kohyas_keys(adapter: Adapter) -> dict[str, Effect]:
-    said = adapter.metadata.get("model")
-    model = said if said in names.MODELS else names.model_of(adapter.updates)
-    assert model is not None, "it has been written"
+    recorded = adapter.metadata.get("model")
+    model = recorded if recorded in names.MODELS else names.model_of(adapter.updates)
+    assert model is not None, "the adapter has been written under these names"
     updates, sizes = adapter.updates, names.shapes(model)
-    made: dict[str, Effect] = {}
+    effects: dict[str, Effect] = {}
     for place in {names.places(model)[m] for m in updates}:
         parts = [(m, effect_of(updates[m]) if m in updates else None) for m in place.modules]
         if len(parts) > 1:
-            made[place.key] = _one_below_the_other([e for _, e in parts], [sizes[m] for m, _ in parts])
+            effects[place.key] = _concatenated([e for _, e in parts], [sizes[m] for m, _ in parts])
             continue
         module, effect = parts[0]
         assert effect is not None
-        named_so = names.swaps_halves(model, place.key, module, (2, 1))  # asked of the name; the shape is looked at after it
-        made[place.key] = _swapped(effect) if named_so and _shift_and_scale(updates[module]) else effect
-    return made
+        swapped = names.swaps_halves(model, place.key, module, (2, 1))  # decided by name; the shape is checked below
+        effects[place.key] = _swapped(effect) if swapped and _shift_and_scale(updates[module]) else effect
+    return effects
 
 
-def _one_below_the_other(parts: list[Effect | None], sizes: list[tuple[int, ...]]) -> Effect:
-    """Modules that one key stands for; those that the adapter leaves as they are have zeros."""
+def _concatenated(parts: list[Effect | None], sizes: list[tuple[int, ...]]) -> Effect:
+    """The effect of the modules of one key, rows concatenated; zeros for modules that the adapter does not change."""
 
     def delta() -> np.ndarray:
         rows = [e.delta() if e is not None and e.delta is not None else None for e in parts]
-        # The real model's heights, in the proportion that the adapter's widths have to its own (tiny models of the same names).
+        # Scale the real model's row counts to the adapter's, which may be of a tiny model with the same names.
         width, unit = next((r.shape[1], r.shape[0] / s[0]) for r, s in zip(rows, sizes) if r is not None)
         return np.concatenate([np.zeros((round(s[0] * unit), width)) if r is None else r for r, s in zip(rows, sizes)])
 
     def joined(name: str) -> np.ndarray | None:
-        found = [getattr(e, name) for e in parts if e is not None and getattr(e, name) is not None]
-        return np.concatenate(found) if found else None
+        arrays = [getattr(e, name) for e in parts if e is not None and getattr(e, name) is not None]
+        return np.concatenate(arrays) if arrays else None
 
     changes = any(e is not None and e.delta is not None for e in parts)
     return Effect(delta if changes else None, joined("magnitude"), joined("bias"))
 
 
 def _swapped(e: Effect) -> Effect:
-    """The second half of the rows before the first."""
+    """The effect with the two halves of the rows swapped."""
 
     def swap(rows: np.ndarray) -> np.ndarray:
         return np.concatenate(np.split(rows, 2)[::-1])
@@ -101,11 +105,11 @@ def _swapped(e: Effect) -> Effect:
 
 
 def _shift_and_scale(update: Update) -> bool:
-    """Whether the weight has two rows for each input: a norm's shift and scale."""
+    """Whether the weight has two rows per input: the shift and scale of an adaptive norm."""
     if isinstance(update, Factors):
         return update.B.shape[0] == 2 * update.A.shape[1]
     delta = effect_of(update).delta
-    return delta is None or delta().shape[0] == 2 * delta().shape[1]  # of a bias alone the name must do
+    return delta is None or delta().shape[0] == 2 * delta().shape[1]  # for a lone bias, rely on the name
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`export`: check, mend, write, and read again (`tried`)."""
+"""`export`: check an adapter, fix it, write it, and read it back."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from ..formats import save
 from ..io.atomic import write_text
 from .into_base import split
 from .logits import Logits
-from .modelfile import check_place, modelfile
+from .modelfile import check_modelfile, modelfile
 from .rules import RECEIVERS, Finding, findings
-from .tried import ReadAgain, tried
+from .staging import Readback, write_staged
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and, if verified, how far it is from the adapter.
+    """What was written and, if verified, how far it is from the adapter.
 
-    `differences`: of ΔW, DoRA's magnitudes, changes of biases, saved weights, as far as the adapter has them: the largest, relative (see
-    `verify`). `difference`: the largest of these. `logits`: through the base, or `no_logits`: why they were not compared.
+    mended: the fixes applied.
+    differences: the largest relative difference of ΔW, DoRA's magnitudes, changes of biases and saved weights, as far
+        as the adapter has them (see `verify`); `difference` is the largest of these.
+    logits: compared through the base, or no_logits: why they were not.
     """
 
     receiver: str
@@ -32,7 +34,7 @@ class Exported:
     differences: dict[str, float] | None = None
     logits: Logits | None = None
     no_logits: str | None = None
-    base: Path | None = None  # the copy of the base that holds what the receiver does not take
+    base: Path | None = None  # the copy of the base with what the receiver does not accept
 
     @property
     def difference(self) -> float | None:
@@ -60,68 +62,72 @@ def export(
     force: bool = False,
     source: Path | None = None,
 ) -> Exported:
-    """Write `adapter` as `receiver` reads it (see `RECEIVERS`).
+    """Write `adapter` for the program `receiver` (see `RECEIVERS`).
 
-    fix: mend what can be mended without changing the effect; with the base's folder as `base`, what the receiver does not take at all is
-    merged into a copy of it, OUT-base. verify: read the result again, independently, and compare all that it does to a base; through
-    `base`, if that is a language model's folder with its weights, the logits too: of `base` + `adapter` against OUT-base + OUT, where there
-    is that copy. base: the base's folder or config, which llama.cpp's names and row orders need. model: what Ollama's Modelfile says FROM.
-    force: replace an OUT-base, and a Modelfile beside OUT, that are there; never what holds `source`, where the adapter was read from.
-    Raises AdapterError with all that the receiver does not take, each with its way out, or with what is wrong in the written file;
-    OUT is then as it was.
+    fix: apply the fixes that do not change the effect. If `base` is the base's folder, also merge what the receiver
+        does not accept into a copy of it, OUT-base.
+    verify: read the result back with independent code and compare everything it does to a base. If `base` is a language
+        model's folder with weights, also compare logits: `base` + `adapter` against OUT-base (or `base`) + OUT.
+    base: the base's folder or config; llama.cpp's names and row order depend on it.
+    model: what Ollama's Modelfile starts FROM.
+    force: replace an existing OUT-base and a Modelfile next to OUT, but never a folder that contains `source`.
+    source: the path the adapter was read from.
+
+    AdapterError lists everything the receiver does not accept, each with a way out, or what is wrong in the written
+    file. ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an error.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}")
     target, path, adapter = RECEIVERS[receiver], Path(out).expanduser(), adapter.check()
-    names = {n for f in findings(adapter, receiver) if f.mend is None for n in f.into_base}
+    unfixable = {n for f in findings(adapter, receiver) if f.mend is None for n in f.into_base}
     parts = None
-    if fix and names and target.format != "gguf" and isinstance(base, str | Path):
-        parts = split(adapter, names, Path(base).expanduser(), path, force, source)
+    if fix and unfixable and target.format != "gguf" and isinstance(base, str | Path):
+        parts = split(adapter, unfixable, Path(base).expanduser(), path, force, source)
         adapter = parts.rest
-    ready, mended = _mended(adapter, receiver) if fix else (adapter, [])
-    left = findings(ready, receiver)
-    if left:
-        raise AdapterError(_refusal(receiver, left))
+    ready, fixes = _fixed(adapter, receiver) if fix else (adapter, [])
+    refused = findings(ready, receiver)
+    if refused:
+        raise AdapterError(_refusal(receiver, refused))
     if parts is not None:
         count = len(parts.part.updates) + len(parts.part.saved)
-        mended.insert(0, f"{count} modules and weights that {receiver} does not take: merged into {parts.copy}")
-    beside = None
+        fixes.insert(0, f"{count} modules and weights that {receiver} does not accept: merged into {parts.copy}")
+    model_file = None
     if receiver == "ollama":
         if model is None:
-            raise ConfigError("Ollama's Modelfile starts FROM a model: say which (--model llama3.2, or a GGUF file)")
+            raise ConfigError("Ollama's Modelfile needs a model to start FROM\n  name one: --model llama3.2, or a GGUF file")
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
-        beside = check_place(path, modelfile(path, model), force)
+        model_file = check_modelfile(path, modelfile(path, model), force)
     if verify or parts is not None:
-        written, read = tried(adapter, ready, path, target.format, base, verify, parts)
+        written, check = write_staged(adapter, ready, path, target.format, base, verify, parts)
     else:
-        written, read = save(ready, path, target.format, base=base), ReadAgain()
+        written, check = save(ready, path, target.format, base=base), Readback()
     files = [written]
-    if beside is not None:
-        write_text(beside, modelfile(path, model))
-        files.append(beside)
+    if model_file is not None:
+        write_text(model_file, modelfile(path, model))
+        files.append(model_file)
     copy = parts.copy if parts is not None else None
-    return Exported(receiver, target.format, files, mended, read.differences, read.logits, read.no_logits, copy)
+    return Exported(receiver, target.format, files, fixes, check.differences, check.logits, check.no_logits, copy)
 
 
-def _mended(adapter: Adapter, receiver: str) -> tuple[Adapter, list[str]]:
-    """(the adapter after all that can be mended, what that was)."""
-    mended = []
-    for _ in RECEIVERS[receiver].rules:  # mending one may mend, or show, another; none comes twice
+def _fixed(adapter: Adapter, receiver: str) -> tuple[Adapter, list[str]]:
+    """Apply every available fix. Returns the adapter and a description of each fix."""
+    fixes = []
+    for _ in RECEIVERS[receiver].rules:  # one fix may resolve or reveal another finding; none occurs twice
         finding = next((f for f in findings(adapter, receiver) if f.mend is not None), None)
         if finding is None or finding.mend is None:
             break
         adapter = finding.mend(adapter)
-        mended.append(f"{finding.what}: {finding.way_out}")
-    return adapter, mended
+        fixes.append(f"{finding.what}: {finding.way_out}")
+    return adapter, fixes
 
 
-def _refusal(receiver: str, left: list[Finding]) -> str:
-    def does_it(f: Finding) -> str:
+def _refusal(receiver: str, refused: list[Finding]) -> str:
+    def option(f: Finding) -> str:
         if f.mend is not None:
             return " (--fix does it)"
-        return " (--fix with --base FOLDER does it, in a copy of the base)" if f.into_base and RECEIVERS[receiver].format != "gguf" else ""
+        return " (--fix with --base FOLDER does it in a copy of the base)" if f.into_base and RECEIVERS[receiver].format != "gguf" else ""
 
-    lines = [f"{f.what}\n    {f.way_out}{does_it(f)}" for f in left]
+    lines = [f"{f.what}\n    {f.way_out}{option(f)}" for f in refused]
     if RECEIVERS[receiver].format == "gguf":
-        lines.append("--merged --base FOLDER writes base and adapter as one GGUF model, whatever the adapter is")
-    return f"{receiver} does not take this adapter:\n  " + "\n  ".join(lines)
+        lines.append("--merged --base FOLDER merges base and adapter into one GGUF model, for any adapter")
+    return f"{receiver} does not accept this adapter:\n  " + "\n  ".join(lines)

@@ -1,11 +1,12 @@
-"""A model's hyper-parameters as GGUF's pairs, from its transformers config; and the one tensor that is made of them, `rope_freqs`.
+"""Convert a transformers config to GGUF key-value pairs, and to the tensor `rope_freqs` for Llama 3.1.
 
-rope: type default; linear and yarn (`rope.scaling.*`); llama3 (Llama 3.1), whose frequencies are divided by `rope_freqs.weight`:
+rope types: default; linear and yarn (`rope.scaling.*`); llama3 (Llama 3.1), whose frequencies f are divided by
+`rope_freqs.weight`:
 
-    wavelength λ = 2π / f     1 where λ < L/high, factor where λ > L/low, else 1 / ((1 - t) / factor + t),
+    wavelength λ = 2π / f     1 where λ < L/high, factor where λ > L/low, otherwise 1 / ((1 - t) / factor + t),
     t = (L/λ - low) / (high - low)     L: original_max_position_embeddings
 
-What a config asks of an architecture that llama.cpp computes otherwise (another activation, partial rotation) is an error.
+A config that llama.cpp would compute differently (another activation, partial rotation) is an error.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from ..errors import LorakitError
 
-# model_type -> what its config must say, where llama.cpp has one way only
+# model_type -> the config values that llama.cpp supports, where it supports only some
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {"hidden_act": ("silu", "swish")},
     "mistral": {"hidden_act": ("silu", "swish")},
     "qwen2": {"hidden_act": ("silu", "swish")},
     "qwen3": {"hidden_act": ("silu", "swish"), "attention_bias": (False,)},
-    # transformers 5 computes with hidden_act alone (and takes "gelu" for the other); older ones with hidden_activation, where it is there.
+    # transformers 5 uses only hidden_act (and reads "gelu" as gelu_pytorch_tanh); older releases use hidden_activation
+    # if present.
     "gemma": {
         "hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "hidden_activation": ("gelu_pytorch_tanh", "gelu_new", None),
         "attention_bias": (False,),
@@ -40,7 +42,7 @@ SUPPORTED = tuple(_ONLY)
 
 @dataclass(frozen=True)
 class Parameters:
-    """`pairs`: by their keys without the architecture before them."""
+    """`pairs`: keyed without the architecture prefix. `rope_freqs`: [head_dim / 2], for Llama 3.1 only."""
 
     pairs: dict[str, Any]
     rope_freqs: Tensor | None = None
@@ -48,13 +50,13 @@ class Parameters:
 
 
 def parameters(config: Any) -> Parameters:
-    """Of a transformers config. LorakitError for a model that llama.cpp would not compute as transformers does."""
+    """The parameters of a transformers config. LorakitError for a model that llama.cpp would compute differently."""
     kind = config.model_type
     check_supported(kind)
     for key, allowed in _ONLY[kind].items():
         if getattr(config, key, allowed[0]) not in allowed:
             raise LorakitError(
-                f"the base's {key} is {getattr(config, key)!r}; llama.cpp computes a {kind} with {' or '.join(map(repr, allowed))} only"
+                f"the base's {key} is {getattr(config, key)!r}; llama.cpp computes a {kind} only with {' or '.join(map(repr, allowed))}"
             )
     width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     pairs: dict[str, Any] = {
@@ -76,10 +78,11 @@ def parameters(config: Any) -> Parameters:
 
 
 def check_supported(kind: Any) -> None:
+    """LorakitError if lorakit cannot write this model_type as a GGUF model."""
     if kind not in SUPPORTED:
         raise LorakitError(
-            f"a whole model as GGUF is written of {', '.join(SUPPORTED)}; the base is a {kind}\n"
-            "  lorakit merge writes a transformers folder, which llama.cpp's own converter (convert_hf_to_gguf.py) may take"
+            f"lorakit writes GGUF models of {', '.join(SUPPORTED)}; the base is a {kind}\n"
+            "  lorakit merge writes a transformers folder, which llama.cpp's own converter (convert_hf_to_gguf.py) may support"
         )
 
 
@@ -89,7 +92,7 @@ def _rope(config: Any, dim: int) -> tuple[dict[str, Any], Tensor | None]:
     theta = float(rope.get("rope_theta", 10_000.0))
     if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise LorakitError(
-            "the base rotates a part of each head only (partial_rotary_factor), which llama.cpp does not for this architecture"
+            "the base rotates only part of each head (partial_rotary_factor), which llama.cpp does not support for this architecture"
         )
     pairs: dict[str, Any] = {"rope.freq_base": theta}
     if kind == "default":
@@ -98,33 +101,37 @@ def _rope(config: Any, dim: int) -> tuple[dict[str, Any], Tensor | None]:
         return pairs, llama3_factors(rope, theta, dim)
     if kind == "linear":
         return pairs | {"rope.scaling.type": "linear", "rope.scaling.factor": _number(rope, "factor")}, None
-    usual = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
-    odd = [k for k, v in usual.items() if rope.get(k) not in (None, v)]
-    if kind == "yarn" and not odd:
+    defaults = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
+    unusual = [k for k, v in defaults.items() if rope.get(k) not in (None, v)]
+    if kind == "yarn" and not unusual:
         original = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
         return pairs | {
             "rope.scaling.type": "yarn", "rope.scaling.factor": _number(rope, "factor"), "rope.scaling.original_context_length": original,
         }, None  # fmt: skip
     raise LorakitError(
-        f"the base's rope_type is '{kind}'{f' with {odd[0]} = {rope[odd[0]]!r}' if odd else ''}; written are default, linear, llama3, and yarn with its usual settings"
+        f"the base's rope_type is '{kind}'{f' with {unusual[0]} = {rope[unusual[0]]!r}' if unusual else ''}; "
+        "expected default, linear, llama3, or yarn with its default settings"
     )
 
 
 def llama3_factors(rope: dict[str, Any], theta: float, dim: int) -> Tensor:
-    """What llama.cpp divides each frequency by. [dim / 2]"""
+    """The factors [dim / 2] by which llama.cpp divides the rotary frequencies.
+
+    `theta`: their base; `dim`: the head size.
+    """
     factor, low, high = (_number(rope, k) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     length = _number(rope, "original_max_position_embeddings")
-    made = []
+    factors = []
     for i in range(0, dim, 2):
         wave = 2 * math.pi * theta ** (i / dim)
         if wave < length / high:
-            made.append(1.0)
+            factors.append(1.0)
         elif wave > length / low:
-            made.append(factor)
+            factors.append(factor)
         else:
             t = (length / wave - low) / (high - low)
-            made.append(1 / ((1 - t) / factor + t))
-    return torch.tensor(made, dtype=torch.float32)
+            factors.append(1 / ((1 - t) / factor + t))
+    return torch.tensor(factors, dtype=torch.float32)
 
 
 def _number(rope: dict[str, Any], key: str) -> float:
@@ -135,8 +142,8 @@ def _number(rope: dict[str, Any], key: str) -> float:
 
 
 def _window(config: Any) -> list[str]:
-    """A warning for attention within a window, which llama.cpp does not have for these architectures."""
+    """A warning for sliding-window attention, which llama.cpp does not support for these architectures."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False or not window or window >= config.max_position_embeddings:
         return []
-    return [f"the base attends to the last {window:,} tokens only, llama.cpp to all: texts up to that length come out the same"]
+    return [f"the base attends only to the last {window:,} tokens, llama.cpp to all: results agree up to that length"]

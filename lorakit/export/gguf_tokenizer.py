@@ -1,11 +1,12 @@
-"""A base's tokenizer as the `tokenizer.ggml.*` pairs of a GGUF model.
+"""Convert a base's tokenizer to the `tokenizer.ggml.*` pairs of a GGUF model.
 
-byte-level BPE (GPT-2's, Llama 3's, Qwen's)     model "gpt2": tokens, types, merges, and how text is cut before merging ("pre")
-BPE with byte fallback (Llama 2's, Mistral's)   model "llama": tokens, types and scores; llama.cpp merges as SentencePiece does
+byte-level BPE (GPT-2, Llama 3, Qwen)     model "gpt2": tokens, types, merges, and the name of the pre-tokenizer ("pre")
+BPE with byte fallback (Llama 2, Mistral) model "llama": tokens, types and scores; llama.cpp merges like SentencePiece
 
-llama.cpp holds no regular expression from the file: it knows some by name. Which name is told here by the tokenizer's own
-pre-tokenizer, and one that has no name is an error: cut otherwise, text would get other tokens than in training, silently.
-Scores are the merges' order: SentencePiece takes the adjacent pair whose token scores highest, BPE the pair that stands first.
+llama.cpp does not read the pre-tokenizer's regular expression from the file; it knows a fixed set by name. The name is
+found from the tokenizer's definition. A pre-tokenizer without a name is an error, because text would silently get other
+tokens than in training. Scores encode the merge order: SentencePiece merges the adjacent pair with the highest score,
+BPE the pair listed first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _QWEN2 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 _CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _CASED_2 = r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 _REST_2 = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# (how text is cut, whether a word that is a token is taken whole before merging) -> llama.cpp's name for it
+# (pre-tokenizer steps, whether a word that is a token skips merging: ignore_merges) -> llama.cpp's name
 _NAMES = {
     ((_GPT2,), False): "gpt-2",
     (("digit", _GPT2), False): "smollm",
@@ -41,22 +42,25 @@ _SPACE = "▁"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`pairs`: by their whole keys, as GGUF has them. `warnings`: where llama.cpp may give text other tokens."""
+    """`pairs`: by GGUF's full keys. `warnings`: where llama.cpp may tokenize text differently."""
 
     pairs: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
 
 def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
-    """Of a transformers tokenizer. `size`: rows of the embedding; tokens are filled up to it. `eos`: the model's, if the tokenizer has none."""
+    """The vocabulary of a transformers tokenizer.
+
+    size: rows of the embedding; the vocabulary is padded to it. eos: the model's end token, used if the tokenizer has
+        none.
+    LorakitError for a tokenizer that llama.cpp cannot reproduce.
+    """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise LorakitError(
-            f"the base's tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json: GGUF is written from that definition"
-        )
+        raise LorakitError(f"the base's tokenizer is a {type(tokenizer).__name__} without a tokenizer.json, from which GGUF is written")
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
     if model["type"] != "BPE":
-        raise _unsupported(f"its model is {model['type']}; llama.cpp's tokenizers for these architectures are BPE")
+        raise _unsupported(f"its model is {model['type']}; expected BPE, as in llama.cpp for these architectures")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise _unsupported(f"its BPE has a {key} ({model[key]!r})")
@@ -80,63 +84,61 @@ def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
         if number is not None:
             pairs[f"tokenizer.ggml.{name}_token_id"] = int(number)
     if ids["eos"] is None:
-        taken = 2 if spm else 11  # llama.cpp's defaults
-        warnings.append(
-            f"neither the tokenizer nor the model names an end token; llama.cpp will take token {taken} ({tokens[taken : taken + 1]}) for it"
-        )
+        default = 2 if spm else 11  # llama.cpp's
+        warnings.append(f"neither tokenizer nor model has an end token; llama.cpp uses {default} ({tokens[default : default + 1]})")
     pairs |= _added(tokenizer, warnings)
     if tokenizer.chat_template:
         template, broken = chat_template(tokenizer.chat_template)
         if broken:
-            warnings.append(f"the base's chat template is broken ({broken}) and left out: llama.cpp takes one of its own")
+            warnings.append(f"the base's chat template is invalid ({broken}) and left out: llama.cpp will use its default")
         else:
             pairs["tokenizer.chat_template"] = template
     return Vocabulary(pairs, warnings)
 
 
-def chat_template(found: Any) -> tuple[str, str]:
-    """(the template, or of several the default one; what is wrong with it, or nothing). It is compiled, and not run."""
+def chat_template(templates: Any) -> tuple[str, str]:
+    """Return (the template, or the default one of several; its error, or ""). It is compiled but not run."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    template = found.get("default", next(iter(found.values()), None)) if isinstance(found, dict) else found
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    template = named.get("default", next(iter(named.values()), None))
     if not isinstance(template, str):
-        return "", f"it is a {type(template).__name__}, and no text"
-    own = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # a tag of transformers'
+        return "", f"expected text, got {type(template).__name__}"
+    standard = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)  # a tag only transformers knows
     try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).compile(own, raw=True)
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).compile(standard, raw=True)
     except (TemplateError, RecursionError) as error:
-        line, said = getattr(error, "lineno", None), next(iter(str(error).splitlines()), type(error).__name__)
-        return template, f"line {line}: {said.rstrip('.')}" if line else said
+        line, message = getattr(error, "lineno", None), next(iter(str(error).splitlines()), type(error).__name__)
+        return template, f"line {line}: {message.rstrip('.')}" if line else message
     return template, ""
 
 
 def pre_name(definition: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text. LorakitError for one that it has no name for."""
+    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer. LorakitError if it has none."""
     steps, parts = [], definition.get("pre_tokenizer") or {}
     for part in parts.get("pretokenizers", [parts] if parts else []):
         steps.append(_step(part))
-    cut = tuple(s for s in steps if s != "")
-    whole = bool(definition["model"].get("ignore_merges"))
-    name = _NAMES.get((cut, whole))
+    ignore_merges = bool(definition["model"].get("ignore_merges"))
+    name = _NAMES.get((tuple(s for s in steps if s != ""), ignore_merges))
     if name is None:
         raise _unsupported(
-            f"llama.cpp has no name that lorakit knows for how it cuts text: {json.dumps(parts, ensure_ascii=False)[:400]}"
-            + (", with ignore_merges" if whole else "")
+            f"llama.cpp has no known name for its pre-tokenizer: {json.dumps(parts, ensure_ascii=False)[:400]}"
+            + (", with ignore_merges" if ignore_merges else "")
             + f"\n  known: {', '.join(_NAMES.values())}"
         )
     return name
 
 
 def _step(part: dict[str, Any]) -> str:
-    """One step as it stands in `_NAMES`: a regular expression, "digit", nothing for bytes alone; else its own text, which fits none."""
+    """A step as written in `_NAMES`: a regular expression, "digit", or "" for bytes; else its JSON, which matches none."""
     kind = part.get("type")
     if kind == "ByteLevel" and not part.get("add_prefix_space"):
         return _GPT2 if part.get("use_regex", True) else ""
     if kind == "Digits" and part.get("individual_digits"):
         return "digit"
     expression = (part.get("pattern") or {}).get("Regex")
-    # What the expression finds, cut out; or the gaps between what it finds, removed. All of these find every character.
+    # Isolate the matches, or remove the gaps between them: the same here, as these expressions match every character.
     if kind == "Split" and expression and (part.get("behavior"), part.get("invert")) in (("Isolated", False), ("Removed", True)):
         return expression
     return json.dumps(part)
@@ -145,45 +147,51 @@ def _step(part: dict[str, Any]) -> str:
 def _byte_level(definition: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     normalizer = definition.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
-        raise _unsupported(f"it normalizes text ({json.dumps(normalizer)[:200]}), which llama.cpp does not")
+        raise _unsupported(f"it normalizes text ({json.dumps(normalizer)[:200]}), which llama.cpp does not support")
     if normalizer is not None:
-        warnings.append("the tokenizer normalizes text (NFC) and llama.cpp does not: text with combining accents may get other tokens")
+        warnings.append("the tokenizer normalizes text (NFC), llama.cpp does not: combining accents may get other tokens")
     merges = [m if isinstance(m, str) else " ".join(part.replace(" ", "Ġ") for part in m) for m in definition["model"]["merges"]]
-    merges = merges or ["[none] [none]"]  # llama.cpp wants one; two such texts never meet, as every text begins as bytes
+    merges = merges or ["[none] [none]"]  # llama.cpp requires one; this one never applies, as all text starts as bytes
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre_name(definition), "tokenizer.ggml.merges": merges}
 
 
 def _sentencepiece(definition: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     prefix = _prefix(definition)
     if prefix and (definition.get("pre_tokenizer") or {}).get("type") == "Metaspace":
-        warnings.append("text that begins with a space has one space more before it in llama.cpp, as SentencePiece has it")
-    off = _inexact(definition["model"])
-    if off:
+        warnings.append("llama.cpp, like SentencePiece, adds one more space before text that begins with a space")
+    inexact = _inexact(definition["model"])
+    if inexact:
         warnings.append(
-            f"the tokenizer does not merge quite as SentencePiece does, and llama.cpp may cut some words otherwise (tokens: {listing(off, 3)})"
+            "the tokenizer's merges differ from SentencePiece's; llama.cpp may split some words differently "
+            f"(tokens: {listing(inexact, 3)})"
         )
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix}
 
 
 def _prefix(definition: dict[str, Any]) -> bool:
-    """Whether a space is put before the text. LorakitError where spaces are treated in a way that llama.cpp does not have."""
-    normalizer, cut = definition.get("normalizer"), definition.get("pre_tokenizer")
+    """Whether a space is added before the text. LorakitError if llama.cpp cannot treat spaces the same way."""
+    normalizer, pre_tokenizer = definition.get("normalizer"), definition.get("pre_tokenizer")
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    if cut and cut.get("type") == "Metaspace" and cut.get("replacement") == _SPACE and not cut.get("split", True) and not steps:
-        return cut.get("prepend_scheme") != "never"
+    metaspace = pre_tokenizer if pre_tokenizer and pre_tokenizer.get("type") == "Metaspace" else None
+    if metaspace and metaspace.get("replacement") == _SPACE and not metaspace.get("split", True) and not steps:
+        return metaspace.get("prepend_scheme") != "never"
     prepends = [s for s in steps if s["type"] == "Prepend" and s["prepend"] == _SPACE]
     replaces = [s for s in steps if s["type"] == "Replace" and s["pattern"] == {"String": " "} and s["content"] == _SPACE]
-    cuts = (cut or {}).get("pretokenizers", [cut] if cut else [])
-    harmless = all(c.get("type") == "Split" and c.get("pattern") == {"String": " "} for c in cuts)  # no space is left to cut at
+    splits = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
+    harmless = all(s.get("type") == "Split" and s.get("pattern") == {"String": " "} for s in splits)  # no spaces are left to split at
     if len(replaces) == 1 and len(prepends) + len(replaces) == len(steps) and harmless:
         return bool(prepends)
     raise _unsupported(
-        f"how it treats spaces, normalizer {json.dumps(normalizer)[:200]} and pre-tokenizer {json.dumps(cut)[:200]}, is not llama.cpp's"
+        f"it treats spaces differently from llama.cpp: normalizer {json.dumps(normalizer)[:200]}, "
+        f"pre-tokenizer {json.dumps(pre_tokenizer)[:200]}"
     )
 
 
 def _scores(model: dict[str, Any]) -> dict[str, float]:
-    """Of each merged token, the first place at which the merges make it, counted downwards; others 0."""
+    """Scores of merged tokens: minus the position of the first merge that produces each, from -1 down.
+
+    Others have 0.
+    """
     scores: dict[str, float] = {}
     for a, b in _pairs(model):
         scores.setdefault(a + b, -float(len(scores)) - 1.0)
@@ -195,23 +203,23 @@ def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _inexact(model: dict[str, Any]) -> list[str]:
-    """Tokens that SentencePiece would make of two others where these merges do not, or at another time."""
+    """Tokens that SentencePiece would merge from two others where these merges do not, or in a different order."""
     vocab, pairs = model["vocab"], _pairs(model)
-    known, off, done, last = set(pairs), [], set(), None
+    known, inexact, seen, last = set(pairs), [], set(), None
     for a, b in pairs:
         if a + b != last:
-            if a + b in done:
-                off.append(a + b)
-            done.add(a + b)
+            if a + b in seen:
+                inexact.append(a + b)
+            seen.add(a + b)
             last = a + b
     for token in vocab:
         if any(token[:i] in vocab and token[i:] in vocab and (token[:i], token[i:]) not in known for i in range(1, len(token))):
-            off.append(token)
-    return [t for t in dict.fromkeys(off) if not re.fullmatch(r"<.*>", t)]
+            inexact.append(token)
+    return [t for t in dict.fromkeys(inexact) if not re.fullmatch(r"<.*>", t)]
 
 
 def _tokens(definition: dict[str, Any], size: int, unknown: int | None, spm: bool) -> tuple[list[str], list[int]]:
-    """(texts, types) by id."""
+    """(texts, types), indexed by token id and padded to `size`. `unknown`: id of the unknown token."""
     by_id = {number: (text, NORMAL) for text, number in definition["model"]["vocab"].items()}
     if spm:
         by_id |= {n: (t, BYTE) for n, (t, _) in by_id.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", t)}
@@ -219,29 +227,30 @@ def _tokens(definition: dict[str, Any], size: int, unknown: int | None, spm: boo
         by_id[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
     if spm and unknown in by_id:
         by_id[unknown] = (by_id[unknown][0], UNKNOWN)
-    most = max(by_id, default=-1)
-    if most >= size:
+    last = max(by_id, default=-1)
+    if last >= size:
         raise LorakitError(
-            f"the tokenizer has tokens up to {most}, the embedding has {size} rows\n  are tokenizer and model of one base? resize the embedding and save it first"
+            f"the tokenizer has token ids up to {last}, but the embedding has only {size} rows\n"
+            "  use the tokenizer of this model, or resize the embedding and save it first"
         )
     if len(by_id) < size // 10:
         raise LorakitError(
-            f"the tokenizer has {len(by_id):,} tokens, and the embedding {size:,} rows: nearly all would be padding\n"
-            "  is it the model's own tokenizer, and whole?"
+            f"the tokenizer has {len(by_id):,} tokens, but the embedding has {size:,} rows: most would be padding\n"
+            "  check that the tokenizer is complete and belongs to this model"
         )
-    filled = [by_id.get(n, (f"[PAD{n}]", UNUSED)) for n in range(size)]
-    return [text for text, _ in filled], [kind for _, kind in filled]
+    padded = [by_id.get(n, (f"[PAD{n}]", UNUSED)) for n in range(size)]
+    return [text for text, _ in padded], [kind for _, kind in padded]
 
 
 def _added(tokenizer: Any, warnings: list[str]) -> dict[str, bool]:
-    """Whether the tokenizer puts its begin and end token around a text, found by trying."""
+    """Whether the tokenizer adds its begin and end tokens around a text, tested on a sample."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    before, after = whole[:at], whole[at + len(bare) :]
-    for found, own, where in ((before, tokenizer.bos_token_id, "before"), (after, tokenizer.eos_token_id, "after")):
-        if found not in ([], [own]):
-            warnings.append(f"the tokenizer puts tokens {found} {where} each text, which llama.cpp will not")
+    full = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    before, after = full[:at], full[at + len(bare) :]
+    for added, own, where in ((before, tokenizer.bos_token_id, "before"), (after, tokenizer.eos_token_id, "after")):
+        if added not in ([], [own]):
+            warnings.append(f"the tokenizer adds tokens {added} {where} each text; llama.cpp will not")
     return {
         "tokenizer.ggml.add_bos_token": before == [tokenizer.bos_token_id],
         "tokenizer.ggml.add_eos_token": after == [tokenizer.eos_token_id],
@@ -254,5 +263,6 @@ def _id(value: Any) -> int | None:
 
 def _unsupported(what: str) -> LorakitError:
     return LorakitError(
-        f"the base's tokenizer cannot be written as GGUF: {what}\n  lorakit merge writes a transformers folder, which llama.cpp's own converter may know"
+        f"the base's tokenizer cannot be written as GGUF: {what}\n"
+        "  lorakit merge writes a transformers folder, which llama.cpp's own converter may support"
     )

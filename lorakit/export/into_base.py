@@ -1,6 +1,6 @@
-"""What a receiver does not take of an adapter, merged into a copy of its base; the rest stays an adapter, of that copy.
+"""Merge what a receiver does not accept into a copy of the base, and keep the rest as an adapter of that copy.
 
-base + adapter = (base + part) + rest        no weight is changed by both
+base + adapter = (base + part) + rest        part and rest never change the same weight
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import AdapterError
 
 @dataclass(frozen=True)
 class Split:
-    """`whole` = `part` + `rest`; `copy`: where `base` + `part` is to be."""
+    """An adapter split in two: `whole` = `part` + `rest`. `copy`: the path for `base` + `part`."""
 
     whole: Adapter
     part: Adapter
@@ -29,18 +29,21 @@ class Split:
     base: Path
     copy: Path
 
-    def write(self, rest: Adapter, place: Path) -> Adapter:
-        """Write the copy at `place`, to be moved; gives `rest` (mended) as an adapter of the copy, of which it has the name and the fingerprint."""
-        merge_checkpoint(self.base, self.part, place, untie=True)
-        known = None if self.base.is_file() or (self.base / PIPELINE).is_file() else layout_of(open_base(place)).fingerprint()
-        metadata = {key: value for key, value in rest.metadata.items() if key != "fingerprint"} | ({"fingerprint": known} if known else {})
+    def write(self, rest: Adapter, path: Path) -> Adapter:
+        """Write `base` + `part` to the temporary `path`. Returns `rest`, with the copy's name and fingerprint."""
+        merge_checkpoint(self.base, self.part, path, untie=True)
+        is_image_model = self.base.is_file() or (self.base / PIPELINE).is_file()
+        fingerprint = None if is_image_model else layout_of(open_base(path)).fingerprint()
+        metadata = {key: value for key, value in rest.metadata.items() if key != "fingerprint"}
+        metadata |= {"fingerprint": fingerprint} if fingerprint else {}
         return replace(rest, config=rest.config.replace(base=str(self.copy)), metadata=metadata)
 
 
 def split(adapter: Adapter, names: Collection[str], base: Path, out: Path, force: bool, source: Path | None = None) -> Split:
-    """`names`: of the modules and whole weights that go into the copy, OUT-base. LorakitError if that is in the way, or nothing else is left.
+    """Split off the modules and saved weights in `names`, to be merged into a copy of `base` at OUT-base.
 
-    source: where the adapter lies, if it does: it is only read.
+    source: the path the adapter was read from, which must not be overwritten.
+    LorakitError if OUT-base exists and may not be replaced, or if nothing is left for the adapter.
     """
     copy = out.with_name(f"{out.stem}-base.safetensors" if base.is_file() else f"{out.name}-base")
     part, rest = divide(adapter, names)
@@ -49,19 +52,17 @@ def split(adapter: Adapter, names: Collection[str], base: Path, out: Path, force
 
 
 def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
-    """(the modules and whole weights of these names, all others). AdapterError if nothing else is left."""
+    """Split into (modules and saved weights in `names`, the rest). AdapterError if the rest changes no module."""
 
-    def those(wanted: bool) -> Adapter:
-        saved = {n: t for n, t in adapter.saved.items() if (n in names) == wanted}
+    def part_of(inside: bool) -> Adapter:
+        saved = {n: t for n, t in adapter.saved.items() if (n in names) == inside}
         modules = [m for m in adapter.config.save_modules if any(f".{m}." in f".{n}" for n in saved)]
         biases = any(n.endswith(".bias") and not any(f".{m}." in f".{n}" for m in modules) for n in saved)
         config = adapter.config.replace(save_modules=modules, bias=adapter.config.bias if biases else "none")
-        updates = {m: u for m, u in adapter.updates.items() if (m in names) == wanted}
+        updates = {m: u for m, u in adapter.updates.items() if (m in names) == inside}
         return with_updates(adapter, updates, saved=saved, config=config)
 
-    part, rest = those(True), those(False)
+    part, rest = part_of(True), part_of(False)
     if not rest.updates:
-        raise AdapterError(
-            "nothing of this adapter would be left beside the base\n  lorakit merge BASE ADAPTER OUT makes one model of both"
-        )
+        raise AdapterError("merging this would leave nothing of the adapter\n  lorakit merge BASE ADAPTER OUT merges all of it")
     return replace(part, embeddings={}), rest

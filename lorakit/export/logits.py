@@ -1,13 +1,14 @@
-"""Logits through a base: those of lorakit's live adapter, and those of the base with the written file's content added to its weights.
+"""Compare logits through a base: with the adapter attached, and with the written file's content added to its weights.
 
-    W' = W + ΔW          as `written.py` reads it; [in, out] (Conv1D, embeddings) is turned for it
-    W' = m V / ‖V‖       V = W + ΔW, of a DoRA (Liu et al. 2024): ‖·‖ of each output's row, or of each input's column
-    saved                replaced; a weight that others share (tied) gets a copy of its own first
+    W' = W + ΔW          ΔW from `written.py`; weights stored as [in, out] (Conv1D, embeddings) are transposed for it
+    W' = m V / ‖V‖       V = W + ΔW, for a DoRA (Liu et al. 2024): norms of V's rows (outputs) or columns (inputs)
+    saved weights        replaced; tied weights are untied first
 
-One model in float32 is in memory (4 bytes a parameter): the adapter is attached, run and detached, then the weights are changed in place,
-one at a time. No live model takes a DoRA yet: its reference is the same maths on the adapter's own factors, and the base is read twice.
-Where a part of the adapter went into a copy of the base, the reference is base + adapter, and the file's content is added to the copy.
-(The changes of biases that an effect may have are in files of image models alone.)
+One float32 model is in memory (4 bytes per parameter): the adapter is attached, run and detached, then the weights are
+changed in place, one at a time. A DoRA cannot be attached to a live model yet: its reference is the same maths on the
+adapter's own factors, and the base is read twice. If part of the adapter was merged into a copy of the base, the
+reference is base + adapter, and the file's content is added to the copy. (Only files of image models contain bias
+changes.)
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from ..model.detach import detach
 from ..model.fit import check_base, is_live
 from .effect import Content, Effect
 
-# Of the largest |logit|. The same weights, added in another order in float32, are 1e-6 to 1e-5 apart.
+# Relative to the largest |logit|. The same weights, summed in another order in float32, differ by 1e-6 to 1e-5.
 TOLERANCE = 1e-3
-# The same where weights of a copy of the base were rounded once more, to its own type. Measured on the embedded model and on tiny random
-# ones with five of seven linears in the copy: f16 0.0024, bf16 0.023 at the most; with all but one of them lost 0.12 at the least.
+# For a copy of the base, whose weights are rounded once more to its dtype. Measured on the embedded model and on tiny
+# random ones with five of seven linears in the copy: at most 0.0024 in f16 and 0.023 in bf16; with all but one of them
+# missing, at least 0.12.
 ROUNDED = {torch.float16: 0.02, torch.bfloat16: 0.1}
 TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 LENGTH = 12
@@ -42,9 +44,11 @@ LENGTH = 12
 
 @dataclass(frozen=True)
 class Logits:
-    """Of 2 x 12 fixed tokens. `difference`: the largest. `largest`: the largest |logit|. `moved`: how much the adapter changes them at most.
+    """A comparison of logits for 2 x 12 fixed tokens.
 
-    `live`: whether the reference is lorakit's live adapter; else it is W' of the adapter's own factors.
+    `difference`: the largest. `largest`: the largest |logit|. `moved`: the largest change made by the adapter.
+    `live`: whether the reference is the adapter attached to the model; otherwise it is W' computed from the adapter's
+    own factors.
     """
 
     difference: float
@@ -70,14 +74,14 @@ def why_not(adapter: Adapter, base: Any) -> str | None:
         return "no base was given (--base FOLDER)"
     folder = Path(base).expanduser() if isinstance(base, str | Path) else None
     if folder is None or not folder.is_dir():
-        return f"{'the base' if folder is None else base} is no folder with weights"
+        return f"{'the base' if folder is None else base} is not a folder with weights"
     if not (folder / "config.json").is_file():
-        return f"{base} is no language model's folder: it has no config.json"
+        return f"{base} is not a language model's folder: it has no config.json"
     weights = list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     if not weights:
-        return f"{base} has a config and no weights"
+        return f"{base} has a config but no weights"
     if adapter.config.task not in TASKS:
-        return f"the adapter is for {adapter.config.task}, which is no language model's task"
+        return f"the adapter is for {adapter.config.task}, not for language modelling"
     if any(f.groups > 1 for f in adapter.factors.values()):
         return "the adapter has grouped convolutions"
     try:
@@ -87,19 +91,20 @@ def why_not(adapter: Adapter, base: Any) -> str | None:
     except (LorakitError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{base} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}"
     if free is not None and need > free:
-        return f"{base} takes {need / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB of memory are free"
+        return f"{base} needs {need / 1e9:.1f} GB in float32, but only {free / 1e9:.1f} GB of memory are free"
     return None
 
 
 def tolerance(copy: Path | None) -> float:
-    """Of the largest |logit|: through the base, or through a copy of it."""
+    """The largest accepted difference, relative to the largest |logit|. `copy`: the copy of the base used, if any."""
     return TOLERANCE if copy is None else ROUNDED.get(open_base(copy).dtype, TOLERANCE)
 
 
-def compare(adapter: Adapter, found: Content, wanted: Content, base: Path, copy: Path | None = None) -> Logits | str:
-    """The logits of the adapter on its base, and of what the file does to it, or to a copy; why not, where the base is no language model.
+def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, copy: Path | None = None) -> Logits | str:
+    """Compare the logits of base + adapter with those of `base`, or its `copy`, changed as the file says (`stored`).
 
-    AdapterError if the adapter is not for this base.
+    intended: what the adapter does, the reference if it cannot be attached. Returns the reason instead if the base is
+        no language model. AdapterError if the adapter is not for this base.
     """
     try:
         model = _load(base)
@@ -115,20 +120,21 @@ def compare(adapter: Adapter, found: Content, wanted: Content, base: Path, copy:
             detach(model)
         else:
             check_base(model, adapter, force=False)
-            apply(model, wanted)
+            apply(model, intended)
             reference = logits_of(model)
         if copy is not None or not live:
-            del model  # before there is another
+            del model  # keep one model in memory
             model = _load(base if copy is None else copy)
-        apply(model, found)
+        apply(model, stored)
     except LorakitError as error:
         raise AdapterError(
-            f"{base}: logits cannot be compared through this base: {error}\n  name the adapter's own base, or none: ΔW is compared all the same"
+            f"{base}: logits cannot be compared through this base: {error}\n"
+            "  give the adapter's own base, or none: ΔW is compared either way"
         ) from error
     written = logits_of(model)
-    apart = (written - reference).abs()
+    errors = (written - reference).abs()
     return Logits(
-        float(apart.max()) if apart.isfinite().all() else math.inf,
+        float(errors.max()) if errors.isfinite().all() else math.inf,
         float(reference.abs().max()),
         float((reference - before).abs().max()),
         live,
@@ -137,12 +143,15 @@ def compare(adapter: Adapter, found: Content, wanted: Content, base: Path, copy:
 
 @torch.no_grad()
 def apply(model: nn.Module, content: Content) -> None:
-    """Change the model's weights as the content says. AdapterError where they do not fit."""
+    """Apply `content` to the model's weights in place.
+
+    AdapterError for a module or shape that the model does not have.
+    """
     for name, value in content.saved.items():
         module, last = _module(model, name.rpartition(".")[0]), name.rpartition(".")[2]
-        own = module._parameters.get(last)
-        if own is None or own.shape != value.shape:
-            raise AdapterError(f"'{name}' is {list(value.shape)}, and the base's is {'not there' if own is None else list(own.shape)}")
+        old = module._parameters.get(last)
+        if old is None or old.shape != value.shape:
+            raise AdapterError(f"'{name}' is {list(value.shape)}, but the base's is {'missing' if old is None else list(old.shape)}")
         _put(module, last, torch.from_numpy(np.array(value)))
     for name, effect in content.effects.items():
         module = _module(model, name)
@@ -153,27 +162,27 @@ def apply(model: nn.Module, content: Content) -> None:
 
 
 def _changed(name: str, module: nn.Module, weight: Tensor, effect: Effect) -> Tensor:
-    """W' of one module, as the weight is stored."""
+    """W' of one module, in the layout of its stored weight. AdapterError for a shape that does not fit."""
     embedding = isinstance(module, nn.Embedding)
-    turned = embedding or type(module).__name__ == "Conv1D"  # stored as [vocabulary, dim], [in, out]
-    W = (weight.T if turned else weight).flatten(1)  # [out, in·k]
+    transposed = embedding or type(module).__name__ == "Conv1D"  # stored as [vocabulary, dim], [in, out]
+    W = (weight.T if transposed else weight).flatten(1)  # [out, in·k]
     delta = torch.from_numpy(effect.delta()) if effect.delta is not None else torch.zeros_like(W)
     if delta.shape != W.shape:
-        raise AdapterError(f"'{name}' has a ΔW of {list(delta.shape)}, and the base's weight is {list(W.shape)}")
+        raise AdapterError(f"'{name}' has a ΔW of {list(delta.shape)}, but the base's weight is {list(W.shape)}")
     V = W.double() + delta
     if effect.magnitude is not None:
         m = torch.from_numpy(np.array(effect.magnitude, np.float64))
-        if m.dim() == 1:  # one number for each stored row: each output's, or each token's of an embedding
+        if m.dim() == 1:  # one per stored row: per output, or per token of an embedding
             m = m[None, :] if embedding else m[:, None]
         norm = V.norm(dim=0 if m.shape[0] == 1 != V.shape[0] else 1, keepdim=True)
         if m.shape != norm.shape:
-            raise AdapterError(f"'{name}' has a magnitude of {list(m.shape)}, and its weight is {list(W.shape)}")
-        V = V * torch.where(norm > 0, m / norm, 0)  # a row of zeros stays one, as `merge` has it
-    return (V.T if turned else V).reshape(weight.shape)
+            raise AdapterError(f"'{name}' has a magnitude of {list(m.shape)}, but its weight is {list(W.shape)}")
+        V = V * torch.where(norm > 0, m / norm, 0)  # a zero row stays zero, as in `merge`
+    return (V.T if transposed else V).reshape(weight.shape)
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    """A parameter of the module's own: others that shared the old one keep it."""
+    """Replace a parameter of this module only: modules that shared the old one keep it."""
     old = module._parameters[name]
     assert old is not None
     module._parameters[name] = nn.Parameter(value.to(old.dtype, copy=True).contiguous(), requires_grad=False)
@@ -183,7 +192,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise AdapterError(f"'{name}' is no module of this {type(model).__name__}") from error
+        raise AdapterError(f"'{name}' is not a module of this {type(model).__name__}") from error
 
 
 def _load(base: Path) -> nn.Module:
@@ -192,7 +201,7 @@ def _load(base: Path) -> nn.Module:
 
 @torch.no_grad()
 def logits_of(model: Any) -> Tensor:
-    """[2, 12, vocabulary] of tokens spread over the vocabulary."""
+    """Float64 logits [2, 12, vocabulary] for fixed tokens spread over the vocabulary."""
     config = model.config.get_text_config()
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     ids = ((torch.arange(2 * length) * 7919 + 5) % config.vocab_size).reshape(2, length)
@@ -201,7 +210,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def _bytes_in_float32(weights: list[Path]) -> int:
-    """Of the parameters that the files hold; pickles are taken for 16 bits."""
+    """Size of the files' parameters in float32, assuming that pickles hold 16-bit weights."""
     total = 0
     for path in weights:
         if path.suffix == ".safetensors":
@@ -212,7 +221,7 @@ def _bytes_in_float32(weights: list[Path]) -> int:
 
 
 def _free_memory() -> int | None:
-    """What Linux says is available; None elsewhere."""
-    told = Path("/proc/meminfo")
-    lines = dict(line.split(":", 1) for line in told.read_text().splitlines()) if told.is_file() else {}
+    """Available memory in bytes on Linux; None elsewhere."""
+    meminfo = Path("/proc/meminfo")
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines()) if meminfo.is_file() else {}
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None

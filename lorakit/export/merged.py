@@ -1,9 +1,10 @@
 """`export_merged`: base and adapter as one GGUF model, for llama.cpp and Ollama.
 
-    header, pairs (hyper-parameters, tokenizer), names and places of all tensors | then each tensor's numbers, block by block
+    header, key-value pairs (hyper-parameters, tokenizer), names and offsets of all tensors | each tensor's data, block
+    by block
 
-Written under a temporary name, synced, renamed. What no adapter file can hold (DoRA, LoHa, LoKr, weights saved whole) is in the
-merged weights.
+The file is written under a temporary name, synced and renamed. Updates that a GGUF adapter cannot hold (DoRA, LoHa,
+LoKr, saved modules) become part of the merged weights.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from ..errors import ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
 from ..io.atomic import replacing, write_text
-from .gguf_model import Placed, place
+from .gguf_model import GgufTensor, gguf_tensors
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary
 from .merged_verify import Verified, verified
-from .modelfile import check_place, modelfile
+from .modelfile import check_modelfile, modelfile
 
 RECEIVERS = ("llama.cpp", "ollama")
-PAIRS = 1 << 24  # bytes, for the tokenizer's
+PAIRS_BYTES = 1 << 24  # disk space reserved for the key-value pairs (mostly the tokenizer)
 _FILE_TYPE = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # llama.cpp's LLAMA_FTYPE
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `other`: matrices that are not in `dtype` because their rows do not fit its blocks."""
+    """What was written. `other`: matrices not stored in `dtype` because their row length does not fit its blocks."""
 
     receiver: str
     dtype: str
@@ -67,64 +68,74 @@ def export_merged(
     force: bool = False,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Merged:
-    """Write BASE + ADAPTER as a GGUF model OUT; for Ollama a folder with it and a Modelfile (or OUT, and the Modelfile beside it).
+    """Merge `adapter` into `base` and write a GGUF model to `out`; for Ollama, also a Modelfile (see `model_path`).
 
-    adapter: None gives the base alone, which a GGUF adapter goes onto. base: a transformers folder with its tokenizer. dtype: of the
-    matrices, one of `KINDS`. verify: before it is put in its place, read the file again with the `gguf` package, compare each tensor
-    with the merged weights, and logits where transformers loads such a file. force_base: write although the adapter was trained on
-    another base. force: replace another Modelfile that is there. on_tensor(name, done, total): called after each tensor.
-    Raises LorakitError for what does not fit, and for a file that is not what it should be; OUT is then as it was.
+    adapter: None writes the base alone, to load a GGUF adapter onto.
+    base: a transformers folder with its tokenizer.
+    dtype: type of the matrices, one of `KINDS`.
+    verify: before moving the file into place, read it with the `gguf` package and compare each tensor with the merged
+        weights, and logits if transformers can load the file.
+    force_base: accept an adapter trained on another base.
+    force: replace an existing Modelfile with other content.
+    on_tensor(name, done, total): called after each tensor.
+
+    Raises ConfigError for a missing base, a bad `dtype`, `receiver` or `out`, and LorakitError for a base or adapter
+    that cannot be written or a file that fails verification. OUT is unchanged after an error.
     """
     if base is None:
-        raise ConfigError("a merged model needs its base\n  give it: --base FOLDER, the one with its config.json, weights and tokenizer")
+        raise ConfigError("a merged model needs its base\n  give --base FOLDER, with config.json, weights and tokenizer")
     if dtype not in KINDS:
-        raise ConfigError(f"dtype '{dtype}' is none that lorakit writes{did_you_mean(dtype, KINDS)}\n  known: {', '.join(KINDS)}")
-    path = place_of(out, receiver)
+        raise ConfigError(f"dtype '{dtype}' is not supported{did_you_mean(dtype, KINDS)}\n  expected one of {', '.join(KINDS)}")
+    path = model_path(out, receiver)
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder; a GGUF model is one file")
-    beside = check_place(path, modelfile(path), force) if receiver == "ollama" else None
+        raise ConfigError(f"{path} is a folder; expected a file name for the GGUF model")
+    model_file = check_modelfile(path, modelfile(path), force) if receiver == "ollama" else None
     gguf = package()
     opened = open_base(Path(base).expanduser())
     check_supported(opened.model_type)
     plan = make_plan(opened, [] if adapter is None else [(1.0, adapter.check())], None, untie=True)
-    told = [] if adapter is None else _left_out(adapter)
+    notes = [] if adapter is None else _left_out(adapter)
     if adapter is not None and not force_base:
-        told += check_base(opened, adapter, plan.renames[0])
+        notes += check_base(opened, adapter, plan.renames[0])
     config = load_config(str(opened.folder))
     if plan.untied:
         config.tie_word_embeddings = False
     name = opened.folder.resolve().name + (" with adapter" if adapter is not None else "")
     pairs, extra, warnings = _pairs(opened, config, dtype, name)
-    placed = place(plan.entries, config, dtype)
-    check_space(path.resolve(), sum(bytes_in(p.shape, p.kind) for p in placed) + PAIRS)
-    checked = None
+    tensors = gguf_tensors(plan.entries, config, dtype)
+    check_space(path.resolve(), sum(bytes_in(t.shape, t.kind) for t in tensors) + PAIRS_BYTES)
+    verification = None
     with replacing(path) as temporary:
-        _write(gguf, temporary, ARCHITECTURES[config.model_type].name, pairs, extra, placed, on_tensor)
+        _write(gguf, temporary, ARCHITECTURES[config.model_type].name, pairs, extra, tensors, on_tensor)
         if verify:
-            checked = verified(temporary, placed, extra, adapter, opened.folder, config, dtype)
+            verification = verified(temporary, tensors, extra, adapter, opened.folder, config, dtype)
     files = [path]
-    if beside is not None:
-        files.append(beside)
-        write_text(beside, modelfile(path))
-    other = [p.name for p in placed if len(p.shape) == 2 and p.kind not in (dtype, F32)]
-    return Merged(receiver, dtype, files, len(placed) + len(extra), path.stat().st_size, other, told + warnings, checked)
+    if model_file is not None:
+        files.append(model_file)
+        write_text(model_file, modelfile(path))
+    other = [t.name for t in tensors if len(t.shape) == 2 and t.kind not in (dtype, F32)]
+    return Merged(receiver, dtype, files, len(tensors) + len(extra), path.stat().st_size, other, notes + warnings, verification)
 
 
 def _left_out(adapter: Adapter) -> list[str]:
-    """What of the adapter is in no weight. AdapterError where it changes none at all."""
+    """Notes on what merging leaves out. AdapterError if the adapter changes no weight at all."""
     check_something(1.0, adapter)
     if not adapter.embeddings:
         return []
     return [
-        f"learned tokens ({listing(adapter.embeddings, 3)}) are no change of a weight: they are not in the GGUF, and llama.cpp reads them from no other file"
+        f"left out: textual-inversion embeddings ({listing(adapter.embeddings, 3)}), which are not part of any weight "
+        "and which llama.cpp cannot load"
     ]
 
 
-def place_of(out: str | Path, receiver: str) -> Path:
-    """The model's file: OUT, or in OUT where Ollama's folder is named. ConfigError for a receiver that reads no GGUF."""
+def model_path(out: str | Path, receiver: str) -> Path:
+    """The path of the GGUF model: `out`, or model.gguf in it if `out` is Ollama's folder.
+
+    ConfigError for a receiver without GGUF.
+    """
     if receiver not in RECEIVERS:
         raise ConfigError(
-            f"merged models are written as GGUF, for {' and '.join(RECEIVERS)}, which {receiver} does not read\n"
+            f"merged models are GGUF files for {' and '.join(RECEIVERS)}, which {receiver} does not read\n"
             "  lorakit merge BASE ADAPTER OUT writes a transformers or diffusers folder"
         )
     path = Path(out).expanduser()
@@ -132,21 +143,21 @@ def place_of(out: str | Path, receiver: str) -> Path:
 
 
 def _pairs(base: Base, config: Any, dtype: str, title: str) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
-    """(pairs, tensors made of hyper-parameters, warnings)."""
-    made = parameters(config)
-    end = config.eos_token_id
-    known = vocabulary(load_tokenizer(str(base.folder)), config.vocab_size, end[0] if isinstance(end, list) else end)
+    """(key-value pairs, tensors computed from hyper-parameters, warnings)."""
+    params = parameters(config)
+    eos = config.eos_token_id
+    vocab = vocabulary(load_tokenizer(str(base.folder)), config.vocab_size, eos[0] if isinstance(eos, list) else eos)
     name = ARCHITECTURES[config.model_type].name
     values = {
         "general.type": "model", "general.name": title, "general.file_type": _FILE_TYPE[dtype],
-        "general.quantization_version": 2, **{f"{name}.{key}": value for key, value in made.pairs.items()}, **known.pairs,
+        "general.quantization_version": 2, **{f"{name}.{key}": value for key, value in params.pairs.items()}, **vocab.pairs,
     }  # fmt: skip
-    extra = {} if made.rope_freqs is None else {"rope_freqs.weight": made.rope_freqs.numpy()}
-    return values, extra, made.warnings + known.warnings
+    extra = {} if params.rope_freqs is None else {"rope_freqs.weight": params.rope_freqs.numpy()}
+    return values, extra, params.warnings + vocab.warnings
 
 
 def _write(
-    gguf: Any, path: Path, architecture: str, pairs: Mapping[str, Any], extra: Mapping[str, np.ndarray], placed: Sequence[Placed],
+    gguf: Any, path: Path, architecture: str, pairs: Mapping[str, Any], extra: Mapping[str, np.ndarray], tensors: Sequence[GgufTensor],
     on_tensor: Callable[[str, int, int], None] | None,
 ) -> None:  # fmt: skip
     writer = gguf.GGUFWriter(path, architecture)
@@ -154,10 +165,10 @@ def _write(
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
         for key, value in pairs.items():
             add[type(value)](key, value)
-        for name, numbers in extra.items():
-            writer.add_tensor_info(name, numbers.shape, np.dtype(np.float32), numbers.nbytes)
-        for p in placed:
-            writer.add_tensor_info(p.name, p.shape, np.dtype(np.float32), bytes_in(p.shape, p.kind), type_of(p.kind))
+        for name, array in extra.items():
+            writer.add_tensor_info(name, array.shape, np.dtype(np.float32), array.nbytes)
+        for t in tensors:
+            writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), bytes_in(t.shape, t.kind), type_of(t.kind))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -165,15 +176,15 @@ def _write(
         writer.close()
     with open(path, "ab") as file:
         _pad(file, writer.data_alignment)
-        for name, numbers in extra.items():
-            file.write(encode(numbers, F32, name).data)
+        for name, array in extra.items():
+            file.write(encode(array, F32, name).data)
             _pad(file, writer.data_alignment)
-        for done, p in enumerate(placed, start=1):
-            for block in p.blocks():
-                file.write(encode(block, p.kind, p.name).data)
+        for done, t in enumerate(tensors, start=1):
+            for block in t.blocks():
+                file.write(encode(block, t.kind, t.name).data)
             _pad(file, writer.data_alignment)
             if on_tensor is not None:
-                on_tensor(p.name, done, len(placed))
+                on_tensor(t.name, done, len(tensors))
 
 
 def _pad(file: Any, alignment: int) -> None:

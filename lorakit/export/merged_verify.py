@@ -1,9 +1,10 @@
-"""A merged GGUF model, read again: each tensor by the `gguf` package's reader, and the model as transformers loads it.
+"""Read a merged GGUF model back and check it: each tensor with the `gguf` package, and the logits with transformers.
 
-tensors   max |file − (W + ΔW)| over max |W + ΔW|, tensor by tensor; within the rounding of the tensor's type (`gguf_types.ROUNDING`)
-logits    max |file's − base's with the adapter attached| over the largest of these, of the tokens of `logits`, both in float32: what
-          the file's precision costs. How far it may be depends on the model; that the file is right is told by another difference,
-          from the model's own W + ΔW rounded as the file's tensors are, in the model's own order of rows: the same numbers, so nearly none.
+tensors   max |file − (W + ΔW)| / max |W + ΔW| per tensor; must be within its type's rounding (`gguf_types.ROUNDING`)
+logits    max |file's − base's with the adapter attached| over the latter's largest, for the tokens of `logits`, both in
+          float32. This is the cost of the file's precision, and depends on the model. A second difference decides
+          correctness: from the model with W + ΔW rounded like the file's tensors, in the model's own row order. The
+          weights are then the same, so it is nearly zero.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
 from ..model.attach import attach
 from ..model.fit import is_live
-from .gguf_model import Placed
+from .gguf_model import GgufTensor
 from .logits import logits_of, why_not
 
-TOLERANCE = 1e-3  # of logits from the same rounded numbers; with q and k in a wrong order of rows they were off by 0.34 at the least
-READ = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # by transformers' reader of GGUF
+# For logits from the same rounded weights. With the rows of q and k in the wrong order they were off by at least 0.34.
+TOLERANCE = 1e-3
+LOADABLE = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # by transformers from a GGUF
 
 
 @dataclass(frozen=True)
 class Verified:
-    """`tensors`: the largest relative difference, and of which tensor. `logits`: None where transformers does not load such a file. `note`: on these."""
+    """The largest relative differences: of `tensors`, in `tensor`; of `logits`, None if not compared.
+
+    `note`: on the logits.
+    """
 
     tensors: float
     tensor: str
@@ -44,108 +49,119 @@ class Verified:
     def __str__(self) -> str:
         logits = "not compared" if self.logits is None else f"off by {self.logits:.2g} of the largest"
         note = f" ({self.note})" if self.note else ""
-        return f"of the tensors {self.tensor} is furthest off, by {self.tensors:.2g} of its largest number; logits {logits}{note}"
+        return f"tensors off by at most {self.tensors:.2g} of the largest element ({self.tensor}); logits {logits}{note}"
 
 
 def verified(
-    path: Path, placed: Sequence[Placed], extra: Mapping[str, np.ndarray], adapter: Adapter | None, base: Path, config: Any, dtype: str
+    path: Path,
+    tensors: Sequence[GgufTensor],
+    extra: Mapping[str, np.ndarray],
+    adapter: Adapter | None,
+    base: Path,
+    config: Any,
+    dtype: str,
 ) -> Verified:
-    """LorakitError where the file is not what was to be written."""
-    most, name = tensors_differ(path, placed, extra)
-    if config.model_type not in READ:
-        return Verified(most, name, None, f"transformers reads no GGUF of a {config.model_type}")
+    """Compare the file with what was to be written. LorakitError if they differ beyond rounding."""
+    largest, name = tensors_differ(path, tensors, extra)
+    if config.model_type not in LOADABLE:
+        return Verified(largest, name, None, f"transformers does not read a {config.model_type} from a GGUF")
     why = why_not(adapter, base) if adapter is not None else None
     if why is not None:
-        return Verified(most, name, None, why)
-    lost = unread(config)
+        return Verified(largest, name, None, why)
+    ignored = unread(config)
     live = adapter is None or is_live(adapter)
-    logits, fault = logits_differ(path, placed, adapter if live else None, base, config if lost else None)
-    if not fault <= TOLERANCE:
-        raise _fault(f"its logits are off by {fault:.2g} of the largest from those of the same numbers")
-    notes = [f"with the base's hyper-parameters, as transformers does not read {lost} from a GGUF"] if lost else []
-    notes += [] if live else ["from W + ΔW rounded as in the file: no live model takes DoRA, or other kinds that lorakit does not train"]
-    return Verified(most, name, logits if live else fault, "; ".join(notes))
+    logits, error = logits_differ(path, tensors, adapter if live else None, base, config if ignored else None)
+    if not error <= TOLERANCE:
+        raise _fault(f"its logits are off by {error:.2g} of the largest from those of the same rounded weights")
+    notes = [f"with the base's hyper-parameters, as transformers does not read {ignored} from a GGUF"] if ignored else []
+    notes += [] if live else ["from W + ΔW rounded as in the file: a live model takes only kinds of update that lorakit trains"]
+    return Verified(largest, name, logits if live else error, "; ".join(notes))
 
 
-def tensors_differ(path: Path, placed: Sequence[Placed], extra: Mapping[str, np.ndarray]) -> tuple[float, str]:
-    """(the largest difference over the tensor's largest number, its tensor)."""
+def tensors_differ(path: Path, tensors: Sequence[GgufTensor], extra: Mapping[str, np.ndarray]) -> tuple[float, str]:
+    """(the largest difference relative to its tensor's largest element, that tensor's name).
+
+    LorakitError beyond rounding.
+    """
     from gguf import GGUFReader, dequantize
 
-    found = {t.name: t for t in GGUFReader(path).tensors}
-    if found.keys() != {p.name for p in placed} | extra.keys():
+    stored = {t.name: t for t in GGUFReader(path).tensors}
+    if stored.keys() != {p.name for p in tensors} | extra.keys():
         raise _fault("it holds other tensors than were written")
-    most, where = 0.0, ""
-    for p in placed:
-        tensor = found[p.name]
+    worst, where = 0.0, ""
+    for p in tensors:
+        tensor = stored[p.name]
         if tuple(int(n) for n in tensor.shape[::-1]) != p.shape or tensor.tensor_type.name.lower() != p.kind:
             raise _fault(f"'{p.name}' is {tensor.shape[::-1]} of {tensor.tensor_type.name}")
         at, off, largest = 0, 0.0, 0.0
         for block in p.blocks():
-            there = dequantize(tensor.data[at : at + len(block)], tensor.tensor_type).reshape(block.shape)
-            off, largest = max(off, float(np.abs(there - block).max())), max(largest, float(np.abs(block).max()))
+            values = dequantize(tensor.data[at : at + len(block)], tensor.tensor_type).reshape(block.shape)
+            off, largest = max(off, float(np.abs(values - block).max())), max(largest, float(np.abs(block).max()))
             at += len(block)
         if not off <= 1.01 * (ROUNDING[p.kind] * largest + SMALLEST[p.kind]):
-            raise _fault(f"'{p.name}' is off by {off:.2g}, its largest number is {largest:.2g}")
-        if largest and off / largest >= most:
-            most, where = off / largest, p.name
-    for name, numbers in extra.items():
-        if not np.array_equal(found[name].data, numbers):
-            raise _fault(f"'{name}' is not what was written")
-    return most, where
+            raise _fault(f"'{p.name}' is off by {off:.2g}; its largest element is {largest:.2g}")
+        if largest and off / largest >= worst:
+            worst, where = off / largest, p.name
+    for name, array in extra.items():
+        if not np.array_equal(stored[name].data, array):
+            raise _fault(f"'{name}' differs from what was written")
+    return worst, where
 
 
 def unread(config: Any) -> str:
-    """What transformers' reader of GGUF would leave out of this model's hyper-parameters, or nothing."""
+    """The hyper-parameter that transformers ignores when it loads this model from a GGUF, or ""."""
     kind = config.model_type
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
-        return "the scaling of rotary positions"
+        return "rotary scaling"
     if kind == "gpt2" and config.n_positions != 1024:
         return "the number of positions"
     if kind == "qwen3" and config.head_dim != 128:
-        return "the size of the heads"
+        return "the head size"
     if kind in ("llama", "mistral") and (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)):
-        return "that there are biases"
+        return "the presence of biases"
     return ""
 
 
-def logits_differ(path: Path, placed: Sequence[Placed], adapter: Adapter | None, base: Path, config: Any = None) -> tuple[float, float]:
-    """From base and adapter, and from base and adapter rounded as in the file. `config`: in place of the file's own hyper-parameters."""
+def logits_differ(
+    path: Path, tensors: Sequence[GgufTensor], adapter: Adapter | None, base: Path, config: Any = None
+) -> tuple[float, float]:
+    """Differences over the largest logit: from base + adapter, and from base + adapter rounded as in the file.
+
+    config: overrides the file's own hyper-parameters.
+    """
     from transformers import AutoModelForCausalLM
 
-    more = {} if config is None else {"config": config}
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no other way to be quiet
-        theirs: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **more).eval()
-    found = logits_of(theirs)
+    options = {} if config is None else {"config": config}
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off otherwise
+        theirs: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options).eval()
+    stored = logits_of(theirs)
     del theirs
     ours = load_model(str(base), torch.float32, torch.device("cpu"))
-    wanted = logits_of(ours if adapter is None else attach(ours, adapter, force=True))
+    expected = logits_of(ours if adapter is None else attach(ours, adapter, force=True))
     del ours
-    rounded = logits_of(_rounded(load_model(str(base), torch.float32, torch.device("cpu")), placed))
-    most = wanted.abs().max()
-    return float((found - wanted).abs().max() / most), float((found - rounded).abs().max() / most)
+    rounded = logits_of(_rounded(load_model(str(base), torch.float32, torch.device("cpu")), tensors))
+    largest = expected.abs().max()
+    return float((stored - expected).abs().max() / largest), float((stored - rounded).abs().max() / largest)
 
 
-def _rounded(model: Any, placed: Sequence[Placed]) -> Any:
-    """The model with the merged weights, each rounded as its tensor of the file is; rows and columns as the model has them."""
+def _rounded(model: Any, tensors: Sequence[GgufTensor]) -> Any:
+    """Set the model's weights to the merged ones, each rounded to its type in the file, in the model's own layout."""
     from gguf import dequantize
 
     known = dict(model.named_parameters(remove_duplicate=False))
-    names = {p.entry.name: next(n for n in (p.entry.name, f"{model.base_model_prefix}.{p.entry.name}") if n in known) for p in placed}
+    names = {p.entry.name: next(n for n in (p.entry.name, f"{model.base_model_prefix}.{p.entry.name}") if n in known) for p in tensors}
     head = model.get_output_embeddings()
-    if "lm_head.weight" in names.values() and head is not None:  # it may be tied, and no longer be
+    if "lm_head.weight" in names.values() and head is not None:  # untie it: merging may have changed only one of the two
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    for p in placed:
-        whole = torch.cat([block.float() for _, block in merged_rows(p.entry)])
-        rows = whole.T if p.turned else whole
-        there = dequantize(encode(rows.numpy(), p.kind, p.name), type_of(p.kind)).reshape(rows.shape)
-        number = torch.from_numpy(there.copy())
+    for p in tensors:
+        merged = torch.cat([block.float() for _, block in merged_rows(p.entry)])
+        rows = merged.T if p.transposed else merged
+        values = torch.from_numpy(dequantize(encode(rows.numpy(), p.kind, p.name), type_of(p.kind)).reshape(rows.shape).copy())
         parameter = model.get_parameter(names[p.entry.name])
         with torch.no_grad():
-            parameter.copy_((number.T if p.turned else number).reshape(parameter.shape))
+            parameter.copy_((values.T if p.transposed else values).reshape(parameter.shape))
     return model
 
 
 def _fault(what: str) -> LorakitError:
-    return LorakitError(
-        f"the GGUF model, read again, is not base and adapter: {what}\n  nothing was kept; report this: it is a fault of lorakit's"
-    )
+    return LorakitError(f"the GGUF model does not match base and adapter: {what}\n  nothing was written; please report this bug")

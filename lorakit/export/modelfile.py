@@ -1,4 +1,4 @@
-"""Ollama's Modelfile, beside the GGUF: what a model starts FROM, and the adapter that it adds.
+"""Ollama's Modelfile, written next to the GGUF: the model to start FROM, and the adapter to add.
 
 FROM llama3.2                 FROM ./model.gguf
 ADAPTER ./adapter.gguf
@@ -14,15 +14,15 @@ NAME = "Modelfile"
 
 
 def modelfile(gguf: Path, model: str | None = None) -> str:
-    """Its text: of an adapter of `model`, or of a whole model."""
+    """The text of a Modelfile: `gguf` as an adapter of `model`, or as a complete model if `model` is None."""
     return f"FROM ./{gguf.name}\n" if model is None else f"FROM {model}\nADAPTER ./{gguf.name}\n"
 
 
-def check_place(gguf: Path, text: str, force: bool) -> Path:
-    """Where it goes. ConfigError where another one is there: it is not what OUT names, and may hold somebody's own settings."""
+def check_modelfile(gguf: Path, text: str, force: bool) -> Path:
+    """The Modelfile's path. ConfigError if one with other content exists: it may hold the user's own settings."""
     path = gguf.parent / NAME
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder, and Ollama's Modelfile is to be written there\n  name another place for the GGUF")
+        raise ConfigError(f"{path} is a folder, but Ollama's Modelfile must be written there\n  write the GGUF to another folder")
     if not force and path.exists() and path.read_bytes() != text.encode("utf8"):
-        raise ConfigError(f"{path} exists and says other things\n  --force (force=True) replaces it; or name another folder")
+        raise ConfigError(f"{path} exists with other content\n  --force (force=True) replaces it; or name another folder")
     return path

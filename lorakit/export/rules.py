@@ -1,7 +1,8 @@
-"""What receiving programs accept, as checks on an adapter: each finding says what is wrong and what mends it.
+"""What receiving programs accept, as checks on an adapter. Each finding says what is wrong and how to fix it.
 
-vLLM 0.32: one rank of a fixed list at least as large as any module's, plain factors, linears it knows, no saved modules but a score
-head. SGLang and llama.cpp's tools read one alpha and ignore rsLoRA and patterns. ComfyUI and A1111 read kohya's file, diffusers its own.
+vLLM 0.32: one rank from a fixed list, at least as large as any module's; plain factors; known linears; no saved modules
+except a score head. SGLang and llama.cpp's tools read one alpha and ignore rsLoRA and patterns. ComfyUI and A1111 read
+kohya's format, diffusers its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_HEADS = ("score", "classifier")
 VLLM_VOCABULARY = 258_048
 MERGE = "merge it into the base: lorakit merge"
-# Last names of linears that vLLM's language models have, packed ones in their parts.
+# Name endings of the linears in vLLM's language models, including the parts of packed ones.
 VLLM_LINEARS = frozenset({
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",
     "c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "W_pack", "wqkv", "wo", "w1", "w2", "w3",
@@ -27,9 +28,10 @@ VLLM_LINEARS = frozenset({
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the receiver does not take. `mend`: gives an adapter without it, the same in effect; None if only another way out is there.
+    """Something that the receiver does not accept.
 
-    `into_base`: the modules and whole weights that it is about, which could go into the base instead.
+    mend: returns an equivalent adapter without it; None if it cannot be fixed that way. way_out: what the user can do.
+    into_base: the modules and saved weights concerned, which could be merged into the base instead.
     """
 
     what: str
@@ -42,18 +44,18 @@ Rule = Callable[[Adapter], Iterator[Finding]]
 
 
 def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
-    """No LoHa, LoKr or whole updates."""
+    """No LoHa, LoKr or dense updates."""
     if adapter.others:
         kinds = sorted({type(o).__name__ for o in adapter.others.values()})
         yield Finding(
             f"{len(adapter.others)} modules have updates of other kinds ({', '.join(kinds)})",
-            "lorakit resize makes low-rank factors of them",
+            "lorakit resize approximates them by low-rank factors",
             into_base=tuple(adapter.others),
         )
 
 
 def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
-    """None of these, and no DoRA."""
+    """No LoHa, LoKr or dense updates, and no DoRA."""
     yield from no_other_kinds(adapter)
     dora = [m for m, u in adapter.updates.items() if u.needs_base]
     if dora:
@@ -62,16 +64,14 @@ def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
 
 def no_saved_weights(adapter: Adapter) -> Iterator[Finding]:
     if adapter.saved:
-        yield Finding(
-            f"{len(adapter.saved)} weights are saved whole ({listing(list(adapter.saved), 2)})", MERGE, into_base=tuple(adapter.saved)
-        )
+        yield Finding(f"{len(adapter.saved)} saved weights ({listing(list(adapter.saved), 2)})", MERGE, into_base=tuple(adapter.saved))
 
 
 def no_embeddings(adapter: Adapter) -> Iterator[Finding]:
     if adapter.embeddings:
         yield Finding(
-            f"{len(adapter.embeddings)} learned tokens ({listing(list(adapter.embeddings), 2)})",
-            "give them to the program as embedding files of their own, where it reads such; lorakit convert --allow-loss leaves them out",
+            f"{len(adapter.embeddings)} textual-inversion embeddings ({listing(list(adapter.embeddings), 2)})",
+            "give them to the program as separate files, if it reads those; lorakit convert --allow-loss leaves them out",
         )
 
 
@@ -81,19 +81,19 @@ def _plain(adapter: Adapter) -> bool:
 
 
 def one_scale(adapter: Adapter) -> Iterator[Finding]:
-    """One rank and the scale 1 everywhere."""
+    """The same rank and scale 1 in all modules."""
     if _plain(adapter) and not is_canonical(adapter):
         ranks = sorted({f.A.shape[0] for f in adapter.factors.values()})
         scales = sorted({round(f.scale, 6) for f in adapter.factors.values()})
         yield Finding(
             f"ranks {listing(list(map(str, ranks)), 4)} and scales {listing([f'{s:g}' for s in scales], 4)}",
-            "fold the scales into B and fill the ranks up",
+            "fold the scales into B and zero-pad the ranks",
             canonical,
         )
 
 
-def one_rank_and_strength(adapter: Adapter) -> Iterator[Finding]:
-    """One rank and one alpha / rank for all modules: what is said once in a config."""
+def one_rank_and_scale(adapter: Adapter) -> Iterator[Finding]:
+    """The same rank and alpha / rank in all modules, as a config states them once."""
     fs = list(adapter.factors.values())
     same = len({(f.A.shape[0], f.scale, f.rslora) for f in fs}) <= 1 and not any(f.rslora or f.parts for f in fs)
     if not same and _plain(adapter):
@@ -103,20 +103,20 @@ def one_rank_and_strength(adapter: Adapter) -> Iterator[Finding]:
 def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
     rank = max((f.A.shape[0] for f in adapter.factors.values()), default=0)
     if rank > VLLM_RANKS[-1]:
-        yield Finding(f"rank {rank} is beyond the server's largest, {VLLM_RANKS[-1]}", f"lorakit resize --rank {VLLM_RANKS[-1]}")
+        yield Finding(f"rank {rank} exceeds the server's largest, {VLLM_RANKS[-1]}", f"lorakit resize --rank {VLLM_RANKS[-1]}")
     elif rank not in VLLM_RANKS and rank:
-        wanted = next(r for r in VLLM_RANKS if r >= rank)
+        supported = next(r for r in VLLM_RANKS if r >= rank)
         yield Finding(
-            f"rank {rank} is none of {', '.join(map(str, VLLM_RANKS))}, which a server is started with",
-            f"fill up to {wanted}",
-            lambda a: canonical(a, wanted),
+            f"rank {rank} is not one of {', '.join(map(str, VLLM_RANKS))}, which the server can be started with",
+            f"zero-pad to rank {supported}",
+            lambda a: canonical(a, supported),
         )
 
 
 def vllm_modules(adapter: Adapter) -> Iterator[Finding]:
-    strange = [m for m in adapter.factors if m.rsplit(".", 1)[-1] not in VLLM_LINEARS]
-    if strange:
-        yield Finding(f"{len(strange)} modules are no linears that vLLM adapts ({listing(strange, 2)})", MERGE, into_base=tuple(strange))
+    unknown = [m for m in adapter.factors if m.rsplit(".", 1)[-1] not in VLLM_LINEARS]
+    if unknown:
+        yield Finding(f"{len(unknown)} modules are not linears that vLLM adapts ({listing(unknown, 2)})", MERGE, into_base=tuple(unknown))
     conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
     if conv:
         yield Finding(f"{len(conv)} modules are convolutions ({listing(conv, 2)})", MERGE, into_base=tuple(conv))
@@ -130,7 +130,7 @@ def vllm_saved(adapter: Adapter) -> Iterator[Finding]:
     modules = {name.rpartition(".")[0] for name in adapter.saved}
     if len(modules) > 1 or any(m.rsplit(".", 1)[-1] not in VLLM_HEADS for m in modules):
         yield Finding(
-            f"weights saved whole ({listing(sorted(adapter.saved), 2)}); vLLM takes one head, score or classifier",
+            f"saved weights ({listing(sorted(adapter.saved), 2)}); vLLM accepts one head, score or classifier",
             MERGE,
             into_base=tuple(adapter.saved),
         )
@@ -138,7 +138,7 @@ def vllm_saved(adapter: Adapter) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Receiver:
-    """A program: the format that it reads, and its rules."""
+    """A program that loads adapters: the format it reads, its rules, and the option or function that loads them."""
 
     format: str
     rules: tuple[Rule, ...]
@@ -147,9 +147,9 @@ class Receiver:
 
 RECEIVERS = {
     "vllm": Receiver(
-        "peft", (low_rank_only, vllm_saved, vllm_modules, one_rank_and_strength, vllm_rank, no_embeddings), "vLLM's --lora-modules"
+        "peft", (low_rank_only, vllm_saved, vllm_modules, one_rank_and_scale, vllm_rank, no_embeddings), "vLLM's --lora-modules"
     ),
-    "sglang": Receiver("peft", (low_rank_only, no_saved_weights, one_rank_and_strength, no_embeddings), "SGLang's --lora-paths"),
+    "sglang": Receiver("peft", (low_rank_only, no_saved_weights, one_rank_and_scale, no_embeddings), "SGLang's --lora-paths"),
     "llama.cpp": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "llama.cpp's --lora"),
     "ollama": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "Ollama, with its Modelfile"),
     "comfyui": Receiver("kohya", (no_saved_weights, no_embeddings), "ComfyUI's models/loras"),
@@ -162,4 +162,5 @@ RECEIVERS = {
 
 
 def findings(adapter: Adapter, receiver: str) -> list[Finding]:
+    """Everything in `adapter` that `receiver` does not accept. KeyError for an unknown receiver."""
     return [finding for rule in RECEIVERS[receiver].rules for finding in rule(adapter)]

@@ -1,9 +1,10 @@
-"""The written file against the adapter: everything that either does to the base, number by number.
+"""Compare a written file with the adapter: everything that either does to the base, element by element.
 
-    ΔW           |ΔW in the file − ΔW| over its module's largest |ΔW| (or a thousandth of the adapter's largest, where that is more)
-    the others   DoRA's magnitudes, changes of biases, weights saved whole: over the largest of each
+    ΔW       |ΔW in the file − ΔW| over the module's largest |ΔW| (or 1/1000 of the adapter's largest, if that is more)
+    others   DoRA magnitudes, bias changes, saved weights: difference over the largest element of each
 
-`written.py` reads the file on a path of its own, `expected.py` says what it should do, `logits.py` puts both through a base.
+`written.py` reads the file with independent code, `expected.py` computes what it should do, `logits.py` runs both
+through a base.
 """
 
 from __future__ import annotations
@@ -23,66 +24,71 @@ from .effect import Content
 from .expected import expected
 from .written import read
 
-TOLERANCE = 1e-5  # float32's rounding, of strengths folded into B
-# A module whose ΔW is below this part of the adapter's largest is held to that: what cancels to nearly zero is all rounding.
+TOLERANCE = 1e-5  # float32 rounding of scales folded into B
+# A module's ΔW counts as at least this fraction of the adapter's largest: what cancels to nearly zero is all rounding.
 SMALLEST = 1e-3
 DELTA, MAGNITUDE, BIAS, SAVED = "ΔW", "DoRA's magnitudes", "changes of biases", "saved weights"
 
 
 def contents(path: Path, format: str, adapter: Adapter, base: Any = None) -> tuple[Content, Content]:
-    """(what the file does, what it should do). `base`: for GGUF, the base's folder or config. AdapterError where it makes no sense."""
-    wanted = expected(adapter, format)
+    """(what the file does, what it should do). `base`: for GGUF, the base's folder or config.
+
+    AdapterError if the file is malformed.
+    """
+    intended = expected(adapter, format)
     config = base_config(base or adapter.config.base) if format == "gguf" else None
     try:
-        return read(path, format, wanted.effects, config), wanted
+        return read(path, format, intended.effects, config), intended
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, StopIteration, OSError) as error:
-        raise AdapterError(f"{path}: read again, it makes no sense: {error}") from error
+        raise AdapterError(f"{path}: read back, the file is malformed: {error}") from error
 
 
-def differences(found: Content, wanted: Content, where: Path | str) -> dict[str, float]:
-    """Of each kind of thing that the adapter has, the largest relative difference. AdapterError where the file holds others, or shapes."""
-    theirs, ours = _things(found), _things(wanted)
-    for keys, said in ((ours.keys() - theirs.keys(), "lacks"), (theirs.keys() - ours.keys(), "holds what was not written:")):
+def differences(stored: Content, intended: Content, where: Path | str) -> dict[str, float]:
+    """The largest relative difference of each quantity: ΔW, magnitudes, bias changes, saved weights.
+
+    AdapterError, naming `where`, if the two hold different quantities or shapes.
+    """
+    theirs, ours = _quantities(stored), _quantities(intended)
+    for keys, problem in ((ours.keys() - theirs.keys(), "lacks"), (theirs.keys() - ours.keys(), "has unexpected content:")):
         if keys:
-            raise AdapterError(f"{where}: read again, it {said} {listing([f'{name} ({kind})' for kind, name in sorted(keys)], 3)}")
-    apart: dict[str, list[tuple[float, float]]] = {}
-    for (kind, name), make in ours.items():
+            raise AdapterError(f"{where}: read back, it {problem} {listing([f'{name} ({kind})' for kind, name in sorted(keys)], 3)}")
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for (kind, name), array in ours.items():
         try:
-            off = _off(kind, theirs[kind, name](), make())
+            error_and_size = _error(kind, theirs[kind, name](), array())
         except (KeyError, ValueError, ZeroDivisionError) as error:
-            raise AdapterError(f"{where}: read again, '{name}' makes no sense: {error}") from error
-        apart.setdefault(kind, []).append(off)
-    least = SMALLEST * max((size for _, size in apart.get(DELTA, [])), default=0.0)
-    return {kind: max(_ratio(off, max(size, least if kind == DELTA else 0.0)) for off, size in offs) for kind, offs in apart.items()}
+            raise AdapterError(f"{where}: read back, '{name}' is malformed: {error}") from error
+        errors.setdefault(kind, []).append(error_and_size)
+    floor = SMALLEST * max((size for _, size in errors.get(DELTA, [])), default=0.0)
+    return {kind: max(_ratio(off, max(size, floor if kind == DELTA else 0.0)) for off, size in pairs) for kind, pairs in errors.items()}
 
 
-def _things(content: Content) -> dict[tuple[str, str], Callable[[], np.ndarray]]:
-    """All arrays by what they are and whose."""
-    made: dict[tuple[str, str], Callable[[], np.ndarray]] = {}
+def _quantities(content: Content) -> dict[tuple[str, str], Callable[[], np.ndarray]]:
+    """All arrays (lazily), keyed by quantity and module or weight."""
+    arrays: dict[tuple[str, str], Callable[[], np.ndarray]] = {}
     for name, effect in content.effects.items():
         if effect.delta is not None:
-            made[DELTA, name] = effect.delta
+            arrays[DELTA, name] = effect.delta
         for kind, array in ((MAGNITUDE, effect.magnitude), (BIAS, effect.bias)):
             if array is not None:
-                made[kind, name] = partial(np.asarray, array)
-    return made | {(SAVED, name): partial(np.asarray, array) for name, array in content.saved.items()}
+                arrays[kind, name] = partial(np.asarray, array)
+    return arrays | {(SAVED, name): partial(np.asarray, array) for name, array in content.saved.items()}
 
 
-def _off(kind: str, theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
-    """(the largest difference, the largest number that should be there)."""
-    if kind == MAGNITUDE and theirs.ndim == 1:  # MLX's: whether of outputs or of an embedding's tokens is not in the file
+def _error(kind: str, theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
+    """(the largest difference, the largest intended element)."""
+    if kind == MAGNITUDE and theirs.ndim == 1:  # MLX's file does not say whether it is per output or per token
         ours = ours.flatten()
     if ours.shape != theirs.shape:
-        raise ValueError(f"its {kind} has the shape {list(theirs.shape)} and not {list(ours.shape)}")
+        raise ValueError(f"{kind}: shape {list(theirs.shape)}, expected {list(ours.shape)}")
     if not ours.size:
         return 0.0, 0.0
-    off = np.subtract(theirs, ours, dtype=np.float64)
-    largest = _largest(off)
+    largest = _largest(np.subtract(theirs, ours, dtype=np.float64))
     return largest if math.isfinite(largest) else math.inf, _largest(ours)
 
 
 def _largest(array: np.ndarray) -> float:
-    """The largest |number|; NaN if one is."""
+    """The largest absolute value; NaN if any element is NaN."""
     return float(max(float(array.max()), -float(array.min()), key=abs))
 
 

@@ -1,13 +1,15 @@
-"""A written file, read again on a path of its own: numpy arrays and the format's definition, none of lorakit's readers.
+"""Read a written file with independent code: numpy and the format's specification, none of lorakit's readers.
 
-    PEFT        ΔW = lora_alpha / r · B A, alpha and r by `alpha_pattern`, `rank_pattern`: the first key that fits; / √r with use_rslora
-    kohya       ΔW = alpha / r · up · down, and LyCORIS' kinds (r: the inner side of their products; a LoKr of two whole factors: s = 1)
+    PEFT        ΔW = lora_alpha / r · B A, alpha and r from the first matching key of `alpha_pattern`, `rank_pattern`;
+                / √r with use_rslora
+    kohya       ΔW = alpha / r · up · down, and LyCORIS' kinds (r: inner dimension of their products; s = 1 for a LoKr
+                of two full factors)
     diffusers   as PEFT, ranks and alphas from the header's `lora_adapter_metadata`
     MLX         ΔW = scale · (a b)ᵀ
-    GGUF        ΔW = adapter.lora.alpha / r · b a, the rows of llama's q and k in another order
+    GGUF        ΔW = adapter.lora.alpha / r · b a, rows of llama's q and k reordered
 
-Every tensor in the file is accounted for: one that belongs nowhere is a ValueError. The names are the file's own; GGUF's are looked up
-for the modules asked for, since its map is known from transformers' names only.
+Every tensor in the file must be accounted for: an unknown one is a ValueError. Names are the file's own; for GGUF, the
+given modules' names are looked up, because its name map goes only from transformers' names to GGUF's.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ Arrays = dict[str, np.ndarray]
 
 
 def read(path: Path, format: str, modules: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> Content:
-    """What a file does. modules, base: the names looked for in a GGUF, and its base's config."""
+    """What a file does to a base. For GGUF, `modules`: the names to look up; `base`: the base's config.
+
+    ValueError, KeyError or the like if the file is malformed.
+    """
     if format == "gguf":
         return gguf(path, modules, base or {})
     return {"peft": peft, "kohya": kohya, "diffusers": diffusers, "mlx": mlx}[format](path)
@@ -41,25 +46,25 @@ def peft(folder: Path) -> Content:
     effects: dict[str, Effect] = {}
     for name, A, B in [*_pairs(tensors, ".lora_A.weight", ".lora_B.weight"), *_pairs(tensors, ".lora_embedding_A", ".lora_embedding_B")]:
         m = _magnitude(name, tensors.pop(f"{name}.lora_magnitude_vector", None), config)
-        effects[name] = _effect(B, A, _strength(name, A, config), m)
-    if strange := [key for key in tensors if ".lora_" in key]:
-        raise ValueError(f"'{strange[0]}' belongs to no pair")
+        effects[name] = _effect(B, A, _scale(name, A, config), m)
+    if unpaired := [key for key in tensors if ".lora_" in key]:
+        raise ValueError(f"'{unpaired[0]}' has no counterpart")
     return Content(effects, {key.replace(".base_layer.", "."): t for key, t in tensors.items()})
 
 
 def diffusers(path: Path) -> Content:
     file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-    told = json.loads(header(file).get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
+    configs = json.loads(header(file).get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
     tensors = arrays(file)
-    older = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")  # of text encoders, where diffusers reads no other
+    older = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")  # for text encoders diffusers reads only these
     effects: dict[str, Effect] = {}
     for name, A, B in [*_pairs(tensors, ".lora_A.weight", ".lora_B.weight"), *_pairs(tensors, *older)]:
         component, _, module = name.partition(".")
-        config = {key.removeprefix(f"{component}."): value for key, value in told.items() if key.startswith(f"{component}.")}
-        # transformers, which reads a text encoder's, knows a magnitude by its full name.
+        config = {key.removeprefix(f"{component}."): value for key, value in configs.items() if key.startswith(f"{component}.")}
+        # transformers reads text encoders, and expects the full parameter name.
         key = f"{name}.lora_magnitude_vector" + (".weight" if component.startswith("text_encoder") else "")
         m = _magnitude(name, tensors.pop(key, None), config)
-        effects[name] = _effect(B, A, _strength(module, A, {"r": A.shape[0], "lora_alpha": A.shape[0], **config}), m)
+        effects[name] = _effect(B, A, _scale(module, A, {"r": A.shape[0], "lora_alpha": A.shape[0], **config}), m)
     return _nothing_left(tensors, Content(effects))
 
 
@@ -79,35 +84,35 @@ def kohya(path: Path) -> Content:
 
 
 def _lycoris(key: str, parts: Arrays) -> Effect:
-    """One key's update, told by its suffixes."""
+    """The update of one key; the suffixes of its tensors determine the kind."""
     alpha = parts.pop("alpha", None)
 
     def scale(rank: int) -> float:
         return 1.0 if alpha is None else float(alpha.reshape(())) / rank
 
-    def taken(prefix: str) -> Arrays:
-        """hada_w1_a as "w1a"."""
+    def pop_all(prefix: str) -> Arrays:
+        """Remove the tensors with this prefix; hada_w1_a becomes "w1a"."""
         return {s.removeprefix(prefix).replace("_", ""): parts.pop(s) for s in list(parts) if s.startswith(prefix)}
 
     if "lora_down.weight" in parts:
         down, up, m = parts.pop("lora_down.weight"), parts.pop("lora_up.weight"), parts.pop("dora_scale", None)
         effect = _effect(up, down, scale(down.shape[0]), None if m is None else m.reshape(m.shape[0], -1))
-    elif loha := taken("hada_"):
+    elif loha := pop_all("hada_"):
         effect = Effect(lambda: hadamard(loha, scale(loha["w1b"].shape[0])))
-    elif lokr := taken("lokr_"):
+    elif lokr := pop_all("lokr_"):
         inner = lokr.get("w1b", lokr.get("w2b"))
         effect = Effect(lambda: kronecker(lokr, 1.0 if inner is None else scale(inner.shape[0])))
-    else:  # a whole change; those of a norm have names of their own
-        whole, bias = (next((parts.pop(s) for s in names if s in parts), None) for names in (("diff", "w_norm"), ("diff_b", "b_norm")))
-        matrix = None if whole is None else whole.reshape(whole.shape[0], -1).astype(np.float64)
+    else:  # a full-rank difference; norms use their own names
+        diff, bias = (next((parts.pop(s) for s in names if s in parts), None) for names in (("diff", "w_norm"), ("diff_b", "b_norm")))
+        matrix = None if diff is None else diff.reshape(diff.shape[0], -1).astype(np.float64)
         effect = Effect(None if matrix is None else lambda: matrix, bias=bias)
     if parts:
-        raise ValueError(f"'{key}.{next(iter(parts))}' belongs to no kind of update with the others of its key")
+        raise ValueError(f"'{key}.{next(iter(parts))}' does not belong to any kind of update with the other tensors of its key")
     return effect
 
 
-# GGUF's architectures for which llama.cpp's converter reorders the rows of q and k (convert_hf_to_gguf.py, LlamaModel and what derives
-# from it): it rotates neighbouring rows of a head, transformers the two halves of one.
+# Architectures whose q and k rows llama.cpp's converter reorders (convert_hf_to_gguf.py, LlamaModel and its
+# subclasses): llama.cpp rotates adjacent rows of a head together, transformers rows of its two halves.
 _REORDERED = ("llama", "granite")
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
@@ -130,31 +135,34 @@ def gguf(path: Path, modules: Iterable[str], base: Mapping[str, Any]) -> Content
         heads = _HEADS.get(name.split(".")[-2]) if architecture in _REORDERED else None
         if heads is not None:
             count = int(base.get(heads) or base["num_attention_heads"])
-            # [head, pair, half] as it is in the file to transformers' [head, half, pair]
+            # from the file's [head, pair, half] to transformers' [head, half, pair]
             b = b.reshape(count, b.shape[0] // count // 2, 2, b.shape[1]).transpose(0, 2, 1, 3).reshape(b.shape)
         effects[ours.get(name, name)] = _effect(b, a, alpha / a.shape[0] if alpha else 1.0)
     return _nothing_left(tensors, Content(effects))
 
 
 def _magnitude(name: str, m: np.ndarray | None, config: Mapping[str, Any]) -> np.ndarray | None:
-    """PEFT's, one number for each output: [out], of a convolution [1, out, 1...]. There is one if and only if the config says use_dora."""
+    """PEFT's magnitude, one per output: [out], for convolutions [1, out, 1...].
+
+    ValueError unless present exactly if use_dora is set.
+    """
     if (m is not None) != bool(config.get("use_dora")):
-        raise ValueError(f"'{name}' has {'a' if m is not None else 'no'} lora_magnitude_vector, and use_dora is {config.get('use_dora')}")
+        raise ValueError(f"'{name}' has {'a' if m is not None else 'no'} lora_magnitude_vector, but use_dora is {config.get('use_dora')}")
     return None if m is None else m.reshape(-1, 1)
 
 
-def _strength(name: str, A: np.ndarray, config: Mapping[str, Any]) -> float:
-    """PEFT's: alpha / r, or alpha / √r."""
+def _scale(name: str, A: np.ndarray, config: Mapping[str, Any]) -> float:
+    """PEFT's scale: alpha / r, or alpha / √r with rsLoRA. ValueError if A's rank is not the config's."""
     rank, alpha = (
         _by_pattern(config.get(f"{of}_pattern") or {}, name, config[default]) for of, default in (("rank", "r"), ("alpha", "lora_alpha"))
     )
     if A.shape[0] != rank:
-        raise ValueError(f"'{name}' has rank {A.shape[0]}, and its config says {rank}")
+        raise ValueError(f"'{name}' has rank {A.shape[0]}, but its config says {rank}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _by_pattern(pattern: Mapping[str, Any], name: str, default: float) -> float:
-    """PEFT's rule: the first key, in the file's order, that matches the whole name or its end."""
+    """PEFT's rule: the first key, in file order, that matches the full name or its end."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
@@ -163,14 +171,14 @@ def _effect(B: np.ndarray, A: np.ndarray, scale: float, magnitude: np.ndarray | 
 
 
 def _pairs(tensors: Arrays, down: str, up: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(module, A, B) of all keys that end in `down`, taken out of the tensors. KeyError where B is missing."""
+    """(module, A, B) for all keys that end in `down`, removed from `tensors`. KeyError if B is missing."""
     names = [key.removesuffix(down) for key in tensors if key.endswith(down)]
     return [(name, tensors.pop(name + down), tensors.pop(name + up)) for name in names]
 
 
 def _nothing_left(tensors: Arrays, content: Content) -> Content:
     if tensors:
-        raise ValueError(f"'{next(iter(tensors))}' belongs to no update")
+        raise ValueError(f"'{next(iter(tensors))}' does not belong to any update")
     return content
 
 

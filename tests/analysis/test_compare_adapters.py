@@ -1,4 +1,4 @@
-"""Two adapters side by side: on constructed cases whose answers are known, and against matrices in float64."""
+"""Comparing adapters: on constructed cases with known answers, and against matrices in float64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ U, V = basis(OUT), basis(IN, 1)
 
 
 def update(outputs: slice, inputs: slice, *strengths: float) -> Factors:
-    """ΔW with these of the orthonormal directions."""
+    """A ΔW made of the given orthonormal directions."""
     S = torch.tensor(strengths, dtype=torch.float64)
     return Factors(V[:, inputs].T.contiguous(), U[:, outputs] * S, alpha=float(S.numel()))
 
@@ -54,7 +54,7 @@ A = update(slice(0, 2), slice(0, 2), 3.0, 1.0)
 # ------------------------------------------------------------------------------------ what is known beforehand
 
 
-def test_an_adapter_is_like_itself():
+def test_an_adapter_equals_itself():
     found = compare(adapter(m=A), adapter(m=A))
     p = found.pairs[0]
     assert p.cosine == pytest.approx(1)
@@ -65,7 +65,7 @@ def test_an_adapter_is_like_itself():
     assert (found.cosine, *found.changes) == pytest.approx((1, 1, 1))
 
 
-def test_adapters_of_orthogonal_inputs_do_not_disturb_each_other():
+def test_adapters_with_orthogonal_inputs_do_not_interfere():
     other = update(slice(0, 2), slice(2, 4), 5.0, 1.0)  # same outputs
     p = pair(A, other)
     assert (p.cosine, p.phi_in, p.a_by_b.change, p.a_by_b.gain, p.a_by_b.on_inputs, p.b_by_a.change) == pytest.approx((0,) * 6, abs=1e-12)
@@ -73,14 +73,14 @@ def test_adapters_of_orthogonal_inputs_do_not_disturb_each_other():
     assert p.angles_in == pytest.approx([90, 90])
 
 
-def test_on_the_same_inputs_other_outputs_change_the_effect_without_gain():
+def test_other_outputs_on_the_same_inputs_give_change_without_gain():
     p = pair(A, update(slice(2, 4), slice(0, 2), 3.0, 1.0))
     assert p.a_by_b.change == pytest.approx(1)
     assert (p.a_by_b.gain, p.cosine, p.a_by_b.on_outputs) == pytest.approx((0, 0, 0), abs=1e-12)
 
 
 @pytest.mark.parametrize("weight", [-1.0, 0.5, 3.0])
-def test_a_multiple_of_an_adapter_changes_it_by_that(weight):
+def test_a_multiple_of_an_adapter_changes_it_by_that_factor(weight):
     other = Factors(A.A, A.B * weight, A.alpha)
     p = pair(A, other)
     assert (p.a_by_b.change, p.a_by_b.gain) == pytest.approx((abs(weight), weight))
@@ -88,7 +88,7 @@ def test_a_multiple_of_an_adapter_changes_it_by_that(weight):
     assert p.cosine == pytest.approx(math.copysign(1, weight))
 
 
-def test_half_of_an_update_on_the_others_inputs_is_a_share_of_root_half():
+def test_sharing_half_of_the_energy_is_a_share_of_root_half():
     p = pair(A, update(slice(5, 7), slice(1, 3), 2.0, 2.0))  # reads A's second direction and one of its own
     assert p.a_by_b.on_inputs == pytest.approx(math.sqrt(0.5))
     assert p.phi_in == pytest.approx(0.5)
@@ -97,7 +97,7 @@ def test_half_of_an_update_on_the_others_inputs_is_a_share_of_root_half():
     assert p.a_by_b.change == pytest.approx(2 / math.sqrt(81 + 1))
 
 
-def test_a_known_angle_is_found():
+def test_a_known_principal_angle():
     turned = V[:, :1] * math.cos(math.radians(30)) + V[:, 5:6] * math.sin(math.radians(30))
     assert principal_angles(V[:, :1], turned) == pytest.approx([30])
     assert principal_angles(V[:, :0], turned) == []
@@ -106,7 +106,7 @@ def test_a_known_angle_is_found():
 # ------------------------------------------------------------------------------------ against matrices
 
 
-def test_all_numbers_agree_with_the_matrices():
+def test_all_figures_agree_with_dense_matrices():
     a, b = (Factors(random(r, IN, seed=r), random(OUT, r, seed=r + 9), alpha=3.0) for r in (3, 5))
     M, N = (f.scale * f.B @ f.A for f in (a, b))
     p = pair(a, b)
@@ -120,7 +120,7 @@ def test_all_numbers_agree_with_the_matrices():
     assert i.on_outputs == pytest.approx(float((writes.T @ N).norm() / N.norm()))
 
 
-def test_phi_is_the_papers_for_all_i_and_j():
+def test_phi_follows_the_papers_definition_for_all_i_and_j():
     P, Q = basis(12, 3)[:, :4], basis(12, 4)[:, :5]
     found = similarity(P, Q)
     for i in range(1, 5):
@@ -128,7 +128,7 @@ def test_phi_is_the_papers_for_all_i_and_j():
             assert float(found[i - 1, j - 1]) == pytest.approx(float((P[:, :i].T @ Q[:, :j]).norm() ** 2 / min(i, j)))
 
 
-def test_phi_is_of_the_directions_asked_for():
+def test_phi_uses_the_requested_directions():
     a, b = (Factors(random(r, IN, seed=r), random(OUT, r, seed=r + 9), alpha=3.0) for r in (3, 5))
     matrices = {
         "A": [torch.linalg.svd(f.A, full_matrices=False).Vh.T for f in (a, b)],
@@ -142,13 +142,13 @@ def test_phi_is_of_the_directions_asked_for():
         assert one.chance == pytest.approx(5 / x.shape[0])
 
 
-def test_random_subspaces_are_as_alike_as_chance_says():
+def test_random_subspaces_give_the_chance_value():
     P, Q = basis(600, 5)[:, :20], basis(600, 6)[:, :10]
     assert float(similarity(P, Q)[-1, -1]) == pytest.approx(20 / 600, rel=0.3)
 
 
-def test_what_b_does_is_what_the_stack_computes():
-    """`change` is the root mean square of |ΔW_B x| over that of |ΔW_A x| on inputs along A's directions, by sampling."""
+def test_interference_agrees_with_sampled_inputs():
+    """Sampled inputs along A's directions: `change` is the RMS of |ΔW_B x| over that of |ΔW_A x|."""
     a, b = (Factors(random(3, IN, seed=s), random(OUT, 3, seed=s), alpha=3.0) for s in (1, 2))
     M, N = (f.scale * f.B @ f.A for f in (a, b))
     x = M.T @ random(OUT, 20000)  # V S Uᵀ z
@@ -156,7 +156,7 @@ def test_what_b_does_is_what_the_stack_computes():
     assert interference(spectrum(a), spectrum(b)).change == pytest.approx(expected, rel=0.02)
 
 
-def test_overall_numbers_are_over_all_modules_those_of_one_alone_too():
+def test_overall_figures_include_modules_of_one_adapter_alone():
     B = update(slice(0, 2), slice(0, 2), 3.0, 1.0)
     lone = update(slice(0, 1), slice(0, 1), 2.0)
     found = compare(adapter(m=A, n=lone), adapter(m=B, o=lone))
@@ -165,18 +165,18 @@ def test_overall_numbers_are_over_all_modules_those_of_one_alone_too():
     assert found.changes[0] == pytest.approx(math.sqrt(82 / (82 + 16)))
 
 
-def test_adapters_of_unrelated_bases_are_no_comparison_but_an_error():
+def test_adapters_of_unrelated_bases_cannot_be_compared():
     llama, unet = adapter(**{"model.layers.0.q": A}), adapter(**{"unet.down_blocks.0.q": A})
     with pytest.raises(AdapterError, match=r"(?s)no module in common.*mine changes model\.layers\.0\.q\n  theirs changes unet\.down"):
         compare(llama, unet, ("mine", "theirs"))
 
 
-def test_adapters_of_different_modules_do_not_disturb_each_other():
+def test_adapters_of_different_modules_do_not_interfere():
     found = compare(adapter(q=A), adapter(v=A))
     assert (found.pairs, found.cosine, found.changes) == ([], 0, (0, 0))
 
 
-def test_kinds_mix():
+def test_adapters_of_different_kinds_can_be_compared():
     loha = Hadamard(random(OUT, 2), random(2, IN), random(OUT, 2, seed=3), random(2, IN, seed=3), alpha=2.0)
     whole = Dense(loha.delta())
     found = compare(adapter(m=loha, n=A), adapter(m=whole, n=Dense(A.scale * A.B @ A.A)))
@@ -186,7 +186,7 @@ def test_kinds_mix():
     assert pair(A, dora).note == "B: DoRA, its low-rank part"
 
 
-def test_a_zero_update_has_no_cosine_and_nothing_to_disturb():
+def test_a_zero_update_has_no_cosine_and_no_interference():
     zero = Factors(A.A, torch.zeros_like(A.B), 2.0)
     p = pair(A, zero)
     assert (p.cosine, p.phi_in, p.angles_in, p.b_by_a) == (None, None, [], None)
@@ -194,12 +194,12 @@ def test_a_zero_update_has_no_cosine_and_nothing_to_disturb():
     json.dumps(compare(adapter(m=A), adapter(m=zero)).to_dict(), allow_nan=False)
 
 
-def test_adapters_of_different_bases_are_refused_with_the_module_named():
+def test_different_shapes_are_refused_by_module_name():
     with pytest.raises(AdapterError, match="'m' is 24 x 30 in mine and 24 x 29 in yours"):
         compare(adapter(m=A), adapter(m=Factors(random(2, 29), random(24, 2), 1.0)), ("mine", "yours"))
 
 
-def test_modules_are_chosen_by_ending_and_a_wrong_one_is_named():
+def test_modules_are_chosen_by_ending():
     one = adapter(**{"layers.0.q_proj": A, "layers.1.q_proj": A, "layers.0.v_proj": A})
     assert [s.module for s in compare(one, one, modules=["q_proj"]).similarities] == ["layers.0.q_proj", "layers.1.q_proj"]
     with pytest.raises(TargetError, match="'q_pro'; did you mean 'q_proj'"):
@@ -209,7 +209,7 @@ def test_modules_are_chosen_by_ending_and_a_wrong_one_is_named():
 # ------------------------------------------------------------------------------------ ΔW against W
 
 
-def test_the_amplification_factor_is_that_of_table_7():
+def test_the_amplification_factor_follows_table_7():
     W = random(OUT, IN, seed=7)
     f = Factors(random(3, IN), random(OUT, 3), alpha=3.0)
     M = f.B @ f.A
@@ -222,7 +222,7 @@ def test_the_amplification_factor_is_that_of_table_7():
     assert 0 < found.in_random < found.in_w
 
 
-def test_an_update_that_strengthens_what_the_weight_does_anyway_amplifies_little():
+def test_an_update_along_the_weights_own_directions_amplifies_little():
     W = random(OUT, IN, seed=7)
     left, S, right = torch.linalg.svd(W)
     same = Factors(right[:2].contiguous(), left[:, :2] * S[:2], alpha=2.0)
@@ -233,7 +233,7 @@ def test_an_update_that_strengthens_what_the_weight_does_anyway_amplifies_little
 
 @pytest.fixture
 def attached(tmp_path):
-    """A checkpoint's folder, the model, and an adapter of it."""
+    """A checkpoint folder, the model, and an adapter of it."""
 
     def make(model, **config):
         folder = tiny_lm.save(tmp_path / "base", model)
@@ -248,7 +248,7 @@ def attached(tmp_path):
     [(tiny_lm.llama, "all-linear"), (tiny_lm.gpt2, ["c_attn", "wte"]), (lambda: tiny_lm.llama(tied=True), ["lm_head"])],
     ids=["llama", "gpt2", "tied"],
 )
-def test_norms_relative_to_the_weights_are_those_of_the_model(attached, model, targets):
+def test_relative_norms_agree_with_the_model(attached, model, targets):
     folder, live, made = attached(model(), targets=targets)
     found = relative_norms(made, open_weights(folder, list(made.factors)))
     modules = dict(live.named_modules())
@@ -258,7 +258,7 @@ def test_norms_relative_to_the_weights_are_those_of_the_model(attached, model, t
         assert found[name] == pytest.approx(float(f.delta().norm() / W.norm()), rel=1e-5)
 
 
-def test_weights_are_read_the_way_round_that_the_update_is(attached):
+def test_weights_are_transposed_like_the_update(attached):
     folder, live, made = attached(tiny_lm.gpt2(), targets=["c_attn", "attn.c_proj", "wte"])
     weights = open_weights(folder, list(made.factors))
     for name, f in made.factors.items():
@@ -267,7 +267,7 @@ def test_weights_are_read_the_way_round_that_the_update_is(attached):
         assert float(expected) == pytest.approx(float((f.delta().double() * W.double()).sum()), rel=1e-5)
 
 
-def test_a_dora_is_measured_by_what_it_makes_of_the_weight(attached):
+def test_a_doras_norm_is_that_of_its_whole_change(attached):
     folder, live, made = attached(tiny_lm.llama(), targets=["q_proj"])
     name, f = next(iter(made.factors.items()))
     W = dict(live.named_modules())[name].weight.detach().double()
@@ -278,7 +278,7 @@ def test_a_dora_is_measured_by_what_it_makes_of_the_weight(attached):
         assert relative_norms(dora, open_weights(folder, [name]))[name] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_weights_of_a_pipeline_are_found_by_component(tmp_path):
+def test_a_pipelines_weights_are_found_by_component(tmp_path):
     conv, linear, text = random(6, 4, 3, 3), random(5, 7), random(8, 8)
     for part, file, tensors in (
         ("unet", "diffusion_pytorch_model.safetensors", {"conv_in.weight": conv}),

@@ -1,4 +1,4 @@
-"""Heat maps: where a module's name is split, what is shown, and that the picture is what its ending says."""
+"""Heat maps: how a module's name is split, what is shown, and the image format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def printed(grid, colours: bool = False) -> str:
     return out.getvalue()
 
 
-def test_layers_come_in_the_order_of_their_numbers_with_every_value_in_its_place():
+def test_layers_are_in_numeric_order_with_their_values():
     values = llama(12)
     (grid,) = grids(dict(sorted(values.items())), "x")  # "10" before "2"
     assert grid.layers == tuple(map(str, range(12)))
@@ -53,7 +53,7 @@ def test_layers_come_in_the_order_of_their_numbers_with_every_value_in_its_place
     assert [line.split() for line in lines[3:]] == [[str(i), short(2.0 + i), short(1.0 + i)] for i in range(12)]
 
 
-def test_a_map_of_seven_modules_fits_a_terminal_of_eighty_columns():
+def test_seven_modules_fit_into_80_columns():
     names = (
         "mlp.down_proj",
         "mlp.gate_proj",
@@ -68,7 +68,7 @@ def test_a_map_of_seven_modules_fits_a_terminal_of_eighty_columns():
     assert max(map(len, printed(grid).splitlines())) <= 80
 
 
-def test_a_wide_map_is_told_in_several_tables_without_layers_that_have_nothing():
+def test_a_wide_map_is_split_into_tables_without_empty_layers():
     values = {f"down_blocks.{i}.attentions.0.{m}_{i % 2}": 1.5 for i in range(4) for m in "abcdefghij"}
     (grid,) = grids(values, "x")
     text = printed(grid)
@@ -80,7 +80,7 @@ def test_a_wide_map_is_told_in_several_tables_without_layers_that_have_nothing()
     assert "down 0.0" not in text.split("layer")[3]
 
 
-def test_colours_run_from_the_least_to_the_greatest():
+def test_colours_span_the_range_of_values():
     dark, bright = colour(1, 1, 5), colour(5, 1, 5)
     assert sum(dark) < sum(colour(3, 1, 5)) < sum(bright)
     assert colour(9, 1, 5) == bright
@@ -90,40 +90,40 @@ def test_colours_run_from_the_least_to_the_greatest():
         assert f"48;2;{r};{g};{b}" in text
 
 
-def test_what_is_not_known_and_what_is_not_there_are_told_apart():
+def test_unknown_and_absent_values_look_different():
     (grid,) = grids({"layers.0.a": None, "layers.1.b": 1.0}, "x")
     first, second = (line.split() for line in printed(grid).splitlines()[-2:])
     assert (first, second) == (["0", "?"], ["1", "1"])
 
 
-def test_parts_of_a_pipeline_have_a_map_each():
+def test_each_part_of_a_pipeline_has_its_own_map():
     made = grids({"unet.mid_block.resnets.0.conv1": 1.0, "text_encoder.text_model.encoder.layers.0.mlp.fc1": 2.0}, "norm")
     assert [grid.title for grid in made] == ["norm, unet", "norm, text_encoder"]
     assert [grid.title for grid in grids({"transformer.h.0.attn.c_attn": 1.0}, "norm")] == ["norm"]  # GPT-2's is no pipeline
 
 
-def test_no_module_takes_the_place_of_another():
+def test_modules_of_equal_layers_do_not_collide():
     names = [f"{side}.block.{i}.layer.0.SelfAttention.q" for side in ("encoder", "decoder") for i in range(2)]
     (grid,) = grids({name: float(i) for i, name in enumerate(names)}, "x")
     assert sorted(grid.values.values()) == [0, 1, 2, 3]
     assert "encoder.block.1.layer.0" in grid.layers
 
 
-def test_control_characters_of_a_file_do_not_reach_the_terminal():
+def test_control_characters_are_replaced():
     (grid,) = grids({"layers.0.\x1b[31mevil": 1.0}, "x")
     assert "\x1b" not in printed(grid)
     assert literal("$a\x07") == "\\$a\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize("value, text", [(0.0, "0"), (0.1234, "0.123"), (12.345, "12.3"), (0.00012, "1e-4"), (123456.0, "1e5")])
-def test_numbers_are_short(value, text):
+def test_values_are_formatted_in_six_characters(value, text):
     assert short(value) == text
 
 
-def test_pictures_are_what_their_endings_say(tmp_path):
+def test_the_ending_determines_the_image_format(tmp_path):
     made = grids({**llama(4), "lm_head": None, "layers.0.$x_{": 2.0}, "x $")
     assert plot(made, tmp_path / "a.png", "t$").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in plot(made, tmp_path / "a.svg", "t").read_text()[:1000]
-    with pytest.raises(ConfigError, match=r"expected a name that ends in \.png or \.svg"):
+    with pytest.raises(ConfigError, match=r"expected a file name ending in \.png or \.svg"):
         kind_of(tmp_path / "a.pdf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg"]

@@ -1,4 +1,4 @@
-"""What is in an adapter and in a model: norms against ΔW itself in float64, zero updates, modules."""
+"""Describing adapters and models: norms against ΔW itself in float64, zero updates, modules."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_norm_is_that_of_the_update_itself(kind):
+def test_the_norm_is_that_of_delta_w(kind):
     f = KINDS[kind]
     update = f.scale * (f.B.flatten(1).double() @ f.A.flatten(1).double())
     assert update.shape.numel() == f.delta().numel()
@@ -45,7 +45,7 @@ def test_the_norm_is_that_of_the_update_itself(kind):
     assert norm(f) == pytest.approx(float(f.delta().double().norm()), rel=1e-5)
 
 
-def test_the_norm_of_a_packed_projection_is_that_of_its_blocks():
+def test_the_norm_of_a_packed_projection():
     model = tiny.mlp()
     lk.attach(model, lk.LoraConfig(rank=2, targets=["lin1"], packed={"lin1": [True, False, True]}))
     tiny.randomise_factors(model)
@@ -55,8 +55,8 @@ def test_the_norm_of_a_packed_projection_is_that_of_its_blocks():
     assert norm(f) == pytest.approx(float(update.norm()), rel=1e-6)
 
 
-def test_the_norm_of_pefts_grouped_convolution_is_that_of_what_it_computes():
-    """There B is grouped and A reads all channels: the update is that of two convolutions after each other, a plain kernel."""
+def test_the_norm_of_pefts_grouped_convolution():
+    """PEFT groups B while A reads all channels, so the update is the kernel of two consecutive convolutions."""
     A, B = random(4, 6, 3), random(8, 2, 1)
     f = Factors(A, B, alpha=2.0, kind="conv", groups=2)
     unit = torch.eye(6 * 3, dtype=torch.float64).reshape(18, 6, 3)  # each input of one place, in turn
@@ -65,14 +65,14 @@ def test_the_norm_of_pefts_grouped_convolution_is_that_of_what_it_computes():
     assert norm(f) == pytest.approx(float(kernel.norm()), rel=1e-12)
 
 
-def test_an_update_too_small_for_float32_is_not_zero_and_a_zero_one_is():
+def test_a_tiny_update_is_not_reported_as_zero():
     assert norm(Factors(random(2, 3) * 1e-25, random(4, 2) * 1e-25, 1.0)) > 0
     assert norm(Factors(random(2, 3), torch.zeros(4, 2), 1.0)) == 0
 
 
 @pytest.fixture
 def adapter():
-    """Of a Llama, with one module whose ΔW is zero, a whole norm, and a recipe."""
+    """An adapter of a Llama with one zero ΔW, a saved norm and a recipe."""
     model = lk.attach(
         tiny.llama(), lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "down_proj"], save_modules=["norm"], base="some/base")
     )
@@ -83,22 +83,22 @@ def adapter():
     return lk.Adapter(made.config, made.factors, made.saved, {**made.metadata, "recipe": {"steps": 7}, "metrics": {"loss": 0.5}})
 
 
-def test_the_facts_of_an_adapter(adapter, capsys, monkeypatch):
+def test_describe_adapter_reports_its_facts(adapter, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     facts = describe_adapter(adapter, "here")
-    told = facts.to_dict()
-    assert (told["base"], told["rank"], told["parameters"]) == ("some/base", 4, adapter.parameters)
-    by_name = {m["name"]: m for m in told["modules"]}
+    values = facts.to_dict()
+    assert (values["base"], values["rank"], values["parameters"]) == ("some/base", 4, adapter.parameters)
+    by_name = {m["name"]: m for m in values["modules"]}
     down = by_name["model.layers.0.mlp.down_proj"]
     assert (down["size_in"], down["size_out"], down["rank"], down["alpha"], down["scale"], down["kind"]) == (24, 16, 4, 8, 2, "linear")
     assert down["norm"] == pytest.approx(float(adapter.factors["model.layers.0.mlp.down_proj"].delta().norm()), rel=1e-5)
     assert by_name["model.layers.1.mlp.down_proj"]["norm"] == 0
-    json.dumps(told)
+    json.dumps(values)
     facts.show()
     out = capsys.readouterr().out
     assert f"here: rank 4, {adapter.parameters:,} parameters in 4 modules; base: some/base" in out
-    assert "1 of 4 modules have ΔW = 0: they change nothing" in out
-    assert "saved whole: model.norm.weight [16]" in out
+    assert "1 of 4 modules have ΔW = 0 and no effect" in out
+    assert "saved weight: model.norm.weight [16]" in out
     assert "recipe: steps 7" in out
     assert "metrics: loss 0.5" in out
     assert len([line for line in out.splitlines() if line.strip().startswith("down_proj")]) == 1
@@ -112,7 +112,7 @@ def test_a_trained_adapter_has_no_zero_update_to_report(adapter, capsys):
     assert "ΔW = 0" not in capsys.readouterr().out
 
 
-def test_an_adapter_of_embeddings_and_of_saved_weights_alone_is_described(capsys):
+def test_adapters_with_only_embeddings_or_only_saved_weights_are_described(capsys):
     model = tiny.randomise_factors(lk.attach(tiny.embedder(), lk.LoraConfig(rank=2, targets=["emb"])))
     (facts,) = describe_adapter(lk.capture(model), "x").modules
     assert (facts.kind, facts.size_in, facts.size_out) == ("embedding", 20, 8)
@@ -126,10 +126,10 @@ def test_a_models_modules_are_listed_without_its_weights(tmp_path, capsys):
     facts = describe_model(str(folder))
     assert facts.architecture == "LlamaForCausalLM"
     assert facts.parameters == sum(p.numel() for p in tiny_lm.llama().parameters())
-    meant = {name for name, _, _, linear in facts.modules if linear}
+    all_linear = {name for name, _, _, linear in facts.modules if linear}
     attached = lk.capture(lk.attach(tiny_lm.llama(), lk.LoraConfig()))
-    assert meant == set(attached.factors)
-    assert {name for name, *_ in facts.modules} - meant == {"model.embed_tokens", "lm_head"}
+    assert all_linear == set(attached.factors)
+    assert {name for name, *_ in facts.modules} - all_linear == {"model.embed_tokens", "lm_head"}
     facts.show()
     out = capsys.readouterr().out
     assert " * q_proj" in out
@@ -143,28 +143,28 @@ def test_gpt2s_transposed_layers_are_listed(tmp_path):
     assert ("transformer.h.0.attn.c_attn", "Conv1D", [32, 96], True) in facts.modules
 
 
-def test_a_model_and_an_adapter_are_told_apart(tmp_path, adapter):
+def test_is_model_distinguishes_models_from_adapters(tmp_path, adapter):
     assert is_model("embedded")
     assert is_model(str(tiny_lm.save(tmp_path / "m")))
     assert not is_model(str(adapter.save(tmp_path / "a")))
     assert not is_model(str(tmp_path / "nothing"))
 
 
-def test_a_model_folder_with_a_broken_config_is_an_error(tmp_path):
+def test_a_model_folder_with_an_invalid_config_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(LorakitError, match="cannot load"):
         describe_model(str(tmp_path))
 
 
-def test_norms_of_very_different_sizes_keep_their_digits():
-    """Where trace((BᵀB)(AAᵀ)) cancels, the result is small, not NaN."""
+def test_a_norm_that_cancels_is_small_not_nan():
+    """trace((BᵀB)(AAᵀ)) cancels here, and may round below zero."""
     A = torch.stack([torch.ones(5), torch.ones(5)])
     B = torch.stack([torch.ones(4), -torch.ones(4)], 1)  # the two ranks cancel exactly
-    found = norm(Factors(A, B, 1.0))
-    assert found == 0 or (math.isfinite(found) and found < 1e-6)
+    value = norm(Factors(A, B, 1.0))
+    assert value == 0 or (math.isfinite(value) and value < 1e-6)
 
 
-def test_effective_rank_and_dead_modules_of_every_kind_are_told():
+def test_effective_rank_and_dead_modules_of_every_kind():
     A, B = torch.linalg.qr(random(9, 9))[0][:3], torch.linalg.qr(random(6, 6))[0][:, :3]
     even = Factors(A, B, alpha=3.0)
     one = Factors(A, B * torch.tensor([1.0, 0, 0]), alpha=3.0)
@@ -190,12 +190,12 @@ def test_effective_rank_and_dead_modules_of_every_kind_are_told():
     assert (by_name["loha"].kind, by_name["loha"].size_in, by_name["loha"].size_out) == ("hadamard", 20, 30)
     assert by_name["loha"].norm == pytest.approx(float(loha.delta().norm()), rel=1e-5)
     assert by_name["dora"].dora
-    assert facts.dead == ["dead", "dead too"]  # a DoRA of B = 0 may still change lengths, and a bias is a change
+    assert facts.dead == ["dead", "dead too"]  # a DoRA with B = 0 may still change norms, and a bias change counts
     facts.show(every_module=True)
     json.dumps(facts.to_dict(), allow_nan=False)
 
 
-def test_the_file_the_base_and_the_variety_of_ranks_are_told(tmp_path, capsys):
+def test_file_base_and_ranks_are_reported(tmp_path, capsys):
     live = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}))
     made = lk.capture(tiny.randomise_factors(live)).to(torch.bfloat16)
     made = replace(made, embeddings={"<s1>": torch.ones(2, 8)})
@@ -208,21 +208,21 @@ def test_the_file_the_base_and_the_variety_of_ranks_are_told(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "format peft; bfloat16, float32; " in out
     assert "fingerprint of the base: LlamaForCausalLM, " in out
-    assert "learned token: <s1> [2, 8]" in out
+    assert "textual-inversion embedding: <s1> [2, 8]" in out
 
 
-def test_trigger_words_tags_and_settings_come_from_kohyas_header(capsys):
+def test_trigger_words_tags_and_settings_are_read_from_kohyas_header(capsys):
     header = {
         "ss_tag_frequency": json.dumps({"10_sks dog": {"a dog": 12, "grass ": 3}, "img": {"grass": 4, "bad": "x"}}),
         "ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}, "2_reg": {}}),
         "modelspec.trigger_phrase": "in the style of sks",
         "ss_learning_rate": "0.0001", "ss_unet_lr": "None", "ss_steps": "1200", "ss_training_comment": "hi\x1b[31m",
     }  # fmt: skip
-    told = training(header)
-    assert told["trigger words"] == ["in the style of sks", "sks dog", "reg"]
-    assert told["commonest tags"] == {"a dog": 12, "grass": 7}
-    assert (told["learning rate"], told["steps"]) == ("0.0001", "1200")
-    assert "unet learning rate" not in told
+    notes = training(header)
+    assert notes["trigger words"] == ["in the style of sks", "sks dog", "reg"]
+    assert notes["commonest tags"] == {"a dog": 12, "grass": 7}
+    assert (notes["learning rate"], notes["steps"]) == ("0.0001", "1200")
+    assert "unet learning rate" not in notes
     made = lk.Adapter(
         lk.LoraConfig(), {"x": Factors(random(1, 3), random(2, 1), 1.0)}, metadata={"header": header, "recipe": {"x": "\x1b[2J"}}
     )
@@ -236,5 +236,5 @@ def test_trigger_words_tags_and_settings_come_from_kohyas_header(capsys):
 @pytest.mark.parametrize(
     "header", [None, 3, {}, {"ss_tag_frequency": "{"}, {"ss_tag_frequency": "[1]"}, {"ss_tag_frequency": '{"a": 1}'}, {"ss_steps": None}]
 )
-def test_a_header_of_nonsense_tells_nothing_and_stops_nothing(header):
+def test_a_malformed_header_is_ignored(header):
     assert training(header) == {}

@@ -1,4 +1,4 @@
-"""A tiny model, its rows and a trained run, made once; and the command line as a function."""
+"""A tiny model, its rows and a trained run, created once; and the command line as a function."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(model, data, tmp_path_factory):
-    """A run's folder, made by `lorakit train`."""
+    """A run's folder, written by `lorakit train`."""
     out = tmp_path_factory.mktemp("trained") / "run"
     assert run(["train", "--model", model, "--data", data, "--out", str(out), "--quiet", *tiny_lm.FLAGS]) == 0
     return out
@@ -34,7 +34,7 @@ def trained(model, data, tmp_path_factory):
 
 @pytest.fixture
 def lorakit(capsys, monkeypatch):
-    """`lorakit(*args)`: exit code, what was printed, what was said on stderr (but for the line at the start)."""
+    """`lorakit(*args)` returns exit code, stdout, and stderr without the starting line."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*args, stdin: str | None = None):
@@ -42,7 +42,7 @@ def lorakit(capsys, monkeypatch):
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
         code = run([str(arg) for arg in args])
-        told = capsys.readouterr()
-        return code, told.out, STARTING.sub("", told.err)
+        captured = capsys.readouterr()
+        return code, captured.out, STARTING.sub("", captured.err)
 
     return call

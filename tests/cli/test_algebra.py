@@ -30,7 +30,7 @@ def test_combine_writes_the_exact_sum(lorakit, two, tmp_path):
     code, out, err = lorakit("combine", *two, "--weights", "0.7,-0.3", "--out", tmp_path / "mix")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].startswith("2 adapters as one (linear): 4 modules, rank 10; ")
+    assert lines[0].startswith("combined 2 adapters (linear): 4 modules, rank 10; ")
     assert lines[1] == "exact"
     assert lines[-1] == f"next: lorakit inspect {tmp_path / 'mix'}"
     mix, (a, b) = lk.Adapter.load(tmp_path / "mix"), map(lk.Adapter.load, two)
@@ -38,13 +38,13 @@ def test_combine_writes_the_exact_sum(lorakit, two, tmp_path):
         torch.testing.assert_close(f.delta(), 0.7 * a.factors[m].delta() - 0.3 * b.factors[m].delta(), rtol=1e-5, atol=1e-5)
 
 
-def test_combine_by_ties_reports_its_error(lorakit, two, tmp_path):
+def test_combine_with_ties_reports_its_error(lorakit, two, tmp_path):
     code, out, _ = lorakit("combine", *two, "--method", "ties", "--density", "0.3", "--rank", "5", "--out", tmp_path / "mix", "--json")
-    told = json.loads(out)
+    report = json.loads(out)
     assert code == 0
-    assert told["rank"] == lk.Adapter.load(tmp_path / "mix").rank == 5
-    assert 0 < told["error"] < 1
-    assert len(told["modules"]) == 4
+    assert report["rank"] == lk.Adapter.load(tmp_path / "mix").rank == 5
+    assert 0 < report["error"] < 1
+    assert len(report["modules"]) == 4
 
 
 def test_resize_by_rank_energy_and_error(lorakit, two, tmp_path):
@@ -71,14 +71,14 @@ def test_extract_prints_what_is_captured(lorakit, model, tmp_path):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("14 changed matrices, largest rank 8;")
-    assert lines[1] == "5 other tensors changed: 5 kept whole"
+    assert lines[1] == "5 other tensors changed: 5 saved in full"
     assert lines[2].startswith("captured: ")
     assert lines[-1].startswith("next: lorakit eval")
     assert lk.Adapter.load(tmp_path / "lora").saved
     code, out, _ = lorakit("extract", model, tmp_path / "tuned", tmp_path / "some", "--keep", "1.0", "--target", "q_proj", "--json")
-    told = json.loads(out)
-    assert len(told["modules"]) == 2
-    assert 0 < told["captured"] < 1
+    report = json.loads(out)
+    assert len(report["modules"]) == 2
+    assert 0 < report["captured"] < 1
 
 
 def test_an_existing_out_is_kept_unless_forced(lorakit, two, tmp_path):
@@ -90,7 +90,7 @@ def test_an_existing_out_is_kept_unless_forced(lorakit, two, tmp_path):
         assert "exists\n  --force replaces it" in err
     code, _, err = lorakit("resize", two[0], tmp_path / "here", "--rank", "2", "--force")
     assert code == 2
-    assert "other things in it" in err
+    assert "is a folder with other files" in err
     assert (tmp_path / "here" / "mine").read_text() == "x"
     for force in ([], ["--force"]):
         assert lorakit("resize", two[0], tmp_path / "there", "--rank", "2", *force)[0] == 0
@@ -103,7 +103,7 @@ def test_an_existing_out_is_kept_unless_forced(lorakit, two, tmp_path):
         (["--method", "tie"], "did you mean 'ties'"), (["--method", "ties"], "needs a density"),
     ],
 )  # fmt: skip
-def test_a_wrong_call_leaves_nothing_behind(lorakit, two, tmp_path, options, said):
+def test_a_usage_error_writes_nothing(lorakit, two, tmp_path, options, said):
     code, _, err = lorakit("combine", *two, "--out", tmp_path / "mix", *options)
     assert code == 2
     assert said in err
@@ -111,19 +111,19 @@ def test_a_wrong_call_leaves_nothing_behind(lorakit, two, tmp_path, options, sai
 
 
 @pytest.mark.parametrize("verb", ["combine", "resize", "extract"])
-def test_each_verb_has_help(lorakit, verb):
+def test_each_command_has_help(lorakit, verb):
     code, out, _ = lorakit(verb, "--help")
     assert code == 0
     assert f"Usage: lorakit {verb}" in out
 
 
-def test_a_result_is_never_written_into_the_folder_of_a_run(lorakit, two, tmp_path):
-    """Reading such a folder means its adapter; writing into it would leave two."""
+def test_a_result_is_never_written_into_a_runs_folder(lorakit, two, tmp_path):
+    """A run's folder stands for its adapter; writing into it would leave two adapters there."""
     run = tmp_path / "run"
     lk.Adapter.load(two[0]).save(run / "adapter")
     (run / "config.yaml").write_text("model: x")
     assert lorakit("resize", run, tmp_path / "small", "--rank", "2")[0] == 0
     code, _, err = lorakit("resize", two[1], run, "--rank", "2", "--force")
     assert code == 2
-    assert "other things in it" in err
+    assert "is a folder with other files" in err
     assert not (run / "adapter_config.json").exists()

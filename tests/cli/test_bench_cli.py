@@ -1,4 +1,4 @@
-"""`lorakit bench`: what it prints and writes, and how it says what is missing."""
+"""`lorakit bench`: what it prints and writes, and how it reports what is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS = [{"side": "base", "ms": 12.5, "losses": [1.0, 2.0]}, {"side": "other", "m
 
 @pytest.fixture
 def fake(monkeypatch):
-    """The table `latency`, with these rows; the list of how it was called."""
+    """Replace the table `latency` by fixed rows; returns the list of its calls."""
     calls = []
     module = suite.load("latency")
     monkeypatch.setattr(module, "run", lambda quick=False: calls.append(quick) or ROWS)
@@ -22,14 +22,14 @@ def fake(monkeypatch):
     return calls
 
 
-def test_a_table_is_printed_with_the_machine_what_it_compares_and_its_command(lorakit, fake):
+def test_a_table_is_printed_with_machine_title_and_command(lorakit, fake):
     code, out, _ = lorakit("bench", "latency", "--quick")
     assert (code, fake) == (0, [True])
     for words in ("threads", "torch", "base", "12.5", "lorakit bench latency --quick", suite.load("latency").TITLE.split("\n")[0][:60]):
         assert words in out
 
 
-def test_the_json_has_machine_rows_and_lists(lorakit, fake, tmp_path):
+def test_json_has_the_machine_and_all_rows(lorakit, fake, tmp_path):
     assert lorakit("bench", "latency", "--json", tmp_path / "b.json")[0] == 0
     written = json.loads((tmp_path / "b.json").read_text())
     assert written["machine"]["torch"]
@@ -44,13 +44,13 @@ def test_plots_are_drawn_into_the_folder(lorakit, fake, tmp_path):
     assert "latency.png" in out
 
 
-def test_a_wrong_name_is_a_wrong_call_and_nothing_runs(lorakit, fake):
+def test_a_wrong_name_is_a_usage_error_before_anything_runs(lorakit, fake):
     code, _, err = lorakit("bench", "latency", "latencies")
     assert (code, fake) == (2, [])
     assert "did you mean 'latency'" in err
 
 
-def test_a_missing_peer_is_said_and_the_other_tables_still_run(lorakit, fake, monkeypatch):
+def test_a_missing_peer_is_reported_and_the_other_tables_run(lorakit, fake, monkeypatch):
     def run(quick=False):
         raise suite.MissingPeer("peft")
 
@@ -62,14 +62,14 @@ def test_a_missing_peer_is_said_and_the_other_tables_still_run(lorakit, fake, mo
     assert "12.5" in out
 
 
-def test_plots_into_a_file_are_refused_before_anything_runs(lorakit, fake, tmp_path):
+def test_a_file_for_plots_is_refused_before_anything_runs(lorakit, fake, tmp_path):
     (tmp_path / "plots").write_text("")
     code, _, err = lorakit("bench", "latency", "--plots", tmp_path / "plots")
     assert (code, fake) == (2, [])
     assert "is a file" in err
 
 
-def test_the_precision_asked_for_reaches_the_table_and_its_command(lorakit, monkeypatch):
+def test_the_requested_precision_reaches_the_table_and_its_command(lorakit, monkeypatch):
     seen = []
     monkeypatch.setattr(suite.load("latency"), "run", lambda quick=False, precisions=(): seen.append(precisions) or ROWS)
     code, out, _ = lorakit("bench", "latency", "--precision", "fp32")
@@ -77,7 +77,7 @@ def test_the_precision_asked_for_reaches_the_table_and_its_command(lorakit, monk
     assert "lorakit bench latency --precision fp32" in out
 
 
-def test_a_precision_that_is_left_out_is_said_where_a_table_has_several(lorakit, fake, monkeypatch):
+def test_an_omitted_precision_is_reported_for_tables_with_several(lorakit, fake, monkeypatch):
     monkeypatch.setattr(suite, "precisions", lambda asked: ((torch.float32,), "bf16 is left out"))
     assert "left out" not in lorakit("bench", "latency")[1]
     monkeypatch.setattr(suite.load("latency"), "run", lambda quick=False, precisions=(): ROWS)

@@ -7,7 +7,7 @@ import tiny_lm
 from lorakit.generate import generate
 
 
-def test_chat_talks_and_obeys_its_commands(lorakit, model, trained):
+def test_chat_answers_and_obeys_its_commands(lorakit, model, trained):
     lines = ["Ada: 3\\n", "", "/base", "Ada: 3\\n", "/adapter adapter", "Ada: 3\\n", "/adapter nobody", "/what", "/reset", "/quit", "never"]
     args = ["--model", model, "--adapter", trained / "adapter", "--precision", "fp32", "--temperature", "0", "--max-new-tokens", "6"]
     code, out, _ = lorakit("chat", *args, stdin="\n".join(lines) + "\n")
@@ -19,7 +19,7 @@ def test_chat_talks_and_obeys_its_commands(lorakit, model, trained):
     assert "/adapter NAME" in answers[7]
 
 
-def test_chat_remembers_the_conversation_and_ends_with_its_input(lorakit, tmp_path, monkeypatch):
+def test_chat_keeps_the_conversation_and_ends_at_end_of_input(lorakit, tmp_path, monkeypatch):
     real, asked = generate.stream, []
 
     def stream(model, tokenizer, ids, **settings):
@@ -37,15 +37,15 @@ def test_chat_remembers_the_conversation_and_ends_with_its_input(lorakit, tmp_pa
     assert out.endswith("\n")
 
 
-def test_a_conversation_longer_than_the_model_is_an_error_that_does_not_end_the_chat(lorakit, model):
+def test_a_prompt_that_is_too_long_does_not_end_the_chat(lorakit, model):
     code, out, _ = lorakit("chat", "--model", model, "--max-new-tokens", "4", stdin=f"{'x' * 95}\nshort\n/quit\n")
     assert code == 0
     assert "lorakit: " in out
     assert out.count("> ") == 3
 
 
-def test_a_gguf_adapter_takes_the_heads_of_its_base_from_the_model(lorakit, model, trained, tmp_path):
-    """llama.cpp permutes the rows of q and k head by head, and the file does not say how many heads there are."""
+def test_a_gguf_adapter_reads_the_head_count_from_the_model(lorakit, model, trained, tmp_path):
+    """llama.cpp permutes the rows of q and k per head, and the file does not store the number of heads."""
     assert lorakit("convert", trained / "adapter", tmp_path / "x.gguf", "--to", "gguf", "--base", model)[0] == 0
     args = ["generate", "Ada: 3\\n", "--model", model, "--precision", "fp32", "--max-new-tokens", "8", "--template", "none", "--adapter"]
     code, out, error = lorakit(*args, tmp_path / "x.gguf")

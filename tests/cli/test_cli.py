@@ -1,4 +1,4 @@
-"""The command line: help without torch, exit codes, errors, and the whole way from data to a merged model."""
+"""The command line: help without torch, exit codes, errors, and every step from data to a merged model."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def test_help_and_version_need_no_torch(args):
     assert VERSION in done.stdout if args == ["--version"] else "Usage: lorakit" in done.stdout
 
 
-def test_the_version_is_the_packages(lorakit):
+def test_the_version_is_printed(lorakit):
     assert lorakit("--version") == (0, f"lorakit {VERSION}\n", "")
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_a_page_of_help(lorakit, verb):
+def test_every_command_has_help(lorakit, verb):
     code, out, _ = lorakit(*verb.split(), "--help")
     assert code == 0
     assert f"Usage: lorakit {verb}" in out
     assert lorakit(*verb.split(), "-h")[1] == out
 
 
-def test_the_help_names_every_verb(lorakit):
+def test_the_help_lists_every_command(lorakit):
     asked, wrong = lorakit("--help"), lorakit()
     assert (asked[0], wrong[0]) == (0, 2)
     for told in (asked[1], wrong[2]):
         assert all(f"\n  {verb}" in told for verb in VERBS if " " not in verb)
 
 
-def test_train_has_a_flag_for_every_setting_with_its_text(lorakit):
+def test_train_has_a_documented_flag_for_every_setting(lorakit):
     _, out, _ = lorakit("train", "--help")
     words = " ".join(out.split())
     for name, info in TrainConfig.model_fields.items():
@@ -70,7 +70,7 @@ def test_train_has_a_flag_for_every_setting_with_its_text(lorakit):
             assert " ".join(info.description.split())[:40] in words, name
 
 
-# ------------------------------------------------------------------------------------- calls that are wrong
+# ------------------------------------------------------------------------------------- usage errors
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_train_has_a_flag_for_every_setting_with_its_text(lorakit):
         (["eval"], "data"),
     ],
 )
-def test_a_wrong_call_says_what_is_wrong_and_exits_with_2(lorakit, tmp_path, monkeypatch, args, message):
+def test_a_usage_error_is_explained_and_exits_with_2(lorakit, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     code, _, error = lorakit(*args)
     assert code == 2
@@ -98,7 +98,7 @@ def test_a_wrong_call_says_what_is_wrong_and_exits_with_2(lorakit, tmp_path, mon
     assert "Traceback" not in error
 
 
-def test_an_unknown_key_in_the_file_names_the_nearest(lorakit, tmp_path):
+def test_an_unknown_config_key_suggests_the_nearest(lorakit, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("data: x\nlearning_rat: 1\n")
     code, _, error = lorakit("train", "--config", path)
@@ -106,7 +106,7 @@ def test_an_unknown_key_in_the_file_names_the_nearest(lorakit, tmp_path):
     assert "no setting 'learning_rat'; did you mean 'learning_rate'?" in error
 
 
-def test_a_job_that_fails_exits_with_1(lorakit, model, data, tmp_path):
+def test_a_failed_job_exits_with_1(lorakit, model, data, tmp_path):
     for args, message in [
         (["train", "--model", model, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "r"], "no such file"),
         (["train", "--model", tmp_path / "none", "--data", data, "--out", tmp_path / "r"], "there is no model folder"),
@@ -122,14 +122,14 @@ def test_a_job_that_fails_exits_with_1(lorakit, model, data, tmp_path):
         assert "Traceback" not in error
 
 
-def test_a_folder_that_cannot_be_written_is_no_traceback(lorakit, model, data):
+def test_an_unwritable_folder_gives_no_traceback(lorakit, model, data):
     code, _, error = lorakit("train", "--model", model, "--data", data, "--out", "/dev/null/run", "--quiet", *tiny_lm.FLAGS)
     assert code == 1
     assert error.startswith("lorakit: ")
     assert "/dev/null" in error
 
 
-def test_a_target_that_is_not_there_is_a_wrong_job_with_the_nearest_name(lorakit, model, data, tmp_path):
+def test_an_unknown_target_fails_with_the_nearest_name(lorakit, model, data, tmp_path):
     code, _, error = lorakit(
         "train", "--model", model, "--data", data, "--out", tmp_path / "r", "--targets", "q_pro,v_proj", *tiny_lm.FLAGS
     )
@@ -140,7 +140,7 @@ def test_a_target_that_is_not_there_is_a_wrong_job_with_the_nearest_name(lorakit
 # ------------------------------------------------------------------------------------- init and settings
 
 
-def test_init_writes_a_file_that_reads_back_as_the_defaults(lorakit, tmp_path):
+def test_the_config_from_init_reads_back_as_the_defaults(lorakit, tmp_path):
     path = tmp_path / "lorakit.yaml"
     code, out, _ = lorakit("init", path, "--data", "my rows.jsonl", "--model", "some/model")
     assert code == 0
@@ -155,7 +155,7 @@ def test_init_writes_a_file_that_reads_back_as_the_defaults(lorakit, tmp_path):
     assert path.read_text() != before
 
 
-def test_init_train_and_the_written_config_go_together(lorakit, model, data, tmp_path):
+def test_train_runs_the_config_from_init_and_its_own(lorakit, model, data, tmp_path):
     path = tmp_path / "lorakit.yaml"
     lorakit("init", path, "--data", data, "--model", model)
     out = tmp_path / "run"
@@ -167,7 +167,7 @@ def test_init_train_and_the_written_config_go_together(lorakit, model, data, tmp
     assert "going on at step 6" in told
 
 
-def test_flags_win_over_the_file(lorakit, model, data, tmp_path):
+def test_flags_override_the_config_file(lorakit, model, data, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"data": "elsewhere.jsonl", "rank": 2, "dropout": 0.5, "steps": 1, "group_by_length": False}))
     args = ["--config", path, "--data", data, "--model", model, "--out", tmp_path / "r", "--rank", "4", "--threads", "1"]
@@ -177,7 +177,7 @@ def test_flags_win_over_the_file(lorakit, model, data, tmp_path):
     assert (config["rank"], config["dropout"], config["steps"], config["group_by_length"]) == (4, 0.5, 1, True)
 
 
-def test_going_on_with_another_rank_fails_with_the_difference(lorakit, trained):
+def test_resuming_with_another_rank_shows_the_difference(lorakit, trained):
     code, _, error = lorakit("train", "--config", trained / "config.yaml", "--rank", "8")
     assert code == 1
     assert "rank: 4 then, 8 now" in error
@@ -186,7 +186,7 @@ def test_going_on_with_another_rank_fails_with_the_difference(lorakit, trained):
 # ------------------------------------------------------------------------------------- data show
 
 
-def test_data_show_marks_what_is_trained_and_says_what_is_next(lorakit, model, data):
+def test_data_show_marks_trained_tokens_and_prints_the_next_command(lorakit, model, data):
     code, out, _ = lorakit("data", "show", data, "--model", model, "--rows", "2")
     assert code == 0
     first = tiny_lm.rows()[0]
@@ -213,7 +213,7 @@ def test_data_show_as_json(lorakit, model, data):
         (b'{"prompt": "\xe9"}\n', "line 1: byte 0xe9"),
     ],
 )
-def test_data_show_names_file_and_row_of_bad_data(lorakit, model, tmp_path, text, message):
+def test_data_show_names_file_and_row_of_invalid_data(lorakit, model, tmp_path, text, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     code, _, error = lorakit("data", "show", path, "--model", model)
@@ -233,7 +233,7 @@ def test_data_show_with_other_column_names(lorakit, model, tmp_path):
 # ------------------------------------------------------------------------------------- the whole way
 
 
-def test_train_says_what_came_out_and_what_is_next(lorakit, model, data, tmp_path):
+def test_train_prints_its_result_and_the_next_command(lorakit, model, data, tmp_path):
     out = tmp_path / "a run"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, *tiny_lm.FLAGS)
     assert code == 0
@@ -243,14 +243,14 @@ def test_train_says_what_came_out_and_what_is_next(lorakit, model, data, tmp_pat
     assert after == f"next: lorakit eval {data} --model {model} --adapter '{out}/adapter'"
 
 
-def test_train_as_json_prints_nothing_else(lorakit, trained):
+def test_train_as_json_prints_only_json(lorakit, trained):
     code, out, _ = lorakit("train", "--config", trained / "config.yaml", "--json")
     told = json.loads(out)
     assert code == 0
     assert (told["step"], told["steps"], told["stopped"], told["adapter"]) == (6, 6, None, f"{trained}/adapter")
 
 
-def test_full_fine_tuning_leads_to_a_model_not_an_adapter(lorakit, model, data, tmp_path):
+def test_full_fine_tuning_writes_a_model_not_an_adapter(lorakit, model, data, tmp_path):
     out = tmp_path / "full"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, "--method", "full", *tiny_lm.FLAGS)
     assert code == 0
@@ -258,7 +258,7 @@ def test_full_fine_tuning_leads_to_a_model_not_an_adapter(lorakit, model, data, 
     assert lorakit("eval", data, "--model", out / "model", "--no-text")[0] == 0
 
 
-def test_eval_puts_base_and_adapter_side_by_side(lorakit, model, data, trained):
+def test_eval_compares_base_and_adapter(lorakit, model, data, trained):
     args = ["eval", data, "--model", model, "--adapter", f"mine={trained}/adapter", "--precision", "fp32", "--max-new-tokens", "4"]
     code, out, _ = lorakit(*args, "--json", "--limit", "6")
     base, mine = json.loads(out)["results"]
@@ -278,7 +278,7 @@ def test_eval_puts_base_and_adapter_side_by_side(lorakit, model, data, trained):
     assert out.splitlines()[-1] == f"next: lorakit train --data {data} --model {model}"
 
 
-def test_generate_answers_with_the_adapter_and_without(lorakit, model, trained):
+def test_generate_with_and_without_the_adapter(lorakit, model, trained):
     args = ["--model", model, "--precision", "fp32", "--max-new-tokens", "8"]
     code, out, _ = lorakit("generate", r"Ada: 3\n", *args, "--json")
     base = json.loads(out)
@@ -291,7 +291,7 @@ def test_generate_answers_with_the_adapter_and_without(lorakit, model, trained):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_a_chat_template_is_used_where_there_is_one(lorakit, model, tmp_path):
+def test_generate_uses_the_chat_template_if_there_is_one(lorakit, model, tmp_path):
     code, _, error = lorakit("generate", "hi", "--model", model, "--template", "chat")
     assert code == 2
     assert "no chat template" in error
@@ -302,7 +302,7 @@ def test_a_chat_template_is_used_where_there_is_one(lorakit, model, tmp_path):
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_an_adapter_trained_on_conversations_is_asked_as_it_was_trained(lorakit, model, tmp_path):
+def test_prompts_are_formatted_as_in_training(lorakit, model, tmp_path):
     turns = [[{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yo"}] for i in range(8)]
     rows = tiny_lm.write_rows(tmp_path / "chats.jsonl", [{"messages": t} for t in turns])
     args = ["--model", model, "--precision", "fp32"]
@@ -317,7 +317,7 @@ def test_an_adapter_trained_on_conversations_is_asked_as_it_was_trained(lorakit,
     assert all(trained_on.trained[len(asked) :])
 
 
-def test_a_base_without_the_chat_template_an_adapter_was_trained_with_is_an_error(lorakit, model, trained, tmp_path):
+def test_a_base_without_the_adapters_chat_template_is_an_error(lorakit, model, trained, tmp_path):
     adapter = lk.Adapter.load(f"{trained}/adapter")
     data = {**adapter.metadata["data"], "template": "chat"}
     dataclasses.replace(adapter, metadata={**adapter.metadata, "data": data}).save(tmp_path / "chat")
@@ -328,7 +328,7 @@ def test_a_base_without_the_chat_template_an_adapter_was_trained_with_is_an_erro
     assert lorakit(*args, "--template", "none")[0] == 0
 
 
-def test_inspect_tells_what_is_in_an_adapter_and_in_a_model(lorakit, model, trained):
+def test_inspect_describes_adapters_and_models(lorakit, model, trained):
     code, out, _ = lorakit("inspect", trained / "adapter")
     assert code == 0
     assert "rank 4, 3,712 parameters in 14 modules" in out
@@ -343,7 +343,7 @@ def test_inspect_tells_what_is_in_an_adapter_and_in_a_model(lorakit, model, trai
     assert json.loads(lorakit("inspect", model, "--json")[1])["architecture"] == "LlamaForCausalLM"
 
 
-def test_merge_writes_a_model_with_the_adapters_answers(lorakit, model, trained, tmp_path):
+def test_the_merged_model_answers_like_base_and_adapter(lorakit, model, trained, tmp_path):
     out = tmp_path / "merged"
     code, told, error = lorakit("merge", model, trained / "adapter", out)
     assert code == 0, error
@@ -362,7 +362,7 @@ def test_merge_writes_a_model_with_the_adapters_answers(lorakit, model, trained,
     assert lorakit("generate", "Ada", "--model", out, "--max-new-tokens", "2")[0] == 0
 
 
-def test_merge_takes_several_adapters_with_weights(lorakit, model, trained, tmp_path):
+def test_merge_with_several_weighted_adapters(lorakit, model, trained, tmp_path):
     adapter, out = trained / "adapter", tmp_path / "out"
     code, _, error = lorakit("merge", model, adapter, adapter, out, "--weights", "0.75,0.25")
     assert code == 0, error
@@ -379,20 +379,20 @@ def test_merge_takes_several_adapters_with_weights(lorakit, model, trained, tmp_
 @pytest.mark.parametrize(
     "args,code,said",
     [
-        (("ADAPTER",), 2, "one adapter or several, and OUT"),
+        (("ADAPTER",), 2, "one or several adapters, and OUT"),
         (("ADAPTER", "ADAPTER", "OUT", "--weights", "0.5"), 2, "1 weights for 2 adapters"),
         (("ADAPTER", "OUT", "--weights", "half"), 2, "'half' is not a list of numbers"),
         (("nowhere", "OUT"), 1, "no adapter at 'nowhere'"),
     ],
 )
-def test_a_merge_that_cannot_be_says_why_and_writes_nothing(args, code, said, lorakit, model, trained, tmp_path):
+def test_an_impossible_merge_is_explained_and_writes_nothing(args, code, said, lorakit, model, trained, tmp_path):
     named = {"ADAPTER": trained / "adapter", "OUT": tmp_path / "out"}
     found, _, error = lorakit("merge", model, *(named.get(a, a) for a in args))
     assert (found, said in error) == (code, True), error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_merge_never_replaces_an_adapter_that_it_reads(lorakit, model, trained, tmp_path):
+def test_merge_never_replaces_an_adapter_it_reads(lorakit, model, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -402,7 +402,7 @@ def test_a_merge_never_replaces_an_adapter_that_it_reads(lorakit, model, trained
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_a_closed_pipe_is_no_traceback(model, data):
+def test_a_closed_pipe_gives_no_traceback(model, data):
     command = f"{sys.executable} -c 'from lorakit.cli import main; main()' data show {data} --model {model} --rows 24 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr

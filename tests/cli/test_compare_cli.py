@@ -1,4 +1,4 @@
-"""`lorakit compare` and `lorakit inspect`'s maps and bases, through the command line."""
+"""`lorakit compare`, and the heat maps and base comparison of `lorakit inspect`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakit.analysis.compare_report import write_html
 
 @pytest.fixture(scope="module")
 def two(model, tmp_path_factory):
-    """Folders of two adapters of the model; the second lacks a module."""
+    """Folders of two adapters of the model; the second has one module fewer."""
     folder = tmp_path_factory.mktemp("two")
     for seed, name in ((1, "a"), (2, "b")):
         live = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=2 + seed, alpha=4, targets=["q_proj", "down_proj"], base=model))
@@ -32,19 +32,19 @@ def two(model, tmp_path_factory):
     return folder / "a", folder / "b"
 
 
-def test_compare_says_how_alike_and_how_much_in_the_way(lorakit, two):
+def test_compare_reports_similarity_and_interference(lorakit, two):
     code, out, error = lorakit("compare", *two, "--module", "layers.1.self_attn.q_proj")
     assert code == 0, error
     assert "3 modules in both, 1 in A alone, 0 in B alone" in out
     assert "only in A: model.layers.0.mlp.down_proj" in out
-    assert re.search(r"stacked, B changes A's effect by [\d.]+ % of it", out)
+    assert re.search(r"with both active, B changes A's effect by [\d.]+ %", out)
     assert "φ(A, B, i, j), model.layers.1.self_attn.q_proj, right singular directions of A" in out
     assert out.splitlines()[-1] == f"next: lorakit compare {two[0]} {two[1]} --html report.html"
     code, out, _ = lorakit("compare", *two, "--modules")
     assert "model.layers.1.mlp.down_proj" in out
 
 
-def test_compare_as_json_has_every_number(lorakit, two, model):
+def test_compare_as_json_has_every_figure(lorakit, two, model):
     code, out, error = lorakit("compare", *two, "--json", "--base", model, "--of", "left", "--module", "q_proj")
     assert code == 0, error
     told = json.loads(out)
@@ -71,7 +71,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(lorakit, two, model, tmp_path):
+def test_the_report_is_one_self_contained_page(lorakit, two, model, tmp_path):
     code, out, error = lorakit("compare", *two, "--base", model, "--html", tmp_path / "r.html", "--plot", tmp_path / "p.svg")
     assert code == 0, error
     assert f"written: {tmp_path / 'r.html'}" in out
@@ -97,14 +97,14 @@ def test_names_from_a_file_are_escaped_in_the_report(lorakit, tmp_path):
     assert "&lt;script&gt;" in text
 
 
-def test_a_plot_of_another_kind_is_refused_before_any_work(lorakit, two, tmp_path):
+def test_an_unsupported_plot_ending_is_refused_before_any_work(lorakit, two, tmp_path):
     for verb in (["compare", *two], ["inspect", two[0]]):
         code, _, error = lorakit(*verb, "--plot", tmp_path / "p.pdf")
         assert code == 2
         assert ".png or .svg" in error
 
 
-def test_inspect_draws_a_map_and_measures_against_the_base(lorakit, two, model, tmp_path):
+def test_inspect_draws_a_heat_map_and_compares_with_the_base(lorakit, two, model, tmp_path):
     code, out, error = lorakit("inspect", two[0], "--base", model, "--map", "--plot", tmp_path / "m.png")
     assert code == 0, error
     assert "‖ΔW‖ / ‖W‖" in out
@@ -120,7 +120,7 @@ def test_inspect_draws_a_map_and_measures_against_the_base(lorakit, two, model, 
     assert lorakit("inspect", model, "--map")[0] == 2
 
 
-def test_inspect_and_compare_say_where_a_file_has_nan(lorakit, two, tmp_path):
+def test_inspect_and_compare_list_the_keys_with_nan(lorakit, two, tmp_path):
     tensors = load_file(two[0] / "adapter_model.safetensors")
     bad = sorted(tensors)[1::3]
     for key in bad:
@@ -136,7 +136,7 @@ def test_inspect_and_compare_say_where_a_file_has_nan(lorakit, two, tmp_path):
         assert f"{len(bad)} keys" in error
 
 
-def test_compare_and_combine_of_unrelated_adapters_name_modules_of_both(lorakit, two, tmp_path):
+def test_comparing_or_combining_unrelated_adapters_is_an_error(lorakit, two, tmp_path):
     f = Factors(torch.randn(2, 4), torch.randn(4, 2), 2.0)
     lk.Adapter(lk.LoraConfig(rank=2, alpha=2, targets=["to_q"]), {"unet.down_blocks.0.to_q": f}).save(tmp_path / "unet")
     code, out, error = lorakit("compare", two[0], tmp_path / "unet")
@@ -150,7 +150,7 @@ def test_compare_and_combine_of_unrelated_adapters_name_modules_of_both(lorakit,
     assert lorakit("combine", two[0], tmp_path / "unet", "--out", tmp_path / "mix", "--force-base")[0] == 0
 
 
-def test_compare_says_when_fingerprints_tell_two_bases(lorakit, two, tmp_path):
+def test_compare_warns_if_fingerprints_name_two_bases(lorakit, two, tmp_path):
     other = lk.Adapter.load(two[0])
     other = replace(other, metadata={"fingerprint": {**other.metadata["fingerprint"], "architecture": "Other"}})
     code, out, error = lorakit("compare", two[0], other.save(tmp_path / "other"))
@@ -159,23 +159,23 @@ def test_compare_says_when_fingerprints_tell_two_bases(lorakit, two, tmp_path):
     assert "LlamaForCausalLM and Other" in out
 
 
-def test_inspect_says_when_the_base_given_is_not_the_adapters(lorakit, two, model, tmp_path):
+def test_inspect_warns_about_a_different_base(lorakit, two, model, tmp_path):
     other = tiny_lm.llama(seed=1)
     folder = tmp_path / "other"
     other.save_pretrained(folder)
     code, out, error = lorakit("inspect", two[0], "--base", folder)
     assert (code, error) == (0, "")
-    assert "trained on another base than the one given" in out
+    assert "trained on a different base than the one given" in out
     assert "weights: model.embed_tokens.weight holds other values" in out or "weights: lm_head.weight holds other values" in out
     assert json.loads(lorakit("inspect", two[0], "--base", folder, "--json")[1])["unlike_base"]
-    assert "another base" not in lorakit("inspect", two[0], "--base", model)[1]
+    assert "different base" not in lorakit("inspect", two[0], "--base", model)[1]
 
 
-def test_inspect_counts_a_packed_projection_without_its_zeros(lorakit, tmp_path):
+def test_inspect_does_not_count_a_packed_projections_zeros(lorakit, tmp_path):
     B = torch.zeros(12, 4)
     B[:4, :2], B[8:, 2:] = torch.randn(4, 2), torch.randn(4, 2)
     f = Factors(torch.randn(4, 9), B, 2.0, parts=(True, False, True))
     lk.Adapter(lk.LoraConfig(rank=2, alpha=2, targets=["qkv"], packed={"qkv": [True, False, True]}), {"l.0.qkv": f}).save(tmp_path / "a")
     out = lorakit("inspect", tmp_path / "a")[1]
     assert "52 parameters in 1 modules" in out  # A 36, two blocks of 4 x 2
-    assert out.count("the zeros between their blocks are no parameters") == 1
+    assert out.count("the zeros between their blocks are not counted as parameters") == 1

@@ -1,4 +1,4 @@
-"""`lorakit doctor`: one screen of facts, an exit code a script can use, and fixes on the lines they concern."""
+"""`lorakit doctor`: one screen of facts, an exit code for scripts, and each fix on the line it concerns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.version import VERSION
 
 
 def without(name: str) -> subprocess.CompletedProcess[str]:
-    """`lorakit doctor` in a Python where this cannot be imported; it prints when that is tried."""
+    """Run `lorakit doctor` in a Python that cannot import `name`; it prints each attempt."""
     code = (
         "import sys\n"
         "class Gone:\n"
@@ -28,7 +28,7 @@ def without(name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_every_section_is_there_and_all_can_work(lorakit):
+def test_every_section_is_printed(lorakit):
     code, out, error = lorakit("doctor")
     assert (code, error) == (0, "")
     assert out.startswith(f"lorakit {VERSION}, Python ")
@@ -52,7 +52,7 @@ def test_json_holds_the_same_facts(lorakit):
     assert isinstance(facts["fused"], list)
 
 
-def test_without_torch_the_first_line_and_the_fix_are_printed_and_the_exit_code_is_1():
+def test_without_torch_it_prints_the_fix_and_exits_with_1():
     done = without("torch")
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
@@ -64,15 +64,15 @@ def test_without_torch_the_first_line_and_the_fix_are_printed_and_the_exit_code_
     assert lines[-1].startswith("lorakit does not work here yet: torch")
 
 
-def test_a_library_that_the_command_line_itself_needs_is_named():
+def test_a_missing_library_of_the_command_line_is_named():
     done = without("typer")
     assert done.returncode == 1
-    assert done.stderr.startswith("lorakit: the library 'typer'")
+    assert done.stderr.startswith("lorakit: the required library 'typer' is not installed")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("installed, word", [(None, "missing"), ("4.57", "does not fit")])
-def test_a_release_outside_the_bounds_fails_with_the_command_that_mends_it(lorakit, monkeypatch, installed, word):
+def test_an_unsupported_release_fails_with_the_command_that_fixes_it(lorakit, monkeypatch, installed, word):
     monkeypatch.setattr(versions, "installed", lambda name: installed if name == "transformers" else "99")
     monkeypatch.setattr(versions, "judge", judged(versions.judge))
     code, out, _ = lorakit("doctor")
@@ -83,11 +83,11 @@ def test_a_release_outside_the_bounds_fails_with_the_command_that_mends_it(lorak
 
 
 def judged(real):
-    """Every library but transformers is as tested, whatever the machine has."""
+    """Judge every library except transformers as tested, whatever is installed."""
     return lambda requirement, here, tested: real(requirement, here if requirement.startswith("transformers") else tested, tested)
 
 
-def test_what_is_fused_has_a_section_where_there_is_something_to_say(lorakit, monkeypatch):
+def test_fused_modules_have_a_section(lorakit, monkeypatch):
     parts = [fused.FusedPart("Llama", "attention", False, "its code is not known here"), fused.FusedPart("Llama", "gated MLP", True)]
     monkeypatch.setattr(fused, "fused_report", lambda: parts)
     code, out, _ = lorakit("doctor")
@@ -96,6 +96,6 @@ def test_what_is_fused_has_a_section_where_there_is_something_to_say(lorakit, mo
     assert line.split()[:2] == ["Llama", "attention"]
 
 
-def test_pins_are_what_pip_takes(lorakit):
+def test_pins_are_a_constraints_file(lorakit):
     code, out, _ = lorakit("doctor", "--pins")
     assert (code, out) == (0, versions.pins())

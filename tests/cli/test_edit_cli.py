@@ -1,4 +1,4 @@
-"""`lorakit edit`: each change as it is read back, and what cannot be."""
+"""`lorakit edit`: each change is read back, and impossible ones are refused."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def adapter(tmp_path_factory):
 def test_scaling_and_negation_change_every_update_and_nothing_else(lorakit, adapter, tmp_path):
     before = lk.Adapter.load(adapter)
     for scale in (0.5, -1.0):
-        code, told, error = lorakit("edit", adapter, tmp_path / str(scale), "--scale", scale)
+        code, out, error = lorakit("edit", adapter, tmp_path / str(scale), "--scale", scale)
         assert (code, error) == (0, "")
-        assert told.splitlines()[-1] == f"next: lorakit inspect {tmp_path / str(scale)}"
+        assert out.splitlines()[-1] == f"next: lorakit inspect {tmp_path / str(scale)}"
         for module, f in lk.Adapter.load(tmp_path / str(scale)).factors.items():
             torch.testing.assert_close(f.delta(), scale * before.factors[module].delta())
 
 
-def test_modules_go_names_change_and_numbers_are_cast(lorakit, adapter, tmp_path):
-    code, told, error = lorakit(
+def test_drop_rename_and_dtype(lorakit, adapter, tmp_path):
+    code, out, error = lorakit(
         "edit", adapter, tmp_path / "out", "--drop", "v_proj", "--rename", "model=language_model", "--dtype", "bf16", "--json"
     )
     assert (code, error) == (0, "")
-    assert json.loads(told)["modules"] == 2
+    assert json.loads(out)["modules"] == 2
     after = lk.Adapter.load(tmp_path / "out")
     assert sorted(after.factors) == [f"language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert after.factors["language_model.layers.0.self_attn.q_proj"].A.dtype == torch.bfloat16
@@ -41,10 +41,10 @@ def test_modules_go_names_change_and_numbers_are_cast(lorakit, adapter, tmp_path
     assert len(lk.Adapter.load(tmp_path / "v.pt", alpha=8).factors) == 2
 
 
-def test_a_file_without_alpha_is_to_be_read_with_the_alpha_that_is_printed(lorakit, adapter, tmp_path):
+def test_the_next_command_gives_the_alpha_that_loralib_files_lack(lorakit, adapter, tmp_path):
     assert lorakit("edit", adapter, tmp_path / "a.pt", "--scale", 2, "--to", "loralib")[0] == 0
-    code, told, error = lorakit("edit", tmp_path / "a.pt", tmp_path / "b.pt", "--scale", 0.5, "--alpha", 16)
-    assert (code, told.splitlines()[-1]) == (0, f"next: lorakit inspect {tmp_path / 'b.pt'} --alpha 8"), error
+    code, out, error = lorakit("edit", tmp_path / "a.pt", tmp_path / "b.pt", "--scale", 0.5, "--alpha", 16)
+    assert (code, out.splitlines()[-1]) == (0, f"next: lorakit inspect {tmp_path / 'b.pt'} --alpha 8"), error
     before = lk.Adapter.load(adapter)
     for module, f in lk.Adapter.load(tmp_path / "b.pt", alpha=8).factors.items():
         torch.testing.assert_close(f.delta(), before.factors[module].delta())
@@ -53,9 +53,9 @@ def test_a_file_without_alpha_is_to_be_read_with_the_alpha_that_is_printed(lorak
 @pytest.mark.parametrize(
     "options,code,said",
     [
-        ((), 2, "changes nothing"),
+        ((), 2, "nothing to change"),
         (("--drop", "k_proj"), 1, "no module of this adapter matches 'k_proj'; did you mean"),
-        (("--rename", "model"), 2, "'model' is not OLD=NEW"),
+        (("--rename", "model"), 2, "'model' is not of the form OLD=NEW"),
         (("--rename", "modle=m"), 1, "no module is named 'modle'"),
         (("--scale", "0"), 2, "would leave nothing"),
         (("--scale", "nan"), 2, "cannot be scaled by nan"),
@@ -65,9 +65,9 @@ def test_a_file_without_alpha_is_to_be_read_with_the_alpha_that_is_printed(lorak
     ],
     ids=str,
 )
-def test_what_cannot_be_is_said_and_nothing_is_written(options, code, said, lorakit, adapter, tmp_path):
-    found, _, error = lorakit("edit", adapter, tmp_path / "out", *options)
-    assert (found, said in error) == (code, True), error
+def test_impossible_edits_are_refused_and_nothing_is_written(options, code, said, lorakit, adapter, tmp_path):
+    exit_code, _, error = lorakit("edit", adapter, tmp_path / "out", *options)
+    assert (exit_code, said in error) == (code, True), error
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ import lorakit as lk
 from lorakit import formats
 
 
-def test_convert_writes_every_format_that_the_adapter_fits(lorakit, trained, model, tmp_path):
+def test_convert_writes_every_format(lorakit, trained, model, tmp_path):
     expected = lk.Adapter.load(trained / "adapter")
     for to, name in (("mlx", "mlx"), ("gguf", "lora.gguf"), ("loralib", "lora.pt"), ("peft", "peft")):
         code, out, err = lorakit("convert", str(trained / "adapter"), str(tmp_path / name), "--to", to, "--base", model)
@@ -18,14 +18,14 @@ def test_convert_writes_every_format_that_the_adapter_fits(lorakit, trained, mod
         assert f"(peft) -> {tmp_path / name} ({to})" in out
         assert out.splitlines()[-1].startswith(f"next: lorakit inspect {tmp_path / name}")
         code, _, err = lorakit(*out.splitlines()[-1].split()[2:])
-        assert code == 0, f"what it says to type next: {err}"
+        assert code == 0, f"the printed next command fails: {err}"
         options = {"alpha": expected.config.alpha} if to == "loralib" else {}
         found = formats.load(tmp_path / name, base=model, **options)
         for module, f in expected.factors.items():
             torch.testing.assert_close(found.factors[module].delta(), f.delta(), rtol=1e-4, atol=1e-6)
 
 
-def test_convert_says_what_would_be_lost_and_leaves_it_out_only_if_that_is_allowed(lorakit, trained, tmp_path):
+def test_convert_refuses_a_loss_unless_allowed(lorakit, trained, tmp_path):
     code, _, err = lorakit("convert", str(trained / "adapter"), str(tmp_path / "x.safetensors"), "--to", "kohya")
     assert code == 1
     assert "kohya cannot hold all of this adapter" in err
@@ -36,18 +36,18 @@ def test_convert_says_what_would_be_lost_and_leaves_it_out_only_if_that_is_allow
     assert json.loads(out)["left_out"] == []
 
 
-def test_export_checks_mends_verifies_and_says_what_to_type_next(lorakit, trained, model, tmp_path):
+def test_export_checks_fixes_verifies_and_prints_the_next_command(lorakit, trained, model, tmp_path):
     code, _, err = lorakit("export", str(trained / "adapter"), str(tmp_path / "out"), "--for", "vllm")
     assert code == 1
-    assert "vllm does not take this adapter" in err
+    assert "vllm does not accept this adapter" in err
     assert "--fix" in err
     assert not (tmp_path / "out").exists()
     code, out, err = lorakit(
         "export", str(trained / "adapter"), str(tmp_path / "out"), "--for", "vllm", "--fix", "--verify", "--base", model
     )
     assert code == 0, err
-    assert "mended: " in out
-    assert "the largest difference of ΔW is" in out
+    assert "fixed: " in out
+    assert "read back: ΔW off by at most" in out
     assert out.splitlines()[-1] == f"next: vllm serve {model} --enable-lora --lora-modules mine={tmp_path / 'out'}"
     code, out, err = lorakit(
         "export", str(trained / "adapter"), str(tmp_path / "x.gguf"), "--for", "llama.cpp", "--base", model, "--verify", "--json"
@@ -56,7 +56,7 @@ def test_export_checks_mends_verifies_and_says_what_to_type_next(lorakit, traine
     assert json.loads(out)["difference"] < 1e-6
 
 
-def test_wrong_calls_are_answered_with_what_is_known(lorakit, trained, tmp_path):
+def test_usage_errors_exit_with_2_and_unreadable_files_with_1(lorakit, trained, tmp_path):
     assert lorakit("convert", str(trained / "adapter"), str(tmp_path / "x"), "--to", "pfet")[0] == 2
     assert lorakit("export", str(trained / "adapter"), str(tmp_path / "x"), "--for", "vlm")[0] == 2
     code, _, err = lorakit("convert", str(tmp_path / "none"), str(tmp_path / "x"), "--to", "peft")
@@ -68,7 +68,7 @@ def test_wrong_calls_are_answered_with_what_is_known(lorakit, trained, tmp_path)
     assert "not a readable safetensors file" in err
 
 
-def test_nothing_that_is_there_is_lost(lorakit, trained, model, tmp_path):
+def test_existing_output_is_never_lost(lorakit, trained, model, tmp_path):
     source = str(trained / "adapter")
     (tmp_path / "note.safetensors").write_text("mine")
     code, _, err = lorakit("convert", source, str(tmp_path / "note.safetensors"), "--to", "loralib")
@@ -79,7 +79,7 @@ def test_nothing_that_is_there_is_lost(lorakit, trained, model, tmp_path):
     config = (tmp_path / "a" / "adapter_config.json").read_bytes()
     code, _, err = lorakit("convert", source, str(tmp_path / "a"), "--to", "mlx", "--force")
     assert code == 2
-    assert "a folder with peft in it" in err
+    assert "a folder with an adapter in peft's format" in err
     assert (tmp_path / "a" / "adapter_config.json").read_bytes() == config
     assert lorakit("convert", source, str(tmp_path / "a"), "--to", "peft", "--force")[0] == 0
     code, _, err = lorakit("export", source, model, "--for", "peft", "--force")
@@ -87,7 +87,7 @@ def test_nothing_that_is_there_is_lost(lorakit, trained, model, tmp_path):
     assert "holds a model" in err
 
 
-def test_names_that_do_not_suit_the_format_are_refused(lorakit, trained, tmp_path):
+def test_out_names_that_do_not_fit_the_format_are_refused(lorakit, trained, tmp_path):
     source = str(trained / "adapter")
     for to, name, said in (
         ("peft", "x.safetensors", "written as a folder"), ("mlx", "x.gguf", "written as a folder"), ("gguf", "x.safetensors", "ends in .gguf"),
@@ -100,7 +100,7 @@ def test_names_that_do_not_suit_the_format_are_refused(lorakit, trained, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_modelfile_beside_out_is_replaced_only_with_force(lorakit, trained, model, tmp_path):
+def test_a_different_modelfile_is_replaced_only_with_force(lorakit, trained, model, tmp_path):
     (tmp_path / "Modelfile").write_text("FROM mine\n")
     calls = (
         ["export", trained / "adapter", tmp_path / "a.gguf", "--for", "ollama", "--base", model, "--model", "llama3.2"],
@@ -109,7 +109,7 @@ def test_a_modelfile_beside_out_is_replaced_only_with_force(lorakit, trained, mo
     for call in calls:
         code, _, err = lorakit(*call)
         assert code == 2
-        assert "Modelfile exists and says other things" in err
+        assert "Modelfile exists with other content" in err
         assert [p.name for p in tmp_path.iterdir()] == ["Modelfile"]
         assert (tmp_path / "Modelfile").read_text() == "FROM mine\n"
     for call in calls:

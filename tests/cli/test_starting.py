@@ -1,4 +1,4 @@
-"""The first line of a verb comes before torch, which takes seconds to import; a wrong call is answered without either."""
+"""A command prints its first line before it imports torch, which takes seconds; a usage error needs neither."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VERBS = {
 
 @pytest.fixture(scope="module")
 def without_torch(tmp_path_factory):
-    """`lorakit ARGS` in a process whose torch says that it is imported, and then fails."""
+    """Run `lorakit ARGS` in a process with a fake torch that prints TORCH on import and exits."""
     folder = tmp_path_factory.mktemp("torchless")
     (folder / "torch.py").write_text("import sys\nprint('TORCH', file=sys.stderr, flush=True)\nraise SystemExit(7)\n")
     path = os.pathsep.join([str(folder), str(Path(lorakit.__file__).parents[1])])
@@ -54,7 +54,7 @@ def without_torch(tmp_path_factory):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_says_what_it_does_before_it_imports_torch(without_torch, verb):
+def test_a_command_prints_its_first_line_before_importing_torch(without_torch, verb):
     done = without_torch(VERBS[verb])
     first, *rest = done.stderr.splitlines()
     assert first.startswith("lorakit: ")
@@ -64,7 +64,7 @@ def test_a_verb_says_what_it_does_before_it_imports_torch(without_torch, verb):
 
 
 @pytest.mark.parametrize("verb", ["train", "sweep"])
-def test_quiet_says_nothing(without_torch, verb):
+def test_quiet_prints_nothing(without_torch, verb):
     assert without_torch([*VERBS[verb], "--quiet"]).stderr.splitlines() == ["TORCH"]
 
 
@@ -73,13 +73,13 @@ def test_quiet_says_nothing(without_torch, verb):
     [
         (["train"], "no training data"),
         (["bench", "latencies"], "did you mean 'latency'"),
-        (["edit", "a", "b"], "edit changes nothing"),
-        (["merge", "base", "out"], "merge takes BASE"),
+        (["edit", "a", "b"], "edit has nothing to change"),
+        (["merge", "base", "out"], "merge expects BASE"),
         (["eval", "rows.jsonl", "--columns", "x"], "expected NAME=VALUE"),
         (["plan", "--rnk", "8"], "--rank"),
     ],
 )
-def test_a_wrong_call_is_answered_alone(without_torch, args, message):
+def test_a_usage_error_comes_before_the_first_line_and_torch(without_torch, args, message):
     done = without_torch(args)
     assert done.returncode == 2
     assert message in done.stderr
@@ -92,7 +92,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_the_line_goes_away_again(monkeypatch):
+def test_on_a_terminal_the_line_is_cleared(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with starting("reading"):

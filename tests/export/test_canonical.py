@@ -1,4 +1,4 @@
-"""The plainest form: the same ΔW, one rank, scale 1."""
+"""The canonical form: the same ΔW, one rank, scale 1."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapter(**modules: lk.Factors) -> lk.Adapter:
 MIXED = {"a": factors(2, 4), "b": factors(3, 1.5), "c": factors(4, 8, rslora=True)}
 
 
-def test_every_module_keeps_its_update_and_gets_one_rank_and_scale_one():
+def test_every_module_keeps_its_update_at_one_rank_and_scale_one():
     before = adapter(**MIXED)
     after = canonical(before)
     assert is_canonical(after)
@@ -38,21 +38,21 @@ def test_every_module_keeps_its_update_and_gets_one_rank_and_scale_one():
     assert (after.config.rank, after.config.alpha, after.config.rank_pattern, after.config.rslora) == (4, 4, {}, False)
 
 
-def test_what_is_canonical_already_keeps_its_bits():
+def test_a_canonical_adapter_does_not_change():
     before = canonical(adapter(**MIXED))
     after = canonical(before)
     assert all(torch.equal(after.factors[m].B, f.B) and torch.equal(after.factors[m].A, f.A) for m, f in before.factors.items())
 
 
-def test_a_larger_rank_is_filled_with_zeros_and_a_smaller_one_is_refused():
+def test_a_larger_rank_is_zero_padded_and_a_smaller_one_refused():
     after = canonical(adapter(**MIXED), 8)
     assert {f.rank for f in after.factors.values()} == {8}
     torch.testing.assert_close(after.factors["b"].delta(), MIXED["b"].delta(), rtol=1e-12, atol=1e-12)
-    with pytest.raises(AdapterError, match="rank 4, which does not fit 3"):
+    with pytest.raises(AdapterError, match="rank 4, more than 3"):
         canonical(adapter(**MIXED), 3)
 
 
-def test_convolutions_and_embeddings_are_filled_too():
+def test_convolutions_and_embeddings_are_zero_padded():
     conv = lk.Factors(torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1), 6.0, "conv")
     embedding = lk.Factors(torch.randn(3, 7), torch.randn(5, 3), 1.0, "embedding")
     after = canonical(adapter(c=conv, e=embedding))
@@ -61,7 +61,7 @@ def test_convolutions_and_embeddings_are_filled_too():
         torch.testing.assert_close(after.factors[module].delta(), f.delta(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_packed_projection_becomes_the_plain_update_that_it_is():
+def test_a_packed_projection_becomes_a_plain_update():
     from lorakit.ops.packed import expand_packed
 
     f = lk.Factors(torch.randn(4, 6), expand_packed(torch.randn(2, 3, 2), (True, False, True)), 4.0, parts=(True, False, True))
@@ -77,6 +77,6 @@ def test_a_packed_projection_becomes_the_plain_update_that_it_is():
         (adapter(a=replace(factors(2, 4), magnitude=torch.ones(5, 1, dtype=torch.float64))), "DoRA"),
     ],
 )
-def test_what_has_no_such_form_is_refused(broken, said):
+def test_updates_without_a_canonical_form_are_refused(broken, said):
     with pytest.raises(AdapterError, match=said):
         canonical(broken)

@@ -1,4 +1,4 @@
-"""Checked against the receiver's rules, mended, written, read again on another path."""
+"""`export` checks an adapter against the receiver's rules, fixes it, writes it, and reads it back with independent code."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def largest(a: lk.Adapter, b: lk.Adapter) -> float:
 
 
 @pytest.mark.parametrize("receiver", ["vllm", "sglang"])
-def test_one_rank_and_one_strength_are_taken_as_they_are(tmp_path, receiver):
+def test_one_rank_and_one_scale_need_no_fix(tmp_path, receiver):
     value = adapter(self_attn__q_proj=factors(8, 16), self_attn__v_proj=factors(8, 16))
     assert export(value, tmp_path / "out", receiver, verify=True).mended == []
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 16
 
 
-def test_sixteen_bits_that_cannot_hold_a_folded_strength_become_thirty_two(tmp_path):
+def test_a_scale_that_bf16_cannot_hold_is_folded_in_float32(tmp_path):
     value = adapter(
         self_attn__q_proj=factors(8, 13, rslora=True, dtype=torch.bfloat16), self_attn__v_proj=factors(4, 3, dtype=torch.bfloat16)
     )
@@ -49,7 +49,7 @@ def test_sixteen_bits_that_cannot_hold_a_folded_strength_become_thirty_two(tmp_p
 
 
 @pytest.mark.parametrize("receiver", ["vllm", "sglang", "canonical"])
-def test_ranks_and_scales_are_mended_only_if_asked(tmp_path, receiver):
+def test_ranks_and_scales_are_fixed_only_on_request(tmp_path, receiver):
     with pytest.raises(AdapterError, match=r"ranks 3, 8.*\n.*fold the scales into B.*--fix"):
         export(MIXED, tmp_path / "out", receiver)
     assert not (tmp_path / "out").exists()
@@ -62,26 +62,26 @@ def test_ranks_and_scales_are_mended_only_if_asked(tmp_path, receiver):
     assert largest(MIXED, lk.Adapter.load(tmp_path / "out")) < 1e-5
 
 
-def test_vllm_gets_a_rank_that_its_server_can_be_started_with(tmp_path):
+def test_ranks_are_padded_to_one_that_vllm_supports(tmp_path):
     odd = adapter(self_attn__q_proj=factors(12, 12))
     done = export(odd, tmp_path / "out", "vllm", fix=True, verify=True)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 16
-    assert any("fill up to 16" in line for line in done.mended)
+    assert any("zero-pad to rank 16" in line for line in done.mended)
     assert done.difference == 0
 
 
 REFUSED = {
-    "a weight saved whole": (adapter({"model.norm.weight": torch.ones(8)}, self_attn__q_proj=factors(8, 8)), "saved whole", ("vllm", "sglang", "llama.cpp")),
+    "a saved weight": (adapter({"model.norm.weight": torch.ones(8)}, self_attn__q_proj=factors(8, 8)), "saved weights", ("vllm", "sglang", "llama.cpp")),
     "two heads": (adapter({"score.weight": torch.ones(2, 8), "classifier.weight": torch.ones(2, 8)}, self_attn__q_proj=factors(8, 8)), "one head", ("vllm",)),
-    "a module it has no linear for": (adapter(strange=factors(8, 8)), "no linears that vLLM adapts", ("vllm",)),
+    "a module it has no linear for": (adapter(strange=factors(8, 8)), "not linears that vLLM adapts", ("vllm",)),
     "DoRA": (adapter(self_attn__q_proj=replace(factors(8, 8), magnitude=torch.ones(8, 1))), "DoRA", ("vllm", "sglang", "llama.cpp", "canonical")),
-    "too large a rank": (adapter(self_attn__q_proj=factors(600, 600)), "beyond the server's largest", ("vllm",)),
-    "learned tokens": (replace(adapter(self_attn__q_proj=factors(8, 8)), embeddings={"<s1>": torch.ones(8)}), "learned tokens", ("vllm", "comfyui", "peft")),
+    "too large a rank": (adapter(self_attn__q_proj=factors(600, 600)), "exceeds the server's largest", ("vllm",)),
+    "textual inversion": (replace(adapter(self_attn__q_proj=factors(8, 8)), embeddings={"<s1>": torch.ones(8)}), "textual-inversion embeddings", ("vllm", "comfyui", "peft")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_mended_is_refused_with_a_way_out_and_writes_nothing(tmp_path, kind):
+def test_what_cannot_be_fixed_is_refused_with_a_way_out(tmp_path, kind):
     value, said, receivers = REFUSED[kind]
     for receiver in receivers:
         with pytest.raises(AdapterError, match=said) as error:
@@ -90,13 +90,13 @@ def test_what_cannot_be_mended_is_refused_with_a_way_out_and_writes_nothing(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_head_is_vllms_and_a_plain_adapter_is_everybodys():
+def test_a_plain_adapter_fits_every_receiver_and_one_head_fits_vllm():
     plain = adapter(self_attn__q_proj=factors(8, 8))
     assert all(findings(plain, receiver) == [] for receiver in RECEIVERS)
     assert findings(replace(plain, saved={"score.weight": torch.ones(2, 8)}), "vllm") == []
 
 
-def test_an_unknown_receiver_is_named_with_the_nearest(tmp_path):
+def test_an_unknown_receiver_suggests_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'vllm'"):
         export(MIXED, tmp_path, "vlm")
 
@@ -107,12 +107,12 @@ def test_ollama_needs_a_model_to_start_from(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_read_again_as_they_are(tmp_path, dtype):
+def test_16_bit_factors_are_read_back_exactly(tmp_path, dtype):
     done = export(adapter(self_attn__q_proj=factors(8, 8, dtype=dtype)), tmp_path / "out", "peft", verify=True)
     assert done.difference == 0
 
 
-def test_the_real_peft_gives_what_was_exported_the_same_strength(tmp_path):
+def test_peft_applies_the_export_with_the_same_scale(tmp_path):
     import peft
     import tiny
 
@@ -138,20 +138,20 @@ LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads":
 
 
 @pytest.mark.parametrize("receiver, name", [("comfyui", "x.safetensors"), ("a1111", "x.safetensors"), ("diffusers", "out")])
-def test_image_models_programs_get_the_same_update(tmp_path, receiver, name):
+def test_image_programs_get_the_same_update(tmp_path, receiver, name):
     done = export(IMAGE, tmp_path / name, receiver, verify=True)
     assert done.difference < 1e-6
     assert largest(IMAGE, lk.Adapter.load(tmp_path / name)) < 1e-4
 
 
-def test_a_text_encoder_of_feed_forward_layers_alone_is_compared_too(tmp_path):
+def test_a_text_encoder_with_only_feed_forward_layers_is_verified(tmp_path):
     value = lk.Adapter(
         lk.LoraConfig(rank=2, alpha=2, targets=["fc1"]), {"text_encoder.text_model.encoder.layers.0.mlp.fc1": factors(2, 3, 768, 3072)}
     )
     assert export(value, tmp_path / "out", "diffusers", verify=True).difference < 1e-6
 
 
-def test_keys_of_kohya_that_stand_for_several_modules_are_compared_row_by_row(tmp_path):
+def test_kohya_keys_of_several_modules_are_verified_by_rows(tmp_path):
     attention = "transformer.transformer_blocks.0.attn."
     names = [attention + n for n in ("to_q", "to_k", "to_v")]
     flux = lk.Adapter(
@@ -165,7 +165,7 @@ def test_keys_of_kohya_that_stand_for_several_modules_are_compared_row_by_row(tm
 
 
 @pytest.mark.parametrize("receiver", ["llama.cpp", "ollama"])
-def test_a_gguf_has_llamas_order_of_rows_and_the_modelfile_its_name(tmp_path, receiver):
+def test_a_gguf_has_llama_cpps_row_order_and_the_modelfile_names_it(tmp_path, receiver):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
     value = adapter(self_attn__q_proj=factors(3, 6, 16, 16), self_attn__v_proj=factors(8, 4, 16, 8, rslora=True))
@@ -187,8 +187,8 @@ PLACES = {"peft": "out", "mlx": "out", "gguf": "x.gguf", "kohya": "x.safetensors
 
 
 @pytest.mark.parametrize("receiver", RECEIVERS)
-def test_a_receiver_takes_what_was_written_for_it(tmp_path, receiver):
-    """Of ranks and strengths that none of them has at first: the rules again, on what is read from OUT."""
+def test_a_receiver_accepts_what_was_written_for_it(tmp_path, receiver):
+    """Starts from ranks and scales that no receiver accepts, and checks its rules again on what is loaded from OUT."""
     kind = RECEIVERS[receiver].format
     modules = (UNET + "to_q", UNET + "to_k") if kind in ("kohya", "diffusers") else (LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj")
     mixed = {modules[0]: factors(7, 3, 320, 320, rslora=True), modules[1]: factors(9, 4, 320, 320, rslora=True)}
@@ -203,11 +203,11 @@ def test_a_receiver_takes_what_was_written_for_it(tmp_path, receiver):
         assert largest(given, read) < 1e-3
 
 
-def test_a_modelfile_that_says_other_things_is_not_replaced_unless_forced(tmp_path):
+def test_a_different_modelfile_is_replaced_only_if_forced(tmp_path):
     value = adapter(self_attn__q_proj=factors(3, 6, 16, 16))
     mine = tmp_path / "Modelfile"
     mine.write_text("FROM mine\n")
-    with pytest.raises(ConfigError, match="Modelfile exists and says other things"):
+    with pytest.raises(ConfigError, match="Modelfile exists with other content"):
         export(value, tmp_path / "lora.gguf", "ollama", base=LLAMA, model="llama3.2")
     assert [p.name for p in tmp_path.iterdir()] == ["Modelfile"]
     assert mine.read_text() == "FROM mine\n"
@@ -220,7 +220,7 @@ def test_a_modelfile_that_says_other_things_is_not_replaced_unless_forced(tmp_pa
         export(value, tmp_path / "lora.gguf", "ollama", base=LLAMA, model="llama3.2", force=True)
 
 
-def test_learned_tokens_are_left_out_as_the_refusal_says(tmp_path):
+def test_textual_inversion_embeddings_can_be_left_out_as_the_refusal_says(tmp_path):
     from lorakit.formats.convert import convert
 
     value = replace(adapter(self_attn__q_proj=factors(8, 8)), embeddings={"<s1>": torch.ones(8)})

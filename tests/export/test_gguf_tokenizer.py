@@ -1,4 +1,4 @@
-"""A tokenizer in GGUF's pairs: how text is cut is told by the definition, and transformers' reader of GGUF gives the same tokens."""
+"""Tokenizers as GGUF pairs: pre-tokenizers are recognized by definition, and transformers reads the same tokens from the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.export.gguf_tokenizer import pre_name, vocabulary
 from lorakit.export.merged import export_merged
 
-# transformers' own table of what GGUF's names of a cut mean; its older releases have none to compare with.
+# transformers' own table of GGUF's pre-tokenizer names; older releases do not have it.
 GGUF_PRE_TOKENIZER_SPLITS = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
 
 TEXT = ["the cat sat on the mat, there and then; in 1984 it was 42 degrees. That's what they've said!\n\tCafé 東京 привет 🙂"] * 3
@@ -38,7 +38,7 @@ def byte_level(cut, **more) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece(begin: bool = True, complete: bool = True) -> PreTrainedTokenizerFast:
-    """As transformers makes Llama 2's of its .model: a token's merges are all the ways to cut it in two, in the order of the scores."""
+    """As transformers converts Llama 2's .model: the merges of a token are all its splits into two tokens, ordered by score."""
     words = ["▁the", "▁th", "he", "▁t", "th", "▁cat", "at", "▁c", "ca", "cat"]
     letters = [*"abcdefghijklmnopqrstuvwxyz", "▁"]
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
@@ -64,14 +64,14 @@ DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "tekken", "gpt-4o", "smaug-bpe"])
-def test_regular_expressions_that_transformers_knows_by_llama_cpp_s_name_have_that_name(name):
+def test_pre_tokenizer_names_match_transformers_table(name):
     whole = name in ("llama-bpe", "tekken")
     expression = GGUF_PRE_TOKENIZER_SPLITS[name]
     assert pre_name(definition(byte_level(split(expression), ignore_merges=whole))) == name
     assert pre_name(definition(byte_level(split(expression, "removed", True), ignore_merges=whole))) == name
 
 
-def test_bytes_and_single_digits_have_their_names():
+def test_byte_and_digit_pre_tokenizers_have_names():
     assert pre_name(definition(byte_level(BYTES))) == "gpt-2"
     assert pre_name(definition(byte_level(DIGITS))) == "smollm"
 
@@ -86,9 +86,9 @@ def test_bytes_and_single_digits_have_their_names():
         (split(GGUF_PRE_TOKENIZER_SPLITS["qwen2"], "merged_with_next"), {}),
     ],
 )
-def test_a_way_to_cut_without_a_name_is_refused_and_shown(cut, more):
+def test_an_unknown_pre_tokenizer_is_refused_and_shown(cut, more):
     with pytest.raises(
-        LorakitError, match=r"no name that lorakit knows for how it cuts text: \{.*\n  known: gpt-2, smollm, llama-bpe"
+        LorakitError, match=r"llama\.cpp has no known name for its pre-tokenizer: \{.*\n  known: gpt-2, smollm, llama-bpe"
     ) as caught:
         vocabulary(byte_level(cut, **more), 400)
     assert "lorakit merge writes a transformers folder" in str(caught.value)
@@ -103,7 +103,7 @@ def test_other_normalizers_and_models_are_refused(changes):
         vocabulary(tokenizer, 400)
 
 
-def test_types_ids_and_what_fills_the_vocabulary_up():
+def test_token_types_ids_and_padding():
     tokenizer = byte_level(BYTES)
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     size = len(tokenizer)
@@ -113,29 +113,29 @@ def test_types_ids_and_what_fills_the_vocabulary_up():
     assert pairs["tokenizer.ggml.tokens"][tokenizer.convert_tokens_to_ids("<think>")] == "<think>"
     assert pairs["tokenizer.ggml.eos_token_id"] == pairs["tokenizer.ggml.bos_token_id"] == 0
     assert not pairs["tokenizer.ggml.add_bos_token"]
-    with pytest.raises(LorakitError, match=f"tokens up to {size - 1}, the embedding has {size - 1} rows"):
+    with pytest.raises(LorakitError, match=f"token ids up to {size - 1}, but the embedding has only {size - 1} rows"):
         vocabulary(tokenizer, size - 1)
 
 
-def test_no_end_token_is_said():
+def test_a_missing_end_token_gives_a_warning():
     tokenizer = byte_level(BYTES)
     tokenizer.eos_token = tokenizer.bos_token = None
-    assert "llama.cpp will take token 11" in " ".join(vocabulary(tokenizer, 400).warnings)
+    assert "llama.cpp uses 11 (" in " ".join(vocabulary(tokenizer, 400).warnings)
     known = vocabulary(tokenizer, 400, eos=7)
     assert (known.pairs["tokenizer.ggml.eos_token_id"], known.warnings) == (7, [])
 
 
-def test_the_begin_token_is_told_by_trying():
+def test_add_bos_token_is_tested_on_a_sample():
     assert vocabulary(sentencepiece(), 300).pairs["tokenizer.ggml.add_bos_token"]
     assert not vocabulary(sentencepiece(begin=False), 300).pairs["tokenizer.ggml.add_bos_token"]
 
 
-def test_merges_that_are_not_sentencepiece_s_are_said():
+def test_merges_that_differ_from_sentencepiece_give_a_warning():
     assert vocabulary(sentencepiece(), 300).warnings == []
     assert "(tokens: ▁cat)" in " ".join(vocabulary(sentencepiece(complete=False), 300).warnings)
 
 
-def test_spaces_as_metaspace_has_them_are_written_and_said():
+def test_metaspace_is_written_with_a_warning():
     tokenizer = sentencepiece()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
@@ -146,11 +146,11 @@ def test_spaces_as_metaspace_has_them_are_written_and_said():
     known = vocabulary(tokenizer, 300)
     assert (known.pairs["tokenizer.ggml.add_space_prefix"], known.warnings) == (False, [])
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=True)
-    with pytest.raises(LorakitError, match="how it treats spaces"):
+    with pytest.raises(LorakitError, match="treats spaces differently"):
         vocabulary(tokenizer, 300)
 
 
-def test_scores_are_the_order_of_the_merges():
+def test_scores_follow_the_merge_order():
     pairs = vocabulary(sentencepiece(), 300).pairs
     scores = dict(zip(pairs["tokenizer.ggml.tokens"], pairs["tokenizer.ggml.scores"], strict=True))
     assert scores["he"] > scores["▁t"] > scores["▁the"] > scores["cat"] > scores["▁cat"]
@@ -168,7 +168,7 @@ def test_scores_are_the_order_of_the_merges():
         sentencepiece,
     ],
 )
-def test_transformers_gives_the_same_tokens_from_the_file(tokenizer, tmp_path):
+def test_transformers_reads_the_same_tokenizer_from_the_file(tokenizer, tmp_path):
     torch.manual_seed(0)
     ours = tokenizer()
     ours.chat_template = tiny_lm.CHATML
@@ -189,18 +189,18 @@ def test_transformers_gives_the_same_tokens_from_the_file(tokenizer, tmp_path):
         ("{% for", r"line 1: unexpected 'end of template'"),
         ("hello\n{{ messages | nosuch }}", r"line 2: No filter named 'nosuch'"),
         ({"tool_use": "fine", "default": "{%"}, "tag name expected"),
-        (5, "it is a int, and no text"),
+        (5, "expected text, got int"),
     ],
 )
-def test_a_broken_chat_template_is_left_out_and_said(template, said):
+def test_an_invalid_chat_template_is_left_out_with_a_warning(template, said):
     tokenizer = tiny_lm.tokenizer()
     tokenizer.chat_template = template
     made = vocabulary(tokenizer, 258)
     assert "tokenizer.chat_template" not in made.pairs
-    assert any(line.startswith("the base's chat template is broken (") and said in line for line in made.warnings)
+    assert any(line.startswith("the base's chat template is invalid (") and said in line for line in made.warnings)
 
 
-def test_a_chat_template_with_transformers_own_tags_is_whole():
+def test_a_chat_template_with_generation_tags_is_kept():
     own = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}{{ raise_exception('x') }}"
     tokenizer = tiny_lm.tokenizer(own)
     made = vocabulary(tokenizer, 258)

@@ -1,4 +1,4 @@
-"""`--fix` with the base at hand: what a receiver does not take goes into a copy of the base, and copy + rest do what base + adapter did."""
+"""`--fix` with a base: what a receiver does not accept is merged into a copy of it, and copy + rest equal base + adapter."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def plain(adapter):
     return {m: replace(f, magnitude=None) for m, f in adapter.factors.items()}
 
 
-def test_copy_and_rest_compute_what_base_and_adapter_do(base, adapter, tmp_path):
+def test_copy_plus_rest_equals_base_plus_adapter(base, adapter, tmp_path):
     merge_checkpoint(base, adapter, tmp_path / "merged")
     expected = logits(type(tiny.llama()).from_pretrained(tmp_path / "merged").eval())
     done = export(adapter, tmp_path / "out", "vllm", fix=True, verify=True, base=base)
     assert done.base == tmp_path / "out-base"
-    assert "2 modules and weights that vllm does not take" in done.mended[0]
+    assert "2 modules and weights that vllm does not accept" in done.mended[0]
     assert done.logits is not None
     rest = lk.Adapter.load(tmp_path / "out")
     assert len(rest.factors) == 3
@@ -54,16 +54,16 @@ def test_copy_and_rest_compute_what_base_and_adapter_do(base, adapter, tmp_path)
     assert (config["base_model_name_or_path"], config["modules_to_save"], config["use_dora"]) == (str(done.base), None, False)
 
 
-def test_without_the_base_it_is_refused_with_that_way_out(base, adapter, tmp_path):
-    with pytest.raises(AdapterError, match=r"saved whole(.|\n)*--fix with --base FOLDER does it"):
+def test_without_the_base_the_refusal_suggests_it(base, adapter, tmp_path):
+    with pytest.raises(AdapterError, match=r"saved weights(.|\n)*--fix with --base FOLDER does it"):
         export(adapter, tmp_path / "out", "sglang", fix=True)
-    with pytest.raises(AdapterError, match="--merged --base FOLDER writes base and adapter as one GGUF"):
+    with pytest.raises(AdapterError, match="--merged --base FOLDER merges base and adapter into one GGUF"):
         export(adapter, tmp_path / "out.gguf", "llama.cpp", fix=True, base=base)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
-def test_where_nothing_would_be_left_or_the_copy_is_in_the_way_nothing_is_written(base, adapter, tmp_path):
-    with pytest.raises(AdapterError, match="nothing of this adapter would be left"):
+def test_nothing_is_written_if_nothing_is_left_or_the_copy_exists(base, adapter, tmp_path):
+    with pytest.raises(AdapterError, match="merging this would leave nothing"):
         export(replace(adapter, updates={}), tmp_path / "out", "sglang", fix=True, base=base)
     (tmp_path / "out-base").mkdir()
     with pytest.raises(LorakitError, match="out-base exists"):
@@ -72,20 +72,20 @@ def test_where_nothing_would_be_left_or_the_copy_is_in_the_way_nothing_is_writte
     assert export(adapter, tmp_path / "out", "sglang", fix=True, base=base, force=True).base == tmp_path / "out-base"
 
 
-def test_the_command_names_the_copy_to_serve(base, adapter, tmp_path, capsys):
+def test_the_command_prints_how_to_serve_the_copy(base, adapter, tmp_path, capsys):
     from lorakit.cli import run
 
     replace(adapter, updates=plain(adapter)).save(tmp_path / "adapter")
     assert (
         run(["export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--for", "sglang", "--fix", "--verify", "--base", str(base)]) == 0
     )
-    told = capsys.readouterr().out
-    assert "mended: 1 modules and weights that sglang does not take: merged into" in told
-    assert f"--model-path {tmp_path / 'out-base'}" in told.splitlines()[-1]
-    assert f"logits through {tmp_path / 'out-base'} with {tmp_path / 'out'}, against {base} with the adapter: the largest" in told
+    out = capsys.readouterr().out
+    assert "fixed: 1 modules and weights that sglang does not accept: merged into" in out
+    assert f"--model-path {tmp_path / 'out-base'}" in out.splitlines()[-1]
+    assert f"logits through {tmp_path / 'out-base'} with {tmp_path / 'out'}, against {base} with the adapter: the largest" in out
 
 
-def test_what_was_mended_is_what_is_written(base, tmp_path):
+def test_the_fixed_adapter_is_what_is_written(base, tmp_path):
     model = lk.attach(tiny.llama(), lk.LoraConfig(rank=7, alpha=5, rslora=True, targets=["q_proj"], save_modules=["norm"]))
     value = lk.capture(randomise_factors(model))
     value = replace(value, saved={name: tensor * 1.5 for name, tensor in value.saved.items()})
@@ -99,27 +99,27 @@ def test_what_was_mended_is_what_is_written(base, tmp_path):
 
 
 def damaged(name, change, monkeypatch):
-    """`Split.write`, of another part than is to be written."""
+    """Make `Split.write` write a different part."""
     write = into_base.Split.write
-    monkeypatch.setattr(into_base.Split, "write", lambda self, rest, place: write(replace(self, **{name: change(self)}), rest, place))
+    monkeypatch.setattr(into_base.Split, "write", lambda self, rest, path: write(replace(self, **{name: change(self)}), rest, path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_logits_are_those_of_the_whole_adapter_on_the_user_s_base(adapter, tmp_path, monkeypatch, dtype):
+def test_logits_are_compared_with_the_full_adapter_on_the_original_base(adapter, tmp_path, monkeypatch, dtype):
     tiny.llama().to(dtype).save_pretrained(tmp_path / "base")
     plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
-    for value, live in ((plain, True), (adapter, False)):  # a DoRA goes through the base by plain maths
+    for value, live in ((plain, True), (adapter, False)):  # a DoRA cannot be attached
         done = export(value, tmp_path / "out", "vllm", fix=True, verify=True, base=tmp_path / "base", force=True)
         assert done.logits.live == live
         assert done.logits.relative < {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
         assert done.logits.moved > 0.1 * done.logits.largest
     damaged("part", lambda s: replace(s.part, saved={n: t * 30 for n, t in s.part.saved.items()}), monkeypatch)
-    with pytest.raises(AdapterError, match=r"gives other logits through .*other-base, against .*base with the adapter: .* apart"):
+    with pytest.raises(AdapterError, match=r"gives different logits through .*other-base, against .*base with the adapter: off by"):
         export(plain, tmp_path / "other", "vllm", fix=True, verify=True, base=tmp_path / "base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "out-base"]
 
 
-def test_what_the_format_cannot_hold_is_said_before_the_base_is_copied(base, adapter, tmp_path, monkeypatch):
+def test_format_errors_come_before_the_base_is_copied(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(into_base, "merge_checkpoint", lambda *_: pytest.fail("the base was copied"))
     plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
     with pytest.raises(AdapterError, match="kohya"):
@@ -127,15 +127,15 @@ def test_what_the_format_cannot_hold_is_said_before_the_base_is_copied(base, ada
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize("where", ["save", "compare", "_put_in_place"])
-def test_an_error_at_any_time_leaves_no_copy_and_an_older_one_as_it_was(base, adapter, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("where", ["save", "compare", "_move_into_place"])
+def test_an_error_at_any_point_leaves_existing_files_unchanged(base, adapter, tmp_path, monkeypatch, where):
     def fails(*_, **more):
         raise LorakitError("the disk is full")
 
-    tried = sys.modules["lorakit.export.tried"]
+    staging = sys.modules["lorakit.export.staging"]
     options = {"fix": True, "verify": True, "base": base, "force": True}
     with monkeypatch.context() as patched:
-        patched.setattr(tried, where, fails)
+        patched.setattr(staging, where, fails)
         with pytest.raises(LorakitError, match="the disk is full"):
             export(adapter, tmp_path / "out", "vllm", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -143,20 +143,20 @@ def test_an_error_at_any_time_leaves_no_copy_and_an_older_one_as_it_was(base, ad
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert tmp_path / "out-base" / "model.safetensors" in before
     with monkeypatch.context() as patched:
-        patched.setattr(tried, where, fails)
+        patched.setattr(staging, where, fails)
         with pytest.raises(LorakitError, match="the disk is full"):
             export(replace(adapter, saved={n: t * 2 for n, t in adapter.saved.items()}), tmp_path / "out", "vllm", **options)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "out-base"]
 
 
-def test_an_error_names_the_places_that_were_asked_for(base, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["lorakit.export.tried"].again, "TOLERANCE", -1)
-    with pytest.raises(AdapterError, match=rf"^{tmp_path / 'out'}, read again, differs from the adapter"):
+def test_errors_name_the_requested_paths(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["lorakit.export.staging"].verify, "TOLERANCE", -1)
+    with pytest.raises(AdapterError, match=rf"^{tmp_path / 'out'}, read back, differs from the adapter"):
         export(adapter, tmp_path / "out", "vllm", fix=True, verify=True, base=base)
 
 
-def test_the_copy_of_a_single_file_is_one_too(adapter, tmp_path):
+def test_the_copy_of_a_single_file_is_a_single_file(adapter, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     for base, out, copy in (
@@ -169,7 +169,7 @@ def test_the_copy_of_a_single_file_is_one_too(adapter, tmp_path):
         assert (made.part.saved, made.rest.saved) == (adapter.saved, {})
 
 
-def test_the_adapter_that_is_read_is_never_in_what_is_replaced(base, adapter, tmp_path, capsys):
+def test_a_folder_that_contains_the_source_is_never_replaced(base, adapter, tmp_path, capsys):
     from lorakit.cli import run
 
     merge_checkpoint(base, replace(adapter, saved={}), tmp_path / "out-base")
@@ -191,18 +191,18 @@ def test_the_adapter_that_is_read_is_never_in_what_is_replaced(base, adapter, tm
     assert (tmp_path / "out-base" / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_folders_that_are_not_there_yet_are_made(base, adapter, tmp_path):
+def test_missing_folders_are_created(base, adapter, tmp_path):
     done = export(adapter, tmp_path / "new" / "deep" / "out", "vllm", fix=True, base=base)
     assert done.base == tmp_path / "new" / "deep" / "out-base"
     assert (done.base / "config.json").is_file()
 
 
-def test_a_name_that_is_taken_is_said_before_anything_is_replaced(base, adapter, tmp_path):
+def test_a_blocked_file_name_is_reported_before_anything_is_replaced(base, adapter, tmp_path):
     export(adapter, tmp_path / "out", "vllm", fix=True, base=base)
     (tmp_path / "out" / "lorakit.json").unlink()
     (tmp_path / "out" / "lorakit.json").mkdir()
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(LorakitError, match="is no file"):
+    with pytest.raises(LorakitError, match="is not a file"):
         export(
             2.0 * replace(adapter, saved={}, updates=plain(adapter)), tmp_path / "out", "vllm", fix=True, verify=True, base=base, force=True
         )

@@ -1,4 +1,4 @@
-"""Whole merged models as GGUF. transformers' reader of GGUF, the `gguf` package's, and a live model with the adapter are the judges."""
+"""Merged models as GGUF, checked with transformers, the `gguf` package and a live model with the adapter attached."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model_of(kind: str):
         more = {"qwen3": {"head_dim": 128}, "gemma": {"head_dim": 16}, "llama": {"rms_norm_eps": 1e-3}}.get(kind, {})
         name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}[kind]
         model = getattr(tf, f"{name}ForCausalLM")(getattr(tf, f"{name}Config")(**SIZES | more))
-    with torch.no_grad():  # norms and biases are ones and zeros, whose places could be exchanged
+    with torch.no_grad():  # norms and biases start as ones and zeros, which would hide mixed-up tensors
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn(p.shape) * 0.1)
@@ -50,8 +50,8 @@ TARGETS = {"gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 
 
-def given(folder, model, targets=None, **more):
-    """(base's folder, an adapter of it, the model with it attached)."""
+def base_adapter_model(folder, model, targets=None, **more):
+    """(the base's folder, an adapter of it, the model with the adapter attached)."""
     base = tiny_lm.save(folder / "base", model)
     lk.attach(model, lk.LoraConfig(rank=3, targets=targets or TARGETS.get(model.config.model_type, LINEARS), **more))
     tiny.randomise_factors(model, size=0.1)
@@ -72,16 +72,16 @@ def read(path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
-def test_transformers_computes_the_same_with_the_file_as_with_the_adapter_attached(kind, tmp_path):
-    base, adapter, live = given(tmp_path, model_of(kind))
+def test_transformers_gives_the_same_logits_from_the_file(kind, tmp_path):
+    base, adapter, live = base_adapter_model(tmp_path, model_of(kind))
     done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32")
     torch.testing.assert_close(logits(loaded(done.files[0])), logits(live), atol=2e-5, rtol=0)
     assert not torch.allclose(logits(live), logits(lk.detach(live)), atol=0.1), "the adapter has an effect to be lost"
 
 
-def test_a_tied_head_that_the_adapter_changes_gets_a_tensor_of_its_own(tmp_path):
+def test_a_changed_tied_head_gets_its_own_tensor(tmp_path):
     torch.manual_seed(0)
-    base, adapter, live = given(tmp_path, tiny_lm.llama(tied=True), ["lm_head", "q_proj"])
+    base, adapter, live = base_adapter_model(tmp_path, tiny_lm.llama(tied=True), ["lm_head", "q_proj"])
     path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32").files[0]
     there = read(path)
     assert not np.array_equal(there["output.weight"], there["token_embd.weight"])
@@ -89,20 +89,20 @@ def test_a_tied_head_that_the_adapter_changes_gets_a_tensor_of_its_own(tmp_path)
     torch.testing.assert_close(loaded(path)(input_ids=ids).logits, live(input_ids=ids).logits, atol=2e-5, rtol=0)
 
 
-def test_a_tied_model_has_no_head(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama(tied=True))
+def test_a_tied_model_has_no_head_tensor(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama(tied=True))
     assert "output.weight" not in read(export_merged(adapter, base, tmp_path / "x.gguf").files[0])
 
 
-def test_weights_that_the_adapter_saved_whole_are_in_the_model(tmp_path):
-    base, adapter, live = given(tmp_path, model_of("llama"), save_modules=["norm"])
+def test_saved_modules_are_merged(tmp_path):
+    base, adapter, live = base_adapter_model(tmp_path, model_of("llama"), save_modules=["norm"])
     assert "model.norm.weight" in adapter.saved
     path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32", verify=True).files[0]
     torch.testing.assert_close(logits(loaded(path)), logits(live), atol=2e-5, rtol=0)
 
 
-def test_dora_and_loha_which_adapter_files_of_gguf_cannot_hold_are_merged(tmp_path):
-    base, adapter, live = given(tmp_path, model_of("llama"))
+def test_dora_and_loha_are_merged(tmp_path):
+    base, adapter, live = base_adapter_model(tmp_path, model_of("llama"))
     lk.detach(live)
     w = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(0))
     loha = Hadamard(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
@@ -111,7 +111,7 @@ def test_dora_and_loha_which_adapter_files_of_gguf_cannot_hold_are_merged(tmp_pa
     odd = replace(adapter, updates={name: dora, "model.layers.1.self_attn.o_proj": loha})
     done = export_merged(odd, base, tmp_path / "x.gguf", dtype="f32", verify=True)
     assert done.verified.logits < 1e-5
-    assert "no live model takes DoRA" in done.verified.note
+    assert "a live model takes only kinds of update that lorakit trains" in done.verified.note
     there = read(done.files[0])
     V = live.get_submodule(name).weight.detach() + replace(dora, magnitude=None).delta()
     wanted = dora.magnitude * V / V.norm(dim=1, keepdim=True)
@@ -121,15 +121,15 @@ def test_dora_and_loha_which_adapter_files_of_gguf_cannot_hold_are_merged(tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-def test_what_rounding_alone_does_is_no_fault_however_strong_the_adapter(dtype, tmp_path):
-    base, adapter, _ = given(tmp_path, model_of("llama"))
+def test_verify_accepts_rounding_for_a_large_adapter(dtype, tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, model_of("llama"))
     done = export_merged(12.0 * adapter, base, tmp_path / "x.gguf", dtype=dtype, verify=True)
     assert done.verified.logits > 0.003
 
 
 @pytest.mark.parametrize("dtype, bound", [("f32", 1e-7), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 0.0045)])
 def test_every_tensor_is_the_merged_one_rounded_once(dtype, bound, tmp_path):
-    base, adapter, live = given(tmp_path, model_of("llama"))
+    base, adapter, live = base_adapter_model(tmp_path, model_of("llama"))
     done = export_merged(adapter, base, tmp_path / "x.gguf", dtype=dtype, verify=True)
     assert done.verified.tensors <= bound
     assert done.verified.logits < {"f32": 1e-5, "f16": 0.02, "bf16": 0.1, "q8_0": 0.3}[dtype]
@@ -149,15 +149,15 @@ def test_every_tensor_is_the_merged_one_rounded_once(dtype, bound, tmp_path):
         assert np.abs(unpermute(there[f"blk.0.attn_{letter}.weight"], heads, letter) - wanted).max() <= bound * np.abs(wanted).max() + 1e-9
 
 
-def test_rows_that_are_no_blocks_of_q8_0_are_in_f16(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())  # its down_proj reads 48 numbers
+def test_rows_that_do_not_fit_q8_0_blocks_are_stored_in_f16(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())  # its down_proj has 48 inputs
     done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8_0", verify=True)
     assert done.other == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
     kinds = {t.name: t.tensor_type.name for t in GGUFReader(done.files[0]).tensors}
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_norm.weight"]) == ("F16", "Q8_0", "F32")
 
 
-def test_the_biases_of_a_llama_go_with_their_rows(tmp_path):
+def test_llama_biases_are_permuted_like_their_rows(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
@@ -165,24 +165,24 @@ def test_the_biases_of_a_llama_go_with_their_rows(tmp_path):
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_()
-    base, adapter, live = given(tmp_path, model)
+    base, adapter, live = base_adapter_model(tmp_path, model)
     done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32", verify=True)
-    assert "there are biases" in done.verified.note
+    assert "presence of biases" in done.verified.note
     assert done.verified.logits < 1e-5
     there = read(done.files[0])
     wanted = live.model.layers[1].self_attn.k_proj.bias.detach().numpy()
     np.testing.assert_array_equal(unpermute(there["blk.1.attn_k.bias"][:, None], 2, "k")[:, 0], wanted)
 
 
-def test_gemma_s_norms_are_stored_with_their_one(tmp_path):
-    base, adapter, live = given(tmp_path, model_of("gemma"))
+def test_gemma_norms_are_stored_plus_one(tmp_path):
+    base, adapter, live = base_adapter_model(tmp_path, model_of("gemma"))
     done = export_merged(adapter, base, tmp_path / "x.gguf", verify=True)
     assert done.verified.logits is None
-    assert "reads no GGUF of a gemma" in done.verified.note
+    assert "does not read a gemma from a GGUF" in done.verified.note
     np.testing.assert_allclose(read(done.files[0])["output_norm.weight"], 1 + live.model.norm.weight.detach().numpy(), rtol=1e-6)
 
 
-def test_the_frequencies_of_llama_3_are_those_of_transformers(tmp_path):
+def test_llama_3_rope_frequencies_match_transformers(tmp_path):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -196,14 +196,14 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers(tmp_path):
     small = LlamaConfig(**SIZES, rope_parameters=rope | {"original_max_position_embeddings": 64})
     from transformers import LlamaForCausalLM
 
-    base, adapter, _ = given(tmp_path, LlamaForCausalLM(small))
+    base, adapter, _ = base_adapter_model(tmp_path, LlamaForCausalLM(small))
     done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="f32", verify=True)
     assert read(done.files[0])["rope_freqs.weight"].shape == (4,)
-    assert "scaling of rotary positions" in done.verified.note
+    assert "rotary scaling" in done.verified.note
 
 
-def test_the_hyper_parameters_are_llama_cpp_s(tmp_path):
-    base, adapter, _ = given(tmp_path, model_of("llama"))
+def test_hyper_parameters_are_written_under_llama_cpps_keys(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, model_of("llama"))
     path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8_0").files[0]
     pairs = {k: f.contents() for k, f in GGUFReader(path).fields.items()}
     wanted = {
@@ -217,7 +217,7 @@ def test_the_hyper_parameters_are_llama_cpp_s(tmp_path):
     assert len(pairs["tokenizer.ggml.tokens"]) == 260
 
 
-def test_the_embedded_model_s_tokens_come_out_the_same(tmp_path):
+def test_the_embedded_models_tokenizer_gives_the_same_tokens(tmp_path):
     base = embedded_folder()
     path = export_merged(None, base, tmp_path / "x.gguf", dtype="q8_0").files[0]
     ours, theirs = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
@@ -233,15 +233,15 @@ def test_the_embedded_model_s_tokens_come_out_the_same(tmp_path):
 
 
 def test_ollama_gets_a_folder_with_a_modelfile(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
     done = export_merged(adapter, base, tmp_path / "out", "ollama")
     assert [f.relative_to(tmp_path / "out").name for f in done.files] == ["model.gguf", "Modelfile"]
     assert (tmp_path / "out" / "Modelfile").read_text() == "FROM ./model.gguf\n"
     assert json.dumps(done.to_dict())
 
 
-def test_verify_finds_rows_in_the_wrong_order_and_keeps_what_was_there(tmp_path, monkeypatch):
-    base, adapter, _ = given(tmp_path, model_of("llama"))
+def test_verify_detects_rows_in_the_wrong_order_and_keeps_the_old_file(tmp_path, monkeypatch):
+    base, adapter, _ = base_adapter_model(tmp_path, model_of("llama"))
     (tmp_path / "x.gguf").write_text("older")
     monkeypatch.setattr(gguf_model, "permute", lambda rows, heads, name: rows)
     with pytest.raises(LorakitError, match="its logits are off"):
@@ -250,25 +250,25 @@ def test_verify_finds_rows_in_the_wrong_order_and_keeps_what_was_there(tmp_path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "x.gguf"]
 
 
-def test_verify_finds_a_wrong_number(tmp_path, monkeypatch):
-    base, adapter, _ = given(tmp_path, model_of("llama"))
+def test_verify_detects_a_wrong_tensor(tmp_path, monkeypatch):
+    base, adapter, _ = base_adapter_model(tmp_path, model_of("llama"))
     from lorakit.export import merged
 
-    def wrong(numbers, kind, name):
-        return right(numbers + (0.02 if name == "blk.1.ffn_up.weight" else 0), kind, name)
+    def shifted(values, kind, name):
+        return encode(values + (0.02 if name == "blk.1.ffn_up.weight" else 0), kind, name)
 
-    right = merged.encode
-    monkeypatch.setattr(merged, "encode", wrong)
+    encode = merged.encode
+    monkeypatch.setattr(merged, "encode", shifted)
     with pytest.raises(LorakitError, match=r"'blk.1.ffn_up.weight' is off by 0\.02"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="f16", verify=True)
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_numbers_too_large_for_f16_are_refused(tmp_path):
+def test_values_too_large_for_f16_are_refused(tmp_path):
     model = tiny_lm.llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = 1e5
-    base, adapter, _ = given(tmp_path, model)
+    base, adapter, _ = base_adapter_model(tmp_path, model)
     with pytest.raises(LorakitError, match=r"'blk.0.ffn_up.weight' has values too large for f16 \(1e\+05\)\n.*bf16 or f32"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="f16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
@@ -278,17 +278,17 @@ def test_numbers_too_large_for_f16_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"model_type": "falcon"}, "is written of llama, mistral, qwen2, qwen3, gemma, gpt2; the base is a falcon"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp computes a llama with 'silu'"),
+        ({"model_type": "falcon"}, "writes GGUF models of llama, mistral, qwen2, qwen3, gemma, gpt2; the base is a falcon"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp computes a llama only with 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}}, r"factor = -2.0; expected a positive number"),
-        ({"num_hidden_layers": 3}, r"lacks 9 tensors that a llama of its config has: blk.2.attn_norm"),
+        ({"num_hidden_layers": 3}, r"lacks 9 tensors of a llama with its config: blk.2.attn_norm"),
         ({"num_hidden_layers": 1}, r"tensors have no place in a GGUF of a llama: model.layers.1"),
-        ({"vocab_size": 300}, r"embedding is \[258, 32\], its config says \[300, 32\]"),
+        ({"vocab_size": 300}, r"embedding is \[258, 32\], but its config says \[300, 32\]"),
     ],
 )
-def test_a_base_that_llama_cpp_would_not_compute_is_refused(changes, said, tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+def test_a_base_that_llama_cpp_computes_differently_is_refused(changes, said, tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(LorakitError, match=said):
@@ -296,13 +296,13 @@ def test_a_base_that_llama_cpp_would_not_compute_is_refused(changes, said, tmp_p
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_calls_that_make_no_sense_say_so(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+def test_invalid_calls_are_errors(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
     with pytest.raises(ConfigError, match="which vllm does not read\n  lorakit merge"):
         export_merged(adapter, base, tmp_path / "x.gguf", "vllm")
     with pytest.raises(ConfigError, match="needs its base"):
         export_merged(adapter, None, tmp_path / "x.gguf")
-    with pytest.raises(ConfigError, match="dtype 'q8' is none that lorakit writes; did you mean 'q8_0'"):
+    with pytest.raises(ConfigError, match="dtype 'q8' is not supported; did you mean 'q8_0'"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8")
     with pytest.raises(LorakitError, match="learned tokens alone"):
         export_merged(replace(adapter, updates={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
@@ -313,62 +313,64 @@ def test_calls_that_make_no_sense_say_so(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
-def test_learned_tokens_are_said_not_to_be_in_the_model(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+def test_textual_inversion_embeddings_are_left_out_with_a_warning(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
     done = export_merged(replace(adapter, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf", verify=True)
-    (told,) = done.warnings
-    assert told.startswith("learned tokens (<x>) are no change of a weight: they are not in the GGUF")
-    assert "OUT" not in told
+    (warning,) = done.warnings
+    assert warning.startswith("left out: textual-inversion embeddings (<x>), which are not part of any weight")
+    assert "OUT" not in warning
 
 
-def test_a_head_that_the_adapter_adds_is_told_as_the_adapter_s(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
-    with pytest.raises(LorakitError, match=r"the adapter saved weights whole that the base lacks(.|\n)*: score.weight\n"):
+def test_a_head_added_by_the_adapter_is_refused_by_name(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
+    with pytest.raises(LorakitError, match=r"the adapter adds weights that a GGUF of a llama cannot hold: score.weight\n"):
         export_merged(replace(adapter, saved={"score.weight": torch.ones(2, 32)}), base, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize("name", ["hidden_act", "hidden_activation"])
-def test_a_gemma_of_another_activation_is_refused(name, tmp_path):
-    base, adapter, _ = given(tmp_path, model_of("gemma"))
+def test_a_gemma_with_another_activation_is_refused(name, tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, model_of("gemma"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {name: "relu"}))
-    with pytest.raises(LorakitError, match=f"the base's {name} is 'relu'; llama.cpp computes a gemma with 'gelu_pytorch_tanh'"):
+    with pytest.raises(LorakitError, match=f"the base's {name} is 'relu'; llama.cpp computes a gemma only with 'gelu_pytorch_tanh'"):
         export_merged(adapter, base, tmp_path / "x.gguf")
-    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))  # of the first releases: the other is meant
+    (base / "config.json").write_text(
+        json.dumps(config | {"hidden_act": "gelu"})
+    )  # as the first releases have it, meaning gelu_pytorch_tanh
     assert export_merged(adapter, base, tmp_path / "x.gguf").tensors
 
 
-def test_a_base_without_a_tokenizer_is_refused_and_not_given_an_empty_one(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.gpt2(), ["c_attn"])
+def test_a_base_without_a_tokenizer_is_refused(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.gpt2(), ["c_attn"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
     with pytest.raises(LorakitError, match=r"has no tokenizer: transformers makes up an empty GPT2Tokenizer\n.*tokenizer\.json"):
         export_merged(adapter, base, tmp_path / "x.gguf")
     (base / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
     (base / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(LorakitError, match="the tokenizer has 2 tokens, and the embedding 258 rows"):
+    with pytest.raises(LorakitError, match="the tokenizer has 2 tokens, but the embedding has 258 rows"):
         export_merged(adapter, base, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no merges", "vocab a list"])
-def test_a_damaged_tokenizer_is_an_error_that_names_the_base(text, tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
-    whole = json.loads((base / "tokenizer.json").read_text())
-    damaged = {"no merges": {k: v for k, v in whole["model"].items() if k != "merges"}, "vocab a list": whole["model"] | {"vocab": [1]}}
-    (base / "tokenizer.json").write_text(json.dumps(whole | {"model": damaged[text]}) if text in damaged else text)
+def test_a_malformed_tokenizer_is_an_error_that_names_the_base(text, tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
+    content = json.loads((base / "tokenizer.json").read_text())
+    damaged = {"no merges": {k: v for k, v in content["model"].items() if k != "merges"}, "vocab a list": content["model"] | {"vocab": [1]}}
+    (base / "tokenizer.json").write_text(json.dumps(content | {"model": damaged[text]}) if text in damaged else text)
     with pytest.raises(LorakitError, match=f"cannot load '{base}' with AutoTokenizer: "):
         export_merged(adapter, base, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_a_modelfile_that_says_other_things_is_not_replaced_unless_forced(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+def test_a_different_modelfile_is_replaced_only_if_forced(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
     (tmp_path / "o").mkdir()
     mine = tmp_path / "o" / "Modelfile"
     mine.write_text("FROM llama3.2\nSYSTEM be kind\n")
-    with pytest.raises(ConfigError, match="Modelfile exists and says other things"):
+    with pytest.raises(ConfigError, match="Modelfile exists with other content"):
         export_merged(adapter, base, tmp_path / "o" / "x.gguf", "ollama")
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["Modelfile"]
     assert mine.read_text() == "FROM llama3.2\nSYSTEM be kind\n"
@@ -378,16 +380,16 @@ def test_a_modelfile_that_says_other_things_is_not_replaced_unless_forced(tmp_pa
 
 
 def test_an_adapter_of_another_base_is_refused_unless_forced(tmp_path):
-    _, adapter, _ = given(tmp_path / "a", tiny_lm.llama(seed=0))
+    _, adapter, _ = base_adapter_model(tmp_path / "a", tiny_lm.llama(seed=0))
     other = tiny_lm.save(tmp_path / "b", tiny_lm.llama(seed=1))
     with pytest.raises(LorakitError, match="trained on another base"):
         export_merged(adapter, other, tmp_path / "x.gguf")
     assert export_merged(adapter, other, tmp_path / "x.gguf", force_base=True, verify=True).verified.logits < 0.1
 
 
-def test_where_logits_cannot_be_compared_it_is_said_and_tensors_are(tmp_path):
-    base, adapter, _ = given(tmp_path, tiny_lm.llama())
+def test_tensors_are_compared_where_logits_cannot_be(tmp_path):
+    base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
     done = export_merged(replace(adapter, config=adapter.config.replace(task="SEQ_CLS")), base, tmp_path / "x.gguf", verify=True)
     assert done.verified.logits is None
-    assert str(done.verified).endswith("logits not compared (the adapter is for SEQ_CLS, which is no language model's task)")
+    assert str(done.verified).endswith("logits not compared (the adapter is for SEQ_CLS, not for language modelling)")
     assert 0 < done.verified.tensors < 2**-11

@@ -1,4 +1,4 @@
-"""`export(verify=True)` sees every kind of number that a written file holds: each is damaged behind its back."""
+"""`export(verify=True)` checks every quantity in a written file: the tests damage each one after it is written."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ LLAMA = {"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads":
     (IMAGE, "a1111", {"ΔW", "DoRA's magnitudes", "changes of biases"}),
     (adapter({}, {"score.weight": random(3, 12)}), "peft", {"saved weights"}),
 ])  # fmt: skip
-def test_everything_that_a_file_holds_is_compared(tmp_path, value, receiver, kinds):
+def test_every_quantity_of_a_file_is_compared(tmp_path, value, receiver, kinds):
     name = "x.safetensors" if receiver in ("comfyui", "a1111") else "out"
     done = export(value, tmp_path / name, receiver, verify=True)
     assert done.differences.keys() == kinds
     assert done.difference < 1e-6
 
 
-def test_a_doras_magnitudes_of_an_embedding_are_compared(tmp_path):
+def test_an_embeddings_dora_magnitudes_are_compared(tmp_path):
     across = replace(TOKENS, magnitude=random(1, 40))
     assert export(adapter({"model.embed_tokens": across}), tmp_path / "m", "mlx", verify=True).difference < 1e-6
     along = replace(TOKENS, magnitude=random(8, 1))
@@ -101,16 +101,16 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
-def test_saved_weights_of_every_precision_are_read_as_they_are(tmp_path, dtype):
+def test_saved_weights_of_every_dtype_are_read_exactly(tmp_path, dtype):
     value = (random(5, 7) * 40).abs().to(dtype)
-    if dtype.itemsize == 1 and dtype.is_floating_point:  # every number there is
+    if dtype.itemsize == 1 and dtype.is_floating_point:  # every value of the dtype
         value = torch.arange(256, dtype=torch.uint8).view(dtype)
         value = value[value.float().isfinite()]
     done = export(adapter({}, {"score.weight": value, "score.count": value[0].clone()}), tmp_path / "out", "peft", verify=True)
     assert done.difference == 0
 
 
-def test_a_grouped_convolution_and_a_packed_projection_are_what_peft_reads(tmp_path):
+def test_grouped_convolutions_and_packed_projections_are_verified(tmp_path):
     conv = lk.Factors(random(2, 4, 3), random(6, 2, 1), 3.0, "conv", groups=2)
     theirs = lk.Factors(random(4, 8, 3), random(6, 2, 1), 3.0, "conv", groups=2)
     B = torch.zeros(12, 4)
@@ -121,7 +121,7 @@ def test_a_grouped_convolution_and_a_packed_projection_are_what_peft_reads(tmp_p
 
 
 def edited(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """A damage: of the tensors of a safetensors file, which is then written again."""
+    """Damage: change the tensors of a safetensors file and write it again."""
 
     def damage(path: Path) -> None:
         file = next(f for f in (path, path / "adapter_model.safetensors", path / "adapters.safetensors") if f.is_file())
@@ -135,7 +135,7 @@ def edited(change: Callable[[dict], None]) -> Callable[[Path], None]:
 
 
 def flipped(key: str) -> Callable[[Path], None]:
-    """One number of a tensor gets the other sign."""
+    """Damage: flip the sign of a tensor's largest element."""
 
     def change(tensors: dict) -> None:
         tensor = tensors[next(k for k in tensors if k.endswith(key))].view(-1)
@@ -145,8 +145,8 @@ def flipped(key: str) -> Callable[[Path], None]:
     return edited(change)
 
 
-def told(file: str, *keys: str, value) -> Callable[[Path], None]:
-    """A damage: another value in a JSON file."""
+def json_value(file: str, *keys: str, value) -> Callable[[Path], None]:
+    """Damage: change a value in a JSON file."""
 
     def damage(path: Path) -> None:
         values = json.loads((path / file).read_text())
@@ -168,7 +168,7 @@ def more(key: str) -> Callable[[Path], None]:
 
 
 def header(change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """A damage: of the header of diffusers' file."""
+    """Damage: change the header of a diffusers file."""
 
     def damage(path: Path) -> None:
         file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
@@ -182,7 +182,7 @@ def header(change: Callable[[dict], None]) -> Callable[[Path], None]:
 
 
 def bytes_of(tensor: str) -> Callable[[Path], None]:
-    """A damage: one number of a GGUF's tensor gets the other sign."""
+    """Damage: flip the sign of the largest element of a GGUF tensor."""
 
     def damage(path: Path) -> None:
         found = next(t for t in gguf.GGUFReader(path).tensors if t.name == tensor)
@@ -202,7 +202,7 @@ def rows_in_transformers_order(path: Path) -> None:
 
 
 def no_alpha(path: Path) -> None:
-    """alpha / r = 1 by llama.cpp's rule for an alpha of 0."""
+    """Damage: set alpha to 0, for which llama.cpp uses a scale of 1."""
     field = gguf.GGUFReader(path, "r+").fields["adapter.lora.alpha"]
     field.parts[field.data[0]][0] = 0
     field.parts[field.data[0]].base.flush()
@@ -212,43 +212,43 @@ ATTN, OUT0, RES = "attn1_to_", "attn1_to_out_0", "resnets_0_conv1"
 DAMAGES = {
     "peft: a factor": (LANGUAGE, "peft", flipped("lora_B.weight"), "ΔW by"),
     "peft: an embedding's factor": (HEADED, "peft", flipped("lora_embedding_A"), "ΔW by"),
-    "peft: alpha": (LANGUAGE, "peft", told("adapter_config.json", "lora_alpha", value=7), "ΔW by"),
-    "peft: a rule of the strength": (LANGUAGE, "peft", told("adapter_config.json", "use_rslora", value=True), "ΔW by"),
-    "peft: a rank": (LANGUAGE, "peft", told("adapter_config.json", "rank_pattern", value={}), r"its config says 3|its config says 4"),
-    "peft: no config": (LANGUAGE, "peft", lambda path: (path / "adapter_config.json").unlink(), "makes no sense"),
-    "peft: half a pair": (LANGUAGE, "peft", without("lora_B.weight"), "makes no sense"),
-    "peft: the other half": (LANGUAGE, "peft", without("lora_A.weight"), "belongs to no pair"),
-    "peft: a module more": (LANGUAGE, "peft", more("base_model.model.more.weight"), "holds what was not written"),
+    "peft: alpha": (LANGUAGE, "peft", json_value("adapter_config.json", "lora_alpha", value=7), "ΔW by"),
+    "peft: the rule for the scale": (LANGUAGE, "peft", json_value("adapter_config.json", "use_rslora", value=True), "ΔW by"),
+    "peft: a rank": (LANGUAGE, "peft", json_value("adapter_config.json", "rank_pattern", value={}), r"its config says 3|its config says 4"),
+    "peft: no config": (LANGUAGE, "peft", lambda path: (path / "adapter_config.json").unlink(), "malformed"),
+    "peft: half a pair": (LANGUAGE, "peft", without("lora_B.weight"), "malformed"),
+    "peft: the other half": (LANGUAGE, "peft", without("lora_A.weight"), "has no counterpart"),
+    "peft: an extra module": (LANGUAGE, "peft", more("base_model.model.more.weight"), "has unexpected content"),
     "peft: a magnitude": (DORA, "peft", flipped("lora_magnitude_vector"), "DoRA's magnitudes by"),
     "peft: no magnitude": (DORA, "peft", without("lora_magnitude_vector"), "has no lora_magnitude_vector"),
-    "peft: a plain LoRA after all": (DORA, "peft", told("adapter_config.json", "use_dora", value=False), "use_dora is False"),
+    "peft: a plain LoRA after all": (DORA, "peft", json_value("adapter_config.json", "use_dora", value=False), "use_dora is False"),
     "peft: a saved bias": (HEADED, "peft", flipped("base_layer.bias"), "saved weights by"),
     "peft: a saved module": (HEADED, "peft", flipped("score.weight"), "saved weights by"),
     "peft: no saved module": (HEADED, "peft", without("score.weight"), r"lacks score.weight \(saved weights\)"),
     "mlx: a factor": (LANGUAGE, "mlx", flipped("lora_b"), "ΔW by"),
-    "mlx: the scale": (DORA, "mlx", told("adapter_config.json", "lora_parameters", "scale", value=20.0), "ΔW by"),
+    "mlx: the scale": (DORA, "mlx", json_value("adapter_config.json", "lora_parameters", "scale", value=20.0), "ΔW by"),
     "mlx: a magnitude": (DORA, "mlx", flipped(".m"), "DoRA's magnitudes by"),
-    "mlx: a tensor more": (DORA, "mlx", more("what.weight"), "'what.weight' belongs to no update"),
+    "mlx: an extra tensor": (DORA, "mlx", more("what.weight"), "'what.weight' does not belong to any update"),
     "kohya: alpha": (IMAGE, "comfyui", flipped(f"{ATTN}q.alpha"), "ΔW by"),
     "kohya: a LoHa": (IMAGE, "comfyui", flipped(f"{ATTN}q.hada_w2_b"), "ΔW by"),
     "kohya: a LoHa's core": (IMAGE, "comfyui", flipped("conv_in.hada_t1"), "ΔW by"),
     "kohya: a LoKr's first factor": (IMAGE, "comfyui", flipped(f"{ATTN}v.lokr_w1"), "ΔW by"),
     "kohya: a LoKr's product": (IMAGE, "comfyui", flipped(f"{ATTN}k.lokr_w2_a"), "ΔW by"),
     "kohya: a LoKr's core": (IMAGE, "comfyui", flipped(f"{RES}.lokr_t2"), "ΔW by"),
-    "kohya: a whole ΔW": (IMAGE, "comfyui", flipped(f"{OUT0}.diff"), "ΔW by"),
+    "kohya: a dense ΔW": (IMAGE, "comfyui", flipped(f"{OUT0}.diff"), "ΔW by"),
     "kohya: a bias": (IMAGE, "comfyui", flipped(f"{OUT0}.diff_b"), "changes of biases by"),
     "kohya: a norm": (IMAGE, "comfyui", flipped("norm1.w_norm"), "ΔW by"),
     "kohya: a norm's bias": (IMAGE, "comfyui", flipped("norm1.b_norm"), "changes of biases by"),
     "kohya: a magnitude": (IMAGE, "a1111", flipped("conv_out.dora_scale"), "DoRA's magnitudes by"),
-    "kohya: half a LoHa": (IMAGE, "comfyui", without(f"{ATTN}q.hada_w2_b"), "makes no sense"),
-    "kohya: a kind unheard of": (IMAGE, "comfyui", more("lora_unet_conv_in.oft_blocks"), "belongs to no kind"),
+    "kohya: half a LoHa": (IMAGE, "comfyui", without(f"{ATTN}q.hada_w2_b"), "malformed"),
+    "kohya: an unknown kind": (IMAGE, "comfyui", more("lora_unet_conv_in.oft_blocks"), "does not belong to any kind"),
     "diffusers: a factor": (PLAIN_IMAGE, "diffusers", lambda path: flipped("lora_A.weight")(next(path.glob("*.safetensors"))), "ΔW by"),
-    "diffusers: alpha": (PLAIN_IMAGE, "diffusers", header(lambda told: told.update({"unet.lora_alpha": 9})), "ΔW by"),
-    "diffusers: a module's own alpha": (PLAIN_IMAGE, "diffusers", header(lambda told: told.update({"unet.alpha_pattern": {}})), "ΔW by"),
+    "diffusers: alpha": (PLAIN_IMAGE, "diffusers", header(lambda values: values.update({"unet.lora_alpha": 9})), "ΔW by"),
+    "diffusers: a module's own alpha": (PLAIN_IMAGE, "diffusers", header(lambda values: values.update({"unet.alpha_pattern": {}})), "ΔW by"),
     "diffusers: a magnitude": (
         IMAGE_DORA, "diffusers", lambda path: flipped("to_q.lora_magnitude_vector")(next(path.glob("*.safetensors"))), "DoRA's magnitudes by",
     ),
-    "diffusers: no DoRA after all": (IMAGE_DORA, "diffusers", header(lambda told: told.update({"unet.use_dora": False})), "use_dora is False"),
+    "diffusers: no DoRA after all": (IMAGE_DORA, "diffusers", header(lambda values: values.update({"unet.use_dora": False})), "use_dora is False"),
     "gguf: a factor": (LANGUAGE, "llama.cpp", bytes_of("blk.1.attn_v.weight.lora_a"), "ΔW by"),
     "gguf: alpha": (LANGUAGE, "llama.cpp", no_alpha, "ΔW by"),
     "gguf: the order of rows": (LANGUAGE, "llama.cpp", rows_in_transformers_order, "ΔW by"),
@@ -257,7 +257,7 @@ NAMES = {"comfyui": "x.safetensors", "a1111": "x.safetensors", "llama.cpp": "x.g
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_seen_and_out_is_as_it_was(tmp_path, monkeypatch, kind):
+def test_damage_is_detected_and_out_is_unchanged(tmp_path, monkeypatch, kind):
     value, receiver, damage, said = DAMAGES[kind]
     out = tmp_path / NAMES.get(receiver, "out")
     base = LLAMA if receiver == "llama.cpp" else None
@@ -267,21 +267,21 @@ def test_damage_is_seen_and_out_is_as_it_was(tmp_path, monkeypatch, kind):
         damage(written if written.name != "pytorch_lora_weights.safetensors" else written.parent)
         return written
 
-    monkeypatch.setattr(sys.modules["lorakit.export.tried"], "save", save_and_damage)
+    monkeypatch.setattr(sys.modules["lorakit.export.staging"], "save", save_and_damage)
     with pytest.raises(AdapterError, match=said) as error:
         export(value, out, receiver, verify=True, base=base)
-    assert str(out) in str(error.value), "the message names OUT, not where it was tried"
+    assert str(out) in str(error.value), "the message names OUT, not the temporary folder"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("receiver", ["peft", "mlx", "diffusers", "comfyui"])
-def test_a_failed_export_leaves_the_older_one_there(tmp_path, monkeypatch, receiver):
+def test_a_failed_export_keeps_the_previous_one(tmp_path, monkeypatch, receiver):
     value = PLAIN_IMAGE if receiver in ("diffusers", "comfyui") else LANGUAGE
     out = tmp_path / NAMES.get(receiver, "out")
     export(value, out, receiver)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     monkeypatch.setattr(sys.modules["lorakit.export.verify"], "differences", lambda *_: {"ΔW": float("nan")})
-    with pytest.raises(AdapterError, match=r"differs from the adapter: ΔW by nan[^\n]*\n  OUT is as it was"):
+    with pytest.raises(AdapterError, match=r"differs from the adapter: ΔW by nan[^\n]*\n  OUT is unchanged"):
         export(value * 2.0, out, receiver, verify=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     monkeypatch.undo()
@@ -291,7 +291,7 @@ def test_a_failed_export_leaves_the_older_one_there(tmp_path, monkeypatch, recei
     assert after != before
 
 
-def test_what_else_is_in_the_folder_stays_but_for_pefts_older_weights(tmp_path):
+def test_other_files_in_the_folder_stay_except_pefts_old_weights(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("mine")
@@ -300,38 +300,38 @@ def test_what_else_is_in_the_folder_stays_but_for_pefts_older_weights(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json"]
 
 
-def test_a_folder_where_a_file_is_to_be_is_refused(tmp_path):
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "x.safetensors").mkdir()
-    with pytest.raises(AdapterError, match="is a folder, and a file is to be written there"):
+    with pytest.raises(AdapterError, match="is a folder; expected a file name"):
         export(IMAGE, tmp_path / "x.safetensors", "comfyui", verify=True)
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(AdapterError, match="is a file, and a folder is to be written there"):
+    with pytest.raises(AdapterError, match="is a file; expected a folder name"):
         export(LANGUAGE, tmp_path / "out", "peft", verify=True)
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_the_first_pattern_that_fits_counts_as_peft_has_it(tmp_path):
-    """In the file's order: "q_proj" before "layers.1.q_proj" is the rule for both."""
+def test_the_first_matching_pattern_applies_as_in_peft(tmp_path):
+    """In file order: if "q_proj" comes before "layers.1.q_proj", it applies to both."""
     pattern = {"alpha_pattern": {"q_proj": 2, "model.layers.1.self_attn.q_proj": 5}, "alpha": 4.0}
     other = "model.layers.1.self_attn.q_proj"
     value = adapter({Q: low_rank(4, 2), other: low_rank(4, 5), V: low_rank(4, 4)}, **pattern)
     assert export(value, tmp_path / "out", "peft", verify=True).difference < 1e-6
 
 
-def test_a_small_modules_wrong_strength_is_not_lost_beside_a_large_one(tmp_path, monkeypatch):
+def test_a_small_modules_wrong_scale_is_detected_next_to_a_large_module(tmp_path, monkeypatch):
     small = replace(low_rank(4, 8), A=random(4, 8) * 1e-4)
     value = adapter({Q: low_rank(4, 8), V: small})
 
     def save_and_damage(adapter, path, format, **options):
         return save(replace(adapter, updates={**adapter.updates, V: replace(small, alpha=7.9)}), path, format, **options)
 
-    monkeypatch.setattr(sys.modules["lorakit.export.tried"], "save", save_and_damage)
+    monkeypatch.setattr(sys.modules["lorakit.export.staging"], "save", save_and_damage)
     with pytest.raises(AdapterError, match="ΔW by"):
         export(value, tmp_path / "out", "peft", verify=True)
 
 
-def test_shift_and_scale_are_swapped_for_flux_last_norm(tmp_path):
-    """Its original code has the two halves of the rows the other way round, and so has kohya's file."""
+def test_shift_and_scale_are_swapped_for_fluxs_last_norm(tmp_path):
+    """Flux's original code, and so kohya's file, has the two halves of the rows swapped."""
     name = "transformer.norm_out.linear"
     whole = adapter({name: Dense(random(12, 6), random(12))})
     whole = replace(whole, metadata={"model": "flux"})
@@ -340,7 +340,7 @@ def test_shift_and_scale_are_swapped_for_flux_last_norm(tmp_path):
     assert torch.equal(written["lora_unet_final_layer_adaLN_modulation_1.diff"][:6], whole.others[name].weight[6:])
 
 
-def test_fused_keys_of_other_kinds_are_compared_too(tmp_path):
+def test_fused_keys_of_other_kinds_are_compared(tmp_path):
     attention = "transformer.transformer_blocks.0.attn."
     shared = {"w2": random(6, 4)}
     lokr = {attention + n: Kronecker(1.0, w1=random(2, 2), **shared) for n in ("to_q", "to_k", "to_v")}

@@ -1,4 +1,4 @@
-"""What `combine`, `resize` and `extract` share: options, a line of progress, and the report on the adapter that was written."""
+"""Shared by `combine`, `resize` and `extract`: options, a progress line, and the report on the written adapter."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from ...adapter.algebra.resize import Resized
 
 Out = Annotated[Path, typer.Argument(help="where to write the result")]
-Rank = Annotated[int | None, typer.Option(min=1, help="the rank of the result, at most")]
+Rank = Annotated[int | None, typer.Option(min=1, help="maximum rank of the result")]
 Keep = Annotated[float | None, typer.Option(min=0, max=1, help="keep this share of the energy Σσ² of each module, e.g. 0.99")]
-To = Annotated[str, typer.Option(help="format to write: peft, or any that `lorakit convert` writes")]
-Alpha = Annotated[float | None, typer.Option(help="for loralib files, which do not hold it")]
-Dtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: as it comes")]
-Base = Annotated[str | None, typer.Option(help="the base's folder, which GGUF needs (--to gguf, and to read one)")]
+To = Annotated[str, typer.Option(help="format to write: any that `lorakit convert` writes")]
+Alpha = Annotated[float | None, typer.Option(help="for loralib files, which do not store it")]
+Dtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: that of the result")]
+Base = Annotated[str | None, typer.Option(help="the base's folder, required to read or write GGUF")]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
-Modules = Annotated[bool, typer.Option("--modules", help="a line for each module")]
+Modules = Annotated[bool, typer.Option("--modules", help="print a line per module")]
 Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A line on a terminal that says how far it is; the block tells it by (name, done, total)."""
+    """Show a progress line on the terminal; yields a callback (name, done, total) that updates it."""
     from rich.console import Console
 
     with Console(stderr=True).status(what) as status:
@@ -39,35 +39,43 @@ def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def report(
-    what: str, before: list[Adapter], done: Resized, written: tuple[Path, str], began: float, modules: bool, json_output: bool
+    what: str,
+    inputs: list[Adapter],
+    result: Resized,
+    written: tuple[Path, str],
+    started: float,
+    modules: bool,
+    json_output: bool,
 ) -> None:
-    path, look = written
-    count = [sum(a.parameters for a in before), done.adapter.parameters]
+    """Print the result of `what`: ranks, parameters, error, and the next command. `written`: what `write` returned."""
+    path, next_command = written
+    before, after = sum(a.parameters for a in inputs), result.adapter.parameters
     if json_output:
-        told: dict[str, Any] = {"out": str(path), "rank": done.adapter.rank, "parameters": {"before": count[0], "after": count[1]}}
-        print(json.dumps(told | done.to_dict()))
+        facts: dict[str, Any] = {"out": str(path), "rank": result.adapter.rank, "parameters": {"before": before, "after": after}}
+        print(json.dumps(facts | result.to_dict()))
         return
     if modules:
-        for m in done.modules:
+        for m in result.modules:
             print(f"  {m.module}  rank {m.before} -> {m.after}  error {m.error:.3g}")
-    ranks = sorted({f.rank for f in done.adapter.factors.values()})
-    told_ranks = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "whole updates"
-    print(f"{what}: {len(done.modules)} modules, {told_ranks}; {count[0]:,} parameters -> {count[1]:,}, {seconds_since(began)}")
-    worst = done.worst
+    ranks = sorted({f.rank for f in result.adapter.factors.values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "dense updates"
+    print(f"{what}: {len(result.modules)} modules, {rank}; {before:,} parameters -> {after:,}, {seconds_since(started)}")
+    worst = result.worst
     if worst is not None and worst.error > 0:
-        print(f"relative error {done.error:.3g} ({done.energy:.2%} of the energy kept); largest: {worst.module}, {worst.error:.3g}")
+        kept = f"{result.energy:.2%} of the energy kept"
+        print(f"relative error {result.error:.3g} ({kept}); largest: {worst.module}, {worst.error:.3g}")
     else:
         print("exact")
-    print(f"next: {look}")
+    print(f"next: {next_command}")
 
 
 def write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None) -> tuple[Path, str]:
-    """What was written, and the call that looks at it."""
+    """Save the adapter. Returns the written path and the `lorakit inspect` command for it."""
     from ...formats import save
 
     path = save(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
     return path, inspect_call(path, adapter, to, base)
 
 
-def seconds_since(began: float) -> str:
-    return f"{time.monotonic() - began:.1f} s"
+def seconds_since(started: float) -> str:
+    return f"{time.monotonic() - started:.1f} s"

@@ -1,4 +1,4 @@
-"""What the verbs that write adapters share: reading with the options a file may need, and a place to write that loses nobody's work."""
+"""Shared by the commands that read and write adapters: options for some formats, and protection of existing output."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
 def read(source: str, alpha: float | None = None, base: Path | None = None, force_base: bool = False) -> Adapter:
-    """An adapter; see `load_on`."""
+    """Load an adapter (see `load_on`); says so if a PiSSA or OLoRA was converted to a plain LoRA of `base`."""
     from ...checkpoint.residual import load_on, started_as
 
     adapter = load_on(source, base, alpha, force_base)
-    start = started_as(source) if base is not None else None
-    if start:
-        print(f"{source} was started as {start}: made a plain LoRA of {base}, of twice the rank", file=sys.stderr)
+    init = started_as(source) if base is not None else None
+    if init:
+        note = f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank"
+        print(note, file=sys.stderr)
     return adapter
 
 
 def read_checked(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
-    """An adapter; where it holds NaN or infinity, the error says in which keys, all of them."""
+    """Load an adapter; if it contains NaN or infinity, the AdapterError lists the affected keys."""
     from ...analysis.inspect import not_finite
 
     try:
@@ -42,21 +43,21 @@ def read_checked(source: str, alpha: float | None = None, base: Path | None = No
             raise
         keys = "".join(f"\n  {key}: {count:,}" for key, count in list(bad.items())[:20])
         more = f"\n  and {len(bad) - 20} more keys" if len(bad) > 20 else ""
-        raise AdapterError(f"{error}\n{len(bad)} keys of {source} hold such numbers:{keys}{more}") from error
+        raise AdapterError(f"{error}\n{len(bad)} keys of {source} have non-finite elements:{keys}{more}") from error
 
 
 def inspect_call(path: Path, adapter: Adapter, format: str, base: str | None) -> str:
-    """How to look at what was written, with the options that reading it takes."""
-    more = f" --base {quote(base)}" if base and format == "gguf" else ""
+    """The `lorakit inspect` command for a written adapter, with the options needed to read it."""
+    options = f" --base {quote(base)}" if base and format == "gguf" else ""
     if format == "loralib":
         from ...formats.loralib import alpha_of
 
-        more = f" --alpha {alpha_of(adapter):g}"
-    return f"lorakit inspect {quote(str(path))}{more}"
+        options = f" --alpha {alpha_of(adapter):g}"
+    return f"lorakit inspect {quote(str(path))}{options}"
 
 
 def base_folder(name: str | None) -> Path | None:
-    """Where the base's files are: a folder as named, of whatever kind, or the embedded model's."""
+    """The path of the base's files: the given folder or file, or the embedded model's folder for 'embedded'."""
     from ...bases.load import EMBEDDED, model_path
 
     if name is None:
@@ -70,23 +71,26 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def numbers(text: str | None) -> list[float] | None:
-    """--weights 0.7,0.3"""
+def parse_weights(text: str | None) -> list[float] | None:
+    """Parse `--weights 0.7,0.3`. ConfigError for anything that is not a comma-separated list of numbers."""
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--weights: '{text}' is not a list of numbers; expected one for each adapter, e.g. 0.7,0.3") from None
+        raise ConfigError(f"--weights: '{text}' is not a list of numbers; expected one per adapter, e.g. 0.7,0.3") from None
 
 
-def free(out: Path, to: str, force: bool) -> Path:
-    """OUT, if it suits the format and there is nothing there, or only an older adapter of that format that may be replaced."""
+def output_path(out: Path, to: str, force: bool) -> Path:
+    """Return OUT with ~ expanded. ConfigError if it does not suit the format `to`, or exists.
+
+    With `force`, an existing file or an adapter of the same format may be replaced.
+    """
     from ...formats import FOLDERS, FORMATS
 
     out = out.expanduser()
     if to not in FORMATS:
-        raise ConfigError(f"--to {to}: no such format{did_you_mean(to, FORMATS)}\n  known: {', '.join(FORMATS)}")
+        raise ConfigError(f"--to {to}: no such format{did_you_mean(to, FORMATS)}\n  formats: {', '.join(FORMATS)}")
     if to in FOLDERS and out.suffix in _WEIGHTS:
         raise ConfigError(f"{out}: {to} is written as a folder\n  give a name without '{out.suffix}'")
     if to in _SUFFIXES and out.suffix not in _SUFFIXES[to] and not (to == "diffusers" and out.suffix not in _WEIGHTS):
@@ -98,21 +102,23 @@ def free(out: Path, to: str, force: bool) -> Path:
     if out.is_dir():
         _check_folder(out, to)
     elif to in FOLDERS:
-        raise ConfigError(f"{out} is a file, and {to} is written as a folder")
+        raise ConfigError(f"{out} is a file, but {to} is written as a folder")
     return out
 
 
 def _check_folder(out: Path, to: str) -> None:
-    """A folder may be written into if it holds an adapter of that format: PEFT's and MLX's files have names in common."""
+    """ConfigError unless the folder holds an adapter of this format: PEFT's and MLX's files share names."""
     from ...formats import FOLDERS, find, format_of
 
     if to not in (*FOLDERS, "diffusers"):
-        raise ConfigError(f"{out} is a folder, and {to} is written as a file")
+        raise ConfigError(f"{out} is a folder, but {to} is written as a file")
     if (out / "config.json").exists():
-        raise ConfigError(f"{out} holds a model (config.json), among whose files an adapter would not be found\n  name another folder")
+        raise ConfigError(f"{out} holds a model (config.json); expected a folder for the adapter alone\n  name another folder")
     try:
-        found = format_of(out) if find(out) == out else "something else"  # the adapter may lie deeper: in a run's folder, say
+        # The adapter may be in a subfolder, as in a run's folder.
+        existing = format_of(out) if find(out) == out else "something else"
     except AdapterError:
-        found = "something else"
-    if found != to:
-        raise ConfigError(f"{out} is a folder with {found if found in FOLDERS else 'other things'} in it\n  name another folder")
+        existing = "something else"
+    if existing != to:
+        content = f"an adapter in {existing}'s format" if existing in FOLDERS else "other files"
+        raise ConfigError(f"{out} is a folder with {content}\n  name another folder")

@@ -1,4 +1,4 @@
-"""A base with its adapters, as `eval`, `generate` and `chat` load them."""
+"""Load a base with its adapters, for `eval`, `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ if TYPE_CHECKING:
 
 
 def named(adapters: list[str]) -> dict[str, str]:
-    """`NAME=PATH` or `PATH` (named "adapter", "adapter2", ...) as {name: path}."""
-    found: dict[str, str] = {}
+    """Parse `NAME=PATH` or `PATH` (named "adapter", "adapter2", ...) into {name: path}.
+
+    ConfigError if a name occurs twice.
+    """
+    paths: dict[str, str] = {}
     for given in adapters:
         name, sep, path = given.partition("=")
         if not sep:
-            name, path = "adapter" if not found else f"adapter{len(found) + 1}", given
-        if name in found:
+            name, path = "adapter" if not paths else f"adapter{len(paths) + 1}", given
+        if name in paths:
             raise ConfigError(f"--adapter: two adapters are named '{name}'")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base with adapters. `style`: how the last adapter's training data was written, where it says so."""
+    """A base with adapters. `style`: how the last adapter's training data was formatted, if recorded."""
 
     model: Any
     tokenizer: Any
@@ -36,19 +39,20 @@ class Loaded:
     style: str | None
 
     def style_for(self, template: str) -> Style:
-        """How a prompt is to be written: as asked, as the adapter was trained, or by the chat template if there is one."""
-        has_one = bool(getattr(self.tokenizer, "chat_template", None))
-        style = (self.style or ("chat" if has_one else "none")) if template == "auto" else template
-        if style == "chat" and not has_one:
+        """How to format a prompt: as requested; for "auto" as in training, else with the chat template if there is one.
+
+        ConfigError if that needs a chat template and the tokenizer has none.
+        """
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        style = (self.style or ("chat" if has_template else "none")) if template == "auto" else template
+        if style == "chat" and not has_template:
             why = "the adapter was trained with a chat template" if template == "auto" else "--template chat"
-            raise ConfigError(
-                f"{why}: this model's tokenizer has no chat template\n  use --template plain or none, or the base it was trained on"
-            )
+            raise ConfigError(f"{why}, but this model has no chat template\n  use --template plain or none, or the base it was trained on")
         return style  # type: ignore[return-value]
 
 
 def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
-    """The adapters by name. A GGUF needs the base's config, to know the heads of its permuted rows."""
+    """Read the adapters, by name. A GGUF needs the base's config: its rows are permuted per head."""
     from ...adapter.adapter import Adapter
     from ...bases.load import load_config
     from ...formats import format_of
@@ -60,12 +64,12 @@ def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
 
 
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
-    """The base with the adapters attached; the last of them is active."""
-    return attached(model, read(model, adapters), precision)  # adapters before the base's weights: it fails faster
+    """Load the base and attach the adapters; the last one is active."""
+    return attached(model, read(model, adapters), precision)  # adapters first, to fail early
 
 
 def attached(model: str, values: Mapping[str, Adapter], precision: str = "auto") -> Loaded:
-    """The same with adapters that are read already."""
+    """Load the base and attach adapters that have been read."""
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import load_model, load_tokenizer
     from ...model.attach import attach

@@ -1,9 +1,10 @@
-"""What a verb says before it imports torch and transformers, which takes seconds.
+"""The line a command prints before it imports torch and transformers, which takes seconds.
 
     with starting("reading the adapter"):
         from ..adapter.combine import combined
 
-On a terminal the line goes away when the block ends; elsewhere it stays. It is on stderr, so that --json on stdout stays clean.
+On a terminal the line is cleared when the block ends; elsewhere it stays. It goes to stderr, so that stdout holds only
+the result (--json).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_CLEAR = "\r\x1b[2K"  # to the line's start, and what is on it away
+_CLEAR = "\r\x1b[2K"  # return to the start of the line and erase it
 
 
 @contextmanager
 def starting(what: str, quiet: bool = False) -> Iterator[None]:
-    """Say `what` is being done while the block runs."""
+    """Print `what` is being done while the block runs. `quiet`: print nothing."""
     terminal = sys.stderr.isatty()
     if not quiet:
         print(f"lorakit: {what} ...", end="" if terminal else "\n", file=sys.stderr, flush=True)
