@@ -55,7 +55,7 @@ def run(quick: bool = False) -> list[Row]:
         _attach(f"attach, {layers} layers x 7, width 256", lambda: llama(layers, 256, 704, 4), rounds),
         _attach(f"attach, {layers} layers x 7 of a 70B Llama, meta device", lambda: llama(layers, 8192, 28672, 64, "meta"), rounds),
     ]
-    rows += _several(layers=4 if quick else 32, numbers=(1, 2, 3) if quick else (1, 10, 30), repeats=3 if quick else 7)
+    rows += _several(layers=4 if quick else 32, counts=(1, 2, 3) if quick else (1, 10, 30), repeats=3 if quick else 7)
     return rows + _start(1 if quick else 5)
 
 
@@ -73,8 +73,8 @@ def _attach(what: str, build: Callable[[], nn.Module], rounds: int) -> Row:
     return _row(what, median(ours[1:]), median(theirs[1:]))
 
 
-def _several(layers: int, numbers: tuple[int, ...], repeats: int) -> list[Row]:
-    """Load many adapters; for each n in `numbers` time the n-th load, switching among n, and disabling all."""
+def _several(layers: int, counts: tuple[int, ...], repeats: int) -> list[Row]:
+    """Load many adapters; for each n in `counts` time the n-th load, switching among n, and disabling all."""
     import peft
 
     def build() -> Any:
@@ -105,9 +105,9 @@ def _several(layers: int, numbers: tuple[int, ...], repeats: int) -> list[Row]:
             with theirs.disable_adapter():
                 pass
 
-        for n in range(1, max(numbers) + 1):
+        for n in range(1, max(counts) + 1):
             load_seconds = [_seconds(load, f"a{n}") for load in (load_ours, load_theirs)]
-            if n not in numbers:
+            if n not in counts:
                 continue
             targets = f"{layers} layers x 7"
             loads.append(_row(f"load adapter {n}, {targets}", *load_seconds))

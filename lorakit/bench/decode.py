@@ -57,10 +57,12 @@ def timed(decode: Callable[..., list[str]], *args: object) -> tuple[list[str], f
 
 
 def by_lorakit(model, tokenizer, prompts, size) -> list[str]:
+    """Generate in batches of `size` with lorakit."""
     return generate(model, tokenizer, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=size)
 
 
 def by_transformers(model, tokenizer, prompts, size) -> list[str]:
+    """Generate in batches of `size` with transformers."""
     texts = []
     for start in range(0, len(prompts), size):
         ids, mask = pad_rows(prompts[start : start + size], tokenizer.pad_token_id, on_left=True)

@@ -89,12 +89,14 @@ def make_adapter(folder: Path, layers: int) -> None:
 
 
 def merge_with_lorakit(base: str, adapter: str, out: str) -> None:
+    """Merge the files `base` and `adapter` into `out`, tensor by tensor."""
     from ..checkpoint import merge_checkpoint
 
     merge_checkpoint(base, adapter, out)
 
 
 def merge_with_peft(base: str, adapter: str, out: str) -> None:
+    """Load the model, merge the adapter, and save it to `out`."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

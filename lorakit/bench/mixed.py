@@ -178,6 +178,7 @@ def choices_for(names: Sequence[str]) -> list[str | None]:
 
 
 def lorakit_side(shape: Shape, dtype: torch.dtype, names: list[str]) -> nn.Module:
+    """Return a Llama with these adapters attached by lorakit."""
     model = llama(shape, dtype)
     for name, rank in zip(names, itertools.cycle(RANKS)):
         attach_one(model, name, rank)
@@ -185,6 +186,7 @@ def lorakit_side(shape: Shape, dtype: torch.dtype, names: list[str]) -> nn.Modul
 
 
 def peft_side(shape: Shape, dtype: torch.dtype, names: list[str]) -> nn.Module:
+    """Return a Llama with these adapters attached by PEFT."""
     import peft
 
     ranks = itertools.islice(itertools.cycle(RANKS), len(names))

@@ -9,8 +9,8 @@ medians.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def sides(h: Tensor, W: Tensor, targets: Tensor) -> dict[str, Callable[[], None]
     return {
         "products": lambda: F.linear(h, W) @ W,  # type: ignore[dict-item]
         "all at once": lambda: step(cross_entropy.reference),
-        **{str(rows): functools.partial(chunked, rows) for rows in CHUNKS},
+        **{str(rows): partial(chunked, rows) for rows in CHUNKS},
     }
 
 

@@ -57,10 +57,12 @@ def llama(shape: Shape, dtype: torch.dtype) -> Any:
 
 
 def lorakit_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    """Return the model with lorakit's LoRA."""
     return lk.attach(llama(shape, dtype), lk.LoraConfig(rank=RANK, dropout=dropout))
 
 
 def peft_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    """Return the model with PEFT's LoRA."""
     import peft
 
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=PROJECTIONS)
@@ -68,6 +70,7 @@ def peft_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
 
 
 def loralib_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    """Return the model with loralib's linears."""
     import loralib
 
     model = llama(shape, dtype)
@@ -82,6 +85,7 @@ def loralib_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
 
 
 def full_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
+    """Return the model with all weights trainable."""
     return llama(shape, dtype).requires_grad_(True)
 
 

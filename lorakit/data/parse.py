@@ -144,7 +144,7 @@ def _object(values: object, file: str, number: int) -> dict[str, Any]:
 
 
 def _only_list(document: object, file: str, split: str | None) -> list[Any]:
-    """The list of records inside a JSON object."""
+    """Return the list of records inside a JSON object."""
     if not isinstance(document, dict):
         raise DataError(f"{file}: {_kind(document)} where a list of objects is expected")
     lists = {key: value for key, value in document.items() if isinstance(value, list) and all(isinstance(v, dict) for v in value)}

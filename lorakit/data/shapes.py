@@ -109,11 +109,11 @@ def _shape_of(values: Mapping[str, Any], columns: Mapping[str, str], row: Row) -
         for shape, reads in COLUMNS.items():
             if set(columns) <= set(reads) and _fits(shape, names):
                 return shape
-    names = list(row.values)
-    pairs = zip(("prompt", "completion"), names)
-    guess = ", ".join(f"{our}: {theirs}" for our, theirs in pairs) if len(names) > 1 else "text: YOUR_COLUMN"
+    file_columns = list(row.values)
+    pairs = zip(("prompt", "completion"), file_columns)
+    guess = ", ".join(f"{our}: {theirs}" for our, theirs in pairs) if len(file_columns) > 1 else "text: YOUR_COLUMN"
     raise DataError(
-        f"{row.where}: unknown shape; columns found: {listing(names, 20) or 'none'}\n"
+        f"{row.where}: unknown shape; columns found: {listing(file_columns, 20) or 'none'}\n"
         f"  {ACCEPTED}\n"
         f"  or map your columns to ours, for example columns: {{{guess}}}"
     )
@@ -169,14 +169,14 @@ def _alpaca(values: dict[str, Any], row: Row) -> tuple[Message, ...]:
 
 def _one_of(names: Sequence[str], values: Mapping[str, Any], row: Row) -> str:
     """Return the one of `names` that this row has a value for, or failing that a null."""
-    found = [name for name in names if name in values] or [name for name in names if name in row.values]
-    if not found or names[0] in found:
+    candidates = [name for name in names if name in values] or [name for name in names if name in row.values]
+    if not candidates or names[0] in candidates:
         return names[0]
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise DataError(
-            f"{row.where}: {' and '.join(found)} could each be the {names[0]}\n  say which: columns: {{{names[0]}: {found[0]}}}"
+            f"{row.where}: {' and '.join(candidates)} could each be the {names[0]}\n  say which: columns: {{{names[0]}: {candidates[0]}}}"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _references(values: Mapping[str, Any], row: Row) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Message:
+    """A turn. `role`: one that chat templates know. `trained`: its tokens count towards the loss."""
+
     role: str
     content: str
     trained: bool

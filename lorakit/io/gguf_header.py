@@ -44,6 +44,7 @@ class _Cursor:
         return AdapterError(f"{self.path} is not a readable GGUF file: {what} (byte {self.position:,} of {len(self.data):,})")
 
     def take(self, count: int, what: str) -> bytes:
+        """Read `count` bytes."""
         if count > len(self.data) - self.position:
             raise self.error(f"{what} would take {count:,} bytes, more than are left")
         self.position += count
@@ -54,6 +55,7 @@ class _Cursor:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
 
     def text(self, what: str) -> str:
+        """Read a string: its length and UTF-8."""
         raw = self.take(self.scalar("Q", what), what)
         try:
             return raw.decode("utf8")

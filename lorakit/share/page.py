@@ -123,8 +123,9 @@ def _first(record: AdapterRecord, base: str | None) -> str:
     """Return the page's first sentence."""
     f = record.facts
     kinds = {_KINDS[m.kind] for m in f.modules if m.kind in _KINDS}
-    kinds = sorted(kinds | ({"DoRA"} if any(m.dora for m in f.modules) else set()))
-    kind = f"An adapter ({', '.join(kinds)})" if kinds else "A LoRA adapter"
+    if any(m.dora for m in f.modules):
+        kinds.add("DoRA")
+    kind = f"An adapter ({', '.join(sorted(kinds))})" if kinds else "A LoRA adapter"
     base_name = base_text(record, base)
     rank = f", rank {f.rank}" if f.rank and not kinds else ""
     in_modules = f" in {len(f.modules)} modules" if f.modules else ""

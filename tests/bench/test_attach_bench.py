@@ -19,7 +19,7 @@ def test_attaching_gives_a_row_with_both_sides():
 
 
 def test_loading_switching_and_disabling_give_a_row_for_each_number():
-    rows = attach._several(layers=1, numbers=(1, 2), repeats=2)
+    rows = attach._several(layers=1, counts=(1, 2), repeats=2)
     assert len(rows) == 6
     assert all(row["lorakit ms"] > 0 and row["PEFT ms"] > 0 for row in rows)
 
