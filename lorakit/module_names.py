@@ -3,10 +3,10 @@
 A pattern's key is a regular expression; it matches a module if `re.match(rf"(.*\\.)?({key})$", name)` does
 (peft.utils.get_pattern_key), and the first key that matches wins.
 
-An adapter may have one key for each of a thousand modules, and a million regex matches take most of a minute. Almost all
-of these keys are plain names, some with a leading "^", so `Patterns` looks them up in dicts instead. An unescaped dot in
-such a key matches any character: keys are grouped by length and by the positions of their dots, and a name is looked up
-in each group of its length, with the characters at those positions left out.
+An adapter may have one key for each of a thousand modules, and a million regex matches take most of a minute. Almost
+all of these keys are plain names, some with a leading "^", so `Patterns` looks them up in dicts instead. An unescaped
+dot in such a key matches any character: keys are grouped by length and by the positions of their dots, and a name is
+looked up in each group of its length, with the characters at those positions left out.
 """
 
 from __future__ import annotations

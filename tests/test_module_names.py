@@ -20,7 +20,9 @@ KEYS = st.one_of(
     NAME.map(lambda name: f"^{name}"),
     NAME.map(lambda name: f"^{re.escape(name)}"),
     NAME.map(re.escape),
-    st.sampled_from([r"a|b", r".*", r"(a|b)\.0", r"\d", r"^a.*b$", r"a\.[0-9]", r"[ab]+", r"b?", r"^(a|b)\.", r"-", r"\-"]),
+    st.sampled_from(
+        [r"a|b", r".*", r"(a|b)\.0", r"\d", r"^a.*b$", r"a\.[0-9]", r"[ab]+", r"b?", r"^(a|b)\.", r"-", r"\-"]
+    ),
 )
 
 

@@ -21,13 +21,13 @@ from .update import Update
 class Adapter:
     """An adapter as a value. It needs no model.
 
-    `updates`: module name -> its update of whatever kind, `Factors` for a LoRA (`adapter.update` lists the kinds). `saved`: parameter
-    name -> its trained value (biases, saved modules), as the base names it. `embeddings`: a learned token -> its vectors [n, dim] or
-    [dim] (textual inversion). `metadata`: plain data that travels along (`fingerprint`, `recipe`, `data`, `metrics`, `header`: a
-    file's own header...).
+    `updates`: module name -> its update of whatever kind, `Factors` for a LoRA (`adapter.update` lists the kinds).
+    `saved`: parameter name -> its trained value (biases, saved modules), as the base names it. `embeddings`: a learned
+    token -> its vectors [n, dim] or [dim] (textual inversion). `metadata`: plain data that travels along
+    (`fingerprint`, `recipe`, `data`, `metrics`, `header`: a file's own header...).
 
-    The modules of a diffusion pipeline have the component's name in front, as diffusers has it: "unet.", "transformer.",
-    "text_encoder.", "text_encoder_2.", "text_encoder_3.".
+    The modules of a diffusion pipeline have the component's name in front, as diffusers has it: "unet.",
+    "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.".
     """
 
     config: LoraConfig
@@ -43,7 +43,12 @@ class Adapter:
         for module, update in self.updates.items():
             update.check(module)
         for name, tensor in (*self.saved.items(), *self.embeddings.items()):
-            if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta and not torch.isfinite(tensor).all():
+            if (
+                tensor.is_floating_point()
+                and tensor.element_size() > 1
+                and not tensor.is_meta
+                and not torch.isfinite(tensor).all()
+            ):
                 raise AdapterError(f"saved weight '{name}' holds values that are not finite (NaN or infinity)")
         return self
 
@@ -75,9 +80,11 @@ class Adapter:
             return t.to(device, dtype if t.is_floating_point() else None)
 
         return replace(
-            self, updates={m: u.map(lambda _, t: move(t)) for m, u in self.updates.items()},
-            saved={n: move(t) for n, t in self.saved.items()}, embeddings={n: move(t) for n, t in self.embeddings.items()},
-        )  # fmt: skip
+            self,
+            updates={m: u.map(lambda _, t: move(t)) for m, u in self.updates.items()},
+            saved={n: move(t) for n, t in self.saved.items()},
+            embeddings={n: move(t) for n, t in self.embeddings.items()},
+        )
 
     def __repr__(self) -> str:
         saved = f", {len(self.saved)} saved weights" if self.saved else ""
@@ -109,7 +116,9 @@ class Adapter:
         return combine([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
 
     def resize(self, rank: int | None = None, **options: Any) -> Adapter:
-        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.algebra.resize`, which tells what it cost)."""
+        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1
+        (see `lorakit.adapter.algebra.resize`, which tells what it cost).
+        """
         from .algebra.resize import resize
 
         return resize(self, rank, **options).adapter
@@ -132,11 +141,14 @@ class Adapter:
 
         return rename(self, names)
 
-    # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for it.
+    # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for
+    # it.
 
     @classmethod
     def load(cls, source: str | Path, **options: Any) -> Adapter:
-        """Read an adapter from a folder, a file or a hub id, in any format lorakit knows (see `lorakit.formats.load`)."""
+        """Read an adapter from a folder, a file or a hub id, in
+        any format lorakit knows (see `lorakit.formats.load`).
+        """
         from ..formats import load
 
         return load(source, **options)

@@ -75,13 +75,17 @@ class Dense(Update):
         return Form.of_shape(self.weight_shape())
 
     def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        """As the module's weight is laid out, a Conv1D's too: other than the stored one only where the file turns it."""
+        """As the module's weight is laid out, a Conv1D's too:
+        other than the stored one only where the file turns it.
+        """
         own = self.weight_shape()
         if turned and shape == own[::-1]:
             return True
         return False if as_matrix_shape(own) == as_matrix_shape(shape) else None
 
-    def rows(self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None) -> Rows:
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
         full = wide(self._weight)
         full = (full.T if transposed else full).reshape(shape[0], -1)
         return lambda rows, _: full[rows] * weight

@@ -1,6 +1,7 @@
 """The change that a DoRA makes (Liu et al. 2024), which depends on the weight.
 
-ΔW = m (W + s · B A) / ‖W + s · B A‖ - W        ‖·‖: of each output's row, m: [out, 1]; or of each input's column, m: [1, in]
+ΔW = m (W + s · B A) / ‖W + s · B A‖ - W        ‖·‖: of each output's row, m: [out, 1]; or of each input's column, m:
+                                                [1, in]
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from .update import Read, Rows
 def dora_rows(low: Rows, magnitude: Tensor, transposed: bool, read: Read | None) -> Rows:
     """ΔW by blocks of rows of the stored weight. `low`: s · B A, likewise.
 
-    A norm that runs across the blocks (of outputs of a weight stored as [in, out], or of inputs) takes one more reading of the weight.
+    A norm that runs across the blocks (of outputs of a weight stored as [in, out], or of inputs) takes one more reading
+    of the weight.
     """
     by_output = magnitude.shape[0] > 1 or magnitude.shape == (1, 1)
     wanted = magnitude.detach().double().flatten()

@@ -56,7 +56,8 @@ class Hadamard(Update):
             if a.dim() != 2 or b.dim() != 2 or ranks != expected or tucker[0] != tucker[1]:
                 core = f" and core {list(t.shape)}" if t is not None else ""
                 raise AdapterError(
-                    f"adapter factors of '{module}': {name}_a {list(a.shape)} and {name}_b {list(b.shape)}{core} do not fit together"
+                    f"adapter factors of '{module}': {name}_a {list(a.shape)} and {name}_b {list(b.shape)}{core} do "
+                    "not fit together"
                 )
 
     def times(self, weight: float, module: str) -> Hadamard:
@@ -72,7 +73,9 @@ class Hadamard(Update):
         return (self.w1a.shape[0], *self.w1b.shape[1:])
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        full = wide_product(self.w1a, self.w1b, self.t1).mul_(wide_product(self.w2a, self.w2b, self.t2)).mul_(self.scale)
+        full = (
+            wide_product(self.w1a, self.w1b, self.t1).mul_(wide_product(self.w2a, self.w2b, self.t2)).mul_(self.scale)
+        )
         shape = shape or self.shape
         return full.reshape(shape) if shape else full
 
@@ -87,7 +90,9 @@ class Hadamard(Update):
     def form(self, module: str) -> Form:
         return Form.of_shape(self.weight_shape())
 
-    def rows(self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None) -> Rows:
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
         scale = self.scale * weight
 
         def change(rows: slice, _: Tensor) -> Tensor:

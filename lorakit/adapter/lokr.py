@@ -4,7 +4,8 @@
 
     (L₁ R₁) ⊗ (L₂ R₂) = (L₁ ⊗ L₂) (R₁ ⊗ R₂)        and the SVD of W1 ⊗ W2 is the Kronecker product of their SVDs
 
-Either may itself be a product, W1a W1b or W2a W2b of rank r (W2 in Tucker form: T ×₁ W2a ×₂ W2b). s = alpha / r, and 1 if neither is.
+Either may itself be a product, W1a W1b or W2a W2b of rank r (W2 in Tucker form: T ×₁ W2a ×₂ W2b). s = alpha / r, and 1
+if neither is.
 """
 
 from __future__ import annotations
@@ -59,11 +60,14 @@ class Kronecker(Update):
         check_tensors(module, self.tensors())
         for name, whole, a, b in (("w1", self.w1, self.w1a, self.w1b), ("w2", self.w2, self.w2a, self.w2b)):
             if (whole is None) == (a is None or b is None) or (a is None) != (b is None):
-                raise AdapterError(f"adapter factors of '{module}': expected lokr_{name}, or lokr_{name}_a with lokr_{name}_b")
+                raise AdapterError(
+                    f"adapter factors of '{module}': expected lokr_{name}, or lokr_{name}_a with lokr_{name}_b"
+                )
             tucker = name == "w2" and self.t2 is not None
             if a is not None and b is not None and (a.dim() != 2 or (a.shape[0 if tucker else 1] != b.shape[0])):
                 raise AdapterError(
-                    f"adapter factors of '{module}': {name}_a {list(a.shape)} and {name}_b {list(b.shape)} do not fit together"
+                    f"adapter factors of '{module}': {name}_a {list(a.shape)} and {name}_b {list(b.shape)} do not fit "
+                    "together"
                 )
 
     def times(self, weight: float, module: str) -> Kronecker:
@@ -110,8 +114,12 @@ class Kronecker(Update):
     def form(self, module: str) -> Form:
         return Form.of_shape(self.weight_shape())
 
-    def rows(self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None) -> Rows:
-        """Row i of W1 ⊗ W2 is made of row i // o2 of W1 and row i % o2 of W2; of the transposed weight columns likewise."""
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
+        """Row i of W1 ⊗ W2 is made of row i // o2 of W1 and row i
+        % o2 of W2; of the transposed weight columns likewise.
+        """
         first, second, scale = _whole(self._first), _whole(self._second).flatten(1), self.scale * weight
         first, second = (first.T, second.T) if transposed else (first, second)
 

@@ -4,8 +4,8 @@ linear     A [r, in]          B [out, r]              (a packed projection: r = 
 embedding  A [r, vocab]       B [dim, r]
 conv       A [r, in/g, *k]    B [out, r, 1...]        (or PEFT's grouped form: A [r, in, *k], B [out, r/g, 1...])
 
-A DoRA (Liu et al. 2024) has a magnitude too, for W' = magnitude · (W + s · B A) / ‖W + s · B A‖: [out, 1] with the norm of each output's
-row, or [1, in] with that of each input's column.
+A DoRA (Liu et al. 2024) has a magnitude too, for W' = magnitude · (W + s · B A) / ‖W + s · B A‖: [out, 1] with the norm
+of each output's row, or [1, in] with that of each input's column.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ Kind = Literal["linear", "embedding", "conv"]
 
 @dataclass(frozen=True)
 class Form:
-    """What low-rank factors of a module are like, but for their rank and numbers. `inner`: A's axes after the rank; `axes`: B's."""
+    """What low-rank factors of a module are like, but for their rank
+    and numbers. `inner`: A's axes after the rank; `axes`: B's.
+    """
 
     kind: Kind
     inner: tuple[int, ...]
@@ -51,7 +53,9 @@ class Form:
     def factors(self, B: Tensor, A: Tensor, alpha: float, rslora: bool = False) -> Factors:
         """B [out, r] and A [r, -1] in this form."""
         A, B = A.reshape(A.shape[0], *self.inner), B.reshape(*B.shape, *(1,) * (self.axes - 2))
-        return Factors(A.contiguous(), B.contiguous(), alpha, self.kind, rslora, self.transposed, self.groups, self.parts)
+        return Factors(
+            A.contiguous(), B.contiguous(), alpha, self.kind, rslora, self.transposed, self.groups, self.parts
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Factors(Update):
     rslora: bool = False
     transposed: bool = False  # a linear whose weight is stored as [in, out] (transformers' Conv1D)
     groups: int = 1  # of a convolution
-    parts: tuple[bool, ...] | None = None  # the adapted parts of a packed projection; alpha / rank are those of one part
+    # the adapted parts of a packed projection; alpha / rank are those of one part
+    parts: tuple[bool, ...] | None = None
     magnitude: Tensor | None = None  # DoRA's
 
     @property
@@ -109,20 +114,24 @@ class Factors(Update):
         grouped = self.kind == "conv" and self.A.shape[0] == self.B.shape[1] * self.groups
         if self.A.shape[0] != self.B.shape[1] and not grouped:
             raise wrong(
-                f"A {list(self.A.shape)} has rank {self.A.shape[0]}, B {list(self.B.shape)} has rank {self.B.shape[1]}; expected the same"
+                f"A {list(self.A.shape)} has rank {self.A.shape[0]}, B {list(self.B.shape)} has rank "
+                f"{self.B.shape[1]}; expected the same"
             )
         if self.kind != "conv" and not (self.A.dim() == self.B.dim() == 2):
             raise wrong(f"A {list(self.A.shape)} and B {list(self.B.shape)} should be matrices")
         if self.magnitude is not None:
             sizes = [self.B.shape[0], 1], [1, self.A.flatten(1).shape[1]]
             if list(self.magnitude.shape) not in sizes:
-                raise wrong(f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {sizes[0]} or {sizes[1]}")
+                raise wrong(
+                    f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {sizes[0]} or {sizes[1]}"
+                )
 
     def unmergeable(self) -> str | None:
         if self.A.shape[0] == self.B.shape[1]:
             return None
         return (
-            "carries PEFT's grouped form, whose A reads across the convolution's groups: no change of its weight does the same\n"
+            "carries PEFT's grouped form, whose A reads across the convolution's groups: no change of its weight does "
+            "the same\n"
             "  keep this adapter unmerged"
         )
 
@@ -133,7 +142,9 @@ class Factors(Update):
     def times(self, weight: float, module: str) -> Factors:
         """The strength in alpha, so that no element changes; the sign in B."""
         if self.magnitude is not None:
-            raise AdapterError(f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead")
+            raise AdapterError(
+                f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead"
+            )
         if not weight:
             return replace(self, B=torch.zeros_like(self.B))
         return replace(self, B=self.B if weight > 0 else -self.B, alpha=self.alpha * abs(weight))
@@ -147,14 +158,15 @@ class Factors(Update):
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """ΔW in float32, in the weight's own layout: [out, in], [in, out] if transposed, [vocab, dim], [out, in/g, *k].
 
-        AdapterError for PEFT's grouped convolution factors that no change of the weight can express, and for DoRA, whose ΔW depends
-        on the weight.
+        AdapterError for PEFT's grouped convolution factors that no change of the weight can express, and for DoRA,
+        whose ΔW depends on the weight.
         """
         if self.magnitude is not None:
             raise AdapterError("the change that a DoRA makes depends on the base's weight: it has no ΔW of its own")
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
-                f"a grouped convolution's A {list(self.A.shape)} reads across the {self.groups} groups: no change of the weight does the same\n"
+                f"a grouped convolution's A {list(self.A.shape)} reads across the {self.groups} groups: no change of "
+                "the weight does the same\n"
                 "  keep this adapter unmerged"
             )
         return delta(self.A, self.B, self.scale, self.weight_shape() if shape is None else shape, self.across)
@@ -185,18 +197,25 @@ class Factors(Update):
             return [(A, B)]
         r, size = self.rank, B.shape[0] // len(self.parts)
         adapted = [i for i, part in enumerate(self.parts) if part]
-        return [(A[j * r : (j + 1) * r], B[i * size : (i + 1) * size, j * r : (j + 1) * r]) for j, i in enumerate(adapted)]
+        return [
+            (A[j * r : (j + 1) * r], B[i * size : (i + 1) * size, j * r : (j + 1) * r]) for j, i in enumerate(adapted)
+        ]
 
     def form(self, module: str) -> Form:
         if self.magnitude is not None:
             raise AdapterError(
-                f"'{module}' is a DoRA: its change depends on the base's weight, so it cannot be added or cut by itself\n"
-                "  merge it into its base first, and extract the change from the result: lorakit merge, then lorakit extract"
+                f"'{module}' is a DoRA: its change depends on the base's weight, so it cannot be added or cut by "
+                "itself\n"
+                "  merge it into its base first, and extract the change from the result: lorakit merge, then lorakit "
+                "extract"
             )
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
-                f"'{module}' is a grouped convolution in PEFT's form, whose A {list(self.A.shape)} reads across the groups: "
-                f"no change of the weight does the same\n  leave it out: lorakit.adapter.algebra.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT --drop {module})"
+                f"'{module}' is a grouped convolution in PEFT's form, whose A {list(self.A.shape)} reads across the "
+                "groups: "
+                "no change of the weight does the same\n"
+                f"  leave it out: lorakit.adapter.algebra.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT "
+                f"--drop {module})"
             )
         return Form(self.kind, tuple(self.A.shape[1:]), self.B.dim(), self.transposed, self.groups, self.parts)
 
@@ -213,7 +232,9 @@ class Factors(Update):
             return True
         return False if fits and self.kind != "embedding" else None
 
-    def rows(self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None) -> Rows:
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
         A, B = as_matrices(self.A, self.B)
         scale = self.scale * weight
 

@@ -6,10 +6,12 @@
     LoKr    ΔW = s · W1 ⊗ W2                                lokr.py
     whole   ΔW itself                                       dense.py
 
-A kind is a frozen dataclass of tensors and numbers in a file of its own. What is written out here is the same for all of them.
+A kind is a frozen dataclass of tensors and numbers in a file of its own. What is written out here is the same for all
+of them.
 
-A weight is stored as [out, in·k...], or transposed as [in, out] (transformers' Conv1D, embeddings). `rows` is the one place where a kind
-says what its ΔW is for some rows of the stored weight: merging live, merging files and analysis all ask it.
+A weight is stored as [out, in·k...], or transposed as [in, out] (transformers' Conv1D, embeddings). `rows` is the one
+place where a kind says what its ΔW is for some rows of the stored weight: merging live, merging files and analysis all
+ask it.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ class Update(ABC):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether ΔW is of a matrix or a kernel: low-rank factors can stand for it. Else it is of a norm or a bias alone."""
+        """Whether ΔW is of a matrix or a kernel: low-rank factors
+        can stand for it. Else it is of a norm or a bias alone.
+        """
         return True
 
     @property
@@ -107,7 +111,9 @@ class Update(ABC):
 
     @abstractmethod
     def times(self, weight: float, module: str) -> Self:
-        """`weight` · ΔW, of the same kind. AdapterError, naming the module, where that is no such update or too large for its precision."""
+        """`weight` · ΔW, of the same kind. AdapterError, naming the module,
+        where that is no such update or too large for its precision.
+        """
 
     # ΔW by itself
 
@@ -117,7 +123,9 @@ class Update(ABC):
 
     @abstractmethod
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32 (float64 stays), in the weight's layout. AdapterError where there is none without the weight."""
+        """ΔW in float32 (float64 stays), in the weight's layout.
+        AdapterError where there is none without the weight.
+        """
 
     def matrix(self, transposed: bool = False) -> Tensor:
         """ΔW as [out, in·k], in float32 (float64 stays). `transposed`: the weight is stored as [in, out]."""
@@ -129,13 +137,16 @@ class Update(ABC):
         return self
 
     def low_rank(self) -> LowRank | None:
-        """The exact L and R in float64; None where the rank of such a product is no smaller than the matrix, or ΔW depends on W."""
+        """The exact L and R in float64; None where the rank of such a
+        product is no smaller than the matrix, or ΔW depends on W.
+        """
         return None
 
     def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
         """One SVD of ΔW, or one for each adapted part of a packed projection.
 
-        `rank`, `keep`: how much of it is wanted, for those kinds where a part is cheaper than the whole (more may come).
+        `rank`, `keep`: how much of it is wanted, for those kinds where a part is cheaper than the whole (more may
+        come).
         """
         found = self.low_rank()
         return [product_svd(found.left, found.right) if found is not None else matrix_svd(self.matrix(), rank, keep)]
@@ -149,7 +160,8 @@ class Update(ABC):
     def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
         """Whether a weight of this shape is stored transposed; None if the update is not for such a weight.
 
-        turned: the file has this weight the other way round than the module. conv1d: it is a Conv1D's, whose weight is [in, out].
+        turned: the file has this weight the other way round than the module. conv1d: it is a Conv1D's, whose weight is
+        [in, out].
         """
         own = self.weight_shape()
         if (turned or conv1d) and shape == own[::-1]:
@@ -157,10 +169,13 @@ class Update(ABC):
         return False if (own[0], math.prod(own[1:])) == (shape[0], math.prod(shape[1:])) else None
 
     @abstractmethod
-    def rows(self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None) -> Rows:
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
         """`weight` · ΔW by blocks of rows of a weight stored in this shape.
 
-        read: where ΔW depends on W in a way that runs across the rows, the stored weight is read once more before the first block.
+        read: where ΔW depends on W in a way that runs across the rows, the stored weight is read once more before the
+        first block.
         """
 
     def halves_swapped(self) -> Update:

@@ -24,7 +24,9 @@ from ..adapter.update import Update
 from ..checkpoint.weights import Weights
 
 
-def relative_norms(adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None) -> dict[str, float]:
+def relative_norms(
+    adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None
+) -> dict[str, float]:
     """‖ΔW‖ / ‖W‖ per module, without modules whose W is zero. Raises if a module does not fit the base's weights."""
     ratios = {}
     for module, update in adapter.updates.items():

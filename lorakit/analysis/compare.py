@@ -150,13 +150,18 @@ def compare(
         pairs.append(_pair(module, first[module], second[module], names, sums))
     sums.alone([first[m] for m in only[0]], [second[m] for m in only[1]])
     chosen = _chosen(pairs, modules)
-    similarities = [_similarity(pair.name, first[pair.name], second[pair.name], of) for pair in chosen if all(pair.ranks)]
+    similarities = [
+        _similarity(pair.name, first[pair.name], second[pair.name], of) for pair in chosen if all(pair.ranks)
+    ]
     against = ([], []) if base is None else _against(base, [pair.name for pair in chosen], first, second)
     return Comparison(names, pairs, only, sums.cosine, sums.changes, similarities, against, bases)
 
 
 def _nothing_shared(names: tuple[str, str], first: Mapping[str, Update], second: Mapping[str, Update]) -> str:
-    lines = [f"{name} changes {listing(updates, 3) or 'no module'}" for name, updates in zip(names, (first, second), strict=True)]
+    lines = [
+        f"{name} changes {listing(updates, 3) or 'no module'}"
+        for name, updates in zip(names, (first, second), strict=True)
+    ]
     problem = "the adapters have different bases and no module in common, so they cannot be compared"
     return f"{problem}\n  " + "\n  ".join(lines)
 
@@ -218,7 +223,9 @@ class _Sums:
 
     @property
     def changes(self) -> tuple[float | None, float | None]:
-        first, second = (math.sqrt(added / own) if own > 0 else None for added, own in zip(self.added, self.own, strict=True))
+        first, second = (
+            math.sqrt(added / own) if own > 0 else None for added, own in zip(self.added, self.own, strict=True)
+        )
         return first, second
 
 
@@ -249,9 +256,19 @@ def _pair(module: str, a: Update, b: Update, names: tuple[str, str], sums: _Sums
     notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if u.needs_base]
     notes += [f"{n}: its {d.S.numel()} leading directions" for n, d in zip(names, (x, y)) if not d.complete]
     return Pair(
-        module, shape, (s.rank, t.rank), (x.norm, y.norm), cosine, principal_angles(s.V, t.V), principal_angles(s.U, t.U),
-        phi[0], phi[1], interferences[0], interferences[1], "; ".join(notes),
-    )  # fmt: skip
+        module,
+        shape,
+        (s.rank, t.rank),
+        (x.norm, y.norm),
+        cosine,
+        principal_angles(s.V, t.V),
+        principal_angles(s.U, t.U),
+        phi[0],
+        phi[1],
+        interferences[0],
+        interferences[1],
+        "; ".join(notes),
+    )
 
 
 def _chosen(pairs: Sequence[Pair], requested: Sequence[str]) -> list[Pair]:

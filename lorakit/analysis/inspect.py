@@ -22,10 +22,24 @@ if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
     from ..adapter.update import Update
 
-__all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
+__all__ = [
+    "AdapterFacts",
+    "ModelFacts",
+    "ModuleFacts",
+    "describe_adapter",
+    "describe_model",
+    "is_model",
+    "norm",
+    "not_finite",
+]
 
 # The quantities a heat map can show, and their titles.
-QUANTITIES = {"norm": "‖ΔW‖", "relative": "‖ΔW‖ / ‖W‖", "effective_rank": "effective rank", "stable_rank": "stable rank"}
+QUANTITIES = {
+    "norm": "‖ΔW‖",
+    "relative": "‖ΔW‖ / ‖W‖",
+    "effective_rank": "effective rank",
+    "stable_rank": "stable rank",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,8 @@ class AdapterFacts:
     metadata: Mapping[str, Any]
     format: str | None = None
     targets: list[str] = field(default_factory=list)
-    ranks: dict[str, int] = field(default_factory=dict)  # rank -> number of modules with it; likewise for alphas and dtypes
+    # rank -> number of modules with it; likewise for alphas and dtypes
+    ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     bytes: int | None = None
@@ -94,7 +109,9 @@ class AdapterFacts:
         from rich.console import Console
 
         source, base = printable(self.source), printable(self.base or "not stated")
-        print(f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}")
+        print(
+            f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}"
+        )
         print("; ".join(self._file()))
         if self.unlike_base:
             print(
@@ -146,9 +163,17 @@ class AdapterFacts:
             first, norms = group[0], [m.norm for m in group]
             kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
             cells = [
-                str(len(group)), str(first.size_in), str(first.size_out), str(first.rank), f"{first.alpha:g}", f"{first.scale:g}",
-                f"{min(norms):.3g}", f"{max(norms):.3g}", _mean([m.effective_rank for m in group]), _mean([m.stable_rank for m in group]),
-            ]  # fmt: skip
+                str(len(group)),
+                str(first.size_in),
+                str(first.size_out),
+                str(first.rank),
+                f"{first.alpha:g}",
+                f"{first.scale:g}",
+                f"{min(norms):.3g}",
+                f"{max(norms):.3g}",
+                _mean([m.effective_rank for m in group]),
+                _mean([m.stable_rank for m in group]),
+            ]
             more = [_mean([m.relative for m in group], ".2g")] if relative else []
             table.add_row(Text(printable(f"{key[0]}{kind}{' DoRA' if first.dora else ''}")), *cells, *more)
         return table
@@ -259,7 +284,9 @@ def not_finite(source: str) -> dict[str, int]:
     from ..io.tensors import read_tensors
 
     file = _weights(source)
-    tensors: dict[str, Tensor] = read_tensors(file)[0] if file and file.suffix in (".safetensors", ".bin", ".pt") else {}
+    tensors: dict[str, Tensor] = (
+        read_tensors(file)[0] if file and file.suffix in (".safetensors", ".bin", ".pt") else {}
+    )
     bad = {key: int((~torch.isfinite(t)).sum()) for key, t in tensors.items() if t.is_floating_point()}
     return {key: count for key, count in bad.items() if count}
 
@@ -282,7 +309,12 @@ class ModelFacts:
         print(f"{model}; modules that can be adapted (*: included in 'all-linear'):")
         groups: dict[tuple, int] = {}
         for name, kind, shape, linear in self.modules:
-            key = (name if every_module else name.rsplit(".", 1)[-1], kind, "x".join(map(str, shape)), "*" if linear else " ")
+            key = (
+                name if every_module else name.rsplit(".", 1)[-1],
+                kind,
+                "x".join(map(str, shape)),
+                "*" if linear else " ",
+            )
             groups[key] = groups.get(key, 0) + 1
         width = max((len(k[0]) for k in groups), default=0)
         for (name, kind, shape, mark), count in groups.items():
@@ -310,7 +342,9 @@ def describe_model(source: str) -> ModelFacts:
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise LorakitError(f"{source}: transformers has no architecture '{name}' (config.json)\n  update transformers, if it is new")
+        raise LorakitError(
+            f"{source}: transformers has no architecture '{name}' (config.json)\n  update transformers, if it is new"
+        )
     with torch.device("meta"):
         model = kind(config)
     linear = find_targets(model, LoraConfig()).modules

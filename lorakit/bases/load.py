@@ -35,7 +35,9 @@ def model_path(name: str) -> str:
             raise LorakitError(f"{name} is not a model folder: config.json is missing{_looks_like_adapter(path)}")
         return str(path)
     if path.is_file():
-        raise LorakitError(f"{name} is a file; expected a model folder (config.json and weights), a hub id, or '{EMBEDDED}'")
+        raise LorakitError(
+            f"{name} is a file; expected a model folder (config.json and weights), a hub id, or '{EMBEDDED}'"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise LorakitError(f"there is no model folder '{name}'{did_you_mean(path.name, siblings)}")
@@ -72,7 +74,9 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """Load a causal or seq2seq LM onto `device`, in eval mode. Raises LorakitError, also where weights are missing."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -84,7 +88,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: st
     missing = sorted(info["missing_keys"])
     if missing:  # transformers initialises them at random and only warns
         raise LorakitError(
-            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n  expected a complete language model"
+            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
+            "  expected a complete language model"
         )
     return model.to(device).eval()
 
@@ -98,7 +103,8 @@ def load_classifier(
     trust_remote_code: bool = False,
     trained: Sequence[str] = (),
 ) -> Any:
-    """The base model with a head for these labels, in eval mode. The head is fresh, at random, unless the folder holds one.
+    """The base model with a head for these labels, in eval mode. The head is fresh, at random, unless the folder holds
+    one.
 
     `trained`: modules besides the head that may be fresh too, as they are trained and saved.
     """
@@ -109,10 +115,16 @@ def load_classifier(
     logging.set_verbosity_error()  # that the head is fresh is no news
     try:
         model, loaded = _from_pretrained(
-            AutoModelForSequenceClassification, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype,
-            num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)},
+            AutoModelForSequenceClassification,
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
             output_loading_info=True,
-        )  # fmt: skip
+        )
     finally:
         logging.set_verbosity(said)
     fresh = (*HEADS, *trained)
@@ -133,7 +145,8 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     try:
         with _quietly(local):
             return auto_class.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
-    except Exception as error:  # tokenizers raises bare Exceptions, damaged files cause KeyError, TypeError, AttributeError
+    # tokenizers raises bare Exceptions, damaged files cause KeyError, TypeError, AttributeError
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         readable = isinstance(error, OSError | ValueError | RuntimeError) or type(error) is Exception
         if not (readable and reason):

@@ -27,10 +27,21 @@ from ..formats.convert import convert
 
 HIDDEN, MLP, KV, LAYERS, RANK = 4096, 14336, 1024, 32, 16
 SHAPES = {  # [out, in] of Llama 3.1 8B
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV, HIDDEN), "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP),
-}  # fmt: skip
-BASE = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": LAYERS, "hidden_size": HIDDEN}
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (MLP, HIDDEN),
+    "mlp.up_proj": (MLP, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MLP),
+}
+BASE = {
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+}
 
 
 def make(seed: int) -> lk.Adapter:
@@ -39,7 +50,9 @@ def make(seed: int) -> lk.Adapter:
     factors = {}
     for layer in range(LAYERS):
         for name, (out, inner) in SHAPES.items():
-            A, B = (torch.randn(shape, generator=generator).mul_(0.01).bfloat16() for shape in ((RANK, inner), (out, RANK)))
+            A, B = (
+                torch.randn(shape, generator=generator).mul_(0.01).bfloat16() for shape in ((RANK, inner), (out, RANK))
+            )
             factors[f"model.layers.{layer}.{name}"] = lk.Factors(A, B, 32.0)
     endings = [name.rpartition(".")[2] for name in SHAPES]
     return lk.Adapter(lk.LoraConfig(rank=RANK, alpha=32, targets=endings), factors)
@@ -72,7 +85,9 @@ def main() -> None:
         print(f"{len(a.factors)} modules, {a.parameters / 1e6:.1f} M parameters, bf16")
         runs = {
             "load": lambda: lk.Adapter.load(paths[0]),
-            "load and inspect": lambda: json.dumps(describe_adapter(lk.Adapter.load(paths[0]), str(paths[0])).to_dict()),
+            "load and inspect": lambda: json.dumps(
+                describe_adapter(lk.Adapter.load(paths[0]), str(paths[0])).to_dict()
+            ),
             "combine two, exact": lambda: combined([a, b], [0.7, 0.3]),
             "combine two, then rank 16": lambda: combined([a, b], [0.7, 0.3], rank=16),
             "resize to rank 8": lambda: resize(a, 8),

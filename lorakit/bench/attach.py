@@ -29,8 +29,10 @@ import lorakit as lk
 from .suite import Row, need
 
 TITLE = (
-    "Milliseconds to attach a fresh adapter (rank 16 on q, k, v, o, gate, up and down of each layer), to load one of several from disk\n"
-    "(rank 8), to switch between them, to disable them and switch back, and to start; lorakit against PEFT, each on its own model.\n"
+    "Milliseconds to attach a fresh adapter (rank 16 on q, k, v, o, gate, up and down of each layer), to load one of "
+    "several from disk\n"
+    "(rank 8), to switch between them, to disable them and switch back, and to start; lorakit against PEFT, each on "
+    "its own model.\n"
     "'times faster': PEFT's time over lorakit's."
 )
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -41,8 +43,13 @@ def llama(layers: int, hidden: int, ffn: int, heads: int, device: str = "cpu") -
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=512, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 4,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+    )
     with torch.device(device):
         return LlamaForCausalLM(config)
 
@@ -53,7 +60,11 @@ def run(quick: bool = False) -> list[Row]:
     layers, rounds = (8, 1) if quick else (80, 5)
     rows = [
         _attach(f"attach, {layers} layers x 7, width 256", lambda: llama(layers, 256, 704, 4), rounds),
-        _attach(f"attach, {layers} layers x 7 of a 70B Llama, meta device", lambda: llama(layers, 8192, 28672, 64, "meta"), rounds),
+        _attach(
+            f"attach, {layers} layers x 7 of a 70B Llama, meta device",
+            lambda: llama(layers, 8192, 28672, 64, "meta"),
+            rounds,
+        ),
     ]
     rows += _several(layers=4 if quick else 32, counts=(1, 2, 3) if quick else (1, 10, 30), repeats=3 if quick else 7)
     return rows + _start(1 if quick else 5)
@@ -68,7 +79,9 @@ def _attach(what: str, build: Callable[[], nn.Module], rounds: int) -> Row:
         ours.append(_seconds(lk.attach, model, lk.LoraConfig(rank=16, targets=TARGETS)))
         del model
         model = build()
-        theirs.append(_seconds(peft.get_peft_model, model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)))
+        theirs.append(
+            _seconds(peft.get_peft_model, model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+        )
         del model
     return _row(what, median(ours[1:]), median(theirs[1:]))
 
@@ -129,7 +142,10 @@ def _start(rounds: int) -> list[Row]:
 
     pairs = {
         "import": ("import lorakit", "import peft"),
-        "import what attaching needs": ("from lorakit import LoraConfig, attach", "from peft import LoraConfig, get_peft_model"),
+        "import what attaching needs": (
+            "from lorakit import LoraConfig, attach",
+            "from peft import LoraConfig, get_peft_model",
+        ),
         "lorakit --help": ("import lorakit.cli; lorakit.cli.main(['--help'])", None),
         "import torch": ("import torch", None),
         "python alone": ("pass", None),
@@ -137,7 +153,9 @@ def _start(rounds: int) -> list[Row]:
     rows = []
     for what, (ours, theirs) in pairs.items():
         both = [(python(ours), python(theirs) if theirs else None) for _ in range(rounds)]
-        rows.append(_row(what, median(a for a, _ in both), median([b for _, b in both if b is not None]) if theirs else None))
+        rows.append(
+            _row(what, median(a for a, _ in both), median([b for _, b in both if b is not None]) if theirs else None)
+        )
     return rows
 
 
@@ -170,6 +188,8 @@ def _seconds(call: Callable[..., object], *args: Any) -> float:
 
 def _row(what: str, ours: float, theirs: float | None) -> Row:
     return {
-        "what": what, "lorakit ms": ours * 1e3, "PEFT ms": None if theirs is None else theirs * 1e3,
+        "what": what,
+        "lorakit ms": ours * 1e3,
+        "PEFT ms": None if theirs is None else theirs * 1e3,
         "times faster": None if theirs is None else theirs / ours,
-    }  # fmt: skip
+    }

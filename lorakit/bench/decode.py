@@ -35,7 +35,10 @@ def main() -> None:
     if args.adapter:
         lk.attach(model, lk.Adapter.load(args.adapter))
     lines = (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()
-    prompts = [tokenizer(json.loads(line)["prompt"]).input_ids for line in lines[:: max(1, len(lines) // args.prompts)][: args.prompts]]
+    prompts = [
+        tokenizer(json.loads(line)["prompt"]).input_ids
+        for line in lines[:: max(1, len(lines) // args.prompts)][: args.prompts]
+    ]
     prompts.sort(key=len, reverse=True)  # lorakit sorts them so too
     print("rows a batch   lorakit s   transformers s   ratio   equal texts")
     for size in (16, 64, 210):
@@ -47,7 +50,10 @@ def main() -> None:
                 times[name].append(seconds)
         ours, theirs = median(times["lorakit"]), median(times["transformers"])
         equal = sum(a == b for a, b in zip(texts["lorakit"], texts["transformers"], strict=True))
-        print(f"{size:>12}   {ours:>9.2f}   {theirs:>14.2f}   {ours / theirs:>5.2f}   {equal} of {len(prompts)}", flush=True)
+        print(
+            f"{size:>12}   {ours:>9.2f}   {theirs:>14.2f}   {ours / theirs:>5.2f}   {equal} of {len(prompts)}",
+            flush=True,
+        )
 
 
 def timed(decode: Callable[..., list[str]], *args: object) -> tuple[list[str], float]:

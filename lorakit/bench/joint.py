@@ -22,8 +22,10 @@ from .measure import PRECISIONS, in_turn
 from .train_step import RANK, Shape, llama, peft_side
 
 TITLE = (
-    "Eight adapters of rank 16 on all seven linears, one row of 'tokens each' for each: tokens per second of one joint step over\n"
-    "those of eight separate steps (lorakit's, and PEFT's), and the same ratio for the frozen weights' matrix products alone."
+    "Eight adapters of rank 16 on all seven linears, one row of 'tokens each' for each: tokens per second of one joint "
+    "step over\n"
+    "those of eight separate steps (lorakit's, and PEFT's), and the same ratio for the frozen weights' matrix products "
+    "alone."
 )
 ADAPTERS = 8
 LAYERS = 4
@@ -61,12 +63,15 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         rounds,
     )
     return {
-        "precision": str(dtype).removeprefix("torch."), "width": shape.hidden, "tokens each": shape.length,
-        "joint ms": round(1e3 * seconds["joint"], 1), "eight steps ms": round(1e3 * seconds["separate"], 1),
+        "precision": str(dtype).removeprefix("torch."),
+        "width": shape.hidden,
+        "tokens each": shape.length,
+        "joint ms": round(1e3 * seconds["joint"], 1),
+        "eight steps ms": round(1e3 * seconds["separate"], 1),
         "throughput": round(seconds["separate"] / seconds["joint"], 2),
         "products alone": round(ADAPTERS * seconds["eight products"] / seconds["products"], 2),
         "over eight of PEFT": round(seconds["PEFT"] / seconds["joint"], 2),
-    }  # fmt: skip
+    }
 
 
 def joint_step(model: nn.Module, names: list[str], rows: Tensor) -> Callable[[], None]:
@@ -92,7 +97,9 @@ def hugging_face_loss(model: nn.Module, rows: Tensor) -> Tensor:
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
-def separate_steps(model: nn.Module, rows: Tensor, loss: Callable[[nn.Module, Tensor], Tensor] = mean_loss) -> Callable[[], None]:
+def separate_steps(
+    model: nn.Module, rows: Tensor, loss: Callable[[nn.Module, Tensor], Tensor] = mean_loss
+) -> Callable[[], None]:
     """Return a step for each row, one after the other."""
     parameters, optimizer = _trained(p for p in model.parameters() if p.requires_grad)
 

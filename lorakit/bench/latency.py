@@ -27,8 +27,10 @@ from .measure import in_turn
 from .suite import Row
 
 TITLE = (
-    "One forward pass of a GPT-2 with random weights: milliseconds for the base, and the time that each adapter adds, in percent of\n"
-    "that. Merged LoRA runs the base's own computation, so its column shows the noise. Bottlenecks have the paper's share of the\n"
+    "One forward pass of a GPT-2 with random weights: milliseconds for the base, and the time that each adapter adds, "
+    "in percent of\n"
+    "that. Merged LoRA runs the base's own computation, so its column shows the noise. Bottlenecks have the paper's "
+    "share of the\n"
     "width (Hu et al. 2021, table 1)."
 )
 SHARE_H, SHARE_L = 112 / 1024, 224 / 1024  # of the width: 11 million parameters on GPT-2 medium, as in the paper
@@ -40,7 +42,9 @@ def gpt2(width: int, layers: int, heads: int, device: torch.device) -> Any:
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=1024, n_embd=width, n_layer=layers, n_head=heads, n_positions=512, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=1024, n_embd=width, n_layer=layers, n_head=heads, n_positions=512, bos_token_id=0, eos_token_id=0
+    )
     model: Any = GPT2Model(config)
     return model.to(device).eval().requires_grad_(False)
 
@@ -110,7 +114,9 @@ def run(quick: bool = False) -> list[Row]:
     width, layers, heads = (64, 2, 2) if quick else (1024, 24, 16) if on_gpu else (256, 6, 4)
     models = sides(gpt2(width, layers, heads, device))
     rows = []
-    for batch, length in [(1, 64), (2, 64)] if quick else [(1, 64), (1, 128), (1, 256), (1, 512), (32, 64), (32, 128), (32, 512)]:
+    for batch, length in (
+        [(1, 64), (2, 64)] if quick else [(1, 64), (1, 128), (1, 256), (1, 512), (32, 64), (32, 128), (32, 512)]
+    ):
         ids = torch.randint(0, 1024, (batch, length), device=device)
         rounds = 3 if quick else 100 if on_gpu else max(3, min(50, 20_000 // (batch * length)))
         with torch.inference_mode():

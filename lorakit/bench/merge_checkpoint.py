@@ -25,9 +25,14 @@ from pathlib import Path
 
 HIDDEN, FFN, VOCAB, HEADS, RANK = 2048, 5632, 32000, 16, 16
 LINEAR = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN),
-}  # fmt: skip
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN),
+    "self_attn.v_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (FFN, HIDDEN),
+    "mlp.up_proj": (FFN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FFN),
+}
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -67,9 +72,16 @@ def make_base(folder: Path, layers: int, per_shard: int = 400_000_000) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
     return total
 
 
@@ -119,7 +131,16 @@ def status(pid: int | str, key: str) -> int:
 
 def measure(side: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """Merge in a fresh process. Return seconds, peak resident bytes, and the most bytes not backed by files."""
-    command = [sys.executable, "-m", "lorakit.bench.merge_checkpoint", "--child", side, str(base), str(adapter), str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "lorakit.bench.merge_checkpoint",
+        "--child",
+        side,
+        str(base),
+        str(adapter),
+        str(out),
+    ]
     began, anonymous = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         while child.poll() is None:
@@ -149,8 +170,12 @@ def largest_difference(a: Path, b: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12, help="number of layers, 103 MB each; the embeddings take 262 MB")
-    parser.add_argument("--folder", type=Path, help="where to create the temporary folder (needs space for three checkpoints)")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="number of layers, 103 MB each; the embeddings take 262 MB"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to create the temporary folder (needs space for three checkpoints)"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -169,7 +194,8 @@ def main() -> None:
         required = 3 * 2 * sum(torch.Size(shape).numel() for _, shape in shapes(options.layers))
         if free < required * 1.1:
             raise SystemExit(
-                f"{folder} has {free / 1e9:.1f} GB free; this needs {required / 1e9:.1f} GB\n  give another --folder, or fewer --layers"
+                f"{folder} has {free / 1e9:.1f} GB free; this needs {required / 1e9:.1f} GB\n"
+                "  give another --folder, or fewer --layers"
             )
         (folder / "base").mkdir()
         size = make_base(folder / "base", options.layers)
@@ -181,21 +207,34 @@ def main() -> None:
                 runs_by_side[side].append(measure(side, folder / "base", folder / "adapter", folder / side))
         difference = largest_difference(folder / "lorakit", folder / "PEFT")
 
-    medians = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in runs_by_side.items()}
+    medians = {
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for side, runs in runs_by_side.items()
+    }
     result = {
-        "checkpoint": size, "rounds": options.rounds, "runs": runs_by_side, "medians": medians, "largest_difference": difference,
-        "time_ratio": medians["lorakit"]["seconds"] / medians["PEFT"]["seconds"], "threads": torch.get_num_threads(),
+        "checkpoint": size,
+        "rounds": options.rounds,
+        "runs": runs_by_side,
+        "medians": medians,
+        "largest_difference": difference,
+        "time_ratio": medians["lorakit"]["seconds"] / medians["PEFT"]["seconds"],
+        "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
-    }  # fmt: skip
+    }
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"bf16, {size / 1e9:.2f} GB, rank {RANK} on {len(LINEAR) * options.layers} linears, {options.rounds} rounds, "
-          f"{result['threads']} threads, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"bf16, {size / 1e9:.2f} GB, rank {RANK} on {len(LINEAR) * options.layers} linears, {options.rounds} rounds, "
+        f"{result['threads']} threads, torch {torch.__version__}"
+    )
     names = {"lorakit": "lorakit", "PEFT": f"PEFT {peft.__version__}"}
     print(f"{'':<12}{'seconds':>10}{'peak, MB':>12}{'/ checkpoint':>14}{'not file-backed':>18}")
     for side, m in medians.items():
-        print(f"{names[side]:<12}{m['seconds']:>10.1f}{m['peak'] / 1e6:>12,.0f}{m['peak'] / size:>14.2f}{m['anonymous'] / 1e6:>15,.0f} MB")
+        print(
+            f"{names[side]:<12}{m['seconds']:>10.1f}{m['peak'] / 1e6:>12,.0f}{m['peak'] / size:>14.2f}"
+            f"{m['anonymous'] / 1e6:>15,.0f} MB"
+        )
     print(f"time: lorakit / PEFT = {result['time_ratio']:.2f}; largest difference of the results {difference:.2g}")
 
 

@@ -4,7 +4,8 @@
 neighbouring rows use different adapters. `route` is entered at every step, as a server does.
 
     against PEFT    every attached adapter is used. Both sides have the same weights and factors, and must agree
-    many attached   400 are attached. From step to step the batch keeps its adapters, replaces one, or replaces all, always
+    many attached   400 are attached. From step to step the batch keeps its adapters, replaces one, or replaces all,
+                    always
                     by others of the same rank, so that nothing but the change differs
     attaching       one more adapter beside 1 or 400, and the first step after that, which does not use it
 """
@@ -28,9 +29,12 @@ from .suite import Row
 from .train_step import PROJECTIONS, Shape, llama
 
 TITLE = (
-    "A decode step of 32 rows with 1, 8 and 32 adapters of unequal ranks (4 to 64), four rows on the base. 'overhead': the step's\n"
-    "time less the base's; 'over PEFT': lorakit's overhead over that of PEFT's adapter_names. With many attached: a step with the\n"
-    "adapters of the step before, and relative to it one in which one or all of them change; the time to attach one more, and the\n"
+    "A decode step of 32 rows with 1, 8 and 32 adapters of unequal ranks (4 to 64), four rows on the base. 'overhead': "
+    "the step's\n"
+    "time less the base's; 'over PEFT': lorakit's overhead over that of PEFT's adapter_names. With many attached: a "
+    "step with the\n"
+    "adapters of the step before, and relative to it one in which one or all of them change; the time to attach one "
+    "more, and the\n"
     "first step after that, relative to other steps."
 )
 ROWS = 32
@@ -73,13 +77,17 @@ def many_attached(shape: Shape, dtype: torch.dtype, attached: int, counts: Seque
             sides = {kind: mixes(names, count, kind) for kind in ("steady", "one", "all")}
             medians = step_seconds(sides, step, rounds)
             add_row(
-                adapters=count, attached=attached, **{"step ms": round(1e3 * medians["steady"], 1)},
+                adapters=count,
+                attached=attached,
+                **{"step ms": round(1e3 * medians["steady"], 1)},
                 **{f"{kind} changing": round(medians[kind] / medians["steady"], 3) for kind in ("one", "all")},
-            )  # fmt: skip
+            )
     return rows
 
 
-def step_seconds(sides: dict[str, Iterator[list[str]]], step: Callable[[Sequence[str]], None], rounds: int) -> dict[str, float]:
+def step_seconds(
+    sides: dict[str, Iterator[list[str]]], step: Callable[[Sequence[str]], None], rounds: int
+) -> dict[str, float]:
     """Return the median of each side's steps, timed one by one: so an interruption spoils one step, not a turn."""
     times: dict[str, list[float]] = {kind: [] for kind in sides}
     for _ in range(rounds):
@@ -115,9 +123,11 @@ def attaching(model: nn.Module, attached: int, step: Callable[[], None], repeats
         with torch.inference_mode(False):
             lk.detach(model, "another")
     return {
-        "attached": attached, "step ms": round(1e3 * median(warm), 1), "attach ms": round(1e3 * median(attach), 1),
+        "attached": attached,
+        "step ms": round(1e3 * median(warm), 1),
+        "attach ms": round(1e3 * median(attach), 1),
         "first step": round(median(first) / median(warm), 3),
-    }  # fmt: skip
+    }
 
 
 def attach_one(model: nn.Module, name: str, rank: int) -> None:
@@ -157,17 +167,25 @@ def against_peft(shape: Shape, dtype: torch.dtype, counts: Sequence[int], rounds
 
         with torch.inference_mode():
             difference = (routed() - peft()).abs().max().item() / peft().abs().max().item()
-            seconds = in_turn({"base": lambda: base(input_ids=ids, use_cache=False), "lorakit": routed, "PEFT": peft}, rounds)
+            seconds = in_turn(
+                {"base": lambda: base(input_ids=ids, use_cache=False), "lorakit": routed, "PEFT": peft}, rounds
+            )
         if difference > (0.1 if dtype == torch.bfloat16 else 1e-3):
-            raise RuntimeError(f"lorakit and PEFT differ by {difference:.2g} of the largest logit, so their times cannot be compared")
+            raise RuntimeError(
+                f"lorakit and PEFT differ by {difference:.2g} of the largest logit, so their times cannot be compared"
+            )
         overhead = {name: 1e3 * (seconds[name] - seconds["base"]) for name in ("lorakit", "PEFT")}
         rows.append(
             {
-                "model": f"{shape.hidden} x {shape.layers}", "precision": str(dtype).removeprefix("torch."), "adapters": count,
-                "base ms": round(1e3 * seconds["base"], 1), "overhead ms": round(overhead["lorakit"], 2),
-                "PEFT's overhead ms": round(overhead["PEFT"], 2), "over PEFT": round(overhead["lorakit"] / overhead["PEFT"], 2),
+                "model": f"{shape.hidden} x {shape.layers}",
+                "precision": str(dtype).removeprefix("torch."),
+                "adapters": count,
+                "base ms": round(1e3 * seconds["base"], 1),
+                "overhead ms": round(overhead["lorakit"], 2),
+                "PEFT's overhead ms": round(overhead["PEFT"], 2),
+                "over PEFT": round(overhead["lorakit"] / overhead["PEFT"], 2),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

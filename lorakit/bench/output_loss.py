@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{args.rows} rows, over the products alone     all at once   " + "   ".join(f"chunks of {n}" for n in CHUNKS))
+    print(
+        f"{args.rows} rows, over the products alone     all at once   " + "   ".join(f"chunks of {n}" for n in CHUNKS)
+    )
     for vocabulary, width in SIZES:
         for dtype in (torch.float32, torch.bfloat16):
             h = torch.randn(args.rows, width, device=device).to(dtype)

@@ -27,7 +27,8 @@ from ..train.config import TrainConfig
 from ..train.memory import planner_for
 
 TITLE = (
-    "Peak memory that lorakit plan predicts from the base's config, and the peak resident set of a process that runs lorakit train\n"
+    "Peak memory that lorakit plan predicts from the base's config, and the peak resident set of a process that runs "
+    "lorakit train\n"
     "with these settings for a few steps."
 )
 STEPS = 4
@@ -95,11 +96,16 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
             planner = planner_for(config, case.dtype, torch.device("cpu"), validation=validation)
             estimate = planner.estimate(case.rows, case.length)
             measured = _measure(config)
-            rows.append({
-                "run": case.name(), "predicted": show_bytes(estimate.total), "measured": show_bytes(measured),
-                "error": f"{estimate.total / measured - 1:+.1%}", "at": estimate.peak,
-                "parts": [estimate.parts[part] for part in estimate.parts],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "run": case.name(),
+                    "predicted": show_bytes(estimate.total),
+                    "measured": show_bytes(measured),
+                    "error": f"{estimate.total / measured - 1:+.1%}",
+                    "at": estimate.peak,
+                    "parts": [estimate.parts[part] for part in estimate.parts],
+                }
+            )
     return rows
 
 
@@ -143,9 +149,18 @@ def _config(case: Case, folder: Path, number: int) -> TrainConfig:
         _write_rows(data)
     values = {"micro_batch": case.rows, "batch_size": case.rows, "precision": "bf16", "validation": 0} | case.settings
     return TrainConfig(
-        **values, model=_model(case, folder), data=str(data), out=str(folder / f"run{number}"), max_length=case.length, on_long="cut",
-        steps=STEPS, sample_tokens=0, learning_rate=1e-4, memory="unchecked", threads=1,
-    )  # fmt: skip
+        **values,
+        model=_model(case, folder),
+        data=str(data),
+        out=str(folder / f"run{number}"),
+        max_length=case.length,
+        on_long="cut",
+        steps=STEPS,
+        sample_tokens=0,
+        learning_rate=1e-4,
+        memory="unchecked",
+        threads=1,
+    )
 
 
 def _write_rows(path: Path, rows: int = 40, characters: int = 12_000) -> None:
@@ -165,10 +180,17 @@ def _model(case: Case, folder: Path) -> str:
     path = folder / f"llama-{case.hidden}-{str(case.dtype).removeprefix('torch.')}"
     if not path.exists():
         config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=case.hidden, intermediate_size=case.hidden * 11 // 4, num_hidden_layers=case.layers,
-            num_attention_heads=case.hidden // 64, num_key_value_heads=case.hidden // 64, max_position_embeddings=4096,
-            bos_token_id=0, eos_token_id=0, pad_token_id=1,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            hidden_size=case.hidden,
+            intermediate_size=case.hidden * 11 // 4,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.hidden // 64,
+            num_key_value_heads=case.hidden // 64,
+            max_position_embeddings=4096,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(config)
         model.to(case.dtype).save_pretrained(path)

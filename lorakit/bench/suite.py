@@ -56,7 +56,9 @@ class MissingPeer(LorakitError):
 def check_name(name: str) -> None:
     """Raise ConfigError if no table has this name."""
     if name not in NAMES:
-        raise ConfigError(f"no benchmark is named '{name}'{did_you_mean(name, NAMES)}\n  known: {listing(NAMES, len(NAMES))}")
+        raise ConfigError(
+            f"no benchmark is named '{name}'{did_you_mean(name, NAMES)}\n  known: {listing(NAMES, len(NAMES))}"
+        )
 
 
 def load(name: str) -> Bench:
@@ -119,10 +121,16 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     load_average = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {
-        "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads(), "gpu": gpu, "load": load_average,
-        "python": platform.python_version(), "torch": torch.__version__, "lorakit": VERSION,
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "load": load_average,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lorakit": VERSION,
         **{peer: installed(peer) for peer in ("transformers", *PEERS)},
-    }  # fmt: skip
+    }
 
 
 def machine_line(facts: Row) -> str:

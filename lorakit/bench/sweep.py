@@ -40,19 +40,30 @@ def main() -> None:
         for rows in args.rows:
             alone, mixed, ours = measure(args.runs, rows, precision, args.turns)
             total = args.runs * alone
-            print(f"{precision}, {rows:>2} rows a step {1000 * alone:>18.0f} {total / mixed:>18.2f}x {total / ours:>20.2f}x")
+            print(
+                f"{precision}, {rows:>2} rows a step {1000 * alone:>18.0f} {total / mixed:>18.2f}x "
+                f"{total / ours:>20.2f}x"
+            )
 
 
 def measure(runs: int, rows: int, precision: str, turns: int) -> tuple[float, float, float]:
     """Return the seconds of one run's step, of all runs' steps mixed, and of all runs' steps in lorakit's way."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            data=str(embedded_folder().parent / "e2e" / "train.jsonl"), out=f"{folder}/alone", steps=1000, precision=precision, threads=1,
-            sample_tokens=0, batch_size=rows, validation=0,
-        )  # fmt: skip
+            data=str(embedded_folder().parent / "e2e" / "train.jsonl"),
+            out=f"{folder}/alone",
+            steps=1000,
+            precision=precision,
+            threads=1,
+            sample_tokens=0,
+            batch_size=rows,
+            validation=0,
+        )
         quiet = Progress(quiet=True)
         alone = loop.Loop([Run(set_up(config), quiet)])
-        configs = {f"r{i}": config.replace(out=str(Path(folder) / f"r{i}"), learning_rate=1e-3 * (i + 1)) for i in range(runs)}
+        configs = {
+            f"r{i}": config.replace(out=str(Path(folder) / f"r{i}"), learning_rate=1e-3 * (i + 1)) for i in range(runs)
+        }
         together = loop.Loop([Run(job, quiet) for job in set_up_together(configs)])
         alone.model.train()
         together.model.train()

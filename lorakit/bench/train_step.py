@@ -22,8 +22,10 @@ from ..train.compile import no_compiler
 from .measure import PRECISIONS, in_turn, kept_bytes
 
 TITLE = (
-    "A training step (forward and backward, Hugging Face loss) of a Llama-shaped model with rank 16 on all seven linears of each layer.\n"
-    "'over floor': time over the frozen model's forward and backward to its inputs. 'over PEFT': time, or bytes kept for backward, over\n"
+    "A training step (forward and backward, Hugging Face loss) of a Llama-shaped model with rank 16 on all seven "
+    "linears of each layer.\n"
+    "'over floor': time over the frozen model's forward and backward to its inputs. 'over PEFT': time, or bytes kept "
+    "for backward, over\n"
     "PEFT's with adapters in the base's dtype, its faster setting."
 )
 RANK = 16
@@ -48,9 +50,14 @@ def llama(shape: Shape, dtype: torch.dtype) -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=max(1, shape.hidden // 64), num_key_value_heads=max(1, shape.hidden // 64), max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=max(1, shape.hidden // 64),
+        num_key_value_heads=max(1, shape.hidden // 64),
+        max_position_embeddings=4096,
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = LlamaForCausalLM(config)
     return model.to(device, dtype).train().requires_grad_(False)
@@ -89,7 +96,9 @@ def full_side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
     return llama(shape, dtype).requires_grad_(True)
 
 
-def compiled(build: Callable[[Shape, torch.dtype, float], nn.Module]) -> Callable[[Shape, torch.dtype, float], nn.Module]:
+def compiled(
+    build: Callable[[Shape, torch.dtype, float], nn.Module],
+) -> Callable[[Shape, torch.dtype, float], nn.Module]:
     """Wrap a side: compile its layers with inductor, as `lorakit train --compile` does."""
 
     def side(shape: Shape, dtype: torch.dtype, dropout: float) -> nn.Module:
@@ -102,11 +111,18 @@ def compiled(build: Callable[[Shape, torch.dtype, float], nn.Module]) -> Callabl
 
 
 SIDES: dict[str, Callable[[Shape, torch.dtype, float], nn.Module]] = {
-    "lorakit": lorakit_side, "PEFT": peft_side, "loralib": loralib_side, "full fine-tuning": full_side,
-}  # fmt: skip
+    "lorakit": lorakit_side,
+    "PEFT": peft_side,
+    "loralib": loralib_side,
+    "full fine-tuning": full_side,
+}
 COMPILED: dict[str, Callable[[Shape, torch.dtype, float], nn.Module]] = {
     f"{name}, compiled": compiled(build)
-    for name, build in {"floor": lambda shape, dtype, _: llama(shape, dtype), "lorakit": lorakit_side, "PEFT": peft_side}.items()
+    for name, build in {
+        "floor": lambda shape, dtype, _: llama(shape, dtype),
+        "lorakit": lorakit_side,
+        "PEFT": peft_side,
+    }.items()
 }
 
 
@@ -135,9 +151,13 @@ def measure(
     return {name: (median(result[name][0] for result in results), results[0][name][1]) for name in results[0]}
 
 
-def _draw(shape: Shape, dtype: torch.dtype, dropout: float, names: list[str], rounds: int) -> dict[str, tuple[float, int]]:
+def _draw(
+    shape: Shape, dtype: torch.dtype, dropout: float, names: list[str], rounds: int
+) -> dict[str, tuple[float, int]]:
     models = {"floor": llama(shape, dtype)} | {name: (SIDES | COMPILED)[name](shape, dtype, dropout) for name in names}
-    ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.length), device=next(models["floor"].parameters()).device)
+    ids = torch.randint(
+        2, shape.vocabulary, (shape.rows, shape.length), device=next(models["floor"].parameters()).device
+    )
     forwards = {name: step(model, ids) for name, model in models.items()}
     for forward in forwards.values():  # compiles the compiled sides
         forward()
@@ -166,11 +186,17 @@ def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> 
         for name, (seconds, kept) in results.items():
             rows.append(
                 {
-                    "precision": str(dtype).removeprefix("torch."), "dropout": dropout, "side": name, "milliseconds": round(1e3 * seconds, 1),
-                    "over floor": round(seconds / floor[0], 2), "over PEFT": round(seconds / peft[0], 2), "kept MB": round(kept / 1e6, 1),
-                    "kept over PEFT": round(kept / peft[1], 2), "fused": fused if name == "lorakit" else None,
+                    "precision": str(dtype).removeprefix("torch."),
+                    "dropout": dropout,
+                    "side": name,
+                    "milliseconds": round(1e3 * seconds, 1),
+                    "over floor": round(seconds / floor[0], 2),
+                    "over PEFT": round(seconds / peft[0], 2),
+                    "kept MB": round(kept / 1e6, 1),
+                    "kept over PEFT": round(kept / peft[1], 2),
+                    "fused": fused if name == "lorakit" else None,
                 }
-            )  # fmt: skip
+            )
     return rows
 
 

@@ -28,9 +28,12 @@ from .measure import PRECISIONS
 from .suite import Row, need
 
 TITLE = (
-    "Training the embedded model (5.9 M parameters) on E2E rows, 16 a step: `lorakit train` against TRL's SFTTrainer with PEFT, same\n"
-    "rows, batches, masks, optimizer, schedule and initial adapter, each run in its own process. Times are per optimizer step and per\n"
-    "trained token, without set-up; 'over best TRL' compares with TRL's fastest settings. Losses are compared step by step with TRL's\n"
+    "Training the embedded model (5.9 M parameters) on E2E rows, 16 a step: `lorakit train` against TRL's SFTTrainer "
+    "with PEFT, same\n"
+    "rows, batches, masks, optimizer, schedule and initial adapter, each run in its own process. Times are per "
+    "optimizer step and per\n"
+    "trained token, without set-up; 'over best TRL' compares with TRL's fastest settings. Losses are compared step by "
+    "step with TRL's\n"
     "in fp32."
 )
 ROWS_A_STEP = 16
@@ -127,7 +130,9 @@ def plot(rows: list[Row], axes: Any) -> None:
     """Draw the losses step by step."""
     for row in rows:
         name = f"{row['trainer']}: {row['ms a step']:.0f} ms a step"
-        axes.plot(range(1, len(row["losses"]) + 1), row["losses"], label=name, linestyle="-" if "lorakit" in name else ":")
+        axes.plot(
+            range(1, len(row["losses"]) + 1), row["losses"], label=name, linestyle="-" if "lorakit" in name else ":"
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss of the batch")
     axes.legend(fontsize="small")
@@ -140,9 +145,17 @@ def _settings(folder: Path, precision: str, steps: int) -> Any:
     from ..train.config import TrainConfig
 
     return TrainConfig(
-        model="embedded", data=str(folder / "rows.jsonl"), out=str(folder / f"run-{os.getpid()}"), steps=steps, batch_size=ROWS_A_STEP,
-        validation=0, max_length=512, precision=precision, sample_tokens=0, save_every=steps,
-    )  # fmt: skip
+        model="embedded",
+        data=str(folder / "rows.jsonl"),
+        out=str(folder / f"run-{os.getpid()}"),
+        steps=steps,
+        batch_size=ROWS_A_STEP,
+        validation=0,
+        max_length=512,
+        precision=precision,
+        sample_tokens=0,
+        save_every=steps,
+    )
 
 
 def _prepare(folder: Path, steps: int) -> int:
@@ -154,7 +167,11 @@ def _prepare(folder: Path, steps: int) -> int:
     from ..train.optimizer import rate_factor
     from ..train.setup import set_up
 
-    rows = (embedded_folder().parent / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines()[: steps * ROWS_A_STEP]
+    rows = (
+        (embedded_folder().parent / "e2e" / "train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()[: steps * ROWS_A_STEP]
+    )
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     config = _settings(folder, "fp32", steps)
     job = set_up(config)
@@ -234,24 +251,46 @@ def _trl(folder: Path, side: Side, steps: int, clock: Clock) -> None:
     job = json.loads((folder / "job.json").read_text())
     dtype = torch.bfloat16 if side.weights == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=dtype, attn_implementation=side.attention)
-    model = PeftModel.from_pretrained(base, str(folder / "start"), is_trainable=True, autocast_adapter_dtype=side.adapter == "fp32")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0, fused=True)
+    model = PeftModel.from_pretrained(
+        base, str(folder / "start"), is_trainable=True, autocast_adapter_dtype=side.adapter == "fp32"
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*job["rates"], 0.0].__getitem__)
 
     class Timed(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        ) -> None:
             if logs and "loss" in logs:
                 clock.step(logs["loss"])
 
     arguments = SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=ROWS_A_STEP, train_sampling_strategy="sequential",
-        max_grad_norm=job["clip"], bf16=side.autocast, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        per_device_train_batch_size=ROWS_A_STEP,
+        train_sampling_strategy="sequential",
+        max_grad_norm=job["clip"],
+        bf16=side.autocast,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        use_cpu=not torch.cuda.is_available(),
+    )
     trainer = SFTTrainer(
-        model, arguments, train_dataset=Dataset.from_list(job["items"]), processing_class=AutoTokenizer.from_pretrained(embedded_folder()),
-        optimizers=(optimizer, schedule), callbacks=[Timed()],
-    )  # fmt: skip
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(job["items"]),
+        processing_class=AutoTokenizer.from_pretrained(embedded_folder()),
+        optimizers=(optimizer, schedule),
+        callbacks=[Timed()],
+    )
     trainer.train()
 
 

@@ -19,7 +19,9 @@ from .where import Place, Places, bias_place, slot_at
 
 @dataclass
 class Changes:
-    """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the files lack."""
+    """By the files' names: `updates` of rows (start, stop) of a tensor,
+    `values` in its place, those `added` that the files lack.
+    """
 
     base: Base
     updates: dict[str, dict[tuple[int, int], list[Change]]] = field(default_factory=dict)
@@ -37,7 +39,8 @@ class Changes:
         def once(place: Place, own: str) -> None:
             if (place.tensor, place.start) in seen:
                 raise AdapterError(
-                    f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n  expected one change a weight"
+                    f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n"
+                    "  expected one change a weight"
                 )
             seen.add((place.tensor, place.start))
 
@@ -60,12 +63,16 @@ class Changes:
         """AdapterError for what cannot be had together."""
         for name in self.values:
             if name in self.updates:
-                raise AdapterError(f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n  merge one of them")
+                raise AdapterError(
+                    f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n"
+                    "  merge one of them"
+                )
         for places in self.updates.values():
             for updates in places.values():
                 if len(updates) > 1 and any(change.update.needs_base for change in updates):
                     raise AdapterError(
-                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight it is added to\n"
+                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight "
+                        "it is added to\n"
                         "  merge that adapter first, and the others into the result"
                     )
 
@@ -99,19 +106,31 @@ class Changes:
 
 
 def check_something(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
-    """Warnings of what cannot be merged; AdapterError where an adapter changes no weight at all, or has none that can be weighted."""
+    """Warnings of what cannot be merged; AdapterError where an adapter
+    changes no weight at all, or has none that can be weighted.
+    """
     tokens = listing(adapter.embeddings, 3)
     if adapter.embeddings and not adapter.updates and not adapter.saved:
-        raise AdapterError(f"{called} holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to merge")
+        raise AdapterError(
+            f"{called} holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to "
+            "merge"
+        )
     if adapter.saved and weight != 1:
         raise AdapterError(
-            f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"
+            f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is "
+            f"{weight:g}\n"
+            "  merge it with weight 1"
         )
     if not adapter.saved and (weight == 0 or all(u.is_zero() for u in adapter.updates.values())):
         why = "its weight is 0" if weight == 0 else "was it saved before training?"
-        raise AdapterError(f"{called} changes nothing: its update is zero everywhere, so there is nothing to merge\n  {why}")
+        raise AdapterError(
+            f"{called} changes nothing: its update is zero everywhere, so there is nothing to merge\n  {why}"
+        )
     if adapter.embeddings:
-        return [f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program beside it"]
+        return [
+            f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program "
+            "beside it"
+        ]
     return []
 
 
@@ -122,5 +141,11 @@ def _check_new(name: str, base: Base, rename: Renaming) -> None:
     beside = [t for t in base.tensors if t.rpartition(".")[0] == module]
     alike = [t for t in base.tensors if t.endswith(f".{name}") or name.endswith(f".{t}")]
     if beside or alike or base.single_file:
-        what = f"its '{module}' has only {listing(beside, 3)}" if beside else f"it has {listing(alike or list(base.tensors), 3)}"
-        raise TargetError(f"saved weight '{name}' is not in {base.folder}; {what}\n  is it an adapter for another model?")
+        what = (
+            f"its '{module}' has only {listing(beside, 3)}"
+            if beside
+            else f"it has {listing(alike or list(base.tensors), 3)}"
+        )
+        raise TargetError(
+            f"saved weight '{name}' is not in {base.folder}; {what}\n  is it an adapter for another model?"
+        )

@@ -1,7 +1,7 @@
 """What one stored weight gains: an update on the weight as the file has it, with its strength.
 
-`on(slot)` gives a function (rows, W[rows]) -> ΔW[rows], both [rows, -1] as the weight is stored. What ΔW is, each kind of update says itself
-(`adapter.update`); here is decided whether it fits the stored weight, and which way round.
+`on(slot)` gives a function (rows, W[rows]) -> ΔW[rows], both [rows, -1] as the weight is stored. What ΔW is, each kind
+of update says itself (`adapter.update`); here is decided whether it fits the stored weight, and which way round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 @dataclass(frozen=True)
 class Change:
-    """`weight` · ΔW of a module (or of its bias). `swapped`: the stored rows have their two halves the other way round."""
+    """`weight` · ΔW of a module (or of its bias). `swapped`: the
+    stored rows have their two halves the other way round.
+    """
 
     module: str
     update: Update
@@ -38,10 +40,13 @@ class Change:
         return update.rows(slot.shape, self.transposed, self.weight, slot.rows)
 
 
-def update_for(module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, place: Place | None = None) -> Change:
+def update_for(
+    module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, place: Place | None = None
+) -> Change:
     """An update of a stored weight. AdapterError where their shapes do not meet.
 
-    place: says where the weight is stored otherwise than the module has it (transposed; its halves swapped, shift and scale of some norms).
+    place: says where the weight is stored otherwise than the module has it (transposed; its halves swapped, shift and
+    scale of some norms).
     """
     _check_stored(module, slot)
     swapped, turned = (place.swapped, place.transposed) if place is not None else (False, False)
@@ -58,7 +63,8 @@ def update_for(module: str, update: Update, slot: Slot, model_type: str = "", we
         )
     if update.needs_base and weight != 1:
         raise AdapterError(
-            f"'{module}' is a DoRA, which has one strength, that of its training; its weight is {weight:g}\n  merge it with weight 1"
+            f"'{module}' is a DoRA, which has one strength, that of its training; its weight is {weight:g}\n"
+            "  merge it with weight 1"
         )
     return Change(module, update, weight, transposed, swapped)
 
@@ -68,14 +74,17 @@ def bias_for(module: str, update: Update, slot: Slot, weight: float = 1.0, swapp
     _check_stored(f"{module}.bias", slot)
     bias = update.tensors()["bias"]
     if bias.numel() != slot.shape[0] or len(slot.shape) != 1:
-        raise AdapterError(f"'{module}' has a bias of {list(slot.shape)} in the base; the adapter changes one of {list(bias.shape)}")
+        raise AdapterError(
+            f"'{module}' has a bias of {list(slot.shape)} in the base; the adapter changes one of {list(bias.shape)}"
+        )
     return Change(f"{module}.bias", Dense(bias), weight, swapped=swapped)
 
 
 def _check_stored(module: str, slot: Slot) -> None:
     if slot.dtype not in MERGEABLE:
         raise LorakitError(
-            f"'{module}' is stored as {slot.dtype} (quantized?), which cannot take a low-rank update\n  merge into the unquantized base"
+            f"'{module}' is stored as {slot.dtype} (quantized?), which cannot take a low-rank update\n"
+            "  merge into the unquantized base"
         )
 
 

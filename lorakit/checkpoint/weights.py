@@ -54,10 +54,15 @@ class Weights:
 
 
 def open_weights(path: Path, modules: Collection[str]) -> Weights:
-    """Of a transformers folder, a diffusers pipeline's, a diffusion model's single file. TargetError if it lacks one of the modules."""
+    """Of a transformers folder, a diffusers pipeline's, a diffusion
+    model's single file. TargetError if it lacks one of the modules.
+    """
     found: dict[str, Weight] = {}
     for part in open_parts(path, modules):
         own = {module.removeprefix(part.called("")): module for module in modules if module.startswith(part.called(""))}
         places = find_places(part.base, own)
-        found |= {own[m]: Weight(part.base, slot_at(part.base, place, places.ties), place) for m, place in places.modules.items()}
+        found |= {
+            own[m]: Weight(part.base, slot_at(part.base, place, places.ties), place)
+            for m, place in places.modules.items()
+        }
     return Weights(found)

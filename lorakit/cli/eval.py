@@ -25,7 +25,9 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="rows to judge on; a `references` column may list several right answers")],
     model: Model = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated")] = None,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")] = True,
+    text: Annotated[
+        bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")
+    ] = True,
     split: Split = None,
     columns: Columns = None,
     template: DataTemplate = "auto",
@@ -34,10 +36,13 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="rows at once")] = 32,
     samples: Annotated[int, typer.Option(min=0, help="answers to print")] = 3,
     precision: Precision = "auto",
-    task: Annotated[str | None, typer.Option(metavar="|".join(task_names()), help="default: what the adapters were trained for")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="|".join(task_names()), help="default: what the adapters were trained for")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by side.
+    """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by
+    side.
 
     Of classifiers: loss, accuracy and macro F1.
     """
@@ -63,9 +68,16 @@ def evaluate(
     console = Console()
     with console.status("loading") as status:
         report = judge(
-            base, tokenizer, dataset.items, [None, *names], generate=text and dataset.shape != "text", max_new_tokens=max_new_tokens,
-            samples=samples, batch_size=batch_size, on_rows=lambda what, count: status.update(f"{what}: {count} more rows"),
-        )  # fmt: skip
+            base,
+            tokenizer,
+            dataset.items,
+            [None, *names],
+            generate=text and dataset.shape != "text",
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            batch_size=batch_size,
+            on_rows=lambda what, count: status.update(f"{what}: {count} more rows"),
+        )
     if json_output:
         print(json.dumps(report.to_dict() | {"dropped": dataset.dropped}, ensure_ascii=False))
         return
@@ -87,14 +99,24 @@ def _task_of(asked: str | None, values: Mapping[str, Adapter]) -> str:
     if asked is not None:
         return task_for(asked) or asked
     if len(found) > 1:
-        raise ConfigError(f"the adapters are for different tasks: {', '.join(sorted(found))}\n  judge those of one task at a time")
+        raise ConfigError(
+            f"the adapters are for different tasks: {', '.join(sorted(found))}\n  judge those of one task at a time"
+        )
     return next(iter(found), DEFAULT)
 
 
 def _figures(
-    name: str, data: str, model: str, values: Mapping[str, Adapter], split: str | None, columns: dict[str, str], limit: int | None,
-    batch_size: int, precision: str, json_output: bool,
-) -> None:  # fmt: skip
+    name: str,
+    data: str,
+    model: str,
+    values: Mapping[str, Adapter],
+    split: str | None,
+    columns: dict[str, str],
+    limit: int | None,
+    batch_size: int,
+    precision: str,
+    json_output: bool,
+) -> None:
     """A task's own figures, of each adapter, or of a model that was trained whole."""
     from rich.console import Console
 
@@ -106,13 +128,21 @@ def _figures(
     from ..train.config import TrainConfig
 
     base_config = load_config(model)
-    config = TrainConfig(data=data, split=split, model=model, columns=columns, task=name, precision=precision, validation=0)
+    config = TrainConfig(
+        data=data, split=split, model=model, columns=columns, task=name, precision=precision, validation=0
+    )
     task = task_of(config.task)
-    settings: list[dict[str, Any]] = [task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()]
+    settings: list[dict[str, Any]] = [
+        task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()
+    ]
     if any(each != settings[0] for each in settings):
-        raise ConfigError(f"the adapters were trained for other settings of {name}: {settings}\n  judge them one at a time")
+        raise ConfigError(
+            f"the adapters were trained for other settings of {name}: {settings}\n  judge them one at a time"
+        )
     if "max_length" in task.settings.model_fields:
-        config = config.replace(max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT)
+        config = config.replace(
+            max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+        )
     config = config.replace(**(settings[0] if settings else task.remembered({}, base_config)))
     processor = task.processor(config)
     rows = task.data(config, processor)

@@ -23,20 +23,44 @@ if TYPE_CHECKING:
 
 # What decides memory; a file given with --config may hold the others too.
 _ASKED = (
-    "rank", "dropout", "bias", "targets", "exclude", "layers", "rank_pattern", "save_modules", "packed", "task", "labels", "revision", "model", "max_length",
-    "validation", "method", "batch_size", "micro_batch", "precision", "gradient_checkpointing", "memory", "trust_remote_code",
-)  # fmt: skip
+    "rank",
+    "dropout",
+    "bias",
+    "targets",
+    "exclude",
+    "layers",
+    "rank_pattern",
+    "save_modules",
+    "packed",
+    "task",
+    "labels",
+    "revision",
+    "model",
+    "max_length",
+    "validation",
+    "method",
+    "batch_size",
+    "micro_batch",
+    "precision",
+    "gradient_checkpointing",
+    "memory",
+    "trust_remote_code",
+)
 _LENGTHS = (256, 1024, 4096, 16384)
 _LENGTH = 1024  # where none is given, as no data is read
 
 
 def _plan(
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")
+    ] = None,
     optimizer: Annotated[
         Literal["adamw", "rmsprop", "sgd"], typer.Option(help="whose state is counted; lorakit trains with AdamW")
     ] = "adamw",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="plan for this kind of device; auto: the one found")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="plan for this kind of device; auto: the one found")
+    ] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
 ) -> None:
     """Memory and time of a training run before it starts, from the base's config alone: no weights are loaded."""
@@ -65,8 +89,9 @@ def _plan(
         settings = settings.replace(precision="bf16")  # what such devices multiply
     # Without data it is not known how many rows will be held out: a whole batch of them, unless none are wanted.
     options: dict[str, Any] = {
-        "state_copies": STATE_COPIES[optimizer], "validation": 0 if settings.validation == 0 else settings.batch_size,
-    }  # fmt: skip
+        "state_copies": STATE_COPIES[optimizer],
+        "validation": 0 if settings.validation == 0 else settings.batch_size,
+    }
     planners: dict[str, Planner] = {}
     for name in sorted(METHODS):
         method, asked = method_of(name), settings.replace(method=name, find_lr=False)
@@ -92,23 +117,39 @@ def _plan(
     seconds = flops / multiply_rate(dtype, found) if here else None
 
     if json_output:
-        print(json.dumps({
-            "model": settings.model, "parameters": chosen.parameters, "method": settings.method, "device": where.type, "memory": memory,
-            "estimates": [e.to_dict() for e in estimates], "most_rows": fit_rows, "longest": fit_lengths,
-            "most_rows_by_length": fitting, "step_flops": int(flops), "step_seconds_at_least": seconds,
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "model": settings.model,
+                    "parameters": chosen.parameters,
+                    "method": settings.method,
+                    "device": where.type,
+                    "memory": memory,
+                    "estimates": [e.to_dict() for e in estimates],
+                    "most_rows": fit_rows,
+                    "longest": fit_lengths,
+                    "most_rows_by_length": fitting,
+                    "step_flops": int(flops),
+                    "step_seconds_at_least": seconds,
+                }
+            )
+        )
         return
     console = Console()
     console.print(
-        f"{settings.model}: {chosen.parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {where.type}, {optimizer}; "
+        f"{settings.model}: {chosen.parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {where.type}, "
+        f"{optimizer}; "
         f"{settings.batch_size} x {chosen.length} tokens a step, {chosen.rows} at once ({rows.reason})\n",
-        markup=False, highlight=False,
-    )  # fmt: skip
+        markup=False,
+        highlight=False,
+    )
     console.print(numbers(estimates, memory, fit_rows, fit_lengths, MOST_ROWS, own.positions))
     console.print()
     console.print(bars(estimates, memory), end="", no_wrap=True, crop=False)
     if may is not None:
-        console.print(f"\nwhat fits {show_bytes(may.total)} ({may.source}), {settings.method}:", markup=False, highlight=False)
+        console.print(
+            f"\nwhat fits {show_bytes(may.total)} ({may.source}), {settings.method}:", markup=False, highlight=False
+        )
         console.print(grid(fitting, MOST_ROWS))
     print(f"\n{_time(flops, seconds)}")
     print("* an estimate: lorakit does not train on a 4-bit base yet")
@@ -119,7 +160,8 @@ def _next(settings: TrainConfig, config: Path | None, flags: dict[str, Any], fit
     """What to type now."""
     if not fits:
         return (
-            "next: it does not fit: lorakit plan again with --micro-batch 1, a smaller --max-length, --gradient-checkpointing, a smaller base,"
+            "next: it does not fit: lorakit plan again with --micro-batch 1, a smaller --max-length, "
+            "--gradient-checkpointing, a smaller base,"
             " or more --memory"
         )
     file = f" --config {quote(str(config))}" if config else ""
@@ -140,7 +182,13 @@ def _time(flops: float, seconds: float | None) -> str:
     counted = f"a step is {flops / 1e12:,.3g} TFLOP"
     if seconds is None:
         return counted
-    length = f"{seconds:.2g} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"
+    length = (
+        f"{seconds:.2g} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:,.0f} h"
+    )
     return f"{counted}: at least {length} here, by matrix products alone at the rate just measured; a rough figure"
 
 

@@ -26,7 +26,9 @@ _SKIP = ("base",)
 
 def _train(
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last line")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
@@ -51,7 +53,10 @@ def _last_words(result: Result, settings: TrainConfig) -> str:
     """How it ended, and what to type next."""
     if result.adapter is None:
         again = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
-        return f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\nnext: {again}   # goes on from there"
+        return (
+            f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
+            f"next: {again}   # goes on from there"
+        )
     how = f"{result.step} steps"
     if result.stopped:
         how = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"

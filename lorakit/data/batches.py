@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 POOL_BATCHES = 32
 
 
-def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_length: bool = True) -> list[list[int]]:
+def batch_order(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_length: bool = True
+) -> list[list[int]]:
     """Return the batches of one epoch as lists of row indices.
 
     lengths: tokens per row. Every row occurs once, and at most one batch has fewer than `batch_size` rows. Raises

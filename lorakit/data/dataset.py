@@ -49,7 +49,11 @@ class Item:
     @property
     def prompt_length(self) -> int:
         """Number of ids before the first answer; 0 if there is no prompt."""
-        return self.prompt if self.prompt is not None else next((i for i, trained in enumerate(self.trained) if trained), 0)
+        return (
+            self.prompt
+            if self.prompt is not None
+            else next((i for i, trained in enumerate(self.trained) if trained), 0)
+        )
 
     @property
     def size(self) -> int:
@@ -119,7 +123,9 @@ def build(
     is_text = shape == "text"
     policy = ("split" if is_text else "drop") if on_long == "auto" else on_long
     if policy == "split" and not is_text:
-        raise ConfigError(f"on_long: split is for plain text; rows of shape {shape} would lose their prompts\n  use drop or cut")
+        raise ConfigError(
+            f"on_long: split is for plain text; rows of shape {shape} would lose their prompts\n  use drop or cut"
+        )
     behaviour = TokenizerBehaviour.of(tokenizer)
     examples_as_ids = [render(example, tokenizer, template, train_on, behaviour) for example in examples]
     for row, rendered in zip(rows, examples_as_ids):
@@ -140,7 +146,8 @@ def build(
         dropped += not chunks
     if not items:
         raise DataError(
-            f"{rows[0].file}: every row is longer than max_length {limit} ({reason}); the shortest has {min(lengths)} tokens\n"
+            f"{rows[0].file}: every row is longer than max_length {limit} ({reason}); the shortest has {min(lengths)} "
+            "tokens\n"
             "  raise max_length, or cut rows instead of dropping them (on_long: cut)"
         )
     unlimited = [Item(r.ids, r.trained, row, r.prompt) for row, r in zip(rows, examples_as_ids)]
@@ -221,7 +228,9 @@ def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[lis
     if len(groups) < 2:
         why = f"all {len(items)} rows have the same prompt" if items else "there are no rows"
         why = "there is only one row" if len(items) == 1 else why
-        raise DataError(f"nothing can be held out for validation: {why}\n  give separate validation rows, or turn validation off")
+        raise DataError(
+            f"nothing can be held out for validation: {why}\n  give separate validation rows, or turn validation off"
+        )
     target_size = max(1, round(share * len(items)))
     order = [list(groups.values())[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     held_out: set[int] = set()
@@ -236,7 +245,9 @@ def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[lis
 
 
 def held_out_of(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Split a run's rows into (train, held out). Runs that differ in their seeds are compared on the same held-out rows."""
+    """Split a run's rows into (train, held out). Runs that differ
+    in their seeds are compared on the same held-out rows.
+    """
     return split(items, share, SPLIT_SEED) if share else (list(items), [])
 
 

@@ -1,6 +1,7 @@
 """Rows with a label each, to token ids: columns `text` and `label`, or `text`, `text_pair` and `label`.
 
-A label is a word or a whole number. Labels are numbered in the order of `names`, or else in alphabetical order (numbers by size).
+A label is a word or a whole number. Labels are numbered in the order of `names`, or else in alphabetical order (numbers
+by size).
 """
 
 from __future__ import annotations
@@ -78,14 +79,18 @@ def read_labelled(
     max_length: int | Literal["auto"] = "auto",
     on_long: Literal["auto", "drop", "cut", "split"] = "auto",
 ) -> Labelled:
-    """Read and tokenize all rows. Longer ones are cut (the default), or dropped. DataError names a row that has no text or no label."""
+    """Read and tokenize all rows. Longer ones are cut (the default),
+    or dropped. DataError names a row that has no text or no label.
+    """
     if on_long == "split":
         raise ConfigError("on_long: split would leave pieces of a text with the label of all of it\n  use cut or drop")
     values = [_values(row, dict(columns or {})) for row in rows]
     found = [_label(row, value) for row, value in zip(rows, values, strict=True)]
     names = list(names) or _ordered(found)
     if len(names) < 2:
-        raise DataError(f"{rows[0].file}: every row has the label '{names[0]}'; classification needs two labels at least")
+        raise DataError(
+            f"{rows[0].file}: every row has the label '{names[0]}'; classification needs two labels at least"
+        )
     pair = values[0].get("text_pair") is not None
     encoded = [_encode(row, value, pair, tokenizer) for row, value in zip(rows, values, strict=True)]
     lengths = [len(ids) for ids, _ in encoded]
@@ -101,12 +106,17 @@ def read_labelled(
             ids, segments = _encode(row, value, pair, tokenizer, limit)
         items.append(LabelledItem(ids, segments, number, row))
     if not items:
-        raise DataError(f"{rows[0].file}: every row is longer than max_length {limit} ({reason})\n  raise max_length, or use on_long: cut")
+        raise DataError(
+            f"{rows[0].file}: every row is longer than max_length {limit} ({reason})\n"
+            "  raise max_length, or use on_long: cut"
+        )
     return Labelled(items, names, "text, text_pair, label" if pair else "text, label", limit, reason, cut, dropped)
 
 
 def collate_labelled(items: Sequence[LabelledItem], pad_id: int, multiple_of: int = 8) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` [batch, length], padded on the right, `labels` [batch]; `token_type_ids` where rows have them."""
+    """`input_ids`, `attention_mask` [batch, length], padded on the
+    right, `labels` [batch]; `token_type_ids` where rows have them.
+    """
     import torch
 
     length = -(-max(item.size for item in items) // multiple_of) * multiple_of
@@ -130,16 +140,20 @@ def _values(row: Row, columns: dict[str, str]) -> dict[str, Any]:
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
             raise DataError(
-                f"columns: '{ours}' is not a column of labelled rows{did_you_mean(ours, COLUMNS)}\n  known: {', '.join(COLUMNS)}"
+                f"columns: '{ours}' is not a column of labelled rows{did_you_mean(ours, COLUMNS)}\n"
+                f"  known: {', '.join(COLUMNS)}"
             )
         if theirs not in row.values:
-            raise DataError(f"{row.where}: no column '{theirs}' (columns: {ours}: {theirs}){did_you_mean(theirs, row.values)}")
+            raise DataError(
+                f"{row.where}: no column '{theirs}' (columns: {ours}: {theirs}){did_you_mean(theirs, row.values)}"
+            )
     values = {name: row.values.get(columns.get(name, name)) for name in COLUMNS}
     missing = next((name for name in ("text", "label") if values[name] is None), None)
     if missing is not None:
         raise DataError(
             f"{row.where}: no {missing}; columns found: {listing(row.values, 20) or 'none'}\n"
-            "  expected text and label, or text, text_pair and label; or say which column is which: columns: {text: ..., label: ...}"
+            "  expected text and label, or text, text_pair and label; or say which column is which: columns: {text: "
+            "..., label: ...}"
         )
     return values
 
@@ -161,7 +175,10 @@ def _number(row: Row, label: str, names: Sequence[str]) -> int:
         return names.index(label)
     if label.isdigit() and int(label) < len(names):  # the data has numbers, the settings their names
         return int(label)
-    raise DataError(f"{row.where}: the label '{label}' is none of {len(names)}{did_you_mean(label, names)}\n  labels: {listing(names, 20)}")
+    raise DataError(
+        f"{row.where}: the label '{label}' is none of {len(names)}{did_you_mean(label, names)}\n"
+        f"  labels: {listing(names, 20)}"
+    )
 
 
 def _encode(
@@ -171,7 +188,10 @@ def _encode(
     text, second = values["text"], values.get("text_pair")
     for name, value in (("text", text), *((("text_pair", second),) if pair else ())):
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{row.where}: its {name} is {'empty' if isinstance(value, str) else repr(value)}; expected words to classify")
+            raise DataError(
+                f"{row.where}: its {name} is {'empty' if isinstance(value, str) else repr(value)}; expected words to "
+                "classify"
+            )
     if not pair and second is not None:
         raise DataError(f"{row.where}: it has a text_pair, and the rows before have none")
     if pair and tokenizer.sep_token is None:  # nothing would stand between the two

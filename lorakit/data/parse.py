@@ -54,7 +54,8 @@ def decode(raw: bytes, file: str) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8, the expected encoding\n"
+            f"{file}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8, the expected "
+            "encoding\n"
             f"  if the file is in another encoding, convert it: iconv -f ISO-8859-1 -t UTF-8 OLD > NEW"
         ) from error
 
@@ -71,7 +72,10 @@ def jsonl(text: str, file: str) -> Iterator[Row]:
             hint = "\n  the file looks like one JSON document: name it .json" if line.strip() in ("[", "{") else ""
             raise DataError(f"{file}, row {number}, column {error.colno}: broken JSON: {error.msg}{hint}") from error
         if isinstance(values, list) and number == 1:
-            raise DataError(f"{file}, row 1: a list where an object is expected\n  the file looks like one JSON document: name it .json")
+            raise DataError(
+                f"{file}, row 1: a list where an object is expected\n"
+                "  the file looks like one JSON document: name it .json"
+            )
         yield Row(_object(values, file, number), file, number)
 
 
@@ -113,7 +117,9 @@ def table(text: str, file: str, delimiter: str) -> Iterator[Row]:
     header = records[0][0]
     other = next((mark for mark in (";", "\t", ",") if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other:
-        raise DataError(f"{file}, line 1: fields are expected to be separated by {separator}s, but the header is {header[0]!r}")
+        raise DataError(
+            f"{file}, line 1: fields are expected to be separated by {separator}s, but the header is {header[0]!r}"
+        )
     if len(set(header)) < len(header):
         repeated = [name for name in dict.fromkeys(header) if header.count(name) > 1]
         raise DataError(f"{file}, line 1: the header names a column twice: {listing(repeated)}")
@@ -147,15 +153,30 @@ def _only_list(document: object, file: str, split: str | None) -> list[Any]:
     """Return the list of records inside a JSON object."""
     if not isinstance(document, dict):
         raise DataError(f"{file}: {_kind(document)} where a list of objects is expected")
-    lists = {key: value for key, value in document.items() if isinstance(value, list) and all(isinstance(v, dict) for v in value)}
+    lists = {
+        key: value
+        for key, value in document.items()
+        if isinstance(value, list) and all(isinstance(v, dict) for v in value)
+    }
     if split in lists:
         return lists[split]
     if len(lists) == 1:
         return next(iter(lists.values()))
-    contents = f"it contains several: {listing(lists)}; name one of them as the split" if lists else f"its keys are: {listing(document)}"
+    contents = (
+        f"it contains several: {listing(lists)}; name one of them as the split"
+        if lists
+        else f"its keys are: {listing(document)}"
+    )
     raise DataError(f"{file}: a list of objects is expected, or an object that contains one; {contents}")
 
 
 def _kind(value: object) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)

@@ -21,7 +21,11 @@ from lorakit.errors import DataError, did_you_mean, listing
 
 TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TYPES = (*TEXT_TYPES, ".parquet")
-COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+    ".bz2": bz2.decompress,
+}
 ACCEPTED = "accepted: .jsonl, .json, .csv, .tsv, .txt (each also as .gz, .xz, .bz2) and .parquet"
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -115,7 +119,8 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     others = [n for n in names if n not in train and any(word in n for word in OTHER_NAMES)]
     if train and others:
         raise DataError(
-            f"{folder}: files of several splits ({listing([*train, *others])}); reading all would train on the test rows\n"
+            f"{folder}: files of several splits ({listing([*train, *others])}); reading all would train on the test "
+            "rows\n"
             "  give the split, for example train, or name one file"
         )
     return files

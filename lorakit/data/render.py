@@ -102,7 +102,9 @@ def render(
 
 
 def render_prompt(
-    example: Example | Sequence[Message] | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template = "auto"
+    example: Example | Sequence[Message] | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "auto",
 ) -> list[int]:
     """Return the token ids that generation starts from, generation prompt included.
 
@@ -116,7 +118,9 @@ def render_prompt(
     return _tokens(segments, tokenizer, behaviour, prefix, end=None).ids
 
 
-def question_ids(question: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, style: Style) -> list[int]:
+def question_ids(
+    question: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, style: Style
+) -> list[int]:
     """Return the token ids that the answer to a question starts from.
 
     question: a text, or messages with role and content. Style "none" encodes the text without a template. Raises
@@ -154,7 +158,8 @@ def _segments(
         full = write(example.messages[: last + 1], False)
         if not full.startswith(written):
             raise DataError(
-                f"{example.row.where}: the chat template starts the assistant's turn differently from its own generation "
+                f"{example.row.where}: the chat template starts the assistant's turn differently from its own "
+                "generation "
                 "prompt, so training and generation would not see the same prompt\n"
                 "  use template plain, or a tokenizer with another chat template"
             )

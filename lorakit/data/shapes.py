@@ -81,7 +81,9 @@ def _check_columns(columns: Mapping[str, str], first: Row) -> None:
     ours = list(dict.fromkeys(name for names in COLUMNS.values() for name in names))
     for our, theirs in columns.items():
         if our not in ours:
-            raise DataError(f"columns: '{our}' is not a column lorakit reads{did_you_mean(our, ours)}\n  known: {', '.join(ours)}")
+            raise DataError(
+                f"columns: '{our}' is not a column lorakit reads{did_you_mean(our, ours)}\n  known: {', '.join(ours)}"
+            )
         if theirs not in first.values:
             raise DataError(
                 f"{first.where}: no column '{theirs}' (columns: {our}: {theirs}){did_you_mean(theirs, first.values)}\n"
@@ -143,7 +145,9 @@ def _completion(values: dict[str, Any], row: Row) -> Example:
     answer = _one_of(COMPLETIONS, values, row) if not references or set(COMPLETIONS) & set(values) else None
     if isinstance(values.get(prompt), list) and answer and isinstance(values.get(answer), list):
         before = tuple(Message(m.role, m.content, False) for m in turns.conversation(values[prompt], prompt, row))
-        return Example("chat", turns.checked(before + turns.conversation(values[answer], answer, row), row), row, references)
+        return Example(
+            "chat", turns.checked(before + turns.conversation(values[answer], answer, row), row), row, references
+        )
     completion = _non_empty(values, answer, row) if answer else references[0]
     pair = (Message("user", _text(values, prompt, row), False), Message("assistant", completion, True))
     return Example("completion", pair, row, references)
@@ -174,7 +178,8 @@ def _one_of(names: Sequence[str], values: Mapping[str, Any], row: Row) -> str:
         return names[0]
     if len(candidates) > 1:
         raise DataError(
-            f"{row.where}: {' and '.join(candidates)} could each be the {names[0]}\n  say which: columns: {{{names[0]}: {candidates[0]}}}"
+            f"{row.where}: {' and '.join(candidates)} could each be the {names[0]}\n"
+            f"  say which: columns: {{{names[0]}: {candidates[0]}}}"
         )
     return candidates[0]
 
@@ -199,7 +204,9 @@ def _text(values: Mapping[str, Any], name: str, row: Row) -> str:
 def _non_empty(values: Mapping[str, Any], name: str, row: Row) -> str:
     text = _text(values, name, row) if values.get(name) is not None else ""
     if not text.strip():
-        raise DataError(f"{row.where}: {name} is empty, so there is nothing to train on\n  remove the row, or give it an answer")
+        raise DataError(
+            f"{row.where}: {name} is empty, so there is nothing to train on\n  remove the row, or give it an answer"
+        )
     return text
 
 

@@ -19,7 +19,11 @@ CONTEXT = "dim"
 BINS = 10
 BAR = 40
 
-STYLES = {"none": "none (texts unchanged)", "chat": "the tokenizer's chat template", "plain": "lorakit's plain template"}
+STYLES = {
+    "none": "none (texts unchanged)",
+    "chat": "the tokenizer's chat template",
+    "plain": "lorakit's plain template",
+}
 
 
 def show(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3, console: Console | None = None) -> None:
@@ -50,7 +54,12 @@ def report(dataset: Dataset) -> dict[str, Any]:
         "items": len(dataset.items),
         "tokens": sum(len(item.ids) for item in dataset.items),
         "trained_tokens": sum(sum(item.trained) for item in dataset.items),
-        "length": {"min": min(lengths), "median": int(np.median(lengths)), "mean": round(float(np.mean(lengths)), 1), "max": max(lengths)},
+        "length": {
+            "min": min(lengths),
+            "median": int(np.median(lengths)),
+            "mean": round(float(np.mean(lengths)), 1),
+            "max": max(lengths),
+        },
         "histogram": [{"from": low, "to": high, "rows": count} for low, high, count in bins(lengths)],
         "max_length": dataset.max_length,
         "max_length_reason": dataset.max_length_reason,

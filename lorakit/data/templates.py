@@ -39,7 +39,9 @@ def style_for(kind: str, tokenizer: PreTrainedTokenizerBase, template: Template)
     """
     has_template = bool(tokenizer.chat_template)
     if template == "chat" and not has_template:
-        raise ConfigError("template: chat, but the tokenizer has no chat template\n  use auto or plain, or a model made for chat")
+        raise ConfigError(
+            "template: chat, but the tokenizer has no chat template\n  use auto or plain, or a model made for chat"
+        )
     if template == "chat" and kind == "text":
         raise ConfigError("template: chat, but the data is plain text, which has no turns\n  use auto")
     if kind == "text" or (kind == "completion" and template != "chat"):
@@ -58,16 +60,20 @@ def writer_for(style: Style, tokenizer: PreTrainedTokenizerBase, example: Exampl
     def write(messages: Sequence[Message], prompt: bool) -> str:
         if not messages:
             raise DataError(
-                f"{example.row.where}: nothing precedes the assistant's turn\n  a chat template needs a user or system turn first"
+                f"{example.row.where}: nothing precedes the assistant's turn\n"
+                "  a chat template needs a user or system turn first"
             )
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False, add_generation_prompt=prompt))
+            return str(
+                tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False, add_generation_prompt=prompt)
+            )
         # A chat template is a program and may raise anything to reject a conversation.
         except Exception as error:
             roles = ", ".join(m.role for m in messages)
             raise DataError(
-                f"{example.row.where}: the tokenizer's chat template rejects this conversation (turns: {roles}): {error}\n"
+                f"{example.row.where}: the tokenizer's chat template rejects this conversation (turns: {roles}): "
+                f"{error}\n"
                 "  change the data (for example, move the system text into the first user turn), or use template plain"
             ) from error
 

@@ -45,14 +45,17 @@ def conversation(turns: object, column: str, row: Row) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns:
         actual = "an empty list" if turns == [] else type(turns).__name__
         raise DataError(
-            f'{row.where}: {column} is expected to be a list of turns such as {{"role": "user", "content": "..."}}, not {actual}'
+            f'{row.where}: {column} is expected to be a list of turns such as {{"role": "user", "content": "..."}}, '
+            f"not {actual}"
         )
     return tuple(_message(turn, f"{column}[{index}]", row) for index, turn in enumerate(turns))
 
 
 def _message(turn: object, key: str, row: Row) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}")
+        raise DataError(
+            f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}"
+        )
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
@@ -61,7 +64,8 @@ def _message(turn: object, key: str, row: Row) -> Message:
         raise DataError(f"{row.where}: {key}: unknown {role_key} {role!r}{hint}\n  known: {known}")
     if turn.get("tool_calls") and not turn.get(content_key):
         raise DataError(
-            f"{row.where}: {key}: tool_calls without content\n  write the call as text in content, the way the model should write it"
+            f"{row.where}: {key}: tool_calls without content\n"
+            "  write the call as text in content, the way the model should write it"
         )
     content = string(turn.get(content_key), f"{key}.{content_key}", row)
     if ROLES[role] == "assistant" and not content.strip():
@@ -81,7 +85,8 @@ def string(value: object, key: str, row: Row) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{row.where}: {key} has half a surrogate pair ({value[error.start]!a} at {error.start}), from a broken escape"
+            f"{row.where}: {key} has half a surrogate pair ({value[error.start]!a} at {error.start}), from a broken "
+            "escape"
         ) from error
     return value
 
@@ -99,7 +104,9 @@ def checked(messages: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
     messages = tuple(Message(m.role, m.content, m.trained and i != opening) for i, m in enumerate(messages))
     if not any(m.trained for m in messages):
         roles = ", ".join(m.role for m in messages)
-        raise DataError(f"{row.where}: no assistant turn that answers anything (turns: {roles}), so there is nothing to train on")
+        raise DataError(
+            f"{row.where}: no assistant turn that answers anything (turns: {roles}), so there is nothing to train on"
+        )
     return messages
 
 

@@ -18,9 +18,18 @@ class FusedPart:
 
 # One model per kind of architecture, as small as possible.
 _SIZES: dict[str, Any] = {
-    "vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 8, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _T5 = {
     "vocab_size": 16,
     "d_model": 16,
@@ -38,7 +47,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Gemma 3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _SIZES),
     "Phi-3": ("Phi3Config", "Phi3ForCausalLM", _SIZES),
     "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _SIZES),
-    "BERT": ("BertConfig", "BertModel", {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")}),
+    "BERT": (
+        "BertConfig",
+        "BertModel",
+        {k: v for k, v in _SIZES.items() if k not in ("num_key_value_heads", "head_dim")},
+    ),
     "T5": ("T5Config", "T5ForConditionalGeneration", _T5),
 }
 

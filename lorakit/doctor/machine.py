@@ -21,14 +21,35 @@ if TYPE_CHECKING:
 
 # Environment variables that set how many threads torch, OpenMP and BLAS use, and how idle threads wait.
 _THREAD_VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "GOMP_CPU_AFFINITY",
-    "KMP_AFFINITY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT",
-)  # fmt: skip
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "OMP_WAIT_POLICY",
+    "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY",
+    "KMP_BLOCKTIME",
+    "GOMP_SPINCOUNT",
+)
 # Instruction sets that determine the speed of torch's CPU matmuls; names as in torch.cpu.get_capabilities().
 _INSTRUCTIONS = (
-    "avx2", "fma3", "f16c", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16",
-    "neon", "sve", "sve2", "bf16", "i8mm",
-)  # fmt: skip
+    "avx2",
+    "fma3",
+    "f16c",
+    "avx_vnni",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_fp16",
+    "neon",
+    "sve",
+    "sve2",
+    "bf16",
+    "i8mm",
+)
 
 
 @dataclass(frozen=True)
@@ -234,7 +255,9 @@ def _fp16(device: torch.device) -> tuple[bool, str]:
         native = bool(has.get("amx_fp16") or has.get("avx512_fp16"))
         return (
             native,
-            "AVX512-FP16 or AMX-FP16" if native else "neither AVX512-FP16 nor AMX-FP16: slower than fp32, and its range is narrow",
+            "AVX512-FP16 or AMX-FP16"
+            if native
+            else "neither AVX512-FP16 nor AMX-FP16: slower than fp32, and its range is narrow",
         )
     return True, f"supported by {device.type}"
 

@@ -16,9 +16,14 @@ if TYPE_CHECKING:  # machine.py imports torch, and this file has to work without
     from .machine import Device, Machine, Precision
 
 _STATES = {
-    "tested": ("as tested", "green"), "newer": ("newer than tested", "yellow"), "older": ("older than tested", "yellow"),
-    "untested": ("", "white"), "missing": ("missing", "bold red"), "outside": ("does not fit", "bold red"), "broken": ("broken", "bold red"),
-}  # fmt: skip
+    "tested": ("as tested", "green"),
+    "newer": ("newer than tested", "yellow"),
+    "older": ("older than tested", "yellow"),
+    "untested": ("", "white"),
+    "missing": ("missing", "bold red"),
+    "outside": ("does not fit", "bold red"),
+    "broken": ("broken", "bold red"),
+}
 
 
 def libraries(items: Sequence[Library]) -> Table:
@@ -95,7 +100,9 @@ def summary(items: Sequence[Library]) -> Text:
     bad = [lib.name for lib in items if lib.state in BAD]
     if bad:
         verb = "needs" if len(bad) == 1 else "need"
-        return Text(f"lorakit does not work here yet: {', '.join(bad)} {verb} fixing, see the commands above", style="bold red")
+        return Text(
+            f"lorakit does not work here yet: {', '.join(bad)} {verb} fixing, see the commands above", style="bold red"
+        )
     other = [lib.name for lib in items if lib.state in ("newer", "older")]
     if not other:
         return Text("lorakit works here, with the releases it is tested with", style="bold green")

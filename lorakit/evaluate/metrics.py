@@ -100,4 +100,6 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
         if isinstance(row, str):
             raise DataError(f"references[{index}] is a single text\n  expected a list of texts, such as [{row[:40]!r}]")
         if not row:
-            raise DataError(f"references[{index}] is empty\n  every row needs at least one reference; drop the row or give it one")
+            raise DataError(
+                f"references[{index}] is empty\n  every row needs at least one reference; drop the row or give it one"
+            )

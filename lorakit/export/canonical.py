@@ -31,13 +31,21 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
     largest = max((f.A.shape[0] for f in plain.values()), default=0)
     rank = largest if rank is None else rank
     if rank < largest:
-        raise AdapterError(f"a module has rank {largest}, more than {rank}\n  lorakit resize --rank {rank} lowers it and reports the error")
+        raise AdapterError(
+            f"a module has rank {largest}, more than {rank}\n"
+            f"  lorakit resize --rank {rank} lowers it and reports the error"
+        )
     factors = {module: _padded(f, rank) for module, f in plain.items()}
     endings = sorted({module.rsplit(".", 1)[-1] for module in factors})
     config = adapter.config.replace(
-        rank=max(rank, 1), alpha=float(max(rank, 1)), rslora=False, rank_pattern={}, alpha_pattern={}, packed={},
+        rank=max(rank, 1),
+        alpha=float(max(rank, 1)),
+        rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        packed={},
         targets=adapter.config.targets if adapter.config.targets != "all-linear" else endings,
-    )  # fmt: skip
+    )
     return replace(adapter, config=config, updates=factors)
 
 

@@ -25,7 +25,9 @@ def expected(adapter: Adapter, format: str) -> Content:
     """What the adapter does to the base, under the names of `format`."""
     if format == "kohya":
         return Content(_by_kohyas_keys(adapter))
-    return Content({m: effect_of(u) for m, u in adapter.updates.items()}, {name: _array(t) for name, t in adapter.saved.items()})
+    return Content(
+        {m: effect_of(u) for m, u in adapter.updates.items()}, {name: _array(t) for name, t in adapter.saved.items()}
+    )
 
 
 def effect_of(update: Update) -> Effect:

@@ -63,7 +63,8 @@ class Logits:
     def __str__(self) -> str:
         reference = "" if self.live else "; against W' of the adapter's own factors: no live model takes its kind yet"
         return (
-            f"the largest difference is {self.difference:.2g}, {self.relative:.2g} of the largest logit (the adapter moves them by up to"
+            f"the largest difference is {self.difference:.2g}, {self.relative:.2g} of the largest logit (the adapter "
+            "moves them by up to"
             f" {self.moved:.2g}{reference})"
         )
 
@@ -112,7 +113,9 @@ def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, co
     except LorakitError as error:
         return str(error).splitlines()[0]
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return f"{base} gives no logits for token ids alone: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        return (
+            f"{base} gives no logits for token ids alone: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        )
     live = is_live(adapter)
     try:
         if live:
@@ -151,7 +154,9 @@ def apply(model: nn.Module, content: Content) -> None:
         module, last = _module(model, name.rpartition(".")[0]), name.rpartition(".")[2]
         old = module._parameters.get(last)
         if old is None or old.shape != value.shape:
-            raise AdapterError(f"'{name}' is {list(value.shape)}, but the base's is {'missing' if old is None else list(old.shape)}")
+            raise AdapterError(
+                f"'{name}' is {list(value.shape)}, but the base's is {'missing' if old is None else list(old.shape)}"
+            )
         _put(module, last, torch.from_numpy(np.array(value)))
     for name, effect in content.effects.items():
         module = _module(model, name)

@@ -5,8 +5,9 @@
 
     base_model.model.<module>.<parameter>: modules saved whole, as beside a LoRA; biases have no setting
 
-PEFT's scale is alpha / r always; LyCORIS' own is 1 for a LoKr of two whole matrices, so there the scale goes into W1. A convolution's
-w1_b and w2_b are [r, in·k]; in Tucker form (`use_effective_conv2d`, for all kernels of a file or none) [r, in].
+PEFT's scale is alpha / r always; LyCORIS' own is 1 for a LoKr of two whole matrices, so there the scale goes into W1. A
+convolution's w1_b and w2_b are [r, in·k]; in Tucker form (`use_effective_conv2d`, for all kernels of a file or none)
+[r, in].
 """
 
 from __future__ import annotations
@@ -30,9 +31,20 @@ from .strength import folded
 KINDS = {"LOHA": "hada", "LOKR": "lokr"}
 # What LoHaConfig calls as LoraConfig does.
 _COMMON = (
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "modules_to_save", "r", "rank_pattern", "revision", "target_modules", "task_type",
-)  # fmt: skip
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+)
 _NEEDED = {"LOHA": {"w1a", "w1b", "w2a", "w2b"}, "LOKR": set()}
 _KEY = re.compile(r"(?P<module>.+)\.(?P<kind>hada|lokr)_(?P<part>w1_a|w1_b|w2_a|w2_b|w1|w2|t1|t2)(\.[^.]+)?")
 
@@ -40,11 +52,15 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<kind>hada|lokr)_(?P<part>w1_a|w1_b|w2_a|
 def config(values: Mapping[str, Any], where: Path) -> tuple[LoraConfig, bool]:
     """Our config, of PEFT's names for these kinds."""
     variant = str(values["peft_type"]).lower()
-    ours, transposed = from_peft({**values, "peft_type": "LORA", "lora_alpha": values.get("alpha", 8), "lora_dropout": 0.0}, where)
+    ours, transposed = from_peft(
+        {**values, "peft_type": "LORA", "lora_alpha": values.get("alpha", 8), "lora_dropout": 0.0}, where
+    )
     return ours.replace(variant=variant if variant in variants() else "lora"), transposed
 
 
-def updates(kind: str, tensors: Mapping[str, Tensor], config: LoraConfig, where: Path) -> tuple[dict[str, Update], dict[str, Tensor]]:
+def updates(
+    kind: str, tensors: Mapping[str, Tensor], config: LoraConfig, where: Path
+) -> tuple[dict[str, Update], dict[str, Tensor]]:
     """(module -> its update, weights saved whole). `tensors`: without PEFT's prefix."""
     parts: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
@@ -55,7 +71,8 @@ def updates(kind: str, tensors: Mapping[str, Tensor], config: LoraConfig, where:
             continue
         if match is None or match["kind"] != KINDS[kind]:
             raise AdapterError(
-                f"{where}: key '{key}' does not belong: peft_type is '{kind}', whose keys are <module>.{KINDS[kind]}_w1_a ..."
+                f"{where}: key '{key}' does not belong: peft_type is '{kind}', whose keys are "
+                f"<module>.{KINDS[kind]}_w1_a ..."
             )
         part = match["part"].replace("_", "")
         if part in parts.setdefault(match["module"], {}):
@@ -66,7 +83,9 @@ def updates(kind: str, tensors: Mapping[str, Tensor], config: LoraConfig, where:
         lacking = sorted(_NEEDED[kind] - found.keys())
         extra = sorted(found.keys() - ({"w1a", "w1b", "w2a", "w2b", "t1", "t2"} if kind == "LOHA" else {*_LOKR}))
         if lacking or extra:
-            raise AdapterError(f"{where}: '{module}' has {', '.join(found)}; {kind} needs {', '.join(lacking) or 'no ' + extra[0]}")
+            raise AdapterError(
+                f"{where}: '{module}' has {', '.join(found)}; {kind} needs {', '.join(lacking) or 'no ' + extra[0]}"
+            )
         alpha = config.alpha_of(module)
         made[module] = Hadamard(alpha=alpha, **found) if kind == "LOHA" else _kronecker(module, found, config)  # type: ignore[arg-type]
     return made, saved
@@ -79,7 +98,11 @@ def is_loha(adapter: Adapter) -> bool:
 
 def losses(adapter: Adapter) -> list[str]:
     """What PEFT's LoHa folder cannot hold of an adapter whose updates are LoHa."""
-    biases = [n for n in adapter.saved if n.endswith(".bias") and not any(f".{m}." in f".{n}" for m in adapter.config.save_modules)]
+    biases = [
+        n
+        for n in adapter.saved
+        if n.endswith(".bias") and not any(f".{m}." in f".{n}" for m in adapter.config.save_modules)
+    ]
     lost = [f"{len(biases)} trained biases ({listing(biases, 2)}): PEFT's LoHa has none"] if biases else []
     kernels = [u for u in adapter.updates.values() if any(size > 1 for size in u.weight_shape()[2:])]
     if len({"t1" in u.tensors() for u in kernels}) > 1:
@@ -102,9 +125,13 @@ def to_loha(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """A LoHaConfig's fields, of those of a LoraConfig."""
     tucker = any("t1" in u.tensors() for u in adapter.updates.values())
     return {name: values[name] for name in _COMMON} | {
-        "alpha": values["lora_alpha"], "init_weights": True, "module_dropout": 0.0, "peft_type": "LOHA", "rank_dropout": 0.0,
+        "alpha": values["lora_alpha"],
+        "init_weights": True,
+        "module_dropout": 0.0,
+        "peft_type": "LOHA",
+        "rank_dropout": 0.0,
         "use_effective_conv2d": tucker,
-    }  # fmt: skip
+    }
 
 
 _LOKR = ("w1", "w1a", "w1b", "w2", "w2a", "w2b", "t2")

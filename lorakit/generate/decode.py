@@ -24,7 +24,9 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # transformers 5.24 renamed `past_key_values` to `cache`, both as an argument and in the output.
-CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
+CACHE = next(
+    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
+)
 
 
 def step(model: Any, ids: Tensor, cache: Any, **inputs: Any) -> tuple[Tensor, Any]:
@@ -145,7 +147,9 @@ class Decoder:
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
         mask = self.mask[:, : self.length]
         # Without padding no mask is needed, and attention is faster without one.
-        logits, _ = step(self.model, ids, self.cache, attention_mask=None if mask.all() else mask, position_ids=positions)
+        logits, _ = step(
+            self.model, ids, self.cache, attention_mask=None if mask.all() else mask, position_ids=positions
+        )
         return logits
 
 

@@ -56,7 +56,8 @@ def generate(
     ends = end_ids(model, tokenizer)
     pad = _pad_id(tokenizer, ends)
     texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # longest first: fail at once if memory is short
+    # longest first: fail at once if memory is short
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     if supports(model):
         decode_batch = partial(_decoded, max_new_tokens=max_new_tokens, ends=ends, pick=picker(temperature, top_p))
     else:
@@ -107,7 +108,8 @@ def check_prompts(
     room = None if positions is None else positions - (0 if model.config.is_encoder_decoder else max_new_tokens)
     if prompts and room is not None and room < 1:
         raise ConfigError(
-            f"max_new_tokens is {max_new_tokens}, but the model has {positions} positions for prompt and new tokens\n  lower max_new_tokens"
+            f"max_new_tokens is {max_new_tokens}, but the model has {positions} positions for prompt and new tokens\n"
+            "  lower max_new_tokens"
         )
     for row, prompt in enumerate(prompts):
         name = names[row] if names else f"prompts[{row}]"
@@ -115,7 +117,8 @@ def check_prompts(
             raise DataError(f"{name} is empty\n  expected at least one token; the model's start token will do")
         if room is not None and len(prompt) > room:
             raise DataError(
-                f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; the model has {positions} positions\n"
+                f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; the model has {positions} "
+                "positions\n"
                 f"  shorten the prompt to {room} tokens or lower max_new_tokens"
             )
 
@@ -230,7 +233,14 @@ def _stream(
 ) -> Iterator[str]:
     if model.config.is_encoder_decoder:
         yield from generate(
-            model, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+            model,
+            tokenizer,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
         )
         return
     ends = set(end_ids(model, tokenizer))
@@ -296,12 +306,16 @@ def _pad_id(tokenizer: Any, ends: list[int]) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
 
 
-def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:
+def _check_settings(
+    max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stop: Sequence[str]
+) -> None:
     if max_new_tokens < 1 or batch_size < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}\n  both must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature is {temperature}\n  expected 0 (greedy) or a positive number, such as 0.7")
     if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}\n  expected a probability above 0 and up to 1 (1 samples from every token)")
+        raise ConfigError(
+            f"top_p is {top_p}\n  expected a probability above 0 and up to 1 (1 samples from every token)"
+        )
     if isinstance(stop, str) or any(not s for s in stop):
         raise ConfigError(f"stop is {stop!r}\n  expected a list of texts, none of them empty")

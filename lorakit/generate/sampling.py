@@ -37,6 +37,7 @@ def random_source(device: torch.device, seed: int | None) -> torch.Generator:
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Return the nucleus's probabilities, [..., vocab]: zero outside it, renormalised inside."""
     probabilities, order = logits.softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens; 0 for the most likely one, so it always stays
+    # of all likelier tokens; 0 for the most likely one, so it always stays
+    before = probabilities.cumsum(-1) - probabilities
     kept = probabilities.masked_fill(before >= top_p, 0)
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))

@@ -41,7 +41,9 @@ class _Cursor:
     position: int = 0
 
     def error(self, what: str) -> AdapterError:
-        return AdapterError(f"{self.path} is not a readable GGUF file: {what} (byte {self.position:,} of {len(self.data):,})")
+        return AdapterError(
+            f"{self.path} is not a readable GGUF file: {what} (byte {self.position:,} of {len(self.data):,})"
+        )
 
     def take(self, count: int, what: str) -> bytes:
         """Read `count` bytes."""
@@ -157,7 +159,9 @@ def _tensor_entries(cursor: _Cursor, count: int) -> dict[str, tuple[tuple[int, .
             raise cursor.error(f"{what} has GGML type {kind}; adapters are read in F32, F16, BF16 and Q8_0")
         block, size, _ = TYPES[kind]
         if shape[-1] % block or 0 in shape:
-            raise cursor.error(f"{what} has shape {list(shape)}, whose last axis is not a multiple of the block size {block}")
+            raise cursor.error(
+                f"{what} has shape {list(shape)}, whose last axis is not a multiple of the block size {block}"
+            )
         entries[name] = (shape, kind, offset, math.prod(shape) // block * size)
     return entries
 
@@ -166,5 +170,7 @@ def _tensor(raw: bytearray, shape: tuple[int, ...], kind: int) -> Tensor:
     flat = torch.frombuffer(raw, dtype=TYPES[kind][2])
     if kind == Q8_0:  # blocks of one fp16 scale and 32 int8
         blocks = flat.reshape(-1, 34)
-        flat = blocks[:, :2].contiguous().view(torch.float16).float() * blocks[:, 2:].contiguous().view(torch.int8).float()
+        flat = (
+            blocks[:, :2].contiguous().view(torch.float16).float() * blocks[:, 2:].contiguous().view(torch.int8).float()
+        )
     return flat.reshape(shape)

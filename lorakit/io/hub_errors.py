@@ -26,7 +26,9 @@ def reason(error: BaseException, repository: str, revision: str | None = None, *
     if _is(error, "TransportError"):
         return f"it cannot be reached ({_first(error)})\n  check the network, and HF_ENDPOINT if it is set"
     if _is(error, "GatedRepoError"):
-        return f"{repository} is gated: its owner grants access\n  ask for access on the repository's page, then {LOGIN}"
+        return (
+            f"{repository} is gated: its owner grants access\n  ask for access on the repository's page, then {LOGIN}"
+        )
     if _is(error, "RevisionNotFoundError"):
         return f"{repository} has no revision '{revision or 'main'}'\n  expected a branch, a tag or a commit of it"
     if _is(error, "EntryNotFoundError"):

@@ -28,11 +28,22 @@ from ..errors import LorakitError
 from ..ops.delta import row_blocks
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MERGEABLE = {"F64", "F32", "F16", "BF16"}  # dtypes that can take a low-rank update
 
@@ -90,7 +101,9 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
     """Return (tensors by name, metadata). Raises LorakitError if the file is truncated or its header malformed."""
 
     def broken(what: str) -> LorakitError:
-        return LorakitError(f"{path} is not a sound safetensors file: {what}\n  was the download or copy interrupted? fetch it again")
+        return LorakitError(
+            f"{path} is not a sound safetensors file: {what}\n  was the download or copy interrupted? fetch it again"
+        )
 
     size = path.stat().st_size
     with open(path, "rb") as file:

@@ -3,8 +3,8 @@
     y = conv(x, W) + s · conv₁(conv(x, A), B)        W: [out, in/g, *k]   A: [r, in/g, *k]   B: [out, r, 1...]
 
 ΔW = s · B A is a rank-r update of the weight read as a matrix [out, in/g · k]; with g groups all of them share A.
-PEFT's grouped form is read too: A [r, in, *k] over all inputs and B [out, r/g, 1...], grouped. It is more general than a
-change of the weight can be, so only such factors that have the form above (blocks along the groups) can be merged.
+PEFT's grouped form is read too: A [r, in, *k] over all inputs and B [out, r/g, 1...], grouped. It is more general than
+a change of the weight can be, so only such factors that have the form above (blocks along the groups) can be merged.
 """
 
 from __future__ import annotations

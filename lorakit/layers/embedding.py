@@ -25,7 +25,9 @@ class EmbeddingLayer(LoraLayer):
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         return (rank, self.num_embeddings), (self.embedding_dim, rank)
 
-    def lora_fresh(self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def lora_fresh(
+        self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         return torch.zeros(shapes[0], dtype=dtype, device=device), torch.randn(shapes[1], dtype=dtype, device=device)
 
     def lora_apply(self, ids: Tensor, W: Tensor) -> Tensor:

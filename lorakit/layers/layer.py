@@ -1,10 +1,11 @@
 """What every adapted module has: its adapters' updates as children, and which of them are active.
 
-A module `q_proj` with adapters "default" and "sql" has the children `q_proj.lora_default` and `q_proj.lora_sql`, each with
-parameters of its own (of a LoRA A and B). Nothing else about the module changes: its own parameters keep their names.
+A module `q_proj` with adapters "default" and "sql" has the children `q_proj.lora_default` and `q_proj.lora_sql`, each
+with parameters of its own (of a LoRA A and B). Nothing else about the module changes: its own parameters keep their
+names.
 
-What a child computes is its own matter (`updates.update`); the layer knows how to apply a pair of thin matrices, or a weight of its own
-shape, to what it is given.
+What a child computes is its own matter (`updates.update`); the layer knows how to apply a pair of thin matrices, or a
+weight of its own shape, to what it is given.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ _TAKEN = frozenset(
 
 
 def child_name(adapter: str) -> str:
-    """The child's name for an adapter. Dots, which torch forbids there, become U+2219; a name that is taken gets a "_"."""
+    """The child's name for an adapter. Dots, which torch forbids
+    there, become U+2219; a name that is taken gets a "_".
+    """
     taken = adapter.rstrip("_") in _TAKEN  # so "full" becomes "full_", and "full_" "full__"
     return PREFIX + adapter.replace(".", "∙") + ("_" if taken else "")
 
@@ -81,7 +84,9 @@ else:
 
 
 class Swapped(_Module):
-    """A mixin in front of a module's own class. The class so made has no name to import; a pickle names the two instead."""
+    """A mixin in front of a module's own class. The class so made
+    has no name to import; a pickle names the two instead.
+    """
 
     @classmethod
     def lora_class_attributes(cls, base: type[nn.Module]) -> dict[str, object]:
@@ -102,7 +107,9 @@ def adapted_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module
     made = _adapted.get((mixin, base))
     if made is None:
         names = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_probed": base.forward}
-        made = _adapted[mixin, base] = type("Lora" + base.__name__, (mixin, base), names | mixin.lora_class_attributes(base))
+        made = _adapted[mixin, base] = type(
+            "Lora" + base.__name__, (mixin, base), names | mixin.lora_class_attributes(base)
+        )
     return made
 
 
@@ -122,7 +129,9 @@ def rebuild(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
 
 
 class LoraLayer(Swapped):
-    """The mixin's state. `lora_active` is a tuple of (child's name, weight); `lora_merged` tells that ΔW is in the weight now."""
+    """The mixin's state. `lora_active` is a tuple of (child's name,
+    weight); `lora_merged` tells that ΔW is in the weight now.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -185,9 +194,14 @@ class LoraLayer(Swapped):
         expected = self.lora_shapes(A.shape[0])
         if tuple(A.shape) == expected[0] and tuple(B.shape) == expected[1]:
             return None
-        return f"A {list(A.shape)} and B {list(B.shape)} do not fit; expected A {list(expected[0])} and B {list(expected[1])}"
+        return (
+            f"A {list(A.shape)} and B {list(B.shape)} do not fit; expected A {list(expected[0])} and B "
+            f"{list(expected[1])}"
+        )
 
-    def lora_fresh(self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def lora_fresh(
+        self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """A fresh A and B of these shapes with ΔW = 0."""
         A, B = torch.empty(shapes[0], dtype=dtype, device=device), torch.zeros(shapes[1], dtype=dtype, device=device)
         init_a(A, init, rank)

@@ -72,10 +72,11 @@ class LinearLayer(LoraLayer):
 
 
 def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | None:
-    """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than that.
+    """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than
+    that.
 
-    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group of rows) whose
-    update is a pair of matrices, no casting by autocast.
+    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group
+    of rows) whose update is a pair of matrices, no casting by autocast.
     """
     if type(module) is not nn.Linear and not (isinstance(module, LinearLayer) and module.lora_plain):
         return None
@@ -100,8 +101,8 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
 
 
 def makes_gradients(module: nn.Module) -> bool:
-    """Where gradients are made. And in training mode throughout: the first run of (reentrant) gradient checkpointing makes none, and has
-    to draw the dropout that the second one draws."""
+    """Where gradients are made. And in training mode throughout: the first run of (reentrant) gradient checkpointing
+    makes none, and has to draw the dropout that the second one draws."""
     return torch.is_grad_enabled() or module.training
 
 

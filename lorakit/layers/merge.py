@@ -17,15 +17,21 @@ def merge_module(layer: LoraLayer, name: str) -> None:
     weight: Tensor = layer.weight
     if "weight" not in layer._parameters:
         raise StateError(
-            f"the weight of '{name}' is computed from others (a parametrization such as weight_norm), so nothing can be added to it\n"
-            "  keep the adapter unmerged, or take the parametrization off: torch.nn.utils.parametrize.remove_parametrizations"
+            f"the weight of '{name}' is computed from others (a parametrization such as weight_norm), so nothing can "
+            "be added to it\n"
+            "  keep the adapter unmerged, or take the parametrization off: "
+            "torch.nn.utils.parametrize.remove_parametrizations"
         )
     if weight.is_meta:
         raise StateError(
-            f"'{name}' is offloaded, so it cannot be merged here\n  merge the checkpoint's files instead: lorakit merge BASE ADAPTER OUT"
+            f"'{name}' is offloaded, so it cannot be merged here\n"
+            "  merge the checkpoint's files instead: lorakit merge BASE ADAPTER OUT"
         )
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise StateError(f"'{name}' holds {weight.dtype} (quantized?), which cannot be merged in place\n  merge into the unquantized base")
+        raise StateError(
+            f"'{name}' holds {weight.dtype} (quantized?), which cannot be merged in place\n"
+            "  merge into the unquantized base"
+        )
     for update, _ in layer.lora_in_use():
         why = update.value(layer).unmergeable()
         if why is not None:

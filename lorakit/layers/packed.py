@@ -19,7 +19,9 @@ def packed_shapes(sizes: tuple[int, int], parts: tuple[bool, ...], rank: int) ->
 
 
 class PackedLayer(LinearLayer):
-    """One linear that holds several projections, some of them adapted. `lora_parts` is set when the class is swapped."""
+    """One linear that holds several projections, some of them
+    adapted. `lora_parts` is set when the class is swapped.
+    """
 
     lora_parts: tuple[bool, ...]
 
@@ -33,7 +35,9 @@ class PackedLayer(LinearLayer):
             fits = A.shape[1] == size_in and B.shape[1] * len(self.lora_parts) == size_out
         else:
             fits = A.shape[1] == size_in and tuple(B.shape) == (size_out, A.shape[0])
-        return None if fits else f"A {list(A.shape)} and B {list(B.shape)} do not fit a packed [{size_in} -> {size_out}]"
+        return (
+            None if fits else f"A {list(A.shape)} and B {list(B.shape)} do not fit a packed [{size_in} -> {size_out}]"
+        )
 
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
         if pair.B.dim() == 2:  # another adapter on this module, not packed

@@ -1,4 +1,6 @@
-"""How a model is fine-tuned: what is put on it and trained, how the result is saved. One file per method, found by its name."""
+"""How a model is fine-tuned: what is put on it and trained, how
+the result is saved. One file per method, found by its name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ _PROTOCOL = "method"
 
 def method_names() -> list[str]:
     """The methods there are, the default first."""
-    return sorted((file.name for file in iter_modules(__path__) if file.name != _PROTOCOL), key=lambda name: (name != DEFAULT, name))
+    return sorted(
+        (file.name for file in iter_modules(__path__) if file.name != _PROTOCOL),
+        key=lambda name: (name != DEFAULT, name),
+    )
 
 
 def method_of(name: str) -> Method:

@@ -46,7 +46,9 @@ def activate(model: Any, name: str) -> None:
 
 
 def base_alone(model: Any) -> AbstractContextManager[None]:
-    raise StateError("full fine-tuning changes the base itself, so it cannot be had beside the result\n  load the base once more")
+    raise StateError(
+        "full fine-tuning changes the base itself, so it cannot be had beside the result\n  load the base once more"
+    )
 
 
 def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
@@ -64,7 +66,8 @@ def note_together(config: RunSettings) -> str | None:
 
 def alone(config: RunSettings) -> tuple[str, str] | None:
     return "method: full", (
-        "method: full fine-tuning changes the base that a sweep's runs share\n  start such runs one by one with lorakit train"
+        "method: full fine-tuning changes the base that a sweep's runs share\n"
+        "  start such runs one by one with lorakit train"
     )
 
 

@@ -23,7 +23,9 @@ keeps_base = True
 
 def adapter_config(config: RunSettings, task_type: str) -> LoraConfig:
     """What to adapt and how, as it travels with the adapter."""
-    return LoraConfig(**part(config, LoraSettings).model_dump(), base=config.model, revision=config.revision, task=task_type)
+    return LoraConfig(
+        **part(config, LoraSettings).model_dump(), base=config.model, revision=config.revision, task=task_type
+    )
 
 
 def precision(config: RunSettings, device: torch.device) -> Choice:
@@ -73,7 +75,11 @@ def trained(config: RunSettings) -> str:
 
 
 def note_together(config: RunSettings) -> str | None:
-    return "dropout masks are those of the sweep: such a run alone would draw others" if part(config, LoraSettings).dropout else None
+    return (
+        "dropout masks are those of the sweep: such a run alone would draw others"
+        if part(config, LoraSettings).dropout
+        else None
+    )
 
 
 def alone(config: RunSettings) -> tuple[str, str] | None:
@@ -81,7 +87,8 @@ def alone(config: RunSettings) -> tuple[str, str] | None:
         value = getattr(config, name)
         if value != empty:
             return name, (
-                f"{name}: {value}: weights trained whole take the base's place for every row, so runs cannot share a pass\n"
+                f"{name}: {value}: weights trained whole take the base's place for every row, so runs cannot share a "
+                "pass\n"
                 f"  leave {name} out, or start such runs one by one with lorakit train"
             )
     return None

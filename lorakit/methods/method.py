@@ -1,4 +1,6 @@
-"""What a method is to a training run. A file of this folder offers these names; it imports torch inside its functions only."""
+"""What a method is to a training run. A file of this folder
+offers these names; it imports torch inside its functions only.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Method(Protocol):
         """The peak rate for `auto`, of the rate that suits LoRA, and why."""
 
     def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:
-        """Put on the model what is trained, and say what takes gradients. `name`: of several on one model; `task_type`: PEFT's."""
+        """Put on the model what is trained, and say what takes gradients.
+        `name`: of several on one model; `task_type`: PEFT's.
+        """
 
     def activate(self, model: Any, name: str) -> None:
         """Have the model compute with what was attached as `name`."""
@@ -37,7 +41,9 @@ class Method(Protocol):
         """Within it the model is its base. For methods that keep it."""
 
     def save(self, model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
-        """Write the result. `processor`: the base's tokenizer; `metadata`: recipe, data and metrics, to travel along."""
+        """Write the result. `processor`: the base's tokenizer;
+        `metadata`: recipe, data and metrics, to travel along.
+        """
 
     def trained(self, config: RunSettings) -> str:
         """What is trained, for the start panel."""
@@ -46,7 +52,9 @@ class Method(Protocol):
         """What is otherwise in a run that trains beside others."""
 
     def alone(self, config: RunSettings) -> tuple[str, str] | None:
-        """Which setting keeps a run from training beside others on one base, and the error of a sweep. None if it can."""
+        """Which setting keeps a run from training beside others
+        on one base, and the error of a sweep. None if it can.
+        """
 
     def cheaper(self) -> str | None:
         """What takes less memory, for a run that does not fit."""

@@ -48,20 +48,23 @@ def attach(
 ) -> nn.Module:
     """Put an adapter on the model, in place, and make it the active one. Returns the model.
 
-    A config gives a fresh adapter (ΔW = 0), trainable, and freezes the base; an `Adapter` comes with its factors and is not
-    trainable, unless said. `strict=False` lets an adapter's factors that fit no module pass (`summary` lists them);
-    `force=True` attaches although the base differs from the one the adapter was trained on.
-    Raises TargetError, AdapterError or StateError, and then leaves the model as it was.
+    A config gives a fresh adapter (ΔW = 0), trainable, and freezes the base; an `Adapter` comes with its factors and is
+    not trainable, unless said. `strict=False` lets an adapter's factors that fit no module pass (`summary` lists them);
+    `force=True` attaches although the base differs from the one the adapter was trained on. Raises TargetError,
+    AdapterError or StateError, and then leaves the model as it was.
     """
     if not isinstance(adapter, LoraConfig | Adapter):
         raise AdapterError(
-            f"attach(model, adapter): got a {qualified_name(adapter)}\n  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
+            f"attach(model, adapter): got a {qualified_name(adapter)}\n"
+            "  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
         )
     state = model.__dict__.get(STATE) or State()
     check_not_routed(state, "attach")
     check_new_name(state, name)
     if state.merged is not None:
-        raise StateError(f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  lorakit.unmerge(model) first")
+        raise StateError(
+            f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  lorakit.unmerge(model) first"
+        )
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
     plan = _fresh(model, adapter) if isinstance(adapter, LoraConfig) else _loaded(model, adapter, strict, force)
@@ -79,7 +82,9 @@ def attach(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What an adapter puts where. `saved`: whole parameters by their full names; `skipped`: module -> why it is left out."""
+    """What an adapter puts where. `saved`: whole parameters by
+    their full names; `skipped`: module -> why it is left out.
+    """
 
     config: LoraConfig
     metadata: Mapping[str, Any]
@@ -117,7 +122,9 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
 
 
 def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LiveUpdate]:
-    """The modules' updates, not registered yet. The modules have their adapted class then, or, after an error, their own as before."""
+    """The modules' updates, not registered yet. The modules have their
+    adapted class then, or, after an error, their own as before.
+    """
     fresh = [module for module in plan.modules.values() if not isinstance(module, LoraLayer)]
     try:
         for name, module in plan.modules.items():
@@ -126,10 +133,14 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
         for full in plan.saved:
             module = model.get_submodule(full.rpartition(".")[0])
             if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
-                raise StateError(f"'{full}' is offloaded, so a copy cannot be trained in its place\n  keep this module in memory")
+                raise StateError(
+                    f"'{full}' is offloaded, so a copy cannot be trained in its place\n  keep this module in memory"
+                )
         for name, module in plan.modules.items():
             if hasattr(module, child):
-                raise StateError(f"'{name}' ({type(module).__name__}) has an attribute '{child}' of its own\n  choose another name")
+                raise StateError(
+                    f"'{name}' ({type(module).__name__}) has an attribute '{child}' of its own\n  choose another name"
+                )
     except Exception:
         for module in fresh:
             release(module)
@@ -137,7 +148,9 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
     return updates
 
 
-def _register(model: nn.Module, state: State, name: str, plan: _Plan, updates: Mapping[str, LiveUpdate], trainable: bool) -> None:
+def _register(
+    model: nn.Module, state: State, name: str, plan: _Plan, updates: Mapping[str, LiveUpdate], trainable: bool
+) -> None:
     child = child_name(name)
     for m, module in plan.modules.items():
         add_update(module, child, updates[m].train(module.training))
@@ -149,10 +162,14 @@ def _register(model: nn.Module, state: State, name: str, plan: _Plan, updates: M
         state.own_attention = attention.use(model) or state.own_attention
     config = plan.config
     if plan.modules:
-        config = config.replace(targets=shortest_endings(list(plan.modules), list(module_names(model))), exclude=None, layers=None)
+        config = config.replace(
+            targets=shortest_endings(list(plan.modules), list(module_names(model))), exclude=None, layers=None
+        )
     if state.routes is not None:
         state.routes.attached(child, {module: m for m, module in plan.modules.items()})  # type: ignore[misc]
-    state.adapters[name] = Attached(config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped)
+    state.adapters[name] = Attached(
+        config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped
+    )
     model.__dict__[STATE] = state
 
 

@@ -17,7 +17,8 @@ from .state import STATE, State, attached_of, check_not_routed, layer_at, names_
 
 
 def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "undo"] | None = None) -> nn.Module:
-    """Remove all adapters (or one): classes, names, gradients' flags and bits are then as if lorakit had never been here.
+    """Remove all adapters (or one): classes, names, gradients' flags and bits are then as if lorakit had never been
+    here.
 
     While something is merged, `merged` must say what becomes of it: "keep" leaves ΔW (and saved weights) in the base, a
     plain merged model; "undo" restores the base first.
@@ -29,7 +30,8 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     if state.merged is not None:
         if merged is None:
             raise StateError(
-                f"{names_of(state.merged)} is merged: say detach(model, merged='keep') for a plain merged model, or merged='undo' for the base"
+                f"{names_of(state.merged)} is merged: say detach(model, merged='keep') for a plain merged model, or "
+                "merged='undo' for the base"
             )
         if merged == "undo":
             unmerge(model)

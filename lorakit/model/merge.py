@@ -62,5 +62,6 @@ def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
             raise StateError(
                 f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"
                 "  keep the adapter unmerged, or give the module a weight of its own first:\n"
-                f"  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings = False"
+                "  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings "
+                "= False"
             )

@@ -42,7 +42,8 @@ class Summary:
         lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {used}"]
         groups: dict[tuple[str, str, str, int | None], list[int]] = {}
         for row in self.rows:
-            last = row.name.rsplit(".", 1)[-1] if row.rank else row.name  # a parameter alone ("weight") would say nothing
+            # a parameter alone ("weight") would say nothing
+            last = row.name.rsplit(".", 1)[-1] if row.rank else row.name
             groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
         width = max((len(k[1]) for k in groups), default=0)
         for (adapter, last, shape, rank), counts in groups.items():
@@ -54,7 +55,9 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Trainable and total parameters, each adapter's share per target, and what is computed as one node (and why the rest is not)."""
+    """Trainable and total parameters, each adapter's share per target,
+    and what is computed as one node (and why the rest is not).
+    """
     state = state_of(model)
     rows: list[Row] = []
     skipped: dict[str, str] = {}

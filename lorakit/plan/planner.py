@@ -1,6 +1,7 @@
 """From a base's config and a method to estimates, and to the largest batch or length that fits.
 
-    step        weights + adapter + optimizer + best + (gradients, activations, loss, working, at the step's largest moment)
+    step        weights + adapter + optimizer + best + (gradients, activations, loss, working, at the step's largest
+                moment)
     evaluation  weights + adapter + optimizer + best + working
     checkpoint  weights + adapter + optimizer + best + a copy of the optimizer's state
 
@@ -26,12 +27,13 @@ from .live import SMALL
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
 
-# Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes between what
-# lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m lorakit.bench.plan, which chose this).
+# Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes
+# between what lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m
+# lorakit.bench.plan, which chose this).
 HEAP = 1.47
 HEAP_CHECKPOINTING = 2.3  # what is kept lies scattered between what a layer makes and drops; 2.4 was measured
-# NF4 with double quantization: 4 bits, and for each block of 64 a scale in 8 bits, and for 256 of these one in 32 (Dettmers et al.
-# 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
+# NF4 with double quantization: 4 bits, and for each block of 64 a scale in 8 bits, and for 256 of these one in 32
+# (Dettmers et al. 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 MOST_ROWS = 256  # more are not looked for
 COLUMNS = 8  # batches are padded to a multiple of so many
@@ -97,7 +99,9 @@ class Planner:
         if sum(self._resting().values()) > memory:
             return 0
         most = min(most or 1 << 20, self.positions or 1 << 20)
-        return COLUMNS * largest(lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02)
+        return COLUMNS * largest(
+            lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02
+        )
 
     def _resting(self) -> dict[str, int]:
         """Bytes by part that are there all the time."""
@@ -106,9 +110,12 @@ class Planner:
         if setting.four_bit:
             weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in shell.linear_weights())
         return {
-            "weights": weights, "adapter": shell.added_bytes, "optimizer": setting.state_copies * size, "overhead": setting.overhead,
+            "weights": weights,
+            "adapter": shell.added_bytes,
+            "optimizer": setting.state_copies * size,
+            "overhead": setting.overhead,
             "best": size if setting.device.type == "cpu" and setting.validation else 0,
-        }  # fmt: skip
+        }
 
     def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
         setting, shell = self.setting, self.shell
@@ -125,7 +132,12 @@ class Planner:
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
         heap = (
-            int((HEAP_CHECKPOINTING if setting.checkpointing else HEAP) * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
+            int(
+                (HEAP_CHECKPOINTING if setting.checkpointing else HEAP)
+                * max(parts.get(SMALL, 0) for parts in stretches)
+            )
+            if on_cpu
+            else 0
         )
         moments = {"step": _moment(resting, step.stretches, working, heap)}
         if held_out:
@@ -152,7 +164,9 @@ class Planner:
 
 
 def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
-    """The largest of a job's stretches, with what is there all the time. `heap`: what the C library's heap has grown to."""
+    """The largest of a job's stretches, with what is there all
+    the time. `heap`: what the C library's heap has grown to.
+    """
 
     def whole(parts: Parts) -> Parts:
         own = {part: size for part, size in parts.items() if part != SMALL}

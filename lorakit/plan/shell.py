@@ -1,7 +1,8 @@
-"""A model that cannot be loaded here, as far as memory and time go: built from its config on the meta device, adapter attached.
+"""A model that cannot be loaded here, as far as memory and time go: built from its config on the meta device, adapter
+attached.
 
-Where all decoder layers are alike, a step through two and through three of them tells the step through all (`step.py`); `first`
-cuts the stack of layers to so many for a while.
+Where all decoder layers are alike, a step through two and through three of them tells the step through all (`step.py`);
+`first` cuts the stack of layers to so many for a while.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def spoken(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # a model's own code may raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PlanError(f"the memory of a {name} cannot be estimated, as it does not run on shapes alone: {first}") from error
+        raise PlanError(
+            f"the memory of a {name} cannot be estimated, as it does not run on shapes alone: {first}"
+        ) from error
 
 
 FEW = 3  # with no more layers than this, nothing is won by leaving some out
@@ -44,8 +47,10 @@ class Shell:
 
     def __init__(
         self, name: str, build: Callable[[], Any], attach: Callable[[nn.Module], object], *, checkpointing: bool = False
-    ):  # fmt: skip
-        """`name`: what to call the base if it cannot be built; `build`: makes it; `attach`: puts on the model what is trained."""
+    ):
+        """`name`: what to call the base if it cannot be built; `build`:
+        makes it; `attach`: puts on the model what is trained.
+        """
         with spoken(name), torch.device("meta"):
             self.model = build()
         self.name = type(self.model).__name__
@@ -80,7 +85,7 @@ class Shell:
         finally:
             self.stack.extend(every[layers:])
 
-    # ------------------------------------------------------------------------------------- what is there before the first step
+    # ---- what is there before the first step ----
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
@@ -103,7 +108,9 @@ class Shell:
         head = self.model.get_output_embeddings()
         embedded = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         modules = (m for m in self.model.modules() if m is not head and (isinstance(m, LoraLayer) or is_linear(m)))
-        weights = {id(w): w for w in (getattr(m, "weight", None) for m in modules) if isinstance(w, Tensor) and w.dim() == 2}
+        weights = {
+            id(w): w for w in (getattr(m, "weight", None) for m in modules) if isinstance(w, Tensor) and w.dim() == 2
+        }
         return [w for key, w in weights.items() if key not in embedded and not w.requires_grad]
 
 
@@ -119,7 +126,9 @@ def _stack(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _alike(model: nn.Module, stack: nn.ModuleList) -> bool:
-    """Whether every layer of the stack costs the same: equal modules, parameters, flags, and equal kinds where the config names kinds."""
+    """Whether every layer of the stack costs the same: equal modules,
+    parameters, flags, and equal kinds where the config names kinds.
+    """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     kinds = [v for v in vars(config).values() if isinstance(v, list) and len(v) == len(stack)]
     marks = [

@@ -13,18 +13,31 @@ from .units import show_bytes
 
 # Each part's letter in the bars, and its colour where there is one.
 _MARKS = {
-    "weights": ("W", "blue"), "adapter": ("A", "cyan"), "optimizer": ("O", "magenta"), "best": ("B", "bright_magenta"),
-    "gradients": ("G", "yellow"), "activations": ("a", "green"), "loss": ("l", "red"), "working": ("w", "bright_green"),
-    "holes": ("h", "bright_black"), "overhead": ("o", "white"),
-}  # fmt: skip
+    "weights": ("W", "blue"),
+    "adapter": ("A", "cyan"),
+    "optimizer": ("O", "magenta"),
+    "best": ("B", "bright_magenta"),
+    "gradients": ("G", "yellow"),
+    "activations": ("a", "green"),
+    "loss": ("l", "red"),
+    "working": ("w", "bright_green"),
+    "holes": ("h", "bright_black"),
+    "overhead": ("o", "white"),
+}
 WIDTH = 64
 
 
 def numbers(
-    estimates: Sequence[Estimate], memory: int | None, rows: Mapping[str, int], lengths: Mapping[str, int], most_rows: int,
+    estimates: Sequence[Estimate],
+    memory: int | None,
+    rows: Mapping[str, int],
+    lengths: Mapping[str, int],
+    most_rows: int,
     positions: int | None,
-) -> Table:  # fmt: skip
-    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit of those looked at: up to `most_rows`, `positions`."""
+) -> Table:
+    """One column for each estimate. `rows` and `lengths`: by method, the
+    largest that fit of those looked at: up to `most_rows`, `positions`.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for estimate in estimates:

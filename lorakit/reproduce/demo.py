@@ -21,9 +21,15 @@ ASSETS = embedded_folder().parent / "e2e"
 # step of 8 rows takes half the time of one of 16 (383 against 797 ms of CPU time, one thread, fp32), so steps are
 # small.
 SETTINGS: dict[str, Any] = {
-    "rank": 16, "steps": 750, "batch_size": 8, "learning_rate": 5e-3, "validation": 0.02, "patience": 0, "sample_tokens": 0,
+    "rank": 16,
+    "steps": 750,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
+    "validation": 0.02,
+    "patience": 0,
+    "sample_tokens": 0,
     "eval_every": 250,
-}  # fmt: skip
+}
 LONGEST_ANSWER = 80  # tokens
 ROWS_FILE = "e2e-rows.jsonl"  # the training rows, in the demo's folder
 
@@ -56,7 +62,12 @@ class Outcome:
 
 
 def run(
-    out: Path, compare: bool = False, rows: int | None = None, steps: int | None = None, say: Any = print, console: Any = None
+    out: Path,
+    compare: bool = False,
+    rows: int | None = None,
+    steps: int | None = None,
+    say: Any = print,
+    console: Any = None,
 ) -> Outcome:
     """Run the demo in the folder `out`, resuming an interrupted one.
 
@@ -102,7 +113,9 @@ def run(
         full_config = config.replace(method="full", learning_rate=SETTINGS["learning_rate"] / 10, out=str(out / "full"))
         full = train(full_config, Progress(console))
         if full.adapter is None:
-            raise TrainError(f"stopped by {full.stopped} after step {full.step}\n  run lorakit demo --compare again to resume")
+            raise TrainError(
+                f"stopped by {full.stopped} after step {full.step}\n  run lorakit demo --compare again to resume"
+            )
         full_model = load_model(str(full.adapter), torch.float32, device)
         texts["full"], score = judge(full_model, tokenizer, tests, "full fine-tuning", full.seconds)
         scores.append(score)
@@ -133,7 +146,9 @@ def _write_rows(out: Path) -> Path:
     return path
 
 
-def judge(model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, seconds: float) -> tuple[list[str], Score]:
+def judge(
+    model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, seconds: float
+) -> tuple[list[str], Score]:
     """Generate a greedy text for each test row, and score them. `seconds`: of the training, for the Score."""
     from ..evaluate.metrics import score
     from ..generate.generate import generate

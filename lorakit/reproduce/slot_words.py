@@ -26,11 +26,16 @@ _NOT = r"(?:not|none?|no(?!\s+(?:more|less))|never|isnt|arent|doesnt|dont|\w+n't
 _WHO = r"(?:famil(?:y|ies)|kids?|child(?:ren)?s?|young(?:er|sters?)?)"
 # neither "below average" nor the mean in "its average customer rating is 5 out of 5"
 _AVERAGE = (
-    r"(?<!below )(?<!above )(?<!than )average(?![\s-]+(?:customer[\s-]+)?rating\b[\w\s']{0,20}?\b(?:[1-5]|one|two|three|four|five)\b)"
+    r"(?<!below )(?<!above )(?<!than "
+    r")average(?![\s-]+(?:customer[\s-]+)?rating\b[\w\s']{0,20}?\b(?:[1-5]|one|two|three|four|five)\b)"
 )
 
 # "north of the city centre" does not claim the centre
-_NOT_OF = "".join(rf"(?<!{side} {of})" for side in ("north", "south", "east", "west", "outside") for of in ("", "the ", "of ", "of the "))
+_NOT_OF = "".join(
+    rf"(?<!{side} {of})"
+    for side in ("north", "south", "east", "west", "outside")
+    for of in ("", "the ", "of ", "of the ")
+)
 
 
 def _about(words: str, noun: str, other: str) -> str:
@@ -49,7 +54,8 @@ def _rating(words: str) -> str:
 def _stars(number: str) -> str:
     """Match `number` out of five: "3 out of 5", "three-star", "3/5", "rated 3"; not the 5 of "3 out of 5 stars"."""
     alone = (
-        rf"(?<!t of )(?<!one of )(?<!ree of )(?<!ive of )(?<!out if )(?<!ur of )(?<!\d of )(?<!of-)(?<!out )(?<!/ )(?<![\w/£.])(?:{number})"
+        r"(?<!t of )(?<!one of )(?<!ree of )(?<!ive of )(?<!out if )(?<!ur of )(?<!\d of )(?<!of-)(?<!out )(?<!/ "
+        rf")(?<![\w/£.])(?:{number})"
     )
     return (
         rf"\b(?:{number})[\s-]*(?:(?:out|put|our)[\s-]*(?:of|if)?|of|/)[\s-]*(?:a[\s-]+)?(?:possible[\s-]+)?(?:5|five)"
@@ -78,52 +84,68 @@ def _level(states: str, accepts: str = "") -> Level:
 
 LEVELS: dict[str, dict[str, Level]] = {
     "eatType": {
-        "pub": _level(r"\bpubs?\b(?!\s+(?:food|fare|grub|style))", r"\bpub\b|\bbar\b|\btavern\b|\binn\b|\bale\s?house\b|\bpint\b"),
+        "pub": _level(
+            r"\bpubs?\b(?!\s+(?:food|fare|grub|style))", r"\bpub\b|\bbar\b|\btavern\b|\binn\b|\bale\s?house\b|\bpint\b"
+        ),
         "coffee shop": _level(r"\bcoff?ee?[\s-]*(?:shop|house|bar)", r"\bcoff?ee?\b|\bcafes?\b|\bcafeteria\b"),
         # no `states`: "restaurant" is also the authors' word for any place to eat
         "restaurant": _level(
-            "", r"\brest[au]+rants?\b|\beater(?:y|ies)\b|\bdiner\b|\bbistro\b|\bdin(?:e|ing)\b|\bplace to eat\b|\beating\b"
+            "",
+            r"\brest[au]+rants?\b|\beater(?:y|ies)\b|\bdiner\b|\bbistro\b|\bdin(?:e|ing)\b|\bplace to eat\b|\beating\b",
         ),
     },
     "food": {
-        "English": _level(r"\benglish\b|\bbritish\b(?! pounds?)", r"\bbreakfasts?\b|\bfish (?:and|&) chips\b|\broasts?\b|\btraditional\b"),
+        "English": _level(
+            r"\benglish\b|\bbritish\b(?! pounds?)",
+            r"\bbreakfasts?\b|\bfish (?:and|&) chips\b|\broasts?\b|\btraditional\b",
+        ),
         "French": _level(r"\bfrench\b", r"\bwines?\b|\bcheeses?\b|\bcroissants?\b"),
         "Italian": _level(r"\bitalian\b", r"\bpastas?\b|\bpizzas?\b|\bspaghetti\b"),
         "Japanese": _level(r"\bjapanese\b|\bsushi\b", r"\bramen\b"),
         "Chinese": _level(r"\bchinese\b", r"\bnoodles?\b|\bdim sum\b"),
         "Indian": _level(r"\bindian\b", r"\bcurry\b|\bcurries\b"),
         "Fast food": _level(
-            r"\bfast[\s-]*foods?\b", r"\b(?:ham|cheese)?burgers?\b|\bfries\b|\btake[\s-]?(?:away|out)s?\b|\bquick\b|\bfast\b|\bjunk food\b"
+            r"\bfast[\s-]*foods?\b",
+            r"\b(?:ham|cheese)?burgers?\b|\bfries\b|\btake[\s-]?(?:away|out)s?\b|\bquick\b|\bfast\b|\bjunk food\b",
         ),
     },
     "priceRange": {
         "low": _level(
             r"(?<!not )\bcheap(?:er|ly|est)?\b|\binexpensive\w*\b|\blow[\s-]*cost|\bnot expensive\b"
-            rf"|\b(?:less|lower|cheaper)[\s-]+tha[nt][\s£$€el-]*(?:20|twenty)\b|\b(?:under|below|up to|at most|within)[\s£$€el-]*(?:20|twenty)\b(?![\s£-]*(?:25|-))"
+            r"|\b(?:less|lower|cheaper)[\s-]+tha[nt][\s£$€el-]*(?:20|twenty)\b|\b(?:under|below|up to|at "
+            r"most|within)[\s£$€el-]*(?:20|twenty)\b(?![\s£-]*(?:25|-))"
             rf"|{_price('low(?:er|est|ly)?')}",
-            r"\baffordabl[ey]\b|\breasonabl[ey]\b|\bbudgets?\b|\beconomical\w*\b|\bbargain\b|\bgood value\b|\blow end\b|\bgreat prices?\b"
-            rf"|(?:20|twenty) (?:or|and) (?:less|under|below)|{_price('below average|good|fair|great|small|competitive')}",
+            r"\baffordabl[ey]\b|\breasonabl[ey]\b|\bbudgets?\b|\beconomical\w*\b|\bbargain\b|\bgood value\b|\blow "
+            r"end\b|\bgreat prices?\b"
+            r"|(?:20|twenty) (?:or|and) "
+            rf"(?:less|under|below)|{_price('below average|good|fair|great|small|competitive')}",
         ),
         "mid": _level(
             r"(?:20|twenty)[\s£$€el]*(?:pounds?|euros?)?[\s-]*(?:-|to|and|through)[\s£$€el-]*(?:25|twenty[\s-]*five)"
             rf"|\bmoderat(?:e|ely)[\s-]+(?:pric|cost)\w*|{_price('moderat(?:e|ely|ing)|medium|mid|mid-?range|middle|midrange|(?<!below )(?<!above )(?<!than[ -])averaged?')}",
-            r"\bmoderate(?:ly)?\b|\bmid(?:dle)?[\s-]*(?:rang\w+|pric\w+|level)\b|\breasonabl[ey]\b|\bnot (?:too |very |that )?expensive\b|\baffordabl[ey]\b"
+            r"\bmoderate(?:ly)?\b|\bmid(?:dle)?[\s-]*(?:rang\w+|pric\w+|level)\b|\breasonabl[ey]\b|\bnot (?:too |very "
+            r"|that )?expensive\b|\baffordabl[ey]\b"
             rf"|{_price('fair(?:ly)?|reasonabl[ey]|decent|modest(?:ly)?|mediocre|ok(?:ay)?|normal')}",
         ),
         "high": _level(
             r"(?<!not )(?<!less )(?<!too )(?<!moderately )\b(?:expensive|pricey|pricy|costly)\b"
-            rf"|\b(?:more|higher|greater)[\s-]+tha[nt][\s£$€el-]*(?:30|thirty)\b|\b(?:over|above|upwards? of|exceed\w*)[\s£$€el-]*(?:30|thirty)\b"
+            r"|\b(?:more|higher|greater)[\s-]+tha[nt][\s£$€el-]*(?:30|thirty)\b|\b(?:over|above|upwards? "
+            r"of|exceed\w*)[\s£$€el-]*(?:30|thirty)\b"
             rf"|{_price('high(?:er|ly|est)?|high-?end')}",
-            r"\bhigh[\s-]*end\b|\bup[\s-]?(?:market|scale)\b|\bluxur\w+\b|\b30[\s£]*(?:\+|plus|and (?:up|over|above)|or (?:more|over|above))"
-            r"|\bexpensive\b|\b(?:start\w*|from|minimum|at least)[\s\w]{0,12}£?30\b|\b30[\s£]*minimum\b|\bpremium\b|\bfancy\b"
+            r"\bhigh[\s-]*end\b|\bup[\s-]?(?:market|scale)\b|\bluxur\w+\b|\b30[\s£]*(?:\+|plus|and "
+            r"(?:up|over|above)|or (?:more|over|above))"
+            r"|\bexpensive\b|\b(?:start\w*|from|minimum|at "
+            r"least)[\s\w]{0,12}£?30\b|\b30[\s£]*minimum\b|\bpremium\b|\bfancy\b"
             rf"|{_price('above[ -]average|higher[ -]than[ -]average')}",
         ),
     },
     "customer rating": {
         "low": _level(
             rf"{_stars('1|one')}|{_rating('low(?:er|est|ly)?|poor(?:ly)?|bad(?:ly)?|below average|terrible|awful')}",
-            r"\bpoor(?:ly)?\b|\bbad(?:ly)?\b|\bunpopular\b|\bterribl[ey]\b|\bawful\b|\bnot (?:well|highly|very well|so)[\s-]+(?:rated|reviewed|liked|recommended|regarded)\b"
-            r"|\blow[\s-]+(?:customer|quality|standards?|star)\w*|\bcustomers? \w+ it low\b|\bworst\b|\bdisappoint\w+\b|\blow in\b",
+            r"\bpoor(?:ly)?\b|\bbad(?:ly)?\b|\bunpopular\b|\bterribl[ey]\b|\bawful\b|\bnot (?:well|highly|very "
+            r"well|so)[\s-]+(?:rated|reviewed|liked|recommended|regarded)\b"
+            r"|\blow[\s-]+(?:customer|quality|standards?|star)\w*|\bcustomers? \w+ it "
+            r"low\b|\bworst\b|\bdisappoint\w+\b|\blow in\b",
         ),
         "mid": _level(
             rf"{_stars('3|three')}|{_rating(_AVERAGE + '|averagely|mediocre|ok(?:ay)?|so-so')}",
@@ -131,7 +153,8 @@ LEVELS: dict[str, dict[str, Level]] = {
             rf"|{_rating('fair(?:ly)?|moderate(?:ly)?|medium|mid|middle|decent(?:ly)?|reasonable|satisfactory|good')}",
         ),
         "high": _level(
-            rf"{_stars('5|five')}|(?<!not )\b(?:highly|top|well)[\s-]+(?:rated|reviewed)\b|{_rating('(?<!not )high(?:er|est|ly)?|excellent|perfect|outstanding')}",
+            rf"{_stars('5|five')}|(?<!not "
+            rf")\b(?:highly|top|well)[\s-]+(?:rated|reviewed)\b|{_rating('(?<!not )high(?:er|est|ly)?|excellent|perfect|outstanding')}",
             r"\bexcellent\w*\b|\bgreat\b|\bperfect\b|\boutstanding\b|\bfantastic\b|\b(?:highly|well)[\s-]+(?:\w+[\s-]+)?(?:recommended|regarded|liked|rated|praised)\b"
             r"|\bpopular\b|\brave\b|\bbest\b|\btop\b|\bhigh[\s-]+(?:customer|quality|star|standard)\w*|\bexceptional\w*\b|\bacclaimed\b|\bloved?\b|\bwonderful\b|\bsuperb\b"
             rf"|{_rating('good|well|great|positive|fantastic|exceptional|amazing|wonderful|superb|top|full|maximum|best')}",
@@ -141,7 +164,8 @@ LEVELS: dict[str, dict[str, Level]] = {
     },
     "area": {
         "riverside": _level(
-            r"\briver[\s-]*(?:side|bank|front)?s?\b|\bwater[\s-]*(?:side|front)\b", r"\bthames\b|\bthe cam\b|\bwater\b|\briver\w*\b"
+            r"\briver[\s-]*(?:side|bank|front)?s?\b|\bwater[\s-]*(?:side|front)\b",
+            r"\bthames\b|\bthe cam\b|\bwater\b|\briver\w*\b",
         ),
         "city centre": _level(
             rf"{_NOT_OF}\b(?:city|town)(?:'s)?[\s-]*(?:cent(?:re|er)s?|cent[er]+)\b|\bcent(?:re|er|ral)[\w\s]{{0,12}}?\b(?:city|town)\b|\bdown\s?town\b",
@@ -152,8 +176,22 @@ LEVELS: dict[str, dict[str, Level]] = {
 
 # The data's values and the level each stands for; values not named here are their own level.
 LEVEL_OF = {
-    "priceRange": {"cheap": "low", "less than £20": "low", "moderate": "mid", "£20-25": "mid", "high": "high", "more than £30": "high"},
-    "customer rating": {"1 out of 5": "low", "low": "low", "3 out of 5": "mid", "average": "mid", "5 out of 5": "high", "high": "high"},
+    "priceRange": {
+        "cheap": "low",
+        "less than £20": "low",
+        "moderate": "mid",
+        "£20-25": "mid",
+        "high": "high",
+        "more than £30": "high",
+    },
+    "customer rating": {
+        "1 out of 5": "low",
+        "low": "low",
+        "3 out of 5": "mid",
+        "average": "mid",
+        "5 out of 5": "high",
+        "high": "high",
+    },
 }
 
 # --------------------------------------------------------------------------------------------- families
@@ -171,8 +209,10 @@ FOR_FAMILIES = re.compile(
     rf"\b{_WHO}(?:'s|s'|s)?[\s,/-]*(?:(?:and|or)[\s-]*{_WHO}[\s-]*)?(?:and[\s-]*)?(?:friend\w*|frienl\w*|orient\w*|welcom\w*|based|style|environment|atmosphere|venue|place|"
     r"restaurant|pub|coffee|establishment|run|meals?|dining|outings?|services?)\b"
     rf"|\bfriendly\b[\w\s]{{0,20}}?\b{_WHO}\b"
-    rf"|\b(?:whole|entire|all the|any|every|your|the|with|for|including|bring|brings|take|all|serves?|caters?|suits?)\b[\w\s]{{0,16}}?\b{_WHO}\b"
-    rf"|\b{_WHO}\b[\w\s]{{0,16}}?\b(?:{_WELCOME}|love|enjoy\w*)|\b{_WELCOME}\b[\w\s]{{0,16}}?\b{_WHO}\b|\ball ages\b|\b(?:families|kids|children|family)\b"
+    r"|\b(?:whole|entire|all "
+    rf"the|any|every|your|the|with|for|including|bring|brings|take|all|serves?|caters?|suits?)\b[\w\s]{{0,16}}?\b{_WHO}\b"
+    rf"|\b{_WHO}\b[\w\s]{{0,16}}?\b(?:{_WELCOME}|love|enjoy\w*)|\b{_WELCOME}\b[\w\s]{{0,16}}?\b{_WHO}\b|\ball "
+    r"ages\b|\b(?:families|kids|children|family)\b"
 )
 
 # --------------------------------------------------------------------------------------------- names

@@ -63,7 +63,11 @@ def slot_error_rate(mrs: Sequence[str], texts: Sequence[str]) -> SlotErrors:
         raise DataError("no rows to check\n  expected at least one meaning representation with its text")
     parsed = [parse_mr(mr) for mr in mrs]
     checked = [check_slots(slots, text) for slots, text in zip(parsed, texts)]
-    missing, wrong, slots = sum(len(c.missing) for c in checked), sum(len(c.wrong) for c in checked), sum(map(len, parsed))
+    missing, wrong, slots = (
+        sum(len(c.missing) for c in checked),
+        sum(len(c.wrong) for c in checked),
+        sum(map(len, parsed)),
+    )
     return SlotErrors(missing, wrong, slots, 100 * (missing + wrong) / slots)
 
 
@@ -74,7 +78,10 @@ def parse_mr(mr: str) -> dict[str, str]:
     while at < len(mr.rstrip()):
         match = _SLOT.match(mr, at)
         if match is None:
-            raise DataError(f"meaning representation {mr!r}: cannot read {mr[at:].strip()!r}\n  expected slot[value], slot[value], ...")
+            raise DataError(
+                f"meaning representation {mr!r}: cannot read {mr[at:].strip()!r}\n"
+                "  expected slot[value], slot[value], ..."
+            )
         slot, value = match[1], match[2].strip()
         if slot in slots:
             raise DataError(f"meaning representation {mr!r}: slot {slot!r} appears twice\n  expected each slot once")
@@ -117,7 +124,8 @@ def _check_names(slots: Mapping[str, str], plain: str) -> tuple[list[str], list[
     given = [slots[slot] for slot in _NAMED if slot in slots]
     strays = sorted({_SPELLING[name] for name in _KNOWN.findall(_mask(given, plain))})
     missing = [slot for slot in _NAMED if slot in slots and not _says(slots[slot], plain)]
-    return missing[len(strays) :], [f"name: {name}" for name in strays]  # a stray name in place of a missing one is one error
+    # a stray name in place of a missing one is one error
+    return missing[len(strays) :], [f"name: {name}" for name in strays]
 
 
 def _other_levels(attribute: str, value: str | None, rest: str) -> list[str]:

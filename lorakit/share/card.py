@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _TASKS = {
-    "CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction",
-}  # fmt: skip
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 _LIBRARIES = {"peft": "peft", "diffusers": "diffusers", "kohya": "diffusers", "mlx": "mlx", "gguf": "gguf"}
 _METRICS = (("bleu", "BLEU"), ("chrf", "chrF"), ("rouge_l", "ROUGE-L"), ("exact_match", "exact match"))
 
@@ -61,7 +64,9 @@ def card_of(
     would reject, AdapterError for a damaged adapter.
     """
     if license is not None and not _LICENSE.fullmatch(license):
-        raise ConfigError(f"license '{license}': expected one of the hub's identifiers, such as apache-2.0, mit, cc-by-4.0 or other")
+        raise ConfigError(
+            f"license '{license}': expected one of the hub's identifiers, such as apache-2.0, mit, cc-by-4.0 or other"
+        )
     for name, value in (("base model", base_model), ("repository", repository)):
         if value is not None and not is_hub_name(value):
             raise ConfigError(f"{name} '{value}': expected a hub id, OWNER/NAME")
@@ -85,11 +90,19 @@ def _title(record: AdapterRecord, base: str | None) -> str:
     for key in ("title", "name"):
         if record.facts.training.get(key):
             return str(record.facts.training[key])
-    name = base.partition("/")[2] if base else "" if record.base in (None, EMBEDDED) else last_name(str(record.base).rstrip("/\\"))
+    name = (
+        base.partition("/")[2]
+        if base
+        else ""
+        if record.base in (None, EMBEDDED)
+        else last_name(str(record.base).rstrip("/\\"))
+    )
     return f"LoRA for {name}" if name else record.path.stem if record.file else "LoRA adapter"
 
 
-def _metadata(record: AdapterRecord, name: str, license: str | None, base: str | None, data: str | None, evaluated_on: str | None) -> str:
+def _metadata(
+    record: AdapterRecord, name: str, license: str | None, base: str | None, data: str | None, evaluated_on: str | None
+) -> str:
     """Return the YAML metadata. Every text in it is one line."""
     from huggingface_hub import ModelCardData
 

@@ -90,7 +90,10 @@ def write(text: str, path: Path, force: bool = False) -> None:
         except (OSError, UnicodeDecodeError):
             replaceable = False
         if not replaceable:
-            raise ConfigError(f"{path} was not written by lorakit, or was changed since\n  --force replaces it; --out names another file")
+            raise ConfigError(
+                f"{path} was not written by lorakit, or was changed since\n"
+                "  --force replaces it; --out names another file"
+            )
     write_text(path, text)
 
 
@@ -191,7 +194,10 @@ def _training(record: AdapterRecord, data_name: str | None) -> list[str]:
         ("prompt template", _STYLES.get(str(data.get("template")), "")),
         ("steps", f"{record.steps:,}" if record.steps else ""),
         ("trained tokens", f"{record.tokens:,}" if record.tokens else ""),
-        ("time", f"{minutes:.0f} minutes" if minutes >= 2 else f"{record.seconds:.0f} seconds" if record.seconds else ""),
+        (
+            "time",
+            f"{minutes:.0f} minutes" if minutes >= 2 else f"{record.seconds:.0f} seconds" if record.seconds else "",
+        ),
     ]
     if record.steps:
         settings.pop("epochs", None)
@@ -231,7 +237,9 @@ def _results(record: AdapterRecord, data_name: str | None, eval_data: str | None
         held_out = [held_out[i * last // (MAX_HELD_OUT_ROWS - 1)] for i in range(MAX_HELD_OUT_ROWS)]
     if held_out:
         measures = _measures(held_out, "held_out_")
-        lines = [[f"{row['step']}", *(_rounded(row.get(key), digits) for key, _, digits in measures)] for row in held_out]
+        lines = [
+            [f"{row['step']}", *(_rounded(row.get(key), digits) for key, _, digits in measures)] for row in held_out
+        ]
         where = f" of {data_name}" if data_name else ""
         parts += [f"On rows{where} held out from training:", _grid(["step", *(name for _, name, _ in measures)], lines)]
         if record.best is not None and len(record.held_out) > 1 and number(record.best.get("step")) is not None:

@@ -80,7 +80,9 @@ def push(
     AdapterError for an adapter that is not uploaded, LorakitError if the hub refuses.
     """
     if not is_hub_name(repository):
-        raise ConfigError(f"'{repository}' is not a repository's name\n  expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
+        raise ConfigError(
+            f"'{repository}' is not a repository's name\n  expected OWNER/NAME, of letters, digits, '-', '_' and '.'"
+        )
     if base_model is not None and not is_hub_name(base_model):
         raise ConfigError(f"base model '{base_model}': expected a hub id, OWNER/NAME")
     path = find(source)
@@ -120,12 +122,15 @@ def _repository(repository: str, revision: str | None, private: bool) -> dict[st
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if get_token() is None:
-        raise LorakitError(f"{repository}: there is no token, and the hub needs one for uploads\n  {LOGIN}; {TOKENS} (of kind write)")
+        raise LorakitError(
+            f"{repository}: there is no token, and the hub needs one for uploads\n  {LOGIN}; {TOKENS} (of kind write)"
+        )
     try:
         info = api().model_info(repository, timeout=SECONDS)
         if private and not info.private:
             raise LorakitError(
-                f"{repository} exists and is public: --private is for new repositories and does not hide an existing one\n"
+                f"{repository} exists and is public: --private is for new repositories and does not hide an existing "
+                "one\n"
                 f"  change it at {endpoint()}/{repository}/settings, name another repository, or leave --private out"
             )
         if revision not in (None, "main"):

@@ -30,8 +30,18 @@ from .words import number
 MAX_SAMPLES = 3
 IMAGE_PARTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 SETTINGS = (
-    "learning_rate", "schedule", "warmup", "batch_size", "epochs", "weight_decay", "dropout", "max_length", "train_on", "precision", "seed",
-)  # fmt: skip
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "batch_size",
+    "epochs",
+    "weight_decay",
+    "dropout",
+    "max_length",
+    "train_on",
+    "precision",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class AdapterRecord:
     facts: AdapterFacts
     base: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)  # name, hash, rows, template; id and split from the run's folder
+    # name, hash, rows, template; id and split from the run's folder
+    data: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
     seconds: float | None = None
     tokens: int | None = None
@@ -162,7 +173,9 @@ def _samples(run: RunFolder) -> list[tuple[str, str, str]]:
     try:
         rows = json.loads(files[-1][1].read_text(encoding="utf8")) if files else []
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{files[-1][1]} cannot be read: {error}\n  remove it to write the card without samples") from error
+        raise AdapterError(
+            f"{files[-1][1]} cannot be read: {error}\n  remove it to write the card without samples"
+        ) from error
     rows = rows if isinstance(rows, list) else []
     texts = [tuple(mapping(row).get(k) for k in ("prompt", "base", "tuned")) for row in rows]
     samples = [(p, b, t) for p, b, t in texts if isinstance(p, str) and isinstance(b, str) and isinstance(t, str)]
@@ -174,7 +187,9 @@ def _from_eval(path: Path) -> tuple[list[Mapping[str, Any]], list[tuple[str, str
     output = read_json(path)
     rows = [row for row in _mappings(output.get("results")) if number(row.get("loss")) is not None]
     if sum(row.get("adapter") is not None for row in rows) != 1:
-        raise ConfigError(f"{path}: expected the results of one adapter, as `lorakit eval ROWS --adapter ADAPTER --json` prints them")
+        raise ConfigError(
+            f"{path}: expected the results of one adapter, as `lorakit eval ROWS --adapter ADAPTER --json` prints them"
+        )
     samples = []
     for row in _mappings(output.get("samples")):
         texts = {text.get("adapter") is None: text.get("text") for text in _mappings(row.get("texts"))}

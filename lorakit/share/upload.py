@@ -44,14 +44,17 @@ def files_of(path: Path, form: str) -> dict[str, Path]:
         folder = path if path.is_dir() else path.parent
         config, weights, *others = FILES[form]
         if not (folder / weights).is_file():
-            raise AdapterError(f"{folder} has no {weights}\n  pickled tensors are not uploaded; convert them: {_convert(folder)}")
+            raise AdapterError(
+                f"{folder} has no {weights}\n  pickled tensors are not uploaded; convert them: {_convert(folder)}"
+            )
         for name in others:  # config and tensors are checked when loaded; any other JSON file could be anything
             inside(folder / name, "remove it")
         return {name: folder / name for name in (config, weights, *others) if (folder / name).is_file()}
     file = path / diffusers.FILE if path.is_dir() else path
     if file.suffix not in SAFE:
         raise AdapterError(
-            f"{file} is a pickle, which can run code where it is loaded\n  convert it to safetensors first: {_convert(file)}"
+            f"{file} is a pickle, which can run code where it is loaded\n"
+            f"  convert it to safetensors first: {_convert(file)}"
         )
     return {file.name: file}
 
@@ -66,7 +69,9 @@ def inside(file: Path, otherwise: str) -> None:
         return
     target, home = file.resolve(), file.parent.resolve()
     roots = [home]
-    roots += [p.parent / "blobs" for p in home.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    roots += [
+        p.parent / "blobs" for p in home.parents if p.name == "snapshots" and p.parent.name.startswith("models--")
+    ]
     if not any(target.is_relative_to(root) for root in roots):
         raise AdapterError(
             f"nothing was uploaded: {file} is a link that leads out of its folder, to {target}\n"
@@ -82,7 +87,9 @@ def check(files: Mapping[str, Path], path: Path, form: str, alpha: float | None,
     """Check that the files load and have no NaN or infinity. Raises AdapterError, which names files under `path`."""
     first = next(iter(files.values()))
     try:
-        load(first.parent if form in FOLDERS else first, alpha=alpha if form in TAKES_ALPHA else None, base=base).check()
+        load(
+            first.parent if form in FOLDERS else first, alpha=alpha if form in TAKES_ALPHA else None, base=base
+        ).check()
     except AdapterError as error:
         home = path if path.is_dir() else path.parent
         raise AdapterError(f"nothing was uploaded: {str(error).replace(str(first.parent), str(home))}") from error

@@ -19,9 +19,13 @@ from .words import fence, line
 
 # PEFT's task_type -> transformers' class.
 CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification", "QUESTION_ANS": "AutoModelForQuestionAnswering", "FEATURE_EXTRACTION": "AutoModel",
-}  # fmt: skip
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def use(record: AdapterRecord, repository: str, base: str | None) -> list[str]:
@@ -35,13 +39,17 @@ def use(record: AdapterRecord, repository: str, base: str | None) -> list[str]:
         local = line(record.file)
         return [
             "With [llama.cpp](https://github.com/ggml-org/llama.cpp), and the base as a GGUF file:",
-            fence(f"hf download {repository} {quote(local)} --local-dir .\nllama-cli -m base.gguf --lora {quote(local)}", "bash"),
+            fence(
+                f"hf download {repository} {quote(local)} --local-dir .\nllama-cli -m base.gguf --lora {quote(local)}",
+                "bash",
+            ),
         ]
     if record.format == "mlx":
         return [
             "With [MLX](https://github.com/ml-explore/mlx-lm):",
             fence(
-                f"hf download {repository} --local-dir adapter\nmlx_lm.generate --model {base or 'BASE'} --adapter-path adapter",
+                f"hf download {repository} --local-dir adapter\n"
+                f"mlx_lm.generate --model {base or 'BASE'} --adapter-path adapter",
                 "bash",
             ),
             *_base_note(record, base),
@@ -66,7 +74,10 @@ def _text(record: AdapterRecord, where: str, base: str | None) -> list[str]:
         before += [f"from transformers import {kind}, AutoTokenizer", ""]
         before += [f"labels = [{', '.join(labels)}]"] if labels else []
         more = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
-        before += [f"model = {kind}.from_pretrained({name}{more})", f"tokenizer = AutoTokenizer.from_pretrained({name})"]
+        before += [
+            f"model = {kind}.from_pretrained({name}{more})",
+            f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        ]
         before += ["model.config.pad_token_id = tokenizer.pad_token_id"] if labels else []
     else:
         before = ["", "model = ...  # the base, of the class used in training"]
@@ -111,7 +122,8 @@ def _image(record: AdapterRecord, repository: str, where: str, base: str | None)
         if record.plain_lora and record.facts.embeddings:  # convert drops them only with --allow-loss
             options, loss = " --allow-loss", " (this drops the textual-inversion embeddings)"
         return [
-            f"It has {why}, which diffusers' `load_lora_weights` cannot load.{comfy} For diffusers, with lorakit{loss}:",
+            f"It has {why}, which diffusers' `load_lora_weights` cannot load.{comfy} For diffusers, with "
+            f"lorakit{loss}:",
             fence(f"lorakit {command} {quote(line(where))} {FILE} --to diffusers{options}", "bash"),
         ]
     parts = [

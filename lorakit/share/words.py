@@ -9,7 +9,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 MAX_CHARACTERS = 200  # of a value
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~$&@]|(?<=:)//|(?<=\bwww)\.)", re.IGNORECASE)  # the last two would link bare addresses
+# the last two would link bare addresses
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~$&@]|(?<=:)//|(?<=\bwww)\.)", re.IGNORECASE)
 # A path in a text: /a/b, ~/a, ./a, ../a, C:\a, \\a\b, file:///a/b, note:/a/b; but not the slashes of a URL, of 1/2, of
 # </s>, of OWNER/NAME or of a regular expression.
 _PART = r"[^\s/\\'\"`<>|,;:*?()\[\]{}]+"
@@ -22,7 +23,19 @@ _PATH_ALONE = re.compile(r"(?:file:)?(?:/.*/[^/]*|\\\\.*\\[^\\]*|\.{1,2}/.*|(?:~
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+?)[/\\]snapshots[/\\]")
 # Common folder names, which are not owners on the hub.
-_FOLDERS = {"models", "model", "runs", "checkpoints", "output", "outputs", "out", "data", "datasets", "spaces", "merged"}
+_FOLDERS = {
+    "models",
+    "model",
+    "runs",
+    "checkpoints",
+    "output",
+    "outputs",
+    "out",
+    "data",
+    "datasets",
+    "spaces",
+    "merged",
+}
 
 
 def line(value: Any, most: int = MAX_CHARACTERS) -> str:
@@ -38,7 +51,9 @@ def plain(value: Any, most: int = MAX_CHARACTERS) -> str:
 
 def cell(text: str, most: int) -> str:
     """Return text of several lines for a table cell, with its line breaks. Paths are content here, and kept."""
-    clean = "\n".join("".join(c if c.isprintable() else " " for c in row) for row in text[: 2 * most].splitlines()).strip()
+    clean = "\n".join(
+        "".join(c if c.isprintable() else " " for c in row) for row in text[: 2 * most].splitlines()
+    ).strip()
     clean = clean if len(clean) <= most else clean[: most - 1].rstrip() + "…"
     return _SPECIAL.sub(r"\\\1", clean).replace("\n", "<br>")
 
@@ -92,7 +107,12 @@ def is_path(name: str) -> bool:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name has the hub's form OWNER/NAME."""
-    return _REPOSITORY.fullmatch(name) is not None and ".." not in name and "--" not in name and not name.endswith((".", "-", ".git"))
+    return (
+        _REPOSITORY.fullmatch(name) is not None
+        and ".." not in name
+        and "--" not in name
+        and not name.endswith((".", "-", ".git"))
+    )
 
 
 def hub_id(name: Any) -> str | None:

@@ -1,4 +1,6 @@
-"""A language model learns answers, or texts: the loss is over the trained tokens, each predicted from those before it."""
+"""A language model learns answers, or texts: the loss is over
+the trained tokens, each predicted from those before it.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,17 @@ class Writing(Strict):
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
     )
-    train_on: Literal["completion", "all"] = Field("completion", description="train on the answers only, or on everything")
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="train on the answers only, or on everything"
+    )
 
 
 class CausalSettings(Lengths, Writing, Columns):
     free: ClassVar = {"sample_prompts", "sample_tokens"}
 
     sample_prompts: list[str] = Field(
-        default_factory=list, description="prompts answered at each evaluation by base and adapter; default: two held-out rows"
+        default_factory=list,
+        description="prompts answered at each evaluation by base and adapter; default: two held-out rows",
     )
     sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
 
@@ -70,9 +75,14 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     def read(source: str, name: str | None, most: int | Literal["auto"]) -> Dataset:
         return build(
-            read_rows(source, name), processor, columns=own.columns or None, template=own.template, train_on=own.train_on,
-            max_length=most, on_long=own.on_long,
-        )  # fmt: skip
+            read_rows(source, name),
+            processor,
+            columns=own.columns or None,
+            template=own.template,
+            train_on=own.train_on,
+            max_length=most,
+            on_long=own.on_long,
+        )
 
     found = read(config.data, config.split, own.max_length)
     notes = dict(found.notes)
@@ -84,7 +94,9 @@ def data(config: RunSettings, processor: Any) -> Data:
     else:
         train, held_out = held_out_of(found.items, config.validation)
     left_out = "".join(
-        f", {count} {what}" for count, what in ((found.dropped, "dropped"), (found.cut, "cut"), (found.split, "split")) if count
+        f", {count} {what}"
+        for count, what in ((found.dropped, "dropped"), (found.cut, "cut"), (found.split, "split"))
+        if count
     )
     length = f"at most {found.max_length} tokens ({found.max_length_reason}){left_out}"
     return Data(train, held_out, found.shape, length, {"template": found.style}, notes)
@@ -113,7 +125,10 @@ def check(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
     from .text.positions import check_positions
 
     if model.config.is_encoder_decoder:
-        raise TrainError(f"{config.model} is an encoder-decoder ({type(model).__name__}); the loss here is that of a decoder-only model")
+        raise TrainError(
+            f"{config.model} is an encoder-decoder ({type(model).__name__}); the loss here is that of a decoder-only "
+            "model"
+        )
     check_positions(config, model, items)
 
 
@@ -123,7 +138,8 @@ def check_together(model: Any) -> None:
 
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise TrainError(
-            "the targets include the output layer, which sees trained positions and no rows, so its adapters cannot share a pass\n"
+            "the targets include the output layer, which sees trained positions and no rows, so its adapters cannot "
+            "share a pass\n"
             "  leave it out of the targets, or start such runs one by one with lorakit train"
         )
 
@@ -171,7 +187,9 @@ def evaluate(base: Base, items: Sequence[Item], batch_size: int) -> dict[str, fl
 
 
 def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
-    """The configured prompts, written as the data's are, or the first held-out rows that have one and leave room for an answer."""
+    """The configured prompts, written as the data's are, or the first
+    held-out rows that have one and leave room for an answer.
+    """
     from ..data.render import question_ids
     from ..generate.generate import check_prompts, positions_of
 

@@ -1,9 +1,11 @@
-"""Sequence classification: a label for each text, or pair of texts, from a head on the base (transformers' `score` or `classifier`).
+"""Sequence classification: a label for each text, or pair of texts, from a head on the base (transformers' `score` or
+`classifier`).
 
-    loss = −log softmax(head(h))[label], the mean over rows        h: the last token's hidden state of a decoder, the pooled one of an encoder
+    loss = −log softmax(head(h))[label], the mean over rows        h: the last token's hidden state of a decoder, the
+                                                                   pooled one of an encoder
 
-The head starts anew, at random by the run's seed; it is trained whole and saved with the adapter, as PEFT does (modules_to_save). The
-labels' names travel in the adapter's metadata and in the model's config (id2label).
+The head starts anew, at random by the run's seed; it is trained whole and saved with the adapter, as PEFT does
+(modules_to_save). The labels' names travel in the adapter's metadata and in the model's config (id2label).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class ClassificationSettings(Lengths, Columns):
     rows: ClassVar = {"labels"}
 
     labels: list[str] = Field(
-        default_factory=list, description="names of the labels, in the order of their numbers; default: those of the data, sorted"
+        default_factory=list,
+        description="names of the labels, in the order of their numbers; default: those of the data, sorted",
     )
 
 
@@ -56,9 +59,13 @@ def data(config: RunSettings, processor: Any) -> Data:
 
     own = part(config, ClassificationSettings)
     found = read_labelled(
-        read_rows(config.data, config.split), processor, columns=own.columns, names=own.labels, max_length=own.max_length,
+        read_rows(config.data, config.split),
+        processor,
+        columns=own.columns,
+        names=own.labels,
+        max_length=own.max_length,
         on_long=own.on_long,
-    )  # fmt: skip
+    )
     if isinstance(config.validation, str):
         held = read_labelled(
             read_rows(config.validation),
@@ -93,10 +100,15 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 
     base = load_config(config.model, config.revision, config.trust_remote_code)
     if base.is_encoder_decoder:
-        raise TrainError(f"{config.model} is an encoder-decoder ({type(base).__name__}); classification takes an encoder or a decoder")
+        raise TrainError(
+            f"{config.model} is an encoder-decoder ({type(base).__name__}); classification takes an encoder or a "
+            "decoder"
+        )
     torch.manual_seed(config.seed)  # a fresh head's start
     trained = getattr(config, "save_modules", ())
-    model = load_classifier(config.model, data.about["labels"], dtype, device, config.revision, config.trust_remote_code, trained)
+    model = load_classifier(
+        config.model, data.about["labels"], dtype, device, config.revision, config.trust_remote_code, trained
+    )
     return _settled(model, pad_id(processor))
 
 
@@ -127,7 +139,8 @@ def check_together(model: Any) -> None:
 
 def alone(config: RunSettings) -> str | None:
     return (
-        "task: classification trains a head whole, which takes the base's place for every row, so runs cannot share a pass\n"
+        "task: classification trains a head whole, which takes the base's place for every row, so runs cannot share a "
+        "pass\n"
         "  start such runs one by one with lorakit train"
     )
 
@@ -154,7 +167,8 @@ def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()  # [rows, labels]
+    # [rows, labels]
+    return model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -178,7 +192,9 @@ def evaluate(base: Base, items: Sequence[LabelledItem], batch_size: int) -> dict
             logits = _logits(base.model, batch)
             for item, loss in zip(part, _losses(logits, batch["labels"]).tolist(), strict=True):
                 if not math.isfinite(loss):
-                    raise NotFiniteError(f"{item.where}: the loss is {loss}\n  load the model in bfloat16 or float32 rather than float16")
+                    raise NotFiniteError(
+                        f"{item.where}: the loss is {loss}\n  load the model in bfloat16 or float32 rather than float16"
+                    )
                 total += loss
             truth += [item.label for item in part]
             predicted += logits.argmax(1).tolist()
@@ -187,7 +203,9 @@ def evaluate(base: Base, items: Sequence[LabelledItem], batch_size: int) -> dict
 
 
 def macro_f1(truth: Sequence[int], predicted: Sequence[int]) -> float:
-    """The mean of each label's F1 = 2·TP / (2·TP + FP + FN), over labels that are right or predicted somewhere (scikit-learn's)."""
+    """The mean of each label's F1 = 2·TP / (2·TP + FP + FN), over
+    labels that are right or predicted somewhere (scikit-learn's).
+    """
     pairs = list(zip(truth, predicted, strict=True))
     scores = []
     for label in {*truth, *predicted}:

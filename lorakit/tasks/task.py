@@ -1,4 +1,5 @@
-"""What a task is to a training run. A file of this folder offers these names; it imports torch inside its functions only.
+"""What a task is to a training run. A file of this folder offers these names; it imports torch inside its functions
+only.
 
 rows → data → Data of items → collate → losses, [rows] → the loop
 """
@@ -25,7 +26,9 @@ class Item(Protocol):
 
     @property
     def weight(self) -> int:
-        """How many losses are summed in its own: a step's loss is divided by the weights of its rows. Of text, its trained tokens."""
+        """How many losses are summed in its own: a step's loss is divided
+        by the weights of its rows. Of text, its trained tokens.
+        """
 
     @property
     def where(self) -> str:

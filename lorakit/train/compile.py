@@ -1,8 +1,9 @@
 """Training steps through torch.compile (inductor): the layers of each stack are compiled, one graph for all of them.
 
-So compiling takes as long as one layer takes, whatever the model's depth, and the loss keeps its own form. The graph is made before the first
-step, from a batch of the run's largest size, with sizes left open: rows of other lengths need no other graph, and a resumed run computes
-with the same code as one that was never stopped. Evaluation and samples run the model as it is (`as_it_is`).
+So compiling takes as long as one layer takes, whatever the model's depth, and the loss keeps its own form. The graph is
+made before the first step, from a batch of the run's largest size, with sizes left open: rows of other lengths need no
+other graph, and a resumed run computes with the same code as one that was never stopped. Evaluation and samples run the
+model as it is (`as_it_is`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def check(config: TrainConfig, device: torch.device, processes: int, runs: int =
     if runs > 1:
         raise ConfigError("compile: runs that train together need another graph for each mix of them; leave it out")
     if processes > 1:
-        raise ConfigError(f"compile: with {processes} processes it has not been shown to be right; leave one of the two out")
+        raise ConfigError(
+            f"compile: with {processes} processes it has not been shown to be right; leave one of the two out"
+        )
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"compile: on {device.type} it has not been shown to be right; leave it out")
     if device.type == "cpu" and (why := no_compiler()) is not None:
@@ -47,11 +50,20 @@ def no_compiler() -> str | None:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of every stack: items of one class in a ModuleList, with adapted modules in them (or with parameters that train)."""
+    """The layers of every stack: items of one class in a ModuleList,
+    with adapted modules in them (or with parameters that train).
+    """
     found: list[nn.Module] = []
     for stack in model.modules():
-        if isinstance(stack, nn.ModuleList) and len(stack) > 1 and len({type(layer) for layer in stack}) == 1 and not _inside(stack, found):
-            found += [layer for layer in stack if any(isinstance(m, LoraLayer) for m in layer.modules()) or _trains(layer)]
+        if (
+            isinstance(stack, nn.ModuleList)
+            and len(stack) > 1
+            and len({type(layer) for layer in stack}) == 1
+            and not _inside(stack, found)
+        ):
+            found += [
+                layer for layer in stack if any(isinstance(m, LoraLayer) for m in layer.modules()) or _trains(layer)
+            ]
     return found
 
 
@@ -59,7 +71,9 @@ def compile_layers(model: nn.Module, rows: set[int], length: int, task: Task) ->
     """Compile them in place, on batches of these numbers of rows. What was done, for the start panel."""
     layers = repeated_layers(model)
     if not layers:
-        raise TrainError(f"compile: {type(model).__name__} has no stack of like layers (a ModuleList) that trains; leave compile out")
+        raise TrainError(
+            f"compile: {type(model).__name__} has no stack of like layers (a ModuleList) that trains; leave compile out"
+        )
     began = time.perf_counter()
     device = next(model.parameters()).device
     length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
@@ -74,7 +88,9 @@ def compile_layers(model: nn.Module, rows: set[int], length: int, task: Task) ->
                 task.losses(model, _batch(task, n, length, device)).sum().backward()
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise TrainError(f"compile: inductor could not compile {type(model).__name__}: {first}\n  leave compile out") from error
+            raise TrainError(
+                f"compile: inductor could not compile {type(model).__name__}: {first}\n  leave compile out"
+            ) from error
     for parameter in model.parameters():
         parameter.grad = None
     return f"{len(layers)} layers with inductor, {graphs()} graphs, in {time.perf_counter() - began:.0f} s"

@@ -16,13 +16,15 @@ from ..tasks import DEFAULT, task_for, task_names, task_of
 
 METHODS, TASKS = method_names(), task_names()
 
-if TYPE_CHECKING:  # which methods and tasks there are, and their settings, is known when their folders are looked through
+# which methods and tasks there are, and their settings, is known when their folders are looked through
+if TYPE_CHECKING:
     MethodName: TypeAlias = str
     TaskName: TypeAlias = str
     Settings = RunSettings
 else:
     MethodName, TaskName = Literal[tuple(METHODS)], Literal[tuple(TASKS)]
-    # From the last to the first, as `lorakit init` lists them and sweeps name their runs: the tasks' stand between the two halves of the run's.
+    # From the last to the first, as `lorakit init` lists them and sweeps name their runs: the tasks' stand between the
+    # two halves of the run's.
     _of_tasks = joined("TaskSettings", (task_of(name).settings for name in TASKS)).__mro__[1:]
     _between = [cls for cls in _of_tasks if issubclass(cls, Strict) and cls is not Strict]
     Settings = joined("Settings", [RunSettings, *_between, Source, *(method_of(name).settings for name in METHODS)])
@@ -51,11 +53,16 @@ class TrainConfig(Settings):
     def _to_be_found(self) -> TrainConfig:
         if self.find_lr:
             if self.learning_rate != "auto":
-                raise ValueError(f"find_lr looks for a learning rate, and {self.learning_rate:g} is given; leave one of the two out")
+                raise ValueError(
+                    f"find_lr looks for a learning rate, and {self.learning_rate:g} is given; leave one of the two out"
+                )
             alone = method_of(self.method).alone(self)
             what = alone[0] if alone else f"task: {self.task}" if task_of(self.task).alone(self) else None
             if what:
-                raise ValueError(f"find_lr tries adapters side by side on one base, which {what} does not allow; give a learning_rate")
+                raise ValueError(
+                    f"find_lr tries adapters side by side on one base, which {what} does not allow; give a "
+                    "learning_rate"
+                )
         return self
 
     @field_validator("memory")

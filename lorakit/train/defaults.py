@@ -17,8 +17,9 @@ BASE_RATE = 2e-4
 WIDTH_RATE, WIDTH, WIDTH_POWER = 5e-4, 2000, 0.775
 SHORT_RUN, SHORT_FACTOR = 100, 1.5
 EVALUATIONS = 10
-# Rows up to this many tokens use plain attention on a CPU where its backward is not ours (`layers/fused/attention.py`): the kernel's
-# backward is slow there (a step takes 0.81 to 0.90 of its CPU time; bench/short_attention.py). Beyond, plain memory grows with the square.
+# Rows up to this many tokens use plain attention on a CPU where its backward is not ours (`layers/fused/attention.py`):
+# the kernel's backward is slow there (a step takes 0.81 to 0.90 of its CPU time; bench/short_attention.py). Beyond,
+# plain memory grows with the square.
 PLAIN_ATTENTION = 256
 CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing once the matrices are this long, and costs memory
 

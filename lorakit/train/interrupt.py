@@ -19,7 +19,9 @@ class Interrupt:
 
 @contextmanager
 def listening() -> Iterator[Interrupt]:
-    """Catch the signals inside the block; the former handlers come back after it. Outside the main thread it never fires."""
+    """Catch the signals inside the block; the former handlers
+    come back after it. Outside the main thread it never fires.
+    """
     state = Interrupt()
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
 """The training loop: for each batch: loss, backward, step; now and then: evaluate, sample, save.
 
-What each of these does lives in a file of its own name. Several runs on one base take their steps together: each turn the
-next batch of every run that still goes on is computed in shared micro-batches, each row with its run's adapter, and each run
-then takes its own step. A run alone is the case of one.
+What each of these does lives in a file of its own name. Several runs on one base take their steps together: each turn
+the next batch of every run that still goes on is computed in shared micro-batches, each row with its run's adapter, and
+each run then takes its own step. A run alone is the case of one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,16 @@ from .run import Result, Run
 class Loop:
     """Runs on one base, in step.
 
-    `saved` is called each time that all that go on have a new checkpoint, before older ones go; `ended` with each run at its end.
+    `saved` is called each time that all that go on have a new checkpoint, before older ones go; `ended` with each run
+    at its end.
     """
 
-    def __init__(self, runs: Sequence[Run], saved: Callable[[], None] = lambda: None, ended: Callable[[Run], None] = lambda run: None):
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        saved: Callable[[], None] = lambda: None,
+        ended: Callable[[Run], None] = lambda run: None,
+    ):
         self.runs, self.saved, self.ended = list(runs), saved, ended
         job = self.runs[0].job
         self.parallel, self.method, self.task, self.base = job.parallel, job.method, job.task, job.base
@@ -71,7 +77,10 @@ class Loop:
             if rest := [run for run in active_runs if not run.failed]:
                 self._step(rest)
             return
-        rows = [run.update(*figures, batch) for run, *figures, batch in zip(active_runs, *losses_and_norms, batches, strict=True)]
+        rows = [
+            run.update(*figures, batch)
+            for run, *figures, batch in zip(active_runs, *losses_and_norms, batches, strict=True)
+        ]
         elapsed = (time.perf_counter() - began) / len(active_runs)  # each run's share
         for run, row in zip(active_runs, rows, strict=True):
             run.zero_grad()
@@ -88,7 +97,9 @@ class Loop:
             run.failed = str(error)
 
     def _gradients(self, active_runs: list[Run], batches: list[list[Item]]) -> tuple[Tensor, Tensor]:
-        """Backward of all batches, micro-batch by micro-batch. The runs' losses and their gradients' norms, each [runs]."""
+        """Backward of all batches, micro-batch by micro-batch. The
+        runs' losses and their gradients' norms, each [runs].
+        """
         parallel, first = self.parallel, active_runs[0]
         torch.manual_seed((first.config.seed << 32) + first.step * parallel.world + parallel.rank)
         mine = [parallel.share(batch) for batch in batches]

@@ -1,7 +1,8 @@
-"""Does a run fit? The plan of a training run (see `lorakit/plan`) from its settings, and the refusal of one that cannot fit.
+"""Does a run fit? The plan of a training run (see `lorakit/plan`) from its settings, and the refusal of one that cannot
+fit.
 
-Refused is what needs more than the device has, or than `memory` allows. Less being free at the moment is only said, as it may
-change, and a run that is taken up again shall not depend on what else is running.
+Refused is what needs more than the device has, or than `memory` allows. Less being free at the moment is only said, as
+it may change, and a run that is taken up again shall not depend on what else is running.
 """
 
 from __future__ import annotations
@@ -30,24 +31,41 @@ UNCHECKED = "unchecked"
 
 
 def planner_for(
-    config: TrainConfig, dtype: torch.dtype, device: torch.device, *, share: float = 1.0, held: int | None = None, validation: int = 0,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    share: float = 1.0,
+    held: int | None = None,
+    validation: int = 0,
     state_copies: int = 2,
-) -> Planner:  # fmt: skip
+) -> Planner:
     """The planner of a run. `share`: weight by size; `held`: bytes that this process holds already;
     `validation`: rows of an evaluation's batch."""
     taken = overhead(device) if held is None else overhead(device, held)
     task = task_of(config.task)
     setting = Setting(
-        dtype, device, task, taken, partial(method_of(config.method).attach, config=config, name=DEFAULT, task_type=task.peft_type),
-        config, config.method, checkpointing=config.gradient_checkpointing,
-        plain_attention=defaults.PLAIN_ATTENTION if device.type == "cpu" else 0, state_copies=state_copies, validation=validation,
-        share=share, batch=config.batch_size,
-    )  # fmt: skip
+        dtype,
+        device,
+        task,
+        taken,
+        partial(method_of(config.method).attach, config=config, name=DEFAULT, task_type=task.peft_type),
+        config,
+        config.method,
+        checkpointing=config.gradient_checkpointing,
+        plain_attention=defaults.PLAIN_ATTENTION if device.type == "cpu" else 0,
+        state_copies=state_copies,
+        validation=validation,
+        share=share,
+        batch=config.batch_size,
+    )
     return Planner(load_config(config.model, config.revision, config.trust_remote_code), setting)
 
 
 def allowed(config: TrainConfig, device: torch.device) -> Memory | None:
-    """What the run may take: as `memory` says, else what the device has; None where that is unknown or not to be checked."""
+    """What the run may take: as `memory` says, else what the
+    device has; None where that is unknown or not to be checked.
+    """
     if config.memory == UNCHECKED:
         return None
     found = memory_of(device)
@@ -57,7 +75,9 @@ def allowed(config: TrainConfig, device: torch.device) -> Memory | None:
     return Memory(given, min(given, found.free) if found else given, "memory, as given")
 
 
-def check(config: TrainConfig, dtype: torch.dtype, device: torch.device, rows: list[Item], held_out: int, processes: int = 1) -> Choice:
+def check(
+    config: TrainConfig, dtype: torch.dtype, device: torch.device, rows: list[Item], held_out: int, processes: int = 1
+) -> Choice:
     """What the run needs, and of how much. TrainError if that is more than it may take.
 
     `rows`: those to train on; `held_out`: how many are judged now and then.
@@ -69,7 +89,7 @@ def check(config: TrainConfig, dtype: torch.dtype, device: torch.device, rows: l
     try:
         planner = planner_for(
             config, dtype, device, share=share, held=resident() or None, validation=min(held_out, config.batch_size)
-        )  # fmt: skip
+        )
         accumulating = at_once < math.ceil(config.batch_size / processes)
         estimate = planner.estimate(at_once, ordered[0].size, accumulating)
     except PlanError as error:

@@ -1,6 +1,7 @@
 """What a run asks of several processes, over accelerate: one process, or data parallel (DistributedDataParallel).
 
-Each process has the whole model and a share of each batch. Gradients are averaged over processes with the last micro-batch of a step.
+Each process has the whole model and a share of each batch. Gradients are averaged over processes with the last
+micro-batch of a step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Parallel:
     def __init__(self) -> None:
         from accelerate import Accelerator
 
-        self._accelerator: Any = Accelerator(mixed_precision="no")  # the base's precision is the task's matter; factors are float32
+        # the base's precision is the task's matter; factors are float32
+        self._accelerator: Any = Accelerator(mixed_precision="no")
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device

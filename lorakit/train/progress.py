@@ -1,4 +1,6 @@
-"""What a run shows: a start panel with every choice and its reason, then a bar on a terminal and plain lines elsewhere."""
+"""What a run shows: a start panel with every choice and its
+reason, then a bar on a terminal and plain lines elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,15 @@ class Progress:
         self.console.print(Panel(_facts(job, step), title="lorakit train", title_align="left", expand=False))
         if self.console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
             self._bar.start()
             self._task = self._bar.add_task("training", total=job.steps, completed=step, facts="")
         self._since = time.perf_counter()
@@ -54,7 +62,9 @@ class Progress:
             return
         if "held_out_loss" in row:
             figures = {name.removeprefix("held_out_"): value for name, value in row.items() if name != "step"}
-            self._say(f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items()))
+            self._say(
+                f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items())
+            )
             return
         # Smoothed, as single batches jump.
         self._loss = row["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * row["loss"]
@@ -70,7 +80,11 @@ class Progress:
     def sample(self, prompt: str, base: str, tuned: str) -> None:
         """One prompt with both answers."""
         if not self.quiet:
-            self._say(f"           prompt {_short(prompt)}\n           base   {_short(base)}\n           tuned  {_short(tuned)}")
+            self._say(
+                f"           prompt {_short(prompt)}\n"
+                f"           base   {_short(base)}\n"
+                f"           tuned  {_short(tuned)}"
+            )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -92,15 +106,29 @@ def _facts(job: Job, step: int) -> Table:
     base = total - trained if job.method.keeps_base else total
     rows = [
         ("model", f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
-        ("device", f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}"),
+        (
+            "device",
+            f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}",
+        ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
-        ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}"),
+        (
+            "data",
+            f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
+        ),
         ("length", data.length),
-        ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
+        (
+            "batch",
+            f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
+            f"({job.micro_batch.reason})",
+        ),
         *([("memory", job.memory.reason)] if job.memory else []),
         *([("compiled", job.compiled)] if job.compiled else []),
         *_fused(job),
-        ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes over the data)"),
+        (
+            "steps",
+            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
+            "over the data)",
+        ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
     ]
@@ -117,7 +145,9 @@ def _fused(job: Job) -> list[tuple[str, str]]:
         return []
     rows = report(job.model)
     done = [f"{row.modules} {row.kind}" for row in rows if row.why_not is None]
-    slower = [str(row) for row in rows if row.why_not is not None and (row.kind != ATTENTION or job.dtype.value.itemsize == 2)]
+    slower = [
+        str(row) for row in rows if row.why_not is not None and (row.kind != ATTENTION or job.dtype.value.itemsize == 2)
+    ]
     return [("fused", ", ".join(done) or "nothing"), *(("note", line) for line in slower)]
 
 
@@ -152,7 +182,9 @@ def dtype_name(dtype: Any) -> str:
 
 def _figure(name: str, value: float | None) -> str:
     """A figure of an evaluation: a loss or a share with four digits, another with two."""
-    shown = "beyond floating point" if value is None else f"{value:.4f}" if name == "loss" or value < 1 else f"{value:.2f}"
+    shown = (
+        "beyond floating point" if value is None else f"{value:.4f}" if name == "loss" or value < 1 else f"{value:.2f}"
+    )
     return f"{name.replace('_', ' ')} {shown}"
 
 

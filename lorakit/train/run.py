@@ -1,4 +1,5 @@
-"""One run: an adapter's parameters with their optimizer, schedule, early stop, and folder. The loop drives one or several.
+"""One run: an adapter's parameters with their optimizer, schedule, early stop, and folder. The loop drives one or
+several.
 
 Everything random is a function of (seed, step), so a run that is killed and taken up again ends with the same bits.
 """
@@ -25,7 +26,9 @@ from .trackers import Trackers
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning), or None if it was interrupted or failed."""
+    """How a run ended. `adapter`: its folder (a model's, for full
+    fine-tuning), or None if it was interrupted or failed.
+    """
 
     adapter: Path | None
     step: int
@@ -79,7 +82,12 @@ class Run:
         optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
         self.loss = loss
-        return {"loss": round(loss, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), self.job.task.unit: weight_of(items)}
+        return {
+            "loss": round(loss, 5),
+            "learning_rate": rate,
+            "gradient_norm": round(norm, 5),
+            self.job.task.unit: weight_of(items),
+        }
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -88,7 +96,9 @@ class Run:
         """The error for a loss or gradient that is not finite."""
         kept = resume.found(self.job.folder.checkpoints)
         saved = (
-            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}" if kept else "no checkpoint had been written yet"
+            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}"
+            if kept
+            else "no checkpoint had been written yet"
         )
         return TrainError(
             f"the {what} is {value} at step {self.step + 1}; nothing was updated, and {saved}\n"
@@ -115,7 +125,9 @@ class Run:
             measured = self.job.task.evaluate(self.job.base, self.job.held_out, self.config.batch_size)
             if self.early.better(next(iter(measured.values())), self.step):
                 self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
-            self.log({"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()})
+            self.log(
+                {"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()}
+            )
         if self.prompts and self.job.parallel.is_first:
             self._sample()
 
@@ -129,7 +141,9 @@ class Run:
         self.show.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
 
     def save(self, together: bool = False) -> None:
-        """A checkpoint. `together`: others save at this step too, and the one before stays until `prune`, when all have done so."""
+        """A checkpoint. `together`: others save at this step too, and
+        the one before stays until `prune`, when all have done so.
+        """
         job = self.job
         state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
         state |= {"together": True} if together else {}
@@ -169,7 +183,12 @@ class Run:
         job = self.job
         return {
             "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
-            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), **job.data.about},
+            "data": {
+                "name": Path(self.config.data).name,
+                "hash": job.data_hash,
+                "rows": len(job.train),
+                **job.data.about,
+            },
             "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
         }
 
@@ -183,9 +202,15 @@ class Run:
         else:
             stopped = "early" if self.step < job.steps else None
         return Result(
-            job.result if self.ended and self.failed is None else None, self.step, job.steps, self.loss, self.early.best_loss,
-            self.early.best_step, self.elapsed, stopped,
-        )  # fmt: skip
+            job.result if self.ended and self.failed is None else None,
+            self.step,
+            job.steps,
+            self.loss,
+            self.early.best_loss,
+            self.early.best_step,
+            self.elapsed,
+            stopped,
+        )
 
     def log(self, row: dict[str, Any]) -> None:
         """A line of metrics.jsonl, to all who want it."""

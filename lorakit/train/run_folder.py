@@ -1,5 +1,5 @@
-"""A run's folder: what was asked (`config.yaml`), of which rows (`rows.sha256`), what was measured (`metrics.jsonl`), checkpoints,
-samples, the result.
+"""A run's folder: what was asked (`config.yaml`), of which rows (`rows.sha256`), what was measured (`metrics.jsonl`),
+checkpoints, samples, the result.
 
 A run started on its own folder goes on; with another config it is refused, and the difference shown.
 """
@@ -55,7 +55,9 @@ class RunFolder:
                 return
         # This file first, as it tells that the folder is ours: whenever the run is killed, the next one knows it again.
         write_text(self.rows_hash, rows_hash + "\n")
-        text = "# Everything this run was started with, 'auto' included. Written by lorakit; resume by the same command.\n"
+        text = (
+            "# Everything this run was started with, 'auto' included. Written by lorakit; resume by the same command.\n"
+        )
         write_text(self.config, text + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
     def _check_same(self, now: dict[str, Any], rows_now: str) -> None:
@@ -70,7 +72,9 @@ class RunFolder:
         changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and then.get(k) != now.get(k)]
         lines = [f"  {k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in changed]
         if rows_then != rows_now:
-            lines.append(f"  the rows, as token ids: other ones now (SHA-256 {rows_then[:12]} then, {rows_now[:12]} now)")
+            lines.append(
+                f"  the rows, as token ids: other ones now (SHA-256 {rows_then[:12]} then, {rows_now[:12]} now)"
+            )
         if lines:
             raise TrainError(
                 f"{self.path} holds a run with other settings, so this one cannot go on from it:\n"
@@ -111,8 +115,12 @@ class RunFolder:
 
 
 def filled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An earlier run's settings as they are read today: those that came since have their defaults, values have their present spelling."""
-    found = {name: field.get_default(call_default_factory=True) for name, field in TrainConfig.model_fields.items()} | dict(settings)
+    """An earlier run's settings as they are read today: those that came
+    since have their defaults, values have their present spelling.
+    """
+    found = {
+        name: field.get_default(call_default_factory=True) for name, field in TrainConfig.model_fields.items()
+    } | dict(settings)
     for name in settings.keys() & TrainConfig.model_fields.keys():
         with contextlib.suppress(ConfigError):  # a value that is none any more, or a sweep's list: it stays as it is
             found[name] = getattr(TrainConfig(**{"data": "-", name: settings[name]}), name)

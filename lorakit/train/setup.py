@@ -1,4 +1,5 @@
-"""From a config to a job that can run: data rendered, base loaded, adapter attached, every 'auto' resolved with its reason.
+"""From a config to a job that can run: data rendered, base loaded, adapter attached, every 'auto' resolved with its
+reason.
 
 Several configs make several jobs on one base, each with its own data, folder and adapter.
 """
@@ -30,7 +31,11 @@ from .run_folder import RunFolder
 from .trackers import check_trackers
 
 # What decides which rows are trained on and held out, and as what.
-DATA_SETTINGS = tuple(name for name in TrainConfig.model_fields if any(name in cls.__dict__.get("rows", ()) for cls in TrainConfig.__mro__))
+DATA_SETTINGS = tuple(
+    name
+    for name in TrainConfig.model_fields
+    if any(name in cls.__dict__.get("rows", ()) for cls in TrainConfig.__mro__)
+)
 
 
 @dataclass
@@ -78,7 +83,9 @@ class Job:
         epoch, place = divmod(step, per_epoch)
         if self._epoch != epoch:
             sizes = [item.size for item in self.train]
-            self._order = batch_order(sizes, self.config.batch_size, self.config.seed, epoch, self.config.group_by_length)
+            self._order = batch_order(
+                sizes, self.config.batch_size, self.config.seed, epoch, self.config.group_by_length
+            )
             self._epoch = epoch
         return [self.train[i] for i in self._order[place]]
 
@@ -89,7 +96,9 @@ def set_up(config: TrainConfig) -> Job:
 
 
 def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
-    """The same for several runs on one base, by their adapters' names. Settings of base and device are the first one's."""
+    """The same for several runs on one base, by their adapters'
+    names. Settings of base and device are the first one's.
+    """
     config = next(iter(configs.values()))
     for each in configs.values():
         check_trackers(each)
@@ -133,12 +142,25 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     for name, each in configs.items():
         train = data[name].train
         steps = defaults.total_steps(each, len(train))
-        jobs.append(Job(
-            name, each, folders[name], parallel, base, data[name], train, data[name].held_out, steps,
-            rate=defaults.learning_rate(each, _width(model), steps),
-            micro_batch=defaults.micro_batch(each, _longest(train), device, parallel.world),
-            dtype=dtype, data_hash=hashes[name], memory=memory, compiled=compiled,
-        ))  # fmt: skip
+        jobs.append(
+            Job(
+                name,
+                each,
+                folders[name],
+                parallel,
+                base,
+                data[name],
+                train,
+                data[name].held_out,
+                steps,
+                rate=defaults.learning_rate(each, _width(model), steps),
+                micro_batch=defaults.micro_batch(each, _longest(train), device, parallel.world),
+                dtype=dtype,
+                data_hash=hashes[name],
+                memory=memory,
+                compiled=compiled,
+            )
+        )
     return jobs
 
 

@@ -34,9 +34,13 @@ def test_a_loha_in_tucker_form_is_pefts():
     from peft.tuners.loha.layer import HadaWeightCP
 
     parts = {
-        "t1": randn(2, 2, 3, 3, seed=4), "w1a": randn(2, 6, seed=5), "w1b": randn(2, 4, seed=6),
-        "t2": randn(2, 2, 3, 3, seed=7), "w2a": randn(2, 6, seed=8), "w2b": randn(2, 4, seed=9),
-    }  # fmt: skip
+        "t1": randn(2, 2, 3, 3, seed=4),
+        "w1a": randn(2, 6, seed=5),
+        "w1b": randn(2, 4, seed=6),
+        "t2": randn(2, 2, 3, 3, seed=7),
+        "w2a": randn(2, 6, seed=8),
+        "w2b": randn(2, 4, seed=9),
+    }
     order = ("t1", "w1a", "w1b", "t2", "w2a", "w2b")
     expected = HadaWeightCP.apply(*(parts[n] for n in order), torch.tensor(1.5, dtype=torch.float64))
     h = Hadamard(alpha=3.0, **parts)
@@ -55,10 +59,25 @@ WHOLE = {"w1": randn(2, 3), "w2": randn(4, 5, seed=1)}
 KRONECKERS = {
     "whole": WHOLE,
     "second a product": {"w1": WHOLE["w1"], "w2a": randn(4, 2, seed=2), "w2b": randn(2, 5, seed=3)},
-    "both products": {"w1a": randn(2, 2, seed=4), "w1b": randn(2, 3, seed=5), "w2a": randn(4, 2, seed=2), "w2b": randn(2, 5, seed=3)},
+    "both products": {
+        "w1a": randn(2, 2, seed=4),
+        "w1b": randn(2, 3, seed=5),
+        "w2a": randn(4, 2, seed=2),
+        "w2b": randn(2, 5, seed=3),
+    },
     "convolution": {"w1": WHOLE["w1"], "w2": randn(4, 5, 3, 3, seed=6)},
-    "convolution, flat product": {"w1": WHOLE["w1"], "w2a": randn(4, 2, seed=7), "w2b": randn(2, 45, seed=8), "shape": (8, 15, 3, 3)},
-    "convolution, Tucker": {"w1": WHOLE["w1"], "t2": randn(2, 2, 3, 3, seed=9), "w2a": randn(2, 4, seed=7), "w2b": randn(2, 5, seed=8)},
+    "convolution, flat product": {
+        "w1": WHOLE["w1"],
+        "w2a": randn(4, 2, seed=7),
+        "w2b": randn(2, 45, seed=8),
+        "shape": (8, 15, 3, 3),
+    },
+    "convolution, Tucker": {
+        "w1": WHOLE["w1"],
+        "t2": randn(2, 2, 3, 3, seed=9),
+        "w2a": randn(2, 4, seed=7),
+        "w2b": randn(2, 5, seed=8),
+    },
 }
 
 
@@ -113,9 +132,15 @@ def test_what_cannot_be_an_update_is_refused_with_its_module(update, said):
 
 def test_the_adapter_counts_moves_and_names_them_all():
     adapter = lk.Adapter(
-        lk.LoraConfig(), {"a": lk.Factors(randn(2, 4), randn(3, 2), 2.0), "b": loha(), "c": Kronecker(1.0, **WHOLE), "d": Dense(randn(2, 2))},
+        lk.LoraConfig(),
+        {
+            "a": lk.Factors(randn(2, 4), randn(3, 2), 2.0),
+            "b": loha(),
+            "c": Kronecker(1.0, **WHOLE),
+            "d": Dense(randn(2, 2)),
+        },
         embeddings={"<s1>": randn(8)},
-    )  # fmt: skip
+    )
     assert list(adapter.updates) == ["a", "b", "c", "d"]
     assert adapter.parameters == 14 + 40 + 26 + 4 + 8
     half = adapter.to(torch.float16)

@@ -93,10 +93,16 @@ def test_a_damaged_model_folder_is_an_error_that_names_it(tmp_path, break_it):
     assert f"cannot load '{folder}'" in str(error.value)
 
 
-@pytest.mark.parametrize("name, text", [
-    ("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}'),
-    ("tokenizer_config.json", "[]"), ("tokenizer_config.json", '{"tokenizer_class": 5}'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ],
+)
 def test_a_damaged_tokenizer_is_an_error_that_names_its_folder(tmp_path, name, text):
     folder = tiny_lm.save(tmp_path / "m")
     (folder / name).write_text(text)

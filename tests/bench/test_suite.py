@@ -41,7 +41,8 @@ def test_every_table_has_a_title_and_imports_without_peers(name):
     code = (
         "import sys\n"
         "for peer in ('peft', 'loralib', 'trl'): sys.modules[peer] = None\n"
-        f"from lorakit.bench import suite; bench = suite.load({name!r}); assert len(bench.TITLE) > 40 and callable(bench.run)"
+        f"from lorakit.bench import suite; bench = suite.load({name!r}); assert len(bench.TITLE) > 40 and "
+        "callable(bench.run)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -73,7 +74,12 @@ def test_need_raises_for_a_missing_peer(monkeypatch):
 
 
 def test_a_table_rounds_numbers_shows_gaps_as_dashes_and_omits_lists():
-    text = shown([{"what": "a", "ms": 1234.56, "ratio": 0.12345, "curve": [1, 2]}, {"what": "b", "ms": None, "ratio": 3, "new": "x"}])
+    text = shown(
+        [
+            {"what": "a", "ms": 1234.56, "ratio": 0.12345, "curve": [1, 2]},
+            {"what": "b", "ms": None, "ratio": 3, "new": "x"},
+        ]
+    )
     assert "1,235" in text
     assert "0.123" in text
     assert "–" in text
@@ -100,13 +106,17 @@ def test_a_table_without_a_plot_saves_none(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "requested, native, expected",
     [
-        ("fp32", torch.bfloat16, [torch.float32]), ("bf16", torch.float32, [torch.bfloat16]),
-        ("all", torch.float32, [torch.float32, torch.bfloat16]), (None, torch.bfloat16, [torch.float32, torch.bfloat16]),
+        ("fp32", torch.bfloat16, [torch.float32]),
+        ("bf16", torch.float32, [torch.bfloat16]),
+        ("all", torch.float32, [torch.float32, torch.bfloat16]),
+        (None, torch.bfloat16, [torch.float32, torch.bfloat16]),
         (None, torch.float32, [torch.float32]),
     ],
-)  # fmt: skip
+)
 def test_precisions_are_those_requested_or_native(monkeypatch, requested, native, expected):
-    monkeypatch.setattr(device, "choose_dtype", lambda precision, device: Choice(native, "the CPU has no bf16 arithmetic"))
+    monkeypatch.setattr(
+        device, "choose_dtype", lambda precision, device: Choice(native, "the CPU has no bf16 arithmetic")
+    )
     measured, notice = suite.precisions(requested)
     assert list(measured) == expected
     assert bool(notice) == (requested is None and native == torch.float32)

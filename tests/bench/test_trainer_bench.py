@@ -11,7 +11,8 @@ from lorakit.bench import trainer
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None or importlib.util.find_spec("peft") is None, reason="TRL and PEFT are the peers"
+    importlib.util.find_spec("trl") is None or importlib.util.find_spec("peft") is None,
+    reason="TRL and PEFT are the peers",
 )
 def test_both_trainers_have_the_same_losses_on_the_same_job(tmp_path):
     assert trainer._prepare(tmp_path, steps=4) > 4 * trainer.ROWS_A_STEP

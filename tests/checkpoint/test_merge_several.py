@@ -100,13 +100,17 @@ def test_a_weight_that_one_replaces_and_one_changes_is_refused(base, tmp_path):
 
 def test_a_dora_is_not_added_to_what_another_adapter_changes(base, tmp_path):
     plain = adapter(1)
-    dora = replace(plain, updates={m: replace(f, magnitude=torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()})
+    dora = replace(
+        plain, updates={m: replace(f, magnitude=torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()}
+    )
     assert "merge that adapter first" in refused(base, tmp_path, [plain, dora])
     assert "its weight is 0.5" in refused(base, tmp_path, [dora], weights=[0.5])
 
 
 @pytest.mark.parametrize(
-    "weights,said", [([1.0], "1 weights for 2"), ([1.0, float("nan")], "finite"), ([1.0, 0.0], "its weight is 0")], ids=str
+    "weights,said",
+    [([1.0], "1 weights for 2"), ([1.0, float("nan")], "finite"), ([1.0, 0.0], "its weight is 0")],
+    ids=str,
 )
 def test_weights_are_one_finite_number_for_each_adapter(weights, said, base, tmp_path):
     assert said in refused(base, tmp_path, [adapter(1), adapter(2)], weights=weights)
@@ -142,7 +146,9 @@ def test_updates_of_all_kinds_add_up(base, tmp_path):
     low = Factors(torch.randn(3, 16, generator=made), torch.randn(24, 3, generator=made), 6)
     whole = Dense(torch.randn(24, 16, generator=made))
     config = lk.LoraConfig(rank=3, alpha=6, targets=["up_proj"])
-    merge_checkpoint(base, [lk.Adapter(config, {module: low}), lk.Adapter(config, {module: whole})], tmp_path / "out", weights=[2, 3])
+    merge_checkpoint(
+        base, [lk.Adapter(config, {module: low}), lk.Adapter(config, {module: whole})], tmp_path / "out", weights=[2, 3]
+    )
     before, after = tensors(base), tensors(tmp_path / "out")
     expected = before[f"{module}.weight"].double() + 2 * 2 * low.B.double() @ low.A.double() + 3 * whole.weight.double()
     torch.testing.assert_close(after[f"{module}.weight"].double(), expected, atol=1e-5, rtol=0)

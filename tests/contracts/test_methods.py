@@ -1,4 +1,6 @@
-"""What every method of fine-tuning keeps: its settings are a run's, it trains what it says, its result loads, a killed run ends the same."""
+"""What every method of fine-tuning keeps: its settings are a run's, it
+trains what it says, its result loads, a killed run ends the same.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_the_base_can_be_had_beside_it_or_that_is_refused(make_config, method):
 
 
 def test_a_killed_run_ends_with_the_same_bits(make_config, tmp_path, method):
-    config = make_config(out=tmp_path / "whole", method=method, steps=4, save_every=2, keep=3, eval_every=2, learning_rate=1e-2)
+    config = make_config(
+        out=tmp_path / "whole", method=method, steps=4, save_every=2, keep=3, eval_every=2, learning_rate=1e-2
+    )
     train(config, QUIET)
     whole, resumed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
     shutil.copytree(whole.path, resumed.path)

@@ -1,4 +1,6 @@
-"""What every task keeps: rows to items, one loss for training and evaluation, whatever rows share a batch; its adapter loads in PEFT."""
+"""What every task keeps: rows to items, one loss for training and
+evaluation, whatever rows share a batch; its adapter loads in PEFT.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Kind:
-    """`rows`: data to learn; `loss`: of one row, by other means than the task's; `base`: the base as PEFT's users load it, for a result."""
+    """`rows`: data to learn; `loss`: of one row, by other means than the
+    task's; `base`: the base as PEFT's users load it, for a result.
+    """
 
     rows: list[dict[str, Any]]
     loss: Callable[[Any, Any], torch.Tensor]
@@ -56,7 +60,9 @@ def label_loss(model: Any, item: Any) -> torch.Tensor:
 def classifier(base: str, result: Path) -> Any:
     names = json.loads((result / "lorakit.json").read_text())["data"]["labels"]
     torch.manual_seed(99)  # the head that PEFT replaces is another one in each process
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names), id2label=dict(enumerate(names)))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=len(names), id2label=dict(enumerate(names))
+    )
     model.config.pad_token_id = tiny_lm.PAD
     return model
 
@@ -65,8 +71,10 @@ def labelled_rows() -> list[dict[str, Any]]:
     ends = {"good": "!", "bad": ".", "plain": "?"}
     return [
         {"text": f"{name} sees {what}{end}", "label": label}
-        for name in tiny_lm.NAMES for label, end in ends.items() for what in ("tea", "the winding road")
-    ]  # fmt: skip
+        for name in tiny_lm.NAMES
+        for label, end in ends.items()
+        for what in ("tea", "the winding road")
+    ]
 
 
 KINDS = {
@@ -148,7 +156,16 @@ def test_a_batch_is_planned_as_it_is_made(make, name):
 
 
 def test_a_run_learns_and_is_the_same_to_the_last_bit_when_it_is_taken_up_again(make, name, tmp_path):
-    config = make(out=tmp_path / "whole", steps=12, eval_every=3, save_every=3, keep=4, dropout=0.1, learning_rate=2e-2, patience=0)
+    config = make(
+        out=tmp_path / "whole",
+        steps=12,
+        eval_every=3,
+        save_every=3,
+        keep=4,
+        dropout=0.1,
+        learning_rate=2e-2,
+        patience=0,
+    )
     train(config, QUIET)
     whole, resumed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
     losses = [row["held_out_loss"] for row in whole.rows() if "held_out_loss" in row]

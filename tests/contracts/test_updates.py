@@ -1,4 +1,6 @@
-"""What every kind of update promises, as a value and on a live module. A new kind is a line of VALUES and, if it can be trained, of LIVE."""
+"""What every kind of update promises, as a value and on a live module.
+A new kind is a line of VALUES and, if it can be trained, of LIVE.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Value:
-    """`exact`: ΔW in float64 as [out, in·k], of an update in float64 and of W [out, in·k]. `shape`: the weight's, [out, in, *k]."""
+    """`exact`: ΔW in float64 as [out, in·k], of an update in float64
+    and of W [out, in·k]. `shape`: the weight's, [out, in, *k].
+    """
 
     update: Update
     shape: tuple[int, ...]
@@ -58,32 +62,47 @@ LOW = Factors(randn(3, 10), randn(8, 3), 6.0)
 VALUES = {
     "lora": Value(LOW, (8, 10), product),
     "lora of a convolution": Value(Factors(randn(3, 4, 2, 3), randn(8, 3, 1, 1), 6.0, "conv"), (8, 4, 2, 3), product),
-    "lora scaled by the root of its rank": Value(replace(LOW, rslora=True), (8, 10), lambda u, W: 6 / 3**0.5 * u.B @ u.A),
+    "lora scaled by the root of its rank": Value(
+        replace(LOW, rslora=True), (8, 10), lambda u, W: 6 / 3**0.5 * u.B @ u.A
+    ),
     "dora by output": Value(replace(LOW, magnitude=randn(8, 1).abs()), (8, 10), dora(1)),
     "dora by input": Value(replace(LOW, magnitude=randn(1, 10).abs()), (8, 10), dora(0)),
     "loha": Value(
-        Hadamard(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 3.0), (8, 10),
+        Hadamard(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 3.0),
+        (8, 10),
         lambda u, W: 1.5 * (u.w1a @ u.w1b) * (u.w2a @ u.w2b),
     ),
     "loha of a convolution": Value(
-        Hadamard(randn(8, 2), randn(2, 24), randn(8, 2, seed=1), randn(2, 24, seed=1), 3.0, shape=(8, 4, 2, 3)), (8, 4, 2, 3),
+        Hadamard(randn(8, 2), randn(2, 24), randn(8, 2, seed=1), randn(2, 24, seed=1), 3.0, shape=(8, 4, 2, 3)),
+        (8, 4, 2, 3),
         lambda u, W: 1.5 * (u.w1a @ u.w1b) * (u.w2a @ u.w2b),
     ),
     "loha in Tucker form": Value(
-        Hadamard(randn(2, 8), randn(2, 4), randn(2, 8, seed=1), randn(2, 4, seed=1), 3.0, randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1)),
-        (8, 4, 2, 3), lambda u, W: 1.5 * tucker(u.t1, u.w1a, u.w1b) * tucker(u.t2, u.w2a, u.w2b),
+        Hadamard(
+            randn(2, 8),
+            randn(2, 4),
+            randn(2, 8, seed=1),
+            randn(2, 4, seed=1),
+            3.0,
+            randn(2, 2, 2, 3),
+            randn(2, 2, 2, 3, seed=1),
+        ),
+        (8, 4, 2, 3),
+        lambda u, W: 1.5 * tucker(u.t1, u.w1a, u.w1b) * tucker(u.t2, u.w2a, u.w2b),
     ),
     "lokr": Value(Kronecker(9.0, w1=randn(2, 5), w2=randn(4, 2)), (8, 10), lambda u, W: torch.kron(u.w1, u.w2)),
     "lokr of products": Value(
-        Kronecker(9.0, w1a=randn(2, 3), w1b=randn(3, 5), w2a=randn(4, 3), w2b=randn(3, 2)), (8, 10),
+        Kronecker(9.0, w1a=randn(2, 3), w1b=randn(3, 5), w2a=randn(4, 3), w2b=randn(3, 2)),
+        (8, 10),
         lambda u, W: 3 * torch.kron(u.w1a @ u.w1b, u.w2a @ u.w2b),
     ),
     "lokr in Tucker form": Value(
-        Kronecker(2.0, w1=randn(2, 2), w2a=randn(2, 4), w2b=randn(2, 2), t2=randn(2, 2, 2, 3)), (8, 4, 2, 3),
+        Kronecker(2.0, w1=randn(2, 2), w2a=randn(2, 4), w2b=randn(2, 2), t2=randn(2, 2, 2, 3)),
+        (8, 4, 2, 3),
         lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
     ),
     "whole": Value(Dense(randn(8, 10)), (8, 10), lambda u, W: u.weight),
-}  # fmt: skip
+}
 
 # The layers that a kind can be trained on, as `on` names them.
 LIVE = {
@@ -142,13 +161,17 @@ def test_rows_are_its_equation_block_by_block(value, step, transposed):
     stored, wanted = (W.T.contiguous(), wanted.T) if transposed else (W, wanted)
 
     def blocks():
-        return [(slice(i, min(i + step, len(stored))), stored[i : i + step].flatten(1)) for i in range(0, len(stored), step)]
+        return [
+            (slice(i, min(i + step, len(stored))), stored[i : i + step].flatten(1)) for i in range(0, len(stored), step)
+        ]
 
     change = value.update.rows(tuple(stored.shape), transposed, read=blocks)
     torch.testing.assert_close(torch.cat([change(*block).double() for block in blocks()]), wanted, rtol=1e-5, atol=1e-5)
     if not value.update.needs_base:
         half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
-        torch.testing.assert_close(torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
@@ -203,10 +226,14 @@ def on(layer: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tenso
     torch.manual_seed(0)
     x = randn(3, 5, 10)
     module = {
-        "linear": lambda: nn.Linear(10, 8), "Conv1D": lambda: Conv1D(8, 10), "conv1d": lambda: nn.Conv1d(5, 6, 3),
-        "conv2d": lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), "conv3d": lambda: nn.Conv3d(2, 4, 2),
-        "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, padding_mode="circular", padding=1), "embedding": lambda: nn.Embedding(12, 8),
-    }[layer]()  # fmt: skip
+        "linear": lambda: nn.Linear(10, 8),
+        "Conv1D": lambda: Conv1D(8, 10),
+        "conv1d": lambda: nn.Conv1d(5, 6, 3),
+        "conv2d": lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2),
+        "conv3d": lambda: nn.Conv3d(2, 4, 2),
+        "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, padding_mode="circular", padding=1),
+        "embedding": lambda: nn.Embedding(12, 8),
+    }[layer]()
     if layer == "embedding":
         x = torch.tensor([[1, 2, 3], [0, 11, 2], [5, 5, 5]])
     elif "conv" in layer or layer == "grouped":
@@ -242,7 +269,12 @@ def test_a_fresh_one_changes_nothing_and_learns(variant, layer):
     before = model(x)
     lk.attach(model, config(variant))
     assert torch.equal(model(x), before)
-    assert not child(model).value(model[0]).rows(tuple(model[0].weight.shape), model[0].lora_transposed)(slice(0, 2), before).any()
+    assert (
+        not child(model)
+        .value(model[0])
+        .rows(tuple(model[0].weight.shape), model[0].lora_transposed)(slice(0, 2), before)
+        .any()
+    )
     model(x).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in child(model).parameters())
     assert not model[0].weight.requires_grad
@@ -299,7 +331,9 @@ def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(varian
     y = model(x)
     lk.merge(model)
     assert not torch.equal(model[0].weight, before)
-    torch.testing.assert_close(model(x), y, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(
+        model(x), y, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=3e-2 if dtype == torch.bfloat16 else 1e-5
+    )
     lk.unmerge(model)
     assert torch.equal(model[0].weight, before)
     assert torch.equal(model(x), y)

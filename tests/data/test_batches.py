@@ -17,7 +17,9 @@ ROW = Row({}, "data.jsonl", 1)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 99), max_size=200), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5), st.booleans())
+@given(
+    st.lists(st.integers(1, 99), max_size=200), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5), st.booleans()
+)
 def test_an_epoch_has_every_row_once_and_at_most_one_short_batch(lengths, batch_size, seed, epoch, grouped):
     batches = batch_order(lengths, batch_size, seed, epoch, grouped)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
@@ -57,7 +59,10 @@ def test_collate_pads_on_the_right_to_a_multiple_and_labels_only_what_is_trained
     batch = collate([Item([5, 6, 7], [False, True, True], ROW), Item([8], [True], ROW)], pad_id=0, multiple_of=4)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7, IGNORE_INDEX], [8, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
+    assert batch["labels"].tolist() == [
+        [IGNORE_INDEX, 6, 7, IGNORE_INDEX],
+        [8, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX],
+    ]
     assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}
 
 
@@ -69,7 +74,9 @@ def test_the_default_multiple_is_eight(length, padded):
 def test_where_pad_is_the_end_token_the_end_is_trained_and_padding_is_not(make_tokenizer, rows):
     t = make_tokenizer(pad="</s>")
     assert t.pad_token_id == t.eos_token_id
-    data = build(rows({"prompt": "the ", "completion": "dog"}, {"prompt": "the quick ", "completion": "brown fox jumps"}), t)
+    data = build(
+        rows({"prompt": "the ", "completion": "dog"}, {"prompt": "the quick ", "completion": "brown fox jumps"}), t
+    )
     batch = collate(data.items, t.pad_token_id)
     for place, item in enumerate(data.items):
         last = len(item.ids) - 1

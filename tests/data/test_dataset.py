@@ -53,7 +53,11 @@ def test_auto_length_stays_below_the_tokenizers_own_limit(pairs, make_tokenizer)
 
 def test_cutting_keeps_the_start_and_drops_rows_whose_prompt_fills_the_limit(rows, plain_tokenizer):
     data = build(
-        rows({"prompt": "1", "completion": "0" * 9}, {"prompt": "1" * 8, "completion": "0"}, {"prompt": "1", "completion": "0"}),
+        rows(
+            {"prompt": "1", "completion": "0" * 9},
+            {"prompt": "1" * 8, "completion": "0"},
+            {"prompt": "1", "completion": "0"},
+        ),
         plain_tokenizer,
         max_length=6,
         on_long="cut",
@@ -104,13 +108,18 @@ def test_a_row_without_trained_tokens_is_an_error_with_file_and_row(rows, make_t
 
 def test_repeats_are_counted(rows, plain_tokenizer):
     pair = {"prompt": "the ", "completion": "dog"}
-    data = build(rows(pair, pair, pair, {"prompt": "the ", "completion": "fox"}, {"prompt": "a ", "completion": "dog"}), plain_tokenizer)
+    data = build(
+        rows(pair, pair, pair, {"prompt": "the ", "completion": "fox"}, {"prompt": "a ", "completion": "dog"}),
+        plain_tokenizer,
+    )
     assert data.duplicates == 2
     assert data.same_prompt == 4
 
 
 def test_empty_prompts_do_not_count_as_the_same_prompt(rows, make_tokenizer):
-    data = build(rows({"prompt": "", "completion": "dog"}, {"prompt": "", "completion": "fox"}), make_tokenizer(adds_bos=True))
+    data = build(
+        rows({"prompt": "", "completion": "dog"}, {"prompt": "", "completion": "fox"}), make_tokenizer(adds_bos=True)
+    )
     assert data.same_prompt == 0
     assert [len(side) for side in split(data.items)] == [1, 1]
 
@@ -130,7 +139,9 @@ def test_equal_prompts_never_land_on_both_sides_of_the_split():
 
 
 def test_equal_prompts_stay_together_when_everything_is_trained(rows, plain_tokenizer):
-    values = [{"prompt": f"{word} ", "completion": str(n)} for word in ("the", "quick", "brown", "fox") for n in range(5)]
+    values = [
+        {"prompt": f"{word} ", "completion": str(n)} for word in ("the", "quick", "brown", "fox") for n in range(5)
+    ]
     data = build(rows(*values), plain_tokenizer, train_on="all")
     train, held = split(data.items, share=0.3)
     assert not {item.row.values["prompt"] for item in train} & {item.row.values["prompt"] for item in held}

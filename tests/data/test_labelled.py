@@ -42,12 +42,18 @@ def test_labels_are_numbered_in_order(bytes_tokenizer, labels, names, numbers):
 
 
 def test_given_names_keep_their_order_and_numbers_in_the_data_mean_them(bytes_tokenizer):
-    assert [i.label for i in read_labelled(labelled("neg", "pos"), bytes_tokenizer, names=["pos", "neg"]).items] == [1, 0]
+    assert [i.label for i in read_labelled(labelled("neg", "pos"), bytes_tokenizer, names=["pos", "neg"]).items] == [
+        1,
+        0,
+    ]
     assert [i.label for i in read_labelled(labelled(1, 0, 1), bytes_tokenizer, names=["neg", "pos"]).items] == [1, 0, 1]
 
 
 def test_a_pair_stands_in_one_row_with_something_between(bytes_tokenizer):
-    found = read_labelled(rows({"text": "ab", "text_pair": "cd", "label": 0}, {"text": "x", "text_pair": "y", "label": 1}), bytes_tokenizer)
+    found = read_labelled(
+        rows({"text": "ab", "text_pair": "cd", "label": 0}, {"text": "x", "text_pair": "y", "label": 1}),
+        bytes_tokenizer,
+    )
     assert found.shape == "text, text_pair, label"
     assert bytes_tokenizer.decode(found.items[0].ids) == "ab\ncd"
     assert found.items[0].segments is None
@@ -63,13 +69,19 @@ def test_a_tokenizer_with_segments_gives_them():
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     made = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        tokenizer_object=raw,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )  # fmt: skip
-    found = read_labelled(rows({"text": "a b", "text_pair": "c", "label": 0}, {"text": "a", "text_pair": "b", "label": 1}), made)
+    )
+    found = read_labelled(
+        rows({"text": "a b", "text_pair": "c", "label": 0}, {"text": "a", "text_pair": "b", "label": 1}), made
+    )
     assert [(item.ids, item.segments) for item in found.items] == [
-        ([1, 3, 4, 2, 5, 2], [0, 0, 0, 0, 1, 1]), ([1, 3, 2, 4, 2], [0, 0, 0, 1, 1])
-    ]  # fmt: skip
+        ([1, 3, 4, 2, 5, 2], [0, 0, 0, 0, 1, 1]),
+        ([1, 3, 2, 4, 2], [0, 0, 0, 1, 1]),
+    ]
     batch = collate_labelled(found.items, pad_id(made))
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0, 0]]
     assert batch["attention_mask"].sum(1).tolist() == [6, 5]
@@ -106,7 +118,11 @@ def test_long_rows_are_cut_or_dropped(bytes_tokenizer):
         (({"text": "a", "label": 1}, {"text": "b", "text_pair": "c", "label": 0}), {}, "row 2: it has a text_pair"),
         (({"text": "a", "text_pair": "b", "label": 1}, {"text": "b", "label": 0}), {}, "row 2: its text_pair is None"),
         (({"text": "a", "label": 1},), {"columns": {"text": "sentence"}}, "row 1: no column 'sentence'"),
-        (({"text": "a", "label": 1},), {"columns": {"txt": "text"}}, "'txt' is not a column of labelled rows; did you mean 'text'"),
+        (
+            ({"text": "a", "label": 1},),
+            {"columns": {"txt": "text"}},
+            "'txt' is not a column of labelled rows; did you mean 'text'",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(bytes_tokenizer, values, options, message):

@@ -34,7 +34,10 @@ def refused(path, *words, **how):
 def test_jsonl_rows_carry_their_line_numbers_past_blank_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert [(row.values["text"], row.number, row.file) for row in read_rows(path)] == [("a", 1, str(path)), ("b", 3, str(path))]
+    assert [(row.values["text"], row.number, row.file) for row in read_rows(path)] == [
+        ("a", 1, str(path)),
+        ("b", 3, str(path)),
+    ]
 
 
 def test_a_jsonl_string_may_hold_a_unicode_line_separator(tmp_path):
@@ -153,7 +156,9 @@ def test_an_empty_file_is_an_error(tmp_path, name, content):
     refused(tmp_path / name, str(tmp_path / name), "empty")
 
 
-@pytest.mark.parametrize("name, content", [("a.csv", "prompt,completion\n"), ("a.json", "[]"), ("a.txt", "<|endoftext|>\n")])
+@pytest.mark.parametrize(
+    "name, content", [("a.csv", "prompt,completion\n"), ("a.json", "[]"), ("a.txt", "<|endoftext|>\n")]
+)
 def test_a_file_without_rows_is_an_error(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     refused(tmp_path / name, "no rows")
@@ -172,7 +177,8 @@ def test_broken_json_names_line_and_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, kind", [("[1]", "a list"), ('"text"', "a string"), ("3", "a number"), ("null", "null"), ("true", "true or false")]
+    "line, kind",
+    [("[1]", "a list"), ('"text"', "a string"), ("3", "a number"), ("null", "null"), ("true", "true or false")],
 )
 def test_a_jsonl_row_that_is_not_an_object_is_an_error(tmp_path, line, kind):
     path = tmp_path / "a.jsonl"
@@ -187,7 +193,9 @@ def test_a_json_document_named_jsonl_gets_a_hint(tmp_path, indent):
     refused(path, "row 1", "name it .json")
 
 
-@pytest.mark.parametrize("document, word", [('{"a": 1}', "its keys are: a"), ("3", "a number"), ('[{"a": 1}, 2]', "row 2: a number")])
+@pytest.mark.parametrize(
+    "document, word", [('{"a": 1}', "its keys are: a"), ("3", "a number"), ('[{"a": 1}, 2]', "row 2: a number")]
+)
 def test_json_without_a_list_of_objects_is_an_error(tmp_path, document, word):
     (tmp_path / "a.json").write_text(document)
     refused(tmp_path / "a.json", word)
@@ -201,7 +209,12 @@ def test_a_csv_record_with_the_wrong_number_of_fields_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "text, word",
-    [('a,b\n1,"2\n', "line 2"), ('a,b\n"1"x,2\n', "line 2"), ("a;b\n1;2\n", "separated by commas"), ("a,a\n1,2\n", "twice: a")],
+    [
+        ('a,b\n1,"2\n', "line 2"),
+        ('a,b\n"1"x,2\n', "line 2"),
+        ("a;b\n1;2\n", "separated by commas"),
+        ("a,a\n1,2\n", "twice: a"),
+    ],
 )
 def test_a_malformed_csv_is_named(tmp_path, text, word):
     (tmp_path / "a.csv").write_text(text)

@@ -50,7 +50,9 @@ def test_every_token_of_a_text_is_trained_and_its_end(rows, plain_tokenizer):
     assert rendered.prompt == 0
 
 
-@pytest.mark.parametrize("values", [{"prompt": "the ", "completion": "dog"}, {"prompt": "", "completion": "dog"}, {"text": "the dog"}])
+@pytest.mark.parametrize(
+    "values", [{"prompt": "the ", "completion": "dog"}, {"prompt": "", "completion": "dog"}, {"text": "the dog"}]
+)
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_bos_is_added_only_by_tokenizers_that_add_one_and_is_never_trained(rows, make_tokenizer, adds_bos, values):
     t = make_tokenizer(adds_bos=adds_bos)
@@ -107,7 +109,9 @@ def test_the_error_quotes_a_template_that_rejects_the_system_role(rows, make_tok
         render(chat(rows, "hello", "world", system="the system"), t)
 
 
-def test_a_template_that_strips_earlier_reasoning_trains_the_last_turn_only_and_says_so(rows, make_tokenizer, templates):
+def test_a_template_that_strips_earlier_reasoning_trains_the_last_turn_only_and_says_so(
+    rows, make_tokenizer, templates
+):
     t = make_tokenizer(template=templates["strips"], end="<|im_end|>")
     thinking = chat(rows, "hello", "<think>1 2</think>world", "again", "<think>3 4</think>dog")
     rendered = render(thinking, t)
@@ -145,7 +149,10 @@ def test_the_plain_template_can_replace_a_chat_template(rows, chatml_tokenizer):
 def test_a_pair_becomes_a_chat_only_when_asked(rows, chatml_tokenizer):
     pair = one(rows, prompt="hello", completion=" world")
     assert chatml_tokenizer.decode(render(pair, chatml_tokenizer).ids) == "hello world<|im_end|>"
-    assert render(pair, chatml_tokenizer, template="chat").ids == render(chat(rows, "hello", " world"), chatml_tokenizer).ids
+    assert (
+        render(pair, chatml_tokenizer, template="chat").ids
+        == render(chat(rows, "hello", " world"), chatml_tokenizer).ids
+    )
 
 
 def test_a_chat_asked_for_without_a_template_or_turns_is_an_error(rows, plain_tokenizer, chatml_tokenizer):
@@ -187,9 +194,12 @@ def test_later_segments_do_not_get_sentencepieces_leading_space(rows, metaspace_
 @pytest.mark.parametrize("template", ["chatml", "llama2", "strips", None])
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize(
-    "contents", [("hello", "world"), ("hello", "<think>1</think> world", "again", "<think>2</think> dog"), ("hello\n", "\nworld")]
+    "contents",
+    [("hello", "world"), ("hello", "<think>1</think> world", "again", "<think>2</think> dog"), ("hello\n", "\nworld")],
 )
-def test_the_generation_prompt_is_the_untrained_prefix_of_the_trained_ids(rows, make_tokenizer, templates, template, adds_bos, contents):
+def test_the_generation_prompt_is_the_untrained_prefix_of_the_trained_ids(
+    rows, make_tokenizer, templates, template, adds_bos, contents
+):
     t = make_tokenizer(adds_bos=adds_bos, template=templates.get(template))
     example = chat(rows, *contents)
     rendered, prompt = render(example, t), render_prompt(example, t)
@@ -203,7 +213,9 @@ def test_the_generation_prompt_is_the_untrained_prefix_of_the_trained_ids(rows, 
     )
 
 
-@pytest.mark.parametrize("values", [{"prompt": "the quick", "completion": " fox"}, {"prompt": "", "completion": "fox"}, {"text": "fox"}])
+@pytest.mark.parametrize(
+    "values", [{"prompt": "the quick", "completion": " fox"}, {"prompt": "", "completion": "fox"}, {"text": "fox"}]
+)
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_the_prompt_of_pairs_and_texts_is_the_untrained_prefix_too(rows, make_tokenizer, adds_bos, values):
     t = make_tokenizer(adds_bos=adds_bos)
@@ -220,7 +232,9 @@ def test_a_conversation_waiting_for_its_answer_keeps_every_turn(chatml_tokenizer
     assert text.endswith("world<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "assistant", "content": "hello"}], [{"role": "wizard", "content": "hello"}]])
+@pytest.mark.parametrize(
+    "messages", [[], [{"role": "assistant", "content": "hello"}], [{"role": "wizard", "content": "hello"}]]
+)
 def test_nothing_to_answer_is_an_error(chatml_tokenizer, messages):
     with pytest.raises(DataError, match="messages"):
         render_prompt(messages, chatml_tokenizer)

@@ -24,7 +24,9 @@ def refused(rows, *words, columns=None):
 PAIR = [("user", "2+2?", False), ("assistant", "4", True)]
 
 
-@pytest.mark.parametrize("names", [("prompt", "completion"), ("prompt", "response"), ("input", "output"), ("question", "answer")])
+@pytest.mark.parametrize(
+    "names", [("prompt", "completion"), ("prompt", "response"), ("input", "output"), ("question", "answer")]
+)
 def test_prompt_and_completion_are_read_under_their_usual_names(rows, names):
     shape, (example,) = read_examples(rows(dict(zip(names, ["2+2?", "4"])) | {"id": 7}))
     assert (shape, example.kind, turns(example)) == ("prompt/completion", "completion", PAIR)
@@ -32,7 +34,9 @@ def test_prompt_and_completion_are_read_under_their_usual_names(rows, names):
 
 def test_the_first_reference_is_the_completion_where_there_is_none(rows):
     _, (alone, beside) = read_examples(
-        rows({"prompt": "2+2?", "references": ["4", "four"]}, {"prompt": "2+2?", "completion": "IV", "references": ["4"]})
+        rows(
+            {"prompt": "2+2?", "references": ["4", "four"]}, {"prompt": "2+2?", "completion": "IV", "references": ["4"]}
+        )
     )
     assert turns(alone) == PAIR
     assert alone.references == ("4", "four")
@@ -66,7 +70,11 @@ def test_alpaca_input_follows_a_blank_line_and_system_and_history_come_first(row
 
 
 def test_openai_messages_keep_roles_and_order(rows):
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+    ]
     shape, (example,) = read_examples(rows({"messages": messages, "label": True}))
     assert (shape, turns(example)) == ("messages", [("system", "S", False), *PAIR])
 
@@ -98,7 +106,11 @@ def test_conversational_prompt_and_completion_trains_the_completion_alone(rows):
 
 
 def test_an_assistant_turn_that_opens_the_conversation_is_context(rows):
-    conversation = [{"from": "gpt", "value": "Hi, I am here."}, {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    conversation = [
+        {"from": "gpt", "value": "Hi, I am here."},
+        {"from": "human", "value": "2+2?"},
+        {"from": "gpt", "value": "4"},
+    ]
     _, (example,) = read_examples(rows({"conversations": conversation}))
     assert [m.trained for m in example.messages] == [False, False, True]
 
@@ -109,7 +121,9 @@ def test_text_is_one_trained_message(rows):
 
 
 def test_columns_map_our_names_to_the_files(rows):
-    _, (example,) = read_examples(rows({"mr": "2+2?", "ref": "4", "text": "other"}), {"prompt": "mr", "completion": "ref"})
+    _, (example,) = read_examples(
+        rows({"mr": "2+2?", "ref": "4", "text": "other"}), {"prompt": "mr", "completion": "ref"}
+    )
     assert turns(example) == PAIR
 
 
@@ -145,7 +159,9 @@ def test_an_unknown_shape_lists_the_columns_found_the_shapes_and_a_mapping(rows)
 
 
 def test_rows_of_two_shapes_are_an_error_at_the_first_that_differs(rows):
-    refused(rows({"text": "a"}, {"text": "b"}, {"prompt": "a", "completion": "b"}), "row 3", "prompt/completion", "are text")
+    refused(
+        rows({"text": "a"}, {"text": "b"}, {"prompt": "a", "completion": "b"}), "row 3", "prompt/completion", "are text"
+    )
 
 
 def test_preference_pairs_are_refused_with_a_way_to_train_on_the_chosen(rows):
@@ -157,7 +173,12 @@ def test_preference_pairs_are_refused_with_a_way_to_train_on_the_chosen(rows):
 @pytest.mark.parametrize("empty", ["", "  \n", None])
 @pytest.mark.parametrize(
     "row, name",
-    [({"prompt": "p"}, "completion"), ({"instruction": "i", "input": "x"}, "output"), ({"question": "q"}, "answer"), ({}, "text")],
+    [
+        ({"prompt": "p"}, "completion"),
+        ({"instruction": "i", "input": "x"}, "output"),
+        ({"question": "q"}, "answer"),
+        ({}, "text"),
+    ],
 )
 def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
     good = row | {name: "fine"}
@@ -182,10 +203,21 @@ def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
         ({"messages": ["hello"]}, ["messages[0]", "object"]),
         ({"messages": [{"role": "asistant", "content": "x"}]}, ["unknown role 'asistant'", "did you mean 'assistant'"]),
         ({"messages": [{"content": "x"}]}, ["unknown role None"]),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, ["messages[0].content is expected to be text"]),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, ["messages[1]", "empty"]),
         (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            ["messages[0].content is expected to be text"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+            ["messages[1]", "empty"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": None, "tool_calls": [{}]},
+                ]
+            },
             ["tool_calls without content"],
         ),
         ({"messages": [{"role": "user", "content": "a"}]}, ["no assistant turn", "turns: user"]),

@@ -16,7 +16,10 @@ from lorakit.data.show import bins, histogram, report, show
 def data(rows, plain_tokenizer):
     pair = {"prompt": "the [red] quick ", "completion": "brown fox"}
     return build(
-        rows(pair, pair, {"prompt": "the [red] quick ", "completion": "dog"}, {"prompt": "hello", "completion": "world"}), plain_tokenizer
+        rows(
+            pair, pair, {"prompt": "the [red] quick ", "completion": "dog"}, {"prompt": "hello", "completion": "world"}
+        ),
+        plain_tokenizer,
     )
 
 
@@ -63,7 +66,11 @@ def test_the_report_is_json_with_the_datasets_counts(data):
 
 def test_rows_cut_and_dropped_by_the_limit_are_counted(rows, plain_tokenizer):
     long = build(
-        rows({"prompt": "1", "completion": "0" * 30}, {"prompt": "1", "completion": "0"}, {"prompt": "1" * 30, "completion": "0"}),
+        rows(
+            {"prompt": "1", "completion": "0" * 30},
+            {"prompt": "1", "completion": "0"},
+            {"prompt": "1" * 30, "completion": "0"},
+        ),
         plain_tokenizer,
     )
     assert report(long)["dropped"] == 0

@@ -56,7 +56,11 @@ def groups(tmp_path, monkeypatch, lines, files):
 
     def path(*parts):
         joined = "/".join(map(str, parts))
-        return real(tmp_path / joined.lstrip("/")) if joined.startswith(("/sys/fs/cgroup", "/proc/self/cgroup")) else real(*parts)
+        return (
+            real(tmp_path / joined.lstrip("/"))
+            if joined.startswith(("/sys/fs/cgroup", "/proc/self/cgroup"))
+            else real(*parts)
+        )
 
     for name, text in {"/proc/self/cgroup": lines, **files}.items():
         file = tmp_path / name.lstrip("/")
@@ -77,7 +81,10 @@ def test_the_lowest_limit_of_nested_cgroups_counts(tmp_path, monkeypatch):
 def test_cgroup_v1_is_read_and_minus_one_is_no_limit(tmp_path, monkeypatch):
     lines = "4:cpu,cpuacct:/box\n3:memory:/box\n"
     groups(
-        tmp_path, monkeypatch, lines, {"/sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "150000\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}
+        tmp_path,
+        monkeypatch,
+        lines,
+        {"/sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "150000\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"},
     )
     assert plan_machine.cpu_limit() == 1.5
 
@@ -109,7 +116,8 @@ def test_a_compiler_needs_pythons_headers_and_has_a_version(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name, value, end", [("HF_HUB_CACHE", "x/hub", "x/hub"), ("HF_HOME", "home", "home/hub"), ("XDG_CACHE_HOME", "c", "c/huggingface/hub")]
+    "name, value, end",
+    [("HF_HUB_CACHE", "x/hub", "x/hub"), ("HF_HOME", "home", "home/hub"), ("XDG_CACHE_HOME", "c", "c/huggingface/hub")],
 )
 def test_the_cache_folder_is_huggingface_hubs(name, value, end, tmp_path, monkeypatch):
     import subprocess
@@ -118,7 +126,9 @@ def test_the_cache_folder_is_huggingface_hubs(name, value, end, tmp_path, monkey
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, str(tmp_path / value))
     code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True).stdout.strip()
+    theirs = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
+    ).stdout.strip()
     assert str(machine.hub_cache()) == theirs == str(tmp_path / end)
 
 

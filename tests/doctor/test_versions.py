@@ -9,9 +9,18 @@ from lorakit.doctor import versions
 
 @pytest.mark.parametrize(
     "here, state",
-    [("1.4", "tested"), ("1.4.0", "tested"), ("1.4+cpu", "tested"), ("1.3.9", "older"), ("1.5", "newer"), ("1.4.post1", "newer"),
-     ("0.9", "outside"), ("2.0", "outside"), (None, "missing")],
-)  # fmt: skip
+    [
+        ("1.4", "tested"),
+        ("1.4.0", "tested"),
+        ("1.4+cpu", "tested"),
+        ("1.3.9", "older"),
+        ("1.5", "newer"),
+        ("1.4.post1", "newer"),
+        ("0.9", "outside"),
+        ("2.0", "outside"),
+        (None, "missing"),
+    ],
+)
 def test_a_version_is_judged_by_bounds_and_tested_release(here, state):
     assert versions.judge("Some_Lib>=1.0,<2", here, "1.4").state == state
 
@@ -37,7 +46,9 @@ def test_a_library_whose_import_fails_is_broken_with_the_reason(tmp_path, monkey
 
 
 def test_an_extra_lists_its_missing_libraries(monkeypatch):
-    monkeypatch.setattr(versions, "installed", lambda name: None if name == "trl" else "1.0" if name == "peft" else "99")
+    monkeypatch.setattr(
+        versions, "installed", lambda name: None if name == "trl" else "1.0" if name == "peft" else "99"
+    )
     bench = next(extra for extra in versions.extras() if extra.name == "bench")
     assert bench.lacking == ["trl"]
     assert bench.fix == "pip install 'lorakit[bench]'"

@@ -60,7 +60,8 @@ def test_bleu_and_chrf_use_every_reference_when_rows_have_different_numbers():
 
 
 def test_a_row_without_more_references_is_not_padded_with_an_empty_one():
-    # An empty second reference would make the brevity penalty's closest reference length 0 and raise the short text's BLEU.
+    # An empty second reference would make the brevity penalty's closest reference length 0 and raise the short text's
+    # BLEU.
     predictions = ["the cat sat on", "dogs bark loudly at night"]
     references = [["the cat sat on the mat today again"], ["dogs bark loudly at night", "a dog barks at night"]]
     alone = score(predictions[:1], references[:1])

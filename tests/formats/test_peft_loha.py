@@ -22,12 +22,20 @@ TIGHT = {"atol": 2e-5, "rtol": 1e-5}
 CASES = {
     "llama": (tiny.llama, {"targets": "all-linear", "task": "CAUSAL_LM"}),
     "ranks and alphas": (
-        tiny.llama, {"targets": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 9}},
+        tiny.llama,
+        {
+            "targets": ["q_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 9},
+        },
     ),
-    "bert, its head saved": (tiny.bert, {"targets": ["query", "value"], "save_modules": ["classifier"], "task": "SEQ_CLS"}),
+    "bert, its head saved": (
+        tiny.bert,
+        {"targets": ["query", "value"], "save_modules": ["classifier"], "task": "SEQ_CLS"},
+    ),
     "convolutions": (lambda: tiny.cnn(dilation=1), {"targets": ["conv1", "conv2", "head"]}),
     "grouped convolutions": (lambda: tiny.cnn(groups=2, dilation=1), {"targets": ["conv2"]}),
-}  # fmt: skip
+}
 
 
 def ours(make, settings) -> tuple[torch.nn.Module, lk.Adapter]:
@@ -46,7 +54,9 @@ def test_trained_here_it_gives_the_same_in_peft(case, tmp_path):
         theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
     torch.testing.assert_close(tiny.logits(theirs), tiny.logits(model), **TIGHT)
     assert (tiny.logits(theirs) - tiny.logits(make().eval())).abs().max() > 1e-3
-    assert set(json.loads((tmp_path / CONFIG).read_text())) <= {f.name for f in peft.LoHaConfig.__dataclass_fields__.values()}
+    assert set(json.loads((tmp_path / CONFIG).read_text())) <= {
+        f.name for f in peft.LoHaConfig.__dataclass_fields__.values()
+    }
 
 
 @pytest.mark.parametrize("effective", [False, True])
@@ -57,9 +67,15 @@ def test_trained_in_peft_it_gives_the_same_here_and_comes_back_the_same(case, ef
         settings = settings | {"targets": ["q_proj", "up_proj"]}
     torch.manual_seed(1)
     config = peft.LoHaConfig(
-        r=3, alpha=5, target_modules=settings["targets"], init_weights=False, modules_to_save=settings.get("save_modules"),
-        rank_pattern=settings.get("rank_pattern", {}), use_effective_conv2d=effective, task_type=settings.get("task"),
-    )  # fmt: skip
+        r=3,
+        alpha=5,
+        target_modules=settings["targets"],
+        init_weights=False,
+        modules_to_save=settings.get("save_modules"),
+        rank_pattern=settings.get("rank_pattern", {}),
+        use_effective_conv2d=effective,
+        task_type=settings.get("task"),
+    )
     theirs = peft.get_peft_model(make(), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     adapter = lk.Adapter.load(tmp_path / "theirs")
@@ -100,7 +116,9 @@ def test_what_the_folder_cannot_hold_is_listed(tmp_path):
 def test_kohyas_and_pefts_files_of_a_diffusion_model_hold_the_same(tmp_path):
     name = "unet.down_blocks.0.resnets.0.conv1"
     w = [torch.randn(*shape) for shape in ((320, 2), (2, 320 * 9), (320, 2), (2, 320 * 9))]
-    value = lk.Adapter(lk.LoraConfig(variant="loha", rank=2, targets=["conv1"]), {name: Hadamard(*w, 1.0, shape=(320, 320, 3, 3))})
+    value = lk.Adapter(
+        lk.LoraConfig(variant="loha", rank=2, targets=["conv1"]), {name: Hadamard(*w, 1.0, shape=(320, 320, 3, 3))}
+    )
     kohya = lk.Adapter.load(value.save(tmp_path / "x.safetensors", "kohya"))
     back = lk.Adapter.load(kohya.save(tmp_path / "peft"))
     for half, t in value.updates[name].tensors().items():

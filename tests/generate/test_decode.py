@@ -25,7 +25,13 @@ def mistral(tokenizer):
     """A Mistral whose window of 8 positions is far shorter than the prompts."""
     torch.manual_seed(4)
     config = MistralConfig(
-        vocab_size=len(tokenizer), intermediate_size=48, num_key_value_heads=2, sliding_window=8, initializer_range=0.3, **SIZES, **HEADS
+        vocab_size=len(tokenizer),
+        intermediate_size=48,
+        num_key_value_heads=2,
+        sliding_window=8,
+        initializer_range=0.3,
+        **SIZES,
+        **HEADS,
     )
     return MistralForCausalLM(config).float()
 
@@ -40,7 +46,9 @@ def opt(tokenizer):
 @pytest.fixture
 def mamba(tokenizer):
     torch.manual_seed(6)
-    return MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), state_size=4, initializer_range=0.3, **SIZES)).float()
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=len(tokenizer), state_size=4, initializer_range=0.3, **SIZES)
+    ).float()
 
 
 def by_transformers(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -48,7 +56,9 @@ def by_transformers(model, prompts: list[list[int]], max_new_tokens: int) -> lis
     ids, mask = pad_rows(prompts, 0, on_left=True)
     settings = model.generation_config
     settings.eos_token_id = settings.eos_token_id or 1
-    output = model.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+    output = model.eval().generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+    )
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     rows = output[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
@@ -57,7 +67,9 @@ def by_transformers(model, prompts: list[list[int]], max_new_tokens: int) -> lis
 def ending_early(model, prompts) -> None:
     """Make frequent tokens end the text, so that rows end at different steps."""
     rows = by_transformers(model, prompts, 20)
-    model.generation_config.eos_token_id = sorted({1, *(row[3 * i % len(row)] for i, row in enumerate(rows[:5]) if row)})
+    model.generation_config.eos_token_id = sorted(
+        {1, *(row[3 * i % len(row)] for i, row in enumerate(rows[:5]) if row)}
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "opt"])
@@ -81,7 +93,9 @@ def test_text_is_the_same_with_every_attention_implementation(attention, llama, 
 def test_finished_rows_are_not_computed(llama, tokenizer, prompts):
     ending_early(llama, prompts)
     rows: list[int] = []
-    hook = llama.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    hook = llama.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     generate(llama, tokenizer, prompts, max_new_tokens=20)
     hook.remove()
     lengths = [len(row) for row in by_transformers(llama, prompts, 20)]
@@ -90,7 +104,9 @@ def test_finished_rows_are_not_computed(llama, tokenizer, prompts):
 
 def test_no_mask_is_passed_without_padding(llama, tokenizer):
     masks = []
-    hook = llama.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+    hook = llama.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
     generate(llama, tokenizer, [[5, 6, 7], [8, 9, 10]], max_new_tokens=3)
     assert masks == [None, None, None]
     generate(llama, tokenizer, [[5, 6, 7], [8, 9]], max_new_tokens=3)

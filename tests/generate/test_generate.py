@@ -36,7 +36,8 @@ def make_it_say(model, tokenizer, text: str, after: int) -> None:
         for parameter in model.parameters():
             parameter.zero_()
         model.transformer.ln_f.weight.fill_(1)
-        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))  # untied from the zero embedding
+        # untied from the zero embedding
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
         for step, token in enumerate(target):
             model.transformer.wpe.weight[after - 1 + step, step] = 1
             model.lm_head.weight[token, step] = 1
@@ -169,7 +170,9 @@ def test_every_modules_training_flag_is_restored(llama, tokenizer, prompts):
 
 def test_dropout_is_off_while_generating(gpt2, tokenizer, prompts):
     gpt2.train()  # GPT-2's dropout is 0.1
-    assert generate(gpt2, tokenizer, prompts, max_new_tokens=10) == generate(gpt2, tokenizer, prompts, max_new_tokens=10)
+    assert generate(gpt2, tokenizer, prompts, max_new_tokens=10) == generate(
+        gpt2, tokenizer, prompts, max_new_tokens=10
+    )
 
 
 def test_inference_mode_does_not_leak_between_pieces(llama, tokenizer, prompts):

@@ -36,7 +36,9 @@ def test_equal_tensors_make_equal_files(tmp_path):
         write_tensors(tmp_path / f"{i}.safetensors", dict(sorted(tensors.items(), reverse=i % 2 == 0)), metadata)
         contents.add((tmp_path / f"{i}.safetensors").read_bytes())
     assert len(contents) == 1
-    assert {n: t.tolist() for n, t in load_file(tmp_path / "0.safetensors").items()} == {n: t.tolist() for n, t in tensors.items()}
+    assert {n: t.tolist() for n, t in load_file(tmp_path / "0.safetensors").items()} == {
+        n: t.tolist() for n, t in tensors.items()
+    }
     from safetensors import safe_open
 
     with safe_open(tmp_path / "0.safetensors", "pt") as file:
@@ -54,7 +56,11 @@ def test_files_follow_the_umask(tmp_path):
 
 @pytest.mark.parametrize("format", ["peft", "loralib", "kohya", "diffusers", "gguf"])
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path, format):
-    name = "model.layers.0.self_attn.q_proj" if format == "gguf" else "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    name = (
+        "model.layers.0.self_attn.q_proj"
+        if format == "gguf"
+        else "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    )
     width = 64 if format == "gguf" else 1280
     factors = lk.Factors(torch.randn(2, width), torch.randn(width, 2), 2.0)
     adapter = lk.Adapter(lk.LoraConfig(rank=2, alpha=2, targets=["q"]), {name: factors})
@@ -62,7 +68,8 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path, format):
     suffix = {"gguf": ".gguf", "loralib": ".pt", "peft": ""}.get(format, ".safetensors")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(
-        WriteError, match=rf"cannot write {tmp_path}/file/a.*: {tmp_path}/file is a file, not a folder\n  give another path"
+        WriteError,
+        match=rf"cannot write {tmp_path}/file/a.*: {tmp_path}/file is a file, not a folder\n  give another path",
     ):
         adapter.save(tmp_path / "file" / f"a{suffix}", format, **options)
     assert (tmp_path / "file").read_text() == "mine"
@@ -88,7 +95,11 @@ def test_a_folder_in_the_way_of_a_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("code", ["EACCES", "ENOSPC", "EROFS"])
 def test_permission_space_and_read_only_errors_are_explained(tmp_path, monkeypatch, code):
-    expected = {"EACCES": "no permission to write in", "ENOSPC": "no space left on the disk", "EROFS": "read-only file system"}[code]
+    expected = {
+        "EACCES": "no permission to write in",
+        "ENOSPC": "no space left on the disk",
+        "EROFS": "read-only file system",
+    }[code]
 
     def refuse(*args, **kwargs):
         raise OSError(getattr(errno, code), "raw words", str(tmp_path))
@@ -110,7 +121,9 @@ def test_a_full_disk_is_explained_whichever_library_writes(tmp_path):
         for write in (
             lambda p: write_text(p, "x" * 100_000),
             lambda p: write_tensors(p, tensors),
-            lambda p: lk.Adapter(lk.LoraConfig(), {"q": lk.Factors(torch.ones(2, 50_000), torch.ones(3, 2), 1.0)}).save(p, "loralib"),
+            lambda p: lk.Adapter(lk.LoraConfig(), {"q": lk.Factors(torch.ones(2, 50_000), torch.ones(3, 2), 1.0)}).save(
+                p, "loralib"
+            ),
         ):
             try:
                 write(tmp_path / "out.pt")

@@ -55,17 +55,29 @@ def configure(folder: Path, **values) -> None:
         ({"lin0__lora_A__weight": torch.zeros(2)}, r"A \[2\]; its config says rank 2"),
         ({"lin0__lora_B__weight": torch.zeros(20, 3)}, "expected the same"),
         ({"lin0__lora_B__weight": torch.zeros(20, 0)}, "none of them empty"),
-        ({"lin0__lora_A__weight": torch.full((2, 10), float("nan"))}, "factors of 'lin0': A holds 20 values that are not finite"),
-        ({"lin0__lora_B__weight": torch.full((20, 2), float("inf"))}, "factors of 'lin0': B holds 40 values that are not finite"),
+        (
+            {"lin0__lora_A__weight": torch.full((2, 10), float("nan"))},
+            "factors of 'lin0': A holds 20 values that are not finite",
+        ),
+        (
+            {"lin0__lora_B__weight": torch.full((20, 2), float("inf"))},
+            "factors of 'lin0': B holds 40 values that are not finite",
+        ),
         ({"lin0__lora_A__weight": torch.zeros(2, 10, dtype=torch.int64)}, "expected a floating-point type"),
-        ({"lin0__lora_magnitude_vector": torch.zeros(20)}, "is a DoRA's magnitude, and adapter_config.json does not say use_dora"),
+        (
+            {"lin0__lora_magnitude_vector": torch.zeros(20)},
+            "is a DoRA's magnitude, and adapter_config.json does not say use_dora",
+        ),
         ({"lin0__lora_B__bias": torch.zeros(20)}, "a bias on B is not supported"),
         ({"lin0__lora_E": torch.zeros(2, 1)}, "AdaLoRA is not supported"),
         ({"emb__token_adapter__trainable_tokens_delta": torch.zeros(2, 4)}, "trained tokens is not supported"),
         ({"lin0__lora_C__weight": torch.zeros(2, 4)}, "is not one that LoRA has"),
-        ({"head__weight": torch.full((4, 12), float("nan"))}, "saved weight 'head.weight' holds values that are not finite"),
+        (
+            {"head__weight": torch.full((4, 12), float("nan"))},
+            "saved weight 'head.weight' holds values that are not finite",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_tensors_are_refused_by_name(folder, changes, message):
     change(folder, **changes)
     with pytest.raises(AdapterError, match=message):
@@ -91,7 +103,7 @@ def test_wrong_tensors_are_refused_by_name(folder, changes, message):
         ({"bias": "some"}, "adapter_config.json: LoraConfig.bias"),
         ({"lora_dropout": "x"}, "adapter_config.json: LoraConfig.dropout"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_config_is_refused_and_the_file_named(folder, values, message):
     configure(folder, **values)
     with pytest.raises(AdapterError, match=message):
@@ -120,7 +132,9 @@ def test_broken_json_is_an_error_with_line_and_column(folder, name, text, messag
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("packed", [5, {"lin0": 5}, {"lin0": [False]}, {"lin0": "yes"}, {"lin0": [True, False, True]}], ids=str)
+@pytest.mark.parametrize(
+    "packed", [5, {"lin0": 5}, {"lin0": [False]}, {"lin0": "yes"}, {"lin0": [True, False, True]}], ids=str
+)
 def test_wrong_packed_entries_in_lorakit_json_are_refused(folder, packed):
     (folder / "lorakit.json").write_text(json.dumps({"packed": packed}))
     with pytest.raises(AdapterError, match="packed"):
@@ -196,7 +210,9 @@ def test_code_in_a_pickle_is_refused_and_never_runs(folder, tmp_path, monkeypatc
     path = use_pickle(folder)
     for write in (lambda: torch.save({"a": Bomb()}, path), lambda: path.write_bytes(pickle.dumps({"a": Bomb()}))):
         write()
-        with pytest.raises(AdapterError, match=r"never runs code from an adapter; have its author save it as safetensors"):
+        with pytest.raises(
+            AdapterError, match=r"never runs code from an adapter; have its author save it as safetensors"
+        ):
             lk.Adapter.load(folder)
         (tmp_path / "lora.pt").write_bytes(path.read_bytes())
         with pytest.raises(AdapterError, match="never runs code"):
@@ -213,7 +229,10 @@ def test_code_in_a_pickle_is_refused_and_never_runs(folder, tmp_path, monkeypatc
         ({"a": 1}, "expected a state dict of named tensors"),
         ({1: torch.zeros(2)}, "expected a state dict of named tensors"),
         ({"a": {"b": torch.zeros(2)}}, "expected a state dict of named tensors"),
-        ({f"{Q}.lora_A.weight": torch.zeros(1, 1).expand(2, 2**33)}, "not a plain tensor whose elements are all in the file"),
+        (
+            {f"{Q}.lora_A.weight": torch.zeros(1, 1).expand(2, 2**33)},
+            "not a plain tensor whose elements are all in the file",
+        ),
         ({f"{Q}.lora_A.weight": torch.zeros(1, 1).expand(2**20, 2**20)}, "no adapter is that large"),
         ({f"{Q}.lora_A.weight": torch.empty(2, 2**30, device="meta")}, "not a plain tensor"),
         ({f"{Q}.lora_A.weight": torch.zeros(2, 10).to_sparse()}, "not a plain tensor"),
@@ -252,10 +271,14 @@ def test_a_sound_pickle_is_read_like_the_safetensors(folder):
 
 
 def test_missing_files_are_named(folder, tmp_path):
-    with pytest.raises(AdapterError, match=r"no adapter at '.*/adaptor': there is no such file or folder; did you mean 'adapter'\?"):
+    with pytest.raises(
+        AdapterError, match=r"no adapter at '.*/adaptor': there is no such file or folder; did you mean 'adapter'\?"
+    ):
         lk.Adapter.load(str(tmp_path / "adaptor"))
     (folder / WEIGHTS).unlink()
-    with pytest.raises(AdapterError, match=r"holds no weights: neither adapter_model.safetensors nor adapter_model.bin"):
+    with pytest.raises(
+        AdapterError, match=r"holds no weights: neither adapter_model.safetensors nor adapter_model.bin"
+    ):
         lk.Adapter.load(folder)
     (folder / CONFIG).unlink()
     with pytest.raises(AdapterError, match=r"the folder has no adapter_config\.json"):
@@ -283,7 +306,9 @@ def test_keys_without_pefts_prefix_are_read(folder):
 
 def test_a_malformed_adapter_is_not_written(folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    bad = lk.Adapter(lk.LoraConfig(rank=2), {"lin0": lk.Factors(torch.full((2, 10), float("nan")), torch.zeros(20, 2), 4.0)})
+    bad = lk.Adapter(
+        lk.LoraConfig(rank=2), {"lin0": lk.Factors(torch.full((2, 10), float("nan")), torch.zeros(20, 2), 4.0)}
+    )
     with pytest.raises(LorakitError, match="not finite"):
         bad.save(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

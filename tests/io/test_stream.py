@@ -55,7 +55,10 @@ def test_files_written_by_the_library_are_read_in_blocks_of_any_size(tmp_path, m
 def test_writing_less_or_more_than_the_layout_says_fails(tmp_path):
     with pytest.raises(AssertionError, match="not written"), StreamWriter(tmp_path / "a", layout(TENSORS)):
         pass
-    with pytest.raises(AssertionError, match="more was written"), StreamWriter(tmp_path / "b", {"a": ("F32", (1,), 4)}) as out:
+    with (
+        pytest.raises(AssertionError, match="more was written"),
+        StreamWriter(tmp_path / "b", {"a": ("F32", (1,), 4)}) as out,
+    ):
         out.write(torch.zeros(2))
 
 

@@ -30,9 +30,14 @@ def llama_3_8b(layers: int = 32):
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
         max_position_embeddings=8192,
-    )  # fmt: skip
+    )
 
 
 def gpt_3():
@@ -64,12 +69,14 @@ def test_llama_3_8b_with_rank_8_on_q_and_k_trains_3_407_872_parameters():
 
 
 def test_gpt_3_with_rank_4_on_q_and_v_makes_a_checkpoint_of_about_35_mb():
-    """Hu et al. 2021, section 4.2: 'with r = 4 and only the query and value projection matrices being adapted, the checkpoint size is
-    reduced by roughly 10,000x (from 350GB to 35MB)'. That is 96 layers x 2 matrices x 4 x (12288 + 12288) numbers in 16 bits:
-    37.7 MB, or 36.0 MiB."""
+    """Hu et al. 2021, section 4.2: 'with r = 4 and only the query and value projection matrices being adapted, the
+    checkpoint size is reduced by roughly 10,000x (from 350GB to 35MB)'. That is 96 layers x 2 matrices x 4 x (12288 +
+    12288) numbers in 16 bits: 37.7 MB, or 36.0 MiB."""
     config = TrainConfig(data="-", rank=4, targets=["c_attn"], packed={"c_attn": [True, False, True]})
     shell = planner(
-        gpt_3(), dtype=torch.float16, attach=partial(method_of("lora").attach, config=config, name="a", task_type="CAUSAL_LM")
+        gpt_3(),
+        dtype=torch.float16,
+        attach=partial(method_of("lora").attach, config=config, name="a", task_type="CAUSAL_LM"),
     ).shell
     trained = sum(p.numel() for p in shell.trained())
     assert trained == 96 * 2 * 4 * (12288 + 12288) == 18_874_368
@@ -120,10 +127,17 @@ def test_the_operations_of_a_step_are_those_of_its_matrix_products():
 def test_more_memory_never_fits_less():
     from transformers import LlamaConfig
 
-    made = planner(LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256,
-    ))  # fmt: skip
+    made = planner(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        )
+    )
     found = [made.most_rows(64, memory) for memory in (1_000, 5_000_000, 8_000_000)]
     assert found[0] == 0 < found[1] < found[2] < 256
     assert made.estimate(found[1], 64).total <= 5_000_000 < made.estimate(found[1] + 2, 64).total

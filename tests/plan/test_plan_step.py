@@ -27,9 +27,14 @@ def config(layers: int = 6, **changes):
     from transformers import LlamaConfig
 
     values = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
     return LlamaConfig(**values | changes)
 
 
@@ -54,15 +59,22 @@ def planned_of(base, dtype, attach, **options) -> Shell:
     return Shell(type(base).__name__, lambda: causal_lm.skeleton(TrainConfig(data="-"), base, dtype), attach, **options)
 
 
-def shell(layers: int = 6, full: bool = False, checkpointing: bool = False, plain: bool = False, dtype=torch.float32) -> Shell:
+def shell(
+    layers: int = 6, full: bool = False, checkpointing: bool = False, plain: bool = False, dtype=torch.float32
+) -> Shell:
     made = planned_of(config(layers), dtype, nothing if full else lora(rank=4), checkpointing=checkpointing)
     made.attention(plain)
     return made
 
 
 KINDS = [
-    {}, {"full": True}, {"checkpointing": True}, {"full": True, "plain": True}, {"full": True, "checkpointing": True}, {"dtype": torch.bfloat16}
-]  # fmt: skip
+    {},
+    {"full": True},
+    {"checkpointing": True},
+    {"full": True, "plain": True},
+    {"full": True, "checkpointing": True},
+    {"dtype": torch.bfloat16},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +99,9 @@ class Plain(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_on_shapes_sees_what_a_real_step_makes(kind, monkeypatch):
-    """The same counting around the real model with real tensors, which nothing but the counting shares with the run on shapes."""
+    """The same counting around the real model with real tensors,
+    which nothing but the counting shares with the run on shapes.
+    """
     from transformers import AutoModelForCausalLM
 
     planned = shell(layers=2, **kind)
@@ -120,9 +134,17 @@ def test_a_model_of_unequal_layers_is_run_whole():
 def test_no_memory_is_taken_for_seventy_billion_parameters():
     before = resident()
     made = planned_of(
-        config(80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256),
-        torch.bfloat16, lora(rank=16),
-    )  # fmt: skip
+        config(
+            80,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        ),
+        torch.bfloat16,
+        lora(rank=16),
+    )
     traced = training_step(made, batch(1, 1024), summed_loss, False)
     assert made.frozen_bytes() > 130e9
     assert sum(traced.stretches["loss"].values()) > 10e9
@@ -130,7 +152,9 @@ def test_no_memory_is_taken_for_seventy_billion_parameters():
 
 
 def test_more_trained_positions_need_more_for_the_loss():
-    some, all_of_them = (training_step(shell(), batch(untrained=n), summed_loss, False).stretches["loss"]["loss"] for n in (80, 0))
+    some, all_of_them = (
+        training_step(shell(), batch(untrained=n), summed_loss, False).stretches["loss"]["loss"] for n in (80, 0)
+    )
     assert all_of_them > 2 * some
 
 
@@ -164,7 +188,10 @@ def test_an_evaluation_keeps_nothing_for_backward():
 
 
 def test_other_architectures_can_be_planned():
-    for model, adapter in ((tiny_lm.gpt2(), lora(rank=4)), (tiny.llama(tied=True), lora(rank=4, save_modules=["lm_head"]))):
+    for model, adapter in (
+        (tiny_lm.gpt2(), lora(rank=4)),
+        (tiny.llama(tied=True), lora(rank=4, save_modules=["lm_head"])),
+    ):
         made = planned_of(model.config, torch.float32, adapter)
         traced = training_step(made, batch(1, 24, 8) if model.config.vocab_size > 250 else _small(), summed_loss, False)
         assert traced.stretches["loss"]["loss"] > 0

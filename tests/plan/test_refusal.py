@@ -89,7 +89,10 @@ def test_the_refusal_names_the_largest_micro_batch_that_fits(config, monkeypatch
         check(asked.replace(memory=f"{between}B"), torch.float32, CPU, items, 0)
     rows = int(str(refused.value).split("micro_batch: ")[1].split()[0])
     assert 8 <= rows < 64
-    assert check(asked.replace(memory=f"{between}B", micro_batch=rows), torch.float32, CPU, items, 0).value.total <= between
+    assert (
+        check(asked.replace(memory=f"{between}B", micro_batch=rows), torch.float32, CPU, items, 0).value.total
+        <= between
+    )
 
 
 def test_full_fine_tuning_is_told_of_lora(config):

@@ -36,12 +36,17 @@ def test_the_slice_keeps_every_meaning_and_its_texts_state_all_slots():
     assert [r["prompt"] for r in selected] == list(dict.fromkeys(r["prompt"] for r in rows))
     assert all(r in rows for r in selected[:200])
     starts = [r["completion"].startswith(parse_mr(r["prompt"].strip())["name"]) for r in selected]
-    assert sum(starts) / len(starts) > 0.65, "most texts start with the name: 57 % of all, and more of the selected ones"
+    assert sum(starts) / len(starts) > 0.65, (
+        "most texts start with the name: 57 % of all, and more of the selected ones"
+    )
     assert not any(check_slots(parse_mr(r["prompt"].strip()), r["completion"]).missing for r in selected)
 
 
 def test_only_meanings_with_few_properties_are_thinned_out():
     rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()]
-    before, after = (Counter(len(parse_mr(r["prompt"].strip())) >= MANY for r in some) for some in (most_likely(rows), select_rows(rows)))
+    before, after = (
+        Counter(len(parse_mr(r["prompt"].strip())) >= MANY for r in some)
+        for some in (most_likely(rows), select_rows(rows))
+    )
     assert after[True] == before[True]
     assert after[False] == -(-before[False] // ONE_IN)

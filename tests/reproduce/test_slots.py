@@ -45,11 +45,13 @@ def test_a_malformed_meaning_representation_is_refused_with_the_place(mr, compla
 
 def test_a_text_that_states_every_slot_has_no_errors():
     slots = parse_mr(
-        "name[The Vaults], eatType[pub], food[Italian], priceRange[less than £20], customer rating[3 out of 5], area[riverside], "
+        "name[The Vaults], eatType[pub], food[Italian], priceRange[less than £20], customer rating[3 out of 5], "
+        "area[riverside], "
         "familyFriendly[no], near[Café Rouge]"
     )
     text = (
-        "The Vaults is a cheap pub by the river, near Cafe Rouge. It serves Italian food, has an average customer rating "
+        "The Vaults is a cheap pub by the river, near Cafe Rouge. It serves Italian food, has an average customer "
+        "rating "
         "and is not family-friendly."
     )
     assert found(slots, text) == ((), ())
@@ -124,7 +126,10 @@ def test_another_value_in_place_of_the_right_one_is_one_error(slot, value, text,
 
 
 def test_a_value_beside_the_right_one_is_wrong_too():
-    assert found({"name": "The Vaults", "food": "French"}, "The Vaults serves French and Chinese food.") == ((), ("food: Chinese",))
+    assert found({"name": "The Vaults", "food": "French"}, "The Vaults serves French and Chinese food.") == (
+        (),
+        ("food: Chinese",),
+    )
 
 
 def test_an_attribute_that_was_not_given_is_wrong():
@@ -147,8 +152,13 @@ def test_names_match_as_full_words_regardless_of_case_and_accents():
 def test_a_name_says_nothing_about_the_attributes():
     slots = {"name": "The Golden Curry", "near": "Raja Indian Cuisine", "food": "Indian", "eatType": "coffee shop"}
     assert found(slots, "The Golden Curry is near Raja Indian Cuisine.") == (("eatType", "food"), ())
-    assert found({"name": "Burger King", "near": "Rainbow Vegetarian Café"}, "Burger King is near Rainbow Vegetarian Café.") == ((), ())
-    assert found({"name": "The Vaults"}, "The Vaults is near Raja Indian Cuisine.") == ((), ("name: Raja Indian Cuisine",))
+    assert found(
+        {"name": "Burger King", "near": "Rainbow Vegetarian Café"}, "Burger King is near Rainbow Vegetarian Café."
+    ) == ((), ())
+    assert found({"name": "The Vaults"}, "The Vaults is near Raja Indian Cuisine.") == (
+        (),
+        ("name: Raja Indian Cuisine",),
+    )
 
 
 def test_outside_the_city_centre_is_not_a_claim_of_the_centre():

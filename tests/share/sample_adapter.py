@@ -10,7 +10,9 @@ import lorakit as lk
 def adapter(base="Qwen/Qwen3-0.6B", **metadata):
     made = torch.Generator().manual_seed(0)
     factors = {
-        f"model.layers.{i}.q_proj": lk.Factors(torch.randn(4, 15, generator=made), torch.randn(12, 4, generator=made), 8.0)
+        f"model.layers.{i}.q_proj": lk.Factors(
+            torch.randn(4, 15, generator=made), torch.randn(12, 4, generator=made), 8.0
+        )
         for i in range(2)
     }
     config = lk.LoraConfig(rank=4, alpha=8.0, targets=["q_proj"], base=base, task="CAUSAL_LM")

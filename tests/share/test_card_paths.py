@@ -80,12 +80,21 @@ def test_untrusted_keys_cannot_send_escape_codes_to_a_terminal():
     cleaner = PathCleaner()
     cleaner.clean({"\x1b[2J": "/home/alice/x", "/home/alice/\x1b[31m": 1, "k" * 999: "/home/a/b"}, "f")
     assert len(cleaner.cut) + len(cleaner.left) == 3
-    assert all(where.isprintable() and what.isprintable() and len(where) < 130 for where, what in cleaner.cut + cleaner.left)
+    assert all(
+        where.isprintable() and what.isprintable() and len(where) < 130 for where, what in cleaner.cut + cleaner.left
+    )
 
 
 def test_hostile_texts_take_no_quadratic_time():
     began = time.monotonic()
-    for text in ("/" + "a/" * 40 + "\n/", "/a" * 20_000 + "\n/", "../" * 20_000 + "\n", "~" * 20_000, "\\\\a" * 20_000, "aa:/" * 20_000):
+    for text in (
+        "/" + "a/" * 40 + "\n/",
+        "/a" * 20_000 + "\n/",
+        "../" * 20_000 + "\n",
+        "~" * 20_000,
+        "\\\\a" * 20_000,
+        "aa:/" * 20_000,
+    ):
         is_local_path(text)
         without_paths(text)
         holds_path(text)
@@ -119,5 +128,18 @@ def test_hub_ids_are_distinguished_from_local_folders(tmp_path, monkeypatch):
     (tmp_path / "someone" / "here").mkdir(parents=True)
     assert hub_id("someone/there") == "someone/there"
     assert hub_id("/home/u/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0ab") == "Qwen/Qwen3-0.6B"
-    for name in ("someone/here", "gpt2", "embedded", "./a/b", "models/x", "a/b/c", "a/../b", "a b/c", None, 3, "a/b\n", "~/x"):
+    for name in (
+        "someone/here",
+        "gpt2",
+        "embedded",
+        "./a/b",
+        "models/x",
+        "a/b/c",
+        "a/../b",
+        "a b/c",
+        None,
+        3,
+        "a/b\n",
+        "~/x",
+    ):
         assert hub_id(name) is None, name

@@ -38,8 +38,11 @@ def test_a_push_is_one_commit_with_the_tensors_in_lfs(hub, folder):
     commits = [json.loads(line) for path, body in hub.bodies if "/commit/" in path for line in body.splitlines()]
     assert commits[0] == {"key": "header", "value": {"summary": "the first", "description": ""}}
     assert {line["value"]["path"]: line["key"] for line in commits[1:]} == {
-        "README.md": "file", "adapter_config.json": "file", "lorakit.json": "file", "adapter_model.safetensors": "lfsFile"
-    }  # fmt: skip
+        "README.md": "file",
+        "adapter_config.json": "file",
+        "lorakit.json": "file",
+        "adapter_model.safetensors": "lfsFile",
+    }
     assert list(hub.large.values()) == [(folder / "adapter_model.safetensors").read_bytes()]
     assert len(hub.repositories["someone/lora"].commits) == 2  # the repository's first, and this
     again = push(folder, "someone/lora", card=False)
@@ -48,7 +51,14 @@ def test_a_push_is_one_commit_with_the_tensors_in_lfs(hub, folder):
 
 
 def test_only_the_adapters_own_files_are_uploaded(hub, folder):
-    for name in (".env", "optimizer.safetensors", "rows.jsonl", "adapter_model.bin", "config.json.bak", ".adapter_config.json.x.tmp"):
+    for name in (
+        ".env",
+        "optimizer.safetensors",
+        "rows.jsonl",
+        "adapter_model.bin",
+        "config.json.bak",
+        ".adapter_config.json.x.tmp",
+    ):
         (folder / name).write_text("HF_TOKEN=secret")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "adapter_model.safetensors").write_text("x")
@@ -111,7 +121,15 @@ def test_a_damaged_adapter_is_not_uploaded(hub, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "notes", [3, ["x"], {"a": 3}, {"lorakit": "[" * 100_000}, {"lorakit": "{" * 9}, {"lorakit": '{"a":' * 900 + "1" + "}" * 900}]
+    "notes",
+    [
+        3,
+        ["x"],
+        {"a": 3},
+        {"lorakit": "[" * 100_000},
+        {"lorakit": "{" * 9},
+        {"lorakit": '{"a":' * 900 + "1" + "}" * 900},
+    ],
 )
 def test_a_strange_header_is_an_error_or_uploaded_unchanged(hub, folder, notes):
     file = folder / "adapter_model.safetensors"
@@ -157,12 +175,18 @@ def test_a_local_card_is_uploaded_and_without_one_the_repositorys_is_kept(hub, f
 
 
 def test_options_without_effect_on_an_existing_card_are_reported(hub, folder):
-    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit").not_on_card == []  # the new card has them
-    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit").not_on_card == ["--license mit", "--base-model Qwen/Qwen3"]
+    # the new card has them
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit").not_on_card == []
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit").not_on_card == [
+        "--license mit",
+        "--base-model Qwen/Qwen3",
+    ]
     (folder / "README.md").write_text("---\nbase_model: Qwen/Qwen3-0.6B\n---\n")
     assert push(folder, "someone/lora", base_model="Qwen/Qwen3").not_on_card == ["--base-model Qwen/Qwen3"]
     assert push(folder, "someone/lora", base_model="Qwen/Qwen3-0.6B").not_on_card == []
-    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit", card=False).not_on_card == ["--license mit"]
+    assert push(folder, "someone/lora", base_model="Qwen/Qwen3", license="mit", card=False).not_on_card == [
+        "--license mit"
+    ]
 
 
 @pytest.mark.parametrize("name", ["README.md", "lorakit.json"])
@@ -171,7 +195,9 @@ def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name):
     secret.write_text('{"token": "secret"}')
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    with pytest.raises(AdapterError, match=rf"{name} is a link that leads out of its folder, to {secret}\n  replace the link"):
+    with pytest.raises(
+        AdapterError, match=rf"{name} is a link that leads out of its folder, to {secret}\n  replace the link"
+    ):
         push(folder, "someone/lora")
     assert hub.repositories == {}
     (folder / name).unlink()
@@ -200,7 +226,8 @@ def test_the_links_of_the_hubs_cache_are_followed_and_none_out_of_it(hub, folder
 def test_a_gated_repository_is_not_taken_for_a_missing_one(hub, folder):
     hub.add("someone/gated", {"a": b"x"}, gated=True, granted=False)
     with pytest.raises(
-        LorakitError, match=r"nothing was uploaded to someone/gated: someone/gated is gated: its owner grants access\n  ask"
+        LorakitError,
+        match=r"nothing was uploaded to someone/gated: someone/gated is gated: its owner grants access\n  ask",
     ):
         push(folder, "someone/gated")
     assert not any("create" in line for line in hub.log)
@@ -210,7 +237,9 @@ def test_refusals_have_a_fix_and_upload_nothing(hub, folder, monkeypatch):
     with pytest.raises(LorakitError, match=r"the token may not write to other/lora: You don't have the rights"):
         push(folder, "other/lora")
     hub.fail["/api/repos/create"] = 500
-    with pytest.raises(LorakitError, match=r"the upload to someone/lora failed: it answers 500, an error on the hub's side"):
+    with pytest.raises(
+        LorakitError, match=r"the upload to someone/lora failed: it answers 500, an error on the hub's side"
+    ):
         push(folder, "someone/lora")
     del hub.fail["/api/repos/create"]
     hub.add("someone/taken", {})
@@ -230,7 +259,8 @@ def test_refusals_have_a_fix_and_upload_nothing(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "a/b/c", "some one/lora", "someone/../x", "someone/", "someone/a--b", "", "https://huggingface.co/a/b"]
+    "name",
+    ["lora", "a/b/c", "some one/lora", "someone/../x", "someone/", "someone/a--b", "", "https://huggingface.co/a/b"],
 )
 def test_an_invalid_repository_name_is_a_config_error(folder, name):
     with pytest.raises(ConfigError, match="is not a repository's name\n  expected OWNER/NAME"):

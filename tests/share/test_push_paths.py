@@ -18,14 +18,19 @@ from lorakit.share.upload import without_local_paths
 
 def test_local_paths_are_not_uploaded(hub, tmp_path):
     value = adapter(
-        "/home/alice/models/llama", recipe={"model": "/home/alice/models/llama", "validation": "~/alice/rows.jsonl"}, note="1/2"
+        "/home/alice/models/llama",
+        recipe={"model": "/home/alice/models/llama", "validation": "~/alice/rows.jsonl"},
+        note="1/2",
     )
     folder = value.save(tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["target_modules"] = r"(?:.*\.)?\d+\.mlp\.q_proj|.*\.layers\.\d+\.q_proj"  # full of what looks like a path, and is none
+    # full of what looks like a path, and is none
+    config["target_modules"] = r"(?:.*\.)?\d+\.mlp\.q_proj|.*\.layers\.\d+\.q_proj"
     (folder / "adapter_config.json").write_text(json.dumps(config))
     done = push(folder, "someone/lora")
-    assert any("adapter_config.json, base_model_name_or_path: a local path is cut to 'llama'" in line for line in done.mended)
+    assert any(
+        "adapter_config.json, base_model_name_or_path: a local path is cut to 'llama'" in line for line in done.mended
+    )
     assert not any(b"alice" in body for _, body in hub.bodies)
     found = lk.Adapter.load("someone/lora")
     assert same(found, value)
@@ -115,7 +120,9 @@ def test_the_tensor_files_header_is_cleaned_and_the_tensors_are_unchanged(hub, f
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file(
-        tensors, file, {"lorakit": json.dumps({"recipe": {"data": "/home/alice/rows"}}), "note": "from /home/alice/x", "format": "pt"}
+        tensors,
+        file,
+        {"lorakit": json.dumps({"recipe": {"data": "/home/alice/rows"}}), "note": "from /home/alice/x", "format": "pt"},
     )
     done = push(folder, "someone/lora")
     assert done.mended == ["adapter_model.safetensors, lorakit, recipe, data: a local path is cut to 'rows'"]
@@ -123,8 +130,10 @@ def test_the_tensor_files_header_is_cleaned_and_the_tensors_are_unchanged(hub, f
     there = hub.files("someone/lora")[file.name]
     size = int.from_bytes(there[:8], "little")
     assert json.loads(there[8 : 8 + size])["__metadata__"] == {
-        "lorakit": '{"recipe": {"data": "rows"}}', "note": "from /home/alice/x", "format": "pt"
-    }  # fmt: skip
+        "lorakit": '{"recipe": {"data": "rows"}}',
+        "note": "from /home/alice/x",
+        "format": "pt",
+    }
     assert same(lk.Adapter.load("someone/lora"), lk.Adapter.load(folder))
     old = file.read_bytes()
     assert there[8 + size :] == old[8 + int.from_bytes(old[:8], "little") :]
@@ -132,9 +141,16 @@ def test_the_tensor_files_header_is_cleaned_and_the_tensors_are_unchanged(hub, f
 
 def test_a_single_files_paths_are_reported_not_cut(hub, tmp_path):
     file = formats.save(adapter(), tmp_path / "lora.safetensors", "loralib")
-    save_file(load_file(file), file, {"base": "/home/alice/llama", "args": '["--data=/home/alice/x"]', "url": "https://example.org/a/b"})
+    save_file(
+        load_file(file),
+        file,
+        {"base": "/home/alice/llama", "args": '["--data=/home/alice/x"]', "url": "https://example.org/a/b"},
+    )
     done = push(file, "someone/lora", alpha=8.0)
-    assert sorted(done.left) == ["lora.safetensors, args[0]: holds a local path", "lora.safetensors, base: holds a local path"]
+    assert sorted(done.left) == [
+        "lora.safetensors, args[0]: holds a local path",
+        "lora.safetensors, base: holds a local path",
+    ]
     assert done.mended == []
     assert hub.files("someone/lora")[file.name] == file.read_bytes()
 

@@ -1,4 +1,6 @@
-"""Classification: the head is trained and saved, its labels keep their names, figures are right; from the command line too."""
+"""Classification: the head is trained and saved, its labels keep
+their names, figures are right; from the command line too.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,10 @@ print(json.dumps({"label": model.config.id2label[int(logits.argmax())], "logits"
 def rows(tmp_path_factory):
     made = [
         {"text": f"{name} sees {what}{end}", "label": label}
-        for name in tiny_lm.NAMES for label, end in ENDS.items() for what in ("tea", "the winding road")
-    ]  # fmt: skip
+        for name in tiny_lm.NAMES
+        for label, end in ENDS.items()
+        for what in ("tea", "the winding road")
+    ]
     return tiny_lm.write_rows(tmp_path_factory.mktemp("labelled") / "rows.jsonl", made)
 
 
@@ -82,7 +86,10 @@ def test_another_process_with_another_seed_says_the_same_by_the_same_names(make)
     with torch.inference_mode():
         logits = model.eval()(**job.base.processor(text, return_tensors="pt")).logits[0]
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_PROCESS, config.model, result.adapter, text], capture_output=True, text=True, check=True
+        [sys.executable, "-c", OTHER_PROCESS, config.model, result.adapter, text],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     told = json.loads(done.stdout)
     assert told["label"] == model.config.id2label[int(logits.argmax())] == "bad"
@@ -90,7 +97,10 @@ def test_another_process_with_another_seed_says_the_same_by_the_same_names(make)
 
 
 def test_the_head_starts_from_the_seed_alone(make):
-    heads = [set_up(make(seed=seed, out=f"{make().out}-{i}")).model.get_parameter("score.weight") for i, seed in enumerate((0, 0, 1))]
+    heads = [
+        set_up(make(seed=seed, out=f"{make().out}-{i}")).model.get_parameter("score.weight")
+        for i, seed in enumerate((0, 0, 1))
+    ]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -100,18 +110,30 @@ def test_an_encoder_learns_too(make, tmp_path):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    bert = BertModel(BertConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=96,
-        pad_token_id=tiny_lm.PAD, initializer_range=0.2,
-    ))  # fmt: skip
-    data = tiny_lm.write_rows(tmp_path / "own.jsonl", [{"text": f"{e} {n}", "label": x} for n in tiny_lm.NAMES for x, e in ENDS.items()])
+    bert = BertModel(
+        BertConfig(
+            vocab_size=258,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=96,
+            pad_token_id=tiny_lm.PAD,
+            initializer_range=0.2,
+        )
+    )
+    data = tiny_lm.write_rows(
+        tmp_path / "own.jsonl", [{"text": f"{e} {n}", "label": x} for n in tiny_lm.NAMES for x, e in ENDS.items()]
+    )
     config = make(model=tiny_lm.save(tmp_path / "bert", bert), data=data, steps=30, eval_every=30, learning_rate=1e-2)
     result = train(config, QUIET)
     told = json.loads((result.adapter / "adapter_config.json").read_text())
     assert told["modules_to_save"] == ["classifier"]
-    assert {n.removeprefix("base_model.model.") for n in load_file(result.adapter / "adapter_model.safetensors") if "lora" not in n} == {
-        "classifier.weight", "classifier.bias"
-    }  # fmt: skip
+    assert {
+        n.removeprefix("base_model.model.")
+        for n in load_file(result.adapter / "adapter_model.safetensors")
+        if "lora" not in n
+    } == {"classifier.weight", "classifier.bias"}
     rows = [json.loads(line) for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -139,11 +161,18 @@ def test_the_held_out_figures_are_those_of_the_held_out_rows(make):
     config = make(steps=2, eval_every=2)
     result = train(config, QUIET)
     job = set_up(config.replace(out=config.out + "-again"))
-    model = lk.attach(job.task.load(config, job.base.processor, job.data, torch.float32, job.model.device), lk.Adapter.load(result.adapter))
+    model = lk.attach(
+        job.task.load(config, job.base.processor, job.data, torch.float32, job.model.device),
+        lk.Adapter.load(result.adapter),
+    )
     with torch.inference_mode():
         guessed = [int(model.eval()(torch.tensor([item.ids])).logits[0].argmax()) for item in job.held_out]
     right = sum(guess == item.label for guess, item in zip(guessed, job.held_out, strict=True)) / len(guessed)
-    row = next(json.loads(line) for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines() if "held_out" in line)
+    row = next(
+        json.loads(line)
+        for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines()
+        if "held_out" in line
+    )
     assert row.keys() == {"step", "held_out_loss", "held_out_accuracy", "held_out_macro_f1"}
     assert row["held_out_accuracy"] == pytest.approx(right, abs=1e-4)
 
@@ -160,12 +189,17 @@ def test_a_base_that_lacks_more_than_a_head_says_how_to_train_the_rest(make, tmp
     """DistilBERT has a layer before its classifier, which PEFT would leave at random and not save."""
     from transformers import DistilBertConfig, DistilBertModel
 
-    base = DistilBertModel(DistilBertConfig(vocab_size=258, dim=32, hidden_dim=48, n_layers=1, n_heads=4, max_position_embeddings=96))
+    base = DistilBertModel(
+        DistilBertConfig(vocab_size=258, dim=32, hidden_dim=48, n_layers=1, n_heads=4, max_position_embeddings=96)
+    )
     folder = tiny_lm.save(tmp_path / "distilbert", base)
     with pytest.raises(LorakitError, match=r"save_modules: \[pre_classifier\]"):
         train(make(model=folder), QUIET)
     result = train(make(model=folder, save_modules=["pre_classifier"], steps=1), QUIET)
-    assert json.loads((result.adapter / "adapter_config.json").read_text())["modules_to_save"] == ["pre_classifier", "classifier"]
+    assert json.loads((result.adapter / "adapter_config.json").read_text())["modules_to_save"] == [
+        "pre_classifier",
+        "classifier",
+    ]
 
 
 def test_an_encoder_decoder_is_refused(make, tmp_path):
@@ -176,13 +210,45 @@ def test_an_encoder_decoder_is_refused(make, tmp_path):
 def test_train_and_eval_on_the_command_line(rows, model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     out = tmp_path / "run"
-    flags = ["--rank", "4", "--steps", "30", "--batch-size", "8", "--lr", "2e-2", "--precision", "fp32", "--threads", "1"]
-    assert run(["train", "--task", "classification", "--data", str(rows), "--model", str(model_folder), "--out", str(out), *flags]) == 0
+    flags = [
+        "--rank",
+        "4",
+        "--steps",
+        "30",
+        "--batch-size",
+        "8",
+        "--lr",
+        "2e-2",
+        "--precision",
+        "fp32",
+        "--threads",
+        "1",
+    ]
+    assert (
+        run(
+            [
+                "train",
+                "--task",
+                "classification",
+                "--data",
+                str(rows),
+                "--model",
+                str(model_folder),
+                "--out",
+                str(out),
+                *flags,
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     assert "3 labels: bad, good, plain" in told
     assert "trained rows/s" in told
     assert "accuracy" in told
-    assert told.splitlines()[-1] == f"next: lorakit eval {rows} --model {model_folder} --adapter {out}/adapter --task classification"
+    assert (
+        told.splitlines()[-1]
+        == f"next: lorakit eval {rows} --model {model_folder} --adapter {out}/adapter --task classification"
+    )
     judge = ["eval", str(rows), "--model", str(model_folder), "--adapter", f"mine={out}/adapter", "--precision", "fp32"]
     assert run([*judge, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -16,7 +16,12 @@ from lorakit.tasks.text.perplexity import Loss, perplexity
 
 @pytest.fixture
 def items(make_item):
-    pairs = [("a", "b"), ("what is it?", " a longer answer than the others"), ("two", " words"), ("", "no prompt at all")]
+    pairs = [
+        ("a", "b"),
+        ("what is it?", " a longer answer than the others"),
+        ("two", " words"),
+        ("", "no prompt at all"),
+    ]
     return [make_item(prompt, answer, number) for number, (prompt, answer) in enumerate(pairs, start=1)]
 
 

@@ -1,4 +1,6 @@
-"""`compile: true`: the same run through inductor; graphs are few; a resumed run ends with the same bits; refused where unknown to be right."""
+"""`compile: true`: the same run through inductor; graphs are few; a
+resumed run ends with the same bits; refused where unknown to be right.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ needs_compiler = pytest.mark.skipif(compiling.no_compiler() is not None, reason=
 
 @needs_compiler
 def test_a_compiled_run_learns_the_same_and_resumes_to_the_last_bit(make_config, tmp_path):
-    config = make_config(out=tmp_path / "whole", steps=6, save_every=2, keep=3, dropout=0.1, compile=True, eval_every=3, sample_tokens=2)
+    config = make_config(
+        out=tmp_path / "whole", steps=6, save_every=2, keep=3, dropout=0.1, compile=True, eval_every=3, sample_tokens=2
+    )
     train(config, QUIET)
     whole, resumed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
     shutil.copytree(whole.path, resumed.path)
@@ -62,17 +66,21 @@ def test_layers_share_one_graph_and_varied_lengths_need_no_other(make_config):
 
 
 @pytest.mark.parametrize(
-    "most, batch, rows, expected", [(4, 8, 80, {4}), (4, 9, 90, {4, 1}), (4, 8, 81, {4, 1}), (1, 8, 80, {1}), (4, 8, 85, {4, 1})]
+    "most, batch, rows, expected",
+    [(4, 8, 80, {4}), (4, 9, 90, {4, 1}), (4, 8, 81, {4, 1}), (1, 8, 80, {1}), (4, 8, 85, {4, 1})],
 )
 def test_single_rows_get_a_graph_only_where_they_come(most, batch, rows, expected):
     assert compiling.rows_at_once(most, batch, rows) == expected
 
 
 def test_repeated_layers_are_those_that_train():
-    model = nn.ModuleDict({
-        "towers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(3)]), "mixed": nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]),
-        "frozen": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "towers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(3)]),
+            "mixed": nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]),
+            "frozen": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
+        }
+    )
     lk.attach(model, lk.LoraConfig(rank=2, targets=["towers.0.0", "towers.2.0"]))
     assert compiling.repeated_layers(model) == [model["towers"][0], model["towers"][2]]
 

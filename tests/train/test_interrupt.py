@@ -95,7 +95,11 @@ def test_ctrl_c_at_the_command_line_prints_the_command_that_goes_on(make_config,
     # A shell's background jobs ignore Ctrl-C from the start, and a test may be one.
     default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     process = subprocess.Popen(
-        [*COMMAND, "train", "--config", file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default
+        [*COMMAND, "train", "--config", file],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default,
     )
     folder = RunFolder(config.out)
     until = time.monotonic() + 60
@@ -118,4 +122,6 @@ def test_ctrl_c_at_the_command_line_prints_the_command_that_goes_on(make_config,
     assert (program, arguments) == ("lorakit", ["train", "--config", f"{config.out}/config.yaml"])
     assert run([*arguments, "--quiet"]) == 0
     undisturbed = train(config.replace(out=str(tmp_path / "undisturbed")), QUIET)
-    assert (folder.adapter / "adapter_model.safetensors").read_bytes() == (undisturbed.adapter / "adapter_model.safetensors").read_bytes()
+    assert (folder.adapter / "adapter_model.safetensors").read_bytes() == (
+        undisturbed.adapter / "adapter_model.safetensors"
+    ).read_bytes()

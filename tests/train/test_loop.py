@@ -44,8 +44,12 @@ def checkpoint_of(config, step: int) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_the_gradient_of_a_step_is_that_of_all_its_trained_tokens_however_it_is_accumulated(make_config, tmp_path, micro_batch):
-    """AdamW's first average is a tenth of the gradient: that is read, and compared with one pass over the whole batch."""
+def test_the_gradient_of_a_step_is_that_of_all_its_trained_tokens_however_it_is_accumulated(
+    make_config, tmp_path, micro_batch
+):
+    """AdamW's first average is a tenth of the gradient: that is
+    read, and compared with one pass over the whole batch.
+    """
     config = make_config(batch_size=8, micro_batch=micro_batch, group_by_length=False, steps=1, validation=0, clip=0)
     train(config, QUIET)
     job = set_up(config.replace(out=str(tmp_path / "again")))
@@ -63,7 +67,12 @@ def test_accumulating_1x8_and_8x1_ends_with_the_same_parameters(make_config, tmp
     ends = []
     for micro_batch in (1, 8):
         config = make_config(
-            batch_size=8, micro_batch=micro_batch, group_by_length=False, steps=4, validation=0, out=str(tmp_path / f"m{micro_batch}")
+            batch_size=8,
+            micro_batch=micro_batch,
+            group_by_length=False,
+            steps=4,
+            validation=0,
+            out=str(tmp_path / f"m{micro_batch}"),
         )
         train(config, QUIET)
         ends.append((checkpoint_of(config, 4)[0], rows_of(config)))
@@ -202,7 +211,9 @@ def test_metrics_have_each_step_once_with_the_same_keys(make_config):
         assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]), rel=1e-4)
     assert result.loss == pytest.approx(steps[-1]["loss"], abs=1e-5)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert [row["learning_rate"] for row in steps] == [5e-3 * optimizer.rate_factor(config, step, 6) for step in range(6)]
+    assert [row["learning_rate"] for row in steps] == [
+        5e-3 * optimizer.rate_factor(config, step, 6) for step in range(6)
+    ]
 
 
 def fake_held_out(monkeypatch, losses) -> None:
@@ -262,7 +273,9 @@ def test_validation_may_be_a_file(make_config, tmp_path):
 # ------------------------------------------------------------------------------------- what does not work
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the_last_checkpoint(make_config, monkeypatch, data_file):
+def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the_last_checkpoint(
+    make_config, monkeypatch, data_file
+):
     config = make_config(steps=8, eval_every=2)
     real, calls = causal_lm.losses, []
 
@@ -310,7 +323,10 @@ def test_a_gradient_that_is_not_finite_updates_nothing(make_config, monkeypatch)
         return loss
 
     monkeypatch.setattr(causal_lm, "losses", broken)
-    with loop.contextlib.closing(loop.Loop([Run(job, QUIET)])) as training, pytest.raises(TrainError, match="the gradient is"):
+    with (
+        loop.contextlib.closing(loop.Loop([Run(job, QUIET)])) as training,
+        pytest.raises(TrainError, match="the gradient is"),
+    ):
         training.go(loop.Interrupt())
     assert all(torch.equal(before[n], p) for n, p in job.model.named_parameters())
 
@@ -323,7 +339,8 @@ def test_one_row_and_nothing_to_validate_on_is_a_clear_error(make_config, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "no such file"), ("", "empty"), ("{\n", "row 1|line 1"), ('{"a": 1}\n', "unknown shape")]
+    "content, message",
+    [(None, "no such file"), ("", "empty"), ("{\n", "row 1|line 1"), ('{"a": 1}\n', "unknown shape")],
 )
 def test_data_that_cannot_be_read_is_named(make_config, tmp_path, content, message):
     data = tmp_path / "data.jsonl"

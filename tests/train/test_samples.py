@@ -66,7 +66,8 @@ def test_configured_prompts_are_answered_and_too_long_ones_refused(make_config):
 
 
 @pytest.mark.parametrize(
-    ("style", "text"), [("chat", "<user>hi<assistant>"), ("plain", "### Instruction:\nhi\n\n### Response:\n"), ("none", "hi")]
+    ("style", "text"),
+    [("chat", "<user>hi<assistant>"), ("plain", "### Instruction:\nhi\n\n### Response:\n"), ("none", "hi")],
 )
 def test_a_configured_prompt_is_written_as_the_data_is(make_config, tmp_path, style, text):
     folder = tiny_lm.save(tmp_path / "chat", chat_template=tiny_lm.CHATML)

@@ -21,9 +21,16 @@ from .svd import Svd, distance
 
 
 def compose(
-    form: Form, cuts: Sequence[Svd], rank: int, scale: float = 1.0, rslora: bool = False, dtype: torch.dtype = torch.float32
+    form: Form,
+    cuts: Sequence[Svd],
+    rank: int,
+    scale: float = 1.0,
+    rslora: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Factors:
-    """Low-rank factors out of singular values (one SVD, or one for each adapted part); a shorter SVD is padded with zeros."""
+    """Low-rank factors out of singular values (one SVD, or one
+    for each adapted part); a shorter SVD is padded with zeros.
+    """
     pairs = [_padded(*cut.cut(rank).halves(), rank) for cut in cuts]
     root = 1 / math.sqrt(scale)
     A = narrowed(torch.cat([A * root for _, A in pairs]), dtype, "the factor A of a cut update")

@@ -37,12 +37,17 @@ def concatenate(form: Form, pieces: Sequence[tuple[float, Factors]]) -> Factors:
     scales = [w * f.scale for w, f in pieces]
     kept = scales[0] if scales[0] > 0 and all(s == scales[0] for s in scales) else None
     dtype = reduce(
-        torch.promote_types, [t.dtype for _, f in pieces for t in (f.A, f.B)], torch.float32 if kept is None else pieces[0][1].A.dtype
+        torch.promote_types,
+        [t.dtype for _, f in pieces for t in (f.A, f.B)],
+        torch.float32 if kept is None else pieces[0][1].A.dtype,
     )
     As = [f.A.detach().flatten(1).to(dtype) for _, f in pieces]
     Bs = [f.B.detach().flatten(1) for _, f in pieces]
     if kept is None:
-        Bs = [narrowed(B.double() * s, dtype, f"B times its weight and strength, {s:.3g}") for s, B in zip(scales, Bs, strict=True)]
+        Bs = [
+            narrowed(B.double() * s, dtype, f"B times its weight and strength, {s:.3g}")
+            for s, B in zip(scales, Bs, strict=True)
+        ]
     Bs = [B.to(dtype) for B in Bs]
     n = sum(form.parts) if form.parts else 1
     # Of a packed projection the parts stay together: [part 1 of all; part 2 of all; ...].
@@ -59,7 +64,9 @@ def common_form(module: str, pieces: Sequence[Piece]) -> Form:
     sizes = {tuple(sorted((_outputs(u), _columns(form)))) for form, (_, u) in zip(forms, pieces, strict=True)}
     kinds = {(form.kind, form.inner, form.groups, u.B.shape[0]) for form, u in factors}
     if len(sizes) > 1 or len(kinds) > 1:
-        told = "; ".join(f"{form.kind}, {_outputs(u)} x {list(form.inner)}" for form, (_, u) in zip(forms, pieces, strict=True))
+        told = "; ".join(
+            f"{form.kind}, {_outputs(u)} x {list(form.inner)}" for form, (_, u) in zip(forms, pieces, strict=True)
+        )
         raise AdapterError(f"'{module}' is of different shapes in the adapters ({told})\n  are they for the same base?")
     same_parts = len(factors) == len(pieces) and all(form.parts == first.parts for form, _ in factors)
     transposed = any(form.transposed for form, _ in factors)  # a format that cannot say so leaves it out
@@ -86,7 +93,9 @@ def _total(pieces: Sequence[Piece], module: str) -> Tensor | None:
     deltas = [u.delta().reshape(u.weight_shape()) for _, u in pieces]
     shape = max((tuple(d.shape) for d in deltas), key=len)
     if any(d.numel() != deltas[0].numel() for d in deltas):
-        raise AdapterError(f"'{module}' is of different shapes in the adapters: {', '.join(str(list(d.shape)) for d in deltas)}")
+        raise AdapterError(
+            f"'{module}' is of different shapes in the adapters: {', '.join(str(list(d.shape)) for d in deltas)}"
+        )
     return sum((w * d.reshape(shape) for (w, _), d in zip(pieces, deltas, strict=True)), torch.zeros(()))
 
 
@@ -94,6 +103,7 @@ def _biases(pieces: Sequence[Piece], module: str) -> Tensor | None:
     biases = [(w, u.tensors()["bias"].float()) for w, u in pieces if u.changes_bias]
     if len({b.shape for _, b in biases}) > 1:
         raise AdapterError(
-            f"the bias of '{module}' is of different shapes in the adapters: {', '.join(str(list(b.shape)) for _, b in biases)}"
+            f"the bias of '{module}' is of different shapes in the adapters: "
+            f"{', '.join(str(list(b.shape)) for _, b in biases)}"
         )
     return sum((w * b for w, b in biases), torch.zeros(())) if biases else None

@@ -1,7 +1,8 @@
 """ΔW as the product of two thin matrices, L R with L [out, r] and R [r, in], where it is one; else the matrix itself.
 
-ΔW is meant as the layer uses it: outputs in rows, inputs in columns (a convolution's [out, in/g·k], an embedding's [dim, vocab]). Where
-the rank of such a product is no smaller than the matrix, and for a whole ΔW, the matrix itself is taken. Of a DoRA this is s · B A.
+ΔW is meant as the layer uses it: outputs in rows, inputs in columns (a convolution's [out, in/g·k], an embedding's
+[dim, vocab]). Where the rank of such a product is no smaller than the matrix, and for a whole ΔW, the matrix itself is
+taken. Of a DoRA this is s · B A.
 """
 
 from __future__ import annotations
@@ -47,4 +48,6 @@ def inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:
 
 def size_of(found: LowRank | Tensor) -> tuple[int, int]:
     """(out, in)."""
-    return (found.left.shape[0], found.right.shape[1]) if isinstance(found, LowRank) else (found.shape[0], found.shape[1])
+    return (
+        (found.left.shape[0], found.right.shape[1]) if isinstance(found, LowRank) else (found.shape[0], found.shape[1])
+    )

@@ -16,9 +16,12 @@ from ..update import Update
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any) -> Adapter:
-    """`adapter` with these updates in place of its own, and a config that describes them. `changes`: other fields of it."""
+    """`adapter` with these updates in place of its own, and a
+    config that describes them. `changes`: other fields of it.
+    """
     factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
-    if len({f.rslora for f in factors.values()}) > 1:  # a config has one rule for all: the plain one can say every strength
+    # a config has one rule for all: the plain one can say every strength
+    if len({f.rslora for f in factors.values()}) > 1:
         factors = {m: replace(f, alpha=f.scale * f.rank, rslora=False) if f.rslora else f for m, f in factors.items()}
     config = describing(changes.pop("config", adapter.config), factors, list(updates))
     kinds = {u.variant for u in updates.values()}
@@ -35,7 +38,12 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list
         changes["rank"], changes["rank_pattern"] = _pattern(ranks)
     if any(config.alpha_of(m) != alpha for m, alpha in alphas.items()):
         changes["alpha"], changes["alpha_pattern"] = _pattern(alphas)
-    if not (isinstance(config.targets, list) and modules and all(matches(m, config.targets) for m in modules) and config.exclude is None):
+    if not (
+        isinstance(config.targets, list)
+        and modules
+        and all(matches(m, config.targets) for m in modules)
+        and config.exclude is None
+    ):
         endings = sorted({m.rpartition(".")[2] for m in modules})
         changes |= {"targets": endings or config.targets, "exclude": None, "layers": None}
     packed = {m: list(f.parts) for m, f in factors.items() if f.parts}

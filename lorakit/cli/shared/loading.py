@@ -47,7 +47,10 @@ class Loaded:
         style = (self.style or ("chat" if has_template else "none")) if template == "auto" else template
         if style == "chat" and not has_template:
             why = "the adapter was trained with a chat template" if template == "auto" else "--template chat"
-            raise ConfigError(f"{why}, but this model has no chat template\n  use --template plain or none, or the base it was trained on")
+            raise ConfigError(
+                f"{why}, but this model has no chat template\n"
+                "  use --template plain or none, or the base it was trained on"
+            )
         return style  # type: ignore[return-value]
 
 
@@ -60,7 +63,7 @@ def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
     return {
         name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
         for name, path in named(adapters).items()
-    }  # fmt: skip
+    }
 
 
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:

@@ -1,9 +1,11 @@
-"""What an adapted module computes while each row of the batch, or each token, has an adapter of its own (`lorakit.route`).
+"""What an adapted module computes while each row of the batch, or each token, has an adapter of its own
+(`lorakit.route`).
 
     y[n] = base(x)[n] + Σ_k w[n, k] · update_k(x[n])        w: [rows, adapters], a row of zeros for the base alone
 
-`Routing` holds one batch's choices, and what the layers derive from them once and share. `Routes` holds what outlives a batch:
-the layers, their stacks (see `stacks`), and the last batches' routings. Where choices are for tokens, each token is a row here.
+`Routing` holds one batch's choices, and what the layers derive from them once and share. `Routes` holds what outlives a
+batch: the layers, their stacks (see `stacks`), and the last batches' routings. Where choices are for tokens, each token
+is a row here.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () 
 
 
 class Group(NamedTuple):
-    """The update of an adapter for each group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`). None: none has one there."""
+    """The update of an adapter for each group of rows: A [G, r, in], B
+    [G, out, r] (see `ops.projections`). None: none has one there.
+    """
 
     A: Tensor | None
     B: Tensor | None
@@ -116,7 +120,9 @@ class Routing:
         return found
 
     def tokens(self, layer: LoraLayer, x: Tensor) -> int:
-        """Tokens (positions) of x: [rows, ..., in] that each choice stands for. StateError if x has another number of rows."""
+        """Tokens (positions) of x: [rows, ..., in] that each choice
+        stands for. StateError if x has another number of rows.
+        """
         wanted = len(self.choices)
         if self.per_token:
             self._check_tokens(layer, x.shape[:-1])
@@ -128,7 +134,9 @@ class Routing:
         raise self._wrong(layer, rows)
 
     def _check_tokens(self, layer: LoraLayer, shape: Sequence[int]) -> None:
-        """StateError unless `shape`, of what a layer is given without its features, is one axis of as many tokens as there are choices."""
+        """StateError unless `shape`, of what a layer is given without its
+        features, is one axis of as many tokens as there are choices.
+        """
         wanted = len(self.choices)
         long = [size for size in shape if size != 1] or [1]
         if shape and long == [wanted]:
@@ -136,38 +144,50 @@ class Routing:
         name, count = self._name(layer), torch.Size(shape).numel()
         if shape and count == wanted and len(long) > 1:
             raise StateError(
-                f"'{name}' was given {' x '.join(map(str, shape))} tokens inside lorakit.route(per='token'); expected one row of {wanted}\n"
-                "  put the rows behind each other as [1, tokens], or choose per row: lorakit.route(model, choices) without `per`"
+                f"'{name}' was given {' x '.join(map(str, shape))} tokens inside lorakit.route(per='token'); expected "
+                f"one row of {wanted}\n"
+                "  put the rows behind each other as [1, tokens], or choose per row: lorakit.route(model, choices) "
+                "without `per`"
             )
         hint = (
             f"each of the {count} tokens needs its choice, also the prompt's and padding"
             if count > wanted
-            else "every adapted module must be given all tokens; leave those that see some of them (pooled, routed to experts) without adapter"
+            else (
+                "every adapted module must be given all tokens; leave those that see some of them (pooled, routed to "
+                "experts) without adapter"
+            )
         )
         raise StateError(
-            f"'{name}' was given {count} tokens inside lorakit.route(per='token'); expected {wanted}, one per choice\n  {hint}"
+            f"'{name}' was given {count} tokens inside lorakit.route(per='token'); expected {wanted}, one per choice\n"
+            f"  {hint}"
         )
 
     def _wrong(self, layer: LoraLayer, rows: int) -> StateError:
         wanted = len(self.choices)
         expected = f"{wanted} x repeat={self.repeat}" if self.repeat > 1 else f"{wanted}, one per choice"
         hint = (
-            f"each row seems to come {rows // wanted} times, as with beams: lorakit.route(model, choices, repeat={rows // wanted})"
+            f"each row seems to come {rows // wanted} times, as with beams: lorakit.route(model, choices, "
+            f"repeat={rows // wanted})"
             if wanted and rows > wanted and rows % wanted == 0
             else "the first axis of what an adapted module is given must be the batch's rows"
         )
-        return StateError(f"'{self._name(layer)}' was given {rows} rows inside lorakit.route; expected {expected}\n  {hint}")
+        return StateError(
+            f"'{self._name(layer)}' was given {rows} rows inside lorakit.route; expected {expected}\n  {hint}"
+        )
 
     def _name(self, layer: LoraLayer) -> str:
         return self.routes.names.get(layer, type(layer).__name__)
 
     def as_rows(self, layer: LoraLayer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer is given and what its base makes of it, with an axis of rows first: as they are, or one row for each token."""
+        """What a layer is given and what its base makes of it, with an
+        axis of rows first: as they are, or one row for each token.
+        """
         if not self.per_token:
             return y, x
         if layer.lora_kind == "conv":
             raise StateError(
-                f"'{self._name(layer)}' is a convolution, which mixes neighbouring tokens, so they cannot have adapters of their own\n"
+                f"'{self._name(layer)}' is a convolution, which mixes neighbouring tokens, so they cannot have "
+                "adapters of their own\n"
                 "  give each adapter's tokens a row of their own: lorakit.route(model, choices) without `per`"
             )
         axes = y.dim() - 1  # all but the features; an embedding's ids have none
@@ -183,13 +203,17 @@ class Routing:
         if key not in self._shared:
             weights = [dict(choice).get(child, 0.0) for choice in self.choices for _ in range(times)]
             rows = [n for n, weight in enumerate(weights) if weight]
-            self._shared[key] = torch.tensor(rows, device=x.device), torch.tensor([weights[n] for n in rows], device=x.device)
+            self._shared[key] = (
+                torch.tensor(rows, device=x.device),
+                torch.tensor([weights[n] for n in rows], device=x.device),
+            )
         return self._shared[key]
 
     def add_updates(
         self, layer: LoraLayer, y: Tensor, x: Tensor, children: Sequence[str] | None = None, y0: Tensor | None = None
     ) -> Tensor:
-        """y plus each row's updates, one adapter after the other: for every kind of layer and update, with whatever autograd makes of it.
+        """y plus each row's updates, one adapter after the other: for every kind of layer and update, with whatever
+        autograd makes of it.
 
         `children`: of these adapters alone. `y0`: the base's output, if y holds more already.
         """
@@ -235,7 +259,9 @@ class Routing:
             stacked.add_stacked(y, x, stack.pieces(how, order), how)
 
     def _how(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
-        """How the updates are computed, and of which adapters side by side; None for those of the stack wherever they lie."""
+        """How the updates are computed, and of which adapters side
+        by side; None for those of the stack wherever they lie.
+        """
         layout = stack.layout
         children = [c for c in self.children if c in layout.places]
         rows, spans = self._rows({c: (k, 1.0) for k, c in enumerate(children)}), [layout.places[c] for c in children]
@@ -269,7 +295,9 @@ class Routing:
 
 
 def _groups(choices: tuple[Choice, ...]) -> Choice:
-    """The adapters with their weights, if each has as many rows as the others, all side by side, and one adapter only; else ()."""
+    """The adapters with their weights, if each has as many rows as
+    the others, all side by side, and one adapter only; else ().
+    """
     runs = [(choice, len(list(same))) for choice, same in itertools.groupby(choices)]
     alone = all(len(choice) == 1 for choice, _ in runs)
     if not alone or len({rows for _, rows in runs}) > 1 or len({choice[0][0] for choice, _ in runs}) < len(runs):
@@ -282,7 +310,10 @@ def group(layer: LoraLayer, x: Tensor) -> Group | None:
     routing = layer.lora_route
     assert routing is not None
     modules = layer._modules
-    children, weights = [modules[c].pair() if c in modules else None for c, _ in routing.groups], [w for _, w in routing.groups]
+    children, weights = (
+        [modules[c].pair() if c in modules else None for c, _ in routing.groups],
+        [w for _, w in routing.groups],
+    )
     used: list[Pair] = [f for f in children if f is not None]
     if not routing.groups or not routing.tokens(layer, x) or routing.unpaired(layer):
         return None
@@ -330,13 +361,17 @@ def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kw
     return routing.add_updates(layer, y, x, unpaired, y0)
 
 
-def _pairs(layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+def _pairs(
+    layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., Tensor], x: Tensor, *args, **kwargs
+) -> Tensor:
     """The output with those updates that are pairs of matrices."""
     plain = needs_plain()
     if not (plain or layer.training or torch.is_grad_enabled()):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
     modules = layer._modules
-    used: dict[str, Pair] = {c: pair for c in routing.children if c in modules and (pair := modules[c].pair()) is not None}
+    used: dict[str, Pair] = {
+        c: pair for c in routing.children if c in modules and (pair := modules[c].pair()) is not None
+    }
     if not used:
         return base(x, *args, **kwargs)
     together = None if plain else group(layer, x)
@@ -345,7 +380,10 @@ def _pairs(layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., 
         return add_low_rank(_own(layer, base(x, *args, **kwargs)), x, together.A, together.B, together.scale, mask)
     if plain or (layer.training and any(f.dropout for f in used.values())):
         return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
-    if not (torch.is_grad_enabled() and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))):
+    if not (
+        torch.is_grad_enabled()
+        and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))
+    ):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
     if any(f.B.dim() == 3 for f in used.values()):  # packed
         return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))

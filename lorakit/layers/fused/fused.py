@@ -1,8 +1,9 @@
-"""Which modules of a model are computed as one node: give them their class (`adopt`), take it back (`release`), and report which are fused.
+"""Which modules of a model are computed as one node: give them their class (`adopt`), take it back (`release`), and
+report which are fused.
 
-A fused module gets its class as an adapted linear does (see `swap`). It stands in for its own class's forward only in training and where gradients are made;
-whatever else is the case (hooks on a child, several active adapters, autocast, torch.compile), that forward is called.
-While B is zero, values have the base's bits either way.
+A fused module gets its class as an adapted linear does (see `swap`). It stands in for its own class's forward only in
+training and where gradients are made; whatever else is the case (hooks on a child, several active adapters, autocast,
+torch.compile), that forward is called. While B is zero, values have the base's bits either way.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class Fused(NamedTuple):
 
     def __str__(self) -> str:
         what = f"{self.kind} of {self.cls}" if self.cls else self.kind
-        return f"{what}: {self.modules} fused" if self.why_not is None else f"{what} is not fused ({self.modules}): {self.why_not}"
+        return (
+            f"{what}: {self.modules} fused"
+            if self.why_not is None
+            else f"{what} is not fused ({self.modules}): {self.why_not}"
+        )
 
 
 def adopt(model: nn.Module) -> None:
@@ -143,8 +148,14 @@ def _shapes(module: nn.Module) -> tuple:
 def _why_not_linear(layer: LinearLayer) -> str | None:
     if not layer.lora_plain:
         base = mixin_and_base(type(layer))[1].__name__
-        return "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
+        return (
+            "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
+        )
     if not is_plain_weight(layer):
         return "its weight is trained, quantized, sharded or computed"
     children = layer._modules.values()
-    return None if any(isinstance(child, LiveUpdate) and child.width for child in children) else "its update is no pair of matrices"
+    return (
+        None
+        if any(isinstance(child, LiveUpdate) and child.width for child in children)
+        else "its update is no pair of matrices"
+    )

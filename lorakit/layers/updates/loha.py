@@ -1,10 +1,11 @@
 """LoHa on a live module (Hyeon-Woo et al. 2022): the Hadamard product of two pairs of rank r, whose rank is up to r².
 
-    y = base(x) + ΔW x        ΔW = s · (W1a W1b) ∘ (W2a W2b)        W1a, W2a: [out, r]   W1b, W2b: [r, in·k]   s = alpha / r
+    y = base(x) + ΔW x        ΔW = s · (W1a W1b) ∘ (W2a W2b)        s = alpha / r
+    W1a, W2a: [out, r]   W1b, W2b: [r, in·k]
 
-W2b starts at zero, the others as LoRA's A does. No pair of thin matrices is the same, so ΔW is formed in each forward, as PEFT and LyCORIS
-do: r more multiplications for each weight, little beside a batch of many tokens, much beside one. `merge` before generating.
-For backward x and the factors are kept; ΔW is formed again.
+W2b starts at zero, the others as LoRA's A does. No pair of thin matrices is the same, so ΔW is formed in each forward,
+as PEFT and LyCORIS do: r more multiplications for each weight, little beside a batch of many tokens, much beside one.
+`merge` before generating. For backward x and the factors are kept; ΔW is formed again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class LohaFactors(LiveUpdate):
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
         _check_layer(layer, name)
         if config.parts_of(name) is not None:
-            raise TargetError(f"'{name}' is a packed projection, and LoHa has no form for parts of one\n  leave it out of `packed`")
+            raise TargetError(
+                f"'{name}' is a packed projection, and LoHa has no form for parts of one\n  leave it out of `packed`"
+            )
         out, size_in = _matrix_shape(layer)
         rank, dtype, device = config.rank_of(name), master_dtype(layer), device_of(layer)
         shapes = {"w1a": (out, rank), "w1b": (rank, size_in), "w2a": (out, rank), "w2b": (rank, size_in)}
@@ -106,5 +109,6 @@ def _matrix_shape(layer: LoraLayer) -> tuple[int, int]:
 def _check_layer(layer: LoraLayer, name: str) -> None:
     if layer.lora_kind == "embedding":
         raise TargetError(
-            f"'{name}' is an embedding, for which there is no LoHa, in PEFT neither\n  leave it out of the targets, or use variant='lora'"
+            f"'{name}' is an embedding, for which there is no LoHa, in PEFT neither\n"
+            "  leave it out of the targets, or use variant='lora'"
         )

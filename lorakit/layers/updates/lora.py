@@ -1,4 +1,6 @@
-"""LoRA on a live module: A and B as parameters, which the layer computes with (`pair`). Their shapes: see the layer's file."""
+"""LoRA on a live module: A and B as parameters, which the layer
+computes with (`pair`). Their shapes: see the layer's file.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,14 @@ class LoraFactors(LiveUpdate):
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
         parts = config.parts_of(name)
         if parts is not None and getattr(layer, "lora_parts", None) != parts:
-            raise StateError(f"'{name}' carries another adapter already and cannot now become a packed projection of {len(parts)} parts")
+            raise StateError(
+                f"'{name}' carries another adapter already and cannot now become a packed projection of {len(parts)} "
+                "parts"
+            )
         rank = config.rank_of(name)
-        A, B = layer.lora_fresh(layer.lora_shapes(rank, parts), rank, config.init, master_dtype(layer), device_of(layer))
+        A, B = layer.lora_fresh(
+            layer.lora_shapes(rank, parts), rank, config.init, master_dtype(layer), device_of(layer)
+        )
         return cls(A, B, config.alpha_of(name), config.rslora, config.dropout, trainable)
 
     @classmethod
@@ -49,7 +56,9 @@ class LoraFactors(LiveUpdate):
                 alpha = alpha * value.scale / plain.scale
         why = layer.lora_fits(A, B)
         if why:
-            raise AdapterError(f"the adapter's factors do not fit '{name}' ({type(layer).__name__.removeprefix('Lora')}): {why}")
+            raise AdapterError(
+                f"the adapter's factors do not fit '{name}' ({type(layer).__name__.removeprefix('Lora')}): {why}"
+            )
         dtype = master_dtype(layer) if trainable else None
         A, B = (t.detach().to(device_of(layer), dtype, copy=True) for t in (A, B))
         return cls(A, B, alpha, value.rslora, dropout, trainable)
@@ -58,9 +67,15 @@ class LoraFactors(LiveUpdate):
         A, B = layer.lora_full(self)
         kind, groups = layer.lora_kind, getattr(layer, "groups", 1)
         return Factors(
-            A, B, self.alpha, kind, self.rslora, layer.lora_transposed and kind == "linear", groups if kind == "conv" else 1,
+            A,
+            B,
+            self.alpha,
+            kind,
+            self.rslora,
+            layer.lora_transposed and kind == "linear",
+            groups if kind == "conv" else 1,
             getattr(layer, "lora_parts", None) if self.is_packed else None,
-        )  # fmt: skip
+        )
 
     def pair(self) -> LoraFactors:
         return self

@@ -2,10 +2,12 @@
 
     y = base(x) + Σ weight · change(x, base(x))
 
-An update that is a pair of thin matrices gives it as `pair`, and the layers compute s · B A x themselves: fused with the base, for many
-adapters of a batch at once, in place. Any other computes its own `change`. What merging adds is asked of its value (`adapter.update`).
+An update that is a pair of thin matrices gives it as `pair`, and the layers compute s · B A x themselves: fused with
+the base, for many adapters of a batch at once, in place. Any other computes its own `change`. What merging adds is
+asked of its value (`adapter.update`).
 
-A kind is a file beside this one, named as `LoraConfig.variant` and the value's `variant` name it, whose class is `Live`.
+A kind is a file beside this one, named as `LoraConfig.variant` and the value's `variant` name it, whose class is
+`Live`.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ def master_dtype(layer: LoraLayer) -> torch.dtype:
 
 
 def device_of(layer: LoraLayer) -> torch.device:
-    """The layer's device, where accelerate's offload leaves its weight on "meta" between calls the one it is called on."""
+    """The layer's device, where accelerate's offload leaves its
+    weight on "meta" between calls the one it is called on.
+    """
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else layer.weight.device

@@ -2,8 +2,9 @@
 
     loss = − Σ log p(token | tokens before it) / tokens        perplexity = exp(loss)
 
-summed over all trained tokens of all rows, so that a long row counts for more than a short one and batches do not matter. The first
-token of a row is predicted from nothing and is left out. The losses are those of training (`causal_loss`).
+summed over all trained tokens of all rows, so that a long row counts for more than a short one and batches do not
+matter. The first token of a row is predicted from nothing and is left out. The losses are those of training
+(`causal_loss`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ class Loss:
 
 
 def perplexity(
-    model: PreTrainedModel, items: Sequence[Item], pad_id: int, batch_size: int = 16, on_batch: Callable[[int], None] | None = None
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    pad_id: int,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Loss:
     """The loss of `items`. `on_batch` hears after each batch how many rows it held."""
     _check(model, items, batch_size)
@@ -57,7 +62,8 @@ def perplexity(
                 if not math.isfinite(row_loss):
                     raise NotFiniteError(
                         f"{item.row.where}: the loss is {row_loss}\n"
-                        "  the model's logits overflow or hold NaN on this row: load the model in bfloat16 or float32 rather than float16,\n"
+                        "  the model's logits overflow or hold NaN on this row: load the model in bfloat16 or float32 "
+                        "rather than float16,\n"
                         "  and look at the adapter (lorakit inspect) for factors that are not finite"
                     )
                 total += row_loss
@@ -73,7 +79,8 @@ def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> No
         raise ConfigError(f"batch_size is {batch_size}\n  expected at least 1")
     if model.config.is_encoder_decoder:
         raise ConfigError(
-            f"{type(model).__name__} is an encoder-decoder model\n  the loss here is that of a decoder reading prompt and answer as one text"
+            f"{type(model).__name__} is an encoder-decoder model\n"
+            "  the loss here is that of a decoder reading prompt and answer as one text"
         )
     if not items:
         raise DataError("no rows to evaluate\n  expected at least one")
@@ -81,7 +88,11 @@ def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> No
     for item in items:
         if positions is not None and len(item.ids) > positions:
             raise DataError(
-                f"{item.row.where}: {len(item.ids)} tokens, but the model has {positions} positions\n  shorten the row or set max_length"
+                f"{item.row.where}: {len(item.ids)} tokens, but the model has {positions} positions\n"
+                "  shorten the row or set max_length"
             )
         if not any(item.trained[1:]):
-            raise DataError(f"{item.row.where}: no trained token after the first, so there is nothing to predict\n  take the row out")
+            raise DataError(
+                f"{item.row.where}: no trained token after the first, so there is nothing to predict\n"
+                "  take the row out"
+            )

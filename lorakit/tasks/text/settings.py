@@ -21,6 +21,8 @@ class Lengths(Strict):
     rows: ClassVar = {"max_length", "on_long"}
 
     max_length: int | Auto = Field("auto", description="longest row in tokens; auto: the data's 99th percentile")
-    on_long: Literal["auto", "drop", "cut", "split"] = Field("auto", description="longer rows are dropped, cut, or (plain text) split")
+    on_long: Literal["auto", "drop", "cut", "split"] = Field(
+        "auto", description="longer rows are dropped, cut, or (plain text) split"
+    )
 
     _max_length = field_validator("max_length")(at_least_one)

@@ -1,4 +1,6 @@
-"""What a sweep shows: a start panel with its runs, then a bar on a terminal and plain lines elsewhere, with the best so far."""
+"""What a sweep shows: a start panel with its runs, then a bar on
+a terminal and plain lines elsewhere, with the best so far.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,22 @@ class SweepProgress:
         self._note_best(runs)
         if self.quiet:
             return
-        self.console.print(Panel(Group(_shared(runs, folder), Text(), _listed(runs)), title=self.title, title_align="left", expand=False))
+        self.console.print(
+            Panel(
+                Group(_shared(runs, folder), Text(), _listed(runs)), title=self.title, title_align="left", expand=False
+            )
+        )
         if self.console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
             self._bar.start()
             self._task = self._bar.add_task("steps", total=self._all, completed=self._done, facts="")
         self._since = time.perf_counter()
@@ -92,7 +104,9 @@ class SweepProgress:
         if run.failed is not None:
             self._say(f"{name} failed: {run.failed}")
         elif run.step < run.job.steps:
-            self._say(f"{name} stopped early at step {run.step}: no better held-out loss since step {run.early.best_step}")
+            self._say(
+                f"{name} stopped early at step {run.step}: no better held-out loss since step {run.early.best_step}"
+            )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -100,7 +114,11 @@ class SweepProgress:
             self._bar = None
 
     def _note_best(self, runs: Sequence[Run]) -> None:
-        found = [(run.early.best_loss, run.job.adapter, run.early.best_step or 0) for run in runs if run.early.best_loss is not None]
+        found = [
+            (run.early.best_loss, run.job.adapter, run.early.best_step or 0)
+            for run in runs
+            if run.early.best_loss is not None
+        ]
         self._best = min(found, default=None)
 
     def _facts(self) -> str:
@@ -118,7 +136,9 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
     from ..progress import dtype_name, threads_of
 
     job = runs[0].job
-    base = sum(p.numel() for p in job.model.parameters()) - sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    base = sum(p.numel() for p in job.model.parameters()) - sum(
+        p.numel() for p in job.model.parameters() if p.requires_grad
+    )
     data = dict.fromkeys((r.config.data, len(r.job.train), len(r.job.held_out)) for r in runs)
     table = Table.grid(padding=(0, 2))
     rows = [
@@ -140,8 +160,17 @@ def _listed(runs: Sequence[Run]) -> Table:
         table.add_column(column, justify="left" if column in ("run", "") else "right")
     for run in runs[:MOST_LISTED]:
         trainable = sum(p.numel() for p in run.parameters.values())
-        where = "failed" if run.failed else "finished" if run.ended else f"going on at step {run.step}" if run.step else ""
-        cells = [run.job.adapter, f"{run.job.rate.value:g}", f"{trainable:,}", str(run.config.batch_size), f"{run.job.steps:,}", where]
+        where = (
+            "failed" if run.failed else "finished" if run.ended else f"going on at step {run.step}" if run.step else ""
+        )
+        cells = [
+            run.job.adapter,
+            f"{run.job.rate.value:g}",
+            f"{trainable:,}",
+            str(run.config.batch_size),
+            f"{run.job.steps:,}",
+            where,
+        ]
         table.add_row(*map(Text, cells))
     if len(runs) > MOST_LISTED:
         table.add_row(Text(f"and {len(runs) - MOST_LISTED} more"))

@@ -42,7 +42,9 @@ def test_every_module_is_the_nearest_of_its_rank(rank):
         assert error == pytest.approx(best, rel=1e-5, abs=1e-5 * float(W.norm()))
         assert report.error == pytest.approx(error / float(W.norm()), rel=1e-4, abs=1e-6)
         assert report.norm == pytest.approx(float(W.norm()), rel=1e-5)
-    total = sum(float((before[m] - after[m]).square().sum()) for m in before) / sum(float(W.square().sum()) for W in before.values())
+    total = sum(float((before[m] - after[m]).square().sum()) for m in before) / sum(
+        float(W.square().sum()) for W in before.values()
+    )
     assert done.error == pytest.approx(total**0.5, rel=1e-5)
     assert done.energy == pytest.approx(1 - total, rel=1e-5)
 
@@ -167,10 +169,14 @@ def test_a_dora_and_a_grouped_conv_of_pefts_are_refused_by_name():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({}, "needs a rank"), ({"rank": 0}, "at least 1"), ({"keep": 1.5}, "at most 1"), ({"error": 0}, "more than 0"),
-        ({"keep": 0.9, "error": 0.1}, "twice"), ({"rank": 3, "overall": True}, "overall needs keep"),
+        ({}, "needs a rank"),
+        ({"rank": 0}, "at least 1"),
+        ({"keep": 1.5}, "at most 1"),
+        ({"error": 0}, "more than 0"),
+        ({"keep": 0.9, "error": 0.1}, "twice"),
+        ({"rank": 3, "overall": True}, "overall needs keep"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_said(options, said):
     with pytest.raises(ConfigError, match=said):
         resize(adapter(), **options)
@@ -188,7 +194,9 @@ def test_packed_parts_share_the_larger_rank():
 
 
 def test_overall_takes_no_more_than_it_must_of_whole_updates_too():
-    """Slow and fast spectra side by side: the slow one's values are needed further than its own share of the energy goes."""
+    """Slow and fast spectra side by side: the slow one's values
+    are needed further than its own share of the energy goes.
+    """
 
     def whole(values):
         U, V = (torch.linalg.qr(numbers(220, len(values), seed=seed))[0] for seed in (1, 2))

@@ -75,12 +75,23 @@ def tucker():
 
 
 KINDS = {
-    "linear": factors(), "conv": factors("conv"), "embedding": factors("embedding"), "transposed": factors(transposed=True),
-    "rslora": factors(rslora=True), "LoHa": hadamard(), "LoHa, Tucker": tucker(), "LoKr": kronecker(),
-    "LoHa of a high rank": Hadamard(numbers(20, 5), numbers(5, 18), numbers(20, 5, seed=1), numbers(5, 18, seed=1), 1.0),
-    "LoKr, conv, Tucker": Kronecker(2.0, w1a=numbers(4, 2), w1b=numbers(2, 3), w2a=numbers(2, 5), w2b=numbers(2, 6), t2=numbers(2, 2, 3, 3)),
-    "LoKr, conv": Kronecker(2.0, w1=numbers(4, 3), w2=numbers(5, 6, 3, 3)), "whole": Dense(numbers(11, 4, 3, 3)),
-}  # fmt: skip
+    "linear": factors(),
+    "conv": factors("conv"),
+    "embedding": factors("embedding"),
+    "transposed": factors(transposed=True),
+    "rslora": factors(rslora=True),
+    "LoHa": hadamard(),
+    "LoHa, Tucker": tucker(),
+    "LoKr": kronecker(),
+    "LoHa of a high rank": Hadamard(
+        numbers(20, 5), numbers(5, 18), numbers(20, 5, seed=1), numbers(5, 18, seed=1), 1.0
+    ),
+    "LoKr, conv, Tucker": Kronecker(
+        2.0, w1a=numbers(4, 2), w1b=numbers(2, 3), w2a=numbers(2, 5), w2b=numbers(2, 6), t2=numbers(2, 2, 3, 3)
+    ),
+    "LoKr, conv": Kronecker(2.0, w1=numbers(4, 3), w2=numbers(5, 6, 3, 3)),
+    "whole": Dense(numbers(11, 4, 3, 3)),
+}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
