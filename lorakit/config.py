@@ -53,8 +53,8 @@ class Choice:
 
 
 class Strict(BaseModel):
-    """A frozen settings object that refuses unknown keys (with
-    the nearest name) and says what was wrong with a value.
+    """A frozen settings object that refuses unknown keys (with the nearest name) and says what was
+    wrong with a value.
     """
 
     # Names of a class's own settings: those that change nothing that is computed, and those that decide which rows are
@@ -113,8 +113,8 @@ def at_least_one(value: int | str) -> int | str:
 
 
 def joined(name: str, parts: Iterable[type[Strict]]) -> type[Strict]:
-    """One class of settings with those of all parts. A setting, or a
-    check of one, is defined in one class only: TypeError where two do.
+    """One class of settings with those of all parts. A setting, or a check of one, is defined in one class only:
+    TypeError where two do.
     """
     parts = tuple(parts)
     owners: dict[str, type] = {}

@@ -63,8 +63,8 @@ class LoRALayer:
 
 
 class _MergingLayer(LoRALayer, nn.Module):
-    """`train` and `eval` that take ΔW out of the weight and put
-    it in, and what else has to know whether it is there.
+    """`train` and `eval` that take ΔW out of the weight and put it in,
+    and what else has to know whether it is there.
     """
 
     scaling: float
@@ -196,8 +196,8 @@ class Linear(_MergingLayer, nn.Linear):
 
 
 class MergedLinear(Linear):
-    """One linear that holds several projections of equal size (q,
-    k, v), those with `enable_lora` adapted, each with rank r.
+    """One linear that holds several projections of equal size (q, k, v), those with `enable_lora` adapted, each with
+    rank r.
     """
 
     def __init__(
@@ -281,8 +281,8 @@ class Embedding(_MergingLayer, nn.Embedding):
 
 
 class ConvLoRA(_MergingLayer):
-    """A convolution `conv` with an update of its weight. As in
-    loralib, `lora_dropout` is accepted and has no effect here.
+    """A convolution `conv` with an update of its weight. As in loralib, `lora_dropout` is accepted and has no effect
+    here.
     """
 
     conv_class: type[nn.Module]
@@ -380,8 +380,8 @@ class Conv3d(ConvLoRA):
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze every parameter without "lora_" in its name. Biases
-    stay trainable as `bias` says: "none", "all", "lora_only".
+    """Freeze every parameter without "lora_" in its name. Biases stay trainable as `bias` says: "none", "all",
+    "lora_only".
     """
     _check_bias(bias)
     for name, parameter in model.named_parameters():

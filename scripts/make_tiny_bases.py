@@ -66,8 +66,8 @@ def byte_level(name: str | None = None, whole: bool = False) -> PreTrainedTokeni
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """Merges as transformers makes them of a SentencePiece model: all the
-    ways to cut a token in two, in the order of the tokens' scores.
+    """Merges as transformers makes them of a SentencePiece model: all the ways to cut a token in two, in the order of
+    the tokens' scores.
     """
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))

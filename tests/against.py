@@ -1,5 +1,5 @@
-"""What the tests of the fast ops share: random projections, gradients
-side by side, and how far a result is from float64 maths.
+"""What the tests of the fast ops share: random projections, gradients side by side, and how far a result is from
+float64 maths.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def projection(
 
 
 def as_dtype(p: Projection, dtype: torch.dtype, factors: torch.dtype | None = None, trained: str = "AB") -> Projection:
-    """A copy with its weight in `dtype`, and its factors, leaves
-    that take gradients if `trained` names them, in `factors`.
+    """A copy with its weight in `dtype`, and its factors, leaves that take gradients if `trained` names them, in
+    `factors`.
     """
     A, B = (
         None if t is None else t.detach().to(factors or dtype, copy=True).requires_grad_(name in trained)
@@ -64,8 +64,8 @@ def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 def assert_as_exact(
     fast: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], factor: float = 1.25
 ) -> None:
-    """Whether the fast form is about as near to float64 maths as the
-    plain lines are. In float32 the order of a sum decides alone.
+    """Whether the fast form is about as near to float64 maths as the plain lines are. In float32 the order of a sum
+    decides alone.
     """
     ours, theirs = error(fast, exact), error(plain, exact)
     one = torch.finfo(fast[0].dtype).eps

@@ -1,5 +1,5 @@
-"""A tokenizer of single bytes and tiny random models in float32,
-whose outputs are exact enough to compare token by token.
+"""A tokenizer of single bytes and tiny random models in float32, whose outputs are exact enough to compare token by
+token.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`lorakit.loralib` against loralib 0.1.2 itself: forward,
-gradients, start values, state dicts; then what only ours can do.
+"""`lorakit.loralib` against loralib 0.1.2 itself: forward, gradients, start values, state dicts; then what only ours
+can do.
 """
 
 from __future__ import annotations

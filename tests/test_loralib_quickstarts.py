@@ -1,5 +1,5 @@
-"""loralib's own README, run with only its import line changed;
-and each row of docs/loralib.md's PEFT table, beside PEFT.
+"""loralib's own README, run with only its import line changed; and each row of docs/loralib.md's PEFT table, beside
+PEFT.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def mlp(dtype: torch.dtype = torch.float32) -> Mlp:
 
 
 class Cnn(nn.Module):
-    """A convolution of each dimension, with what a convolution
-    can have: stride, padding and its modes, dilation, groups.
+    """A convolution of each dimension, with what a convolution can have: stride, padding and its modes, dilation,
+    groups.
     """
 
     def __init__(self, groups: int, dilation: int) -> None:
@@ -147,8 +147,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def randomise_factors(model: nn.Module, seed: int = 1, size: float = 0.3) -> nn.Module:
-    """Random numbers for every factor, and a change of every
-    weight that an adapter holds whole. Stands in for training.
+    """Random numbers for every factor, and a change of every weight that an adapter holds whole. Stands in for
+    training.
     """
     made = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""A tiny language model on disk, of bytes, and rows to train
-it on: enough for the whole way from data to merged model.
+"""A tiny language model on disk, of bytes, and rows to train it on:
+enough for the whole way from data to merged model.
 """
 
 from __future__ import annotations

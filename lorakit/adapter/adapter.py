@@ -116,8 +116,8 @@ class Adapter:
         return combine([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
 
     def resize(self, rank: int | None = None, **options: Any) -> Adapter:
-        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1
-        (see `lorakit.adapter.algebra.resize`, which tells what it cost).
+        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.algebra.resize`,
+        which tells what it cost).
         """
         from .algebra.resize import resize
 
@@ -146,8 +146,8 @@ class Adapter:
 
     @classmethod
     def load(cls, source: str | Path, **options: Any) -> Adapter:
-        """Read an adapter from a folder, a file or a hub id, in
-        any format lorakit knows (see `lorakit.formats.load`).
+        """Read an adapter from a folder, a file or a hub id,
+        in any format lorakit knows (see `lorakit.formats.load`).
         """
         from ..formats import load
 

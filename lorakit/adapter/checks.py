@@ -17,8 +17,8 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
-    """In this precision (None: as it is). AdapterError where a finite
-    number is too large for it; `what` says where it is from.
+    """In this precision (None: as it is). AdapterError where a finite number is too large for it; `what` says where it
+    is from.
     """
     if dtype is None or not tensor.is_floating_point():
         return tensor

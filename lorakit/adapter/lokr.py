@@ -117,8 +117,8 @@ class Kronecker(Update):
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """Row i of W1 ⊗ W2 is made of row i // o2 of W1 and row i
-        % o2 of W2; of the transposed weight columns likewise.
+        """Row i of W1 ⊗ W2 is made of row i // o2 of W1 and row i % o2 of W2; of the transposed weight columns
+        likewise.
         """
         first, second, scale = _whole(self._first), _whole(self._second).flatten(1), self.scale * weight
         first, second = (first.T, second.T) if transposed else (first, second)

@@ -29,8 +29,8 @@ Kind = Literal["linear", "embedding", "conv"]
 
 @dataclass(frozen=True)
 class Form:
-    """What low-rank factors of a module are like, but for their rank
-    and numbers. `inner`: A's axes after the rank; `axes`: B's.
+    """What low-rank factors of a module are like, but for their rank and numbers. `inner`: A's axes after the rank;
+    `axes`: B's.
     """
 
     kind: Kind

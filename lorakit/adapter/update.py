@@ -75,8 +75,8 @@ class Update(ABC):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether ΔW is of a matrix or a kernel: low-rank factors
-        can stand for it. Else it is of a norm or a bias alone.
+        """Whether ΔW is of a matrix or a kernel: low-rank factors can stand for it. Else it is of a norm or a bias
+        alone.
         """
         return True
 
@@ -111,8 +111,8 @@ class Update(ABC):
 
     @abstractmethod
     def times(self, weight: float, module: str) -> Self:
-        """`weight` · ΔW, of the same kind. AdapterError, naming the module,
-        where that is no such update or too large for its precision.
+        """`weight` · ΔW, of the same kind. AdapterError, naming the module, where that is no such update or too large
+        for its precision.
         """
 
     # ΔW by itself
@@ -137,8 +137,8 @@ class Update(ABC):
         return self
 
     def low_rank(self) -> LowRank | None:
-        """The exact L and R in float64; None where the rank of such a
-        product is no smaller than the matrix, or ΔW depends on W.
+        """The exact L and R in float64; None where the rank of such a product is no smaller than the matrix, or ΔW
+        depends on W.
         """
         return None
 

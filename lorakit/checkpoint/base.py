@@ -67,8 +67,8 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. LorakitError for what
-    is no checkpoint, is quantized, or is stored as pickles.
+    """Read a folder's config and headers. LorakitError for what is no checkpoint, is quantized, or is stored as
+    pickles.
     """
     if not folder.exists():
         here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -122,8 +122,8 @@ def open_single_file(path: Path) -> Base:
 
 
 def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | None]:
-    """(the file with all weights, or None; the index of several, or None).
-    LorakitError where there are several variants to choose from.
+    """(the file with all weights, or None; the index of several, or None). LorakitError where there are several
+    variants to choose from.
     """
     for stem in stems:
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"

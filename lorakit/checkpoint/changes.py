@@ -19,8 +19,8 @@ from .where import Place, Places, bias_place, slot_at
 
 @dataclass
 class Changes:
-    """By the files' names: `updates` of rows (start, stop) of a tensor,
-    `values` in its place, those `added` that the files lack.
+    """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the
+    files lack.
     """
 
     base: Base
@@ -106,8 +106,8 @@ class Changes:
 
 
 def check_something(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
-    """Warnings of what cannot be merged; AdapterError where an adapter
-    changes no weight at all, or has none that can be weighted.
+    """Warnings of what cannot be merged; AdapterError where an adapter changes no weight at all, or has none that can
+    be weighted.
     """
     tokens = listing(adapter.embeddings, 3)
     if adapter.embeddings and not adapter.updates and not adapter.saved:

@@ -53,8 +53,8 @@ class ModuleExtract:
 
 @dataclass(frozen=True)
 class Extracted:
-    """`rest`: what changed and has no factors, with ‖change‖; those of it
-    that are `kept` are in the adapter whole, if that was asked for.
+    """`rest`: what changed and has no factors, with ‖change‖; those of it that are `kept` are in the adapter whole, if
+    that was asked for.
     """
 
     adapter: Adapter

@@ -27,8 +27,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Layout:
-    """`modules`: the model's, by their own names, or nothing where the
-    architecture is not known. `rename`: own names to the files'.
+    """`modules`: the model's, by their own names, or nothing where the architecture is not known. `rename`: own names
+    to the files'.
     """
 
     base: Base
@@ -74,8 +74,8 @@ class Layout:
 
 
 class _Stored(dict):
-    """The model's parameters for their shapes; one that is asked
-    for by name is read, so that only those few are in memory.
+    """The model's parameters for their shapes; one that is asked for by name is read, so that only those few are in
+    memory.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], layout: Layout) -> None:

@@ -33,8 +33,8 @@ _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for 
 
 @dataclass(frozen=True)
 class Pair:
-    """A parameter as it was and as it is. `form`: of its low-rank factors,
-    None if it has none. `adaptable`: an adapter can hold its change.
+    """A parameter as it was and as it is. `form`: of its low-rank factors, None if it has none. `adaptable`: an adapter
+    can hold its change.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Pair:
 
 
 def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
-    """Of two checkpoints of a diffusion model; None if BASE is a
-    language model's folder. LorakitError if they do not go together.
+    """Of two checkpoints of a diffusion model; None if BASE is a language model's folder. LorakitError if they do not
+    go together.
     """
     kinds = [_kind(path) for path in (base, tuned)]
     if kinds == ["folder", "folder"]:
@@ -149,8 +149,8 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
 
 
 def _model_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Which diffusion model these parameters are of. By widths too: SD1
-    and SD2 share their UNet's names, and their text encoders differ.
+    """Which diffusion model these parameters are of. By widths too: SD1 and SD2 share their UNet's names, and their
+    text encoders differ.
     """
     sizes = {
         n.rpartition(".")[0]: s for n, s in shapes.items() if n.startswith(("unet.", "transformer.")) and len(s) > 1

@@ -48,8 +48,8 @@ class Part:
 
 
 def open_parts(path: Path, names: Collection[str], everything: bool = False) -> list[Part]:
-    """The parts that hold these modules or weights, or (`everything`)
-    all that have weights. LorakitError for what is no checkpoint.
+    """The parts that hold these modules or weights, or (`everything`) all that have weights. LorakitError for what is
+    no checkpoint.
     """
     if path.is_file():
         return [Part("", open_single_file(path))]

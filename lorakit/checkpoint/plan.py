@@ -98,8 +98,8 @@ class Plan:
 
 
 def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torch.dtype | None, untie: bool) -> Plan:
-    """Of adapters with their weights. TargetError or AdapterError for
-    whatever does not fit the base; nothing is left out in silence.
+    """Of adapters with their weights. TargetError or AdapterError for whatever does not fit the base; nothing is left
+    out in silence.
     """
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
@@ -134,8 +134,8 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
 
 
 def _same_change(changes: Changes, group: list[str]) -> bool:
-    """Whether all of a group of tied weights gain the same low-rank
-    update: a head the transposed factors of its embedding.
+    """Whether all of a group of tied weights gain the same low-rank update: a head the transposed factors of its
+    embedding.
     """
     found = [change for n in group for changed in changes.updates.get(n, {}).values() for change in changed]
     if len(found) != len(group) or any(n in changes.values for n in group):
@@ -153,8 +153,8 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
 
 
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
-    """Weights that stay one can only change as one: TargetError
-    unless the adapter saved the same whole weight for all of them.
+    """Weights that stay one can only change as one: TargetError unless the adapter saved the same whole weight for all
+    of them.
     """
     values = changes.values
     for holder in dict.fromkeys(ties.values()):

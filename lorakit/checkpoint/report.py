@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One target: `rank`, of all its updates together; `asked`, the largest |ΔW|; `applied`,
-    the largest |written - base|; `changed`, the share of its numbers that differ.
+    """One target: `rank`, of all its updates together; `asked`, the largest |ΔW|; `applied`, the largest |written -
+    base|; `changed`, the share of its numbers that differ.
     """
 
     module: str

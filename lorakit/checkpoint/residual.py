@@ -101,7 +101,7 @@ def _start(start: str, W: Tensor, f: Factors) -> Factors:
 
 
 def _largest(W: Tensor, r: int) -> Tensor:
-    """The first r left singular vectors of W [m, n], m <= n, from W
-    Wᵀ in float64: m x m, where an SVD takes several times as long.
+    """The first r left singular vectors of W [m, n], m <= n, from W Wᵀ in float64: m x m, where an SVD takes several
+    times as long.
     """
     return torch.linalg.eigh(W @ W.T)[1][:, -r:]

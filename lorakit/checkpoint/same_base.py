@@ -39,8 +39,8 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
 
 
 def compare_with_base(path: Path, adapter: Adapter) -> list[str]:
-    """The same for a checkpoint's folder, a pipeline's or a single
-    file. LorakitError if it lacks one of the adapter's modules.
+    """The same for a checkpoint's folder, a pipeline's or a single file. LorakitError if it lacks one of the adapter's
+    modules.
     """
     lines = []
     for part in open_parts(path, list(adapter.updates)):

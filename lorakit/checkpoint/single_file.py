@@ -114,8 +114,8 @@ _DIFFUSERS = ("down_blocks.0.", "single_transformer_blocks.0.", "transformer_blo
 
 
 class Place(NamedTuple):
-    """The rows [start, stop) of a file's tensor that are one
-    module's weight, and how they differ from the module's own.
+    """The rows [start, stop) of a file's tensor that are one module's weight, and how they differ from the module's
+    own.
     """
 
     tensor: str
@@ -126,8 +126,8 @@ class Place(NamedTuple):
 
 
 def model_of_file(shapes: Shapes) -> str:
-    """Which of `names.MODELS` a file's tensors (name -> shape)
-    are. LorakitError, saying what they look like, if none.
+    """Which of `names.MODELS` a file's tensors (name -> shape) are.
+    LorakitError, saying what they look like, if none.
     """
     for prefix in DENOISER:
         for family, signs in _SIGNS.items():
@@ -155,8 +155,8 @@ def places(model: str, shapes: Shapes) -> dict[str, Place]:
 
 
 def bias_place(model: str, module: str, shapes: Shapes) -> Place | None:
-    """Where a module's bias lies: the rows of its weight, in another tensor.
-    None if the file does not hold the module or has no bias of it.
+    """Where a module's bias lies: the rows of its weight, in another tensor. None if the file does not hold the module
+    or has no bias of it.
     """
     component, _, name = module.partition(".")
     place = (
@@ -258,8 +258,8 @@ def _rows(tensor: str, shapes: Shapes) -> int:
 
 
 def _unet_of(shapes: Shapes, prefix: str) -> str:
-    """ "sdxl" has three levels and an embedding of its sizes; SD1 and
-    SD2 share their names and differ in text encoder and widths.
+    """ "sdxl" has three levels and an embedding of its sizes; SD1 and SD2 share their names and differ in text encoder
+    and widths.
     """
     if any("time_stack." in name for name in shapes):
         raise LorakitError(

@@ -72,8 +72,8 @@ def write_file(
 
 
 def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows [n, -1] of a tensor as it is to be, not yet rounded:
-    W + ΔW in at least float32; W as stored, or what replaces it.
+    """Blocks of rows [n, -1] of a tensor as it is to be, not yet rounded: W + ΔW in at least float32; W as stored, or
+    what replaces it.
     """
     if entry.value is not None:
         whole = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
@@ -112,8 +112,8 @@ def _rounded(entry: Entry, new: Tensor, old: Tensor) -> Tensor:
 def read_back(
     path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], done: Callable[[str], None]
 ) -> list[TargetReport]:
-    """Compare a written file with the base: what each update changed,
-    and that nothing else did. LorakitError if something else did.
+    """Compare a written file with the base: what each update changed, and that nothing else did. LorakitError if
+    something else did.
     """
     slots, _ = read_header(path)
     if list(slots) != [e.name for e in entries]:

@@ -38,8 +38,8 @@ def declared(base: Base) -> dict[str, str]:
 
 
 def find_ties(base: Base, pairs: Mapping[str, str], rename: Renaming) -> dict[str, str]:
-    """Those of the declared pairs that hold in these files, in
-    the files' names: stored once, or twice with equal bytes.
+    """Those of the declared pairs that hold in these files, in the files' names: stored once, or twice with equal
+    bytes.
     """
     prefix = f"{getattr(_class(base), 'base_model_prefix', '')}." if pairs else ""
     ties = {}

@@ -21,8 +21,8 @@ CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 @dataclass(frozen=True)
 class Change:
-    """`weight` · ΔW of a module (or of its bias). `swapped`: the
-    stored rows have their two halves the other way round.
+    """`weight` · ΔW of a module (or of its bias).
+    `swapped`: the stored rows have their two halves the other way round.
     """
 
     module: str

@@ -54,8 +54,8 @@ class Weights:
 
 
 def open_weights(path: Path, modules: Collection[str]) -> Weights:
-    """Of a transformers folder, a diffusers pipeline's, a diffusion
-    model's single file. TargetError if it lacks one of the modules.
+    """Of a transformers folder, a diffusers pipeline's, a diffusion model's single file. TargetError if it lacks one of
+    the modules.
     """
     found: dict[str, Weight] = {}
     for part in open_parts(path, modules):

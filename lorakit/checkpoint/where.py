@@ -36,8 +36,8 @@ _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
 def find_places(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Places:
-    """Of all these modules; TargetError where one is not there. `saved`:
-    whole weights' names, which tell the renaming if nothing else does.
+    """Of all these modules; TargetError where one is not there. `saved`: whole weights' names, which tell the renaming
+    if nothing else does.
     """
     if base.single_file:
         return _in_single_file(base, modules)

@@ -245,8 +245,8 @@ def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[lis
 
 
 def held_out_of(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Split a run's rows into (train, held out). Runs that differ
-    in their seeds are compared on the same held-out rows.
+    """Split a run's rows into (train, held out). Runs that differ in their seeds are compared on the same held-out
+    rows.
     """
     return split(items, share, SPLIT_SEED) if share else (list(items), [])
 

@@ -79,8 +79,8 @@ def read_labelled(
     max_length: int | Literal["auto"] = "auto",
     on_long: Literal["auto", "drop", "cut", "split"] = "auto",
 ) -> Labelled:
-    """Read and tokenize all rows. Longer ones are cut (the default),
-    or dropped. DataError names a row that has no text or no label.
+    """Read and tokenize all rows. Longer ones are cut (the default), or dropped. DataError names a row that has no text
+    or no label.
     """
     if on_long == "split":
         raise ConfigError("on_long: split would leave pieces of a text with the label of all of it\n  use cut or drop")
@@ -114,8 +114,8 @@ def read_labelled(
 
 
 def collate_labelled(items: Sequence[LabelledItem], pad_id: int, multiple_of: int = 8) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` [batch, length], padded on the
-    right, `labels` [batch]; `token_type_ids` where rows have them.
+    """`input_ids`, `attention_mask` [batch, length], padded on the right, `labels` [batch]; `token_type_ids` where rows
+    have them.
     """
     import torch
 

@@ -43,8 +43,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Judged:
-    """One adapter's result, None being the base. `texts` answer the
-    report's prompts, in their order; without generation, none.
+    """One adapter's result, None being the base. `texts` answer the report's prompts, in their order; without
+    generation, none.
     """
 
     adapter: str | None
@@ -169,8 +169,8 @@ def evaluate(
 def prompts_of(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, references_column: str = "references"
 ) -> list[Prompt]:
-    """The distinct prompts of `items` in order of appearance,
-    each with all answers that its rows give, without repeats.
+    """The distinct prompts of `items` in order of appearance, each with all answers that its rows give, without
+    repeats.
     """
     groups: dict[tuple[int, ...], list[Item]] = {}
     for item in items:

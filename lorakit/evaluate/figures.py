@@ -17,8 +17,8 @@ MODEL = "model"
 def figures(
     task: Task, base: Base, items: Sequence[Item], adapters: Sequence[str], batch_size: int
 ) -> list[dict[str, Any]]:
-    """One row of figures for each adapter, or for the model where
-    there is none: a base without an adapter has no trained head.
+    """One row of figures for each adapter, or for the model where there is none: a base without an adapter has no
+    trained head.
     """
     found = []
     for name in adapters:

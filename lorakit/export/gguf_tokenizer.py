@@ -137,8 +137,8 @@ def pre_name(definition: dict[str, Any]) -> str:
 
 
 def _step(part: dict[str, Any]) -> str:
-    """A step as written in `_NAMES`: a regular expression,
-    "digit", or "" for bytes; else its JSON, which matches none.
+    """A step as written in `_NAMES`: a regular expression, "digit", or "" for bytes;
+    else its JSON, which matches none.
     """
     kind = part.get("type")
     if kind == "ByteLevel" and not part.get("add_prefix_space"):

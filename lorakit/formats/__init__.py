@@ -92,8 +92,8 @@ def save(
 
 
 def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:
-    """What of this adapter the format cannot hold, one line each.
-    `path`: where it would be written, as endings differ in that.
+    """What of this adapter the format cannot hold, one line each. `path`: where it would be written, as endings differ
+    in that.
     """
     return _module(format).losses(adapter, path) if format == "cloneofsimo" else _module(format).losses(adapter)
 

@@ -153,8 +153,8 @@ def losses(adapter: Adapter, path: Path | None = None) -> list[str]:
 
 
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and
-    `.ti.pt` beside it. AdapterError if anything would be lost.
+    """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and `.ti.pt` beside it. AdapterError if anything would be
+    lost.
     """
     lost = losses(adapter.check(), path)
     if lost:

@@ -42,8 +42,8 @@ def convert(
     dtype: torch.dtype | Literal["q8_0"] | None = None,
     allow_loss: bool = False,
 ) -> Converted:
-    """Write `adapter` in the format `to`. AdapterError lists what it
-    cannot hold; with `allow_loss` that is left out and returned.
+    """Write `adapter` in the format `to`. AdapterError lists what it cannot hold; with `allow_loss` that is left out
+    and returned.
     """
     from . import losses, save
 

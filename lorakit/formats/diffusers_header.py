@@ -36,8 +36,8 @@ class Strengths:
         self._patterns: dict[str, _Pattern] = {}
 
     def of(self, module: str, rank: int) -> tuple[float, bool]:
-        """(alpha, rslora) of a module, its component in front: alpha
-        is the rank where the header says nothing of that component.
+        """(alpha, rslora) of a module, its component in front: alpha is the rank where the header says nothing of that
+        component.
         """
         component, _, name = module.partition(".")
         prefix = f"{component}." if any(key.startswith(f"{component}.") for key in self._described) else ""

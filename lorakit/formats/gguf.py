@@ -109,8 +109,8 @@ def write(adapter: Adapter, path: Path, base: Any = None, kind: str | None = Non
 
 
 def read(path: Path, base: Any = None) -> Adapter:
-    """Read a GGUF adapter, with transformers' names. `base` as
-    in `write`, needed where the rows of q and k are permuted.
+    """Read a GGUF adapter, with transformers' names. `base` as in `write`, needed where the rows of q and k are
+    permuted.
     """
     pairs, tensors = read_gguf(path)
     kind = pairs.get("general.type")

@@ -40,8 +40,8 @@ TOKENS, OUTPUT = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class Architecture:
-    """`name`: GGUF's. `modules`: transformers' names, {} for
-    the layer's number. `permuted`: the rows of q and k are.
+    """`name`: GGUF's. `modules`: transformers' names, {} for the layer's number.
+    `permuted`: the rows of q and k are.
     """
 
     name: str

@@ -80,8 +80,8 @@ def hub_name(text: str) -> HubName | None:
 
 
 def fetch(source: str, revision: str | None = None) -> Path:
-    """The local copy of a hub id's adapter: a folder or a file.
-    AdapterError if the hub has none by that name, or does not give it.
+    """The local copy of a hub id's adapter: a folder or a file. AdapterError if the hub has none by that name, or does
+    not give it.
     """
     here = Path(source).expanduser().parent
     alike = did_you_mean(Path(source).name, [p.name for p in here.iterdir()]) if here.is_dir() else ""
@@ -121,8 +121,8 @@ def fetch(source: str, revision: str | None = None) -> Path:
 
 
 def _files(name: HubName) -> tuple[dict[str, int | None], str | None] | None:
-    """The repository's files with their bytes, and its commit;
-    None if the hub cannot be reached and some of it is cached.
+    """The repository's files with their bytes, and its commit; None if the hub cannot be reached and some of it is
+    cached.
     """
     try:
         info = api().model_info(name.repository, revision=name.revision, files_metadata=True, timeout=SECONDS)

@@ -25,8 +25,8 @@ _LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "co
 
 
 def adapter_in(folder: Path) -> Path:
-    """The adapter that a folder is or holds: itself, a folder in it
-    or a file in it. AdapterError if there are several or none.
+    """The adapter that a folder is or holds: itself, a folder in it or a file in it. AdapterError if there are several
+    or none.
     """
     if (folder / ADAPTER_CONFIG).is_file() or (folder / DIFFUSERS_FILE).is_file():
         return folder
@@ -98,8 +98,8 @@ def _model_folder(folder: Path, config: str, adapters: Sequence[Path]) -> str:
 
 
 def _model_config(folder: Path) -> str | None:
-    """The config of the model or pipeline that a folder holds; None if
-    it holds none (LoRA files too may have a config.json beside them).
+    """The config of the model or pipeline that a folder holds; None if it holds none (LoRA files too may have a
+    config.json beside them).
     """
     if (folder / "model_index.json").is_file():
         return "model_index.json"

@@ -204,8 +204,8 @@ def _config(updates: Mapping[str, Update]) -> LoraConfig:
 
 
 def _written_for(adapter: Adapter) -> str | None:
-    """The model it is written for: the one it says, if that has
-    any of its modules, else the one its names and widths fit.
+    """The model it is written for: the one it says, if that has any of its modules, else the one its names and widths
+    fit.
     """
     said = adapter.metadata.get("model")
     if said in names.MODELS and all(module in names.shapes(said) for module in adapter.updates):
@@ -252,8 +252,8 @@ def _fused(place: names.Place, found: Mapping[str, Update], model: str) -> Updat
 
 
 def _swapped(model: str, key: str, module: str, update: Update) -> bool:
-    """Whether the key has the halves of the module's rows the other way
-    round. A bias alone does not tell its weight's width: the list does.
+    """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's
+    width: the list does.
     """
     out, width = size(update)
     if not update.changes_weight:

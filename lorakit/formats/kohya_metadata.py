@@ -105,8 +105,8 @@ def metadata(
 def _network(
     header: Mapping[str, str], base: Base, written: Mapping[str, tuple[Update, Tensor | None]]
 ) -> dict[str, str]:
-    """ss_network_*: ranks and alphas, "Dynamic" where they differ.
-    Convolutions with a kernel have their own, in the arguments.
+    """ss_network_*: ranks and alphas, "Dynamic" where they differ. Convolutions with a kernel have their own, in the
+    arguments.
     """
     updates = [update for update, _ in written.values()]
     lycoris = any(not isinstance(u, Factors) or u.magnitude is not None for u in updates)

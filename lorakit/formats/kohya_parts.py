@@ -61,8 +61,8 @@ def part_sizes(total: int, stored: Sequence[int], where: str) -> list[int]:
 
 
 def split(update: Update, sizes: Sequence[int], where: str) -> list[Update | None]:
-    """One update for each block of rows, None for one that block-diagonal
-    factors leave as it is. AdapterError if there are no such parts.
+    """One update for each block of rows, None for one that block-diagonal factors leave as it is. AdapterError if there
+    are no such parts.
     """
     if isinstance(update, Kronecker) and any(s % _block(update) for s in sizes):
         if update.w2a is None or update.w2b is None or update.t2 is not None:
@@ -88,8 +88,8 @@ def split(update: Update, sizes: Sequence[int], where: str) -> list[Update | Non
 
 
 def fuse(parts: Mapping[str, Update], modules: Sequence[str], stored: Sequence[int]) -> Update | None:
-    """The update of the fused weight of `modules` (`stored`: the
-    rows each has in the real model), or None if none is the same.
+    """The update of the fused weight of `modules` (`stored`: the rows each has in the real model), or None if none is
+    the same.
     """
     present = [parts.get(module) for module in modules]
     whole = [p for p in present if p is not None]
@@ -147,8 +147,8 @@ def _rounded(value: float) -> float:
 
 
 def _blocks(parts: Sequence[Factors | None], stored: Sequence[int]) -> Factors:
-    """Block by block. The scales differ: relative to the largest
-    they go into B, exactly where that is a power of two.
+    """Block by block. The scales differ: relative to the largest they go into B,
+    exactly where that is a power of two.
     """
     whole = [p for p in parts if p is not None]
     unit = whole[0].B.shape[0] / stored[parts.index(whole[0])]

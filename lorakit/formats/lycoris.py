@@ -51,8 +51,8 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Update:
-    """The update that a key's tensors, by suffix, are. `shape`: the
-    real weight's, for its kernel and as the largest ΔW to believe.
+    """The update that a key's tensors, by suffix, are. `shape`: the real weight's, for its kernel and as the largest ΔW
+    to believe.
     """
     unknown = next((s for s in tensors if s not in SUFFIXES), None)
     if unknown is not None:
@@ -106,8 +106,8 @@ def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: boo
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """A number without axes in the weights' dtype, or in the first
-    wider one that holds it: readers take it as a Python number.
+    """A number without axes in the weights' dtype, or in the first wider one that holds it: readers take it as a Python
+    number.
     """
     candidates = [torch.tensor(value, dtype=d) for d in (dtype, torch.float32, torch.float64)]
     return next((c for c in candidates if c.item() == value), candidates[-1])
@@ -294,8 +294,8 @@ def _whole(key: str, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> Den
 
 
 def _with_bias(key: str, parts: Mapping[str, Tensor], alpha: Tensor | None, shape: tuple[int, ...]) -> Dense:
-    """Low-rank factors with a change of the bias, as programs that
-    extract them write: the change whole, there being no kind for both.
+    """Low-rank factors with a change of the bias, as programs that extract them write: the change whole, there being no
+    kind for both.
     """
     factors = update(
         key, {s: t for s, t in parts.items() if s in LORA} | ({"alpha": alpha} if alpha is not None else {}), shape

@@ -56,8 +56,8 @@ def is_mlx(folder: Path) -> bool:
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], alpha: float | None = None) -> Adapter:
-    """Read what the file `path` held. Its scale is in the config
-    beside it; `alpha` must be given where there is none.
+    """Read what the file `path` held. Its scale is in the config beside it;
+    `alpha` must be given where there is none.
     """
     beside = path.parent / CONFIG
     values = read_json(beside) if beside.is_file() else {}

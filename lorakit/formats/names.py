@@ -30,8 +30,8 @@ UNET, TRANSFORMER = ("lora_unet_", "lycoris_"), ("lora_unet_", "lora_transformer
 
 
 class Component(NamedTuple):
-    """A part of a pipeline: its list of names, the prefixes its keys
-    have (the first is written), and whether ldm names are written.
+    """A part of a pipeline: its list of names, the prefixes its keys have (the first is written), and whether ldm names
+    are written.
     """
 
     listed: str

@@ -1,5 +1,5 @@
-"""Which parts of a packed projection are adapted, as our own metadata
-says: plain files hold the update without its zeros' meaning.
+"""Which parts of a packed projection are adapted, as our own metadata says: plain files hold the update without its
+zeros' meaning.
 """
 
 from __future__ import annotations

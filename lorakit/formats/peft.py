@@ -55,8 +55,8 @@ def is_peft(path: Path) -> bool:
 
 
 def start_of(path: Path) -> str | None:
-    """How PEFT's folder was started, if that was from the base's
-    own weights, which it changed ("pissa", "olora"...).
+    """How PEFT's folder was started, if that was from the base's own weights, which it changed ("pissa",
+    "olora"...).
     """
     start = read_json(_folder(path) / CONFIG).get("init_lora_weights")
     return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else None
@@ -187,8 +187,8 @@ def _folder(path: Path) -> Path:
 def _sort(
     tensors: dict[str, Tensor], where: Path, dora: bool
 ) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], dict[str, Tensor]]:
-    """Keys into {module: (kind, {"A": .., "B": .., "magnitude":
-    ..})} and whole weights. The kind is told by A's axes.
+    """Keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and whole weights.
+    The kind is told by A's axes.
     """
     halves: dict[str, tuple[str, dict[str, Tensor]]] = {}
     saved: dict[str, Tensor] = {}

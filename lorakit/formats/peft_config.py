@@ -158,8 +158,8 @@ def dumps(values: Mapping[str, Any]) -> str:
 def _pattern(
     found: Mapping[str, Any], default: Any, pattern: Mapping[str, Any], expected
 ) -> tuple[Any, dict[str, Any]]:
-    """The config's own default and pattern if they say what the
-    tensors say; else the commonest value and one key a module.
+    """The config's own default and pattern if they say what the tensors say; else the commonest value and one key a
+    module.
     """
     if all(expected(module) == value for module, value in found.items()):
         return default, dict(pattern)

@@ -28,8 +28,8 @@ def commonest(values: Iterable[float]) -> float:
 
 
 def folded(B: Tensor, ratio: float) -> Tensor:
-    """`ratio` · B: in B's precision if every number of it can be held there,
-    in float32 (or wider) otherwise. AdapterError if not even there.
+    """`ratio` · B: in B's precision if every number of it can be held there, in float32 (or wider) otherwise.
+    AdapterError if not even there.
     """
     if ratio == 1:
         return B
@@ -41,8 +41,8 @@ def folded(B: Tensor, ratio: float) -> Tensor:
 
 
 def config_of(factors: Mapping[str, Factors], **known: Any) -> LoraConfig:
-    """The `LoraConfig` that factors imply: the commonest rank and alpha, patterns
-    for the others, targets by name ending. AdapterError if one is malformed.
+    """The `LoraConfig` that factors imply: the commonest rank and alpha, patterns for the others, targets by name
+    ending. AdapterError if one is malformed.
     """
     for module, f in factors.items():
         f.check(module)

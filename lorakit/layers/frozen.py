@@ -1,5 +1,5 @@
-"""Which linears are just x Wᵀ + b with a weight that stays as
-it is, so that base and updates may be one autograd node.
+"""Which linears are just x Wᵀ + b with a weight that stays as it is,
+so that base and updates may be one autograd node.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from ..ops.autocast import is_casting
 
 
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
-    """Whether the weight is a frozen plain tensor of x's dtype,
-    and nothing is cast. The forward must be nn.Linear's own.
+    """Whether the weight is a frozen plain tensor of x's dtype, and nothing is cast. The forward must be nn.Linear's
+    own.
     """
     return (
         is_plain_weight(module)

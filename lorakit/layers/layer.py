@@ -55,8 +55,8 @@ _TAKEN = frozenset(
 
 
 def child_name(adapter: str) -> str:
-    """The child's name for an adapter. Dots, which torch forbids
-    there, become U+2219; a name that is taken gets a "_".
+    """The child's name for an adapter. Dots, which torch forbids there, become U+2219;
+    a name that is taken gets a "_".
     """
     taken = adapter.rstrip("_") in _TAKEN  # so "full" becomes "full_", and "full_" "full__"
     return PREFIX + adapter.replace(".", "∙") + ("_" if taken else "")
@@ -84,8 +84,8 @@ else:
 
 
 class Swapped(_Module):
-    """A mixin in front of a module's own class. The class so made
-    has no name to import; a pickle names the two instead.
+    """A mixin in front of a module's own class. The class so made has no name to import; a pickle names the two
+    instead.
     """
 
     @classmethod
@@ -129,8 +129,8 @@ def rebuild(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
 
 
 class LoraLayer(Swapped):
-    """The mixin's state. `lora_active` is a tuple of (child's name,
-    weight); `lora_merged` tells that ΔW is in the weight now.
+    """The mixin's state. `lora_active` is a tuple of (child's name, weight); `lora_merged` tells that ΔW is in the
+    weight now.
     """
 
     weight: Tensor

@@ -19,8 +19,8 @@ def packed_shapes(sizes: tuple[int, int], parts: tuple[bool, ...], rank: int) ->
 
 
 class PackedLayer(LinearLayer):
-    """One linear that holds several projections, some of them
-    adapted. `lora_parts` is set when the class is swapped.
+    """One linear that holds several projections, some of them adapted.
+    `lora_parts` is set when the class is swapped.
     """
 
     lora_parts: tuple[bool, ...]

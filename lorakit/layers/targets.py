@@ -95,8 +95,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
 
 
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """For a classification or question-answering task: with the
-    fresh head among the modules saved whole, as PEFT has it.
+    """For a classification or question-answering task: with the fresh head among the modules saved whole, as PEFT has
+    it.
     """
     heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
     if config.task not in heads:
@@ -137,8 +137,8 @@ def _last(name: str) -> str:
 
 
 def _once_each(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """A module registered under several names is adapted once,
-    under the first of them; all its names see the update.
+    """A module registered under several names is adapted once, under the first of them;
+    all its names see the update.
     """
     seen: dict[int, str] = {}
     for name, module in chosen.items():
@@ -162,8 +162,8 @@ def _called_by_weight(names: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -> None:
-    """TargetError for a chosen module that has no low-rank update,
-    or whose update would have no effect. `names`: all modules.
+    """TargetError for a chosen module that has no low-rank update, or whose update would have no effect. `names`: all
+    modules.
     """
     unseen = _called_by_weight(names)
     for name, module in chosen.items():

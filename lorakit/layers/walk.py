@@ -12,8 +12,8 @@ from .layer import COUNT, Own
 
 
 def base_modules(model: nn.Module, every_name: bool = False) -> list[tuple[str, nn.Module]]:
-    """The base's own modules in the model's order, each under its
-    first name, or under all it has; the model itself is ''.
+    """The base's own modules in the model's order, each under its first name, or under all it has; the model itself is
+    ''.
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()

@@ -1,5 +1,5 @@
-"""How a model is fine-tuned: what is put on it and trained, how
-the result is saved. One file per method, found by its name.
+"""How a model is fine-tuned: what is put on it and trained, how the result is saved. One file per method, found by its
+name.
 """
 
 from __future__ import annotations

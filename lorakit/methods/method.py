@@ -1,5 +1,5 @@
-"""What a method is to a training run. A file of this folder
-offers these names; it imports torch inside its functions only.
+"""What a method is to a training run. A file of this folder offers these names; it imports torch inside its functions
+only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Method(Protocol):
         """The peak rate for `auto`, of the rate that suits LoRA, and why."""
 
     def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:
-        """Put on the model what is trained, and say what takes gradients.
-        `name`: of several on one model; `task_type`: PEFT's.
+        """Put on the model what is trained, and say what takes gradients. `name`: of several on one model; `task_type`:
+        PEFT's.
         """
 
     def activate(self, model: Any, name: str) -> None:
@@ -52,8 +52,8 @@ class Method(Protocol):
         """What is otherwise in a run that trains beside others."""
 
     def alone(self, config: RunSettings) -> tuple[str, str] | None:
-        """Which setting keeps a run from training beside others
-        on one base, and the error of a sweep. None if it can.
+        """Which setting keeps a run from training beside others on one base, and the error of a sweep.
+        None if it can.
         """
 
     def cheaper(self) -> str | None:

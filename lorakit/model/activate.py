@@ -14,8 +14,8 @@ from .state import STATE, State, attached_of, check_not_routed, layers_of, names
 
 
 def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
-    """Choose what the model computes with: one adapter, several with
-    weights (their updates are summed), or None, the base alone.
+    """Choose what the model computes with: one adapter, several with weights (their updates are summed), or None, the
+    base alone.
     """
     state = state_of(model)
     check_not_routed(state, "activate")
@@ -63,8 +63,8 @@ def set_active(model: nn.Module, state: State, wanted: dict[str, float]) -> None
 
 
 def use_saved(model: nn.Module, state: State, name: str | None) -> None:
-    """Put an adapter's whole weights in place, or the base's own;
-    most adapters have none, and then there is nothing to look for.
+    """Put an adapter's whole weights in place, or the base's own; most adapters have none, and then there is nothing to
+    look for.
     """
     if any(attached.saved for attached in state.adapters.values()):
         saved.use(model, name)

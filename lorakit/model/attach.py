@@ -82,8 +82,8 @@ def attach(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What an adapter puts where. `saved`: whole parameters by
-    their full names; `skipped`: module -> why it is left out.
+    """What an adapter puts where. `saved`: whole parameters by their full names; `skipped`: module -> why it is left
+    out.
     """
 
     config: LoraConfig
@@ -122,8 +122,8 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
 
 
 def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LiveUpdate]:
-    """The modules' updates, not registered yet. The modules have their
-    adapted class then, or, after an error, their own as before.
+    """The modules' updates, not registered yet. The modules have their adapted class then, or, after an error, their
+    own as before.
     """
     fresh = [module for module in plan.modules.values() if not isinstance(module, LoraLayer)]
     try:

@@ -15,8 +15,8 @@ from .state import attached_of, layer_at, state_of
 
 
 def capture(model: nn.Module, name: str | None = None) -> Adapter:
-    """An attached adapter as a value: copies of its updates and saved
-    weights, on the CPU. `name`: may be left out if it is the only one.
+    """An attached adapter as a value: copies of its updates and saved weights, on the CPU. `name`: may be left out if
+    it is the only one.
     """
     state = state_of(model)
     attached = attached_of(state, name)

@@ -87,8 +87,8 @@ def route(
 
 
 def _read(state: State, where: str, choice: Which, read: dict[str, Choice]) -> Choice:
-    """A choice as children and weights, checked. `where`: which row or token.
-    `read`: what names came before, for a batch names few adapters many times.
+    """A choice as children and weights, checked. `where`: which row or token. `read`: what names came before, for a
+    batch names few adapters many times.
     """
     if choice is None:
         return ()

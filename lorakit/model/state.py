@@ -105,8 +105,8 @@ def layer_at(model: nn.Module, name: str) -> LoraLayer:
 
 
 def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's own parameters by their own names, whatever is attached
-    or active. `every_name`: one that is shared, under all it has.
+    """The base's own parameters by their own names, whatever is attached or active. `every_name`: one that is shared,
+    under all it has.
     """
     for module_name, module in base_modules(model, every_name):
         child = saved.saved_of(module)

@@ -55,8 +55,8 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Trainable and total parameters, each adapter's share per target,
-    and what is computed as one node (and why the rest is not).
+    """Trainable and total parameters, each adapter's share per target, and what is computed as one node (and why the
+    rest is not).
     """
     state = state_of(model)
     rows: list[Row] = []

@@ -26,8 +26,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 class Mask(NamedTuple):
-    """Which elements of an input are kept. `state`: the packed bits on
-    a CPU, elsewhere the seed, as a tensor that autograd can save.
+    """Which elements of an input are kept. `state`: the packed bits on a CPU, elsewhere the seed, as a tensor that
+    autograd can save.
     """
 
     p: float
@@ -70,8 +70,8 @@ def masked(x: Tensor, mask: Mask) -> Tensor:
 
 
 def masked_input(x: Tensor, mask: Mask | None) -> Tensor:
-    """The same for a linear's input, x itself without a mask. Not
-    to be changed: linears that read one input get one tensor.
+    """The same for a linear's input, x itself without a mask. Not to be changed: linears that read one input get one
+    tensor.
     """
     if mask is None:
         return x

@@ -30,8 +30,8 @@ _BITS = {
 
 @dataclass
 class Block:
-    """One block's differences: `codes` packed `8 // width` to a
-    byte, `patterns` the bits of weights kept whole, in order.
+    """One block's differences: `codes` packed `8 // width` to a byte, `patterns` the bits of weights kept whole, in
+    order.
     """
 
     rows: slice
@@ -67,8 +67,8 @@ def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor]) -> Undo:
 
 
 def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo, where: str) -> None:
-    """Undo `add_`: afterwards weight has its original bits. Raises
-    StateError, with the weight as it was, if it would not.
+    """Undo `add_`: afterwards weight has its original bits. Raises StateError, with the weight as it was, if it would
+    not.
     """
     weight = weight.detach()
     restored = []

@@ -21,8 +21,8 @@ def groups(x: Tensor, like: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale · a b, of two matrices or of each group's. The product itself
-    scales: a further operation would cost as much as a thin product.
+    """scale · a b, of two matrices or of each group's. The product itself scales: a further operation would cost as
+    much as a thin product.
     """
     nothing = a.new_empty(())  # beta = 0: not read
     times = torch.addmm if a.dim() == 2 else torch.baddbmm

@@ -45,8 +45,8 @@ def add_low_rank(
 
 
 def needs_plain() -> bool:
-    """Whether only plain operations will do: the compiler fuses
-    them itself, and torch.func cannot look into our nodes.
+    """Whether only plain operations will do: the compiler fuses them itself,
+    and torch.func cannot look into our nodes.
     """
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -54,8 +54,8 @@ def needs_plain() -> bool:
 def add_packed(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...], into: bool = False
 ) -> Tensor:
-    """y + s · (each adapted part's own update); y: [..., out], A:
-    [n·r, in], B: [n, out/parts, r]. `into`: see `add_low_rank`.
+    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]. `into`: see
+    `add_low_rank`.
     """
     x = x.to(y.dtype)
     down = F.linear(x, A.to(y.dtype)).unflatten(-1, (B.shape[0], -1))  # [..., n, r]

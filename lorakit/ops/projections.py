@@ -54,8 +54,8 @@ def reference(
 
 
 def project(x: Tensor, projection: Projection, mask: Mask | None = None) -> Tensor:
-    """One projection of x: [..., in] -> [..., out]; its weight
-    and bias take no gradient. `mask`: the update's dropout.
+    """One projection of x: [..., in] -> [..., out];
+    its weight and bias take no gradient. `mask`: the update's dropout.
     """
     return _Project.apply(x, mask.p if mask else 0.0, mask.state if mask else None, projection.scale, *projection[:4])
 
@@ -153,8 +153,8 @@ def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int =
 
 
 class _Project(torch.autograd.Function):
-    """One projection, written out: this runs for every adapted linear,
-    and lists would be a tenth of what it adds to the base's time.
+    """One projection, written out: this runs for every adapted linear, and lists would be a tenth of what it adds to
+    the base's time.
     """
 
     @staticmethod

@@ -37,8 +37,8 @@ class _Readers:
 
 
 class _Inputs:
-    """The inputs whose storage is alive: by storage, then by view, p
-    and version. Of all threads, as backward may run in another one.
+    """The inputs whose storage is alive: by storage, then by view, p and version. Of all threads, as backward may run
+    in another one.
     """
 
     def __init__(self) -> None:

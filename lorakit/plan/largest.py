@@ -36,8 +36,8 @@ def largest(cost: Callable[[int], int], budget: int, most: int, slack: float = 0
 
 
 def _crossing(known: Mapping[int, int], budget: int, low: int, high: int) -> float:
-    """Where the cost comes to the budget, between `low` and `high`: by the
-    line through these, bent to pass the known point that is nearest.
+    """Where the cost comes to the budget, between `low` and `high`: by the line through these, bent to pass the known
+    point that is nearest.
     """
     slope = (known[high] - known[low]) / (high - low)
     missing = budget - known[low]

@@ -58,15 +58,15 @@ def resident() -> int:
 
 
 def overhead(device: torch.device, held: int = PROCESS) -> int:
-    """Bytes of the device that python, torch and its kernels take.
-    `held`: what the process holds before the base is loaded.
+    """Bytes of the device that python, torch and its kernels take. `held`: what the process holds before the base is
+    loaded.
     """
     return CUDA_CONTEXT if device.type == "cuda" else held + KERNELS
 
 
 def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of [width, width] matrix
-    products, the best of those that fit into `seconds`.
+    """Floating-point operations a second of [width, width] matrix products,
+    the best of those that fit into `seconds`.
     """
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     best, began = 0.0, time.perf_counter()

@@ -164,8 +164,8 @@ class Planner:
 
 
 def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
-    """The largest of a job's stretches, with what is there all
-    the time. `heap`: what the C library's heap has grown to.
+    """The largest of a job's stretches, with what is there all the time. `heap`: what the C library's heap has grown
+    to.
     """
 
     def whole(parts: Parts) -> Parts:

@@ -82,8 +82,8 @@ class Shapes(TorchDispatchMode):
 
 
 class _Result(NamedTuple):
-    """A result as it is known. `of`: the position of the argument
-    that it is (without a size) or a view of; None: of none.
+    """A result as it is known. `of`: the position of the argument that it is (without a size) or a view of; None: of
+    none.
     """
 
     of: int | None
@@ -174,8 +174,8 @@ def _takes_device(func: Any) -> bool:
 
 
 def _bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Of the results of an operation on real tensors alone; 0 where
-    they depend on the numbers, so that they have to be made.
+    """Of the results of an operation on real tensors alone; 0 where they depend on the numbers, so that they have to be
+    made.
     """
     try:
         made = _on_meta(func, args, kwargs, map(_meta_of, _tensors(args, kwargs)))
@@ -186,8 +186,8 @@ def _bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def flat(values: Iterable[Any]) -> list[Any]:
-    """Arguments or results of an operation, with those inside its
-    lists. (torch's pytrees would take half of all the time.)
+    """Arguments or results of an operation, with those inside its lists. (torch's pytrees would take half of all the
+    time.)
     """
     found: list[Any] = []
     for value in values:
@@ -219,8 +219,8 @@ def _off_meta(value: Any) -> Any:
 
 
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """The indices with boolean masks as the positions that they
-    mean, as the kernels do it: only a real mask tells how many.
+    """The indices with boolean masks as the positions that they mean, as the kernels do it: only a real mask tells how
+    many.
     """
     found: list[Tensor | None] = []
     for index in indices:

@@ -48,8 +48,8 @@ class Shell:
     def __init__(
         self, name: str, build: Callable[[], Any], attach: Callable[[nn.Module], object], *, checkpointing: bool = False
     ):
-        """`name`: what to call the base if it cannot be built; `build`:
-        makes it; `attach`: puts on the model what is trained.
+        """`name`: what to call the base if it cannot be built; `build`: makes it; `attach`: puts on the model what is
+        trained.
         """
         with spoken(name), torch.device("meta"):
             self.model = build()
@@ -126,8 +126,8 @@ def _stack(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _alike(model: nn.Module, stack: nn.ModuleList) -> bool:
-    """Whether every layer of the stack costs the same: equal modules,
-    parameters, flags, and equal kinds where the config names kinds.
+    """Whether every layer of the stack costs the same: equal modules, parameters, flags, and equal kinds where the
+    config names kinds.
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     kinds = [v for v in vars(config).values() if isinstance(v, list) and len(v) == len(stack)]

@@ -35,8 +35,8 @@ def numbers(
     most_rows: int,
     positions: int | None,
 ) -> Table:
-    """One column for each estimate. `rows` and `lengths`: by method, the
-    largest that fit of those looked at: up to `most_rows`, `positions`.
+    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit of those looked at: up to
+    `most_rows`, `positions`.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")

@@ -27,8 +27,8 @@ Parts = dict[str, int]  # bytes by purpose: gradients, activations, loss, workin
 
 @dataclass(frozen=True)
 class Traced:
-    """`stretches`: bytes by purpose at the largest moment of each,
-    without parameters and optimizer. `flops`: of the whole step.
+    """`stretches`: bytes by purpose at the largest moment of each, without parameters and optimizer. `flops`: of the
+    whole step.
     """
 
     stretches: dict[str, Parts]
@@ -90,8 +90,8 @@ def _training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumu
 
 
 def _before_loss(live: Live) -> Callable[..., None]:
-    """A hook on the model without its output layer: from here on, and
-    until its output's gradient is there, what is made is the loss's.
+    """A hook on the model without its output layer: from here on, and until its output's gradient is there, what is
+    made is the loss's.
     """
 
     def reached(body: nn.Module, args: tuple[Any, ...], out: Any) -> None:

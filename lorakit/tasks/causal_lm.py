@@ -1,5 +1,5 @@
-"""A language model learns answers, or texts: the loss is over
-the trained tokens, each predicted from those before it.
+"""A language model learns answers, or texts: the loss is over the trained tokens,
+each predicted from those before it.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def evaluate(base: Base, items: Sequence[Item], batch_size: int) -> dict[str, fl
 
 
 def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
-    """The configured prompts, written as the data's are, or the first
-    held-out rows that have one and leave room for an answer.
+    """The configured prompts, written as the data's are, or the first held-out rows that have one and leave room for an
+    answer.
     """
     from ..data.render import question_ids
     from ..generate.generate import check_prompts, positions_of

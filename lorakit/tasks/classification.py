@@ -203,8 +203,8 @@ def evaluate(base: Base, items: Sequence[LabelledItem], batch_size: int) -> dict
 
 
 def macro_f1(truth: Sequence[int], predicted: Sequence[int]) -> float:
-    """The mean of each label's F1 = 2·TP / (2·TP + FP + FN), over
-    labels that are right or predicted somewhere (scikit-learn's).
+    """The mean of each label's F1 = 2·TP / (2·TP + FP + FN), over labels that are right or predicted somewhere
+    (scikit-learn's).
     """
     pairs = list(zip(truth, predicted, strict=True))
     scores = []

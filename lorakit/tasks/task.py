@@ -26,8 +26,8 @@ class Item(Protocol):
 
     @property
     def weight(self) -> int:
-        """How many losses are summed in its own: a step's loss is divided
-        by the weights of its rows. Of text, its trained tokens.
+        """How many losses are summed in its own: a step's loss is divided by the weights of its rows. Of text, its
+        trained tokens.
         """
 
     @property

@@ -50,8 +50,8 @@ def no_compiler() -> str | None:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of every stack: items of one class in a ModuleList,
-    with adapted modules in them (or with parameters that train).
+    """The layers of every stack: items of one class in a ModuleList, with adapted modules in them (or with parameters
+    that train).
     """
     found: list[nn.Module] = []
     for stack in model.modules():

@@ -19,8 +19,8 @@ class Interrupt:
 
 @contextmanager
 def listening() -> Iterator[Interrupt]:
-    """Catch the signals inside the block; the former handlers
-    come back after it. Outside the main thread it never fires.
+    """Catch the signals inside the block; the former handlers come back after it. Outside the main thread it never
+    fires.
     """
     state = Interrupt()
 

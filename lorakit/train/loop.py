@@ -97,8 +97,8 @@ class Loop:
             run.failed = str(error)
 
     def _gradients(self, active_runs: list[Run], batches: list[list[Item]]) -> tuple[Tensor, Tensor]:
-        """Backward of all batches, micro-batch by micro-batch. The
-        runs' losses and their gradients' norms, each [runs].
+        """Backward of all batches, micro-batch by micro-batch. The runs' losses and their gradients' norms, each
+        [runs].
         """
         parallel, first = self.parallel, active_runs[0]
         torch.manual_seed((first.config.seed << 32) + first.step * parallel.world + parallel.rank)

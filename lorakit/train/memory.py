@@ -63,8 +63,8 @@ def planner_for(
 
 
 def allowed(config: TrainConfig, device: torch.device) -> Memory | None:
-    """What the run may take: as `memory` says, else what the
-    device has; None where that is unknown or not to be checked.
+    """What the run may take: as `memory` says, else what the device has; None where that is unknown or not to be
+    checked.
     """
     if config.memory == UNCHECKED:
         return None

@@ -38,8 +38,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Limit:
-    """What may be computed at once: so many rows of one run; of
-    several runs so many rows, or tokens with their padding.
+    """What may be computed at once: so many rows of one run; of several runs so many rows, or tokens with their
+    padding.
     """
 
     own_rows: Sequence[int]  # of each run

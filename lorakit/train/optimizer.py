@@ -25,8 +25,8 @@ def adamw(config: TrainConfig, parameters: Mapping[str, nn.Parameter], rate: flo
 def update(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], rate: float, norm: float, clip: float
 ) -> None:
-    """One step at the learning rate `rate`, with the gradients clipped to
-    the norm `clip` (0: as they are); `norm`: theirs, of all together.
+    """One step at the learning rate `rate`, with the gradients clipped to the norm `clip` (0: as they are); `norm`:
+    theirs, of all together.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -36,8 +36,8 @@ def update(
 
 
 def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """The share of the peak rate at optimizer step `step` (from
-    0): warm-up, then the schedule, to zero after the last step.
+    """The share of the peak rate at optimizer step `step` (from 0): warm-up, then the schedule, to zero after the last
+    step.
     """
     warm = max(1, round(config.warmup * steps)) if config.warmup else 0
     if step < warm:

@@ -1,5 +1,5 @@
-"""What a run shows: a start panel with every choice and its
-reason, then a bar on a terminal and plain lines elsewhere.
+"""What a run shows: a start panel with every choice and its reason,
+then a bar on a terminal and plain lines elsewhere.
 """
 
 from __future__ import annotations

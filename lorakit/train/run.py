@@ -26,8 +26,8 @@ from .trackers import Trackers
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended. `adapter`: its folder (a model's, for full
-    fine-tuning), or None if it was interrupted or failed.
+    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning), or None if it was interrupted or
+    failed.
     """
 
     adapter: Path | None
@@ -141,8 +141,8 @@ class Run:
         self.show.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
 
     def save(self, together: bool = False) -> None:
-        """A checkpoint. `together`: others save at this step too, and
-        the one before stays until `prune`, when all have done so.
+        """A checkpoint. `together`: others save at this step too, and the one before stays until `prune`, when all have
+        done so.
         """
         job = self.job
         state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}

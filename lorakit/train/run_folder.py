@@ -115,8 +115,8 @@ class RunFolder:
 
 
 def filled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An earlier run's settings as they are read today: those that came
-    since have their defaults, values have their present spelling.
+    """An earlier run's settings as they are read today: those that came since have their defaults, values have their
+    present spelling.
     """
     found = {
         name: field.get_default(call_default_factory=True) for name, field in TrainConfig.model_fields.items()

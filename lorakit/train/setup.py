@@ -96,8 +96,8 @@ def set_up(config: TrainConfig) -> Job:
 
 
 def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
-    """The same for several runs on one base, by their adapters'
-    names. Settings of base and device are the first one's.
+    """The same for several runs on one base, by their adapters' names.
+    Settings of base and device are the first one's.
     """
     config = next(iter(configs.values()))
     for each in configs.values():

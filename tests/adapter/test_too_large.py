@@ -1,5 +1,5 @@
-"""Numbers that grow beyond their precision by casting, folding
-or adding: the error says so, and does not blame the training.
+"""Numbers that grow beyond their precision by casting, folding or adding: the error says so, and does not blame the
+training.
 """
 
 from __future__ import annotations

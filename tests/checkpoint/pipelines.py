@@ -1,5 +1,5 @@
-"""Tiny diffusion pipelines of the real classes, adapters for them
-with mixed ranks and strengths, and what those make of the weights.
+"""Tiny diffusion pipelines of the real classes, adapters for them with mixed ranks and strengths, and what those make
+of the weights.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Merging into checkpoint folders: what is written computes
-what the attached adapter computes, and nothing else changed.
+"""Merging into checkpoint folders: what is written computes what the attached adapter computes, and nothing else
+changed.
 """
 
 from __future__ import annotations

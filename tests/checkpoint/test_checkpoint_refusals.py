@@ -1,5 +1,5 @@
-"""Merging into checkpoint folders: what does not fit is refused
-with the reason, and no half-written folder is ever left.
+"""Merging into checkpoint folders: what does not fit is refused with the reason, and no half-written folder is ever
+left.
 """
 
 from __future__ import annotations

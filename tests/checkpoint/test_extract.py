@@ -1,5 +1,5 @@
-"""A LoRA out of two checkpoints: what was merged in comes out
-again, and base plus adapter computes what the tuned model does.
+"""A LoRA out of two checkpoints: what was merged in comes out again, and base plus adapter computes what the tuned
+model does.
 """
 
 from __future__ import annotations

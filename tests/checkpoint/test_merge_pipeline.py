@@ -306,8 +306,8 @@ def test_a_components_own_folder_takes_what_the_adapter_has_for_it(sd1, tmp_path
 
 
 def test_a_module_that_the_component_lacks_is_not_put_into_a_like_one(tmp_path):
-    """A UNet without attention in its middle, and an adapter for
-    just that: not the one other block's attention is meant.
+    """A UNet without attention in its middle, and an adapter for just that: not the one other block's attention is
+    meant.
     """
     pipe = tiny.pipeline("sd1")
     torch.manual_seed(0)
@@ -476,8 +476,8 @@ def test_the_weights_that_diffusers_reads_are_merged_whatever_lies_beside_them(s
 
 
 def test_other_copies_of_the_weights_are_left_out_as_they_would_be_unmerged(sd1, tmp_path):
-    """As SDXL's own repository has them: the single file, other
-    programs' weights, a second VAE that the pipeline does not name.
+    """As SDXL's own repository has them: the single file, other programs' weights, a second VAE that the pipeline does
+    not name.
     """
     pipe, _ = sd1
     base = saved(pipe, tmp_path / "base")

@@ -26,8 +26,8 @@ from lorakit.errors import AdapterError, LorakitError, TargetError
 
 
 def assert_merged(base: Path, out: Path, expected: dict[str, Tensor]) -> None:
-    """Every changed tensor is the exact one, rounded once; every
-    other one, and the header's metadata, is the base's.
+    """Every changed tensor is the exact one, rounded once;
+    every other one, and the header's metadata, is the base's.
     """
     old, new = load_file(base), load_file(out)
     assert set(new) == set(old)

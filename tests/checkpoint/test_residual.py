@@ -1,5 +1,5 @@
-"""PiSSA and OLoRA as plain LoRA of their base: what PEFT's model with
-the changed base computes, the untouched base and the adapter do.
+"""PiSSA and OLoRA as plain LoRA of their base: what PEFT's model with the changed base computes, the untouched base and
+the adapter do.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def denoiser(model: str, number: Numbers) -> dict[str, torch.Tensor]:
 
 
 def sd3_denoiser(blocks: int, dual: int, number: Numbers) -> dict[str, torch.Tensor]:
-    """SD3 with some blocks, the first of them with a second
-    attention; the last gives its context a shift and a scale only.
+    """SD3 with some blocks, the first of them with a second attention; the last gives its context a shift and a scale
+    only.
     """
     file, width, last = {}, 4, f"joint_blocks.{blocks - 1}.context_block."
     rows = {"qkv": 3 * width, "fc1": 4 * width, "adaLN_modulation.1": 6 * width}
@@ -205,8 +205,8 @@ def test_text_encoders_under_transformers_names_are_where_diffusers_converter_fi
     ],
 )
 def test_open_clips_packed_rows_are_where_diffusers_converter_finds_them(model, component, prefix, layers, width):
-    """SD2's last layer and projection, which its pipeline does not
-    use, are left alone; SDXL's projection is stored across.
+    """SD2's last layer and projection, which its pipeline does not use, are left alone; SDXL's projection is stored
+    across.
     """
     file = prefixed(signs(model)) | open_clip_encoder(prefix, layers, width, Numbers())
     shell = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
@@ -229,8 +229,8 @@ def signs(model: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("model", names.MODELS)
 def test_at_the_published_sizes_each_place_has_its_modules_shape(model):
-    """As many rows as the module's weight has, and the shift's
-    and scale's order as in the kohya files of the same names.
+    """As many rows as the module's weight has, and the shift's and scale's order as in the kohya files of the same
+    names.
     """
     component = next(iter(names.PIPELINES[model]))
     known = listed(model, component)

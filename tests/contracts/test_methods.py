@@ -1,5 +1,5 @@
-"""What every method of fine-tuning keeps: its settings are a run's, it
-trains what it says, its result loads, a killed run ends the same.
+"""What every method of fine-tuning keeps: its settings are a run's, it trains what it says, its result loads, a killed
+run ends the same.
 """
 
 from __future__ import annotations

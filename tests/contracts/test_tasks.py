@@ -1,5 +1,5 @@
-"""What every task keeps: rows to items, one loss for training and
-evaluation, whatever rows share a batch; its adapter loads in PEFT.
+"""What every task keeps: rows to items, one loss for training and evaluation, whatever rows share a batch; its adapter
+loads in PEFT.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Kind:
-    """`rows`: data to learn; `loss`: of one row, by other means than the
-    task's; `base`: the base as PEFT's users load it, for a result.
+    """`rows`: data to learn; `loss`: of one row, by other means than the task's; `base`: the base as PEFT's users load
+    it, for a result.
     """
 
     rows: list[dict[str, Any]]

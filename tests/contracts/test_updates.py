@@ -1,5 +1,5 @@
-"""What every kind of update promises, as a value and on a live module.
-A new kind is a line of VALUES and, if it can be trained, of LIVE.
+"""What every kind of update promises, as a value and on a live module. A new kind is a line of VALUES and, if it can be
+trained, of LIVE.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Value:
-    """`exact`: ΔW in float64 as [out, in·k], of an update in float64
-    and of W [out, in·k]. `shape`: the weight's, [out, in, *k].
+    """`exact`: ΔW in float64 as [out, in·k], of an update in float64 and of W [out, in·k]. `shape`: the weight's, [out,
+    in, *k].
     """
 
     update: Update

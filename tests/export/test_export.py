@@ -1,5 +1,5 @@
-"""`export` checks an adapter against the receiver's rules,
-fixes it, writes it, and reads it back with independent code.
+"""`export` checks an adapter against the receiver's rules, fixes it, writes it, and reads it back with independent
+code.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Tokenizers as GGUF pairs: pre-tokenizers are recognized by
-definition, and transformers reads the same tokens from the file.
+"""Tokenizers as GGUF pairs: pre-tokenizers are recognized by definition, and transformers reads the same tokens from
+the file.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def byte_level(cut, **more) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece(begin: bool = True, complete: bool = True) -> PreTrainedTokenizerFast:
-    """As transformers converts Llama 2's .model: the merges of a
-    token are all its splits into two tokens, ordered by score.
+    """As transformers converts Llama 2's .model: the merges of a token are all its splits into two tokens, ordered by
+    score.
     """
     words = ["▁the", "▁th", "he", "▁t", "th", "▁cat", "at", "▁c", "ca", "cat"]
     letters = [*"abcdefghijklmnopqrstuvwxyz", "▁"]

@@ -1,5 +1,5 @@
-"""`--fix` with a base: what a receiver does not accept is merged
-into a copy of it, and copy + rest equal base + adapter.
+"""`--fix` with a base: what a receiver does not accept is merged into a copy of it, and copy + rest equal base +
+adapter.
 """
 
 from __future__ import annotations

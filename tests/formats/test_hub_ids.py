@@ -1,5 +1,5 @@
-"""Reading by hub id, from a stub of the hub: which names mean
-what, which files are fetched, and what is said when it fails.
+"""Reading by hub id, from a stub of the hub: which names mean what, which files are fetched, and what is said when it
+fails.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def tiny_unet():
 
 
 def test_diffusers_makes_of_a_written_file_the_same_weights(tiny_unet, tmp_path):
-    """Convolutions, mixed ranks and mixed alphas, through diffusers'
-    own loader; alphas baked, which it otherwise loses.
+    """Convolutions, mixed ranks and mixed alphas, through diffusers' own loader; alphas baked, which it otherwise
+    loses.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
 

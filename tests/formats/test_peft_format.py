@@ -1,5 +1,5 @@
-"""PEFT's folder, both ways, with the real PEFT as the judge: what
-is trained on one side gives the same logits on the other.
+"""PEFT's folder, both ways, with the real PEFT as the judge: what is trained on one side gives the same logits on the
+other.
 """
 
 from __future__ import annotations

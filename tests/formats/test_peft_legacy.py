@@ -1,5 +1,5 @@
-"""What PEFT's folder held in other years and methods: MergedLinear
-of 0.2, DoRA, LoHa, LoKr; and what is refused, by its name.
+"""What PEFT's folder held in other years and methods: MergedLinear of 0.2, DoRA, LoHa, LoKr; and what is refused, by
+its name.
 """
 
 from __future__ import annotations

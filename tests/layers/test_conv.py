@@ -1,5 +1,5 @@
-"""Adapted convolutions of every dimension, with all that a
-convolution can have, against the convolution with W + ΔW.
+"""Adapted convolutions of every dimension, with all that a convolution can have,
+against the convolution with W + ΔW.
 """
 
 from __future__ import annotations

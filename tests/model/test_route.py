@@ -1,5 +1,5 @@
-"""`route`: one choice per row. What it refuses, what it leaves
-behind, and that mixed generation is each adapter's own.
+"""`route`: one choice per row. What it refuses, what it leaves behind,
+and that mixed generation is each adapter's own.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Dropout's masks: as random as they claim, the same again from
-the same seed, and unbiased in what they do to the update.
+"""Dropout's masks: as random as they claim, the same again from the same seed, and unbiased in what they do to the
+update.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A frozen linear with its update as one node, and the parts
-of that node for several linears, against the plain lines.
+"""A frozen linear with its update as one node, and the parts of that node for several linears,
+against the plain lines.
 """
 
 from __future__ import annotations

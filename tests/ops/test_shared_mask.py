@@ -1,5 +1,5 @@
-"""One mask for all readers of a tensor: who shares it, for how
-long it is kept, and gradient checkpointing that finds it again.
+"""One mask for all readers of a tensor: who shares it, for how long it is kept, and gradient checkpointing that finds
+it again.
 """
 
 from __future__ import annotations

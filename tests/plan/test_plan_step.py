@@ -99,8 +99,8 @@ class Plain(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_on_shapes_sees_what_a_real_step_makes(kind, monkeypatch):
-    """The same counting around the real model with real tensors,
-    which nothing but the counting shares with the run on shapes.
+    """The same counting around the real model with real tensors, which nothing but the counting shares with the run on
+    shapes.
     """
     from transformers import AutoModelForCausalLM
 

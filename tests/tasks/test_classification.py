@@ -1,5 +1,5 @@
-"""Classification: the head is trained and saved, its labels keep
-their names, figures are right; from the command line too.
+"""Classification: the head is trained and saved, its labels keep their names, figures are right; from the command line
+too.
 """
 
 from __future__ import annotations

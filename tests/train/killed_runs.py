@@ -123,8 +123,8 @@ def killed_at_change(number: int, of_checkpoints: bool = False) -> Callable[[], 
 
 
 def killed_at_random(config: TrainConfig, how: str, seed: int, kills: int) -> dict:
-    """Kill the run so many times, then let it end. Where each kill
-    found it: (last step logged, last checkpoint, mid-write).
+    """Kill the run so many times, then let it end. Where each kill found it: (last step logged, last checkpoint,
+    mid-write).
     """
     chance = random.Random(seed)
     folder = RunFolder(config.out)

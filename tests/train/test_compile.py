@@ -1,5 +1,5 @@
-"""`compile: true`: the same run through inductor; graphs are few; a
-resumed run ends with the same bits; refused where unknown to be right.
+"""`compile: true`: the same run through inductor; graphs are few; a resumed run ends with the same bits; refused where
+unknown to be right.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def checkpoint_of(config, step: int) -> tuple[dict, dict]:
 def test_the_gradient_of_a_step_is_that_of_all_its_trained_tokens_however_it_is_accumulated(
     make_config, tmp_path, micro_batch
 ):
-    """AdamW's first average is a tenth of the gradient: that is
-    read, and compared with one pass over the whole batch.
+    """AdamW's first average is a tenth of the gradient: that is read,
+    and compared with one pass over the whole batch.
     """
     config = make_config(batch_size=8, micro_batch=micro_batch, group_by_length=False, steps=1, validation=0, clip=0)
     train(config, QUIET)

@@ -1,5 +1,5 @@
-"""A run that an earlier release began (tests/fixtures/run_of_0.1)
-goes on, and ends as that release would have ended it.
+"""A run that an earlier release began (tests/fixtures/run_of_0.1) goes on, and ends as that release would have ended
+it.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def free_port() -> int:
 
 
 def train_in_processes(config, tmp_path, count: int) -> list[str]:
-    """What `accelerate launch` and torchrun do: one process each,
-    told by the environment which one it is. Their outputs.
+    """What `accelerate launch` and torchrun do: one process each, told by the environment which one it is. Their
+    outputs.
     """
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump()))

@@ -31,8 +31,8 @@ KILLS = 6
 
 @pytest.fixture
 def eventful(make_config):
-    """`eventful(out)`: a run with dropout, accumulation, validation,
-    samples, and an early stop well before its last step.
+    """`eventful(out)`: a run with dropout, accumulation, validation, samples, and an early stop well before its last
+    step.
     """
 
     def make(out):

@@ -32,8 +32,8 @@ _PIPELINES = {
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """AdapterError if two adapters are of different bases: by their
-    fingerprints, or, where one has none, by their modules' names.
+    """AdapterError if two adapters are of different bases: by their fingerprints, or, where one has none, by their
+    modules' names.
     """
     for (i, first), (j, second) in combinations(enumerate(adapters, start=1), 2):
         lines = base_differences(first, second)
@@ -64,8 +64,8 @@ def base_differences(first: Adapter, second: Adapter) -> list[str]:
 
 
 def _places(modules: Iterable[str]) -> set[str]:
-    """Which stacks of numbered layers these modules are in (`model.layers`),
-    and which pipelines have such components side by side.
+    """Which stacks of numbered layers these modules are in (`model.layers`), and which pipelines have such components
+    side by side.
     """
     stacks = {found[1] for module in modules if (found := re.match(r"(.+?)\.\d+\.", module))}
     return stacks | {

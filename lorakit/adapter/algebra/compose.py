@@ -28,8 +28,8 @@ def compose(
     rslora: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Factors:
-    """Low-rank factors out of singular values (one SVD, or one
-    for each adapted part); a shorter SVD is padded with zeros.
+    """Low-rank factors out of singular values (one SVD, or one for each adapted part); a shorter SVD is padded with
+    zeros.
     """
     pairs = [_padded(*cut.cut(rank).halves(), rank) for cut in cuts]
     root = 1 / math.sqrt(scale)

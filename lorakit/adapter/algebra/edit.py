@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 
 def scale(adapter: Adapter, weight: float) -> Adapter:
-    """Every ΔW times `weight`. AdapterError with weights saved whole,
-    and for a DoRA: neither is a change that could be scaled.
+    """Every ΔW times `weight`. AdapterError with weights saved whole, and for a DoRA: neither is a change that could be
+    scaled.
     """
     if not math.isfinite(weight):
         raise ConfigError(f"an adapter cannot be scaled by {weight}")
@@ -63,8 +63,8 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def prune(adapter: Adapter, drop: str | list[str]) -> Adapter:
-    """Without the modules that `drop` names (name endings, or one
-    regular expression for whole names), and what they saved whole.
+    """Without the modules that `drop` names (name endings, or one regular expression for whole names), and what they
+    saved whole.
     """
     gone = _named(adapter, drop)
     return _only(adapter, lambda m: m not in gone)
@@ -105,8 +105,8 @@ def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 def _named(adapter: Adapter, names: str | list[str]) -> set[str]:
-    """The modules that a list of endings or an expression names;
-    TargetError for an ending, or the expression, that names none.
+    """The modules that a list of endings or an expression names; TargetError for an ending, or the expression, that
+    names none.
     """
     known = set(adapter.updates) | {n.rpartition(".")[0] for n in adapter.saved}
     for pattern in [names] if isinstance(names, str) else [[n] for n in names]:

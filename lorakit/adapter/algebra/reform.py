@@ -16,8 +16,8 @@ from ..update import Update
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any) -> Adapter:
-    """`adapter` with these updates in place of its own, and a
-    config that describes them. `changes`: other fields of it.
+    """`adapter` with these updates in place of its own, and a config that describes them. `changes`: other fields of
+    it.
     """
     factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
     # a config has one rule for all: the plain one can say every strength

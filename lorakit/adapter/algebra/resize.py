@@ -32,8 +32,8 @@ from .svd import Svd, needed
 
 @dataclass(frozen=True)
 class ModuleResize:
-    """One module: `before` is the rank it had (of a LoHa or LoKr
-    what it calls so), `error` ‖ΔW - ΔW'‖ / ‖ΔW‖, `norm` ‖ΔW‖.
+    """One module: `before` is the rank it had (of a LoHa or LoKr what it calls so), `error` ‖ΔW - ΔW'‖ / ‖ΔW‖, `norm`
+    ‖ΔW‖.
     """
 
     module: str
@@ -156,8 +156,8 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
 
 
 def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
-    """The updates that stay as they are: changes of norms and biases
-    alone. AdapterError for a matrix with a bias, unless dropped.
+    """The updates that stay as they are: changes of norms and biases alone. AdapterError for a matrix with a bias,
+    unless dropped.
     """
     whole = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
     for m, update in adapter.updates.items():

@@ -30,8 +30,8 @@ WHOLE, STRONGEST = 1024, 64
 
 @dataclass(frozen=True)
 class Spectrum:
-    """U [out, r], S [r] (descending), V [in, r] of an update; `norm`
-    is ‖ΔW‖_F. `complete`: whether all directions are here.
+    """U [out, r], S [r] (descending), V [in, r] of an update; `norm` is ‖ΔW‖_F. `complete`: whether all directions are
+    here.
     """
 
     U: Tensor

@@ -137,8 +137,8 @@ def distance(W: Tensor, B: Tensor, A: Tensor, block: int = 1024) -> float:
 
 
 def norm_squared(W: Tensor) -> float:
-    """‖W‖² (Frobenius), row by row and then in float64: within
-    1e-8 of it, and a hundred times faster than all in float64.
+    """‖W‖² (Frobenius), row by row and then in float64: within 1e-8 of it, and a hundred times faster than all in
+    float64.
     """
     W = wide(W.flatten(1) if W.dim() > 1 else W[None])
     return float(torch.linalg.vector_norm(W if W.is_contiguous() else W.T, dim=1).double().square().sum())

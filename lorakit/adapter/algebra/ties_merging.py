@@ -22,8 +22,8 @@ Majority = Literal["total", "frequency"]
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """The share `density` of its numbers with the largest magnitudes
-    (and those equal to the last of them); zero elsewhere.
+    """The share `density` of its numbers with the largest magnitudes (and those equal to the last of them); zero
+    elsewhere.
     """
     keep = int(density * delta.numel())
     if keep >= delta.numel():

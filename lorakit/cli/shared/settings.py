@@ -1,5 +1,5 @@
-"""A settings class as YAML file and command-line flags: the
-field texts are the comments and the help at once. Flags win.
+"""A settings class as YAML file and command-line flags: the field texts are the comments and the help at once. Flags
+win.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _metavar(kinds: list[Any]) -> str:
 
 
 def _value(info: FieldInfo, given: Any) -> Any:
-    """What a flag's text means for its field: lists by commas,
-    mappings as name=value, numbers and words as YAML reads them.
+    """What a flag's text means for its field: lists by commas, mappings as name=value, numbers and words as YAML reads
+    them.
     """
     if not isinstance(given, str):
         return given

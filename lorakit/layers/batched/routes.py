@@ -36,8 +36,8 @@ Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () 
 
 
 class Group(NamedTuple):
-    """The update of an adapter for each group of rows: A [G, r, in], B
-    [G, out, r] (see `ops.projections`). None: none has one there.
+    """The update of an adapter for each group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`). None: none
+    has one there.
     """
 
     A: Tensor | None
@@ -120,8 +120,8 @@ class Routing:
         return found
 
     def tokens(self, layer: LoraLayer, x: Tensor) -> int:
-        """Tokens (positions) of x: [rows, ..., in] that each choice
-        stands for. StateError if x has another number of rows.
+        """Tokens (positions) of x: [rows, ..., in] that each choice stands for. StateError if x has another number of
+        rows.
         """
         wanted = len(self.choices)
         if self.per_token:
@@ -134,8 +134,8 @@ class Routing:
         raise self._wrong(layer, rows)
 
     def _check_tokens(self, layer: LoraLayer, shape: Sequence[int]) -> None:
-        """StateError unless `shape`, of what a layer is given without its
-        features, is one axis of as many tokens as there are choices.
+        """StateError unless `shape`, of what a layer is given without its features, is one axis of as many tokens as
+        there are choices.
         """
         wanted = len(self.choices)
         long = [size for size in shape if size != 1] or [1]
@@ -179,8 +179,8 @@ class Routing:
         return self.routes.names.get(layer, type(layer).__name__)
 
     def as_rows(self, layer: LoraLayer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer is given and what its base makes of it, with an
-        axis of rows first: as they are, or one row for each token.
+        """What a layer is given and what its base makes of it, with an axis of rows first: as they are, or one row for
+        each token.
         """
         if not self.per_token:
             return y, x
@@ -259,8 +259,8 @@ class Routing:
             stacked.add_stacked(y, x, stack.pieces(how, order), how)
 
     def _how(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
-        """How the updates are computed, and of which adapters side
-        by side; None for those of the stack wherever they lie.
+        """How the updates are computed, and of which adapters side by side; None for those of the stack wherever they
+        lie.
         """
         layout = stack.layout
         children = [c for c in self.children if c in layout.places]
@@ -295,8 +295,8 @@ class Routing:
 
 
 def _groups(choices: tuple[Choice, ...]) -> Choice:
-    """The adapters with their weights, if each has as many rows as
-    the others, all side by side, and one adapter only; else ().
+    """The adapters with their weights, if each has as many rows as the others, all side by side, and one adapter only;
+    else ().
     """
     runs = [(choice, len(list(same))) for choice, same in itertools.groupby(choices)]
     alone = all(len(choice) == 1 for choice, _ in runs)

@@ -42,8 +42,8 @@ _version = operator.attrgetter("_version")
 
 
 class Layout:
-    """Where adapters lie in a stack. Never changed; layers whose stacks
-    are alike hold the same one, so that it need not be compared.
+    """Where adapters lie in a stack. Never changed; layers whose stacks are alike hold the same one, so that it need
+    not be compared.
     """
 
     def __init__(self, capacity: int, places: Places):
@@ -60,8 +60,8 @@ class Layout:
 
 
 class Held:
-    """One adapter's pair as a stack holds it, and what tells whether
-    the parameters it is made of still are what they were then.
+    """One adapter's pair as a stack holds it, and what tells whether the parameters it is made of still are what they
+    were then.
     """
 
     __slots__ = ("addresses", "counts", "parameters", "registered", "versions")
@@ -77,8 +77,8 @@ class Held:
 
 
 class Uses:
-    """Some adapters of a stack, and whether it holds them as they are
-    now. All at once: asking one by one takes five times as long.
+    """Some adapters of a stack, and whether it holds them as they are now. All at once: asking one by one takes five
+    times as long.
     """
 
     def __init__(self, stack: Stack, held: Sequence[Held]):
@@ -106,8 +106,8 @@ class Uses:
 
 
 class Order:
-    """Adapters side by side for matrix products, those of equal
-    rank next to each other (see `ops.batched.schedule`).
+    """Adapters side by side for matrix products, those of equal rank next to each other (see
+    `ops.batched.schedule`).
     """
 
     def __init__(self, layout: Layout, children: Iterable[str], device: torch.device):
@@ -158,8 +158,8 @@ class Stack:
         self.layout, self._ordered, self._pieces = layout, None, None
 
     def ordered(self, order: Order) -> tuple[Tensor, Tensor]:
-        """A and s · Bᵀ of these adapters, side by side: a part of
-        the buffer, or a copy that is kept for the next step.
+        """A and s · Bᵀ of these adapters, side by side: a part of the buffer,
+        or a copy that is kept for the next step.
         """
         if self._ordered is None or self._ordered[0] is not order:
             take = order.take
@@ -194,8 +194,8 @@ class Stacks:
             self._named[child] = None
 
     def uses(self, layer: LoraLayer, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]) -> Uses:
-        """The layer's stack, with these adapters in it as they
-        are now. `layers`: all that are routed, for the bound.
+        """The layer's stack, with these adapters in it as they are now.
+        `layers`: all that are routed, for the bound.
         """
         stack = self.of.get(layer)
         if stack is not None and not stack.fits(y):
@@ -262,8 +262,8 @@ class Stacks:
         y: Tensor,
         layers: Iterable[LoraLayer],
     ) -> Layout | None:
-        """The layout with places for these as well; others may have
-        to go, but none of `children`. None if that gives no room.
+        """The layout with places for these as well; others may have to go, but none of `children`. None if that gives
+        no room.
         """
         key = (layout, tuple(ranks.items()), tuple(children))
         if key not in self._moves:

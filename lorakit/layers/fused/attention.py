@@ -91,8 +91,8 @@ def forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' interface: query [rows, heads, length, size],
-    rotated -> [rows, length, heads, size], and no weights.
+    """transformers' interface: query [rows, heads, length, size], rotated -> [rows, length, heads, size], and no
+    weights.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -138,8 +138,8 @@ def _implementations(model: nn.Module) -> set[str | None]:
 
 
 def _unknown_child(module: nn.Module) -> str | None:
-    """What an attention holds besides linears, norms and dropout. An
-    indexer of keys, say, is only right with the names it knows.
+    """What an attention holds besides linears, norms and dropout. An indexer of keys, say, is only right with the names
+    it knows.
     """
     if not hasattr(module, "is_causal") or not any(isinstance(child, nn.Linear) for child in module.children()):
         return None

@@ -1,5 +1,5 @@
-"""A gated MLP with adapted linears, as one node (see `ops.fused.gated_mlp`):
-down(act(gate(x)) · up(x)). It keeps x, gate and up for backward.
+"""A gated MLP with adapted linears, as one node (see `ops.fused.gated_mlp`): down(act(gate(x)) · up(x)). It keeps x,
+gate and up for backward.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SIZE, FFN = 5, 7  # of the twin that is probed: small, odd and unequal
 
 
 class Roles(NamedTuple):
-    """The children's names. `gate_up`: gate and up, or one linear
-    that holds both. `function`: what the child `act` computes.
+    """The children's names. `gate_up`: gate and up, or one linear that holds both. `function`: what the child `act`
+    computes.
     """
 
     gate_up: tuple[str, ...]
@@ -64,8 +64,8 @@ class FusedGatedMlp(Swapped):
 
 
 def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], float] | None:
-    """The linears as one node can compute them and the dropout they
-    share; None: nothing is adapted, or something needs its own call.
+    """The linears as one node can compute them and the dropout they share; None: nothing is adapted, or something needs
+    its own call.
     """
     roles, children = mlp.lora_roles, mlp._modules
     act, idle = children.get(roles.act), [children.get(name) for name in roles.idle]
@@ -84,8 +84,8 @@ def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], flo
 
 
 def match(module: nn.Module) -> Roles | str | None:
-    """Its children's roles if a module can be fused; why it
-    cannot, if it looks like a gated MLP; None if it does not.
+    """Its children's roles if a module can be fused;
+    why it cannot, if it looks like a gated MLP; None if it does not.
     """
     children = {name: child for name, child in module._modules.items() if child is not None}
     linears = {name: child for name, child in children.items() if isinstance(child, nn.Linear)}

@@ -64,8 +64,8 @@ def outlives_its_module(settings: object) -> bool:
 
 
 def _known(name: str, value: object, configs: Configs) -> object:
-    """What tells a value from another one: plain values and
-    configs by what they hold, all else by being that object.
+    """What tells a value from another one: plain values and configs by what they hold,
+    all else by being that object.
     """
     if isinstance(value, functools.partial):
         return value.func, repr(value.args), repr(value.keywords)

@@ -1,5 +1,5 @@
-"""RMSNorm with a frozen weight, as one node (see `ops.fused.rms_norm`):
-it keeps x as it is for backward, not a float32 copy of it.
+"""RMSNorm with a frozen weight, as one node (see `ops.fused.rms_norm`): it keeps x as it is for backward, not a float32
+copy of it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class FusedRmsNorm(Swapped):
 
 
 def match(module: nn.Module) -> tuple[Form, str] | str | None:
-    """The form and epsilon's name if a module can be fused; why it
-    cannot, if it looks like an RMSNorm; None if it does not.
+    """The form and epsilon's name if a module can be fused; why it cannot, if it looks like an RMSNorm; None if it does
+    not.
     """
     weight = module._parameters.get("weight")
     if (

@@ -1,5 +1,5 @@
-"""LoRA on a live module: A and B as parameters, which the layer
-computes with (`pair`). Their shapes: see the layer's file.
+"""LoRA on a live module: A and B as parameters, which the layer computes with (`pair`). Their shapes: see the layer's
+file.
 """
 
 from __future__ import annotations

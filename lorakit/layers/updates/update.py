@@ -86,8 +86,8 @@ def master_dtype(layer: LoraLayer) -> torch.dtype:
 
 
 def device_of(layer: LoraLayer) -> torch.device:
-    """The layer's device, where accelerate's offload leaves its
-    weight on "meta" between calls the one it is called on.
+    """The layer's device, where accelerate's offload leaves its weight on "meta" between calls the
+    one it is called on.
     """
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)

@@ -32,8 +32,8 @@ MOST_TOKENS_EACH = 8
 
 
 class Pattern(NamedTuple):
-    """Which ranks each token uses. `scale`: s for each of them,
-    None for 1 throughout. `down` is written anew at every use.
+    """Which ranks each token uses. `scale`: s for each of them, None for 1 throughout. `down` is written anew at every
+    use.
     """
 
     ranks: Tensor  # [nonzeros]
@@ -51,8 +51,8 @@ def pays(rows: Sequence[Row], tokens: int, like: Tensor) -> bool:
 
 
 def pattern(rows: Sequence[Row], spans: Sequence[Span], tokens: int, width: int, like: Tensor) -> Pattern:
-    """The pattern of rows with so many tokens each. `spans`: each
-    adapter's ranks in the stack, of `width` ranks in all.
+    """The pattern of rows with so many tokens each. `spans`: each adapter's ranks in the stack, of `width` ranks in
+    all.
     """
     ranks: list[int] = []
     scales: list[float] = []

@@ -46,8 +46,8 @@ class Chunk(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """`order`: which rows to bring together first; None if the
-    chunks take them where they are, and may then take some twice.
+    """`order`: which rows to bring together first; None if the chunks take them where they are, and may then take some
+    twice.
     """
 
     order: Tensor | None
@@ -98,8 +98,8 @@ class _Block:
 
 
 def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like: Tensor) -> Schedule:
-    """Chunks for rows of so many tokens each. `ranks` of the stack's
-    adapters; `size`: in + out of the layer; scales are made `like`.
+    """Chunks for rows of so many tokens each. `ranks` of the stack's adapters; `size`: in + out of the layer; scales
+    are made `like`.
     """
     starts = [0, *itertools.accumulate(ranks)]
     if in_place(rows, tokens):
@@ -151,8 +151,8 @@ def in_place(rows: Sequence[Row], tokens: int) -> bool:
 
 
 def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Schedule:
-    """Each run of equal rows where it is, one adapter after the
-    other. `spans`: each adapter's ranks in the stack, anywhere.
+    """Each run of equal rows where it is, one adapter after the other. `spans`: each adapter's ranks in the stack,
+    anywhere.
     """
     chunks, place = [], 0
     for row, run in itertools.groupby(rows):

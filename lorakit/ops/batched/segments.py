@@ -30,8 +30,8 @@ class Segment(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """How `add_segments` goes through a batch. `order`: all rows,
-    sorted; None for as they are. `mark`: see `add_segments`.
+    """How `add_segments` goes through a batch. `order`: all rows, sorted; None for as they are. `mark`: see
+    `add_segments`.
     """
 
     order: Tensor | None

@@ -33,8 +33,8 @@ def reference(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], ro
 
 
 def pieces(A: Tensor, Bt: Tensor, how: Schedule) -> list[Piece]:
-    """Each chunk's part of a stack A [ΣR, in], Bt [ΣR, out]. Views,
-    worth keeping: making them costs as much as a small product.
+    """Each chunk's part of a stack A [ΣR, in], Bt [ΣR, out]. Views, worth keeping: making them costs as much as a small
+    product.
     """
     made = []
     for _, ranks, adapters, _ in how.chunks:
@@ -46,8 +46,8 @@ def pieces(A: Tensor, Bt: Tensor, how: Schedule) -> list[Piece]:
 
 
 def add_stacked(y: Tensor, x: Tensor, parts: Sequence[Piece], how: Schedule) -> None:
-    """Write the updates into y: [N, out], contiguous, without gradients.
-    x: [N, in], contiguous; `parts`: `pieces` for this schedule.
+    """Write the updates into y: [N, out], contiguous, without gradients. x: [N, in], contiguous; `parts`: `pieces` for
+    this schedule.
     """
     if how.order is None:
         for (tokens, _, adapters, scale), (At, Bt) in zip(how.chunks, parts, strict=True):

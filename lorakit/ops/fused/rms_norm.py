@@ -17,8 +17,8 @@ from ..autocast import without_autocast
 
 
 class Form(Enum):
-    """How models write it: what is added to the weight (o), and whether
-    the result is rounded to x's dtype before the weight or after.
+    """How models write it: what is added to the weight (o), and whether the result is rounded to x's dtype before the
+    weight or after.
     """
 
     ROUNDED_FIRST = (0, False)  # Llama: w · (x̂ rounded)

@@ -49,8 +49,8 @@ def row_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _chosen(batch: dict[str, Tensor]) -> Tensor:
-    """The positions whose logits are made, [rows, length − 1]:
-    the trained ones, and as many more as `POSITIONS` asks for.
+    """The positions whose logits are made, [rows, length − 1]: the trained ones, and as many more as `POSITIONS` asks
+    for.
     """
     chosen = batch["labels"][:, 1:] != IGNORE_INDEX
     more = -int(chosen.sum()) % POSITIONS
@@ -60,8 +60,8 @@ def _chosen(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tensor:
-    """−log p of each of the N chosen positions (`chosen`: [rows,
-    length − 1]), row after row, zero where untrained: [N], float32.
+    """−log p of each of the N chosen positions (`chosen`: [rows, length − 1]), row after row, zero where untrained:
+    [N], float32.
     """
     targets = batch["labels"][:, 1:][chosen]
     layer = _output_layer(model)
@@ -98,8 +98,8 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], chosen: Tensor) -> Tenso
 
 
 class Picked:
-    """The hook: hands the output layer the trained positions only,
-    flattened, or, where that is not to make their logits, one of them.
+    """The hook: hands the output layer the trained positions only, flattened, or, where that is not to make their
+    logits, one of them.
     """
 
     def __init__(self, chosen: Tensor, fused: bool, in_one: bool):
@@ -115,8 +115,8 @@ class Picked:
 
 
 def _is_frozen_end(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
-    """Whether the output layer is a plain linear that nothing waits
-    for or comes after. That it is frozen is seen when it is called.
+    """Whether the output layer is a plain linear that nothing waits for or comes after. That it is frozen is seen when
+    it is called.
     """
     return (
         type(layer) is nn.Linear
@@ -140,8 +140,8 @@ _last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by output lay
 
 
 def _is_last(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
-    """Whether the model returns its output layer's logits as they are:
-    found by comparing, so no list of architectures has to be right.
+    """Whether the model returns its output layer's logits as they are: found by comparing, so no list of architectures
+    has to be right.
     """
     if layer in _last:
         return _last[layer]

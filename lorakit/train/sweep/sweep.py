@@ -31,8 +31,8 @@ from .sweep_progress import SweepProgress
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended. `winners`: the best run's adapter folder by
-    group ('' if all runs were compared); empty if interrupted.
+    """How a sweep ended. `winners`: the best run's adapter folder by group ('' if all runs were compared); empty if
+    interrupted.
     """
 
     entries: list[Entry]
@@ -56,8 +56,8 @@ class Outcome:
 
 
 def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
-    """Train all runs of a sweep. Started again on its folder it
-    goes on where it stopped; finished runs stay finished.
+    """Train all runs of a sweep. Started again on its folder it goes on where it stopped;
+    finished runs stay finished.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(

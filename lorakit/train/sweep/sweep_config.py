@@ -123,8 +123,8 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
 
 
 def check_joint(config: TrainConfig) -> None:
-    """ConfigError for what cannot train beside other adapters:
-    each row's own factors are all that a shared pass can have.
+    """ConfigError for what cannot train beside other adapters: each row's own factors are all that a shared pass can
+    have.
     """
     if config.find_lr:
         raise ConfigError(f"find_lr: {NOT_SWEPT['find_lr']}: give it a list of them, or use lorakit train")

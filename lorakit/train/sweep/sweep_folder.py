@@ -41,8 +41,8 @@ class SweepFolder:
         self.leaderboard = path / "leaderboard.json"
 
     def open(self, sweep: Sweep) -> None:
-        """Make the folder, or check that it is this sweep's. A sweep
-        may come back with more values, not with other settings.
+        """Make the folder, or check that it is this sweep's. A sweep may come back with more values, not with other
+        settings.
         """
         if self.path.exists() and not self.path.is_dir():
             raise TrainError(f"{self.path} is a file; give a folder (--out)")

@@ -1,5 +1,5 @@
-"""What a sweep shows: a start panel with its runs, then a bar on
-a terminal and plain lines elsewhere, with the best so far.
+"""What a sweep shows: a start panel with its runs, then a bar on a terminal and plain lines elsewhere, with the best so
+far.
 """
 
 from __future__ import annotations

@@ -194,8 +194,8 @@ def test_packed_parts_share_the_larger_rank():
 
 
 def test_overall_takes_no_more_than_it_must_of_whole_updates_too():
-    """Slow and fast spectra side by side: the slow one's values
-    are needed further than its own share of the energy goes.
+    """Slow and fast spectra side by side: the slow one's values are needed further than its own share of the energy
+    goes.
     """
 
     def whole(values):

@@ -1,5 +1,5 @@
-"""A layer whose rows have adapters of their own: each row as
-if its adapter alone were active, in values and gradients.
+"""A layer whose rows have adapters of their own: each row as if its adapter alone were active,
+in values and gradients.
 """
 
 from __future__ import annotations

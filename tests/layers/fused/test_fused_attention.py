@@ -1,5 +1,5 @@
-"""Attention's own backward in 16 bits: where it is used, where
-torch's is, and that both give what the model computes.
+"""Attention's own backward in 16 bits: where it is used, where torch's is,
+and that both give what the model computes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Modules that are not like the one before, or are changed after attach:
-what is fused follows; and what a probe leaves behind: nothing.
+"""Modules that are not like the one before, or are changed after attach: what is fused follows; and what a probe leaves
+behind: nothing.
 """
 
 from __future__ import annotations

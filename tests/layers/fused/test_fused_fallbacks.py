@@ -1,5 +1,5 @@
-"""Where a fused module steps aside for its own class's forward: hooks,
-casting, compilers, several adapters. (Attention: see its own file.)
+"""Where a fused module steps aside for its own class's forward: hooks, casting, compilers, several adapters.
+(Attention: see its own file.)
 """
 
 from __future__ import annotations

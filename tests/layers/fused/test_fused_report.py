@@ -1,5 +1,5 @@
-"""Models of many kinds: what of each is fused, and that gradients
-are those of a copy in which nothing is, with dropout too.
+"""Models of many kinds: what of each is fused, and that gradients are those of a copy in which nothing is, with dropout
+too.
 """
 
 from __future__ import annotations

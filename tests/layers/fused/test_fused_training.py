@@ -1,5 +1,5 @@
-"""Models with fused modules: the base's bits, the plain path's
-gradients, PEFT's gradients, and everything back as it was on detach.
+"""Models with fused modules: the base's bits, the plain path's gradients, PEFT's gradients, and everything back as it
+was on detach.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A sweep: each adapter ends as it would alone, whatever trains
-beside it; what is killed, stopped or broken; the leaderboard.
+"""A sweep: each adapter ends as it would alone, whatever trains beside it; what is killed, stopped or broken; the
+leaderboard.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _without_losses(told: dict) -> dict:
 
 
 def test_runs_that_differ_in_everything_end_as_alone(make_config, tmp_path, data_file):
-    """Ranks, alphas, scales, targets, rates, seeds, batches,
-    schedules, clipping, data of other sizes, and lengths of runs.
+    """Ranks, alphas, scales, targets, rates, seeds, batches, schedules, clipping, data of other sizes, and lengths of
+    runs.
     """
     few = tiny_lm.write_rows(tmp_path / "few.jsonl", tiny_lm.rows(9))
     differing: list[dict] = [
