@@ -55,13 +55,13 @@ def combine(
         result = combined(
             values,
             parse_weights(weights),
-            method,
+            method,  # type: ignore[arg-type]
             rank=rank,
             keep=keep,
             density=density,
             majority=majority,
             seed=seed,
-            saved=saved,  # type: ignore[arg-type]
+            saved=saved,
             force=force_base,
             on_module=on_module,
         )

@@ -100,9 +100,8 @@ def losses(adapter: Adapter) -> list[str]:
         lost.append(
             f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in MLX all modules have one or none has"
         )
-    across = [
-        m for m in dora if (adapter.factors[m].magnitude.shape[0] == 1) != (adapter.factors[m].kind == "embedding")
-    ]  # type: ignore[union-attr]
+    magnitudes = {m: (f.magnitude, f.kind) for m, f in adapter.factors.items() if m in dora}
+    across = [m for m, (g, kind) in magnitudes.items() if g is not None and (g.shape[0] == 1) != (kind == "embedding")]
     if across:
         lost.append(
             f"DoRA's magnitude of {listing(across, 2)}: MLX has one number for each row of the weight, this one for "

@@ -262,9 +262,8 @@ def _factors(
                     f"{where}: '{module}' is said to be packed as {list(parts)}, and its B does not have that form"
                 )
             alpha /= _growth(sum(parts), config.rslora)
-        return Factors(
-            A, B, alpha, kind, config.rslora, transposed and kind == "linear", parts=parts, magnitude=magnitude
-        )  # type: ignore[arg-type]
+        across = transposed and kind == "linear"
+        return Factors(A, B, alpha, kind, config.rslora, across, parts=parts, magnitude=magnitude)  # type: ignore[arg-type]
     groups = A.shape[0] // B.shape[1] if B.shape[1] and A.shape[0] % B.shape[1] == 0 else 1
     compact = group_blocks(A, B, groups) if groups > 1 and A.shape[1] % groups == 0 else None
     if compact is not None:

@@ -101,7 +101,7 @@ def test_train_has_a_documented_flag_for_every_setting(lorakit):
         (["generate", "hi", "--adapter", "a=x", "--adapter", "a=y"], "two adapters are named 'a'"),
         (["data", "show", "x", "--columns", "prompt"], "--columns: expected NAME=VALUE"),
         (["merge", "base"], "ADAPTER... OUT"),
-        (["eval"], "data"),
+        (["eval"], "Missing argument '"),
     ],
 )
 def test_a_usage_error_is_explained_and_exits_with_2(lorakit, tmp_path, monkeypatch, args, message):
