@@ -153,6 +153,6 @@ def test_the_command_writes_a_kohya_file_of_a_diffusion_model(pipes, tmp_path, c
         == 0
     )
     told = capsys.readouterr().out
-    assert "other tensors changed: 0 kept whole" in told
+    assert "other tensors changed: 0 saved in full" in told
     assert "lorakit inspect" in told.splitlines()[-1]
     assert lk.formats.format_of(tmp_path / "lora.safetensors") == "kohya"

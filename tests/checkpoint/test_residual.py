@@ -142,5 +142,5 @@ def test_the_command_makes_it_plain_and_says_how_without_a_base(tmp_path, capsys
         )
         == 0
     )
-    assert "started as pissa" in capsys.readouterr().err
+    assert "initialized as pissa" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True
