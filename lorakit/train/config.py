@@ -5,7 +5,8 @@ The field texts are the comments of `lorakit init`, the help and the docs at onc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+# ClassVar: pydantic 2.9 resolves the annotations of joined settings in this module.
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias  # noqa: F401
 
 from pydantic import Field, field_validator, model_validator
 
