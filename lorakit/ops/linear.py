@@ -37,7 +37,8 @@ def add_low_rank(
     # Autocast casts the operands of products, but not of those in place.
     if not into or is_casting(x) or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
         return y + reference(scaled(x, mask) if mask else x, A, B, scale)
-    if not (mask or torch.is_grad_enabled()) and y.is_contiguous():  # decoding: an autograd node's own cost would show
+    # In decoding an autograd node's own cost would show.
+    if not (mask or torch.is_grad_enabled()) and y.is_contiguous() and A.dim() == 2:
         down = product(x.reshape(-1, x.shape[-1]), A.to(y.dtype).T, scale)
         y.view(-1, y.shape[-1]).addmm_(down, B.to(y.dtype).T)
         return y

@@ -45,6 +45,20 @@ def test_logits_of_each_row_are_its_adapters(model):
             torch.testing.assert_close(model(ids(5)).logits, torch.stack(expected))
 
 
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+def test_logits_without_gradients_are_the_same_in_training_mode(make):
+    model = mixed(make)
+    for rank, name in ((2, "x"), (2, "y")):  # of equal ranks: computed as groups of rows
+        lk.attach(model, lk.LoraConfig(rank=rank), name=name, trainable=False)
+    tiny.randomise_factors(model, size=0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for choices in (["x", "y"], ["a", "b"], ["x", "x"]):
+        with torch.no_grad(), lk.route(model, choices):
+            torch.testing.assert_close(model.train()(ids(2)).logits, model.eval()(ids(2)).logits)
+
+
 # Generation
 
 
