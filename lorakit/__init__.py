@@ -43,9 +43,23 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
-    "LoraConfig", "Adapter", "Factors", "attach", "capture", "activate", "active", "adapters", "route", "merge", "unmerge", "detach", "summary", "combine",
-    "LorakitError", "__version__",
-]  # fmt: skip
+    "LoraConfig",
+    "Adapter",
+    "Factors",
+    "attach",
+    "capture",
+    "activate",
+    "active",
+    "adapters",
+    "route",
+    "merge",
+    "unmerge",
+    "detach",
+    "summary",
+    "combine",
+    "LorakitError",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

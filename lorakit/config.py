@@ -1,31 +1,47 @@
-"""What to adapt and how: `LoraConfig`. Pure data, validated, without torch.
+"""Settings as pure data, validated, without torch: what to adapt and how (`LoraConfig`), and a run's (`RunSettings`).
 
-`LoraConfig` has our names; `lorakit/formats/peft_config.py` maps them to PEFT's `adapter_config.json`.
+`LoraConfig` has our names; `lorakit/formats/peft_config.py` maps them to PEFT's `adapter_config.json`. A run's config,
+flat in YAML, is `RunSettings` joined with the settings of every method and every task: see `lorakit/train/config.py`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from .errors import ConfigError, did_you_mean
 from .module_names import Patterns, ends_with, plain
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536  # beyond any sensible rank
+Auto = Literal["auto"]
 
 
 # PEFT's names of the settings that hold the same values.
 PEFT_NAMES = {
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "bias": "bias", "target_modules": "targets",
-    "exclude_modules": "exclude", "layers_to_transform": "layers", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
-    "use_rslora": "rslora", "modules_to_save": "save_modules", "task_type": "task", "base_model_name_or_path": "base", "revision": "revision",
-}  # fmt: skip
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "bias": "bias",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "rslora",
+    "modules_to_save": "save_modules",
+    "task_type": "task",
+    "base_model_name_or_path": "base",
+    "revision": "revision",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,14 @@ class Choice:
 
 
 class Strict(BaseModel):
-    """A frozen settings object that refuses unknown keys (with the nearest name) and says what was wrong with a value."""
+    """A frozen settings object that refuses unknown keys (with the nearest name) and says what was
+    wrong with a value.
+    """
+
+    # Names of a class's own settings: those that change nothing that is computed, and those that decide which rows are
+    # trained on, and how.
+    free: ClassVar[Collection[str]] = ()
+    rows: ClassVar[Collection[str]] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
 
@@ -59,16 +82,58 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"]) or "settings"
         if item["type"] == "extra_forbidden":
             ours = PEFT_NAMES.get(where)
-            hint = f"; PEFT's '{where}' is '{ours}' here" if ours in cls.model_fields else did_you_mean(where, cls.model_fields)
+            hint = (
+                f"; PEFT's '{where}' is '{ours}' here"
+                if ours in cls.model_fields
+                else did_you_mean(where, cls.model_fields)
+            )
             lines.append(f"{cls.__name__} has no setting '{where}'{hint}")
         elif item["type"] == "value_error":
             lines.append(f"{cls.__name__}.{where}: {item['ctx']['error']!s}")
         else:
-            lines.append(f"{cls.__name__}.{where}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})")
+            lines.append(
+                f"{cls.__name__}.{where}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})"
+            )
     return "\n".join(dict.fromkeys(lines))
 
 
-class LoraConfig(Strict):
+_Part = TypeVar("_Part", bound=Strict)
+
+
+def part(config: Strict, cls: type[_Part]) -> _Part:
+    """The settings of one class, out of a config that has them among others."""
+    return cls(**{name: getattr(config, name) for name in cls.model_fields})
+
+
+def at_least_one(value: int | str) -> int | str:
+    """For settings that are a count, or 'auto'."""
+    if value != "auto" and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"expected a positive whole number or 'auto' (got {value})")
+    return value
+
+
+def joined(name: str, parts: Iterable[type[Strict]]) -> type[Strict]:
+    """One class of settings with those of all parts. A setting, or a check of one, is defined in one class only:
+    TypeError where two do.
+    """
+    parts = tuple(parts)
+    owners: dict[str, type] = {}
+    for cls in dict.fromkeys(cls for part in parts for cls in part.__mro__ if issubclass(cls, Strict)):
+        checks = {
+            *cls.__pydantic_decorators__.field_validators,
+            *cls.__pydantic_decorators__.model_validators,
+        } & cls.__dict__.keys()
+        for setting in (cls.model_fields.keys() & inspect.get_annotations(cls).keys()) | checks:
+            if setting in owners:
+                raise TypeError(
+                    f"'{setting}' is a setting of {owners[setting].__name__} and of {cls.__name__}; give one of them "
+                    "another name"
+                )
+            owners[setting] = cls
+    return create_model(name, __base__=parts)
+
+
+class LoraSettings(Strict):
     """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
 
     ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
@@ -76,26 +141,38 @@ class LoraConfig(Strict):
 
     rank: int = Field(16, ge=1, le=MAX_RANK, description="rank of the update")
     # 32 whatever the rank ("LoRA Without Regret", 2025): the best learning rate then hardly depends on the rank.
-    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="strength of the update; the scale is alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank branch, in training")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases to train: none, all, or those of adapted modules")
-    targets: str | list[str] = Field(
-        ALL_LINEAR, description="modules to adapt: 'all-linear', a list of name endings, or one regular expression for whole names"
+    alpha: float = Field(
+        32.0, gt=0, allow_inf_nan=False, description="strength of the update; the scale is alpha / rank"
     )
-    exclude: str | list[str] | None = Field(None, description="modules to leave out: name endings, or one regular expression")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank branch, in training")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases to train: none, all, or those of adapted modules"
+    )
+    targets: str | list[str] = Field(
+        ALL_LINEAR,
+        description="modules to adapt: 'all-linear', a list of name endings, or one regular expression for whole names",
+    )
+    exclude: str | list[str] | None = Field(
+        None, description="modules to leave out: name endings, or one regular expression"
+    )
     layers: list[int] | None = Field(None, description="only these layer numbers (the first number in a module's name)")
-    rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks: {name ending or regular expression: rank}")
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
+    )
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, likewise")
     rslora: bool = Field(False, description="scale by alpha / √rank (Kalajdzievski 2023)")
-    init: Literal["default", "gaussian"] = Field("default", description="A kaiming-uniform or gaussian; B zero, so that ΔW starts at zero")
-    save_modules: list[str] = Field(default_factory=list, description="modules trained and saved whole (PEFT's modules_to_save)")
+    variant: str = Field("lora", description="kind of update to train (docs/python.md lists them)")
+    init: Literal["default", "gaussian"] = Field(
+        "default", description="A kaiming-uniform or gaussian; B zero, so that ΔW starts at zero"
+    )
+    save_modules: list[str] = Field(
+        default_factory=list, description="modules trained and saved whole (PEFT's modules_to_save)"
+    )
     packed: dict[str, list[bool]] = Field(
         default_factory=dict,
-        description="packed projections: {name ending: which of its equal parts to adapt}, e.g. c_attn: [true, false, true]",
+        description="packed projections: {name ending: which of its equal parts to adapt}, e.g. c_attn: [true, false, "
+        "true]",
     )
-    task: str | None = Field(None, description="what the model is for, PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
-    base: str | None = Field(None, description="the base model's hub id or folder")
-    revision: str | None = Field(None, description="the base model's revision on the hub")
 
     @field_validator("targets", "exclude")
     @classmethod
@@ -106,6 +183,15 @@ class LoraConfig(Strict):
             return sorted(dict.fromkeys(value))
         if isinstance(value, str) and value != ALL_LINEAR:
             _compile(value)
+        return value
+
+    @field_validator("variant")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in variants():
+            raise ValueError(
+                f"there is no '{value}'{did_you_mean(value, variants())}; it is one of {', '.join(variants())}"
+            )
         return value
 
     @field_validator("rank_pattern")
@@ -155,9 +241,140 @@ class LoraConfig(Strict):
         return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
 
 
+class LoraConfig(LoraSettings):
+    """A low-rank update's settings, and what it is for."""
+
+    task: str | None = Field(
+        None, description="what the model is for, PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ..."
+    )
+    base: str | None = Field(None, description="the base model's hub id or folder")
+    revision: str | None = Field(None, description="the base model's revision on the hub")
+
+
+@cache
+def variants() -> tuple[str, ...]:
+    """The kinds of update that a live model takes: each is a file of layers/updates/, which is not imported here."""
+    files = (Path(__file__).parent / "layers" / "updates").glob("*.py")
+    return tuple(sorted(file.stem for file in files if file.stem not in ("__init__", "update")))
+
+
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     """The factor before B A."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+class Source(Strict):
+    """What is to be learnt, by which model, from which rows."""
+
+    free: ClassVar = {"data"}  # the rows are compared by hash
+    rows: ClassVar = {"task", "data", "split"}
+
+    task: str = Field("causal_lm", description="what is to be learnt")
+    base: str | None = Field(None, description="the base model's hub id or folder")
+    revision: str | None = Field(None, description="the base model's revision on the hub")
+    model: str = Field(
+        "embedded", description="the base: 'embedded', a model folder, or a hub id such as Qwen/Qwen3-0.6B"
+    )
+    data: str = Field(..., description="training data: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")
+    split: str | None = Field(None, description="the data's split, where it has several")
+
+
+class RunSettings(Source):
+    """What a training run can be told, whatever the method and the task."""
+
+    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
+    rows: ClassVar = {"validation"}
+
+    validation: float | str = Field(0.05, description="held out: a share of the data, a file of its own, or 0 for none")
+
+    method: str = Field("lora", description="how to fine-tune")
+    out: str = Field(
+        "runs/default", description="the run's folder; a run started on its own folder goes on where it stopped"
+    )
+    epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="passes over the data")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all devices")
+    micro_batch: int | Auto = Field(
+        "auto", description="sequences computed at once on one device; the rest is accumulated"
+    )
+    group_by_length: bool = Field(True, description="batches of rows of like length: less padding")
+    learning_rate: float | Auto = Field(
+        "auto", description="peak learning rate; auto picks one from the model's width and says why"
+    )
+    find_lr: bool = Field(
+        False, description="with learning_rate auto: try several rates in a short joint run first, and take the best"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="how the learning rate falls after warm-up"
+    )
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first beta")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second beta")
+    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="largest gradient norm; 0: no clipping")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="the base's precision; the adapter trains in float32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, a third more time"
+    )
+    compile: bool = Field(
+        False,
+        description="compile the layers with torch.compile before the first step (needs a C++ compiler on a CPU; pays "
+        "in long runs)",
+    )
+    seed: int = Field(0, ge=0, lt=1 << 31, description="of the factors, the batches and dropout")
+    threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
+
+    eval_every: int | Auto = Field(
+        "auto", description="steps between evaluations on the held-out rows; auto: about ten in a run"
+    )
+    patience: int = Field(
+        3, ge=0, description="stop after so many evaluations without a better held-out loss; 0: never"
+    )
+    save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    track: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="also log to these, if installed"
+    )
+    memory: str = Field(
+        "auto",
+        description="memory the run may take, such as 24GB; auto: what the device has; unchecked: start in any case",
+    )
+    trust_remote_code: bool = Field(
+        False, description="run the code that a hub model brings (only for models you trust)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_base(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("base") is not None:
+            raise ValueError("'base' is set from 'model' in a training run; give 'model'")
+        return values
+
+    @model_validator(mode="after")
+    def _compiled(self) -> RunSettings:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "compile with gradient_checkpointing has not been shown to be right; leave one of the two out"
+            )
+        return self
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _positive(cls, value: float | str) -> float | str:
+        if value != "auto" and not (isinstance(value, float | int) and 0 < value < float("inf")):
+            raise ValueError(f"expected a positive number or 'auto' (got {value})")
+        return value
+
+    _at_least_one = field_validator("micro_batch", "eval_every", "save_every", "threads")(at_least_one)
+
+    @field_validator("validation")
+    @classmethod
+    def _share_or_file(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError(f"expected a share from 0 up to 1, or a file (got {value})")
+        return value
 
 
 def _compile(pattern: str) -> None:

@@ -1,4 +1,4 @@
-"""What lorakit raises, and how its messages are built: what was wrong, where, what was expected, the fix.
+"""lorakit's exceptions, and helpers for their messages: what is wrong, where, what was expected, how to fix it.
 
 Every error a user can cause is a `LorakitError`; the command line prints it without a traceback.
 """
@@ -10,55 +10,55 @@ from collections.abc import Iterable
 
 
 class LorakitError(Exception):
-    """Something the user can act on. The first line says what and where, further lines what was expected and the fix."""
+    """An error the user can fix. Its first line says what and where, the next lines what was expected and the fix."""
 
 
 class ConfigError(LorakitError, ValueError):
-    """A setting that is unknown, out of range or contradicts another."""
+    """A setting is unknown, out of range or contradicts another."""
 
 
 class TargetError(LorakitError, ValueError):
-    """A target, pattern or key that fits no module of the model, or a module that cannot be adapted."""
+    """A target, pattern or key matches no module of the model, or matches one that cannot be adapted."""
 
 
 class AdapterError(LorakitError, ValueError):
-    """An adapter (value or file) that is malformed, or does not fit the base it meets."""
+    """An adapter, in memory or in a file, is malformed or does not fit the base model."""
 
 
 class StateError(LorakitError, RuntimeError):
-    """A call that does not fit what is attached: a name in use, an unknown name, merging twice."""
+    """A call does not fit the adapters attached: the name is taken or unknown, or the adapter is merged already."""
 
 
 class DataError(LorakitError, ValueError):
-    """A dataset that cannot be read or understood; names file and row."""
+    """A dataset cannot be read or understood; the message names file and row."""
 
 
 class TrainError(LorakitError, RuntimeError):
-    """A training run that cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class WriteError(LorakitError, OSError):
-    """A file or folder that cannot be written: a place that is taken, forbidden or full."""
+    """A file or folder cannot be written: the path is taken, permission is denied or the disk is full."""
 
 
 class NotFiniteError(LorakitError, RuntimeError):
-    """A loss that is NaN or infinite."""
+    """A loss is NaN or infinite."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None if none is alike."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Return the known name most similar to `name`, None if none is similar enough."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or nothing."""
-    found = nearest(name, known)
-    return f"; did you mean '{found}'?" if found else ""
+    """Return `"; did you mean 'x'?"`, or "" if no known name is similar."""
+    suggestion = nearest(name, known)
+    return f"; did you mean '{suggestion}'?" if suggestion else ""
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """The first names, then how many more there are."""
+    """Join the first `most` names and say how many more there are."""
     names = list(names)
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

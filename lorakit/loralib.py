@@ -1,12 +1,14 @@
 """`import lorakit.loralib as lora`: the layers of Microsoft's loralib (Hu et al. 2021), for code written against it.
 
-    Linear, Embedding    ΔW = s · B A, or its transpose             A [r, in]            B [out, r]               s = lora_alpha / r
+    Linear, Embedding    ΔW = s · B A, or its transpose             A [r, in]            B [out, r]
     MergedLinear         the same for n of the output's equal parts A [n·r, in]          B [n·out/parts, r]
     Conv2d, square k×k   ΔW = s · (B A) in the weight's shape       A [r·k, in·k]        B [out/groups·k, r·k]
     other convolutions   the same, K = the kernel's size            A [r, in·K]          B [out/groups, r]
 
-`eval()` merges ΔW into the weight, `train()` takes it out again to the last bit (loralib's rounding drifts). Where the two
-differ, and why, is in docs/loralib.md.
+s = lora_alpha / r.
+
+`eval()` merges ΔW into the weight, `train()` takes it out again to the last bit (loralib's rounding drifts). Where the
+two differ, and why, is in docs/loralib.md.
 """
 
 from __future__ import annotations
@@ -26,9 +28,17 @@ from .ops.linear import add_low_rank, add_packed
 from .ops.packed import expand_packed
 
 __all__ = [
-    "Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear",
-    "lora_state_dict", "mark_only_lora_as_trainable",
-]  # fmt: skip
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvLoRA",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+]
 
 BIAS = ("none", "all", "lora_only")
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -53,7 +63,9 @@ class LoRALayer:
 
 
 class _MergingLayer(LoRALayer, nn.Module):
-    """`train` and `eval` that take ΔW out of the weight and put it in, and what else has to know whether it is there."""
+    """`train` and `eval` that take ΔW out of the weight and put it in,
+    and what else has to know whether it is there.
+    """
 
     scaling: float
     _undo: Undo | None = None
@@ -110,18 +122,22 @@ class _MergingLayer(LoRALayer, nn.Module):
             self._merge()
         return self
 
-    # State dicts. In eval mode they hold the merged weight, as loralib's do, and say so in their metadata, so that loading
-    # knows. Whatever is loaded is the base and the factors; a merged layer is merged again afterwards.
+    # State dicts. In eval mode they hold the merged weight, as loralib's do, and say so in their metadata, so that
+    # loading knows. Whatever is loaded is the base and the factors; a merged layer is merged again afterwards.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._undo is not None and hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]][_MERGED] = True
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         self._loading = self.merged, bool(local_metadata.get(_MERGED))
         self._unmerge()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 @torch.no_grad()
@@ -140,9 +156,16 @@ class Linear(_MergingLayer, nn.Linear):
     """`nn.Linear` with a rank-r update. `fan_in_fan_out`: the weight is stored as [in, out]."""
 
     def __init__(
-        self, in_features: int, out_features: int, r: int = 0, lora_alpha: float = 1, lora_dropout: float = 0.0,
-        fan_in_fan_out: bool = False, merge_weights: bool = True, **kwargs: Any,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.fan_in_fan_out = fan_in_fan_out
@@ -173,12 +196,22 @@ class Linear(_MergingLayer, nn.Linear):
 
 
 class MergedLinear(Linear):
-    """One linear that holds several projections of equal size (q, k, v), those with `enable_lora` adapted, each with rank r."""
+    """One linear that holds several projections of equal size (q, k, v), those with `enable_lora` adapted, each with
+    rank r.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, r: int = 0, lora_alpha: float = 1, lora_dropout: float = 0.0,
-        enable_lora: Sequence[bool] = (False,), fan_in_fan_out: bool = False, merge_weights: bool = True, **kwargs: Any,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: Sequence[bool] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ):
         if not enable_lora or out_features % len(enable_lora):
             raise ConfigError(
                 f"enable_lora has {len(enable_lora)} entries and out_features is {out_features}\n"
@@ -211,7 +244,13 @@ class Embedding(_MergingLayer, nn.Embedding):
     """`nn.Embedding` with a rank-r update; A [r, vocab] starts at zero and B [dim, r] normal."""
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, r: int = 0, lora_alpha: float = 1, merge_weights: bool = True, **kwargs: Any
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        **kwargs: Any,
     ):
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         # With max_norm each lookup rescales rows of the weight in place; what was merged could not be taken out again.
@@ -231,7 +270,10 @@ class Embedding(_MergingLayer, nn.Embedding):
         y = nn.Embedding.forward(self, x)
         if self.merged or not self._adapted:
             return y
-        rows = F.embedding(x, self.lora_A.T, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse)  # [..., r]
+        # [..., r]
+        rows = F.embedding(
+            x, self.lora_A.T, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
         return torch.add(y, F.linear(rows, self.lora_B), alpha=self.scaling)
 
     def _delta_rows(self) -> Callable[[slice], Tensor]:
@@ -239,15 +281,24 @@ class Embedding(_MergingLayer, nn.Embedding):
 
 
 class ConvLoRA(_MergingLayer):
-    """A convolution `conv` with an update of its weight. As in loralib, `lora_dropout` is accepted and has no effect here."""
+    """A convolution `conv` with an update of its weight. As in loralib, `lora_dropout` is accepted and has no effect
+    here.
+    """
 
     conv_class: type[nn.Module]
     conv: Any
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], r: int = 0, lora_alpha: float = 1,
-        lora_dropout: float = 0.0, merge_weights: bool = True, **kwargs: Any,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ):
         nn.Module.__init__(self)
         self.conv = self.conv_class(in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
@@ -271,14 +322,18 @@ class ConvLoRA(_MergingLayer):
         if self.merged or not self._adapted:
             return self.conv(x)
         A, B, weight = self.lora_A, self.lora_B, self.conv.weight
-        if self.conv.groups == 1 and B.shape[0] == weight.shape[0]:  # ΔW is B after A: a convolution to r channels, then 1x1
+        # ΔW is B after A: a convolution to r channels, then 1x1
+        if self.conv.groups == 1 and B.shape[0] == weight.shape[0]:
             down = self.conv._conv_forward(x, A.view(-1, *weight.shape[1:]), None)
             up = _CONV[weight.dim() - 2](down, B.view(*B.shape, *(1 for _ in weight.shape[2:])))
             return torch.add(self.conv(x), up, alpha=self.scaling)
-        # The rows of a k×k kernel's B A cut across its channels and kernel rows. Only with in % k = 0 are they two convolutions
-        # (k groups, then 1x1), and that was slower than building ΔW as often as faster: 8.4 against 10.9 ms forward and
-        # backward for 96 channels of 16x16, 157 against 141 ms for 192 channels of 32x32 (k = 3, one CPU thread).
-        return self.conv._conv_forward(x, torch.add(weight, (B @ A).view(weight.shape), alpha=self.scaling), self.conv.bias)
+        # The rows of a k×k kernel's B A cut across its channels and kernel rows. Only with in % k = 0 are they two
+        # convolutions (k groups, then 1x1), and that was slower than building ΔW as often as faster: 8.4 against 10.9
+        # ms forward and backward for 96 channels of 16x16, 157 against 141 ms for 192 channels of 32x32 (k = 3, one CPU
+        # thread).
+        return self.conv._conv_forward(
+            x, torch.add(weight, (B @ A).view(weight.shape), alpha=self.scaling), self.conv.bias
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -293,16 +348,23 @@ class ConvLoRA(_MergingLayer):
         change = delta(self.lora_A, self.lora_B, self.scaling, self.conv.weight.shape).flatten(1)
         return lambda rows: change[rows]
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        # A plain model's checkpoint has `weight`, loralib 0.1.2's `conv.weight`, that of its repository both, for one parameter.
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # A plain model's checkpoint has `weight`, loralib 0.1.2's `conv.weight`, that of its repository both, for one
+        # parameter.
         for name in ("weight", "bias"):
             plain, own = prefix + name, f"{prefix}conv.{name}"
             if plain in state_dict:
                 value = state_dict.pop(plain)
                 if own in state_dict and not torch.equal(value, state_dict[own]):
-                    error_msgs.append(f"the checkpoint holds two values for one parameter: '{plain}' and '{own}' differ")
+                    error_msgs.append(
+                        f"the checkpoint holds two values for one parameter: '{plain}' and '{own}' differ"
+                    )
                 state_dict.setdefault(own, value)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class Conv1d(ConvLoRA):
@@ -318,7 +380,9 @@ class Conv3d(ConvLoRA):
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze every parameter without "lora_" in its name. Biases stay trainable as `bias` says: "none", "all", "lora_only"."""
+    """Freeze every parameter without "lora_" in its name. Biases stay trainable as `bias` says: "none", "all",
+    "lora_only".
+    """
     _check_bias(bias)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:

@@ -1,6 +1,8 @@
-"""Damaged files through every reader: each must give something sound or a LorakitError, in bounded memory, and nothing else.
+"""Damaged files through every reader: each must give something sound or a LorakitError, in bounded memory, and nothing
+else.
 
-Adapters in each format, and checkpoints that are merged into: a language model's folder, a diffusion model's single file.
+Adapters in each format, and checkpoints that are merged into: a language model's folder, a diffusion model's single
+file.
 
     python scripts/fuzz_readers.py --count 2000 [--seed 0]
 
@@ -46,7 +48,8 @@ def main() -> None:
             refused, bad = fuzz(path, Path(name), random.Random(f"{asked.seed} {format}"), asked.count)
             total, failed = total + asked.count, failed + bad
             print(
-                f"{format:<12} {asked.count:>7,} inputs   {refused:>7,} refused   {asked.count - refused - bad:>7,} still sound   {bad} failures"
+                f"{format:<12} {asked.count:>7,} inputs   {refused:>7,} refused   {asked.count - refused - bad:>7,} "
+                f"still sound   {bad} failures"
             )
     print(f"{total:,} inputs in all, {failed} failures")
     sys.exit(1 if failed else 0)
@@ -70,12 +73,20 @@ def fuzz(path: Path, folder: Path, rng: random.Random, count: int) -> tuple[int,
 
 def bases(folder: Path) -> dict[str, Path]:
     """A checkpoint's folder and a single file, with a few tensors of theirs."""
-    names = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mod.lin", "txt_in", "single_blocks.0.linear1", "final_layer.linear")
+    names = (
+        "double_blocks.0.img_attn.qkv",
+        "double_blocks.0.img_mod.lin",
+        "txt_in",
+        "single_blocks.0.linear1",
+        "final_layer.linear",
+    )
     save_file({f"{name}.weight": torch.ones(84, 4) for name in names}, folder / "base_file.safetensors")
     model = folder / "base_model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "plain"}')
-    save_file({f"layers.{i}.proj.weight": torch.ones(8, 4) for i in range(5)}, model / "model.safetensors", {"format": "pt"})
+    save_file(
+        {f"layers.{i}.proj.weight": torch.ones(8, 4) for i in range(5)}, model / "model.safetensors", {"format": "pt"}
+    )
     return {"base folder": model / "model.safetensors", "base file": folder / "base_file.safetensors"}
 
 

@@ -4,9 +4,10 @@
     constraints-oldest.txt   pyproject.toml's lower bounds, and the newest releases that fit with them
     tested.json              the first file and the bounds, inside the package: `lorakit doctor` reads them
 
-uv resolves (`uv pip compile`), from the package index alone, so nothing that happens to be installed here has a say: both files in
-seconds, where `pip install --dry-run --report` gave the same pins in minutes. `make lock` installs uv into a folder of its own; only
-who renews the pins needs it. All extras are resolved together: whoever installs one gets what was tested with the others.
+uv resolves (`uv pip compile`), from the package index alone, so nothing that happens to be installed here has a say:
+both files in seconds, where `pip install --dry-run --report` gave the same pins in minutes. `make lock` installs uv
+into a folder of its own; only who renews the pins needs it. All extras are resolved together: whoever installs one gets
+what was tested with the others.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-NEWEST, OLDEST, TESTED = (ROOT / name for name in ("constraints.txt", "constraints-oldest.txt", "lorakit/assets/tested.json"))
+NEWEST, OLDEST, TESTED = (
+    ROOT / name for name in ("constraints.txt", "constraints-oldest.txt", "lorakit/assets/tested.json")
+)
 UV = str(Path(sys.executable).with_name("uv"))
 PYTHON = (3, 11)
-# Exact, and not "the newest": other spellings may pull several GB of CUDA packages. Change it here to test with another release.
+# Exact, and not "the newest": other spellings may pull several GB of CUDA packages. Change it here to test with another
+# release.
 TORCH = "torch==2.13.0"
 # What a CUDA build of torch brings. torch pins their versions itself, and a CPU build has none of them.
 CUDA = re.compile(r"(nvidia|cuda)-|triton$")
@@ -31,7 +35,10 @@ CUDA = re.compile(r"(nvidia|cuda)-|triton$")
 
 def main() -> None:
     if sys.version_info[:2] != PYTHON:
-        sys.exit(f"the pins are for Python {PYTHON[0]}.{PYTHON[1]}; this is {sys.version.split()[0]}: make lock PYTHON=python3.11")
+        sys.exit(
+            f"the pins are for Python {PYTHON[0]}.{PYTHON[1]}; this is {sys.version.split()[0]}: make lock "
+            "PYTHON=python3.11"
+        )
     if not Path(UV).exists():
         sys.exit(f"{UV} is missing: run this by `make lock`, which installs it")
     bounds = requirements()
@@ -67,7 +74,9 @@ def resolve(wanted: list[str]) -> dict[str, str]:
         command = [UV, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-config"]
         asked = Path(folder) / "requirements.in"
         asked.write_text("\n".join(wanted) + "\n", encoding="utf8")
-        done = subprocess.run([*command, "--python-version", f"{PYTHON[0]}.{PYTHON[1]}", str(asked)], text=True, capture_output=True)
+        done = subprocess.run(
+            [*command, "--python-version", f"{PYTHON[0]}.{PYTHON[1]}", str(asked)], text=True, capture_output=True
+        )
     if done.returncode:
         sys.exit(f"{done.stderr.strip()}\nno releases fit together; change a bound in pyproject.toml")
     found = dict(line.split("==") for line in done.stdout.split() if "==" in line)
@@ -88,7 +97,9 @@ def constraints(head: str, versions: dict[str, str], direct: set[str]) -> str:
 def tested() -> dict[str, object]:
     """What tested.json holds: the pins and pyproject.toml's bounds."""
     project, _ = _pyproject()
-    pins = dict(line.split("==") for line in NEWEST.read_text(encoding="utf8").splitlines() if "==" in line and line[0] != "#")
+    pins = dict(
+        line.split("==") for line in NEWEST.read_text(encoding="utf8").splitlines() if "==" in line and line[0] != "#"
+    )
     return {
         "python": project["requires-python"],
         "requires": project["dependencies"],

@@ -3,8 +3,8 @@
     python scripts/make_e2e_slice.py e2e-dataset.zip lorakit/assets/e2e
 
 train.jsonl: at most two texts for each of the release's 4,862 training meaning representations, chosen among those that
-state every slot and none that is not there (by lorakit's own slot patterns, as far as they go; about a third of the release
-leaves something out). test.jsonl: the whole test set, all references, untouched.
+state every slot and none that is not there (by lorakit's own slot patterns, as far as they go; about a third of the
+release leaves something out). test.jsonl: the whole test set, all references, untouched.
 """
 
 from __future__ import annotations

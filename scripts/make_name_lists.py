@@ -2,10 +2,10 @@
 
     python scripts/make_name_lists.py
 
-The names and shapes of `modules` are those of diffusers' and transformers' own classes, built from the published configurations on
-the meta device (no weights). `ldm` says how the original code of the model names the same weights, and which of diffusers' modules,
-in order, share one of them (kohya's names of SDXL, SD3 and Flux come from there). tests/formats/test_names.py holds both against
-diffusers' checkpoint converters.
+The names and shapes of `modules` are those of diffusers' and transformers' own classes, built from the published
+configurations on the meta device (no weights). `ldm` says how the original code of the model names the same weights,
+and which of diffusers' modules, in order, share one of them (kohya's names of SDXL, SD3 and Flux come from there).
+tests/formats/test_names.py holds both against diffusers' checkpoint converters.
 """
 
 from __future__ import annotations
@@ -33,14 +33,44 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280}
-CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "projection_dim": 512}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+CLIP_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+}
 T5 = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
 SD3_MEDIUM = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}
 SD35_MEDIUM = SD3_MEDIUM | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
-SD35_LARGE = {"sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192, "qk_norm": "rms_norm"}
-SD3 = {"caption_projection_dim": 1536, "pooled_projection_dim": 2048, "joint_attention_dim": 4096, "out_channels": 16, "in_channels": 16}
+SD35_LARGE = {
+    "sample_size": 128,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+SD3 = {
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "joint_attention_dim": 4096,
+    "out_channels": 16,
+    "in_channels": 16,
+}
 FLUX = {"guidance_embeds": True}
 
 
@@ -56,15 +86,25 @@ def modules(model: nn.Module) -> dict[str, list[int]]:
 def unet_ldm(names: dict[str, list[int]]) -> dict[str, list[str]]:
     """CompVis' and Stability's names of a UNet's modules, with two resnets in each block and three on the way up."""
     parts = {
-        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-    }  # fmt: skip
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
     places = {
-        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-        "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
-    }  # fmt: skip
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
     for i in range(4):
         attends = any(name.startswith(f"up_blocks.{i}.attentions") for name in names)
         places |= {f"down_blocks.{i}.resnets.{j}": f"input_blocks.{3 * i + j + 1}.0" for j in range(2)}
@@ -84,13 +124,15 @@ def unet_ldm(names: dict[str, list[int]]) -> dict[str, list[str]]:
 def sd3_ldm(names: dict[str, list[int]]) -> dict[str, list[str]]:
     """Stability's names of SD3's modules."""
     found = {
-        "x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
+        "x_embedder.proj": ["pos_embed.proj"],
+        "context_embedder": ["context_embedder"],
         "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
         "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
         "y_embedder.mlp.0": ["time_text_embed.text_embedder.linear_1"],
         "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"], "final_layer.linear": ["proj_out"],
-    }  # fmt: skip
+        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+        "final_layer.linear": ["proj_out"],
+    }
     for i in range(38):
         here, there = f"transformer_blocks.{i}", f"joint_blocks.{i}"
         sides = {
@@ -113,10 +155,16 @@ def sd3_ldm(names: dict[str, list[int]]) -> dict[str, list[str]]:
 def flux_ldm(names: dict[str, list[int]]) -> dict[str, list[str]]:
     """Black Forest Labs' names of Flux's modules."""
     found = {
-        "img_in": ["x_embedder"], "txt_in": ["context_embedder"],
-        "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"],
-    }  # fmt: skip
-    for theirs, ours in (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder")):
+        "img_in": ["x_embedder"],
+        "txt_in": ["context_embedder"],
+        "final_layer.linear": ["proj_out"],
+        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    }
+    for theirs, ours in (
+        ("time_in", "timestep_embedder"),
+        ("vector_in", "text_embedder"),
+        ("guidance_in", "guidance_embedder"),
+    ):
         found[f"{theirs}.in_layer"] = [f"time_text_embed.{ours}.linear_1"]
         found[f"{theirs}.out_layer"] = [f"time_text_embed.{ours}.linear_2"]
     for i in range(19):
@@ -155,7 +203,10 @@ def clip(values: dict[str, int]) -> dict[str, list[int]]:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     found = modules(CLIPTextModelWithProjection(CLIPTextConfig(**values)))
-    return {name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}": shape for name, shape in found.items()}
+    return {
+        name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}": shape
+        for name, shape in found.items()
+    }
 
 
 def main() -> None:
@@ -171,7 +222,9 @@ def main() -> None:
         for config in (SD35_MEDIUM, SD35_LARGE):
             shapes |= {
                 n: s
-                for n, s in modules(SD3Transformer2DModel(**config, **SD3 | {"caption_projection_dim": 64 * config["num_layers"]})).items()
+                for n, s in modules(
+                    SD3Transformer2DModel(**config, **SD3 | {"caption_projection_dim": 64 * config["num_layers"]})
+                ).items()
                 if n not in shapes
             }
         save("sd3", shapes, sd3_ldm(shapes))

@@ -7,13 +7,14 @@ TEXT holds `books_pd.tar.xz` (171 public-domain English books, Markdown, from ml
 
 Three kinds of rows are mixed:
   books and stories   next-token prediction on the plain text, documents separated by `<|endoftext|>`;
-  keywords-to-text    one sentence of the same text, given a few of its phrases first, `word[grey hat], place[the hill]`,
+  keywords-to-text    one sentence of the same text, given a few of its phrases first, `word[grey hat], place[the
+                      hill]`,
                       some of them replaced in both places by phrases from elsewhere so that they must be copied, not
                       recalled. A model this small otherwise never learns to copy. Loss only on the sentence.
 
-Hidden matrices are trained by Muon, embeddings and norms by AdamW; warm-up, a constant rate, then a linear decay over the
-last quarter (in that quarter rows are 512 tokens long instead of 256). Until the decay begins the run does not depend on
---steps, so a longer run may continue a shorter one. Stopped at any time, it continues from RUN/last.pt.
+Hidden matrices are trained by Muon, embeddings and norms by AdamW; warm-up, a constant rate, then a linear decay over
+the last quarter (in that quarter rows are 512 tokens long instead of 256). Until the decay begins the run does not
+depend on --steps, so a longer run may continue a shorter one. Stopped at any time, it continues from RUN/last.pt.
 """
 
 from __future__ import annotations
@@ -40,9 +41,27 @@ COPY_SHARE, STORY_SHARE = 0.20, 0.10  # of the rows; the rest are books
 HELD_OUT_BOOKS = {"L_Frank_Baum_Ozma_of_Oz.md", "Robert_Louis_Stevenson_Treasure_Island.md"}
 HELD_OUT_STORIES = 100
 KEYS = [
-    "word", "name", "place", "thing", "near", "who", "what", "where", "when", "type", "food", "area", "time", "colour", "price",
-    "person", "animal", "kind", "rating", "part",
-]  # fmt: skip
+    "word",
+    "name",
+    "place",
+    "thing",
+    "near",
+    "who",
+    "what",
+    "where",
+    "when",
+    "type",
+    "food",
+    "area",
+    "time",
+    "colour",
+    "price",
+    "person",
+    "animal",
+    "kind",
+    "rating",
+    "part",
+]
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -72,7 +91,9 @@ def read_text(folder: Path) -> tuple[list[str], list[str], list[str], list[str]]
 
 def keyword_rows(documents: list[str], rng: random.Random) -> list[tuple[str, str]]:
     """(prompt, sentence) pairs: the sentence's phrases in brackets, then the sentence."""
-    sentences = [s for d in documents for s in re.split(r"(?<=[.!?])\s+", d) if 6 <= len(s.split()) <= 30 and "[" not in s]
+    sentences = [
+        s for d in documents for s in re.split(r"(?<=[.!?])\s+", d) if 6 <= len(s.split()) <= 30 and "[" not in s
+    ]
     rng.shuffle(sentences)
     rows = []
     for sentence, other in zip(sentences, sentences[1:] + sentences[:1], strict=True):
@@ -113,11 +134,19 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=4096,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD, model_max_length=512, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        bos_token=END,
+        pad_token=PAD,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -183,9 +212,19 @@ def training_batch(streams, step: int, length: int) -> tuple[torch.Tensor, torch
 def new_model() -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, num_hidden_layers=6, intermediate_size=704, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1, use_cache=True,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=256,
+        num_hidden_layers=6,
+        intermediate_size=704,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        use_cache=True,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -217,7 +256,11 @@ def loss_of(model, ids, labels):
 def held_out_loss(model, stream, rows: int = 64, length: int = 256) -> float:
     starts = np.linspace(0, len(stream["ids"]) - length - 2, rows).astype(int)
     ids, labels = rows_of(stream, starts, length)
-    return float(np.mean([loss_of(model, some, wanted).item() for some, wanted in zip(ids.split(16), labels.split(16), strict=True)]))
+    return float(
+        np.mean(
+            [loss_of(model, some, wanted).item() for some, wanted in zip(ids.split(16), labels.split(16), strict=True)]
+        )
+    )
 
 
 def save_atomically(value, path: Path) -> None:
@@ -253,12 +296,25 @@ def train(work: Path, steps: int, out: Path) -> None:
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             spent = seconds + time.time() - began
-            row = {"step": step + 1, "tokens": (step + 1) * TOKENS_PER_STEP, "loss": round(running, 4), "seconds": round(spent)}
+            row = {
+                "step": step + 1,
+                "tokens": (step + 1) * TOKENS_PER_STEP,
+                "loss": round(running, 4),
+                "seconds": round(spent),
+            }
             if (step + 1) % 500 == 0 or step + 1 == steps:
-                row |= {name: round(held_out_loss(model, streams[name]), 4) for name in ("held_books", "held_stories", "held_copy")}
+                row |= {
+                    name: round(held_out_loss(model, streams[name]), 4)
+                    for name in ("held_books", "held_stories", "held_copy")
+                }
             print(json.dumps(row), file=log, flush=True)
             if (step + 1) % 100 == 0 or step + 1 == steps:
-                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1, "seconds": spent}
+                state = {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in opts],
+                    "step": step + 1,
+                    "seconds": spent,
+                }
                 save_atomically(state, work / "last.pt")
     export(model, work, out)
 

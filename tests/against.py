@@ -1,4 +1,6 @@
-"""What the tests of the fast ops share: random projections, gradients side by side, and how far a result is from float64 maths."""
+"""What the tests of the fast ops share: random projections, gradients side by side, and how far a result is from
+float64 maths.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,22 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def projection(size_in: int, size_out: int, rank: int | None, bias: bool = True, seed: int = 0, scale: float = 0.7) -> Projection:
+def projection(
+    size_in: int, size_out: int, rank: int | None, bias: bool = True, seed: int = 0, scale: float = 0.7
+) -> Projection:
     """A random one in float64; rank None for one without an update."""
     W, b = randn(size_out, size_in, seed=seed) / size_in**0.5, randn(size_out, seed=seed + 1) if bias else None
     if rank is None:
         return Projection(W, b, None, None, 1.0)
-    return Projection(W, b, randn(rank, size_in, seed=seed + 2) / size_in**0.5, randn(size_out, rank, seed=seed + 3), scale)
+    return Projection(
+        W, b, randn(rank, size_in, seed=seed + 2) / size_in**0.5, randn(size_out, rank, seed=seed + 3), scale
+    )
 
 
 def as_dtype(p: Projection, dtype: torch.dtype, factors: torch.dtype | None = None, trained: str = "AB") -> Projection:
-    """A copy with its weight in `dtype`, and its factors, leaves that take gradients if `trained` names them, in `factors`."""
+    """A copy with its weight in `dtype`, and its factors, leaves that take gradients if `trained` names them, in
+    `factors`.
+    """
     A, B = (
         None if t is None else t.detach().to(factors or dtype, copy=True).requires_grad_(name in trained)
         for name, t in (("A", p.A), ("B", p.B))
@@ -53,8 +61,12 @@ def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return (off / sum(float(e.detach().square().sum()) for e in exact)) ** 0.5
 
 
-def assert_as_exact(fast: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], factor: float = 1.25) -> None:
-    """Whether the fast form is about as near to float64 maths as the plain lines are. In float32 the order of a sum decides alone."""
+def assert_as_exact(
+    fast: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], factor: float = 1.25
+) -> None:
+    """Whether the fast form is about as near to float64 maths as the plain lines are. In float32 the order of a sum
+    decides alone.
+    """
     ours, theirs = error(fast, exact), error(plain, exact)
     one = torch.finfo(fast[0].dtype).eps
     assert ours <= factor * theirs + (one if fast[0].dtype == torch.float32 else 0.1 * one), (

@@ -1,4 +1,6 @@
-"""A tokenizer of single bytes and tiny random models in float32, whose outputs are exact enough to compare token by token."""
+"""A tokenizer of single bytes and tiny random models in float32, whose outputs are exact enough to compare token by
+token.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,14 @@ def llama(tokenizer):
 def gpt2(tokenizer):
     torch.manual_seed(2)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=1, eos_token_id=1
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     return GPT2LMHeadModel(config).float()
 

@@ -1,10 +1,12 @@
-"""A hub on 127.0.0.1 for tests: the requests that `huggingface_hub` makes to create, commit, list and download, answered from memory.
+"""A hub on 127.0.0.1 for tests: the requests that `huggingface_hub` makes to create, commit, list and download,
+answered from memory.
 
     with serve(monkeypatch, tmp_path) as hub:        # HF_ENDPOINT, the cache and the token are set to it
         hub.add("someone/adapter", {"adapter_config.json": b"..."})
 
-`hub.log` has every request as "METHOD path"; `hub.bodies` what was posted; `hub.fail["/api/repos/create"] = 500` fails a path. Repositories
-that are private, and everything that writes, ask for the token. Files ending as .gitattributes has them go through LFS.
+`hub.log` has every request as "METHOD path"; `hub.bodies` what was posted; `hub.fail["/api/repos/create"] = 500` fails
+a path. Repositories that are private, and everything that writes, ask for the token. Files ending as .gitattributes has
+them go through LFS.
 """
 
 from __future__ import annotations
@@ -62,7 +64,13 @@ class Hub:
 
     def fetched(self) -> list[str]:
         """The files whose content was asked for."""
-        return sorted({line.split("/resolve/")[1].split("/", 1)[1] for line in self.log if line.startswith("GET") and "/resolve/" in line})
+        return sorted(
+            {
+                line.split("/resolve/")[1].split("/", 1)[1]
+                for line in self.log
+                if line.startswith("GET") and "/resolve/" in line
+            }
+        )
 
 
 def _oid(content: bytes) -> str:
@@ -78,10 +86,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ------------------------------------------------------------------------------------------ answers
 
-    def say(self, status: int, body: object = None, headers: dict[str, str] | None = None, content: bytes | None = None) -> None:
+    def say(
+        self, status: int, body: object = None, headers: dict[str, str] | None = None, content: bytes | None = None
+    ) -> None:
         data = json.dumps(body).encode() if content is None else content
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **(headers or {})}.items():
+        for name, value in {
+            "Content-Length": str(len(data)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -150,7 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.repositories:
             return self.say(409, url | {"error": "You already created this model repo"})
-        self.hub.add(name, {".gitattributes": b""}, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.hub.add(
+            name, {".gitattributes": b""}, private=asked.get("visibility") == "private" or bool(asked.get("private"))
+        )
         return self.say(200, url)
 
     def model(self, parts: list[str], body: bytes, token: str | None) -> None:
@@ -169,8 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         oid, files = found
         if what == "revision":
-            siblings = [{"rfilename": path, "size": len(content), "blobId": _oid(content)} for path, content in files.items()]
-            return self.say(200, {"id": name, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []})
+            siblings = [
+                {"rfilename": path, "size": len(content), "blobId": _oid(content)} for path, content in files.items()
+            ]
+            return self.say(
+                200, {"id": name, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []}
+            )
         if what == "tree":
             return self.say(200, [self.entry(path, content) for path, content in files.items()])
         if what == "preupload":

@@ -17,11 +17,18 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 
 def factors(
-    kind: str = "linear", rank: int = 4, alpha: float = 6.0, seed: int = 0, dtype: torch.dtype = torch.float32, **options
+    kind: str = "linear",
+    rank: int = 4,
+    alpha: float = 6.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **options,
 ) -> lk.Factors:
     shapes = {
-        "linear": ((rank, 15), (12, rank)), "embedding": ((rank, 19), (14, rank)), "conv": ((rank, 5, 3, 3), (16, rank, 1, 1)),
-    }  # fmt: skip
+        "linear": ((rank, 15), (12, rank)),
+        "embedding": ((rank, 19), (14, rank)),
+        "conv": ((rank, 5, 3, 3), (16, rank, 1, 1)),
+    }
     A, B = (numbers(*shape, seed=seed, dtype=dtype) for shape in shapes[kind])
     return lk.Factors(A, B, alpha, kind, **options)
 
@@ -34,7 +41,13 @@ def packed(rank: int = 2, alpha: float = 6.0, seed: int = 0) -> lk.Factors:
 
 
 def hadamard(seed: int = 0) -> Hadamard:
-    return Hadamard(numbers(20, 2, seed=seed), numbers(2, 18, seed=seed), numbers(20, 2, seed=seed + 1), numbers(2, 18, seed=seed + 1), 1.0)
+    return Hadamard(
+        numbers(20, 2, seed=seed),
+        numbers(2, 18, seed=seed),
+        numbers(20, 2, seed=seed + 1),
+        numbers(2, 18, seed=seed + 1),
+        1.0,
+    )
 
 
 def kronecker(seed: int = 0) -> Kronecker:
@@ -44,13 +57,20 @@ def kronecker(seed: int = 0) -> Kronecker:
 def adapter(seed: int = 0, rank: int = 4, others: bool = False, rslora: bool = False) -> lk.Adapter:
     """A module of each kind. `rslora`: one of them is scaled by alpha / √rank, unlike the others."""
     made = {
-        "layers.0.q": factors(rank=rank, seed=seed), "layers.1.q": factors(rank=rank + 1, alpha=3.0, seed=seed + 1),
-        "layers.0.conv": factors("conv", rank=rank, seed=seed), "embed": factors("embedding", rank=rank, seed=seed),
-        "layers.0.c_fc": factors(rank=rank, seed=seed + 2, transposed=True), "layers.0.qkv": packed(seed=seed),
+        "layers.0.q": factors(rank=rank, seed=seed),
+        "layers.1.q": factors(rank=rank + 1, alpha=3.0, seed=seed + 1),
+        "layers.0.conv": factors("conv", rank=rank, seed=seed),
+        "embed": factors("embedding", rank=rank, seed=seed),
+        "layers.0.c_fc": factors(rank=rank, seed=seed + 2, transposed=True),
+        "layers.0.qkv": packed(seed=seed),
         "layers.1.r": factors(rank=rank, seed=seed + 3, rslora=rslora),
-    }  # fmt: skip
-    whole = {"layers.1.loha": hadamard(seed), "layers.1.lokr": kronecker(seed), "layers.1.full": Dense(numbers(7, 9, seed=seed))}
-    return lk.Adapter(lk.LoraConfig(rank=rank, alpha=6.0, targets=["q"]), made, others=whole if others else {})
+    }
+    whole = {
+        "layers.1.loha": hadamard(seed),
+        "layers.1.lokr": kronecker(seed),
+        "layers.1.full": Dense(numbers(7, 9, seed=seed)),
+    }
+    return lk.Adapter(lk.LoraConfig(rank=rank, alpha=6.0, targets=["q"]), made | (whole if others else {}))
 
 
 def exact(update) -> Tensor:

@@ -49,7 +49,23 @@ def test_the_embedded_model_is_a_small_tied_llama(tokenizer):
 
 def test_the_embedded_model_prefers_english_to_shuffled_words(tokenizer):
     model = load_model(EMBEDDED, torch.float32, torch.device("cpu"))
-    words = ["The", "little", "girl", "went", "to", "the", "park", "with", "her", "mother", "and", "they", "played", "all", "day"]
+    words = [
+        "The",
+        "little",
+        "girl",
+        "went",
+        "to",
+        "the",
+        "park",
+        "with",
+        "her",
+        "mother",
+        "and",
+        "they",
+        "played",
+        "all",
+        "day",
+    ]
 
     def loss(text: str) -> float:
         ids = torch.tensor([tokenizer(text).input_ids])
@@ -67,5 +83,10 @@ def test_the_tokenizer_gives_any_text_back_and_keeps_end_and_pad_apart(tokenizer
 
 def test_others_data_and_weights_are_named_in_the_notice():
     notice = (embedded_folder().parents[2] / "NOTICE").read_text(encoding="utf8")
-    for path in ("lorakit/assets/e2e/", "lorakit/assets/tiny-lm/", "tests/fixtures/peft_0.6.1/", "tests/fixtures/loralib_roberta_mnli/"):
+    for path in (
+        "lorakit/assets/e2e/",
+        "lorakit/assets/tiny-lm/",
+        "tests/fixtures/peft_0.6.1/",
+        "tests/fixtures/loralib_roberta_mnli/",
+    ):
         assert path in notice

@@ -58,7 +58,9 @@ def test_scale_is_alpha_over_rank_or_over_its_root():
 
 
 def test_patterns_give_the_first_match_by_name_ending_or_expression():
-    config = lk.LoraConfig(rank=8, alpha=16, rank_pattern={"q_proj": 4, r".*\.1\..*": 2}, alpha_pattern={"layers.0.q_proj": 5})
+    config = lk.LoraConfig(
+        rank=8, alpha=16, rank_pattern={"q_proj": 4, r".*\.1\..*": 2}, alpha_pattern={"layers.0.q_proj": 5}
+    )
     assert config.rank_of("model.layers.1.q_proj") == 4
     assert config.rank_of("model.layers.1.k_proj") == 2
     assert config.rank_of("model.layers.0.my_q_proj") == 8

@@ -1,4 +1,5 @@
-"""What is pinned: everything that is installed, within pyproject.toml's bounds, and the same in the package as in the files.
+"""What is pinned: everything that is installed, within pyproject.toml's bounds, and the same in the package as in the
+files.
 
 `make lock` writes these files (scripts/lock.py); these tests hold that it was run after the last change.
 """
@@ -23,7 +24,12 @@ if not (ROOT / "constraints.txt").exists():
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-NAMED = [*map(Requirement, [*PROJECT["dependencies"], *PYPROJECT["build-system"]["requires"], *(r for e in EXTRAS.values() for r in e)])]
+NAMED = [
+    *map(
+        Requirement,
+        [*PROJECT["dependencies"], *PYPROJECT["build-system"]["requires"], *(r for e in EXTRAS.values() for r in e)],
+    )
+]
 FILES = ("constraints.txt", "constraints-oldest.txt")
 
 
@@ -57,8 +63,11 @@ def test_the_oldest_are_the_lower_bounds():
 def test_the_package_ships_the_same():
     shipped = json.loads((ROOT / "lorakit" / "assets" / "tested.json").read_text())
     assert shipped == {
-        "python": PROJECT["requires-python"], "requires": PROJECT["dependencies"], "extras": EXTRAS, "versions": pins("constraints.txt"),
-    }  # fmt: skip
+        "python": PROJECT["requires-python"],
+        "requires": PROJECT["dependencies"],
+        "extras": EXTRAS,
+        "versions": pins("constraints.txt"),
+    }
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the pins are for Python 3.11")

@@ -1,4 +1,6 @@
-"""`lorakit.loralib` against loralib 0.1.2 itself: forward, gradients, start values, state dicts; then what only ours can do."""
+"""`lorakit.loralib` against loralib 0.1.2 itself: forward, gradients, start values, state dicts; then what only ours
+can do.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,38 @@ CASES = {  # name: (class, positional arguments, keyword arguments, input)
     "linear, one vector": ("Linear", (12, 8), {"r": 3}, torch.randn(12)),
     "linear, not merging": ("Linear", (12, 8), {"r": 3, "merge_weights": False}, torch.randn(4, 12)),
     "linear, r = 0": ("Linear", (12, 8), {}, torch.randn(4, 12)),
-    "merged linear": ("MergedLinear", (12, 24), {"r": 2, "lora_alpha": 6, "enable_lora": [True, False, True]}, torch.randn(2, 5, 12)),
-    "merged linear, all": ("MergedLinear", (12, 24), {"r": 2, "enable_lora": [True, True], "lora_dropout": 0.3}, torch.randn(2, 5, 12)),
-    "merged linear, fan_in_fan_out": ("MergedLinear", (12, 24), {"r": 2, "enable_lora": [False, True, True], **FAN}, torch.randn(4, 12)),
+    "merged linear": (
+        "MergedLinear",
+        (12, 24),
+        {"r": 2, "lora_alpha": 6, "enable_lora": [True, False, True]},
+        torch.randn(2, 5, 12),
+    ),
+    "merged linear, all": (
+        "MergedLinear",
+        (12, 24),
+        {"r": 2, "enable_lora": [True, True], "lora_dropout": 0.3},
+        torch.randn(2, 5, 12),
+    ),
+    "merged linear, fan_in_fan_out": (
+        "MergedLinear",
+        (12, 24),
+        {"r": 2, "enable_lora": [False, True, True], **FAN},
+        torch.randn(4, 12),
+    ),
     "embedding": ("Embedding", (10, 8), {"r": 3, "lora_alpha": 2, "padding_idx": 0}, IDS),
     "embedding, r = 0": ("Embedding", (10, 8), {}, IDS),
     "conv2d": ("Conv2d", (4, 6, 3), {"r": 2, "lora_alpha": 3, "padding": 1}, torch.randn(2, 4, 7, 6)),
     "conv2d, groups": ("Conv2d", (4, 6, 3), {"r": 2, "groups": 2, **OPTIONS}, torch.randn(2, 4, 9, 8)),
-    "conv2d, as many groups as the kernel is wide": ("Conv2d", (4, 6, 2), {"r": 2, "groups": 2}, torch.randn(2, 4, 5, 5)),
+    "conv2d, as many groups as the kernel is wide": (
+        "Conv2d",
+        (4, 6, 2),
+        {"r": 2, "groups": 2},
+        torch.randn(2, 4, 5, 5),
+    ),
     "conv2d, 1x1, groups": ("Conv2d", (4, 6, 1), {"r": 2, "groups": 2, "lora_dropout": 0.5}, torch.randn(2, 4, 5, 5)),
     "conv1d, 1": ("Conv1d", (4, 6, 1), {"r": 2, "bias": False}, torch.randn(2, 4, 5)),
     "conv3d, 1": ("Conv3d", (4, 6, 1), {"r": 2}, torch.randn(2, 4, 3, 4, 3)),
-}  # fmt: skip
+}
 
 
 def pair(case: str) -> tuple[nn.Module, nn.Module, torch.Tensor]:
@@ -85,7 +107,9 @@ def test_the_same_seed_gives_the_same_start_and_the_same_parameters_train(case):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for key, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value), key
-    assert {n: p.requires_grad for n, p in ours.named_parameters()} == {n: p.requires_grad for n, p in theirs.named_parameters()}
+    assert {n: p.requires_grad for n, p in ours.named_parameters()} == {
+        n: p.requires_grad for n, p in theirs.named_parameters()
+    }
     for attribute in ("r", "lora_alpha", "scaling", "merged", "merge_weights", "fan_in_fan_out", "enable_lora"):
         assert getattr(ours, attribute, None) == getattr(theirs, attribute, None), attribute
 

@@ -73,7 +73,12 @@ def test_a_checkpoint_of_our_layers_gives_the_same_forward_on_a_plain_model(trai
 
 def test_an_adapter_written_as_loralib_loads_into_our_layers(trained, tmp_path):
     plain = plain_twin(trained)
-    lk.attach(plain, lk.LoraConfig(rank=2, alpha=8, targets=["qkv", "out"], rank_pattern={"out": 4}, packed={"qkv": [True, False, True]}))
+    lk.attach(
+        plain,
+        lk.LoraConfig(
+            rank=2, alpha=8, targets=["qkv", "out"], rank_pattern={"out": 4}, packed={"qkv": [True, False, True]}
+        ),
+    )
     for name, parameter in plain.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -98,7 +103,9 @@ def test_microsofts_roberta_checkpoint_gives_the_logits_of_its_update_added_by_h
 
     torch.manual_seed(0)
     # roberta-base but for the vocabulary, which the adapter does not touch, and fewer positions.
-    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=64, max_position_embeddings=32, num_labels=3)).eval()
+    model = RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=64, max_position_embeddings=32, num_labels=3)
+    ).eval()
     ids = torch.randint(3, 64, (2, 9))
     adapter = lk.Adapter.load(REAL, alpha=16)
     assert (adapter.rank, len(adapter.factors), len(adapter.saved)) == (8, 24, 4)

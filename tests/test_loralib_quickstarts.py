@@ -1,4 +1,6 @@
-"""loralib's own README, run with only its import line changed; and each row of docs/loralib.md's PEFT table, beside PEFT."""
+"""loralib's own README, run with only its import line changed; and each row of docs/loralib.md's PEFT table, beside
+PEFT.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,16 @@ def test_every_snippet_of_loralibs_readme_runs_with_its_import_line_changed(tmp_
     torch.save(pretrained, "ckpt_pretrained.pt")
     torch.save({"layer.lora_A": torch.ones(2, 8), "layer.lora_B": torch.ones(8, 2)}, "ckpt_lora.pt")
     space = {
-        "in_features": 768, "out_features": 768, "d_model": 16, "nn": nn, "torch": torch, "lora": lora,
-        "BigModel": BigModel, "dataloader": [1, 2], "checkpoint_path": "saved.pt",
-    }  # fmt: skip
+        "in_features": 768,
+        "out_features": 768,
+        "d_model": 16,
+        "nn": nn,
+        "torch": torch,
+        "lora": lora,
+        "BigModel": BigModel,
+        "dataloader": [1, 2],
+        "checkpoint_path": "saved.pt",
+    }
     snippets = loralib_snippets()
     assert len(snippets) == 6
     layer, training, saving, loading, packed, biases = snippets
@@ -81,7 +90,14 @@ def base():
 
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
     ).eval()
 
 
@@ -106,7 +122,7 @@ def test_every_row_of_the_peft_table_gives_the_same_logits_in_both(base, tmp_pat
     spaces = {
         "theirs": {"LoraConfig": peft.LoraConfig, "get_peft_model": peft.get_peft_model, "PeftModel": peft.PeftModel},
         "ours": {"lk": lk},
-    }  # fmt: skip
+    }
     for space in spaces.values():
         space |= {"model": copy.deepcopy(base), "base": copy.deepcopy(base), "ids": ids}
     rows = translations()
@@ -121,7 +137,9 @@ def test_every_row_of_the_peft_table_gives_the_same_logits_in_both(base, tmp_pat
                 randomise(spaces[side]["model"], seed=1)
             with torch.no_grad():
                 logits[side] = spaces[side]["model"].eval()(ids).logits
-        torch.testing.assert_close(logits["ours"], logits["theirs"], atol=1e-5, rtol=0, msg=lambda m, row=row: f"{row}\n{m}")
+        torch.testing.assert_close(
+            logits["ours"], logits["theirs"], atol=1e-5, rtol=0, msg=lambda m, row=row: f"{row}\n{m}"
+        )
         seen.append(logits["ours"])
         if "print" in row[0]:
             theirs, ours = capsys.readouterr().out.split("\n", 1)

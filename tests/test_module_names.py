@@ -1,4 +1,4 @@
-"""Ranks and alphas by name: looked up, and yet by PEFT's rule for regular expressions to the letter."""
+"""Ranks and alphas by module name: fast lookup that agrees with PEFT's regular expressions."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ KEYS = st.one_of(
     NAME.map(lambda name: f"^{name}"),
     NAME.map(lambda name: f"^{re.escape(name)}"),
     NAME.map(re.escape),
-    st.sampled_from([r"a|b", r".*", r"(a|b)\.0", r"\d", r"^a.*b$", r"a\.[0-9]", r"[ab]+", r"b?", r"^(a|b)\.", r"-", r"\-"]),
+    st.sampled_from(
+        [r"a|b", r".*", r"(a|b)\.0", r"\d", r"^a.*b$", r"a\.[0-9]", r"[ab]+", r"b?", r"^(a|b)\.", r"-", r"\-"]
+    ),
 )
 
 
-def as_peft_has_it(pattern, name, default):
-    """peft.utils.get_pattern_key: the first key of which `re.match(rf"(.*\\.)?({key})$", name)` is one."""
+def value_by_peft(pattern, name, default):
+    """The value of the first key that matches, as peft.utils.get_pattern_key does it."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 @settings(max_examples=600, deadline=None)
 @given(keys=st.lists(KEYS, unique=True, max_size=8), names=st.lists(NAME, min_size=1, max_size=6), chosen=st.data())
-def test_the_first_key_that_matches_counts_whether_looked_up_or_not(keys, names, chosen):
+def test_the_first_matching_key_wins_for_names_and_expressions(keys, names, chosen):
     pattern = {key: number for number, key in enumerate(keys, start=1)}
     patterns = Patterns(pattern)
     for name in [*names, "a.b\\n", "a\\nb", *(re.sub(r"[\\^$]", "", key) for key in keys)]:
-        assert patterns.value(name, None) == as_peft_has_it(pattern, name, None)
+        assert patterns.value(name, None) == value_by_peft(pattern, name, None)
 
 
-def test_the_rule_is_pefts_own():
+def test_values_are_those_of_pefts_get_pattern_key():
     from peft.utils.other import get_pattern_key
 
     pattern = {"^model.a": 1, "a": 2, r"b\.\d": 3, "x.y": 4, "q": 5}
@@ -47,13 +49,13 @@ def test_the_rule_is_pefts_own():
         assert Patterns(pattern).value(name, None) == pattern.get(key)
 
 
-def test_names_are_looked_up_and_expressions_are_not():
+def test_plain_tells_names_from_expressions():
     assert all(map(plain, ("q_proj", "^unet.down_blocks.0.attn1", r"model\.layers\.0", "a-b")))
     assert not any(map(plain, ("a|b", "a.*", r"\d", "a$", "(a)", "[ab]", "a+", "", "^", r"a\\b")))
 
 
-def test_a_thousand_ranks_are_found_in_a_moment():
-    """By matching each with each it took most of a minute."""
+def test_a_thousand_ranks_are_looked_up_in_under_a_second():
+    """Matching every key against every name took most of a minute."""
     names = [
         f"unet.down_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn1.to_{x}"
         for i in range(3)
@@ -61,14 +63,14 @@ def test_a_thousand_ranks_are_found_in_a_moment():
         for k in range(40)
         for x in "qkv"
     ]
-    config = lk.LoraConfig(targets=["to_q"], rank_pattern={f"^{n}": 1 + at % 7 for at, n in enumerate(names)})
+    config = lk.LoraConfig(targets=["to_q"], rank_pattern={f"^{n}": 1 + i % 7 for i, n in enumerate(names)})
     began = time.process_time()
-    assert [config.rank_of(n) for n in names] == [1 + at % 7 for at in range(len(names))]
+    assert [config.rank_of(n) for n in names] == [1 + i % 7 for i in range(len(names))]
     assert config.rank_of("other.to_q") == 16
     assert time.process_time() - began < 1
 
 
-def test_a_config_that_has_looked_up_is_equal_to_one_that_has_not():
+def test_looking_up_a_rank_does_not_change_a_configs_equality():
     a, b = (lk.LoraConfig(rank_pattern={"^a.b": 3}) for _ in range(2))
     assert a.rank_of("a.b") == 3
     assert a == b

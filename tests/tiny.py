@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.layer import LoraFactors
 from lorakit.layers.saved import SavedParameters
+from lorakit.layers.updates.update import LiveUpdate
 
 VOCAB = 48
 
@@ -16,9 +16,18 @@ def llama(tied: bool = False, dtype: torch.dtype = torch.float32):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=32, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -26,7 +35,9 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -35,9 +46,14 @@ def bert():
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32,
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
         num_labels=3,
-    )  # fmt: skip
+    )
     return BertForSequenceClassification(config).eval()
 
 
@@ -45,7 +61,9 @@ def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
     return T5ForConditionalGeneration(config).eval()
 
 
@@ -67,7 +85,9 @@ def mlp(dtype: torch.dtype = torch.float32) -> Mlp:
 
 
 class Cnn(nn.Module):
-    """A convolution of each dimension, with what a convolution can have: stride, padding and its modes, dilation, groups."""
+    """A convolution of each dimension, with what a convolution can have: stride, padding and its modes, dilation,
+    groups.
+    """
 
     def __init__(self, groups: int, dilation: int) -> None:
         super().__init__()
@@ -127,12 +147,14 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def randomise_factors(model: nn.Module, seed: int = 1, size: float = 0.3) -> nn.Module:
-    """Random numbers for every factor, and a change of every weight that an adapter holds whole. Stands in for training."""
+    """Random numbers for every factor, and a change of every weight that an adapter holds whole. Stands in for
+    training.
+    """
     made = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, LoraFactors):
-                for parameter in (module.A, module.B):
+            if isinstance(module, LiveUpdate):
+                for parameter in module.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=made) * size)
             if isinstance(module, SavedParameters):
                 for name in module.adapters():
@@ -149,7 +171,9 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal to the bit (-0 and NaN too) and in the order of their keys."""
     return list(a) == list(b) and all(
-        a[n].dtype == b[n].dtype and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8)) for n in a
+        a[n].dtype == b[n].dtype
+        and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
+        for n in a
     )
 
 

@@ -1,4 +1,6 @@
-"""A tiny language model on disk, of bytes, and rows to train it on: enough for the whole way from data to merged model."""
+"""A tiny language model on disk, of bytes, and rows to train it on:
+enough for the whole way from data to merged model.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,29 @@ PAD, EOS = 0, 1
 POSITIONS = 96
 NAMES = ("Ada", "Bo", "Cy", "Dee", "Eve", "Finn", "Gus", "Hal", "Ida", "Jo", "Kim", "Leo")
 CHATML = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 # A short run on one thread, as the command line takes it.
 FLAGS = [
-    "--rank", "4", "--steps", "6", "--batch-size", "4", "--learning-rate", "2e-2", "--precision", "fp32", "--threads", "1",
-    "--sample-tokens", "0",
-]  # fmt: skip
+    "--rank",
+    "4",
+    "--steps",
+    "6",
+    "--batch-size",
+    "4",
+    "--learning-rate",
+    "2e-2",
+    "--precision",
+    "fp32",
+    "--threads",
+    "1",
+    "--sample-tokens",
+    "0",
+]
 
 
 def tokenizer(chat_template: str | None = None):
@@ -35,11 +50,17 @@ def tokenizer(chat_template: str | None = None):
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={"<pad>": PAD, "</s>": EOS, **{c: i + 2 for i, c in enumerate(alphabet)}}, merges=[]))
+    raw = Tokenizer(
+        models.BPE(vocab={"<pad>": PAD, "</s>": EOS, **{c: i + 2 for i, c in enumerate(alphabet)}}, merges=[])
+    )
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", chat_template=chat_template, model_max_length=POSITIONS
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="</s>",
+        chat_template=chat_template,
+        model_max_length=POSITIONS,
     )
 
 
@@ -48,10 +69,19 @@ def llama(seed: int = 0, tied: bool = False):
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=POSITIONS, initializer_range=0.1, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS,
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.1,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 
@@ -60,9 +90,18 @@ def gpt2():
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=POSITIONS, initializer_range=0.2, bos_token_id=EOS, eos_token_id=EOS,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=258,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=POSITIONS,
+        initializer_range=0.2,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -72,10 +111,20 @@ def gemma2():
 
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=POSITIONS, initializer_range=0.5, final_logit_softcapping=2.0, pad_token_id=PAD, bos_token_id=None,
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.5,
+        final_logit_softcapping=2.0,
+        pad_token_id=PAD,
+        bos_token_id=None,
         eos_token_id=EOS,
-    )  # fmt: skip
+    )
     return Gemma2ForCausalLM(config)
 
 
@@ -103,9 +152,17 @@ def write_rows(path: Path, values: Iterable[dict[str, Any]]) -> Path:
 def config(model: Path, data: Path, out: Path, **changes: Any) -> TrainConfig:
     """A short run on one thread in float32."""
     values: dict[str, Any] = {
-        "rank": 4, "steps": 6, "batch_size": 4, "micro_batch": 2, "learning_rate": 5e-3, "precision": "fp32", "threads": 1,
-        "validation": 0.2, "eval_every": 2, "sample_tokens": 4,
-    }  # fmt: skip
+        "rank": 4,
+        "steps": 6,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "learning_rate": 5e-3,
+        "precision": "fp32",
+        "threads": 1,
+        "validation": 0.2,
+        "eval_every": 2,
+        "sample_tokens": 4,
+    }
     return TrainConfig(**values | {"model": str(model), "data": str(data), "out": str(out)} | changes)
 
 

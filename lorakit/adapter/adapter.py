@@ -1,9 +1,10 @@
-"""`Adapter`: a config plus, for each target module, its low-rank factors, plus any weights saved whole, plus metadata."""
+"""`Adapter`: a config plus, for each target module, its update, plus any weights saved whole, plus metadata."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +13,65 @@ from torch import Tensor
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from .dense import Dense
-from .loha import Hadamard
-from .lokr import Kronecker
 from .lora import Factors
-
-Other = Hadamard | Kronecker | Dense
+from .update import Update
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter as a value. It needs no model.
 
-    `factors`: module name -> `Factors`. `others`: module name -> an update of another kind, LoHa, LoKr or a whole ΔW, kept as it is
-    (`resize` makes low-rank factors of it). `saved`: parameter name -> its trained value (biases, saved modules), as the base
-    names it. `embeddings`: a learned token -> its vectors [n, dim] or [dim] (textual inversion). `metadata`: plain data that travels
-    along (`fingerprint`, `recipe`, `data`, `metrics`, `header`: a file's own header...).
+    `updates`: module name -> its update of whatever kind, `Factors` for a LoRA (`adapter.update` lists the kinds).
+    `saved`: parameter name -> its trained value (biases, saved modules), as the base names it. `embeddings`: a learned
+    token -> its vectors [n, dim] or [dim] (textual inversion). `metadata`: plain data that travels along
+    (`fingerprint`, `recipe`, `data`, `metrics`, `header`: a file's own header...).
 
-    The modules of a diffusion pipeline have the component's name in front, as diffusers has it: "unet.", "transformer.",
-    "text_encoder.", "text_encoder_2.", "text_encoder_3.".
+    The modules of a diffusion pipeline have the component's name in front, as diffusers has it: "unet.",
+    "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.".
     """
 
     config: LoraConfig
-    factors: Mapping[str, Factors]
+    updates: Mapping[str, Update]
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    others: Mapping[str, Other] = field(default_factory=dict)
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self) -> Adapter:
         """Itself, or AdapterError if any part of it is malformed."""
         if not self.updates and not self.saved and not self.embeddings:
             raise AdapterError("the adapter is empty: it holds no factors and no saved weights")
-        twice = next((m for m in self.others if m in self.factors), None)
-        if twice is not None:
-            raise AdapterError(f"the adapter holds two updates of '{twice}'")
         for module, update in self.updates.items():
             update.check(module)
         for name, tensor in (*self.saved.items(), *self.embeddings.items()):
-            if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta and not torch.isfinite(tensor).all():
+            if (
+                tensor.is_floating_point()
+                and tensor.element_size() > 1
+                and not tensor.is_meta
+                and not torch.isfinite(tensor).all()
+            ):
                 raise AdapterError(f"saved weight '{name}' holds values that are not finite (NaN or infinity)")
         return self
 
-    @property
-    def updates(self) -> dict[str, Factors | Other]:
-        """The updates of all modules, of every kind."""
-        return {**self.factors, **self.others}
+    @cached_property
+    def factors(self) -> Mapping[str, Factors]:
+        """A view of the updates that are low-rank factors, for formats that hold no others."""
+        return {m: u for m, u in self.updates.items() if isinstance(u, Factors)}
+
+    @cached_property
+    def others(self) -> Mapping[str, Update]:
+        """A view of the updates that are no low-rank factors (`resize` makes such of them)."""
+        return {m: u for m, u in self.updates.items() if not isinstance(u, Factors)}
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module (0 for an adapter of saved weights alone)."""
+        """The largest rank of any module's low-rank factors (0 for an adapter of saved weights alone)."""
         return max((f.rank for f in self.factors.values()), default=0)
 
     @property
     def parameters(self) -> int:
         """How many numbers it holds; of packed projections not the zeros between their blocks."""
-        others = [t for other in self.others.values() for t in other.tensors().values()]
-        return sum(f.parameters for f in self.factors.values()) + sum(
-            t.numel() for t in (*others, *self.saved.values(), *self.embeddings.values())
-        )
+        beside = sum(t.numel() for t in (*self.saved.values(), *self.embeddings.values()))
+        return sum(u.parameters for u in self.updates.values()) + beside
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
         """The same adapter in another precision or on another device."""
@@ -78,13 +79,12 @@ class Adapter:
         def move(t: Tensor) -> Tensor:
             return t.to(device, dtype if t.is_floating_point() else None)
 
-        def moved(update: Any) -> Any:
-            return replace(update, **{name: move(t) for name, t in update.tensors().items()})
-
         return replace(
-            self, factors={m: moved(f) for m, f in self.factors.items()}, others={m: moved(o) for m, o in self.others.items()},
-            saved={n: move(t) for n, t in self.saved.items()}, embeddings={n: move(t) for n, t in self.embeddings.items()},
-        )  # fmt: skip
+            self,
+            updates={m: u.map(lambda _, t: move(t)) for m, u in self.updates.items()},
+            saved={n: move(t) for n, t in self.saved.items()},
+            embeddings={n: move(t) for n, t in self.embeddings.items()},
+        )
 
     def __repr__(self) -> str:
         saved = f", {len(self.saved)} saved weights" if self.saved else ""
@@ -116,7 +116,9 @@ class Adapter:
         return combine([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
 
     def resize(self, rank: int | None = None, **options: Any) -> Adapter:
-        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.algebra.resize`, which tells what it cost)."""
+        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.algebra.resize`,
+        which tells what it cost).
+        """
         from .algebra.resize import resize
 
         return resize(self, rank, **options).adapter
@@ -139,11 +141,14 @@ class Adapter:
 
         return rename(self, names)
 
-    # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for it.
+    # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for
+    # it.
 
     @classmethod
     def load(cls, source: str | Path, **options: Any) -> Adapter:
-        """Read an adapter from a folder, a file or a hub id, in any format lorakit knows (see `lorakit.formats.load`)."""
+        """Read an adapter from a folder, a file or a hub id,
+        in any format lorakit knows (see `lorakit.formats.load`).
+        """
         from ..formats import load
 
         return load(source, **options)

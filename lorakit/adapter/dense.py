@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .checks import wide
+from .checks import check_tensors, multiplied, wide
+from .lora import Form
+from .update import Read, Rows, Update, as_matrix_shape
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Update):
     """`weight`: ΔW in the weight's own shape (also of a norm, [dim]). `bias`: the bias's change."""
 
     weight: Tensor | None
     bias: Tensor | None = None
+
+    @property
+    def variant(self) -> str:
+        return "dense"
 
     @property
     def rank(self) -> int:
@@ -27,21 +33,65 @@ class Dense:
     def scale(self) -> float:
         return 1.0
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: t for name, t in (("weight", self.weight), ("bias", self.bias)) if t is not None}
+    @property
+    def is_matrix(self) -> bool:
+        return self.weight is not None and self.weight.dim() > 1
 
-    def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32 (float64 stays), in the weight's shape."""
-        if self.weight is None:
-            raise AdapterError("this update changes a bias only: it has no ΔW")
-        return wide(self.weight).reshape(shape or self.weight.shape).clone()
+    @property
+    def changes_weight(self) -> bool:
+        return self.weight is not None
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.bias is not None
 
     def check(self, module: str) -> None:
-        """Raise AdapterError if this cannot be an update."""
         if not self.tensors():
             raise AdapterError(f"adapter factors of '{module}': a whole update without a tensor")
-        for name, tensor in self.tensors().items():
-            if not tensor.is_floating_point() or tensor.element_size() < 2 or 0 in tensor.shape or tensor.dim() == 0:
-                raise AdapterError(f"adapter factors of '{module}': {name} has shape {list(tensor.shape)} and dtype {tensor.dtype}")
-            if not tensor.is_meta and not torch.isfinite(tensor).all():
-                raise AdapterError(f"adapter factors of '{module}': {name} holds values that are not finite (NaN or infinity)")
+        check_tensors(module, self.tensors(), 1)
+
+    def is_zero(self) -> bool:
+        return not any(bool(t.any()) for t in self.tensors().values())
+
+    def times(self, weight: float, module: str) -> Dense:
+        return self.map(lambda _, t: multiplied(t, weight, module))
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self._weight.shape)
+
+    def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
+        return wide(self._weight).reshape(shape or self._weight.shape).clone()
+
+    def matrix(self, transposed: bool = False) -> Tensor:
+        """Of a vector one column; of a bias alone a single zero."""
+        full = wide(self.weight) if self.weight is not None else torch.zeros(1, 1)
+        full = full.flatten(1) if full.dim() > 1 else full[:, None]
+        return full.T if transposed else full
+
+    def form(self, module: str) -> Form:
+        if not self.is_matrix:
+            what = "a bias" if self.weight is None else f"a vector of {self.weight.numel()}"
+            raise AdapterError(f"'{module}' changes {what}, which has no low-rank factors")
+        return Form.of_shape(self.weight_shape())
+
+    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
+        """As the module's weight is laid out, a Conv1D's too:
+        other than the stored one only where the file turns it.
+        """
+        own = self.weight_shape()
+        if turned and shape == own[::-1]:
+            return True
+        return False if as_matrix_shape(own) == as_matrix_shape(shape) else None
+
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
+        full = wide(self._weight)
+        full = (full.T if transposed else full).reshape(shape[0], -1)
+        return lambda rows, _: full[rows] * weight
+
+    @property
+    def _weight(self) -> Tensor:
+        if self.weight is None:
+            raise AdapterError("this update changes a bias only: it has no ΔW")
+        return self.weight

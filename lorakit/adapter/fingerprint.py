@@ -36,16 +36,22 @@ def differences(expected: Any, parameters: Mapping[str, Tensor], architecture: s
     found = fingerprint(parameters, architecture)
     lines = []
     if expected.get("architecture") != found["architecture"]:
-        lines.append(f"architecture: the adapter was trained on {expected.get('architecture')}, this is {found['architecture']}")
+        lines.append(
+            f"architecture: the adapter was trained on {expected.get('architecture')}, this is {found['architecture']}"
+        )
     if expected.get("shapes") != found["shapes"]:
-        lines.append(f"shapes of the parameters differ: {expected['parameters']:,} parameters then, {found['parameters']:,} now")
+        lines.append(
+            f"shapes of the parameters differ: {expected['parameters']:,} parameters then, {found['parameters']:,} now"
+        )
     for name, numbers in expected["samples"].items():
         tensor = parameters.get(name)
         if tensor is None:
             lines.append(f"weights: {name} is not in this model")
         elif tensor.is_floating_point() and not tensor.is_meta:
             then, now = torch.tensor(numbers), torch.tensor(_numbers(tensor))
-            if then.shape != now.shape or not torch.allclose(then, now, rtol=0.02, atol=1e-4 + 0.01 * float(then.abs().max())):
+            if then.shape != now.shape or not torch.allclose(
+                then, now, rtol=0.02, atol=1e-4 + 0.01 * float(then.abs().max())
+            ):
                 lines.append(f"weights: {name} holds other values")
     return lines
 

@@ -2,22 +2,33 @@
 
     ΔW = s · W1 ⊗ W2        W1: [o1, i1]   W2: [o2, i2, *k]   out = o1·o2, in = i1·i2
 
-Either may itself be a product, W1a W1b or W2a W2b of rank r (W2 in Tucker form: T ×₁ W2a ×₂ W2b). s = alpha / r, and 1 if neither is.
+    (L₁ R₁) ⊗ (L₂ R₂) = (L₁ ⊗ L₂) (R₁ ⊗ R₂)        and the SVD of W1 ⊗ W2 is the Kronecker product of their SVDs
+
+Either may itself be a product, W1a W1b or W2a W2b of rank r (W2 in Tucker form: T ×₁ W2a ×₂ W2b). s = alpha / r, and 1
+if neither is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .checks import check_alpha, check_parts, wide
+from .algebra.svd import Svd, matrix_svd, needed, product_svd
+from .checks import check_alpha, check_tensors, multiplied, wide
+from .lora import Form
+from .tucker import factors_of, size_of, wide_product
+from .update import LowRank, Read, Rows, Update
+
+Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # W whole, or Wa, Wb and perhaps the core
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Update):
     alpha: float
     w1: Tensor | None = None
     w1a: Tensor | None = None
@@ -27,6 +38,10 @@ class Kronecker:
     w2b: Tensor | None = None
     t2: Tensor | None = None
     shape: tuple[int, ...] | None = None  # of the weight, if it is known to be other than [out, in]
+
+    @property
+    def variant(self) -> str:
+        return "lokr"
 
     @property
     def rank(self) -> int:
@@ -40,13 +55,38 @@ class Kronecker:
     def scale(self) -> float:
         return self.alpha / self.rank if self.w1b is not None or self.w2b is not None else 1.0
 
-    def tensors(self) -> dict[str, Tensor]:
-        names = ("w1", "w1a", "w1b", "w2", "w2a", "w2b", "t2")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+    def check(self, module: str) -> None:
+        check_alpha(module, self.alpha)
+        check_tensors(module, self.tensors())
+        for name, whole, a, b in (("w1", self.w1, self.w1a, self.w1b), ("w2", self.w2, self.w2a, self.w2b)):
+            if (whole is None) == (a is None or b is None) or (a is None) != (b is None):
+                raise AdapterError(
+                    f"adapter factors of '{module}': expected lokr_{name}, or lokr_{name}_a with lokr_{name}_b"
+                )
+            tucker = name == "w2" and self.t2 is not None
+            if a is not None and b is not None and (a.dim() != 2 or (a.shape[0 if tucker else 1] != b.shape[0])):
+                raise AdapterError(
+                    f"adapter factors of '{module}': {name}_a {list(a.shape)} and {name}_b {list(b.shape)} do not fit "
+                    "together"
+                )
+
+    def times(self, weight: float, module: str) -> Kronecker:
+        """The strength in alpha where that counts, else in W1."""
+        sign, size = math.copysign(1.0, weight), abs(weight)
+        in_alpha = bool(size) and (self.w1b is not None or self.w2b is not None)
+        name = "w1" if self.w1 is not None else "w1a"
+        first = multiplied(getattr(self, name), sign if in_alpha else weight, module)
+        changes: dict[str, Any] = {name: first, "alpha": self.alpha * (size if in_alpha else 1.0)}
+        return replace(self, **changes)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        if self.shape is not None:
+            return tuple(self.shape)
+        (o1, i1), (out, inner, *k) = _shape(self._first), _shape(self._second)
+        return (o1 * out, i1 * inner, *k)
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32 (float64 stays), in the weight's shape."""
-        first, second = self._first(), self._second()
+        first, second = _whole(self._first), _whole(self._second)
         # As matrices: [o1, i1] ⊗ [o2, i2·k] has the order of numbers that the convolution's [o1·o2, i1·i2, *k] has.
         full = torch.kron(first, second.flatten(1)).mul_(self.scale)
         shape = shape or self.shape
@@ -54,31 +94,77 @@ class Kronecker:
             shape = (full.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
         return full.reshape(shape) if shape else full
 
-    def check(self, module: str) -> None:
-        """Raise AdapterError if these cannot be an update."""
-        check_alpha(module, self.alpha)
-        check_parts(module, self.tensors())
-        for name, whole, a, b in (("w1", self.w1, self.w1a, self.w1b), ("w2", self.w2, self.w2a, self.w2b)):
-            if (whole is None) == (a is None or b is None) or (a is None) != (b is None):
-                raise AdapterError(f"adapter factors of '{module}': expected lokr_{name}, or lokr_{name}_a with lokr_{name}_b")
-            tucker = name == "w2" and self.t2 is not None
-            if a is not None and b is not None and (a.dim() != 2 or (a.shape[0 if tucker else 1] != b.shape[0])):
-                raise AdapterError(
-                    f"adapter factors of '{module}': {name}_a {list(a.shape)} and {name}_b {list(b.shape)} do not fit together"
-                )
+    def low_rank(self) -> LowRank | None:
+        (l1, r1), (l2, r2) = _halves(self._first), _halves(self._second)
+        if l1.shape[1] * l2.shape[1] >= min(l1.shape[0] * l2.shape[0], r1.shape[1] * r2.shape[1]):
+            return None
+        return LowRank(torch.kron(l1, l2) * self.scale, torch.kron(r1, r2))
 
-    def _first(self) -> Tensor:
-        if self.w1 is not None:
-            return wide(self.w1)
-        assert self.w1a is not None
-        assert self.w1b is not None
-        return wide(self.w1a) @ wide(self.w1b)
+    def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
+        """Every product σ1 σ2 is one, with the Kronecker products of the vectors; the largest of them."""
+        first, second = _svd(self._first), _svd(self._second)
+        values, order = torch.outer(first.S, second.S).flatten().mul(self.scale).sort(descending=True)
+        total = first.total * second.total * self.scale**2
+        wanted = order[: min(rank or len(order), needed(values, total, keep) if keep is not None else len(order))]
+        i, j = wanted // len(second.S), wanted % len(second.S)
+        U = torch.einsum("ar,br->abr", first.U[:, i], second.U[:, j]).flatten(0, 1)
+        Vt = torch.einsum("ra,rb->rab", first.Vt[i], second.Vt[j]).flatten(1)
+        return [Svd(U, values[: len(wanted)], Vt, total)]
 
-    def _second(self) -> Tensor:
-        if self.w2 is not None:
-            return wide(self.w2)
-        assert self.w2a is not None
-        assert self.w2b is not None
-        if self.t2 is not None:
-            return torch.einsum("ij...,ip,jr->pr...", wide(self.t2), wide(self.w2a), wide(self.w2b))
-        return (wide(self.w2a) @ wide(self.w2b.flatten(1))).reshape(self.w2a.shape[0], *self.w2b.shape[1:])
+    def form(self, module: str) -> Form:
+        return Form.of_shape(self.weight_shape())
+
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
+        """Row i of W1 ⊗ W2 is made of row i // o2 of W1 and row i % o2 of W2; of the transposed weight columns
+        likewise.
+        """
+        first, second, scale = _whole(self._first), _whole(self._second).flatten(1), self.scale * weight
+        first, second = (first.T, second.T) if transposed else (first, second)
+
+        def change(rows: slice, _: Tensor) -> Tensor:
+            i = torch.arange(shape[0], device=first.device)[rows]
+            return (first[i // second.shape[0], :, None] * second[i % second.shape[0], None, :]).flatten(1).mul_(scale)
+
+        return change
+
+    @property
+    def _first(self) -> Side:
+        return self.w1, self.w1a, self.w1b, None
+
+    @property
+    def _second(self) -> Side:
+        return self.w2, self.w2a, self.w2b, self.t2
+
+
+def _whole(side: Side) -> Tensor:
+    """W1 or W2, in float32 (float64 stays)."""
+    whole, a, b, core = side
+    return wide(whole) if whole is not None else wide_product(*_pair(a, b), core)
+
+
+def _shape(side: Side) -> tuple[int, ...]:
+    whole, a, b, core = side
+    return tuple(whole.shape) if whole is not None else size_of(*_pair(a, b), core)
+
+
+def _svd(side: Side) -> Svd:
+    whole, a, b, core = side
+    return matrix_svd(whole.double().flatten(1)) if whole is not None else product_svd(*factors_of(*_pair(a, b), core))
+
+
+def _halves(side: Side) -> tuple[Tensor, Tensor]:
+    """[out, r] and [r, in·k], in float64; of a whole matrix itself and the identity."""
+    whole, a, b, core = side
+    if whole is None:
+        return factors_of(*_pair(a, b), core)
+    M = whole.detach().double().flatten(1)
+    one = torch.eye(min(M.shape), dtype=M.dtype)
+    return (one, M) if M.shape[0] <= M.shape[1] else (M, one)
+
+
+def _pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    assert a is not None
+    assert b is not None
+    return a, b

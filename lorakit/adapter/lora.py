@@ -4,27 +4,62 @@ linear     A [r, in]          B [out, r]              (a packed projection: r = 
 embedding  A [r, vocab]       B [dim, r]
 conv       A [r, in/g, *k]    B [out, r, 1...]        (or PEFT's grouped form: A [r, in, *k], B [out, r/g, 1...])
 
-A DoRA (Liu et al. 2024) has a magnitude too, for W' = magnitude · (W + s · B A) / ‖W + s · B A‖: [out, 1] with the norm of each output's
-row, or [1, in] with that of each input's column.
+A DoRA (Liu et al. 2024) has a magnitude too, for W' = magnitude · (W + s · B A) / ‖W + s · B A‖: [out, 1] with the norm
+of each output's row, or [1, in] with that of each input's column.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..config import MAX_RANK, scale_of
 from ..errors import AdapterError
-from ..ops.delta import delta
-from .checks import check_alpha, check_parts
+from ..ops.delta import as_matrices, delta, delta_rows
+from .algebra.svd import Svd, product_svd
+from .checks import check_alpha, check_tensors
+from .dora import dora_rows
+from .update import LowRank, Read, Rows, Update, as_matrix_shape, halves_swapped
 
 Kind = Literal["linear", "embedding", "conv"]
 
 
 @dataclass(frozen=True)
-class Factors:
+class Form:
+    """What low-rank factors of a module are like, but for their rank and numbers. `inner`: A's axes after the rank;
+    `axes`: B's.
+    """
+
+    kind: Kind
+    inner: tuple[int, ...]
+    axes: int = 2
+    transposed: bool = False
+    groups: int = 1
+    parts: tuple[bool, ...] | None = None
+
+    @classmethod
+    def of_shape(cls, shape: tuple[int, ...]) -> Form:
+        """Of a weight [out, in] or [out, in, *k]."""
+        return cls("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
+
+    @property
+    def across(self) -> bool:
+        """Whether the weight is stored as [in, out]."""
+        return self.transposed or self.kind == "embedding"
+
+    def factors(self, B: Tensor, A: Tensor, alpha: float, rslora: bool = False) -> Factors:
+        """B [out, r] and A [r, -1] in this form."""
+        A, B = A.reshape(A.shape[0], *self.inner), B.reshape(*B.shape, *(1,) * (self.axes - 2))
+        return Factors(
+            A.contiguous(), B.contiguous(), alpha, self.kind, rslora, self.transposed, self.groups, self.parts
+        )
+
+
+@dataclass(frozen=True)
+class Factors(Update):
     """ΔW = scale · B A of one module, scale = alpha / rank (or alpha / √rank)."""
 
     A: Tensor
@@ -34,8 +69,13 @@ class Factors:
     rslora: bool = False
     transposed: bool = False  # a linear whose weight is stored as [in, out] (transformers' Conv1D)
     groups: int = 1  # of a convolution
-    parts: tuple[bool, ...] | None = None  # the adapted parts of a packed projection; alpha / rank are those of one part
+    # the adapted parts of a packed projection; alpha / rank are those of one part
+    parts: tuple[bool, ...] | None = None
     magnitude: Tensor | None = None  # DoRA's
+
+    @property
+    def variant(self) -> str:
+        return "lora" if self.magnitude is None else "dora"
 
     @property
     def rank(self) -> int:
@@ -46,52 +86,165 @@ class Factors:
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.rslora)
 
-    def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32, in the weight's own layout: [out, in], [in, out] if transposed, [vocab, dim], [out, in/g, *k].
-
-        AdapterError for PEFT's grouped convolution factors that no change of the weight can express, and for DoRA, whose ΔW depends
-        on the weight.
-        """
-        if self.magnitude is not None:
-            raise AdapterError("the change that a DoRA makes depends on the base's weight: it has no ΔW of its own")
-        if self.A.shape[0] != self.B.shape[1]:
-            raise AdapterError(
-                f"a grouped convolution's A {list(self.A.shape)} reads across the {self.groups} groups: no change of the weight does the same\n"
-                "  keep this adapter unmerged"
-            )
-        across = self.transposed or self.kind == "embedding"
-        if shape is None:
-            first, second = self.B.shape[0], self.A.shape[1]
-            shape = (second, first) if across else (first, second, *self.A.shape[2:])
-        return delta(self.A, self.B, self.scale, shape, across)
+    @property
+    def across(self) -> bool:
+        """Whether the weight is stored as [in, out]."""
+        return self.transposed or self.kind == "embedding"
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds; not the zeros of a packed B outside its blocks."""
+        """How many elements it holds; not the zeros of a packed B outside its blocks."""
         held = self.B.numel() // (len(self.parts) if self.parts else 1)  # n blocks [out / parts, r] of [out, n·r]
         return self.A.numel() + held + (self.magnitude.numel() if self.magnitude is not None else 0)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"A": self.A, "B": self.B} | ({"magnitude": self.magnitude} if self.magnitude is not None else {})
+    @property
+    def needs_base(self) -> bool:
+        return self.magnitude is not None
 
     def check(self, module: str) -> None:
-        """Raise AdapterError if these factors cannot be an update: shapes, ranks, dtypes, NaN."""
+        """Shapes, ranks, dtypes, NaN."""
 
         def wrong(what: str) -> AdapterError:
             return AdapterError(f"adapter factors of '{module}': {what}")
 
-        check_parts(module, self.tensors())
+        check_tensors(module, self.tensors())
         check_alpha(module, self.alpha)
         if self.A.shape[0] > MAX_RANK:
             raise wrong(f"rank {self.A.shape[0]} is beyond the largest sensible rank, {MAX_RANK}")
         grouped = self.kind == "conv" and self.A.shape[0] == self.B.shape[1] * self.groups
         if self.A.shape[0] != self.B.shape[1] and not grouped:
             raise wrong(
-                f"A {list(self.A.shape)} has rank {self.A.shape[0]}, B {list(self.B.shape)} has rank {self.B.shape[1]}; expected the same"
+                f"A {list(self.A.shape)} has rank {self.A.shape[0]}, B {list(self.B.shape)} has rank "
+                f"{self.B.shape[1]}; expected the same"
             )
         if self.kind != "conv" and not (self.A.dim() == self.B.dim() == 2):
             raise wrong(f"A {list(self.A.shape)} and B {list(self.B.shape)} should be matrices")
         if self.magnitude is not None:
             sizes = [self.B.shape[0], 1], [1, self.A.flatten(1).shape[1]]
             if list(self.magnitude.shape) not in sizes:
-                raise wrong(f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {sizes[0]} or {sizes[1]}")
+                raise wrong(
+                    f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {sizes[0]} or {sizes[1]}"
+                )
+
+    def unmergeable(self) -> str | None:
+        if self.A.shape[0] == self.B.shape[1]:
+            return None
+        return (
+            "carries PEFT's grouped form, whose A reads across the convolution's groups: no change of its weight does "
+            "the same\n"
+            "  keep this adapter unmerged"
+        )
+
+    def is_zero(self) -> bool:
+        """A DoRA's magnitude may change the weight with factors of zero."""
+        return self.magnitude is None and super().is_zero()
+
+    def times(self, weight: float, module: str) -> Factors:
+        """The strength in alpha, so that no element changes; the sign in B."""
+        if self.magnitude is not None:
+            raise AdapterError(
+                f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead"
+            )
+        if not weight:
+            return replace(self, B=torch.zeros_like(self.B))
+        return replace(self, B=self.B if weight > 0 else -self.B, alpha=self.alpha * abs(weight))
+
+    # ΔW by itself
+
+    def weight_shape(self) -> tuple[int, ...]:
+        out, first = self.B.shape[0], self.A.shape[1]
+        return (first, out) if self.across else (out, first, *self.A.shape[2:])
+
+    def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
+        """ΔW in float32, in the weight's own layout: [out, in], [in, out] if transposed, [vocab, dim], [out, in/g, *k].
+
+        AdapterError for PEFT's grouped convolution factors that no change of the weight can express, and for DoRA,
+        whose ΔW depends on the weight.
+        """
+        if self.magnitude is not None:
+            raise AdapterError("the change that a DoRA makes depends on the base's weight: it has no ΔW of its own")
+        if self.A.shape[0] != self.B.shape[1]:
+            raise AdapterError(
+                f"a grouped convolution's A {list(self.A.shape)} reads across the {self.groups} groups: no change of "
+                "the weight does the same\n"
+                "  keep this adapter unmerged"
+            )
+        return delta(self.A, self.B, self.scale, self.weight_shape() if shape is None else shape, self.across)
+
+    def matrix(self, transposed: bool = False) -> Tensor:
+        """s · B A as [out, in·k], whichever way round the weight is stored."""
+        A, B = as_matrices(self.A, self.B)
+        return (B * self.scale) @ A
+
+    def without_base(self) -> Factors:
+        return self if self.magnitude is None else replace(self, magnitude=None)
+
+    def low_rank(self) -> LowRank | None:
+        if self.magnitude is not None:
+            return None
+        A, B = self.A.detach().double().flatten(1), self.B.detach().double().flatten(1)
+        if A.shape[0] != B.shape[1]:  # PEFT's grouped convolution: each group of outputs reads its own rows of A
+            B = torch.block_diag(*B.chunk(self.groups))
+        return LowRank(B * self.scale, A)
+
+    def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
+        return [product_svd(B * self.scale, A) for A, B in self.blocks()]
+
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """(A [r, in·k], B [rows, r]) as matrices: of each adapted part of a packed projection, else one pair."""
+        A, B = as_matrices(self.A, self.B)
+        if not self.parts:
+            return [(A, B)]
+        r, size = self.rank, B.shape[0] // len(self.parts)
+        adapted = [i for i, part in enumerate(self.parts) if part]
+        return [
+            (A[j * r : (j + 1) * r], B[i * size : (i + 1) * size, j * r : (j + 1) * r]) for j, i in enumerate(adapted)
+        ]
+
+    def form(self, module: str) -> Form:
+        if self.magnitude is not None:
+            raise AdapterError(
+                f"'{module}' is a DoRA: its change depends on the base's weight, so it cannot be added or cut by "
+                "itself\n"
+                "  merge it into its base first, and extract the change from the result: lorakit merge, then lorakit "
+                "extract"
+            )
+        if self.A.shape[0] != self.B.shape[1]:
+            raise AdapterError(
+                f"'{module}' is a grouped convolution in PEFT's form, whose A {list(self.A.shape)} reads across the "
+                "groups: "
+                "no change of the weight does the same\n"
+                f"  leave it out: lorakit.adapter.algebra.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT "
+                f"--drop {module})"
+            )
+        return Form(self.kind, tuple(self.A.shape[1:]), self.B.dim(), self.transposed, self.groups, self.parts)
+
+    # ΔW on a stored weight
+
+    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
+        """By the shape, and where that fits both ways by what is known of the module."""
+        out, first = self.B.shape[0], self.A.shape[1]
+        plain, across = (out, first, *self.A.shape[2:]), (first, out)
+        fits = as_matrix_shape(shape) == as_matrix_shape(plain)
+        if self.kind == "linear" and shape == plain == across:
+            return self.transposed or turned or conv1d
+        if self.kind != "conv" and shape == across and (self.kind == "embedding" or not fits):
+            return True
+        return False if fits and self.kind != "embedding" else None
+
+    def rows(
+        self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
+    ) -> Rows:
+        A, B = as_matrices(self.A, self.B)
+        scale = self.scale * weight
+
+        def low(rows: slice, _: Tensor) -> Tensor:
+            return delta_rows(A, B, scale, rows, transposed)
+
+        return low if self.magnitude is None else dora_rows(low, self.magnitude, transposed, read)
+
+    def halves_swapped(self) -> Factors:
+        magnitude = self.magnitude
+        if magnitude is not None and magnitude.shape[0] > 1:
+            magnitude = halves_swapped(magnitude)
+        return replace(self, B=halves_swapped(self.B), magnitude=magnitude)

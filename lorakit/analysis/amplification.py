@@ -5,7 +5,7 @@
                             comparison, also onto W's own first r and onto r random directions
     ‖ΔW‖_F / ‖Uᵀ W V‖_F     the amplification factor: how much larger ΔW is there than W
 
-W is [out, in], as in `adapter.algebra.spectrum`. For a DoRA, ΔW = m (W + s B A) / ‖W + s B A‖ - W.
+W is [out, in], as in `adapter.algebra.spectrum`. The ΔW of a DoRA depends on W (see `adapter.dora`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Adapter, Other
-from ..adapter.algebra.product import LowRank, matrix
-from ..adapter.algebra.spectrum import norm, spectrum
+from ..adapter.adapter import Adapter
+from ..adapter.algebra.product import norm
+from ..adapter.algebra.spectrum import spectrum
 from ..adapter.algebra.svd import random_svd
-from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..checkpoint.weights import Weights
 
 
-def relative_norms(adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None) -> dict[str, float]:
+def relative_norms(
+    adapter: Adapter, weights: Weights, on_module: Callable[[str], None] | None = None
+) -> dict[str, float]:
     """‖ΔW‖ / ‖W‖ per module, without modules whose W is zero. Raises if a module does not fit the base's weights."""
     ratios = {}
     for module, update in adapter.updates.items():
@@ -34,23 +36,14 @@ def relative_norms(adapter: Adapter, weights: Weights, on_module: Callable[[str]
         size = weights.norm(module)
         if size == 0:
             continue
-        if isinstance(update, Factors) and update.magnitude is not None:
-            change = dora_change(weights.read(module, update), update)
-        else:
-            change = norm(update)
-        ratios[module] = change / size
+        ratios[module] = (norm_on(weights.read(module, update), update) if update.needs_base else norm(update)) / size
     return ratios
 
 
-def dora_change(W: Tensor, f: Factors) -> float:
-    """‖W' - W‖_F of a DoRA on W [out, in]."""
-    assert f.magnitude is not None
-    low = matrix(f)
-    assert isinstance(low, LowRank)
-    V = W.double() + low.left @ low.right
-    magnitude = f.magnitude.detach().double()
-    lengths = V.norm(dim=1, keepdim=True) if magnitude.shape == (V.shape[0], 1) else V.norm(dim=0, keepdim=True)
-    return float((V * torch.where(lengths > 0, magnitude / lengths, 0) - W).norm())
+def norm_on(W: Tensor, update: Update) -> float:
+    """‖ΔW‖_F of an update whose ΔW depends on W [out, in]."""
+    every = slice(0, W.shape[0])
+    return float(update.rows(tuple(W.shape), read=lambda: [(every, W)])(every, W).norm())
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Amplification:
         return self.norm_delta / self.in_delta if self.in_delta > 0 else None
 
 
-def amplification(module: str, update: Factors | Other, W: Tensor, rank: int | None = None) -> Amplification:
+def amplification(module: str, update: Update, W: Tensor, rank: int | None = None) -> Amplification:
     """Compare ΔW with W [out, in] in ΔW's first `rank` singular directions (default: all)."""
     delta = spectrum(update).strongest(rank)
     n = delta.S.numel()

@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Adapter, Other
+from ..adapter.adapter import Adapter
 from ..adapter.algebra.compatible import base_differences
-from ..adapter.algebra.product import LowRank, inner, matrix, size_of
+from ..adapter.algebra.product import inner, matrix, size_of
 from ..adapter.algebra.spectrum import Spectrum, decompose
 from ..adapter.lora import Factors
+from ..adapter.update import LowRank, Update
 from ..checkpoint.weights import open_weights
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..module_names import matches
@@ -149,13 +150,18 @@ def compare(
         pairs.append(_pair(module, first[module], second[module], names, sums))
     sums.alone([first[m] for m in only[0]], [second[m] for m in only[1]])
     chosen = _chosen(pairs, modules)
-    similarities = [_similarity(pair.name, first[pair.name], second[pair.name], of) for pair in chosen if all(pair.ranks)]
+    similarities = [
+        _similarity(pair.name, first[pair.name], second[pair.name], of) for pair in chosen if all(pair.ranks)
+    ]
     against = ([], []) if base is None else _against(base, [pair.name for pair in chosen], first, second)
     return Comparison(names, pairs, only, sums.cosine, sums.changes, similarities, against, bases)
 
 
-def _nothing_shared(names: tuple[str, str], first: Mapping[str, Factors | Other], second: Mapping[str, Factors | Other]) -> str:
-    lines = [f"{name} changes {listing(updates, 3) or 'no module'}" for name, updates in zip(names, (first, second), strict=True)]
+def _nothing_shared(names: tuple[str, str], first: Mapping[str, Update], second: Mapping[str, Update]) -> str:
+    lines = [
+        f"{name} changes {listing(updates, 3) or 'no module'}"
+        for name, updates in zip(names, (first, second), strict=True)
+    ]
     problem = "the adapters have different bases and no module in common, so they cannot be compared"
     return f"{problem}\n  " + "\n  ".join(lines)
 
@@ -203,7 +209,7 @@ class _Sums:
     def __init__(self) -> None:
         self.product, self.energy, self.added, self.own = 0.0, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
 
-    def alone(self, *sides: Sequence[Factors | Other]) -> None:
+    def alone(self, *sides: Sequence[Update]) -> None:
         """Add the modules that only A has, then those that only B has."""
         for side, updates in enumerate(sides):
             for update in updates:
@@ -217,11 +223,13 @@ class _Sums:
 
     @property
     def changes(self) -> tuple[float | None, float | None]:
-        first, second = (math.sqrt(added / own) if own > 0 else None for added, own in zip(self.added, self.own, strict=True))
+        first, second = (
+            math.sqrt(added / own) if own > 0 else None for added, own in zip(self.added, self.own, strict=True)
+        )
         return first, second
 
 
-def _pair(module: str, a: Factors | Other, b: Factors | Other, names: tuple[str, str], sums: _Sums) -> Pair:
+def _pair(module: str, a: Update, b: Update, names: tuple[str, str], sums: _Sums) -> Pair:
     first, second = matrix(a), matrix(b)
     shape, other = size_of(first), size_of(second)
     if shape != other:
@@ -245,12 +253,22 @@ def _pair(module: str, a: Factors | Other, b: Factors | Other, names: tuple[str,
     s, t = x.strongest(), y.strongest()
     phi = [float(similarity(p, q)[-1, -1]) if s.rank and t.rank else None for p, q in ((s.V, t.V), (s.U, t.U))]
     cosine = max(-1.0, min(1.0, product / (x.norm * y.norm))) if x.norm > 0 and y.norm > 0 else None
-    notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if isinstance(u, Factors) and u.magnitude is not None]
+    notes = [f"{n}: DoRA, its low-rank part" for n, u in zip(names, (a, b)) if u.needs_base]
     notes += [f"{n}: its {d.S.numel()} leading directions" for n, d in zip(names, (x, y)) if not d.complete]
     return Pair(
-        module, shape, (s.rank, t.rank), (x.norm, y.norm), cosine, principal_angles(s.V, t.V), principal_angles(s.U, t.U),
-        phi[0], phi[1], interferences[0], interferences[1], "; ".join(notes),
-    )  # fmt: skip
+        module,
+        shape,
+        (s.rank, t.rank),
+        (x.norm, y.norm),
+        cosine,
+        principal_angles(s.V, t.V),
+        principal_angles(s.U, t.U),
+        phi[0],
+        phi[1],
+        interferences[0],
+        interferences[1],
+        "; ".join(notes),
+    )
 
 
 def _chosen(pairs: Sequence[Pair], requested: Sequence[str]) -> list[Pair]:
@@ -265,14 +283,14 @@ def _chosen(pairs: Sequence[Pair], requested: Sequence[str]) -> list[Pair]:
     return [pair for pair in pairs if pair in largest]
 
 
-def _similarity(module: str, a: Factors | Other, b: Factors | Other, of: Of) -> Similarity:
+def _similarity(module: str, a: Update, b: Update, of: Of) -> Similarity:
     if not (isinstance(a, Factors) and isinstance(b, Factors)):  # LoHa, LoKr and dense updates have no A and B
         of = "right" if of in ("A", "right") else "left"
     U, V = directions(a, of), directions(b, of)
     return Similarity(module, of, similarity(U, V).tolist(), max(U.shape[1], V.shape[1]) / U.shape[0])
 
 
-def directions(update: Factors | Other, of: Of) -> Tensor:
+def directions(update: Update, of: Of) -> Tensor:
     """Right or left singular vectors of ΔW, or of the factor A or B alone: columns by descending singular value."""
     low = matrix(update)
     if of in ("right", "left") or not isinstance(low, LowRank):
@@ -284,7 +302,7 @@ def directions(update: Factors | Other, of: Of) -> Tensor:
 
 
 def _against(
-    folder: Path, chosen: Sequence[str], a: Mapping[str, Factors | Other], b: Mapping[str, Factors | Other]
+    folder: Path, chosen: Sequence[str], a: Mapping[str, Update], b: Mapping[str, Update]
 ) -> tuple[list[Amplification], list[Amplification]]:
     weights = open_weights(folder, chosen)
     rows: tuple[list[Amplification], list[Amplification]] = [], []

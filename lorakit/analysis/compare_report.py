@@ -18,13 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import RenderableType
 
-OF = {"A": "right singular directions of A", "B": "left singular directions of B", "right": "inputs of ΔW", "left": "outputs of ΔW"}
+OF = {
+    "A": "right singular directions of A",
+    "B": "left singular directions of B",
+    "right": "inputs of ΔW",
+    "left": "outputs of ΔW",
+}
 
 
 def summary(c: Comparison) -> list[str]:
     """The comparison in a few lines of text."""
     a, b = map(printable, c.names)
-    lines = [f"A = {a}, B = {b}: {len(c.pairs)} modules in both, {len(c.only[0])} in A alone, {len(c.only[1])} in B alone"]
+    lines = [
+        f"A = {a}, B = {b}: {len(c.pairs)} modules in both, {len(c.only[0])} in A alone, {len(c.only[1])} in B alone"
+    ]
     if c.bases:
         lines.append(f"trained on different bases, so similarity means little: {printable('; '.join(c.bases))}")
     if c.cosine is not None:
@@ -42,8 +49,22 @@ def summary(c: Comparison) -> list[str]:
 def rows(c: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the module table."""
     heads = [
-        "module", "rank A", "B", "|ΔW| A", "B", "cosine", "angle° in", "φ in", "angle° out", "φ out", "A by B", "gain", "B by A", "gain", ""
-    ]  # fmt: skip
+        "module",
+        "rank A",
+        "B",
+        "|ΔW| A",
+        "B",
+        "cosine",
+        "angle° in",
+        "φ in",
+        "angle° out",
+        "φ out",
+        "A by B",
+        "gain",
+        "B by A",
+        "gain",
+        "",
+    ]
     return heads, [_cells(pair) for pair in c.pairs]
 
 
@@ -71,11 +92,19 @@ def grouped(c: Comparison) -> tuple[list[str], list[list[str]]]:
     cells = []
     for name, pairs in groups.items():
         first, second = [p.a_by_b for p in pairs if p.a_by_b], [p.b_by_a for p in pairs if p.b_by_a]
-        cells.append([
-            name, str(len(pairs)), _mean([p.cosine for p in pairs], "+.3f"), _mean([p.phi_in for p in pairs]), _mean([p.phi_out for p in pairs]),
-            _mean([i.change for i in first]), _mean([i.gain for i in first], "+.3f"),
-            _mean([i.change for i in second]), _mean([i.gain for i in second], "+.3f"),
-        ])  # fmt: skip
+        cells.append(
+            [
+                name,
+                str(len(pairs)),
+                _mean([p.cosine for p in pairs], "+.3f"),
+                _mean([p.phi_in for p in pairs]),
+                _mean([p.phi_out for p in pairs]),
+                _mean([i.change for i in first]),
+                _mean([i.gain for i in first], "+.3f"),
+                _mean([i.change for i in second]),
+                _mean([i.gain for i in second], "+.3f"),
+            ]
+        )
     return ["module", "count", "cosine", "φ in", "φ out", "A by B", "gain", "B by A", "gain"], cells
 
 
@@ -99,7 +128,11 @@ def plot(c: Comparison, path: Path) -> Path:
     maps = list(_maps(c))
     columns = max(2, min(4, len(c.similarities)))
     phi_rows = -(-len(c.similarities) // columns) if c.similarities else 0
-    heights = [*(0.9 + 0.24 * len(grid.rows) for grid, *_ in maps), *([3.4] * phi_rows), *([2.8] if any(c.amplifications) else [])]
+    heights = [
+        *(0.9 + 0.24 * len(grid.rows) for grid, *_ in maps),
+        *([3.4] * phi_rows),
+        *([2.8] if any(c.amplifications) else []),
+    ]
     if not heights:
         heights = [1.0]
     width = min(20.0, max(8.0, 3.2 * columns, 3 + 0.22 * max((len(grid.layers) for grid, *_ in maps), default=0)))
@@ -127,10 +160,15 @@ def write_html(c: Comparison, path: Path) -> Path:
         picture = plot(c, Path(folder) / "plot.png").read_bytes()
     parts = [*(f"<p>{_text(line)}</p>" for line in summary(c))]
     parts.append(
-        f'<img alt="cosines, interference and subspace similarity" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        '<img alt="cosines, interference and subspace similarity" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
     )
     if any(c.amplifications):
-        parts += ["<h2>W in the directions of ΔW</h2>", f"<p>{_text(_AMPLIFICATION)}</p>", _html_table(*amplification_rows(c))]
+        parts += [
+            "<h2>W in the directions of ΔW</h2>",
+            f"<p>{_text(_AMPLIFICATION)}</p>",
+            _html_table(*amplification_rows(c)),
+        ]
     parts += ["<h2>Shared modules</h2>", f"<p>{_text(_MODULES)}</p>", _html_table(*rows(c))]
     for one in c.similarities:
         at = _steps(len(one.grid), 16), _steps(len(one.grid[0]), 16)
@@ -151,7 +189,8 @@ def write_html(c: Comparison, path: Path) -> Path:
 
 _MODULES = (
     "Angles: the smallest principal angle between the two input (output) subspaces. φ: at full rank, 1 if one subspace "
-    "contains the other. A by B: ‖ΔW_B x‖ / ‖ΔW_A x‖ on A's inputs; gain: the part of it along A's own effect, -1 cancels it."
+    "contains the other. A by B: ‖ΔW_B x‖ / ‖ΔW_A x‖ on A's inputs; gain: the part of it along A's own effect, -1 "
+    "cancels it."
 )
 _AMPLIFICATION = (
     "W in ΔW: ‖UᵀWV‖ with U, V the first r singular directions of ΔW; in W: with those of W; in random: with random "
@@ -181,9 +220,20 @@ def _cells(p: Pair) -> list[str]:
     interference = [(f"{i.change:.3f}", f"{i.gain:+.3f}") if i else ("", "") for i in (p.a_by_b, p.b_by_a)]
     angles = [number(a[0] if a else None, ".1f") for a in (p.angles_in, p.angles_out)]
     return [
-        p.name, str(p.ranks[0]), str(p.ranks[1]), f"{p.norms[0]:.3g}", f"{p.norms[1]:.3g}", number(p.cosine, "+.3f"), angles[0],
-        number(p.phi_in), angles[1], number(p.phi_out), *interference[0], *interference[1], p.note,
-    ]  # fmt: skip
+        p.name,
+        str(p.ranks[0]),
+        str(p.ranks[1]),
+        f"{p.norms[0]:.3g}",
+        f"{p.norms[1]:.3g}",
+        number(p.cosine, "+.3f"),
+        angles[0],
+        number(p.phi_in),
+        angles[1],
+        number(p.phi_out),
+        *interference[0],
+        *interference[1],
+        p.note,
+    ]
 
 
 def _mean(values: Sequence[float | None], spec: str = ".3f") -> str:
@@ -208,7 +258,13 @@ def _maps(c: Comparison) -> Iterator[tuple[Grid, float, float]]:
 def _draw_phi(ax: Axes, grid: Sequence[Sequence[float]], title: str) -> Any:
     """Draw φ from 0 to 1 for all i (rows) and j (columns), as in the paper's figure 3."""
     image = ax.imshow(
-        grid, cmap="viridis", vmin=0, vmax=1, origin="upper", extent=(0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5), aspect="auto"
+        grid,
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        origin="upper",
+        extent=(0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5),
+        aspect="auto",
     )
     ax.set_xticks(_steps(len(grid[0]), 8))
     ax.set_yticks(_steps(len(grid), 8))
@@ -221,7 +277,11 @@ def _draw_phi(ax: Axes, grid: Sequence[Sequence[float]], title: str) -> Any:
 
 def _draw_amplification(ax: Axes, sides: tuple[list[Amplification], list[Amplification]]) -> None:
     """Draw bars of ‖ΔW‖ and of ‖UᵀWV‖ with U, V of ΔW, of W and of random directions."""
-    labels = [f"{name}\n{_tail(one.module, 22)}" for pair in zip(*sides, strict=True) for name, one in zip("AB", pair, strict=True)]
+    labels = [
+        f"{name}\n{_tail(one.module, 22)}"
+        for pair in zip(*sides, strict=True)
+        for name, one in zip("AB", pair, strict=True)
+    ]
     ones = [one for pair in zip(*sides, strict=True) for one in pair]
     bars = (
         ("‖ΔW‖", "#c2410c", [o.norm_delta for o in ones]),
@@ -262,7 +322,9 @@ def _table(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> 
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if i else "left", overflow="fold", no_wrap=i > 0, vertical="bottom")
+        table.add_column(
+            Text(head), justify="right" if i else "left", overflow="fold", no_wrap=i > 0, vertical="bottom"
+        )
     for row in cells:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return Group(Text(printable(title), style="italic"), table)

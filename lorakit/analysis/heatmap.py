@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # Name parts whose number counts layers. `to_out.0`, `net.2` and `experts.5` count something else.
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|\w*blocks?|h|resnets|attentions|\w*samplers)\.\d+(?=\.|$)")
-_PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.(?!h\.)")  # GPT-2's names begin with "transformer.h."
+# GPT-2's names begin with "transformer.h."
+_PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.(?!h\.)")
 # Dark to bright with even steps of lightness: readable in greyscale and with colour blindness.
 _RAMP = ((13, 8, 60), (84, 15, 109), (158, 40, 100), (219, 80, 59), (250, 156, 27), (246, 232, 120))
 GREY = "#d4d4d4"
@@ -63,10 +64,14 @@ class Grid:
         from rich.text import Text
 
         lowest, highest = self.range()
-        table = Table(title=Text(printable(self.title)), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(
+            title=Text(printable(self.title)), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
+        )
         table.add_column("layer", justify="right", no_wrap=True, vertical="bottom")
         for row in rows:
-            table.add_column(Text("\n".join(map(printable, row.split(".")))), justify="center", no_wrap=True, vertical="bottom")
+            table.add_column(
+                Text("\n".join(map(printable, row.split(".")))), justify="center", no_wrap=True, vertical="bottom"
+            )
         for layer in self.layers:
             cells = [Text(printable(layer))]
             for row in rows:
@@ -76,7 +81,9 @@ class Grid:
                     continue
                 r, g, b = colour(value, lowest, highest)
                 ink = "white" if is_dark(r, g, b) else "black"
-                cells.append(Text(f"{short(value):^{_width(row)}}", style=Style(color=ink, bgcolor=f"rgb({r},{g},{b})")))
+                cells.append(
+                    Text(f"{short(value):^{_width(row)}}", style=Style(color=ink, bgcolor=f"rgb({r},{g},{b})"))
+                )
             if any(cell.plain for cell in cells[1:]):
                 table.add_row(*cells)
         return table
@@ -87,12 +94,16 @@ class Grid:
         from matplotlib.colors import LinearSegmentedColormap
 
         lowest, highest = self.range(low, high)
-        colours = LinearSegmentedColormap.from_list("lorakit", [tuple(c / 255 for c in step) for step in _RAMP]).with_extremes(bad=GREY)
+        colours = LinearSegmentedColormap.from_list(
+            "lorakit", [tuple(c / 255 for c in step) for step in _RAMP]
+        ).with_extremes(bad=GREY)
         cells = numpy.full((len(self.rows), len(self.layers)), numpy.nan)
         for (row, layer), value in self.values.items():
             if value is not None and math.isfinite(value):
                 cells[self.rows.index(row), self.layers.index(layer)] = value
-        image = ax.imshow(cells, cmap=colours, vmin=lowest, vmax=highest if highest > lowest else lowest + 1e-12, aspect="auto")
+        image = ax.imshow(
+            cells, cmap=colours, vmin=lowest, vmax=highest if highest > lowest else lowest + 1e-12, aspect="auto"
+        )
         step = -(-len(self.layers) // 48)
         ticks = range(0, len(self.layers), step)
         long_labels = max(map(len, self.layers), default=0) > 3
@@ -105,15 +116,23 @@ class Grid:
                 if value is not None and math.isfinite(value):
                     dark = is_dark(*colour(value, lowest, highest))
                     ax.text(
-                        self.layers.index(layer), self.rows.index(row), short(value), ha="center", va="center", fontsize=7,
+                        self.layers.index(layer),
+                        self.rows.index(row),
+                        short(value),
+                        ha="center",
+                        va="center",
+                        fontsize=7,
                         color="white" if dark else "black",
-                    )  # fmt: skip
+                    )
         return image
 
 
 def grids(values: Mapping[str, float | None], what: str) -> list[Grid]:
     """Heat maps of module -> value, one per part of a pipeline. `what`: the quantity, for the titles."""
-    split = {module: (match[1], module[match.end() :]) if (match := _PARTS.match(module)) else ("", module) for module in values}
+    split = {
+        module: (match[1], module[match.end() :]) if (match := _PARTS.match(module)) else ("", module)
+        for module in values
+    }
     counts = Counter((part, placed(name)) for part, name in split.values())
     parts: dict[str, dict[tuple[str, str], float | None]] = {}
     for module, value in values.items():
@@ -124,7 +143,10 @@ def grids(values: Mapping[str, float | None], what: str) -> list[Grid]:
         parts.setdefault(part, {})[row, layer] = value
     maps = []
     for part, cells in parts.items():
-        rows, layers = tuple(dict.fromkeys(row for row, _ in cells)), tuple(sorted({layer for _, layer in cells}, key=_natural))
+        rows, layers = (
+            tuple(dict.fromkeys(row for row, _ in cells)),
+            tuple(sorted({layer for _, layer in cells}, key=_natural)),
+        )
         maps.append(Grid(f"{what}, {part}" if part else what, rows, layers, cells))
     return maps
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.algebra.spectrum import norm, spectrum
+from ..adapter.algebra.product import norm
+from ..adapter.algebra.spectrum import spectrum
 from ..bases.load import EMBEDDED, load_config
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
@@ -18,13 +19,27 @@ from .training_notes import training
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..adapter.adapter import Adapter, Other
-    from ..adapter.lora import Factors
+    from ..adapter.adapter import Adapter
+    from ..adapter.update import Update
 
-__all__ = ["AdapterFacts", "ModelFacts", "ModuleFacts", "describe_adapter", "describe_model", "is_model", "norm", "not_finite"]
+__all__ = [
+    "AdapterFacts",
+    "ModelFacts",
+    "ModuleFacts",
+    "describe_adapter",
+    "describe_model",
+    "is_model",
+    "norm",
+    "not_finite",
+]
 
 # The quantities a heat map can show, and their titles.
-QUANTITIES = {"norm": "‖ΔW‖", "relative": "‖ΔW‖ / ‖W‖", "effective_rank": "effective rank", "stable_rank": "stable rank"}
+QUANTITIES = {
+    "norm": "‖ΔW‖",
+    "relative": "‖ΔW‖ / ‖W‖",
+    "effective_rank": "effective rank",
+    "stable_rank": "stable rank",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,8 @@ class AdapterFacts:
     metadata: Mapping[str, Any]
     format: str | None = None
     targets: list[str] = field(default_factory=list)
-    ranks: dict[str, int] = field(default_factory=dict)  # rank -> number of modules with it; likewise for alphas and dtypes
+    # rank -> number of modules with it; likewise for alphas and dtypes
+    ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     bytes: int | None = None
@@ -93,7 +109,9 @@ class AdapterFacts:
         from rich.console import Console
 
         source, base = printable(self.source), printable(self.base or "not stated")
-        print(f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}")
+        print(
+            f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}"
+        )
         print("; ".join(self._file()))
         if self.unlike_base:
             print(
@@ -145,9 +163,17 @@ class AdapterFacts:
             first, norms = group[0], [m.norm for m in group]
             kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
             cells = [
-                str(len(group)), str(first.size_in), str(first.size_out), str(first.rank), f"{first.alpha:g}", f"{first.scale:g}",
-                f"{min(norms):.3g}", f"{max(norms):.3g}", _mean([m.effective_rank for m in group]), _mean([m.stable_rank for m in group]),
-            ]  # fmt: skip
+                str(len(group)),
+                str(first.size_in),
+                str(first.size_out),
+                str(first.rank),
+                f"{first.alpha:g}",
+                f"{first.scale:g}",
+                f"{min(norms):.3g}",
+                f"{max(norms):.3g}",
+                _mean([m.effective_rank for m in group]),
+                _mean([m.stable_rank for m in group]),
+            ]
             more = [_mean([m.relative for m in group], ".2g")] if relative else []
             table.add_row(Text(printable(f"{key[0]}{kind}{' DoRA' if first.dora else ''}")), *cells, *more)
         return table
@@ -212,17 +238,13 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
     )
 
 
-def _module(name: str, update: Factors | Other, relative: float | None) -> ModuleFacts:
-    from ..adapter.lora import Factors
-
+def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
     tensors = update.tensors()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    dora = isinstance(update, Factors) and update.magnitude is not None
-    bias = not isinstance(update, Factors) and "bias" in tensors
     return ModuleFacts(
         name,
-        update.kind if isinstance(update, Factors) else type(update).__name__.lower(),
+        getattr(update, "kind", type(update).__name__.lower()),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
@@ -233,8 +255,8 @@ def _module(name: str, update: Factors | Other, relative: float | None) -> Modul
         found.effective_rank,
         found.stable_rank,
         relative,
-        dora,
-        dead=found.norm == 0 and not dora and not bias,
+        update.needs_base,
+        dead=found.norm == 0 and not update.needs_base and not update.changes_bias,
     )
 
 
@@ -262,7 +284,9 @@ def not_finite(source: str) -> dict[str, int]:
     from ..io.tensors import read_tensors
 
     file = _weights(source)
-    tensors: dict[str, Tensor] = read_tensors(file)[0] if file and file.suffix in (".safetensors", ".bin", ".pt") else {}
+    tensors: dict[str, Tensor] = (
+        read_tensors(file)[0] if file and file.suffix in (".safetensors", ".bin", ".pt") else {}
+    )
     bad = {key: int((~torch.isfinite(t)).sum()) for key, t in tensors.items() if t.is_floating_point()}
     return {key: count for key, count in bad.items() if count}
 
@@ -285,7 +309,12 @@ class ModelFacts:
         print(f"{model}; modules that can be adapted (*: included in 'all-linear'):")
         groups: dict[tuple, int] = {}
         for name, kind, shape, linear in self.modules:
-            key = (name if every_module else name.rsplit(".", 1)[-1], kind, "x".join(map(str, shape)), "*" if linear else " ")
+            key = (
+                name if every_module else name.rsplit(".", 1)[-1],
+                kind,
+                "x".join(map(str, shape)),
+                "*" if linear else " ",
+            )
             groups[key] = groups.get(key, 0) + 1
         width = max((len(k[0]) for k in groups), default=0)
         for (name, kind, shape, mark), count in groups.items():
@@ -313,7 +342,9 @@ def describe_model(source: str) -> ModelFacts:
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise LorakitError(f"{source}: transformers has no architecture '{name}' (config.json)\n  update transformers, if it is new")
+        raise LorakitError(
+            f"{source}: transformers has no architecture '{name}' (config.json)\n  update transformers, if it is new"
+        )
     with torch.device("meta"):
         model = kind(config)
     linear = find_targets(model, LoraConfig()).modules

@@ -16,14 +16,32 @@ from typing import Any
 
 # Header fields that are shown, and their names here.
 _NOTES = {
-    "modelspec.title": "title", "ss_output_name": "name", "modelspec.author": "author", "modelspec.description": "description",
-    "modelspec.architecture": "architecture", "ss_sd_model_name": "trained on", "ss_base_model_version": "model version",
-    "ss_network_module": "network", "ss_network_args": "network arguments", "ss_resolution": "resolution", "modelspec.resolution": "resolution",
-    "ss_num_train_images": "images", "ss_num_epochs": "epochs", "ss_steps": "steps", "ss_max_train_steps": "most steps",
-    "ss_learning_rate": "learning rate", "ss_unet_lr": "unet learning rate", "ss_text_encoder_lr": "text encoder learning rate",
-    "ss_optimizer": "optimizer", "ss_lr_scheduler": "schedule", "ss_clip_skip": "clip skip", "ss_seed": "seed",
-    "ss_training_comment": "comment", "modelspec.usage_hint": "usage hint", "modelspec.license": "license",
-}  # fmt: skip
+    "modelspec.title": "title",
+    "ss_output_name": "name",
+    "modelspec.author": "author",
+    "modelspec.description": "description",
+    "modelspec.architecture": "architecture",
+    "ss_sd_model_name": "trained on",
+    "ss_base_model_version": "model version",
+    "ss_network_module": "network",
+    "ss_network_args": "network arguments",
+    "ss_resolution": "resolution",
+    "modelspec.resolution": "resolution",
+    "ss_num_train_images": "images",
+    "ss_num_epochs": "epochs",
+    "ss_steps": "steps",
+    "ss_max_train_steps": "most steps",
+    "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "unet learning rate",
+    "ss_text_encoder_lr": "text encoder learning rate",
+    "ss_optimizer": "optimizer",
+    "ss_lr_scheduler": "schedule",
+    "ss_clip_skip": "clip skip",
+    "ss_seed": "seed",
+    "ss_training_comment": "comment",
+    "modelspec.usage_hint": "usage hint",
+    "modelspec.license": "license",
+}
 MOST_TAGS = 12
 
 

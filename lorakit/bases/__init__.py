@@ -1,1 +1,1 @@
-"""Loading base models: the embedded one, a folder, or a hub id; and choosing device and precision, with the reason."""
+"""Load base models (the embedded one, a folder, or a hub id), and choose device and precision, with the reason."""

@@ -1,4 +1,4 @@
-"""Which device and which precision a model runs in, and why."""
+"""Choose the device and precision that a model runs in, with the reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = {"cuda": "the GPU", "cpu": "the CPU"}
 
 
 def choose_device() -> Choice:
-    """cuda, xpu or mps where there is one, else the CPU."""
+    """Return the first of cuda, xpu and mps that is available, else the CPU, and why."""
     import torch
 
     if torch.cuda.is_available():
@@ -30,21 +30,25 @@ def choose_device() -> Choice:
 
 
 def choose_dtype(precision: str, device: torch.device) -> Choice:
-    """The base's precision: as asked, or bf16 where the hardware multiplies it and float32 elsewhere."""
+    """Return the base's precision and why: as given, or for "auto" bf16 if the hardware multiplies it, else float32.
+
+    Raises ConfigError for an unknown precision.
+    """
     import torch
 
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision in named:
-        return Choice(named[precision], "as asked")
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision in dtypes:
+        return Choice(dtypes[precision], "as given")
     if precision != "auto":
-        raise ConfigError(f"unknown precision '{precision}'{did_you_mean(precision, PRECISIONS)}\n  known: {', '.join(PRECISIONS)}")
+        hint = did_you_mean(precision, PRECISIONS)
+        raise ConfigError(f"unknown precision '{precision}'{hint}\n  known: {', '.join(PRECISIONS)}")
     if multiplies_bf16(device):
         return Choice(torch.bfloat16, f"{_NAMES.get(device.type, device.type)} multiplies bf16")
     return Choice(torch.float32, "the GPU has no bf16" if device.type == "cuda" else "the CPU has no bf16 arithmetic")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bf16 arithmetic, rather than torch emulating it."""
+    """Whether the device has bf16 arithmetic in hardware, so that torch does not emulate it."""
     import torch
 
     if device.type == "cuda":
@@ -55,15 +59,15 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def peak_memory() -> int:
-    """The most main memory that this process has held so far, in bytes."""
+    """Return this process's peak resident memory so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose getrusage also counts what the parent held before it became this program
+    if status.exists():  # Linux: its getrusage includes the parent's peak from before exec
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
-        import psutil  # which accelerate brings
+        import psutil  # a dependency of accelerate
 
         return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,8 +1,8 @@
-"""Load a base model and its tokenizer: the embedded one, a folder, or one of the hub."""
+"""Load a base model and its tokenizer: the embedded one, a folder, or a hub id."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,33 +13,39 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
+HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
 _TOKENIZERS = ("tokenizer.json", "tekken.json")
 
 
 def embedded_folder() -> Path:
-    """Where the embedded model lies inside the package."""
+    """Return the embedded model's folder, inside the package."""
     return Path(__file__).parent.parent / "assets" / "tiny-lm"
 
 
 def model_path(name: str) -> str:
-    """What transformers is to load: the embedded model's folder, an existing folder, or a hub id as given."""
+    """Return what to pass to transformers: the embedded model's folder, an existing folder, or `name` as a hub id.
+
+    Raises LorakitError for a path that is not a model folder.
+    """
     if name == EMBEDDED:
         return str(embedded_folder())
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise LorakitError(f"{name} is no model folder: config.json is missing{_looks_like_adapter(path)}")
+            raise LorakitError(f"{name} is not a model folder: config.json is missing{_looks_like_adapter(path)}")
         return str(path)
     if path.is_file():
-        raise LorakitError(f"{name} is a file; expected a model folder (config.json and weights), a hub id, or '{EMBEDDED}'")
+        raise LorakitError(
+            f"{name} is a file; expected a model folder (config.json and weights), a hub id, or '{EMBEDDED}'"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise LorakitError(f"there is no model folder '{name}'{did_you_mean(path.name, here)}")
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise LorakitError(f"there is no model folder '{name}'{did_you_mean(path.name, siblings)}")
     return name
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a base model. LorakitError if it is damaged, or if its folder has none."""
+    """Load a base model's tokenizer. Raises LorakitError if it is damaged, or if the folder has none."""
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
@@ -47,63 +53,113 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if folder.is_dir() and not _has_vocabulary(folder, tokenizer):
         raise LorakitError(
             f"'{name}' has no tokenizer: transformers makes up an empty {type(tokenizer).__name__}\n"
-            "  put the model's own tokenizer files into the folder (tokenizer.json and tokenizer_config.json)"
+            "  put the model's tokenizer files into the folder (tokenizer.json and tokenizer_config.json)"
         )
     return tokenizer
 
 
 def _has_vocabulary(folder: Path, tokenizer: Any) -> bool:
-    """Whether the folder holds the tokens: in one file, or in all of those that the tokenizer's class reads them from."""
+    """Whether the folder has a vocabulary: in a single file, or in all the files that the tokenizer's class reads."""
     if any(p.name in _TOKENIZERS or p.suffix in (".model", ".tiktoken") for p in folder.iterdir()):
         return True
-    own = {kind: file for kind, file in type(tokenizer).vocab_files_names.items() if kind in ("vocab_file", "merges_file")}
-    return all((folder / file).is_file() for file in own.values()) and (bool(own) or not type(tokenizer).vocab_files_names)
+    names = type(tokenizer).vocab_files_names
+    required = [names[key] for key in ("vocab_file", "merges_file") if key in names]
+    return all((folder / file).is_file() for file in required) and (bool(required) or not names)
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a base model."""
+    """Load a base model's transformers config. Raises LorakitError."""
     from transformers import AutoConfig
 
     return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The base model for generation, in eval mode, on `device`. LorakitError if there is none."""
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a causal or seq2seq LM onto `device`, in eval mode. Raises LorakitError, also where weights are missing."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = load_config(name, revision, trust_remote_code)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model, loaded = _from_pretrained(
-        kind, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, info = _from_pretrained(
+        auto_class, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
     )
-    missing = sorted(loaded["missing_keys"])
-    if missing:  # transformers draws them at random and only warns
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers initialises them at random and only warns
         raise LorakitError(
-            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n  is it complete, and a language model?"
+            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
+            "  expected a complete language model"
         )
     return model.to(device).eval()
 
 
-def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+def load_classifier(
+    name: str,
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    trained: Sequence[str] = (),
+) -> Any:
+    """The base model with a head for these labels, in eval mode. The head is fresh, at random, unless the folder holds
+    one.
+
+    `trained`: modules besides the head that may be fresh too, as they are trained and saved.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is fresh is no news
+    try:
+        model, loaded = _from_pretrained(
+            AutoModelForSequenceClassification,
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(said)
+    fresh = (*HEADS, *trained)
+    missing = sorted(key for key in loaded["missing_keys"] if not any(f".{module}." in f".{key}" for module in fresh))
+    if missing:
+        raise LorakitError(
+            f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
+            f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
+        )
+    return model.to(device).eval()
+
+
+def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     path = model_path(name)
     local = Path(path).is_dir()
     if local:
         options |= {"local_files_only": True, "revision": None}
     try:
         with _quietly(local):
-            return kind.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
-    except Exception as error:  # tokenizers raises bare ones, and a damaged file anything: KeyError, TypeError, AttributeError
-        said = next(iter(str(error).strip().splitlines()), "")
-        known = isinstance(error, OSError | ValueError | RuntimeError) or type(error) is Exception
+            return auto_class.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
+    # tokenizers raises bare Exceptions, damaged files cause KeyError, TypeError, AttributeError
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        readable = isinstance(error, OSError | ValueError | RuntimeError) or type(error) is Exception
+        if not (readable and reason):
+            reason = f"{type(error).__name__} {reason}".strip()
         raise LorakitError(
-            f"cannot load '{name}' with {kind.__name__}: {said if known and said else f'{type(error).__name__} {said}'.strip()}\n"
-            f"  expected a {'whole ' if local else ''}model folder, a hub id, or '{EMBEDDED}'"
+            f"cannot load '{name}' with {auto_class.__name__}: {reason}\n"
+            f"  expected a {'complete ' if local else ''}model folder, a hub id, or '{EMBEDDED}'"
         ) from error
 
 
 @contextmanager
 def _quietly(local: bool) -> Iterator[None]:
-    """Without transformers' progress bar for files that are here anyway; a download keeps its bar."""
+    """Hide transformers' progress bar while it loads local files; downloads keep theirs."""
     from transformers.utils import logging
 
     hide = local and logging.is_progress_bar_enabled()
@@ -117,4 +173,5 @@ def _quietly(local: bool) -> Iterator[None]:
 
 
 def _looks_like_adapter(path: Path) -> str:
-    return "; it is an adapter (adapter_config.json): give its base as the model" if (path / "adapter_config.json").exists() else ""
+    is_adapter = (path / "adapter_config.json").exists()
+    return "; it is an adapter (adapter_config.json): give its base as the model" if is_adapter else ""

@@ -1,1 +1,1 @@
-"""`lorakit bench`: our figures on the user's machine. One file a table; `measure.py` is how all of them measure."""
+"""`lorakit bench`: our measurements on the user's machine. One table per file; all measure with `measure.py`."""

@@ -1,9 +1,9 @@
-"""Adapters as files: seconds for an adapter of an 8B-shaped Llama (rank 16, all linears: 224 modules, 41.9 M parameters).
+"""Time operations on adapter files, for an 8B-shaped Llama (rank 16 on all linears: 224 modules, 41.9 M parameters).
 
     python -m lorakit.bench.adapter_files [--rounds 3]
 
-The adapter is made of random numbers in bf16 and written as PEFT's folder. `resize` is compared with what it replaces, the SVD of the
-full ΔW (float32, LAPACK), on one module of each shape, one after the other in this process, in turn.
+The adapter has random bf16 factors and is written as a PEFT folder. `resize` is compared with what it replaces, an SVD
+of the full ΔW (float32, LAPACK), on one module of each shape, in this process.
 """
 
 from __future__ import annotations
@@ -21,42 +21,56 @@ import torch
 import lorakit as lk
 
 from ..adapter.algebra.combine import combined
-from ..adapter.algebra.decompose import matrix_of
 from ..adapter.algebra.resize import resize
 from ..analysis.inspect import describe_adapter
 from ..formats.convert import convert
 
 HIDDEN, MLP, KV, LAYERS, RANK = 4096, 14336, 1024, 32, 16
 SHAPES = {  # [out, in] of Llama 3.1 8B
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV, HIDDEN), "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP),
-}  # fmt: skip
-BASE = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": LAYERS, "hidden_size": HIDDEN}
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (MLP, HIDDEN),
+    "mlp.up_proj": (MLP, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MLP),
+}
+BASE = {
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+}
 
 
 def make(seed: int) -> lk.Adapter:
-    made = torch.Generator().manual_seed(seed)
+    """Return an adapter with random factors."""
+    generator = torch.Generator().manual_seed(seed)
     factors = {}
     for layer in range(LAYERS):
         for name, (out, inner) in SHAPES.items():
-            A, B = (torch.randn(shape, generator=made).mul_(0.01).bfloat16() for shape in ((RANK, inner), (out, RANK)))
+            A, B = (
+                torch.randn(shape, generator=generator).mul_(0.01).bfloat16() for shape in ((RANK, inner), (out, RANK))
+            )
             factors[f"model.layers.{layer}.{name}"] = lk.Factors(A, B, 32.0)
     endings = [name.rpartition(".")[2] for name in SHAPES]
     return lk.Adapter(lk.LoraConfig(rank=RANK, alpha=32, targets=endings), factors)
 
 
 def timed(rounds: int, run) -> float:
-    """The median of so many runs, in seconds."""
-    took = []
+    """Return the median of `rounds` runs, in seconds."""
+    times = []
     for _ in range(rounds):
         began = time.perf_counter()
         run()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def full_svd(f: lk.Factors, rank: int) -> None:
-    U, S, Vt = torch.linalg.svd(matrix_of(f), full_matrices=False)
+    """Resize one module by an SVD of its full ΔW."""
+    U, S, Vt = torch.linalg.svd(f.matrix(), full_matrices=False)
     (U[:, :rank] * S[:rank]).contiguous(), Vt[:rank].contiguous()
 
 
@@ -71,7 +85,9 @@ def main() -> None:
         print(f"{len(a.factors)} modules, {a.parameters / 1e6:.1f} M parameters, bf16")
         runs = {
             "load": lambda: lk.Adapter.load(paths[0]),
-            "load and inspect": lambda: json.dumps(describe_adapter(lk.Adapter.load(paths[0]), str(paths[0])).to_dict()),
+            "load and inspect": lambda: json.dumps(
+                describe_adapter(lk.Adapter.load(paths[0]), str(paths[0])).to_dict()
+            ),
             "combine two, exact": lambda: combined([a, b], [0.7, 0.3]),
             "combine two, then rank 16": lambda: combined([a, b], [0.7, 0.3], rank=16),
             "resize to rank 8": lambda: resize(a, 8),

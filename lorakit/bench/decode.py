@@ -1,10 +1,10 @@
-"""lorakit's decoding loop against transformers' `generate`: greedy, the same prompts in the same batches, the same tokens.
+"""Time lorakit's decoding loop against transformers' `generate`: greedy, same prompts, batches and tokens.
 
     python -m lorakit.bench.decode [--prompts 210] [--rounds 3] [--adapter lorakit-demo/run/adapter]
 
-The embedded model in float32 on E2E's test prompts, up to 80 new tokens. The base hardly ever ends its text; with the demo's adapter
-rows end after some 40 tokens, each at its own. The two in turn in one process, medians of CPU time, which a busy machine
-disturbs less than the clock.
+The embedded model in float32 on E2E's test prompts, up to 80 new tokens. The base rarely ends its text; with the demo's
+adapter rows end after about 40 tokens, at different steps. Interleaved in one process, medians of CPU time, which other
+processes disturb less than wall time.
 """
 
 from __future__ import annotations
@@ -35,36 +35,45 @@ def main() -> None:
     if args.adapter:
         lk.attach(model, lk.Adapter.load(args.adapter))
     lines = (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()
-    prompts = [tokenizer(json.loads(line)["prompt"]).input_ids for line in lines[:: max(1, len(lines) // args.prompts)][: args.prompts]]
-    prompts.sort(key=len, reverse=True)  # as lorakit does
+    prompts = [
+        tokenizer(json.loads(line)["prompt"]).input_ids
+        for line in lines[:: max(1, len(lines) // args.prompts)][: args.prompts]
+    ]
+    prompts.sort(key=len, reverse=True)  # lorakit sorts them so too
     print("rows a batch   lorakit s   transformers s   ratio   equal texts")
     for size in (16, 64, 210):
-        spent: dict[str, list[float]] = {"lorakit": [], "transformers": []}
+        times: dict[str, list[float]] = {"lorakit": [], "transformers": []}
         texts: dict[str, list[str]] = {}
         for _ in range(args.rounds):
-            for name, make in {"lorakit": by_lorakit, "transformers": by_transformers}.items():
-                texts[name], seconds = timed(make, model, tokenizer, prompts, size)
-                spent[name].append(seconds)
-        ours, theirs = median(spent["lorakit"]), median(spent["transformers"])
+            for name, decode in {"lorakit": by_lorakit, "transformers": by_transformers}.items():
+                texts[name], seconds = timed(decode, model, tokenizer, prompts, size)
+                times[name].append(seconds)
+        ours, theirs = median(times["lorakit"]), median(times["transformers"])
         equal = sum(a == b for a, b in zip(texts["lorakit"], texts["transformers"], strict=True))
-        print(f"{size:>12}   {ours:>9.2f}   {theirs:>14.2f}   {ours / theirs:>5.2f}   {equal} of {len(prompts)}", flush=True)
+        print(
+            f"{size:>12}   {ours:>9.2f}   {theirs:>14.2f}   {ours / theirs:>5.2f}   {equal} of {len(prompts)}",
+            flush=True,
+        )
 
 
-def timed(make: Callable[..., list[str]], *args: object) -> tuple[list[str], float]:
+def timed(decode: Callable[..., list[str]], *args: object) -> tuple[list[str], float]:
+    """Return the texts and the CPU seconds."""
     began = time.process_time()
-    return make(*args), time.process_time() - began
+    return decode(*args), time.process_time() - began
 
 
 def by_lorakit(model, tokenizer, prompts, size) -> list[str]:
+    """Generate in batches of `size` with lorakit."""
     return generate(model, tokenizer, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=size)
 
 
 def by_transformers(model, tokenizer, prompts, size) -> list[str]:
+    """Generate in batches of `size` with transformers."""
     texts = []
     for start in range(0, len(prompts), size):
         ids, mask = pad_rows(prompts[start : start + size], tokenizer.pad_token_id, on_left=True)
-        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        texts += tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        texts += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
 
 

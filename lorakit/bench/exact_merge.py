@@ -1,9 +1,10 @@
-"""What an exact unmerge costs: bytes kept for each merged weight, by precision and by how large ΔW is beside W.
+"""Measure what an exact unmerge costs: bytes kept per merged weight, by precision and by ‖ΔW‖ / ‖W‖.
 
     python -m lorakit.bench.exact_merge
 
-W is normal with deviation 0.02, ΔW is B A of rank 16 scaled to the given share of W's norm. Not timed: sizes do not depend on
-the machine. Beside it, PEFT's way back, (W + ΔW) − ΔW, and the share of weights that it leaves changed.
+W is normal with standard deviation 0.02; ΔW = B A has rank 16 and is scaled to the given share of ‖W‖. Nothing is
+timed: sizes do not depend on the machine. For comparison, the share of weights that PEFT's unmerge, (W + ΔW) − ΔW,
+leaves changed.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def main() -> None:
 
             merged = W.clone()
             undo = add_(merged, change)
-            every = change(slice(None))
-            plain = ((W.float() + every).to(dtype).float() - every).to(dtype)
+            delta = change(slice(None))
+            subtracted = ((W.float() + delta).to(dtype).float() - delta).to(dtype)
             subtract_(merged, change, undo, "the weight")
             assert torch.equal(merged, W)
-            drift = 100 * float((plain != W).float().mean())
-            print(f"{str(dtype)[6:]:<10} {share:>8g}   {undo.nbytes() / W.numel():>14.3f}   {drift:>32.1f} %")
+            changed = 100 * float((subtracted != W).float().mean())
+            print(f"{str(dtype)[6:]:<10} {share:>8g}   {undo.nbytes() / W.numel():>14.3f}   {changed:>32.1f} %")
 
 
 if __name__ == "__main__":

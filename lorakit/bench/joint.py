@@ -1,9 +1,9 @@
-"""One joint training step of eight adapters, one row each, against eight steps of lorakit with one adapter, one after the other.
+"""Time one joint training step of eight adapters, one row each, against eight lorakit steps with one adapter each.
 
-Both do the same work for each adapter, as `lorakit sweep` and `lorakit train` do it: forward, loss over all positions, backward,
-clipping, AdamW. The joint step runs the base once over all eight rows (`lorakit.route`). What that can give depends on how much
-faster the machine multiplies eight rows' tokens at once than one row's: that ratio, of the frozen weights' products alone, is
-measured beside it. Eight steps with PEFT and the Hugging Face loss are measured too, for information.
+Both do the same work per adapter, as `lorakit sweep` and `lorakit train` do: forward, loss over all positions,
+backward, clipping, AdamW. The joint step runs the base once over all eight rows (`lorakit.route`). The speed-up is
+limited by how much faster the machine multiplies eight rows' tokens at once than one row's; that ratio, for the frozen
+weights' matrix products alone, is measured too, and so are eight steps of PEFT with the Hugging Face loss.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from torch import Tensor, nn
 
 import lorakit as lk
 
-from ..train.loss import row_losses
+from ..tasks.text.causal_loss import row_losses
 from .measure import PRECISIONS, in_turn
 from .train_step import RANK, Shape, llama, peft_side
 
 TITLE = (
-    "Eight adapters of rank 16 on all seven linears, a row of so many tokens each: tokens a second of one joint step over those of\n"
-    "eight separate steps (lorakit's own, and PEFT's), and the same ratio of the frozen weights' matrix products alone."
+    "Eight adapters of rank 16 on all seven linears, one row of 'tokens each' for each: tokens per second of one joint "
+    "step over\n"
+    "those of eight separate steps (lorakit's, and PEFT's), and the same ratio for the frozen weights' matrix products "
+    "alone."
 )
 ADAPTERS = 8
 LAYERS = 4
 
 
 def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> list[dict[str, Any]]:
+    """Return a row for each precision, width and length."""
     widths, lengths = ((256,), (64,)) if quick else ((256, 512, 1024), (64, 128, 512))
     return [
         measure(Shape(width, layers=LAYERS, ffn=width * 11 // 4, length=length), dtype, rounds=3)
@@ -40,7 +43,7 @@ def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> 
 
 
 def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table: the median of `rounds`."""
     names = [f"adapter{i}" for i in range(ADAPTERS)]
     joint = llama(shape, dtype)
     for name in names:
@@ -60,36 +63,44 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         rounds,
     )
     return {
-        "precision": str(dtype).removeprefix("torch."), "width": shape.hidden, "tokens each": shape.length,
-        "joint ms": round(1e3 * seconds["joint"], 1), "eight steps ms": round(1e3 * seconds["separate"], 1),
+        "precision": str(dtype).removeprefix("torch."),
+        "width": shape.hidden,
+        "tokens each": shape.length,
+        "joint ms": round(1e3 * seconds["joint"], 1),
+        "eight steps ms": round(1e3 * seconds["separate"], 1),
         "throughput": round(seconds["separate"] / seconds["joint"], 2),
         "products alone": round(ADAPTERS * seconds["eight products"] / seconds["products"], 2),
         "over eight of PEFT": round(seconds["PEFT"] / seconds["joint"], 2),
-    }  # fmt: skip
+    }
 
 
 def joint_step(model: nn.Module, names: list[str], rows: Tensor) -> Callable[[], None]:
-    """Rows of equal length, so the sum of the adapters' mean losses is the mean over all rows times their number."""
-    sides = [_trained(p for n, p in model.named_parameters() if f".lora_{name}." in n) for name in names]
+    """Return the joint step. Rows are equally long, so the adapters' mean losses sum to len(names) times the mean."""
+    adapters = [_trained(p for n, p in model.named_parameters() if f".lora_{name}." in n) for name in names]
 
     def step() -> None:
         with lk.route(model, names):
             (len(names) * mean_loss(model, rows)).backward()
-        for parameters, optimizer in sides:
+        for parameters, optimizer in adapters:
             _update(parameters, optimizer)
 
     return step
 
 
 def mean_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Return lorakit's loss, averaged over all positions of the rows."""
     return row_losses(model, {"input_ids": rows, "labels": rows}).sum() / (rows.shape[0] * (rows.shape[1] - 1))
 
 
 def hugging_face_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Return the model's own loss."""
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
-def separate_steps(model: nn.Module, rows: Tensor, loss: Callable[[nn.Module, Tensor], Tensor] = mean_loss) -> Callable[[], None]:
+def separate_steps(
+    model: nn.Module, rows: Tensor, loss: Callable[[nn.Module, Tensor], Tensor] = mean_loss
+) -> Callable[[], None]:
+    """Return a step for each row, one after the other."""
     parameters, optimizer = _trained(p for p in model.parameters() if p.requires_grad)
 
     def steps() -> None:
@@ -101,7 +112,7 @@ def separate_steps(model: nn.Module, rows: Tensor, loss: Callable[[nn.Module, Te
 
 
 def products(model: nn.Module, tokens: int) -> Callable[[], None]:
-    """The products of a step with the frozen weights, forward and backward, for so many tokens at once."""
+    """Return a step's matrix products with the frozen weights, forward and backward, for `tokens` tokens at once."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     inputs = {size: weights[0].new_ones(tokens, size) for W in weights for size in W.shape}
 
@@ -115,8 +126,8 @@ def products(model: nn.Module, tokens: int) -> Callable[[], None]:
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    found = list(parameters)
-    return found, torch.optim.AdamW(found, lr=1e-4, weight_decay=0.0, fused=True)
+    trained = list(parameters)
+    return trained, torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
 
 def _update(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

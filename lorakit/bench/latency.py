@@ -1,14 +1,14 @@
-"""The latency of one forward pass with an adapter: the paper's table 1 in shape (Hu et al. 2021), on your machine.
+"""Time one forward pass with an adapter, in the form of the LoRA paper's table 1 (Hu et al. 2021).
 
     base             the model alone
-    LoRA, merged     ΔW is in the weights: the same computation as the base
-    LoRA q,v         unmerged, rank 4 on the query and value parts of the packed projection (the paper's choice for GPT-2)
+    LoRA, merged     ΔW added to the weights: the same computation as the base
+    LoRA q,v         unmerged, rank 4 on the query and value parts of the packed projection (the paper's for GPT-2)
     LoRA all         unmerged, rank 16 on all linears (lorakit's default)
-    adapter L        one bottleneck a layer, behind the feed-forward block, with a layer norm (Lin et al. 2020)
-    adapter H        two bottlenecks a layer, behind attention and feed-forward (Houlsby et al. 2019)
+    adapter L        one bottleneck per layer, after the feed-forward block, with a layer norm (Lin et al. 2020)
+    adapter H        two bottlenecks per layer, after attention and feed-forward (Houlsby et al. 2019)
 
-A bottleneck is h + W_up gelu(W_down h), and waits for the block before it: with a batch of one, its latency cannot hide
-behind other work. GPT-2 without its output projection, random weights, float32, no gradients; all sides in turn.
+A bottleneck is h + W_up gelu(W_down h) and has to wait for the block before it: with a batch of one, no other work
+hides its latency. GPT-2 without its output projection, random weights, float32, no gradients; all sides interleaved.
 """
 
 from __future__ import annotations
@@ -27,25 +27,30 @@ from .measure import in_turn
 from .suite import Row
 
 TITLE = (
-    "One forward pass of a GPT-2 with random weights: milliseconds for the base, and what each adapter adds to it in percent of the base's\n"
-    "time. Merged LoRA runs the base's own computation, so its column shows the noise. Bottlenecks have the paper's share of the width\n"
-    "(Hu et al. 2021, table 1)."
+    "One forward pass of a GPT-2 with random weights: milliseconds for the base, and the time that each adapter adds, "
+    "in percent of\n"
+    "that. Merged LoRA runs the base's own computation, so its column shows the noise. Bottlenecks have the paper's "
+    "share of the\n"
+    "width (Hu et al. 2021, table 1)."
 )
 SHARE_H, SHARE_L = 112 / 1024, 224 / 1024  # of the width: 11 million parameters on GPT-2 medium, as in the paper
 BASE = "base"
 
 
 def gpt2(width: int, layers: int, heads: int, device: torch.device) -> Any:
+    """Return a frozen GPT-2 with random weights, without its output projection."""
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=1024, n_embd=width, n_layer=layers, n_head=heads, n_positions=512, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=1024, n_embd=width, n_layer=layers, n_head=heads, n_positions=512, bos_token_id=0, eos_token_id=0
+    )
     model: Any = GPT2Model(config)
     return model.to(device).eval().requires_grad_(False)
 
 
 class Bottleneck(nn.Module):
-    """A block with a bottleneck adapter behind it: y = h + W_up gelu(W_down h), h the block's output. L has a norm before."""
+    """A block and its bottleneck adapter: y = h + W_up gelu(W_down n(h)); h: the block's output, n: L's layer norm."""
 
     def __init__(self, block: nn.Module, width: int, size: int, norm: bool):
         super().__init__()
@@ -55,16 +60,16 @@ class Bottleneck(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.block(*args, **kwargs)
-        if isinstance(out, tuple):  # attention gives its weights too
-            return self.behind(out[0]), *out[1:]
-        return self.behind(out)
+        if isinstance(out, tuple):  # attention also returns its weights
+            return self.bottleneck(out[0]), *out[1:]
+        return self.bottleneck(out)
 
-    def behind(self, h: Tensor) -> Tensor:
+    def bottleneck(self, h: Tensor) -> Tensor:
         return h + self.up(F.gelu(self.down(self.norm(h))))
 
 
 def with_bottlenecks(model: Any, kind: str) -> Any:
-    """The model with adapters H or L in every layer."""
+    """Put adapters of kind H or L into every layer."""
     width = model.config.n_embd
     device = next(model.parameters()).device
     share = SHARE_H if kind == "H" else SHARE_L
@@ -76,7 +81,7 @@ def with_bottlenecks(model: Any, kind: str) -> Any:
 
 
 def with_lora(model: Any, config: lk.LoraConfig) -> Any:
-    """The model with a LoRA that does something."""
+    """Attach a LoRA with nonzero factors."""
     torch.manual_seed(1)
     lk.attach(model, config)
     with torch.no_grad():
@@ -87,7 +92,7 @@ def with_lora(model: Any, config: lk.LoraConfig) -> Any:
 
 
 def sides(base: Any) -> dict[str, Any]:
-    """The same base in each of the ways."""
+    """Return copies of the base, one for each row of the list above."""
     q_and_v = lk.LoraConfig(rank=4, alpha=4, targets=["c_attn"], packed={"c_attn": [True, False, True]})
     merged = with_lora(copy.deepcopy(base), q_and_v)
     lk.merge(merged)
@@ -102,28 +107,35 @@ def sides(base: Any) -> dict[str, Any]:
 
 
 def run(quick: bool = False) -> list[Row]:
+    """Return a row for each batch size and length."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    # GPT-2 medium where a GPU is at hand; on a CPU a size at which the table takes about two minutes on two cores.
+    # GPT-2 medium on a GPU; on a CPU a size for which the table takes about two minutes on two cores.
     width, layers, heads = (64, 2, 2) if quick else (1024, 24, 16) if on_gpu else (256, 6, 4)
     models = sides(gpt2(width, layers, heads, device))
     rows = []
-    for batch, length in [(1, 64), (2, 64)] if quick else [(1, 64), (1, 128), (1, 256), (1, 512), (32, 64), (32, 128), (32, 512)]:
+    for batch, length in (
+        [(1, 64), (2, 64)] if quick else [(1, 64), (1, 128), (1, 256), (1, 512), (32, 64), (32, 128), (32, 512)]
+    ):
         ids = torch.randint(0, 1024, (batch, length), device=device)
         rounds = 3 if quick else 100 if on_gpu else max(3, min(50, 20_000 // (batch * length)))
         with torch.inference_mode():
             seconds = in_turn({name: _pass(model, ids) for name, model in models.items()}, rounds=rounds, warm=1)
-        slower = {f"{name} +%": 100 * (seconds[name] / seconds[BASE] - 1) for name in seconds if name != BASE}
-        rows.append({"batch": batch, "length": length, "layers x width": f"{layers} x {width}", "base ms": seconds[BASE] * 1e3, **slower})
+        slowdowns = {f"{name} +%": 100 * (seconds[name] / seconds[BASE] - 1) for name in seconds if name != BASE}
+        shape = {"batch": batch, "length": length, "layers x width": f"{layers} x {width}"}
+        rows.append({**shape, "base ms": seconds[BASE] * 1e3, **slowdowns})
     return rows
 
 
 def plot(rows: list[Row], axes: Any) -> None:
+    """Draw the slowdowns as grouped bars."""
     kinds = [column for column in rows[0] if column.endswith("+%")]
     step = 1 / (len(kinds) + 1)
-    for place, kind in enumerate(kinds):
-        axes.bar([i + place * step for i in range(len(rows))], [row[kind] for row in rows], width=step, label=kind.removesuffix(" +%"))
-    axes.set_xticks([i + step * (len(kinds) - 1) / 2 for i in range(len(rows))], [f"{row['batch']} x {row['length']}" for row in rows])
+    for k, kind in enumerate(kinds):
+        positions = [i + k * step for i in range(len(rows))]
+        axes.bar(positions, [row[kind] for row in rows], width=step, label=kind.removesuffix(" +%"))
+    middles = [i + step * (len(kinds) - 1) / 2 for i in range(len(rows))]
+    axes.set_xticks(middles, [f"{row['batch']} x {row['length']}" for row in rows])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("batch x length")
     axes.set_ylabel("slower than the base, %")

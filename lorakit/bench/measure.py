@@ -1,4 +1,4 @@
-"""How the benchmarks measure: sides in turn within one process, medians; bytes kept for backward."""
+"""Measure time (sides interleaved in one process, medians) and the bytes kept for backward."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = (torch.float32, torch.bfloat16)  # of the tables that measure in several
+PRECISIONS = (torch.float32, torch.bfloat16)  # for the tables that measure in several
 
 
 def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int = 7, warm: int = 2) -> dict[str, float]:
-    """Seconds of each side: the median of `rounds`, the sides run one after the other in each, after `warm` rounds not counted.
+    """Return each side's median seconds over `rounds`, after `warm` warm-up rounds. A round runs every side once.
 
-    Interleaving makes a machine that is slow for a while slow for all sides alike.
+    Interleaving spreads a slow phase of the machine over all sides.
     """
-    spent: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + warm):
         for name, run in sides.items():
-            _wait()
+            _synchronize()
             began = time.perf_counter()
             run()
-            _wait()
+            _synchronize()
             if turn >= warm:
-                spent[name].append(time.perf_counter() - began)
-    return {name: median(times) for name, times in spent.items()}
+                times[name].append(time.perf_counter() - began)
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps between a forward and its backward, each storage once, without the model's own parameters and buffers."""
+    """Return the bytes that autograd keeps for backward: each storage once, without model parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+    alive: list[Tensor] = []  # so that no address is reused
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor.detach())
-        return tensor.detach()  # with its node it would hold itself: a node keeps its own output in places
+        return tensor.detach()  # nodes may save their own output: with its grad_fn that would be a reference cycle
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = forward()
@@ -48,6 +48,6 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

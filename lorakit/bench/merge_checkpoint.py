@@ -1,10 +1,10 @@
-"""Merging an adapter into a checkpoint's files: lorakit's stream beside PEFT's merge_and_unload and save_pretrained.
+"""Time merging an adapter into a checkpoint: lorakit's streaming merge against PEFT's merge_and_unload and save.
 
-A random bf16 checkpoint of Llama's shape (1.5 GB, in shards) and a rank-16 adapter of all its linear layers, in PEFT's format,
-are made in a temporary folder. Each side then merges it in a fresh process, in turn; the table shows medians. Wall time is the
-whole process's, imports included; lorakit's also holds syncing to disk and reading the result back, which the peer does not do.
-Peak memory is the kernel's high-water mark; pages of mapped files count in it, so the part that is not backed by files
-(sampled every 20 ms) is shown too.
+A random bf16 checkpoint of Llama's shape (1.5 GB, in shards) and a rank-16 PEFT adapter of all its linears are written
+to a temporary folder. The sides take turns merging it in fresh processes; the table shows medians. Wall time is that of
+the process, imports included; lorakit's also includes fsync and reading the result back, which PEFT does not do. Peak
+memory is the kernel's high-water mark. It includes pages of mapped files, so the part not backed by files (sampled
+every 20 ms) is shown too.
 
     python -m lorakit.bench.merge_checkpoint --rounds 3
 """
@@ -25,12 +25,18 @@ from pathlib import Path
 
 HIDDEN, FFN, VOCAB, HEADS, RANK = 2048, 5632, 32000, 16, 16
 LINEAR = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN),
-}  # fmt: skip
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN),
+    "self_attn.v_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (FFN, HIDDEN),
+    "mlp.up_proj": (FFN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FFN),
+}
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield (name, shape) of every tensor."""
     yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
     for i in range(layers):
         for name, shape in LINEAR.items():
@@ -42,7 +48,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make_base(folder: Path, layers: int, per_shard: int = 400_000_000) -> int:
-    """Write the checkpoint tensor by tensor. Returns its bytes."""
+    """Write the checkpoint tensor by tensor, at most `per_shard` bytes a shard. Return its size in bytes."""
     import torch
     from transformers import LlamaConfig
 
@@ -59,39 +65,50 @@ def make_base(folder: Path, layers: int, per_shard: int = 400_000_000) -> int:
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         with StreamWriter(folder / file, layout, {"format": "pt"}) as out:
             for name, (_, shape, _) in layout.items():
-                out.write(torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.randn(shape).mul_(0.02).bfloat16())
+                is_norm = len(shape) == 1
+                out.write((torch.ones(shape) if is_norm else torch.randn(shape).mul_(0.02)).bfloat16())
                 weight_map[name] = file
     total = sum(entry[2] for layout in shards for entry in layout.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
     return total
 
 
 def make_adapter(folder: Path, layers: int) -> None:
+    """Write an adapter with random factors."""
     import torch
 
     import lorakit as lk
 
     targets = sorted(name.rsplit(".", 1)[-1] for name in LINEAR)
-    factors = {
-        f"model.layers.{i}.{name}": lk.Factors(torch.randn(RANK, size_in) * 0.02, torch.randn(size_out, RANK) * 0.02, 2.0 * RANK)
-        for i in range(layers)
-        for name, (size_out, size_in) in LINEAR.items()
-    }
+    factors = {}
+    for i in range(layers):
+        for name, (size_out, size_in) in LINEAR.items():
+            A, B = torch.randn(RANK, size_in) * 0.02, torch.randn(size_out, RANK) * 0.02
+            factors[f"model.layers.{i}.{name}"] = lk.Factors(A, B, 2.0 * RANK)
     lk.Adapter(lk.LoraConfig(rank=RANK, alpha=2 * RANK, targets=targets, task="CAUSAL_LM"), factors).save(folder)
 
 
-def ours(base: str, adapter: str, out: str) -> None:
+def merge_with_lorakit(base: str, adapter: str, out: str) -> None:
+    """Merge the files `base` and `adapter` into `out`, tensor by tensor."""
     from ..checkpoint import merge_checkpoint
 
     merge_checkpoint(base, adapter, out)
 
 
-def peers(base: str, adapter: str, out: str) -> None:
+def merge_with_peft(base: str, adapter: str, out: str) -> None:
+    """Load the model, merge the adapter, and save it to `out`."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -100,11 +117,11 @@ def peers(base: str, adapter: str, out: str) -> None:
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 
 
-SIDES = {"lorakit": ours, "PEFT": peers}
+SIDES = {"lorakit": merge_with_lorakit, "PEFT": merge_with_peft}
 
 
 def status(pid: int | str, key: str) -> int:
-    """A line of /proc/<pid>/status in bytes; 0 where there is none."""
+    """Return a line of /proc/<pid>/status in bytes, 0 if there is none."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -113,22 +130,31 @@ def status(pid: int | str, key: str) -> int:
 
 
 def measure(side: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
-    """One merge in a fresh process: seconds, peak resident memory, and the largest sample of its part not backed by files."""
-    command = [sys.executable, "-m", "lorakit.bench.merge_checkpoint", "--child", side, str(base), str(adapter), str(out)]
+    """Merge in a fresh process. Return seconds, peak resident bytes, and the most bytes not backed by files."""
+    command = [
+        sys.executable,
+        "-m",
+        "lorakit.bench.merge_checkpoint",
+        "--child",
+        side,
+        str(base),
+        str(adapter),
+        str(out),
+    ]
     began, anonymous = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         while child.poll() is None:
             anonymous = max(anonymous, status(child.pid, "RssAnon"))
             time.sleep(0.02)
         seconds = time.perf_counter() - began
-        said, complaint = child.communicate()
+        stdout, stderr = child.communicate()
     if child.returncode:
-        raise SystemExit(f"{side} failed:\n{complaint}")
-    return {"seconds": seconds, "peak": float(said.split()[-1]), "anonymous": float(anonymous)}
+        raise SystemExit(f"{side} failed:\n{stderr}")
+    return {"seconds": seconds, "peak": float(stdout.split()[-1]), "anonymous": float(anonymous)}
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    """Between the first layer's and the last tensors of the two results: both sides did the same work."""
+    """Return the largest difference of two results in the first layer and the last norm, to check that they agree."""
     from safetensors import safe_open
 
     def read(folder: Path, name: str):
@@ -144,8 +170,12 @@ def largest_difference(a: Path, b: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12, help="of 103 MB each, beside 262 MB of embeddings")
-    parser.add_argument("--folder", type=Path, help="where to make the temporary folder (three checkpoints' space)")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="number of layers, 103 MB each; the embeddings take 262 MB"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to create the temporary folder (needs space for three checkpoints)"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -158,40 +188,54 @@ def main() -> None:
     import peft
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="merge-checkpoint-", dir=options.folder) as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="merge-checkpoint-", dir=options.folder) as name:
+        folder = Path(name)
         free = shutil.disk_usage(folder).free
-        need = 3 * 2 * sum(torch.Size(shape).numel() for _, shape in shapes(options.layers))
-        if free < need * 1.1:
+        required = 3 * 2 * sum(torch.Size(shape).numel() for _, shape in shapes(options.layers))
+        if free < required * 1.1:
             raise SystemExit(
-                f"{folder} has {free / 1e9:.1f} GB free; this needs {need / 1e9:.1f} GB (give another --folder, or fewer --layers)"
+                f"{folder} has {free / 1e9:.1f} GB free; this needs {required / 1e9:.1f} GB\n"
+                "  give another --folder, or fewer --layers"
             )
         (folder / "base").mkdir()
         size = make_base(folder / "base", options.layers)
         make_adapter(folder / "adapter", options.layers)
-        found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        runs_by_side: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for _ in range(options.rounds):
             for side in SIDES:
                 shutil.rmtree(folder / side, ignore_errors=True)
-                found[side].append(measure(side, folder / "base", folder / "adapter", folder / side))
-        apart = largest_difference(folder / "lorakit", folder / "PEFT")
+                runs_by_side[side].append(measure(side, folder / "base", folder / "adapter", folder / side))
+        difference = largest_difference(folder / "lorakit", folder / "PEFT")
 
-    medians = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
-    told = {
-        "checkpoint": size, "rounds": options.rounds, "runs": found, "medians": medians, "largest_difference": apart,
-        "time_ratio": medians["lorakit"]["seconds"] / medians["PEFT"]["seconds"], "threads": torch.get_num_threads(),
+    medians = {
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for side, runs in runs_by_side.items()
+    }
+    result = {
+        "checkpoint": size,
+        "rounds": options.rounds,
+        "runs": runs_by_side,
+        "medians": medians,
+        "largest_difference": difference,
+        "time_ratio": medians["lorakit"]["seconds"] / medians["PEFT"]["seconds"],
+        "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
-    }  # fmt: skip
+    }
     if options.json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(result, indent=2))
         return
-    print(f"bf16, {size / 1e9:.2f} GB, rank {RANK} on {len(LINEAR) * options.layers} linears, {options.rounds} rounds, "
-          f"{told['threads']} threads, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"bf16, {size / 1e9:.2f} GB, rank {RANK} on {len(LINEAR) * options.layers} linears, {options.rounds} rounds, "
+        f"{result['threads']} threads, torch {torch.__version__}"
+    )
     names = {"lorakit": "lorakit", "PEFT": f"PEFT {peft.__version__}"}
     print(f"{'':<12}{'seconds':>10}{'peak, MB':>12}{'/ checkpoint':>14}{'not file-backed':>18}")
     for side, m in medians.items():
-        print(f"{names[side]:<12}{m['seconds']:>10.1f}{m['peak'] / 1e6:>12,.0f}{m['peak'] / size:>14.2f}{m['anonymous'] / 1e6:>15,.0f} MB")
-    print(f"time: lorakit / PEFT = {told['time_ratio']:.2f}; largest difference between the two results {apart:.2g}")
+        print(
+            f"{names[side]:<12}{m['seconds']:>10.1f}{m['peak'] / 1e6:>12,.0f}{m['peak'] / size:>14.2f}"
+            f"{m['anonymous'] / 1e6:>15,.0f} MB"
+        )
+    print(f"time: lorakit / PEFT = {result['time_ratio']:.2f}; largest difference of the results {difference:.2g}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Predicted against measured memory: `lorakit plan`'s figure, and the peak of a process that trains.
+"""Compare the peak memory that `lorakit plan` predicts with that of a process that trains.
 
-Each row is a run of `lorakit train` in a process of its own, a few steps on rows that all have the full length. Measured is the
-most that was resident from its start to its end (VmHWM), with Python, torch and all libraries. The models but the embedded one are
+Each row is a run of `lorakit train` in its own process, a few steps on rows of full length. Measured is the peak
+resident set of the process (VmHWM), including Python, torch and all libraries. Models other than the embedded one are
 Llamas with random weights.
 """
 
@@ -21,13 +21,15 @@ import torch
 from ..bases.device import peak_memory
 from ..bases.load import EMBEDDED, embedded_folder
 from ..data.read import read_rows
+from ..methods import method_of
 from ..plan.units import show_bytes
 from ..train.config import TrainConfig
 from ..train.memory import planner_for
 
 TITLE = (
-    "Peak memory that lorakit plan predicts from the base's config, and the peak of a process that runs lorakit train with these\n"
-    "settings for a few steps, everything included."
+    "Peak memory that lorakit plan predicts from the base's config, and the peak resident set of a process that runs "
+    "lorakit train\n"
+    "with these settings for a few steps."
 )
 STEPS = 4
 VOCABULARY = 8192
@@ -36,7 +38,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Case:
-    """A run: a Llama of this width and depth (0: the embedded model), and its settings."""
+    """A run: a Llama of width `hidden` (0: the embedded model), rows a micro-batch, tokens a row, and settings."""
 
     hidden: int
     layers: int
@@ -45,22 +47,23 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def name(self) -> str:
-        base = f"{self.hidden} x {self.layers} layers" if self.hidden else "embedded"
-        words = [
-            base,
+        """The run in words, for the table."""
+        parts = [
+            f"{self.hidden} x {self.layers} layers" if self.hidden else "embedded",
             self.settings.get("method", "LoRA"),
             "fp32" if self.dtype is torch.float32 else "bf16",
             f"{self.rows} x {self.length}",
         ]
-        words += ["checkpointing"] * self.settings.get("gradient_checkpointing", False)
+        parts += ["checkpointing"] * self.settings.get("gradient_checkpointing", False)
         if "batch_size" in self.settings:
-            words.append(f"of {self.settings['batch_size']}")
-        return ", ".join(words)
+            parts.append(f"of {self.settings['batch_size']}")
+        return ", ".join(parts)
 
     @property
     def dtype(self) -> torch.dtype:
-        plain = self.settings.get("method") == "full" or self.settings.get("precision") == "fp32"
-        return torch.float32 if plain else torch.bfloat16
+        """The base's dtype."""
+        config = TrainConfig(**{"data": "-", "precision": "bf16"} | self.settings)
+        return method_of(config.method).precision(config, torch.device("cpu")).value
 
 
 CASES = (
@@ -74,7 +77,7 @@ CASES = (
     Case(512, 8, 1, 2048),
     Case(1024, 6, 2, 1024),
     Case(1024, 6, 2, 512, {"precision": "fp32", "rank": 64, "batch_size": 4}),
-    # The rows above chose planner.HEAP; these did not.
+    # planner.HEAP was fitted to the cases above; the ones below are held out.
     Case(768, 4, 3, 768, {"dropout": 0.1}),
     Case(768, 4, 8, 256, {"precision": "fp32", "targets": ["q_proj", "v_proj"]}),
     Case(768, 4, 2, 512, {"method": "full", "gradient_checkpointing": True}),
@@ -83,31 +86,36 @@ QUICK = (0, 2, 3)
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
-    """A row for each case."""
-    chosen = [CASES[i] for i in QUICK] if quick else CASES
+    """Return a row for each case."""
+    cases = [CASES[i] for i in QUICK] if quick else CASES
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, case in enumerate(chosen):
+        for number, case in enumerate(cases):
             config = _config(case, Path(folder), number)
-            estimate = planner_for(
-                config, case.dtype, torch.device("cpu"), validation=config.batch_size if config.validation else 0
-            ).estimate(case.rows, case.length)  # fmt: skip
+            validation = config.batch_size if config.validation else 0
+            planner = planner_for(config, case.dtype, torch.device("cpu"), validation=validation)
+            estimate = planner.estimate(case.rows, case.length)
             measured = _measure(config)
-            rows.append({
-                "run": case.name(), "predicted": show_bytes(estimate.total), "measured": show_bytes(measured),
-                "error": f"{estimate.total / measured - 1:+.1%}", "at": estimate.peak,
-                "parts": [estimate.parts[part] for part in estimate.parts],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "run": case.name(),
+                    "predicted": show_bytes(estimate.total),
+                    "measured": show_bytes(measured),
+                    "error": f"{estimate.total / measured - 1:+.1%}",
+                    "at": estimate.peak,
+                    "parts": [estimate.parts[part] for part in estimate.parts],
+                }
+            )
     return rows
 
 
 def largest_error(rows: list[dict[str, Any]]) -> float:
-    """In percent."""
+    """Return the largest error of a prediction, in percent."""
     return max(abs(float(row["error"].rstrip("%"))) for row in rows)
 
 
 def main() -> None:
-    """The table on its own, with its largest error; `lorakit bench plan` prints the same."""
+    """Print the table and its largest error; `lorakit bench plan` prints the same table."""
     from rich.console import Console
 
     from .suite import table
@@ -118,12 +126,13 @@ def main() -> None:
 
 
 def _measure(config: TrainConfig) -> int:
-    """The peak of a process that trains so."""
-    command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "lorakit.bench.plan", "--child", config.model_dump_json()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the run failed ({done.returncode}):\n{done.stderr[-2000:]}")
-    return int(done.stdout.split()[-1])
+    """Train in a fresh process, and return its peak memory in bytes. Raises RuntimeError if it fails."""
+    module = __name__ if __name__ != "__main__" else "lorakit.bench.plan"
+    command = [sys.executable, "-m", module, "--child", config.model_dump_json()]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"the run failed ({process.returncode}):\n{process.stderr[-2000:]}")
+    return int(process.stdout.split()[-1])
 
 
 def _child(settings: str) -> None:
@@ -140,37 +149,54 @@ def _config(case: Case, folder: Path, number: int) -> TrainConfig:
         _write_rows(data)
     values = {"micro_batch": case.rows, "batch_size": case.rows, "precision": "bf16", "validation": 0} | case.settings
     return TrainConfig(
-        **values, model=_model(case, folder), data=str(data), out=str(folder / f"run{number}"), max_length=case.length, on_long="cut",
-        steps=STEPS, sample_tokens=0, learning_rate=1e-4, memory="unchecked", threads=1,
-    )  # fmt: skip
+        **values,
+        model=_model(case, folder),
+        data=str(data),
+        out=str(folder / f"run{number}"),
+        max_length=case.length,
+        on_long="cut",
+        steps=STEPS,
+        sample_tokens=0,
+        learning_rate=1e-4,
+        memory="unchecked",
+        threads=1,
+    )
 
 
 def _write_rows(path: Path, rows: int = 40, characters: int = 12_000) -> None:
-    """Plain text from the E2E data in rows that are longer than any length here, so that all are cut to the same."""
-    texts = [str(row.values) for row in read_rows(str(embedded_folder().parent / "e2e" / "train.jsonl"), None)]
-    whole = " ".join(texts)
-    pieces = [whole[i * characters : (i + 1) * characters] for i in range(rows)]
-    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), encoding="utf8")
+    """Write rows of E2E text that are longer than any case's length, so that all are cut to the same."""
+    values = [str(row.values) for row in read_rows(str(embedded_folder().parent / "e2e" / "train.jsonl"), None)]
+    text = " ".join(values)
+    chunks = [text[i * characters : (i + 1) * characters] for i in range(rows)]
+    path.write_text("".join(json.dumps({"text": chunk}) + "\n" for chunk in chunks), encoding="utf8")
 
 
 def _model(case: Case, folder: Path) -> str:
+    """Return the case's base model, written to `folder` unless it is the embedded one."""
     if not case.hidden:
         return EMBEDDED
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    at = folder / f"llama-{case.hidden}-{str(case.dtype).removeprefix('torch.')}"
-    if not at.exists():
+    path = folder / f"llama-{case.hidden}-{str(case.dtype).removeprefix('torch.')}"
+    if not path.exists():
         config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=case.hidden, intermediate_size=case.hidden * 11 // 4, num_hidden_layers=case.layers,
-            num_attention_heads=case.hidden // 64, num_key_value_heads=case.hidden // 64, max_position_embeddings=4096,
-            bos_token_id=0, eos_token_id=0, pad_token_id=1,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            hidden_size=case.hidden,
+            intermediate_size=case.hidden * 11 // 4,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.hidden // 64,
+            num_key_value_heads=case.hidden // 64,
+            max_position_embeddings=4096,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(config)
-        model.to(case.dtype).save_pretrained(at)
+        model.to(case.dtype).save_pretrained(path)
         for name in TOKENIZER:
-            shutil.copy(embedded_folder() / name, at)
-    return str(at)
+            shutil.copy(embedded_folder() / name, path)
+    return str(path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the tables of `lorakit bench` have in common: their names, the machine, peers that may be missing, and how rows are shown.
+"""The common part of `lorakit bench`'s tables: their names, the machine, peers that may be missing, how rows are shown.
 
-A table is a module of this package with `TITLE` (what its rows compare), `run(quick) -> rows` (plain values by column), and
-perhaps `plot(rows, axes)`. One that measures in several precisions takes those it shall measure in: `run(quick, precisions)`.
-Lists among a row's values are for the JSON and the plot; the printed table leaves them out.
+A table is a module of this package with `TITLE` (what its rows compare), `run(quick) -> rows` (plain values by column),
+and optionally `plot(rows, axes)`. A table that measures in several precisions has `run(quick, precisions)`. Lists among
+a row's values are for the JSON and the plot; the printed table leaves them out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "train-step": "one training step: time, and bytes kept for backward",
-    "trainer": "whole training runs, against TRL",
+    "trainer": "training runs from start to end, against TRL",
     "attach": "attaching, loading and switching adapters; start-up",
     "mixed": "batches that mix adapters",
     "joint": "several adapters trained at once",
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 class Bench(Protocol):
-    """One table."""
+    """The module of a table."""
 
     TITLE: str
 
@@ -47,38 +47,42 @@ class Bench(Protocol):
 
 
 class MissingPeer(LorakitError):
-    """A table compares with a package that is not installed."""
+    """A package that a table compares with is not installed."""
 
     def __init__(self, name: str):
         super().__init__(f"not measured: {name} is not installed\n  {INSTALL}")
 
 
 def check_name(name: str) -> None:
-    """ConfigError for a name that is no table's."""
+    """Raise ConfigError if no table has this name."""
     if name not in NAMES:
-        raise ConfigError(f"no benchmark is named '{name}'{did_you_mean(name, NAMES)}\n  there are: {listing(NAMES, len(NAMES))}")
+        raise ConfigError(
+            f"no benchmark is named '{name}'{did_you_mean(name, NAMES)}\n  known: {listing(NAMES, len(NAMES))}"
+        )
 
 
 def load(name: str) -> Bench:
-    """The module of a table. ConfigError for a name that is none."""
+    """Import the module of a table. Raises ConfigError if no table has this name."""
     check_name(name)
     return cast(Bench, importlib.import_module(f".{name.replace('-', '_')}", __package__))
 
 
-def precisions(asked: str | None) -> tuple[tuple[torch.dtype, ...], str]:
-    """The precisions to measure in, and what is to be said of it. `asked`: fp32, bf16 or all; None: all that the machine multiplies
-    itself, as others take minutes a step."""
+def precisions(requested: str | None) -> tuple[tuple[torch.dtype, ...], str]:
+    """Return the precisions to measure in, and a notice for the user if one is left out.
+
+    requested: fp32, bf16 or all; None means those that the machine multiplies natively, as others take minutes a step.
+    """
     import torch
 
     from ..bases.device import choose_device, choose_dtype
 
     both = (torch.float32, torch.bfloat16)
-    if asked in ("fp32", "bf16"):
-        return (both[asked == "bf16"],), ""
-    found = choose_dtype("auto", choose_device().value)
-    if asked == "all" or found.value == torch.bfloat16:
+    if requested in ("fp32", "bf16"):
+        return (both[requested == "bf16"],), ""
+    native = choose_dtype("auto", choose_device().value)
+    if requested == "all" or native.value == torch.bfloat16:
         return both, ""
-    return both[:1], f"bf16 is left out: {found.reason}, and a step would take minutes; --precision all measures it too"
+    return both[:1], f"bf16 is left out: {native.reason}, so a step would take minutes; --precision all measures it too"
 
 
 def measures_precisions(name: str) -> bool:
@@ -87,7 +91,7 @@ def measures_precisions(name: str) -> bool:
 
 
 def measure(name: str, quick: bool, precisions: Sequence[torch.dtype] | None = None) -> list[Row]:
-    """Run a table; `precisions`: None for all of them. MissingPeer if what it compares with is not installed."""
+    """Run a table, in all precisions by default. Raises MissingPeer if a package it compares with is not installed."""
     try:
         if precisions is not None and measures_precisions(name):
             return load(name).run(quick, precisions)
@@ -100,14 +104,14 @@ def measure(name: str, quick: bool, precisions: Sequence[torch.dtype] | None = N
 
 
 def need(*peers: str) -> None:
-    """Raise MissingPeer now rather than in the middle of a run."""
+    """Raise MissingPeer if a package is not installed, before a run rather than in the middle of it."""
     for peer in peers:
         if importlib.util.find_spec(peer) is None:
             raise MissingPeer(peer)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the measurements depend on: processor, threads, load, and versions."""
     import torch
 
     from ..doctor.machine import cores, cpu_name
@@ -117,39 +121,46 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     load_average = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {
-        "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads(), "gpu": gpu, "load": load_average,
-        "python": platform.python_version(), "torch": torch.__version__, "lorakit": VERSION,
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "load": load_average,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lorakit": VERSION,
         **{peer: installed(peer) for peer in ("transformers", *PEERS)},
-    }  # fmt: skip
+    }
 
 
 def machine_line(facts: Row) -> str:
-    """The same in one line of words."""
+    """Describe the facts of `machine` in two lines."""
     gpu = facts["gpu"] or "no GPU found, so GPU: not measured"
-    busy = "" if facts["load"] is None else f"; load {facts['load']:g} at the start"
+    load = "" if facts["load"] is None else f"; load {facts['load']:g} at the start"
     peers = ", ".join(f"{p} {facts[p]}" for p in ("transformers", *PEERS) if facts[p])
     return (
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {gpu}{busy}\n"
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; {gpu}{load}\n"
         f"lorakit {facts['lorakit']}, torch {facts['torch']}, {peers}"
     )
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Rows as a rich table: words on the left, numbers on the right."""
+    """Return rows as a rich table: text aligned left, numbers right."""
     from rich.table import Table
 
-    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if not any(isinstance(row.get(c), list) for row in rows)]
-    shown = Table()
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if not any(isinstance(row.get(name), list) for row in rows)]
+    grid = Table()
     for column in columns:
-        words = any(isinstance(row.get(column), str) for row in rows)
-        shown.add_column(column, justify="left" if words else "right", overflow="fold")
+        has_text = any(isinstance(row.get(column), str) for row in rows)
+        grid.add_column(column, justify="left" if has_text else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(_text(row.get(column)) for column in columns))
-    return shown
+        grid.add_row(*(_text(row.get(column)) for column in columns))
+    return grid
 
 
 def save_plot(name: str, rows: Sequence[Row], folder: Path) -> Path | None:
-    """The table's picture as FOLDER/NAME.png, or None if it has none."""
+    """Save the table's plot as FOLDER/NAME.png and return the path; None if it has no plot."""
     plot = getattr(load(name), "plot", None)
     if plot is None:
         return None

@@ -1,10 +1,11 @@
-"""Steps of several runs in one pass (`lorakit sweep`) against the same steps of runs alone, by rows a step.
+"""Time steps of several runs in one pass (`lorakit sweep`) against the same steps of single runs, by rows a step.
 
     python -m lorakit.bench.sweep [--runs 8] [--rows 1 2 4 8 16] [--precision bf16 fp32] [--turns 5]
 
-The embedded model, rows of E2E NLG. Each side takes whole optimizer steps: loading of rows, forward, backward, clipping, AdamW. CPU time, in
-turn within one process, medians; without a GPU one thread. "mixed": rows of all runs share micro-batches, whatever their number; "lorakit": as it
-is, runs with many tokens a step by themselves (`lorakit/train/micro.py`).
+The embedded model, rows of E2E NLG. Each side takes full optimizer steps: loading rows, forward, backward, clipping,
+AdamW. CPU time, interleaved in one process, medians; one thread without a GPU. "mixed": rows of all runs always share
+micro-batches; "lorakit": as in `lorakit sweep`, which computes runs with many tokens a step separately
+(`lorakit/train/micro.py`).
 """
 
 from __future__ import annotations
@@ -32,27 +33,37 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--turns", type=int, default=5)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{asked.runs} runs, {asked.turns} turns      alone, ms a step    mixed, throughput    lorakit, throughput")
-    for precision in asked.precision:
-        for rows in asked.rows:
-            alone, mixed, ours = measure(asked.runs, rows, precision, asked.turns)
+    print(f"{args.runs} runs, {args.turns} turns      alone, ms a step    mixed, throughput    lorakit, throughput")
+    for precision in args.precision:
+        for rows in args.rows:
+            alone, mixed, ours = measure(args.runs, rows, precision, args.turns)
+            total = args.runs * alone
             print(
-                f"{precision}, {rows:>2} rows a step {1000 * alone:>18.0f} {asked.runs * alone / mixed:>18.2f}x {asked.runs * alone / ours:>20.2f}x"
+                f"{precision}, {rows:>2} rows a step {1000 * alone:>18.0f} {total / mixed:>18.2f}x "
+                f"{total / ours:>20.2f}x"
             )
 
 
 def measure(runs: int, rows: int, precision: str, turns: int) -> tuple[float, float, float]:
-    """Seconds of a step alone, of a turn of all runs mixed, and of a turn as lorakit has it."""
+    """Return the seconds of one run's step, of all runs' steps mixed, and of all runs' steps in lorakit's way."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            data=str(embedded_folder().parent / "e2e" / "train.jsonl"), out=f"{folder}/alone", steps=1000, precision=precision, threads=1,
-            sample_tokens=0, batch_size=rows, validation=0,
-        )  # fmt: skip
+            data=str(embedded_folder().parent / "e2e" / "train.jsonl"),
+            out=f"{folder}/alone",
+            steps=1000,
+            precision=precision,
+            threads=1,
+            sample_tokens=0,
+            batch_size=rows,
+            validation=0,
+        )
         quiet = Progress(quiet=True)
         alone = loop.Loop([Run(set_up(config), quiet)])
-        configs = {f"r{i}": config.replace(out=str(Path(folder) / f"r{i}"), learning_rate=1e-3 * (i + 1)) for i in range(runs)}
+        configs = {
+            f"r{i}": config.replace(out=str(Path(folder) / f"r{i}"), learning_rate=1e-3 * (i + 1)) for i in range(runs)
+        }
         together = loop.Loop([Run(job, quiet) for job in set_up_together(configs)])
         alone.model.train()
         together.model.train()
@@ -62,21 +73,22 @@ def measure(runs: int, rows: int, precision: str, turns: int) -> tuple[float, fl
             "mixed": (together, lambda jobs: replace(ours(jobs), busy=1 << 60)),
             "lorakit": (together, ours),
         }
-        spent: dict[str, list[float]] = {name: [] for name in sides}
+        times: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(turns + 1):
             for name, (side, limit) in sides.items():
                 loop.limit_for = limit
                 for run in side.runs:
-                    run.step = turn  # the same rows for all
+                    run.step = turn  # the same rows for all sides
                 began = now()
                 side._step(side.runs)
                 if turn:
-                    spent[name].append(now() - began)
+                    times[name].append(now() - began)
         loop.limit_for = ours
-        return median(spent["alone"]), median(spent["mixed"]), median(spent["lorakit"])
+        return median(times["alone"]), median(times["mixed"]), median(times["lorakit"])
 
 
 def now() -> float:
+    """Return seconds of wall time on a GPU, of CPU time without one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()

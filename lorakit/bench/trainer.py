@@ -1,9 +1,9 @@
-"""The real trainers end to end: `lorakit train` against TRL's `SFTTrainer` with PEFT.
+"""Time training runs from start to end: `lorakit train` against TRL's `SFTTrainer` with PEFT.
 
-Both fine-tune the embedded model on E2E rows: the same token ids, the same labels (prompts masked) in the same batches of 16,
-the same AdamW, schedule and clipping, from the same adapter (rank 16 on all linears). Each run is a process of its own. A
-step's time is that between the ends of two steps, with all that the trainer does there; set-up and the first two steps are
-left out. Peak memory is the process's high-water mark, set-up included.
+Both fine-tune the embedded model on E2E rows: the same token ids and labels (prompts masked) in the same batches of 16,
+with the same AdamW, schedule and clipping, from the same adapter (rank 16 on all linears). Each run has its own
+process. A step's time is that between the ends of two steps, with everything the trainer does in between; set-up and
+the first two steps are left out. Peak memory is the process's high-water mark, set-up included.
 """
 
 from __future__ import annotations
@@ -28,32 +28,36 @@ from .measure import PRECISIONS
 from .suite import Row, need
 
 TITLE = (
-    "Training the embedded model (5.9 M parameters) on E2E rows, 16 a step: `lorakit train` against TRL's SFTTrainer with PEFT, same rows,\n"
-    "batches, masks, optimizer, schedule and start, each run a process of its own. Times are per optimizer step and per trained token,\n"
-    "without set-up; 'over best TRL' compares with the fastest of TRL's settings. Losses are compared step by step with TRL's in fp32."
+    "Training the embedded model (5.9 M parameters) on E2E rows, 16 a step: `lorakit train` against TRL's SFTTrainer "
+    "with PEFT, same\n"
+    "rows, batches, masks, optimizer, schedule and initial adapter, each run in its own process. Times are per "
+    "optimizer step and per\n"
+    "trained token, without set-up; 'over best TRL' compares with TRL's fastest settings. Losses are compared step by "
+    "step with TRL's\n"
+    "in fp32."
 )
 ROWS_A_STEP = 16
-UNCOUNTED = 2  # steps at the start: first-use costs
+UNCOUNTED = 2  # warm-up steps at the start
 REFERENCE = "TRL fp32"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run the job."""
+    """A trainer and its precisions."""
 
     tool: str  # "lorakit" or "trl"
-    weights: str = "fp32"  # the base's
-    adapter: str = "fp32"  # the factors' precision, TRL's
+    weights: str = "fp32"  # of the base
+    adapter: str = "fp32"  # of the factors, for TRL
     autocast: bool = False
-    attention: str = "sdpa"  # TRL's; lorakit has its own block
+    attention: str = "sdpa"  # for TRL; lorakit has its own implementation
 
     @property
     def precision(self) -> torch.dtype:
-        """What is multiplied."""
+        """The precision of the matmuls."""
         return torch.bfloat16 if self.autocast or self.weights == "bf16" else torch.float32
 
 
-# TRL's own default is autocast over fp32 weights; plain attention ("eager") is faster for short rows on a CPU.
+# TRL's default is autocast with fp32 weights; plain attention ("eager") is faster for short rows on a CPU.
 SIDES = {
     "lorakit fp32": Side("lorakit"),
     "lorakit bf16": Side("lorakit", "bf16"),
@@ -69,7 +73,7 @@ QUICK = ("lorakit fp32", "lorakit bf16", REFERENCE, "TRL all bf16, plain attenti
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run tells. `seconds` and `cpu` (seconds of all threads): of each step after the first."""
+    """A run's measurements. `seconds` (wall) and `cpu` (of all threads): one value for each step after the first."""
 
     seconds: list[float]
     cpu: list[float]
@@ -78,34 +82,36 @@ class Outcome:
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
+        """Mean seconds a step."""
         return fmean(self.seconds[UNCOUNTED - 1 :])
 
     @property
     def cpu_step(self) -> float:
+        """Mean CPU seconds a step."""
         return fmean(self.cpu[UNCOUNTED - 1 :])
 
 
 def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> list[Row]:
+    """Return a row for each trainer and setting. Raises MissingPeer without TRL or PEFT."""
     need("trl", "peft")
-    steps, rounds, every = (8, 1, QUICK) if quick else (40, 3, tuple(SIDES))
-    # The reference is always there: losses are compared with it.
-    sides = [side for side in every if SIDES[side].precision in precisions or side == REFERENCE]
+    steps, rounds, candidates = (8, 1, QUICK) if quick else (40, 3, tuple(SIDES))
+    # The reference always runs: losses are compared with it.
+    sides = [side for side in candidates if SIDES[side].precision in precisions or side == REFERENCE]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        trained = _prepare(folder, steps)
+        trained_tokens = _prepare(folder, steps)
         outcomes = {side: [_process(folder, SIDES[side], steps)] for side in sides}
         best = min((s for s in sides if SIDES[s].tool == "trl"), key=lambda s: outcomes[s][0].step)
-        for _ in range(rounds - 1):  # the slower settings of TRL need no second look
+        for _ in range(rounds - 1):  # TRL's slower settings run once
             for side in (*(s for s in sides if SIDES[s].tool == "lorakit"), best):
                 outcomes[side].append(_process(folder, SIDES[side], steps))
-    tokens_a_step = trained / steps
+    tokens_a_step = trained_tokens / steps
     return [_row(side, runs, outcomes, best, tokens_a_step) for side, runs in outcomes.items()]
 
 
 def _row(side: str, runs: list[Outcome], outcomes: dict[str, list[Outcome]], best: str, tokens: float) -> Row:
     seconds, peak = median(r.step for r in runs), median(r.peak for r in runs)
-    apart = [abs(a - b) for a, b in zip(runs[0].losses, outcomes[REFERENCE][0].losses, strict=True)]
+    differences = [abs(a - b) for a, b in zip(runs[0].losses, outcomes[REFERENCE][0].losses, strict=True)]
     return {
         "trainer": side + (" (best TRL)" if side == best else ""),
         "ms a step": seconds * 1e3,
@@ -114,79 +120,98 @@ def _row(side: str, runs: list[Outcome], outcomes: dict[str, list[Outcome]], bes
         "time over best TRL": seconds / median(r.step for r in outcomes[best]),
         "peak RSS MB": peak / 1e6,
         "RSS over best TRL": peak / median(r.peak for r in outcomes[best]),
-        "mean |Δloss|": fmean(apart),
-        "largest |Δloss|": max(apart),
+        "mean |Δloss|": fmean(differences),
+        "largest |Δloss|": max(differences),
         "losses": runs[0].losses,
     }
 
 
 def plot(rows: list[Row], axes: Any) -> None:
+    """Draw the losses step by step."""
     for row in rows:
         name = f"{row['trainer']}: {row['ms a step']:.0f} ms a step"
-        axes.plot(range(1, len(row["losses"]) + 1), row["losses"], label=name, linestyle="-" if "lorakit" in name else ":")
+        axes.plot(
+            range(1, len(row["losses"]) + 1), row["losses"], label=name, linestyle="-" if "lorakit" in name else ":"
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss of the batch")
     axes.legend(fontsize="small")
 
 
-# ------------------------------------------------------------------------------------- the job, written down for both
+# ------------------------------------------------------------------------------------- the same job for both
 
 
 def _settings(folder: Path, precision: str, steps: int) -> Any:
     from ..train.config import TrainConfig
 
     return TrainConfig(
-        model="embedded", data=str(folder / "rows.jsonl"), out=str(folder / f"run-{os.getpid()}"), steps=steps, batch_size=ROWS_A_STEP,
-        validation=0, max_length=512, precision=precision, sample_tokens=0, save_every=steps,
-    )  # fmt: skip
+        model="embedded",
+        data=str(folder / "rows.jsonl"),
+        out=str(folder / f"run-{os.getpid()}"),
+        steps=steps,
+        batch_size=ROWS_A_STEP,
+        validation=0,
+        max_length=512,
+        precision=precision,
+        sample_tokens=0,
+        save_every=steps,
+    )
 
 
 def _prepare(folder: Path, steps: int) -> int:
-    """Write rows, batches (ids and labels in order), the starting adapter and the rates. Returns the number of trained tokens."""
+    """Write rows, batches (ids and labels), initial adapter and learning rates. Return the number of trained tokens."""
     from ..bases.load import embedded_folder
     from ..model.capture import capture
     from ..ops import IGNORE_INDEX
+    from ..tasks.task import weight_of
     from ..train.optimizer import rate_factor
-    from ..train.setup import set_up, trained_in
+    from ..train.setup import set_up
 
-    rows = (embedded_folder().parent / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines()[: steps * ROWS_A_STEP]
+    rows = (
+        (embedded_folder().parent / "e2e" / "train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()[: steps * ROWS_A_STEP]
+    )
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     config = _settings(folder, "fp32", steps)
     job = set_up(config)
     batches = [job.batch(step) for step in range(steps)]
-    items = [item for batch in batches for item in batch]
-    plain = [
-        {"input_ids": i.ids, "labels": [token if trained else IGNORE_INDEX for token, trained in zip(i.ids, i.trained, strict=True)]}
-        for i in items
-    ]
+    items: list[Any] = [item for batch in batches for item in batch]
+    inputs = []
+    for item in items:
+        pairs = zip(item.ids, item.trained, strict=True)
+        labels = [token if trained else IGNORE_INDEX for token, trained in pairs]
+        inputs.append({"input_ids": item.ids, "labels": labels})
     rates = [job.rate.value * rate_factor(config, step, steps) for step in range(steps)]
-    (folder / "job.json").write_text(json.dumps({"items": plain, "rates": rates, "clip": config.clip}))
+    (folder / "job.json").write_text(json.dumps({"items": inputs, "rates": rates, "clip": config.clip}))
     capture(job.model).save(folder / "start")
-    return sum(trained_in(batch) for batch in batches)
+    return sum(weight_of(batch) for batch in batches)
 
 
 def _process(folder: Path, side: Side, steps: int) -> Outcome:
-    """One run as a process of its own."""
-    answer = folder / "outcome.json"
-    task = json.dumps({"folder": str(folder), "side": asdict(side), "steps": steps, "answer": str(answer)})
+    """Run a side in a fresh process. Raises RuntimeError if it fails."""
+    outcome = folder / "outcome.json"
+    task = json.dumps({"folder": str(folder), "side": asdict(side), "steps": steps, "outcome": str(outcome)})
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-m", __name__, task], env=os.environ | quiet, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{side} failed ({done.returncode}):\n{done.stderr[-2000:]}")
-    return Outcome(**json.loads(answer.read_text()))
+    command = [sys.executable, "-m", __name__, task]
+    process = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{side} failed ({process.returncode}):\n{process.stderr[-2000:]}")
+    return Outcome(**json.loads(outcome.read_text()))
 
 
-def _main(task: str) -> None:
-    told = json.loads(task)
-    side, folder = Side(**told["side"]), Path(told["folder"])
+def _main(text: str) -> None:
+    task = json.loads(text)
+    side, folder = Side(**task["side"]), Path(task["folder"])
     clock = Clock()
-    (_lorakit if side.tool == "lorakit" else _trl)(folder, side, told["steps"], clock)
-    outcome = Outcome([b - a for a, b in pairwise(clock.wall)], [b - a for a, b in pairwise(clock.cpu)], clock.losses, peak_memory())
-    Path(told["answer"]).write_text(json.dumps(asdict(outcome)))
+    (_lorakit if side.tool == "lorakit" else _trl)(folder, side, task["steps"], clock)
+    wall, cpu = ([b - a for a, b in pairwise(times)] for times in (clock.wall, clock.cpu))
+    outcome = Outcome(wall, cpu, clock.losses, peak_memory())
+    Path(task["outcome"]).write_text(json.dumps(asdict(outcome)))
 
 
 class Clock:
-    """The times at which steps ended, and their losses."""
+    """Records when each step ended, and its loss."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -194,6 +219,7 @@ class Clock:
         self.losses: list[float] = []
 
     def step(self, loss: float) -> None:
+        """Record the end of a step."""
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
         self.losses.append(loss)
@@ -225,24 +251,46 @@ def _trl(folder: Path, side: Side, steps: int, clock: Clock) -> None:
     job = json.loads((folder / "job.json").read_text())
     dtype = torch.bfloat16 if side.weights == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=dtype, attn_implementation=side.attention)
-    model = PeftModel.from_pretrained(base, str(folder / "start"), is_trainable=True, autocast_adapter_dtype=side.adapter == "fp32")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0, fused=True)
+    model = PeftModel.from_pretrained(
+        base, str(folder / "start"), is_trainable=True, autocast_adapter_dtype=side.adapter == "fp32"
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*job["rates"], 0.0].__getitem__)
 
     class Timed(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        ) -> None:
             if logs and "loss" in logs:
                 clock.step(logs["loss"])
 
     arguments = SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=ROWS_A_STEP, train_sampling_strategy="sequential",
-        max_grad_norm=job["clip"], bf16=side.autocast, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        per_device_train_batch_size=ROWS_A_STEP,
+        train_sampling_strategy="sequential",
+        max_grad_norm=job["clip"],
+        bf16=side.autocast,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        use_cpu=not torch.cuda.is_available(),
+    )
     trainer = SFTTrainer(
-        model, arguments, train_dataset=Dataset.from_list(job["items"]), processing_class=AutoTokenizer.from_pretrained(embedded_folder()),
-        optimizers=(optimizer, schedule), callbacks=[Timed()],
-    )  # fmt: skip
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(job["items"]),
+        processing_class=AutoTokenizer.from_pretrained(embedded_folder()),
+        optimizers=(optimizer, schedule),
+        callbacks=[Timed()],
+    )
     trainer.train()
 
 

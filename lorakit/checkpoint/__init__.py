@@ -1,4 +1,5 @@
-"""Adapters meet checkpoint files: merging into a model on disk, and taking a change out of it, without building the model.
+"""Adapters meet checkpoint files: merging into a model on disk, and taking a change out of it, without building the
+model.
 
 base.py      a folder or a single file, opened but not read
 parts.py     what is merged into: a folder, a pipeline's components, a single file

@@ -1,7 +1,8 @@
 """A checkpoint, opened but not read: its config, and where in its safetensors files each tensor lies.
 
 transformers' folder       config.json, model.safetensors or model.safetensors.index.json and its shards
-a diffusers component      the same, called diffusion_pytorch_model; either may have a variant in its name (model.fp16.safetensors)
+a diffusers component      the same, called diffusion_pytorch_model; either may have a variant in its name
+                           (model.fp16.safetensors)
 a single file              of a diffusion model, in the original code's names
 """
 
@@ -27,10 +28,11 @@ _STEMS = ("model", "diffusion_pytorch_model")
 
 @dataclass(frozen=True)
 class Base:
-    """`folder`: or the single file. `shards`: file name -> its header's metadata. `index`: the index file of a sharded checkpoint, and its name.
+    """`folder`: or the single file. `shards`: file name -> its header's metadata. `index`: the index file of a sharded
+    checkpoint, and its name.
 
-    `single_file`: which diffusion model a single file holds ("sd1", "flux": `lorakit.formats.names.MODELS`), or nothing.
-    `component`: the name of a part of a diffusers pipeline, or nothing.
+    `single_file`: which diffusion model a single file holds ("sd1", "flux": `lorakit.formats.names.MODELS`), or
+    nothing. `component`: the name of a part of a diffusers pipeline, or nothing.
     """
 
     folder: Path
@@ -65,7 +67,9 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. LorakitError for what is no checkpoint, is quantized, or is stored as pickles."""
+    """Read a folder's config and headers. LorakitError for what is no checkpoint, is quantized, or is stored as
+    pickles.
+    """
     if not folder.exists():
         here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise LorakitError(
@@ -75,11 +79,16 @@ def open_base(folder: Path) -> Base:
     if not folder.is_dir():
         raise LorakitError(f"{folder} is a file; expected a checkpoint folder (config.json and safetensors files)")
     if not (folder / CONFIG).exists():
-        hint = "; it holds an adapter (adapter_config.json): give its base first" if (folder / "adapter_config.json").exists() else ""
+        hint = (
+            "; it holds an adapter (adapter_config.json): give its base first"
+            if (folder / "adapter_config.json").exists()
+            else ""
+        )
         raise LorakitError(f"{folder} is no checkpoint folder: {CONFIG} is missing{hint}")
     config = read_json(folder / CONFIG)
     _refuse_quantized(folder, config)
-    single, index = _weights_of(folder, _STEMS[::-1] if "_class_name" in config else _STEMS)  # the latter: diffusers' own config
+    # the latter: diffusers' own config
+    single, index = _weights_of(folder, _STEMS[::-1] if "_class_name" in config else _STEMS)
     if single is not None:
         slots, metadata = read_header(folder / single)
         return Base(folder, config, slots, {single: metadata}, None)
@@ -96,10 +105,14 @@ def open_single_file(path: Path) -> Base:
         if file.read(4) == b"GGUF":
             raise LorakitError(
                 f"{path} is a GGUF file, whose weights are rounded for one program: merging reads safetensors\n"
-                "  merge into the model it was made from (lorakit export --merged --for llama.cpp writes a GGUF of the result)"
+                "  merge into the model it was made from (lorakit export --merged --for llama.cpp writes a GGUF of the "
+                "result)"
             )
     if path.suffix != ".safetensors":
-        raise LorakitError(f"{path} is no safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors file")
+        raise LorakitError(
+            f"{path} is no safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors "
+            "file"
+        )
     slots, metadata = read_header(path)
     try:
         model = model_of_file({name: slot.shape for name, slot in slots.items()})
@@ -109,7 +122,9 @@ def open_single_file(path: Path) -> Base:
 
 
 def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | None]:
-    """(the file with all weights, or None; the index of several, or None). LorakitError where there are several variants to choose from."""
+    """(the file with all weights, or None; the index of several, or None). LorakitError where there are several
+    variants to choose from.
+    """
     for stem in stems:
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         if (folder / single).exists() or (folder / index).exists():
@@ -118,7 +133,8 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | N
         indices = [p.name for p in folder.glob(f"{stem}.safetensors.index.*.json")]
         if len(variants) + len(indices) > 1:
             raise LorakitError(
-                f"{folder} holds several variants of its weights: {listing(sorted((*variants, *indices)), 4)}\n  keep one of them there"
+                f"{folder} holds several variants of its weights: {listing(sorted((*variants, *indices)), 4)}\n"
+                "  keep one of them there"
             )
         if variants or indices:
             return (variants[0], None) if variants else (None, indices[0])
@@ -146,7 +162,9 @@ def _open_sharded(folder: Path, config: Mapping[str, Any], name: str) -> Base:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise LorakitError(f"{folder / name} names {file!r}; expected safetensors files of the same folder")
         if not (folder / file).exists():
-            raise LorakitError(f"{folder} is incomplete: {name} names {file}, which is missing\n  fetch the checkpoint again")
+            raise LorakitError(
+                f"{folder} is incomplete: {name} names {file}, which is missing\n  fetch the checkpoint again"
+            )
         slots, shards[file] = read_header(folder / file)
         twice = [tensor for tensor in slots if tensor in tensors]
         if twice:
@@ -154,7 +172,9 @@ def _open_sharded(folder: Path, config: Mapping[str, Any], name: str) -> Base:
         tensors |= slots
     lost = [tensor for tensor in weight_map if tensor not in tensors]
     if lost:
-        raise LorakitError(f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(lost, 3)}")
+        raise LorakitError(
+            f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(lost, 3)}"
+        )
     return Base(folder, config, tensors, shards, index, name)
 
 
@@ -171,13 +191,16 @@ def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _no_safetensors(folder: Path) -> LorakitError:
     pickles = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth") and p.name.startswith(("pytorch_model", "model"))
+        p.name
+        for p in folder.iterdir()
+        if p.suffix in (".bin", ".pt", ".pth") and p.name.startswith(("pytorch_model", "model"))
     )
     if pickles:
         return LorakitError(
             f"{folder} holds its weights as pickles ({listing(pickles, 2)}); merging reads safetensors\n"
             "  convert it once:\n"
-            f"  python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({json.dumps(str(folder))[1:-1]!r}, dtype='auto')"
+            '  python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained({json.dumps(str(folder))[1:-1]!r}, dtype='auto')"
             ".save_pretrained('converted')\"\n"
             "  and copy its tokenizer files beside it"
         )

@@ -10,20 +10,21 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.dense import Dense
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .names import Renaming
-from .update import Dora, Update, bias_for, is_zero, update_for
+from .update import Change, bias_for, update_for
 from .where import Place, Places, bias_place, slot_at
 
 
 @dataclass
 class Changes:
-    """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the files lack."""
+    """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the
+    files lack.
+    """
 
     base: Base
-    updates: dict[str, dict[tuple[int, int], list[Update]]] = field(default_factory=dict)
+    updates: dict[str, dict[tuple[int, int], list[Change]]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
 
@@ -38,17 +39,18 @@ class Changes:
         def once(place: Place, own: str) -> None:
             if (place.tensor, place.start) in seen:
                 raise AdapterError(
-                    f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n  expected one change a weight"
+                    f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n"
+                    "  expected one change a weight"
                 )
             seen.add((place.tensor, place.start))
 
         for module, update in adapter.updates.items():
             place = places.modules[module]
-            if not isinstance(update, Dense) or update.weight is not None:
+            if update.changes_weight:
                 once(place, f"{module}.weight")
                 slot = slot_at(self.base, place, places.ties)
                 self._put(place, update_for(module, update, slot, self.base.model_type, weight, place))
-            if isinstance(update, Dense) and update.bias is not None:
+            if update.changes_bias:
                 at = bias_place(self.base, module, places)
                 once(at, f"{module}.bias")
                 self._put(at, bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
@@ -61,16 +63,20 @@ class Changes:
         """AdapterError for what cannot be had together."""
         for name in self.values:
             if name in self.updates:
-                raise AdapterError(f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n  merge one of them")
+                raise AdapterError(
+                    f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n"
+                    "  merge one of them"
+                )
         for places in self.updates.values():
             for updates in places.values():
-                if len(updates) > 1 and any(isinstance(u, Dora) for u in updates):
+                if len(updates) > 1 and any(change.update.needs_base for change in updates):
                     raise AdapterError(
-                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight it is added to\n"
+                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight "
+                        "it is added to\n"
                         "  merge that adapter first, and the others into the result"
                     )
 
-    def _put(self, place: Place, update: Update) -> None:
+    def _put(self, place: Place, update: Change) -> None:
         self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
 
     def _replace(self, at: str, own: str, value: Tensor) -> None:
@@ -100,19 +106,31 @@ class Changes:
 
 
 def check_something(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
-    """Warnings of what cannot be merged; AdapterError where an adapter changes no weight at all, or has none that can be weighted."""
+    """Warnings of what cannot be merged; AdapterError where an adapter changes no weight at all, or has none that can
+    be weighted.
+    """
     tokens = listing(adapter.embeddings, 3)
     if adapter.embeddings and not adapter.updates and not adapter.saved:
-        raise AdapterError(f"{called} holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to merge")
+        raise AdapterError(
+            f"{called} holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to "
+            "merge"
+        )
     if adapter.saved and weight != 1:
         raise AdapterError(
-            f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"
+            f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is "
+            f"{weight:g}\n"
+            "  merge it with weight 1"
         )
-    if not adapter.saved and (weight == 0 or all(map(is_zero, adapter.updates.values()))):
+    if not adapter.saved and (weight == 0 or all(u.is_zero() for u in adapter.updates.values())):
         why = "its weight is 0" if weight == 0 else "was it saved before training?"
-        raise AdapterError(f"{called} changes nothing: its update is zero everywhere, so there is nothing to merge\n  {why}")
+        raise AdapterError(
+            f"{called} changes nothing: its update is zero everywhere, so there is nothing to merge\n  {why}"
+        )
     if adapter.embeddings:
-        return [f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program beside it"]
+        return [
+            f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program "
+            "beside it"
+        ]
     return []
 
 
@@ -123,5 +141,11 @@ def _check_new(name: str, base: Base, rename: Renaming) -> None:
     beside = [t for t in base.tensors if t.rpartition(".")[0] == module]
     alike = [t for t in base.tensors if t.endswith(f".{name}") or name.endswith(f".{t}")]
     if beside or alike or base.single_file:
-        what = f"its '{module}' has only {listing(beside, 3)}" if beside else f"it has {listing(alike or list(base.tensors), 3)}"
-        raise TargetError(f"saved weight '{name}' is not in {base.folder}; {what}\n  is it an adapter for another model?")
+        what = (
+            f"its '{module}' has only {listing(beside, 3)}"
+            if beside
+            else f"it has {listing(alike or list(base.tensors), 3)}"
+        )
+        raise TargetError(
+            f"saved weight '{name}' is not in {base.folder}; {what}\n  is it an adapter for another model?"
+        )

@@ -1,9 +1,10 @@
 """A LoRA out of a fine-tuned checkpoint and its base: the first singular values of each ΔW = W_tuned - W_base.
 
-Both are folders of a language model, diffusers pipelines, or single files of a diffusion model. One tensor is in memory at a time, as
-float32, with its singular vectors. Large ones are decomposed at random (Halko et al. 2011, `lorakit.adapter.algebra.svd`), and how far
-the factors are from ΔW is measured on ΔW itself. What has no low-rank factors, biases and norms, is left out or kept whole: of a language
-model the trained value, of a diffusion model its change (a "diff" of LyCORIS).
+Both are folders of a language model, diffusers pipelines, or single files of a diffusion model. One tensor is in memory
+at a time, as float32, with its singular vectors. Large ones are decomposed at random (Halko et al. 2011,
+`lorakit.adapter.algebra.svd`), and how far the factors are from ΔW is measured on ΔW itself. What has no low-rank
+factors, biases and norms, is left out or kept whole: of a language model the trained value, of a diffusion model its
+change (a "diff" of LyCORIS).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.algebra.decompose import Form, compose
+from ..adapter.algebra.compose import compose
 from ..adapter.algebra.reform import describing
 from ..adapter.algebra.svd import distance, matrix_svd, norm_squared
 from ..adapter.dense import Dense
-from ..adapter.lora import Factors
+from ..adapter.lora import Factors, Form
 from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..io.stream import Slot
@@ -52,7 +53,9 @@ class ModuleExtract:
 
 @dataclass(frozen=True)
 class Extracted:
-    """`rest`: what changed and has no factors, with ‖change‖; those of it that are `kept` are in the adapter whole, if that was asked for."""
+    """`rest`: what changed and has no factors, with ‖change‖; those of it that are `kept` are in the adapter whole, if
+    that was asked for.
+    """
 
     adapter: Adapter
     modules: tuple[ModuleExtract, ...]
@@ -92,14 +95,16 @@ def extract(
     seed: int = 0,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Extracted:
-    """The adapter that makes BASE (nearly) TUNED. `rank`: of each module, at most; `keep`: the share of each ‖ΔW‖² to hold.
+    """The adapter that makes BASE (nearly) TUNED. `rank`: of each module, at most; `keep`: the share of each ‖ΔW‖² to
+    hold.
 
-    targets: only these modules (name endings, or a regular expression) get factors. save_rest: keep all else that changed
-    whole. Raises LorakitError where the two have other tensors or shapes, or nothing changed.
+    targets: only these modules (name endings, or a regular expression) get factors. save_rest: keep all else that
+    changed whole. Raises LorakitError where the two have other tensors or shapes, or nothing changed.
     """
     if (rank is None and keep is None) or (rank is not None and rank < 1) or (keep is not None and not 0 < keep <= 1):
         raise ConfigError(
-            f"extract needs a rank of at least 1, or keep, the share of the change to hold, up to 1 (got rank {rank}, keep {keep})\n"
+            f"extract needs a rank of at least 1, or keep, the share of the change to hold, up to 1 (got rank {rank}, "
+            f"keep {keep})\n"
             "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
         )
     paths = Path(base).expanduser(), Path(tuned).expanduser()
@@ -134,12 +139,15 @@ def extract(
         raise LorakitError(f"nothing differs between {base} and {tuned}: there is no change to extract")
     if not factors and not kept:
         asked = f"the targets {targets}" if targets else "a matrix"
-        raise TargetError(f"no weight of {asked} changed; what did: {listing(rest)}\n  save_rest=True (--save-rest) keeps that whole")
+        raise TargetError(
+            f"no weight of {asked} changed; what did: {listing(rest)}\n  save_rest=True (--save-rest) keeps that whole"
+        )
     print_ = None
     if layout is not None:
         factors |= _heads(layout, factors)
         print_ = layout.fingerprint()
-    adapter = Adapter(_config(str(base), factors, saved, others), factors, saved, {"fingerprint": print_} if print_ else {}, others)
+    config = _config(str(base), factors, saved, others)
+    adapter = Adapter(config, {**factors, **others}, saved, {"fingerprint": print_} if print_ else {})
     return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged, tuple(_doubts(reports, pairs)))
 
 

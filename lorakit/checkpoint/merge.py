@@ -55,13 +55,13 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write BASE + Σ weight · ADAPTER as a plain checkpoint OUT. Memory: a few blocks of a tensor, and the adapters.
 
-    base: a transformers folder, a diffusers pipeline's, or a diffusion model's single .safetensors file; OUT is of the same kind.
-    adapter: one or several, with a weight each (1 unless said), of any kind: LoRA, LoHa, LoKr, whole ΔW, DoRA.
-    alpha: for adapters' files that do not hold it (loralib, old MLX). dtype: the precision to write (the base's, by default).
-    untie: give tied weights that the adapter changes a tensor each.
-    force: replace an existing OUT. force_base: merge although the base is not the one the adapter was trained on.
-    on_tensor(name, done, total): called after each tensor; each counts twice, written and read back.
-    Raises LorakitError (TargetError, AdapterError) for whatever does not fit, and then leaves nothing behind.
+    base: a transformers folder, a diffusers pipeline's, or a diffusion model's single .safetensors file; OUT is of the
+    same kind. adapter: one or several, with a weight each (1 unless said), of any kind: LoRA, LoHa, LoKr, whole ΔW,
+    DoRA. alpha: for adapters' files that do not hold it (loralib, old MLX). dtype: the precision to write (the base's,
+    by default). untie: give tied weights that the adapter changes a tensor each. force: replace an existing OUT.
+    force_base: merge although the base is not the one the adapter was trained on. on_tensor(name, done, total): called
+    after each tensor; each counts twice, written and read back. Raises LorakitError (TargetError, AdapterError) for
+    whatever does not fit, and then leaves nothing behind.
     """
     began = time.monotonic()
     if dtype is not None and NAMES.get(dtype) not in MERGEABLE:
@@ -99,13 +99,22 @@ def merge_checkpoint(
             _write_config(part, plan, temporary / part.name, dtype)
         first = next((part.base for part, plan in plans if any(e.updates for e in plan.entries)), plans[0][0].base)
         report = MergeReport(
-            base=str(base), adapter=_told(sources, factors), out=str(out),
-            dtype=str(dtype or first.dtype).removeprefix("torch."), converted=dtype is not None and dtype != first.dtype,
-            targets=tuple(reports), replaced=_all(plans, "replaced"), added=_all(plans, "added"), untied=_all(plans, "untied"),
+            base=str(base),
+            adapter=_told(sources, factors),
+            out=str(out),
+            dtype=str(dtype or first.dtype).removeprefix("torch."),
+            converted=dtype is not None and dtype != first.dtype,
+            targets=tuple(reports),
+            replaced=_all(plans, "replaced"),
+            added=_all(plans, "added"),
+            untied=_all(plans, "untied"),
             untouched=sum(e.copied and e.name in p.base.tensors for _, p in plans for e in p.entries),
-            tensors=sum(len(p.entries) for _, p in plans), bytes=size, left_out=tuple(left_out), warnings=tuple(warnings),
+            tensors=sum(len(p.entries) for _, p in plans),
+            bytes=size,
+            left_out=tuple(left_out),
+            warnings=tuple(warnings),
             seconds=time.monotonic() - began,
-        )  # fmt: skip
+        )
         if path.is_file():
             put_in_place(temporary / path.name, target)
         else:
@@ -137,7 +146,9 @@ def _values(
         values.append(value.check())
         warnings += check_something(weight, value, called)
         if start:
-            warnings.append(f"{Path(str(source)).name} was started as {start}: made a plain LoRA of the base, of twice the rank")
+            warnings.append(
+                f"{Path(str(source)).name} was started as {start}: made a plain LoRA of the base, of twice the rank"
+            )
     return values, warnings
 
 
@@ -168,12 +179,19 @@ def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
     known = adapter.metadata.get("fingerprint")
     trained = known.get("architecture") if isinstance(known, Mapping) else None
     if trained and base.architecture and trained != base.architecture:
-        return [f"the adapter was trained on a {trained}, the base is saved as a {base.architecture}: load the result as a {trained}"]
+        return [
+            f"the adapter was trained on a {trained}, the base is saved as a {base.architecture}: load the result as a "
+            f"{trained}"
+        ]
     return []
 
 
 def _write_tensors(
-    plans: Sequence[tuple[Part, Plan]], folder: Path, converted: bool, note: Mapping[str, str], on_tensor: Progress | None
+    plans: Sequence[tuple[Part, Plan]],
+    folder: Path,
+    converted: bool,
+    note: Mapping[str, str],
+    on_tensor: Progress | None,
 ) -> list[TargetReport]:
     """Write every file and read it back. `note`: for the files' headers, where there is no folder to hold it."""
     total, count = 2 * sum(len(plan.entries) for _, plan in plans), 0
@@ -190,11 +208,15 @@ def _write_tensors(
         ordered = {file: in_order(entries) for file, entries in plan.files.items()}
         asked = {}
         for file, entries in ordered.items():
-            header = {key: value for key, value in part.base.shards[file].items() if "hash" not in key}  # those are of the base's numbers
+            # those are of the base's numbers
+            header = {key: value for key, value in part.base.shards[file].items() if "hash" not in key}
             metadata = {"format": "pt", **header, **({"lorakit_merge": json.dumps(note)} if note else {})}
             asked[file] = write_file(folder / part.name / part.file(file, converted), entries, metadata, done)
         for file, entries in ordered.items():
-            reports += [r.within(part.name) for r in read_back(folder / part.name / part.file(file, converted), entries, asked[file], done)]
+            reports += [
+                r.within(part.name)
+                for r in read_back(folder / part.name / part.file(file, converted), entries, asked[file], done)
+            ]
     return reports
 
 
@@ -203,7 +225,8 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
     base = part.base
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
     if dtype is not None and config:
-        says = part.name or "torch_dtype" in config  # a pipeline's component may not say it, a transformers model always does
+        # a pipeline's component may not say it, a transformers model always does
+        says = part.name or "torch_dtype" in config
         config = _with_dtype(config if says else {"dtype": "", **config}, str(dtype).removeprefix("torch."))
     if config != base.config:
         write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -214,13 +237,18 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A config with its precision changed, and that of the configs within it."""
-    inner = {key: _with_dtype(value, dtype) for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
+    inner = {
+        key: _with_dtype(value, dtype)
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict)
+    }
     return {**config, **inner, **{key: dtype for key in ("dtype", "torch_dtype") if key in config}}
 
 
 @contextmanager
 def _one_thread():
-    """Reading, adding and writing small blocks waits for memory and disk, not for arithmetic: threads only wait for each other.
+    """Reading, adding and writing small blocks waits for memory and disk, not for arithmetic: threads only wait for
+    each other.
 
     0.47 GB on two busy cores took 2.5 s with one thread and 24 s with two.
     """
@@ -239,7 +267,10 @@ def _index(base: Base, plan: Plan, files: Mapping[str, str]) -> dict[str, Any]:
     if "total_parameters" in metadata:
         extra = [e for e in plan.entries if e.name not in base.tensors]
         metadata["total_parameters"] += sum(torch.Size(e.shape).numel() for e in extra)
-    return {"metadata": metadata, "weight_map": {e.name: files[e.file] for e in sorted(plan.entries, key=lambda e: e.name)}}
+    return {
+        "metadata": metadata,
+        "weight_map": {e.name: files[e.file] for e in sorted(plan.entries, key=lambda e: e.name)},
+    }
 
 
 def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:
@@ -251,9 +282,14 @@ def _lost(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -
     lost = [r for r in reports if r.lost]
     if not any(r.changed for r in reports) and not any(p.replaced or p.added for _, p in plans):
         if not lost:
-            raise LorakitError("no weight changed: the adapters cancel each other, or change nothing\n  there is nothing to merge")
+            raise LorakitError(
+                "no weight changed: the adapters cancel each other, or change nothing\n  there is nothing to merge"
+            )
         raise LorakitError(
-            f"no weight changed: the largest |ΔW|, {max(r.asked for r in lost):.3g}, is below the precision of the base's weights\n"
+            f"no weight changed: the largest |ΔW|, {max(r.asked for r in lost):.3g}, is below the precision of the "
+            "base's weights\n"
             "  write more digits: dtype=torch.float32 (--dtype fp32); or keep the adapter unmerged"
         )
-    return [f"'{r.module}' did not change: its largest |ΔW|, {r.asked:.3g}, is below its weight's precision" for r in lost]
+    return [
+        f"'{r.module}' did not change: its largest |ΔW|, {r.asked:.3g}, is below its weight's precision" for r in lost
+    ]

@@ -1,7 +1,9 @@
-"""Which module each tensor of a checkpoint is the weight of, and of what kind: from the model built without its numbers.
+"""Which module each tensor of a checkpoint is the weight of, and of what kind: from the model built without its
+numbers.
 
-transformers builds the architecture on the meta device from the folder's config, which takes no memory and runs no code of the folder.
-Where it does not know the architecture, the files' own names are taken for the modules', and matrices for linears.
+transformers builds the architecture on the meta device from the folder's config, which takes no memory and runs no code
+of the folder. Where it does not know the architecture, the files' own names are taken for the modules', and matrices
+for linears.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.algebra.decompose import Form
 from ..adapter.fingerprint import fingerprint
+from ..adapter.lora import Form
 from ..errors import TargetError
 from .base import Base
 from .names import Renaming, find_renaming
@@ -25,7 +27,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Layout:
-    """`modules`: the model's, by their own names, or nothing where the architecture is not known. `rename`: own names to the files'."""
+    """`modules`: the model's, by their own names, or nothing where the architecture is not known. `rename`: own names
+    to the files'.
+    """
 
     base: Base
     modules: Mapping[str, nn.Module]
@@ -45,7 +49,11 @@ class Layout:
             return None
         if not self.modules:
             embedding = module.rpartition(".")[2] in _EMBEDDINGS
-            return Form("embedding", shape[:1]) if embedding else Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
+            return (
+                Form("embedding", shape[:1])
+                if embedding
+                else Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
+            )
         kind = self.modules.get(module)
         if isinstance(kind, nn.Embedding):
             return Form("embedding", shape[:1])
@@ -66,7 +74,9 @@ class Layout:
 
 
 class _Stored(dict):
-    """The model's parameters for their shapes; one that is asked for by name is read, so that only those few are in memory."""
+    """The model's parameters for their shapes; one that is asked for by name is read, so that only those few are in
+    memory.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor], layout: Layout) -> None:
         super().__init__(parameters)

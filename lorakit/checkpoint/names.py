@@ -1,8 +1,9 @@
 """The adapter's names and the files': the same names, or the same but for what they begin with.
 
-A module knows its weight as `transformer.h.0.attn.c_attn.weight`; GPT-2's file says `h.0.attn.c_attn.weight`, a model wrapped
-once more says `model.` before it, a multimodal checkpoint `language_model.model.` instead of `model.language_model.`.
-One beginning is exchanged for one other, the same for all targets, and only if that is the one way to find them all.
+A module knows its weight as `transformer.h.0.attn.c_attn.weight`; GPT-2's file says `h.0.attn.c_attn.weight`, a model
+wrapped once more says `model.` before it, a multimodal checkpoint `language_model.model.` instead of
+`model.language_model.`. One beginning is exchanged for one other, the same for all targets, and only if that is the one
+way to find them all.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def find_renaming(
     if found:
         ways = "\n".join(f"  as {mapped[0]}" for mapped in found)
         raise TargetError(
-            f"the adapter's '{_module(next(iter(wanted)))}' could be several tensors of {where}:\n{ways}\n  is it the right base?"
+            f"the adapter's '{_module(next(iter(wanted)))}' could be several tensors of {where}:\n"
+            f"{ways}\n"
+            "  is it the right base?"
         )
     raise _missing(wanted, tensors, where)
 
@@ -78,7 +81,8 @@ def _missing(wanted: Collection[str], tensors: Collection[str], where: object) -
     alike = difflib.get_close_matches(lost[0], [t for t in tensors if t.endswith(".weight")], n=3, cutoff=0.5)
     near = f"\n  the nearest tensors are {', '.join(alike)}" if alike else f"\n  its tensors are {listing(tensors, 5)}"
     return TargetError(
-        f"{len(lost)} of the adapter's {len(wanted)} weights are not in {where}: {listing([_module(n) for n in lost], 3)}{near}\n"
+        f"{len(lost)} of the adapter's {len(wanted)} weights are not in {where}: "
+        f"{listing([_module(n) for n in lost], 3)}{near}\n"
         "  is it an adapter for another model?"
     )
 

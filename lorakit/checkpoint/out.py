@@ -14,7 +14,21 @@ from .base import CONFIG
 from .parts import PIPELINE, Part
 
 NOTE = "lorakit_merge.json"
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".npz"}
+WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".tflite",
+    ".npz",
+}
 SLACK = 1 << 20  # for headers and what the file system adds
 
 
@@ -23,32 +37,44 @@ def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> N
     for what, path in (("base", base), *(("adapter", a) for a in adapters)):
         if path == out or out in path.parents:
             raise LorakitError(
-                f"OUT {out} {'is' if path == out else 'holds'} the {what} itself\n  give another place: the {what} is only read"
+                f"OUT {out} {'is' if path == out else 'holds'} the {what} itself\n"
+                f"  give another place: the {what} is only read"
             )
     if base in out.parents:
         raise LorakitError(f"OUT {out} is inside the base's folder\n  give a place elsewhere: the base is only read")
     if base.is_file() and out.suffix != ".safetensors":
-        raise LorakitError(f"OUT {out}: the base is a single file, and so is what is written\n  give a name that ends in .safetensors")
+        raise LorakitError(
+            f"OUT {out}: the base is a single file, and so is what is written\n  give a name that ends in .safetensors"
+        )
     if base.is_dir() and out.suffix in WEIGHTS:
-        raise LorakitError(f"OUT {out}: the base is a folder, and so is what is written\n  give a name without '{out.suffix}'")
+        raise LorakitError(
+            f"OUT {out}: the base is a folder, and so is what is written\n  give a name without '{out.suffix}'"
+        )
     if not out.exists():
         return
     if not force:
         raise LorakitError(f"OUT {out} exists\n  give another place, or replace it with force=True (--force)")
     if out.is_dir() == base.is_file() or not (out.is_dir() or out.is_file()):
         there, wanted = "a folder" if out.is_dir() else "a file", "a single file" if base.is_file() else "a folder"
-        raise LorakitError(f"OUT {out} is {there}; the base is {wanted}, and so is what is written\n  give another place")
+        raise LorakitError(
+            f"OUT {out} is {there}; the base is {wanted}, and so is what is written\n  give another place"
+        )
     if out.is_dir() and any(out.iterdir()) and not _is_checkpoint(out):
         raise LorakitError(
-            f"OUT {out} holds no checkpoint, but {listing(sorted(p.name for p in out.iterdir()), 3)}; force would delete that\n  give another place"
+            f"OUT {out} holds no checkpoint, but {listing(sorted(p.name for p in out.iterdir()), 3)}; force would "
+            "delete that\n"
+            "  give another place"
         )
     here = Path.cwd()
     if out in (here, *here.parents, Path.home(), *Path.home().parents):
-        raise LorakitError(f"OUT {out} is a folder that this program, or you, live in; force would delete it\n  give another folder")
+        raise LorakitError(
+            f"OUT {out} is a folder that this program, or you, live in; force would delete it\n  give another folder"
+        )
 
 
 def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], list[str]]:
-    """({name within the folder: path} to copy, names left out): all but weights of the parts, adapters and what hides behind a dot.
+    """({name within the folder: path} to copy, names left out): all but weights of the parts, adapters and what hides
+    behind a dot.
 
     A pipeline's other components are copied whole.
     """
@@ -67,7 +93,11 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
             continue
         own = 1 if pipeline and component in touched else 0  # a component's folder is a model, and is no stranger here
         folders = [folder.joinpath(*name.parts[:i]) for i in range(1 + own, len(name.parts))]
-        if _is_weights(path) or any(_is_model(f) for f in folders) or name.name in ("adapter_config.json", "lorakit.json"):
+        if (
+            _is_weights(path)
+            or any(_is_model(f) for f in folders)
+            or name.name in ("adapter_config.json", "lorakit.json")
+        ):
             left_out.append(str(name))
         else:
             copies[str(name)] = path
@@ -81,7 +111,9 @@ def _files_in(folder: Path) -> Iterator[Path]:
         above = {p.resolve() for p in (here, *here.parents) if p.is_relative_to(folder)}
         for name in folders:
             if (here / name).resolve() in above:
-                raise LorakitError(f"{Path(where) / name} is a link to a folder that it is in\n  take it out of the base's folder")
+                raise LorakitError(
+                    f"{Path(where) / name} is a link to a folder that it is in\n  take it out of the base's folder"
+                )
         yield from (Path(where) / name for name in files if (Path(where) / name).is_file())
 
 
@@ -91,7 +123,9 @@ def check_space(out: Path, need: int) -> None:
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
         hint = "".join(f"\n  {line}" for line in leftovers(out))
-        raise LorakitError(f"{there} has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB{hint}")
+        raise LorakitError(
+            f"{there} has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB{hint}"
+        )
 
 
 def leftovers(out: Path) -> list[str]:
@@ -141,4 +175,8 @@ def _is_checkpoint(folder: Path) -> bool:
 def _is_model(folder: Path) -> bool:
     """Whether a folder within the base's holds a model or an adapter of its own."""
     names = {p.name for p in folder.iterdir()}
-    return folder.name == "original" or "adapter_config.json" in names or (CONFIG in names and any(_is_weights(folder / n) for n in names))
+    return (
+        folder.name == "original"
+        or "adapter_config.json" in names
+        or (CONFIG in names and any(_is_weights(folder / n) for n in names))
+    )

@@ -2,7 +2,8 @@
 
 transformers folders    tensor by tensor, named and told apart by the model's architecture
 diffusers pipelines     component by component, the component's name in front
-single files            module by module (`formats.single_file`), then what is no module of the denoiser or of a text encoder
+single files            module by module (`formats.single_file`), then what is no module of the denoiser or of a text
+                        encoder
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter.algebra.decompose import Form
 from ..adapter.algebra.svd import norm_squared
+from ..adapter.lora import Form
+from ..adapter.update import halves_swapped
 from ..errors import LorakitError, listing
 from ..formats import names
 from ..io.stream import MERGEABLE, Slot
@@ -25,14 +27,15 @@ from .modules import Layout, layout_of
 from .parts import PIPELINE, Part, open_parts
 from .single_file import Place, bias_place, places
 from .tied_weights import declared
-from .update import halves_swapped
 
 _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for which there are no adapters
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A parameter as it was and as it is. `form`: of its low-rank factors, None if it has none. `adaptable`: an adapter can hold its change."""
+    """A parameter as it was and as it is. `form`: of its low-rank factors, None if it has none. `adaptable`: an adapter
+    can hold its change.
+    """
 
     name: str
     before: Slot
@@ -55,13 +58,16 @@ class Pair:
             size += norm_squared(old)
         if not torch.isfinite(delta).all():
             raise LorakitError(
-                f"'{self.name}' holds values that are not finite (NaN or infinity) in {before.path.parent} or {after.path.parent}"
+                f"'{self.name}' holds values that are not finite (NaN or infinity) in {before.path.parent} or "
+                f"{after.path.parent}"
             )
         return halves_swapped(delta) if self.swapped else delta, math.sqrt(size)
 
 
 def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
-    """Of two checkpoints of a diffusion model; None if BASE is a language model's folder. LorakitError if they do not go together."""
+    """Of two checkpoints of a diffusion model; None if BASE is a language model's folder. LorakitError if they do not
+    go together.
+    """
     kinds = [_kind(path) for path in (base, tuned)]
     if kinds == ["folder", "folder"]:
         return None
@@ -75,7 +81,9 @@ def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
 def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
     """Of two checkpoint folders of a language model."""
     layout = layout_of(before)
-    slots = {name: (before.tensors[name], after.tensors[name]) for name in common(before, after)} | _once_tied(before, after)
+    slots = {name: (before.tensors[name], after.tensors[name]) for name in common(before, after)} | _once_tied(
+        before, after
+    )
     pairs = []
     for name, (old, new) in slots.items():
         own = layout.own(name)
@@ -87,11 +95,17 @@ def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
 def common(before: Base, after: Base) -> list[str]:
     """The tensors of both. LorakitError if one has what the other lacks, beside tied weights (`_once_tied`)."""
     known = _once_tied(before, after)
-    lone = {n: b for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors and n not in known}
+    lone = {
+        n: b
+        for b, other in ((before, after), (after, before))
+        for n in b.tensors
+        if n not in other.tensors and n not in known
+    }
     if lone:
         told = [f"'{n}' is only in {b.folder}" for n, b in lone.items()]
         raise LorakitError(
-            f"the two checkpoints hold other tensors, {len(lone)} in all: {listing(told, 3)}\n  is one of them the base of the other?"
+            f"the two checkpoints hold other tensors, {len(lone)} in all: {listing(told, 3)}\n"
+            "  is one of them the base of the other?"
         )
     names = [n for n in before.tensors if n in after.tensors]
     for n in names:
@@ -118,7 +132,9 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
     parts = [{part.name: part for part in open_parts(path, (), everything=True)} for path in (base, tuned)]
     lone = sorted(parts[0].keys() ^ parts[1].keys())
     if lone:
-        raise LorakitError(f"only one of {base} and {tuned} has the component '{lone[0]}'\n  is one of them the base of the other?")
+        raise LorakitError(
+            f"only one of {base} and {tuned} has the component '{lone[0]}'\n  is one of them the base of the other?"
+        )
     found = []
     for name, part in parts[0].items():
         for tensor in common(part.base, parts[1][name].base):
@@ -133,21 +149,27 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
 
 
 def _model_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Which diffusion model these parameters are of. By widths too: SD1 and SD2 share their UNet's names, and their text encoders differ."""
-    sizes = {n.rpartition(".")[0]: s for n, s in shapes.items() if n.startswith(("unet.", "transformer.")) and len(s) > 1}
+    """Which diffusion model these parameters are of. By widths too: SD1 and SD2 share their UNet's names, and their
+    text encoders differ.
+    """
+    sizes = {
+        n.rpartition(".")[0]: s for n, s in shapes.items() if n.startswith(("unet.", "transformer.")) and len(s) > 1
+    }
     return names.model_of(sizes, {module: (size[0], size[1]) for module, size in sizes.items()})
 
 
 def _of_files(before: Base, after: Base) -> Iterator[Pair]:
     if before.single_file != after.single_file:
         raise LorakitError(
-            f"{before.folder} is a {before.single_file} and {after.folder} a {after.single_file}: one is not the base of the other"
+            f"{before.folder} is a {before.single_file} and {after.folder} a {after.single_file}: one is not the base "
+            "of the other"
         )
     here, there = (places(b.single_file, b.shapes) for b in (before, after))
     lone = sorted(here.keys() ^ there.keys())
     if lone:
         raise LorakitError(
-            f"only one of {before.folder} and {after.folder} holds {listing(lone, 3)}\n  is one of them the base of the other?"
+            f"only one of {before.folder} and {after.folder} holds {listing(lone, 3)}\n"
+            "  is one of them the base of the other?"
         )
     seen = set()
     for module, place in here.items():
@@ -196,7 +218,8 @@ def _check_alike(name: str, a: Slot, b: Slot) -> None:
         )
     if (a.dtype not in MERGEABLE or b.dtype not in MERGEABLE) and (a.dtype != b.dtype or not _same(a, b)):
         raise LorakitError(
-            f"'{name}' is stored as {a.dtype} and as {b.dtype}, and differs: no change of a weight\n  expected float tensors"
+            f"'{name}' is stored as {a.dtype} and as {b.dtype}, and differs: no change of a weight\n"
+            "  expected float tensors"
         )
 
 

@@ -1,7 +1,8 @@
 """What an adapter can be merged into, as a list of parts, each with weights of its own.
 
 a transformers folder      one part, without a name
-a diffusers pipeline       a folder with model_index.json: its components (unet/, text_encoder/...), whose names begin an adapter's modules
+a diffusers pipeline       a folder with model_index.json: its components (unet/, text_encoder/...), whose names begin
+                           an adapter's modules
 a single file              of a diffusion model: one part
 """
 
@@ -35,10 +36,7 @@ class Part:
         saved = _within(self.name, adapter.saved)
         if not updates and not saved:
             return None
-        return replace(
-            adapter, factors=_within(self.name, adapter.factors), others=_within(self.name, adapter.others), saved=saved,
-            metadata=_fingerprint_within(self.name, adapter.metadata),
-        )  # fmt: skip
+        return replace(adapter, updates=updates, saved=saved, metadata=_fingerprint_within(self.name, adapter.metadata))
 
     def file(self, name: str, converted: bool) -> str:
         """What a file of weights is called in OUT. A variant (fp16) is one of a pipeline, and of its own precision."""
@@ -50,7 +48,9 @@ class Part:
 
 
 def open_parts(path: Path, names: Collection[str], everything: bool = False) -> list[Part]:
-    """The parts that hold these modules or weights, or (`everything`) all that have weights. LorakitError for what is no checkpoint."""
+    """The parts that hold these modules or weights, or (`everything`) all that have weights. LorakitError for what is
+    no checkpoint.
+    """
     if path.is_file():
         return [Part("", open_single_file(path))]
     if not (path / PIPELINE).is_file():
@@ -58,7 +58,10 @@ def open_parts(path: Path, names: Collection[str], everything: bool = False) -> 
     components = [
         name
         for name, value in read_json(path / PIPELINE).items()
-        if isinstance(value, list) and name not in ("", ".", "..") and Path(name).name == name and (path / name / "config.json").is_file()
+        if isinstance(value, list)
+        and name not in ("", ".", "..")
+        and Path(name).name == name
+        and (path / name / "config.json").is_file()
     ]
     strange = [n for n in names if n.partition(".")[0] not in components]
     if strange:

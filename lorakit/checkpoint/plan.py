@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.lora import Factors
 from ..errors import TargetError, listing
 from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
+from ..ops.delta import as_matrices
 from .base import Base
 from .changes import Changes
 from .names import Renaming
-from .update import LowRank, Update
+from .update import Change
 from .where import find_places
 
 
@@ -31,7 +33,7 @@ class Placed:
 
     start: int
     stop: int
-    updates: tuple[Update, ...]
+    updates: tuple[Change, ...]
 
     @property
     def module(self) -> str:
@@ -96,7 +98,9 @@ class Plan:
 
 
 def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torch.dtype | None, untie: bool) -> Plan:
-    """Of adapters with their weights. TargetError or AdapterError for whatever does not fit the base; nothing is left out in silence."""
+    """Of adapters with their weights. TargetError or AdapterError for whatever does not fit the base; nothing is left
+    out in silence.
+    """
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
     for weight, adapter in adapters:
@@ -114,8 +118,12 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
     files: dict[str, list[Entry]] = {file: [] for file in base.shards}
     for name, slot in sources.items():
         stored = NAMES[dtype] if dtype is not None and slot.dtype in MERGEABLE else slot.dtype
-        placed = tuple(Placed(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items()))
-        files[slot.path.name].append(Entry(name, slot.path.name, stored, slot.shape, slot, placed, changes.values.get(name)))
+        placed = tuple(
+            Placed(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items())
+        )
+        files[slot.path.name].append(
+            Entry(name, slot.path.name, stored, slot.shape, slot, placed, changes.values.get(name))
+        )
     last = list(files)[-1]
     for name in changes.added:
         value = changes.values[name]
@@ -126,16 +134,28 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
 
 
 def _same_change(changes: Changes, group: list[str]) -> bool:
-    """Whether all of a group of tied weights gain the same low-rank update: a head the transposed factors of its embedding."""
-    found = [u for n in group for us in changes.updates.get(n, {}).values() for u in us]
-    if len(found) != len(group) or any(n in changes.values for n in group) or not all(isinstance(u, LowRank) for u in found):
+    """Whether all of a group of tied weights gain the same low-rank update: a head the transposed factors of its
+    embedding.
+    """
+    found = [change for n in group for changed in changes.updates.get(n, {}).values() for change in changed]
+    if len(found) != len(group) or any(n in changes.values for n in group):
         return False
-    pairs = [(u.B, u.A, u.scale) if not u.transposed else (u.A.T, u.B.T, u.scale) for u in found if isinstance(u, LowRank)]
-    return all(s == pairs[0][2] and torch.equal(left, pairs[0][0]) and torch.equal(right, pairs[0][1]) for left, right, s in pairs)
+    halves = []
+    for change in found:
+        f = change.update
+        if not isinstance(f, Factors) or f.needs_base:
+            return False
+        A, B = as_matrices(f.A, f.B)
+        left, right = (A.T, B.T) if change.transposed else (B, A)
+        halves.append((f.scale * change.weight, left, right))
+    scale, left, right = halves[0]
+    return all(s == scale and torch.equal(x, left) and torch.equal(y, right) for s, x, y in halves)
 
 
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
-    """Weights that stay one can only change as one: TargetError unless the adapter saved the same whole weight for all of them."""
+    """Weights that stay one can only change as one: TargetError unless the adapter saved the same whole weight for all
+    of them.
+    """
     values = changes.values
     for holder in dict.fromkeys(ties.values()):
         group = [holder, *(user for user, h in ties.items() if h == holder)]
@@ -151,8 +171,10 @@ def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
         if first is None or any(n in changes.updates or n not in values or not values[n].equal(first) for n in group):
             others = listing([n for n in group if n != touched[0]])
             raise TargetError(
-                f"the adapter changes '{touched[0]}', which is one weight with '{others}' in {changes.base.folder} (tied): merging would change both\n"
-                "  untie=True (--untie) gives each a tensor of its own, which makes the checkpoint that much larger; or keep the adapter unmerged"
+                f"the adapter changes '{touched[0]}', which is one weight with '{others}' in {changes.base.folder} "
+                "(tied): merging would change both\n"
+                "  untie=True (--untie) gives each a tensor of its own, which makes the checkpoint that much larger; "
+                "or keep the adapter unmerged"
             )
         for n in group:
             if n not in changes.base.tensors:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One target: `rank`, of all its updates together; `asked`, the largest |ΔW|; `applied`, the largest |written - base|; `changed`, the share of its numbers that differ."""
+    """One target: `rank`, of all its updates together; `asked`, the largest |ΔW|; `applied`, the largest |written -
+    base|; `changed`, the share of its numbers that differ.
+    """
 
     module: str
     tensor: str
@@ -25,7 +27,11 @@ class TargetReport:
 
     def within(self, component: str) -> TargetReport:
         """The same, with a pipeline's component in front of the names."""
-        return replace(self, module=f"{component}.{self.module}", tensor=f"{component}.{self.tensor}") if component else self
+        return (
+            replace(self, module=f"{component}.{self.module}", tensor=f"{component}.{self.tensor}")
+            if component
+            else self
+        )
 
     @property
     def lost(self) -> bool:
@@ -59,7 +65,11 @@ class MergeReport:
     def headline(self) -> str:
         """One sentence."""
         parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
-        parts += [f"{len(names)} weights {what}" for names, what in ((self.replaced, "replaced"), (self.added, "added")) if names]
+        parts += [
+            f"{len(names)} weights {what}"
+            for names, what in ((self.replaced, "replaced"), (self.added, "added"))
+            if names
+        ]
         same = f"{self.untouched} other tensors {f'rounded to {self.dtype}' if self.converted else 'byte-identical'}"
         return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"])
 
@@ -74,16 +84,28 @@ class MergeReport:
 
         notes = [
             *self.warnings,
-            *([f"not copied, as other weights than those merged: {listing(self.left_out, 4)}"] if self.left_out else []),
+            *(
+                [f"not copied, as other weights than those merged: {listing(self.left_out, 4)}"]
+                if self.left_out
+                else []
+            ),
         ]
-        table = Table(box=box.SIMPLE, title=self.headline(), title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
+        table = Table(
+            box=box.SIMPLE,
+            title=self.headline(),
+            title_justify="left",
+            caption="\n".join(notes) or None,
+            caption_justify="left",
+        )
         table.add_column("target", overflow="fold")
         for column in ("shape", "rank", "largest |ΔW|", "written", "changed"):
             table.add_column(column, justify="right")
         for t in self.targets:
             style = "yellow" if t.lost else None
             shape = "x".join(map(str, t.shape))
-            table.add_row(t.module, shape, str(t.rank), f"{t.asked:.3g}", f"{t.applied:.3g}", f"{t.changed:.1%}", style=style)
+            table.add_row(
+                t.module, shape, str(t.rank), f"{t.asked:.3g}", f"{t.applied:.3g}", f"{t.changed:.1%}", style=style
+            )
         for name in self.replaced:
             table.add_row(name, "", "", "", "replaced", "")
         for name in self.added:

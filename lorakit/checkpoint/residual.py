@@ -3,9 +3,10 @@
     PiSSA (Meng et al. 2024)          s · B₀ A₀ = the r largest singular values of W
     OLoRA (Büyükakyüz 2024)           B₀ A₀ = the first r columns of Q and rows of R, W = Q R
 
-Training went on from W - s · B₀ A₀, so what the adapter adds to W is s · B A - s · B₀ A₀, of rank 2r. B₀ A₀ are made again from W, which
-must be the very base; of PiSSA as well as an SVD in float32 tells the r-th singular vector from the next. Starts that took data,
-random projections or rounded weights (CorDA, LoRA-GA, `pissa_niter_*`, LoftQ) cannot be made again.
+Training went on from W - s · B₀ A₀, so what the adapter adds to W is s · B A - s · B₀ A₀, of rank 2r. B₀ A₀ are made
+again from W, which must be the very base; of PiSSA as well as an SVD in float32 tells the r-th singular vector from the
+next. Starts that took data, random projections or rounded weights (CorDA, LoRA-GA, `pissa_niter_*`, LoftQ) cannot be
+made again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.algebra.concatenate import exact_sum
+from ..adapter.algebra.product import norm
 from ..adapter.algebra.reform import with_updates
-from ..adapter.algebra.spectrum import norm
 from ..adapter.lora import Factors
 from ..errors import AdapterError
 from ..formats import TAKES_ALPHA, find, format_of, load, peft
@@ -30,7 +31,8 @@ EXACT = ("pissa", "olora")
 def load_on(source: str | Path, base: Path | None, alpha: float | None = None, force_base: bool = False) -> Adapter:
     """Read an adapter that may need its base: a GGUF of a Llama, or one that was started from the base's weights.
 
-    alpha: for formats that do not hold it; others pass over it, so that adapters of several formats may be named together.
+    alpha: for formats that do not hold it; others pass over it, so that adapters of several formats may be named
+    together.
     """
     if base is not None and started_as(source):
         return plain(find(source), base, force_base)
@@ -44,16 +46,18 @@ def started_as(source: str | Path) -> str | None:
 
 
 def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
-    """PEFT's folder of a PiSSA or an OLoRA as a plain LoRA of `base`. AdapterError for another start, and for what looks like another base.
+    """PEFT's folder of a PiSSA or an OLoRA as a plain LoRA of `base`. AdapterError for another start, and for what
+    looks like another base.
 
-    Nothing in the folder tells its base for sure. What training started from is still most of what it ended with: where taking the
-    start of `base` away makes all modules larger, it was another start (`force_base`: take it all the same).
+    Nothing in the folder tells its base for sure. What training started from is still most of what it ended with: where
+    taking the start of `base` away makes all modules larger, it was another start (`force_base`: take it all the same).
     """
     start = str(peft.start_of(path))
     if start not in EXACT:
         raise AdapterError(
             f"{path}: it was started as {start!r}, which cannot be made again from the base's weights\n"
-            "  save it again with PEFT as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            "  save it again with PEFT as a plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
         )
     adapter = peft.read(path, started=True)
     # On Conv1D PEFT's OLoRA decomposes the matrix the wrong way round, where that is possible at all.
@@ -73,8 +77,10 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         strangers += norm(made[module]) > norm(f)
     if strangers == len(made) and not force_base:
         raise AdapterError(
-            f"{path}: it was started as {start!r}, but from other weights than {base} has, as no module is like what it would have started from\n"
-            "  give the base that it was trained on; force_base=True (--force-base of merge and export) if you know better"
+            f"{path}: it was started as {start!r}, but from other weights than {base} has, as no module is like what "
+            "it would have started from\n"
+            "  give the base that it was trained on; force_base=True (--force-base of merge and export) if you know "
+            "better"
         )
     return with_updates(adapter, made).check()
 
@@ -95,5 +101,7 @@ def _start(start: str, W: Tensor, f: Factors) -> Factors:
 
 
 def _largest(W: Tensor, r: int) -> Tensor:
-    """The first r left singular vectors of W [m, n], m <= n, from W Wᵀ in float64: m x m, where an SVD takes several times as long."""
+    """The first r left singular vectors of W [m, n], m <= n, from W Wᵀ in float64: m x m, where an SVD takes several
+    times as long.
+    """
     return torch.linalg.eigh(W @ W.T)[1][:, -r:]

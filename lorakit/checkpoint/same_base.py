@@ -1,4 +1,5 @@
-"""Whether a checkpoint is the base that an adapter was trained on: the few numbers of its fingerprint, read from the files.
+"""Whether a checkpoint is the base that an adapter was trained on: the few numbers of its fingerprint, read from the
+files.
 
 The rest of a fingerprint speaks of a model, with heads and ties as its class has them; of files only the numbers count.
 """
@@ -38,7 +39,9 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
 
 
 def compare_with_base(path: Path, adapter: Adapter) -> list[str]:
-    """The same for a checkpoint's folder, a pipeline's or a single file. LorakitError if it lacks one of the adapter's modules."""
+    """The same for a checkpoint's folder, a pipeline's or a single file. LorakitError if it lacks one of the adapter's
+    modules.
+    """
     lines = []
     for part in open_parts(path, list(adapter.updates)):
         own = part.own(adapter)

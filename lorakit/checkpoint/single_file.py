@@ -1,16 +1,19 @@
 """Where each module's weight lies in a diffusion checkpoint of one file, as the model's original code names it ("ldm").
 
-    denoiser           model.diffusion_model.    the "ldm" names of names/*.json; or the bare denoiser, without the prefix
+    denoiser           model.diffusion_model.    the "ldm" names of names/*.json; or the bare denoiser, without the
+                                                 prefix
     text encoders      sd1   cond_stage_model.transformer.          CLIP-L, transformers' names
                        sd2   cond_stage_model.model.                OpenCLIP-H
                        sdxl  conditioner.embedders.0.transformer.   CLIP-L, transformers' names
                              conditioner.embedders.1.model.         OpenCLIP-G
-                       sd3, flux                                    text_encoders.{clip_l,clip_g,t5xxl}.transformer., transformers' names
+                       sd3, flux                                    text_encoders.{clip_l,clip_g,t5xxl}.transformer.,
+                                                                    transformers' names
 
-Several modules can share one tensor, row after row: q, k, v as `attn.qkv` or OpenCLIP's `attn.in_proj_weight`, with the feed-forward as Flux's
-`linear1`. The rows are shared out as in the published sizes (thirds; 1:1:1:4), so other widths are read too. A 1x1 convolution may be
-stored as [out, in, 1, 1] or as [out, in] (SD2's `proj_in`): its place is the same. What a pipeline does not use has no place: EMA
-weights (`model_ema.`), the projection and the last layer of SD2's text encoder.
+Several modules can share one tensor, row after row: q, k, v as `attn.qkv` or OpenCLIP's `attn.in_proj_weight`, with the
+feed-forward as Flux's `linear1`. The rows are shared out as in the published sizes (thirds; 1:1:1:4), so other widths
+are read too. A 1x1 convolution may be stored as [out, in, 1, 1] or as [out, in] (SD2's `proj_in`): its place is the
+same. What a pipeline does not use has no place: EMA weights (`model_ema.`), the projection and the last layer of SD2's
+text encoder.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ TEXT_ENCODERS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "sd2": {"text_encoder": (("cond_stage_model.model.", OPEN_CLIP), ("cond_stage_model.transformer.", TRANSFORMERS))},
     "sdxl": {
         "text_encoder": (("conditioner.embedders.0.transformer.", TRANSFORMERS),),
-        "text_encoder_2": (("conditioner.embedders.1.model.", OPEN_CLIP), ("conditioner.embedders.1.transformer.", TRANSFORMERS)),
+        "text_encoder_2": (
+            ("conditioner.embedders.1.model.", OPEN_CLIP),
+            ("conditioner.embedders.1.transformer.", TRANSFORMERS),
+        ),
     },
     "sd3": {
         "text_encoder": (("text_encoders.clip_l.transformer.", TRANSFORMERS),),
@@ -46,8 +52,12 @@ TEXT_ENCODERS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
 # transformers' name within a layer -> OpenCLIP's; the first three are rows of one tensor.
 _PACKED = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 _IN_LAYER = {
-    "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-}  # fmt: skip
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+}
 # Norms that give a shift and a scale: the original code has the shift first, diffusers the scale.
 _CONTINUOUS_NORMS = ("norm_out.linear", "norm1_context.linear")
 
@@ -58,27 +68,55 @@ _SIGNS = {
     "unet": ("input_blocks.0.0.weight", "input_blocks.4.1.norm.weight", "out.2.weight"),
 }
 _QUANTIZED = (
-    ".absmax", ".quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4", ".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant",
-    ".qweight", ".wscales",
-)  # fmt: skip
+    ".absmax",
+    ".quant_map",
+    "bitsandbytes__nf4",
+    "bitsandbytes__fp4",
+    ".scale_weight",
+    ".weight_scale",
+    "scaled_fp8",
+    ".comfy_quant",
+    ".qweight",
+    ".wscales",
+)
 _ADAPTER = (
-    ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".lokr_w2",
-    ".oft_blocks", ".lora_linear_layer.up.weight",
-)  # fmt: skip
+    ".lora_down.weight",
+    ".lora_up.weight",
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".hada_w1_a",
+    ".lokr_w1",
+    ".lokr_w1_a",
+    ".lokr_w2",
+    ".oft_blocks",
+    ".lora_linear_layer.up.weight",
+)
 # Part of a tensor's name -> what a file with it is.
 _OTHERS = {
-    "double_stream_modulation_img.lin": "a Flux.2 model", "distilled_guidance_layer.": "a Chroma model",
-    "individual_token_refiner.": "a HunyuanVideo model", "time_stack.": "a video model (Stable Video Diffusion)",
-    "motion_modules.": "an AnimateDiff motion module", "double_layers.0.": "an AuraFlow model", "patchify_proj.": "an LTX video model",
-    "input_hint_block.": "a ControlNet", "control_model.": "a ControlNet", "controlnet_": "a ControlNet",
-    "text_model.encoder.layers.": "a text encoder alone", "DenseReluDense": "a text encoder alone (T5)",
-    "resblocks.": "a text encoder alone (OpenCLIP)", "model.layers.": "a language model", "decoder.up.": "a VAE", "decoder.up_blocks.": "a VAE",
-}  # fmt: skip
+    "double_stream_modulation_img.lin": "a Flux.2 model",
+    "distilled_guidance_layer.": "a Chroma model",
+    "individual_token_refiner.": "a HunyuanVideo model",
+    "time_stack.": "a video model (Stable Video Diffusion)",
+    "motion_modules.": "an AnimateDiff motion module",
+    "double_layers.0.": "an AuraFlow model",
+    "patchify_proj.": "an LTX video model",
+    "input_hint_block.": "a ControlNet",
+    "control_model.": "a ControlNet",
+    "controlnet_": "a ControlNet",
+    "text_model.encoder.layers.": "a text encoder alone",
+    "DenseReluDense": "a text encoder alone (T5)",
+    "resblocks.": "a text encoder alone (OpenCLIP)",
+    "model.layers.": "a language model",
+    "decoder.up.": "a VAE",
+    "decoder.up_blocks.": "a VAE",
+}
 _DIFFUSERS = ("down_blocks.0.", "single_transformer_blocks.0.", "transformer_blocks.0.attn.to_q")
 
 
 class Place(NamedTuple):
-    """The rows [start, stop) of a file's tensor that are one module's weight, and how they differ from the module's own."""
+    """The rows [start, stop) of a file's tensor that are one module's weight, and how they differ from the module's
+    own.
+    """
 
     tensor: str
     start: int
@@ -88,7 +126,9 @@ class Place(NamedTuple):
 
 
 def model_of_file(shapes: Shapes) -> str:
-    """Which of `names.MODELS` a file's tensors (name -> shape) are. LorakitError, saying what they look like, if none."""
+    """Which of `names.MODELS` a file's tensors (name -> shape) are.
+    LorakitError, saying what they look like, if none.
+    """
     for prefix in DENOISER:
         for family, signs in _SIGNS.items():
             if all(prefix + sign in shapes for sign in signs):
@@ -96,12 +136,14 @@ def model_of_file(shapes: Shapes) -> str:
                 return _unet_of(shapes, prefix) if family == "unet" else family
     raise LorakitError(
         f"no diffusion checkpoint of one file: {_looks_like(shapes)}\n"
-        f"  expected the original code's names of {', '.join(MODELS)}, such as model.diffusion_model.input_blocks.0.0.weight"
+        f"  expected the original code's names of {', '.join(MODELS)}, such as "
+        "model.diffusion_model.input_blocks.0.0.weight"
     )
 
 
 def places(model: str, shapes: Shapes) -> dict[str, Place]:
-    """lorakit's name of a module ("unet.conv_in", "text_encoder_2.text_projection") -> its place, of all that the file holds.
+    """lorakit's name of a module ("unet.conv_in", "text_encoder_2.text_projection") -> its place, of all that the file
+    holds.
 
     LorakitError for a tensor that its modules do not share out evenly.
     """
@@ -113,9 +155,15 @@ def places(model: str, shapes: Shapes) -> dict[str, Place]:
 
 
 def bias_place(model: str, module: str, shapes: Shapes) -> Place | None:
-    """Where a module's bias lies: the rows of its weight, in another tensor. None if the file does not hold the module or has no bias of it."""
+    """Where a module's bias lies: the rows of its weight, in another tensor. None if the file does not hold the module
+    or has no bias of it.
+    """
     component, _, name = module.partition(".")
-    place = next((p for _, p in _places_of(model, component, shapes, name)), None) if component in PIPELINES[model] else None
+    place = (
+        next((p for _, p in _places_of(model, component, shapes, name)), None)
+        if component in PIPELINES[model]
+        else None
+    )
     if place is None or not place.tensor.endswith("weight"):
         return None
     tensor = f"{place.tensor.removesuffix('weight')}bias"  # weight -> bias, in_proj_weight -> in_proj_bias
@@ -135,7 +183,11 @@ def _places_of(model: str, component: str, shapes: Shapes, only: str | None = No
     wanted = [name for name in listed["modules"] if only in (None, name)]
     for prefix, naming in TEXT_ENCODERS[model][component]:
         for name in wanted:
-            place = _in_transformers(prefix, name, shapes) if naming == TRANSFORMERS else _in_open_clip(model, prefix, name, shapes)
+            place = (
+                _in_transformers(prefix, name, shapes)
+                if naming == TRANSFORMERS
+                else _in_open_clip(model, prefix, name, shapes)
+            )
             if place is not None:
                 yield name, place
 
@@ -151,7 +203,9 @@ def _denoiser_places(listed: Mapping[str, Mapping], shapes: Shapes, only: str | 
         parts = [listed["modules"][module][0] for module in modules]
         whole, unit = _rows(tensor, shapes), sum(parts)
         if any(whole * part % unit for part in parts):
-            raise LorakitError(f"'{tensor}' has {whole} rows; {listing(modules)} cannot share them as {':'.join(map(str, parts))}")
+            raise LorakitError(
+                f"'{tensor}' has {whole} rows; {listing(modules)} cannot share them as {':'.join(map(str, parts))}"
+            )
         start = 0
         for module, part in zip(modules, parts, strict=True):
             stop = start + whole * part // unit
@@ -204,14 +258,20 @@ def _rows(tensor: str, shapes: Shapes) -> int:
 
 
 def _unet_of(shapes: Shapes, prefix: str) -> str:
-    """ "sdxl" has three levels and an embedding of its sizes; SD1 and SD2 share their names and differ in text encoder and widths."""
+    """ "sdxl" has three levels and an embedding of its sizes; SD1 and SD2 share their names and differ in text encoder
+    and widths.
+    """
     if any("time_stack." in name for name in shapes):
-        raise LorakitError(f"no diffusion checkpoint that an adapter can be merged into: it is {_OTHERS['time_stack.']}")
+        raise LorakitError(
+            f"no diffusion checkpoint that an adapter can be merged into: it is {_OTHERS['time_stack.']}"
+        )
     four_levels = f"{prefix}input_blocks.9.0.op.weight" in shapes
     if not four_levels and f"{prefix}label_emb.0.0.weight" in shapes:
         return "sdxl"
     if not four_levels or f"{prefix}input_blocks.1.1.norm.weight" not in shapes:
-        what = "it looks like the SDXL refiner or an upscaler" if four_levels else "its levels are none of these models'"
+        what = (
+            "it looks like the SDXL refiner or an upscaler" if four_levels else "its levels are none of these models'"
+        )
         raise LorakitError(f"no UNet of sd1, sd2 or sdxl: {what}\n  an adapter has other modules than this file")
     if any(name.startswith("cond_stage_model.model.") for name in shapes):
         return "sd2"
@@ -227,7 +287,8 @@ def _refuse_quantized(shapes: Shapes, prefix: str) -> None:
     found = [name for name in shapes if name.startswith(prefix) and name.endswith(_QUANTIZED)]
     if found:
         raise LorakitError(
-            f"its weights are quantized ({listing(found, 2)}): a low-rank update added to rounded weights is mostly lost\n"
+            f"its weights are quantized ({listing(found, 2)}): a low-rank update added to rounded weights is mostly "
+            "lost\n"
             "  merge into the unquantized checkpoint (fp16, bf16 or fp32), and quantize the result"
         )
 
@@ -238,7 +299,10 @@ def _looks_like(shapes: Shapes) -> str:
     if any(name.endswith(_ADAPTER) or name.startswith(("lora_unet_", "lora_te")) for name in shapes):
         return "it is an adapter; the checkpoint comes first, then the adapter"
     if any(name.startswith(_DIFFUSERS) for name in shapes):
-        return "it has diffusers' names, as one component of a pipeline; give the pipeline's folder (the one with model_index.json)"
+        return (
+            "it has diffusers' names, as one component of a pipeline; give the pipeline's folder (the one with "
+            "model_index.json)"
+        )
     if all(name.startswith(("first_stage_model.", "vae.")) for name in shapes):
         return "it is a VAE"
     other = next((what for sign, what in _OTHERS.items() if any(sign in name for name in shapes)), None)

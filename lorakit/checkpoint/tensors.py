@@ -2,7 +2,7 @@
 
     W' = round(W + Σ ΔW)        added in float32 (float64 stays), rounded once
 
-Memory: a few blocks, whatever the tensors' size; and the adapter's own factors. Of a LoHa, a LoKr or a whole update, the ΔW of one tensor.
+Memory: a few blocks, whatever the tensors' size; and the adapter's own factors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def in_order(entries: Sequence[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda e: (-width(e), e.source.start if e.source else math.inf))
 
 
-def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], done: Callable[[str], None]) -> dict[str, Asked]:
+def write_file(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], done: Callable[[str], None]
+) -> dict[str, Asked]:
     """Write one safetensors file. Returns what was written of each updated tensor."""
     asked: dict[str, Asked] = {}
     with StreamWriter(path, {e.name: (e.dtype, e.shape, e.nbytes) for e in entries}, metadata) as out:
@@ -70,7 +72,9 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
 
 
 def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows [n, -1] of a tensor as it is to be, not yet rounded: W + ΔW in at least float32; W as stored, or what replaces it."""
+    """Blocks of rows [n, -1] of a tensor as it is to be, not yet rounded: W + ΔW in at least float32; W as stored, or
+    what replaces it.
+    """
     if entry.value is not None:
         whole = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
         yield slice(0, whole.shape[0]), whole
@@ -105,8 +109,12 @@ def _rounded(entry: Entry, new: Tensor, old: Tensor) -> Tensor:
     return new
 
 
-def read_back(path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], done: Callable[[str], None]) -> list[TargetReport]:
-    """Compare a written file with the base: what each update changed, and that nothing else did. LorakitError if something else did."""
+def read_back(
+    path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], done: Callable[[str], None]
+) -> list[TargetReport]:
+    """Compare a written file with the base: what each update changed, and that nothing else did. LorakitError if
+    something else did.
+    """
     slots, _ = read_header(path)
     if list(slots) != [e.name for e in entries]:
         raise _unlike(path, "its list of tensors")
@@ -150,7 +158,9 @@ def _measure(path: Path, entry: Entry, slot: Slot, asked: Asked) -> list[TargetR
             raise _unlike(path, f"'{entry.name}'")
         if placed is not None:
             share = changed / math.prod(source.shape)
-            reports.append(TargetReport(placed.module, entry.name, source.shape, placed.rank, next(largest), applied, share))
+            reports.append(
+                TargetReport(placed.module, entry.name, source.shape, placed.rank, next(largest), applied, share)
+            )
     if crc != asked.crc:
         raise _unlike(path, f"'{entry.name}'")
     return reports
@@ -171,11 +181,13 @@ def _largest(block: Tensor) -> float:
 def _check_finite(entry: Entry, new: Tensor, old: Tensor) -> None:
     if entry.dtype in MERGEABLE and not math.isfinite(_largest(new)) and math.isfinite(_largest(old)):
         raise LorakitError(
-            f"'{entry.name}' has values too large for {DTYPES[entry.dtype]}\n  write the result in another precision: dtype=torch.bfloat16 or torch.float32"
+            f"'{entry.name}' has values too large for {DTYPES[entry.dtype]}\n"
+            "  write the result in another precision: dtype=torch.bfloat16 or torch.float32"
         )
 
 
 def _unlike(path: Path, what: str) -> LorakitError:
     return LorakitError(
-        f"{path.name}: {what} does not read back as it was written\n  the disk, the memory or the base is changing underneath; nothing was kept"
+        f"{path.name}: {what} does not read back as it was written\n"
+        "  the disk, the memory or the base is changing underneath; nothing was kept"
     )

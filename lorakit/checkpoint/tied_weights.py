@@ -1,7 +1,8 @@
-"""Tied weights: a tensor that the files hold once and the model uses twice (the embedding that is also the output head).
+"""Tied weights: a tensor that the files hold once and the model uses twice (the embedding that is also the output
+head).
 
-Which ones, the architecture says (transformers' `_tied_weights_keys`, user -> holder), if the config has them tied. ΔW for
-one of the users cannot go into the one tensor: the users must first get tensors of their own ("untied").
+Which ones, the architecture says (transformers' `_tied_weights_keys`, user -> holder), if the config has them tied. ΔW
+for one of the users cannot go into the one tensor: the users must first get tensors of their own ("untied").
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from ..errors import LorakitError
 from .base import Base
 from .names import Renaming
 
-# For architectures that transformers does not know (remote code): the head's name, and how its embedding's name may end.
+# For architectures that transformers does not know (remote code): the head's name, and how its embedding's name may
+# end.
 _HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
 
 
 def declared(base: Base) -> dict[str, str]:
@@ -30,7 +38,9 @@ def declared(base: Base) -> dict[str, str]:
 
 
 def find_ties(base: Base, pairs: Mapping[str, str], rename: Renaming) -> dict[str, str]:
-    """Those of the declared pairs that hold in these files, in the files' names: stored once, or twice with equal bytes."""
+    """Those of the declared pairs that hold in these files, in the files' names: stored once, or twice with equal
+    bytes.
+    """
     prefix = f"{getattr(_class(base), 'base_model_prefix', '')}." if pairs else ""
     ties = {}
     for pair in pairs.items():
@@ -51,7 +61,8 @@ def untied(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     # T5 and its kin scale the head's input by whether it is tied, or tie whatever the config says.
     if config.get("is_encoder_decoder"):
         raise LorakitError(
-            f"{where}: the weights of an encoder-decoder model ({config.get('model_type')}) cannot be untied without changing what it computes\n"
+            f"{where}: the weights of an encoder-decoder model ({config.get('model_type')}) cannot be untied without "
+            "changing what it computes\n"
             "  keep the adapter unmerged, or train one without the embeddings and the head"
         )
     return changed

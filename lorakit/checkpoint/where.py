@@ -1,7 +1,9 @@
 """Where the weights that an adapter names lie in a base's files.
 
-transformers and diffusers folders     a tensor each, under the model's own name or one that begins otherwise (`names.py`)
-single files of a diffusion model      the original code's names; one tensor may hold the rows of several modules (attn.qkv)
+transformers and diffusers folders     a tensor each, under the model's own name or one that begins otherwise
+                                       (`names.py`)
+single files of a diffusion model      the original code's names; one tensor may hold the rows of several modules
+                                       (attn.qkv)
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ class Places:
     ties: Mapping[str, str] = field(default_factory=dict)  # user -> holder, in the files' names
 
 
-# Modules of a diffusers component have the names of its files, but for the level of CLIP's that only some versions of transformers write.
+# Modules of a diffusers component have the names of its files, but for the level of CLIP's that only some versions of
+# transformers write.
 _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
 def find_places(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Places:
-    """Of all these modules; TargetError where one is not there. `saved`: whole weights' names, which tell the renaming if nothing else does."""
+    """Of all these modules; TargetError where one is not there. `saved`: whole weights' names, which tell the renaming
+    if nothing else does.
+    """
     if base.single_file:
         return _in_single_file(base, modules)
     targets = [f"{module}.weight" for module in modules]
@@ -63,7 +68,10 @@ def bias_place(base: Base, module: str, places: Places) -> Place:
         at = here.tensor.removesuffix("weight") + "bias"
         if at in base.tensors:
             return Place(at, 0, base.tensors[at].shape[0])
-    raise TargetError(f"the adapter changes the bias of '{module}', which has none in {base.folder}\n  is it an adapter for another model?")
+    raise TargetError(
+        f"the adapter changes the bias of '{module}', which has none in {base.folder}\n"
+        "  is it an adapter for another model?"
+    )
 
 
 def slot_at(base: Base, place: Place, ties: Mapping[str, str]) -> Slot:
@@ -89,7 +97,8 @@ def _in_single_file(base: Base, modules: Collection[str]) -> Places:
             else f"it holds {listing(held)} of {base.single_file}"
         )
         raise TargetError(
-            f"{len(lost)} of the adapter's {len(modules)} weights are not in {base.folder}: {listing(lost, 3)}\n  {why}\n"
+            f"{len(lost)} of the adapter's {len(modules)} weights are not in {base.folder}: {listing(lost, 3)}\n"
+            f"  {why}\n"
             "  is it an adapter for another model?"
         )
     return Places({m: known[m] for m in modules})

@@ -28,7 +28,10 @@ def run(args: list[str]) -> int:
         name = (error.name or "").partition(".")[0]
         if name in ("", "lorakit"):
             raise
-        print(f"lorakit: the required library '{name}' is not installed\n  pip install lorakit installs it", file=sys.stderr)
+        print(
+            f"lorakit: the required library '{name}' is not installed\n  pip install lorakit installs it",
+            file=sys.stderr,
+        )
         return 1
     try:
         app(args, prog_name="lorakit")  # typer prints usage errors itself, with the nearest option, and exits with 2

@@ -50,7 +50,11 @@ def _version(requested: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     pass
 
 
@@ -75,7 +79,9 @@ app.command("edit", short_help="scale, negate, prune or rename an adapter")(edit
 app.command("extract", short_help="extract a LoRA from a fine-tuned checkpoint")(extract.extract)
 app.command("merge", short_help="merge an adapter into a checkpoint")(merge.merge)
 app.command("convert", short_help="convert an adapter to another format")(convert.convert)
-app.command("export", short_help="write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified")(export.export)
+app.command("export", short_help="write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified")(
+    export.export
+)
 app.command("card", short_help="write a model card for an adapter")(card.card)
 app.command("push", short_help="upload an adapter to the Hugging Face hub")(push.push)
 app.command("bench", short_help="benchmark lorakit and its peers on your machine")(bench.bench)

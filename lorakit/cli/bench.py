@@ -21,10 +21,15 @@ _NAMES_HELP = "; ".join(f"{name}: {about}" for name, about in NAMES.items())
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help=f"{_NAMES_HELP}. Default: all")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="small shapes and few rounds, for a quick check and a rough idea of the speed")
+        bool,
+        typer.Option("--quick", help="small shapes and few rounds, for a quick check and a rough idea of the speed"),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the machine and the rows to FILE")] = None,
-    plots: Annotated[Path | None, typer.Option(metavar="FOLDER", help="also plot the tables that have a plot, as PNG")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the machine and the rows to FILE")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="also plot the tables that have a plot, as PNG")
+    ] = None,
     precision: Annotated[
         Literal["fp32", "bf16", "all"] | None,
         typer.Option(help="for train-step, trainer, mixed and joint; default: those with native matrix products here"),
@@ -68,12 +73,16 @@ def bench(
         seconds = time.perf_counter() - started
         console.print(suite.table(rows))
         console.print(
-            f"{seconds:.0f} s; lorakit bench {name}{' --quick' if quick else ''}{f' --precision {precision}' if precision else ''}",
+            f"{seconds:.0f} s; lorakit bench "
+            f"{name}{' --quick' if quick else ''}{f' --precision {precision}' if precision else ''}",
             highlight=False,
         )
         measured_tables[name] = {"title": module.TITLE, "rows": rows, "seconds": round(seconds, 1), "quick": quick}
         if json_file is not None:  # after each table: a later one may fail
-            write_text(json_file, json.dumps({"machine": facts, "tables": measured_tables}, indent=1, ensure_ascii=False) + "\n")
+            write_text(
+                json_file,
+                json.dumps({"machine": facts, "tables": measured_tables}, indent=1, ensure_ascii=False) + "\n",
+            )
         plot = suite.save_plot(name, rows, plots) if plots is not None else None
         if plot is not None:
             console.print(f"plot: {plot}", highlight=False)

@@ -22,9 +22,12 @@ def card(
     license: License = None,
     base_model: BaseModel = None,
     data: Annotated[str | None, typer.Option(help="the training data's name or hub id, if not recorded")] = None,
-    repository: Annotated[str | None, typer.Option(help="OWNER/NAME, for the code on the card; lorakit push fills it in")] = None,
+    repository: Annotated[
+        str | None, typer.Option(help="OWNER/NAME, for the code on the card; lorakit push fills it in")
+    ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option("--eval", help="a file with the output of `lorakit eval ROWS --adapter ADAPTER --json`")
+        Path | None,
+        typer.Option("--eval", help="a file with the output of `lorakit eval ROWS --adapter ADAPTER --json`"),
     ] = None,
     evaluated_on: Annotated[str | None, typer.Option("--eval-on", help="the name or hub id of its rows")] = None,
     alpha: Alpha = None,
@@ -38,9 +41,18 @@ def card(
         from ..share import card_of, write
 
     content = card_of(
-        source, title=title, description=description, license=license, base_model=base_model, data=data, repository=repository,
-        evaluation=evaluation, evaluated_on=evaluated_on, alpha=alpha, base=base_folder(base),
-    )  # fmt: skip
+        source,
+        title=title,
+        description=description,
+        license=license,
+        base_model=base_model,
+        data=data,
+        repository=repository,
+        evaluation=evaluation,
+        evaluated_on=evaluated_on,
+        alpha=alpha,
+        base=base_folder(base),
+    )
     if out is None and not Path(source).expanduser().exists():
         raise ConfigError(f"{source} is not a local path\n  say where to write its card: --out README.md")
     path = out.expanduser() if out is not None else content.path

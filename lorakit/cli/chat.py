@@ -15,7 +15,9 @@ _HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset c
 
 def chat(
     model: Model = "embedded",
-    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable, starts with the last one")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable, starts with the last one")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     template: Annotated[
         Literal["auto", "chat", "plain", "none"],
@@ -57,7 +59,9 @@ def chat(
                 history.append({"role": "user", "content": line.replace("\\n", "\n") if not has_turns else line})
                 ids = question_ids(history, tokenizer, style)
                 answer = ""
-                for piece in stream(base, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
+                for piece in stream(
+                    base, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+                ):
                     answer += piece
                     print(piece, end="", flush=True)
                 print()

@@ -17,21 +17,30 @@ def combine(
     adapters: Annotated[list[str], typer.Argument(help="the adapters (folders, files or hub ids)")],
     out: Annotated[Path, typer.Option(help="where to write the result")],
     weights: Annotated[str | None, typer.Option(help="one per adapter, e.g. 0.7,0.3; default: 1 each")] = None,
-    method: Annotated[str, typer.Option(help="linear (exact), svd, ties, dare_linear, dare_ties or magnitude_prune")] = "linear",
+    method: Annotated[
+        str, typer.Option(help="linear (exact), svd, ties, dare_linear, dare_ties or magnitude_prune")
+    ] = "linear",
     rank: Rank = None,
     keep: Keep = None,
     density: Annotated[
-        float | None, typer.Option(min=0, max=1, help="share of each ΔW's elements that ties, dare and magnitude_prune keep")
+        float | None,
+        typer.Option(min=0, max=1, help="share of each ΔW's elements that ties, dare and magnitude_prune keep"),
     ] = None,
-    majority: Annotated[Literal["total", "frequency"], typer.Option(help="how ties elects signs: by sum or by count")] = "total",
+    majority: Annotated[
+        Literal["total", "frequency"], typer.Option(help="how ties elects signs: by sum or by count")
+    ] = "total",
     seed: Annotated[int, typer.Option(help="seed for dare")] = 0,
-    saved: Annotated[Literal["equal", "mean"], typer.Option(help="saved modules and embeddings must be equal, or are averaged")] = "equal",
+    saved: Annotated[
+        Literal["equal", "mean"], typer.Option(help="saved modules and embeddings must be equal, or are averaged")
+    ] = "equal",
     alpha: Alpha = None,
     to: To = "peft",
     dtype: Dtype = None,
     base: Base = None,
     force: Force = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="combine even if they were trained on different bases")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="combine even if they were trained on different bases")
+    ] = False,
     modules: Modules = False,
     json_output: Json = False,
 ) -> None:
@@ -44,9 +53,18 @@ def combine(
     started = time.monotonic()
     with progress("combining") as on_module:
         result = combined(
-            values, parse_weights(weights), method, rank=rank, keep=keep, density=density, majority=majority, seed=seed, saved=saved,  # type: ignore[arg-type]
-            force=force_base, on_module=on_module,
-        )  # fmt: skip
+            values,
+            parse_weights(weights),
+            method,  # type: ignore[arg-type]
+            rank=rank,
+            keep=keep,
+            density=density,
+            majority=majority,
+            seed=seed,
+            saved=saved,
+            force=force_base,
+            on_module=on_module,
+        )
     report(
         f"combined {len(adapters)} adapters ({method})",
         values,

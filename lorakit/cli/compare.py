@@ -16,9 +16,12 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="an adapter (folder, file or hub id)")],
     b: Annotated[str, typer.Argument(metavar="B", help="another adapter of the same base")],
     base: Annotated[
-        str | None, typer.Option(help="the base's checkpoint folder, or 'embedded': compare ΔW with W (amplification factor)")
+        str | None,
+        typer.Option(help="the base's checkpoint folder, or 'embedded': compare ΔW with W (amplification factor)"),
     ] = None,
-    module: Annotated[list[str] | None, typer.Option(help="show φ for all i, j of modules with this name or ending; repeatable")] = None,
+    module: Annotated[
+        list[str] | None, typer.Option(help="show φ for all i, j of modules with this name or ending; repeatable")
+    ] = None,
     of: Annotated[
         Literal["A", "B", "right", "left"],
         typer.Option(help="singular directions for φ: of the factor A (as in the paper), of B, or of ΔW"),
@@ -48,9 +51,14 @@ def compare(
     first, second = (read_checked(source, own, folder) for source, own in zip((a, b), alphas, strict=True))
     with Console(stderr=True).status("comparing") as status:
         comparison = compare_adapters(
-            first, second, (a, b), modules=module or (), of=of, base=folder,
+            first,
+            second,
+            (a, b),
+            modules=module or (),
+            of=of,
+            base=folder,
             on_module=lambda _, done, total: status.update(f"comparing {done}/{total}"),
-        )  # fmt: skip
+        )
         if plot is not None:
             draw(comparison, plot)
         if html is not None:

@@ -13,7 +13,8 @@ from .shared.options import Force
 from .shared.starting import starting
 
 _KINDS = Annotated[
-    Literal["bf16", "fp16", "fp32", "q8_0"] | None, typer.Option(help="precision of the tensors (q8_0: gguf only); default: the adapter's")
+    Literal["bf16", "fp16", "fp32", "q8_0"] | None,
+    typer.Option(help="precision of the tensors (q8_0: gguf only); default: the adapter's"),
 ]
 _BASE = Annotated[str | None, typer.Option(help="the base's folder (with config.json), required for gguf")]
 
@@ -21,11 +22,16 @@ _BASE = Annotated[str | None, typer.Option(help="the base's folder (with config.
 def convert(
     source: Annotated[str, typer.Argument(help="an adapter in any format: folder, file or hub id")],
     out: Annotated[Path, typer.Argument(help="the output: a folder for peft and mlx, a file for the others")],
-    to: Annotated[Literal["peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf"], typer.Option(help="the format to write")],
+    to: Annotated[
+        Literal["peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf"],
+        typer.Option(help="the format to write"),
+    ],
     base: _BASE = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     dtype: _KINDS = None,
-    allow_loss: Annotated[bool, typer.Option("--allow-loss", help="leave out what the format cannot hold, and list it")] = False,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="leave out what the format cannot hold, and list it")
+    ] = False,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
@@ -39,7 +45,12 @@ def convert(
 
     out, folder, source_format = output_path(out, to, force), base_folder(base), format_of(source)
     result = converted(
-        read(source, alpha, folder), out, to, base=folder, dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype), allow_loss=allow_loss
+        read(source, alpha, folder),
+        out,
+        to,
+        base=folder,
+        dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype),
+        allow_loss=allow_loss,
     )
     if json_output:
         print(json.dumps({"from": source_format, **result.to_dict()}))

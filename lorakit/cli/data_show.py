@@ -19,8 +19,12 @@ def show(
     columns: Columns = None,
     template: DataTemplate = "auto",
     train_on: Annotated[Literal["completion", "all"], typer.Option(help="which tokens are trained")] = "completion",
-    max_length: Annotated[int | None, typer.Option(help="maximum row length in tokens; default: the data's 99th percentile")] = None,
-    on_long: Annotated[Literal["auto", "drop", "cut", "split"], typer.Option(help="what to do with longer rows")] = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(help="maximum row length in tokens; default: the data's 99th percentile")
+    ] = None,
+    on_long: Annotated[
+        Literal["auto", "drop", "cut", "split"], typer.Option(help="what to do with longer rows")
+    ] = "auto",
     rows: Annotated[int, typer.Option(min=0, help="how many rows to print")] = 3,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
@@ -35,9 +39,14 @@ def show(
 
     tokenizer = load_tokenizer(model)
     dataset = build(
-        read_rows(data, split), tokenizer, columns=renamed, template=template, train_on=train_on,
-        max_length="auto" if max_length is None else max_length, on_long=on_long,
-    )  # fmt: skip
+        read_rows(data, split),
+        tokenizer,
+        columns=renamed,
+        template=template,
+        train_on=train_on,
+        max_length="auto" if max_length is None else max_length,
+        on_long=on_long,
+    )
     if json_output:
         print(json.dumps(report(dataset)))
         return

@@ -14,7 +14,9 @@ from .shared.starting import starting
 
 def demo(
     out: Annotated[Path, typer.Option(help="the folder to write")] = Path("lorakit-demo"),
-    compare: Annotated[bool, typer.Option("--compare", help="also run full fine-tuning for the same number of steps")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="also run full fine-tuning for the same number of steps")
+    ] = False,
     rows: Annotated[int | None, typer.Option(min=1, help="evaluate only the first N test rows")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="number of training steps")] = None,
     force: Annotated[bool, typer.Option("--force", help="start over if the folder exists")] = False,
@@ -32,7 +34,8 @@ def demo(
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder (--out)")
     if out.exists() and any(path.name != ROWS_FILE for path in out.iterdir()) and not (out / "run").is_dir():
-        raise ConfigError(f"{out} is not empty and not a demo's folder; give another (--out)")  # not deleted even with --force
+        # not deleted even with --force
+        raise ConfigError(f"{out} is not empty and not a demo's folder; give another (--out)")
     if out.exists() and force:
         shutil.rmtree(out)
 
@@ -40,14 +43,18 @@ def demo(
         from ..train import loop  # noqa: F401 (imports torch and transformers, which takes seconds)
 
     console = Console(stderr=json_output)
-    outcome = run(out, compare, rows, steps, say=lambda line: console.print(f"\n{line}", highlight=False), console=console)
+    outcome = run(
+        out, compare, rows, steps, say=lambda line: console.print(f"\n{line}", highlight=False), console=console
+    )
     if json_output:
         print(json.dumps(outcome.to_dict(), ensure_ascii=False))
         return
     for sample in outcome.samples:
         console.print()
         for name, text in sample.items():
-            console.print(Text(f"{name:>6}  ", style="bold") + Text(text if len(text) < 400 else text[:400] + "…"), soft_wrap=True)
+            console.print(
+                Text(f"{name:>6}  ", style="bold") + Text(text if len(text) < 400 else text[:400] + "…"), soft_wrap=True
+            )
     table = Table(title="test set of E2E NLG")
     table.add_column("")
     for column in ("BLEU", "chrF", "ROUGE-L", "slot errors", "training"):

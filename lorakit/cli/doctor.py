@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-    pins: Annotated[bool, typer.Option("--pins", help="print the tested releases as a constraints file for pip")] = False,
+    pins: Annotated[
+        bool, typer.Option("--pins", help="print the tested releases as a constraints file for pip")
+    ] = False,
 ) -> None:
     """Show what this machine supports: library versions, devices, precisions, threads, compiler, extras, disk.
 
@@ -48,18 +50,28 @@ def doctor(
 
         fused = fused_report()
     if json_output:
-        print(json.dumps({
-            "lorakit": VERSION, "python": platform.python_version(), "platform": system, "works": works,
-            "libraries": [{**asdict(lib), "fix": lib.fix} for lib in libraries],
-            "extras": [{**asdict(extra), "lacking": extra.lacking, "fix": extra.fix} for extra in extras],
-            "machine": asdict(machine) if machine else None, "fused": [asdict(part) for part in fused or ()],
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "lorakit": VERSION,
+                    "python": platform.python_version(),
+                    "platform": system,
+                    "works": works,
+                    "libraries": [{**asdict(lib), "fix": lib.fix} for lib in libraries],
+                    "extras": [{**asdict(extra), "lacking": extra.lacking, "fix": extra.fix} for extra in extras],
+                    "machine": asdict(machine) if machine else None,
+                    "fused": [asdict(part) for part in fused or ()],
+                }
+            )
+        )
     else:
         _print(libraries, extras, machine, fused)
     raise typer.Exit(0 if works else 1)
 
 
-def _print(libraries: list[Library], extras: list[Extra], machine: Machine | None, fused: list[FusedPart] | None) -> None:
+def _print(
+    libraries: list[Library], extras: list[Extra], machine: Machine | None, fused: list[FusedPart] | None
+) -> None:
     from rich.console import Console
 
     from ..doctor import show

@@ -17,12 +17,18 @@ from .shared.starting import starting
 def edit(
     source: Annotated[str, typer.Argument(help="the adapter: folder, file or hub id")],
     out: Annotated[Path, typer.Argument(help="the output: a folder or file")],
-    scale: Annotated[float | None, typer.Option(help="multiply every ΔW by this; -1 gives the adapter that undoes it")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="multiply every ΔW by this; -1 gives the adapter that undoes it")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="keep only modules with this name ending; repeatable")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="leave out modules with this name ending; repeatable")] = None,
-    rename: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW", help="replace this prefix of module names; repeatable")] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="replace this prefix of module names; repeatable")
+    ] = None,
     to: Annotated[str | None, typer.Option(help="format to write; default: the same")] = None,
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the tensors; default: the same")] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the tensors; default: the same")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="the base's folder, required for GGUF")] = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
@@ -30,7 +36,9 @@ def edit(
 ) -> None:
     """Scale, negate, prune or rename an adapter, or change its precision; in the order only, drop, rename, scale."""
     if scale is None and not (only or drop or rename or dtype):
-        raise ConfigError("edit has nothing to change\n  give --scale, --only, --drop, --rename or --dtype; or use lorakit convert")
+        raise ConfigError(
+            "edit has nothing to change\n  give --scale, --only, --drop, --rename or --dtype; or use lorakit convert"
+        )
     if scale == 0:
         raise ConfigError("--scale 0 would leave nothing of the adapter\n  give a scale other than 0")
     with starting(f"reading {source}"):
@@ -51,10 +59,15 @@ def edit(
         adapter = edits.scale(adapter, scale)
     path = save(adapter, out, format, dtype=dtype_of(dtype), base=folder)
     if json_output:
-        print(json.dumps({"out": str(path), "format": format, "modules": len(adapter.updates), "parameters": adapter.parameters}))
+        print(
+            json.dumps(
+                {"out": str(path), "format": format, "modules": len(adapter.updates), "parameters": adapter.parameters}
+            )
+        )
         return
     print(
-        f"{len(before.updates)} modules -> {len(adapter.updates)}, {before.parameters:,} parameters -> {adapter.parameters:,}, "
+        f"{len(before.updates)} modules -> {len(adapter.updates)}, {before.parameters:,} parameters -> "
+        f"{adapter.parameters:,}, "
         f"{time.monotonic() - started:.1f} s"
     )
     print(f"next: {inspect_call(path, adapter, format, base)}")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .shared.loading import load
+from ..errors import ConfigError
+from ..tasks import DEFAULT, task_for, task_names, task_of
+from .shared.loading import attached, read
 from .shared.options import Columns, DataTemplate, Model, Precision, Split, pairs
 from .shared.starting import starting
+
+if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
 
 _NO_LIMIT = 1 << 30
 
@@ -19,7 +25,9 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="rows to judge on; a `references` column may list several right answers")],
     model: Model = "embedded",
     adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated")] = None,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")] = True,
+    text: Annotated[
+        bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")
+    ] = True,
     split: Split = None,
     columns: Columns = None,
     template: DataTemplate = "auto",
@@ -28,9 +36,16 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="rows at once")] = 32,
     samples: Annotated[int, typer.Option(min=0, help="answers to print")] = 3,
     precision: Precision = "auto",
+    task: Annotated[
+        str | None, typer.Option(metavar="|".join(task_names()), help="default: what the adapters were trained for")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by side."""
+    """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by
+    side.
+
+    Of classifiers: loss, accuracy and macro F1.
+    """
     from rich.console import Console
 
     renamed = pairs(columns, "--columns") or None  # before anything is loaded
@@ -40,7 +55,12 @@ def evaluate(
         from ..evaluate.evaluate import evaluate as judge
         from ..generate.generate import positions_of
 
-    loaded = load(model, adapter or [], precision)
+    values = read(model, adapter or [])
+    name = _task_of(task, values)
+    if name != DEFAULT:
+        _figures(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
+        return
+    loaded = attached(model, values, precision)
     base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
     longest = positions_of(base) or _NO_LIMIT
     rows = read_rows(data, split, limit)
@@ -48,9 +68,16 @@ def evaluate(
     console = Console()
     with console.status("loading") as status:
         report = judge(
-            base, tokenizer, dataset.items, [None, *names], generate=text and dataset.shape != "text", max_new_tokens=max_new_tokens,
-            samples=samples, batch_size=batch_size, on_rows=lambda what, count: status.update(f"{what}: {count} more rows"),
-        )  # fmt: skip
+            base,
+            tokenizer,
+            dataset.items,
+            [None, *names],
+            generate=text and dataset.shape != "text",
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            batch_size=batch_size,
+            on_rows=lambda what, count: status.update(f"{what}: {count} more rows"),
+        )
     if json_output:
         print(json.dumps(report.to_dict() | {"dropped": dataset.dropped}, ensure_ascii=False))
         return
@@ -64,3 +91,69 @@ def evaluate(
         print(f"next: lorakit chat --model {quote(model)} --adapter {quote((adapter or [''])[-1])}")
     else:
         print(f"next: lorakit train --data {quote(data)} --model {quote(model)}")
+
+
+def _task_of(asked: str | None, values: Mapping[str, Adapter]) -> str:
+    """The task as asked, or that of all the adapters."""
+    found = {task_for(value.config.task) or DEFAULT for value in values.values()}
+    if asked is not None:
+        return task_for(asked) or asked
+    if len(found) > 1:
+        raise ConfigError(
+            f"the adapters are for different tasks: {', '.join(sorted(found))}\n  judge those of one task at a time"
+        )
+    return next(iter(found), DEFAULT)
+
+
+def _figures(
+    name: str,
+    data: str,
+    model: str,
+    values: Mapping[str, Adapter],
+    split: str | None,
+    columns: dict[str, str],
+    limit: int | None,
+    batch_size: int,
+    precision: str,
+    json_output: bool,
+) -> None:
+    """A task's own figures, of each adapter, or of a model that was trained whole."""
+    from rich.console import Console
+
+    from ..bases.device import choose_device, choose_dtype
+    from ..bases.load import load_config
+    from ..evaluate.figures import figures, table
+    from ..model.attach import attach
+    from ..tasks.task import Base
+    from ..train.config import TrainConfig
+
+    base_config = load_config(model)
+    config = TrainConfig(
+        data=data, split=split, model=model, columns=columns, task=name, precision=precision, validation=0
+    )
+    task = task_of(config.task)
+    settings: list[dict[str, Any]] = [
+        task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()
+    ]
+    if any(each != settings[0] for each in settings):
+        raise ConfigError(
+            f"the adapters were trained for other settings of {name}: {settings}\n  judge them one at a time"
+        )
+    if "max_length" in task.settings.model_fields:
+        config = config.replace(
+            max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+        )
+    config = config.replace(**(settings[0] if settings else task.remembered({}, base_config)))
+    processor = task.processor(config)
+    rows = task.data(config, processor)
+    items, device = rows.train[:limit], choose_device().value
+    base = Base(task.load(config, processor, rows, choose_dtype(precision, device).value, device), processor)
+    for each, value in values.items():
+        attach(base.model, value, each)
+    task.check(config, base.model, items)
+    found = figures(task, base, items, list(values), batch_size)
+    if json_output:
+        print(json.dumps({"task": name, "results": found}, ensure_ascii=False))
+        return
+    Console().print(table(found))
+    print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")

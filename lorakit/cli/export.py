@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
 
 _DTYPES = Annotated[
-    Literal["f16", "bf16", "q8_0", "f32"] | None, typer.Option(help="with --merged: precision of the matrices; default: f16")
+    Literal["f16", "bf16", "q8_0", "f32"] | None,
+    typer.Option(help="with --merged: precision of the matrices; default: f16"),
 ]
 
 
@@ -31,13 +32,22 @@ def export(
     ],
     fix: Annotated[bool, typer.Option("--fix", help="fix what can be fixed without changing the effect")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="read the result back with independent code and compare; with --base, logits too")
+        bool,
+        typer.Option(
+            "--verify", help="read the result back with independent code and compare; with --base, logits too"
+        ),
     ] = False,
-    base: Annotated[str | None, typer.Option(help="the base's folder: config.json for llama.cpp's format, weights for --verify")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="the base's folder: config.json for llama.cpp's format, weights for --verify")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="for Ollama: the model that the Modelfile starts FROM")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="for llama.cpp and Ollama: merge base and adapter into one GGUF model")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="for llama.cpp and Ollama: merge base and adapter into one GGUF model")
+    ] = False,
     dtype: _DTYPES = None,
-    force_base: Annotated[bool, typer.Option("--force-base", help="accept a --base that the adapter was not trained on")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="accept a --base that the adapter was not trained on")
+    ] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
@@ -51,7 +61,9 @@ def export(
     folder = base_folder(base)
     if merged:
         if model is not None:
-            raise ConfigError("--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model")
+            raise ConfigError(
+                "--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model"
+            )
         options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
         _merged(read(source, alpha, folder, force_base), folder, out, receiver, json_output, **options)
         return

@@ -16,21 +16,30 @@ from .shared.starting import starting
 
 def extract(
     base: Annotated[
-        str, typer.Argument(help="the base: a checkpoint folder, a pipeline's, a diffusion model's .safetensors, or 'embedded'")
+        str,
+        typer.Argument(
+            help="the base: a checkpoint folder, a pipeline's, a diffusion model's .safetensors, or 'embedded'"
+        ),
     ],
     tuned: Annotated[str, typer.Argument(help="the checkpoint fine-tuned from it")],
     out: Out,
     rank: Rank = None,
     keep: Annotated[
-        float | None, typer.Option(min=0, max=1, help="keep this share of the energy of each weight's change, e.g. 0.95")
+        float | None,
+        typer.Option(min=0, max=1, help="keep this share of the energy of each weight's change, e.g. 0.95"),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="only modules with this name ending; repeatable")] = None,
     save_rest: Annotated[
         bool,
-        typer.Option("--save-rest", help="save changed biases, norms and all else in full (kohya: except biases of modules with factors)"),
+        typer.Option(
+            "--save-rest",
+            help="save changed biases, norms and all else in full (kohya: except biases of modules with factors)",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="seed of the random projections")] = 0,
-    to: Annotated[str | None, typer.Option(help="format to write; default: peft, or kohya for a diffusion model")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="format to write; default: peft, or kohya for a diffusion model")
+    ] = None,
     dtype: Dtype = None,
     force: Force = False,
     modules: Modules = False,
@@ -50,17 +59,22 @@ def extract(
     started = time.monotonic()
     with progress("extracting") as on_tensor:
         result = extract_adapter(
-            before, after, rank, keep=keep, targets=target, save_rest=save_rest, seed=seed,
-            on_tensor=on_tensor,
-        )  # fmt: skip
+            before, after, rank, keep=keep, targets=target, save_rest=save_rest, seed=seed, on_tensor=on_tensor
+        )
     path, inspect = write(result.adapter, out, to, dtype, base)
     if json_output:
         print(json.dumps({"out": str(path), "parameters": result.adapter.parameters, **result.to_dict()}))
         return
     if modules:
         for m in result.modules:
-            print(f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured {m.captured:.1%}")
-    print(f"{len(result.modules)} changed matrices, largest rank {result.adapter.rank}; {result.unchanged} tensors unchanged")
+            print(
+                f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured "
+                f"{m.captured:.1%}"
+            )
+    print(
+        f"{len(result.modules)} changed matrices, largest rank {result.adapter.rank}; {result.unchanged} tensors "
+        "unchanged"
+    )
     if result.rest:
         omitted = [name for name in result.rest if name not in result.kept]
         note = f", {len(omitted)} left out ({listing(omitted, 3)})" if omitted else ""
@@ -69,5 +83,7 @@ def extract(
     print(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
     for warning in result.warnings:
         print(f"note: {warning}")
-    command = inspect if image or to != "peft" else f"lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
+    command = (
+        inspect if image or to != "peft" else f"lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
+    )
     print(f"next: {command}")

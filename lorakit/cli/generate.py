@@ -17,7 +17,9 @@ from .shared.starting import starting
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="the prompt; default: read from standard input")] = None,
     model: Model = "embedded",
-    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable, the last one is used")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable, the last one is used")
+    ] = None,
     template: Annotated[
         Literal["auto", "chat", "plain", "none"],
         typer.Option(help="chat, plain: the prompt is a user turn; none: raw text; auto: as in training"),
@@ -39,7 +41,15 @@ def generate(
         raise ConfigError("the prompt is empty; expected at least one character")
     loaded = load(model, adapter or [], precision)
     ids = question_ids(text, loaded.tokenizer, loaded.style_for(template))
-    pieces = stream(loaded.model, loaded.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    pieces = stream(
+        loaded.model,
+        loaded.tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
     if json_output:
         print(json.dumps({"prompt": text, "text": "".join(pieces)}, ensure_ascii=False))
         return

@@ -28,4 +28,7 @@ def init(
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; --force replaces it")
     write_text(path, _HEAD.format(name=path) + commented(TrainConfig, {"model": model, "data": data}, skip=_SKIP))
-    print(f"wrote {path}\nnext: lorakit data show {shlex.quote(data)}, then lorakit train --config {shlex.quote(str(path))}")
+    print(
+        f"wrote {path}\n"
+        f"next: lorakit data show {shlex.quote(data)}, then lorakit train --config {shlex.quote(str(path))}"
+    )

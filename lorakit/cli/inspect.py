@@ -14,10 +14,16 @@ from .shared.starting import starting
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="an adapter (folder, file or hub id), or a model folder with --modules")],
+    source: Annotated[
+        str, typer.Argument(help="an adapter (folder, file or hub id), or a model folder with --modules")
+    ],
     alpha: Annotated[float | None, typer.Option(help="for loralib files, which do not store it")] = None,
-    modules: Annotated[bool, typer.Option("--modules", help="list every module (for a model: every module that can be adapted)")] = False,
-    base: Annotated[str | None, typer.Option(help="the base's checkpoint folder, or 'embedded': norms relative to its weights")] = None,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="list every module (for a model: every module that can be adapted)")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="the base's checkpoint folder, or 'embedded': norms relative to its weights")
+    ] = None,
     heat: Annotated[bool, typer.Option("--map", help="print a heat map of the modules")] = False,
     quantity: Annotated[
         Literal["norm", "relative", "effective_rank", "stable_rank"] | None,

@@ -15,16 +15,24 @@ from .shared.starting import starting
 
 def merge(
     base: Annotated[
-        str, typer.Argument(help="a checkpoint folder, a diffusers pipeline's folder, a diffusion model's .safetensors, or 'embedded'")
+        str,
+        typer.Argument(
+            help="a checkpoint folder, a diffusers pipeline's folder, a diffusion model's .safetensors, or 'embedded'"
+        ),
     ],
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER... OUT", help="one or several adapters, then the output")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER... OUT", help="one or several adapters, then the output")
+    ],
     weights: Annotated[str | None, typer.Option(help="one per adapter, e.g. 0.7,0.3; default: 1 each")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the merged weights; default: the base's")
+        Literal["bf16", "fp16", "fp32"] | None,
+        typer.Option(help="precision of the merged weights; default: the base's"),
     ] = None,
     untie: Annotated[bool, typer.Option("--untie", help="give a tied LM head its own weight")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="merge even if an adapter was trained on another base")] = False,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="merge even if an adapter was trained on another base")
+    ] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
@@ -42,10 +50,17 @@ def merge(
     console = Console()
     with console.status("merging") as status:
         report = merge_checkpoint(
-            folder, sources, out, weights=parse_weights(weights), alpha=alpha, force=force,
-            dtype=dtype_of(dtype), untie=untie, force_base=force_base,
+            folder,
+            sources,
+            out,
+            weights=parse_weights(weights),
+            alpha=alpha,
+            force=force,
+            dtype=dtype_of(dtype),
+            untie=untie,
+            force_base=force_base,
             on_tensor=lambda name, done, total: status.update(f"{done}/{total} {name}"),
-        )  # fmt: skip
+        )
     if json_output:
         print(json.dumps(report.to_dict()))
         return

@@ -40,9 +40,19 @@ def push(
         from ..share.push import push as pushed
 
     done = pushed(
-        source, repository, private=private, revision=revision, message=message, card=with_card, dry_run=dry_run, base_model=base_model,
-        license=license, alpha=alpha, base=base_folder(base), tell=None if json_output else lambda pushed: _announce(pushed, source),
-    )  # fmt: skip
+        source,
+        repository,
+        private=private,
+        revision=revision,
+        message=message,
+        card=with_card,
+        dry_run=dry_run,
+        base_model=base_model,
+        license=license,
+        alpha=alpha,
+        base=base_folder(base),
+        tell=None if json_output else lambda pushed: _announce(pushed, source),
+    )
     if json_output:
         print(json.dumps(done.to_dict() | {"dry_run": dry_run}))
         return
@@ -50,10 +60,21 @@ def push(
     if dry_run:
         print("nothing was sent")
         options = {
-            "--private": private, "--revision": revision, "--message": message, "--no-card": not with_card, "--base-model": base_model,
-            "--license": license, "--alpha": alpha, "--base": base,
-        }  # fmt: skip
-        words = [w for k, v in options.items() if v is not None and v is not False for w in ([k] if v is True else [k, quote(str(v))])]
+            "--private": private,
+            "--revision": revision,
+            "--message": message,
+            "--no-card": not with_card,
+            "--base-model": base_model,
+            "--license": license,
+            "--alpha": alpha,
+            "--base": base,
+        }
+        words = [
+            w
+            for k, v in options.items()
+            if v is not None and v is not False
+            for w in ([k] if v is True else [k, quote(str(v))])
+        ]
         print(f"next: {' '.join(['lorakit push', quote(source), repository, *words])}")
         return
     what = "created" if done.created else "updated" if done.changed else "unchanged, it has all of this already"

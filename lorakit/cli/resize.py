@@ -17,8 +17,12 @@ def resize(
     out: Out,
     rank: Rank = None,
     keep: Keep = None,
-    error: Annotated[float | None, typer.Option(min=0, max=1, help="the largest error ‖ΔW - ΔW'‖ / ‖ΔW‖ allowed per module")] = None,
-    overall: Annotated[bool, typer.Option("--overall", help="apply --keep or --error to all modules together, with one threshold")] = False,
+    error: Annotated[
+        float | None, typer.Option(min=0, max=1, help="the largest error ‖ΔW - ΔW'‖ / ‖ΔW‖ allowed per module")
+    ] = None,
+    overall: Annotated[
+        bool, typer.Option("--overall", help="apply --keep or --error to all modules together, with one threshold")
+    ] = False,
     drop_bias: Annotated[bool, typer.Option("--drop-bias", help="drop the bias changes of dense updates")] = False,
     alpha: Alpha = None,
     to: To = "peft",
@@ -37,7 +41,6 @@ def resize(
     started = time.monotonic()
     with progress("resizing") as on_module:
         result = resize_adapter(
-            value, rank, keep=keep, error=error, overall=overall, drop_bias=drop_bias,
-            on_module=on_module,
-        )  # fmt: skip
+            value, rank, keep=keep, error=error, overall=overall, drop_bias=drop_bias, on_module=on_module
+        )
     report("resized", [value], result, write(result.adapter, out, to, dtype, base), started, modules, json_output)

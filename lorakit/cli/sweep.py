@@ -24,7 +24,9 @@ _SKIP = ("base", "find_lr")
 
 def _sweep(
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="a YAML file as for train, with lists where swept; flags win")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="a YAML file as for train, with lists where swept; flags win")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and stop")] = False,
     max_runs: Annotated[int, typer.Option(min=1, help="refuse to start more runs than this")] = MAX_RUNS,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last lines")] = False,
@@ -67,7 +69,9 @@ def spread(name: str, value: Any) -> Any:
         try:
             return yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: not a list: {getattr(error, 'problem', error)}") from error
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value}: not a list: {getattr(error, 'problem', error)}"
+            ) from error
     parts = [part.strip() for part in value.split(",")]
     if len(parts) == 1:
         return value
@@ -110,7 +114,10 @@ def _last_words(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
         print(f"winner{f' on {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
     first = next(iter(outcome.winners.values()))
     config = plan.runs[outcome.entries[0].name]
-    print(f"next: lorakit eval {shlex.quote(config.data)} --model {shlex.quote(config.model)} --adapter {shlex.quote(str(first))}")
+    print(
+        f"next: lorakit eval {shlex.quote(config.data)} --model {shlex.quote(config.model)} --adapter "
+        f"{shlex.quote(str(first))}"
+    )
 
 
 sweep = with_flags(TrainConfig, _sweep, skip=_SKIP)

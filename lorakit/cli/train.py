@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..methods import method_of
+from ..tasks import DEFAULT
 from ..train.config import TrainConfig
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -24,7 +26,9 @@ _SKIP = ("base",)
 
 def _train(
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last line")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
@@ -49,16 +53,18 @@ def _last_words(result: Result, settings: TrainConfig) -> str:
     """How it ended, and what to type next."""
     if result.adapter is None:
         again = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
-        return f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\nnext: {again}   # goes on from there"
+        return (
+            f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
+            f"next: {again}   # goes on from there"
+        )
     how = f"{result.step} steps"
     if result.stopped:
         how = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-    data, out = shlex.quote(settings.data), shlex.quote(str(result.adapter))
-    if settings.method == "full":
-        return f"{how} in {result.seconds:.0f} s{best}; model: {result.adapter}\nnext: lorakit eval {data} --model {out}"
-    judge = f"lorakit eval {data} --model {shlex.quote(settings.model)} --adapter {out}"
-    return f"{how} in {result.seconds:.0f} s{best}; adapter: {result.adapter}\nnext: {judge}"
+    method = method_of(settings.method)
+    task = "" if settings.task == DEFAULT else f" --task {settings.task}"
+    judge = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
+    return f"{how} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {judge}"
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

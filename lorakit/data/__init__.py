@@ -1,4 +1,6 @@
-"""From a user's file to batches of token ids: rows are read (`read`, `parse`), their shape is told from their columns
-(`shapes`), each is rendered to ids and a mask of what is trained (`render`), measured and limited (`dataset`), ordered
-and padded (`batches`), and shown as the model will see them (`show`). Nothing here knows of models or of training.
+"""From a data file to batches of token ids.
+
+`read` and `parse` read rows, `shapes` works out from the columns what a row means, `render` turns it into token ids and
+a loss mask, `dataset` applies the length limit, `batches` orders and pads, and `show` prints the data as the model will
+see it. Nothing here knows about models or training.
 """

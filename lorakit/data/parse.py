@@ -1,7 +1,7 @@
-"""One function per text format: the text of a file in, its rows out, or an error that says where it is broken.
+"""Parse the text formats: each function takes a file's text and yields its rows, or says where the file is broken.
 
-JSONL (one object a line), JSON (a list of objects, or an object that holds one), CSV and TSV with a header line, and
-prose. Bytes are UTF-8, with or without a byte order mark; anything else is named, never guessed.
+JSONL (one object per line), JSON (a list of objects, or an object that contains one), CSV and TSV with a header line,
+and prose. Files are UTF-8, with or without a byte order mark; other encodings are an error, never guessed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakit.errors import DataError, listing
 
 DOCUMENT_END = "<|endoftext|>"
 
-# UTF-32 first: its little-endian mark begins with UTF-16's.
+# UTF-32 first: its little-endian mark starts with UTF-16's.
 FOREIGN_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -29,7 +29,7 @@ FOREIGN_MARKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One record as it was read, and where it came from: `number` is the line in JSONL, else the record, from 1."""
+    """One record and where it came from. `number`: the line in JSONL, otherwise the record, counted from 1."""
 
     values: dict[str, Any]
     file: str
@@ -41,11 +41,11 @@ class Row:
 
 
 def decode(raw: bytes, file: str) -> str:
-    """The text of a UTF-8 file; a byte order mark is taken off, one of another encoding is an error."""
+    """Decode a UTF-8 file and strip its byte order mark. Raises DataError for another encoding or broken bytes."""
     for mark, encoding in FOREIGN_MARKS.items():
         if raw.startswith(mark):
             raise DataError(
-                f"{file}: this is {encoding} (it begins with its byte order mark); UTF-8 is expected\n"
+                f"{file}: this is {encoding} (by its byte order mark); UTF-8 is expected\n"
                 f"  convert it: iconv -f {encoding} -t UTF-8 OLD > NEW"
             )
     raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -54,14 +54,15 @@ def decode(raw: bytes, file: str) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8, which is expected\n"
+            f"{file}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8, the expected "
+            "encoding\n"
             f"  if the file is in another encoding, convert it: iconv -f ISO-8859-1 -t UTF-8 OLD > NEW"
         ) from error
 
 
 def jsonl(text: str, file: str) -> Iterator[Row]:
-    """One JSON object a line; blank lines are skipped."""
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    """Yield one row per line, each a JSON object; skip blank lines. Raises DataError."""
+    # Not splitlines(): a JSON string may contain an unescaped U+2028 or U+0085.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -71,16 +72,22 @@ def jsonl(text: str, file: str) -> Iterator[Row]:
             hint = "\n  the file looks like one JSON document: name it .json" if line.strip() in ("[", "{") else ""
             raise DataError(f"{file}, row {number}, column {error.colno}: broken JSON: {error.msg}{hint}") from error
         if isinstance(values, list) and number == 1:
-            raise DataError(f"{file}, row 1: a list where an object is expected\n  the file looks like one JSON document: name it .json")
+            raise DataError(
+                f"{file}, row 1: a list where an object is expected\n"
+                "  the file looks like one JSON document: name it .json"
+            )
         yield Row(_object(values, file, number), file, number)
 
 
 def json_document(text: str, file: str, split: str | None = None) -> Iterator[Row]:
-    """A list of objects; or an object with exactly one list of objects, or several of which `split` names one."""
+    """Yield the objects of a JSON list, or of the one list inside an object; `split` picks among several lists.
+
+    Raises DataError.
+    """
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        # JSON Lines under the name .json is common: the first line is an object, then comes "extra data".
+        # JSON Lines named .json is common. json reports it as "Extra data" after the first line's object.
         if error.msg == "Extra data" and error.lineno > 1 and text.lstrip().startswith("{"):
             yield from jsonl(text, file)
             return
@@ -91,17 +98,17 @@ def json_document(text: str, file: str, split: str | None = None) -> Iterator[Ro
 
 
 def table(text: str, file: str, delimiter: str) -> Iterator[Row]:
-    """Comma- or tab-separated values with a header; every record has as many fields as the header."""
-    named = {",": "commas", "\t": "tabs"}[delimiter]
-    # The reader's own limit (131,072 characters a field) is below a long document; it is one for the whole process, so it is put back.
+    """Yield the records of a CSV or TSV file with a header. Raises DataError, also for a wrong number of fields."""
+    separator = {",": "comma", "\t": "tab"}[delimiter]
+    # csv's default limit, 131,072 characters a field, is too small for long documents. Process-wide, so restored below.
     limit = csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         records = [(fields, reader.line_num) for fields in reader if fields]
     except csv.Error as error:
         raise DataError(
-            f"{file}, line {reader.line_num}: broken {named}-separated record: {error}\n"
-            '  a field that holds quotes, separators or line ends is written in quotes, quotes inside doubled: "say ""hi"""'
+            f"{file}, line {reader.line_num}: broken {separator}-separated record: {error}\n"
+            '  quote a field that contains quotes, separators or newlines, and double quotes inside it: "say ""hi"""'
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -110,21 +117,24 @@ def table(text: str, file: str, delimiter: str) -> Iterator[Row]:
     header = records[0][0]
     other = next((mark for mark in (";", "\t", ",") if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other:
-        raise DataError(f"{file}, line 1: fields are expected to be separated by {named}, but the header is {header[0]!r}")
+        raise DataError(
+            f"{file}, line 1: fields are expected to be separated by {separator}s, but the header is {header[0]!r}"
+        )
     if len(set(header)) < len(header):
-        twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-        raise DataError(f"{file}, line 1: the header names a column twice: {listing(twice)}")
+        repeated = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+        raise DataError(f"{file}, line 1: the header names a column twice: {listing(repeated)}")
     for number, (fields, line) in enumerate(records[1:], start=1):
         if len(fields) != len(header):
             raise DataError(
-                f"{file}, row {number} (ends on line {line}): {len(fields)} fields, but the header has {len(header)}: {listing(header)}\n"
-                f"  a field that holds separators or line ends must be in quotes"
+                f"{file}, row {number} (ends on line {line}): {len(fields)} fields, "
+                f"but the header has {len(header)}: {listing(header)}\n"
+                "  quote fields that contain separators or newlines"
             )
         yield Row(dict(zip(header, fields)), file, number)
 
 
 def prose(text: str, file: str) -> Iterator[Row]:
-    """Documents in column `text`: what lies between `<|endoftext|>` marks, or else the whole file as one document."""
+    """Yield documents as column `text`: the file split at `<|endoftext|>`, or the entire file as one document."""
     documents = [part.strip() for part in text.split(DOCUMENT_END)] if DOCUMENT_END in text else [text.strip("\r\n")]
     for number, document in enumerate((d for d in documents if d.strip()), start=1):
         yield Row({"text": document}, file, number)
@@ -140,18 +150,33 @@ def _object(values: object, file: str, number: int) -> dict[str, Any]:
 
 
 def _only_list(document: object, file: str, split: str | None) -> list[Any]:
-    """The list of records inside a JSON object."""
+    """Return the list of records inside a JSON object."""
     if not isinstance(document, dict):
         raise DataError(f"{file}: {_kind(document)} where a list of objects is expected")
-    lists = {key: value for key, value in document.items() if isinstance(value, list) and all(isinstance(v, dict) for v in value)}
+    lists = {
+        key: value
+        for key, value in document.items()
+        if isinstance(value, list) and all(isinstance(v, dict) for v in value)
+    }
     if split in lists:
         return lists[split]
     if len(lists) == 1:
         return next(iter(lists.values()))
-    found = f"it holds several: {listing(lists)}; say which one as the split" if lists else f"its keys are: {listing(document)}"
-    raise DataError(f"{file}: a list of objects is expected, or an object that holds one; {found}")
+    contents = (
+        f"it contains several: {listing(lists)}; name one of them as the split"
+        if lists
+        else f"its keys are: {listing(document)}"
+    )
+    raise DataError(f"{file}: a list of objects is expected, or an object that contains one; {contents}")
 
 
 def _kind(value: object) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)

@@ -1,7 +1,7 @@
-"""A source, whatever it is, to rows: a data file, a folder of them, or a dataset on the Hugging Face hub.
+"""Read rows from a data file, a folder of data files, or a dataset on the Hugging Face hub.
 
-Kinds of file are told by their suffix (.jsonl, .json, .csv, .tsv, .parquet, .txt; the text kinds also as .gz, .xz or
-.bz2). A path that does not exist and reads OWNER/NAME (or OWNER/NAME:CONFIG, or NAME) is a hub id.
+The suffix decides the file type (.jsonl, .json, .csv, .tsv, .parquet, .txt; all but Parquet also as .gz, .xz or .bz2).
+A path that does not exist and reads OWNER/NAME (or OWNER/NAME:CONFIG, or NAME) is taken for a hub id.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from lorakit.data import parse
 from lorakit.data.parse import Row
 from lorakit.errors import DataError, did_you_mean, listing
 
-TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-KINDS = (*TEXT_KINDS, ".parquet")
-COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress, ".bz2": bz2.decompress}
+TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+TYPES = (*TEXT_TYPES, ".parquet")
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+    ".bz2": bz2.decompress,
+}
 ACCEPTED = "accepted: .jsonl, .json, .csv, .tsv, .txt (each also as .gz, .xz, .bz2) and .parquet"
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -30,10 +34,10 @@ OTHER_NAMES = ("test", "valid", "val", "dev", "eval")
 
 
 def read_rows(source: str | Path, split: str | None = None, limit: int | None = None) -> list[Row]:
-    """The rows of `source`, at most `limit`, and never none.
+    """Return at least one and at most `limit` rows of `source`.
 
-    `split` picks the files of a folder whose name holds it, the list of a JSON file that holds several, or the split of a
-    hub dataset (there the default is "train"). A single file of one list is read as it is.
+    `split` picks the files of a folder whose names contain it, one of several lists in a JSON file, or the split of a
+    hub dataset (default "train"). Other files ignore it. Raises DataError.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -43,16 +47,16 @@ def read_rows(source: str | Path, split: str | None = None, limit: int | None = 
     else:
         rows = _hub(str(source), path, split, limit)
     if not rows:
-        raise DataError(f"{source}: no rows in it; the file is empty or holds only a header or blank lines")
+        raise DataError(f"{source}: no rows; the file is empty or has only a header or blank lines")
     return rows
 
 
 def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
-    kind, compression = _kind(path)
-    if not kind:
+    file_type, compression = _file_type(path)
+    if not file_type:
         suffix = path.suffix or path.name
-        raise DataError(f"{path}: unknown kind of file '{suffix}'{did_you_mean(suffix, KINDS)}\n  {ACCEPTED}")
-    if kind == ".parquet":
+        raise DataError(f"{path}: unknown file type '{suffix}'{did_you_mean(suffix, TYPES)}\n  {ACCEPTED}")
+    if file_type == ".parquet":
         return _parquet(path, limit)
     try:
         raw = path.read_bytes()
@@ -66,22 +70,22 @@ def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
     text = parse.decode(raw, str(path))
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
-    if kind in (".jsonl", ".ndjson"):
+    if file_type in (".jsonl", ".ndjson"):
         return parse.jsonl(text, str(path))
-    if kind == ".json":
+    if file_type == ".json":
         return parse.json_document(text, str(path), split)
-    if kind == ".txt":
+    if file_type == ".txt":
         return parse.prose(text, str(path))
-    return parse.table(text, str(path), "," if kind == ".csv" else "\t")
+    return parse.table(text, str(path), "," if file_type == ".csv" else "\t")
 
 
-def _kind(path: Path) -> tuple[str, str]:
-    """The data suffix and the compression suffix, each empty when there is none we know."""
+def _file_type(path: Path) -> tuple[str, str]:
+    """Return the data suffix and the compression suffix, each "" if unknown."""
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     name = name.removesuffix(compression)
-    kinds = TEXT_KINDS if compression else KINDS
-    return next((kind for kind in kinds if name.endswith(kind)), ""), compression
+    types = TEXT_TYPES if compression else TYPES
+    return next((suffix for suffix in types if name.endswith(suffix)), ""), compression
 
 
 def _parquet(path: Path, limit: int | None) -> Iterator[Row]:
@@ -100,11 +104,11 @@ def _parquet(path: Path, limit: int | None) -> Iterator[Row]:
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder by name; hidden files and kinds that are not data are passed over."""
-    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and _kind(f)[0])
+    """Return the data files of a folder, sorted by name; skip hidden files and unknown types."""
+    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and _file_type(f)[0])
     if not files:
-        there = listing(sorted(f.name for f in folder.iterdir())) or "nothing"
-        raise DataError(f"{folder}: no data files in this folder, which holds: {there}\n  {ACCEPTED}")
+        contents = listing(sorted(f.name for f in folder.iterdir())) or "nothing"
+        raise DataError(f"{folder}: no data files in this folder; it contains: {contents}\n  {ACCEPTED}")
     if split is not None:
         chosen = [f for f in files if split.lower() in f.name.lower()]
         if not chosen:
@@ -115,33 +119,35 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     others = [n for n in names if n not in train and any(word in n for word in OTHER_NAMES)]
     if train and others:
         raise DataError(
-            f"{folder}: files of several splits ({listing([*train, *others])}); reading all would train on the test rows\n"
-            f"  say which split, for example train, or name one file"
+            f"{folder}: files of several splits ({listing([*train, *others])}); reading all would train on the test "
+            "rows\n"
+            "  give the split, for example train, or name one file"
         )
     return files
 
 
 def _hub(name: str, path: Path, split: str | None, limit: int | None) -> list[Row]:
     hub_id = HUB_ID.fullmatch(name)
-    if not hub_id or _kind(path)[0]:
+    if not hub_id or _file_type(path)[0]:
         raise DataError(f"{name}: no such file or folder{_neighbour(path)}")
     from datasets import load_dataset
 
     chosen = split or "train"
     try:
         data = load_dataset(hub_id["id"], hub_id["config"], split=f"{chosen}[:{limit}]" if limit else chosen)
-    # The hub client raises whatever its layers raise (HTTP, parsing, scripts): any of it means this source cannot be read.
+    # load_dataset lets all errors through (HTTP, parsing, scripts): any of them means the source cannot be read.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name}: no such file or folder{_neighbour(path)}; tried as a dataset on the hub (split {chosen}): {reason}\n"
-            f"  name an existing file or folder, or a hub dataset as OWNER/NAME or OWNER/NAME:CONFIG"
+            f"{name}: no such file or folder{_neighbour(path)}; "
+            f"tried as a dataset on the hub (split {chosen}): {reason}\n"
+            "  name an existing file or folder, or a hub dataset as OWNER/NAME or OWNER/NAME:CONFIG"
         ) from error
     return [Row(dict(values), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)]
 
 
 def _neighbour(path: Path) -> str:
-    """What is there instead: the nearest name beside `path`, or that its folder is missing too."""
+    """Suggest the most similar name beside `path`, or say that its folder is missing too."""
     folder = path.parent
     if not folder.is_dir():
         return f" (nor is there a folder {folder})"

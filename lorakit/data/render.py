@@ -1,16 +1,16 @@
-"""One example to token ids and the mask of what is trained, born together, segment by segment.
+"""Render an example to token ids and their loss mask, segment by segment.
 
-    segments   [(text, answer?), ...]     "<|im_start|>user Hi<|im_end|> <|im_start|>assistant" no · "Hello<|im_end|>" yes
-    ids        encode(text) of each, joined
+    segments   [(text, answer?), ...]   "<|im_start|>user Hi<|im_end|> <|im_start|>assistant" no · "Hello<|im_end|>" yes
+    ids        encode(text) of each, concatenated
     trained    answer?, once per id of its segment
 
-No marker is searched for in finished text. A conversation's segments are differences between renderings of its beginnings
-(`templates`): what the template writes for messages[:k] with the generation prompt is context, what it writes beyond that
-for messages[:k+1] is the answer. So any template works whose text only grows (`{% generation %}` is not needed), and what
-is generated from (`render_prompt`) is a prefix of what is trained on, by construction.
+The rendered text is never searched for role markers. A conversation's segments are differences between renderings of
+its prefixes (`templates`): what the template writes for messages[:k] with the generation prompt is context, and what it
+adds for messages[:k+1] is the answer. So every template that only appends works (`{% generation %}` is not needed), and
+the prompt that generation starts from (`render_prompt`) is by construction a prefix of what is trained.
 
-The end token is trained: where neither template nor data wrote it, it is added. The prompt and completion of a plain pair
-are joined as they are given; a space between them is the data's business.
+The end token is trained, and added if neither the template nor the data wrote it. A plain prompt and completion are
+concatenated as given: a space between them must be in the data.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["completion", "all"]
 
-JOINED = "prompt and completion meet without a space or line end between them"
+NO_SPACE_BETWEEN = "no space or newline between prompt and completion"
 LAST_TURN_ONLY = "the chat template rewrites earlier turns: only the last assistant turn is trained"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """`prompt` counts the ids before the first answer, 0 if the example has no prompt; `note` is what a user should know."""
+    """Token ids and their loss mask.
+
+    prompt: number of ids before the first answer, 0 if there is no prompt. note: what the user should be told.
+    """
 
     ids: list[int]
     trained: list[bool]
@@ -46,25 +49,28 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Segment:
+    """A stretch of text that is trained in full (`answer`) or not at all."""
+
     text: str
     answer: bool
 
 
 @dataclass(frozen=True)
-class Habits:
-    """What a tokenizer does to any text, found by trying it once (five short encodings, five of seven for a prompt and completion)."""
+class TokenizerBehaviour:
+    """What a tokenizer adds to any text. Found by encoding "x" and newlines, once for many examples."""
 
-    head: list[int]  # what it puts before a text: BOS, [CLS] or nothing
-    mark: list[int] | None  # the ids of a line end, if a text begins otherwise by itself than behind one
+    prefix: list[int]  # the special tokens it puts first: BOS, [CLS] or none
+    newline: list[int] | None  # the ids of a newline; None if a text has the same ids at the start and after a newline
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Habits:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerBehaviour:
+        """Probe the tokenizer."""
         bare = tokenizer.encode("x", add_special_tokens=False)
-        dressed = tokenizer.encode("x")
-        start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-        mark = tokenizer.encode("\n", add_special_tokens=False)
-        same = tokenizer.encode("\nx", add_special_tokens=False)[len(mark) :] == bare
-        return cls(dressed[:start], None if same else mark)
+        with_special = tokenizer.encode("x")
+        start = next((i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare), 0)
+        newline = tokenizer.encode("\n", add_special_tokens=False)
+        same = tokenizer.encode("\nx", add_special_tokens=False)[len(newline) :] == bare
+        return cls(with_special[:start], None if same else newline)
 
 
 def render(
@@ -72,76 +78,98 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     template: Template = "auto",
     train_on: TrainOn = "completion",
-    habits: Habits | None = None,
+    behaviour: TokenizerBehaviour | None = None,
 ) -> Rendered:
-    """The ids of `example`, up to its last trained message, and which of them are trained. `habits`: the tokenizer's, for many examples."""
+    """Render `example` up to its last trained message.
+
+    behaviour: pass it when rendering many examples, so that the tokenizer is probed once. Raises DataError if the
+    tokenizer has no end token or the chat template does not accept the conversation, ConfigError if `template` does not
+    fit the data.
+    """
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError(
-            "the tokenizer has no end (eos) token, so a model trained with it could not learn to stop\n"
+            "the tokenizer has no end (eos) token, so a model trained with it cannot learn to stop\n"
             "  set one: tokenizer.eos_token = '...', or eos_token in tokenizer_config.json"
         )
-    habits = habits or Habits.of(tokenizer)
-    head, segments, note = _segments(example, tokenizer, habits, template)
-    rendered = _tokens(segments, tokenizer, habits, head, end)
+    behaviour = behaviour or TokenizerBehaviour.of(tokenizer)
+    prefix, segments, note = _segments(example, tokenizer, behaviour, template)
+    rendered = _tokens(segments, tokenizer, behaviour, prefix, end)
     if train_on == "all":
-        start = len(head) if rendered.ids[: len(head)] == head else 0
+        start = len(prefix) if rendered.ids[: len(prefix)] == prefix else 0
         rendered = replace(rendered, trained=[position >= start for position in range(len(rendered.ids))])
     return replace(rendered, note=note)
 
 
 def render_prompt(
-    example: Example | Sequence[Message] | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template = "auto"
+    example: Example | Sequence[Message] | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "auto",
 ) -> list[int]:
-    """The ids a generation starts from, generation prompt included.
+    """Return the token ids that generation starts from, generation prompt included.
 
-    Of an `Example`, all that `render` puts before the last answer. Of a list of messages, the whole conversation, less a
-    last turn that is the assistant's.
+    For an `Example`, everything `render` puts before the last answer. For a list of messages, the entire conversation,
+    without a final assistant turn. Raises DataError and ConfigError as `render` does.
     """
     if not isinstance(example, Example):
-        example = _to_answer(example)
-    habits = Habits.of(tokenizer)
-    head, segments, _ = _segments(example, tokenizer, habits, template, with_answer=False)
-    return _tokens(segments, tokenizer, habits, head, end=None).ids
+        example = _awaiting_answer(example)
+    behaviour = TokenizerBehaviour.of(tokenizer)
+    prefix, segments, _ = _segments(example, tokenizer, behaviour, template, with_answer=False)
+    return _tokens(segments, tokenizer, behaviour, prefix, end=None).ids
 
 
-def question_ids(question: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, style: Style) -> list[int]:
-    """The ids that an answer to a free question starts from: the text as it is ("none"), or as a user's turn or conversation."""
+def question_ids(
+    question: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, style: Style
+) -> list[int]:
+    """Return the token ids that the answer to a question starts from.
+
+    question: a text, or messages with role and content. Style "none" encodes the text without a template. Raises
+    DataError if the template does not accept the conversation.
+    """
     if style == "none":
         text = question if isinstance(question, str) else str(question[-1]["content"])
-        habits = Habits.of(tokenizer)
-        return [*habits.head, *_encode(tokenizer, habits, text, continues=False)]
-    return render_prompt([{"role": "user", "content": question}] if isinstance(question, str) else question, tokenizer, style)
+        behaviour = TokenizerBehaviour.of(tokenizer)
+        return [*behaviour.prefix, *_encode(tokenizer, behaviour, text, continues=False)]
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    return render_prompt(messages, tokenizer, style)
 
 
 def _segments(
-    example: Example, tokenizer: PreTrainedTokenizerBase, habits: Habits, template: Template, with_answer: bool = True
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    behaviour: TokenizerBehaviour,
+    template: Template,
+    with_answer: bool = True,
 ) -> tuple[list[int], list[Segment], str | None]:
-    """What the tokenizer puts first, the segments up to the last answer (with it or not), and a note."""
+    """Return the tokenizer's prefix ids, the segments up to the last answer (included or not), and a note."""
     style = style_for(example.kind, tokenizer, template)
     last = max(index for index, message in enumerate(example.messages) if message.trained)
     before = example.messages[:last]
     if style == "none":
         segments = [Segment(message.content, message.trained) for message in before]
         answer = example.messages[last].content
-        bare_joint = bool(before) and before[-1].content[-1:].strip() and answer[:1].strip()
-        return habits.head, segments + [Segment(answer, True)] * with_answer, JOINED if bare_joint else None
+        unspaced = bool(before) and before[-1].content[-1:].strip() and answer[:1].strip()
+        if with_answer:
+            segments.append(Segment(answer, True))
+        return behaviour.prefix, segments, NO_SPACE_BETWEEN if unspaced else None
     write = writer_for(style, tokenizer, example)
     segments, written, note = _context(before, write)
     if with_answer:
         full = write(example.messages[: last + 1], False)
         if not full.startswith(written):
             raise DataError(
-                f"{example.row.where}: the chat template writes the assistant's turn differently from its own generation prompt, "
-                "so what is trained would not follow what is generated from\n  use template plain, or a tokenizer with another chat template"
+                f"{example.row.where}: the chat template starts the assistant's turn differently from its own "
+                "generation "
+                "prompt, so training and generation would not see the same prompt\n"
+                "  use template plain, or a tokenizer with another chat template"
             )
         segments.append(Segment(full[len(written) :], True))
-    # A chat template writes its own BOS where the model wants one; transformers adds none to it either.
-    return [] if style == "chat" else habits.head, segments, note
+    # Chat templates write their own BOS where the model needs one; transformers does not add one either.
+    return [] if style == "chat" else behaviour.prefix, segments, note
 
 
 def _context(before: Sequence[Message], write: Writer) -> tuple[list[Segment], str, str | None]:
-    """The segments before the last answer, their text as one, and a note if earlier answers could not be kept apart."""
+    """Return the segments before the last answer, their text, and a note if earlier answers cannot be trained."""
     opening = write(before, True)
     segments: list[Segment] = []
     written = ""
@@ -157,56 +185,62 @@ def _context(before: Sequence[Message], write: Writer) -> tuple[list[Segment], s
     return [*segments, Segment(opening[len(written) :], False)], opening, None
 
 
-def _tokens(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, habits: Habits, head: list[int], end: int | None) -> Rendered:
-    """Ids and mask of the segments; with `end`, the last one is an answer and ends with it."""
+def _tokens(
+    segments: Sequence[Segment],
+    tokenizer: PreTrainedTokenizerBase,
+    behaviour: TokenizerBehaviour,
+    prefix: list[int],
+    end: int | None,
+) -> Rendered:
+    """Encode the segments. If `end` is given and the last segment is an answer, it ends with that token."""
     segments = [segment for segment in segments if segment.text]
-    ids, trained = list(head), [False] * len(head)
+    ids, trained = list(prefix), [False] * len(prefix)
     prompt: int | None = None
     stop: int | None = None
     for position, segment in enumerate(segments):
-        piece = _encode(tokenizer, habits, segment.text, continues=position > 0)
-        if position == 0 and piece[: len(head)] == head:
-            piece = piece[len(head) :]  # the text brings its own BOS: one is enough
+        segment_ids = _encode(tokenizer, behaviour, segment.text, continues=position > 0)
+        if position == 0 and segment_ids[: len(prefix)] == prefix:
+            segment_ids = segment_ids[len(prefix) :]  # the text has its own BOS: do not add a second
         if segment.answer and prompt is None:
             prompt = len(ids) if position else 0
-        stop = _end_in(piece, tokenizer) if segment.answer else None
-        ids += piece
-        # Blank tokens that the template writes after the end token are never generated: nothing to learn there.
-        trained += [segment.answer and (stop is None or index < stop) for index in range(len(piece))]
+        stop = _end_in(segment_ids, tokenizer) if segment.answer else None
+        ids += segment_ids
+        # Whitespace that the template writes after the end token is never generated, so it is not trained.
+        trained += [segment.answer and (stop is None or index < stop) for index in range(len(segment_ids))]
     if end is not None and segments and segments[-1].answer and stop is None:
         ids.append(end)
         trained.append(True)
     return Rendered(ids, trained, prompt or 0)
 
 
-def _end_in(piece: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Where an answer's ids are over: just after its end token, if nothing but blanks follows that."""
+def _end_in(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the index just after an answer's last end token, None if there is none or more than whitespace follows."""
     end = tokenizer.eos_token_id
-    if end not in piece:
+    if end not in ids:
         return None
-    stop = len(piece) - piece[::-1].index(end)
-    return stop if not str(tokenizer.decode(piece[stop:])).strip() else None
+    stop = len(ids) - ids[::-1].index(end)
+    return stop if not str(tokenizer.decode(ids[stop:])).strip() else None
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, habits: Habits, text: str, continues: bool) -> list[int]:
-    """The ids of `text` with nothing added; where it continues another, without a space put before it.
+def _encode(tokenizer: PreTrainedTokenizerBase, behaviour: TokenizerBehaviour, text: str, continues: bool) -> list[int]:
+    """Encode `text` without special tokens, and without a leading space where it continues another text.
 
-    SentencePiece tokenizers begin every text with a space. Inside a sequence it is not in the data: the text is encoded
-    behind a line end, whose ids are then taken off.
+    SentencePiece tokenizers put a space before every text. In the middle of a sequence that space is not in the data,
+    so the text is encoded after a newline, whose ids are then removed.
     """
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    mark = habits.mark
-    if not continues or mark is None:
+    newline = behaviour.newline
+    if not continues or newline is None:
         return ids
-    behind = tokenizer.encode("\n" + text, add_special_tokens=False, verbose=False)
-    return behind[len(mark) :] if behind[: len(mark)] == mark else ids
+    after_newline = tokenizer.encode("\n" + text, add_special_tokens=False, verbose=False)
+    return after_newline[len(newline) :] if after_newline[: len(newline)] == newline else ids
 
 
-def _to_answer(messages: Sequence[Message] | Sequence[Mapping[str, Any]]) -> Example:
-    """A conversation that waits for its answer, as an example whose last message is that answer, still unknown."""
+def _awaiting_answer(messages: Sequence[Message] | Sequence[Mapping[str, Any]]) -> Example:
+    """Make a conversation without its answer into an example whose last message is an empty answer."""
     row = Row({}, "messages", 1)
     turns = [{"role": m.role, "content": m.content} if isinstance(m, Message) else dict(m) for m in messages]
     if turns and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
-    asked = conversation(turns, "messages", row)
-    return Example("chat", checked((*asked, Message("assistant", "", True)), row), row)
+    messages = conversation(turns, "messages", row)
+    return Example("chat", checked((*messages, Message("assistant", "", True)), row), row)

@@ -1,4 +1,4 @@
-"""What a row means, told from its columns: a prompt with its completion, a conversation, or plain text.
+"""Work out from its columns what a row is: a prompt with its completion, a conversation, or plain text.
 
     prompt/completion   (TRL)             prompt + completion, as texts or both as lists of messages
     alpaca              (Stanford)        instruction, input, output; LLaMA-Factory's system and history
@@ -6,8 +6,8 @@
     conversations       (ShareGPT)        conversations: [{from, value}, ...]
     text                                  text
 
-All rows of a dataset have one shape. Whatever the shape, an `Example` is a tuple of messages, each of which says whether
-it is trained.
+All rows of a dataset have the same shape. Whatever the shape, an `Example` is a tuple of messages, each marked as
+trained or not.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from lorakit.errors import DataError, did_you_mean, listing
 PROMPTS = ("prompt", "question", "input")
 COMPLETIONS = ("completion", "response", "answer", "output")
 
-# What each shape reads, in order of preference: a row that also has a column of a later shape (alpaca files often carry a
-# ready-made `text`) is of the earlier one.
+# The columns each shape reads. The first shape that fits wins: alpaca files, for one, often have a `text` column too.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "system", "tools"),
     "conversations": ("conversations", "system", "tools"),
@@ -36,8 +35,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 ACCEPTED = """accepted shapes:
     prompt/completion   prompt (or question, input) and completion (or response, answer, output);
-                        or prompt and references, a list of right answers
-    alpaca              instruction and output; input, system and history may be there
+                        or prompt and references, a list of correct answers
+    alpaca              instruction and output; input, system and history are optional
     messages            messages: a list of {"role", "content"}
     conversations       conversations: a list of {"from", "value"}
     text                text"""
@@ -45,7 +44,7 @@ ACCEPTED = """accepted shapes:
 
 @dataclass(frozen=True)
 class Example:
-    """One row, understood. `references` are all right answers where the data has several; `tools` goes to the template."""
+    """A row as messages. `references`: all correct answers if the data has several. `tools`: passed to the template."""
 
     kind: Literal["text", "completion", "chat"]
     messages: tuple[Message, ...]
@@ -55,21 +54,25 @@ class Example:
 
 
 def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> tuple[str, list[Example]]:
-    """The shape of `rows` and their examples. `columns` maps our names to the file's, as in {"prompt": "question_en"}."""
+    """Return the shape of `rows` and their examples.
+
+    columns: our column name -> the file's, as in {"prompt": "question_en"}. Raises DataError, naming file and row.
+    """
     if not rows:
-        raise DataError("no rows: there is nothing to tell a shape from")
+        raise DataError("no rows, so no shape; expected at least one")
     columns = dict(columns or {})
     _check_columns(columns, rows[0])
     shape = ""
     examples = []
     for row in rows:
         values = _renamed(row, columns)
-        found = _shape_of(values, columns, row)
-        if shape and found != shape:
+        row_shape = _shape_of(values, columns, row)
+        if shape and row_shape != shape:
             raise DataError(
-                f"{row.where}: its shape is {found} ({listing(row.values)}), but the rows before are {shape}; one dataset has one shape"
+                f"{row.where}: its shape is {row_shape} ({listing(row.values)}), but the rows before it are {shape}; "
+                "all rows of a dataset must have the same shape"
             )
-        shape = found
+        shape = row_shape
         examples.append(_example(shape, values, row))
     return shape, examples
 
@@ -78,7 +81,9 @@ def _check_columns(columns: Mapping[str, str], first: Row) -> None:
     ours = list(dict.fromkeys(name for names in COLUMNS.values() for name in names))
     for our, theirs in columns.items():
         if our not in ours:
-            raise DataError(f"columns: '{our}' is not a column lorakit reads{did_you_mean(our, ours)}\n  known: {', '.join(ours)}")
+            raise DataError(
+                f"columns: '{our}' is not a column lorakit reads{did_you_mean(our, ours)}\n  known: {', '.join(ours)}"
+            )
         if theirs not in first.values:
             raise DataError(
                 f"{first.where}: no column '{theirs}' (columns: {our}: {theirs}){did_you_mean(theirs, first.values)}\n"
@@ -87,9 +92,9 @@ def _check_columns(columns: Mapping[str, str], first: Row) -> None:
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row's values under our names; those that hold nothing (null) are left out."""
-    taken = set(columns.values())
-    values = {name: value for name, value in row.values.items() if name not in taken}
+    """Return the row's values under our names, without nulls."""
+    mapped = set(columns.values())
+    values = {name: value for name, value in row.values.items() if name not in mapped}
     values |= {our: row.values.get(theirs) for our, theirs in columns.items()}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -97,21 +102,22 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 def _shape_of(values: Mapping[str, Any], columns: Mapping[str, str], row: Row) -> str:
     if {"chosen", "rejected"} <= set(values) and not set(columns.values()) & {"chosen", "rejected"}:
         raise DataError(
-            f"{row.where}: preference pairs (chosen, rejected), which supervised training has no use for\n"
-            "  to train on the chosen answers alone, name them: columns: {prompt: prompt, completion: chosen}"
+            f"{row.where}: preference pairs (chosen, rejected), which supervised training cannot use\n"
+            "  to train on the chosen answers only, name them: columns: {prompt: prompt, completion: chosen}"
         )
-    # Columns that hold something decide; failing that, nulls count too, so that a missing completion is reported as that.
-    named = (set(row.values) - set(columns.values())) | set(columns)
-    for names in (set(values), named):
+    # Columns with a value decide. If none fit, null columns count too, so that a null completion is reported as such.
+    with_nulls = (set(row.values) - set(columns.values())) | set(columns)
+    for names in (set(values), with_nulls):
         for shape, reads in COLUMNS.items():
             if set(columns) <= set(reads) and _fits(shape, names):
                 return shape
-    known = list(row.values)
-    guess = ", ".join(f"{our}: {theirs}" for our, theirs in zip(("prompt", "completion"), known)) if len(known) > 1 else "text: YOUR_COLUMN"
+    file_columns = list(row.values)
+    pairs = zip(("prompt", "completion"), file_columns)
+    guess = ", ".join(f"{our}: {theirs}" for our, theirs in pairs) if len(file_columns) > 1 else "text: YOUR_COLUMN"
     raise DataError(
-        f"{row.where}: unknown shape; columns found: {listing(known, 20) or 'none'}\n"
+        f"{row.where}: unknown shape; columns found: {listing(file_columns, 20) or 'none'}\n"
         f"  {ACCEPTED}\n"
-        f"  or say which column is which, for example columns: {{{guess}}}"
+        f"  or map your columns to ours, for example columns: {{{guess}}}"
     )
 
 
@@ -120,12 +126,12 @@ def _fits(shape: str, names: set[str]) -> bool:
         return {"instruction", "output"} <= names
     if shape == "prompt/completion":
         return bool(names & set(PROMPTS)) and bool(names & {*COMPLETIONS, "references"})
-    return shape in names  # messages, conversations and text are named after their one column
+    return shape in names  # messages, conversations and text are named after their column
 
 
 def _example(shape: str, values: dict[str, Any], row: Row) -> Example:
     if shape == "text":
-        return Example("text", (Message("assistant", _full(values, "text", row), True),), row)
+        return Example("text", (Message("assistant", _non_empty(values, "text", row), True),), row)
     if shape == "prompt/completion":
         return _completion(values, row)
     messages = _alpaca(values, row) if shape == "alpaca" else turns.conversation(values.get(shape), shape, row)
@@ -139,39 +145,43 @@ def _completion(values: dict[str, Any], row: Row) -> Example:
     answer = _one_of(COMPLETIONS, values, row) if not references or set(COMPLETIONS) & set(values) else None
     if isinstance(values.get(prompt), list) and answer and isinstance(values.get(answer), list):
         before = tuple(Message(m.role, m.content, False) for m in turns.conversation(values[prompt], prompt, row))
-        return Example("chat", turns.checked(before + turns.conversation(values[answer], answer, row), row), row, references)
-    completion = _full(values, answer, row) if answer else references[0]
-    return Example(
-        "completion", (Message("user", _text(values, prompt, row), False), Message("assistant", completion, True)), row, references
-    )
+        return Example(
+            "chat", turns.checked(before + turns.conversation(values[answer], answer, row), row), row, references
+        )
+    completion = _non_empty(values, answer, row) if answer else references[0]
+    pair = (Message("user", _text(values, prompt, row), False), Message("assistant", completion, True))
+    return Example("completion", pair, row, references)
 
 
 def _alpaca(values: dict[str, Any], row: Row) -> tuple[Message, ...]:
-    """History first, then instruction, a blank line and the input if there is one; the answer is `output`."""
+    """Return the history's turns, the instruction (a blank line and the input appended, if any), and the output."""
     messages = []
     history = values.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)
     if not pairs:
         raise DataError(f"{row.where}: history is expected to be a list of [instruction, answer] pairs")
-    for index, (asked, answered) in enumerate(history):
-        messages.append(Message("user", turns.string(asked, f"history[{index}][0]", row), False))
-        messages.append(Message("assistant", turns.string(answered, f"history[{index}][1]", row), True))
-    asked = "\n\n".join(part for part in (_text(values, "instruction", row), _optional(values, "input", row)) if part)
-    if not asked.strip():
+    for index, (question, answer) in enumerate(history):
+        messages.append(Message("user", turns.string(question, f"history[{index}][0]", row), False))
+        messages.append(Message("assistant", turns.string(answer, f"history[{index}][1]", row), True))
+    parts = (_text(values, "instruction", row), _optional(values, "input", row))
+    question = "\n\n".join(part for part in parts if part)
+    if not question.strip():
         raise DataError(f"{row.where}: instruction and input are both empty")
-    return (*messages, Message("user", asked, False), Message("assistant", _full(values, "output", row), True))
+    answer = _non_empty(values, "output", row)
+    return (*messages, Message("user", question, False), Message("assistant", answer, True))
 
 
 def _one_of(names: Sequence[str], values: Mapping[str, Any], row: Row) -> str:
-    """The one name of `names` that this row has, or has as a null."""
-    found = [name for name in names if name in values] or [name for name in names if name in row.values]
-    if not found or names[0] in found:
+    """Return the one of `names` that this row has a value for, or failing that a null."""
+    candidates = [name for name in names if name in values] or [name for name in names if name in row.values]
+    if not candidates or names[0] in candidates:
         return names[0]
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise DataError(
-            f"{row.where}: {' and '.join(found)} could each be the {names[0]}\n  say which: columns: {{{names[0]}: {found[0]}}}"
+            f"{row.where}: {' and '.join(candidates)} could each be the {names[0]}\n"
+            f"  say which: columns: {{{names[0]}: {candidates[0]}}}"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _references(values: Mapping[str, Any], row: Row) -> tuple[str, ...]:
@@ -191,10 +201,12 @@ def _text(values: Mapping[str, Any], name: str, row: Row) -> str:
     return turns.string(values.get(name), name, row)
 
 
-def _full(values: Mapping[str, Any], name: str, row: Row) -> str:
+def _non_empty(values: Mapping[str, Any], name: str, row: Row) -> str:
     text = _text(values, name, row) if values.get(name) is not None else ""
     if not text.strip():
-        raise DataError(f"{row.where}: {name} is empty: there is nothing to train on\n  take the row out, or give it an answer")
+        raise DataError(
+            f"{row.where}: {name} is empty, so there is nothing to train on\n  remove the row, or give it an answer"
+        )
     return text
 
 

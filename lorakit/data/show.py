@@ -1,4 +1,4 @@
-"""The data as the model will see it: rows with their trained tokens marked, lengths, repeats and what the limit leaves out."""
+"""Print the data as the model will see it: rows with trained tokens marked, lengths, repeats, rows over the limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ CONTEXT = "dim"
 BINS = 10
 BAR = 40
 
-STYLES = {"none": "none (texts as they are)", "chat": "the tokenizer's chat template", "plain": "lorakit's plain template"}
+STYLES = {
+    "none": "none (texts unchanged)",
+    "chat": "the tokenizer's chat template",
+    "plain": "lorakit's plain template",
+}
 
 
 def show(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3, console: Console | None = None) -> None:
@@ -40,7 +44,7 @@ def show(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3, co
 
 
 def report(dataset: Dataset) -> dict[str, Any]:
-    """The same facts for a script."""
+    """Return what `show` prints as a dict for scripts. Lengths are in tokens."""
     lengths = dataset.lengths
     return {
         "shape": dataset.shape,
@@ -50,7 +54,12 @@ def report(dataset: Dataset) -> dict[str, Any]:
         "items": len(dataset.items),
         "tokens": sum(len(item.ids) for item in dataset.items),
         "trained_tokens": sum(sum(item.trained) for item in dataset.items),
-        "length": {"min": min(lengths), "median": int(np.median(lengths)), "mean": round(float(np.mean(lengths)), 1), "max": max(lengths)},
+        "length": {
+            "min": min(lengths),
+            "median": int(np.median(lengths)),
+            "mean": round(float(np.mean(lengths)), 1),
+            "max": max(lengths),
+        },
         "histogram": [{"from": low, "to": high, "rows": count} for low, high, count in bins(lengths)],
         "max_length": dataset.max_length,
         "max_length_reason": dataset.max_length_reason,
@@ -65,40 +74,44 @@ def report(dataset: Dataset) -> dict[str, Any]:
 
 
 def facts(dataset: Dataset) -> list[tuple[str, str]]:
-    """What `report` says, in words."""
-    told = report(dataset)
-    length = told["length"]
-    share = told["trained_tokens"] / told["tokens"]
-    longer = {"drop": ("dropped", dataset.dropped), "cut": ("cut at the end", dataset.cut), "split": ("split into pieces", dataset.split)}
-    verb, count = longer[dataset.on_long]
-    found = [
-        ("rows", f"{told['rows']:,}" + (f", as {told['items']:,} pieces" if dataset.split else "")),
+    """Return the facts of `report` as (label, text) pairs."""
+    counts = report(dataset)
+    length = counts["length"]
+    share = counts["trained_tokens"] / counts["tokens"]
+    over_limit = {
+        "drop": ("dropped", dataset.dropped),
+        "cut": ("cut at the end", dataset.cut),
+        "split": ("split into chunks", dataset.split),
+    }
+    action, count = over_limit[dataset.on_long]
+    rows = [
+        ("rows", f"{counts['rows']:,}" + (f", as {counts['items']:,} chunks" if dataset.split else "")),
         ("shape", dataset.shape),
         ("template", STYLES[dataset.style]),
-        ("tokens", f"{told['tokens']:,}, of which {told['trained_tokens']:,} trained ({share:.0%})"),
+        ("tokens", f"{counts['tokens']:,}, of which {counts['trained_tokens']:,} trained ({share:.0%})"),
         ("row length", f"{length['min']:,} to {length['max']:,}, median {length['median']:,}"),
         ("max_length", f"{dataset.max_length:,} ({dataset.max_length_reason})"),
-        ("longer than that", f"{count:,} of {told['rows']:,} rows, {verb}"),
+        ("longer than that", f"{count:,} of {counts['rows']:,} rows, {action}"),
     ]
     if dataset.on_long == "cut" and dataset.dropped:
-        found.append(("", f"{dataset.dropped:,} more dropped: their prompt alone fills the limit"))
-    found.append(("exact duplicates", f"{dataset.duplicates:,} rows repeat an earlier one"))
-    found.append(("same prompt", f"{dataset.same_prompt:,} rows share a prompt with another completion"))
-    found += [("note", f"{count:,} rows: {note}") for note, count in dataset.notes.items()]
-    return found
+        rows.append(("", f"{dataset.dropped:,} more dropped: their prompt alone exceeds the limit"))
+    rows.append(("exact duplicates", f"{dataset.duplicates:,} rows repeat an earlier one"))
+    rows.append(("same prompt", f"{dataset.same_prompt:,} rows share a prompt with another completion"))
+    rows += [("note", f"{count:,} rows: {note}") for note, count in dataset.notes.items()]
+    return rows
 
 
 def marked(item: Item, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Text:
-    """The row's text, its trained stretches coloured, or between ⟦ and ⟧ where there is no colour."""
+    """Return the row's text with trained spans coloured, or between ⟦ and ⟧ without colour."""
     text = Text()
     start, before = 0, ""
     while start < len(item.ids):
         trained = item.trained[start]
         stop = next((i for i in range(start, len(item.ids)) if item.trained[i] != trained), len(item.ids))
-        # Decoded from the beginning each time: some tokenizers drop the space a stretch begins with when it stands alone.
+        # Decoded from the start each time: some tokenizers drop the leading space of a span decoded on its own.
         so_far = str(tokenizer.decode(item.ids[:stop], clean_up_tokenization_spaces=False))
-        piece = so_far[len(before) :]
-        text.append(piece if colour or not trained else f"⟦{piece}⟧", style=TRAINED if trained else CONTEXT)
+        span = so_far[len(before) :]
+        text.append(span if colour or not trained else f"⟦{span}⟧", style=TRAINED if trained else CONTEXT)
         start, before = stop, so_far
     return text
 
@@ -110,7 +123,7 @@ def _legend(colour: bool) -> Text:
 
 
 def bins(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(from, to, rows) with both ends inside; at most ten of equal width."""
+    """Return (from, to, rows) for at most ten bins of equal width, `to` inclusive."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // BINS))
     starts = range(low, high + 1, width)
@@ -118,13 +131,13 @@ def bins(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def histogram(lengths: Sequence[int], limit: int) -> list[str]:
-    """One line a bin: its range, a bar, its rows, and where the limit falls."""
-    counted = bins(lengths)
-    most = max(count for _, _, count in counted)
+    """Return one line per bin: its range in tokens, a bar, its rows, and a mark at the limit."""
+    binned = bins(lengths)
+    highest = max(count for _, _, count in binned)
     digits = len(str(max(lengths)))
     lines = []
-    for low, high, count in counted:
-        bar = "█" * max(round(BAR * count / most), 1 if count else 0)
+    for low, high, count in binned:
+        bar = "█" * max(round(BAR * count / highest), 1 if count else 0)
         mark = "  ← max_length" if low <= limit <= high and limit < max(lengths) else ""
         lines.append(f"{low:>{digits}}-{high:<{digits}} {bar} {count:,}{mark}")
     return lines

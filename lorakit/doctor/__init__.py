@@ -1,1 +1,4 @@
-"""What this machine can do, for `lorakit doctor`: facts in `versions.py`, `machine.py` and `fused.py`, on the terminal by `show.py`."""
+"""Report what this machine can do, for `lorakit doctor`.
+
+The facts come from `versions.py`, `machine.py` and `fused.py`; `show.py` prints them.
+"""

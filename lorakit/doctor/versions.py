@@ -1,7 +1,7 @@
-"""The installed libraries against what lorakit is tested with and what it needs.
+"""Compare the installed libraries with the releases that lorakit is tested with and the bounds it requires.
 
-`assets/tested.json` holds both: constraints.txt's releases and pyproject.toml's bounds, since neither file is installed with the
-package (`make lock` writes it, scripts/lock.py).
+`assets/tested.json` has both: the releases of constraints.txt and the bounds of pyproject.toml, as neither file is
+installed with the package. `make lock` (scripts/lock.py) writes it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, Literal
 
 State = Literal["tested", "newer", "older", "untested", "missing", "outside", "broken"]
 BAD: tuple[State, ...] = ("missing", "outside", "broken")
-# What is imported to see that a library works, where that is not its name. transformers imports its parts when they are used;
-# its models' code is what fails where something it needs does not fit, such as a torchvision that was built for another torch.
+# The module to import as a check that a library works, where it is not the library's name. transformers imports lazily:
+# only its models' code fails if a dependency does not fit, such as a torchvision built for another torch.
 _MODULES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "transformers": "transformers.modeling_utils"}
 
 
 @dataclass(frozen=True)
 class Library:
-    """One library. `needed`: our bounds. `fix`: what to type if it is missing, outside them or broken."""
+    """A library and its versions. `needed`: our bounds. `why`: why its import fails."""
 
     name: str
     installed: str | None
@@ -37,54 +37,58 @@ class Library:
 
     @property
     def fix(self) -> str:
+        """The command to type if the library is missing, out of bounds or broken; otherwise empty."""
         if self.state not in BAD:
             return ""
-        again = "--force-reinstall " if self.state == "broken" else ""
-        return f"pip install {again}'{f'{self.name}=={self.tested}' if self.tested else self.name + self.needed}'"
+        force = "--force-reinstall " if self.state == "broken" else ""
+        requirement = f"{self.name}=={self.tested}" if self.tested else self.name + self.needed
+        return f"pip install {force}'{requirement}'"
 
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of lorakit and the libraries that it needs."""
+    """An optional dependency group (`pip install 'lorakit[NAME]'`) and its libraries."""
 
     name: str
     libraries: list[Library]
 
     @property
     def lacking(self) -> list[str]:
+        """The libraries that are missing, out of bounds or broken."""
         return [lib.name for lib in self.libraries if lib.state in BAD]
 
     @property
     def fix(self) -> str:
+        """The command that installs what is lacking; empty if nothing is."""
         return f"pip install 'lorakit[{self.name}]'" if self.lacking else ""
 
 
 def python() -> Library:
-    """The interpreter, judged as a library is."""
+    """Judge the Python interpreter as if it were a library."""
     from packaging.specifiers import SpecifierSet
 
-    here, needed = platform.python_version(), _tested()["python"]
-    fits = SpecifierSet(needed).contains(here, prereleases=True)
-    return Library("python", here, None, needed, "untested" if fits else "outside")
+    version, needed = platform.python_version(), _tested()["python"]
+    fits = SpecifierSet(needed).contains(version, prereleases=True)
+    return Library("python", version, None, needed, "untested" if fits else "outside")
 
 
 def required() -> list[Library]:
-    """What lorakit does not work without. Each library is imported, so this takes seconds."""
+    """Judge the required libraries. Imports each of them, so this takes seconds."""
     return [importable(lib) for lib in _libraries(_tested()["requires"])]
 
 
 def extras() -> list[Extra]:
-    """What each extra adds; nothing is imported."""
+    """Judge the libraries of each extra, without importing them."""
     return [Extra(name, list(_libraries(requirements))) for name, requirements in _tested()["extras"].items()]
 
 
 def pins() -> str:
-    """The tested releases as a constraints file for pip."""
+    """Return the tested releases as a constraints file for pip."""
     return "".join(f"{name}=={version}\n" for name, version in _tested()["versions"].items())
 
 
 def installed(name: str) -> str | None:
-    """A distribution's version, or None if it is not installed."""
+    """Return a distribution's installed version, None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -92,31 +96,32 @@ def installed(name: str) -> str | None:
 
 
 def judge(requirement: str, here: str | None, tested: str | None) -> Library:
-    """A library by the version that is installed, if any. A build's local label (2.13.0+cpu) does not count."""
+    """Judge the installed version of a requirement, None if it is missing. Local labels (2.13.0+cpu) are ignored."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    wants = Requirement(requirement)
-    name, needed = _canonical(wants.name), requirement.removeprefix(wants.name).strip()
+    parsed = Requirement(requirement)
+    name, needed = _canonical(parsed.name), requirement.removeprefix(parsed.name).strip()
     if here is None:
         return Library(name, None, tested, needed, "missing")
-    if not wants.specifier.contains(here, prereleases=True):
+    if not parsed.specifier.contains(here, prereleases=True):
         return Library(name, here, tested, needed, "outside")
     if tested is None:
         return Library(name, here, None, needed, "untested")
-    mine, theirs = Version(Version(here).public), Version(tested)
-    return Library(name, here, tested, needed, "tested" if mine == theirs else "newer" if mine > theirs else "older")
+    current, reference = Version(Version(here).public), Version(tested)
+    state: State = "tested" if current == reference else "newer" if current > reference else "older"
+    return Library(name, here, tested, needed, state)
 
 
 def importable(library: Library) -> Library:
-    """The same, or broken if it is installed and its import fails."""
+    """Return `library`, as broken if it is installed but cannot be imported."""
     if library.state == "missing":
         return library
     try:
         importlib.import_module(_MODULES.get(library.name, library.name))
-    except Exception as error:  # a library that does not fit another fails with anything: ImportError, AttributeError, RuntimeError
-        said = next(iter(str(error).strip().splitlines()), "")
-        why = f"{type(error).__name__}: {said}"
+    except Exception as error:  # incompatible libraries raise anything: ImportError, AttributeError, RuntimeError
+        message = next(iter(str(error).strip().splitlines()), "")
+        why = f"{type(error).__name__}: {message}"
         return Library(library.name, library.installed, library.tested, library.needed, "broken", why)
     return library
 

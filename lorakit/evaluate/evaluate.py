@@ -3,8 +3,9 @@
     report = evaluate(model, tokenizer, items, [None, "sql"], generate=True)
     rich.print(report.table());  json.dumps(report.to_dict())
 
-Loss and perplexity are over the trained positions. Text is made greedily from each distinct prompt once; the answers of all rows with that
-prompt, and what their `references` column lists, are its references. In a conversation the first trained answer is the one asked for.
+Loss and perplexity are over the trained positions. Text is made greedily from each distinct prompt once; the answers of
+all rows with that prompt, and what their `references` column lists, are its references. In a conversation the first
+trained answer is the one asked for.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..data.batches import pad_id
 from ..errors import ConfigError, DataError, StateError, did_you_mean, listing
 from ..generate.generate import check_prompts
 from ..generate.generate import generate as write
+from ..tasks.text.perplexity import Loss, perplexity
 from .metrics import Scores, score
-from .perplexity import Loss, perplexity
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +43,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Judged:
-    """One adapter's result, None being the base. `texts` answer the report's prompts, in their order; without generation, none."""
+    """One adapter's result, None being the base. `texts` answer the report's prompts, in their order; without
+    generation, none.
+    """
 
     adapter: str | None
     loss: Loss
@@ -67,7 +71,9 @@ class Report:
 
         first = self.judged[0].loss
         scored = self.judged[0].scores is not None
-        title = f"{first.rows:,} rows, {first.tokens:,} trained tokens" + (f"; text from {len(self.prompts):,} prompts" if scored else "")
+        title = f"{first.rows:,} rows, {first.tokens:,} trained tokens" + (
+            f"; text from {len(self.prompts):,} prompts" if scored else ""
+        )
         table = Table(title=title)
         table.add_column("")
         for name in ("loss", "perplexity", *(("BLEU", "chrF", "ROUGE-L", "exact match") if scored else ())):
@@ -129,14 +135,14 @@ def evaluate(
 ) -> Report:
     """Judge the base (None) and the named adapters on `items`; the adapters active before are active again afterwards.
 
-    `max_prompts` bounds the prompts that text is made from, taken evenly from all. `on_rows` hears what is being done ("base: loss",
-    "sql: text") and how many rows were just finished.
+    `max_prompts` bounds the prompts that text is made from, taken evenly from all. `on_rows` hears what is being done
+    ("base: loss", "sql: text") and how many rows were just finished.
     """
     wanted = list(dict.fromkeys(adapters))
     _check_adapters(model, wanted)
     prompts = _spread(prompts_of(items, tokenizer, references_column), max_prompts) if generate else []
     check_prompts(model, [p.ids for p in prompts], max_new_tokens, [p.where for p in prompts])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0  # masked out: any token serves
+    pad = pad_id(tokenizer)
     judged = []
     with _adapters_restored(model):
         for name in wanted:
@@ -160,14 +166,19 @@ def evaluate(
     return Report(tuple(judged), tuple(prompts), tuple(_spread(range(len(prompts)), samples)))
 
 
-def prompts_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, references_column: str = "references") -> list[Prompt]:
-    """The distinct prompts of `items` in order of appearance, each with all answers that its rows give, without repeats."""
+def prompts_of(
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, references_column: str = "references"
+) -> list[Prompt]:
+    """The distinct prompts of `items` in order of appearance, each with all answers that its rows give, without
+    repeats.
+    """
     groups: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         start = item.prompt_length
         if start == 0:
             raise DataError(
-                f"{item.row.where}: the row has no prompt to generate from (plain text is trained from its first token)\n"
+                f"{item.row.where}: the row has no prompt to generate from (plain text is trained from its first "
+                "token)\n"
                 "  leave generation out, or give rows with prompt and completion"
             )
         groups.setdefault(tuple(item.ids[:start]), []).append(item)
@@ -182,7 +193,10 @@ def _answers(item: Item, tokenizer: PreTrainedTokenizerBase, references_column: 
     start = item.prompt_length
     end = next((i for i in range(start + 1, len(item.ids)) if not item.trained[i]), len(item.ids))
     listed = item.row.values.get(references_column) or []
-    return [_text(tokenizer, item.ids[start:end]), *(text.strip() for text in ([listed] if isinstance(listed, str) else listed))]
+    return [
+        _text(tokenizer, item.ids[start:end]),
+        *(text.strip() for text in ([listed] if isinstance(listed, str) else listed)),
+    ]
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -212,7 +226,9 @@ def _check_adapters(model: PreTrainedModel, wanted: Sequence[str | None]) -> Non
     for name in wanted:
         if name is not None and name not in attached:
             known = listing(attached) if attached else "none"
-            raise StateError(f"no adapter named '{name}' is attached{did_you_mean(name, attached)}\n  attached: {known}")
+            raise StateError(
+                f"no adapter named '{name}' is attached{did_you_mean(name, attached)}\n  attached: {known}"
+            )
 
 
 def _use(model: PreTrainedModel, which: str | Mapping[str, float] | None) -> None:

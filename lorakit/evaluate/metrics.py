@@ -1,13 +1,13 @@
-"""Generated text against references: BLEU, chrF, ROUGE-L, exact match. All from 0 to 100, one or several references a row.
+"""Score generated text against one or more references per row: BLEU, chrF, ROUGE-L and exact match, each 0 to 100.
 
-BLEU (Papineni et al. 2002) is over the corpus and chrF (Popović 2015) over its character n-grams, both by sacrebleu with its
-default settings. ROUGE-L (Lin 2004) is the F1 of the longest common subsequence of words,
+BLEU (Papineni et al. 2002) and chrF (Popović 2015) are corpus scores, computed by sacrebleu with its default settings.
+ROUGE-L (Lin 2004) is the F1 of the longest common subsequence of words,
 
     P = |LCS| / |prediction|    R = |LCS| / |reference|    F1 = 2·P·R / (P + R)
 
-with the words of the `rouge_score` package: lower case, runs of a-z and 0-9, no stemming. (So a text in another script has no
-words and scores 0 here; chrF and exact match are the ones to read then.) ROUGE-L and exact match take the best reference of each row,
-and the mean over rows.
+with words as in the `rouge_score` package: lower case, runs of a-z and 0-9, no stemming. Text in another script has no
+such words and scores 0; use chrF or exact match there. ROUGE-L and exact match take the best reference of each row and
+average over rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_A_WORD = re.compile(r"[^a-z0-9]+")
 
 @dataclass(frozen=True)
 class Scores:
-    """All but `rows` from 0 to 100; higher is better."""
+    """Scores from 0 to 100, higher is better, over `rows` predictions."""
 
     bleu: float
     chrf: float
@@ -37,7 +37,10 @@ class Scores:
 
 
 def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Every prediction against its row's references; rows may have different numbers of them."""
+    """Score each prediction against its own references; their number may differ between rows.
+
+    Raises DataError where a prediction has no references, or they are not a list.
+    """
     _check(predictions, references)
     bleu, chrf = _corpus(predictions, references)
     rows = list(zip(predictions, references))
@@ -51,16 +54,16 @@ def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sc
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """The F1, 0 to 1, of the longest common subsequence of words."""
-    ours, theirs = _words(prediction), _words(reference)
-    common = lcs_length(ours, theirs)
+    """Return the ROUGE-L F1 of two texts, 0 to 1."""
+    predicted, expected = _words(prediction), _words(reference)
+    common = lcs_length(predicted, expected)
     if common == 0:
         return 0.0
-    return 2 * common / (len(ours) + len(theirs))  # 2PR / (P + R) with P and R written out
+    return 2 * common / (len(predicted) + len(expected))  # 2PR / (P + R), simplified
 
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence: the usual table, of which one row is kept."""
+    """Return the length of the longest common subsequence, by dynamic programming with one row of the table."""
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
@@ -78,17 +81,18 @@ def _words(text: str) -> list[str]:
 def _corpus(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float]:
     from sacrebleu.metrics import BLEU, CHRF
 
-    # sacrebleu wants streams, the k-th references of all rows; None where a row has fewer
+    # sacrebleu takes streams: the k-th reference of every row, None where a row has fewer
     most = max(map(len, references))
     streams: list[Any] = [[row[k] if k < len(row) else None for row in references] for k in range(most)]
-    # force: only silences the warning about texts that look tokenized
+    # force silences a warning about texts that look tokenized, nothing else
     return BLEU(force=True).corpus_score(predictions, streams).score, CHRF().corpus_score(predictions, streams).score
 
 
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if len(predictions) != len(references):
         raise DataError(
-            f"{len(predictions)} predictions but {len(references)} rows of references\n  one list of references is needed for each prediction"
+            f"{len(predictions)} predictions but {len(references)} rows of references\n"
+            "  expected one list of references for each prediction"
         )
     if not predictions:
         raise DataError("no rows to score\n  expected at least one prediction with its references")
@@ -96,4 +100,6 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
         if isinstance(row, str):
             raise DataError(f"references[{index}] is a single text\n  expected a list of texts, such as [{row[:40]!r}]")
         if not row:
-            raise DataError(f"references[{index}] is empty\n  every row needs at least one reference; drop the row or give it one")
+            raise DataError(
+                f"references[{index}] is empty\n  every row needs at least one reference; drop the row or give it one"
+            )

@@ -16,9 +16,19 @@ from typing import Any
 import numpy as np
 
 _TYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E5M2": "u1", "F8_E4M3": "u1", "I64": "<i8", "I32": "<i4", "I16": "<i2",
-    "I8": "i1", "U8": "u1", "BOOL": "?",
-}  # fmt: skip
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F8_E5M2": "u1",
+    "F8_E4M3": "u1",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 def _e4m3() -> np.ndarray:
@@ -45,7 +55,9 @@ def header(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
-            raise ValueError(f"{path.name} claims a header of {length:,} bytes, but the file has only {path.stat().st_size:,}")
+            raise ValueError(
+                f"{path.name} claims a header of {length:,} bytes, but the file has only {path.stat().st_size:,}"
+            )
         return json.loads(file.read(length))
 
 

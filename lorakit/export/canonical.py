@@ -31,19 +31,27 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
     largest = max((f.A.shape[0] for f in plain.values()), default=0)
     rank = largest if rank is None else rank
     if rank < largest:
-        raise AdapterError(f"a module has rank {largest}, more than {rank}\n  lorakit resize --rank {rank} lowers it and reports the error")
+        raise AdapterError(
+            f"a module has rank {largest}, more than {rank}\n"
+            f"  lorakit resize --rank {rank} lowers it and reports the error"
+        )
     factors = {module: _padded(f, rank) for module, f in plain.items()}
     endings = sorted({module.rsplit(".", 1)[-1] for module in factors})
     config = adapter.config.replace(
-        rank=max(rank, 1), alpha=float(max(rank, 1)), rslora=False, rank_pattern={}, alpha_pattern={}, packed={},
+        rank=max(rank, 1),
+        alpha=float(max(rank, 1)),
+        rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        packed={},
         targets=adapter.config.targets if adapter.config.targets != "all-linear" else endings,
-    )  # fmt: skip
-    return replace(adapter, config=config, factors=factors)
+    )
+    return replace(adapter, config=config, updates=factors)
 
 
 def _plain(module: str, f: Factors) -> Factors:
     """The factors with the scale folded into B and packed parts written out. AdapterError for a DoRA."""
-    if f.magnitude is not None:
+    if f.needs_base:
         raise AdapterError(f"'{module}' is a DoRA, whose update depends on the base\n  merge it into the base instead")
     B = folded(f.B, f.scale)
     return Factors(f.A, B, float(f.A.shape[0]), f.kind, transposed=f.transposed, groups=f.groups)
@@ -67,11 +75,7 @@ def _padded(f: Factors, rank: int) -> Factors:
 def is_canonical(adapter: Adapter) -> bool:
     """Whether all modules have the same rank and scale 1."""
     return (
-        not adapter.others
+        all(u.variant == "lora" for u in adapter.updates.values())
         and len({f.A.shape[0] for f in adapter.factors.values()}) <= 1
-        and all(_unit(f) for f in adapter.factors.values())
+        and all(f.scale == 1 and not f.rslora and f.parts is None for f in adapter.factors.values())
     )
-
-
-def _unit(f: Factors) -> bool:
-    return f.scale == 1 and not f.rslora and f.parts is None and f.magnitude is None

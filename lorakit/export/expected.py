@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter.adapter import Adapter, Other
+from ..adapter.adapter import Adapter
 from ..adapter.dense import Dense
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..formats import names
 from .effect import Content, Effect, low_rank
 
@@ -24,10 +25,12 @@ def expected(adapter: Adapter, format: str) -> Content:
     """What the adapter does to the base, under the names of `format`."""
     if format == "kohya":
         return Content(_by_kohyas_keys(adapter))
-    return Content({m: effect_of(u) for m, u in adapter.updates.items()}, {name: _array(t) for name, t in adapter.saved.items()})
+    return Content(
+        {m: effect_of(u) for m, u in adapter.updates.items()}, {name: _array(t) for name, t in adapter.saved.items()}
+    )
 
 
-def effect_of(update: Factors | Other) -> Effect:
+def effect_of(update: Update) -> Effect:
     """The effect of one update.
 
     For LoHa, LoKr and dense updates ΔW is lorakit's own, in float64; `effect` has the equations to check it.
@@ -103,7 +106,7 @@ def _swapped(e: Effect) -> Effect:
     return Effect(None if delta is None else lambda: swap(delta()), magnitude, None if bias is None else swap(bias))
 
 
-def _shift_and_scale(update: Factors | Other) -> bool:
+def _shift_and_scale(update: Update) -> bool:
     """Whether the weight has two rows per input: the shift and scale of an adaptive norm."""
     if isinstance(update, Factors):
         return update.B.shape[0] == 2 * update.A.shape[1]

@@ -43,11 +43,16 @@ class Exported:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "receiver": self.receiver, "format": self.format, "files": [str(f) for f in self.files], "mended": self.mended,
-            "difference": self.difference, "differences": self.differences,
-            "logits": {**asdict(self.logits), "relative": self.logits.relative} if self.logits else None, "no_logits": self.no_logits,
+            "receiver": self.receiver,
+            "format": self.format,
+            "files": [str(f) for f in self.files],
+            "mended": self.mended,
+            "difference": self.difference,
+            "differences": self.differences,
+            "logits": {**asdict(self.logits), "relative": self.logits.relative} if self.logits else None,
+            "no_logits": self.no_logits,
             "base": str(self.base) if self.base else None,
-        }  # fmt: skip
+        }
 
 
 def export(
@@ -77,7 +82,9 @@ def export(
     file. ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an error.
     """
     if receiver not in RECEIVERS:
-        raise ConfigError(f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}")
+        raise ConfigError(
+            f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}"
+        )
     target, path, adapter = RECEIVERS[receiver], Path(out).expanduser(), adapter.check()
     unfixable = {n for f in findings(adapter, receiver) if f.fix is None for n in f.into_base}
     parts = None
@@ -94,7 +101,9 @@ def export(
     model_file = None
     if receiver == "ollama":
         if model is None:
-            raise ConfigError("Ollama's Modelfile needs a model to start FROM\n  name one: --model llama3.2, or a GGUF file")
+            raise ConfigError(
+                "Ollama's Modelfile needs a model to start FROM\n  name one: --model llama3.2, or a GGUF file"
+            )
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
         model_file = check_modelfile(path, modelfile(path, model), force)
     if verify or parts is not None:
@@ -125,7 +134,11 @@ def _refusal(receiver: str, refused: list[Finding]) -> str:
     def option(f: Finding) -> str:
         if f.fix is not None:
             return " (--fix does it)"
-        return " (--fix with --base FOLDER does it in a copy of the base)" if f.into_base and RECEIVERS[receiver].format != "gguf" else ""
+        return (
+            " (--fix with --base FOLDER does it in a copy of the base)"
+            if f.into_base and RECEIVERS[receiver].format != "gguf"
+            else ""
+        )
 
     lines = [f"{f.what}\n    {f.way_out}{option(f)}" for f in refused]
     if RECEIVERS[receiver].format == "gguf":

@@ -29,16 +29,24 @@ from ..formats.gguf_types import BLOCK, F16, F32, Q8_0
 # Buffers that some files contain but no model needs: causal masks, rotary frequencies.
 _BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 _TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
-_LLAMA = ("attn_norm.weight", *(f"attn_{n}.weight" for n in ("q", "k", "v", "output")), "ffn_norm.weight",
-          *(f"ffn_{n}.weight" for n in ("gate", "up", "down")))  # fmt: skip
+_LLAMA = (
+    "attn_norm.weight",
+    *(f"attn_{n}.weight" for n in ("q", "k", "v", "output")),
+    "ffn_norm.weight",
+    *(f"ffn_{n}.weight" for n in ("gate", "up", "down")),
+)
 # The tensors required in each layer; other biases are written if the base has them.
 _LAYER = {
     "llama": _LLAMA,
     "gemma": _LLAMA,
     "qwen2": (*_LLAMA, *(f"attn_{n}.bias" for n in "qkv")),
     "qwen3": (*_LLAMA, "attn_q_norm.weight", "attn_k_norm.weight"),
-    "gpt2": tuple(f"{n}.{end}" for n in ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down") for end in ("weight", "bias")),
-}  # fmt: skip
+    "gpt2": tuple(
+        f"{n}.{end}"
+        for n in ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+        for end in ("weight", "bias")
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,17 @@ def gguf_tensors(entries: Iterable[Entry], config: Any, kind: str) -> list[GgufT
 def _name(known: Any, name: str) -> str | None:
     """The GGUF name of a tensor, or None. Some files omit the prefix model. or transformer."""
     stem, _, end = name.rpartition(".")
-    gguf_stem = next((f for prefix in ("", "model.", "transformer.") if (f := known.get_name(prefix + stem)) is not None), None)
+    gguf_stem = next(
+        (f for prefix in ("", "model.", "transformer.") if (f := known.get_name(prefix + stem)) is not None), None
+    )
     return f"{gguf_stem}.{end}" if gguf_stem is not None and end in ("weight", "bias") else None
 
 
 def _gguf_tensor(name: str, entry: Entry, architecture: Architecture, config: Any, kind: str) -> GgufTensor:
-    counts = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": getattr(config, "num_key_value_heads", None)}
+    counts = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None),
+    }
     transposed = architecture.transposed and name.endswith(_TRANSPOSED)
     count = heads(name, counts) if architecture.permuted and name.startswith("blk.") else None
     shape = entry.shape[::-1] if transposed else entry.shape

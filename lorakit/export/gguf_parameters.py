@@ -29,14 +29,17 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     # transformers 5 uses only hidden_act (and reads "gelu" as gelu_pytorch_tanh); older releases use hidden_activation
     # if present.
     "gemma": {
-        "hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "hidden_activation": ("gelu_pytorch_tanh", "gelu_new", None),
+        "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
+        "hidden_activation": ("gelu_pytorch_tanh", "gelu_new", None),
         "attention_bias": (False,),
     },
     "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
     },
-}  # fmt: skip
+}
 SUPPORTED = tuple(_ONLY)
 
 
@@ -56,15 +59,22 @@ def parameters(config: Any) -> Parameters:
     for key, allowed in _ONLY[kind].items():
         if getattr(config, key, allowed[0]) not in allowed:
             raise LorakitError(
-                f"the base's {key} is {getattr(config, key)!r}; llama.cpp computes a {kind} only with {' or '.join(map(repr, allowed))}"
+                f"the base's {key} is {getattr(config, key)!r}; llama.cpp computes a {kind} only with "
+                f"{' or '.join(map(repr, allowed))}"
             )
     width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     pairs: dict[str, Any] = {
-        "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings, "embedding_length": width,
-        "block_count": layers, "attention.head_count": heads,
-    }  # fmt: skip
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": width,
+        "block_count": layers,
+        "attention.head_count": heads,
+    }
     if kind == "gpt2":
-        pairs |= {"feed_forward_length": config.n_inner or 4 * width, "attention.layer_norm_epsilon": float(config.layer_norm_epsilon)}
+        pairs |= {
+            "feed_forward_length": config.n_inner or 4 * width,
+            "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+        }
         return Parameters(pairs)
     dim = getattr(config, "head_dim", None) or width // heads
     rope, freqs = _rope(config, dim)
@@ -72,8 +82,10 @@ def parameters(config: Any) -> Parameters:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "attention.key_length": dim, "attention.value_length": dim, "rope.dimension_count": dim,
-    }  # fmt: skip
+        "attention.key_length": dim,
+        "attention.value_length": dim,
+        "rope.dimension_count": dim,
+    }
     return Parameters(pairs | rope, freqs, _window(config))
 
 
@@ -82,7 +94,8 @@ def check_supported(kind: Any) -> None:
     if kind not in SUPPORTED:
         raise LorakitError(
             f"lorakit writes GGUF models of {', '.join(SUPPORTED)}; the base is a {kind}\n"
-            "  lorakit merge writes a transformers folder, which llama.cpp's own converter (convert_hf_to_gguf.py) may support"
+            "  lorakit merge writes a transformers folder, which llama.cpp's own converter (convert_hf_to_gguf.py) may "
+            "support"
         )
 
 
@@ -92,7 +105,8 @@ def _rope(config: Any, dim: int) -> tuple[dict[str, Any], Tensor | None]:
     theta = float(rope.get("rope_theta", 10_000.0))
     if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise LorakitError(
-            "the base rotates only part of each head (partial_rotary_factor), which llama.cpp does not support for this architecture"
+            "the base rotates only part of each head (partial_rotary_factor), which llama.cpp does not support for "
+            "this architecture"
         )
     pairs: dict[str, Any] = {"rope.freq_base": theta}
     if kind == "default":
@@ -101,13 +115,22 @@ def _rope(config: Any, dim: int) -> tuple[dict[str, Any], Tensor | None]:
         return pairs, llama3_factors(rope, theta, dim)
     if kind == "linear":
         return pairs | {"rope.scaling.type": "linear", "rope.scaling.factor": _number(rope, "factor")}, None
-    defaults = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
+    defaults = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "attention_factor": None,
+        "mscale": None,
+        "mscale_all_dim": None,
+        "truncate": True,
+    }
     unusual = [k for k, v in defaults.items() if rope.get(k) not in (None, v)]
     if kind == "yarn" and not unusual:
         original = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
         return pairs | {
-            "rope.scaling.type": "yarn", "rope.scaling.factor": _number(rope, "factor"), "rope.scaling.original_context_length": original,
-        }, None  # fmt: skip
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": _number(rope, "factor"),
+            "rope.scaling.original_context_length": original,
+        }, None
     raise LorakitError(
         f"the base's rope_type is '{kind}'{f' with {unusual[0]} = {rope[unusual[0]]!r}' if unusual else ''}; "
         "expected default, linear, llama3, or yarn with its default settings"
@@ -137,7 +160,9 @@ def llama3_factors(rope: dict[str, Any], theta: float, dim: int) -> Tensor:
 def _number(rope: dict[str, Any], key: str) -> float:
     value = rope.get(key)
     if not isinstance(value, int | float) or not value > 0:
-        raise LorakitError(f"the base's rotary scaling ({rope.get('rope_type')}) has {key} = {value!r}; expected a positive number")
+        raise LorakitError(
+            f"the base's rotary scaling ({rope.get('rope_type')}) has {key} = {value!r}; expected a positive number"
+        )
     return float(value)
 
 

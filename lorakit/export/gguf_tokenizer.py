@@ -56,7 +56,9 @@ def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
     LorakitError for a tokenizer that llama.cpp cannot reproduce.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise LorakitError(f"the base's tokenizer is a {type(tokenizer).__name__} without a tokenizer.json, from which GGUF is written")
+        raise LorakitError(
+            f"the base's tokenizer is a {type(tokenizer).__name__} without a tokenizer.json, from which GGUF is written"
+        )
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     model = definition["model"]
     if model["type"] != "BPE":
@@ -85,12 +87,16 @@ def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
             pairs[f"tokenizer.ggml.{name}_token_id"] = int(token_id)
     if ids["eos"] is None:
         default = 2 if spm else 11  # llama.cpp's
-        warnings.append(f"neither tokenizer nor model has an end token; llama.cpp uses {default} ({tokens[default : default + 1]})")
+        warnings.append(
+            f"neither tokenizer nor model has an end token; llama.cpp uses {default} ({tokens[default : default + 1]})"
+        )
     pairs |= _added(tokenizer, warnings)
     if tokenizer.chat_template:
         template, broken = chat_template(tokenizer.chat_template)
         if broken:
-            warnings.append(f"the base's chat template is invalid ({broken}) and left out: llama.cpp will use its default")
+            warnings.append(
+                f"the base's chat template is invalid ({broken}) and left out: llama.cpp will use its default"
+            )
         else:
             pairs["tokenizer.chat_template"] = template
     return Vocabulary(pairs, warnings)
@@ -131,7 +137,9 @@ def pre_name(definition: dict[str, Any]) -> str:
 
 
 def _step(part: dict[str, Any]) -> str:
-    """A step as written in `_NAMES`: a regular expression, "digit", or "" for bytes; else its JSON, which matches none."""
+    """A step as written in `_NAMES`: a regular expression, "digit", or "" for bytes;
+    else its JSON, which matches none.
+    """
     kind = part.get("type")
     if kind == "ByteLevel" and not part.get("add_prefix_space"):
         return _GPT2 if part.get("use_regex", True) else ""
@@ -139,7 +147,11 @@ def _step(part: dict[str, Any]) -> str:
         return "digit"
     expression = (part.get("pattern") or {}).get("Regex")
     # Isolate the matches, or remove the gaps between them: the same here, as these expressions match every character.
-    if kind == "Split" and expression and (part.get("behavior"), part.get("invert")) in (("Isolated", False), ("Removed", True)):
+    if (
+        kind == "Split"
+        and expression
+        and (part.get("behavior"), part.get("invert")) in (("Isolated", False), ("Removed", True))
+    ):
         return expression
     return json.dumps(part)
 
@@ -149,8 +161,13 @@ def _byte_level(definition: dict[str, Any], warnings: list[str]) -> dict[str, An
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise _unsupported(f"it normalizes text ({json.dumps(normalizer)[:200]}), which llama.cpp does not support")
     if normalizer is not None:
-        warnings.append("the tokenizer normalizes text (NFC), llama.cpp does not: combining accents may get other tokens")
-    merges = [m if isinstance(m, str) else " ".join(part.replace(" ", "Ġ") for part in m) for m in definition["model"]["merges"]]
+        warnings.append(
+            "the tokenizer normalizes text (NFC), llama.cpp does not: combining accents may get other tokens"
+        )
+    merges = [
+        m if isinstance(m, str) else " ".join(part.replace(" ", "Ġ") for part in m)
+        for m in definition["model"]["merges"]
+    ]
     merges = merges or ["[none] [none]"]  # llama.cpp requires one; this one never applies, as all text starts as bytes
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre_name(definition), "tokenizer.ggml.merges": merges}
 
@@ -176,9 +193,12 @@ def _prefix(definition: dict[str, Any]) -> bool:
     if metaspace and metaspace.get("replacement") == _SPACE and not metaspace.get("split", True) and not steps:
         return metaspace.get("prepend_scheme") != "never"
     prepends = [s for s in steps if s["type"] == "Prepend" and s["prepend"] == _SPACE]
-    replaces = [s for s in steps if s["type"] == "Replace" and s["pattern"] == {"String": " "} and s["content"] == _SPACE]
+    replaces = [
+        s for s in steps if s["type"] == "Replace" and s["pattern"] == {"String": " "} and s["content"] == _SPACE
+    ]
     splits = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
-    harmless = all(s.get("type") == "Split" and s.get("pattern") == {"String": " "} for s in splits)  # no spaces are left to split at
+    # no spaces are left to split at
+    harmless = all(s.get("type") == "Split" and s.get("pattern") == {"String": " "} for s in splits)
     if len(replaces) == 1 and len(prepends) + len(replaces) == len(steps) and harmless:
         return bool(prepends)
     raise _unsupported(
@@ -213,7 +233,10 @@ def _inexact(model: dict[str, Any]) -> list[str]:
             seen.add(a + b)
             last = a + b
     for token in vocab:
-        if any(token[:i] in vocab and token[i:] in vocab and (token[:i], token[i:]) not in known for i in range(1, len(token))):
+        if any(
+            token[:i] in vocab and token[i:] in vocab and (token[:i], token[i:]) not in known
+            for i in range(1, len(token))
+        ):
             inexact.append(token)
     return [t for t in dict.fromkeys(inexact) if not re.fullmatch(r"<.*>", t)]
 

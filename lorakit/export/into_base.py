@@ -39,7 +39,9 @@ class Split:
         return replace(rest, config=rest.config.replace(base=str(self.copy)), metadata=metadata)
 
 
-def split(adapter: Adapter, names: Collection[str], base: Path, out: Path, force: bool, source: Path | None = None) -> Split:
+def split(
+    adapter: Adapter, names: Collection[str], base: Path, out: Path, force: bool, source: Path | None = None
+) -> Split:
     """Split off the modules and saved weights in `names`, to be merged into a copy of `base` at OUT-base.
 
     source: the path the adapter was read from, which must not be overwritten.
@@ -64,5 +66,7 @@ def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
 
     part, rest = part_of(True), part_of(False)
     if not rest.updates:
-        raise AdapterError("merging this would leave nothing of the adapter\n  lorakit merge BASE ADAPTER OUT merges all of it")
+        raise AdapterError(
+            "merging this would leave nothing of the adapter\n  lorakit merge BASE ADAPTER OUT merges all of it"
+        )
     return replace(part, embeddings={}), rest

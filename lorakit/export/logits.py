@@ -29,7 +29,7 @@ from ..errors import AdapterError, LorakitError
 from ..io.stream import read_header
 from ..model.attach import attach
 from ..model.detach import detach
-from ..model.fit import check_base
+from ..model.fit import check_base, is_live
 from .effect import Content, Effect
 
 # Relative to the largest |logit|. The same weights, summed in another order in float32, differ by 1e-6 to 1e-5.
@@ -63,7 +63,8 @@ class Logits:
     def __str__(self) -> str:
         reference = "" if self.live else "; against W' of the adapter's own factors: no live model takes its kind yet"
         return (
-            f"the largest difference is {self.difference:.2g}, {self.relative:.2g} of the largest logit (the adapter moves them by up to"
+            f"the largest difference is {self.difference:.2g}, {self.relative:.2g} of the largest logit (the adapter "
+            "moves them by up to"
             f" {self.moved:.2g}{reference})"
         )
 
@@ -112,8 +113,10 @@ def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, co
     except LorakitError as error:
         return str(error).splitlines()[0]
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return f"{base} gives no logits for token ids alone: {next(iter(str(error).splitlines()), type(error).__name__)}"
-    live = not adapter.others and not any(f.magnitude is not None for f in adapter.factors.values())
+        return (
+            f"{base} gives no logits for token ids alone: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        )
+    live = is_live(adapter)
     try:
         if live:
             reference = logits_of(attach(model, adapter))
@@ -151,7 +154,9 @@ def apply(model: nn.Module, content: Content) -> None:
         module, last = _module(model, name.rpartition(".")[0]), name.rpartition(".")[2]
         old = module._parameters.get(last)
         if old is None or old.shape != value.shape:
-            raise AdapterError(f"'{name}' is {list(value.shape)}, but the base's is {'missing' if old is None else list(old.shape)}")
+            raise AdapterError(
+                f"'{name}' is {list(value.shape)}, but the base's is {'missing' if old is None else list(old.shape)}"
+            )
         _put(module, last, torch.from_numpy(np.array(value)))
     for name, effect in content.effects.items():
         module = _module(model, name)

@@ -83,9 +83,13 @@ def export_merged(
     that cannot be written or a file that fails verification. OUT is unchanged after an error.
     """
     if base is None:
-        raise ConfigError("a merged model needs its base\n  give --base FOLDER, with config.json, weights and tokenizer")
+        raise ConfigError(
+            "a merged model needs its base\n  give --base FOLDER, with config.json, weights and tokenizer"
+        )
     if dtype not in KINDS:
-        raise ConfigError(f"dtype '{dtype}' is not supported{did_you_mean(dtype, KINDS)}\n  expected one of {', '.join(KINDS)}")
+        raise ConfigError(
+            f"dtype '{dtype}' is not supported{did_you_mean(dtype, KINDS)}\n  expected one of {', '.join(KINDS)}"
+        )
     path = model_path(out, receiver)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file name for the GGUF model")
@@ -114,7 +118,9 @@ def export_merged(
         files.append(model_file)
         write_text(model_file, modelfile(path))
     other = [t.name for t in tensors if len(t.shape) == 2 and t.kind not in (dtype, F32)]
-    return Merged(receiver, dtype, files, len(tensors) + len(extra), path.stat().st_size, other, notes + warnings, verification)
+    return Merged(
+        receiver, dtype, files, len(tensors) + len(extra), path.stat().st_size, other, notes + warnings, verification
+    )
 
 
 def _left_out(adapter: Adapter) -> list[str]:
@@ -149,20 +155,35 @@ def _pairs(base: Base, config: Any, dtype: str, title: str) -> tuple[dict[str, A
     vocab = vocabulary(load_tokenizer(str(base.folder)), config.vocab_size, eos[0] if isinstance(eos, list) else eos)
     name = ARCHITECTURES[config.model_type].name
     values = {
-        "general.type": "model", "general.name": title, "general.file_type": _FILE_TYPE[dtype],
-        "general.quantization_version": 2, **{f"{name}.{key}": value for key, value in params.pairs.items()}, **vocab.pairs,
-    }  # fmt: skip
+        "general.type": "model",
+        "general.name": title,
+        "general.file_type": _FILE_TYPE[dtype],
+        "general.quantization_version": 2,
+        **{f"{name}.{key}": value for key, value in params.pairs.items()},
+        **vocab.pairs,
+    }
     extra = {} if params.rope_freqs is None else {"rope_freqs.weight": params.rope_freqs.numpy()}
     return values, extra, params.warnings + vocab.warnings
 
 
 def _write(
-    gguf: Any, path: Path, architecture: str, pairs: Mapping[str, Any], extra: Mapping[str, np.ndarray], tensors: Sequence[GgufTensor],
+    gguf: Any,
+    path: Path,
+    architecture: str,
+    pairs: Mapping[str, Any],
+    extra: Mapping[str, np.ndarray],
+    tensors: Sequence[GgufTensor],
     on_tensor: Callable[[str, int, int], None] | None,
-) -> None:  # fmt: skip
+) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     try:
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
         for key, value in pairs.items():
             add[type(value)](key, value)
         for name, array in extra.items():

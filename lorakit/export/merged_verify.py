@@ -25,6 +25,7 @@ from ..checkpoint.tensors import merged_rows
 from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
 from ..model.attach import attach
+from ..model.fit import is_live
 from .gguf_model import GgufTensor
 from .logits import logits_of, why_not
 
@@ -48,7 +49,9 @@ class Verified:
     def __str__(self) -> str:
         logits = "not compared" if self.logits is None else f"off by {self.logits:.2g} of the largest"
         note = f" ({self.note})" if self.note else ""
-        return f"tensors off by at most {self.tensors:.2g} of the largest element ({self.tensor}); logits {logits}{note}"
+        return (
+            f"tensors off by at most {self.tensors:.2g} of the largest element ({self.tensor}); logits {logits}{note}"
+        )
 
 
 def verified(
@@ -68,12 +71,18 @@ def verified(
     if why is not None:
         return Verified(largest, name, None, why)
     ignored = unread(config)
-    live = adapter is None or not (adapter.others or any(f.magnitude is not None for f in adapter.factors.values()))
+    live = adapter is None or is_live(adapter)
     logits, error = logits_differ(path, tensors, adapter if live else None, base, config if ignored else None)
     if not error <= TOLERANCE:
         raise _fault(f"its logits are off by {error:.2g} of the largest from those of the same rounded weights")
-    notes = [f"with the base's hyper-parameters, as transformers does not read {ignored} from a GGUF"] if ignored else []
-    notes += [] if live else ["from W + ΔW rounded as in the file: no live model takes DoRA, LoHa, LoKr or whole updates yet"]
+    notes = (
+        [f"with the base's hyper-parameters, as transformers does not read {ignored} from a GGUF"] if ignored else []
+    )
+    notes += (
+        []
+        if live
+        else ["from W + ΔW rounded as in the file: a live model takes only kinds of update that lorakit trains"]
+    )
     return Verified(largest, name, logits if live else error, "; ".join(notes))
 
 
@@ -116,7 +125,9 @@ def unread(config: Any) -> str:
         return "the number of positions"
     if kind == "qwen3" and config.head_dim != 128:
         return "the head size"
-    if kind in ("llama", "mistral") and (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)):
+    if kind in ("llama", "mistral") and (
+        getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    ):
         return "the presence of biases"
     return ""
 
@@ -132,7 +143,9 @@ def logits_differ(
 
     options = {} if config is None else {"config": config}
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off otherwise
-        theirs: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options).eval()
+        theirs: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, **options
+        ).eval()
     stored = logits_of(theirs)
     del theirs
     ours = load_model(str(base), torch.float32, torch.device("cpu"))
@@ -148,14 +161,20 @@ def _rounded(model: Any, tensors: Sequence[GgufTensor]) -> Any:
     from gguf import dequantize
 
     known = dict(model.named_parameters(remove_duplicate=False))
-    names = {p.entry.name: next(n for n in (p.entry.name, f"{model.base_model_prefix}.{p.entry.name}") if n in known) for p in tensors}
+    names = {
+        p.entry.name: next(n for n in (p.entry.name, f"{model.base_model_prefix}.{p.entry.name}") if n in known)
+        for p in tensors
+    }
     head = model.get_output_embeddings()
-    if "lm_head.weight" in names.values() and head is not None:  # untie it: merging may have changed only one of the two
+    # untie it: merging may have changed only one of the two
+    if "lm_head.weight" in names.values() and head is not None:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     for p in tensors:
         merged = torch.cat([block.float() for _, block in merged_rows(p.entry)])
         rows = merged.T if p.transposed else merged
-        values = torch.from_numpy(dequantize(encode(rows.numpy(), p.kind, p.name), type_of(p.kind)).reshape(rows.shape).copy())
+        values = torch.from_numpy(
+            dequantize(encode(rows.numpy(), p.kind, p.name), type_of(p.kind)).reshape(rows.shape).copy()
+        )
         parameter = model.get_parameter(names[p.entry.name])
         with torch.no_grad():
             parameter.copy_((values.T if p.transposed else values).reshape(parameter.shape))
@@ -163,4 +182,6 @@ def _rounded(model: Any, tensors: Sequence[GgufTensor]) -> Any:
 
 
 def _fault(what: str) -> LorakitError:
-    return LorakitError(f"the GGUF model does not match base and adapter: {what}\n  nothing was written; please report this bug")
+    return LorakitError(
+        f"the GGUF model does not match base and adapter: {what}\n  nothing was written; please report this bug"
+    )

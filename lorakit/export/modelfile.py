@@ -22,7 +22,11 @@ def check_modelfile(gguf: Path, text: str, force: bool) -> Path:
     """The Modelfile's path. ConfigError if one with other content exists: it may hold the user's own settings."""
     path = gguf.parent / NAME
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder, but Ollama's Modelfile must be written there\n  write the GGUF to another folder")
+        raise ConfigError(
+            f"{path} is a folder, but Ollama's Modelfile must be written there\n  write the GGUF to another folder"
+        )
     if not force and path.exists() and path.read_bytes() != text.encode("utf8"):
-        raise ConfigError(f"{path} exists with other content\n  --force (force=True) replaces it; or name another folder")
+        raise ConfigError(
+            f"{path} exists with other content\n  --force (force=True) replaces it; or name another folder"
+        )
     return path

@@ -19,11 +19,46 @@ VLLM_HEADS = ("score", "classifier")
 VLLM_VOCABULARY = 258_048
 MERGE = "merge it into the base: lorakit merge"
 # Name endings of the linears in vLLM's language models, including the parts of packed ones.
-VLLM_LINEARS = frozenset({
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",
-    "c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "W_pack", "wqkv", "wo", "w1", "w2", "w3",
-    "lm_head", "embed_tokens", "score", "in_proj", "x_proj", "dt_proj", "gate", "kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj",
-})  # fmt: skip
+VLLM_LINEARS = frozenset(
+    {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "qkv_proj",
+        "gate_up_proj",
+        "out_proj",
+        "fc1",
+        "fc2",
+        "c_attn",
+        "c_proj",
+        "c_fc",
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "W_pack",
+        "wqkv",
+        "wo",
+        "w1",
+        "w2",
+        "w3",
+        "lm_head",
+        "embed_tokens",
+        "score",
+        "in_proj",
+        "x_proj",
+        "dt_proj",
+        "gate",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "q_a_proj",
+        "q_b_proj",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -57,27 +92,37 @@ def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
 def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
     """No LoHa, LoKr or dense updates, and no DoRA."""
     yield from no_other_kinds(adapter)
-    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None]
+    dora = [m for m, u in adapter.updates.items() if u.needs_base]
     if dora:
         yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", MERGE, into_base=tuple(dora))
 
 
 def no_saved_weights(adapter: Adapter) -> Iterator[Finding]:
     if adapter.saved:
-        yield Finding(f"{len(adapter.saved)} saved weights ({listing(list(adapter.saved), 2)})", MERGE, into_base=tuple(adapter.saved))
+        yield Finding(
+            f"{len(adapter.saved)} saved weights ({listing(list(adapter.saved), 2)})",
+            MERGE,
+            into_base=tuple(adapter.saved),
+        )
 
 
 def no_embeddings(adapter: Adapter) -> Iterator[Finding]:
     if adapter.embeddings:
         yield Finding(
             f"{len(adapter.embeddings)} textual-inversion embeddings ({listing(list(adapter.embeddings), 2)})",
-            "give them to the program as separate files, if it reads those; lorakit convert --allow-loss leaves them out",
+            "give them to the program as separate files, if it reads those; lorakit convert --allow-loss leaves them "
+            "out",
         )
+
+
+def _plain(adapter: Adapter) -> bool:
+    """Whether all of it is LoRA."""
+    return all(u.variant == "lora" for u in adapter.updates.values())
 
 
 def one_scale(adapter: Adapter) -> Iterator[Finding]:
     """The same rank and scale 1 in all modules."""
-    if not adapter.others and not any(f.magnitude is not None for f in adapter.factors.values()) and not is_canonical(adapter):
+    if _plain(adapter) and not is_canonical(adapter):
         ranks = sorted({f.A.shape[0] for f in adapter.factors.values()})
         scales = sorted({round(f.scale, 6) for f in adapter.factors.values()})
         yield Finding(
@@ -91,14 +136,16 @@ def one_rank_and_scale(adapter: Adapter) -> Iterator[Finding]:
     """The same rank and alpha / rank in all modules, as a config states them once."""
     fs = list(adapter.factors.values())
     same = len({(f.A.shape[0], f.scale, f.rslora) for f in fs}) <= 1 and not any(f.rslora or f.parts for f in fs)
-    if not same and not adapter.others and not any(f.magnitude is not None for f in fs):
+    if not same and _plain(adapter):
         yield from one_scale(adapter)
 
 
 def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
     rank = max((f.A.shape[0] for f in adapter.factors.values()), default=0)
     if rank > VLLM_RANKS[-1]:
-        yield Finding(f"rank {rank} exceeds the server's largest, {VLLM_RANKS[-1]}", f"lorakit resize --rank {VLLM_RANKS[-1]}")
+        yield Finding(
+            f"rank {rank} exceeds the server's largest, {VLLM_RANKS[-1]}", f"lorakit resize --rank {VLLM_RANKS[-1]}"
+        )
     elif rank not in VLLM_RANKS and rank:
         supported = next(r for r in VLLM_RANKS if r >= rank)
         yield Finding(
@@ -111,14 +158,20 @@ def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
 def vllm_modules(adapter: Adapter) -> Iterator[Finding]:
     unknown = [m for m in adapter.factors if m.rsplit(".", 1)[-1] not in VLLM_LINEARS]
     if unknown:
-        yield Finding(f"{len(unknown)} modules are not linears that vLLM adapts ({listing(unknown, 2)})", MERGE, into_base=tuple(unknown))
+        yield Finding(
+            f"{len(unknown)} modules are not linears that vLLM adapts ({listing(unknown, 2)})",
+            MERGE,
+            into_base=tuple(unknown),
+        )
     conv = [m for m, f in adapter.factors.items() if f.kind == "conv"]
     if conv:
         yield Finding(f"{len(conv)} modules are convolutions ({listing(conv, 2)})", MERGE, into_base=tuple(conv))
     for module, f in adapter.factors.items():
         size = f.B.shape[0] if module.endswith("lm_head") else f.A.shape[1] if f.kind == "embedding" else 0
         if size > VLLM_VOCABULARY:
-            yield Finding(f"'{module}' has a vocabulary of {size:,}, over {VLLM_VOCABULARY:,}", MERGE, into_base=(module,))
+            yield Finding(
+                f"'{module}' has a vocabulary of {size:,}, over {VLLM_VOCABULARY:,}", MERGE, into_base=(module,)
+            )
 
 
 def vllm_saved(adapter: Adapter) -> Iterator[Finding]:
@@ -142,14 +195,20 @@ class Receiver:
 
 RECEIVERS = {
     "vllm": Receiver(
-        "peft", (low_rank_only, vllm_saved, vllm_modules, one_rank_and_scale, vllm_rank, no_embeddings), "vLLM's --lora-modules"
+        "peft",
+        (low_rank_only, vllm_saved, vllm_modules, one_rank_and_scale, vllm_rank, no_embeddings),
+        "vLLM's --lora-modules",
     ),
-    "sglang": Receiver("peft", (low_rank_only, no_saved_weights, one_rank_and_scale, no_embeddings), "SGLang's --lora-paths"),
+    "sglang": Receiver(
+        "peft", (low_rank_only, no_saved_weights, one_rank_and_scale, no_embeddings), "SGLang's --lora-paths"
+    ),
     "llama.cpp": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "llama.cpp's --lora"),
     "ollama": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "Ollama, with its Modelfile"),
     "comfyui": Receiver("kohya", (no_saved_weights, no_embeddings), "ComfyUI's models/loras"),
     "a1111": Receiver("kohya", (no_saved_weights, no_embeddings), "A1111's models/Lora"),
-    "diffusers": Receiver("diffusers", (no_other_kinds, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"),
+    "diffusers": Receiver(
+        "diffusers", (no_other_kinds, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"
+    ),
     "peft": Receiver("peft", (no_embeddings,), "PEFT's from_pretrained"),
     "mlx": Receiver("mlx", (no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
     "canonical": Receiver("peft", (low_rank_only, one_scale, no_embeddings), "any program that reads PEFT's folder"),

@@ -52,7 +52,8 @@ def write_staged(
         staged, copy = folder / path.name, None if parts is None else folder / parts.copy.name
         try:
             written = save(ready, staged, format, base=base)
-            if parts is not None and copy is not None:  # saved once before, so that format errors come before the base is copied
+            # saved once before, so that format errors come before the base is copied
+            if parts is not None and copy is not None:
                 ready = parts.write(ready, copy)
                 written = save(ready, staged, format, base=base)
             result = _verified(adapter, written, format, base, parts, copy) if check else Readback()
@@ -65,7 +66,9 @@ def write_staged(
             return _move_into_place(written, to), result
 
 
-def _verified(adapter: Adapter, written: Path, format: str, base: Any, parts: Split | None, copy: Path | None) -> Readback:
+def _verified(
+    adapter: Adapter, written: Path, format: str, base: Any, parts: Split | None, copy: Path | None
+) -> Readback:
     stored, intended = verify.contents(written, format, adapter, base)
     differences = verify.differences(stored, intended, written)
     large = {what: value for what, value in differences.items() if not value <= verify.TOLERANCE}
@@ -74,16 +77,21 @@ def _verified(adapter: Adapter, written: Path, format: str, base: Any, parts: Sp
         raise AdapterError(f"{written}, read back, differs from the adapter: {', '.join(lines)}\n  {_BUG}")
     if parts is not None:
         adapter = parts.adapter
-    no_logits = "image models' outputs are not compared through a base" if format in _IMAGE_FORMATS else why_not(adapter, base)
+    no_logits = (
+        "image models' outputs are not compared through a base" if format in _IMAGE_FORMATS else why_not(adapter, base)
+    )
     if no_logits is not None:
         return Readback(differences, None, no_logits)
-    logits = compare(adapter, stored, intended if parts is None else expected(adapter, format), Path(base).expanduser(), copy)
+    logits = compare(
+        adapter, stored, intended if parts is None else expected(adapter, format), Path(base).expanduser(), copy
+    )
     if isinstance(logits, str):
         return Readback(differences, None, logits)
     if not logits.relative <= tolerance(copy):
         through = f"{base}" if copy is None else f"{copy}, against {base} with the adapter"
         raise AdapterError(
-            f"{written}, read back, gives different logits through {through}: off by {logits.difference:.2g}, {logits.relative:.2g} of"
+            f"{written}, read back, gives different logits through {through}: off by {logits.difference:.2g}, "
+            f"{logits.relative:.2g} of"
             f" the largest\n  {_BUG}"
         )
     return Readback(differences, logits)
@@ -96,7 +104,8 @@ def _moved(copy: Path, to: Path) -> Iterator[None]:
     If the block fails, the previous content is restored; otherwise it is deleted.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
-    old = to.with_name(f".{to.name}.old-{secrets.token_hex(4)}") if to.exists() else None  # a killed run leaves it under this name
+    # a killed run leaves it under this name
+    old = to.with_name(f".{to.name}.old-{secrets.token_hex(4)}") if to.exists() else None
     if old is not None:
         os.rename(to, old)
     try:
@@ -127,7 +136,9 @@ def _move_into_place(written: Path, to: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     blocked = next((final for final in files.values() if final.exists() and not final.is_file()), None)
     if blocked is not None:  # checked before the first file is replaced
-        raise AdapterError(f"{blocked} is not a file; it would have to be replaced by one\n  move it, or name another OUT")
+        raise AdapterError(
+            f"{blocked} is not a file; it would have to be replaced by one\n  move it, or name another OUT"
+        )
     for file, final in files.items():
         os.replace(file, final)
     if any(final.name == peft.WEIGHTS for final in files.values()):

@@ -49,9 +49,14 @@ def differences(stored: Content, intended: Content, where: Path | str) -> dict[s
     AdapterError, naming `where`, if the two hold different quantities or shapes.
     """
     theirs, ours = _quantities(stored), _quantities(intended)
-    for keys, problem in ((ours.keys() - theirs.keys(), "lacks"), (theirs.keys() - ours.keys(), "has unexpected content:")):
+    for keys, problem in (
+        (ours.keys() - theirs.keys(), "lacks"),
+        (theirs.keys() - ours.keys(), "has unexpected content:"),
+    ):
         if keys:
-            raise AdapterError(f"{where}: read back, it {problem} {listing([f'{name} ({kind})' for kind, name in sorted(keys)], 3)}")
+            raise AdapterError(
+                f"{where}: read back, it {problem} {listing([f'{name} ({kind})' for kind, name in sorted(keys)], 3)}"
+            )
     errors: dict[str, list[tuple[float, float]]] = {}
     for (kind, name), array in ours.items():
         try:
@@ -60,7 +65,10 @@ def differences(stored: Content, intended: Content, where: Path | str) -> dict[s
             raise AdapterError(f"{where}: read back, '{name}' is malformed: {error}") from error
         errors.setdefault(kind, []).append(error_and_size)
     floor = SMALLEST * max((size for _, size in errors.get(DELTA, [])), default=0.0)
-    return {kind: max(_ratio(off, max(size, floor if kind == DELTA else 0.0)) for off, size in pairs) for kind, pairs in errors.items()}
+    return {
+        kind: max(_ratio(off, max(size, floor if kind == DELTA else 0.0)) for off, size in pairs)
+        for kind, pairs in errors.items()
+    }
 
 
 def _quantities(content: Content) -> dict[tuple[str, str], Callable[[], np.ndarray]]:

@@ -44,7 +44,10 @@ def peft(folder: Path) -> Content:
     prefix = "base_model.model."
     tensors = {key.removeprefix(prefix): t for key, t in arrays(folder / "adapter_model.safetensors").items()}
     effects: dict[str, Effect] = {}
-    for name, A, B in [*_pairs(tensors, ".lora_A.weight", ".lora_B.weight"), *_pairs(tensors, ".lora_embedding_A", ".lora_embedding_B")]:
+    for name, A, B in [
+        *_pairs(tensors, ".lora_A.weight", ".lora_B.weight"),
+        *_pairs(tensors, ".lora_embedding_A", ".lora_embedding_B"),
+    ]:
         m = _magnitude(name, tensors.pop(f"{name}.lora_magnitude_vector", None), config)
         effects[name] = _effect(B, A, _scale(name, A, config), m)
     if unpaired := [key for key in tensors if ".lora_" in key]:
@@ -56,11 +59,16 @@ def diffusers(path: Path) -> Content:
     file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     configs = json.loads(header(file).get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
     tensors = arrays(file)
-    older = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")  # for text encoders diffusers reads only these
+    # for text encoders diffusers reads only these
+    older = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
     effects: dict[str, Effect] = {}
     for name, A, B in [*_pairs(tensors, ".lora_A.weight", ".lora_B.weight"), *_pairs(tensors, *older)]:
         component, _, module = name.partition(".")
-        config = {key.removeprefix(f"{component}."): value for key, value in configs.items() if key.startswith(f"{component}.")}
+        config = {
+            key.removeprefix(f"{component}."): value
+            for key, value in configs.items()
+            if key.startswith(f"{component}.")
+        }
         # transformers reads text encoders, and expects the full parameter name.
         key = f"{name}.lora_magnitude_vector" + (".weight" if component.startswith("text_encoder") else "")
         m = _magnitude(name, tensors.pop(key, None), config)
@@ -71,7 +79,10 @@ def diffusers(path: Path) -> Content:
 def mlx(folder: Path) -> Content:
     scale = float(_json(folder / "adapter_config.json")["lora_parameters"]["scale"])
     tensors = arrays(folder / "adapters.safetensors")
-    effects = {name: _effect(b.T, a.T, scale, tensors.pop(f"{name}.m", None)) for name, a, b in _pairs(tensors, ".lora_a", ".lora_b")}
+    effects = {
+        name: _effect(b.T, a.T, scale, tensors.pop(f"{name}.m", None))
+        for name, a, b in _pairs(tensors, ".lora_a", ".lora_b")
+    }
     return _nothing_left(tensors, Content(effects))
 
 
@@ -103,11 +114,16 @@ def _lycoris(key: str, parts: Arrays) -> Effect:
         inner = lokr.get("w1b", lokr.get("w2b"))
         effect = Effect(lambda: kronecker(lokr, 1.0 if inner is None else scale(inner.shape[0])))
     else:  # a full-rank difference; norms use their own names
-        diff, bias = (next((parts.pop(s) for s in names if s in parts), None) for names in (("diff", "w_norm"), ("diff_b", "b_norm")))
+        diff, bias = (
+            next((parts.pop(s) for s in names if s in parts), None)
+            for names in (("diff", "w_norm"), ("diff_b", "b_norm"))
+        )
         matrix = None if diff is None else diff.reshape(diff.shape[0], -1).astype(np.float64)
         effect = Effect(None if matrix is None else lambda: matrix, bias=bias)
     if parts:
-        raise ValueError(f"'{key}.{next(iter(parts))}' does not belong to any kind of update with the other tensors of its key")
+        raise ValueError(
+            f"'{key}.{next(iter(parts))}' does not belong to any kind of update with the other tensors of its key"
+        )
     return effect
 
 
@@ -147,14 +163,18 @@ def _magnitude(name: str, m: np.ndarray | None, config: Mapping[str, Any]) -> np
     ValueError unless present exactly if use_dora is set.
     """
     if (m is not None) != bool(config.get("use_dora")):
-        raise ValueError(f"'{name}' has {'a' if m is not None else 'no'} lora_magnitude_vector, but use_dora is {config.get('use_dora')}")
+        raise ValueError(
+            f"'{name}' has {'a' if m is not None else 'no'} lora_magnitude_vector, but use_dora is "
+            f"{config.get('use_dora')}"
+        )
     return None if m is None else m.reshape(-1, 1)
 
 
 def _scale(name: str, A: np.ndarray, config: Mapping[str, Any]) -> float:
     """PEFT's scale: alpha / r, or alpha / √r with rsLoRA. ValueError if A's rank is not the config's."""
     rank, alpha = (
-        _by_pattern(config.get(f"{of}_pattern") or {}, name, config[default]) for of, default in (("rank", "r"), ("alpha", "lora_alpha"))
+        _by_pattern(config.get(f"{of}_pattern") or {}, name, config[default])
+        for of, default in (("rank", "r"), ("alpha", "lora_alpha"))
     )
     if A.shape[0] != rank:
         raise ValueError(f"'{name}' has rank {A.shape[0]}, but its config says {rank}")

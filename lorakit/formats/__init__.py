@@ -1,7 +1,7 @@
 """How an adapter is written: one file per format, each with `read`, `losses` and `write`; here, which one a path holds.
 
-The format is told by content: a file's first bytes, its tensors' names, a folder's config. Nothing that is read is executed:
-safetensors, GGUF, or pickles through torch's `weights_only=True`.
+The format is told by content: a file's first bytes, its tensors' names, a folder's config. Nothing that is read is
+executed: safetensors, GGUF, or pickles through torch's `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def load(
 ) -> Adapter:
     """Read an adapter in any of `FORMATS`.
 
-    source: a folder, a file, or a hub id. `alpha` must be given where the file does not hold it (always for loralib, for MLX without
-    its config), `packed` for a MergedLinear of loralib, `base` (the base's folder or config) for a GGUF of a Llama. Raises AdapterError
-    for anything that is not a sound adapter; nothing is built before sizes are checked.
+    source: a folder, a file, or a hub id. `alpha` must be given where the file does not hold it (always for loralib,
+    for MLX without its config), `packed` for a MergedLinear of loralib, `base` (the base's folder or config) for a GGUF
+    of a Llama. Raises AdapterError for anything that is not a sound adapter; nothing is built before sizes are checked.
     """
     from ..io.tensors import read_tensors
 
@@ -44,9 +44,13 @@ def load(
     format = format or format_of(path)
     reader = _module(format)
     if alpha is not None and format not in TAKES_ALPHA:
-        raise AdapterError(f"{path} is a {format} adapter, which says itself what alpha is\n  leave alpha (--alpha) out")
+        raise AdapterError(
+            f"{path} is a {format} adapter, which says itself what alpha is\n  leave alpha (--alpha) out"
+        )
     if packed is not None and format != "loralib":
-        raise AdapterError(f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave packed out")
+        raise AdapterError(
+            f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave packed out"
+        )
     if format == "peft":
         return reader.read(path)
     if format == "loralib":
@@ -61,12 +65,18 @@ def load(
 
 
 def save(
-    adapter: Adapter, path: str | Path, format: str = "peft", *, dtype: torch.dtype | Literal["q8_0"] | None = None, base: Any = None
+    adapter: Adapter,
+    path: str | Path,
+    format: str = "peft",
+    *,
+    dtype: torch.dtype | Literal["q8_0"] | None = None,
+    base: Any = None,
 ) -> Path:
     """Write an adapter: "peft" and "mlx" are folders, the others files.
 
-    dtype: the precision to write it in (by default as it is); "q8_0", blocks of 8 bits, for "gguf" alone. base: the base's folder or config, for "gguf". AdapterError, with all
-    of it, where the format cannot hold something of the adapter (see `losses`). Returns the path written.
+    dtype: the precision to write it in (by default as it is); "q8_0", blocks of 8 bits, for "gguf" alone. base: the
+    base's folder or config, for "gguf". AdapterError, with all of it, where the format cannot hold something of the
+    adapter (see `losses`). Returns the path written.
     """
     from ..adapter.algebra.edit import cast
 
@@ -76,11 +86,15 @@ def save(
     if isinstance(dtype, str) and blocks is None:
         raise AdapterError(f"dtype is '{dtype}'; expected a torch dtype, or 'q8_0' for gguf")
     adapter = adapter if dtype is None or isinstance(dtype, str) else cast(adapter, dtype)
-    return _module(format).write(adapter, path, base, blocks) if format == "gguf" else _module(format).write(adapter, path)
+    return (
+        _module(format).write(adapter, path, base, blocks) if format == "gguf" else _module(format).write(adapter, path)
+    )
 
 
 def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:
-    """What of this adapter the format cannot hold, one line each. `path`: where it would be written, as endings differ in that."""
+    """What of this adapter the format cannot hold, one line each. `path`: where it would be written, as endings differ
+    in that.
+    """
     return _module(format).losses(adapter, path) if format == "cloneofsimo" else _module(format).losses(adapter)
 
 
@@ -150,4 +164,6 @@ def _module(format: str) -> Any:
 
 
 def _unknown(format: str) -> AdapterError:
-    return AdapterError(f"unknown adapter format '{format}'{did_you_mean(format, FORMATS)}\n  known: {', '.join(FORMATS)}")
+    return AdapterError(
+        f"unknown adapter format '{format}'{did_you_mean(format, FORMATS)}\n  known: {', '.join(FORMATS)}"
+    )

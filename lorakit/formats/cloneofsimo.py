@@ -1,16 +1,20 @@
-"""cloneofsimo's files (the first LoRA of Stable Diffusion, 2022): numbers instead of names, scale 1, learned tokens beside the factors.
+"""cloneofsimo's files (the first LoRA of Stable Diffusion, 2022): numbers instead of names, scale 1, learned tokens
+beside the factors.
 
-    .safetensors   "unet:<i>:up" [out, r], "unet:<i>:down" [r, in], "text_encoder:<i>:up", ...; a learned token "<s1>" [dim]
+    .safetensors   "unet:<i>:up" [out, r], "unet:<i>:down" [r, in], "text_encoder:<i>:up", ...; a learned token "<s1>"
+                   [dim]
                    header: "unet": the adapted classes in JSON, "unet:<i>:rank", "<s1>": "<embed>"
-    .pt            the pickled list [up0, down0, up1, down1, ...] of a UNet; `x.text_encoder.pt` that of a text encoder, `x.ti.pt`
+    .pt            the pickled list [up0, down0, up1, down1, ...] of a UNet; `x.text_encoder.pt` that of a text encoder,
+                   `x.ti.pt`
                    {"<token>": [dim]}; the three of one name are one adapter
 
-The number is a module's place in the order in which diffusers' and transformers' classes of the time made them. UNet of SD1 and SD2:
-the down blocks, the up blocks, the middle; in a transformer block attn1 (q, k, v, out), ff.net.0.proj, attn2 (q, k, v, out); the oldest
-files have no ff. Later classes make attn2 before ff; the shapes tell which it is. Text encoder: layer by layer k, v, q, out.
+The number is a module's place in the order in which diffusers' and transformers' classes of the time made them. UNet of
+SD1 and SD2: the down blocks, the up blocks, the middle; in a transformer block attn1 (q, k, v, out), ff.net.0.proj,
+attn2 (q, k, v, out); the oldest files have no ff. Later classes make attn2 before ff; the shapes tell which it is. Text
+encoder: layer by layer k, v, q, out.
 
-The reader of these files gives every adapted module of the model its pair, so a module that an adapter lacks is written as zeros, and a
-pair of zeros is read as no update.
+The reader of these files gives every adapted module of the model its pair, so a module that an adapter lacks is written
+as zeros, and a pair of zeros is read as no update.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ _IN_BLOCK = [
     [*_ATTENTIONS[0], _FEED_FORWARD, *_ATTENTIONS[1]],
     [*_ATTENTIONS[0], *_ATTENTIONS[1], _FEED_FORWARD],
     [*_ATTENTIONS[0], *_ATTENTIONS[1]],
-]  # fmt: skip
+]
 UNET_ORDERS = [[f"{place}.transformer_blocks.0.{name}" for place in _PLACES for name in inside] for inside in _IN_BLOCK]
 _CLASSES = {144: ["CrossAttention", "Attention", "GEGLU"], 128: ["CrossAttention", "Attention"]}
 
@@ -105,7 +109,8 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
             embeddings[key] = tensor
         else:
             raise AdapterError(
-                f"{path}: key '{key}' is none of this format's\n  expected unet:<i>:up, text_encoder:<i>:down or a token <s1>"
+                f"{path}: key '{key}' is none of this format's\n"
+                "  expected unet:<i>:up, text_encoder:<i>:down or a token <s1>"
             )
     found: dict[str, Pair] = {}
     for component, numbered in halves.items():
@@ -113,7 +118,8 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
             for half in ("down", "up"):
                 if half not in numbered.get(at, {}):
                     raise AdapterError(
-                        f"{path}: key '{component}:{at}:{half}' is missing; {len(numbered)} modules are numbered from 0, each with up and down"
+                        f"{path}: key '{component}:{at}:{half}' is missing; {len(numbered)} modules are numbered from "
+                        "0, each with up and down"
                     )
         pairs = [(numbered[at]["down"], numbered[at]["up"]) for at in range(len(numbered))]
         found |= _named(path, component, pairs) if pairs else {}
@@ -121,12 +127,18 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
 
 
 def losses(adapter: Adapter, path: Path | None = None) -> list[str]:
-    """What this format cannot hold of an adapter, one line each. `path`: where it is to be written; a `.pt` holds less."""
-    known = {f"unet.{name}" for name in UNET_ORDERS[0]} | {f"text_encoder.{name}" for name in text_order(_layers(adapter))}
+    """What this format cannot hold of an adapter, one line each.
+    `path`: where it is to be written; a `.pt` holds less.
+    """
+    known = {f"unet.{name}" for name in UNET_ORDERS[0]} | {
+        f"text_encoder.{name}" for name in text_order(_layers(adapter))
+    }
     nowhere = [module for module in adapter.factors if module not in known]
     lines = [f"cloneofsimo's order has no place for {len(nowhere)} modules: {listing(nowhere, 3)}"] if nowhere else []
     if adapter.others:
-        lines.append(f"it holds low-rank factors only (`resize` makes them of any update): {listing(adapter.others, 3)}")
+        lines.append(
+            f"it holds low-rank factors only (`resize` makes them of any update): {listing(adapter.others, 3)}"
+        )
     dora = [module for module, f in adapter.factors.items() if f.magnitude is not None]
     lines += [f"it has no DoRA magnitudes: {listing(dora, 3)}"] if dora else []
     blocks = [m for m, f in adapter.factors.items() if m in known and (f.kind != "linear" or f.transposed)]
@@ -134,12 +146,16 @@ def losses(adapter: Adapter, path: Path | None = None) -> list[str]:
     if adapter.saved:
         lines.append(f"it holds no weights saved whole: {listing(adapter.saved, 3)}")
     if path is not None and path.suffix == ".pt" and not any(m.startswith("unet.") for m in adapter.factors):
-        lines.append("its .pt begins with the UNet's modules, and the adapter has none: a .safetensors can do without them")
+        lines.append(
+            "its .pt begins with the UNet's modules, and the adapter has none: a .safetensors can do without them"
+        )
     return lines or _unfillable(adapter)
 
 
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and `.ti.pt` beside it. AdapterError if anything would be lost."""
+    """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and `.ti.pt` beside it. AdapterError if anything would be
+    lost.
+    """
     lost = losses(adapter.check(), path)
     if lost:
         raise AdapterError("cloneofsimo's format cannot hold all of this adapter:\n  " + "\n  ".join(lost))
@@ -160,17 +176,26 @@ def write(adapter: Adapter, path: Path) -> Path:
     return path
 
 
-def _adapter(path: Path, found: Mapping[str, Pair], embeddings: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    factors = {m: Factors(down.detach(), up.detach(), float(down.shape[0])) for m, (down, up) in found.items() if down.any() or up.any()}
+def _adapter(
+    path: Path, found: Mapping[str, Pair], embeddings: Mapping[str, Tensor], header: Mapping[str, str]
+) -> Adapter:
+    factors = {
+        m: Factors(down.detach(), up.detach(), float(down.shape[0]))
+        for m, (down, up) in found.items()
+        if down.any() or up.any()
+    }
     for token, vectors in embeddings.items():
         if not vectors.is_floating_point() or vectors.dtype.itemsize == 1 or vectors.dim() not in (1, 2):
             raise AdapterError(
-                f"{path}: token '{token}' has shape {list(vectors.shape)} and dtype {vectors.dtype}; expected vectors, [dim] or [n, dim]"
+                f"{path}: token '{token}' has shape {list(vectors.shape)} and dtype {vectors.dtype}; expected vectors, "
+                "[dim] or [n, dim]"
             )
     ours: dict[str, Any] = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     try:
         config = config_of(factors) if factors else LoraConfig(rank=1, alpha=1)
-        return Adapter(config, factors, metadata=ours, embeddings={t: v.detach() for t, v in embeddings.items()}).check()
+        return Adapter(
+            config, factors, metadata=ours, embeddings={t: v.detach() for t, v in embeddings.items()}
+        ).check()
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
 
@@ -188,10 +213,17 @@ def _named(path: Path, component: str, pairs: Sequence[Pair]) -> dict[str, Pair]
     """The pairs by their modules' names. AdapterError where their shapes cannot be those of that order."""
     for at, (down, up) in enumerate(pairs):
         for half, tensor in (("down", down), ("up", up)):
-            if tensor.dim() != 2 or not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or down.shape[0] != up.shape[-1]:
+            if (
+                tensor.dim() != 2
+                or not tensor.is_floating_point()
+                or tensor.dtype.itemsize == 1
+                or down.shape[0] != up.shape[-1]
+            ):
                 raise AdapterError(
-                    f"{path}: '{component}:{at}:{half}' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected the pair "
-                    "up [out, r], down [r, in] of a linear layer (those of convolutions, from an extended injection, are not read)"
+                    f"{path}: '{component}:{at}:{half}' has shape {list(tensor.shape)} and dtype {tensor.dtype}; "
+                    "expected the pair "
+                    "up [out, r], down [r, in] of a linear layer (those of convolutions, from an extended injection, "
+                    "are not read)"
                 )
     if component == "text_encoder":
         orders = [text_order(len(pairs) // 4)] if len(pairs) % 4 == 0 else []
@@ -206,15 +238,16 @@ def _named(path: Path, component: str, pairs: Sequence[Pair]) -> dict[str, Pair]
         first = wrong[0] or 0
         down, up = pairs[first]
         raise AdapterError(
-            f"{path}: '{component}:{first}' has up {list(up.shape)} and down {list(down.shape)}, which is not the shape of "
+            f"{path}: '{component}:{first}' has up {list(up.shape)} and down {list(down.shape)}, which is not the "
+            "shape of "
             f"{orders[0][first]}, the module of that number\n  was it made for another model than SD1 or SD2?"
         )
     return {f"{component}.{name}": pair for name, pair in zip(orders[wrong.index(None)], pairs)}
 
 
 def _misfit(order: Sequence[str], pairs: Sequence[Pair]) -> int | None:
-    """The first number whose shape disagrees with those before it, or None. Of a block of width C: all [C, C], but ff [8 C, C] and
-    attn2's k, v [C, D] with the text encoder's D, the same everywhere."""
+    """The first number whose shape disagrees with those before it, or None. Of a block of width C: all [C, C], but ff
+    [8 C, C] and attn2's k, v [C, D] with the text encoder's D, the same everywhere."""
     widths: dict[str, int] = {}
     for at, (name, (down, up)) in enumerate(zip(order, pairs)):
         size = (up.shape[0], down.shape[1])
@@ -231,9 +264,17 @@ def _misfit(order: Sequence[str], pairs: Sequence[Pair]) -> int | None:
 
 def _layers(adapter: Adapter) -> int:
     """How many layers of the text encoder are numbered: the model's, or as many as the adapter has."""
-    found = [int(m.split(".")[4]) + 1 for m in adapter.factors if re.match(r"text_encoder\.text_model\.encoder\.layers\.\d{1,4}\.", m)]
+    found = [
+        int(m.split(".")[4]) + 1
+        for m in adapter.factors
+        if re.match(r"text_encoder\.text_model\.encoder\.layers\.\d{1,4}\.", m)
+    ]
     model = _model(adapter)
-    real = sum(m.endswith(".self_attn.k_proj") and m.startswith("text_encoder.") for m in names.shapes(model)) if model else 0
+    real = (
+        sum(m.endswith(".self_attn.k_proj") and m.startswith("text_encoder.") for m in names.shapes(model))
+        if model
+        else 0
+    )
     return max((*found, real)) if found else 0
 
 
@@ -241,7 +282,9 @@ def _model(adapter: Adapter) -> str | None:
     """Which of the two models' widths are the adapter's; at a tie the one it says it is for."""
     sizes = {m: (f.B.shape[0], f.A.shape[1]) for m, f in adapter.factors.items()}
     fit = [
-        model for model in ("sd1", "sd2") if all(names.shapes(model)[m] == size for m, size in sizes.items() if m in names.shapes(model))
+        model
+        for model in ("sd1", "sd2")
+        if all(names.shapes(model)[m] == size for m, size in sizes.items() if m in names.shapes(model))
     ]
     said = adapter.metadata.get("model")
     return said if said in fit else next(iter(fit), None)
@@ -261,10 +304,15 @@ def _order(adapter: Adapter, component: str) -> list[str]:
 
 def _unfillable(adapter: Adapter) -> list[str]:
     """Modules that need zeros, where the model's widths are not known."""
-    lacking = [m for component in ("unet", "text_encoder") for m in _order(adapter, component) if m not in adapter.factors]
+    lacking = [
+        m for component in ("unet", "text_encoder") for m in _order(adapter, component) if m not in adapter.factors
+    ]
     if not lacking or _model(adapter) is not None:
         return []
-    return [f"it needs all modules of its order, and the widths of {listing(lacking, 3)} are not known: this is neither SD1 nor SD2"]
+    return [
+        f"it needs all modules of its order, and the widths of {listing(lacking, 3)} are not known: this is neither "
+        "SD1 nor SD2"
+    ]
 
 
 def _numbered(adapter: Adapter, component: str) -> list[Pair]:
@@ -287,7 +335,9 @@ def _write_pickles(path: Path, pairs: Mapping[str, Sequence[Pair]], embeddings: 
     stem = path.name.removesuffix(".pt")
     lists: dict[Path, Any] = {
         path: [t.detach().cpu().clone() for down, up in pairs["unet"] for t in (up, down)],
-        path.with_name(stem + SIDE_TEXT): [t.detach().cpu().clone() for down, up in pairs["text_encoder"] for t in (up, down)],
+        path.with_name(stem + SIDE_TEXT): [
+            t.detach().cpu().clone() for down, up in pairs["text_encoder"] for t in (up, down)
+        ],
         path.with_name(stem + SIDE_TOKENS): {token: t.detach().cpu().clone() for token, t in embeddings.items()},
     }
     for file, value in lists.items():

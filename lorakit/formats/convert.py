@@ -25,16 +25,26 @@ class Converted:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "to": self.format, "path": str(self.path), "modules": len(self.adapter.updates), "parameters": self.adapter.parameters,
+            "to": self.format,
+            "path": str(self.path),
+            "modules": len(self.adapter.updates),
+            "parameters": self.adapter.parameters,
             "left_out": self.lost,
-        }  # fmt: skip
+        }
 
 
 def convert(
-    adapter: Adapter, out: str | Path, to: str, *, base: Any = None, dtype: torch.dtype | Literal["q8_0"] | None = None,
+    adapter: Adapter,
+    out: str | Path,
+    to: str,
+    *,
+    base: Any = None,
+    dtype: torch.dtype | Literal["q8_0"] | None = None,
     allow_loss: bool = False,
-) -> Converted:  # fmt: skip
-    """Write `adapter` in the format `to`. AdapterError lists what it cannot hold; with `allow_loss` that is left out and returned."""
+) -> Converted:
+    """Write `adapter` in the format `to`. AdapterError lists what it cannot hold; with `allow_loss` that is left out
+    and returned.
+    """
     from . import losses, save
 
     lost = losses(adapter, to)
@@ -43,7 +53,9 @@ def convert(
         raise AdapterError(f"{out} cannot hold this adapter:\n  " + "\n  ".join(here))
     if lost and not allow_loss:
         raise AdapterError(
-            f"{to} cannot hold all of this adapter:\n  " + "\n  ".join(lost) + "\n  --allow-loss (allow_loss=True) leaves that out"
+            f"{to} cannot hold all of this adapter:\n  "
+            + "\n  ".join(lost)
+            + "\n  --allow-loss (allow_loss=True) leaves that out"
         )
     ready = without_losses(adapter, lambda a: losses(a, to)) if lost else adapter
     return Converted(save(ready, out, to, dtype=dtype, base=base), to, ready, lost)
@@ -51,17 +63,20 @@ def convert(
 
 def without_losses(adapter: Adapter, losses: Callable[[Adapter], list[str]]) -> Adapter:
     """The adapter without the parts that `losses` objects to, each looked at by itself."""
-    alone = replace(adapter, factors={}, others={}, saved={}, embeddings={})
+    alone = replace(adapter, updates={}, saved={}, embeddings={})
     left = replace(
         adapter,
-        factors={m: f for m, f in adapter.factors.items() if not losses(replace(alone, factors={m: f}))},
-        others={m: o for m, o in adapter.others.items() if not losses(replace(alone, others={m: o}))},
+        updates={m: u for m, u in adapter.updates.items() if not losses(replace(alone, updates={m: u}))},
         saved={n: t for n, t in adapter.saved.items() if not losses(replace(alone, saved={n: t}))},
         embeddings={n: t for n, t in adapter.embeddings.items() if not losses(replace(alone, embeddings={n: t}))},
     )
     if not (left.updates or left.saved or left.embeddings):
         raise AdapterError("nothing of this adapter can be held by that format")
+    if left.factors and left.others and losses(left):
+        left = replace(left, updates=left.factors)  # a format of one kind a file holds either of them
     still = losses(left)
     if still:
-        raise AdapterError("what the format cannot hold is no single part that could be left out:\n  " + "\n  ".join(still))
+        raise AdapterError(
+            "what the format cannot hold is no single part that could be left out:\n  " + "\n  ".join(still)
+        )
     return left

@@ -1,12 +1,15 @@
-"""diffusers' `pytorch_lora_weights.safetensors`: read in all its spellings (`spellings.py`), written as diffusers 0.42 loads it exactly.
+"""diffusers' `pytorch_lora_weights.safetensors`: read in all its spellings (`spellings.py`), written as diffusers 0.42
+loads it exactly.
 
     <component>.<module>.lora_A.weight, .lora_B.weight     linear [r, in], [out, r]; conv [r, in, *k], [out, r, 1, 1]
     <component>.<module>.lora_magnitude_vector             DoRA: [out], conv [1, out, 1, 1]
-    header "lora_adapter_metadata": JSON {"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {...}, "text_encoder.r": ...}
+    header "lora_adapter_metadata": JSON {"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {...},
+    "text_encoder.r": ...}
 
-The keys hold no alpha. Without the header alpha is the rank of each module (diffusers' rule); with it, diffusers hands each component's
-entries to `peft.LoraConfig` as they are, so its patterns are PEFT's. The prefix "text_encoder." is diffusers', and `text_model.` below
-it is always written: transformers 5 has lost that level, and diffusers removes it where it is not wanted.
+The keys hold no alpha. Without the header alpha is the rank of each module (diffusers' rule); with it, diffusers hands
+each component's entries to `peft.LoraConfig` as they are, so its patterns are PEFT's. The prefix "text_encoder." is
+diffusers', and `text_model.` below it is always written: transformers 5 has lost that level, and diffusers removes it
+where it is not wanted.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Adapter, Other
+from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
@@ -48,19 +52,12 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
     if flat is not None:
         return kohya.read(path, flat, {key: value for key, value in header.items() if key != "format"})
     strengths = Strengths(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
-    factors: dict[str, Factors] = {}
-    others: dict[str, Other] = {}
-    for module, parts in _sort(path, tensors).items():
-        update = _update(path, module, parts, strengths)
-        if isinstance(update, Factors):
-            factors[module] = update
-        else:
-            others[module] = update
+    updates = {module: _update(path, module, parts, strengths) for module, parts in _sort(path, tensors).items()}
     metadata = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     rest = {key: value for key, value in header.items() if key not in (KEY, "lorakit", "format")}
     metadata = metadata | ({"header": rest} if rest else {})
-    config = checked(path, lambda: _config(factors, others))
-    return Adapter(config, factors, metadata=metadata, others=others).check()
+    config = checked(path, lambda: _config(updates))
+    return Adapter(config, updates, metadata=metadata).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -79,7 +76,8 @@ def losses(adapter: Adapter) -> list[str]:
 
 
 def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
-    """Write a `.safetensors` file; into a folder, under diffusers' own name for it. AdapterError if anything of the adapter would be lost.
+    """Write a `.safetensors` file; into a folder, under diffusers' own name for it. AdapterError if anything of the
+    adapter would be lost.
 
     fold: multiply each module's strength into its up matrix (alpha = rank), for receivers that do not read the header.
     """
@@ -93,12 +91,17 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
     for component, modules in _by_component(plain).items():
         text = component.startswith("text_encoder")
         old = text and not any(module.endswith(_ATTENTION) for module in modules)
-        down, up = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight") if old else (".lora_A.weight", ".lora_B.weight")
+        down, up = (
+            (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
+            if old
+            else (".lora_A.weight", ".lora_B.weight")
+        )
         for module, f in modules.items():
             key = f"{component}.{module}"
             tensors[key + down], tensors[key + up] = f.A, f.B
             if f.magnitude is not None:
-                # transformers reads a text encoder's tensors by their full names, PEFT a denoiser's by its own without ".weight".
+                # transformers reads a text encoder's tensors by their full names, PEFT a denoiser's by its own without
+                # ".weight".
                 flat = f.magnitude.flatten()
                 shaped = flat.reshape(1, -1, *[1] * (f.A.dim() - 2)) if f.A.dim() > 2 else flat
                 tensors[f"{key}.{MAGNITUDE}" + (".weight" if text else "")] = shaped
@@ -118,7 +121,8 @@ def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
         if name is None:
             raise AdapterError(
                 f"{where}: key '{key}' is no part of an adapter that lorakit knows\n"
-                "  expected <component>.<module>.lora_A.weight, .lora_B.weight, or another spelling of them, .alpha, .lora_magnitude_vector"
+                "  expected <component>.<module>.lora_A.weight, .lora_B.weight, or another spelling of them, .alpha, "
+                ".lora_magnitude_vector"
             )
         found[key] = name
     told = {name.component for name in found.values() if not name.prefixed} - {None}
@@ -126,7 +130,9 @@ def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     for key, name in found.items():
         component = name.component or (next(iter(told)) if len(told) == 1 else None)
         if component is None:
-            raise AdapterError(f"{where}: key '{key}' does not tell its model\n  expected one of {', '.join(COMPONENTS)} in front")
+            raise AdapterError(
+                f"{where}: key '{key}' does not tell its model\n  expected one of {', '.join(COMPONENTS)} in front"
+            )
         parts = modules.setdefault(f"{component}.{name.path}", {})
         if name.suffix in parts:
             raise AdapterError(f"{where}: key '{key}': a second {name.suffix} for '{component}.{name.path}'")
@@ -134,7 +140,7 @@ def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return modules
 
 
-def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Strengths) -> Factors | Other:
+def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Strengths) -> Update:
     """One module's update."""
     down, up, mid = (parts.get(f"lora_{which}.weight") for which in ("down", "up", "mid"))
     rslora = False
@@ -143,7 +149,10 @@ def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Stren
             (names.shapes(model)[module] for model in names.candidates([module])), (0, 0)
         )  # LyCORIS' kinds may not tell the kernel
     elif down.dim() < 2 or up.dim() < 2:
-        raise AdapterError(f"{where}: '{module}' has a down of shape {list(down.shape)} and an up of {list(up.shape)}; expected matrices")
+        raise AdapterError(
+            f"{where}: '{module}' has a down of shape {list(down.shape)} and an up of {list(up.shape)}; expected "
+            "matrices"
+        )
     else:
         shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
         if "alpha" not in parts:
@@ -160,7 +169,8 @@ def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Stren
 
 
 def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """ComfyUI's paths are the original code's, which kohya's files have with underscores: the same tensors as such a file.
+    """ComfyUI's paths are the original code's, which kohya's files have with underscores: the same tensors as such a
+    file.
 
     None if they are not all of one model whose names are known.
     """
@@ -178,7 +188,10 @@ def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 def _unheld(adapter: Adapter, module: str) -> str | None:
     """Why this format does not hold a module's update, or None if it does."""
     if module.split(".")[0] not in COMPONENTS:
-        return f"diffusers' files know modules by a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), which these lack"
+        return (
+            f"diffusers' files know modules by a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "
+            "which these lack"
+        )
     f = adapter.factors.get(module)
     if f is None:
         return "diffusers' LoRA files hold low-rank factors only (`resize` makes them of any update)"
@@ -207,9 +220,10 @@ def with_alpha_as_rank(f: Factors) -> Factors:
     return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind, magnitude=f.magnitude)
 
 
-def _config(factors: Mapping[str, Factors], others: Mapping[str, Other]) -> LoraConfig:
+def _config(updates: Mapping[str, Update]) -> LoraConfig:
+    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
     if not factors:
-        return LoraConfig(targets=sorted({module.rsplit(".", 1)[-1] for module in others}))
+        return LoraConfig(targets=sorted({module.rsplit(".", 1)[-1] for module in updates}))
     return config_of(factors, rslora=any(f.rslora for f in factors.values()))
 
 

@@ -1,9 +1,11 @@
 """The header entry "lora_adapter_metadata" of diffusers' LoRA files, both ways.
 
-    {"unet.r": 8, "unet.lora_alpha": 16, "unet.rank_pattern": {"^mid_block...to_q": 4}, "unet.alpha_pattern": {...}, "text_encoder.r": ...}
+    {"unet.r": 8, "unet.lora_alpha": 16, "unet.rank_pattern": {"^mid_block...to_q": 4}, "unet.alpha_pattern": {...},
+    "text_encoder.r": ...}
 
-diffusers cuts off the component and makes `peft.LoraConfig` of the rest, so names and patterns are PEFT's: a key fits a module's name by
-`re.match(rf"(.*\\.)?({key})$", name)`, and the first that fits counts. Files of one model (`save_lora_adapter`) have no component.
+diffusers cuts off the component and makes `peft.LoraConfig` of the rest, so names and patterns are PEFT's: a key fits a
+module's name by `re.match(rf"(.*\\.)?({key})$", name)`, and the first that fits counts. Files of one model
+(`save_lora_adapter`) have no component.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ..errors import AdapterError
 
 KEY = "lora_adapter_metadata"
 _PLAIN = re.compile(r"(?:[\w-]|\\?\.)+")
-# A regular expression from a file must not run for hours: no repeated group, few repetitions. Names one by one are no regex here.
+# A regular expression from a file must not run for hours: no repeated group, few repetitions. Names one by one are no
+# regex here.
 _LONGEST_REGEX, _MOST_REPETITIONS = 1000, 4
 _REPEATED_GROUP, _REPETITION = re.compile(r"\)[*+?{]|\\[1-9]|\(\?(?!:)"), re.compile(r"[*+{]")
 
@@ -33,7 +36,9 @@ class Strengths:
         self._patterns: dict[str, _Pattern] = {}
 
     def of(self, module: str, rank: int) -> tuple[float, bool]:
-        """(alpha, rslora) of a module, its component in front: alpha is the rank where the header says nothing of that component."""
+        """(alpha, rslora) of a module, its component in front: alpha is the rank where the header says nothing of that
+        component.
+        """
         component, _, name = module.partition(".")
         prefix = f"{component}." if any(key.startswith(f"{component}.") for key in self._described) else ""
         if prefix not in self._patterns:
@@ -44,7 +49,9 @@ class Strengths:
         names = dict.fromkeys((name, name.removeprefix("text_model.")))
         alpha = self._patterns[prefix].first(names, self._described.get(f"{prefix}lora_alpha", rank))
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not (math.isfinite(alpha) and alpha > 0):
-            raise AdapterError(f"{self._where}: its header gives '{module}' the alpha {alpha!r}; expected a positive number")
+            raise AdapterError(
+                f"{self._where}: its header gives '{module}' the alpha {alpha!r}; expected a positive number"
+            )
         return float(alpha), self._described.get(f"{prefix}use_rslora") is True
 
 
@@ -62,11 +69,17 @@ class _Pattern:
                 self._names.setdefault(name.replace("\\.", "."), (at, value))
                 continue
             try:
-                if len(key) > _LONGEST_REGEX or _REPEATED_GROUP.search(key) or len(_REPETITION.findall(key)) > _MOST_REPETITIONS:
+                if (
+                    len(key) > _LONGEST_REGEX
+                    or _REPEATED_GROUP.search(key)
+                    or len(_REPETITION.findall(key)) > _MOST_REPETITIONS
+                ):
                     raise re.error("it repeats groups or is too long, and could take forever")
                 self._regexes.append((at, re.compile(rf"(.*\.)?({key})$"), value))
             except re.error as error:
-                raise AdapterError(f"{where}: the key '{key[:100]}' is no regular expression to match names with: {error}") from error
+                raise AdapterError(
+                    f"{where}: the key '{key[:100]}' is no regular expression to match names with: {error}"
+                ) from error
 
     def first(self, names: Mapping[str, Any], default: Any) -> Any:
         """The value of the first key that fits any of a module's names."""
@@ -94,8 +107,8 @@ def describe(modules: Mapping[str, Factors]) -> dict[str, Any]:
 
 
 def _anchored(name: str) -> str:
-    """A pattern's key for this module alone. "^": or "proj_out" would fit all names that end so. A text encoder's may or may not have
-    the level `text_model` in the receiver, so they are left open in front."""
+    """A pattern's key for this module alone. "^": or "proj_out" would fit all names that end so. A text encoder's may
+    or may not have the level `text_model` in the receiver, so they are left open in front."""
     return name.removeprefix("text_model.") if name.startswith("text_model.") else f"^{name}"
 
 

@@ -4,10 +4,11 @@
     <GGUF's tensor>.lora_a  [r, in]       of token_embd [vocab, r]
     <GGUF's tensor>.lora_b  [out, r]      rows of q and k permuted where the base's are (`gguf_names`)
 
-llama.cpp scales a module by alpha / r with its own r and the file's one alpha (0: by 1). rsLoRA and alphas of a module's own
-are in B. In F32, F16 or BF16, as the factors are; or in Q8_0 where a tensor's rows are whole blocks of 32 numbers: lora_a of most
-linears, lora_b where the rank is a multiple of 32. The others are then in F16, as llama.cpp's converter has them. Packed projections
-and what lorakit knows of the training travel in the pair `lorakit.metadata`, which others pass over.
+llama.cpp scales a module by alpha / r with its own r and the file's one alpha (0: by 1). rsLoRA and alphas of a
+module's own are in B. In F32, F16 or BF16, as the factors are; or in Q8_0 where a tensor's rows are whole blocks of 32
+numbers: lora_a of most linears, lora_b where the rank is a multiple of 32. The others are then in F16, as llama.cpp's
+converter has them. Packed projections and what lorakit knows of the training travel in the pair `lorakit.metadata`,
+which others pass over.
 """
 
 from __future__ import annotations
@@ -55,12 +56,16 @@ def losses(adapter: Adapter) -> list[str]:
     """What a GGUF adapter cannot hold of this one, one line each."""
     lost = []
     if adapter.saved:
-        lost.append(f"{len(adapter.saved)} weights saved whole ({listing(adapter.saved, 2)}): GGUF adapters hold low-rank factors alone")
+        lost.append(
+            f"{len(adapter.saved)} weights saved whole ({listing(adapter.saved, 2)}): GGUF adapters hold low-rank "
+            "factors alone"
+        )
     return lost + other_kinds(adapter) + learned_tokens(adapter) + convolutions(adapter) + magnitudes(adapter)
 
 
 def write(adapter: Adapter, path: Path, base: Any = None, kind: str | None = None) -> Path:
-    """Write a GGUF adapter. `base`: the folder of its base (with config.json), or a transformers config; else the adapter's own.
+    """Write a GGUF adapter. `base`: the folder of its base (with config.json), or a transformers config; else the
+    adapter's own.
 
     `kind`: "q8_0" for tensors in blocks of 8 bits; else each is as it is.
     """
@@ -104,7 +109,9 @@ def write(adapter: Adapter, path: Path, base: Any = None, kind: str | None = Non
 
 
 def read(path: Path, base: Any = None) -> Adapter:
-    """Read a GGUF adapter, with transformers' names. `base` as in `write`, needed where the rows of q and k are permuted."""
+    """Read a GGUF adapter, with transformers' names. `base` as in `write`, needed where the rows of q and k are
+    permuted.
+    """
     pairs, tensors = read_gguf(path)
     kind = pairs.get("general.type")
     if kind != "adapter" or pairs.get("adapter.type") != "lora":
@@ -147,9 +154,16 @@ def rows_of(module: str, delta: Any, base: Any) -> Any:
 
 
 def _factors(
-    module: str, tensor: str, A: Tensor, B: Tensor, alpha: float, architecture: Architecture,
-    base: Mapping[str, Any] | None, packed: Any, path: Path,
-) -> Factors:  # fmt: skip
+    module: str,
+    tensor: str,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    architecture: Architecture,
+    base: Mapping[str, Any] | None,
+    packed: Any,
+    path: Path,
+) -> Factors:
     if A.dim() != 2 or B.dim() != 2:
         raise AdapterError(f"{path}: '{tensor}' has A {list(A.shape)} and B {list(B.shape)}; expected matrices")
     tokens = tensor == TOKENS
@@ -180,7 +194,8 @@ def _names(adapter: Adapter, architecture: Architecture, base: Mapping[str, Any]
     for m in adapter.factors:
         if (known.get(m) == OUTPUT and tied) or (m not in known and m in architecture.modules):  # Gemma's always is
             raise AdapterError(
-                f"the base's '{m}' is its token embedding, and its GGUF has no {OUTPUT} to adapt\n  leave that module out of the adapter"
+                f"the base's '{m}' is its token embedding, and its GGUF has no {OUTPUT} to adapt\n"
+                "  leave that module out of the adapter"
             )
     lost = [m for m in adapter.factors if m not in known]
     if lost:

@@ -1,10 +1,11 @@
 """Which tensor of a GGUF model is which module of transformers, and the rows that llama.cpp keeps in another order.
 
-The tensors' names come from the `gguf` package's own map; here stands, for each `model_type`, GGUF's architecture and the
-modules that its base has, which makes the map invertible (it knows many names for one tensor).
+The tensors' names come from the `gguf` package's own map; here stands, for each `model_type`, GGUF's architecture and
+the modules that its base has, which makes the map invertible (it knows many names for one tensor).
 
-llama.cpp rotates neighbouring pairs of a head's rows where transformers rotates its two halves, so for some architectures
-the rows of q and k are permuted, head by head: row i of half h becomes row 2i + h (llama.cpp, `LlamaModel.permute`).
+llama.cpp rotates neighbouring pairs of a head's rows where transformers rotates its two halves, so for some
+architectures the rows of q and k are permuted, head by head: row i of half h becomes row 2i + h (llama.cpp,
+`LlamaModel.permute`).
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ _GATED = (*_ENDS, *_ATTENTION, *(f"model.layers.{{}}.mlp.{name}_proj" for name i
 _STARCODER2 = (*_ENDS, *_ATTENTION, "model.layers.{}.mlp.c_fc", "model.layers.{}.mlp.c_proj")
 _PHI = (*_ENDS, *_ATTENTION[:3], *(f"model.layers.{{}}.{name}" for name in ("self_attn.dense", "mlp.fc1", "mlp.fc2")))
 _PHI3 = (*_ENDS, *(f"model.layers.{{}}.{n}_proj" for n in ("self_attn.qkv", "self_attn.o", "mlp.gate_up", "mlp.down")))
-_GPT2 = ("transformer.wte", "lm_head", *(f"transformer.h.{{}}.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")))
+_GPT2 = (
+    "transformer.wte",
+    "lm_head",
+    *(f"transformer.h.{{}}.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+)
 Rows = TypeVar("Rows", Tensor, np.ndarray)
 TOKENS, OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`name`: GGUF's. `modules`: transformers' names, {} for the layer's number. `permuted`: the rows of q and k are."""
+    """`name`: GGUF's. `modules`: transformers' names, {} for the layer's number.
+    `permuted`: the rows of q and k are.
+    """
 
     name: str
     modules: tuple[str, ...]
@@ -64,7 +71,9 @@ def of_model(model_type: Any, where: str) -> Architecture:
     """The architecture of a transformers `model_type`, or AdapterError listing those known."""
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         near = did_you_mean(str(model_type), ARCHITECTURES)
-        raise AdapterError(f"{where}: model_type '{model_type}' has no GGUF name map here{near}\n  known: {', '.join(ARCHITECTURES)}")
+        raise AdapterError(
+            f"{where}: model_type '{model_type}' has no GGUF name map here{near}\n  known: {', '.join(ARCHITECTURES)}"
+        )
     return ARCHITECTURES[model_type]
 
 
@@ -74,7 +83,9 @@ def of_file(name: Any, where: Path) -> Architecture:
         if architecture.name == name:
             return architecture
     known = ", ".join(dict.fromkeys(a.name for a in ARCHITECTURES.values()))
-    raise AdapterError(f"{where}: general.architecture is {name!r}, of which the modules' names are not known here\n  known: {known}")
+    raise AdapterError(
+        f"{where}: general.architecture is {name!r}, of which the modules' names are not known here\n  known: {known}"
+    )
 
 
 def tensor_names(architecture: Architecture, layers: int) -> dict[str, str]:
@@ -123,7 +134,8 @@ def unpermute(B: Rows, count: int, module: str) -> Rows:
 def _swap(B: Rows, count: int, module: str, split: tuple[int, int]) -> Rows:
     if B.shape[0] % (2 * count):
         raise AdapterError(
-            f"'{module}' has {B.shape[0]} output rows, which {count} heads of an even size cannot share: is it another base?"
+            f"'{module}' has {B.shape[0]} output rows, which {count} heads of an even size cannot share: is it another "
+            "base?"
         )
     return B.reshape(count, *split, B.shape[1]).swapaxes(1, 2).reshape(B.shape)
 

@@ -5,8 +5,8 @@
     OWNER/NAME/path/file.safetensors    that file (kohya's and GGUF adapters are single files)
     hf://OWNER/NAME/path                a folder inside, or any of these where a local folder has the same name
 
-The repository's files are listed first, and only the adapter's own are fetched: no weights of a model that may lie beside it.
-Without a connection, or with HF_HUB_OFFLINE, what was fetched before is taken from huggingface_hub's cache.
+The repository's files are listed first, and only the adapter's own are fetched: no weights of a model that may lie
+beside it. Without a connection, or with HF_HUB_OFFLINE, what was fetched before is taken from huggingface_hub's cache.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SECONDS = 10.0  # until an answer to the first question counts as none
-# A single file that nobody named is not fetched beyond this: it is rather a model. (Rank 256 on every layer of Flux is 2 GB.)
+# A single file that nobody named is not fetched beyond this: it is rather a model. (Rank 256 on every layer of Flux is
+# 2 GB.)
 MOST_BYTES = 3 << 30
 
 _NAME = re.compile(
-    r"(?P<scheme>hf://)?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>refs/pr/\d+|[^/\s]+))?(?:/(?P<inside>[^\s].*?)/?)?", re.ASCII
+    r"(?P<scheme>hf://)?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>refs/pr/\d+|[^/\s]+))?(?:/(?P<inside>[^\s].*?)/?)?",
+    re.ASCII,
 )
 _CONFIG, _OURS, _DIFFUSERS = peft.CONFIG, peft.OURS, diffusers.FILE
 _WEIGHTS = (peft.WEIGHTS, mlx.WEIGHTS, peft.PICKLE)  # beside a config (PEFT's and MLX's have one name)
@@ -78,7 +80,9 @@ def hub_name(text: str) -> HubName | None:
 
 
 def fetch(source: str, revision: str | None = None) -> Path:
-    """The local copy of a hub id's adapter: a folder or a file. AdapterError if the hub has none by that name, or does not give it."""
+    """The local copy of a hub id's adapter: a folder or a file. AdapterError if the hub has none by that name, or does
+    not give it.
+    """
     here = Path(source).expanduser().parent
     alike = did_you_mean(Path(source).name, [p.name for p in here.iterdir()]) if here.is_dir() else ""
     name = hub_name(source)
@@ -96,10 +100,16 @@ def fetch(source: str, revision: str | None = None) -> Path:
         files, commit = found
         wanted, opened = choose(files, name)
         here_already = _snapshot(name)
-        if here_already is not None and here_already.name == commit and all((here_already / file).is_file() for file in wanted):
+        if (
+            here_already is not None
+            and here_already.name == commit
+            and all((here_already / file).is_file() for file in wanted)
+        ):
             return here_already / opened
         patterns = [re.sub(r"([*?\[])", r"[\1]", file) for file in wanted]  # they are globs
-        folder = snapshot_download(name.repository, revision=name.revision, allow_patterns=patterns, endpoint=endpoint())
+        folder = snapshot_download(
+            name.repository, revision=name.revision, allow_patterns=patterns, endpoint=endpoint()
+        )
         return Path(folder) / opened
     except AdapterError:
         raise
@@ -111,14 +121,18 @@ def fetch(source: str, revision: str | None = None) -> Path:
 
 
 def _files(name: HubName) -> tuple[dict[str, int | None], str | None] | None:
-    """The repository's files with their bytes, and its commit; None if the hub cannot be reached and some of it is cached."""
+    """The repository's files with their bytes, and its commit; None if the hub cannot be reached and some of it is
+    cached.
+    """
     try:
         info = api().model_info(name.repository, revision=name.revision, files_metadata=True, timeout=SECONDS)
     except Exception as error:
         if unreachable(error) and _snapshot(name) is not None:
             return None
         raise
-    return {file.rfilename: file.size for file in info.siblings or [] if ".." not in PurePosixPath(file.rfilename).parts}, info.sha
+    return {
+        file.rfilename: file.size for file in info.siblings or [] if ".." not in PurePosixPath(file.rfilename).parts
+    }, info.sha
 
 
 def _snapshot(name: HubName) -> Path | None:
@@ -127,7 +141,9 @@ def _snapshot(name: HubName) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:  # no pattern: no file of it is asked for
-        return Path(snapshot_download(name.repository, revision=name.revision, local_files_only=True, allow_patterns=[]))
+        return Path(
+            snapshot_download(name.repository, revision=name.revision, local_files_only=True, allow_patterns=[])
+        )
     except LocalEntryNotFoundError:
         return None
 
@@ -139,7 +155,9 @@ def _cached(name: HubName) -> Path:
     try:
         return folder / choose(files, name)[1]
     except AdapterError as error:
-        raise AdapterError(f"{error}\n  (the hub cannot be reached; these are the files that were fetched before)") from error
+        raise AdapterError(
+            f"{error}\n  (the hub cannot be reached; these are the files that were fetched before)"
+        ) from error
 
 
 def choose(files: Mapping[str, int | None], name: HubName) -> tuple[list[str], str]:
@@ -155,12 +173,20 @@ def choose(files: Mapping[str, int | None], name: HubName) -> tuple[list[str], s
             folder = f"{name.inside}/"
         else:
             known = f"\n  it holds: {listing(sorted(files), 8)}"
-            raise AdapterError(f"{name.repository} has no file or folder '{name.inside}'{did_you_mean(name.inside, files)}{known}")
-    at = {file.removeprefix(folder): size for file, size in files.items() if file.startswith(folder) and "/" not in file[len(folder) :]}
+            raise AdapterError(
+                f"{name.repository} has no file or folder '{name.inside}'{did_you_mean(name.inside, files)}{known}"
+            )
+    at = {
+        file.removeprefix(folder): size
+        for file, size in files.items()
+        if file.startswith(folder) and "/" not in file[len(folder) :]
+    }
     if _CONFIG in at:
         weights = next((w for w in _WEIGHTS if w in at), None)
         if weights is None:
-            raise AdapterError(f"{name.repository}/{folder} has an {_CONFIG} and no weights: none of {', '.join(_WEIGHTS)}")
+            raise AdapterError(
+                f"{name.repository}/{folder} has an {_CONFIG} and no weights: none of {', '.join(_WEIGHTS)}"
+            )
         return [folder + file for file in (_CONFIG, weights, _OURS) if file in at], folder
     file = _DIFFUSERS if _DIFFUSERS in at else _single(at, files, f"{name.repository}/{folder}".rstrip("/"))
     return [folder + file], folder + file
@@ -178,7 +204,8 @@ def _single(at: Mapping[str, int | None], all_files: Collection[str], where: str
             size = at[found[0]] or 0
             if size > MOST_BYTES:
                 raise AdapterError(
-                    f"{where} holds {found[0]}, which is rather a model than an adapter ({size:,} bytes), and was not fetched\n"
+                    f"{where} holds {found[0]}, which is rather a model than an adapter ({size:,} bytes), and was not "
+                    "fetched\n"
                     f"  if it is one, name the file: {where}/{found[0]}"
                 )
             return found[0]

@@ -1,7 +1,8 @@
-"""What a folder holds: the adapter that is meant, several of them, or a model; and what a file holds that is no adapter.
+"""What a folder holds: the adapter that is meant, several of them, or a model; and what a file holds that is no
+adapter.
 
-A folder that has one adapter in it means that one: a run's folder its `adapter/`, a download the one file that is an adapter. Where
-there are several, or a model, the error names them.
+A folder that has one adapter in it means that one: a run's folder its `adapter/`, a download the one file that is an
+adapter. Where there are several, or a model, the error names them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ ADAPTER_CONFIG, DIFFUSERS_FILE = "adapter_config.json", "pytorch_lora_weights.sa
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
 _SIDES = (".text_encoder.pt", ".ti.pt")  # belong to the file that is named like them
-_MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")  # how their names begin, shards' and indices' too
+# how their names begin, shards' and indices' too
+_MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
 _RUN = "config.yaml"  # a training run's or, beside it, a sweep's
 MOST_OPENED = 50  # of a folder's files; those of more are named, not looked into
 _ADAPTER_MARKS = ("lora", "hada_", "lokr_", "oft_", "ia3_", "boft_", "vera_")
@@ -23,7 +25,9 @@ _LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "co
 
 
 def adapter_in(folder: Path) -> Path:
-    """The adapter that a folder is or holds: itself, a folder in it or a file in it. AdapterError if there are several or none."""
+    """The adapter that a folder is or holds: itself, a folder in it or a file in it. AdapterError if there are several
+    or none.
+    """
     if (folder / ADAPTER_CONFIG).is_file() or (folder / DIFFUSERS_FILE).is_file():
         return folder
     if (folder / _RUN).is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
@@ -37,7 +41,8 @@ def adapter_in(folder: Path) -> Path:
         return found[0]
     if found:
         raise AdapterError(
-            f"{folder} holds {len(found)} adapters: {listing([p.name for p in found], 8)}\n  give one of them, for example {found[0]}"
+            f"{folder} holds {len(found)} adapters: {listing([p.name for p in found], 8)}\n"
+            f"  give one of them, for example {found[0]}"
         )
     if (folder / _RUN).is_file() and (folder / "checkpoints").is_dir():
         raise AdapterError(
@@ -46,7 +51,8 @@ def adapter_in(folder: Path) -> Path:
         )
     if any((folder / name).is_file() for name in _PEFT_WEIGHTS):
         raise AdapterError(
-            f"{folder} holds PEFT's weights without their {ADAPTER_CONFIG}, which says alpha and more\n  put that file beside them"
+            f"{folder} holds PEFT's weights without their {ADAPTER_CONFIG}, which says alpha and more\n"
+            "  put that file beside them"
         )
     there = sorted(p.name for p in folder.iterdir())
     raise AdapterError(
@@ -57,11 +63,15 @@ def adapter_in(folder: Path) -> Path:
 
 def not_adapter(keys: Sequence[str], path: Path) -> str:
     """What to say of a file with these tensors, which are those of no known format: it may be a model."""
-    if any(mark in key for key in keys for mark in _ADAPTER_MARKS) or any(key.endswith((".diff", ".diff_b")) for key in keys):
+    if any(mark in key for key in keys for mark in _ADAPTER_MARKS) or any(
+        key.endswith((".diff", ".diff_b")) for key in keys
+    ):
         if path.name in _PEFT_WEIGHTS:
             return f"{path} is without its {ADAPTER_CONFIG}, which says alpha and more\n  put that file beside it"
     elif any(key.startswith(_LDM) for key in keys):
-        return f"{path} is a whole diffusion model (it has {listing(keys, 2)}), not an adapter\n  give a LoRA made for it"
+        return (
+            f"{path} is a whole diffusion model (it has {listing(keys, 2)}), not an adapter\n  give a LoRA made for it"
+        )
     elif len(keys) > 1 and 2 * sum(key.endswith((".weight", ".bias")) for key in keys) > len(keys):
         known = (path.parent / "config.json").is_file()
         todo = _NEXT.format(folder=path.parent) if known else "  give a LoRA made for that model"
@@ -70,21 +80,27 @@ def not_adapter(keys: Sequence[str], path: Path) -> str:
 
 
 _NEXT = (
-    "  an adapter's file or folder is expected here; the modules that the model has: lorakit inspect {folder} --modules\n"
+    "  an adapter's file or folder is expected here; the modules that the model has: lorakit inspect {folder} "
+    "--modules\n"
     "  what a fine-tuned model changed, as an adapter: lorakit extract BASE {folder} OUT"
 )
 
 
 def _model_folder(folder: Path, config: str, adapters: Sequence[Path]) -> str:
     if adapters:
-        return f"{folder} is a model ({config}), not an adapter\n  there is one inside it: {listing(map(str, adapters), 3)}"
+        return (
+            f"{folder} is a model ({config}), not an adapter\n"
+            f"  there is one inside it: {listing(map(str, adapters), 3)}"
+        )
     if config == "model_index.json":
         return f"{folder} is a diffusion pipeline ({config}), not an adapter\n  give a LoRA made for it"
     return f"{folder} is a model ({config}), not an adapter\n{_NEXT.format(folder=folder)}"
 
 
 def _model_config(folder: Path) -> str | None:
-    """The config of the model or pipeline that a folder holds; None if it holds none (LoRA files too may have a config.json beside them)."""
+    """The config of the model or pipeline that a folder holds; None if it holds none (LoRA files too may have a
+    config.json beside them).
+    """
     if (folder / "model_index.json").is_file():
         return "model_index.json"
     weights = any(p.name.startswith(_MODEL_WEIGHTS) for p in folder.iterdir())
@@ -96,7 +112,11 @@ def _adapter_files(folder: Path) -> list[Path]:
     from . import format_of
 
     files = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file() and not p.name.startswith("."))
-    files = [p for p in files if not any(p.name.endswith(s) and p.with_name(p.name.removesuffix(s) + ".pt") in files for s in _SIDES)]
+    files = [
+        p
+        for p in files
+        if not any(p.name.endswith(s) and p.with_name(p.name.removesuffix(s) + ".pt") in files for s in _SIDES)
+    ]
     if len(files) > MOST_OPENED:
         return files
     found = []

@@ -1,13 +1,15 @@
-"""kohya's file, which A1111 and ComfyUI read too: one flat `.safetensors`, `<prefix>_<module, dots to underscores>.<suffix>`.
+"""kohya's file, which A1111 and ComfyUI read too: one flat `.safetensors`, `<prefix>_<module, dots to
+underscores>.<suffix>`.
 
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight      [r, in]
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight        [out, r]
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha                 a number
 
-`names.py` says which module a key is, `lycoris.py` which update its suffixes are, `kohya_parts.py` how SD3's and Flux' fused weights are
-split into diffusers' modules (qkv in three, linear1 into q, k, v and mlp; the down is shared, rank and alpha stay) and fused again.
-Files are read in either naming of a UNet and written in the one that kohya writes for the model. Textual inversions that came along
-(`bundle_emb.<token>.string_to_param.*`) are read; no program but A1111 looks for them, so they are not written.
+`names.py` says which module a key is, `lycoris.py` which update its suffixes are, `kohya_parts.py` how SD3's and Flux'
+fused weights are split into diffusers' modules (qkv in three, linear1 into q, k, v and mlp; the down is shared, rank
+and alpha stay) and fused again. Files are read in either naming of a UNet and written in the one that kohya writes for
+the model. Textual inversions that came along (`bundle_emb.<token>.string_to_param.*`) are read; no program but A1111
+looks for them, so they are not written.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.dense import Dense
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json
 from . import lycoris, names
 from .kohya_metadata import metadata, model_said, write_hashed
-from .kohya_parts import Update, fuse, part_sizes, size, split, swap_halves
+from .kohya_parts import fuse, part_sizes, size, split, swap_halves
 from .peft_config import checked
 
 _EMBEDDING = "bundle_emb."
@@ -63,11 +65,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
             updates[module], came_from[module] = update, key
     ours = parse_json(header["lorakit"], f"{path} (its header)") if "lorakit" in header else {}
     facts = ours | {"model": model, "header": {k: v for k, v in header.items() if k != "lorakit"}}
-    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
-    others = {m: u for m, u in updates.items() if not isinstance(u, Factors)}
     try:
         config = checked(path, lambda: _config(updates))
-        return Adapter(config, factors, metadata=facts, others=others, embeddings=embeddings).check()
+        return Adapter(config, updates, metadata=facts, embeddings=embeddings).check()
     except AdapterError as error:
         raise error if str(error).startswith(str(path)) else AdapterError(f"{path}: {error}") from error
 
@@ -82,10 +82,17 @@ def losses(adapter: Adapter) -> list[str]:
     lines = [f"kohya has no name for {len(nowhere)} modules of {model}: {listing(nowhere)}"] if nowhere else []
     for module, f in adapter.factors.items():
         if f.kind == "embedding" or f.transposed or f.groups > 1:
-            what = "a transposed weight" if f.transposed else "an embedding" if f.kind == "embedding" else "a grouped convolution"
+            what = (
+                "a transposed weight"
+                if f.transposed
+                else "an embedding"
+                if f.kind == "embedding"
+                else "a grouped convolution"
+            )
             lines.append(f"'{module}': kohya's files hold no update of {what}")
     lines += [
-        f"'{place.key}': kohya has one update for {listing(place.modules)}, and the adapter's updates of them are no one update"
+        f"'{place.key}': kohya has one update for {listing(place.modules)}, and the adapter's updates of them are no "
+        "one update"
         for place, found in grouped.items()
         if _fused(place, found, model) is None
     ]
@@ -95,8 +102,8 @@ def losses(adapter: Adapter) -> list[str]:
 def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
     """Write a kohya file. AdapterError, and nothing written, if it cannot hold all of the adapter (see `losses`).
 
-    bake_alpha: alpha = r everywhere (said by leaving it out), the scale multiplied into the ups and rounded there: for programs that
-    lose alphas which differ by module, as diffusers 0.42 does.
+    bake_alpha: alpha = r everywhere (said by leaving it out), the scale multiplied into the ups and rounded there: for
+    programs that lose alphas which differ by module, as diffusers 0.42 does.
     """
     adapter.check()
     lost = losses(adapter)
@@ -128,7 +135,8 @@ def _sort(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str
         key, _, suffix = full.partition(".")
         if not key.startswith(names.PREFIXES) or not suffix:
             raise AdapterError(
-                f"{path}: key '{full}' is not one of a kohya file\n  expected {', '.join(names.PREFIXES)} and a module's name, then a suffix"
+                f"{path}: key '{full}' is not one of a kohya file\n"
+                f"  expected {', '.join(names.PREFIXES)} and a module's name, then a suffix"
             )
         keys.setdefault(key, {})[suffix] = tensor
     if not keys:
@@ -144,14 +152,18 @@ def _model(keys: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str], 
         key, left = unknown[nearest][0], len(unknown[nearest])
         suffix = next(iter(keys[key]))
         raise AdapterError(
-            f"{path}: key '{key}.{suffix}' is no module of {nearest}, which fits best{did_you_mean(key, names.modules_of(nearest))}\n"
+            f"{path}: key '{key}.{suffix}' is no module of {nearest}, which fits "
+            f"best{did_you_mean(key, names.modules_of(nearest))}\n"
             f"  {left} of {len(keys)} modules are not known; lorakit knows the modules of {', '.join(names.MODELS)}"
         )
     if len(models) == 1:
         return models[0]
     sizes = {}
     for key, parts in keys.items():
-        down, up = parts.get("lora_down.weight", parts.get("hada_w1_b")), parts.get("lora_up.weight", parts.get("hada_w1_a"))
+        down, up = (
+            parts.get("lora_down.weight", parts.get("hada_w1_b")),
+            parts.get("lora_up.weight", parts.get("hada_w1_a")),
+        )
         modules = names.modules_of(models[0])[key]
         if down is not None and up is not None and down.dim() > 1 and up.dim() > 1 and len(modules) == 1:
             sizes[modules[0]] = (up.shape[0], down.shape[1])
@@ -183,14 +195,18 @@ def _config(updates: Mapping[str, Update]) -> LoraConfig:
         return LoraConfig(targets=targets or "all-linear")
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return LoraConfig(
-        rank=int(rank), alpha=alpha, targets=targets,
+        rank=int(rank),
+        alpha=alpha,
+        targets=targets,
         rank_pattern={f"^{re.escape(m)}": r for m, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(m)}": a for m, a in alphas.items() if a != alpha},
-    )  # fmt: skip
+    )
 
 
 def _written_for(adapter: Adapter) -> str | None:
-    """The model it is written for: the one it says, if that has any of its modules, else the one its names and widths fit."""
+    """The model it is written for: the one it says, if that has any of its modules, else the one its names and widths
+    fit.
+    """
     said = adapter.metadata.get("model")
     if said in names.MODELS and all(module in names.shapes(said) for module in adapter.updates):
         return said
@@ -202,7 +218,10 @@ def _no_model(adapter: Adapter) -> str:
         return "kohya's files hold updates of a diffusion model's modules, and the adapter has none"
     best = min(names.MODELS, key=lambda model: sum(m not in names.shapes(model) for m in adapter.updates))
     module = next(m for m in adapter.updates if m not in names.shapes(best))
-    return f"'{module}' is no module of {best}, which fits best{did_you_mean(module, names.shapes(best))}: kohya has no name for it"
+    return (
+        f"'{module}' is no module of {best}, which fits best{did_you_mean(module, names.shapes(best))}: kohya has no "
+        "name for it"
+    )
 
 
 def _beside(adapter: Adapter) -> list[str]:
@@ -233,8 +252,10 @@ def _fused(place: names.Place, found: Mapping[str, Update], model: str) -> Updat
 
 
 def _swapped(model: str, key: str, module: str, update: Update) -> bool:
-    """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's width: the list does."""
+    """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's
+    width: the list does.
+    """
     out, width = size(update)
-    if isinstance(update, Dense) and update.weight is None:
+    if not update.changes_weight:
         width = names.shapes(model)[module][1] if names.shapes(model)[module][0] == out else 0
     return names.swaps_halves(model, key, module, (out, width))

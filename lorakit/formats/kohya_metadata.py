@@ -1,9 +1,12 @@
-"""The metadata of a kohya file: `ss_*` (how it was trained), `modelspec.*` (Stability's ModelSpec 1.0.1), `sshs_*` (hashes).
+"""The metadata of a kohya file: `ss_*` (how it was trained), `modelspec.*` (Stability's ModelSpec 1.0.1), `sshs_*`
+(hashes).
 
-Programs tell the base by it (any metadata without `ss_v2` and without "sdxl" is taken for SD1), and sites find a file by its hash:
+Programs tell the base by it (any metadata without `ss_v2` and without "sdxl" is taken for SD1), and sites find a file
+by its hash:
 
     sshs_model_hash    sha256 of all bytes after the safetensors header; its first 12 digits are CivitAI's AutoV3
-    sshs_legacy_hash   the first 8 digits of the sha256 of the file's bytes 0x100000 to 0x110000; e3b0c442, of nothing, under 1 MiB
+    sshs_legacy_hash   the first 8 digits of the sha256 of the file's bytes 0x100000 to 0x110000; e3b0c442, of nothing,
+                       under 1 MiB
 
 What a file said when it was read (`Adapter.metadata["header"]`) stays, except what the tensors now say otherwise.
 """
@@ -23,9 +26,9 @@ from ..adapter.dense import Dense
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..io.atomic import replacing
 from ..io.stream import NAMES, StreamWriter
-from .kohya_parts import Update
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 LEGACY_BYTES = (0x100000, 0x10000)  # from, and how many
@@ -45,7 +48,11 @@ BASES = {
     "sd1": Base("sd_v1", "stable-diffusion-v1", "diffusers", "networks.lora", "512x512"),
     "sd2": Base("sd_v2", "stable-diffusion-v2-512", "diffusers", "networks.lora", "512x512"),
     "sdxl": Base(
-        "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", "networks.lora", "1024x1024"
+        "sdxl_base_v1-0",
+        "stable-diffusion-xl-v1-base",
+        "https://github.com/Stability-AI/generative-models",
+        "networks.lora",
+        "1024x1024",
     ),
     "sd3": Base("sd3", "stable-diffusion-3-m", "diffusers", "networks.lora_sd3", "1024x1024"),
     "flux": Base("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux", "networks.lora_flux", "1024x1024"),
@@ -56,16 +63,21 @@ def model_said(header: Mapping[str, str]) -> str | None:
     """Which model a file's metadata says it is for, if it says."""
     version, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
     starts = (
-        ("sdxl", "stable-diffusion-xl", "sdxl"), ("sd_v1", "stable-diffusion-v1", "sd1"), ("sd_v2", "stable-diffusion-v2", "sd2"),
-        ("sd3", "stable-diffusion-3", "sd3"), ("flux", "flux-1", "flux"),
-    )  # fmt: skip
+        ("sdxl", "stable-diffusion-xl", "sdxl"),
+        ("sd_v1", "stable-diffusion-v1", "sd1"),
+        ("sd_v2", "stable-diffusion-v2", "sd2"),
+        ("sd3", "stable-diffusion-3", "sd3"),
+        ("flux", "flux-1", "flux"),
+    )
     for theirs, spec, ours in starts:
         if version.startswith(theirs) or (not version and architecture.lower().startswith(spec)):
             return ours
     return {"True": "sd2", "False": "sd1"}.get(header.get("ss_v2", "")) if not version and not architecture else None
 
 
-def metadata(adapter: Adapter, model: str, written: Mapping[str, tuple[Update, Tensor | None]], title: str) -> dict[str, str]:
+def metadata(
+    adapter: Adapter, model: str, written: Mapping[str, tuple[Update, Tensor | None]], title: str
+) -> dict[str, str]:
     """The metadata to write, without the hashes. `written`: key -> (what is written under it, its alpha as written)."""
     base = BASES[model]
     header = {str(k): str(v) for k, v in _plain(adapter.metadata.get("header")).items()}
@@ -90,8 +102,12 @@ def metadata(adapter: Adapter, model: str, written: Mapping[str, tuple[Update, T
     return found | ({"lorakit": json.dumps(ours, sort_keys=True)} if ours else {})
 
 
-def _network(header: Mapping[str, str], base: Base, written: Mapping[str, tuple[Update, Tensor | None]]) -> dict[str, str]:
-    """ss_network_*: ranks and alphas, "Dynamic" where they differ. Convolutions with a kernel have their own, in the arguments."""
+def _network(
+    header: Mapping[str, str], base: Base, written: Mapping[str, tuple[Update, Tensor | None]]
+) -> dict[str, str]:
+    """ss_network_*: ranks and alphas, "Dynamic" where they differ. Convolutions with a kernel have their own, in the
+    arguments.
+    """
     updates = [update for update, _ in written.values()]
     lycoris = any(not isinstance(u, Factors) or u.magnitude is not None for u in updates)
     kernels = {key for key, (u, _) in written.items() if isinstance(u, Factors) and u.A[0, 0].numel() > 1}
@@ -142,8 +158,8 @@ def _plain(value: Any) -> dict[str, Any]:
 def write_hashed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file with its own two hashes in its header; whole or not at all.
 
-    The hashes have a fixed length, so that putting them into the header moves nothing. Tensors lie in order of their dtype's size,
-    then of their names, as the safetensors library has them.
+    The hashes have a fixed length, so that putting them into the header moves nothing. Tensors lie in order of their
+    dtype's size, then of their names, as the safetensors library has them.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     ready = {name: tensors[name].detach().cpu().contiguous() for name in order}

@@ -1,10 +1,13 @@
-"""An update of a fused weight as updates of its parts, and back: kohya's `attn_qkv` is diffusers' `to_q`, `to_k`, `to_v`.
+"""An update of a fused weight as updates of its parts, and back: kohya's `attn_qkv` is diffusers' `to_q`, `to_k`,
+`to_v`.
 
-    W = [W1; W2; ...]     the parts are blocks of rows        ΔW = B A:  ΔWi = Bi A     LoHa: rows of W1a and W2a     LoKr: rows of W1
+    W = [W1; W2; ...]     the parts are blocks of rows        ΔW = B A:  ΔWi = Bi A
+                          LoHa: rows of W1a and W2a           LoKr: rows of W1
 
-Splitting is exact and keeps rank and alpha: each part has the fused A. Fusing parts that share what is not rows gives the fused
-tensors back, bit for bit. Other low-rank parts, and some parts without the others, are fused as blocks, A = [A1; A2; ...] and B
-block-diagonal, the ranks added; such blocks (sd-scripts' split_qkv trains them too) are told and split into parts of their own ranks.
+Splitting is exact and keeps rank and alpha: each part has the fused A. Fusing parts that share what is not rows gives
+the fused tensors back, bit for bit. Update low-rank parts, and some parts without the others, are fused as blocks, A =
+[A1; A2; ...] and B block-diagonal, the ranks added; such blocks (sd-scripts' split_qkv trains them too) are told and
+split into parts of their own ranks.
 """
 
 from __future__ import annotations
@@ -17,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import Other
 from ..adapter.checks import wide
 from ..adapter.dense import Dense
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError
 
-Update = Factors | Other
 _ROWS = {Factors: ("B", "magnitude"), Hadamard: ("w1a", "w2a"), Kronecker: ("w1", "w1a"), Dense: ("weight", "bias")}
 
 
@@ -33,18 +35,10 @@ def size(update: Update) -> tuple[int, int]:
     """(out, in) of the weight it changes, a convolution's in without its kernel where the tensors tell it."""
     if isinstance(update, Factors):
         return update.B.shape[0], update.A.shape[1]
-    if isinstance(update, Hadamard):
-        if update.shape is not None:
-            return update.shape[0], update.shape[1]
-        return update.w1a.shape[1 if update.t1 is not None else 0], update.w1b.shape[1]
-    if isinstance(update, Kronecker):
-        if update.shape is not None:
-            return update.shape[0], update.shape[1]
-        (o1, i1), (o2, i2) = _sides(update.w1, update.w1a, update.w1b), _sides(update.w2, update.w2a, update.w2b, update.t2)
-        return o1 * o2, i1 * i2
-    first = update.weight if update.weight is not None else update.bias
-    assert first is not None
-    return first.shape[0], first.shape[1] if first.dim() > 1 else 1
+    if not update.changes_weight:
+        return update.tensors()["bias"].shape[0], 1
+    out, inner = (*update.weight_shape(), 1)[:2]
+    return out, inner
 
 
 def _sides(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> tuple[int, int]:
@@ -59,21 +53,29 @@ def part_sizes(total: int, stored: Sequence[int], where: str) -> list[int]:
     """The rows of each part of a fused weight of `total` rows, in the proportions of the real model's."""
     sizes = [total * rows / sum(stored) for rows in stored]
     if not all(s.is_integer() and s > 0 for s in sizes):
-        raise AdapterError(f"{where}: its weight has {total} rows, which {len(stored)} parts of {list(stored)} proportions cannot share")
+        raise AdapterError(
+            f"{where}: its weight has {total} rows, which {len(stored)} parts of {list(stored)} proportions cannot "
+            "share"
+        )
     return [int(s) for s in sizes]
 
 
 def split(update: Update, sizes: Sequence[int], where: str) -> list[Update | None]:
-    """One update for each block of rows, None for one that block-diagonal factors leave as it is. AdapterError if there are no such parts."""
+    """One update for each block of rows, None for one that block-diagonal factors leave as it is. AdapterError if there
+    are no such parts.
+    """
     if isinstance(update, Kronecker) and any(s % _block(update) for s in sizes):
         if update.w2a is None or update.w2b is None or update.t2 is not None:
             raise AdapterError(
-                f"{where}: a LoKr in blocks of {_block(update)} rows, which the fused weight's parts of {list(sizes)} rows cut through\n"
+                f"{where}: a LoKr in blocks of {_block(update)} rows, which the fused weight's parts of {list(sizes)} "
+                "rows cut through\n"
                 "  no LoKr of the parts is the same; merge it into its base with a program that keeps the fused weights"
             )
         update = _low_rank(update, update.w2a, update.w2b)
     if isinstance(update, Factors) and update.magnitude is not None and update.magnitude.shape[0] == 1:
-        raise AdapterError(f"{where}: a DoRA with one magnitude for each input of a fused weight; its parts have none of their own")
+        raise AdapterError(
+            f"{where}: a DoRA with one magnitude for each input of a fused weight; its parts have none of their own"
+        )
     if isinstance(update, Factors) and update.magnitude is None and (owners := _owners(update.B, sizes)):
         return _taken_apart(update, sizes, owners)
     blocks = {name: t.split(_counts(update, sizes)) for name, t in _rows(update).items()}
@@ -82,11 +84,13 @@ def split(update: Update, sizes: Sequence[int], where: str) -> list[Update | Non
     return [
         _with(update, {n: b[i].clone() for n, b in blocks.items()} | {n: t.clone() for n, t in shared.items()})
         for i in range(len(sizes))
-    ]  # fmt: skip
+    ]
 
 
 def fuse(parts: Mapping[str, Update], modules: Sequence[str], stored: Sequence[int]) -> Update | None:
-    """The update of the fused weight of `modules` (`stored`: the rows each has in the real model), or None if none is the same."""
+    """The update of the fused weight of `modules` (`stored`: the rows each has in the real model), or None if none is
+    the same.
+    """
     present = [parts.get(module) for module in modules]
     whole = [p for p in present if p is not None]
     if len(whole) == len(modules) and _alike(whole):
@@ -100,7 +104,9 @@ def swap_halves(update: Update, where: str) -> Update:
     """With the first and second half of the weight's rows exchanged."""
     half = size(update)[0] // 2
     if isinstance(update, Kronecker) and half % _block(update):
-        raise AdapterError(f"{where}: a LoKr in blocks of {_block(update)} rows, which the middle of the weight's {2 * half} rows cuts")
+        raise AdapterError(
+            f"{where}: a LoKr in blocks of {_block(update)} rows, which the middle of the weight's {2 * half} rows cuts"
+        )
     if isinstance(update, Factors) and update.magnitude is not None and update.magnitude.shape[0] == 1:
         return replace(update, B=update.B.roll(half, 0))
     return _with(update, {name: t.roll(t.shape[0] // 2, 0) for name, t in _rows(update).items()})
@@ -141,7 +147,9 @@ def _rounded(value: float) -> float:
 
 
 def _blocks(parts: Sequence[Factors | None], stored: Sequence[int]) -> Factors:
-    """Block by block. The scales differ: relative to the largest they go into B, exactly where that is a power of two."""
+    """Block by block. The scales differ: relative to the largest they go into B,
+    exactly where that is a power of two.
+    """
     whole = [p for p in parts if p is not None]
     unit = whole[0].B.shape[0] / stored[parts.index(whole[0])]
     rank, scale = sum(p.A.shape[0] for p in whole), max(p.scale for p in whole)

@@ -1,7 +1,7 @@
 """loralib's checkpoint: a state dict with `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r], and whole weights.
 
-The file holds no config: alpha must be given to read it, and which parts of a MergedLinear are adapted (`packed`).
-A MergedLinear has A [n·r, in] and B [n·out/parts, r]. Convolutions are read by `lorakit.loralib` modules only: loralib's
+The file holds no config: alpha must be given to read it, and which parts of a MergedLinear are adapted (`packed`). A
+MergedLinear has A [n·r, in] and B [n·out/parts, r]. Convolutions are read by `lorakit.loralib` modules only: loralib's
 factors of a convolution need the weight's shape to mean anything.
 """
 
@@ -37,7 +37,8 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
             raise AdapterError(f"{path}: '{key.removesuffix('.lora_B')}' has a lora_B and no lora_A")
     if alpha is None:
         raise AdapterError(
-            f"{path} is a loralib checkpoint, which does not hold alpha\n  give the lora_alpha it was trained with: alpha=16, say (--alpha 16)\n"
+            f"{path} is a loralib checkpoint, which does not hold alpha\n"
+            "  give the lora_alpha it was trained with: alpha=16, say (--alpha 16)\n"
             "  once and for all: lorakit convert FILE OUT --to peft --alpha 16"
         )
     config = LoraConfig(rank=1, alpha=alpha, targets=modules, packed=packed or {})
@@ -63,8 +64,8 @@ def alpha_of(adapter: Adapter) -> float:
 
 
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write a loralib state dict (`.safetensors` by name, else torch's pickle). It holds no alpha: where the modules' differ, all get the
-    commonest, and the rest of their strength is folded into B."""
+    """Write a loralib state dict (`.safetensors` by name, else torch's pickle). It holds no alpha: where the modules'
+    differ, all get the commonest, and the rest of their strength is folded into B."""
     lost = losses(adapter.check())
     if lost:
         raise AdapterError(f"{path}: a loralib checkpoint cannot hold all of this adapter\n  " + "\n  ".join(lost))
@@ -75,7 +76,9 @@ def write(adapter: Adapter, path: Path) -> Path:
         if f.parts:
             compact = compact_packed(B, f.parts)
             if compact is None:
-                raise AdapterError(f"'{module}' is said to be packed as {list(f.parts)}, and its B does not have that form")
+                raise AdapterError(
+                    f"'{module}' is said to be packed as {list(f.parts)}, and its B does not have that form"
+                )
             B = compact.flatten(0, 1)
         tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = f.A, B
     if path.suffix == ".safetensors":
@@ -97,7 +100,9 @@ def _factors(module: str, tensors: dict[str, Tensor], config: LoraConfig, where:
     if parts is not None:
         n = sum(parts)
         if A.shape[0] % n or B.shape[0] % n or A.shape[0] // n != B.shape[1]:
-            raise AdapterError(f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}, which is not {n} adapted parts")
+            raise AdapterError(
+                f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}, which is not {n} adapted parts"
+            )
         return Factors(A, expand_packed(B.reshape(n, -1, B.shape[1]), parts), alpha, parts=parts)
     if A.shape[0] != B.shape[1]:
         raise AdapterError(

@@ -1,9 +1,11 @@
 """One module's tensors in a kohya file, by their suffixes, and the update they are (LyCORIS, Yeh et al. 2024).
 
-    LoRA, LoCon   lora_down.weight [r, in, *k]   lora_up.weight [out, r, 1...]   ΔW = alpha / r · up down     no alpha: alpha = r
+    LoRA, LoCon   lora_down.weight [r, in, *k]   lora_up.weight [out, r, 1...]   ΔW = alpha / r · up down
+                  no alpha: alpha = r
                   lora_mid.weight [r, r, *k] (Tucker; down is then [r, in, 1...])   ΔW = alpha / r · up (mid ×₂ down)
                   dora_scale [out, 1...] or [1, in, 1...]: DoRA's magnitude
-    LoHa          hada_w1_a [out, r]   hada_w1_b [r, in·k]   hada_w2_a   hada_w2_b   (Tucker: hada_t1, hada_t2 [r, r, *k])
+    LoHa          hada_w1_a [out, r]   hada_w1_b [r, in·k]   hada_w2_a   hada_w2_b
+                  (Tucker: hada_t1, hada_t2 [r, r, *k])
     LoKr          lokr_w1, or lokr_w1_a and lokr_w1_b;   lokr_w2, or lokr_w2_a and lokr_w2_b (and lokr_t2)
     whole         diff, diff_b (of a norm also w_norm, b_norm): ΔW and the bias's change
 
@@ -22,25 +24,41 @@ from ..adapter.dense import Dense
 from ..adapter.loha import Hadamard
 from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError, did_you_mean
-from .kohya_parts import Update
 
 LORA = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "dora_scale": "magnitude"}
-LOHA = {"hada_w1_a": "w1a", "hada_w1_b": "w1b", "hada_w2_a": "w2a", "hada_w2_b": "w2b", "hada_t1": "t1", "hada_t2": "t2"}
+LOHA = {
+    "hada_w1_a": "w1a",
+    "hada_w1_b": "w1b",
+    "hada_w2_a": "w2a",
+    "hada_w2_b": "w2b",
+    "hada_t1": "t1",
+    "hada_t2": "t2",
+}
 LOKR = {
-    "lokr_w1": "w1", "lokr_w1_a": "w1a", "lokr_w1_b": "w1b", "lokr_w2": "w2", "lokr_w2_a": "w2a", "lokr_w2_b": "w2b", "lokr_t2": "t2",
-}  # fmt: skip
+    "lokr_w1": "w1",
+    "lokr_w1_a": "w1a",
+    "lokr_w1_b": "w1b",
+    "lokr_w2": "w2",
+    "lokr_w2_a": "w2a",
+    "lokr_w2_b": "w2b",
+    "lokr_t2": "t2",
+}
 WHOLE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 SUFFIXES = (*LORA, *LOHA, *LOKR, *WHOLE, "alpha")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Update:
-    """The update that a key's tensors, by suffix, are. `shape`: the real weight's, for its kernel and as the largest ΔW to believe."""
+    """The update that a key's tensors, by suffix, are. `shape`: the real weight's, for its kernel and as the largest ΔW
+    to believe.
+    """
     unknown = next((s for s in tensors if s not in SUFFIXES), None)
     if unknown is not None:
         raise AdapterError(
-            f"key '{key}.{unknown}': no kind of update that lorakit reads has a '{unknown}'{did_you_mean(unknown, SUFFIXES)}\n"
+            f"key '{key}.{unknown}': no kind of update that lorakit reads has a "
+            f"'{unknown}'{did_you_mean(unknown, SUFFIXES)}\n"
             f"  it reads {', '.join(SUFFIXES)}"
         )
     # Numbers of 8 bits are held in 16: those hold each of them.
@@ -50,7 +68,9 @@ def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> U
         return _with_bias(key, parts, tensors.get("alpha"), shape)
     if len(kinds) != 1:
         found = ", ".join(tensors)
-        raise AdapterError(f"key '{key}': its {found} are {'no' if not kinds else 'more than one'} kind of update; expected one")
+        raise AdapterError(
+            f"key '{key}': its {found} are {'no' if not kinds else 'more than one'} kind of update; expected one"
+        )
     named = {kinds[0][s]: t for s, t in parts.items()}
     alpha = _alpha(key, tensors["alpha"]) if "alpha" in tensors else None
     if kinds[0] is LORA:
@@ -65,15 +85,20 @@ def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> U
 
 
 def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: bool = False) -> dict[str, Tensor]:
-    """The reverse: an update's tensors by full key. `bake_alpha`: a low-rank update's scale is in its up, and it has no alpha.
+    """The reverse: an update's tensors by full key. `bake_alpha`: a low-rank update's scale is in its up, and it has no
+    alpha.
 
-    Every reader takes a missing alpha for the rank; one that is there diffusers 0.42 still gives to the wrong modules if ranks differ.
+    Every reader takes a missing alpha for the rank; one that is there diffusers 0.42 still gives to the wrong modules
+    if ranks differ.
     """
     if isinstance(update, Factors):
         return {f"{key}.{suffix}": t for suffix, t in _low_rank_tensors(update, shape, bake_alpha).items()}
     if isinstance(update, Dense):
-        weight, bias = ("w_norm", "b_norm") if update.weight is not None and update.weight.dim() == 1 else ("diff", "diff_b")
+        weight, bias = (
+            ("w_norm", "b_norm") if update.weight is not None and update.weight.dim() == 1 else ("diff", "diff_b")
+        )
         return {f"{key}.{weight if name == 'weight' else bias}": t for name, t in update.tensors().items()}
+    assert isinstance(update, Hadamard | Kronecker)
     suffixes = {name: suffix for suffix, name in (LOHA if isinstance(update, Hadamard) else LOKR).items()}
     named = {suffixes[name]: t for name, t in update.tensors().items()}
     named["alpha"] = scalar(update.alpha, next(iter(named.values())).dtype)
@@ -81,7 +106,9 @@ def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: boo
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """A number without axes in the weights' dtype, or in the first wider one that holds it: readers take it as a Python number."""
+    """A number without axes in the weights' dtype, or in the first wider one that holds it: readers take it as a Python
+    number.
+    """
     candidates = [torch.tensor(value, dtype=d) for d in (dtype, torch.float32, torch.float64)]
     return next((c for c in candidates if c.item() == value), candidates[-1])
 
@@ -91,7 +118,8 @@ def _low_rank_tensors(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> d
     alpha = f.alpha if not (f.rslora or f.parts) else f.scale * rank  # the alpha of a scale alpha / r
     if bake_alpha:
         B = (B.double() * (alpha / rank)).to(B.dtype)
-    if A.dim() == 2 and len(shape) > 2 and math.prod(shape[2:]) == 1:  # a 1x1 convolution, whose factors were held as matrices
+    # a 1x1 convolution, whose factors were held as matrices
+    if A.dim() == 2 and len(shape) > 2 and math.prod(shape[2:]) == 1:
         A = A.reshape(*A.shape, *shape[2:])
     ones = (1,) * (A.dim() - 2)
     found = {"lora_down.weight": A, "lora_up.weight": B.reshape(*B.shape[:2], *ones)} | (
@@ -104,7 +132,9 @@ def _low_rank_tensors(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> d
 
 def _alpha(key: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or tensor.is_complex():
-        raise AdapterError(f"key '{key}.alpha' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected one number")
+        raise AdapterError(
+            f"key '{key}.alpha' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected one number"
+        )
     return float(tensor)
 
 
@@ -124,9 +154,15 @@ def _need(key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], *n
             raise AdapterError(f"key '{key}.{missing}' is missing; the file has its {have}")
     for name, tensor in named.items():
         suffix = next(s for s, n in suffixes.items() if n == name)
-        if tensor.dim() > 5 or 0 in tensor.shape or not tensor.is_floating_point() or (tensor.dim() < 2 and name != "magnitude"):
+        if (
+            tensor.dim() > 5
+            or 0 in tensor.shape
+            or not tensor.is_floating_point()
+            or (tensor.dim() < 2 and name != "magnitude")
+        ):
             raise AdapterError(
-                f"key '{key}.{suffix}' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected floating-point factors"
+                f"key '{key}.{suffix}' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected "
+                "floating-point factors"
             )
 
 
@@ -135,7 +171,9 @@ def _low_rank(key: str, named: dict[str, Tensor], alpha: float | None, shape: tu
     down, up, mid = named["down"], named["up"], named.get("mid")
     out, rank = up.shape[:2]
     if math.prod(up.shape[2:]) != 1 or (mid is None and down.shape[0] != rank):
-        raise AdapterError(f"key '{key}': lora_up {list(up.shape)} and lora_down {list(down.shape)} do not fit together")
+        raise AdapterError(
+            f"key '{key}': lora_up {list(up.shape)} and lora_down {list(down.shape)} do not fit together"
+        )
     if len(shape) < 2:
         raise AdapterError(f"key '{key}.lora_down.weight': a low-rank update of a norm, whose weight has one axis")
     up = up.reshape(out, rank)
@@ -143,10 +181,15 @@ def _low_rank(key: str, named: dict[str, Tensor], alpha: float | None, shape: tu
         down = _folded(key, mid, down, rank)
     if len(shape) == 2:
         if math.prod(down.shape[2:]) != 1:
-            raise AdapterError(f"key '{key}.lora_down.weight' has shape {list(down.shape)}; the module is linear, not a convolution")
+            raise AdapterError(
+                f"key '{key}.lora_down.weight' has shape {list(down.shape)}; the module is linear, not a convolution"
+            )
         down, kind = down.flatten(1), "linear"
     else:
-        down, kind = (down.reshape(down.shape[0], *_kernel(key, down.shape[1], shape)) if down.dim() == 2 else down), "conv"
+        down, kind = (
+            (down.reshape(down.shape[0], *_kernel(key, down.shape[1], shape)) if down.dim() == 2 else down),
+            "conv",
+        )
         up = up.reshape(out, rank, *(1,) * (down.dim() - 2))
     magnitude = named.get("magnitude")
     if magnitude is not None:
@@ -159,7 +202,8 @@ def _folded(key: str, mid: Tensor, down: Tensor, rank: int) -> Tensor:
     """A'[i, y, *k] = Σ_j mid[i, j, *k] · down[j, y], in double precision, rounded once."""
     if mid.dim() < 3 or mid.shape[0] != rank or mid.shape[1] != down.shape[0] or math.prod(down.shape[2:]) != 1:
         raise AdapterError(
-            f"key '{key}.lora_mid.weight' has shape {list(mid.shape)}, which does not fit a lora_down of {list(down.shape)} and rank {rank}"
+            f"key '{key}.lora_mid.weight' has shape {list(mid.shape)}, which does not fit a lora_down of "
+            f"{list(down.shape)} and rank {rank}"
         )
     folded = torch.einsum("ij...,jy->iy...", mid.double(), down.flatten(1).double())
     return folded.to(torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32))
@@ -174,7 +218,8 @@ def _magnitude(key: str, tensor: Tensor, out: int, down: Tensor) -> Tensor:
         return tensor.reshape(1, inputs)
     if tensor.dim() >= 2 and tensor.shape[0] == 1 and tensor.numel() == inputs:
         raise AdapterError(
-            f"key '{key}.dora_scale': a magnitude for each input of a convolution with a kernel; lorakit reads one per output"
+            f"key '{key}.dora_scale': a magnitude for each input of a convolution with a kernel; lorakit reads one per "
+            "output"
         )
     raise AdapterError(f"key '{key}.dora_scale' has shape {list(tensor.shape)}; expected [{out}, 1] or [1, {inputs}]")
 
@@ -186,7 +231,8 @@ def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[
     halves = [(_outer(named, side, tucker), named[f"t{side[1]}"].shape[2:] if tucker else ()) for side in ("w1", "w2")]
     if halves[0] != halves[1]:
         raise AdapterError(
-            f"key '{key}.hada_w2_a': the two factors are of {list(halves[0][0])} and {list(halves[1][0])}; expected the same"
+            f"key '{key}.hada_w2_a': the two factors are of {list(halves[0][0])} and {list(halves[1][0])}; expected "
+            "the same"
         )
     rank, full = named["w1b"].shape[0], None
     if len(shape) > 2 and "t1" not in named:
@@ -205,11 +251,14 @@ def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[
         alpha = 1.0  # of two full factors the scale is 1 whatever alpha is; trainers leave anything there
     w2 = named.get("w2", named.get("w2b"))
     full = None
-    # Without a kernel of its own the second factor is of [in·k] cut in two; the product has the weight's order of numbers all the same.
+    # Without a kernel of its own the second factor is of [in·k] cut in two; the product has the weight's order of
+    # numbers all the same.
     if len(shape) > 2 and w2 is not None and w2.dim() == 2 and "t2" not in named:
         first, second = _outer(named, "w1"), _outer(named, "w2")
         full = (first[0] * second[0], *_kernel(key, first[1] * second[1], shape))
-    return Kronecker(**named, alpha=alpha if alpha is not None else float(half.shape[0] if half is not None else 1), shape=full)
+    return Kronecker(
+        **named, alpha=alpha if alpha is not None else float(half.shape[0] if half is not None else 1), shape=full
+    )
 
 
 def _outer(named: Mapping[str, Tensor], side: str, tucker: bool = False) -> tuple[int, int]:
@@ -219,7 +268,9 @@ def _outer(named: Mapping[str, Tensor], side: str, tucker: bool = False) -> tupl
     return named[side + "a"].shape[1 if tucker else 0], named[side + "b"].shape[1]
 
 
-def _one_precision(key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], flat: tuple[str, ...]) -> dict[str, Tensor]:
+def _one_precision(
+    key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], flat: tuple[str, ...]
+) -> dict[str, Tensor]:
     """All in double precision if one is; those in `flat` are matrices."""
     for suffix, name in suffixes.items():
         if name in named and name in flat and named[name].dim() != 2:
@@ -231,8 +282,11 @@ def _one_precision(key: str, named: Mapping[str, Tensor], suffixes: Mapping[str,
 def _whole(key: str, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> Dense:
     weight, bias = named.get("weight"), named.get("bias")
     if weight is not None and weight.dim() != len(shape):
-        if {weight.dim(), len(shape)} != {2, 4} or math.prod((*weight.shape[2:], *shape[2:])) != 1:  # else a 1x1 convolution, or was one
-            raise AdapterError(f"key '{key}.diff' has shape {list(weight.shape)}; the module's weight has {len(shape)} axes")
+        # else a 1x1 convolution, or was one
+        if {weight.dim(), len(shape)} != {2, 4} or math.prod((*weight.shape[2:], *shape[2:])) != 1:
+            raise AdapterError(
+                f"key '{key}.diff' has shape {list(weight.shape)}; the module's weight has {len(shape)} axes"
+            )
         weight = weight.reshape(*weight.shape[:2], *(1,) * (len(shape) - 2))
     if bias is not None and (bias.dim() != 1 or (weight is not None and weight.shape[0] != bias.shape[0])):
         raise AdapterError(f"key '{key}.diff_b' has shape {list(bias.shape)}; expected one number for each output")
@@ -240,11 +294,17 @@ def _whole(key: str, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> Den
 
 
 def _with_bias(key: str, parts: Mapping[str, Tensor], alpha: Tensor | None, shape: tuple[int, ...]) -> Dense:
-    """Low-rank factors with a change of the bias, as programs that extract them write: the change whole, there being no kind for both."""
-    factors = update(key, {s: t for s, t in parts.items() if s in LORA} | ({"alpha": alpha} if alpha is not None else {}), shape)
+    """Low-rank factors with a change of the bias, as programs that extract them write: the change whole, there being no
+    kind for both.
+    """
+    factors = update(
+        key, {s: t for s, t in parts.items() if s in LORA} | ({"alpha": alpha} if alpha is not None else {}), shape
+    )
     assert isinstance(factors, Factors)
     claimed = factors.B.shape[0] * math.prod(factors.A.shape[1:])
     if claimed > math.prod(shape):
-        raise AdapterError(f"key '{key}': its factors claim a weight of {claimed:,} numbers; the module has {math.prod(shape):,}")
+        raise AdapterError(
+            f"key '{key}': its factors claim a weight of {claimed:,} numbers; the module has {math.prod(shape):,}"
+        )
     factors.check(key)
     return _whole(key, {"weight": factors.delta(), "bias": parts["diff_b"]}, shape)

@@ -6,8 +6,8 @@
     y = x Wᵀ + scale · (x a) b        scale stands in the config as it is, so alpha = scale · r
 
 One scale for all modules: those of another have the rest in lora_b. Ranks may differ. The modules' names are those of
-mlx-lm's models, which for the llama-like are transformers'. `adapter_config.json` is also PEFT's name: its content tells.
-What lorakit knows of the training travels in the header of the safetensors file.
+mlx-lm's models, which for the llama-like are transformers'. `adapter_config.json` is also PEFT's name: its content
+tells. What lorakit knows of the training travels in the header of the safetensors file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from .unheld import convolutions, learned_tokens, other_kinds
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 OURS = ("packed", "transposed", "embeddings")  # in our part of the header, beside the adapter's metadata
 # The last names of token embeddings in mlx-lm's models: the shapes alone do not tell them from linears.
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "embeddings", "embedding"})
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "embeddings", "embedding"}
+)
 
 
 def fits(keys: Iterable[str]) -> bool:
@@ -54,7 +56,9 @@ def is_mlx(folder: Path) -> bool:
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], alpha: float | None = None) -> Adapter:
-    """Read what the file `path` held. Its scale is in the config beside it; `alpha` must be given where there is none."""
+    """Read what the file `path` held. Its scale is in the config beside it;
+    `alpha` must be given where there is none.
+    """
     beside = path.parent / CONFIG
     values = read_json(beside) if beside.is_file() else {}
     values = values if is_mlx_config(values) else {}
@@ -62,7 +66,8 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
     if scale is None and alpha is None:
         raise AdapterError(
             f"{path} is an MLX adapter without its {CONFIG}, which holds the scale\n"
-            "  put that file beside it, or give alpha = scale · rank: alpha=160, say (--alpha 160) for rank 8 and mlx-lm's own scale, 20"
+            "  put that file beside it, or give alpha = scale · rank: alpha=160, say (--alpha 160) for rank 8 and "
+            "mlx-lm's own scale, 20"
         )
     ours = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     modules = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
@@ -79,7 +84,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
     dropout, model = (values.get("lora_parameters") or {}).get("dropout"), values.get("model")
     known = {"dropout": dropout} if isinstance(dropout, int | float) and 0 <= dropout < 1 else {}
     if not factors:
-        raise AdapterError(f"{path} is no MLX adapter: it has no key that ends in .lora_a (it has {listing(tensors, 3)})")
+        raise AdapterError(
+            f"{path} is no MLX adapter: it has no key that ends in .lora_a (it has {listing(tensors, 3)})"
+        )
     config = config_of(factors, base=model if isinstance(model, str) else None, **known)
     return Adapter(config, factors, saved, {k: v for k, v in ours.items() if k not in OURS}).check()
 
@@ -90,10 +97,16 @@ def losses(adapter: Adapter) -> list[str]:
     lost += convolutions(adapter, ": mlx-lm adapts linear layers and embeddings")
     dora = [m for m, f in adapter.factors.items() if f.magnitude is not None and f.kind != "conv"]
     if dora and len(dora) != len(adapter.factors):
-        lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in MLX all modules have one or none has")
-    across = [m for m in dora if (adapter.factors[m].magnitude.shape[0] == 1) != (adapter.factors[m].kind == "embedding")]  # type: ignore[union-attr]
+        lost.append(
+            f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in MLX all modules have one or none has"
+        )
+    magnitudes = {m: (f.magnitude, f.kind) for m, f in adapter.factors.items() if m in dora}
+    across = [m for m, (g, kind) in magnitudes.items() if g is not None and (g.shape[0] == 1) != (kind == "embedding")]
     if across:
-        lost.append(f"DoRA's magnitude of {listing(across, 2)}: MLX has one number for each row of the weight, this one for each column")
+        lost.append(
+            f"DoRA's magnitude of {listing(across, 2)}: MLX has one number for each row of the weight, this one for "
+            "each column"
+        )
     stacked = [n for n, t in adapter.saved.items() if t.dim() > 2]
     if stacked:
         lost.append(f"saved weights of more than two axes ({listing(stacked, 2)}), which MLX lays out in another order")
@@ -148,7 +161,8 @@ def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float
     kind = values.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise AdapterError(
-            f"{where}: fine_tune_type is {kind!r}; lorakit reads lora and dora\n  of whole trained weights, lorakit extract makes an adapter"
+            f"{where}: fine_tune_type is {kind!r}; lorakit reads lora and dora\n"
+            "  of whole trained weights, lorakit extract makes an adapter"
         )
     if alpha is not None:
         raise AdapterError(f"{where} says what the scale is\n  leave alpha out")
@@ -160,14 +174,23 @@ def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float
 
 
 def _factors(
-    module: str, a: Tensor | None, b: Tensor | None, m: Tensor | None, scale: float | None, alpha: float | None,
-    ours: Mapping[str, Any], path: Path,
-) -> Factors:  # fmt: skip
+    module: str,
+    a: Tensor | None,
+    b: Tensor | None,
+    m: Tensor | None,
+    scale: float | None,
+    alpha: float | None,
+    ours: Mapping[str, Any],
+    path: Path,
+) -> Factors:
     if a is None or b is None:
         raise AdapterError(f"{path}: '{module}' has a lora_a and no lora_b")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or 0 in a.shape:
         stacked = "\n  those of stacked experts are not supported" if a.dim() == 3 else ""
-        raise AdapterError(f"{path}: '{module}' has lora_a {list(a.shape)}, lora_b {list(b.shape)}; expected [in, r] and [r, out]{stacked}")
+        raise AdapterError(
+            f"{path}: '{module}' has lora_a {list(a.shape)}, lora_b {list(b.shape)}; expected [in, r] and [r, "
+            f"out]{stacked}"
+        )
     A, B = a.T.contiguous(), b.T.contiguous()
     parts = parts_of(ours.get("packed"), module, A, B, path)
     told, turned = ours.get("embeddings"), ours.get("transposed")
@@ -176,10 +199,14 @@ def _factors(
         raise AdapterError(f"{path}: '{module}.m' has shape {list(m.shape)}; expected one axis")
     rank = A.shape[0] // (sum(parts) if parts else 1)
     return Factors(
-        A, B, clean(scale * rank) if scale is not None else float(alpha or 0), "embedding" if embedding else "linear",
-        transposed=isinstance(turned, list) and module in turned, parts=tuple(parts) if parts else None,
+        A,
+        B,
+        clean(scale * rank) if scale is not None else float(alpha or 0),
+        "embedding" if embedding else "linear",
+        transposed=isinstance(turned, list) and module in turned,
+        parts=tuple(parts) if parts else None,
         magnitude=None if m is None else m.reshape(1, -1) if embedding else m.reshape(-1, 1),
-    )  # fmt: skip
+    )
 
 
 def _inside(module: str, factors: Mapping[str, Factors]) -> bool:

@@ -1,9 +1,10 @@
 """Real module names of the diffusion models, and which key of a kohya file stands for which of them.
 
-kohya's key is a module's name with its dots made underscores, in front of it the component. What that name was cannot be told by
-splitting ("to_out_0", "proj_in"), so every key is looked up in `names/*.json`: the module names of diffusers' and transformers' classes
-with their weights' shapes ("modules"), and the names the model's original code has for the same weights ("ldm": one such name may stand
-for several modules in order, as "attn.qkv" does). scripts/make_name_lists.py makes them.
+kohya's key is a module's name with its dots made underscores, in front of it the component. What that name was cannot
+be told by splitting ("to_out_0", "proj_in"), so every key is looked up in `names/*.json`: the module names of
+diffusers' and transformers' classes with their weights' shapes ("modules"), and the names the model's original code has
+for the same weights ("ldm": one such name may stand for several modules in order, as "attn.qkv" does).
+scripts/make_name_lists.py makes them.
 
     model   denoiser, as written                     text encoders, as written
     sd1     lora_unet_ + diffusers' names            lora_te_   CLIP-L
@@ -29,7 +30,9 @@ UNET, TRANSFORMER = ("lora_unet_", "lycoris_"), ("lora_unet_", "lora_transformer
 
 
 class Component(NamedTuple):
-    """A part of a pipeline: its list of names, the prefixes its keys have (the first is written), and whether ldm names are written."""
+    """A part of a pipeline: its list of names, the prefixes its keys have (the first is written), and whether ldm names
+    are written.
+    """
 
     listed: str
     prefixes: tuple[str, ...]
@@ -48,19 +51,28 @@ _ONE_CLIP = ("lora_te_", "lora_te1_")
 PIPELINES = {
     "sd1": {"unet": Component("sd1", UNET), "text_encoder": Component("clip_l", _ONE_CLIP)},
     "sd2": {"unet": Component("sd2", UNET), "text_encoder": Component("clip_h", _ONE_CLIP)},
-    "sdxl": {"unet": Component("sdxl", UNET, ldm=True), "text_encoder": _CLIP, "text_encoder_2": Component("clip_g", ("lora_te2_",))},
+    "sdxl": {
+        "unet": Component("sdxl", UNET, ldm=True),
+        "text_encoder": _CLIP,
+        "text_encoder_2": Component("clip_g", ("lora_te2_",)),
+    },
     "sd3": {
-        "transformer": Component("sd3", TRANSFORMER, ldm=True), "text_encoder": _CLIP,
-        "text_encoder_2": Component("clip_g", ("lora_te2_",)), "text_encoder_3": Component("t5", ("lora_te3_",)),
+        "transformer": Component("sd3", TRANSFORMER, ldm=True),
+        "text_encoder": _CLIP,
+        "text_encoder_2": Component("clip_g", ("lora_te2_",)),
+        "text_encoder_3": Component("t5", ("lora_te3_",)),
     },
     # T5 is the pipeline's second text encoder, and lora_te3_ all the same: ComfyUI looks for it there.
     "flux": {
-        "transformer": Component("flux", TRANSFORMER, ldm=True), "text_encoder": _CLIP,
+        "transformer": Component("flux", TRANSFORMER, ldm=True),
+        "text_encoder": _CLIP,
         "text_encoder_2": Component("t5", ("lora_te3_", "lora_te2_")),
     },
-}  # fmt: skip
+}
 MODELS = tuple(PIPELINES)
-PREFIXES = tuple(sorted({prefix for parts in PIPELINES.values() for part in parts.values() for prefix in part.prefixes}))
+PREFIXES = tuple(
+    sorted({prefix for parts in PIPELINES.values() for part in parts.values() for prefix in part.prefixes})
+)
 
 # Modules whose weight's two halves, shift and scale, the original code has in the other order.
 _CONTINUOUS_NORMS = {
@@ -94,7 +106,8 @@ def modules_of(model: str) -> Mapping[str, tuple[str, ...]]:
         for prefix in part.prefixes:
             for name in listed["modules"]:
                 found[prefix + _flat(name)] = (f"{component}.{name}",)
-                if name.startswith("text_model."):  # transformers 5 has no such level, and what is named after its class has none
+                # transformers 5 has no such level, and what is named after its class has none
+                if name.startswith("text_model."):
                     found[prefix + _flat(name.removeprefix("text_model."))] = (f"{component}.{name}",)
             for name, modules in listed.get("ldm", {}).items():
                 found[prefix + _flat(name)] = tuple(f"{component}.{module}" for module in modules)
@@ -115,10 +128,11 @@ def places(model: str) -> Mapping[str, Place]:
 
 
 def swaps_halves(model: str, key: str, module: str, size: tuple[int, int]) -> bool:
-    """Whether under this key the rows of a module's weight [out, in] have their halves the other way round than in diffusers.
+    """Whether under this key the rows of a module's weight [out, in] have their halves the other way round than in
+    diffusers.
 
-    Those norms give a shift and a scale; a block that gives more than these two (out > 2·in) is another kind of norm. A key that is
-    diffusers' own name for the module has diffusers' order.
+    Those norms give a shift and a scale; a block that gives more than these two (out > 2·in) is another kind of norm. A
+    key that is diffusers' own name for the module has diffusers' order.
     """
     name = module.partition(".")[2]
     return name in _CONTINUOUS_NORMS.get(model, ()) and size[0] == 2 * size[1] and not key.endswith(_flat(name))
@@ -133,16 +147,23 @@ def candidates(modules: Iterable[str]) -> list[str]:
 def model_of(modules: Iterable[str], sizes: Mapping[str, tuple[int, int]] | None = None) -> str | None:
     """Which diffusion model's modules these are: "sd1", "sd2", "sdxl", "sd3", "flux" or None.
 
-    SD1 and SD2 share their names and SDXL shares some of them: where several models fit, the one whose widths agree with most of
-    `sizes` (module -> (out, in)), then the first of `MODELS`.
+    SD1 and SD2 share their names and SDXL shares some of them: where several models fit, the one whose widths agree
+    with most of `sizes` (module -> (out, in)), then the first of `MODELS`.
     """
     modules = list(modules)
     return likeliest(candidates(modules), sizes or {}) if modules else None
 
 
 def likeliest(models: list[str], sizes: Mapping[str, tuple[int, int]], said: str | None = None) -> str | None:
-    """Of some models the one whose widths agree with most sizes; at a tie `said` (by a file's metadata), or the first."""
-    votes = Counter({model: sum(shapes(model)[m][:2] == size for m, size in sizes.items() if m in shapes(model)) for model in models})
+    """Of some models the one whose widths agree with most sizes;
+    at a tie `said` (by a file's metadata), or the first.
+    """
+    votes = Counter(
+        {
+            model: sum(shapes(model)[m][:2] == size for m, size in sizes.items() if m in shapes(model))
+            for model in models
+        }
+    )
     best = [model for model in models if votes[model] == max(votes.values())]
     return said if said in best else next(iter(best), None)
 

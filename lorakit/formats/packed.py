@@ -1,4 +1,6 @@
-"""Which parts of a packed projection are adapted, as our own metadata says: plain files hold the update without its zeros' meaning."""
+"""Which parts of a packed projection are adapted, as our own metadata says: plain files hold the update without its
+zeros' meaning.
+"""
 
 from __future__ import annotations
 

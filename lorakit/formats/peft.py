@@ -1,14 +1,15 @@
 """PEFT's folder: `adapter_config.json`, `adapter_model.safetensors` (or `.bin`), and ours beside them: `lorakit.json`.
 
-    base_model.model.<module>.lora_A.weight, .lora_B.weight            linear [r, in], [out, r]; conv [r, in, *k], [out, r/g, 1...]
+    base_model.model.<module>.lora_A.weight, .lora_B.weight            linear [r, in], [out, r]; conv [r, in, *k], [out,
+                                                                       r/g, 1...]
     base_model.model.<module>.lora_embedding_A, _B                     [r, vocab], [dim, r]
     base_model.model.<module>.lora_magnitude_vector                    DoRA's: [out]; conv [1, out, 1...]
     base_model.model.<module>.base_layer.bias, <other>.bias            trained biases
     base_model.model.<module>.<parameter>                              modules saved whole
 
-Packed projections and shared grouped convolutions are written as the plain update that they are (exactly: rank and alpha
-grow together), and come back compact. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n parts, r, 1], loralib's
-form) is read as the packed projection that it is. LoHa and LoKr are read in `peft_lycoris`.
+Packed projections and shared grouped convolutions are written as the plain update that they are (exactly: rank and
+alpha grow together), and come back compact. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n parts,
+r, 1], loralib's form) is read as the packed projection that it is. LoHa and LoKr: see `peft_lycoris`.
 """
 
 from __future__ import annotations
@@ -35,13 +36,11 @@ from .unheld import learned_tokens, other_kinds
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+?)\.lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)")
+_FACTOR = re.compile(
+    r"(?P<module>.+?)\.lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
+)
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
-_UNSUPPORTED = {
-    ".lora_B.bias": "a bias on B",
-    ".trainable_tokens_delta": "trained tokens",
-    ".lora_E": "AdaLoRA",
-}
+_UNSUPPORTED = {".lora_B.bias": "a bias on B", ".trainable_tokens_delta": "trained tokens", ".lora_E": "AdaLoRA"}
 
 
 def is_peft(path: Path) -> bool:
@@ -56,7 +55,9 @@ def is_peft(path: Path) -> bool:
 
 
 def start_of(path: Path) -> str | None:
-    """How PEFT's folder was started, if that was from the base's own weights, which it changed ("pissa", "olora"...)."""
+    """How PEFT's folder was started, if that was from the base's own weights, which it changed ("pissa",
+    "olora"...).
+    """
     start = read_json(_folder(path) / CONFIG).get("init_lora_weights")
     return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else None
 
@@ -79,33 +80,48 @@ def read(path: Path, started: bool = False) -> Adapter:
     if not weights.exists():
         raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there")
     tensors, header = read_tensors(weights)
-    ours = read_json(folder / OURS) if (folder / OURS).exists() else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
+    ours = (
+        read_json(folder / OURS)
+        if (folder / OURS).exists()
+        else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
+    )
     config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
     if lycoris:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        return Adapter(config, {}, metadata=ours, others=peft_lycoris.updates(kind, plain, config, weights)).check()
+        updates, saved = peft_lycoris.updates(kind, plain, config, weights)
+        return Adapter(config, updates, saved, ours).check()
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
     halves, saved = _sort(tensors, weights, bool(values.get("use_dora")))
     if enabled is not None:
-        factors = {module: _merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()}
+        factors = {
+            module: _merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()
+        }
         endings = {module.rsplit(".", 1)[-1] for module in factors}
-        return Adapter(config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours).check()
+        return Adapter(
+            config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
+        ).check()
     factors = {
         module: _factors(module, form, pair, config, transposed, packed.get(module), weights)
         for module, (form, pair) in halves.items()
-    }  # fmt: skip
+    }
     return Adapter(config, factors, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
-    """What PEFT's LoRA folder cannot hold of this adapter, one line each."""
+    """What PEFT's folder cannot hold of this adapter, one line each."""
+    if peft_lycoris.is_loha(adapter):
+        return learned_tokens(adapter) + peft_lycoris.losses(adapter)
     lost = other_kinds(adapter) + learned_tokens(adapter)
     dora = {m: f.magnitude for m, f in adapter.factors.items() if f.magnitude is not None}
     if dora and len(dora) != len(adapter.factors):
-        lost.append(f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in PEFT all modules have one or none has")
+        lost.append(
+            f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in PEFT all modules have one or none has"
+        )
     across = [m for m, t in dora.items() if t.shape[0] == 1 != adapter.factors[m].B.shape[0]]
     if across:
-        lost.append(f"DoRA's magnitude of {listing(across, 2)}: PEFT has one number for each output, this one for each input")
+        lost.append(
+            f"DoRA's magnitude of {listing(across, 2)}: PEFT has one number for each output, this one for each input"
+        )
     return lost
 
 
@@ -114,7 +130,28 @@ def write(adapter: Adapter, path: Path) -> Path:
     adapter.check()
     lost = losses(adapter)
     if lost:
-        raise AdapterError(f"{path}: PEFT's LoRA format cannot hold all of this adapter\n  " + "\n  ".join(lost))
+        raise AdapterError(f"{path}: PEFT's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
+    loha = peft_lycoris.is_loha(adapter)
+    tensors, ranks, alphas = peft_lycoris.tensors_of(adapter, PREFIX) if loha else _tensors_of(adapter)
+    for name, tensor in adapter.saved.items():
+        module, _, last = name.rpartition(".")
+        adapted_bias = last == "bias" and module in adapter.factors
+        tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
+    transposed = any(f.transposed for f in adapter.factors.values())
+    dora = any(f.magnitude is not None for f in adapter.factors.values())
+    packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
+    ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
+    values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
+    write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
+    write_text(path / CONFIG, dumps(peft_lycoris.to_loha(values, adapter) if loha else values))
+    write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
+    if (path / PICKLE).exists():
+        (path / PICKLE).unlink()  # else a reader that prefers it would get the old weights
+    return path
+
+
+def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:
+    """The factors by PEFT's keys, and the ranks and alphas of the modules as PEFT counts them."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -130,21 +167,7 @@ def write(adapter: Adapter, path: Path) -> Path:
             conv = f.kind == "conv"
             shape = (1, -1, *[1] * (f.A.dim() - 2)) if conv else (-1,)
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude.reshape(shape)
-    for name, tensor in adapter.saved.items():
-        module, _, last = name.rpartition(".")
-        adapted_bias = last == "bias" and module in adapter.factors
-        tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
-    transposed = any(f.transposed for f in adapter.factors.values())
-    dora = any(f.magnitude is not None for f in adapter.factors.values())
-    packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
-    ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
-    config = adapter.config.replace(save_modules=_save_modules(adapter))
-    write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    write_text(path / CONFIG, dumps(to_peft(config, ranks, alphas, transposed, dora)))
-    write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
-    if (path / PICKLE).exists():
-        (path / PICKLE).unlink()  # else a reader that prefers it would get the old weights
-    return path
+    return tensors, ranks, alphas
 
 
 def _save_modules(adapter: Adapter) -> list[str]:
@@ -161,8 +184,12 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _sort(tensors: dict[str, Tensor], where: Path, dora: bool) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], dict[str, Tensor]]:
-    """Keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and whole weights. The kind is told by A's axes."""
+def _sort(
+    tensors: dict[str, Tensor], where: Path, dora: bool
+) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], dict[str, Tensor]]:
+    """Keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and whole weights.
+    The kind is told by A's axes.
+    """
     halves: dict[str, tuple[str, dict[str, Tensor]]] = {}
     saved: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
@@ -182,15 +209,20 @@ def _sort(tensors: dict[str, Tensor], where: Path, dora: bool) -> tuple[dict[str
             pair[half] = tensor
         elif found := _MAGNITUDE.fullmatch(name):
             if not dora:
-                raise AdapterError(f"{where}: key '{key}' is a DoRA's magnitude, and {CONFIG} does not say use_dora: true")
+                raise AdapterError(
+                    f"{where}: key '{key}' is a DoRA's magnitude, and {CONFIG} does not say use_dora: true"
+                )
             magnitudes[found["module"]] = tensor
         elif name.endswith(".base_layer.bias"):
             saved[name.replace(".base_layer.", ".")] = tensor
         elif name.endswith(".base_layer.weight") or ".original_module." in name:
-            continue  # frozen: PEFT writes the base's matrix beside a LoRA on embeddings, and with bias="all" a saved module's old bias
+            # frozen: PEFT writes the base's matrix beside a LoRA on embeddings, and with bias="all" a saved module's
+            # old bias
+            continue
         elif ".lora_" in name:
             raise AdapterError(
-                f"{where}: key '{key}' is not one that LoRA has\n  expected <module>.lora_A.weight, .lora_B.weight or .lora_embedding_A, _B"
+                f"{where}: key '{key}' is not one that LoRA has\n"
+                "  expected <module>.lora_A.weight, .lora_B.weight or .lora_embedding_A, _B"
             )
         else:
             saved[re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)] = tensor
@@ -208,19 +240,30 @@ def _sort(tensors: dict[str, Tensor], where: Path, dora: bool) -> tuple[dict[str
 
 
 def _factors(
-    module: str, kind: str, pair: dict[str, Tensor], config: LoraConfig, transposed: bool, parts: tuple[bool, ...] | None, where: Path
+    module: str,
+    kind: str,
+    pair: dict[str, Tensor],
+    config: LoraConfig,
+    transposed: bool,
+    parts: tuple[bool, ...] | None,
+    where: Path,
 ) -> Factors:
     A, B = pair["A"], pair["B"]
     rank, alpha = config.rank_of(module), config.alpha_of(module)
     if A.dim() < 2 or B.dim() < 2 or A.shape[0] != rank:
-        raise AdapterError(f"{where}: '{module}' has A {list(A.shape)}; its config says rank {rank}, so [{rank}, ...] was expected")
+        raise AdapterError(
+            f"{where}: '{module}' has A {list(A.shape)}; its config says rank {rank}, so [{rank}, ...] was expected"
+        )
     magnitude = _magnitude(module, pair, where)
     if kind != "conv":
         if parts is not None:
             if compact_packed(B, parts) is None:
-                raise AdapterError(f"{where}: '{module}' is said to be packed as {list(parts)}, and its B does not have that form")
+                raise AdapterError(
+                    f"{where}: '{module}' is said to be packed as {list(parts)}, and its B does not have that form"
+                )
             alpha /= _growth(sum(parts), config.rslora)
-        return Factors(A, B, alpha, kind, config.rslora, transposed and kind == "linear", parts=parts, magnitude=magnitude)  # type: ignore[arg-type]
+        across = transposed and kind == "linear"
+        return Factors(A, B, alpha, kind, config.rslora, across, parts=parts, magnitude=magnitude)  # type: ignore[arg-type]
     groups = A.shape[0] // B.shape[1] if B.shape[1] and A.shape[0] % B.shape[1] == 0 else 1
     compact = group_blocks(A, B, groups) if groups > 1 and A.shape[1] % groups == 0 else None
     if compact is not None:
@@ -235,20 +278,33 @@ def _magnitude(module: str, pair: dict[str, Tensor], where: Path) -> Tensor | No
         return None
     out, conv = pair["B"].shape[0], pair["A"].dim() > 2
     if magnitude.numel() != out or list(magnitude.shape) != ([1, out, *[1] * (pair["A"].dim() - 2)] if conv else [out]):
-        raise AdapterError(f"{where}: '{module}' has a lora_magnitude_vector {list(magnitude.shape)}, which does not fit its {out} outputs")
+        raise AdapterError(
+            f"{where}: '{module}' has a lora_magnitude_vector {list(magnitude.shape)}, which does not fit its {out} "
+            "outputs"
+        )
     return magnitude.reshape(-1, 1)
 
 
-def _merged_linear(module: str, pair: dict[str, Tensor], config: LoraConfig, parts: tuple[bool, ...], where: Path) -> Factors:
+def _merged_linear(
+    module: str, pair: dict[str, Tensor], config: LoraConfig, parts: tuple[bool, ...], where: Path
+) -> Factors:
     """PEFT 0.2's: rank and alpha are those of one part, B holds the adapted parts one below the other.
 
     `fan_in_fan_out` tells nothing here: that version left it true for linears of both layouts.
     """
     A, B = pair["A"], pair["B"]
     n, rank = sum(parts), config.rank_of(module)
-    if A.dim() != 2 or B.dim() not in (2, 3) or B.shape[2:].numel() != 1 or A.shape[0] != n * rank or B.shape[1] != rank or B.shape[0] % n:
+    if (
+        A.dim() != 2
+        or B.dim() not in (2, 3)
+        or B.shape[2:].numel() != 1
+        or A.shape[0] != n * rank
+        or B.shape[1] != rank
+        or B.shape[0] % n
+    ):
         raise AdapterError(
-            f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}; with enable_lora {list(parts)} and r {rank},"
+            f"{where}: '{module}' has A {list(A.shape)} and B {list(B.shape)}; with enable_lora {list(parts)} and r "
+            f"{rank},"
             f" A [{n * rank}, in] and B [a multiple of {n}, {rank}, 1] were expected"
         )
     return Factors(A, expand_packed(B.reshape(n, -1, rank), parts), config.alpha_of(module), parts=parts)

@@ -14,10 +14,18 @@ from ..module_names import matches
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless they hold these values.
 _UNSUPPORTED = {
-    "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA", "lora_bias": "a bias on B", "alora_invocation_tokens": "aLoRA",
-    "arrow_config": "Arrow", "layer_replication": "layer replication", "target_parameters": "adapted parameters (MoE experts)",
-    "trainable_token_indices": "trained tokens", "velora_config": "VeLoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
-}  # fmt: skip
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "a bias on B",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "layer_replication": "layer replication",
+    "target_parameters": "adapted parameters (MoE experts)",
+    "trainable_token_indices": "trained tokens",
+    "velora_config": "VeLoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
 
 # Starts that take something out of the base's weights, which a reader would have to do again.
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -26,12 +34,20 @@ CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
 _PROMPT = "it adds inputs and changes no weight, so no LoRA does the same: use it with PEFT"
 _OTHERS = {
-    "IA3": ("IA3 rescales activations", _MERGE), "VERA": ("VeRA shares random matrices that lie in its base's file", _MERGE),
-    "ADALORA": ("AdaLoRA gives each module its own rank and singular values", _MERGE), "OFT": ("OFT rotates weights", _MERGE),
-    "BOFT": ("BOFT rotates weights", _MERGE), "HRA": ("HRA reflects weights", _MERGE), "LN_TUNING": ("it trains norms", _MERGE),
-    "PROMPT_TUNING": ("prompt tuning", _PROMPT), "MULTITASK_PROMPT_TUNING": ("prompt tuning", _PROMPT), "P_TUNING": ("p-tuning", _PROMPT),
-    "PREFIX_TUNING": ("prefix tuning", _PROMPT), "ADAPTION_PROMPT": ("LLaMA-Adapter", _PROMPT), "CPT": ("context prompt tuning", _PROMPT),
-}  # fmt: skip
+    "IA3": ("IA3 rescales activations", _MERGE),
+    "VERA": ("VeRA shares random matrices that lie in its base's file", _MERGE),
+    "ADALORA": ("AdaLoRA gives each module its own rank and singular values", _MERGE),
+    "OFT": ("OFT rotates weights", _MERGE),
+    "BOFT": ("BOFT rotates weights", _MERGE),
+    "HRA": ("HRA reflects weights", _MERGE),
+    "LN_TUNING": ("it trains norms", _MERGE),
+    "PROMPT_TUNING": ("prompt tuning", _PROMPT),
+    "MULTITASK_PROMPT_TUNING": ("prompt tuning", _PROMPT),
+    "P_TUNING": ("p-tuning", _PROMPT),
+    "PREFIX_TUNING": ("prefix tuning", _PROMPT),
+    "ADAPTION_PROMPT": ("LLaMA-Adapter", _PROMPT),
+    "CPT": ("context prompt tuning", _PROMPT),
+}
 
 
 def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = False) -> tuple[LoraConfig, bool]:
@@ -43,18 +59,23 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, LOHA and LOKR" + (f"\n  {what}: {advice}" if what else "")
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, LOHA and LOKR"
+            + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():
         if values.get(key):
             raise AdapterError(
-                f"{where}: {key} is {values[key]!r}: {name} is not supported\n  merge it into its base with the tool that made it"
+                f"{where}: {key} is {values[key]!r}: {name} is not supported\n"
+                "  merge it into its base with the tool that made it"
             )
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) and not started:
         raise AdapterError(
-            f"{where}: init_lora_weights is {start!r}: it was started from the base's own weights, which that changed, so its factors alone are "
-            "another update\n  PiSSA and OLoRA become a plain LoRA with the base at hand: lorakit convert ADAPTER OUT --to peft --base FOLDER\n"
+            f"{where}: init_lora_weights is {start!r}: it was started from the base's own weights, which that changed, "
+            "so its factors alone are "
+            "another update\n"
+            "  PiSSA and OLoRA become a plain LoRA with the base at hand: lorakit convert ADAPTER OUT --to peft --base "
+            "FOLDER\n"
             "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if values.get(theirs) is not None}
@@ -134,8 +155,12 @@ def dumps(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2, sort_keys=True)
 
 
-def _pattern(found: Mapping[str, Any], default: Any, pattern: Mapping[str, Any], expected) -> tuple[Any, dict[str, Any]]:
-    """The config's own default and pattern if they say what the tensors say; else the commonest value and one key a module."""
+def _pattern(
+    found: Mapping[str, Any], default: Any, pattern: Mapping[str, Any], expected
+) -> tuple[Any, dict[str, Any]]:
+    """The config's own default and pattern if they say what the tensors say; else the commonest value and one key a
+    module.
+    """
     if all(expected(module) == value for module, value in found.items()):
         return default, dict(pattern)
     common = Counter(found.values()).most_common(1)[0][0]

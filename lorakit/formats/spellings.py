@@ -1,15 +1,18 @@
 """How the tensors of a LoRA are spelled in files that keep a module's dotted path.
 
-    <path>.lora_A.weight, .lora_B.weight                            PEFT; diffusers, ai-toolkit, SimpleTuner, ComfyUI today
+    <path>.lora_A.weight, .lora_B.weight                            PEFT; diffusers, ai-toolkit, SimpleTuner, ComfyUI
+                                                                    today
     <path>.lora_A.default.weight                                    PEFT's own state dict, with the adapter's name
     <path>.lora.down.weight, .lora.up.weight                        diffusers' UNet and DiT before PEFT
     <path>.lora_linear_layer.down.weight, .up.weight                diffusers' text encoders before PEFT
     <attention>.processor.to_q_lora.down.weight, .up.weight         diffusers' attention processors of early 2023
     <path>.lora_down.weight, .lora_up.weight, .lora_mid.weight      kohya's suffixes behind a dotted path (OneTrainer)
-    <path>.alpha  ·  .dora_scale, .lora_magnitude_vector            and LyCORIS' suffixes: .hada_w1_a, .lokr_w1, .diff, ...
+    <path>.alpha  ·  .dora_scale, .lora_magnitude_vector            and LyCORIS' suffixes: .hada_w1_a, .lokr_w1, .diff,
+                                                                    ...
 
-A path begins with the pipeline's component ("unet.", "transformer.", "text_encoder."...), or, in the files of one model, with nothing,
-with PEFT's "base_model.model." or with ComfyUI's "diffusion_model."; then its first part tells the model.
+A path begins with the pipeline's component ("unet.", "transformer.", "text_encoder."...), or, in the files of one
+model, with nothing, with PEFT's "base_model.model." or with ComfyUI's "diffusion_model."; then its first part tells the
+model.
 """
 
 from __future__ import annotations
@@ -19,16 +22,32 @@ from typing import NamedTuple
 
 from .lycoris import LOHA, LOKR, WHOLE
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "prior")
-MAGNITUDE = "lora_magnitude_vector"  # PEFT's of DoRA, [out] or [1, out, 1...]; LyCORIS' dora_scale is [out, 1...] or [1, in, 1...]
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "text_encoder_4",
+    "prior",
+)
+# PEFT's of DoRA, [out] or [1, out, 1...]; LyCORIS' dora_scale is [out, 1...] or [1, in, 1...]
+MAGNITUDE = "lora_magnitude_vector"
 NATIVE = "diffusion_model"  # ComfyUI's: paths as the model's first publisher named its modules
 
 # The first part of a module's path, by the diffusers model that alone has it.
 _FIRST = {
     "unet": ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding"),
-    "transformer": ("transformer_blocks", "single_transformer_blocks", "context_embedder", "x_embedder", "time_text_embed"),
+    "transformer": (
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "context_embedder",
+        "x_embedder",
+        "time_text_embed",
+    ),
     "text_encoder": ("text_model",),
-}  # fmt: skip
+}
 _COMPONENT_OF = {first: component for component, names in _FIRST.items() for first in names}
 # Language models that call their trunk "transformer" too.
 _LANGUAGE_MODEL = re.compile(r"transformer\.(h\.|wte|wpe|word_embeddings|encoder\.layers\.|layers\.)")

@@ -28,7 +28,9 @@ def commonest(values: Iterable[float]) -> float:
 
 
 def folded(B: Tensor, ratio: float) -> Tensor:
-    """`ratio` · B: in B's precision if every number of it can be held there, in float32 (or wider) otherwise. AdapterError if not even there."""
+    """`ratio` · B: in B's precision if every number of it can be held there, in float32 (or wider) otherwise.
+    AdapterError if not even there.
+    """
     if ratio == 1:
         return B
     exact = B.double() * ratio
@@ -39,7 +41,9 @@ def folded(B: Tensor, ratio: float) -> Tensor:
 
 
 def config_of(factors: Mapping[str, Factors], **known: Any) -> LoraConfig:
-    """The `LoraConfig` that factors imply: the commonest rank and alpha, patterns for the others, targets by name ending. AdapterError if one is malformed."""
+    """The `LoraConfig` that factors imply: the commonest rank and alpha, patterns for the others, targets by name
+    ending. AdapterError if one is malformed.
+    """
     for module, f in factors.items():
         f.check(module)
     ranks, alphas = {m: f.rank for m, f in factors.items()}, {m: f.alpha for m, f in factors.items()}

@@ -9,7 +9,11 @@ from ..errors import listing
 def other_kinds(adapter: Adapter) -> list[str]:
     """LoHa, LoKr, whole ΔW."""
     others = adapter.others
-    return [f"{len(others)} updates of another kind ({listing(others, 2)}): resize makes factors of them"] if others else []
+    return (
+        [f"{len(others)} updates of another kind ({listing(others, 2)}): resize makes factors of them"]
+        if others
+        else []
+    )
 
 
 def learned_tokens(adapter: Adapter) -> list[str]:
@@ -24,5 +28,9 @@ def convolutions(adapter: Adapter, why: str = "") -> list[str]:
 
 def magnitudes(adapter: Adapter) -> list[str]:
     """DoRA's."""
-    found = [m for m, f in adapter.factors.items() if f.magnitude is not None]
-    return [f"DoRA's magnitude of {len(found)} modules ({listing(found, 2)}): merge it into its base instead"] if found else []
+    found = [m for m, u in adapter.updates.items() if u.variant == "dora"]
+    return (
+        [f"DoRA's magnitude of {len(found)} modules ({listing(found, 2)}): merge it into its base instead"]
+        if found
+        else []
+    )

@@ -1,1 +1,1 @@
-"""Text out of a model: greedy or sampled, batch by batch."""
+"""Generate text with a model: greedy or sampled, in batches or streamed."""

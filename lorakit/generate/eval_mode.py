@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while: dropout off, then every module's own `training` flag as it was."""
+"""Put a model into evaluation mode temporarily."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside. Afterwards a model of which parts were frozen in eval mode has these parts in eval mode again."""
+    """Call `model.eval()` inside the block, then restore every module's own `training` flag.
+
+    So modules that were in eval mode before, such as frozen batch norms, are in eval mode again.
+    """
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,6 +1,7 @@
-"""The next token from logits: the likeliest one, or a draw from the nucleus (Holtzman et al. 2020).
+"""Pick the next token from logits: greedy, or nucleus sampling (Holtzman et al. 2020).
 
-The nucleus is softmax(logits / temperature), cut to the smallest set of likeliest tokens whose sum reaches top_p.
+The nucleus is softmax(logits / temperature), truncated to the smallest set of most likely tokens whose probabilities
+add up to at least top_p, and renormalised.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Pick = Callable[[Tensor], Tensor]  # logits, [rows, vocab], to tokens, [rows]
+Pick = Callable[[Tensor], Tensor]  # logits [rows, vocab] -> token ids [rows]
 
 
 def picker(temperature: float, top_p: float, source: torch.Generator | None = None) -> Pick:
-    """Greedy at temperature 0. Draws come from `source`, or from torch's global random stream."""
+    """Return a function that picks tokens: greedy at temperature 0, else nucleus sampling.
+
+    source: the random generator to draw from; None is torch's global one.
+    """
     if temperature == 0:
         return lambda logits: logits.argmax(-1)
     return lambda logits: torch.multinomial(nucleus(logits / temperature, top_p), 1, generator=source)[:, 0]
 
 
 def random_source(device: torch.device, seed: int | None) -> torch.Generator:
-    """A random stream of its own; without a seed, another one each time."""
+    """Return a new random generator, seeded with `seed`, or nondeterministically without one."""
     source = torch.Generator(device)
     if seed is None:
         source.seed()
@@ -31,8 +35,9 @@ def random_source(device: torch.device, seed: int | None) -> torch.Generator:
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Probabilities, [..., vocab], zero outside the smallest set of likeliest tokens whose sum reaches top_p."""
+    """Return the nucleus's probabilities, [..., vocab]: zero outside it, renormalised inside."""
     probabilities, order = logits.softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens hold; 0 for the likeliest, which always stays
+    # of all likelier tokens; 0 for the most likely one, so it always stays
+    before = probabilities.cumsum(-1) - probabilities
     kept = probabilities.masked_fill(before >= top_p, 0)
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))

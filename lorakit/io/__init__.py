@@ -1,1 +1,1 @@
-"""Bytes on disk: atomic writes, tensors read without trusting the file, files larger than memory. Knows nothing of LoRA."""
+"""File I/O: atomic writes, tensors from untrusted files, files larger than memory. Knows nothing about LoRA."""

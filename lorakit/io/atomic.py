@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves the old file or the new one."""
+"""Atomic writes: after a crash there is either the old file or the new one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 from ..errors import LorakitError, WriteError
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed writing", "file write failed", "iostream error", "unexpected pos")
-_FULL = 1 << 20  # a disk with less than this free, in bytes
+_FULL = 1 << 20  # bytes: a disk with less free space than this counts as full
 
 
 @contextmanager
 def replacing(path: Path):
-    """A temporary path in the same folder; renamed to `path` (after fsync) if the block succeeds, removed otherwise.
+    """Yield a temporary path in `path`'s folder; rename it to `path` after fsync if the block succeeds, else remove it.
 
-    WriteError where that cannot be written: no folder, no permission, no space, or a device that is there.
+    Raises WriteError where it cannot be written: no folder, no permission, no space, or `path` is a device.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise WriteError(f"{path} is a device or the like, which is not to be replaced by a file\n  give another name")
+        raise WriteError(f"{path} is not a regular file (a device or a pipe) and is not replaced\n  give another name")
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,58 +37,59 @@ def replacing(path: Path):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except Exception as error:
-        found = refused_write(path, error)
-        if found is None:
+        write_error = refused_write(path, error)
+        if write_error is None:
             raise
-        raise found from error
+        raise write_error from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def refused_write(path: Path, error: Exception) -> LorakitError | None:
-    """What to say where an operating system would not let `path` be written; None for an error of another kind."""
+    """Return the WriteError for a system's refusal to write `path`; None if `error` is about something else."""
     if isinstance(error, LorakitError):
         return None
     folder = path.parent
-    number = _errno(error, folder)
-    if number is None:
+    code = _errno(error, folder)
+    if code is None:
         return None
     blocking = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if blocking is not None:
-        why, todo = f"{blocking} is a file, not a folder", "give another place"
+        why, fix = f"{blocking} is a file, not a folder", "give another path"
     elif path.is_dir():
-        why, todo = "there is a folder of that name", "give another name"
-    elif number in (errno.EACCES, errno.EPERM):
-        why, todo = f"no permission to write in {folder}", "give a folder of yours"
-    elif number == errno.EROFS:
-        why, todo = f"{folder} is on a disk that can only be read", "give another place"
-    elif number in (errno.ENOSPC, errno.EDQUOT):
-        why, todo = f"no space is left on the disk of {folder}", "make room, or give a place on another disk"
-    elif number == errno.EFBIG:
-        why, todo = "the file would be larger than its system or your limits allow (ulimit -f)", "give a place on another disk"
-    elif number == errno.ENAMETOOLONG:
-        why, todo = "the name is too long for this file system", "give a shorter one"
+        why, fix = "a folder has that name", "give another name"
+    elif code in (errno.EACCES, errno.EPERM):
+        why, fix = f"no permission to write in {folder}", "give a folder that you may write to"
+    elif code == errno.EROFS:
+        why, fix = f"{folder} is on a read-only file system", "give another path"
+    elif code in (errno.ENOSPC, errno.EDQUOT):
+        why, fix = f"no space left on the disk of {folder}", "free some space, or give a path on another disk"
+    elif code == errno.EFBIG:
+        why = "the file would exceed the largest size that the file system or your limits allow (ulimit -f)"
+        fix = "raise the limit, or give a path on another disk"
+    elif code == errno.ENAMETOOLONG:
+        why, fix = "the name is too long for this file system", "give a shorter one"
     else:
-        why, todo = os.strerror(number).lower(), "give another place"
-    return WriteError(f"cannot write {path}: {why}\n  {todo}; what was there is as it was")
+        why, fix = os.strerror(code).lower(), "give another path"
+    return WriteError(f"cannot write {path}: {why}\n  {fix}; existing files are unchanged")
 
 
 def _errno(error: Exception, folder: Path) -> int | None:
-    """The operating system's number of what went wrong, through the words of the libraries that write for us."""
+    """Return the errno behind an error, also where safetensors or torch hide it in a message; None if there is none."""
     if isinstance(error, OSError):
         return error.errno
     text = str(error)
-    found = re.search(r"\(os error (\d+)\)", text)  # safetensors
-    if found:
-        return int(found[1])
-    if not any(words in text for words in _TORCH_CANNOT_WRITE):
+    match = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    if match:
+        return int(match[1])
+    if not any(message in text for message in _TORCH_CANNOT_WRITE):
         return None
     return errno.ENOSPC if shutil.disk_usage(folder).free < _FULL else errno.EIO  # torch does not say why
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
+    """fsync a folder, so that renames in it survive a crash."""
     if os.name != "nt":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

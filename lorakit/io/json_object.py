@@ -1,4 +1,4 @@
-"""Files that hold a JSON object."""
+"""Read JSON objects, with errors that say where the text is broken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import AdapterError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; AdapterError with line and column otherwise."""
+    """Read a file's JSON object. Raises AdapterError, with line and column where the JSON is broken."""
     try:
         text = path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object; AdapterError with line and column otherwise."""
+    """Parse a JSON object; `where` names its source. Raises AdapterError, with line and column if it is broken."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

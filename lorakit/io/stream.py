@@ -1,10 +1,12 @@
-"""Safetensors files tensor by tensor, block by block, with plain reads and writes: a file of any size in a few megabytes.
+"""Stream safetensors files tensor by tensor and block by block: files of any size in a few megabytes of memory.
 
-    8 bytes: the header's length n, little-endian | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [from, to]}} | data
+    8 bytes   n, the header's length, little-endian
+    n bytes   JSON: {name: {"dtype", "shape", "data_offsets": [from, to]}}
+    the rest  data; offsets are relative to its start and leave no gaps
 
-Offsets count from the data's start and leave no gaps. All names, dtypes and shapes are known before the first number is
-written, so the header goes first and the data follows in its order. Mapped pages (what `safe_open` gives) count as resident
-memory once touched; what is read here is in memory only as long as its block is.
+All names, dtypes and shapes are known before the first element is written, so the header is written first and the data
+follows in its order. Plain reads rather than memory mapping: mapped pages (`safe_open`) count as resident memory once
+touched, whereas a block read here is freed after use.
 """
 
 from __future__ import annotations
@@ -26,47 +28,60 @@ from ..errors import LorakitError
 from ..ops.delta import row_blocks
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MERGEABLE = {"F64", "F32", "F16", "BF16"}  # dtypes that can take a low-rank update
 
 MAX_HEADER = 100_000_000  # what the safetensors library itself accepts
-# Numbers in a block. Adding ΔW to a bf16 matrix takes equally long from 2^16 to 2^22, so this is chosen for memory: 4 MB in float32.
+# Elements per block. Adding ΔW to a bf16 matrix takes as long with 2^16 as with 2^22, so memory decides: 4 MB in fp32.
 BLOCK = 1 << 20
 COPY_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies: `nbytes` bytes from `start` of a file."""
+    """A tensor's location: `nbytes` bytes from byte `start` of a file."""
 
     path: Path
-    dtype: str  # as the file names it; one that torch lacks can still be copied
+    dtype: str  # the file's name for it; tensors of a dtype that torch lacks can still be copied
     shape: tuple[int, ...]
     start: int
     nbytes: int
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
+        """torch's dtype, None if torch lacks it."""
         return DTYPES.get(self.dtype)
 
     def part(self, start: int, stop: int) -> Slot:
-        """Some of its rows, as a tensor of their own."""
-        size = self.nbytes // self.shape[0]
-        return Slot(self.path, self.dtype, (stop - start, *self.shape[1:]), self.start + start * size, (stop - start) * size)
+        """Return rows `start` to `stop` as a tensor of their own."""
+        row = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return Slot(self.path, self.dtype, shape, self.start + start * row, (stop - start) * row)
 
     def copied(self) -> Iterator[Tensor]:
-        """Its bytes, as uint8 vectors of a few megabytes."""
+        """Yield the tensor's bytes as uint8 vectors of at most COPY_BYTES."""
         with open(self.path, "rb", buffering=0) as file:
             for offset in range(0, self.nbytes, COPY_BYTES):
                 yield _read(file, self.path, self.start + offset, min(COPY_BYTES, self.nbytes - offset))
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows, [rows, -1], with the rows they are (a scalar is one row). For a dtype that torch has."""
+        """Yield (which rows, the block [rows, -1]). A scalar is one row. torch must have the dtype."""
         dtype, shape = DTYPES[self.dtype], self.shape or (1,)
         with open(self.path, "rb", buffering=0) as file:
             for rows in row_blocks(shape, BLOCK):
@@ -75,18 +90,20 @@ class Slot:
                 yield rows, block.view(dtype).view(rows.stop - rows.start, -1)
 
     def numbers(self, at: Sequence[int]) -> Tensor:
-        """The numbers at some positions of the flattened tensor."""
+        """Return the elements at the given indices of the flattened tensor, [len(at)]."""
         dtype = DTYPES[self.dtype]
         with open(self.path, "rb", buffering=0) as file:
-            found = [_read(file, self.path, self.start + i * dtype.itemsize, dtype.itemsize).view(dtype) for i in at]
-        return torch.cat(found) if found else torch.empty(0, dtype=dtype)
+            elements = [_read(file, self.path, self.start + i * dtype.itemsize, dtype.itemsize).view(dtype) for i in at]
+        return torch.cat(elements) if elements else torch.empty(0, dtype=dtype)
 
 
 def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
-    """(tensors by name, the header's metadata). LorakitError if the file is cut off or its header makes no sense."""
+    """Return (tensors by name, metadata). Raises LorakitError if the file is truncated or its header malformed."""
 
     def broken(what: str) -> LorakitError:
-        return LorakitError(f"{path} is not a sound safetensors file: {what}\n  was the download or the copy cut short? fetch it again")
+        return LorakitError(
+            f"{path} is not a sound safetensors file: {what}\n  was the download or copy interrupted? fetch it again"
+        )
 
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -96,10 +113,9 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
         length = struct.unpack("<Q", start)[0]
         if length > min(MAX_HEADER, size - 8):
             head = start.decode("ascii", "replace")
-            hint = (
-                "it is a Git LFS pointer, not the file itself" if head.startswith("version") else f"its header would have {length:,} bytes"
-            )
-            raise broken(hint)
+            if head.startswith("version"):
+                raise broken("it is a Git LFS pointer, not the file itself")
+            raise broken(f"its header would have {length:,} bytes")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -112,10 +128,10 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
         try:
             begin, end = entry["data_offsets"]
             dtype, shape = str(entry["dtype"]), tuple(int(s) for s in entry["shape"])
-            good = 0 <= begin <= end and all(s >= 0 for s in shape)
+            valid = 0 <= begin <= end and all(s >= 0 for s in shape)
         except (KeyError, TypeError, ValueError) as error:
             raise broken(f"the entry of '{name}' is malformed") from error
-        if not good or 8 + length + end > size:
+        if not valid or 8 + length + end > size:
             raise broken(f"'{name}' would end at byte {8 + length + end:,} of {size:,}")
         if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise broken(f"'{name}' has {end - begin:,} bytes, which is not {list(shape)} of {dtype}")
@@ -124,14 +140,19 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
 
 
 class StreamWriter:
-    """Writes a safetensors file whose layout is given first; then each tensor's blocks, in the layout's order.
+    """Write a safetensors file: the layout first, then each tensor's blocks in the layout's order.
 
     with StreamWriter(path, {"weight": ("BF16", (4, 3), 24)}) as out:
         out.write(block)
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None):
-        """`layout`: name -> (dtype, shape, bytes)."""
+    def __init__(
+        self,
+        path: Path,
+        layout: Mapping[str, tuple[str, tuple[int, ...], int]],
+        metadata: Mapping[str, str] | None = None,
+    ):
+        """layout: name -> (dtype as in the file, shape, bytes)."""
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for name, (dtype, shape, nbytes) in layout.items():
@@ -144,7 +165,7 @@ class StreamWriter:
         self._put(memoryview(struct.pack("<Q", len(text)) + text))
 
     def write(self, block: Tensor, crc: int = 0) -> int:
-        """The next numbers of the current tensor, in its dtype (or its bytes). Returns the checksum `crc` continued over them."""
+        """Write the current tensor's next elements, in its dtype (or as bytes). Returns `crc` updated over them."""
         self._left -= block.nbytes
         assert self._left >= 0, f"{self.path}: more was written than its layout says"
         view = bytes_of(block)
@@ -170,20 +191,21 @@ def _read(file: BinaryIO, path: Path, start: int, count: int) -> Tensor:
     view = bytes_of(buffer)
     file.seek(start)
     while len(view):
-        got = file.readinto(view)  # type: ignore[attr-defined]
-        if not got:
-            raise LorakitError(f"{path} ended {len(view):,} bytes early: it changed while it was read")
-        view = view[got:]
+        count_read = file.readinto(view)  # type: ignore[attr-defined]
+        if not count_read:
+            raise LorakitError(f"{path} ended {len(view):,} bytes early: it changed while being read\n  try again")
+        view = view[count_read:]
     return buffer
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's memory, not copied if it is contiguous."""
+    """Return a tensor's memory, without a copy if it is contiguous."""
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one size hold the same bits. Compared in words: byte by byte, torch takes six times as long."""
+    """Whether two tensors of equal size are bitwise equal. As int64: comparing bytes takes torch six times as long."""
     first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    words = first.numel() // 8 * 8
-    return torch.equal(first[:words].view(torch.int64), second[:words].view(torch.int64)) and torch.equal(first[words:], second[words:])
+    n = first.numel() // 8 * 8
+    same_words = torch.equal(first[:n].view(torch.int64), second[:n].view(torch.int64))
+    return same_words and torch.equal(first[n:], second[n:])

@@ -1,4 +1,4 @@
-"""Tensors in files: read without trusting the file, written atomically and the same bytes each time."""
+"""Read tensors from untrusted files, and write them atomically, with equal bytes for equal tensors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..errors import AdapterError
 from .atomic import replacing
 
 MAX_TENSORS = 1_000_000
-MAX_ELEMENTS = 1 << 36  # 64 Gi numbers: no adapter is near it
+MAX_ELEMENTS = 1 << 36  # per tensor, far above any adapter
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header metadata) of a `.safetensors`, or of a pickled state dict through `weights_only=True`.
+    """Return (tensors, header metadata) of a safetensors file, or of a pickle read with `weights_only=True`.
 
-    Raises AdapterError naming the file, and the key where one is at fault. Header claims are checked against the file's
-    size before memory is taken.
+    Raises AdapterError, naming the file and, where one is at fault, the key. Sizes in the header are checked against
+    the file's before memory is allocated.
     """
     return _read_safetensors(path) if _is_safetensors(path) else (_read_pickle(path), {})
 
 
 def keys_of(path: Path) -> list[str]:
-    """The names of a file's tensors; of a safetensors file without reading them."""
+    """Return the names of a file's tensors; a safetensors file's data is not read. Raises AdapterError."""
     if not _is_safetensors(path):
         return list(_read_pickle(path))
     from safetensors import SafetensorError, safe_open
@@ -40,7 +40,7 @@ def keys_of(path: Path) -> list[str]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its first bytes, a length and a JSON object; a pickle starts otherwise. What is neither is what its name says."""
+    """Decide by the first 9 bytes: a length and "{", or the start of a pickle. If neither, the suffix decides."""
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -77,27 +77,30 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickled(path: Path) -> dict[str, Tensor] | list[Tensor]:
-    """A pickled state dict, or a pickled list of tensors, through `weights_only=True`. AdapterError for anything else."""
+    """Read a pickled state dict or list of tensors with `weights_only=True`. Raises AdapterError for anything else."""
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:  # torch never compresses
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:  # torch never compresses
                     raise ValueError("it is compressed, and would unpack to more than its size")
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = next(iter(str(error).split(". ")[0].splitlines()), type(error).__name__)
         raise AdapterError(
-            f"{path} is not a state dict that can be read safely: {next(iter(str(error).split('. ')[0].splitlines()), type(error).__name__)}\n"
+            f"{path} is not a state dict that can be read safely: {reason}\n"
             "  lorakit never runs code from an adapter; have its author save it as safetensors"
         ) from error
-    named = value if isinstance(value, Mapping) else {f"[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else None
+    named = {f"[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else value
+    if not isinstance(named, Mapping):
+        named = None
     if named is None or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in named.items()):
         raise AdapterError(f"{path} holds a {type(value).__name__}; expected a state dict of named tensors")
     for name, tensor in named.items():
         _check_claim(path, name, list(tensor.shape))
-        # A view that repeats a few stored numbers would fill the memory when it is copied.
-        whole = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
-        if not whole or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise AdapterError(f"{path}: '{name}' is not a plain tensor whose numbers are all in the file")
+        # An expanded view of a few stored elements would fill the memory when copied.
+        plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise AdapterError(f"{path}: '{name}' is not a plain tensor whose elements are all in the file")
     return list(value) if isinstance(value, list) else dict(named)
 
 
@@ -106,11 +109,11 @@ def _check_claim(path: Path, name: str, shape: list[int]) -> None:
     for size in shape:
         count *= size
     if count > MAX_ELEMENTS:
-        raise AdapterError(f"{path}: '{name}' claims shape {shape}, {count:,} numbers; no adapter is that large")
+        raise AdapterError(f"{path}: '{name}' claims shape {shape}, {count:,} elements; no adapter is that large")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically, keys in sorted order."""
+    """Write a safetensors file atomically, with sorted keys. Raises WriteError."""
     from safetensors.torch import save_file
 
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -121,12 +124,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _sort_metadata(path: Path) -> None:
-    """safetensors writes the metadata's keys in an order that changes; sorted, equal adapters are equal files."""
+    """Sort the metadata's keys, which safetensors writes in varying order, so that equal adapters make equal files."""
     with open(path, "rb+") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf8")
-        if len(text) <= size:  # it is the same text in another order
+        if len(text) <= size:  # the same text in another order, so it fits
             file.seek(8)
             file.write(text.ljust(size))

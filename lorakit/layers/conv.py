@@ -3,57 +3,62 @@
     y = conv(x, W) + s · conv₁(conv(x, A), B)        W: [out, in/g, *k]   A: [r, in/g, *k]   B: [out, r, 1...]
 
 ΔW = s · B A is a rank-r update of the weight read as a matrix [out, in/g · k]; with g groups all of them share A.
-PEFT's grouped form is read too: A [r, in, *k] over all inputs and B [out, r/g, 1...], grouped. It is more general than a
-change of the weight can be, so only such factors that have the form above (blocks along the groups) can be merged.
+PEFT's grouped form is read too: A [r, in, *k] over all inputs and B [out, r/g, 1...], grouped. It is more general than
+a change of the weight can be, so only such factors that have the form above (blocks along the groups) can be merged.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batched import routes
-from .layer import LoraFactors, LoraLayer, Shapes
+from .layer import LoraLayer, Shapes
+from .updates.update import Pair
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvLayer(LoraLayer):
     lora_kind = "conv"
+    in_channels: int
+    groups: int
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    padding_mode: str
+    dilation: tuple[int, ...]
+    _reversed_padding_repeated_twice: list[int]
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    def lora_shapes(self, rank: int) -> Shapes:
-        weight = self.weight  # type: ignore[attr-defined]
+    def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
+        weight = self.weight
         return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
 
     def lora_fits(self, A: Tensor, B: Tensor) -> str | None:
         why = super().lora_fits(A, B)
-        groups, weight = self.groups, self.weight  # type: ignore[attr-defined]
+        groups, weight = self.groups, self.weight
         if why and groups > 1 and A.shape[0] % groups == 0:
-            down = (A.shape[0], self.in_channels, *weight.shape[2:])  # type: ignore[attr-defined]
+            down = (A.shape[0], self.in_channels, *weight.shape[2:])
             up = (weight.shape[0], A.shape[0] // groups, *(1 for _ in weight.shape[2:]))
             if (tuple(A.shape), tuple(B.shape)) == (down, up):  # PEFT's form
                 return None
         return why
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self.lora_route is not None:
-            return routes.add_updates(self, y, x, lambda x, factors: self._update(x, factors, y.dtype))
-        for factors, scale in self.lora_in_use():
-            y = y + self._update(x, factors, y.dtype) * scale
-        return y
+    def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
+        return self._conv_forward(x.to(W.dtype), W, None)
 
-    def _update(self, x: Tensor, factors: LoraFactors, dtype: torch.dtype) -> Tensor:
-        x = (F.dropout(x, factors.dropout, self.training) if factors.dropout else x).to(dtype)  # type: ignore[attr-defined]
-        A, B = factors.A.to(x.dtype), factors.B.to(x.dtype)
-        groups = self.groups  # type: ignore[attr-defined]
+    def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
+        x = (F.dropout(x, pair.dropout, self.training) if pair.dropout else x).to(like.dtype)
+        A, B = pair.A.to(x.dtype), pair.B.to(x.dtype)
+        groups = self.groups
         conv = _CONV[A.dim() - 2]
-        if A.shape[1] * groups == self.in_channels:  # type: ignore[attr-defined]
-            down = self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)  # type: ignore[attr-defined]
+        if A.shape[1] * groups == self.in_channels:
+            down = self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)
         else:
-            padding = self.padding  # type: ignore[attr-defined]
-            if self.padding_mode != "zeros":  # type: ignore[attr-defined]
-                x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0  # type: ignore[attr-defined]
-            down = conv(x, A, None, self.stride, padding, self.dilation)  # type: ignore[attr-defined, operator]
-        return conv(down, B, groups=groups)  # type: ignore[operator]
+            padding: Any = self.padding
+            if self.padding_mode != "zeros":
+                x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+            down = conv(x, A, None, self.stride, padding, self.dilation)
+        return conv(down, B, groups=groups)

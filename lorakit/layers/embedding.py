@@ -11,33 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batched import routes
-from .layer import LoraFactors, LoraLayer, Shapes
+from .layer import LoraLayer, Shapes
+from .updates.update import Pair
 
 
 class EmbeddingLayer(LoraLayer):
     lora_kind = "embedding"
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
     lora_transposed = True  # the weight is [vocab, dim], ΔW = (B A)ᵀ
 
-    def lora_shapes(self, rank: int) -> Shapes:
-        return (rank, self.num_embeddings), (self.embedding_dim, rank)  # type: ignore[attr-defined]
+    def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
+        return (rank, self.num_embeddings), (self.embedding_dim, rank)
 
-    def lora_fresh(self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def lora_fresh(
+        self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         return torch.zeros(shapes[0], dtype=dtype, device=device), torch.randn(shapes[1], dtype=dtype, device=device)
 
-    def forward(self, ids: Tensor, *args, **kwargs) -> Tensor:
-        y = super().forward(ids, *args, **kwargs)  # type: ignore[misc]
-        if self.lora_route is not None:
-            return routes.add_updates(self, y, ids, lambda ids, factors: self._update(ids, factors, y.dtype))
-        for factors, scale in self.lora_in_use():
-            y = y + self._update(ids, factors, y.dtype) * scale
-        return y
+    def lora_apply(self, ids: Tensor, W: Tensor) -> Tensor:
+        return self._times_scale(F.embedding(ids, W, self.padding_idx))
 
-    def _update(self, ids: Tensor, factors: LoraFactors, dtype: torch.dtype) -> Tensor:
-        rows = F.embedding(ids, factors.A.T, self.padding_idx)  # type: ignore[attr-defined]
-        if factors.dropout:
-            rows = F.dropout(rows, factors.dropout, self.training)  # type: ignore[attr-defined]
-        update = F.linear(rows.to(dtype), factors.B.to(dtype))
+    def lora_branch(self, ids: Tensor, pair: Pair, like: Tensor) -> Tensor:
+        rows = F.embedding(ids, pair.A.T, self.padding_idx)
+        if pair.dropout:
+            rows = F.dropout(rows, pair.dropout, self.training)
+        return self._times_scale(F.linear(rows.to(like.dtype), pair.B.to(like.dtype)))
+
+    def _times_scale(self, update: Tensor) -> Tensor:
         # Gemma's embedding multiplies its output; the update is part of the weight, so it is multiplied too.
         factor = getattr(self, "embed_scale", None)
         return update if factor is None else update * torch.as_tensor(factor).to(update)

@@ -1,8 +1,8 @@
 """`nn.TransformerEncoderLayer`'s fast path reads its children's weights in eval and never calls them.
 
-An adapter on such a child would silently have no effect. The layer takes the path only if it thinks its activation is ReLU
-or GELU, and the encoder packs rows for it only if `use_nested_tensor` is set; with these marks off both compute the same
-through their children. `detach` puts the marks back.
+An adapter on such a child would silently have no effect. The layer takes the path only if it thinks its activation is
+ReLU or GELU, and the encoder packs rows for it only if `use_nested_tensor` is set; with these marks off both compute
+the same through their children. `detach` puts the marks back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from torch import nn
 from .layer import LoraLayer
 from .walk import base_modules
 
-_MARKS = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0), (nn.TransformerEncoder, "use_nested_tensor", False))
+_MARKS = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
 _KEPT = "_lora_fast_path"
 
 

@@ -1,4 +1,6 @@
-"""Which linears are just x Wᵀ + b with a weight that stays as it is, so that base and updates may be one autograd node."""
+"""Which linears are just x Wᵀ + b with a weight that stays as it is,
+so that base and updates may be one autograd node.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from ..ops.autocast import is_casting
 
 
 def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
-    """Whether the weight is a frozen plain tensor of x's dtype, and nothing is cast. The forward must be nn.Linear's own."""
+    """Whether the weight is a frozen plain tensor of x's dtype, and nothing is cast. The forward must be nn.Linear's
+    own.
+    """
     return (
         is_plain_weight(module)
         and x.dtype == module._parameters["weight"].dtype  # type: ignore[union-attr]
@@ -31,6 +35,10 @@ def is_plain_weight(module: nn.Module) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Whether something waits for the module's own call: hooks, or accelerate's forward."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__ or torch_module._has_any_global_hook()
-    )  # fmt: skip
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
+    )

@@ -18,11 +18,14 @@ from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
 from .batched import routes
 from .frozen import is_frozen_linear
-from .layer import LoraFactors, LoraLayer, Shapes
+from .layer import LoraLayer, Shapes
+from .updates.update import LiveUpdate, Pair
 
 
 class LinearLayer(LoraLayer):
     lora_kind = "linear"
+    in_features: int
+    out_features: int
     lora_plain = False  # the base computes just x Wᵀ + b
     lora_fresh_output = False  # nothing else keeps the base's output. A subclass with a forward of its own may keep it
 
@@ -36,47 +39,51 @@ class LinearLayer(LoraLayer):
 
     def lora_sizes(self) -> tuple[int, int]:
         """(in, out)"""
-        return self.in_features, self.out_features  # type: ignore[attr-defined]
+        return self.in_features, self.out_features
 
-    def lora_shapes(self, rank: int) -> Shapes:
+    def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         size_in, size_out = self.lora_sizes()
         return (rank, size_in), (size_out, rank)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         active = self.lora_in_use() if self.lora_route is None else []
         if not active and self.lora_route is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None  # type: ignore[arg-type]
+            return super(LoraLayer, self).forward(x, *args, **kwargs)
+        whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None
         if whole is not None:
             projection, dropout = whole
             return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
-            return routes.linear(self, super().forward, x, *args, **kwargs)  # type: ignore[misc]
-        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        for factors, scale in active:
-            y = self.lora_add(y, x, factors, scale)
-        return y
+            return routes.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)
+        return self.lora_updated(super(LoraLayer, self).forward(x, *args, **kwargs), x, active)
 
-    def lora_add(self, y: Tensor, x: Tensor, factors: LoraFactors, scale: float) -> Tensor:
-        dropped = self.training and factors.dropout  # type: ignore[attr-defined]
-        mask = mask_for(x, factors.dropout, self) if dropped and not needs_plain() else None
+    def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
+        dropped = self.training and pair.dropout
+        mask = mask_for(x, pair.dropout, self) if dropped and not needs_plain() else None
         if dropped and mask is None:  # the compiler makes masks itself
-            return y + reference(F.dropout(x, factors.dropout).to(y.dtype), factors.A, factors.B, scale)
-        return add_low_rank(y, x, factors.A, factors.B, scale, mask, into=self.lora_fresh_output)
+            return y + reference(F.dropout(x, pair.dropout).to(y.dtype), pair.A, pair.B, scale)
+        return add_low_rank(y, x, pair.A, pair.B, scale, mask, into=self.lora_fresh_output)
+
+    def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
+        return self.lora_add(like.new_zeros(*x.shape[:-1], like.shape[-1]), x, pair, 1.0)
+
+    def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x.to(W.dtype), W.T if self.lora_transposed else W)
 
 
 def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | None:
-    """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than that.
+    """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than
+    that.
 
-    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group of rows), no
-    casting by autocast.
+    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group
+    of rows) whose update is a pair of matrices, no casting by autocast.
     """
     if type(module) is not nn.Linear and not (isinstance(module, LinearLayer) and module.lora_plain):
         return None
     if x.dim() < 2 or needs_plain() or not is_frozen_linear(module, x):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
-    active: list[tuple[LoraFactors, float]] = []
+    active: list[tuple[LiveUpdate, float]] = []
     if isinstance(module, LinearLayer):
         if module.lora_route is not None:
             together = routes.group(module, x)
@@ -86,13 +93,16 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
         return None
     if not active:
         return Projection(weight, bias, None, None, 1.0), 0.0  # type: ignore[arg-type]
-    factors, scale = active[0]
-    return Projection(weight, bias, factors.A, factors.B, scale), factors.dropout if module.training else 0.0  # type: ignore[arg-type]
+    update, share = active[0]
+    pair = update.pair()
+    if pair is None:
+        return None
+    return Projection(weight, bias, pair.A, pair.B, pair.scale * share), pair.dropout if module.training else 0.0  # type: ignore[arg-type]
 
 
 def makes_gradients(module: nn.Module) -> bool:
-    """Where gradients are made. And in training mode throughout: the first run of (reentrant) gradient checkpointing makes none, and has
-    to draw the dropout that the second one draws."""
+    """Where gradients are made. And in training mode throughout: the first run of (reentrant) gradient checkpointing
+    makes none, and has to draw the dropout that the second one draws."""
     return torch.is_grad_enabled() or module.training
 
 
@@ -102,5 +112,5 @@ class Conv1DLayer(LinearLayer):
     lora_transposed = True
 
     def lora_sizes(self) -> tuple[int, int]:
-        size_in, size_out = self.weight.shape  # type: ignore[attr-defined]
+        size_in, size_out = self.weight.shape
         return size_in, size_out

@@ -41,7 +41,8 @@ class SavedParameters(Own):
 
 
 def _key(version: str) -> str:
-    # ModuleDict refuses names of its own methods ("keys", "items") and dots; the leading "=" sets adapters apart from the base.
+    # ModuleDict refuses names of its own methods ("keys", "items") and dots; the leading "=" sets adapters apart from
+    # the base.
     return version if version == BASE else "=" + version.replace(".", "∙")
 
 

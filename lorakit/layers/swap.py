@@ -1,4 +1,5 @@
-"""The class swap: a targeted module keeps its identity and gets a subclass of its own class, with the right mixin in front.
+"""The class swap: a targeted module keeps its identity and gets a subclass of its own class, with the right mixin in
+front.
 
 `LoraLinear = type("LoraLinear", (LinearLayer, nn.Linear))` is made once per base class, as torch's parametrizations do.
 `release` gives the class back.
@@ -25,9 +26,13 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
         return mixin_and_base(type(module))[0]
     if isinstance(module, nn.Linear):
         return LinearLayer
-    if isinstance(module, nn.Embedding) and (type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")):
+    if isinstance(module, nn.Embedding) and (
+        type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    ):
         return EmbeddingLayer  # not one whose forward makes its own indices (positions, say) of what it is given
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(
+        module, nn.modules.conv._ConvTransposeNd
+    ):
         return ConvLayer
     if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__):
         return Conv1DLayer
@@ -49,7 +54,7 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
     if parts is not None:
         mixin = _PACKED[mixin]  # type: ignore[index]
         module.lora_parts = parts  # type: ignore[assignment]
-    module.__class__ = adapted_class(mixin, type(module))  # type: ignore[arg-type]
+    module.__class__ = adapted_class(mixin, type(module))
     module.lora_active = ()  # type: ignore[assignment]
     module.lora_merged = None  # type: ignore[assignment]
     rebind_hooked_forward(module)

@@ -53,7 +53,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
                 chosen[name] = module
         if not chosen and not skipped:
             raise TargetError(
-                "the model has no linear layer to adapt (LoraConfig.targets='all-linear')\n  name the modules to adapt instead"
+                "the model has no linear layer to adapt (LoraConfig.targets='all-linear')\n"
+                "  name the modules to adapt instead"
             )
     else:
         chosen = {name: module for name, module in names.items() if matches(name, config.targets)}
@@ -70,7 +71,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         if missing:
             there = sorted(n for n in present if n is not None)
             raise TargetError(
-                f"no target is in layer {missing[0]} (LoraConfig.layers)\n  the targets are in layers {there or 'without numbers'}"
+                f"no target is in layer {missing[0]} (LoraConfig.layers)\n"
+                f"  the targets are in layers {there or 'without numbers'}"
             )
         chosen = {name: module for name, module in chosen.items() if layer_number(name) in config.layers}
     if not chosen:
@@ -80,7 +82,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
     for field_name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field_name):
             if not any(pattern_matches(key, name) for name in chosen):
-                raise TargetError(f"no adapted module matches '{key}' (LoraConfig.{field_name}){_suggestion(key, list(chosen))}")
+                raise TargetError(
+                    f"no adapted module matches '{key}' (LoraConfig.{field_name}){_suggestion(key, list(chosen))}"
+                )
     for key, parts in config.packed.items():
         packed = [name for name in chosen if ends_with(name, key)]
         if not packed:
@@ -91,7 +95,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
 
 
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """For a classification or question-answering task: with the fresh head among the modules saved whole, as PEFT has it."""
+    """For a classification or question-answering task: with the fresh head among the modules saved whole, as PEFT has
+    it.
+    """
     heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
     if config.task not in heads:
         return config
@@ -131,7 +137,9 @@ def _last(name: str) -> str:
 
 
 def _once_each(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """A module registered under several names is adapted once, under the first of them; all its names see the update."""
+    """A module registered under several names is adapted once, under the first of them;
+    all its names see the update.
+    """
     seen: dict[int, str] = {}
     for name, module in chosen.items():
         seen.setdefault(id(module), name)
@@ -154,7 +162,9 @@ def _called_by_weight(names: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -> None:
-    """TargetError for a chosen module that has no low-rank update, or whose update would have no effect. `names`: all modules."""
+    """TargetError for a chosen module that has no low-rank update, or whose update would have no effect. `names`: all
+    modules.
+    """
     unseen = _called_by_weight(names)
     for name, module in chosen.items():
         if name in unseen:
@@ -162,8 +172,10 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
                 f"'{name}' cannot be adapted: {unseen[name]}, so an update there would have no effect\n"
                 "  leave it out (LoraConfig.exclude), or adapt the feed-forward layers around it"
             )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise TargetError(f"'{name}' is a {type(module).__name__} that has no shape yet\n  run the model once, then attach")
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise TargetError(
+                f"'{name}' is a {type(module).__name__} that has no shape yet\n  run the model once, then attach"
+            )
         if mixin_for(module) is None:
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
             fix = f"\n  it holds {listing(inside, 3)}" if inside else ""
@@ -191,7 +203,11 @@ def _check_each_matches(names: list[str], wanted: str | list[str], setting: str)
         if not any(matches(name, wanted) for name in names):
             ends = sum(ends_with(name, wanted) for name in names)
             if ends:
-                hint = f"\n  a string is a regular expression for whole names; ['{wanted}'] or '.*{wanted}' is for the {ends} that end so"
+                hint = (
+                    "\n"
+                    f"  a string is a regular expression for whole names; ['{wanted}'] or '.*{wanted}' is for the "
+                    f"{ends} that end so"
+                )
             elif re.fullmatch(r"[\w.-]+", wanted):
                 hint = did_you_mean(wanted, [ALL_LINEAR]) or _suggestion(wanted, names)
             else:
@@ -202,7 +218,8 @@ def _check_each_matches(names: list[str], wanted: str | list[str], setting: str)
     if missing:
         raise TargetError(
             "\n".join(
-                f"no module matches {setting[:-1] if setting == 'targets' else setting} '{m}' (LoraConfig.{setting}){_suggestion(m, names)}"
+                f"no module matches {setting[:-1] if setting == 'targets' else setting} '{m}' "
+                f"(LoraConfig.{setting}){_suggestion(m, names)}"
                 for m in missing
             )
         )
@@ -214,10 +231,16 @@ def _suggestion(entry: str, names: list[str]) -> str:
         alike: str | None = entry
     else:
         depth = entry.count(".") + 1
-        alike = nearest(entry, {".".join(name.split(".")[-depth:]) for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+        alike = nearest(
+            entry, {".".join(name.split(".")[-depth:]) for name in names if not name.rsplit(".", 1)[-1].isdigit()}
+        )
     if alike is None:
         lasts = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-        return f"\n  names in this model end in: {listing(lasts, 20)}" if lasts else f"\n  names in this model: {listing(names, 10)}"
+        return (
+            f"\n  names in this model end in: {listing(lasts, 20)}"
+            if lasts
+            else f"\n  names in this model: {listing(names, 10)}"
+        )
     ends = [name for name in names if ends_with(name, alike)]
     if len(ends) == 1:
         return f"\n  did you mean '{alike}'? one module ends so: {ends[0]}"

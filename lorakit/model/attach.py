@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import fingerprint
-from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, StateError
 from ..layers import fastpath, saved
 from ..layers.fused import attention, fused
-from ..layers.layer import LoraFactors, LoraLayer, add_factors, child_name
-from ..layers.place import factors_for, fresh_for
+from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
 from ..layers.targets import find_targets, module_names, shortest_endings, with_head
+from ..layers.updates.update import LiveUpdate, live
 from .activate import set_active, use_saved
 from .fit import check_base, fresh_saved, modules_for, saved_for
 from .state import (
@@ -48,55 +48,62 @@ def attach(
 ) -> nn.Module:
     """Put an adapter on the model, in place, and make it the active one. Returns the model.
 
-    A config gives a fresh adapter (ΔW = 0), trainable, and freezes the base; an `Adapter` comes with its factors and is not
-    trainable, unless said. `strict=False` lets an adapter's factors that fit no module pass (`summary` lists them);
-    `force=True` attaches although the base differs from the one the adapter was trained on.
-    Raises TargetError, AdapterError or StateError, and then leaves the model as it was.
+    A config gives a fresh adapter (ΔW = 0), trainable, and freezes the base; an `Adapter` comes with its factors and is
+    not trainable, unless said. `strict=False` lets an adapter's factors that fit no module pass (`summary` lists them);
+    `force=True` attaches although the base differs from the one the adapter was trained on. Raises TargetError,
+    AdapterError or StateError, and then leaves the model as it was.
     """
     if not isinstance(adapter, LoraConfig | Adapter):
         raise AdapterError(
-            f"attach(model, adapter): got a {qualified_name(adapter)}\n  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
+            f"attach(model, adapter): got a {qualified_name(adapter)}\n"
+            "  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
         )
     state = model.__dict__.get(STATE) or State()
     check_not_routed(state, "attach")
     check_new_name(state, name)
     if state.merged is not None:
-        raise StateError(f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  lorakit.unmerge(model) first")
+        raise StateError(
+            f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  lorakit.unmerge(model) first"
+        )
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
     plan = _fresh(model, adapter) if isinstance(adapter, LoraConfig) else _loaded(model, adapter, strict, force)
-    factors = _build(model, plan, child_name(name), trainable)
+    updates = _build(model, plan, child_name(name), trainable)
     # From here on nothing can fail.
     if not state.adapters:
         state.required_grad = {n for n, p in base_parameters(model) if p.requires_grad}
     if trainable and not any(a.trainable for a in state.adapters.values()):
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
-    _register(model, state, name, plan, factors, trainable)
+    _register(model, state, name, plan, updates, trainable)
     set_active(model, state, {name: 1.0})
     return model
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What an adapter puts where. `saved`: whole parameters by their full names; `skipped`: module -> why it is left out."""
+    """What an adapter puts where. `saved`: whole parameters by their full names; `skipped`: module -> why it is left
+    out.
+    """
 
     config: LoraConfig
     metadata: Mapping[str, Any]
     modules: Mapping[str, nn.Module]
     saved: Mapping[str, Tensor]
     skipped: Mapping[str, str]
-    values: Mapping[str, Factors] | None  # None: fresh ones
+    values: Mapping[str, Update] | None  # None: fresh ones
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Which parts of a packed projection are adapted."""
         return self.config.parts_of(module) if self.values is None else self.values[module].parts
 
-    def factors_of(self, module: nn.Module, name: str, trainable: bool) -> LoraFactors:
-        """A module's A and B, fresh or with the adapter's values."""
+    def update_of(self, module: nn.Module, name: str, trainable: bool) -> LiveUpdate:
+        """A module's update, fresh or with the adapter's values."""
+        assert isinstance(module, LoraLayer)
         if self.values is None:
-            return fresh_for(module, name, self.config, trainable)
-        return factors_for(module, name, self.values[name], self.config.dropout, trainable)
+            return live(self.config.variant).fresh(module, name, self.config, trainable)
+        value = self.values[name]
+        return live(value.variant).of(module, name, value, self.config.dropout, trainable)
 
 
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
@@ -111,34 +118,42 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     check_base(model, adapter, force)
     modules, skipped = modules_for(model, adapter, strict)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
-    return _Plan(adapter.config, adapter.metadata, modules, values, skipped, adapter.factors)
+    return _Plan(adapter.config, adapter.metadata, modules, values, skipped, adapter.updates)
 
 
-def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LoraFactors]:
-    """The modules' factors, not registered yet. The modules have their adapted class then, or, after an error, their own as before."""
+def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LiveUpdate]:
+    """The modules' updates, not registered yet. The modules have their adapted class then, or, after an error, their
+    own as before.
+    """
     fresh = [module for module in plan.modules.values() if not isinstance(module, LoraLayer)]
     try:
         for name, module in plan.modules.items():
             adopt(module, plan.parts_of(name))
-        factors = {name: plan.factors_of(module, name, trainable) for name, module in plan.modules.items()}
+        updates = {name: plan.update_of(module, name, trainable) for name, module in plan.modules.items()}
         for full in plan.saved:
             module = model.get_submodule(full.rpartition(".")[0])
             if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
-                raise StateError(f"'{full}' is offloaded, so a copy cannot be trained in its place\n  keep this module in memory")
+                raise StateError(
+                    f"'{full}' is offloaded, so a copy cannot be trained in its place\n  keep this module in memory"
+                )
         for name, module in plan.modules.items():
             if hasattr(module, child):
-                raise StateError(f"'{name}' ({type(module).__name__}) has an attribute '{child}' of its own\n  choose another name")
+                raise StateError(
+                    f"'{name}' ({type(module).__name__}) has an attribute '{child}' of its own\n  choose another name"
+                )
     except Exception:
         for module in fresh:
             release(module)
         raise
-    return factors
+    return updates
 
 
-def _register(model: nn.Module, state: State, name: str, plan: _Plan, factors: Mapping[str, LoraFactors], trainable: bool) -> None:
+def _register(
+    model: nn.Module, state: State, name: str, plan: _Plan, updates: Mapping[str, LiveUpdate], trainable: bool
+) -> None:
     child = child_name(name)
     for m, module in plan.modules.items():
-        add_factors(module, child, factors[m].train(module.training))
+        add_update(module, child, updates[m].train(module.training))
     use_saved(model, state, None)
     _keep_whole(model, name, plan.saved, trainable)
     fastpath.close(model)
@@ -147,10 +162,14 @@ def _register(model: nn.Module, state: State, name: str, plan: _Plan, factors: M
         state.own_attention = attention.use(model) or state.own_attention
     config = plan.config
     if plan.modules:
-        config = config.replace(targets=shortest_endings(list(plan.modules), list(module_names(model))), exclude=None, layers=None)
+        config = config.replace(
+            targets=shortest_endings(list(plan.modules), list(module_names(model))), exclude=None, layers=None
+        )
     if state.routes is not None:
         state.routes.attached(child, {module: m for m, module in plan.modules.items()})  # type: ignore[misc]
-    state.adapters[name] = Attached(config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped)
+    state.adapters[name] = Attached(
+        config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped
+    )
     model.__dict__[STATE] = state
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import StateError
 from ..layers import fastpath, saved
 from ..layers.fused import attention, fused
-from ..layers.layer import COUNT, child_name, remove_factors
+from ..layers.layer import COUNT, child_name, remove_update
 from ..layers.swap import release
 from .activate import set_active
 from .merge import unmerge
@@ -17,7 +17,8 @@ from .state import STATE, State, attached_of, check_not_routed, layer_at, names_
 
 
 def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "undo"] | None = None) -> nn.Module:
-    """Remove all adapters (or one): classes, names, gradients' flags and bits are then as if lorakit had never been here.
+    """Remove all adapters (or one): classes, names, gradients' flags and bits are then as if lorakit had never been
+    here.
 
     While something is merged, `merged` must say what becomes of it: "keep" leaves ΔW (and saved weights) in the base, a
     plain merged model; "undo" restores the base first.
@@ -29,7 +30,8 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     if state.merged is not None:
         if merged is None:
             raise StateError(
-                f"{names_of(state.merged)} is merged: say detach(model, merged='keep') for a plain merged model, or merged='undo' for the base"
+                f"{names_of(state.merged)} is merged: say detach(model, merged='keep') for a plain merged model, or "
+                "merged='undo' for the base"
             )
         if merged == "undo":
             unmerge(model)
@@ -63,13 +65,13 @@ def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None
     child, ranks = child_name(name), {}
     for m in attached.modules:
         module = layer_at(model, m)
-        ranks[module] = remove_factors(module, child).A.shape[0]
+        ranks[module] = remove_update(module, child).width
     left = {module for module in ranks if module.__dict__[COUNT]}
     if state.routes is not None:
         state.routes.detached(child, ranks, left)
     for module in ranks:
         if module not in left:
-            release(module)  # type: ignore[arg-type]
+            release(module)
     if attached.saved:
         if keep_saved:
             saved.adopt_as_base(model, name)

@@ -57,10 +57,11 @@ def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
         for own, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
     for m, layer in layers.items():
-        others = [n for n in users.get(id(layer.weight), []) if n != m]  # type: ignore[attr-defined]
+        others = [n for n in users.get(id(layer.weight), []) if n != m]
         if others:
             raise StateError(
                 f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"
                 "  keep the adapter unmerged, or give the module a weight of its own first:\n"
-                f"  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings = False"
+                "  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings "
+                "= False"
             )

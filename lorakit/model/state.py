@@ -53,7 +53,8 @@ def state_of(model: nn.Module) -> State:
     state = model.__dict__.get(STATE)
     if state is None:
         raise StateError(
-            f"no adapter is attached to this {type(model).__name__}\n  lorakit.attach(model, ...) first, and pass the same object it was given"
+            f"no adapter is attached to this {type(model).__name__}\n"
+            "  lorakit.attach(model, ...) first, and pass the same object it was given"
         )
     return state
 
@@ -65,7 +66,8 @@ def attached_of(state: State, name: str | None) -> Attached:
         return next(iter(state.adapters.values()))
     if name not in state.adapters:
         raise StateError(
-            f"no adapter named '{name}' is attached{did_you_mean(name, state.adapters)}\n  attached: {listing(state.adapters)}"
+            f"no adapter named '{name}' is attached{did_you_mean(name, state.adapters)}\n"
+            f"  attached: {listing(state.adapters)}"
         )
     return state.adapters[name]
 
@@ -73,7 +75,8 @@ def attached_of(state: State, name: str | None) -> Attached:
 def check_not_routed(state: State, doing: str) -> None:
     if state.routing is not None:
         raise StateError(
-            f"{doing}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n  leave it first"
+            f"{doing}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n"
+            "  leave it first"
         )
 
 
@@ -85,7 +88,10 @@ def check_new_name(state: State, name: str) -> None:
     if twin is not None:
         raise StateError(f"the names '{name}' and '{twin}' would be one child of each module\n  choose another name")
     if name in state.adapters:
-        raise StateError(f"an adapter named '{name}' is attached already\n  choose another name, or lorakit.detach(model, '{name}') first")
+        raise StateError(
+            f"an adapter named '{name}' is attached already\n"
+            f"  choose another name, or lorakit.detach(model, '{name}') first"
+        )
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -99,7 +105,9 @@ def layer_at(model: nn.Module, name: str) -> LoraLayer:
 
 
 def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's own parameters by their own names, whatever is attached or active. `every_name`: one that is shared, under all it has."""
+    """The base's own parameters by their own names, whatever is attached or active. `every_name`: one that is shared,
+    under all it has.
+    """
     for module_name, module in base_modules(model, every_name):
         child = saved.saved_of(module)
         own = child.get(saved.BASE) if child else {}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..layers import saved
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
-from ..layers.layer import LoraFactors, child_name
+from ..layers.layer import child_name
+from ..layers.updates.update import LiveUpdate
 from .state import layer_at, names_of, state_of
 
 
@@ -41,7 +42,8 @@ class Summary:
         lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {used}"]
         groups: dict[tuple[str, str, str, int | None], list[int]] = {}
         for row in self.rows:
-            last = row.name.rsplit(".", 1)[-1] if row.rank else row.name  # a parameter alone ("weight") would say nothing
+            # a parameter alone ("weight") would say nothing
+            last = row.name.rsplit(".", 1)[-1] if row.rank else row.name
             groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
         width = max((len(k[1]) for k in groups), default=0)
         for (adapter, last, shape, rank), counts in groups.items():
@@ -53,7 +55,9 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Trainable and total parameters, each adapter's share per target, and what is computed as one node (and why the rest is not)."""
+    """Trainable and total parameters, each adapter's share per target, and what is computed as one node (and why the
+    rest is not).
+    """
     state = state_of(model)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
@@ -61,8 +65,8 @@ def summary(model: nn.Module) -> Summary:
         skipped.update(attached.skipped)
         for m in attached.modules:
             layer = layer_at(model, m)
-            child: LoraFactors = layer._modules[child_name(name)]  # type: ignore[attr-defined]
-            rows.append(Row(name, m, _shape(layer.weight), child.rank, child.A.numel() + child.B.numel()))  # type: ignore[attr-defined]
+            child: LiveUpdate = layer._modules[child_name(name)]
+            rows.append(Row(name, m, _shape(layer.weight), child.rank, sum(p.numel() for p in child.parameters())))
         for full in attached.saved:
             module, _, last = full.rpartition(".")
             holder = saved.saved_of(model.get_submodule(module))

@@ -1,4 +1,5 @@
-"""ΔW as a matrix: what a low-rank update adds to each kind of weight, computed where it is needed and in blocks of rows.
+"""ΔW as a matrix: what a low-rank update adds to each kind of weight, computed where it is needed and in blocks of
+rows.
 
     linear     weight [out, in]        ΔW = s · B A                      A [r, in]          B [out, r]
     Conv1D     weight [in, out]        ΔW = s · (B A)ᵀ                   (transformers' transposed linear)

@@ -1,9 +1,11 @@
-"""LoRA's dropout: a mask that is drawn from a seed, kept as one bit an element, and shared by all linears that read the input.
+"""LoRA's dropout: a mask that is drawn from a seed, kept as one bit an element, and shared by all linears that read the
+input.
 
     masked(x)[i] = x[i] with probability 1 - p, else 0        (not divided by 1 - p: that goes into LoRA's scale)
 
-On a CPU the bits come from numpy's SFC64, 8 (or 16) random bits an element, and the mask is packed for backward: unpacking takes a fifth
-of the time of drawing again, and the packed mask 1/32 of the memory of a float32 x. On other devices backward draws it again from the seed.
+On a CPU the bits come from numpy's SFC64, 8 (or 16) random bits an element, and the mask is packed for backward:
+unpacking takes a fifth of the time of drawing again, and the packed mask 1/32 of the memory of a float32 x. On other
+devices backward draws it again from the seed.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# p is rounded to a multiple of 1/256 where that is within 2 % of p, else of 1/65536: with half the random bits a mask of
-# 1,024 x 1,408 takes 0.24 instead of 0.48 ns an element.
+# p is rounded to a multiple of 1/256 where that is within 2 % of p, else of 1/65536: with half the random bits a mask
+# of 1,024 x 1,408 takes 0.24 instead of 0.48 ns an element.
 ROUNDING_TOLERANCE = 0.02
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 class Mask(NamedTuple):
-    """Which elements of an input are kept. `state`: the packed bits on a CPU, elsewhere the seed, as a tensor that autograd can save."""
+    """Which elements of an input are kept. `state`: the packed bits on a CPU, elsewhere the seed, as a tensor that
+    autograd can save.
+    """
 
     p: float
     state: Tensor
@@ -49,7 +53,9 @@ def draw_mask(x: Tensor, p: float, seed: int) -> Mask:
         return Mask(p, torch.tensor(seed, device="cpu"))
     dropped, steps = _rounded(p)
     unsigned = np.uint8 if steps == 256 else np.uint16
-    random: np.ndarray = np.random.SFC64(seed).random_raw(-(-x.numel() * unsigned().nbytes // 8)).view(unsigned)[: x.numel()]
+    random: np.ndarray = (
+        np.random.SFC64(seed).random_raw(-(-x.numel() * unsigned().nbytes // 8)).view(unsigned)[: x.numel()]
+    )
     return Mask(p, torch.from_numpy(np.packbits(np.greater_equal(random, dropped))))
 
 
@@ -58,11 +64,15 @@ def masked(x: Tensor, mask: Mask) -> Tensor:
     if x.device.type == "cpu" or planned(x):
         return (x.view(_INTEGERS[x.element_size()]) & _wide(x, mask)).view(x.dtype)  # all bits of an element or none
     generator = torch.Generator(x.device).manual_seed(int(mask.state))
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(kept_share(mask.p), generator=generator).mul_(x)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(kept_share(mask.p), generator=generator).mul_(x)
+    )
 
 
 def masked_input(x: Tensor, mask: Mask | None) -> Tensor:
-    """The same for a linear's input, x itself without a mask. Not to be changed: linears that read one input get one tensor."""
+    """The same for a linear's input, x itself without a mask. Not to be changed: linears that read one input get one
+    tensor.
+    """
     if mask is None:
         return x
     if planned(x) or x.is_inference() or mask.state.is_inference() or x.device.type != "cpu":
@@ -73,8 +83,8 @@ def masked_input(x: Tensor, mask: Mask | None) -> Tensor:
 class _Latest(threading.local):
     """The last result of a function of a tensor and a mask, for as long as both are alive.
 
-    q, k and v ask for the same masked input, one after the other, in forward and again in backward. (Writing through `.data` is not seen,
-    as autograd does not see it; each forward has a mask of its own.)
+    q, k and v ask for the same masked input, one after the other, in forward and again in backward. (Writing through
+    `.data` is not seen, as autograd does not see it; each forward has a mask of its own.)
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """Adding ΔW to a weight so that every bit comes back.
 
-Rounding makes (W + ΔW) − ΔW differ from W by a few units in the last place. `add_` keeps just that difference: per block
-of rows, two, four or eight bits a weight (whichever is smallest), code 0 marking the rare weight whose difference does not
-fit and whose value is kept whole. With |ΔW| below |W| that is a quarter to half a byte a weight; only when ΔW dwarfs W
-(so that the sum no longer contains W) can it grow beyond one byte.
+Rounding makes (W + ΔW) − ΔW differ from W by a few units in the last place. `add_` keeps just that difference: per
+block of rows, two, four or eight bits a weight (whichever is smallest), code 0 marking the rare weight whose difference
+does not fit and whose value is kept whole. With |ΔW| below |W| that is a quarter to half a byte a weight; only when ΔW
+dwarfs W (so that the sum no longer contains W) can it grow beyond one byte.
 
 Distances between floats are taken on their bit patterns: flipping the low bits of negative values makes the patterns of
 neighbouring floats neighbouring integers.
@@ -20,12 +20,19 @@ from torch import Tensor
 from ..errors import StateError
 from .delta import row_blocks
 
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 @dataclass
 class Block:
-    """One block's differences: `codes` packed `8 // width` to a byte, `patterns` the bits of weights kept whole, in order."""
+    """One block's differences: `codes` packed `8 // width` to a byte, `patterns` the bits of weights kept whole, in
+    order.
+    """
 
     rows: slice
     width: int
@@ -60,7 +67,9 @@ def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor]) -> Undo:
 
 
 def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo, where: str) -> None:
-    """Undo `add_`: afterwards weight has its original bits. Raises StateError, with the weight as it was, if it would not."""
+    """Undo `add_`: afterwards weight has its original bits. Raises StateError, with the weight as it was, if it would
+    not.
+    """
     weight = weight.detach()
     restored = []
     for block in undo.blocks:
@@ -69,8 +78,10 @@ def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo,
         restored.append(_decode(block, back))
     if sum(_checksum(values) for values in restored) != undo.checksum:
         raise StateError(
-            f"unmerge of {where} would not restore the base's bits: its weight or the adapter's factors changed since the merge, "
-            "or the merge ran on another device or thread count\nmove the model back to where it was merged, or load the base again"
+            f"unmerge of {where} would not restore the base's bits: its weight or the adapter's factors changed since "
+            "the merge, "
+            "or the merge ran on another device or thread count\n"
+            "move the model back to where it was merged, or load the base again"
         )
     for block, values in zip(undo.blocks, restored, strict=True):
         weight[block.rows] = values.view(weight[block.rows].shape)

@@ -2,8 +2,9 @@
 
     y + s · (drop(x) Aᵀ) Bᵀ        y: [..., out]   x: [..., in]   A: [r, in]   B: [out, r]   s = alpha / r
 
-For bases of which only the output is at hand (quantized, hooked, transposed weights). `reference` is that line for the update,
-`add_low_rank` the same as one autograd node that writes into y; a plain frozen linear is a node with its update, see `projections`.
+For bases of which only the output is at hand (quantized, hooked, transposed weights). `reference` is that line for the
+update, `add_low_rank` the same as one autograd node that writes into y; a plain frozen linear is a node with its
+update, see `projections`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 def add_low_rank(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, mask: Mask | None = None, into: bool = True
-) -> Tensor:  # fmt: skip
-    """y + s · (drop(x) Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written into.
+) -> Tensor:
+    """y + s · (drop(x) Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written
+    into.
 
     A [G, r, in] and B [G, out, r] are those of groups of rows, see `projections`.
     """
@@ -35,7 +37,8 @@ def add_low_rank(
     # Autocast casts the operands of products, but not of those in place.
     if not into or is_casting(x) or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
         return y + reference(scaled(x, mask) if mask else x, A, B, scale)
-    if not (mask or torch.is_grad_enabled()) and y.is_contiguous():  # decoding: an autograd node's own cost would show
+    # In decoding an autograd node's own cost would show.
+    if not (mask or torch.is_grad_enabled()) and y.is_contiguous() and A.dim() == 2:
         down = product(x.reshape(-1, x.shape[-1]), A.to(y.dtype).T, scale)
         y.view(-1, y.shape[-1]).addmm_(down, B.to(y.dtype).T)
         return y
@@ -43,12 +46,18 @@ def add_low_rank(
 
 
 def needs_plain() -> bool:
-    """Whether only plain operations will do: the compiler fuses them itself, and torch.func cannot look into our nodes."""
+    """Whether only plain operations will do: the compiler fuses them itself,
+    and torch.func cannot look into our nodes.
+    """
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...], into: bool = False) -> Tensor:
-    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]. `into`: see `add_low_rank`."""
+def add_packed(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...], into: bool = False
+) -> Tensor:
+    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]. `into`: see
+    `add_low_rank`.
+    """
     x = x.to(y.dtype)
     down = F.linear(x, A.to(y.dtype)).unflatten(-1, (B.shape[0], -1))  # [..., n, r]
     adapted = [i for i, used in enumerate(parts) if used]
@@ -65,7 +74,9 @@ def add_packed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, state: Tensor | None) -> Tensor:
+    def forward(
+        ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, state: Tensor | None
+    ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         scale = scale / kept_share(p)
         dropped = masked_input(x2, None if state is None else Mask(p, state))

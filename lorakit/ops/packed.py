@@ -1,7 +1,8 @@
 """Low-rank factors with a block structure, compact and as one plain pair of matrices.
 
-A packed projection with n adapted parts is one update of rank n·r whose B is zero outside n blocks; a grouped convolution
-with an A shared by its g groups is, in PEFT's ungrouped form, one of rank g·r whose A is zero outside g blocks.
+A packed projection with n adapted parts is one update of rank n·r whose B is zero outside n blocks; a grouped
+convolution with an A shared by its g groups is, in PEFT's ungrouped form, one of rank g·r whose A is zero outside g
+blocks.
 """
 
 from __future__ import annotations

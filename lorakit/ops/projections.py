@@ -1,13 +1,16 @@
-"""Frozen linears that read the same input, each with a low-rank update, as one autograd node (Hu et al. 2021, section 4.1).
+"""Frozen linears that read the same input, each with a low-rank update, as one autograd node (Hu et al. 2021, section
+4.1).
 
-    y_i = x W_iᵀ + b_i + s_i · (drop(x) A_iᵀ) B_iᵀ        x: [..., in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]
+    y_i = x W_iᵀ + b_i + s_i · (drop(x) A_iᵀ) B_iᵀ        x: [..., in]   W_i: [out_i, in]
+                                                          A_i: [r_i, in]   B_i: [out_i, r_i]
 
-One linear alone (`project`), or gate with up (in `fused.gated_mlp`). All A are one matrix for the product with x and for the gradients that go through
-it; the input gradient of all is summed in one buffer. Kept for backward: x, once, the [N, r] products, and the packed dropout mask.
-The float32 master factors are cast to x's dtype for the matmuls; activations are never upcast.
+One linear alone (`project`), or gate with up (in `fused.gated_mlp`). All A are one matrix for the product with x and
+for the gradients that go through it; the input gradient of all is summed in one buffer. Kept for backward: x, once, the
+[N, r] products, and the packed dropout mask. The float32 master factors are cast to x's dtype for the matmuls;
+activations are never upcast.
 
-Of a batch that trains G adapters at once (see `lorakit.route`) each has the same number of rows, one adapter's after the other's;
-A is then [G, r, in], B [G, out, r], and every low-rank product a batched one over `groups` of rows.
+Of a batch that trains G adapters at once (see `lorakit.route`) each has the same number of rows, one adapter's after
+the other's; A is then [G, r, in], B [G, out, r], and every low-rank product a batched one over `groups` of rows.
 """
 
 from __future__ import annotations
@@ -38,17 +41,22 @@ class Projection(NamedTuple):
 Tensors = tuple[Tensor | None, ...]  # W, bias, A, B of each projection, one after the other
 
 
-def reference(x: Tensor, projections: Sequence[Projection], keep: Tensor | None = None, share: float = 1.0) -> tuple[Tensor, ...]:
+def reference(
+    x: Tensor, projections: Sequence[Projection], keep: Tensor | None = None, share: float = 1.0
+) -> tuple[Tensor, ...]:
     """The equation, with a given mask (1 kept, 0 dropped) and the share that is kept."""
     dropped = x if keep is None else x * keep / share
     return tuple(
-        F.linear(x, p.W, p.bias) + (0 if p.A is None else F.linear(F.linear(dropped, p.A.to(x.dtype)), p.B.to(x.dtype)) * p.scale)  # type: ignore[union-attr]
+        F.linear(x, p.W, p.bias)
+        + (0 if p.A is None else F.linear(F.linear(dropped, p.A.to(x.dtype)), p.B.to(x.dtype)) * p.scale)  # type: ignore[union-attr]
         for p in projections
     )
 
 
 def project(x: Tensor, projection: Projection, mask: Mask | None = None) -> Tensor:
-    """One projection of x: [..., in] -> [..., out]; its weight and bias take no gradient. `mask`: the update's dropout."""
+    """One projection of x: [..., in] -> [..., out];
+    its weight and bias take no gradient. `mask`: the update's dropout.
+    """
     return _Project.apply(x, mask.p if mask else 0.0, mask.state if mask else None, projection.scale, *projection[:4])
 
 
@@ -89,23 +97,33 @@ class Wanted(NamedTuple):
 
 
 def backward(
-    grads: Sequence[Tensor], x: Tensor | None, dropped: Tensor | None, mask: Mask | None, down: Tensor | None,
-    projections: Sequence[Projection], wanted: Wanted,
-) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    grads: Sequence[Tensor],
+    x: Tensor | None,
+    dropped: Tensor | None,
+    mask: Mask | None,
+    down: Tensor | None,
+    projections: Sequence[Projection],
+    wanted: Wanted,
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradient of x, and those of W, bias, A, B of each projection (None for W and bias). grads: [N, out_i]."""
     dtype = grads[0].dtype
     inner = None
     if wanted.x or any(wanted.A):
-        inners = [product(groups(g, p.B), p.B.to(dtype), p.scale) for g, p in zip(grads, projections) if p.B is not None]
+        inners = [
+            product(groups(g, p.B), p.B.to(dtype), p.scale) for g, p in zip(grads, projections) if p.B is not None
+        ]
         inner = inners[0] if len(inners) == 1 else torch.cat(inners, dim=-1) if inners else None  # [N, Σ r]
-    dA = inner.mT @ groups(dropped, inner) if inner is not None and any(wanted.A) else None  # type: ignore[arg-type]  # [Σ r, in]
+    # [Σ r, in]
+    dA = inner.mT @ groups(dropped, inner) if inner is not None and any(wanted.A) else None  # type: ignore[arg-type]
     gradients: list[Tensor | None] = []
     parts = zip(
         _parts(dA, projections, dim=-2), _parts(down, projections), grads, projections, wanted.A, wanted.B, strict=True
-    )  # fmt: skip
+    )
     for dA_part, down_part, g, p, needs_A, needs_B in parts:
         gradients += [None, None, None if dA_part is None or not needs_A else dA_part.to(p.A.dtype)]  # type: ignore[union-attr]
-        gradients.append(gradient_of_B(down_part, g, p.B.dtype).mul_(p.scale) if needs_B and down_part is not None else None)  # type: ignore[union-attr]
+        gradients.append(
+            gradient_of_B(down_part, g, p.B.dtype).mul_(p.scale) if needs_B and down_part is not None else None
+        )  # type: ignore[union-attr]
     if not wanted.x:
         return None, gradients
     dx = grads[0] @ projections[0].W  # [N, in]: one buffer for all that follows
@@ -135,7 +153,9 @@ def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int =
 
 
 class _Project(torch.autograd.Function):
-    """One projection, written out: this runs for every adapted linear, and lists would be a tenth of what it adds to the base's time."""
+    """One projection, written out: this runs for every adapted linear, and lists would be a tenth of what it adds to
+    the base's time.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, p: float, state: Tensor | None, scale: float, W, bias, A, B) -> Tensor:
@@ -150,7 +170,9 @@ class _Project(torch.autograd.Function):
             add_product(out, down, B.to(x.dtype).mT)
         ctx.p, ctx.scale, ctx.shape = p, scale, x.shape
         needs_mask = state is not None and (needs_x or needs_A)
-        ctx.save_for_backward(x2 if needs_A else None, state if needs_mask else None, down if needs_B else None, W, A, B)
+        ctx.save_for_backward(
+            x2 if needs_A else None, state if needs_mask else None, down if needs_B else None, W, A, B
+        )
         # Not a view: callers may change a linear's output in place, and autograd refuses that for views made by a node.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 

@@ -1,12 +1,13 @@
 """One dropout mask for all adapted linears that read the same tensor, as if they were one linear.
 
-PEFT draws a mask for each linear. Here q, k and v (gate and up, ...) share theirs: it is drawn and kept once. "The same tensor" is the
-same storage at the same version, seen through the same shape and strides. No class or parent module needs to be known.
+PEFT draws a mask for each linear. Here q, k and v (gate and up, ...) share theirs: it is drawn and kept once. "The same
+tensor" is the same storage at the same version, seen through the same shape and strides. No class or parent module
+needs to be known.
 
-Every linear still draws a seed of its own, in the order of the calls, and the first one's counts. So torch's generator moves on the same way
-however many linears share, and gradient checkpointing, which runs a part of the forward again with the generator set back, can tell by the seed
-drawn which mask a linear had, even if the first reader lies outside of the part. When a linear reads the same tensor a
-second time, a new pass begins, with a new mask.
+Every linear still draws a seed of its own, in the order of the calls, and the first one's counts. So torch's generator
+moves on the same way however many linears share, and gradient checkpointing, which runs a part of the forward again
+with the generator set back, can tell by the seed drawn which mask a linear had, even if the first reader lies outside
+of the part. When a linear reads the same tensor a second time, a new pass begins, with a new mask.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from .dropout import Mask, draw_mask, draw_seed, planned
 
-# Seeds remembered of a tensor that is read in pass after pass (all rows of a small data set, say): far more than graphs are ever alive.
+# Seeds remembered of a tensor that is read in pass after pass (all rows of a small data set, say): far more than graphs
+# are ever alive.
 REMEMBERED = 4096
 
 
@@ -35,10 +37,13 @@ class _Readers:
 
 
 class _Inputs:
-    """The inputs whose storage is alive: by storage, then by view, p and version. Of all threads, as backward may run in another one."""
+    """The inputs whose storage is alive: by storage, then by view, p and version. Of all threads, as backward may run
+    in another one.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # a storage may be freed, and its entry with it, while the same thread holds the lock
+        # a storage may be freed, and its entry with it, while the same thread holds the lock
+        self.lock = threading.RLock()
         self.views: dict[int, tuple[weakref.ref, dict[tuple, _Readers]]] = {}
 
 

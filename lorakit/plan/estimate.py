@@ -10,6 +10,7 @@ from typing import Any
 
 # In the order of the bars. What each means is said in docs/plan.md.
 PARTS = ("weights", "adapter", "optimizer", "best", "gradients", "activations", "loss", "working", "holes", "overhead")
+FOUR_BIT = "4-bit "  # before a method's name: the same over a base in 4 bits
 STATE_COPIES = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # of all that is trained
 
 

@@ -11,9 +11,9 @@ HALVE = 6  # every so many looks the interval is halved, whatever the costs are 
 def largest(cost: Callable[[int], int], budget: int, most: int, slack: float = 0.0) -> int:
     """The largest n in 1..most with cost(n) <= budget, or 0 if there is none. `slack`: it may be smaller by this share.
 
-    Often all fits, which one look at `most` tells. Else: costs here are nearly lines or parabolas, so one through what is known tells
-    where they cross the budget. The next look is half a slack before that, and if that fits, the one after a slack further, where it
-    should not: then the search is at its end.
+    Often all fits, which one look at `most` tells. Else: costs here are nearly lines or parabolas, so one through what
+    is known tells where they cross the budget. The next look is half a slack before that, and if that fits, the one
+    after a slack further, where it should not: then the search is at its end.
     """
     known = {most: cost(most)}
     if known[most] <= budget:
@@ -36,7 +36,9 @@ def largest(cost: Callable[[int], int], budget: int, most: int, slack: float = 0
 
 
 def _crossing(known: Mapping[int, int], budget: int, low: int, high: int) -> float:
-    """Where the cost comes to the budget, between `low` and `high`: by the line through these, bent to pass the known point that is nearest."""
+    """Where the cost comes to the budget, between `low` and `high`: by the line through these, bent to pass the known
+    point that is nearest.
+    """
     slope = (known[high] - known[low]) / (high - low)
     missing = budget - known[low]
     if slope <= 0:

@@ -1,7 +1,8 @@
-"""Which tensors are alive at each operation, in bytes, by what they are for; and the most there were in each stretch of the work.
+"""Which tensors are alive at each operation, in bytes, by what they are for; and the most there were in each stretch of
+the work.
 
-Every storage that an operation returns is noted at birth with the purpose of the moment, and taken off when the last tensor that
-uses it is gone. Views and in-place results share a storage, which counts once.
+Every storage that an operation returns is noted at birth with the purpose of the moment, and taken off when the last
+tensor that uses it is gone. Views and in-place results share a storage, which counts once.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class Live(TorchDispatchMode):
     """Inside this mode storages are counted. `purpose` and `stretch` are set from outside as the work goes on."""
 
     def __init__(self, present: Iterable[Tensor] = (), through: TorchDispatchMode | None = None) -> None:
-        """`present`: tensors that were there before; their storages, and so their views, are not counted. `through`: a mode that
-        operations are given to, as if this one were inside it (two modes on torch's stack cost twice as much)."""
+        """`present`: tensors that were there before; their storages, and so their views, are not counted. `through`: a
+        mode that operations are given to, as if this one were inside it (two modes on torch's stack cost twice as
+        much)."""
         super().__init__()
         self._through = through
         self.purpose, self.stretch = "working", "forward"
@@ -64,7 +66,9 @@ class Live(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # see `Shapes`
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if self._through is None:
             out = func(*args, **(kwargs or {}))
         else:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-# What a training process holds before the base is loaded, and what loading code and the kernels' own buffers add to it while
-# the first steps run (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA holds more.
+# What a training process holds before the base is loaded, and what loading code and the kernels' own buffers add to it
+# while the first steps run (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA
+# holds more.
 PROCESS, KERNELS = 365_000_000, 42_000_000
 # The CUDA context with cuBLAS's workspace, in the device's memory: an estimate, not measured.
 CUDA_CONTEXT = 600_000_000
@@ -57,16 +58,20 @@ def resident() -> int:
 
 
 def overhead(device: torch.device, held: int = PROCESS) -> int:
-    """Bytes of the device that python, torch and its kernels take. `held`: what the process holds before the base is loaded."""
+    """Bytes of the device that python, torch and its kernels take. `held`: what the process holds before the base is
+    loaded.
+    """
     return CUDA_CONTEXT if device.type == "cuda" else held + KERNELS
 
 
 def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of [width, width] matrix products, the best of those that fit into `seconds`."""
+    """Floating-point operations a second of [width, width] matrix products,
+    the best of those that fit into `seconds`.
+    """
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     best, began = 0.0, time.perf_counter()
     a @ b
-    while time.perf_counter() - began < seconds:
+    while not best or time.perf_counter() - began < seconds:  # one at least, however busy the machine is
         start = time.perf_counter()
         a @ b
         if device.type == "cuda":
@@ -81,13 +86,17 @@ def cpu_limit() -> float | None:
     for text in _group_files("cpu", "cpu.max", "cpu.cfs_quota_us"):
         quota, _, period = text.partition(" ")
         if quota.isdigit():  # "max", or -1 in v1: no limit
-            limits.append(int(quota) / int(period or 100_000))  # v1 has the period in a file of its own; nobody changes it
+            # v1 has the period in a file of its own; nobody changes it
+            limits.append(int(quota) / int(period or 100_000))
     return min(limits, default=None)
 
 
 def _group_limit() -> int:
     """The lowest memory limit of the control groups that this process is in, or a number beyond any."""
-    return min((int(text) for text in _group_files("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()), default=_UNLIMITED)
+    return min(
+        (int(text) for text in _group_files("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()),
+        default=_UNLIMITED,
+    )
 
 
 def _group_files(controller: str, name: str, name_v1: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """From a base's config and a method to estimates, and to the largest batch or length that fits.
 
-    step        weights + adapter + optimizer + best + (gradients, activations, loss, working, at the step's largest moment)
+    step        weights + adapter + optimizer + best + (gradients, activations, loss, working, at the step's largest
+                moment)
     evaluation  weights + adapter + optimizer + best + working
     checkpoint  weights + adapter + optimizer + best + a copy of the optimizer's state
 
@@ -10,27 +11,29 @@ each with the overhead, on a CPU also with the holes in the C library's heap.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import LoraConfig
-from ..evaluate.perplexity import token_losses
-from ..ops import IGNORE_INDEX
-from .estimate import Estimate
+from ..config import RunSettings
+from ..tasks.task import Task
+from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
 from .shell import Shell
-from .step import Loss, Parts, Traced, evaluation, training_step
+from .step import Parts, Traced, evaluation, training_step
 
-# Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes between what
-# lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m lorakit.bench.plan, which chose this).
+# Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes
+# between what lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m
+# lorakit.bench.plan, which chose this).
 HEAP = 1.47
 HEAP_CHECKPOINTING = 2.3  # what is kept lies scattered between what a layer makes and drops; 2.4 was measured
-# NF4 with double quantization: 4 bits, and for each block of 64 a scale in 8 bits, and for 256 of these one in 32 (Dettmers et al.
-# 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
+# NF4 with double quantization: 4 bits, and for each block of 64 a scale in 8 bits, and for 256 of these one in 32
+# (Dettmers et al. 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 MOST_ROWS = 256  # more are not looked for
 COLUMNS = 8  # batches are padded to a multiple of so many
@@ -42,17 +45,18 @@ class Setting:
 
     dtype: torch.dtype
     device: torch.device
-    loss: Loss
+    task: Task
     overhead: int
-    adapter: LoraConfig | None  # None: full fine-tuning
+    attach: Callable[[Any], object]  # puts on the model what the method trains
+    config: RunSettings
+    method: str = "lora"
     four_bit: bool = False
     checkpointing: bool = False
     plain_attention: int = 0  # rows up to this length use it
     state_copies: int = 2
     validation: int = 0  # rows of an evaluation's batch; 0: none
-    share: float = 1.0  # of positions that are trained
+    share: float = 1.0  # weight of rows by their size: of text, which part of the positions is trained
     batch: int = 1  # rows of an optimizer step; more than are computed at once are accumulated
-    trust_remote_code: bool = False
 
 
 class Planner:
@@ -61,9 +65,8 @@ class Planner:
     def __init__(self, base: Any, setting: Setting):
         """`base`: transformers' config."""
         self.setting = setting
-        self.shell = Shell(
-            base, setting.dtype, setting.adapter, checkpointing=setting.checkpointing, trust_remote_code=setting.trust_remote_code
-        )
+        build = partial(setting.task.skeleton, setting.config, base, setting.dtype)
+        self.shell = Shell(type(base).__name__, build, setting.attach, checkpointing=setting.checkpointing)
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._judged: dict[int, Traced] = {}  # evaluations, by length
 
@@ -96,19 +99,23 @@ class Planner:
         if sum(self._resting().values()) > memory:
             return 0
         most = min(most or 1 << 20, self.positions or 1 << 20)
-        return COLUMNS * largest(lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02)
+        return COLUMNS * largest(
+            lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02
+        )
 
     def _resting(self) -> dict[str, int]:
         """Bytes by part that are there all the time."""
         setting, shell = self.setting, self.shell
-        size, weights = shell.trained_bytes(), shell.frozen_bytes()
+        size, weights = shell.trained_bytes(), shell.weight_bytes
         if setting.four_bit:
             weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in shell.linear_weights())
         return {
-            "weights": weights + (size if shell.full else 0), "adapter": 0 if shell.full else size,
-            "optimizer": setting.state_copies * size, "overhead": setting.overhead,
+            "weights": weights,
+            "adapter": shell.added_bytes,
+            "optimizer": setting.state_copies * size,
+            "overhead": setting.overhead,
             "best": size if setting.device.type == "cpu" and setting.validation else 0,
-        }  # fmt: skip
+        }
 
     def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
         setting, shell = self.setting, self.shell
@@ -120,12 +127,17 @@ class Planner:
         resting = self._resting()
         key = (rows, length, accumulating)
         if key not in self._traced:
-            self._traced[key] = training_step(shell, _batch(rows, length, setting.share), setting.loss, accumulating)
+            self._traced[key] = training_step(shell, self._batch(rows, length), self._loss, accumulating)
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
         heap = (
-            int((HEAP_CHECKPOINTING if setting.checkpointing else HEAP) * max(parts.get(SMALL, 0) for parts in stretches)) if on_cpu else 0
+            int(
+                (HEAP_CHECKPOINTING if setting.checkpointing else HEAP)
+                * max(parts.get(SMALL, 0) for parts in stretches)
+            )
+            if on_cpu
+            else 0
         )
         moments = {"step": _moment(resting, step.stretches, working, heap)}
         if held_out:
@@ -133,7 +145,7 @@ class Planner:
         if on_cpu:
             copies = setting.state_copies * size
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
-        method = "full" if shell.full else "4-bit lora" if setting.four_bit else "lora"
+        method = f"{FOUR_BIT}{setting.method}" if setting.four_bit else setting.method
         count = sum(p.numel() for p in shell.trained())
         return Estimate(method, rows, length, shell.base_parameters(), count, size, moments, step.flops)
 
@@ -141,12 +153,20 @@ class Planner:
         """The stretches of an evaluation; none if nothing is held out."""
         rows = self.setting.validation
         if rows and length not in self._judged:
-            self._judged[length] = evaluation(self.shell, _batch(rows, length, self.setting.share), token_losses)
+            self._judged[length] = evaluation(self.shell, self._batch(rows, length), self.setting.task.losses)
         return self._judged[length].stretches if rows else {}
+
+    def _batch(self, rows: int, length: int) -> dict[str, Tensor]:
+        return self.setting.task.example(rows, length, self.setting.share)
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return self.setting.task.losses(model, batch).sum()
 
 
 def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
-    """The largest of a job's stretches, with what is there all the time. `heap`: what the C library's heap has grown to."""
+    """The largest of a job's stretches, with what is there all the time. `heap`: what the C library's heap has grown
+    to.
+    """
 
     def whole(parts: Parts) -> Parts:
         own = {part: size for part, size in parts.items() if part != SMALL}
@@ -155,11 +175,3 @@ def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int
         return resting | own
 
     return max((whole(parts) for parts in stretches.values()), key=lambda parts: sum(parts.values()))
-
-
-def _batch(rows: int, length: int, share: float) -> dict[str, Tensor]:
-    """Rows of which the last `share` is trained, as `collate` makes them."""
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    labels = ids.clone()
-    labels[:, : min(length - 1, round((1 - share) * length))] = IGNORE_INDEX
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

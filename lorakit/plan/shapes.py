@@ -1,14 +1,15 @@
 """A model that computes shapes only: weights without memory, so that a step of any size can be run on any machine.
 
-What is trained, and all that is computed from weights, is `Weightless`: a tensor on the CPU to all who ask, with shape, type, strides
-and autograd, but without numbers. Behind it stands a tensor on the meta device, on which torch's own meta kernels run; views of
-one another share a meta storage, so who shares memory with whom is known. Frozen weights stay plain parameters on the meta device,
-as layers ask for just that (a quantized weight would be of another class). What is not computed from weights (token ids, labels,
-positions, masks) stays real while it is small, as code asks it questions that need numbers: which positions are trained, is this
-mask all ones. So the model, the layers and the loss run as they are, on the kernels that they would choose.
+What is trained, and all that is computed from weights, is `Weightless`: a tensor on the CPU to all who ask, with shape,
+type, strides and autograd, but without numbers. Behind it stands a tensor on the meta device, on which torch's own meta
+kernels run; views of one another share a meta storage, so who shares memory with whom is known. Frozen weights stay
+plain parameters on the meta device, as layers ask for just that (a quantized weight would be of another class). What is
+not computed from weights (token ids, labels, positions, masks) stays real while it is small, as code asks it questions
+that need numbers: which positions are trained, is this mask all ones. So the model, the layers and the loss run as they
+are, on the kernels that they would choose.
 
-torch's own FakeTensorMode does the same and more (devices, symbolic sizes, a cache), at about six times the cost of an operation (a training step of the
-embedded model, 2 and 3 layers, LoRA: 1.2 to 1.6 s of CPU time against 0.26).
+torch's own FakeTensorMode does the same and more (devices, symbolic sizes, a cache), at about six times the cost of an
+operation (a training step of the embedded model, 2 and 3 layers, LoRA: 1.2 to 1.6 s of CPU time against 0.26).
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ _META = torch.device("meta")
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _INDEXING = {
-    _aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default,
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
     _aten._unsafe_index_put.default,
-}  # fmt: skip
+}
 _BOOLEAN = (torch.bool, torch.uint8)
 
 
@@ -43,7 +47,7 @@ class Weightless(Tensor):
     def __new__(cls, meta: Tensor) -> Weightless:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, meta.size(), strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=_CPU
-        )  # fmt: skip
+        )
         made.meta = meta
         return made
 
@@ -63,7 +67,9 @@ class Shapes(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here; torch's guard against that costs more than all that is done here
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _INDEXING:
             args = (args[0], _positions(args[1]), *args[2:])
@@ -76,7 +82,9 @@ class Shapes(TorchDispatchMode):
 
 
 class _Result(NamedTuple):
-    """A result as it is known. `of`: the position of the argument that it is (without a size) or a view of; None: of none."""
+    """A result as it is known. `of`: the position of the argument that it is (without a size) or a view of; None: of
+    none.
+    """
 
     of: int | None
     size: tuple[int, ...] | None = None
@@ -85,8 +93,9 @@ class _Result(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-# What operations give, by the operation and all of its arguments that decides it. Many of torch's meta kernels are Python code and take
-# 0.2 ms; a look here takes a tenth of that. The type: of the sequence that the results come in, None for one alone.
+# What operations give, by the operation and all of its arguments that decides it. Many of torch's meta kernels are
+# Python code and take 0.2 ms; a look here takes a tenth of that. The type: of the sequence that the results come in,
+# None for one alone.
 _known: dict[Any, tuple[type | None, list[_Result | None]]] = {}
 
 
@@ -152,7 +161,11 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: It
 def _meta_of(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Weightless):
         return tensor.meta
-    return tensor if tensor.is_meta else torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+    return (
+        tensor
+        if tensor.is_meta
+        else torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+    )
 
 
 @functools.cache
@@ -161,16 +174,21 @@ def _takes_device(func: Any) -> bool:
 
 
 def _bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Of the results of an operation on real tensors alone; 0 where they depend on the numbers, so that they have to be made."""
+    """Of the results of an operation on real tensors alone; 0 where they depend on the numbers, so that they have to be
+    made.
+    """
     try:
         made = _on_meta(func, args, kwargs, map(_meta_of, _tensors(args, kwargs)))
-    except (NotImplementedError, RuntimeError):  # no meta kernel: its result depends on numbers; or one that asks for them
+    # no meta kernel: its result depends on numbers; or one that asks for them
+    except (NotImplementedError, RuntimeError):
         return 0
     return sum(t.numel() * t.element_size() for t in flat((made,)) if isinstance(t, Tensor))
 
 
 def flat(values: Iterable[Any]) -> list[Any]:
-    """Arguments or results of an operation, with those inside its lists. (torch's pytrees would take half of all the time.)"""
+    """Arguments or results of an operation, with those inside its lists. (torch's pytrees would take half of all the
+    time.)
+    """
     found: list[Any] = []
     for value in values:
         if isinstance(value, list | tuple):
@@ -201,7 +219,9 @@ def _off_meta(value: Any) -> Any:
 
 
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """The indices with boolean masks as the positions that they mean, as the kernels do it: only a real mask tells how many."""
+    """The indices with boolean masks as the positions that they mean, as the kernels do it: only a real mask tells how
+    many.
+    """
     found: list[Tensor | None] = []
     for index in indices:
         real_mask = index is not None and index.dtype in _BOOLEAN and not isinstance(index, Weightless)
@@ -210,8 +230,8 @@ def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def without_memory(module: nn.Module) -> list[Tensor]:
-    """Replace trained parameters and buffers, in place, by weightless ones; shared ones stay shared. Returns all that operations will
-    see of the module's own: those, and the frozen parameters."""
+    """Replace trained parameters and buffers, in place, by weightless ones; shared ones stay shared. Returns all that
+    operations will see of the module's own: those, and the frozen parameters."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
     held: dict[int, Tensor] = {}
 
@@ -226,7 +246,9 @@ def without_memory(module: nn.Module) -> list[Tensor]:
             for name, tensor in own.items():
                 if tensor is None:
                     continue
-                if not isinstance(tensor, Weightless) and (tensor.requires_grad or not isinstance(tensor, nn.Parameter)):
+                if not isinstance(tensor, Weightless) and (
+                    tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+                ):
                     tensor = own[name] = weightless(tensor)  # type: ignore[assignment]
                 held[id(tensor)] = tensor
     return list(held.values())

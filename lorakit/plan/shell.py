@@ -1,24 +1,23 @@
-"""A model that cannot be loaded here, as far as memory and time go: built from its config on the meta device, adapter attached.
+"""A model that cannot be loaded here, as far as memory and time go: built from its config on the meta device, adapter
+attached.
 
-Where all decoder layers are alike, a step through two and through three of them tells the step through all (`step.py`); `first`
-cuts the stack of layers to so many for a while.
+Where all decoder layers are alike, a step through two and through three of them tells the step through all (`step.py`);
+`first` cuts the stack of layers to so many for a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig
 from ..errors import LorakitError
 from ..layers.fused import attention
 from ..layers.layer import LoraLayer
 from ..layers.targets import is_linear
-from ..model.attach import attach
 from .shapes import Shapes
 
 
@@ -35,7 +34,9 @@ def spoken(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # a model's own code may raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PlanError(f"the memory of a {name} cannot be estimated, as it does not run on shapes alone: {first}") from error
+        raise PlanError(
+            f"the memory of a {name} cannot be estimated, as it does not run on shapes alone: {first}"
+        ) from error
 
 
 FEW = 3  # with no more layers than this, nothing is won by leaving some out
@@ -45,24 +46,26 @@ class Shell:
     """`model`: on the meta device, in training mode, as `train` would set it up."""
 
     def __init__(
-        self, config: Any, dtype: torch.dtype, adapter: LoraConfig | None, *, checkpointing: bool = False,
-        trust_remote_code: bool = False,
-    ):  # fmt: skip
-        """`config`: transformers' config of the base; `adapter`: None for full fine-tuning."""
-        from transformers import AutoModelForCausalLM
-
-        self.name = type(config).__name__
-        with spoken(self.name), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        self, name: str, build: Callable[[], Any], attach: Callable[[nn.Module], object], *, checkpointing: bool = False
+    ):
+        """`name`: what to call the base if it cannot be built; `build`: makes it; `attach`: puts on the model what is
+        trained.
+        """
+        with spoken(name), torch.device("meta"):
+            self.model = build()
         self.name = type(self.model).__name__
-        if adapter is not None:
-            attach(self.model, adapter)
+        own = list(self.model.parameters())
+        self._base_parameters = sum(p.numel() for p in own)
+        attach(self.model)
+        # A parameter that is trained is the base's own, or one that was put beside it.
+        added = {id(p) for p in self.trained()} - {id(p) for p in own}
+        self.added_bytes = _bytes(p for p in self.trained() if id(p) in added)
+        self.weight_bytes = self.frozen_bytes() + self.trained_bytes() - self.added_bytes
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
         self.model.train()
         self._attention = self.model.config._attn_implementation
-        self.full = adapter is None
         self.shapes = Shapes()
         self.stack = _stack(self.model)
         self.foldable = self.stack is not None and len(self.stack) > FEW and _alike(self.model, self.stack)
@@ -82,7 +85,7 @@ class Shell:
         finally:
             self.stack.extend(every[layers:])
 
-    # ------------------------------------------------------------------------------------- what is there before the first step
+    # ---- what is there before the first step ----
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
@@ -97,15 +100,17 @@ class Shell:
         return _bytes(p for p in self.model.parameters() if not p.requires_grad) + _bytes(self.model.buffers())
 
     def base_parameters(self) -> int:
-        """Parameters without the adapter's."""
-        return sum(p.numel() for p in self.model.parameters()) - (0 if self.full else sum(p.numel() for p in self.trained()))
+        """Parameters without an adapter's."""
+        return self._base_parameters
 
     def linear_weights(self) -> list[Tensor]:
         """The frozen weights of linear modules but the output layer: what a 4-bit base holds in 4 bits."""
         head = self.model.get_output_embeddings()
         embedded = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         modules = (m for m in self.model.modules() if m is not head and (isinstance(m, LoraLayer) or is_linear(m)))
-        weights = {id(w): w for w in (getattr(m, "weight", None) for m in modules) if isinstance(w, Tensor) and w.dim() == 2}
+        weights = {
+            id(w): w for w in (getattr(m, "weight", None) for m in modules) if isinstance(w, Tensor) and w.dim() == 2
+        }
         return [w for key, w in weights.items() if key not in embedded and not w.requires_grad]
 
 
@@ -121,7 +126,9 @@ def _stack(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _alike(model: nn.Module, stack: nn.ModuleList) -> bool:
-    """Whether every layer of the stack costs the same: equal modules, parameters, flags, and equal kinds where the config names kinds."""
+    """Whether every layer of the stack costs the same: equal modules, parameters, flags, and equal kinds where the
+    config names kinds.
+    """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     kinds = [v for v in vars(config).values() if isinstance(v, list) and len(v) == len(stack)]
     marks = [

@@ -7,28 +7,41 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from .estimate import PARTS, Estimate
+from ..methods import method_of
+from .estimate import FOUR_BIT, PARTS, Estimate
 from .units import show_bytes
 
 # Each part's letter in the bars, and its colour where there is one.
 _MARKS = {
-    "weights": ("W", "blue"), "adapter": ("A", "cyan"), "optimizer": ("O", "magenta"), "best": ("B", "bright_magenta"),
-    "gradients": ("G", "yellow"), "activations": ("a", "green"), "loss": ("l", "red"), "working": ("w", "bright_green"),
-    "holes": ("h", "bright_black"), "overhead": ("o", "white"),
-}  # fmt: skip
+    "weights": ("W", "blue"),
+    "adapter": ("A", "cyan"),
+    "optimizer": ("O", "magenta"),
+    "best": ("B", "bright_magenta"),
+    "gradients": ("G", "yellow"),
+    "activations": ("a", "green"),
+    "loss": ("l", "red"),
+    "working": ("w", "bright_green"),
+    "holes": ("h", "bright_black"),
+    "overhead": ("o", "white"),
+}
 WIDTH = 64
-_NAMES = {"full": "full, float32", "lora": "LoRA", "4-bit lora": "4-bit LoRA *"}
 
 
 def numbers(
-    estimates: Sequence[Estimate], memory: int | None, rows: Mapping[str, int], lengths: Mapping[str, int], most_rows: int,
+    estimates: Sequence[Estimate],
+    memory: int | None,
+    rows: Mapping[str, int],
+    lengths: Mapping[str, int],
+    most_rows: int,
     positions: int | None,
-) -> Table:  # fmt: skip
-    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit of those looked at: up to `most_rows`, `positions`."""
+) -> Table:
+    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit of those looked at: up to
+    `most_rows`, `positions`.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for estimate in estimates:
-        table.add_column(_NAMES[estimate.method], justify="right")
+        table.add_column(_title(estimate), justify="right")
 
     def line(name: str, values: Sequence[str], style: str = "") -> None:
         table.add_row(Text(name), *map(Text, values), style=style)
@@ -53,7 +66,7 @@ def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
     memory = None if memory is None or memory > most else memory  # beyond the longest bar there is nothing to mark
     text = Text()
     for estimate in estimates:
-        text.append(f"{_NAMES[estimate.method]:<14} ")
+        text.append(f"{_title(estimate):<14} ")
         done, drawn = 0, 0
         for part, size in estimate.parts.items():
             done += size
@@ -76,6 +89,13 @@ def grid(fitting: Mapping[int, int], most: int) -> Table:
         table.add_column(f"{length:,}", justify="right")
     table.add_row("most rows at once", *(_most(rows, most) for rows in fitting.values()))
     return table
+
+
+def _title(estimate: Estimate) -> str:
+    """The method's; a star for one that is an estimate only."""
+    name = estimate.method.removeprefix(FOUR_BIT)
+    title = method_of(name).title
+    return title if name == estimate.method else f"{FOUR_BIT}{title} *"
 
 
 def _most(fits: int, looked: int | None) -> str:

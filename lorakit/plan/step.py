@@ -1,10 +1,11 @@
-"""What one training step, and one evaluation, need at their largest moments: run on shapes, every tensor's birth and death noted.
+"""What one training step, and one evaluation, need at their largest moments: run on shapes, every tensor's birth and
+death noted.
 
     layers alike:  peak(n) = peak(2) + (n - 2) · (peak(3) - peak(2))        in each stretch of the work, for n layers
 
-is exact, not an approximation: within a stretch the largest moment is at its first or at its last layer, and either grows by the
-same amount with each layer. The stretches are those where the moment may change places: forward, the loss with its own backward,
-the backward through the layers, and what comes before them (embeddings).
+is exact, not an approximation: within a stretch the largest moment is at its first or at its last layer, and either
+grows by the same amount with each layer. The stretches are those where the moment may change places: forward, the loss
+with its own backward, the backward through the layers, and what comes before them (embeddings).
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ Parts = dict[str, int]  # bytes by purpose: gradients, activations, loss, workin
 
 @dataclass(frozen=True)
 class Traced:
-    """`stretches`: bytes by purpose at the largest moment of each, without parameters and optimizer. `flops`: of the whole step."""
+    """`stretches`: bytes by purpose at the largest moment of each, without parameters and optimizer. `flops`: of the
+    whole step.
+    """
 
     stretches: dict[str, Parts]
     flops: int
 
 
 def training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumulating: bool) -> Traced:
-    """Forward and backward of one micro-batch (`input_ids`, `labels`: [rows, length]). `accumulating`: gradients are there already."""
+    """Forward and backward of one micro-batch. `accumulating`: gradients are there already."""
     return _over_layers(shell, lambda: _training_step(shell, batch, loss, accumulating))
 
 
@@ -67,7 +70,8 @@ def _training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumu
     if shell.stack is not None:
         handles.append(shell.stack[0].register_forward_pre_hook(_before_layers(live), with_kwargs=True))
     head = model.get_output_embeddings()
-    if head is not None and model.base_model is not model:  # a hook on the output layer would keep the loss from doing its work
+    # a hook on the output layer would keep the loss from doing its work
+    if head is not None and model.base_model is not model:
         handles.append(model.base_model.register_forward_hook(_before_loss(live)))
     live.purpose = "activations"
     try:
@@ -86,7 +90,9 @@ def _training_step(shell: Shell, batch: Mapping[str, Tensor], loss: Loss, accumu
 
 
 def _before_loss(live: Live) -> Callable[..., None]:
-    """A hook on the model without its output layer: from here on, and until its output's gradient is there, what is made is the loss's."""
+    """A hook on the model without its output layer: from here on, and until its output's gradient is there, what is
+    made is the loss's.
+    """
 
     def reached(body: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if live.stretch == "forward" and torch.is_grad_enabled():
@@ -127,7 +133,10 @@ def _over_layers(shell: Shell, run: Callable[[], Traced]) -> Traced:
         return max(0, a + more * (b - a))
 
     stretches = {
-        stretch: {p: line(parts.get(p, 0), three.stretches[stretch].get(p, 0)) for p in parts.keys() | three.stretches[stretch].keys()}
+        stretch: {
+            p: line(parts.get(p, 0), three.stretches[stretch].get(p, 0))
+            for p in parts.keys() | three.stretches[stretch].keys()
+        }
         for stretch, parts in two.stretches.items()
     }
     return Traced(stretches, line(two.flops, three.flops))

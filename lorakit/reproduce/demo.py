@@ -1,7 +1,8 @@
-"""The demo: fine-tune the embedded model on a slice of E2E NLG, judge it before and after, save, merge, check.
+"""Run the demo: fine-tune the embedded model on a slice of E2E NLG, evaluate before and after, save, merge, verify.
 
-The task is the LoRA paper's own (its Table 3): write a sentence about a restaurant from a list of its properties, scored by
-BLEU against all references of the test set. The slot error rate tells whether the sentence says what the list says.
+The task is from the LoRA paper (Hu et al. 2021, Table 3): write a sentence about a restaurant from a list of its
+properties, scored by BLEU against all references of the test set. The slot error rate measures whether the sentence
+states what the list does.
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ from ..bases.load import EMBEDDED, embedded_folder
 from ..errors import TrainError
 
 ASSETS = embedded_folder().parent / "e2e"
-# The rate is twice what `auto` picks: after 600 steps the held-out loss is 0.986 against 1.027 (16 rows a step, rank 16).
-# 8 rows a step cost half of what 16 do (383 against 797 ms of CPU time, one thread, fp32), so the steps are small and many.
+# The learning rate is twice what `auto` picks: held-out loss 0.986 against 1.027 after 600 steps of 16 rows, rank 16. A
+# step of 8 rows takes half the time of one of 16 (383 against 797 ms of CPU time, one thread, fp32), so steps are
+# small.
 SETTINGS: dict[str, Any] = {
-    "rank": 16, "steps": 750, "batch_size": 8, "learning_rate": 5e-3, "validation": 0.02, "patience": 0, "sample_tokens": 0,
+    "rank": 16,
+    "steps": 750,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
+    "validation": 0.02,
+    "patience": 0,
+    "sample_tokens": 0,
     "eval_every": 250,
-}  # fmt: skip
-LONGEST_ANSWER = 80
-ROWS_FILE = "e2e-rows.jsonl"  # in the demo's folder: what was trained on
+}
+LONGEST_ANSWER = 80  # tokens
+ROWS_FILE = "e2e-rows.jsonl"  # the training rows, in the demo's folder
 
 
 @dataclass(frozen=True)
 class Score:
-    """One model on the test set; `slot_errors` in percent of the slots."""
+    """One model's scores on the test set. `slot_errors`: percent of the slots. `seconds`: of its training."""
 
     name: str
     bleu: float
@@ -40,6 +48,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Outcome:
+    """The demo's results. `merged_difference`: largest |Δlogit| between adapter and merged model."""
+
     scores: list[Score]
     samples: list[dict[str, str]]
     adapter: str
@@ -52,9 +62,18 @@ class Outcome:
 
 
 def run(
-    out: Path, compare: bool = False, rows: int | None = None, steps: int | None = None, say: Any = print, console: Any = None
+    out: Path,
+    compare: bool = False,
+    rows: int | None = None,
+    steps: int | None = None,
+    say: Any = print,
+    console: Any = None,
 ) -> Outcome:
-    """The whole demo, into `out`. `rows`: judge on the first test rows only. `compare`: also full fine-tuning at equal steps."""
+    """Run the demo in the folder `out`, resuming an interrupted one.
+
+    compare: also train all weights for as many steps. rows: evaluate on the first `rows` test rows only. steps:
+    optimizer steps, SETTINGS' if None. say: prints a line. Raises TrainError if training is interrupted.
+    """
     import torch
 
     from ..adapter.adapter import Adapter
@@ -76,7 +95,7 @@ def run(
     say("1. fine-tune: a LoRA adapter for the embedded 5.9-million-parameter model")
     result = train(config, Progress(console))
     if result.adapter is None:
-        raise TrainError(f"stopped by {result.stopped} after step {result.step}; lorakit demo goes on from there")
+        raise TrainError(f"stopped by {result.stopped} after step {result.step}\n  run lorakit demo again to resume")
 
     say(f"2. judge: {len(tests)} restaurants, all references, base and adapter")
     device = choose_device().value
@@ -85,65 +104,70 @@ def run(
     attach(model, adapter)
     texts: dict[str, list[str]] = {}
     scores = []
-    for name, which in (("base", None), ("LoRA", "default")):
-        activate(model, which)
-        texts[name], score = judge(model, tokenizer, tests, name, result.seconds if which else 0.0)
+    for name, active in (("base", None), ("LoRA", "default")):
+        activate(model, active)
+        texts[name], score = judge(model, tokenizer, tests, name, result.seconds if active else 0.0)
         scores.append(score)
     if compare:
         say(f"   and full fine-tuning, {result.steps} steps")
-        full = train(config.replace(method="full", learning_rate=SETTINGS["learning_rate"] / 10, out=str(out / "full")), Progress(console))
+        full_config = config.replace(method="full", learning_rate=SETTINGS["learning_rate"] / 10, out=str(out / "full"))
+        full = train(full_config, Progress(console))
         if full.adapter is None:
-            raise TrainError(f"stopped by {full.stopped} after step {full.step}; lorakit demo --compare goes on from there")
-        texts["full"], score = judge(
-            load_model(str(full.adapter), torch.float32, device), tokenizer, tests, "full fine-tuning", full.seconds
-        )
+            raise TrainError(
+                f"stopped by {full.stopped} after step {full.step}\n  run lorakit demo --compare again to resume"
+            )
+        full_model = load_model(str(full.adapter), torch.float32, device)
+        texts["full"], score = judge(full_model, tokenizer, tests, "full fine-tuning", full.seconds)
         scores.append(score)
 
     say("3. merge: into the base's checkpoint files, and compare the logits")
     merged = out / "merged"
-    # In float32, so that what the logits differ by is arithmetic and not the rounding of the merged weights.
+    # In float32, so that the logits' difference is not dominated by the rounding of the merged weights.
     merge_checkpoint(embedded_folder(), result.adapter, merged, force=True, dtype=torch.float32)
     exact = load_model(EMBEDDED, torch.float32, device)
     attach(exact, adapter)
     difference = _largest_difference(exact, load_model(str(merged), torch.float32, device), tokenizer, tests)
     detach(exact)
     samples = [
-        {"prompt": test["prompt"].strip()} | {name: told[i] for name, told in texts.items()}
+        {"prompt": test["prompt"].strip()} | {name: answers[i] for name, answers in texts.items()}
         for i, test in list(enumerate(tests))[:: max(1, len(tests) // 3)][:3]
     ]
     return Outcome(scores, samples, str(result.adapter), str(merged), difference, time.perf_counter() - began)
 
 
 def _write_rows(out: Path) -> Path:
-    """The rows to train on, as a file that `lorakit train` takes as well."""
+    """Write the training rows as a data file, which `lorakit train` reads too."""
     from ..io.atomic import write_text
-    from .demo_rows import chosen
+    from .demo_rows import select_rows
 
-    rows = chosen([json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()])
+    rows = select_rows([json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()])
     path = out / ROWS_FILE
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 
 
-def judge(model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, seconds: float) -> tuple[list[str], Score]:
-    """Greedy texts for the test rows, and their scores."""
+def judge(
+    model: Any, tokenizer: Any, tests: list[dict[str, Any]], name: str, seconds: float
+) -> tuple[list[str], Score]:
+    """Generate a greedy text for each test row, and score them. `seconds`: of the training, for the Score."""
     from ..evaluate.metrics import score
     from ..generate.generate import generate
     from .slots import slot_error_rate
 
     prompts = [tokenizer(test["prompt"]).input_ids for test in tests]
     texts = [t.strip() for t in generate(model, tokenizer, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=210)]
-    found = score(texts, [test["references"] for test in tests])
+    metrics = score(texts, [test["references"] for test in tests])
     slots = slot_error_rate([test["prompt"].strip() for test in tests], texts)
-    return texts, Score(name, found.bleu, found.chrf, found.rouge_l, slots.rate, seconds)
+    return texts, Score(name, metrics.bleu, metrics.chrf, metrics.rouge_l, slots.rate, seconds)
 
 
-def _largest_difference(ours: Any, merged: Any, tokenizer: Any, tests: list[dict[str, Any]]) -> float:
+def _largest_difference(attached: Any, merged: Any, tokenizer: Any, tests: list[dict[str, Any]]) -> float:
+    """Return the largest |Δlogit| of two models over the first 8 test prompts."""
     import torch
 
-    worst = 0.0
+    largest = 0.0
     with torch.inference_mode():
         for test in tests[:8]:
-            ids = torch.tensor([tokenizer(test["prompt"]).input_ids], device=ours.device)
-            worst = max(worst, float((ours(ids).logits - merged(ids).logits).abs().max()))
-    return worst
+            ids = torch.tensor([tokenizer(test["prompt"]).input_ids], device=attached.device)
+            largest = max(largest, float((attached(ids).logits - merged(ids).logits).abs().max()))
+    return largest

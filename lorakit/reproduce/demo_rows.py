@@ -1,13 +1,15 @@
-"""Which of the demo's rows are trained on: one text for each meaning, that in the more usual words; most of them with many properties.
+"""Select the demo's training rows: per meaning representation the most likely text, and fewer rows with few properties.
 
-E2E has many ways to say the same: the order of the properties is free. A small model that is trained for minutes learns one order sooner
-than all of them, and leaves less out. How usual a text is, a trigram model of all texts says, restaurant names taken out:
+E2E's texts mention the properties in any order. A small model trained for minutes learns one order sooner than all of
+them, and leaves less out. The most likely text has the lowest score under a trigram model of all texts, with restaurant
+names replaced by placeholders:
 
     −log p(text) / slots        p(c | a b) = 0.6 · n(abc)/n(ab) + 0.3 · n(bc)/n(b) + 0.1 · n(c)/n
 
-so that short texts come first among equally usual ones. The texts themselves are left as they are.
+Dividing by the slots rather than the words makes the shorter of two equally likely texts win. Texts are not changed.
 
-Three of four test restaurants have seven or eight properties, of the training ones one of five: those with few are thinned out.
+Seven or eight properties occur in three of four test restaurants, but in one of five training ones: rows with few
+properties are thinned out.
 """
 
 from __future__ import annotations
@@ -20,44 +22,47 @@ from typing import Any
 
 from .slots import parse_mr
 
-TRIGRAM, BIGRAM, UNIGRAM = 0.6, 0.3, 0.1  # usual weights of an interpolated model; nothing here hangs on them
+TRIGRAM, BIGRAM, UNIGRAM = 0.6, 0.3, 0.1  # common interpolation weights; the result does not depend on them
 _WORD = re.compile(r"\w+|[^\w\s]")
 
-# All meanings with so many properties or more are kept, and one in two of the others. BLEU and slot errors on the test set, fp32, 8 rows
-# a step, one seed each (noise: about 1 each): all rows, 700 steps: 56.7, 28.4 %; the usual texts: 57.6, 21.3 %; all texts of six
-# properties and more: 56.9, 18.4 %, but inventions where few are given; one in three of the others, 750 steps: 59.5, 15.5 %; one in
-# two: 60.0, 16.1 %. (The first two with beta2 0.99.)
+# All rows with MANY or more properties are kept, and one in ONE_IN of the others. BLEU and slot errors on the test set,
+# fp32, 8 rows a step, one seed each (noise: about 1 each):
+#     all rows, 700 steps (beta2 0.99)                          56.7   28.4 %
+#     the most likely text per meaning (beta2 0.99)             57.6   21.3 %
+#     only six properties and more                              56.9   18.4 %   (invents properties if few are given)
+#     six and more, and one in three of the others, 750 steps   59.5   15.5 %
+#     six and more, and one in two of the others, 750 steps     60.0   16.1 %
 MANY, ONE_IN = 6, 2
 
 Row = dict[str, Any]
 Triple = tuple[str, str, str]
 
 
-def chosen(rows: Sequence[Row]) -> list[Row]:
-    """The usual text of each meaning with many properties, and of some with few."""
-    kept, few = [], 0
-    for row in usual(rows):
+def select_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the most likely text of each meaning with many properties, and of one in ONE_IN of the others."""
+    selected, few = [], 0
+    for row in most_likely(rows):
         many = len(parse_mr(row["prompt"].strip())) >= MANY
         if many or few % ONE_IN == 0:
-            kept.append(row)
+            selected.append(row)
         few += not many
-    return kept
+    return selected
 
 
-def usual(rows: Sequence[Row]) -> list[Row]:
-    """One row for each prompt, in the prompts' order of appearance."""
+def most_likely(rows: Sequence[Row]) -> list[Row]:
+    """Return the row with the most likely text for each prompt, in order of the prompts' first occurrence."""
     triples = [_triples(row) for row in rows]
     surprise = _surprise([triple for text in triples for triple in text])
     best: dict[str, tuple[float, Row]] = {}
     for row, text in zip(rows, triples, strict=True):
-        told = sum(surprise[triple] for triple in text) / len(parse_mr(row["prompt"].strip()))
-        if row["prompt"] not in best or told < best[row["prompt"]][0]:
-            best[row["prompt"]] = told, row
+        score = sum(surprise[triple] for triple in text) / len(parse_mr(row["prompt"].strip()))
+        if row["prompt"] not in best or score < best[row["prompt"]][0]:
+            best[row["prompt"]] = score, row
     return [row for _, row in best.values()]
 
 
 def _triples(row: Row) -> list[Triple]:
-    """Each word of the completion with the two before it."""
+    """Return the trigrams of the completion."""
     text, slots = row["completion"], parse_mr(row["prompt"].strip())
     for slot in ("near", "name"):
         if slot in slots:
@@ -67,16 +72,16 @@ def _triples(row: Row) -> list[Triple]:
 
 
 def _surprise(triples: Iterable[Triple]) -> dict[Triple, float]:
-    """−log p of the last word of each triple, after the two before it."""
-    three = Counter(triples)
-    before, two, one, last = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[str](), Counter[str]()
-    for (a, b, c), n in three.items():
-        before[a, b] += n
-        two[b, c] += n
-        one[b] += n
-        last[c] += n
-    total = sum(last.values())
+    """Return −log p(c | a b) of each trigram."""
+    abc = Counter(triples)
+    ab, bc, b_alone, c_alone = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[str](), Counter[str]()
+    for (a, b, c), n in abc.items():
+        ab[a, b] += n
+        bc[b, c] += n
+        b_alone[b] += n
+        c_alone[c] += n
+    total = sum(c_alone.values())
     return {
-        (a, b, c): -math.log(TRIGRAM * n / before[a, b] + BIGRAM * two[b, c] / one[b] + UNIGRAM * last[c] / total)
-        for (a, b, c), n in three.items()
+        (a, b, c): -math.log(TRIGRAM * n / ab[a, b] + BIGRAM * bc[b, c] / b_alone[b] + UNIGRAM * c_alone[c] / total)
+        for (a, b, c), n in abc.items()
     }

@@ -1,21 +1,21 @@
-"""Slot errors: does a text say what its meaning representation says, and nothing else? For E2E NLG (Novikova et al. 2017).
+"""Count slot errors: does a text state its meaning representation, and nothing else? For E2E NLG (Novikova 2017).
 
     name[The Vaults], eatType[pub], priceRange[more than £30], area[riverside], near[Café Adriatic]
 
-A slot is *missing* when no wording of its value is found in the text. An attribute is *wrong* when another of its values is stated
-(whether the representation has the attribute or not), or when a known restaurant is named that the representation does not name.
-A slot whose value was replaced by another is one error (wrong), not two.
+A slot is *missing* if no wording of its value is found in the text. An attribute is *wrong* if another of its values is
+stated (whether or not the representation has the attribute), or if a known restaurant is named that the representation
+does not name. A slot whose value is replaced by another is one error (wrong), not two.
 
     rate = 100 · (missing + wrong) / slots
 
-This is a pattern matcher over word lists (`slot_words`), not an understanding of the text: it cannot see swapped roles ("A is near B"
-for "B is near A"), sarcasm, or a paraphrase that nobody wrote down. Calibrated on the data's human references, which get
+This is a pattern matcher over word lists (`slot_words`): it misses swapped roles ("A is near B" for "B is near A"),
+sarcasm, and paraphrases that are not in the lists. Calibrated on the data's human references, which score
 
     development set   6.9 %   (1,654 missing, 267 wrong of 27,759 slots)
     test set          7.9 %   (2,232 missing, 328 wrong of 32,332 slots)
 
-because the authors do leave out and contradict slots: of 100 flagged slots drawn at random and read, 87 were the author's own. So
-about one percent is the matcher's noise, and a model that copies every slot scores below the humans.
+because the authors do omit and contradict slots: of 100 flagged slots drawn at random and read, 87 were the author's
+error. So about one percentage point is the matcher's noise, and a model that copies every slot scores below the humans.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NAMED = ("name", "near")
 
 @dataclass(frozen=True)
 class Checked:
-    """What one text gets wrong. `missing`: slot names. `wrong`: what was stated instead, as `slot: value`."""
+    """The errors of one text. `missing`: slot names. `wrong`: what is stated instead, as `slot: value`."""
 
     missing: tuple[str, ...]
     wrong: tuple[str, ...]
@@ -56,39 +56,46 @@ class SlotErrors:
 
 
 def slot_error_rate(mrs: Sequence[str], texts: Sequence[str]) -> SlotErrors:
-    """The errors of texts[i] against the meaning representation mrs[i]."""
+    """Count the errors of each texts[i] against its meaning representation mrs[i]. Raises DataError."""
     if len(mrs) != len(texts):
         raise DataError(f"{len(mrs)} meaning representations but {len(texts)} texts\n  expected one text for each")
     if not mrs:
         raise DataError("no rows to check\n  expected at least one meaning representation with its text")
     parsed = [parse_mr(mr) for mr in mrs]
     checked = [check_slots(slots, text) for slots, text in zip(parsed, texts)]
-    missing, wrong, slots = sum(len(c.missing) for c in checked), sum(len(c.wrong) for c in checked), sum(map(len, parsed))
+    missing, wrong, slots = (
+        sum(len(c.missing) for c in checked),
+        sum(len(c.wrong) for c in checked),
+        sum(map(len, parsed)),
+    )
     return SlotErrors(missing, wrong, slots, 100 * (missing + wrong) / slots)
 
 
 def parse_mr(mr: str) -> dict[str, str]:
-    """`name[The Vaults], eatType[pub]` as a dict, in the order of the text."""
+    """Parse `name[The Vaults], eatType[pub]` into an ordered dict. Raises DataError."""
     slots: dict[str, str] = {}
     at = 0
     while at < len(mr.rstrip()):
-        found = _SLOT.match(mr, at)
-        if found is None:
-            raise DataError(f"meaning representation {mr!r}: cannot read {mr[at:].strip()!r}\n  expected slot[value], slot[value], ...")
-        slot, value = found[1], found[2].strip()
+        match = _SLOT.match(mr, at)
+        if match is None:
+            raise DataError(
+                f"meaning representation {mr!r}: cannot read {mr[at:].strip()!r}\n"
+                "  expected slot[value], slot[value], ..."
+            )
+        slot, value = match[1], match[2].strip()
         if slot in slots:
             raise DataError(f"meaning representation {mr!r}: slot {slot!r} appears twice\n  expected each slot once")
         if not value:
             raise DataError(f"meaning representation {mr!r}: slot {slot!r} has no value\n  expected {slot}[value]")
         slots[slot] = value
-        at = found.end()
+        at = match.end()
     if not slots:
         raise DataError(f"meaning representation {mr!r} has no slots\n  expected slot[value], slot[value], ...")
     return slots
 
 
 def check_slots(slots: Mapping[str, str], text: str) -> Checked:
-    """Which of the slots the text lacks, and what it states that is not among them."""
+    """Find the slots that a text does not state, and the values it states that are not in `slots`."""
     plain = normalise(text)
     missing, wrong = _check_names(slots, plain)
     rest = _KNOWN.sub("@", _mask([slots[slot] for slot in _NAMED if slot in slots], plain))
@@ -108,7 +115,7 @@ def check_slots(slots: Mapping[str, str], text: str) -> Checked:
 
 
 def normalise(text: str) -> str:
-    """Lower case, no accents, plain quotes and hyphens, single spaces."""
+    """Normalise to lower case, no accents, plain quotes and hyphens, single spaces."""
     letters = unicodedata.normalize("NFKD", text.translate(_PLAIN).lower())
     return " ".join("".join(c for c in letters if not unicodedata.combining(c)).split())
 
@@ -117,11 +124,12 @@ def _check_names(slots: Mapping[str, str], plain: str) -> tuple[list[str], list[
     given = [slots[slot] for slot in _NAMED if slot in slots]
     strays = sorted({_SPELLING[name] for name in _KNOWN.findall(_mask(given, plain))})
     missing = [slot for slot in _NAMED if slot in slots and not _says(slots[slot], plain)]
-    return missing[len(strays) :], [f"name: {name}" for name in strays]  # a stray name in place of a missing one is one error
+    # a stray name in place of a missing one is one error
+    return missing[len(strays) :], [f"name: {name}" for name in strays]
 
 
 def _other_levels(attribute: str, value: str | None, rest: str) -> list[str]:
-    """The levels of the attribute, not that of `value`, that the text states."""
+    """Return the attribute's levels that the text states, other than that of `value`."""
     own = None if value is None else _level_of(attribute, value)
     return [
         name
@@ -140,7 +148,7 @@ def _level_of(attribute: str, value: str) -> str:
 
 
 def _family(rest: str) -> str | None:
-    """ "yes", "no" or None: what the text says about families. Refusals are cut out first, so "not family-friendly" is no "yes"."""
+    """Return "yes", "no" or None. Refusals are removed first, so that "not family-friendly" does not match "yes"."""
     without, refusals = NOT_FOR_FAMILIES.subn(" ", rest)
     if refusals:
         return "no"
@@ -153,13 +161,13 @@ def _says(value: str, plain: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _verbatim(*values: str) -> re.Pattern[str]:
-    """Any of the values as whole words, the longest first."""
-    anyone = "|".join(re.escape(normalise(value)) for value in sorted(values, key=len, reverse=True))
-    return re.compile(rf"(?<!\w)(?:{anyone})(?!\w)")
+    """Match any of the values as full words, longest first."""
+    any_value = "|".join(re.escape(normalise(value)) for value in sorted(values, key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?:{any_value})(?!\w)")
 
 
 def _mask(names: Sequence[str], plain: str) -> str:
-    """The text with names blanked, so that "Raja Indian Cuisine" says nothing about the food."""
+    """Blank out names, so that "Raja Indian Cuisine" does not state a food."""
     return _verbatim(*names).sub("@", plain) if names else plain
 
 

@@ -1,10 +1,10 @@
-"""A model card (README.md) for an adapter, from what is known of it and nothing else.
+"""Write a model card (README.md) for an adapter, from what is known about it and nothing else.
 
     card = card_of("runs/first", license="apache-2.0", base_model="Qwen/Qwen3-0.6B")
-    card.text, card.missing          # the page; what it could not say, each with the way to give it
+    card.text, card.missing          # the page; what is not known, each with the option that provides it
 
-What an adapter's file says of itself was written by somebody else: it is shown as text, never as Markdown, HTML or YAML. Paths of the
-machine it was made on are cut to their last name.
+What an adapter's file says about itself is untrusted: it is shown as text, never as Markdown, HTML or YAML. Local paths
+are cut to their last component.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Local paths in what an adapter says of itself (JSON): cut to their last name where that is safe, else left, and both are told.
+"""Cut local paths in an adapter's JSON metadata to their last component where that is safe, and report all of them.
 
-Cut: a value that is a path as a whole, or an option that has one (`--data=/a/b`); a base or data that is no hub id and has a slash.
-Left: a path inside a text, in a key, or among the names of modules, which may be regular expressions.
+Cut: a value that is nothing but a path, or an option with one (`--data=/a/b`); a base or dataset that is not a hub id
+and has a slash. Left: a path inside a text, in a key, or among module names, which may be regular expressions.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from typing import Any
 from .words import hub_id, is_local_path, is_path, last_name, without_paths
 
 _BASE = "base_model_name_or_path"
-_BASES = (_BASE, "model")  # PEFT's name; MLX's, and that of lorakit's recipes
-_PLACES = (*_BASES, "data", "validation")  # hub ids or paths
+_BASES = (_BASE, "model")  # PEFT's key; MLX's, and the one in lorakit's recipes
+_NAMES = (*_BASES, "data", "validation")  # keys of hub ids or paths
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 _OPTION = re.compile(r"(-{0,2}[A-Za-z][\w.-]*=)(\S+)")
 _URL = re.compile(r"\b(?!file:)[A-Za-z][A-Za-z0-9+.-]*://\S+")
 
 
 @dataclass
-class Paths:
-    """What is found in one adapter. `base_model`: how its base is to be called; `cut`: (where, what was done); `left`: (where, what it is)."""
+class PathCleaner:
+    """Cleans one adapter's metadata and keeps a record of its local paths.
+
+    base_model: the hub id to call the base by. cut: (where, what was done). left: (where, what is there).
+    """
 
     base_model: str | None = None
     cut: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def clean(self, value: Any, where: str, key: str = "") -> Any:
-        """A JSON value without local paths, as far as that is safe. `key`: the one that it (or its list) stands under."""
+        """Return a JSON value without local paths, as far as is safe. key: the key of the value, or of its list."""
         if isinstance(value, Mapping):
             for name in value:
                 if holds_path(name):
@@ -41,7 +44,7 @@ class Paths:
             return [self.clean(v, f"{where}[{i}]", key) for i, v in enumerate(value)]
         if not isinstance(value, str):
             return value
-        clean = value if key in _PATTERNS else self._name(value, where, key) if key in _PLACES else _whole(value)
+        clean = value if key in _PATTERNS else self._name(value, where, key) if key in _NAMES else _cut_path(value)
         if clean == value and holds_path(value):
             self.left.append((where, "holds a local path"))
         elif clean != value and self.cut[-1:] != [(where, f"the base is called {clean!r}")]:
@@ -49,8 +52,8 @@ class Paths:
         return clean
 
     def clean_text(self, text: str, where: str, key: str) -> str:
-        """A header's value, which may be JSON itself; what is none, or nested too deep, is a text."""
-        inner = Paths(self.base_model)
+        """Return a header's value without local paths. If it is not JSON, or nested too deeply, it is a text."""
+        inner = PathCleaner(self.base_model)
         try:
             value = json.loads(text)
             clean = inner.clean(value, where, key) if isinstance(value, dict | list) else None
@@ -63,27 +66,28 @@ class Paths:
         return text if clean == value else json.dumps(clean, sort_keys=True)
 
     def _name(self, value: str, where: str, key: str) -> str:
-        """The name of a base or of data: a hub id stays, a folder of the hub's cache becomes one, another path is cut."""
-        found = hub_id(value)
+        """Return a base's or dataset's hub id, also for a folder of the hub's cache, or else its last component."""
+        name = hub_id(value)
         if key in _BASES and self.base_model is not None:
-            found = self.base_model
-        if found is not None:
-            if found != value:
-                self.cut.append((where, f"the base is called {found!r}"))
-            return found
-        if _URL.match(value) or (key != _BASE and any(c.isspace() for c in value)):  # the latter is a text
-            return _whole(value)
+            name = self.base_model
+        if name is not None:
+            if name != value:
+                self.cut.append((where, f"the base is called {name!r}"))
+            return name
+        if _URL.match(value) or (key != _BASE and any(c.isspace() for c in value)):  # a text, if it has spaces
+            return _cut_path(value)
         name = last_name(value.rstrip("/\\")) if "/" in value or is_path(value) else value
         return value if name in ("", ".", "..") else name
 
 
 def holds_path(text: str) -> bool:
-    """Whether a local path is in a text. (What follows a URL's scheme is none.)"""
+    """Whether a text contains a local path. URLs do not count."""
     rest = _URL.sub(" ", text)
     return without_paths(rest) != rest
 
 
-def _whole(value: str) -> str:
+def _cut_path(value: str) -> str:
+    """Cut a value that is a path, or an option with one, to the last component; return any other unchanged."""
     option = _OPTION.fullmatch(value)
     if option is not None and is_local_path(option[2]):
         return option[1] + without_paths(option[2])
@@ -91,6 +95,6 @@ def _whole(value: str) -> str:
 
 
 def _shown(key: str) -> str:
-    """A key for a line on a terminal: it may come from somebody else."""
+    """Return an untrusted key in printable form, for a terminal."""
     shown = key if key.isprintable() else ascii(key)
     return shown if len(shown) <= 120 else shown[:119] + "…"

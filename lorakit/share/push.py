@@ -1,13 +1,13 @@
-"""`push`: an adapter to a repository of the Hugging Face hub, in one commit.
+"""Upload an adapter to a repository on the Hugging Face hub, in one commit.
 
     pushed = push("runs/first", "OWNER/NAME", private=True)
     pushed.url, pushed.files
 
-What is uploaded is the adapter's own: of PEFT's folder `adapter_config.json`, `adapter_model.safetensors`, `lorakit.json` and the card; of
-MLX's the config and the tensors; of the other formats the one file. An adapter that does not load, or holds NaN, stays here. Paths of this
-machine in a PEFT or MLX folder's texts (a base or data as a local folder) are cut to their last name in what is uploaded, and it is said;
-so is where others are left.
-The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` left.
+Only the adapter's own files are uploaded: from PEFT's folder `adapter_config.json`, `adapter_model.safetensors`,
+`lorakit.json` and the card; from MLX's the config and the tensors; in other formats the single file. An adapter that
+does not load, or has NaN, is not uploaded. Local paths in a PEFT or MLX folder's metadata (a base or dataset in a local
+folder) are cut to their last component in the upload; the result lists these, and the paths that are left. The token is
+huggingface_hub's: HF_TOKEN, or the one stored by `hf auth login`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..formats.hub import SECONDS, api, endpoint
 from ..io.hub_errors import LOGIN, TOKENS, reason
 from . import card_of
 from .page import with_repository
-from .upload import check, files_of, inside, mended
+from .upload import check, files_of, inside, without_local_paths
 from .words import is_hub_name
 
 CARD = "README.md"
@@ -33,9 +33,11 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was done, or would be. `files`: name in the repository -> bytes; `mended`: where local paths or the base's name were changed;
-    `left`: where local paths are uploaded as they are; `card`: "written", "as it is here", "as it is there" or "none"; `not_on_card`: the
-    options that it does not follow.
+    """What was uploaded, or would be in a dry run.
+
+    files: name in the repository -> bytes. mended: where local paths or the base's name were changed. left: where local
+    paths are uploaded unchanged. card: "written", "as it is here" (the local one is uploaded), "as it is there" (the
+    repository's is kept) or "none". not_on_card: the options that have no effect on the card.
     """
 
     repository: str
@@ -69,14 +71,18 @@ def push(
     base: Path | None = None,
     tell: Callable[[Pushed], None] | None = None,
 ) -> Pushed:
-    """Upload an adapter (a run's folder, an adapter's folder or file) to OWNER/NAME, which is made if it is not there.
+    """Upload an adapter (a run's folder, an adapter's folder or file) to the repository OWNER/NAME, created if missing.
 
-    revision: a branch, made if it is not there. card: with a README.md, the one beside the adapter or a new one; a card that the
-    repository has already is left alone if there is none here. dry_run: nothing is asked of the hub. base_model: the base's hub id, where
-    the adapter names a local folder. `tell(pushed)` hears what is going to be uploaded. LorakitError where the hub refuses.
+    revision: a branch, created if missing. message: the commit's. card: upload a README.md, the one beside the adapter
+    or a new one; if there is none here and the repository has one, that is kept. dry_run: send no request to the hub.
+    base_model: the base's hub id, if the adapter names a local folder. alpha, base: for files that cannot be read
+    without them. tell: called before the upload with what it will be. Raises ConfigError for a malformed name,
+    AdapterError for an adapter that is not uploaded, LorakitError if the hub refuses.
     """
     if not is_hub_name(repository):
-        raise ConfigError(f"'{repository}' is no name of a repository\n  expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
+        raise ConfigError(
+            f"'{repository}' is not a repository's name\n  expected OWNER/NAME, of letters, digits, '-', '_' and '.'"
+        )
     if base_model is not None and not is_hub_name(base_model):
         raise ConfigError(f"base model '{base_model}': expected a hub id, OWNER/NAME")
     path = find(source)
@@ -84,100 +90,129 @@ def push(
     files = files_of(path, form)
     with ExitStack() as stack:
         check(files, path, form, alpha, base)
-        ours = mended(files, base_model, stack)
-        files = ours.files
-        if ours.changed:
+        prepared = without_local_paths(files, base_model, stack)
+        files = prepared.files
+        if prepared.changed:
             check(files, path, form, alpha, base)
-        there = {} if dry_run else _repository(repository, revision, private)
-        kind, page = _page(path, form, repository, card, there, base_model, license, alpha, base)
-        sizes = {name: file.stat().st_size for name, file in files.items()} | ({CARD: len(page)} if page is not None else {})
-        told = Pushed(
+        existing = {} if dry_run else _repository(repository, revision, private)
+        kind, page = _page(path, form, repository, card, existing, base_model, license, alpha, base)
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        if page is not None:
+            sizes[CARD] = len(page)
+        planned = Pushed(
             repository,
             f"{endpoint()}/{repository}",
             revision or "main",
             dict(sorted(sizes.items())),
             kind,
-            ours.changed,
-            ours.left,
-            _not_on(kind, page, base_model, license),
+            prepared.changed,
+            prepared.left,
+            _not_on_card(kind, page, base_model, license),
         )
         if tell is not None:
-            tell(told)
-        return told if dry_run else _upload(told, files, page, private, message or "Upload an adapter with lorakit", there)
+            tell(planned)
+        if dry_run:
+            return planned
+        return _upload(planned, files, page, private, message or "Upload an adapter with lorakit", existing)
 
 
 def _repository(repository: str, revision: str | None, private: bool) -> dict[str, Any]:
-    """What the hub has by that name: {} if nothing, else its commit and the names of its files. LorakitError if it cannot be written."""
+    """Return the repository's commit and files, {} if it does not exist. Raises LorakitError if it is not writable."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if get_token() is None:
-        raise LorakitError(f"{repository}: there is no token, and the hub takes uploads only with one\n  {LOGIN}; {TOKENS} (of kind write)")
+        raise LorakitError(
+            f"{repository}: there is no token, and the hub needs one for uploads\n  {LOGIN}; {TOKENS} (of kind write)"
+        )
     try:
         info = api().model_info(repository, timeout=SECONDS)
         if private and not info.private:
             raise LorakitError(
-                f"{repository} exists and is public: --private is for a new repository, and hides nothing that is there\n"
+                f"{repository} exists and is public: --private is for new repositories and does not hide an existing "
+                "one\n"
                 f"  change it at {endpoint()}/{repository}/settings, name another repository, or leave --private out"
             )
         if revision not in (None, "main"):
             info = api().model_info(repository, revision=revision, timeout=SECONDS)
     except RevisionNotFoundError:
-        pass  # it is made; its files are those of main
+        pass  # the branch will be created from main, so `info` is right
     except LorakitError:
         raise
     except Exception as error:
-        gated = isinstance(error, GatedRepoError)  # of the class of those that are not found, and it is there
+        gated = isinstance(error, GatedRepoError)  # a subclass of RepositoryNotFoundError, but the repository exists
         if isinstance(error, RepositoryNotFoundError) and not gated:
             return {}
-        raise LorakitError(f"nothing was uploaded to {repository}: {reason(error, repository, revision, writing=True)}") from error
+        why = reason(error, repository, revision, writing=True)
+        raise LorakitError(f"nothing was uploaded to {repository}: {why}") from error
     return {"commit": info.sha, "files": [f.rfilename for f in info.siblings or []]}
 
 
 def _page(
-    path: Path, form: str, repository: str, wanted: bool, there: Mapping[str, Any], base_model: str | None, license: str | None,
-    alpha: float | None, base: Path | None,
-) -> tuple[str, bytes | None]:  # fmt: skip
-    """The card to upload, and how it came about."""
-    if not wanted:
+    path: Path,
+    form: str,
+    repository: str,
+    with_card: bool,
+    existing: Mapping[str, Any],
+    base_model: str | None,
+    license: str | None,
+    alpha: float | None,
+    base: Path | None,
+) -> tuple[str, bytes | None]:
+    """Return (`Pushed.card`, the card's bytes to upload, if any)."""
+    if not with_card:
         return "none", None
     home = path if path.is_dir() else path.parent
     beside = home / CARD if form in FOLDERS or path.is_dir() else home / f"{path.stem}.{CARD}"
     if beside.is_file():
         inside(beside, "leave the card out with --no-card")
         if license is not None:
-            raise ConfigError(f"{beside} is the card, and a licence belongs into it\n  lorakit card {path} --license {license}, or edit it")
+            raise ConfigError(
+                f"{beside} is the card, and --license does not change it\n"
+                f"  write it again with lorakit card {path} --license {license}, or edit it"
+            )
         text = beside.read_text(encoding="utf8", errors="replace")
         return "as it is here", with_repository(text, repository).encode()
-    if CARD in there.get("files", ()):
+    if CARD in existing.get("files", ()):
         return "as it is there", None
-    written = card_of(path, repository=repository, base_model=base_model, license=license, alpha=alpha, base=base)
-    return "written", written.text.encode()
+    new = card_of(path, repository=repository, base_model=base_model, license=license, alpha=alpha, base=base)
+    return "written", new.text.encode()
 
 
-def _not_on(kind: str, page: bytes | None, base_model: str | None, license: str | None) -> list[str]:
-    """The options that a card would follow, and this one does not: it was there before, or there is none."""
+def _not_on_card(kind: str, page: bytes | None, base_model: str | None, license: str | None) -> list[str]:
+    """List the options that have no effect on the card, as it existed before or there is none."""
     if kind == "written":
         return []
-    said = page.decode() if page is not None else ""
-    wanted = {"--license": license, "--base-model": base_model if kind != "none" else None}  # the latter is the config's, too
-    return [f"{k} {v}" for k, v in wanted.items() if v is not None and not re.search(rf"(?<![\w./-]){re.escape(v)}(?![\w/-])", said)]
+    text = page.decode() if page is not None else ""
+    # without a card, --base-model still has an effect on the config
+    options = {"--license": license, "--base-model": base_model if kind != "none" else None}
+    given = {name: value for name, value in options.items() if value is not None}
+    return [f"{k} {v}" for k, v in given.items() if not re.search(rf"(?<![\w./-]){re.escape(v)}(?![\w/-])", text)]
 
 
-def _upload(told: Pushed, files: Mapping[str, Path], page: bytes | None, private: bool, message: str, there: Mapping[str, Any]) -> Pushed:
-    """One commit with everything."""
+def _upload(
+    planned: Pushed,
+    files: Mapping[str, Path],
+    page: bytes | None,
+    private: bool,
+    message: str,
+    existing: Mapping[str, Any],
+) -> Pushed:
+    """Create the repository and branch if they are missing, and upload everything in one commit."""
     from huggingface_hub import CommitOperationAdd
 
-    hub, branch = api(), told.revision
+    hub, repository, branch = api(), planned.repository, planned.revision
     try:
-        if not there:
-            hub.create_repo(told.repository, private=private or None, exist_ok=True, repo_type="model")
+        if not existing:
+            hub.create_repo(repository, private=private or None, exist_ok=True, repo_type="model")
         if branch != "main":
-            hub.create_branch(told.repository, branch=branch, exist_ok=True)
+            hub.create_branch(repository, branch=branch, exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file)) for name, file in files.items()]
-        operations += [CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=page)] if page is not None else []
-        commit = hub.create_commit(told.repository, operations, commit_message=message, revision=branch, repo_type="model")
+        if page is not None:
+            operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=page))
+        commit = hub.create_commit(repository, operations, commit_message=message, revision=branch, repo_type="model")
     except Exception as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
-        raise LorakitError(f"the upload to {told.repository} failed: {reason(cause, told.repository, branch, writing=True)}") from error
-    return replace(told, created=not there, commit=commit.oid, changed=commit.oid != there.get("commit"))
+        why = reason(cause, repository, branch, writing=True)
+        raise LorakitError(f"the upload to {repository} failed: {why}") from error
+    return replace(planned, created=not existing, commit=commit.oid, changed=commit.oid != existing.get("commit"))

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..config import Choice
+from ..methods import method_of
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -15,10 +16,10 @@ BASE_RATE = 2e-4
 # The rate that "LoRA Without Regret" (Thinking Machines, 2025) fits for Llama models: 5e-4 · (2000 / width)^0.775.
 WIDTH_RATE, WIDTH, WIDTH_POWER = 5e-4, 2000, 0.775
 SHORT_RUN, SHORT_FACTOR = 100, 1.5
-FULL_FACTOR = 10  # full fine-tuning's best rate is about a tenth of LoRA's ("LoRA Without Regret")
 EVALUATIONS = 10
-# Rows up to this many tokens use plain attention on a CPU where its backward is not ours (`layers/fused/attention.py`): the kernel's
-# backward is slow there (a step takes 0.81 to 0.90 of its CPU time; bench/short_attention.py). Beyond, plain memory grows with the square.
+# Rows up to this many tokens use plain attention on a CPU where its backward is not ours (`layers/fused/attention.py`):
+# the kernel's backward is slow there (a step takes 0.81 to 0.90 of its CPU time; bench/short_attention.py). Beyond,
+# plain memory grows with the square.
 PLAIN_ATTENTION = 256
 CPU_TOKENS = 4096  # per micro-batch on a CPU: more gains nothing once the matrices are this long, and costs memory
 
@@ -31,8 +32,7 @@ def learning_rate(config: TrainConfig, width: int | None, steps: int) -> Choice:
         rate, why = WIDTH_RATE * (WIDTH / width) ** WIDTH_POWER, f"for a model of width {width}"
     else:
         rate, why = BASE_RATE, "LoRA's usual rate"
-    if config.method == "full":
-        rate, why = rate / FULL_FACTOR, f"a {FULL_FACTOR}th of LoRA's rate {why}"
+    rate, why = method_of(config.method).learning_rate(rate, why)
     if steps < SHORT_RUN:
         rate, why = rate * SHORT_FACTOR, f"{why}, x{SHORT_FACTOR:g} for under {SHORT_RUN} steps"
     return Choice(float(f"{rate:.2g}"), why)

@@ -12,20 +12,22 @@ from types import FrameType
 
 @dataclass
 class Interrupt:
-    """`wanted` is the signal's name once it came. A second Ctrl-C stops at once."""
+    """`signal`: its name, once one came. A second Ctrl-C stops at once."""
 
-    wanted: str | None = None
+    signal: str | None = None
 
 
 @contextmanager
 def listening() -> Iterator[Interrupt]:
-    """Catch the signals inside the block; the former handlers come back after it. Outside the main thread it never fires."""
+    """Catch the signals inside the block; the former handlers come back after it. Outside the main thread it never
+    fires.
+    """
     state = Interrupt()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if state.wanted is not None:
+        if state.signal is not None:
             raise KeyboardInterrupt
-        state.wanted = signal.Signals(number).name
+        state.signal = signal.Signals(number).name
 
     if threading.current_thread() is not threading.main_thread():
         yield state

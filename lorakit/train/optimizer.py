@@ -14,12 +14,20 @@ from .config import TrainConfig
 def adamw(config: TrainConfig, parameters: Mapping[str, nn.Parameter], rate: float) -> torch.optim.AdamW:
     """AdamW over a run's trained parameters; `rate`: the peak learning rate."""
     return torch.optim.AdamW(
-        list(parameters.values()), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
+        list(parameters.values()),
+        lr=rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], rate: float, norm: float, clip: float) -> None:
-    """One step at the learning rate `rate`, with the gradients clipped to the norm `clip` (0: as they are); `norm`: theirs, of all together."""
+def update(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], rate: float, norm: float, clip: float
+) -> None:
+    """One step at the learning rate `rate`, with the gradients clipped to the norm `clip` (0: as they are); `norm`:
+    theirs, of all together.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
     if clip:
@@ -28,7 +36,9 @@ def update(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Paramet
 
 
 def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """The share of the peak rate at optimizer step `step` (from 0): warm-up, then the schedule, to zero after the last step."""
+    """The share of the peak rate at optimizer step `step` (from 0): warm-up, then the schedule, to zero after the last
+    step.
+    """
     warm = max(1, round(config.warmup * steps)) if config.warmup else 0
     if step < warm:
         return (step + 1) / warm

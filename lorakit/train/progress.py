@@ -1,4 +1,6 @@
-"""What a run shows: a start panel with every choice and its reason, then a bar on a terminal and plain lines elsewhere."""
+"""What a run shows: a start panel with every choice and its reason,
+then a bar on a terminal and plain lines elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +31,27 @@ class Progress:
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._loss: float | None = None
-        self._tokens, self._since, self._every = 0, time.perf_counter(), 1
+        self._done, self._unit, self._since, self._every = 0, "tokens", time.perf_counter(), 1
         self._steps = 0
 
     def start(self, job: Job, step: int) -> None:
         """The panel, and the bar."""
-        self._steps, self._every = job.steps, max(1, job.steps // 20)
-        if self.quiet or not job.accelerator.is_main_process:
+        self._steps, self._every, self._unit = job.steps, max(1, job.steps // 20), job.task.unit
+        if self.quiet or not job.parallel.is_first:
             self.quiet = True
             return
         self.console.print(Panel(_facts(job, step), title="lorakit train", title_align="left", expand=False))
         if self.console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
             self._bar.start()
             self._task = self._bar.add_task("training", total=job.steps, completed=step, facts="")
         self._since = time.perf_counter()
@@ -53,14 +61,16 @@ class Progress:
         if self.quiet:
             return
         if "held_out_loss" in row:
-            perplexity = "beyond floating point" if row["held_out_perplexity"] is None else f"{row['held_out_perplexity']:.2f}"
-            self._say(f"step {row['step']:>5}  held-out loss {row['held_out_loss']:.4f}  perplexity {perplexity}")
+            figures = {name.removeprefix("held_out_"): value for name, value in row.items() if name != "step"}
+            self._say(
+                f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items())
+            )
             return
         # Smoothed, as single batches jump.
         self._loss = row["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * row["loss"]
-        self._tokens += row["tokens"]
-        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
-        facts = f"loss {self._loss:.3f}  {speed:,.0f} trained tokens/s  {_memory()}"
+        self._done += row[self._unit]
+        speed = self._done / max(1e-9, time.perf_counter() - self._since)
+        facts = f"loss {self._loss:.3f}  {speed:,.0f} trained {self._unit}/s  {_memory()}"
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], facts=facts)
         elif row["step"] % self._every == 0:
@@ -70,7 +80,11 @@ class Progress:
     def sample(self, prompt: str, base: str, tuned: str) -> None:
         """One prompt with both answers."""
         if not self.quiet:
-            self._say(f"           prompt {_short(prompt)}\n           base   {_short(base)}\n           tuned  {_short(tuned)}")
+            self._say(
+                f"           prompt {_short(prompt)}\n"
+                f"           base   {_short(base)}\n"
+                f"           tuned  {_short(tuned)}"
+            )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -85,26 +99,36 @@ def _facts(job: Job, step: int) -> Table:
     config, data = job.config, job.data
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in job.model.parameters())
-    device = job.accelerator.device
-    processes = job.accelerator.num_processes
+    device = job.parallel.device
+    processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
     table = Table.grid(padding=(0, 2))
-    left_out = (
-        f", {data.dropped} dropped" * bool(data.dropped) + f", {data.cut} cut" * bool(data.cut) + f", {data.split} split" * bool(data.split)
-    )
-    what = f"rank {config.rank}, alpha {config.alpha:g}, " if config.method == "lora" else "none: full fine-tuning, "
-    base = total - trained if config.method == "lora" else total
+    base = total - trained if job.method.keeps_base else total
     rows = [
         ("model", f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
-        ("device", f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}"),
-        ("adapter", f"{what}{trained:,} trainable ({_short_number(100 * trained / total)} %)"),
-        ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}"),
-        ("length", f"at most {data.max_length} tokens ({data.max_length_reason}){left_out}"),
-        ("batch", f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} ({job.micro_batch.reason})"),
+        (
+            "device",
+            f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}",
+        ),
+        ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
+        (
+            "data",
+            f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
+        ),
+        ("length", data.length),
+        (
+            "batch",
+            f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
+            f"({job.micro_batch.reason})",
+        ),
         *([("memory", job.memory.reason)] if job.memory else []),
         *([("compiled", job.compiled)] if job.compiled else []),
         *_fused(job),
-        ("steps", f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes over the data)"),
+        (
+            "steps",
+            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
+            "over the data)",
+        ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
     ]
@@ -117,11 +141,13 @@ def _facts(job: Job, step: int) -> Table:
 
 def _fused(job: Job) -> list[tuple[str, str]]:
     """How much is computed as one node, and what is not and costs time for that; see `layers.fused`."""
-    if job.config.method != "lora" or job.compiled:
+    if not job.method.keeps_base or job.compiled:
         return []
     rows = report(job.model)
     done = [f"{row.modules} {row.kind}" for row in rows if row.why_not is None]
-    slower = [str(row) for row in rows if row.why_not is not None and (row.kind != ATTENTION or job.dtype.value.itemsize == 2)]
+    slower = [
+        str(row) for row in rows if row.why_not is not None and (row.kind != ATTENTION or job.dtype.value.itemsize == 2)
+    ]
     return [("fused", ", ".join(done) or "nothing"), *(("note", line) for line in slower)]
 
 
@@ -152,6 +178,14 @@ def _memory() -> str:
 
 def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _figure(name: str, value: float | None) -> str:
+    """A figure of an evaluation: a loss or a share with four digits, another with two."""
+    shown = (
+        "beyond floating point" if value is None else f"{value:.4f}" if name == "loss" or value < 1 else f"{value:.2f}"
+    )
+    return f"{name.replace('_', ' ')} {shown}"
 
 
 def _short_number(value: float) -> str:

@@ -12,7 +12,8 @@ from .run_folder import RunFolder
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top;white-space:pre-wrap}"
+    "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem "
+    ".6rem;text-align:left;vertical-align:top;white-space:pre-wrap}"
     "svg{width:100%;height:auto}.train{stroke:#9ab;fill:none}.held{stroke:#c40;fill:none;stroke-width:2}text{font-size:12px;fill:#555}"
 )
 
@@ -24,7 +25,8 @@ def write_report(folder: RunFolder, config: TrainConfig) -> None:
     settings = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in changed.items())
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(str(folder.path))}</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(folder.path.name)}</h1>{_chart(rows)}<h2>Samples</h2>{_samples(folder)}<h2>Settings that differ from the defaults</h2>"
+        f"<h1>{html.escape(folder.path.name)}</h1>{_chart(rows)}<h2>Samples</h2>{_samples(folder)}<h2>Settings that "
+        "differ from the defaults</h2>"
         f"<table>{settings}</table>"
     )
     write_text(folder.report, page)
@@ -45,7 +47,10 @@ def _chart(rows: list[dict[str, Any]], width: int = 800, height: int = 300, edge
     def place(x: float, y: float) -> str:
         return f"{edge + (width - 2 * edge) * x / most_x:.1f},{edge + (height - 2 * edge) * (high - y) / span:.1f}"
 
-    lines = "".join(f'<polyline class="{name}" points="{" ".join(place(x, y) for x, y in curve)}"/>' for name, curve in curves.items())
+    lines = "".join(
+        f'<polyline class="{name}" points="{" ".join(place(x, y) for x, y in curve)}"/>'
+        for name, curve in curves.items()
+    )
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss by step">{lines}'
         f'<text x="4" y="{edge}">{high:.3g}</text><text x="4" y="{height - edge}">{low:.3g}</text>'
@@ -59,5 +64,8 @@ def _samples(folder: RunFolder) -> str:
     if not files:
         return "<p>None were taken.</p>"
     rows = json.loads(files[-1][1].read_text(encoding="utf8"))
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(row[k])}</td>" for k in ("prompt", "base", "tuned")) + "</tr>" for row in rows)
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(row[k])}</td>" for k in ("prompt", "base", "tuned")) + "</tr>"
+        for row in rows
+    )
     return f"<table><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{cells}</table>"

@@ -1,4 +1,5 @@
-"""Checkpoints that a run can be taken up from to the bit: trained parameters, optimizer state, position. Safetensors and JSON.
+"""Checkpoints that a run can be taken up from to the bit: trained parameters, optimizer state, position. Safetensors
+and JSON.
 
     checkpoints/step-120/trainable.safetensors   the trained parameters by their names in the model
                          optimizer.safetensors   AdamW's averages, `<parameter>.exp_avg`, ...
@@ -41,7 +42,8 @@ class Loaded:
 
 
 def trainable(model: nn.Module, adapter: str = DEFAULT) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name; of several adapters the named one's, by the names it would have if it were alone.
+    """The parameters that are trained, by name; of several adapters the named one's, by the names it would have if it
+    were alone.
 
     So a run that was trained among others has the checkpoints of one that was not.
     """
@@ -69,7 +71,9 @@ def save(
     parameters = trainable(model, adapter)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
     try:
-        save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, temporary / "trainable.safetensors")
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in parameters.items()}, temporary / "trainable.safetensors"
+        )
         save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
         if best:
             save_file({n: t.contiguous() for n, t in best.items()}, temporary / "best.safetensors")
@@ -134,7 +138,9 @@ def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer, 
     parameters = trainable(model, adapter)
     put(loaded.parameters, parameters)
     for name, parameter in parameters.items():
-        state = {key.rpartition(".")[2]: value for key, value in loaded.optimizer.items() if key.rpartition(".")[0] == name}
+        state = {
+            key.rpartition(".")[2]: value for key, value in loaded.optimizer.items() if key.rpartition(".")[0] == name
+        }
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 

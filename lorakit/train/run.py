@@ -1,4 +1,5 @@
-"""One run: an adapter's parameters with their optimizer, schedule, early stop, and folder. The loop drives one or several.
+"""One run: an adapter's parameters with their optimizer, schedule, early stop, and folder. The loop drives one or
+several.
 
 Everything random is a function of (seed, step), so a run that is killed and taken up again ends with the same bits.
 """
@@ -13,22 +14,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.dataset import Item
 from ..errors import TrainError, listing
-from ..evaluate.perplexity import perplexity
-from ..model.activate import activate
-from ..model.capture import capture
+from ..tasks.task import Item, weight_of
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
 from .report import write_report
 from .run_folder import FREE
-from .setup import Job, trained_in
+from .setup import Job
 from .trackers import Trackers
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning), or None if it was interrupted or failed."""
+    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning), or None if it was interrupted or
+    failed.
+    """
 
     adapter: Path | None
     step: int
@@ -57,12 +57,12 @@ class Run:
         self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value)
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, Tensor] = {}
-        self.step, self.spent = 0, 0.0
+        self.step, self.elapsed = 0, 0.0
         self.loss: float | None = None
         self.failed: str | None = None  # why it cannot go on
         self._resume()
-        self.trackers = Trackers(self.config) if job.accelerator.is_main_process else None
-        self.prompts = samples.prompts_for(self.config, job.model, job.tokenizer, job.held_out, job.data.style)
+        self.trackers = Trackers(self.config) if job.parallel.is_first else None
+        self.prompts = job.task.prompts(self.config, job.base, job.data) if job.method.keeps_base else []
         self.base_answers: list[str] = []
 
     @property
@@ -82,20 +82,27 @@ class Run:
         optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
         self.loss = loss
-        return {"loss": round(loss, 5), "learning_rate": rate, "gradient_norm": round(norm, 5), "tokens": trained_in(items)}
+        return {
+            "loss": round(loss, 5),
+            "learning_rate": rate,
+            "gradient_norm": round(norm, 5),
+            self.job.task.unit: weight_of(items),
+        }
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def not_finite(self, what: str, value: float, items: list[Item]) -> TrainError:
         """The error for a loss or gradient that is not finite."""
         kept = resume.found(self.job.folder.checkpoints)
         saved = (
-            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}" if kept else "no checkpoint had been written yet"
+            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}"
+            if kept
+            else "no checkpoint had been written yet"
         )
         return TrainError(
             f"the {what} is {value} at step {self.step + 1}; nothing was updated, and {saved}\n"
-            f"  rows of this batch: {listing([item.row.where for item in items], 16)}\n"
+            f"  rows of this batch: {listing([item.where for item in items], 16)}\n"
             f"  look at them, or try a lower learning rate (now {self.job.rate.value:g}), precision: fp32, or clip: 1"
         )
 
@@ -113,31 +120,32 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        self._activate()
+        self.job.method.activate(self.job.model, self.job.adapter)
         if self.job.held_out:
-            measured = perplexity(self.job.model, self.job.held_out, self.job.pad_id, batch_size=self.config.batch_size)
-            if self.early.better(measured.loss, self.step):
+            measured = self.job.task.evaluate(self.job.base, self.job.held_out, self.config.batch_size)
+            if self.early.better(next(iter(measured.values())), self.step):
                 self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
-            perplexed = round(measured.perplexity, 4) if math.isfinite(measured.perplexity) else None  # JSON has no infinity
-            self.log({"step": self.step, "held_out_loss": round(measured.loss, 5), "held_out_perplexity": perplexed})
-        if self.prompts and self.job.accelerator.is_main_process:
+            self.log(
+                {"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()}
+            )
+        if self.prompts and self.job.parallel.is_first:
             self._sample()
 
-    def _activate(self) -> None:
-        if self.config.method == "lora":
-            activate(self.job.model, self.job.adapter)
-
     def _sample(self) -> None:
-        job, tokens = self.job, self.config.sample_tokens
-        self.base_answers = self.base_answers or samples.of_base(job.model, job.tokenizer, self.prompts, tokens)
-        tuned = samples.take(job.model, job.tokenizer, self.prompts, tokens)
+        job = self.job
+        if not self.base_answers:
+            with job.method.base_alone(job.model):
+                self.base_answers = job.task.samples(self.config, job.base, self.prompts)
+        tuned = job.task.samples(self.config, job.base, self.prompts)
         samples.write(job.folder, self.step, self.prompts, self.base_answers, tuned)
         self.show.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
 
     def save(self, together: bool = False) -> None:
-        """A checkpoint. `together`: others save at this step too, and the one before stays until `prune`, when all have done so."""
+        """A checkpoint. `together`: others save at this step too, and the one before stays until `prune`, when all have
+        done so.
+        """
         job = self.job
-        state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.spent, "steps": job.steps}
+        state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
         state |= {"together": True} if together else {}
         keep = self.config.keep + together
         resume.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
@@ -149,30 +157,25 @@ class Run:
         job = self.job
         loaded = resume.load_newest(job.folder.checkpoints)
         if loaded is None:
-            if job.accelerator.is_main_process:
+            if job.parallel.is_first:
                 job.folder.rewind(0)
             return
         resume.restore(loaded, job.model, self.optimizer, job.adapter)
-        self.best, self.step, self.spent = loaded.best, loaded.state["step"], loaded.state["seconds"]
+        self.best, self.step, self.elapsed = loaded.best, loaded.state["step"], loaded.state["seconds"]
         self.loss = loaded.state["loss"]
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
-        if job.accelerator.is_main_process:
+        if job.parallel.is_first:
             job.folder.rewind(self.step)
             self.prune()  # a kill may have come before its turn
 
     def finish(self) -> None:
         """Write the adapter: the parameters of the best held-out loss, or the last ones where nothing was held out."""
         job = self.job
-        if self.failed is not None or not job.accelerator.is_main_process:
+        if self.failed is not None or not job.parallel.is_first:
             return
         if self.best:
             resume.put(self.best, self.parameters)
-        if self.config.method == "full":
-            job.model.save_pretrained(job.folder.model)
-            job.tokenizer.save_pretrained(job.folder.model)
-        else:
-            adapter = capture(job.model, job.adapter)
-            dataclasses.replace(adapter, metadata={**adapter.metadata, **self._metadata()}).save(job.folder.adapter)
+        job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
         write_report(job.folder, self.config)
 
     def _metadata(self) -> dict[str, Any]:
@@ -180,28 +183,38 @@ class Run:
         job = self.job
         return {
             "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
-            "data": {"name": Path(self.config.data).name, "hash": job.data_hash, "rows": len(job.train), "template": job.data.style},
+            "data": {
+                "name": Path(self.config.data).name,
+                "hash": job.data_hash,
+                "rows": len(job.train),
+                **job.data.about,
+            },
             "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
         }
 
     def result(self, interrupted: str | None = None) -> Result:
         """How it ended, or where the signal `interrupted` found it."""
-        job, folder = self.job, self.job.folder
+        job = self.job
         if self.failed is not None:
             stopped: str | None = "failed"
         elif not self.ended:
             stopped = interrupted
         else:
             stopped = "early" if self.step < job.steps else None
-        adapter = folder.model if self.config.method == "full" else folder.adapter
         return Result(
-            adapter if self.ended and self.failed is None else None, self.step, job.steps, self.loss, self.early.best_loss,
-            self.early.best_step, self.spent, stopped,
-        )  # fmt: skip
+            job.result if self.ended and self.failed is None else None,
+            self.step,
+            job.steps,
+            self.loss,
+            self.early.best_loss,
+            self.early.best_step,
+            self.elapsed,
+            stopped,
+        )
 
     def log(self, row: dict[str, Any]) -> None:
         """A line of metrics.jsonl, to all who want it."""
-        if self.job.accelerator.is_main_process:
+        if self.job.parallel.is_first:
             self.job.folder.log(row)
             if self.trackers is not None:
                 self.trackers.log(row)
@@ -210,3 +223,8 @@ class Run:
     def close(self) -> None:
         if self.trackers is not None:
             self.trackers.close()
+
+
+def _logged(name: str, value: float) -> float | None:
+    """A figure of an evaluation, as it is written down; JSON has no infinity."""
+    return round(value, 5 if name == "loss" else 4) if math.isfinite(value) else None

@@ -1,24 +1,26 @@
-"""A run's folder: what was asked (`config.yaml`), of which rows (`rows.sha256`), what was measured (`metrics.jsonl`), checkpoints,
-samples, the result.
+"""A run's folder: what was asked (`config.yaml`), of which rows (`rows.sha256`), what was measured (`metrics.jsonl`),
+checkpoints, samples, the result.
 
 A run started on its own folder goes on; with another config it is refused, and the difference shown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import TrainError
+from ..errors import ConfigError, TrainError
 from ..io.atomic import replacing, write_text
 from .config import TrainConfig
 from .resume import found
 
-# Settings that do not change what is computed, so that a run may go on with others. (The data's rows are compared by hash.)
-FREE = {"data", "out", "track", "keep", "threads", "save_every", "sample_prompts", "sample_tokens", "memory"}
+# Settings that do not change what is computed, so that a run may go on with others.
+FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free", ())}
 TEMPORARY = ".*.tmp"  # what `io.atomic.replacing` names a file that is being written
 
 
@@ -53,7 +55,9 @@ class RunFolder:
                 return
         # This file first, as it tells that the folder is ours: whenever the run is killed, the next one knows it again.
         write_text(self.rows_hash, rows_hash + "\n")
-        text = "# Everything this run was started with, 'auto' included. Written by lorakit; resume by the same command.\n"
+        text = (
+            "# Everything this run was started with, 'auto' included. Written by lorakit; resume by the same command.\n"
+        )
         write_text(self.config, text + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
     def _check_same(self, now: dict[str, Any], rows_now: str) -> None:
@@ -64,11 +68,13 @@ class RunFolder:
             raise TrainError(f"{self.config} cannot be read: {error}\n  give another folder (--out)") from error
         if not isinstance(then, dict):
             raise TrainError(f"{self.config} holds no settings; give another folder (--out)")
-        then = {name: field.get_default(call_default_factory=True) for name, field in TrainConfig.model_fields.items()} | then
+        then = filled(then)
         changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and then.get(k) != now.get(k)]
         lines = [f"  {k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in changed]
         if rows_then != rows_now:
-            lines.append(f"  the rows, as token ids: other ones now (SHA-256 {rows_then[:12]} then, {rows_now[:12]} now)")
+            lines.append(
+                f"  the rows, as token ids: other ones now (SHA-256 {rows_then[:12]} then, {rows_now[:12]} now)"
+            )
         if lines:
             raise TrainError(
                 f"{self.path} holds a run with other settings, so this one cannot go on from it:\n"
@@ -106,3 +112,16 @@ class RunFolder:
         """The files of samples and their steps, in order."""
         files = self.samples.glob("step-*.json") if self.samples.is_dir() else []
         return sorted((int(file.stem.removeprefix("step-")), file) for file in files)
+
+
+def filled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier run's settings as they are read today: those that came since have their defaults, values have their
+    present spelling.
+    """
+    found = {
+        name: field.get_default(call_default_factory=True) for name, field in TrainConfig.model_fields.items()
+    } | dict(settings)
+    for name in settings.keys() & TrainConfig.model_fields.keys():
+        with contextlib.suppress(ConfigError):  # a value that is none any more, or a sweep's list: it stays as it is
+            found[name] = getattr(TrainConfig(**{"data": "-", name: settings[name]}), name)
+    return found

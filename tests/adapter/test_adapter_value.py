@@ -41,7 +41,9 @@ def test_a_value_counts_its_rank_and_parameters():
 
 
 def test_another_precision_is_a_new_value():
-    value = lk.Adapter(lk.LoraConfig(rank=3), {"a": factors()}, {"x": torch.zeros(2), "steps": torch.zeros(2, dtype=torch.int64)})
+    value = lk.Adapter(
+        lk.LoraConfig(rank=3), {"a": factors()}, {"x": torch.zeros(2), "steps": torch.zeros(2, dtype=torch.int64)}
+    )
     half = value.to(torch.bfloat16)
     assert half.factors["a"].A.dtype == half.saved["x"].dtype == torch.bfloat16
     assert half.saved["steps"].dtype == torch.int64
@@ -56,7 +58,10 @@ def test_another_precision_is_a_new_value():
         (lk.Factors(torch.zeros(3), torch.zeros(4, 3), 6.0), "at least two axes"),
         (lk.Factors(torch.zeros(3, 0), torch.zeros(4, 3), 6.0), "none of them empty"),
         (lk.Factors(torch.zeros(3, 5, 1), torch.zeros(4, 3), 6.0), "should be matrices"),
-        (lk.Factors(torch.zeros(70000, 5, device="meta"), torch.zeros(4, 70000, device="meta"), 6.0), "rank 70000 is beyond"),
+        (
+            lk.Factors(torch.zeros(70000, 5, device="meta"), torch.zeros(4, 70000, device="meta"), 6.0),
+            "rank 70000 is beyond",
+        ),
         (lk.Factors(torch.zeros(3, 5, dtype=torch.int8), torch.zeros(4, 3), 6.0), "floating-point"),
         (lk.Factors(torch.zeros(3, 5), torch.zeros(4, 3), 0.0), "alpha is 0.0"),
         (lk.Factors(torch.zeros(3, 5), torch.zeros(4, 3), float("nan")), "alpha is nan"),

@@ -30,7 +30,9 @@ def test_other_weights_of_the_same_shape_are_refused_and_named(value):
     with torch.no_grad():
         model.lm_head.weight.add_(0.01)
     before = tiny.picture(model)
-    with pytest.raises(AdapterError, match=r"trained on another base:\n  weights: lm_head.weight holds other values\n.*force=True"):
+    with pytest.raises(
+        AdapterError, match=r"trained on another base:\n  weights: lm_head.weight holds other values\n.*force=True"
+    ):
         lk.attach(model, value)
     assert tiny.picture(model) == before
     lk.attach(model, value, force=True)
@@ -44,13 +46,17 @@ def test_other_shapes_and_architectures_are_named():
     model.resize_token_embeddings(50)
     with pytest.raises(AdapterError, match=r"shapes of the parameters differ: [\d,]+ parameters then, [\d,]+ now"):
         lk.attach(model, value)
-    with pytest.raises(AdapterError, match="architecture: the adapter was trained on LlamaForCausalLM, this is LlamaModel"):
+    with pytest.raises(
+        AdapterError, match="architecture: the adapter was trained on LlamaForCausalLM, this is LlamaModel"
+    ):
         lk.attach(LlamaModel(tiny.llama().config), value)
 
 
 def test_what_is_attached_or_active_does_not_change_the_fingerprint(value):
     model = tiny.llama()
-    lk.attach(model, lk.LoraConfig(rank=2, targets=["embed_tokens"], bias="all", save_modules=["lm_head"]), name="other")
+    lk.attach(
+        model, lk.LoraConfig(rank=2, targets=["embed_tokens"], bias="all", save_modules=["lm_head"]), name="other"
+    )
     tiny.randomise_factors(model)
     lk.attach(model, value)
     again = lk.capture(model, "default")

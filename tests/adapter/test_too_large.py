@@ -1,4 +1,6 @@
-"""Numbers that grow beyond their precision by casting, folding or adding: the error says so, and does not blame the training."""
+"""Numbers that grow beyond their precision by casting, folding or adding: the error says so, and does not blame the
+training.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def large(size: float, alpha: float = 2.0, dtype=torch.float32) -> lk.Adapter:
 
 
 def test_casting_names_the_module_and_a_wider_precision(tmp_path):
-    with pytest.raises(AdapterError, match=r"(?s)'l\.0\.q', B: numbers up to 7e\+04 are too large for float16.*\(--dtype bf16\)"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)'l\.0\.q', B: numbers up to 7e\+04 are too large for float16.*\(--dtype bf16\)"
+    ):
         cast(large(7e4), FP16)
     with pytest.raises(AdapterError, match="too large for float16"):
         large(7e4).save(tmp_path / "x.pt", "loralib", dtype=FP16)
@@ -40,14 +44,17 @@ def test_folding_widens_fp16_and_refuses_what_no_float32_holds():
     wide = folded(torch.full((2, 2), 6e4, dtype=FP16), 3.0)
     assert wide.dtype == torch.float32
     assert wide[0, 0] == 3 * torch.tensor(6e4, dtype=FP16).float()
-    with pytest.raises(AdapterError, match=r"(?s)a strength of 1e\+38, folded into B: .*too large for float32.*alpha or a weight mistyped"):
+    with pytest.raises(
+        AdapterError,
+        match=r"(?s)a strength of 1e\+38, folded into B: .*too large for float32.*alpha or a weight mistyped",
+    ):
         folded(torch.full((2, 2), 1e3), 1e38)
 
 
 def test_sums_and_cuts_that_overflow_say_so():
     with pytest.raises(AdapterError, match=r"weight and strength, 1e\+38: .*too large for float32"):
         lk.combine([large(1e3), large(1.0)], [1e38, 1.0])
-    whole = lk.Adapter(lk.LoraConfig(targets=["q"]), {}, others={"l.0.q": Dense(torch.full((2, 2), 6e4, dtype=FP16))})
+    whole = lk.Adapter(lk.LoraConfig(targets=["q"]), {"l.0.q": Dense(torch.full((2, 2), 6e4, dtype=FP16))})
     with pytest.raises(AdapterError, match=r"'l\.0\.q' times 2: .*too large for float16"):
         2.0 * whole
 

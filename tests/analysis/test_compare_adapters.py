@@ -42,8 +42,7 @@ def update(outputs: slice, inputs: slice, *strengths: float) -> Factors:
 
 
 def adapter(**updates) -> lk.Adapter:
-    factors = {m: f for m, f in updates.items() if isinstance(f, Factors)}
-    return lk.Adapter(lk.LoraConfig(rank=2, alpha=2), factors, others={m: f for m, f in updates.items() if m not in factors})
+    return lk.Adapter(lk.LoraConfig(rank=2, alpha=2), updates)
 
 
 def pair(a, b):
@@ -69,7 +68,9 @@ def test_an_adapter_equals_itself():
 def test_adapters_with_orthogonal_inputs_do_not_interfere():
     other = update(slice(0, 2), slice(2, 4), 5.0, 1.0)  # same outputs
     p = pair(A, other)
-    assert (p.cosine, p.phi_in, p.a_by_b.change, p.a_by_b.gain, p.a_by_b.on_inputs, p.b_by_a.change) == pytest.approx((0,) * 6, abs=1e-12)
+    assert (p.cosine, p.phi_in, p.a_by_b.change, p.a_by_b.gain, p.a_by_b.on_inputs, p.b_by_a.change) == pytest.approx(
+        (0,) * 6, abs=1e-12
+    )
     assert (p.phi_out, p.a_by_b.on_outputs) == pytest.approx((1, 1))
     assert p.angles_in == pytest.approx([90, 90])
 
@@ -168,7 +169,9 @@ def test_overall_figures_include_modules_of_one_adapter_alone():
 
 def test_adapters_of_unrelated_bases_cannot_be_compared():
     llama, unet = adapter(**{"model.layers.0.q": A}), adapter(**{"unet.down_blocks.0.q": A})
-    with pytest.raises(AdapterError, match=r"(?s)no module in common.*mine changes model\.layers\.0\.q\n  theirs changes unet\.down"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)no module in common.*mine changes model\.layers\.0\.q\n  theirs changes unet\.down"
+    ):
         compare(llama, unet, ("mine", "theirs"))
 
 
@@ -202,7 +205,10 @@ def test_different_shapes_are_refused_by_module_name():
 
 def test_modules_are_chosen_by_ending():
     one = adapter(**{"layers.0.q_proj": A, "layers.1.q_proj": A, "layers.0.v_proj": A})
-    assert [s.module for s in compare(one, one, modules=["q_proj"]).similarities] == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert [s.module for s in compare(one, one, modules=["q_proj"]).similarities] == [
+        "layers.0.q_proj",
+        "layers.1.q_proj",
+    ]
     with pytest.raises(TargetError, match="'q_pro'; did you mean 'q_proj'"):
         compare(one, one, modules=["q_pro"])
 
@@ -293,11 +299,13 @@ def test_a_pipelines_weights_are_found_by_component(tmp_path):
     (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     components = {part: ["diffusers", "Any"] for part in ("unet", "transformer", "text_encoder")}
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", **components}))
-    made = adapter(**{
-        "unet.conv_in": Factors(random(2, 4, 3, 3), random(6, 2, 1, 1), 2.0, "conv"),
-        "transformer.blocks.0.to_q": Factors(random(2, 7), random(5, 2), 2.0),
-        "text_encoder.text_model.encoder.layers.0.mlp.fc1": Dense(text / 4),
-    })  # fmt: skip
+    made = adapter(
+        **{
+            "unet.conv_in": Factors(random(2, 4, 3, 3), random(6, 2, 1, 1), 2.0, "conv"),
+            "transformer.blocks.0.to_q": Factors(random(2, 7), random(5, 2), 2.0),
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1": Dense(text / 4),
+        }
+    )
     weights = open_weights(tmp_path, list(made.updates))
     found = relative_norms(made, weights)
     for (name, update), W in zip(made.updates.items(), (conv, linear, text), strict=True):
@@ -310,7 +318,10 @@ def test_an_adapter_of_another_model_is_refused(attached, tmp_path):
     with pytest.raises(TargetError, match="not in"):
         open_weights(folder, ["model.layers.9.mlp.up_proj"])
     wide = adapter(**{"model.layers.0.self_attn.q_proj": Dense(random(5, 5))})
-    with pytest.raises(AdapterError, match=r"has a weight of \[32, 32\] in the base; the adapter's Dense update is for \[5, 5\]"):
+    with pytest.raises(
+        AdapterError,
+        match=r"has a weight of \[32, 32\] in the base; the adapter's update \(weight \[5, 5\]\) is for \[5, 5\]",
+    ):
         compare(wide, wide, base=folder)
     for update in (Factors(random(2, 5), random(5, 2), 1.0), Dense(random(5, 5))):
         small = adapter(**{"model.layers.0.self_attn.q_proj": update})

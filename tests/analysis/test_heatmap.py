@@ -32,7 +32,11 @@ def test_a_name_is_split_at_its_layer(name):
 
 
 def llama(layers: int) -> dict[str, float | None]:
-    return {f"model.layers.{i}.{m}": 1.0 + i + j for i in range(layers) for j, m in enumerate(("self_attn.q_proj", "mlp.up_proj"))}
+    return {
+        f"model.layers.{i}.{m}": 1.0 + i + j
+        for i in range(layers)
+        for j, m in enumerate(("self_attn.q_proj", "mlp.up_proj"))
+    }
 
 
 def printed(grid, colours: bool = False) -> str:
@@ -97,9 +101,12 @@ def test_unknown_and_absent_values_look_different():
 
 
 def test_each_part_of_a_pipeline_has_its_own_map():
-    made = grids({"unet.mid_block.resnets.0.conv1": 1.0, "text_encoder.text_model.encoder.layers.0.mlp.fc1": 2.0}, "norm")
+    made = grids(
+        {"unet.mid_block.resnets.0.conv1": 1.0, "text_encoder.text_model.encoder.layers.0.mlp.fc1": 2.0}, "norm"
+    )
     assert [grid.title for grid in made] == ["norm, unet", "norm, text_encoder"]
-    assert [grid.title for grid in grids({"transformer.h.0.attn.c_attn": 1.0}, "norm")] == ["norm"]  # GPT-2's is no pipeline
+    # GPT-2's is no pipeline
+    assert [grid.title for grid in grids({"transformer.h.0.attn.c_attn": 1.0}, "norm")] == ["norm"]
 
 
 def test_modules_of_equal_layers_do_not_collide():
@@ -115,7 +122,9 @@ def test_control_characters_are_replaced():
     assert literal("$a\x07") == "\\$a\N{REPLACEMENT CHARACTER}"
 
 
-@pytest.mark.parametrize("value, text", [(0.0, "0"), (0.1234, "0.123"), (12.345, "12.3"), (0.00012, "1e-4"), (123456.0, "1e5")])
+@pytest.mark.parametrize(
+    "value, text", [(0.0, "0"), (0.1234, "0.123"), (12.345, "12.3"), (0.00012, "1e-4"), (123456.0, "1e5")]
+)
 def test_values_are_formatted_in_six_characters(value, text):
     assert short(value) == text
 

@@ -74,13 +74,16 @@ def test_a_tiny_update_is_not_reported_as_zero():
 def adapter():
     """An adapter of a Llama with one zero ΔW, a saved norm and a recipe."""
     model = lk.attach(
-        tiny.llama(), lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "down_proj"], save_modules=["norm"], base="some/base")
+        tiny.llama(),
+        lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "down_proj"], save_modules=["norm"], base="some/base"),
     )
     tiny.randomise_factors(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.lora_default.B.zero_()
     made = lk.capture(model)
-    return lk.Adapter(made.config, made.factors, made.saved, {**made.metadata, "recipe": {"steps": 7}, "metrics": {"loss": 0.5}})
+    return lk.Adapter(
+        made.config, made.factors, made.saved, {**made.metadata, "recipe": {"steps": 7}, "metrics": {"loss": 0.5}}
+    )
 
 
 def test_describe_adapter_reports_its_facts(adapter, capsys, monkeypatch):
@@ -90,8 +93,17 @@ def test_describe_adapter_reports_its_facts(adapter, capsys, monkeypatch):
     assert (values["base"], values["rank"], values["parameters"]) == ("some/base", 4, adapter.parameters)
     by_name = {m["name"]: m for m in values["modules"]}
     down = by_name["model.layers.0.mlp.down_proj"]
-    assert (down["size_in"], down["size_out"], down["rank"], down["alpha"], down["scale"], down["kind"]) == (24, 16, 4, 8, 2, "linear")
-    assert down["norm"] == pytest.approx(float(adapter.factors["model.layers.0.mlp.down_proj"].delta().norm()), rel=1e-5)
+    assert (down["size_in"], down["size_out"], down["rank"], down["alpha"], down["scale"], down["kind"]) == (
+        24,
+        16,
+        4,
+        8,
+        2,
+        "linear",
+    )
+    assert down["norm"] == pytest.approx(
+        float(adapter.factors["model.layers.0.mlp.down_proj"].delta().norm()), rel=1e-5
+    )
     assert by_name["model.layers.1.mlp.down_proj"]["norm"] == 0
     json.dumps(values)
     facts.show()
@@ -172,8 +184,15 @@ def test_effective_rank_and_dead_modules_of_every_kind():
     bias = Dense(None, bias=torch.ones(6))
     made = lk.Adapter(
         lk.LoraConfig(),
-        {"even": even, "one": one, "dead": replace(even, B=B * 0), "dora": replace(even, B=B * 0, magnitude=torch.ones(6, 1))},
-        others={"loha": loha, "bias": bias, "dead too": Dense(torch.zeros(4, 4))},
+        {
+            "even": even,
+            "one": one,
+            "dead": replace(even, B=B * 0),
+            "dora": replace(even, B=B * 0, magnitude=torch.ones(6, 1)),
+            "loha": loha,
+            "bias": bias,
+            "dead too": Dense(torch.zeros(4, 4)),
+        },
     )
     facts = describe_adapter(made, "x")
     by_name = {m.name: m for m in facts.modules}
@@ -189,12 +208,19 @@ def test_effective_rank_and_dead_modules_of_every_kind():
 
 
 def test_file_base_and_ranks_are_reported(tmp_path, capsys):
-    live = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}))
+    live = lk.attach(
+        tiny_lm.llama(), lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    )
     made = lk.capture(tiny.randomise_factors(live)).to(torch.bfloat16)
     made = replace(made, embeddings={"<s1>": torch.ones(2, 8)})
     folder = replace(made, embeddings={}).save(tmp_path / "a")
     facts = describe_adapter(made, str(folder), form="peft")
-    assert (facts.format, facts.targets, facts.ranks, facts.alphas) == ("peft", ["q_proj", "v_proj"], {"4": 2, "2": 2}, {"8": 4})
+    assert (facts.format, facts.targets, facts.ranks, facts.alphas) == (
+        "peft",
+        ["q_proj", "v_proj"],
+        {"4": 2, "2": 2},
+        {"8": 4},
+    )
     assert facts.dtypes == {"bfloat16": 8, "float32": 1}
     assert facts.bytes == (folder / "adapter_model.safetensors").stat().st_size
     facts.show()
@@ -209,15 +235,20 @@ def test_trigger_words_tags_and_settings_are_read_from_kohyas_header(capsys):
         "ss_tag_frequency": json.dumps({"10_sks dog": {"a dog": 12, "grass ": 3}, "img": {"grass": 4, "bad": "x"}}),
         "ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}, "2_reg": {}}),
         "modelspec.trigger_phrase": "in the style of sks",
-        "ss_learning_rate": "0.0001", "ss_unet_lr": "None", "ss_steps": "1200", "ss_training_comment": "hi\x1b[31m",
-    }  # fmt: skip
+        "ss_learning_rate": "0.0001",
+        "ss_unet_lr": "None",
+        "ss_steps": "1200",
+        "ss_training_comment": "hi\x1b[31m",
+    }
     notes = training(header)
     assert notes["trigger words"] == ["in the style of sks", "sks dog", "reg"]
     assert notes["commonest tags"] == {"a dog": 12, "grass": 7}
     assert (notes["learning rate"], notes["steps"]) == ("0.0001", "1200")
     assert "unet learning rate" not in notes
     made = lk.Adapter(
-        lk.LoraConfig(), {"x": Factors(random(1, 3), random(2, 1), 1.0)}, metadata={"header": header, "recipe": {"x": "\x1b[2J"}}
+        lk.LoraConfig(),
+        {"x": Factors(random(1, 3), random(2, 1), 1.0)},
+        metadata={"header": header, "recipe": {"x": "\x1b[2J"}},
     )
     describe_adapter(made, "x").show()
     out = capsys.readouterr().out
@@ -227,7 +258,16 @@ def test_trigger_words_tags_and_settings_are_read_from_kohyas_header(capsys):
 
 
 @pytest.mark.parametrize(
-    "header", [None, 3, {}, {"ss_tag_frequency": "{"}, {"ss_tag_frequency": "[1]"}, {"ss_tag_frequency": '{"a": 1}'}, {"ss_steps": None}]
+    "header",
+    [
+        None,
+        3,
+        {},
+        {"ss_tag_frequency": "{"},
+        {"ss_tag_frequency": "[1]"},
+        {"ss_tag_frequency": '{"a": 1}'},
+        {"ss_steps": None},
+    ],
 )
 def test_a_malformed_header_is_ignored(header):
     assert training(header) == {}

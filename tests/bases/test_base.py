@@ -1,4 +1,4 @@
-"""Loading a base: what a name may be, which precision is chosen and why, and what is said of folders that are none."""
+"""Loading a base: what a name may be, which precision is chosen and why, and errors for folders that are not models."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_the_embedded_model_loads_with_its_tokenizer():
     assert tokenizer.decode(tokenizer("name[Blue Spice]\n").input_ids) == "name[Blue Spice]\n"
 
 
-def test_a_folder_is_taken_as_it_is_and_a_name_is_left_to_the_hub(folder):
+def test_a_folder_is_a_local_model_and_another_name_a_hub_id(folder):
     assert model_path(str(folder)) == str(folder)
     for name in ("gpt2", "Qwen/Qwen3-0.6B"):
         assert model_path(name) == name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_comes_in_the_precision_asked_for_ready_to_generate(folder, dtype):
+def test_a_model_loads_in_the_requested_precision_and_eval_mode(folder, dtype):
     model = load_model(str(folder), dtype, CPU)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert not model.training
@@ -63,9 +63,9 @@ def test_a_model_comes_in_the_precision_asked_for_ready_to_generate(folder, dtyp
         ("{models}/adapter", "it is an adapter .*: give its base as the model"),
     ],
 )
-def test_what_is_no_model_folder_is_said_with_what_to_do(tmp_path, name, message):
-    for made in ("tiny-model", "empty", "adapter"):
-        (tmp_path / made).mkdir()
+def test_a_path_that_is_not_a_model_folder_is_explained(tmp_path, name, message):
+    for subfolder in ("tiny-model", "empty", "adapter"):
+        (tmp_path / subfolder).mkdir()
     (tmp_path / "tiny-model" / "config.json").write_text("{}")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "file.txt").write_text("x")
@@ -93,10 +93,16 @@ def test_a_damaged_model_folder_is_an_error_that_names_it(tmp_path, break_it):
     assert f"cannot load '{folder}'" in str(error.value)
 
 
-@pytest.mark.parametrize("name, text", [
-    ("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}'),
-    ("tokenizer_config.json", "[]"), ("tokenizer_config.json", '{"tokenizer_class": 5}'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ],
+)
 def test_a_damaged_tokenizer_is_an_error_that_names_its_folder(tmp_path, name, text):
     folder = tiny_lm.save(tmp_path / "m")
     (folder / name).write_text(text)
@@ -105,24 +111,24 @@ def test_a_damaged_tokenizer_is_an_error_that_names_its_folder(tmp_path, name, t
     assert str(error.value).startswith(f"cannot load '{folder}' with AutoTokenizer: ")
 
 
-def test_a_tokenizer_that_is_not_there_is_not_made_up(tmp_path):
+def test_a_missing_tokenizer_is_an_error_not_an_empty_one(tmp_path):
     folder = tiny_lm.save(tmp_path / "m", tiny_lm.gpt2())
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     with pytest.raises(LorakitError, match="has no tokenizer"):
         load_tokenizer(str(folder))
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
-    with pytest.raises(LorakitError, match="cannot load"):  # transformers' releases say it in different words: merges, protobuf
+    with pytest.raises(LorakitError, match="cannot load"):  # the reason differs between transformers releases
         load_tokenizer(str(folder))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     assert load_tokenizer(str(folder))("ab").input_ids == [0, 1]
     (folder / "vocab.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    assert len(load_tokenizer(str(folder))) > 256, "one of bytes, which has no files"
+    assert len(load_tokenizer(str(folder))) > 256, "a byte tokenizer needs no vocabulary files"
 
 
 def test_weights_that_do_not_fit_the_config_are_an_error(tmp_path):
-    """Else transformers draws the missing ones at random, and training starts from noise."""
+    """transformers would initialise missing weights at random, and training would start from noise."""
     folder = tiny_lm.save(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -133,22 +139,22 @@ def test_weights_that_do_not_fit_the_config_are_an_error(tmp_path):
         load_model(str(folder), torch.float32, CPU)
 
 
-def test_tied_weights_that_the_file_holds_once_lack_nothing(tmp_path):
+def test_tied_weights_stored_once_are_not_missing(tmp_path):
     folder = tiny_lm.save(tmp_path / "m", tiny_lm.llama(tied=True))
     model = load_model(str(folder), torch.float32, CPU)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert load_model(str(tiny_lm.save(tmp_path / "g", tiny_lm.gpt2())), torch.float32, CPU).config.model_type == "gpt2"
 
 
-def test_the_config_alone_loads_too(folder, tmp_path):
+def test_the_config_loads_on_its_own(folder, tmp_path):
     assert load_config(str(folder)).hidden_size == 32
     with pytest.raises(LorakitError):
         load_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
-def test_a_precision_that_is_asked_for_is_taken(name, dtype):
-    assert (choose_dtype(name, CPU).value, choose_dtype(name, CPU).reason) == (dtype, "as asked")
+def test_a_given_precision_is_used(name, dtype):
+    assert (choose_dtype(name, CPU).value, choose_dtype(name, CPU).reason) == (dtype, "as given")
 
 
 @pytest.mark.parametrize("has, dtype", [(True, torch.bfloat16), (False, torch.float32)])
@@ -167,7 +173,7 @@ def test_an_unknown_precision_names_the_nearest():
         choose_dtype("fp23", CPU)
 
 
-def test_a_device_is_chosen_and_the_reason_said():
+def test_a_device_is_chosen_with_a_reason():
     choice = choose_device()
     assert isinstance(choice.value, torch.device)
     assert choice.reason

@@ -1,4 +1,4 @@
-"""What the latency table compares: its sides compute what their names say."""
+"""The sides of the latency table compute what their names say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def output(model):
         return model(ids, use_cache=False).last_hidden_state
 
 
-def test_merged_computes_what_unmerged_does_and_every_adapter_changes_something(sides):
+def test_merged_equals_unmerged_and_every_adapter_changes_the_output(sides):
     base = output(sides["base"])
     torch.testing.assert_close(output(sides["LoRA, merged"]), output(sides["LoRA q,v"]), atol=1e-5, rtol=0)
     for name in set(sides) - {"base"}:
@@ -35,7 +35,7 @@ def test_merged_runs_the_bases_own_modules(sides):
 
 
 @pytest.mark.parametrize("kind, blocks", [("H", 2), ("L", 1)])
-def test_bottlenecks_are_as_many_and_as_large_as_the_papers(kind, blocks):
+def test_bottlenecks_have_the_papers_number_and_size(kind, blocks):
     model = latency.gpt2(1024, 1, 16, CPU)
     before = sum(p.numel() for p in model.parameters())
     latency.with_bottlenecks(model, kind)

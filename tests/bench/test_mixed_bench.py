@@ -1,4 +1,4 @@
-"""What the steps of `lorakit bench mixed` name: the change is the only difference."""
+"""The steps of `lorakit bench mixed` differ in nothing but which adapters change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def ranks(mix: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 8, 32])
 @pytest.mark.parametrize("kind, changed", [("steady", 0), ("one", 1), ("all", None)])
-def test_each_step_changes_as_many_adapters_as_it_says_for_others_of_the_same_rank(kind, changed, count):
+def test_each_step_replaces_the_stated_number_of_adapters_by_others_of_equal_rank(kind, changed, count):
     steps = list(islice(mixes(NAMES, count, kind), 100))
     for before, now in pairwise(steps):
         assert len(set(now)) == count

@@ -1,4 +1,4 @@
-"""The frame of `lorakit bench`: names, missing peers, tables and plots."""
+"""The common part of `lorakit bench`: names, missing peers, tables and plots."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ def shown(rows) -> str:
 
 
 def running(monkeypatch, run):
-    """The table `latency`, with another `run`."""
+    """Replace the latency table's `run`."""
     monkeypatch.setattr(suite.load("latency"), "run", run)
 
 
-def test_a_wrong_name_is_told_with_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(ConfigError, match=r"'trainstep'; did you mean 'train-step'\?") as error:
         suite.load("trainstep")
     assert all(name in str(error.value) for name in suite.NAMES)
 
 
 @pytest.mark.parametrize("name", WIRED)
-def test_every_table_says_what_it_compares_and_imports_without_peers(name):
+def test_every_table_has_a_title_and_imports_without_peers(name):
     code = (
         "import sys\n"
         "for peer in ('peft', 'loralib', 'trl'): sys.modules[peer] = None\n"
-        f"from lorakit.bench import suite; bench = suite.load({name!r}); assert len(bench.TITLE) > 40 and callable(bench.run)"
+        f"from lorakit.bench import suite; bench = suite.load({name!r}); assert len(bench.TITLE) > 40 and "
+        "callable(bench.run)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -65,15 +66,20 @@ def test_another_missing_module_is_not_taken_for_a_peer(monkeypatch):
         suite.measure("latency", quick=True)
 
 
-def test_a_needed_peer_is_missed_before_anything_runs(monkeypatch):
+def test_need_raises_for_a_missing_peer(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else object())
     suite.need("peft")
     with pytest.raises(suite.MissingPeer, match="trl"):
         suite.need("peft", "trl")
 
 
-def test_a_table_shows_numbers_shortly_gaps_as_dashes_and_no_lists():
-    text = shown([{"what": "a", "ms": 1234.56, "ratio": 0.12345, "curve": [1, 2]}, {"what": "b", "ms": None, "ratio": 3, "new": "x"}])
+def test_a_table_rounds_numbers_shows_gaps_as_dashes_and_omits_lists():
+    text = shown(
+        [
+            {"what": "a", "ms": 1234.56, "ratio": 0.12345, "curve": [1, 2]},
+            {"what": "b", "ms": None, "ratio": 3, "new": "x"},
+        ]
+    )
     assert "1,235" in text
     assert "0.123" in text
     assert "–" in text
@@ -81,7 +87,7 @@ def test_a_table_shows_numbers_shortly_gaps_as_dashes_and_no_lists():
     assert "new" in text
 
 
-def test_the_machine_is_named():
+def test_the_machine_line_names_processor_gpu_and_versions():
     facts = suite.machine()
     line = suite.machine_line(facts)
     assert facts["cpu"]
@@ -91,29 +97,33 @@ def test_the_machine_is_named():
     assert "H200" in suite.machine_line(facts | {"gpu": "NVIDIA H200"})
 
 
-def test_a_table_without_a_picture_draws_none(monkeypatch, tmp_path):
+def test_a_table_without_a_plot_saves_none(monkeypatch, tmp_path):
     monkeypatch.delattr(suite.load("latency"), "plot")
     assert suite.save_plot("latency", [], tmp_path / "plots") is None
     assert not (tmp_path / "plots").exists()
 
 
 @pytest.mark.parametrize(
-    "asked, native, expected",
+    "requested, native, expected",
     [
-        ("fp32", torch.bfloat16, [torch.float32]), ("bf16", torch.float32, [torch.bfloat16]),
-        ("all", torch.float32, [torch.float32, torch.bfloat16]), (None, torch.bfloat16, [torch.float32, torch.bfloat16]),
+        ("fp32", torch.bfloat16, [torch.float32]),
+        ("bf16", torch.float32, [torch.bfloat16]),
+        ("all", torch.float32, [torch.float32, torch.bfloat16]),
+        (None, torch.bfloat16, [torch.float32, torch.bfloat16]),
         (None, torch.float32, [torch.float32]),
     ],
-)  # fmt: skip
-def test_precisions_are_those_asked_for_or_those_that_the_machine_multiplies(monkeypatch, asked, native, expected):
-    monkeypatch.setattr(device, "choose_dtype", lambda precision, device: Choice(native, "the CPU has no bf16 arithmetic"))
-    measured, told = suite.precisions(asked)
+)
+def test_precisions_are_those_requested_or_native(monkeypatch, requested, native, expected):
+    monkeypatch.setattr(
+        device, "choose_dtype", lambda precision, device: Choice(native, "the CPU has no bf16 arithmetic")
+    )
+    measured, notice = suite.precisions(requested)
     assert list(measured) == expected
-    assert bool(told) == (asked is None and native == torch.float32)
-    assert not told or "--precision all" in told
+    assert bool(notice) == (requested is None and native == torch.float32)
+    assert not notice or "--precision all" in notice
 
 
-def test_a_table_of_several_precisions_is_told_which_and_another_is_not_asked(monkeypatch):
+def test_precisions_are_passed_only_to_tables_that_take_them(monkeypatch):
     running(monkeypatch, lambda quick, precisions=(): [{"precisions": precisions}])
     assert suite.measure("latency", True, (torch.float32,)) == [{"precisions": (torch.float32,)}]
     running(monkeypatch, lambda quick: [{"quick": quick}])
@@ -121,7 +131,7 @@ def test_a_table_of_several_precisions_is_told_which_and_another_is_not_asked(mo
 
 
 @pytest.mark.parametrize("name", ["train-step", "joint", "trainer"])
-def test_tables_of_several_precisions_take_them(name):
+def test_tables_that_take_precisions_are_recognised(name):
     assert suite.measures_precisions(name)
 
 

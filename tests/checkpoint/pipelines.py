@@ -1,4 +1,6 @@
-"""Tiny diffusion pipelines of the real classes, adapters for them with mixed ranks and strengths, and what those make of the weights."""
+"""Tiny diffusion pipelines of the real classes, adapters for them with mixed ranks and strengths, and what those make
+of the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,34 @@ from lorakit.adapter.lora import Factors
 STRENGTHS = ((2, 1.0), (3, 4.0), (4, 6.5), (1, 1.0), (4, 4.0))  # rank and alpha, mixed over the modules
 SIZE = 0.1  # of an update's numbers: some rounding of half precision, and no lost updates
 UNET = {
-    "sample_size": 8, "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 12, "in_channels": 4, "out_channels": 4,
-}  # fmt: skip
+    "sample_size": 8,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+}
 
 
 def clip(kind=CLIPTextModel):
-    config = CLIPTextConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2, num_hidden_layers=2, vocab_size=50,
-                            max_position_embeddings=10, projection_dim=12, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = CLIPTextConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=50,
+        max_position_embeddings=10,
+        projection_dim=12,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return kind(config)
 
 
 def t5():
-    config = T5Config(vocab_size=50, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=50, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
     return T5EncoderModel(config)
 
 
@@ -49,9 +67,11 @@ def sd1_unet():
 
 def small_unet(**more):
     sizes = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1, "block_out_channels": (8, 12),
-    }  # fmt: skip
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "block_out_channels": (8, 12),
+    }
     return diffusers.UNet2DConditionModel(**UNET | sizes | more)
 
 
@@ -61,24 +81,47 @@ def sdxl_unet():
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     }
     return diffusers.UNet2DConditionModel(
-        block_out_channels=(4, 8, 8), transformer_layers_per_block=(1, 2, 2), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 12, **UNET | {"cross_attention_dim": 24}, **blocks,
-    )  # fmt: skip
+        block_out_channels=(4, 8, 8),
+        transformer_layers_per_block=(1, 2, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 12,
+        **UNET | {"cross_attention_dim": 24},
+        **blocks,
+    )
 
 
 def flux_transformer():
     return diffusers.FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
-        pooled_projection_dim=12, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
-    )  # fmt: skip
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=12,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
 
 
 def sd3_transformer():
     return diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=24, pos_embed_max_size=8, dual_attention_layers=(0,),
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
         qk_norm="rms_norm",
-    )  # fmt: skip
+    )
 
 
 def pipeline(model: str):
@@ -92,7 +135,13 @@ def pipeline(model: str):
         parts = {"unet": sdxl_unet(), "text_encoder": clip(), "text_encoder_2": clip(CLIPTextModelWithProjection)}
         made = diffusers.StableDiffusionXLPipeline(vae=vae(), **parts, **absent, tokenizer_2=None, scheduler=ddim())
     elif model == "flux":
-        parts = {"transformer": flux_transformer(), "text_encoder": clip(), "text_encoder_2": t5(), "tokenizer": None, "tokenizer_2": None}
+        parts = {
+            "transformer": flux_transformer(),
+            "text_encoder": clip(),
+            "text_encoder_2": t5(),
+            "tokenizer": None,
+            "tokenizer_2": None,
+        }
         made = diffusers.FluxPipeline(vae=vae(), **parts, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
     else:
         clips = {
@@ -102,7 +151,11 @@ def pipeline(model: str):
         }
         absent = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"))
         made = diffusers.StableDiffusion3Pipeline(
-            transformer=sd3_transformer(), vae=vae(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **clips, **absent
+            transformer=sd3_transformer(),
+            vae=vae(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            **clips,
+            **absent,
         )
     for part in models(made).values():
         part.eval()
@@ -117,7 +170,11 @@ def loaded(kind, folder: Path, **options):
 
 def models(pipe) -> dict[str, nn.Module]:
     """The components that an adapter can change."""
-    return {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module) and n.startswith(("unet", "transformer", "text_encoder"))}
+    return {
+        n: m
+        for n, m in pipe.components.items()
+        if isinstance(m, nn.Module) and n.startswith(("unet", "transformer", "text_encoder"))
+    }
 
 
 def full_name(component: str, name: str) -> str:
@@ -144,7 +201,9 @@ def low_rank(weights: dict[str, Tensor], dora: bool = False, seed: int = 1) -> l
         A = torch.randn(rank, *weight.shape[1:], generator=made)
         B = SIZE * torch.randn(weight.shape[0], rank, *ones, generator=made)
         magnitude = (
-            weight.float().flatten(1).norm(dim=1)[:, None] * (torch.rand(weight.shape[0], 1, generator=made) + 0.5) if dora else None
+            weight.float().flatten(1).norm(dim=1)[:, None] * (torch.rand(weight.shape[0], 1, generator=made) + 0.5)
+            if dora
+            else None
         )
         factors[name] = Factors(A, B, alpha, "conv" if ones else "linear", magnitude=magnitude)
     return lk.Adapter(lk.LoraConfig(rank=4, alpha=4), factors)
@@ -160,13 +219,17 @@ def of_other_kinds(weights: dict[str, Tensor]) -> lk.Adapter:
     for i, (name, weight) in enumerate(weights.items()):
         out, flat = weight.shape[0], weight[0].numel()
         if i % 3 == 0:
-            others[name] = Hadamard(SIZE * random(out, 2), random(2, flat), random(out, 2), random(2, flat), 3.0, shape=tuple(weight.shape))
+            others[name] = Hadamard(
+                SIZE * random(out, 2), random(2, flat), random(out, 2), random(2, flat), 3.0, shape=tuple(weight.shape)
+            )
         elif i % 3 == 1:
             half = 2 if out % 2 == 0 and weight.shape[1] % 2 == 0 else 1
-            others[name] = Kronecker(1.0, w1=SIZE * random(half, half), w2=random(out // half, weight.shape[1] // half, *weight.shape[2:]))
+            others[name] = Kronecker(
+                1.0, w1=SIZE * random(half, half), w2=random(out // half, weight.shape[1] // half, *weight.shape[2:])
+            )
         else:
             others[name] = Dense(SIZE * random(*weight.shape))
-    return lk.Adapter(lk.LoraConfig(rank=4, alpha=4), {}, others=others)
+    return lk.Adapter(lk.LoraConfig(rank=4, alpha=4), others)
 
 
 def exact(update, weight: Tensor) -> Tensor:
@@ -194,7 +257,11 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 def rounding(dtype: torch.dtype) -> dict[str, float]:
     """How far a number that was rounded once may be from the exact one; float32 was also added up in."""
-    return {"rtol": 0.51 * torch.finfo(dtype).eps, "atol": 2e-6} if dtype != torch.float32 else {"rtol": 1e-6, "atol": 2e-6}
+    return (
+        {"rtol": 0.51 * torch.finfo(dtype).eps, "atol": 2e-6}
+        if dtype != torch.float32
+        else {"rtol": 1e-6, "atol": 2e-6}
+    )
 
 
 @torch.no_grad()
@@ -210,14 +277,23 @@ def outputs(pipe) -> dict[str, Tensor]:
         if name.startswith("text_encoder"):
             found[name] = model(ids)[0]
         elif isinstance(model, diffusers.UNet2DConditionModel):
-            added = {"text_embeds": random(1, 12), "time_ids": torch.arange(6.0)[None]} if model.config.addition_embed_type else None
+            added = (
+                {"text_embeds": random(1, 12), "time_ids": torch.arange(6.0)[None]}
+                if model.config.addition_embed_type
+                else None
+            )
             context = random(1, 5, model.config.cross_attention_dim)
             found[name] = model(random(1, 4, 8, 8), torch.tensor([3]), context, added_cond_kwargs=added).sample
         elif isinstance(model, diffusers.FluxTransformer2DModel):
             found[name] = model(
-                random(1, 6, 4), encoder_hidden_states=random(1, 5, 12), pooled_projections=random(1, 12), timestep=torch.tensor([0.3]),
-                img_ids=torch.arange(18.0).reshape(6, 3), txt_ids=torch.zeros(5, 3), guidance=torch.tensor([3.5]),
-            ).sample  # fmt: skip
+                random(1, 6, 4),
+                encoder_hidden_states=random(1, 5, 12),
+                pooled_projections=random(1, 12),
+                timestep=torch.tensor([0.3]),
+                img_ids=torch.arange(18.0).reshape(6, 3),
+                txt_ids=torch.zeros(5, 3),
+                guidance=torch.tensor([3.5]),
+            ).sample
         else:
             found[name] = model(random(1, 4, 8, 8), random(1, 5, 12), random(1, 24), torch.tensor([3])).sample
     return found

@@ -1,4 +1,5 @@
-"""Single files in the original code's names, packed by hand from the weights of tiny models of diffusers and transformers.
+"""Single files in the original code's names, packed by hand from the weights of tiny models of diffusers and
+transformers.
 
 q, k and v are one tensor, SDXL's second text encoder is in OpenCLIP's form, shift and scale are in the original order.
 """
@@ -20,23 +21,34 @@ from lorakit.formats import names
 DENOISER = "model.diffusion_model."
 MODELS = {
     "sd1": lambda: {"unet": tiny.sd1_unet(), "text_encoder": tiny.clip()},
-    "sdxl": lambda: {"unet": tiny.sdxl_unet(), "text_encoder": tiny.clip(), "text_encoder_2": tiny.clip(CLIPTextModelWithProjection)},
+    "sdxl": lambda: {
+        "unet": tiny.sdxl_unet(),
+        "text_encoder": tiny.clip(),
+        "text_encoder_2": tiny.clip(CLIPTextModelWithProjection),
+    },
     "sd3": lambda: {
-        "transformer": tiny.sd3_transformer(), "text_encoder": tiny.clip(CLIPTextModelWithProjection), "text_encoder_3": tiny.t5(),
+        "transformer": tiny.sd3_transformer(),
+        "text_encoder": tiny.clip(CLIPTextModelWithProjection),
+        "text_encoder_3": tiny.t5(),
     },
     "flux": lambda: {"transformer": tiny.flux_transformer(), "text_encoder": tiny.clip(), "text_encoder_2": tiny.t5()},
-}  # fmt: skip
+}
 PREFIXES = {
-    ("sd1", "text_encoder"): "cond_stage_model.transformer.", ("sdxl", "text_encoder"): "conditioner.embedders.0.transformer.",
-    ("sd3", "text_encoder"): "text_encoders.clip_l.transformer.", ("sd3", "text_encoder_3"): "text_encoders.t5xxl.transformer.",
-    ("flux", "text_encoder"): "text_encoders.clip_l.transformer.", ("flux", "text_encoder_2"): "text_encoders.t5xxl.transformer.",
-}  # fmt: skip
+    ("sd1", "text_encoder"): "cond_stage_model.transformer.",
+    ("sdxl", "text_encoder"): "conditioner.embedders.0.transformer.",
+    ("sd3", "text_encoder"): "text_encoders.clip_l.transformer.",
+    ("sd3", "text_encoder_3"): "text_encoders.t5xxl.transformer.",
+    ("flux", "text_encoder"): "text_encoders.clip_l.transformer.",
+    ("flux", "text_encoder_2"): "text_encoders.t5xxl.transformer.",
+}
 OPEN_CLIP = "conditioner.embedders.1.model."
 
 
 def weights_of(models: dict) -> dict[str, Tensor]:
     """All parameters in float64, by lorakit's names."""
-    return {tiny.full_name(c, n): t.detach().double() for c, model in models.items() for n, t in model.state_dict().items()}
+    return {
+        tiny.full_name(c, n): t.detach().double() for c, model in models.items() for n, t in model.state_dict().items()
+    }
 
 
 def turned(t: Tensor) -> Tensor:
@@ -62,7 +74,9 @@ def pack(model: str, W: dict[str, Tensor]) -> dict[str, Tensor]:
         if m == model:
             file |= {prefix + n.removeprefix(f"{component}."): t for n, t in W.items() if n.startswith(f"{component}.")}
     return file | (
-        pack_open_clip({n.partition(".")[2]: t for n, t in W.items() if n.startswith("text_encoder_2.")}) if model == "sdxl" else {}
+        pack_open_clip({n.partition(".")[2]: t for n, t in W.items() if n.startswith("text_encoder_2.")})
+        if model == "sdxl"
+        else {}
     )
 
 
@@ -91,7 +105,10 @@ def single_file(path: Path, model: str, models: dict, dtype: torch.dtype = torch
     file = {name: t.to(dtype).contiguous() for name, t in pack(model, weights_of(models)).items()}
     made = torch.Generator().manual_seed(3)
     file |= {"first_stage_model.decoder.conv_in.weight": torch.randn(4, 4, 3, 3, generator=made).to(dtype)}
-    file |= {"alphas_cumprod": torch.rand(10, generator=made, dtype=torch.float64), "model_ema.num_updates": torch.tensor(7)}
+    file |= {
+        "alphas_cumprod": torch.rand(10, generator=made, dtype=torch.float64),
+        "model_ema.num_updates": torch.tensor(7),
+    }
     save_file(file, path, {"modelspec.title": "tiny", "format": "pt"})
     return path
 

@@ -1,4 +1,6 @@
-"""Merging into checkpoint folders: what is written computes what the attached adapter computes, and nothing else changed."""
+"""Merging into checkpoint folders: what is written computes what the attached adapter computes, and nothing else
+changed.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +51,27 @@ def rename_tensors(folder: Path, rename) -> None:
 MODELS = {
     "llama": (tiny.llama, {"targets": "all-linear"}, {}),
     "llama sharded": (tiny.llama, {"targets": "all-linear"}, {"max_shard_size": "6KB"}),
-    "llama head and embedding": (tiny.llama, {"targets": ["lm_head", "embed_tokens", "q_proj"]}, {"max_shard_size": "6KB"}),
-    "llama rank patterns": (tiny.llama, {"targets": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 5}, "rslora": True}, {}),
+    "llama head and embedding": (
+        tiny.llama,
+        {"targets": ["lm_head", "embed_tokens", "q_proj"]},
+        {"max_shard_size": "6KB"},
+    ),
+    "llama rank patterns": (
+        tiny.llama,
+        {"targets": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 5}, "rslora": True},
+        {},
+    ),
     "llama tied": (lambda: tiny.llama(tied=True), {"targets": "all-linear"}, {}),
     "llama saved norm": (tiny.llama, {"targets": ["v_proj"], "save_modules": ["norm"]}, {"max_shard_size": "6KB"}),
     "gpt2": (tiny.gpt2, {"targets": "all-linear"}, {}),
     "gpt2 square Conv1D": (tiny.gpt2, {"targets": ["attn.c_proj"]}, {}),
     "gpt2 packed": (tiny.gpt2, {"targets": ["c_attn"], "packed": {"c_attn": [True, False, True]}}, {}),
     "gpt2 biases": (tiny.gpt2, {"targets": ["c_attn"], "bias": "all"}, {}),
-    "bert with its head": (tiny.bert, {"targets": ["query", "value"], "save_modules": ["classifier"], "task": "SEQ_CLS"}, {}),
+    "bert with its head": (
+        tiny.bert,
+        {"targets": ["query", "value"], "save_modules": ["classifier"], "task": "SEQ_CLS"},
+        {},
+    ),
     "bert word embeddings": (tiny.bert, {"targets": ["word_embeddings"]}, {}),
     "t5": (tiny.t5, {"targets": ["q", "wo"]}, {"max_shard_size": "12KB"}),
 }
@@ -99,13 +113,17 @@ def test_weights_are_those_of_the_live_merge_in_every_precision(dtype, tmp_path)
     torch.testing.assert_close(logits(load(model, tmp_path / "out")), logits(model), atol=TOLERANCE[dtype], rtol=0)
 
 
-@pytest.mark.parametrize("make,targets", [(tiny.llama, ["q_proj", "down_proj"]), (tiny.gpt2, ["c_attn", "c_proj", "c_fc"])])
+@pytest.mark.parametrize(
+    "make,targets", [(tiny.llama, ["q_proj", "down_proj"]), (tiny.gpt2, ["c_attn", "c_proj", "c_fc"])]
+)
 def test_weights_equal_pefts_merge_and_unload(make, targets, tmp_path):
     import peft
 
     model = make()
     save(model, tmp_path / "base", max_shard_size="8KB")
-    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, fan_in_fan_out=make is tiny.gpt2, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=16, target_modules=targets, fan_in_fan_out=make is tiny.gpt2, task_type="CAUSAL_LM"
+    )
     theirs = peft.get_peft_model(model, config)
     made = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -132,7 +150,10 @@ def test_base_stays_as_it_was_and_untouched_tensors_are_its_bytes(tmp_path):
 
 
 def test_conv_embedding_and_linear_merge_in_any_folder_of_safetensors(tmp_path):
-    for model, targets in ((tiny.cnn(groups=2), ["conv1", "conv2", "conv2_circular", "conv3"]), (tiny.embedder(), ["emb", "head"])):
+    for model, targets in (
+        (tiny.cnn(groups=2), ["conv1", "conv2", "conv2_circular", "conv3"]),
+        (tiny.embedder(), ["emb", "head"]),
+    ):
         base = tmp_path / type(model).__name__
         base.mkdir()
         save_file(model.state_dict(), base / "model.safetensors")
@@ -149,7 +170,7 @@ def test_square_conv1d_merges_right_without_the_flag(tmp_path):
     model = tiny.gpt2()
     save(model, tmp_path / "base")
     adapter = trained(model, targets=["attn.c_proj"])
-    unset = replace(adapter, factors={m: replace(f, transposed=False) for m, f in adapter.factors.items()})
+    unset = replace(adapter, updates={m: replace(f, transposed=False) for m, f in adapter.factors.items()})
     merge_checkpoint(tmp_path / "base", unset, tmp_path / "out")
     torch.testing.assert_close(logits(load(model, tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
 
@@ -166,7 +187,9 @@ def test_gpt2_files_without_the_models_prefix_are_found(tmp_path):
     torch.testing.assert_close(logits(load(model, tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("old,new", [("model.", "language_model.model."), ("model.", "model.language_model."), ("model.", "")])
+@pytest.mark.parametrize(
+    "old,new", [("model.", "language_model.model."), ("model.", "model.language_model."), ("model.", "")]
+)
 def test_one_prefix_exchanged_for_all_modules_is_found(old, new, tmp_path):
     model = tiny.llama()
     save(model, tmp_path / "base")
@@ -312,36 +335,63 @@ def test_update_below_the_precision_is_a_warning_and_all_of_them_an_error(tmp_pa
     save(model, tmp_path / "base")
     adapter = trained(model, targets=["q_proj", "v_proj"])
     small = {m: replace(f, B=f.B * 1e-4) if "q_proj" in m else f for m, f in adapter.factors.items()}
-    report = merge_checkpoint(tmp_path / "base", replace(adapter, factors=small), tmp_path / "out")
-    assert [t.module for t in report.targets if t.lost] == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    report = merge_checkpoint(tmp_path / "base", replace(adapter, updates=small), tmp_path / "out")
+    assert [t.module for t in report.targets if t.lost] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
     assert len(report.warnings) == 2
     assert "below its weight's precision" in report.warnings[0]
     only = {m: f for m, f in small.items() if "q_proj" in m}
     with pytest.raises(lk.LorakitError, match="no weight changed"):
-        merge_checkpoint(tmp_path / "base", replace(adapter, factors=only), tmp_path / "lost")
+        merge_checkpoint(tmp_path / "base", replace(adapter, updates=only), tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
-    merge_checkpoint(tmp_path / "base", replace(adapter, factors=only), tmp_path / "lost", dtype=torch.float32)
+    merge_checkpoint(tmp_path / "base", replace(adapter, updates=only), tmp_path / "lost", dtype=torch.float32)
 
 
 def test_other_files_are_copied_and_other_weights_left_out(tmp_path):
     base = save(tiny.llama(), tmp_path / "base")
-    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "code/modeling.py", "1_Pooling/config.json"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "code/modeling.py",
+        "1_Pooling/config.json",
+    ):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
     for name in (
-        "pytorch_model.bin", "model.Q4.gguf", "original/params.json", "nested/adapter_config.json", "nested/a.json", ".git/HEAD", "model.fp16.safetensors",
-    ):  # fmt: skip
+        "pytorch_model.bin",
+        "model.Q4.gguf",
+        "original/params.json",
+        "nested/adapter_config.json",
+        "nested/a.json",
+        ".git/HEAD",
+        "model.fp16.safetensors",
+    ):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
     report = merge_checkpoint(base, trained(tiny.llama(), targets=["q_proj"]), tmp_path / "out")
     there = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert there == {
-        "config.json", "generation_config.json", "model.safetensors", "lorakit_merge.json",
-        "tokenizer.json", "chat_template.jinja", "tokenizer.model", "code/modeling.py", "1_Pooling/config.json",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "lorakit_merge.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "code/modeling.py",
+        "1_Pooling/config.json",
+    }
     assert set(report.left_out) == {
-        "pytorch_model.bin", "model.Q4.gguf", "original/params.json", "nested/adapter_config.json", "nested/a.json", "model.fp16.safetensors",
-    }  # fmt: skip
+        "pytorch_model.bin",
+        "model.Q4.gguf",
+        "original/params.json",
+        "nested/adapter_config.json",
+        "nested/a.json",
+        "model.fp16.safetensors",
+    }
 
 
 PEAK = """
@@ -350,7 +400,8 @@ from pathlib import Path
 from lorakit.checkpoint import merge_checkpoint
 
 def status(key):
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key)).split()[1]) / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(l for l in lines if l.startswith(key)).split()[1]) / 1024
 
 import lorakit, lorakit.formats.peft
 adapter = lorakit.Adapter.load(sys.argv[2])
@@ -365,13 +416,19 @@ print(status("VmHWM") - before)
 def test_memory_is_a_few_blocks_and_not_one_tensor(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
-    save_file({"a.weight": torch.zeros(4096, 8192), "b.weight": torch.zeros(4096, 8192)}, base / "model.safetensors")  # 128 MB each
+    # 128 MB each
+    save_file({"a.weight": torch.zeros(4096, 8192), "b.weight": torch.zeros(4096, 8192)}, base / "model.safetensors")
     (base / "config.json").write_text("{}")
     factors = {"a": lk.Factors(torch.ones(2, 8192), torch.ones(4096, 2), 2.0)}
-    known = {"fingerprint": fingerprint({"a.weight": torch.zeros(4096, 8192), "b.weight": torch.zeros(4096, 8192)}, "None")}
+    known = {
+        "fingerprint": fingerprint({"a.weight": torch.zeros(4096, 8192), "b.weight": torch.zeros(4096, 8192)}, "None")
+    }
     lk.Adapter(lk.LoraConfig(rank=2, targets=["a"]), factors, metadata=known).save(tmp_path / "adapter")
     child = subprocess.run(
-        [sys.executable, "-c", PEAK, base, tmp_path / "adapter", tmp_path / "out"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK, base, tmp_path / "adapter", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert float(child.stdout) < 100, "MB beyond what stood before; one tensor is 128 MB"
 
@@ -381,7 +438,9 @@ def test_a_variant_becomes_the_folders_weights(tmp_path):
     save(model, tmp_path / "base", variant="fp16", max_shard_size="6KB")
     merge_checkpoint(tmp_path / "base", trained(model, targets=["q_proj"]), tmp_path / "out")
     assert not [p.name for p in (tmp_path / "out").iterdir() if "fp16" in p.name]
-    torch.testing.assert_close(logits(load(model, tmp_path / "out")), logits(model), atol=TOLERANCE[torch.float16], rtol=0)
+    torch.testing.assert_close(
+        logits(load(model, tmp_path / "out")), logits(model), atol=TOLERANCE[torch.float16], rtol=0
+    )
 
 
 def test_the_precision_is_said_in_configs_within_the_config_too(tmp_path):
@@ -389,9 +448,14 @@ def test_the_precision_is_said_in_configs_within_the_config_too(tmp_path):
     adapter = trained(model, targets=["q_proj"])
     save(tiny.llama(), tmp_path / "base")
     config = tmp_path / "base" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"text_config": {"dtype": "float32", "hidden_size": 16}}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"text_config": {"dtype": "float32", "hidden_size": 16}})
+    )
     merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out", dtype=torch.bfloat16, force_base=True)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] == {"dtype": "bfloat16", "hidden_size": 16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] == {
+        "dtype": "bfloat16",
+        "hidden_size": 16,
+    }
 
 
 def test_a_head_that_the_adapter_replaces_is_not_compared_with_the_bases(tmp_path):

@@ -1,4 +1,6 @@
-"""Merging into checkpoint folders: what does not fit is refused with the reason, and no half-written folder is ever left."""
+"""Merging into checkpoint folders: what does not fit is refused with the reason, and no half-written folder is ever
+left.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,11 @@ def test_force_replaces_checkpoints_and_nothing_else(base, adapter, tmp_path):
     (letters / "config.json").write_text("{}")  # of something else
     note.write_text("mine")
     os.mkfifo(pipe)
-    for out, said in ((letters, "holds no checkpoint, but config.json, dear.txt"), (note, "is a file"), (pipe, "is a file")):
+    for out, said in (
+        (letters, "holds no checkpoint, but config.json, dear.txt"),
+        (note, "is a file"),
+        (pipe, "is a file"),
+    ):
         with pytest.raises(LorakitError, match=said):
             merge_checkpoint(base, adapter, out, force=True)
     assert (letters / "dear.txt").read_text() == "friend"
@@ -142,7 +148,9 @@ def test_killed_merge_leaves_no_out_and_the_next_one_works(at, base, adapter, tm
     adapter.save(tmp_path / "adapter")
     before = snapshot(base)
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, base, tmp_path / "adapter", tmp_path / "out", str(at)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, base, tmp_path / "adapter", tmp_path / "out", str(at)],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "now\n"
@@ -192,7 +200,9 @@ def test_folder_without_weights_names_what_it_has(base, adapter, tmp_path):
     refused(LorakitError, "no weights.*model.gguf", base, adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize("how", [{"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {"bits": 4}}}])
+@pytest.mark.parametrize(
+    "how", [{"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {"bits": 4}}}]
+)
 def test_quantized_base_is_refused(how, base, adapter, tmp_path):
     edit_config(base, **how)
     refused(LorakitError, "quantized", base, adapter, tmp_path / "out")
@@ -200,7 +210,14 @@ def test_quantized_base_is_refused(how, base, adapter, tmp_path):
 
 def test_integer_weights_are_refused(adapter, tmp_path):
     tensors = {f"{m}.weight": torch.zeros(16, 16, dtype=torch.int8) for m in adapter.factors}
-    refused(LorakitError, r"stored as I8 \(quantized", single(tmp_path / "base", tensors), adapter, tmp_path / "out", force_base=True)
+    refused(
+        LorakitError,
+        r"stored as I8 \(quantized",
+        single(tmp_path / "base", tensors),
+        adapter,
+        tmp_path / "out",
+        force_base=True,
+    )
 
 
 def test_missing_shard_is_named(base, adapter, tmp_path):
@@ -217,25 +234,37 @@ def test_index_may_not_point_outside_the_folder(base, adapter, tmp_path):
 def test_cut_off_shard_is_named(base, adapter, tmp_path):
     shard = next(base.glob("model-00002*"))
     shard.write_bytes(shard.read_bytes()[:-8])
-    refused(LorakitError, "model-00002.*\n?.*cut short", base, adapter, tmp_path / "out")
+    refused(
+        LorakitError, "model-00002.*is not a sound safetensors file.*would end at byte", base, adapter, tmp_path / "out"
+    )
 
 
 # ---------------------------------------------------------------------------------- the adapter and the base
 
 
 def test_adapter_of_another_model_names_the_missing_target_and_the_nearest_tensors(base, adapter, tmp_path):
-    other = replace(adapter, factors={m.replace("q_proj", "q_prok"): f for m, f in adapter.factors.items()})
-    refused(TargetError, r"layers\.0\.self_attn\.q_prok(.|\n)*nearest.*layers\.0\.self_attn\.q_proj\.weight", base, other, tmp_path / "out")
+    other = replace(adapter, updates={m.replace("q_proj", "q_prok"): f for m, f in adapter.factors.items()})
+    refused(
+        TargetError,
+        r"layers\.0\.self_attn\.q_prok(.|\n)*nearest.*layers\.0\.self_attn\.q_proj\.weight",
+        base,
+        other,
+        tmp_path / "out",
+    )
 
 
 def test_one_missing_target_of_many_is_an_error(base, adapter, tmp_path):
     one = next(iter(adapter.factors.values()))
-    more = replace(adapter, factors={**adapter.factors, "model.layers.7.self_attn.q_proj": one})
+    more = replace(adapter, updates={**adapter.factors, "model.layers.7.self_attn.q_proj": one})
     refused(TargetError, "1 of the adapter's 3 weights", base, more, tmp_path / "out")
 
 
 def test_prefix_that_fits_two_towers_is_an_error(adapter, tmp_path):
-    tensors = {f"{tower}.{m.removeprefix('model.')}.weight": torch.zeros(16, 16) for m in adapter.factors for tower in ("text", "vision")}
+    tensors = {
+        f"{tower}.{m.removeprefix('model.')}.weight": torch.zeros(16, 16)
+        for m in adapter.factors
+        for tower in ("text", "vision")
+    }
     refused(
         TargetError,
         r"could be several(.|\n)*text\.layers(.|\n)*vision\.layers",
@@ -251,19 +280,28 @@ def test_two_changes_of_one_weight_are_an_error(base, adapter, tmp_path):
     saved = replace(adapter, saved={f"{module}.weight": factors.delta()})
     refused(AdapterError, "twice", base, saved, tmp_path / "out")
     tensors = {f"{m.removeprefix('model.')}.weight": torch.zeros(16, 16) for m in adapter.factors}
-    double = replace(adapter, factors={**adapter.factors, module.removeprefix("model."): factors})
+    double = replace(adapter, updates={**adapter.factors, module.removeprefix("model."): factors})
     refused(AdapterError, "twice", single(tmp_path / "short", tensors), double, tmp_path / "out", force_base=True)
 
 
 def test_adapter_of_another_size_is_an_error_with_both_shapes(adapter, tmp_path):
     tensors = {f"{m}.weight": torch.zeros(32, 32) for m in adapter.factors}
-    refused(AdapterError, r"\[32, 32\](.|\n)*\[16, 16\]", single(tmp_path / "base", tensors), adapter, tmp_path / "out", force_base=True)
+    refused(
+        AdapterError,
+        r"\[32, 32\](.|\n)*\[16, 16\]",
+        single(tmp_path / "base", tensors),
+        adapter,
+        tmp_path / "out",
+        force_base=True,
+    )
 
 
 def test_conv_factors_that_no_weight_can_hold_are_refused(tmp_path):
     factors = {"conv": lk.Factors(torch.ones(4, 4, 3), torch.ones(6, 2, 1), 2.0, "conv", groups=2)}
     base = single(tmp_path / "base", {"conv.weight": torch.zeros(6, 2, 3)})
-    refused(AdapterError, "keep this adapter unmerged", base, lk.Adapter(lk.LoraConfig(rank=4), factors), tmp_path / "out")
+    refused(
+        AdapterError, "keep this adapter unmerged", base, lk.Adapter(lk.LoraConfig(rank=4), factors), tmp_path / "out"
+    )
 
 
 def test_adapter_that_was_never_trained_is_an_error(base, tmp_path):
@@ -288,14 +326,22 @@ def test_tied_weight_saved_whole_for_the_head_alone_is_refused_unless_untied(ada
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], head)
     assert torch.equal(
-        written["model.embed_tokens.weight"], load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
+        written["model.embed_tokens.weight"],
+        load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"],
     )
 
 
 def test_encoder_decoder_cannot_be_untied(tmp_path):
     model = tiny.t5()
     model.save_pretrained(tmp_path / "base")
-    refused(LorakitError, "encoder-decoder", tmp_path / "base", adapter_for(model, targets=["lm_head"]), tmp_path / "out", untie=True)
+    refused(
+        LorakitError,
+        "encoder-decoder",
+        tmp_path / "base",
+        adapter_for(model, targets=["lm_head"]),
+        tmp_path / "out",
+        untie=True,
+    )
 
 
 def test_head_missing_from_an_untied_base_is_not_taken_for_tied(base, tmp_path):
@@ -348,7 +394,7 @@ def test_damaged_fingerprint_is_an_error_and_no_crash(broken, base, adapter, tmp
 
 
 def test_overflow_in_half_precision_is_an_error(base, adapter, tmp_path):
-    huge = replace(adapter, factors={m: replace(f, B=f.B * 1e7) for m, f in adapter.factors.items()})
+    huge = replace(adapter, updates={m: replace(f, B=f.B * 1e7) for m, f in adapter.factors.items()})
     refused(LorakitError, "too large for torch.float16", base, huge, tmp_path / "out", dtype=torch.float16)
 
 
@@ -356,7 +402,9 @@ def test_dtype_must_be_a_floating_point_type(base, adapter, tmp_path):
     refused(LorakitError, "expected torch.bfloat16", base, adapter, tmp_path / "out", dtype=torch.int8)
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_damage_between_writing_and_reading_back_is_noticed(name, dtype, base, adapter, tmp_path):
     """A bit of an updated, a copied and a replaced tensor flipped on disk after all were written."""

@@ -1,4 +1,6 @@
-"""A LoRA out of two checkpoints: what was merged in comes out again, and base plus adapter computes what the tuned model does."""
+"""A LoRA out of two checkpoints: what was merged in comes out again, and base plus adapter computes what the tuned
+model does.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_a_given_rank_is_the_best_of_that_rank_and_the_report_is_true(tmp_path):
         true = float((W - double(done.adapter.factors[report.module])).norm())
         assert true == pytest.approx(best, rel=1e-4)
         assert report.error == pytest.approx(true / float(W.norm()), rel=1e-4)
-        assert report.change == pytest.approx(float(W.norm() / before[f"{report.module}.weight"].double().norm()), rel=1e-4)
+        assert report.change == pytest.approx(
+            float(W.norm() / before[f"{report.module}.weight"].double().norm()), rel=1e-4
+        )
         assert report.rank == 4
         left += true**2
     norms = sum(float((after[n].double() - before[n].double()).square().sum()) for n in done.rest)
@@ -136,7 +140,9 @@ def test_unchanged_modules_are_skipped_and_targets_chosen(tmp_path):
 def test_the_extracted_adapter_knows_its_base(tmp_path):
     base = save(tiny.llama(), tmp_path / "base")
     adapter = extract(base, save(tuned(tiny.llama), tmp_path / "tuned"), rank=2).adapter
-    assert adapter.metadata["fingerprint"] == lk.capture(lk.attach(tiny.llama(), lk.LoraConfig())).metadata["fingerprint"]
+    assert (
+        adapter.metadata["fingerprint"] == lk.capture(lk.attach(tiny.llama(), lk.LoraConfig())).metadata["fingerprint"]
+    )
     with pytest.raises(LorakitError, match="trained on another base"):
         lk.attach(tuned(tiny.llama, size=1.0), adapter)
 
@@ -145,10 +151,16 @@ def test_files_without_the_beginning_of_the_models_names(tmp_path):
     base, new = save(tiny.gpt2(), tmp_path / "base"), save(tuned(tiny.gpt2), tmp_path / "tuned")
     for folder in (base, new):
         tensors = load_file(folder / "model.safetensors")
-        save_file({n.removeprefix("transformer."): t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {n.removeprefix("transformer."): t for n, t in tensors.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
     done = extract(base, new, keep=1.0, save_rest=True)
     assert "transformer.h.0.attn.c_attn" in done.adapter.factors
-    torch.testing.assert_close(logits(lk.attach(tiny.gpt2(), done.adapter)), logits(tuned(tiny.gpt2)), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        logits(lk.attach(tiny.gpt2(), done.adapter)), logits(tuned(tiny.gpt2)), atol=2e-5, rtol=0
+    )
 
 
 def test_an_architecture_that_transformers_does_not_know_goes_by_the_files_names(tmp_path):
@@ -168,7 +180,9 @@ def test_half_precision_counts_only_what_the_files_hold(tmp_path):
     done = extract(base, new, keep=1.0, save_rest=True)
     a, b = (load_file(f / "model.safetensors") for f in (base, new))
     for m, f in done.adapter.factors.items():
-        torch.testing.assert_close(double(f), b[f"{m}.weight"].double() - a[f"{m}.weight"].double(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            double(f), b[f"{m}.weight"].double() - a[f"{m}.weight"].double(), atol=1e-6, rtol=1e-5
+        )
     assert {t.dtype for t in done.adapter.saved.values()} == {torch.bfloat16}
 
 
@@ -181,14 +195,26 @@ def change(folder: Path, edit) -> None:
 @pytest.mark.parametrize(
     "edit, said",
     [
-        (lambda t: t.pop("model.norm.weight"), r"hold other tensors, 1 in all: 'model\.norm\.weight' is only in .*base"),
+        (
+            lambda t: t.pop("model.norm.weight"),
+            r"hold other tensors, 1 in all: 'model\.norm\.weight' is only in .*base",
+        ),
         (lambda t: t.update(extra=torch.ones(2)), "'extra' is only in .*tuned"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(50, 16)}), r"'lm_head\.weight' has shape \[48, 16\] in .*base and \[50, 16\]"),
-        (lambda t: t.update({"lm_head.weight": torch.full((48, 16), float("nan"))}), r"'lm_head\.weight' holds values that are not finite"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(48, 16, dtype=torch.int8)}), r"'lm_head\.weight' is stored as F32 and as I8"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(50, 16)}),
+            r"'lm_head\.weight' has shape \[48, 16\] in .*base and \[50, 16\]",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.full((48, 16), float("nan"))}),
+            r"'lm_head\.weight' holds values that are not finite",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(48, 16, dtype=torch.int8)}),
+            r"'lm_head\.weight' is stored as F32 and as I8",
+        ),
         (lambda t: None, "nothing differs between"),
     ],
-)  # fmt: skip
+)
 def test_checkpoints_that_do_not_belong_together_are_refused_by_name(tmp_path, edit, said):
     base, new = save(tiny.llama(), tmp_path / "base"), save(tiny.llama(), tmp_path / "tuned")
     change(new, edit)
@@ -197,7 +223,10 @@ def test_checkpoints_that_do_not_belong_together_are_refused_by_name(tmp_path, e
 
 
 def test_only_a_norm_changed_needs_save_rest(tmp_path):
-    base, new = save(tiny.llama(), tmp_path / "base"), save(tuned(tiny.llama, only=lambda n: n == "model.norm.weight"), tmp_path / "tuned")
+    base, new = (
+        save(tiny.llama(), tmp_path / "base"),
+        save(tuned(tiny.llama, only=lambda n: n == "model.norm.weight"), tmp_path / "tuned"),
+    )
     with pytest.raises(TargetError, match=r"no weight of a matrix changed; what did: model\.norm\.weight"):
         extract(base, new, rank=2)
     assert set(extract(base, new, rank=2, save_rest=True).adapter.saved) == {"model.norm.weight"}
@@ -219,7 +248,10 @@ def test_a_head_that_only_the_tuned_model_has_of_its_own_is_its_own_change(tmp_p
     assert list(done.adapter.factors) == ["lm_head"]
     merge_checkpoint(base, done.adapter, tmp_path / "out", untie=True)
     torch.testing.assert_close(
-        load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], model.lm_head.weight.detach(), atol=1e-6, rtol=0
+        load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"],
+        model.lm_head.weight.detach(),
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -243,4 +275,6 @@ def test_the_change_of_tied_weights_merges_back_as_one(make, tmp_path):
     after = tuned(make)
     done = extract(base, save(after, tmp_path / "tuned"), keep=1.0, save_rest=True)
     merge_checkpoint(base, done.adapter, tmp_path / "out")
-    torch.testing.assert_close(logits(type(after).from_pretrained(tmp_path / "out").eval()), logits(after.eval()), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        logits(type(after).from_pretrained(tmp_path / "out").eval()), logits(after.eval()), atol=2e-4, rtol=1e-3
+    )

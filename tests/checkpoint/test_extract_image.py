@@ -97,7 +97,9 @@ def files():
 
 def test_single_files_are_compared_module_by_module(files, tmp_path):
     base, tuned = files
-    save_file({**base, "model_ema.decay": torch.ones(1), "first_stage_model.a": torch.ones(2)}, tmp_path / "base.safetensors")
+    save_file(
+        {**base, "model_ema.decay": torch.ones(1), "first_stage_model.a": torch.ones(2)}, tmp_path / "base.safetensors"
+    )
     save_file({**tuned, "first_stage_model.a": torch.zeros(2)}, tmp_path / "tuned.safetensors")
     done = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", keep=1.0, save_rest=True)
     assert done.rest["first_stage_model.a"] == pytest.approx(2**0.5)
@@ -117,7 +119,9 @@ def test_rows_of_shared_tensors_and_swapped_halves_come_out_as_the_modules_have_
     made = torch.Generator().manual_seed(0)
     after = {n: t + 0.05 * torch.randn(t.shape, generator=made) if n.endswith(wanted) else t for n, t in W.items()}
     for name, values in (("base", W), ("tuned", after)):
-        save_file({n: t.contiguous() for n, t in single_files.pack(model, values).items()}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {n: t.contiguous() for n, t in single_files.pack(model, values).items()}, tmp_path / f"{name}.safetensors"
+        )
     done = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", keep=1.0)
     assert "transformer.norm_out.linear" in done.adapter.factors
     for module, f in done.adapter.factors.items():
@@ -144,8 +148,11 @@ def test_what_does_not_go_together_is_refused(pipes, files, tmp_path):
 def test_the_command_writes_a_kohya_file_of_a_diffusion_model(pipes, tmp_path, capsys):
     from lorakit.cli import run
 
-    assert run(["extract", str(pipes / "base"), str(pipes / "tuned"), str(tmp_path / "lora.safetensors"), "--rank", "2"]) == 0
+    assert (
+        run(["extract", str(pipes / "base"), str(pipes / "tuned"), str(tmp_path / "lora.safetensors"), "--rank", "2"])
+        == 0
+    )
     told = capsys.readouterr().out
-    assert "other tensors changed: 0 kept whole" in told
+    assert "other tensors changed: 0 saved in full" in told
     assert "lorakit inspect" in told.splitlines()[-1]
     assert lk.formats.format_of(tmp_path / "lora.safetensors") == "kohya"

@@ -33,7 +33,11 @@ def seeded():
 def on_disk(model: nn.Module, folder):
     """Any model's weights as a folder; its config says nothing but that it is there."""
     folder.mkdir()
-    save_file({n: p.detach().contiguous() for n, p in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: p.detach().contiguous() for n, p in model.state_dict().items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     (folder / "config.json").write_text('{"model_type": "plain"}')
     return folder
 
@@ -42,7 +46,10 @@ DORAS = {
     "linear": (tiny.mlp, {"target_modules": ["lin0", "lin1"]}),
     "embedding": (tiny.embedder, {"target_modules": ["emb", "head"]}),
     "conv": (tiny.cnn, {"target_modules": ["conv1", "conv2_circular", "head"]}),
-    "rslora, mixed ranks": (tiny.mlp, {"target_modules": ["lin0", "lin1"], "use_rslora": True, "rank_pattern": {"lin1": 3}}),
+    "rslora, mixed ranks": (
+        tiny.mlp,
+        {"target_modules": ["lin0", "lin1"], "use_rslora": True, "rank_pattern": {"lin1": 3}},
+    ),
 }
 
 
@@ -51,7 +58,9 @@ def test_a_dora_merges_as_peft_merges_it(kind, tmp_path):
     make, options = DORAS[kind]
     model = make()
     base = on_disk(model, tmp_path / "base")
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, use_dora=True, init_lora_weights=False, **options))
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, lora_alpha=4, use_dora=True, init_lora_weights=False, **options)
+    )
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "magnitude" in name:
@@ -68,7 +77,9 @@ def test_a_dora_merges_as_peft_merges_it(kind, tmp_path):
 def test_a_dora_of_gpt2_keeps_its_outputs_in_the_stored_columns(tmp_path):
     model = tiny.gpt2()
     model.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(r=2, use_dora=True, init_lora_weights=False, fan_in_fan_out=True, target_modules=["c_attn", "mlp.c_proj"])
+    config = peft.LoraConfig(
+        r=2, use_dora=True, init_lora_weights=False, fan_in_fan_out=True, target_modules=["c_attn", "mlp.c_proj"]
+    )
     theirs = peft.get_peft_model(model, config)
     theirs.save_pretrained(tmp_path / "adapter")
     expected = theirs.merge_and_unload().state_dict()
@@ -83,7 +94,9 @@ def test_a_magnitude_of_each_input_is_the_norm_of_each_column(tmp_path):
     merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": f}), tmp_path / "out")
     W = load_file(base / "model.safetensors")["lin0.weight"].double() + 2 * f.B.double() @ f.A.double()
     expected = W * (f.magnitude.double() / W.norm(dim=0, keepdim=True))
-    torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["lin0.weight"].double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        load_file(tmp_path / "out" / "model.safetensors")["lin0.weight"].double(), expected, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "lokr decomposed"])
@@ -116,10 +129,12 @@ def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, mon
         "head": Dense(random(4, 12)),
         "norm": Dense(random(12), bias=random(12)),
     }
-    merge_checkpoint(base, lk.Adapter(CONFIG, {}, others=others), tmp_path / "out", weights=[0.5])
+    merge_checkpoint(base, lk.Adapter(CONFIG, others), tmp_path / "out", weights=[0.5])
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     for module, update in others.items():
-        torch.testing.assert_close(after[f"{module}.weight"] - before[f"{module}.weight"], 0.5 * update.delta(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            after[f"{module}.weight"] - before[f"{module}.weight"], 0.5 * update.delta(), atol=1e-6, rtol=0
+        )
     torch.testing.assert_close(after["norm.bias"] - before["norm.bias"], 0.5 * others["norm"].bias, atol=1e-6, rtol=0)
     assert after["lin0.bias"].equal(before["lin0.bias"])
 
@@ -131,16 +146,16 @@ def test_an_untrained_lokr_or_loha_is_said_to_be_one(tmp_path):
         Hadamard(random(20, 2), random(2, 10), torch.zeros(20, 2), random(2, 10), 1.0),
     ):
         with pytest.raises(AdapterError, match="saved before training"):
-            merge_checkpoint(base, lk.Adapter(CONFIG, {}, others={"lin0": zero}), tmp_path / "out")
+            merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": zero}), tmp_path / "out")
 
 
 def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
     with pytest.raises(TargetError, match="bias of 'head', which has none"):
-        merge_checkpoint(base, lk.Adapter(CONFIG, {}, others={"head": Dense(None, bias=random(4))}), tmp_path / "out")
+        merge_checkpoint(base, lk.Adapter(CONFIG, {"head": Dense(None, bias=random(4))}), tmp_path / "out")
     for wrong in (Dense(random(4, 11)), Hadamard(random(5, 2), random(2, 12), random(5, 2), random(2, 12), 1.0)):
         with pytest.raises(AdapterError, match=r"'head' has a weight of \[4, 12\]"):
-            merge_checkpoint(base, lk.Adapter(CONFIG, {}, others={"head": wrong}), tmp_path / "out")
+            merge_checkpoint(base, lk.Adapter(CONFIG, {"head": wrong}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -159,7 +174,9 @@ def test_a_row_of_zeros_stays_one_under_dora(tmp_path):
     base = on_disk(model, tmp_path / "base")
     B = random(20, 2)
     B[3] = 0
-    merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": Factors(random(2, 10), B, 4, magnitude=torch.ones(20, 1))}), tmp_path / "out")
+    merge_checkpoint(
+        base, lk.Adapter(CONFIG, {"lin0": Factors(random(2, 10), B, 4, magnitude=torch.ones(20, 1))}), tmp_path / "out"
+    )
     written = load_file(tmp_path / "out" / "model.safetensors")["lin0.weight"]
     assert not written[3].any()
     torch.testing.assert_close(written[4].norm(), torch.tensor(1.0))

@@ -100,13 +100,17 @@ def test_a_weight_that_one_replaces_and_one_changes_is_refused(base, tmp_path):
 
 def test_a_dora_is_not_added_to_what_another_adapter_changes(base, tmp_path):
     plain = adapter(1)
-    dora = replace(plain, factors={m: replace(f, magnitude=torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()})
+    dora = replace(
+        plain, updates={m: replace(f, magnitude=torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()}
+    )
     assert "merge that adapter first" in refused(base, tmp_path, [plain, dora])
     assert "its weight is 0.5" in refused(base, tmp_path, [dora], weights=[0.5])
 
 
 @pytest.mark.parametrize(
-    "weights,said", [([1.0], "1 weights for 2"), ([1.0, float("nan")], "finite"), ([1.0, 0.0], "its weight is 0")], ids=str
+    "weights,said",
+    [([1.0], "1 weights for 2"), ([1.0, float("nan")], "finite"), ([1.0, 0.0], "its weight is 0")],
+    ids=str,
 )
 def test_weights_are_one_finite_number_for_each_adapter(weights, said, base, tmp_path):
     assert said in refused(base, tmp_path, [adapter(1), adapter(2)], weights=weights)
@@ -118,7 +122,7 @@ def test_an_empty_list_is_refused(base, tmp_path):
 
 def test_learned_tokens_alone_are_nothing_to_merge_and_beside_factors_a_warning(base, tmp_path):
     tokens = {"<s1>": torch.ones(16)}
-    message = refused(base, tmp_path, replace(adapter(1), factors={}, embeddings=tokens))
+    message = refused(base, tmp_path, replace(adapter(1), updates={}, embeddings=tokens))
     assert "<s1>" in message
     report = merge_checkpoint(base, replace(adapter(1), embeddings=tokens), tmp_path / "out")
     assert any("<s1>" in w for w in report.warnings)
@@ -143,7 +147,7 @@ def test_updates_of_all_kinds_add_up(base, tmp_path):
     whole = Dense(torch.randn(24, 16, generator=made))
     config = lk.LoraConfig(rank=3, alpha=6, targets=["up_proj"])
     merge_checkpoint(
-        base, [lk.Adapter(config, {module: low}), lk.Adapter(config, {}, others={module: whole})], tmp_path / "out", weights=[2, 3]
+        base, [lk.Adapter(config, {module: low}), lk.Adapter(config, {module: whole})], tmp_path / "out", weights=[2, 3]
     )
     before, after = tensors(base), tensors(tmp_path / "out")
     expected = before[f"{module}.weight"].double() + 2 * 2 * low.B.double() @ low.A.double() + 3 * whole.weight.double()
@@ -152,6 +156,6 @@ def test_updates_of_all_kinds_add_up(base, tmp_path):
 
 
 def test_a_zero_adapter_among_several_is_named(base, tmp_path):
-    zero = replace(adapter(1), factors={m: replace(f, B=f.B * 0) for m, f in adapter(1).factors.items()})
+    zero = replace(adapter(1), updates={m: replace(f, B=f.B * 0) for m, f in adapter(1).factors.items()})
     with pytest.raises(AdapterError, match="zero everywhere"):
         merge_checkpoint(base, [adapter(2), zero], tmp_path / "out")

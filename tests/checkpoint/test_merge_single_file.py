@@ -26,14 +26,18 @@ from lorakit.errors import AdapterError, LorakitError, TargetError
 
 
 def assert_merged(base: Path, out: Path, expected: dict[str, Tensor]) -> None:
-    """Every changed tensor is the exact one, rounded once; every other one, and the header's metadata, is the base's."""
+    """Every changed tensor is the exact one, rounded once;
+    every other one, and the header's metadata, is the base's.
+    """
     old, new = load_file(base), load_file(out)
     assert set(new) == set(old)
     for name, tensor in old.items():
         assert (new[name].dtype, new[name].shape) == (tensor.dtype, tensor.shape)
         if name in expected and not expected[name].equal(tensor.double()):
             assert not new[name].equal(tensor), name
-            torch.testing.assert_close(new[name].double(), expected[name], **tiny.rounding(tensor.dtype), msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                new[name].double(), expected[name], **tiny.rounding(tensor.dtype), msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert new[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
     with safe_open(base, "pt") as a, safe_open(out, "pt") as b:
@@ -64,13 +68,28 @@ def test_dora_loha_lokr_and_whole_updates_of_rows_of_a_shared_tensor(model, kind
     assert_merged(base, tmp_path / "out.safetensors", pack(model, changed(weights_of(models), adapter)))
 
 
-@pytest.mark.parametrize("model, modules", [
-    ("sdxl", [f"text_encoder_2.text_model.encoder.layers.1.self_attn.{x}_proj" for x in "qkv"]),
-    ("flux", [f"transformer.transformer_blocks.0.attn.{x}" for x in ("to_q", "to_k", "to_v", "add_k_proj")]),
-    ("flux", [f"transformer.single_transformer_blocks.1.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]),
-    ("sd3", [f"transformer.transformer_blocks.0.{x}" for x in ("attn.to_k", "attn.add_v_proj", "attn2.to_q", "norm1_context.linear")]),
-    ("sd3", ["transformer.norm_out.linear", "transformer.transformer_blocks.1.norm1_context.linear"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, modules",
+    [
+        ("sdxl", [f"text_encoder_2.text_model.encoder.layers.1.self_attn.{x}_proj" for x in "qkv"]),
+        ("flux", [f"transformer.transformer_blocks.0.attn.{x}" for x in ("to_q", "to_k", "to_v", "add_k_proj")]),
+        (
+            "flux",
+            [
+                f"transformer.single_transformer_blocks.1.{x}"
+                for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+            ],
+        ),
+        (
+            "sd3",
+            [
+                f"transformer.transformer_blocks.0.{x}"
+                for x in ("attn.to_k", "attn.add_v_proj", "attn2.to_q", "norm1_context.linear")
+            ],
+        ),
+        ("sd3", ["transformer.norm_out.linear", "transformer.transformer_blocks.1.norm1_context.linear"]),
+    ],
+)
 def test_one_module_of_a_shared_tensor_leaves_the_others_rows_alone(model, modules, tmp_path):
     models = made(model)
     base = single_file(tmp_path / "base.safetensors", model, models)
@@ -87,14 +106,21 @@ def test_sd1_and_sdxl_read_back_by_diffusers_give_the_same_pictures_noise(tmp_pa
         base = single_file(tmp_path / f"{model}.safetensors", model, models)
         adapter = tiny.low_rank(tiny.targets({"unet": models["unet"]}))
         merge_checkpoint(base, adapter, tmp_path / f"{model}-out.safetensors")
-        read = theirs.convert_ldm_unet_checkpoint(load_file(tmp_path / f"{model}-out.safetensors"), models["unet"].config)
+        read = theirs.convert_ldm_unet_checkpoint(
+            load_file(tmp_path / f"{model}-out.safetensors"), models["unet"].config
+        )
         found = made(model)["unet"]
         found.load_state_dict(read)
         expected = made(model)["unet"]
         expected.load_state_dict(
-            {n.removeprefix("unet."): t.float() for n, t in changed(weights_of({"unet": models["unet"]}), adapter).items()}
+            {
+                n.removeprefix("unet."): t.float()
+                for n, t in changed(weights_of({"unet": models["unet"]}), adapter).items()
+            }
         )
-        ours, wanted, plain = (tiny.outputs(SimpleNamespace(components={"unet": u}))["unet"] for u in (found, expected, models["unet"]))
+        ours, wanted, plain = (
+            tiny.outputs(SimpleNamespace(components={"unet": u}))["unet"] for u in (found, expected, models["unet"])
+        )
         torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
         assert (wanted - plain).abs().max() > 0.05
 
@@ -106,11 +132,17 @@ def test_sd3_read_back_by_diffusers_is_the_transformer_with_the_adapter(tmp_path
     merge_checkpoint(base, adapter, tmp_path / "out.safetensors")
     W, file = models["transformer"].state_dict(), load_file(tmp_path / "out.safetensors")
     for i in range(2):  # norms that no adapter changes, and that the converter asks for
-        for side, (q, k) in {"x_block.attn": ("norm_q", "norm_k"), "context_block.attn": ("norm_added_q", "norm_added_k")}.items():
+        for side, (q, k) in {
+            "x_block.attn": ("norm_q", "norm_k"),
+            "context_block.attn": ("norm_added_q", "norm_added_k"),
+        }.items():
             file |= {
-                f"joint_blocks.{i}.{side}.ln_{x}.weight": W[f"transformer_blocks.{i}.attn.{n}.weight"] for x, n in (("q", q), ("k", k))
+                f"joint_blocks.{i}.{side}.ln_{x}.weight": W[f"transformer_blocks.{i}.attn.{n}.weight"]
+                for x, n in (("q", q), ("k", k))
             }
-    file |= {f"joint_blocks.0.x_block.attn2.ln_{x}.weight": W[f"transformer_blocks.0.attn2.norm_{x}.weight"] for x in "qk"}
+    file |= {
+        f"joint_blocks.0.x_block.attn2.ln_{x}.weight": W[f"transformer_blocks.0.attn2.norm_{x}.weight"] for x in "qk"
+    }
     denoiser = {n.removeprefix(DENOISER): t for n, t in file.items() if n.startswith((DENOISER, "joint_blocks"))}
     read = theirs.convert_sd3_transformer_checkpoint_to_diffusers(denoiser | {"pos_embed": W["pos_embed.pos_embed"]})
     expected = changed(weights_of({"transformer": models["transformer"]}), adapter)
@@ -126,27 +158,50 @@ def test_open_clips_projection_which_is_stored_across_changes_by_the_transposed_
     base = single_file(tmp_path / "base.safetensors", "sdxl", models)
     name, weight = "text_encoder_2.text_projection", models["text_encoder_2"].text_projection.weight
     whole = tiny.of_other_kinds(dict.fromkeys(("loha", "lokr", "diff"), weight))
-    for i, adapter in enumerate((
-        tiny.low_rank({name: weight}), tiny.low_rank({name: weight}, dora=True), *(replace(whole, others={name: u}) for u in whole.others.values()),
-    )):  # fmt: skip
+    for i, adapter in enumerate(
+        (
+            tiny.low_rank({name: weight}),
+            tiny.low_rank({name: weight}, dora=True),
+            *(replace(whole, updates={name: u}) for u in whole.updates.values()),
+        )
+    ):
         merge_checkpoint(base, adapter, tmp_path / f"out{i}.safetensors")
         assert_merged(base, tmp_path / f"out{i}.safetensors", pack("sdxl", changed(weights_of(models), adapter)))
 
 
-@pytest.mark.parametrize("model, modules", [
-    ("sd1", ("unet.conv_in", "unet.conv_norm_out", "text_encoder.text_model.encoder.layers.1.self_attn.k_proj")),
-    ("sdxl", ("unet.add_embedding.linear_1", "text_encoder_2.text_model.encoder.layers.1.self_attn.k_proj", "text_encoder_2.text_model.final_layer_norm")),
-    ("flux", ("transformer.norm_out.linear", "transformer.single_transformer_blocks.1.proj_mlp", "transformer.transformer_blocks.0.attn.add_v_proj")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, modules",
+    [
+        ("sd1", ("unet.conv_in", "unet.conv_norm_out", "text_encoder.text_model.encoder.layers.1.self_attn.k_proj")),
+        (
+            "sdxl",
+            (
+                "unet.add_embedding.linear_1",
+                "text_encoder_2.text_model.encoder.layers.1.self_attn.k_proj",
+                "text_encoder_2.text_model.final_layer_norm",
+            ),
+        ),
+        (
+            "flux",
+            (
+                "transformer.norm_out.linear",
+                "transformer.single_transformer_blocks.1.proj_mlp",
+                "transformer.transformer_blocks.0.attn.add_v_proj",
+            ),
+        ),
+    ],
+)
 def test_biases_of_whole_updates_are_rows_of_the_shared_bias(model, modules, tmp_path):
     models = made(model)
     base = single_file(tmp_path / "base.safetensors", model, models)
     W, number = weights_of(models), torch.Generator().manual_seed(5)
     others = {
-        m: Dense(torch.randn(W[f"{m}.weight"].shape, generator=number), torch.randn(W[f"{m}.bias"].shape, generator=number))
+        m: Dense(
+            torch.randn(W[f"{m}.weight"].shape, generator=number), torch.randn(W[f"{m}.bias"].shape, generator=number)
+        )
         for m in modules
     }
-    adapter = lk.Adapter(lk.LoraConfig(rank=1, alpha=1), {}, others=others)
+    adapter = lk.Adapter(lk.LoraConfig(rank=1, alpha=1), others)
     merge_checkpoint(base, adapter, tmp_path / "out.safetensors", weights=[-0.5])
     assert_merged(base, tmp_path / "out.safetensors", pack(model, changed(W, adapter, -0.5)))
 
@@ -233,7 +288,9 @@ def test_a_file_of_another_model_or_of_other_widths_is_refused_with_what_it_is(t
     wide = Factors(torch.ones(2, 320), torch.ones(320, 2), 2.0)
     said = refused(
         base,
-        lk.Adapter(lk.LoraConfig(rank=2, alpha=2), {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": wide}),
+        lk.Adapter(
+            lk.LoraConfig(rank=2, alpha=2), {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": wide}
+        ),
         out,
         AdapterError,
     )
@@ -252,7 +309,9 @@ def test_what_is_no_diffusion_checkpoint_is_refused_with_what_it_looks_like(tmp_
     assert "diffusers' names" in refused(base, adapter, out)
     adapter.save(tmp_path / "lora.safetensors", "kohya")
     assert "it is an adapter" in refused(tmp_path / "lora.safetensors", adapter, out)
-    save_file({"decoder.conv_in.weight": torch.ones(2, 2, 3, 3), "decoder.up.0.block.0.conv1.weight": torch.ones(2)}, base)
+    save_file(
+        {"decoder.conv_in.weight": torch.ones(2, 2, 3, 3), "decoder.up.0.block.0.conv1.weight": torch.ones(2)}, base
+    )
     assert "a VAE" in refused(base, adapter, out)
     base.write_bytes(b"\x10\0\0\0\0\0\0\0{")
     assert "not a sound safetensors file" in refused(base, adapter, out)

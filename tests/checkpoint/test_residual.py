@@ -1,4 +1,6 @@
-"""PiSSA and OLoRA as plain LoRA of their base: what PEFT's model with the changed base computes, the untouched base and the adapter do."""
+"""PiSSA and OLoRA as plain LoRA of their base: what PEFT's model with the changed base computes, the untouched base and
+the adapter do.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ def trained(kind: str, start: str, folder, **options):
     make, targets = TARGETS[kind]
     make().save_pretrained(folder / "base")
     config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=targets, init_lora_weights=start, fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM", **options
+        r=3,
+        lora_alpha=5,
+        target_modules=targets,
+        init_lora_weights=start,
+        fan_in_fan_out=kind == "gpt2",
+        task_type="CAUSAL_LM",
+        **options,
     )
     model = peft.get_peft_model(make(), config)
     made = torch.Generator().manual_seed(1)
@@ -38,7 +46,9 @@ def trained(kind: str, start: str, folder, **options):
 # PEFT's own OLoRA runs on no Conv1D but square ones, and those it decomposes the wrong way round.
 @pytest.mark.parametrize("kind,start", [("llama", "pissa"), ("gpt2", "pissa"), ("llama", "olora")])
 def test_base_and_plain_adapter_compute_what_the_changed_base_did(kind, start, tmp_path):
-    expected = trained(kind, start, tmp_path, rank_pattern={"down_proj": 4} if kind == "llama" else {}, use_rslora=kind == "gpt2")
+    expected = trained(
+        kind, start, tmp_path, rank_pattern={"down_proj": 4} if kind == "llama" else {}, use_rslora=kind == "gpt2"
+    )
     adapter = plain(tmp_path / "adapter", tmp_path / "base")
     model = TARGETS[kind][0]()
     before = logits(model)
@@ -118,6 +128,19 @@ def test_the_command_makes_it_plain_and_says_how_without_a_base(tmp_path, capsys
     trained("llama", "pissa", tmp_path)
     assert run(["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "peft"]) == 1
     assert "--base FOLDER" in capsys.readouterr().err
-    assert run(["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "peft", "--base", str(tmp_path / "base")]) == 0
-    assert "started as pissa" in capsys.readouterr().err
+    assert (
+        run(
+            [
+                "convert",
+                str(tmp_path / "adapter"),
+                str(tmp_path / "out"),
+                "--to",
+                "peft",
+                "--base",
+                str(tmp_path / "base"),
+            ]
+        )
+        == 0
+    )
+    assert "initialized as pissa" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True

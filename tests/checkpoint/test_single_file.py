@@ -1,7 +1,7 @@
 """Where the weights of single-file checkpoints lie, against diffusers' own converters: every module of all five models.
 
-The files are made of the original code's names with numbers that occur once, so that a wrong row is seen. Widths are a 64th of the
-published ones, but for Flux's `linear1`, whose rows the converter counts out.
+The files are made of the original code's names with numbers that occur once, so that a wrong row is seen. Widths are a
+64th of the published ones, but for Flux's `linear1`, whose rows the converter counts out.
 """
 
 from __future__ import annotations
@@ -57,12 +57,18 @@ def denoiser(model: str, number: Numbers) -> dict[str, torch.Tensor]:
 
 
 def sd3_denoiser(blocks: int, dual: int, number: Numbers) -> dict[str, torch.Tensor]:
-    """SD3 with some blocks, the first of them with a second attention; the last gives its context a shift and a scale only."""
+    """SD3 with some blocks, the first of them with a second attention; the last gives its context a shift and a scale
+    only.
+    """
     file, width, last = {}, 4, f"joint_blocks.{blocks - 1}.context_block."
     rows = {"qkv": 3 * width, "fc1": 4 * width, "adaLN_modulation.1": 6 * width}
     for name in listed("sd3", "transformer")["ldm"]:
         block = int(name.split(".")[1]) if name.startswith("joint_blocks.") else 0
-        if block >= blocks or ("attn2" in name and block >= dual) or (name.startswith(last) and name.endswith(("proj", "fc1", "fc2"))):
+        if (
+            block >= blocks
+            or ("attn2" in name and block >= dual)
+            or (name.startswith(last) and name.endswith(("proj", "fc1", "fc2")))
+        ):
             continue
         out = next((r for ending, r in rows.items() if name.endswith(ending)), width)
         out = 2 * width if name == f"{last}adaLN_modulation.1" or name.startswith("final_layer.adaLN") else out
@@ -112,7 +118,9 @@ def check(model: str, component: str, file: dict[str, torch.Tensor], converted: 
     """The modules of one component, all of them: weight and bias as diffusers reads them."""
     shapes = shapes_of(file)
     assert model_of_file(shapes) == model
-    ours = {m.removeprefix(f"{component}."): p for m, p in places(model, shapes).items() if m.startswith(f"{component}.")}
+    ours = {
+        m.removeprefix(f"{component}."): p for m, p in places(model, shapes).items() if m.startswith(f"{component}.")
+    }
     known = {n.removeprefix(f"{component}.") for n in names.shapes(model)}
     assert set(ours) == {key.removesuffix(".weight") for key in converted if key.endswith(".weight")} & known
     for module, place in ours.items():
@@ -130,7 +138,11 @@ def prefixed(file: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model, modules", [("sd1", 391), ("sd2", 391), ("sdxl", 1050)])
 def test_a_unets_modules_are_where_diffusers_converter_finds_them(model, modules):
     file = prefixed(denoiser(model, Numbers()))
-    config = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": "text_time" if model == "sdxl" else None}
+    config = {
+        "layers_per_block": 2,
+        "class_embed_type": None,
+        "addition_embed_type": "text_time" if model == "sdxl" else None,
+    }
     if model == "sd2":
         file["cond_stage_model.model.ln_final.weight"] = torch.zeros(1)
     converted = theirs.convert_ldm_unet_checkpoint(dict(file), config)
@@ -138,7 +150,9 @@ def test_a_unets_modules_are_where_diffusers_converter_finds_them(model, modules
     assert sum(name.startswith("unet.") for name in places(model, shapes_of(file))) == modules
 
 
-@pytest.mark.parametrize("blocks, dual", [(24, 0), (24, 13), (38, 0), (2, 1)], ids=["medium", "3.5-medium", "3.5-large", "two blocks"])
+@pytest.mark.parametrize(
+    "blocks, dual", [(24, 0), (24, 13), (38, 0), (2, 1)], ids=["medium", "3.5-medium", "3.5-large", "two blocks"]
+)
 def test_sd3s_modules_are_where_diffusers_converter_finds_them(blocks, dual):
     file = prefixed(sd3_denoiser(blocks, dual, Numbers()))
     converted = theirs.convert_sd3_transformer_checkpoint_to_diffusers({**file, f"{DENOISER}pos_embed": torch.zeros(1)})
@@ -158,15 +172,18 @@ def test_fluxs_modules_are_where_diffusers_converter_finds_them():
     assert len(places("flux", shapes_of(file))) == 504
 
 
-@pytest.mark.parametrize("model, component, prefix", [
-    ("sd1", "text_encoder", "cond_stage_model.transformer."),
-    ("sdxl", "text_encoder", "conditioner.embedders.0.transformer."),
-    ("sd3", "text_encoder", "text_encoders.clip_l.transformer."),
-    ("sd3", "text_encoder_2", "text_encoders.clip_g.transformer."),
-    ("sd3", "text_encoder_3", "text_encoders.t5xxl.transformer."),
-    ("flux", "text_encoder", "text_encoders.clip_l.transformer."),
-    ("flux", "text_encoder_2", "text_encoders.t5xxl.transformer."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, component, prefix",
+    [
+        ("sd1", "text_encoder", "cond_stage_model.transformer."),
+        ("sdxl", "text_encoder", "conditioner.embedders.0.transformer."),
+        ("sd3", "text_encoder", "text_encoders.clip_l.transformer."),
+        ("sd3", "text_encoder_2", "text_encoders.clip_g.transformer."),
+        ("sd3", "text_encoder_3", "text_encoders.t5xxl.transformer."),
+        ("flux", "text_encoder", "text_encoders.clip_l.transformer."),
+        ("flux", "text_encoder_2", "text_encoders.t5xxl.transformer."),
+    ],
+)
 def test_text_encoders_under_transformers_names_are_where_diffusers_converter_finds_them(model, component, prefix):
     number = Numbers()
     file = prefixed(signs(model)) | transformers_encoder(model, component, prefix, number)
@@ -175,15 +192,22 @@ def test_text_encoders_under_transformers_names_are_where_diffusers_converter_fi
     else:
         converted = theirs.convert_ldm_clip_checkpoint(dict(file), prefix)
     check(model, component, file, converted)
-    assert {f"{component}.{name}" for name in listed(model, component)["modules"]} <= set(places(model, shapes_of(file)))
+    assert {f"{component}.{name}" for name in listed(model, component)["modules"]} <= set(
+        places(model, shapes_of(file))
+    )
 
 
-@pytest.mark.parametrize("model, component, prefix, layers, width", [
-    ("sd2", "text_encoder", "cond_stage_model.model.", 24, 6),
-    ("sdxl", "text_encoder_2", "conditioner.embedders.1.model.", 32, 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, component, prefix, layers, width",
+    [
+        ("sd2", "text_encoder", "cond_stage_model.model.", 24, 6),
+        ("sdxl", "text_encoder_2", "conditioner.embedders.1.model.", 32, 5),
+    ],
+)
 def test_open_clips_packed_rows_are_where_diffusers_converter_finds_them(model, component, prefix, layers, width):
-    """SD2's last layer and projection, which its pipeline does not use, are left alone; SDXL's projection is stored across."""
+    """SD2's last layer and projection, which its pipeline does not use, are left alone; SDXL's projection is stored
+    across.
+    """
     file = prefixed(signs(model)) | open_clip_encoder(prefix, layers, width, Numbers())
     shell = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
     converted = theirs.convert_open_clip_checkpoint(shell, dict(file), prefix=prefix)
@@ -205,7 +229,9 @@ def signs(model: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("model", names.MODELS)
 def test_at_the_published_sizes_each_place_has_its_modules_shape(model):
-    """As many rows as the module's weight has, and the shift's and scale's order as in the kohya files of the same names."""
+    """As many rows as the module's weight has, and the shift's and scale's order as in the kohya files of the same
+    names.
+    """
     component = next(iter(names.PIPELINES[model]))
     known = listed(model, component)
     shapes = {
@@ -265,25 +291,37 @@ def test_a_bias_of_other_rows_is_refused_and_a_missing_one_is_none():
     weight = {"img_in.weight": (8, 4)}
     assert bias_place("flux", "transformer.x_embedder", weight) is None
     assert bias_place("flux", "transformer.x_embedder", {"img_in.bias": (8,), "txt_in.weight": (8, 4)}) is None
-    assert bias_place("flux", "transformer.x_embedder", weight | {"img_in.bias": (8,)}) == ("img_in.bias", 0, 8, False, False)
+    assert bias_place("flux", "transformer.x_embedder", weight | {"img_in.bias": (8,)}) == (
+        "img_in.bias",
+        0,
+        8,
+        False,
+        False,
+    )
     with pytest.raises(LorakitError, match=r"'img_in.bias' has shape \[7\]"):
         bias_place("flux", "transformer.x_embedder", weight | {"img_in.bias": (7,)})
 
 
-@pytest.mark.parametrize("file, what", [
-    ({}, "no tensors"),
-    ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)}, "an adapter"),
-    ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "an adapter"),
-    ({"down_blocks.0.resnets.0.conv1.weight": (8, 8, 3, 3)}, "the pipeline's folder"),
-    ({"transformer_blocks.0.attn.to_q.weight": (8, 8)}, "the pipeline's folder"),
-    ({"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)}, "a VAE"),
-    ({"decoder.up.0.block.0.conv1.weight": (8, 4, 3, 3)}, "a VAE"),
-    ({"text_model.encoder.layers.0.mlp.fc1.weight": (8, 4)}, "a text encoder"),
-    ({"model.layers.0.self_attn.q_proj.weight": (8, 8)}, "a language model"),
-    ({"double_blocks.0.img_attn.qkv.weight": (24, 8), "distilled_guidance_layer.in_proj.weight": (8, 8)}, "a Chroma model"),
-    ({"model.diffusion_model.double_stream_modulation_img.lin.weight": (24, 8)}, "a Flux.2 model"),
-    ({"something.else": (2,)}, "its tensors are something.else"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, what",
+    [
+        ({}, "no tensors"),
+        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)}, "an adapter"),
+        ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "an adapter"),
+        ({"down_blocks.0.resnets.0.conv1.weight": (8, 8, 3, 3)}, "the pipeline's folder"),
+        ({"transformer_blocks.0.attn.to_q.weight": (8, 8)}, "the pipeline's folder"),
+        ({"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)}, "a VAE"),
+        ({"decoder.up.0.block.0.conv1.weight": (8, 4, 3, 3)}, "a VAE"),
+        ({"text_model.encoder.layers.0.mlp.fc1.weight": (8, 4)}, "a text encoder"),
+        ({"model.layers.0.self_attn.q_proj.weight": (8, 8)}, "a language model"),
+        (
+            {"double_blocks.0.img_attn.qkv.weight": (24, 8), "distilled_guidance_layer.in_proj.weight": (8, 8)},
+            "a Chroma model",
+        ),
+        ({"model.diffusion_model.double_stream_modulation_img.lin.weight": (24, 8)}, "a Flux.2 model"),
+        ({"something.else": (2,)}, "its tensors are something.else"),
+    ],
+)
 def test_another_file_is_refused_with_what_it_looks_like(file, what):
     with pytest.raises(LorakitError, match=what):
         model_of_file(file)
@@ -299,15 +337,23 @@ def test_the_refiner_a_video_model_and_quantized_weights_are_refused():
     with pytest.raises(LorakitError, match="none of these"):
         model_of_file(unknown)
     with pytest.raises(LorakitError, match="a video model"):
-        model_of_file(shapes_of(prefixed(signs("sd2"))) | {f"{DENOISER}input_blocks.1.1.time_stack.0.norm1.weight": (2,)})
+        model_of_file(
+            shapes_of(prefixed(signs("sd2"))) | {f"{DENOISER}input_blocks.1.1.time_stack.0.norm1.weight": (2,)}
+        )
     nf4 = shapes_of(prefixed(signs("flux"))) | {f"{DENOISER}img_in.weight.absmax": (8,)}
     with pytest.raises(LorakitError, match=r"quantized \(model.diffusion_model.img_in.weight.absmax\)"):
         model_of_file(nf4)
     # An encoder's rounded weights do not matter to what changes the denoiser; merging refuses them by their dtype.
-    assert model_of_file(shapes_of(prefixed(signs("sd3"))) | {"text_encoders.t5xxl.transformer.scaled_fp8": (0,)}) == "sd3"
+    assert (
+        model_of_file(shapes_of(prefixed(signs("sd3"))) | {"text_encoders.t5xxl.transformer.scaled_fp8": (0,)}) == "sd3"
+    )
 
 
-PREFIXES = ("", DENOISER, *(p for parts in single_file.TEXT_ENCODERS.values() for known in parts.values() for p, _ in known))
+PREFIXES = (
+    "",
+    DENOISER,
+    *(p for parts in single_file.TEXT_ENCODERS.values() for known in parts.values() for p, _ in known),
+)
 ENDINGS = sorted(
     {
         f"{name}.weight"
@@ -320,7 +366,12 @@ ENDINGS = sorted(
         for i in (0, 1)
         for x in ("attn.in_proj_weight", "attn.out_proj.weight", "ln_1.weight", "mlp.c_fc.weight")
     }
-    | {"text_projection", "ln_final.weight", "text_model.encoder.layers.0.mlp.fc1.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"}
+    | {
+        "text_projection",
+        "ln_final.weight",
+        "text_model.encoder.layers.0.mlp.fc1.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+    }
 )
 
 

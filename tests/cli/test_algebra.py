@@ -18,9 +18,13 @@ def two(tmp_path_factory):
     for seed, rank in enumerate((4, 6)):
         made = torch.Generator().manual_seed(seed)
         names = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(2) for n in "qv"]
-        pairs = {n: (torch.randn(rank, 32, generator=made), torch.randn(32 if "q_" in n else 16, rank, generator=made)) for n in names}
+        pairs = {
+            n: (torch.randn(rank, 32, generator=made), torch.randn(32 if "q_" in n else 16, rank, generator=made))
+            for n in names
+        }
         value = lk.Adapter(
-            lk.LoraConfig(rank=rank, alpha=8, targets=["q_proj", "v_proj"]), {n: lk.Factors(A, B, 8.0) for n, (A, B) in pairs.items()}
+            lk.LoraConfig(rank=rank, alpha=8, targets=["q_proj", "v_proj"]),
+            {n: lk.Factors(A, B, 8.0) for n, (A, B) in pairs.items()},
         )
         folders.append(value.save(tmp_path_factory.mktemp("adapter") / f"a{seed}"))
     return folders
@@ -35,11 +39,15 @@ def test_combine_writes_the_exact_sum(lorakit, two, tmp_path):
     assert lines[-1] == f"next: lorakit inspect {tmp_path / 'mix'}"
     mix, (a, b) = lk.Adapter.load(tmp_path / "mix"), map(lk.Adapter.load, two)
     for m, f in mix.factors.items():
-        torch.testing.assert_close(f.delta(), 0.7 * a.factors[m].delta() - 0.3 * b.factors[m].delta(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            f.delta(), 0.7 * a.factors[m].delta() - 0.3 * b.factors[m].delta(), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_combine_with_ties_reports_its_error(lorakit, two, tmp_path):
-    code, out, _ = lorakit("combine", *two, "--method", "ties", "--density", "0.3", "--rank", "5", "--out", tmp_path / "mix", "--json")
+    code, out, _ = lorakit(
+        "combine", *two, "--method", "ties", "--density", "0.3", "--rank", "5", "--out", tmp_path / "mix", "--json"
+    )
     report = json.loads(out)
     assert code == 0
     assert report["rank"] == lk.Adapter.load(tmp_path / "mix").rank == 5
@@ -75,7 +83,9 @@ def test_extract_prints_what_is_captured(lorakit, model, tmp_path):
     assert lines[2].startswith("captured: ")
     assert lines[-1].startswith("next: lorakit eval")
     assert lk.Adapter.load(tmp_path / "lora").saved
-    code, out, _ = lorakit("extract", model, tmp_path / "tuned", tmp_path / "some", "--keep", "1.0", "--target", "q_proj", "--json")
+    code, out, _ = lorakit(
+        "extract", model, tmp_path / "tuned", tmp_path / "some", "--keep", "1.0", "--target", "q_proj", "--json"
+    )
     report = json.loads(out)
     assert len(report["modules"]) == 2
     assert 0 < report["captured"] < 1
@@ -99,10 +109,12 @@ def test_an_existing_out_is_kept_unless_forced(lorakit, two, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--weights", "1,x"], "is not a list of numbers"), (["--weights", "1"], "2 adapters and 1 weights"),
-        (["--method", "tie"], "did you mean 'ties'"), (["--method", "ties"], "needs a density"),
+        (["--weights", "1,x"], "is not a list of numbers"),
+        (["--weights", "1"], "2 adapters and 1 weights"),
+        (["--method", "tie"], "did you mean 'ties'"),
+        (["--method", "ties"], "needs a density"),
     ],
-)  # fmt: skip
+)
 def test_a_usage_error_writes_nothing(lorakit, two, tmp_path, options, said):
     code, _, err = lorakit("combine", *two, "--out", tmp_path / "mix", *options)
     assert code == 2

@@ -25,7 +25,14 @@ def fake(monkeypatch):
 def test_a_table_is_printed_with_machine_title_and_command(lorakit, fake):
     code, out, _ = lorakit("bench", "latency", "--quick")
     assert (code, fake) == (0, [True])
-    for words in ("threads", "torch", "base", "12.5", "lorakit bench latency --quick", suite.load("latency").TITLE.split("\n")[0][:60]):
+    for words in (
+        "threads",
+        "torch",
+        "base",
+        "12.5",
+        "lorakit bench latency --quick",
+        suite.load("latency").TITLE.split("\n")[0][:60],
+    ):
         assert words in out
 
 
@@ -71,7 +78,9 @@ def test_a_file_for_plots_is_refused_before_anything_runs(lorakit, fake, tmp_pat
 
 def test_the_requested_precision_reaches_the_table_and_its_command(lorakit, monkeypatch):
     seen = []
-    monkeypatch.setattr(suite.load("latency"), "run", lambda quick=False, precisions=(): seen.append(precisions) or ROWS)
+    monkeypatch.setattr(
+        suite.load("latency"), "run", lambda quick=False, precisions=(): seen.append(precisions) or ROWS
+    )
     code, out, _ = lorakit("bench", "latency", "--precision", "fp32")
     assert (code, seen) == (0, [(torch.float32,)])
     assert "lorakit bench latency --precision fp32" in out

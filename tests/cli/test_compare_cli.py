@@ -24,10 +24,12 @@ def two(model, tmp_path_factory):
     """Folders of two adapters of the model; the second has one module fewer."""
     folder = tmp_path_factory.mktemp("two")
     for seed, name in ((1, "a"), (2, "b")):
-        live = lk.attach(tiny_lm.llama(), lk.LoraConfig(rank=2 + seed, alpha=4, targets=["q_proj", "down_proj"], base=model))
+        live = lk.attach(
+            tiny_lm.llama(), lk.LoraConfig(rank=2 + seed, alpha=4, targets=["q_proj", "down_proj"], base=model)
+        )
         made = lk.capture(tiny.randomise_factors(live, seed))
         if name == "b":
-            made = replace(made, factors={m: f for m, f in made.factors.items() if m != "model.layers.0.mlp.down_proj"})
+            made = replace(made, updates={m: f for m, f in made.factors.items() if m != "model.layers.0.mlp.down_proj"})
         made.save(folder / name)
     return folder / "a", folder / "b"
 
@@ -72,7 +74,9 @@ class Page(HTMLParser):
 
 
 def test_the_report_is_one_self_contained_page(lorakit, two, model, tmp_path):
-    code, out, error = lorakit("compare", *two, "--base", model, "--html", tmp_path / "r.html", "--plot", tmp_path / "p.svg")
+    code, out, error = lorakit(
+        "compare", *two, "--base", model, "--html", tmp_path / "r.html", "--plot", tmp_path / "p.svg"
+    )
     assert code == 0, error
     assert f"written: {tmp_path / 'r.html'}" in out
     assert "<svg" in (tmp_path / "p.svg").read_text()[:1000]
@@ -90,7 +94,10 @@ def test_the_report_is_one_self_contained_page(lorakit, two, model, tmp_path):
 
 def test_names_from_a_file_are_escaped_in_the_report(lorakit, tmp_path):
     evil = "<script>alert(1)</script>\x1b"
-    made = lk.Adapter(lk.LoraConfig(rank=1, alpha=1, targets=["x"]), {f"layers.0.{evil}": Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0)})
+    made = lk.Adapter(
+        lk.LoraConfig(rank=1, alpha=1, targets=["x"]),
+        {f"layers.0.{evil}": Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0)},
+    )
     text = write_html(compare(made, made, (evil, "$b")), tmp_path / "r.html").read_text(encoding="utf8")
     assert "<script" not in text
     assert "\x1b" not in text
@@ -166,7 +173,10 @@ def test_inspect_warns_about_a_different_base(lorakit, two, model, tmp_path):
     code, out, error = lorakit("inspect", two[0], "--base", folder)
     assert (code, error) == (0, "")
     assert "trained on a different base than the one given" in out
-    assert "weights: model.embed_tokens.weight holds other values" in out or "weights: lm_head.weight holds other values" in out
+    assert (
+        "weights: model.embed_tokens.weight holds other values" in out
+        or "weights: lm_head.weight holds other values" in out
+    )
     assert json.loads(lorakit("inspect", two[0], "--base", folder, "--json")[1])["unlike_base"]
     assert "different base" not in lorakit("inspect", two[0], "--base", model)[1]
 
@@ -175,7 +185,9 @@ def test_inspect_does_not_count_a_packed_projections_zeros(lorakit, tmp_path):
     B = torch.zeros(12, 4)
     B[:4, :2], B[8:, 2:] = torch.randn(4, 2), torch.randn(4, 2)
     f = Factors(torch.randn(4, 9), B, 2.0, parts=(True, False, True))
-    lk.Adapter(lk.LoraConfig(rank=2, alpha=2, targets=["qkv"], packed={"qkv": [True, False, True]}), {"l.0.qkv": f}).save(tmp_path / "a")
+    lk.Adapter(
+        lk.LoraConfig(rank=2, alpha=2, targets=["qkv"], packed={"qkv": [True, False, True]}), {"l.0.qkv": f}
+    ).save(tmp_path / "a")
     out = lorakit("inspect", tmp_path / "a")[1]
     assert "52 parameters in 1 modules" in out  # A 36, two blocks of 4 x 2
     assert out.count("the zeros between their blocks are not counted as parameters") == 1

@@ -32,10 +32,20 @@ def test_every_section_is_printed(lorakit):
     code, out, error = lorakit("doctor")
     assert (code, error) == (0, "")
     assert out.startswith(f"lorakit {VERSION}, Python ")
-    for words in ("transformers", "as tested", "tensorboard", "used", "bf16", "CPU kernels", "threads", "torch.compile", "free of"):
+    for words in (
+        "transformers",
+        "as tested",
+        "tensorboard",
+        "used",
+        "bf16",
+        "CPU kernels",
+        "threads",
+        "torch.compile",
+        "free of",
+    ):
         assert words in out, words
     assert "\x1b[" not in out  # in a pipe: no colours
-    assert out.splitlines()[-1].startswith(("all can work", "  the tested ones"))
+    assert out.splitlines()[-1].startswith(("lorakit works here", "  to install the tested ones"))
 
 
 def test_json_holds_the_same_facts(lorakit):
@@ -61,7 +71,7 @@ def test_without_torch_it_prints_the_fix_and_exits_with_1():
     row = next(n for n, line in enumerate(lines) if line.startswith("torch "))
     assert "broken (ModuleNotFoundError: it is gone)" in lines[row]
     assert "pip install --force-reinstall 'torch==" in lines[row + 1]
-    assert lines[-1].startswith("not all can work: torch")
+    assert lines[-1].startswith("lorakit does not work here yet: torch")
 
 
 def test_a_missing_library_of_the_command_line_is_named():
@@ -84,11 +94,16 @@ def test_an_unsupported_release_fails_with_the_command_that_fixes_it(lorakit, mo
 
 def judged(real):
     """Judge every library except transformers as tested, whatever is installed."""
-    return lambda requirement, here, tested: real(requirement, here if requirement.startswith("transformers") else tested, tested)
+    return lambda requirement, here, tested: real(
+        requirement, here if requirement.startswith("transformers") else tested, tested
+    )
 
 
 def test_fused_modules_have_a_section(lorakit, monkeypatch):
-    parts = [fused.FusedPart("Llama", "attention", False, "its code is not known here"), fused.FusedPart("Llama", "gated MLP", True)]
+    parts = [
+        fused.FusedPart("Llama", "attention", False, "its code is not known here"),
+        fused.FusedPart("Llama", "gated MLP", True),
+    ]
     monkeypatch.setattr(fused, "fused_report", lambda: parts)
     code, out, _ = lorakit("doctor")
     assert code == 0

@@ -14,8 +14,12 @@ import lorakit as lk
 def adapter(tmp_path_factory):
     made = torch.Generator().manual_seed(0)
     names = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(2) for n in "qv"]
-    factors = {n: lk.Factors(torch.randn(4, 32, generator=made), torch.randn(32, 4, generator=made), 8.0) for n in names}
-    return lk.Adapter(lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]), factors).save(tmp_path_factory.mktemp("adapter") / "a")
+    factors = {
+        n: lk.Factors(torch.randn(4, 32, generator=made), torch.randn(32, 4, generator=made), 8.0) for n in names
+    }
+    return lk.Adapter(lk.LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj"]), factors).save(
+        tmp_path_factory.mktemp("adapter") / "a"
+    )
 
 
 def test_scaling_and_negation_change_every_update_and_nothing_else(lorakit, adapter, tmp_path):
@@ -30,7 +34,16 @@ def test_scaling_and_negation_change_every_update_and_nothing_else(lorakit, adap
 
 def test_drop_rename_and_dtype(lorakit, adapter, tmp_path):
     code, out, error = lorakit(
-        "edit", adapter, tmp_path / "out", "--drop", "v_proj", "--rename", "model=language_model", "--dtype", "bf16", "--json"
+        "edit",
+        adapter,
+        tmp_path / "out",
+        "--drop",
+        "v_proj",
+        "--rename",
+        "model=language_model",
+        "--dtype",
+        "bf16",
+        "--json",
     )
     assert (code, error) == (0, "")
     assert json.loads(out)["modules"] == 2

@@ -50,8 +50,16 @@ def test_export_checks_fixes_verifies_and_prints_the_next_command(lorakit, train
     assert "read back: ΔW off by at most" in out
     assert out.splitlines()[-1] == f"next: vllm serve {model} --enable-lora --lora-modules mine={tmp_path / 'out'}"
     code, out, err = lorakit(
-        "export", str(trained / "adapter"), str(tmp_path / "x.gguf"), "--for", "llama.cpp", "--base", model, "--verify", "--json"
-    )  # fmt: skip
+        "export",
+        str(trained / "adapter"),
+        str(tmp_path / "x.gguf"),
+        "--for",
+        "llama.cpp",
+        "--base",
+        model,
+        "--verify",
+        "--json",
+    )
     assert code == 0, err
     assert json.loads(out)["difference"] < 1e-6
 
@@ -90,9 +98,12 @@ def test_existing_output_is_never_lost(lorakit, trained, model, tmp_path):
 def test_out_names_that_do_not_fit_the_format_are_refused(lorakit, trained, tmp_path):
     source = str(trained / "adapter")
     for to, name, said in (
-        ("peft", "x.safetensors", "written as a folder"), ("mlx", "x.gguf", "written as a folder"), ("gguf", "x.safetensors", "ends in .gguf"),
-        ("kohya", "x", "ends in .safetensors"), ("loralib", "x", "ends in .pt"),
-    ):  # fmt: skip
+        ("peft", "x.safetensors", "written as a folder"),
+        ("mlx", "x.gguf", "written as a folder"),
+        ("gguf", "x.safetensors", "ends in .gguf"),
+        ("kohya", "x", "ends in .safetensors"),
+        ("loralib", "x", "ends in .pt"),
+    ):
         code, _, err = lorakit("convert", source, str(tmp_path / name), "--to", to)
         assert code == 2
         assert said in err

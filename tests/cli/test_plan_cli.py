@@ -6,7 +6,20 @@ import json
 
 import pytest
 
-SMALL = ["--max-length", "64", "--micro-batch", "2", "--batch-size", "4", "--rank", "4", "--precision", "fp32", "--validation", "0"]
+SMALL = [
+    "--max-length",
+    "64",
+    "--micro-batch",
+    "2",
+    "--batch-size",
+    "4",
+    "--rank",
+    "4",
+    "--precision",
+    "fp32",
+    "--validation",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +29,15 @@ def config_only(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("big")
     LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -37,14 +56,20 @@ def test_a_config_is_enough_and_the_three_methods_stand_side_by_side(lorakit, co
         "lorakit does not train on a 4-bit base yet",
     ):
         assert words in out, words
-    bars = [line.split() for line in out.splitlines() if line.startswith(("full, float32  ", "LoRA  ", "4-bit LoRA *  ", "memory  "))]
+    bars = [
+        line.split()
+        for line in out.splitlines()
+        if line.startswith(("full, float32  ", "LoRA  ", "4-bit LoRA *  ", "memory  "))
+    ]
     assert len(bars) == 3  # 2 GB is beyond the longest
     assert "o" in bars[0][-3]  # the overhead's letter
     assert "next: lorakit train" in out
 
 
 def test_json_gives_the_numbers_of_the_table(lorakit, config_only):
-    code, out, _ = lorakit("plan", "--model", config_only, "--memory", "1500MB", "--json", *SMALL, "--targets", "q_proj,k_proj")
+    code, out, _ = lorakit(
+        "plan", "--model", config_only, "--memory", "1500MB", "--json", *SMALL, "--targets", "q_proj,k_proj"
+    )
     assert code == 0
     plan = json.loads(out)
     full, lora, four = plan["estimates"]
@@ -52,7 +77,11 @@ def test_json_gives_the_numbers_of_the_table(lorakit, config_only):
     assert lora["trained"] == 4 * 4 * ((64 + 64) + (64 + 32))
     assert full["trained"] == full["parameters"] == plan["parameters"]
     for estimate in plan["estimates"]:
-        assert estimate["total"] == sum(estimate["parts"].values()) == max(sum(m.values()) for m in estimate["moments"].values())
+        assert (
+            estimate["total"]
+            == sum(estimate["parts"].values())
+            == max(sum(m.values()) for m in estimate["moments"].values())
+        )
     assert four["parts"]["weights"] < lora["parts"]["weights"]
     assert plan["memory"] == 1_500_000_000
     assert plan["most_rows"]["lora"] >= plan["most_rows"]["full"] >= 1
@@ -67,7 +96,15 @@ def test_the_optimizers_state_is_counted_as_asked(lorakit, config_only):
 
 def test_a_config_file_is_read_as_train_reads_it(lorakit, config_only, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(f"model: {config_only}\ndata: nowhere.jsonl\nrank: 2\nmax_length: 64\nlearning_rate: 1e-3\nvalidation: 0\nepochs: 2\n")
+    file.write_text(
+        f"model: {config_only}\n"
+        "data: nowhere.jsonl\n"
+        "rank: 2\n"
+        "max_length: 64\n"
+        "learning_rate: 1e-3\n"
+        "validation: 0\n"
+        "epochs: 2\n"
+    )
     code, out, _ = lorakit("plan", "--config", file, "--memory", "1KB", "--targets", "q_proj", "--json")
     assert code == 0
     assert json.loads(out)["estimates"][1]["trained"] == 4 * 2 * (64 + 64)

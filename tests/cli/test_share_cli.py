@@ -27,14 +27,20 @@ def test_card_push_and_inspect_follow_from_the_printed_next_commands(lorakit, ru
     assert "left out, because unknown:\n" in out
     assert "--license" not in out
     assert out.splitlines()[-1] == f"next: lorakit push {run_folder} OWNER/NAME"
-    code, out, err = lorakit(*out.splitlines()[-1].split()[2:-1], "someone/greets", "--private", "--base-model", "someone/tiny")
+    code, out, err = lorakit(
+        *out.splitlines()[-1].split()[2:-1], "someone/greets", "--private", "--base-model", "someone/tiny"
+    )
     assert code == 0, err
     assert f"to {hub.url}/someone/greets:\n  README.md " in out
     assert "adapter_config.json, base_model_name_or_path: the base is called 'someone/tiny'" in out
     assert f"created: {hub.url}/someone/greets (commit " in out
     assert sorted(hub.files("someone/greets")) == [
-        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
-    ]  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorakit.json",
+    ]
     assert b"license: apache-2.0" in hub.files("someone/greets")["README.md"]
     code, out, err = lorakit(*out.splitlines()[-1].split()[2:])
     assert code == 0, err
@@ -50,7 +56,9 @@ def test_a_dry_run_prints_the_files_and_the_upload_command(lorakit, run_folder, 
     assert hub.log == []
     options = ["--message", "the first", "--no-card", "--base-model", "a/b"]
     code, out, _ = lorakit("push", run_folder, "someone/lora", "--dry-run", *options)
-    assert out.endswith(f"next: lorakit push {run_folder} someone/lora --message 'the first' --no-card --base-model a/b\n")
+    assert out.endswith(
+        f"next: lorakit push {run_folder} someone/lora --message 'the first' --no-card --base-model a/b\n"
+    )
     code, out, _ = lorakit("push", run_folder, "someone/lora", "--dry-run", "--no-card", "--json")
     report = json.loads(out)
     assert (report["dry_run"], report["card"], "README.md" in report["files"]) == (True, "none", False)
@@ -58,7 +66,11 @@ def test_a_dry_run_prints_the_files_and_the_upload_command(lorakit, run_folder, 
 
 def test_push_reports_shortened_paths_remaining_paths_and_ignored_options(lorakit, run_folder, hub):
     notes = run_folder / "adapter" / "lorakit.json"
-    content = json.loads(notes.read_text()) | {"by": "/home/alice/train.py", "about": "rows of /home/alice/x", "all": ["on /home/b/x"] * 30}
+    content = json.loads(notes.read_text()) | {
+        "by": "/home/alice/train.py",
+        "about": "rows of /home/alice/x",
+        "all": ["on /home/b/x"] * 30,
+    }
     notes.write_text(json.dumps(content))
     (run_folder / "adapter" / "README.md").write_text("# by hand")
     call = ("push", run_folder, "someone/lora", "--base-model", "someone/tiny", "--dry-run")
@@ -99,7 +111,9 @@ def test_the_card_of_a_hub_adapter_is_written_to_out(lorakit, run_folder, hub, t
     code, _, err = lorakit("card", "someone/lora")
     assert code == 2
     assert "--out README.md" in err
-    code, out, _ = lorakit("card", "someone/lora", "--out", tmp_path / "card.md", "--repository", "someone/lora", "--json")
+    code, out, _ = lorakit(
+        "card", "someone/lora", "--out", tmp_path / "card.md", "--repository", "someone/lora", "--json"
+    )
     assert code == 0
     assert json.loads(out)["card"] == str(tmp_path / "card.md")
     assert '"someone/lora"' in (tmp_path / "card.md").read_text()

@@ -47,8 +47,12 @@ def without_torch(tmp_path_factory):
     def call(args):
         code = f"import lorakit.cli; lorakit.cli.main({args!r})"
         return subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, cwd=folder, capture_output=True, text=True
-        )  # fmt: skip
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": path},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
 
     return call
 

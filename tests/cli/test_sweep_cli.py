@@ -20,7 +20,26 @@ def swept(model, data, tmp_path_factory):
     from lorakit.cli import run
 
     out = tmp_path_factory.mktemp("swept") / "sweep"
-    assert run(["sweep", "--model", model, "--data", data, "--out", str(out), "--rank", "2,4", "--lr", "1e-3,1e-2", "--quiet", *FLAGS]) == 0
+    assert (
+        run(
+            [
+                "sweep",
+                "--model",
+                model,
+                "--data",
+                data,
+                "--out",
+                str(out),
+                "--rank",
+                "2,4",
+                "--lr",
+                "1e-3,1e-2",
+                "--quiet",
+                *FLAGS,
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -59,9 +78,19 @@ def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path):
 
 def test_the_sweep_leaves_run_folders_a_leaderboard_and_the_winner(swept):
     assert sorted(p.name for p in (swept / "runs").iterdir()) == [
-        "rank=2,lr=0.01", "rank=2,lr=1e-3", "rank=4,lr=0.01", "rank=4,lr=1e-3",
-    ]  # fmt: skip
-    assert {p.name for p in swept.iterdir()} == {"sweep.yaml", "position.json", "runs", "leaderboard.json", "plot.png", "adapter"}
+        "rank=2,lr=0.01",
+        "rank=2,lr=1e-3",
+        "rank=4,lr=0.01",
+        "rank=4,lr=1e-3",
+    ]
+    assert {p.name for p in swept.iterdir()} == {
+        "sweep.yaml",
+        "position.json",
+        "runs",
+        "leaderboard.json",
+        "plot.png",
+        "adapter",
+    }
     best = json.loads((swept / "leaderboard.json").read_text())["runs"][0]["name"]
     winner = (swept / "adapter" / "adapter_model.safetensors").read_bytes()
     assert winner == (swept / "runs" / best / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -95,11 +124,25 @@ def test_a_run_of_the_sweep_is_one_that_train_knows(lorakit, swept):
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(lorakit, data, tmp_path):
-    args = ["sweep", "--data", data, "--out", tmp_path / "s", "--rank", "2,4", "--targets", "[all-linear, [q_proj]]", "--dry-run"]
+    args = [
+        "sweep",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "s",
+        "--rank",
+        "2,4",
+        "--targets",
+        "[all-linear, [q_proj]]",
+        "--dry-run",
+    ]
     code, out, _ = lorakit(*args)
     assert code == 0
     assert out.splitlines()[:4] == [f"rank={r},targets={t}" for r in (2, 4) for t in ("all-linear", "q_proj")]
-    assert json.loads(lorakit(*args, "--json")[1])["runs"]["rank=2,targets=q_proj"] == {"rank": 2, "targets": ["q_proj"]}
+    assert json.loads(lorakit(*args, "--json")[1])["runs"]["rank=2,targets=q_proj"] == {
+        "rank": 2,
+        "targets": ["q_proj"],
+    }
     assert not (tmp_path / "s").exists()
 
 
@@ -120,14 +163,20 @@ def test_a_wrong_call_exits_with_2_and_says_what(lorakit, args, message):
 
 
 def test_a_sweep_that_cannot_start_exits_with_1(lorakit, model, tmp_path):
-    code, _, error = lorakit("sweep", "--model", model, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "s", "--rank", "2,4")
+    code, _, error = lorakit(
+        "sweep", "--model", model, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "s", "--rank", "2,4"
+    )
     assert code == 1
     assert "no such file" in error
 
 
 def test_the_config_file_of_train_with_lists_in_it(lorakit, model, data, tmp_path):
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"model": model, "data": data, "rank": [2, 4], "steps": 1, "out": str(tmp_path / "s"), "threads": 1}))
+    path.write_text(
+        yaml.safe_dump(
+            {"model": model, "data": data, "rank": [2, 4], "steps": 1, "out": str(tmp_path / "s"), "threads": 1}
+        )
+    )
     code, out, error = lorakit("sweep", "--config", path, "--quiet")
     assert code == 0, error
     assert [line.partition(":")[0].partition(" ")[0] for line in out.splitlines()] == ["2", "winner", "next"]
@@ -138,8 +187,21 @@ def test_the_config_file_of_train_with_lists_in_it(lorakit, model, data, tmp_pat
 
 def test_train_finds_its_learning_rate_when_asked(lorakit, model, data, tmp_path):
     flags = [flag for flag in FLAGS if flag not in ("--steps", "3")]
-    code, out, error = lorakit("train", "--model", model, "--data", data, "--out", tmp_path / "r", "--find-lr", "--steps", "4", *flags,
-                               "--sample-tokens", "0")  # fmt: skip
+    code, out, error = lorakit(
+        "train",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "r",
+        "--find-lr",
+        "--steps",
+        "4",
+        *flags,
+        "--sample-tokens",
+        "0",
+    )
     assert code == 0, error
     assert "learning rate 0." in out
     assert "by held-out loss" in out

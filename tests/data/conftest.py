@@ -19,7 +19,8 @@ LLAMA2 = (
 # As Qwen3's and its like: reasoning is taken out of every assistant turn but the last.
 STRIPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% "
+    "endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The generation prompt opens a reasoning block that a finished turn does not have.
@@ -46,7 +47,9 @@ def make_tokenizer():
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
         tokenizer.train_from_iterator(WORDS, trainer)
         if adds_bos:
             tokenizer.post_processor = processors.TemplateProcessing(
@@ -83,7 +86,9 @@ def metaspace_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     characters = sorted(set("".join(WORDS)) | set("▁\nA:#InstructionRep"))
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<s>", "</s>", *characters])}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(["<s>", "</s>", *characters])}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")

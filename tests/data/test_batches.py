@@ -17,8 +17,10 @@ ROW = Row({}, "data.jsonl", 1)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 99), max_size=200), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5), st.booleans())
-def test_every_row_comes_exactly_once_an_epoch_and_one_batch_at_most_is_short(lengths, batch_size, seed, epoch, grouped):
+@given(
+    st.lists(st.integers(1, 99), max_size=200), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5), st.booleans()
+)
+def test_an_epoch_has_every_row_once_and_at_most_one_short_batch(lengths, batch_size, seed, epoch, grouped):
     batches = batch_order(lengths, batch_size, seed, epoch, grouped)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert sum(len(batch) < batch_size for batch in batches) <= 1
@@ -32,7 +34,7 @@ def test_epochs_and_seeds_differ():
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_grouping_by_length_leaves_a_fraction_of_the_padding():
+def test_grouping_by_length_saves_most_of_the_padding():
     lengths = np.random.default_rng(0).integers(10, 200, size=1000).tolist()
 
     def padding(grouped):
@@ -42,13 +44,13 @@ def test_grouping_by_length_leaves_a_fraction_of_the_padding():
     assert padding(True) < 0.2 * padding(False)
 
 
-def test_grouped_batches_do_not_come_in_order_of_length():
+def test_grouped_batches_are_shuffled():
     lengths = list(range(1, 129))
     firsts = [lengths[batch[0]] for batch in batch_order(lengths, 4, seed=0, epoch=0)]
     assert firsts != sorted(firsts)
 
 
-def test_a_batch_size_of_nothing_is_refused():
+def test_a_batch_size_of_zero_is_refused():
     with pytest.raises(ConfigError, match="batch_size"):
         batch_order([1, 2], 0, 0, 0)
 
@@ -57,7 +59,10 @@ def test_collate_pads_on_the_right_to_a_multiple_and_labels_only_what_is_trained
     batch = collate([Item([5, 6, 7], [False, True, True], ROW), Item([8], [True], ROW)], pad_id=0, multiple_of=4)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7, IGNORE_INDEX], [8, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
+    assert batch["labels"].tolist() == [
+        [IGNORE_INDEX, 6, 7, IGNORE_INDEX],
+        [8, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX],
+    ]
     assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}
 
 
@@ -66,10 +71,12 @@ def test_the_default_multiple_is_eight(length, padded):
     assert collate([Item([1] * length, [True] * length, ROW)], pad_id=0)["input_ids"].shape == (1, padded)
 
 
-def test_a_pad_token_that_is_the_end_token_leaves_the_end_trained_and_the_padding_not(make_tokenizer, rows):
+def test_where_pad_is_the_end_token_the_end_is_trained_and_padding_is_not(make_tokenizer, rows):
     t = make_tokenizer(pad="</s>")
     assert t.pad_token_id == t.eos_token_id
-    data = build(rows({"prompt": "the ", "completion": "dog"}, {"prompt": "the quick ", "completion": "brown fox jumps"}), t)
+    data = build(
+        rows({"prompt": "the ", "completion": "dog"}, {"prompt": "the quick ", "completion": "brown fox jumps"}), t
+    )
     batch = collate(data.items, t.pad_token_id)
     for place, item in enumerate(data.items):
         last = len(item.ids) - 1

@@ -1,4 +1,4 @@
-"""Sources to rows: every accepted kind, and every way a file is broken with the place it is broken at."""
+"""Reading rows: every accepted source, and errors that say where a file is broken."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def refused(path, *words, **how):
 def test_jsonl_rows_carry_their_line_numbers_past_blank_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert [(row.values["text"], row.number, row.file) for row in read_rows(path)] == [("a", 1, str(path)), ("b", 3, str(path))]
+    assert [(row.values["text"], row.number, row.file) for row in read_rows(path)] == [
+        ("a", 1, str(path)),
+        ("b", 3, str(path)),
+    ]
 
 
 def test_a_jsonl_string_may_hold_a_unicode_line_separator(tmp_path):
@@ -73,7 +76,7 @@ def test_tables_keep_quotes_separators_and_line_ends_in_fields(tmp_path, suffix,
     assert values(read_rows(path)) == PAIRS
 
 
-def test_a_csv_field_may_be_longer_than_the_csv_module_allows_by_itself(tmp_path):
+def test_a_csv_field_may_exceed_the_csv_modules_limit(tmp_path):
     before = csv.field_size_limit()
     (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000)
     assert len(read_rows(tmp_path / "a.csv")[0].values["text"]) == 200_000
@@ -97,7 +100,7 @@ def test_prose_is_one_document_or_split_at_the_document_mark(tmp_path):
 
 
 @pytest.mark.parametrize("suffix, pack", [("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)])
-def test_compressed_text_is_read_and_a_torn_file_is_an_error(tmp_path, suffix, pack):
+def test_compressed_text_is_read_and_a_truncated_file_is_an_error(tmp_path, suffix, pack):
     packed = pack(lines(PAIRS).encode())
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(packed)
@@ -106,7 +109,7 @@ def test_compressed_text_is_read_and_a_torn_file_is_an_error(tmp_path, suffix, p
     refused(path, str(path), f"broken or incomplete .{suffix}")
 
 
-def test_a_folder_gives_its_data_files_by_name_and_passes_others_over(tmp_path):
+def test_a_folder_is_read_in_order_of_names_and_other_files_are_skipped(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     (tmp_path / "README.md").write_text("about")
@@ -114,7 +117,7 @@ def test_a_folder_gives_its_data_files_by_name_and_passes_others_over(tmp_path):
     assert [row.values["text"] for row in read_rows(tmp_path)] == ["a", "b"]
 
 
-def test_a_folder_of_several_splits_is_not_read_without_saying_which(tmp_path):
+def test_a_folder_of_several_splits_needs_a_split(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "train"}')
     (tmp_path / "test.jsonl").write_text('{"text": "test"}')
     assert [row.values["text"] for row in read_rows(tmp_path, split="test")] == ["test"]
@@ -128,7 +131,7 @@ def test_limit_takes_the_first_rows_across_files(tmp_path):
     assert [row.values["text"] for row in read_rows(tmp_path, limit=3)] == ["1", "2", "3"]
 
 
-def test_a_utf8_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+def test_a_utf8_byte_order_mark_is_stripped_from_the_first_column(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\nx")
     assert values(read_rows(tmp_path / "a.csv")) == [{"text": "x"}]
 
@@ -153,7 +156,9 @@ def test_an_empty_file_is_an_error(tmp_path, name, content):
     refused(tmp_path / name, str(tmp_path / name), "empty")
 
 
-@pytest.mark.parametrize("name, content", [("a.csv", "prompt,completion\n"), ("a.json", "[]"), ("a.txt", "<|endoftext|>\n")])
+@pytest.mark.parametrize(
+    "name, content", [("a.csv", "prompt,completion\n"), ("a.json", "[]"), ("a.txt", "<|endoftext|>\n")]
+)
 def test_a_file_without_rows_is_an_error(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     refused(tmp_path / name, "no rows")
@@ -172,22 +177,25 @@ def test_broken_json_names_line_and_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, kind", [("[1]", "a list"), ('"text"', "a string"), ("3", "a number"), ("null", "null"), ("true", "true or false")]
+    "line, kind",
+    [("[1]", "a list"), ('"text"', "a string"), ("3", "a number"), ("null", "null"), ("true", "true or false")],
 )
-def test_a_jsonl_row_that_is_no_object_is_an_error(tmp_path, line, kind):
+def test_a_jsonl_row_that_is_not_an_object_is_an_error(tmp_path, line, kind):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + line)
     refused(path, "row 2", f"{kind} where an object is expected")
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_document_named_jsonl_is_told_so(tmp_path, indent):
+def test_a_json_document_named_jsonl_gets_a_hint(tmp_path, indent):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(PAIRS, indent=indent))
     refused(path, "row 1", "name it .json")
 
 
-@pytest.mark.parametrize("document, word", [('{"a": 1}', "its keys are: a"), ("3", "a number"), ('[{"a": 1}, 2]', "row 2: a number")])
+@pytest.mark.parametrize(
+    "document, word", [('{"a": 1}', "its keys are: a"), ("3", "a number"), ('[{"a": 1}, 2]', "row 2: a number")]
+)
 def test_json_without_a_list_of_objects_is_an_error(tmp_path, document, word):
     (tmp_path / "a.json").write_text(document)
     refused(tmp_path / "a.json", word)
@@ -201,7 +209,12 @@ def test_a_csv_record_with_the_wrong_number_of_fields_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "text, word",
-    [('a,b\n1,"2\n', "line 2"), ('a,b\n"1"x,2\n', "line 2"), ("a;b\n1;2\n", "separated by commas"), ("a,a\n1,2\n", "twice: a")],
+    [
+        ('a,b\n1,"2\n', "line 2"),
+        ('a,b\n"1"x,2\n', "line 2"),
+        ("a;b\n1;2\n", "separated by commas"),
+        ("a,a\n1,2\n", "twice: a"),
+    ],
 )
 def test_a_malformed_csv_is_named(tmp_path, text, word):
     (tmp_path / "a.csv").write_text(text)
@@ -213,7 +226,7 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path):
     refused(tmp_path / "a.parquet", "a.parquet", "not a readable Parquet file")
 
 
-def test_a_missing_file_names_its_nearest_neighbour_and_asks_no_hub(tmp_path, monkeypatch):
+def test_a_missing_file_suggests_the_nearest_name_without_asking_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: pytest.fail("the hub was asked for a file name"))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}')
     refused(tmp_path / "trian.jsonl", "no such file", "did you mean 'train.jsonl'")
@@ -221,9 +234,9 @@ def test_a_missing_file_names_its_nearest_neighbour_and_asks_no_hub(tmp_path, mo
 
 
 @pytest.mark.parametrize("name", ["a.xlsx", "a.jsnl", "a", "a.tar.gz", "a.parquet.gz"])
-def test_an_unknown_kind_of_file_lists_the_known(tmp_path, name):
+def test_an_unknown_file_type_lists_the_known_ones(tmp_path, name):
     (tmp_path / name).write_text("x")
-    refused(tmp_path / name, "unknown kind of file", ".jsonl", ".parquet")
+    refused(tmp_path / name, "unknown file type", ".jsonl", ".parquet")
 
 
 def test_a_folder_without_data_says_what_is_in_it(tmp_path):
@@ -231,21 +244,21 @@ def test_a_folder_without_data_says_what_is_in_it(tmp_path):
     refused(tmp_path, "no data files", "notes.md")
 
 
-def test_a_name_that_is_no_path_is_a_hub_dataset_with_its_config_and_split(monkeypatch):
-    asked = []
+def test_a_name_that_is_not_a_path_is_a_hub_dataset(monkeypatch):
+    requests = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((*args, kwargs["split"]))
+        requests.append((*args, kwargs["split"]))
         return PAIRS
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     rows = read_rows("owner/name:main", split="test", limit=2)
-    assert asked == [("owner/name", "main", "test[:2]")]
+    assert requests == [("owner/name", "main", "test[:2]")]
     assert values(rows) == PAIRS
     assert rows[1].where == "owner/name:main (test), row 2"
 
 
-def test_when_the_hub_fails_too_both_are_said(monkeypatch):
+def test_the_error_names_both_the_missing_file_and_the_hubs_reason(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub")
 

@@ -1,10 +1,10 @@
-"""Ids and mask: what is trained, where it ends, and that generation starts on a prefix of what was trained."""
+"""Token ids and loss mask: what is trained, where it ends, and that generation starts from a prefix of it."""
 
 from __future__ import annotations
 
 import pytest
 
-from lorakit.data.render import JOINED, LAST_TURN_ONLY, render, render_prompt
+from lorakit.data.render import LAST_TURN_ONLY, NO_SPACE_BETWEEN, render, render_prompt
 from lorakit.data.shapes import Message, read_examples
 from lorakit.errors import ConfigError, DataError
 
@@ -19,8 +19,8 @@ def chat(rows, *contents, system=None):
     return one(rows, messages=[{"role": "system", "content": system}, *messages] if system else messages)
 
 
-def stretches(rendered, tokenizer):
-    """Text and mask of each run of equal mask."""
+def spans(rendered, tokenizer):
+    """Return (text, trained) of each run of equal mask."""
     runs = []
     for token, trained in zip(rendered.ids, rendered.trained, strict=True):
         if not runs or runs[-1][1] != trained:
@@ -33,26 +33,28 @@ def test_a_pair_is_prompt_completion_and_end_with_the_last_two_trained(rows, pla
     t = plain_tokenizer
     rendered = render(one(rows, prompt="the quick ", completion="brown fox"), t)
     assert rendered.ids == [*t.encode("the quick "), *t.encode("brown fox"), t.eos_token_id]
-    assert stretches(rendered, t) == [("the quick ", False), ("brown fox</s>", True)]
+    assert spans(rendered, t) == [("the quick ", False), ("brown fox</s>", True)]
     assert rendered.prompt == len(t.encode("the quick "))
     assert rendered.note is None
 
 
-def test_a_pair_that_meets_without_a_space_is_joined_as_given_and_noted(rows, plain_tokenizer):
+def test_a_pair_without_a_space_between_is_concatenated_as_given_and_noted(rows, plain_tokenizer):
     rendered = render(one(rows, prompt="the quick", completion="brown"), plain_tokenizer)
     assert plain_tokenizer.decode(rendered.ids) == "the quickbrown</s>"
-    assert rendered.note == JOINED
+    assert rendered.note == NO_SPACE_BETWEEN
 
 
-def test_text_is_trained_whole_with_its_end(rows, plain_tokenizer):
+def test_every_token_of_a_text_is_trained_and_its_end(rows, plain_tokenizer):
     rendered = render(one(rows, text="hello world"), plain_tokenizer)
-    assert stretches(rendered, plain_tokenizer) == [("hello world</s>", True)]
+    assert spans(rendered, plain_tokenizer) == [("hello world</s>", True)]
     assert rendered.prompt == 0
 
 
-@pytest.mark.parametrize("values", [{"prompt": "the ", "completion": "dog"}, {"prompt": "", "completion": "dog"}, {"text": "the dog"}])
+@pytest.mark.parametrize(
+    "values", [{"prompt": "the ", "completion": "dog"}, {"prompt": "", "completion": "dog"}, {"text": "the dog"}]
+)
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_bos_is_there_exactly_when_the_tokenizer_adds_one_and_is_never_trained(rows, make_tokenizer, adds_bos, values):
+def test_bos_is_added_only_by_tokenizers_that_add_one_and_is_never_trained(rows, make_tokenizer, adds_bos, values):
     t = make_tokenizer(adds_bos=adds_bos)
     rendered = render(one(rows, **values), t)
     assert rendered.ids.count(t.bos_token_id) == int(adds_bos)
@@ -60,7 +62,7 @@ def test_bos_is_there_exactly_when_the_tokenizer_adds_one_and_is_never_trained(r
     assert not (adds_bos and rendered.trained[0])
 
 
-def test_bos_and_end_that_the_text_brings_itself_are_not_doubled(rows, make_tokenizer):
+def test_bos_and_end_already_in_the_text_are_not_added_again(rows, make_tokenizer):
     t = make_tokenizer(adds_bos=True)
     rendered = render(one(rows, text="<s>hello</s>"), t)
     assert t.decode(rendered.ids) == "<s>hello</s>"
@@ -71,7 +73,7 @@ def test_chatml_trains_each_assistant_turn_with_its_end_marker_and_nothing_else(
     t = chatml_tokenizer
     example = chat(rows, "hello", "world", "again", "dog", system="the system")
     rendered = render(example, t)
-    assert stretches(rendered, t) == [
+    assert spans(rendered, t) == [
         ("<|im_start|>system\nthe system<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", False),
         ("world<|im_end|>", True),
         ("\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n", False),
@@ -87,40 +89,42 @@ def test_an_end_token_the_template_does_not_write_is_added_once_after_the_last_a
     rendered = render(chat(rows, "hello", "world", "again", "dog"), t)
     assert rendered.ids.count(t.eos_token_id) == 1
     assert rendered.trained[-1]
-    assert stretches(rendered, t)[-1] == ("dog<|im_end|>\n<|endoftext|>", True)
+    assert spans(rendered, t)[-1] == ("dog<|im_end|>\n<|endoftext|>", True)
 
 
-def test_an_end_token_quoted_inside_an_answer_does_not_end_the_training_there(rows, chatml_tokenizer):
+def test_an_answer_is_trained_past_an_end_token_it_quotes(rows, chatml_tokenizer):
     rendered = render(chat(rows, "hello", "it is <|im_end|> dog"), chatml_tokenizer)
-    assert stretches(rendered, chatml_tokenizer)[1] == ("it is <|im_end|> dog<|im_end|>", True)
+    assert spans(rendered, chatml_tokenizer)[1] == ("it is <|im_end|> dog<|im_end|>", True)
 
 
 def test_a_template_with_bos_gets_no_second_one_from_the_tokenizer(rows, make_tokenizer, templates):
     t = make_tokenizer(adds_bos=True, template=templates["llama2"])
     rendered = render(chat(rows, "hello", "world"), t)
-    assert stretches(rendered, t) == [("<s>[INST] hello [/INST]", False), (" world </s>", True)]
+    assert spans(rendered, t) == [("<s>[INST] hello [/INST]", False), (" world </s>", True)]
 
 
-def test_a_template_that_refuses_the_system_role_is_quoted(rows, make_tokenizer, templates):
+def test_the_error_quotes_a_template_that_rejects_the_system_role(rows, make_tokenizer, templates):
     t = make_tokenizer(template=templates["llama2"])
     with pytest.raises(DataError, match=r"row 1: .*turns: system, user.*System role not supported"):
         render(chat(rows, "hello", "world", system="the system"), t)
 
 
-def test_a_template_that_strips_earlier_reasoning_trains_the_last_turn_only_and_says_so(rows, make_tokenizer, templates):
+def test_a_template_that_strips_earlier_reasoning_trains_the_last_turn_only_and_says_so(
+    rows, make_tokenizer, templates
+):
     t = make_tokenizer(template=templates["strips"], end="<|im_end|>")
     thinking = chat(rows, "hello", "<think>1 2</think>world", "again", "<think>3 4</think>dog")
     rendered = render(thinking, t)
     assert rendered.note == LAST_TURN_ONLY
-    assert [text for text, trained in stretches(rendered, t) if trained] == ["<think>3 4</think>dog<|im_end|>"]
+    assert [text for text, trained in spans(rendered, t) if trained] == ["<think>3 4</think>dog<|im_end|>"]
     assert "1 2" not in t.decode(rendered.ids)
     # Without reasoning the same template is stable, and every turn is trained.
     plain = render(chat(rows, "hello", "world", "again", "dog"), t)
     assert plain.note is None
-    assert [text for text, trained in stretches(plain, t) if trained] == ["world<|im_end|>", "dog<|im_end|>"]
+    assert [text for text, trained in spans(plain, t) if trained] == ["world<|im_end|>", "dog<|im_end|>"]
 
 
-def test_a_generation_prompt_that_the_finished_turn_does_not_follow_is_an_error(rows, make_tokenizer, templates):
+def test_a_generation_prompt_that_the_finished_turn_does_not_start_with_is_an_error(rows, make_tokenizer, templates):
     t = make_tokenizer(template=templates["opens"], end="<|im_end|>")
     with pytest.raises(DataError, match=r"row 1: .*generation prompt"):
         render(chat(rows, "hello", "world"), t)
@@ -129,7 +133,7 @@ def test_a_generation_prompt_that_the_finished_turn_does_not_follow_is_an_error(
 def test_without_a_chat_template_the_plain_one_ends_each_answer(rows, make_tokenizer):
     t = make_tokenizer(adds_bos=True)
     rendered = render(chat(rows, "hello", "world", "again", "dog", system="the system"), t)
-    assert stretches(rendered, t) == [
+    assert spans(rendered, t) == [
         ("<s>the system\n\n### Instruction:\nhello\n\n### Response:\n", False),
         ("world</s>", True),
         ("\n\n### Instruction:\nagain\n\n### Response:\n", False),
@@ -137,7 +141,7 @@ def test_without_a_chat_template_the_plain_one_ends_each_answer(rows, make_token
     ]
 
 
-def test_plain_can_be_asked_for_where_there_is_a_chat_template(rows, chatml_tokenizer):
+def test_the_plain_template_can_replace_a_chat_template(rows, chatml_tokenizer):
     rendered = render(chat(rows, "hello", "world"), chatml_tokenizer, template="plain")
     assert chatml_tokenizer.decode(rendered.ids) == "### Instruction:\nhello\n\n### Response:\nworld<|im_end|>"
 
@@ -145,7 +149,10 @@ def test_plain_can_be_asked_for_where_there_is_a_chat_template(rows, chatml_toke
 def test_a_pair_becomes_a_chat_only_when_asked(rows, chatml_tokenizer):
     pair = one(rows, prompt="hello", completion=" world")
     assert chatml_tokenizer.decode(render(pair, chatml_tokenizer).ids) == "hello world<|im_end|>"
-    assert render(pair, chatml_tokenizer, template="chat").ids == render(chat(rows, "hello", " world"), chatml_tokenizer).ids
+    assert (
+        render(pair, chatml_tokenizer, template="chat").ids
+        == render(chat(rows, "hello", " world"), chatml_tokenizer).ids
+    )
 
 
 def test_a_chat_asked_for_without_a_template_or_turns_is_an_error(rows, plain_tokenizer, chatml_tokenizer):
@@ -163,7 +170,7 @@ def test_tools_reach_the_template(rows, make_tokenizer, templates):
     assert '{"name": "add"}' in t.decode(render(example, t, template="plain").ids)
 
 
-def test_train_on_all_trains_all_but_what_the_tokenizer_put_first(rows, make_tokenizer):
+def test_train_on_all_trains_everything_but_bos(rows, make_tokenizer):
     t = make_tokenizer(adds_bos=True)
     pair = one(rows, prompt="the ", completion="dog")
     everything, answer = render(pair, t, train_on="all"), render(pair, t)
@@ -177,19 +184,20 @@ def test_a_tokenizer_without_an_end_token_is_an_error(rows, make_tokenizer):
         render(one(rows, text="hello"), make_tokenizer(end=None))
 
 
-def test_a_segment_inside_gets_no_space_that_sentencepiece_puts_before_a_text(rows, metaspace_tokenizer):
+def test_later_segments_do_not_get_sentencepieces_leading_space(rows, metaspace_tokenizer):
     t = metaspace_tokenizer
     rendered = render(one(rows, prompt="A: ", completion="dog"), t)
     assert t.convert_ids_to_tokens(rendered.ids) == ["▁", "A", ":", "▁", "d", "o", "g", "</s>"]
-    assert stretches(render(chat(rows, "A", "dog"), t), t)[1] == ("dog</s>", True)
+    assert spans(render(chat(rows, "A", "dog"), t), t)[1] == ("dog</s>", True)
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama2", "strips", None])
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize(
-    "contents", [("hello", "world"), ("hello", "<think>1</think> world", "again", "<think>2</think> dog"), ("hello\n", "\nworld")]
+    "contents",
+    [("hello", "world"), ("hello", "<think>1</think> world", "again", "<think>2</think> dog"), ("hello\n", "\nworld")],
 )
-def test_what_generation_starts_from_is_a_prefix_of_what_is_trained_and_ends_where_the_answer_starts(
+def test_the_generation_prompt_is_the_untrained_prefix_of_the_trained_ids(
     rows, make_tokenizer, templates, template, adds_bos, contents
 ):
     t = make_tokenizer(adds_bos=adds_bos, template=templates.get(template))
@@ -205,9 +213,11 @@ def test_what_generation_starts_from_is_a_prefix_of_what_is_trained_and_ends_whe
     )
 
 
-@pytest.mark.parametrize("values", [{"prompt": "the quick", "completion": " fox"}, {"prompt": "", "completion": "fox"}, {"text": "fox"}])
+@pytest.mark.parametrize(
+    "values", [{"prompt": "the quick", "completion": " fox"}, {"prompt": "", "completion": "fox"}, {"text": "fox"}]
+)
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_the_same_holds_for_pairs_and_texts(rows, make_tokenizer, adds_bos, values):
+def test_the_prompt_of_pairs_and_texts_is_the_untrained_prefix_too(rows, make_tokenizer, adds_bos, values):
     t = make_tokenizer(adds_bos=adds_bos)
     example = one(rows, **values)
     rendered, prompt = render(example, t), render_prompt(example, t)
@@ -222,7 +232,9 @@ def test_a_conversation_waiting_for_its_answer_keeps_every_turn(chatml_tokenizer
     assert text.endswith("world<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "assistant", "content": "hello"}], [{"role": "wizard", "content": "hello"}]])
+@pytest.mark.parametrize(
+    "messages", [[], [{"role": "assistant", "content": "hello"}], [{"role": "wizard", "content": "hello"}]]
+)
 def test_nothing_to_answer_is_an_error(chatml_tokenizer, messages):
     with pytest.raises(DataError, match="messages"):
         render_prompt(messages, chatml_tokenizer)

@@ -1,4 +1,4 @@
-"""Shapes told from columns, and rows that do not fit named with file and row."""
+"""Shapes are recognised by their columns, and rows that do not fit are named with file and row."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ def refused(rows, *words, columns=None):
 PAIR = [("user", "2+2?", False), ("assistant", "4", True)]
 
 
-@pytest.mark.parametrize("names", [("prompt", "completion"), ("prompt", "response"), ("input", "output"), ("question", "answer")])
-def test_pairs_under_every_usual_name(rows, names):
+@pytest.mark.parametrize(
+    "names", [("prompt", "completion"), ("prompt", "response"), ("input", "output"), ("question", "answer")]
+)
+def test_prompt_and_completion_are_read_under_their_usual_names(rows, names):
     shape, (example,) = read_examples(rows(dict(zip(names, ["2+2?", "4"])) | {"id": 7}))
     assert (shape, example.kind, turns(example)) == ("prompt/completion", "completion", PAIR)
 
 
-def test_references_stand_in_for_the_completion_and_are_kept(rows):
+def test_the_first_reference_is_the_completion_where_there_is_none(rows):
     _, (alone, beside) = read_examples(
-        rows({"prompt": "2+2?", "references": ["4", "four"]}, {"prompt": "2+2?", "completion": "IV", "references": ["4"]})
+        rows(
+            {"prompt": "2+2?", "references": ["4", "four"]}, {"prompt": "2+2?", "completion": "IV", "references": ["4"]}
+        )
     )
     assert turns(alone) == PAIR
     assert alone.references == ("4", "four")
@@ -65,13 +69,17 @@ def test_alpaca_input_follows_a_blank_line_and_system_and_history_come_first(row
     ]
 
 
-def test_openai_messages(rows):
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+def test_openai_messages_keep_roles_and_order(rows):
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+    ]
     shape, (example,) = read_examples(rows({"messages": messages, "label": True}))
     assert (shape, turns(example)) == ("messages", [("system", "S", False), *PAIR])
 
 
-def test_sharegpt_with_calls_observations_and_tools(rows):
+def test_sharegpt_roles_become_chat_template_roles(rows):
     conversation = [("human", "2+2?"), ("function_call", "add(2, 2)"), ("observation", "4"), ("gpt", "It is 4.")]
     row = {
         "conversations": [{"from": who, "value": what} for who, what in conversation],
@@ -98,18 +106,24 @@ def test_conversational_prompt_and_completion_trains_the_completion_alone(rows):
 
 
 def test_an_assistant_turn_that_opens_the_conversation_is_context(rows):
-    conversation = [{"from": "gpt", "value": "Hi, I am here."}, {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    conversation = [
+        {"from": "gpt", "value": "Hi, I am here."},
+        {"from": "human", "value": "2+2?"},
+        {"from": "gpt", "value": "4"},
+    ]
     _, (example,) = read_examples(rows({"conversations": conversation}))
     assert [m.trained for m in example.messages] == [False, False, True]
 
 
-def test_text(rows):
+def test_text_is_one_trained_message(rows):
     shape, (example,) = read_examples(rows({"text": "Once."}))
     assert (shape, example.kind, turns(example)) == ("text", "text", [("assistant", "Once.", True)])
 
 
 def test_columns_map_our_names_to_the_files(rows):
-    _, (example,) = read_examples(rows({"mr": "2+2?", "ref": "4", "text": "other"}), {"prompt": "mr", "completion": "ref"})
+    _, (example,) = read_examples(
+        rows({"mr": "2+2?", "ref": "4", "text": "other"}), {"prompt": "mr", "completion": "ref"}
+    )
     assert turns(example) == PAIR
 
 
@@ -118,13 +132,13 @@ def test_mapped_columns_decide_the_shape(rows):
     assert (shape, turns(example)) == ("text", [("assistant", "Once.", True)])
 
 
-def test_a_mapping_settles_which_of_two_columns_is_meant(rows):
+def test_a_mapping_decides_between_two_candidate_columns(rows):
     row = rows({"question": "2+2?", "input": "x", "output": "4"})
     refused(row, "question and input could each be the prompt")
     assert turns(read_examples(row, {"prompt": "question"})[1][0]) == PAIR
 
 
-def test_a_mapping_to_what_is_not_there_names_the_nearest(rows):
+def test_a_mapping_to_a_missing_column_suggests_the_nearest(rows):
     refused(
         rows({"mr": "a", "reference": "b"}),
         "no column 'refrence'",
@@ -145,10 +159,12 @@ def test_an_unknown_shape_lists_the_columns_found_the_shapes_and_a_mapping(rows)
 
 
 def test_rows_of_two_shapes_are_an_error_at_the_first_that_differs(rows):
-    refused(rows({"text": "a"}, {"text": "b"}, {"prompt": "a", "completion": "b"}), "row 3", "prompt/completion", "are text")
+    refused(
+        rows({"text": "a"}, {"text": "b"}, {"prompt": "a", "completion": "b"}), "row 3", "prompt/completion", "are text"
+    )
 
 
-def test_preference_pairs_are_told_what_to_do(rows):
+def test_preference_pairs_are_refused_with_a_way_to_train_on_the_chosen(rows):
     row = rows({"prompt": "2+2?", "chosen": "4", "rejected": "5"})
     refused(row, "preference pairs", "completion: chosen")
     assert turns(read_examples(row, {"prompt": "prompt", "completion": "chosen"})[1][0]) == PAIR
@@ -157,7 +173,12 @@ def test_preference_pairs_are_told_what_to_do(rows):
 @pytest.mark.parametrize("empty", ["", "  \n", None])
 @pytest.mark.parametrize(
     "row, name",
-    [({"prompt": "p"}, "completion"), ({"instruction": "i", "input": "x"}, "output"), ({"question": "q"}, "answer"), ({}, "text")],
+    [
+        ({"prompt": "p"}, "completion"),
+        ({"instruction": "i", "input": "x"}, "output"),
+        ({"question": "q"}, "answer"),
+        ({}, "text"),
+    ],
 )
 def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
     good = row | {name: "fine"}
@@ -170,7 +191,7 @@ def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
         ({"prompt": 3, "completion": "c"}, ["prompt is expected to be text", "int 3"]),
         ({"prompt": "p", "completion": ["c"]}, ["completion is expected to be text", "list"]),
         ({"prompt": None, "completion": "c"}, ["prompt is expected to be text", "null"]),
-        ({"text": "half \ud83d"}, ["text holds half a character"]),
+        ({"text": "half \ud83d"}, ["text has half a surrogate pair"]),
         ({"prompt": "p", "references": []}, ["references is empty"]),
         ({"prompt": "p", "references": ["a", " "]}, ["references[1] is empty"]),
         ({"prompt": "p", "references": {"a": 1}}, ["list of texts"]),
@@ -182,10 +203,21 @@ def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
         ({"messages": ["hello"]}, ["messages[0]", "object"]),
         ({"messages": [{"role": "asistant", "content": "x"}]}, ["unknown role 'asistant'", "did you mean 'assistant'"]),
         ({"messages": [{"content": "x"}]}, ["unknown role None"]),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, ["messages[0].content is expected to be text"]),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, ["messages[1]", "empty"]),
         (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            ["messages[0].content is expected to be text"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+            ["messages[1]", "empty"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": None, "tool_calls": [{}]},
+                ]
+            },
             ["tool_calls without content"],
         ),
         ({"messages": [{"role": "user", "content": "a"}]}, ["no assistant turn", "turns: user"]),
@@ -197,7 +229,7 @@ def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
         ),
     ],
 )
-def test_what_cannot_be_trained_on_is_named_with_file_and_row(rows, row, words):
+def test_an_untrainable_row_is_named_with_file_and_row(rows, row, words):
     refused(rows(row), "data.jsonl, row 1", *words)
 
 
@@ -205,7 +237,7 @@ def test_no_rows_is_an_error():
     refused([], "no rows")
 
 
-def test_a_conversation_may_be_json_text_as_in_a_csv(rows):
+def test_a_conversation_may_be_json_text(rows):
     text = json.dumps([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
     shape, (example,) = read_examples(rows({"messages": text}))
     assert (shape, turns(example)) == ("messages", PAIR)

@@ -16,7 +16,10 @@ from lorakit.data.show import bins, histogram, report, show
 def data(rows, plain_tokenizer):
     pair = {"prompt": "the [red] quick ", "completion": "brown fox"}
     return build(
-        rows(pair, pair, {"prompt": "the [red] quick ", "completion": "dog"}, {"prompt": "hello", "completion": "world"}), plain_tokenizer
+        rows(
+            pair, pair, {"prompt": "the [red] quick ", "completion": "dog"}, {"prompt": "hello", "completion": "world"}
+        ),
+        plain_tokenizer,
     )
 
 
@@ -39,31 +42,35 @@ def test_trained_text_is_coloured_where_there_is_colour(data, plain_tokenizer):
     assert "⟦" not in text
 
 
-def test_as_many_rows_as_asked_with_their_place(data, plain_tokenizer):
+def test_only_the_requested_rows_are_printed_with_file_and_row(data, plain_tokenizer):
     text = printed(data, plain_tokenizer, rows=2)
     assert "data.jsonl, row 2 (" in text
     assert "data.jsonl, row 3" not in text
 
 
-def test_the_facts_are_there_in_words(data, plain_tokenizer):
+def test_the_facts_are_printed(data, plain_tokenizer):
     text = printed(data, plain_tokenizer)
     assert "1 rows repeat an earlier one" in text
     assert "3 rows share a prompt with another completion" in text
     assert "0 of 4 rows, dropped" in text
-    assert "1 rows: prompt and completion meet without a space" in text
+    assert "1 rows: no space or newline between prompt and completion" in text
 
 
-def test_the_report_is_json_and_counts_what_is_there(data):
-    told = json.loads(json.dumps(report(data)))
-    assert told["tokens"] == sum(len(item.ids) for item in data.items)
-    assert told["trained_tokens"] == sum(sum(item.trained) for item in data.items)
-    assert (told["rows"], told["duplicates"], told["same_prompt"], told["dropped"]) == (4, 1, 3, 0)
-    assert sum(bin["rows"] for bin in told["histogram"]) == 4
+def test_the_report_is_json_with_the_datasets_counts(data):
+    facts = json.loads(json.dumps(report(data)))
+    assert facts["tokens"] == sum(len(item.ids) for item in data.items)
+    assert facts["trained_tokens"] == sum(sum(item.trained) for item in data.items)
+    assert (facts["rows"], facts["duplicates"], facts["same_prompt"], facts["dropped"]) == (4, 1, 3, 0)
+    assert sum(bin["rows"] for bin in facts["histogram"]) == 4
 
 
-def test_what_the_limit_does_is_said(rows, plain_tokenizer):
+def test_rows_cut_and_dropped_by_the_limit_are_counted(rows, plain_tokenizer):
     long = build(
-        rows({"prompt": "1", "completion": "0" * 30}, {"prompt": "1", "completion": "0"}, {"prompt": "1" * 30, "completion": "0"}),
+        rows(
+            {"prompt": "1", "completion": "0" * 30},
+            {"prompt": "1", "completion": "0"},
+            {"prompt": "1" * 30, "completion": "0"},
+        ),
         plain_tokenizer,
     )
     assert report(long)["dropped"] == 0
@@ -76,10 +83,10 @@ def test_what_the_limit_does_is_said(rows, plain_tokenizer):
 
 @pytest.mark.parametrize("lengths", [[5], [5, 5, 5], [1, 2], list(range(1, 100)), [1, 1000]])
 def test_every_length_falls_into_one_bin(lengths):
-    counted = bins(lengths)
-    assert sum(rows for _, _, rows in counted) == len(lengths)
-    assert (counted[0][0], counted[-1][1]) == (min(lengths), max(lengths))
-    assert len(counted) <= 10
+    binned = bins(lengths)
+    assert sum(rows for _, _, rows in binned) == len(lengths)
+    assert (binned[0][0], binned[-1][1]) == (min(lengths), max(lengths))
+    assert len(binned) <= 10
 
 
 def test_the_limit_is_marked_in_the_histogram():

@@ -1,4 +1,4 @@
-"""The facts about the machine: limits that containers set, threads that do not fit, what a compiler needs."""
+"""Facts about the machine: container limits, thread counts that do not suit it, what a compiler needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.doctor import machine
 from lorakit.plan import machine as plan_machine
 
 
-def test_one_device_is_used_and_it_is_the_one_that_lorakit_takes():
+def test_the_device_marked_as_used_is_the_chosen_one():
     found = machine.devices()
     (used,) = [device for device in found if device.used]
     assert used.kind == choose_device().value.type
@@ -23,7 +23,7 @@ def test_one_device_is_used_and_it_is_the_one_that_lorakit_takes():
     assert found[-1].memory is None or found[-1].memory >= found[-1].free > 0
 
 
-def test_the_precision_that_is_chosen_is_the_one_that_training_takes():
+def test_the_precision_marked_as_used_is_the_chosen_one():
     (used,) = [p for p in machine.precisions() if p.used]
     dtype = choose_dtype("auto", choose_device().value).value
     assert {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[used.name] == dtype
@@ -44,19 +44,23 @@ def test_the_precision_that_is_chosen_is_the_one_that_training_takes():
         (4, 8, None, {"OMP_NUM_THREADS": "4"}, None),
     ],
 )
-def test_threads_that_do_not_fit_the_cores_are_told_with_the_fix(count, available, limit, variables, fix):
+def test_a_thread_count_that_does_not_suit_the_cores_gets_a_fix(count, available, limit, variables, fix):
     notes = machine.thread_notes(count, available, limit, variables)
     assert len(notes) == (fix is not None)
     assert all(fix in note for note in notes)
 
 
 def groups(tmp_path, monkeypatch, lines, files):
-    """A machine whose control groups are these."""
+    """Make plan.machine read these cgroup files."""
     real = plan_machine.Path
 
     def path(*parts):
-        told = "/".join(map(str, parts))
-        return real(tmp_path / told.lstrip("/")) if told.startswith(("/sys/fs/cgroup", "/proc/self/cgroup")) else real(*parts)
+        joined = "/".join(map(str, parts))
+        return (
+            real(tmp_path / joined.lstrip("/"))
+            if joined.startswith(("/sys/fs/cgroup", "/proc/self/cgroup"))
+            else real(*parts)
+        )
 
     for name, text in {"/proc/self/cgroup": lines, **files}.items():
         file = tmp_path / name.lstrip("/")
@@ -65,7 +69,7 @@ def groups(tmp_path, monkeypatch, lines, files):
     monkeypatch.setattr(plan_machine, "Path", path)
 
 
-def test_the_lowest_limit_of_all_groups_counts(tmp_path, monkeypatch):
+def test_the_lowest_limit_of_nested_cgroups_counts(tmp_path, monkeypatch):
     files = {"/sys/fs/cgroup/a/cpu.max": "400000 100000\n", "/sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}
     groups(tmp_path, monkeypatch, "0::/a/b\n", files | {"/sys/fs/cgroup/a/memory.max": "1000\n"})
     assert plan_machine.cpu_limit() == 4.0
@@ -74,20 +78,23 @@ def test_the_lowest_limit_of_all_groups_counts(tmp_path, monkeypatch):
         assert memory.total == 1000
 
 
-def test_the_first_kind_of_groups_is_read_too_and_minus_one_is_no_limit(tmp_path, monkeypatch):
+def test_cgroup_v1_is_read_and_minus_one_is_no_limit(tmp_path, monkeypatch):
     lines = "4:cpu,cpuacct:/box\n3:memory:/box\n"
     groups(
-        tmp_path, monkeypatch, lines, {"/sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "150000\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}
+        tmp_path,
+        monkeypatch,
+        lines,
+        {"/sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "150000\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"},
     )
     assert plan_machine.cpu_limit() == 1.5
 
 
-def test_without_a_limit_there_is_none(tmp_path, monkeypatch):
+def test_cgroup_max_is_no_limit(tmp_path, monkeypatch):
     groups(tmp_path, monkeypatch, "0::/\n", {"/sys/fs/cgroup/cpu.max": "max 100000\n"})
     assert plan_machine.cpu_limit() is None
 
 
-def test_a_missing_compiler_is_told_with_the_fix(monkeypatch):
+def test_a_missing_compiler_is_reported_with_a_fix(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = machine.compiler()
     assert not found.usable
@@ -96,7 +103,7 @@ def test_a_missing_compiler_is_told_with_the_fix(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for the compiler")
-def test_a_compiler_is_named_with_its_version_and_needs_pythons_headers(monkeypatch, tmp_path):
+def test_a_compiler_needs_pythons_headers_and_has_a_version(monkeypatch, tmp_path):
     script = tmp_path / "c++"
     script.write_text("#!/bin/sh\necho my compiler 7\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -109,20 +116,23 @@ def test_a_compiler_is_named_with_its_version_and_needs_pythons_headers(monkeypa
 
 
 @pytest.mark.parametrize(
-    "name, value, end", [("HF_HUB_CACHE", "x/hub", "x/hub"), ("HF_HOME", "home", "home/hub"), ("XDG_CACHE_HOME", "c", "c/huggingface/hub")]
+    "name, value, end",
+    [("HF_HUB_CACHE", "x/hub", "x/hub"), ("HF_HOME", "home", "home/hub"), ("XDG_CACHE_HOME", "c", "c/huggingface/hub")],
 )
-def test_the_cache_is_where_huggingface_hub_puts_it(name, value, end, tmp_path, monkeypatch):
+def test_the_cache_folder_is_huggingface_hubs(name, value, end, tmp_path, monkeypatch):
     import subprocess
 
     for other in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, str(tmp_path / value))
     code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True).stdout.strip()
+    theirs = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
+    ).stdout.strip()
     assert str(machine.hub_cache()) == theirs == str(tmp_path / end)
 
 
-def test_free_disk_is_that_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):
+def test_free_space_is_that_of_the_nearest_existing_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "not" / "made" / "yet"))
     here, cache = machine.disks()

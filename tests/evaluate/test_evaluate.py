@@ -15,8 +15,8 @@ from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, DataError, StateError
 from lorakit.evaluate.evaluate import evaluate, prompts_of
 from lorakit.evaluate.metrics import score
-from lorakit.evaluate.perplexity import perplexity
 from lorakit.generate.generate import generate
+from lorakit.tasks.text.perplexity import perplexity
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def test_each_adapter_is_judged_as_if_it_were_the_active_one(adapted, tokenizer,
     for one in report.judged:
         lk.activate(adapted, one.adapter)
         assert one.loss == perplexity(adapted, items, 0)
-        texts = [text.strip() for text in generate(adapted, tokenizer, [p.ids for p in report.prompts], max_new_tokens=6)]
+        texts = [
+            text.strip() for text in generate(adapted, tokenizer, [p.ids for p in report.prompts], max_new_tokens=6)
+        ]
         assert list(one.texts) == texts
         assert one.scores == score(texts, [p.references for p in report.prompts])
 
@@ -119,7 +121,10 @@ def test_the_report_is_json_and_says_what_was_judged(adapted, tokenizer, items):
         {
             "prompt": "say one:",
             "references": ["uno", "eins"],
-            "texts": [{"adapter": None, "text": report.judged[0].texts[0]}, {"adapter": "first", "text": report.judged[1].texts[0]}],
+            "texts": [
+                {"adapter": None, "text": report.judged[0].texts[0]},
+                {"adapter": "first", "text": report.judged[1].texts[0]},
+            ],
         }
     ]
 
@@ -137,7 +142,9 @@ def test_the_table_has_a_line_for_each_and_scores_only_when_asked(adapted, token
 
 
 def test_square_brackets_in_the_data_are_shown_not_taken_for_markup(llama, tokenizer, make_item):
-    report = evaluate(llama, tokenizer, [make_item("name[bold] [/nonsense]", " [red]x")], generate=True, max_new_tokens=3)
+    report = evaluate(
+        llama, tokenizer, [make_item("name[bold] [/nonsense]", " [red]x")], generate=True, max_new_tokens=3
+    )
     shown = printed(report.sample_table())
     assert "name[bold] [/nonsense]" in shown
     assert "[red]x" in shown
@@ -146,7 +153,13 @@ def test_square_brackets_in_the_data_are_shown_not_taken_for_markup(llama, token
 def test_progress_says_what_is_done_for_whom(adapted, tokenizer, items):
     told = []
     evaluate(
-        adapted, tokenizer, items, [None, "first"], generate=True, max_new_tokens=2, on_rows=lambda what, rows: told.append((what, rows))
+        adapted,
+        tokenizer,
+        items,
+        [None, "first"],
+        generate=True,
+        max_new_tokens=2,
+        on_rows=lambda what, rows: told.append((what, rows)),
     )
     assert told == [("base: loss", 4), ("base: text", 2), ("first: loss", 4), ("first: text", 2)]
 

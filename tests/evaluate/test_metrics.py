@@ -1,4 +1,4 @@
-"""Scores of generated text: against sacrebleu and rouge_score as oracles, and against bad input."""
+"""Scores of generated text agree with sacrebleu and rouge_score; bad input is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_subsequence_need_not_be_contiguous():
     assert lcs_length([], ["a"]) == 0
 
 
-def test_identical_texts_score_full_marks():
+def test_identical_texts_score_100():
     text = "The Vaults is a cheap pub near Café Adriatic."
     scores = score([text], [[text]])
     assert scores.to_dict() == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 100, "exact_match": 100, "rows": 1})
@@ -60,7 +60,8 @@ def test_bleu_and_chrf_use_every_reference_when_rows_have_different_numbers():
 
 
 def test_a_row_without_more_references_is_not_padded_with_an_empty_one():
-    # An empty second reference would make the brevity penalty's closest reference length 0 and lift the BLEU of the short text.
+    # An empty second reference would make the brevity penalty's closest reference length 0 and raise the short text's
+    # BLEU.
     predictions = ["the cat sat on", "dogs bark loudly at night"]
     references = [["the cat sat on the mat today again"], ["dogs bark loudly at night", "a dog barks at night"]]
     alone = score(predictions[:1], references[:1])
@@ -79,7 +80,7 @@ def test_exact_match_ignores_outer_whitespace_only():
     assert scores.exact_match == pytest.approx(100 * 2 / 3)
 
 
-def test_unequal_lengths_are_refused_with_both_numbers():
+def test_unequal_lengths_are_refused_with_both_counts():
     with pytest.raises(DataError, match="2 predictions but 1 rows"):
         score(["a", "b"], [["a"]])
 

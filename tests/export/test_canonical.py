@@ -41,7 +41,9 @@ def test_every_module_keeps_its_update_at_one_rank_and_scale_one():
 def test_a_canonical_adapter_does_not_change():
     before = canonical(adapter(**MIXED))
     after = canonical(before)
-    assert all(torch.equal(after.factors[m].B, f.B) and torch.equal(after.factors[m].A, f.A) for m, f in before.factors.items())
+    assert all(
+        torch.equal(after.factors[m].B, f.B) and torch.equal(after.factors[m].A, f.A) for m, f in before.factors.items()
+    )
 
 
 def test_a_larger_rank_is_zero_padded_and_a_smaller_one_refused():
@@ -64,7 +66,9 @@ def test_convolutions_and_embeddings_are_zero_padded():
 def test_a_packed_projection_becomes_a_plain_update():
     from lorakit.ops.packed import expand_packed
 
-    f = lk.Factors(torch.randn(4, 6), expand_packed(torch.randn(2, 3, 2), (True, False, True)), 4.0, parts=(True, False, True))
+    f = lk.Factors(
+        torch.randn(4, 6), expand_packed(torch.randn(2, 3, 2), (True, False, True)), 4.0, parts=(True, False, True)
+    )
     after = canonical(adapter(a=f)).factors["a"]
     assert after.parts is None
     torch.testing.assert_close(after.delta(), f.delta())
@@ -73,7 +77,7 @@ def test_a_packed_projection_becomes_a_plain_update():
 @pytest.mark.parametrize(
     "broken, said",
     [
-        (replace(adapter(**MIXED), others={"d": Dense(torch.ones(2, 2))}), "not low-rank factors"),
+        (replace(adapter(**MIXED), updates={**MIXED, "d": Dense(torch.ones(2, 2))}), "not low-rank factors"),
         (adapter(a=replace(factors(2, 4), magnitude=torch.ones(5, 1, dtype=torch.float64))), "DoRA"),
     ],
 )

@@ -1,4 +1,6 @@
-"""`export` checks an adapter against the receiver's rules, fixes it, writes it, and reads it back with independent code."""
+"""`export` checks an adapter against the receiver's rules, fixes it, writes it, and reads it back with independent
+code.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from lorakit.export import RECEIVERS, export, findings
 LAYER = "model.layers.0."
 
 
-def factors(rank: int, alpha: float, size_in: int = 8, size_out: int = 8, dtype: torch.dtype = torch.float32, **more) -> lk.Factors:
+def factors(
+    rank: int, alpha: float, size_in: int = 8, size_out: int = 8, dtype: torch.dtype = torch.float32, **more
+) -> lk.Factors:
     made = torch.Generator().manual_seed(rank)
     A, B = (torch.randn(*shape, generator=made).to(dtype) for shape in ((rank, size_in), (size_out, rank)))
     return lk.Factors(A, B, alpha, **more)
@@ -43,7 +47,8 @@ def test_one_rank_and_one_scale_need_no_fix(tmp_path, receiver):
 
 def test_a_scale_that_bf16_cannot_hold_is_folded_in_float32(tmp_path):
     value = adapter(
-        self_attn__q_proj=factors(8, 13, rslora=True, dtype=torch.bfloat16), self_attn__v_proj=factors(4, 3, dtype=torch.bfloat16)
+        self_attn__q_proj=factors(8, 13, rslora=True, dtype=torch.bfloat16),
+        self_attn__v_proj=factors(4, 3, dtype=torch.bfloat16),
     )
     assert export(value, tmp_path / "out", "vllm", fix=True, verify=True).difference < 1e-6
 
@@ -71,13 +76,31 @@ def test_ranks_are_padded_to_one_that_vllm_supports(tmp_path):
 
 
 REFUSED = {
-    "a saved weight": (adapter({"model.norm.weight": torch.ones(8)}, self_attn__q_proj=factors(8, 8)), "saved weights", ("vllm", "sglang", "llama.cpp")),
-    "two heads": (adapter({"score.weight": torch.ones(2, 8), "classifier.weight": torch.ones(2, 8)}, self_attn__q_proj=factors(8, 8)), "one head", ("vllm",)),
+    "a saved weight": (
+        adapter({"model.norm.weight": torch.ones(8)}, self_attn__q_proj=factors(8, 8)),
+        "saved weights",
+        ("vllm", "sglang", "llama.cpp"),
+    ),
+    "two heads": (
+        adapter(
+            {"score.weight": torch.ones(2, 8), "classifier.weight": torch.ones(2, 8)}, self_attn__q_proj=factors(8, 8)
+        ),
+        "one head",
+        ("vllm",),
+    ),
     "a module it has no linear for": (adapter(strange=factors(8, 8)), "not linears that vLLM adapts", ("vllm",)),
-    "DoRA": (adapter(self_attn__q_proj=replace(factors(8, 8), magnitude=torch.ones(8, 1))), "DoRA", ("vllm", "sglang", "llama.cpp", "canonical")),
+    "DoRA": (
+        adapter(self_attn__q_proj=replace(factors(8, 8), magnitude=torch.ones(8, 1))),
+        "DoRA",
+        ("vllm", "sglang", "llama.cpp", "canonical"),
+    ),
     "too large a rank": (adapter(self_attn__q_proj=factors(600, 600)), "exceeds the server's largest", ("vllm",)),
-    "textual inversion": (replace(adapter(self_attn__q_proj=factors(8, 8)), embeddings={"<s1>": torch.ones(8)}), "textual-inversion embeddings", ("vllm", "comfyui", "peft")),
-}  # fmt: skip
+    "textual inversion": (
+        replace(adapter(self_attn__q_proj=factors(8, 8)), embeddings={"<s1>": torch.ones(8)}),
+        "textual-inversion embeddings",
+        ("vllm", "comfyui", "peft"),
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -121,7 +144,10 @@ def test_peft_applies_the_export_with_the_same_scale(tmp_path):
     own = dict(model.named_modules())
     value = lk.Adapter(
         lk.LoraConfig(rank=2, alpha=2, targets=["q_proj", "v_proj"]),
-        {n: factors(2 + i, 3.0 + i, own[n].in_features, own[n].out_features, rslora=bool(i % 2)) for i, n in enumerate(names)},
+        {
+            n: factors(2 + i, 3.0 + i, own[n].in_features, own[n].out_features, rslora=bool(i % 2))
+            for i, n in enumerate(names)
+        },
     )
     export(value, tmp_path / "out", "canonical", fix=True)
     theirs = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "out")
@@ -132,12 +158,21 @@ def test_peft_applies_the_export_with_the_same_scale(tmp_path):
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1."
 IMAGE = lk.Adapter(
-    lk.LoraConfig(rank=2, alpha=2, targets=["to_q", "to_k"]), {UNET + "to_q": factors(2, 3, 320, 320), UNET + "to_k": factors(4, 1, 320, 320)}
-)  # fmt: skip
-LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "hidden_size": 16}
+    lk.LoraConfig(rank=2, alpha=2, targets=["to_q", "to_k"]),
+    {UNET + "to_q": factors(2, 3, 320, 320), UNET + "to_k": factors(4, 1, 320, 320)},
+)
+LLAMA = {
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+}
 
 
-@pytest.mark.parametrize("receiver, name", [("comfyui", "x.safetensors"), ("a1111", "x.safetensors"), ("diffusers", "out")])
+@pytest.mark.parametrize(
+    "receiver, name", [("comfyui", "x.safetensors"), ("a1111", "x.safetensors"), ("diffusers", "out")]
+)
 def test_image_programs_get_the_same_update(tmp_path, receiver, name):
     done = export(IMAGE, tmp_path / name, receiver, verify=True)
     assert done.difference < 1e-6
@@ -146,7 +181,8 @@ def test_image_programs_get_the_same_update(tmp_path, receiver, name):
 
 def test_a_text_encoder_with_only_feed_forward_layers_is_verified(tmp_path):
     value = lk.Adapter(
-        lk.LoraConfig(rank=2, alpha=2, targets=["fc1"]), {"text_encoder.text_model.encoder.layers.0.mlp.fc1": factors(2, 3, 768, 3072)}
+        lk.LoraConfig(rank=2, alpha=2, targets=["fc1"]),
+        {"text_encoder.text_model.encoder.layers.0.mlp.fc1": factors(2, 3, 768, 3072)},
     )
     assert export(value, tmp_path / "out", "diffusers", verify=True).difference < 1e-6
 
@@ -173,7 +209,7 @@ def test_a_gguf_has_llama_cpps_row_order_and_the_modelfile_names_it(tmp_path, re
     assert done.difference < 1e-6
     embedding = adapter(self_attn__q_proj=factors(3, 6, 16, 16))
     tokens = lk.Factors(torch.randn(3, 40), torch.randn(16, 3), 5.0, "embedding")
-    embedding = replace(embedding, factors={**embedding.factors, "model.embed_tokens": tokens})
+    embedding = replace(embedding, updates={**embedding.factors, "model.embed_tokens": tokens})
     assert export(embedding, tmp_path / "e.gguf", "llama.cpp", verify=True, base=tmp_path / "base").difference < 1e-6
     if receiver == "ollama":
         assert (tmp_path / "Modelfile").read_text() == "FROM llama3.2\nADAPTER ./lora.gguf\n"
@@ -190,10 +226,14 @@ PLACES = {"peft": "out", "mlx": "out", "gguf": "x.gguf", "kohya": "x.safetensors
 def test_a_receiver_accepts_what_was_written_for_it(tmp_path, receiver):
     """Starts from ranks and scales that no receiver accepts, and checks its rules again on what is loaded from OUT."""
     kind = RECEIVERS[receiver].format
-    modules = (UNET + "to_q", UNET + "to_k") if kind in ("kohya", "diffusers") else (LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj")
+    modules = (
+        (UNET + "to_q", UNET + "to_k")
+        if kind in ("kohya", "diffusers")
+        else (LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj")
+    )
     mixed = {modules[0]: factors(7, 3, 320, 320, rslora=True), modules[1]: factors(9, 4, 320, 320, rslora=True)}
     value = lk.Adapter(lk.LoraConfig(rank=7, alpha=3, rslora=True, targets=["to_q"]), mixed)
-    one = replace(value, factors={m: factors(7, 3, 320, 320, rslora=True) for m in modules})
+    one = replace(value, updates={m: factors(7, 3, 320, 320, rslora=True) for m in modules})
     config = LLAMA | {"hidden_size": 320, "num_key_value_heads": 4}
     for number, given in enumerate((value, one)):
         place = tmp_path / str(number) / PLACES[kind]

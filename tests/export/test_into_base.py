@@ -1,4 +1,6 @@
-"""`--fix` with a base: what a receiver does not accept is merged into a copy of it, and copy + rest equal base + adapter."""
+"""`--fix` with a base: what a receiver does not accept is merged into a copy of it, and copy + rest equal base +
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,15 @@ def base(tmp_path):
 
 @pytest.fixture
 def adapter():
-    model = lk.attach(tiny.llama(), lk.LoraConfig(rank=8, alpha=16, targets=["q_proj", "down_proj"], save_modules=["norm"]))
+    model = lk.attach(
+        tiny.llama(), lk.LoraConfig(rank=8, alpha=16, targets=["q_proj", "down_proj"], save_modules=["norm"])
+    )
     value = lk.capture(randomise_factors(model))
     saved = {name: tensor * 1.5 for name, tensor in value.saved.items()}
     dora = "model.layers.1.mlp.down_proj"
     f = value.factors[dora]
     factors = {**value.factors, dora: replace(f, magnitude=torch.rand(f.B.shape[0], 1) + 0.5)}
-    return replace(value, saved=saved, factors=factors)
+    return replace(value, saved=saved, updates=factors)
 
 
 def plain(adapter):
@@ -49,9 +53,14 @@ def test_copy_plus_rest_equals_base_plus_adapter(base, adapter, tmp_path):
     assert len(rest.factors) == 3
     assert not rest.saved
     model = type(tiny.llama()).from_pretrained(done.base).eval()
-    torch.testing.assert_close(logits(lk.attach(model, rest)), expected, atol=1e-5, rtol=1e-4)  # with its fingerprint, of the copy
+    # with its fingerprint, of the copy
+    torch.testing.assert_close(logits(lk.attach(model, rest)), expected, atol=1e-5, rtol=1e-4)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["modules_to_save"], config["use_dora"]) == (str(done.base), None, False)
+    assert (config["base_model_name_or_path"], config["modules_to_save"], config["use_dora"]) == (
+        str(done.base),
+        None,
+        False,
+    )
 
 
 def test_without_the_base_the_refusal_suggests_it(base, adapter, tmp_path):
@@ -64,7 +73,7 @@ def test_without_the_base_the_refusal_suggests_it(base, adapter, tmp_path):
 
 def test_nothing_is_written_if_nothing_is_left_or_the_copy_exists(base, adapter, tmp_path):
     with pytest.raises(AdapterError, match="merging this would leave nothing"):
-        export(replace(adapter, factors={}), tmp_path / "out", "sglang", fix=True, base=base)
+        export(replace(adapter, updates={}), tmp_path / "out", "sglang", fix=True, base=base)
     (tmp_path / "out-base").mkdir()
     with pytest.raises(LorakitError, match="out-base exists"):
         export(adapter, tmp_path / "out", "sglang", fix=True, base=base)
@@ -75,18 +84,36 @@ def test_nothing_is_written_if_nothing_is_left_or_the_copy_exists(base, adapter,
 def test_the_command_prints_how_to_serve_the_copy(base, adapter, tmp_path, capsys):
     from lorakit.cli import run
 
-    replace(adapter, factors=plain(adapter)).save(tmp_path / "adapter")
+    replace(adapter, updates=plain(adapter)).save(tmp_path / "adapter")
     assert (
-        run(["export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--for", "sglang", "--fix", "--verify", "--base", str(base)]) == 0
+        run(
+            [
+                "export",
+                str(tmp_path / "adapter"),
+                str(tmp_path / "out"),
+                "--for",
+                "sglang",
+                "--fix",
+                "--verify",
+                "--base",
+                str(base),
+            ]
+        )
+        == 0
     )
     out = capsys.readouterr().out
     assert "fixed: 1 modules and weights that sglang does not accept: merged into" in out
     assert f"--model-path {tmp_path / 'out-base'}" in out.splitlines()[-1]
-    assert f"logits through {tmp_path / 'out-base'} with {tmp_path / 'out'}, against {base} with the adapter: the largest" in out
+    assert (
+        f"logits through {tmp_path / 'out-base'} with {tmp_path / 'out'}, against {base} with the adapter: the largest"
+        in out
+    )
 
 
 def test_the_fixed_adapter_is_what_is_written(base, tmp_path):
-    model = lk.attach(tiny.llama(), lk.LoraConfig(rank=7, alpha=5, rslora=True, targets=["q_proj"], save_modules=["norm"]))
+    model = lk.attach(
+        tiny.llama(), lk.LoraConfig(rank=7, alpha=5, rslora=True, targets=["q_proj"], save_modules=["norm"])
+    )
     value = lk.capture(randomise_factors(model))
     value = replace(value, saved={name: tensor * 1.5 for name, tensor in value.saved.items()})
     for receiver in ("vllm", "sglang"):
@@ -101,27 +128,31 @@ def test_the_fixed_adapter_is_what_is_written(base, tmp_path):
 def damaged(name, change, monkeypatch):
     """Make `Split.write` write a different part."""
     write = into_base.Split.write
-    monkeypatch.setattr(into_base.Split, "write", lambda self, rest, path: write(replace(self, **{name: change(self)}), rest, path))
+    monkeypatch.setattr(
+        into_base.Split, "write", lambda self, rest, path: write(replace(self, **{name: change(self)}), rest, path)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_logits_are_compared_with_the_full_adapter_on_the_original_base(adapter, tmp_path, monkeypatch, dtype):
     tiny.llama().to(dtype).save_pretrained(tmp_path / "base")
-    plain = replace(adapter, factors={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
     for value, live in ((plain, True), (adapter, False)):  # a DoRA cannot be attached
         done = export(value, tmp_path / "out", "vllm", fix=True, verify=True, base=tmp_path / "base", force=True)
         assert done.logits.live == live
         assert done.logits.relative < {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
         assert done.logits.moved > 0.1 * done.logits.largest
     damaged("part", lambda s: replace(s.part, saved={n: t * 30 for n, t in s.part.saved.items()}), monkeypatch)
-    with pytest.raises(AdapterError, match=r"gives different logits through .*other-base, against .*base with the adapter: off by"):
+    with pytest.raises(
+        AdapterError, match=r"gives different logits through .*other-base, against .*base with the adapter: off by"
+    ):
         export(plain, tmp_path / "other", "vllm", fix=True, verify=True, base=tmp_path / "base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "out-base"]
 
 
 def test_format_errors_come_before_the_base_is_copied(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(into_base, "merge_checkpoint", lambda *_: pytest.fail("the base was copied"))
-    plain = replace(adapter, factors={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
     with pytest.raises(AdapterError, match="kohya"):
         export(plain, tmp_path / "x.safetensors", "comfyui", fix=True, base=base)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -145,7 +176,12 @@ def test_an_error_at_any_point_leaves_existing_files_unchanged(base, adapter, tm
     with monkeypatch.context() as patched:
         patched.setattr(staging, where, fails)
         with pytest.raises(LorakitError, match="the disk is full"):
-            export(replace(adapter, saved={n: t * 2 for n, t in adapter.saved.items()}), tmp_path / "out", "vllm", **options)
+            export(
+                replace(adapter, saved={n: t * 2 for n, t in adapter.saved.items()}),
+                tmp_path / "out",
+                "vllm",
+                **options,
+            )
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "out-base"]
 
@@ -173,7 +209,7 @@ def test_a_folder_that_contains_the_source_is_never_replaced(base, adapter, tmp_
     from lorakit.cli import run
 
     merge_checkpoint(base, replace(adapter, saved={}), tmp_path / "out-base")
-    replace(adapter, factors=plain(adapter)).save(tmp_path / "out-base" / "adapter")
+    replace(adapter, updates=plain(adapter)).save(tmp_path / "out-base" / "adapter")
     before = (tmp_path / "out-base" / "adapter" / "adapter_model.safetensors").read_bytes()
     call = [
         "export",
@@ -204,7 +240,13 @@ def test_a_blocked_file_name_is_reported_before_anything_is_replaced(base, adapt
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(LorakitError, match="is not a file"):
         export(
-            2.0 * replace(adapter, saved={}, factors=plain(adapter)), tmp_path / "out", "vllm", fix=True, verify=True, base=base, force=True
+            2.0 * replace(adapter, saved={}, updates=plain(adapter)),
+            tmp_path / "out",
+            "vllm",
+            fix=True,
+            verify=True,
+            base=base,
+            force=True,
         )
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -23,10 +23,18 @@ from lorakit.export.merged import export_merged
 from lorakit.formats.gguf_names import unpermute
 
 SIZES = {
-    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 1,
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": 1,
     "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 def model_of(kind: str):
@@ -34,7 +42,9 @@ def model_of(kind: str):
 
     torch.manual_seed(0)
     if kind == "gpt2":
-        model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1, eos_token_id=1))
+        model = tf.GPT2LMHeadModel(
+            tf.GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1, eos_token_id=1)
+        )
     else:
         more = {"qwen3": {"head_dim": 128}, "gemma": {"head_dim": 16}, "llama": {"rms_norm_eps": 1e-3}}.get(kind, {})
         name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}[kind]
@@ -108,10 +118,10 @@ def test_dora_and_loha_are_merged(tmp_path):
     loha = Hadamard(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
     name = "model.layers.0.self_attn.o_proj"
     dora = replace(adapter.factors[name], magnitude=torch.rand(32, 1) + 0.5)
-    odd = replace(adapter, factors={name: dora}, others={"model.layers.1.self_attn.o_proj": loha})
+    odd = replace(adapter, updates={name: dora, "model.layers.1.self_attn.o_proj": loha})
     done = export_merged(odd, base, tmp_path / "x.gguf", dtype="f32", verify=True)
     assert done.verified.logits < 1e-5
-    assert "no live model takes DoRA" in done.verified.note
+    assert "a live model takes only kinds of update that lorakit trains" in done.verified.note
     there = read(done.files[0])
     V = live.get_submodule(name).weight.detach() + replace(dora, magnitude=None).delta()
     wanted = dora.magnitude * V / V.norm(dim=1, keepdim=True)
@@ -137,16 +147,24 @@ def test_every_tensor_is_the_merged_one_rounded_once(dtype, bound, tmp_path):
     there = read(done.files[0])
     assert len(there) == done.tensors == 2 * 9 + 3
     for name, module in {
-        "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm", "blk.1.attn_v": "model.layers.1.self_attn.v_proj",
-        "blk.0.ffn_down": "model.layers.0.mlp.down_proj", "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
-        "blk.0.attn_norm": "model.layers.0.input_layernorm", "blk.1.ffn_gate": "model.layers.1.mlp.gate_proj",
-    }.items():  # fmt: skip
+        "token_embd": "model.embed_tokens",
+        "output": "lm_head",
+        "output_norm": "model.norm",
+        "blk.1.attn_v": "model.layers.1.self_attn.v_proj",
+        "blk.0.ffn_down": "model.layers.0.mlp.down_proj",
+        "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
+        "blk.0.attn_norm": "model.layers.0.input_layernorm",
+        "blk.1.ffn_gate": "model.layers.1.mlp.gate_proj",
+    }.items():
         wanted = live.get_submodule(module).weight.detach().numpy()
         exact = 1e-7 if wanted.ndim == 1 else bound
         assert np.abs(there[f"{name}.weight"] - wanted).max() <= exact * np.abs(wanted).max() + 1e-9, name
     for letter, heads in (("q", 4), ("k", 2)):
         wanted = live.get_submodule(f"model.layers.0.self_attn.{letter}_proj").weight.detach().numpy()
-        assert np.abs(unpermute(there[f"blk.0.attn_{letter}.weight"], heads, letter) - wanted).max() <= bound * np.abs(wanted).max() + 1e-9
+        assert (
+            np.abs(unpermute(there[f"blk.0.attn_{letter}.weight"], heads, letter) - wanted).max()
+            <= bound * np.abs(wanted).max() + 1e-9
+        )
 
 
 def test_rows_that_do_not_fit_q8_0_blocks_are_stored_in_f16(tmp_path):
@@ -154,7 +172,11 @@ def test_rows_that_do_not_fit_q8_0_blocks_are_stored_in_f16(tmp_path):
     done = export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8_0", verify=True)
     assert done.other == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
     kinds = {t.name: t.tensor_type.name for t in GGUFReader(done.files[0]).tensors}
-    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_norm.weight"]) == ("F16", "Q8_0", "F32")
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_norm.weight"]) == (
+        "F16",
+        "Q8_0",
+        "F32",
+    )
 
 
 def test_llama_biases_are_permuted_like_their_rows(tmp_path):
@@ -179,14 +201,23 @@ def test_gemma_norms_are_stored_plus_one(tmp_path):
     done = export_merged(adapter, base, tmp_path / "x.gguf", verify=True)
     assert done.verified.logits is None
     assert "does not read a gemma from a GGUF" in done.verified.note
-    np.testing.assert_allclose(read(done.files[0])["output_norm.weight"], 1 + live.model.norm.weight.detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        read(done.files[0])["output_norm.weight"], 1 + live.model.norm.weight.detach().numpy(), rtol=1e-6
+    )
 
 
 def test_llama_3_rope_frequencies_match_transformers(tmp_path):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     config = LlamaConfig(hidden_size=4096, num_attention_heads=32, max_position_embeddings=131072, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 5e5 ** -(torch.arange(0, 128, 2) / 128)
@@ -207,11 +238,22 @@ def test_hyper_parameters_are_written_under_llama_cpps_keys(tmp_path):
     path = export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8_0").files[0]
     pairs = {k: f.contents() for k, f in GGUFReader(path).fields.items()}
     wanted = {
-        "general.architecture": "llama", "general.type": "model", "general.file_type": 7, "general.quantization_version": 2,
-        "llama.vocab_size": 260, "llama.context_length": 1024, "llama.embedding_length": 32, "llama.block_count": 2,
-        "llama.feed_forward_length": 64, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-        "llama.attention.key_length": 8, "llama.rope.dimension_count": 8, "llama.rope.freq_base": 10000.0, "tokenizer.ggml.model": "gpt2",
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.file_type": 7,
+        "general.quantization_version": 2,
+        "llama.vocab_size": 260,
+        "llama.context_length": 1024,
+        "llama.embedding_length": 32,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 64,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8,
+        "llama.rope.dimension_count": 8,
+        "llama.rope.freq_base": 10000.0,
+        "tokenizer.ggml.model": "gpt2",
+    }
     assert {k: pairs[k] for k in wanted} == wanted
     assert pairs["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-3)
     assert len(pairs["tokenizer.ggml.tokens"]) == 260
@@ -269,7 +311,9 @@ def test_values_too_large_for_f16_are_refused(tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = 1e5
     base, adapter, _ = base_adapter_model(tmp_path, model)
-    with pytest.raises(LorakitError, match=r"'blk.0.ffn_up.weight' has values too large for f16 \(1e\+05\)\n.*bf16 or f32"):
+    with pytest.raises(
+        LorakitError, match=r"'blk.0.ffn_up.weight' has values too large for f16 \(1e\+05\)\n.*bf16 or f32"
+    ):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="f16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
     assert export_merged(adapter, base, tmp_path / "x.gguf", dtype="bf16", verify=True)
@@ -278,10 +322,16 @@ def test_values_too_large_for_f16_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"model_type": "falcon"}, "writes GGUF models of llama, mistral, qwen2, qwen3, gemma, gpt2; the base is a falcon"),
+        (
+            {"model_type": "falcon"},
+            "writes GGUF models of llama, mistral, qwen2, qwen3, gemma, gpt2; the base is a falcon",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp computes a llama only with 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}}, r"factor = -2.0; expected a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}},
+            r"factor = -2.0; expected a positive number",
+        ),
         ({"num_hidden_layers": 3}, r"lacks 9 tensors of a llama with its config: blk.2.attn_norm"),
         ({"num_hidden_layers": 1}, r"tensors have no place in a GGUF of a llama: model.layers.1"),
         ({"vocab_size": 300}, r"embedding is \[258, 32\], but its config says \[300, 32\]"),
@@ -305,7 +355,7 @@ def test_invalid_calls_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="dtype 'q8' is not supported; did you mean 'q8_0'"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8")
     with pytest.raises(LorakitError, match="learned tokens alone"):
-        export_merged(replace(adapter, factors={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
+        export_merged(replace(adapter, updates={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()
     with pytest.raises(LorakitError, match="tokenizer"):
@@ -323,7 +373,9 @@ def test_textual_inversion_embeddings_are_left_out_with_a_warning(tmp_path):
 
 def test_a_head_added_by_the_adapter_is_refused_by_name(tmp_path):
     base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
-    with pytest.raises(LorakitError, match=r"the adapter adds weights that a GGUF of a llama cannot hold: score.weight\n"):
+    with pytest.raises(
+        LorakitError, match=r"the adapter adds weights that a GGUF of a llama cannot hold: score.weight\n"
+    ):
         export_merged(replace(adapter, saved={"score.weight": torch.ones(2, 32)}), base, tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
@@ -333,7 +385,9 @@ def test_a_gemma_with_another_activation_is_refused(name, tmp_path):
     base, adapter, _ = base_adapter_model(tmp_path, model_of("gemma"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {name: "relu"}))
-    with pytest.raises(LorakitError, match=f"the base's {name} is 'relu'; llama.cpp computes a gemma only with 'gelu_pytorch_tanh'"):
+    with pytest.raises(
+        LorakitError, match=f"the base's {name} is 'relu'; llama.cpp computes a gemma only with 'gelu_pytorch_tanh'"
+    ):
         export_merged(adapter, base, tmp_path / "x.gguf")
     (base / "config.json").write_text(
         json.dumps(config | {"hidden_act": "gelu"})
@@ -345,7 +399,9 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path):
     base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.gpt2(), ["c_attn"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
-    with pytest.raises(LorakitError, match=r"has no tokenizer: transformers makes up an empty GPT2Tokenizer\n.*tokenizer\.json"):
+    with pytest.raises(
+        LorakitError, match=r"has no tokenizer: transformers makes up an empty GPT2Tokenizer\n.*tokenizer\.json"
+    ):
         export_merged(adapter, base, tmp_path / "x.gguf")
     (base / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
     (base / "merges.txt").write_text("#version: 0.2\n")
@@ -358,7 +414,10 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path):
 def test_a_malformed_tokenizer_is_an_error_that_names_the_base(text, tmp_path):
     base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
     content = json.loads((base / "tokenizer.json").read_text())
-    damaged = {"no merges": {k: v for k, v in content["model"].items() if k != "merges"}, "vocab a list": content["model"] | {"vocab": [1]}}
+    damaged = {
+        "no merges": {k: v for k, v in content["model"].items() if k != "merges"},
+        "vocab a list": content["model"] | {"vocab": [1]},
+    }
     (base / "tokenizer.json").write_text(json.dumps(content | {"model": damaged[text]}) if text in damaged else text)
     with pytest.raises(LorakitError, match=f"cannot load '{base}' with AutoTokenizer: "):
         export_merged(adapter, base, tmp_path / "x.gguf")
@@ -389,7 +448,9 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(tmp_path):
 
 def test_tensors_are_compared_where_logits_cannot_be(tmp_path):
     base, adapter, _ = base_adapter_model(tmp_path, tiny_lm.llama())
-    done = export_merged(replace(adapter, config=adapter.config.replace(task="SEQ_CLS")), base, tmp_path / "x.gguf", verify=True)
+    done = export_merged(
+        replace(adapter, config=adapter.config.replace(task="SEQ_CLS")), base, tmp_path / "x.gguf", verify=True
+    )
     assert done.verified.logits is None
     assert str(done.verified).endswith("logits not compared (the adapter is for SEQ_CLS, not for language modelling)")
     assert 0 < done.verified.tensors < 2**-11

@@ -38,12 +38,8 @@ def low_rank(rank: int, alpha: float, out: int = 12, size_in: int = 8, **more) -
 
 
 def adapter(updates: dict, saved: dict | None = None, **config) -> lk.Adapter:
-    factors = {m: u for m, u in updates.items() if isinstance(u, lk.Factors)}
     targets = sorted({m.rsplit(".", 1)[-1] for m in updates}) or ["q_proj"]
-    return lk.Adapter(
-        lk.LoraConfig(**{"rank": 4, "alpha": 8, "targets": targets} | config), factors, saved or {},
-        others={m: u for m, u in updates.items() if m not in factors},
-    )  # fmt: skip
+    return lk.Adapter(lk.LoraConfig(**{"rank": 4, "alpha": 8, "targets": targets} | config), updates, saved or {})
 
 
 def dora(**more) -> lk.Factors:
@@ -54,39 +50,59 @@ TUCKER = (random(2, 2, 3, 3), random(2, 320), random(2, 4))
 LANGUAGE = adapter({Q: low_rank(4, 6), V: low_rank(3, 5), FC: low_rank(3, 1)}, rslora=False)
 TOKENS = lk.Factors(random(4, 40), random(8, 4), 8.0, "embedding")
 HEADED = adapter(
-    {Q: low_rank(4, 8), "model.embed_tokens": TOKENS}, {"score.weight": random(3, 12), f"{Q}.bias": random(12)}, save_modules=["score"], bias="lora_only"
-)  # fmt: skip
+    {Q: low_rank(4, 8), "model.embed_tokens": TOKENS},
+    {"score.weight": random(3, 12), f"{Q}.bias": random(12)},
+    save_modules=["score"],
+    bias="lora_only",
+)
 DORA = adapter({Q: dora(), V: dora()})
-IMAGE = adapter({
-    UNET + "to_q": Hadamard(random(320, 2), random(2, 320), random(320, 2), random(2, 320), 3.0),
-    UNET + "to_k": Kronecker(3.0, w1=random(4, 4), w2a=random(80, 2), w2b=random(2, 80)),
-    UNET + "to_v": Kronecker(1.0, w1=random(4, 4), w2=random(80, 80)),
-    UNET + "to_out.0": Dense(random(320, 320), random(320)),
-    CONV: Hadamard(TUCKER[1], TUCKER[2], random(2, 320), random(2, 4), 2.0, TUCKER[0], random(2, 2, 3, 3)),
-    "unet.down_blocks.0.resnets.0.conv1": Kronecker(4.0, w1=random(4, 4), w2a=random(2, 80), w2b=random(2, 80), t2=random(2, 2, 3, 3)),
-    NORM: Dense(random(320), random(320)),
-    "unet.conv_out": lk.Factors(random(2, 320, 3, 3), random(4, 2, 1, 1), 3.0, "conv", magnitude=random(4, 1)),
-    "unet.mid_block.attentions.0.proj_in": lk.Factors(random(2, 1280, 1, 1), random(1280, 2, 1, 1), 3.0, "conv", magnitude=random(1, 1280)),
-})  # fmt: skip
-IMAGE_DORA = adapter({
-    UNET + "to_q": low_rank(2, 3, 320, 320, magnitude=random(320, 1)),
-    CONV: lk.Factors(random(2, 4, 3, 3), random(320, 2, 1, 1), 3.0, "conv", magnitude=random(320, 1)),
-    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": low_rank(2, 3, 768, 768, magnitude=random(768, 1)),
-})  # fmt: skip
+IMAGE = adapter(
+    {
+        UNET + "to_q": Hadamard(random(320, 2), random(2, 320), random(320, 2), random(2, 320), 3.0),
+        UNET + "to_k": Kronecker(3.0, w1=random(4, 4), w2a=random(80, 2), w2b=random(2, 80)),
+        UNET + "to_v": Kronecker(1.0, w1=random(4, 4), w2=random(80, 80)),
+        UNET + "to_out.0": Dense(random(320, 320), random(320)),
+        CONV: Hadamard(TUCKER[1], TUCKER[2], random(2, 320), random(2, 4), 2.0, TUCKER[0], random(2, 2, 3, 3)),
+        "unet.down_blocks.0.resnets.0.conv1": Kronecker(
+            4.0, w1=random(4, 4), w2a=random(2, 80), w2b=random(2, 80), t2=random(2, 2, 3, 3)
+        ),
+        NORM: Dense(random(320), random(320)),
+        "unet.conv_out": lk.Factors(random(2, 320, 3, 3), random(4, 2, 1, 1), 3.0, "conv", magnitude=random(4, 1)),
+        "unet.mid_block.attentions.0.proj_in": lk.Factors(
+            random(2, 1280, 1, 1), random(1280, 2, 1, 1), 3.0, "conv", magnitude=random(1, 1280)
+        ),
+    }
+)
+IMAGE_DORA = adapter(
+    {
+        UNET + "to_q": low_rank(2, 3, 320, 320, magnitude=random(320, 1)),
+        CONV: lk.Factors(random(2, 4, 3, 3), random(320, 2, 1, 1), 3.0, "conv", magnitude=random(320, 1)),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": low_rank(2, 3, 768, 768, magnitude=random(768, 1)),
+    }
+)
 PLAIN_IMAGE = adapter({UNET + "to_q": low_rank(2, 3, 320, 320), UNET + "to_k": low_rank(4, 1, 320, 320)})
-LLAMA = {"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2, "hidden_size": 8}
+LLAMA = {
+    "model_type": "llama",
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+}
 
 
-@pytest.mark.parametrize("value, receiver, kinds", [
-    (LANGUAGE, "peft", {"ΔW"}),
-    (HEADED, "peft", {"ΔW", "saved weights"}),
-    (DORA, "peft", {"ΔW", "DoRA's magnitudes"}),
-    (DORA, "mlx", {"ΔW", "DoRA's magnitudes"}),
-    (IMAGE_DORA, "diffusers", {"ΔW", "DoRA's magnitudes"}),
-    (IMAGE, "comfyui", {"ΔW", "DoRA's magnitudes", "changes of biases"}),
-    (IMAGE, "a1111", {"ΔW", "DoRA's magnitudes", "changes of biases"}),
-    (adapter({}, {"score.weight": random(3, 12)}), "peft", {"saved weights"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, receiver, kinds",
+    [
+        (LANGUAGE, "peft", {"ΔW"}),
+        (HEADED, "peft", {"ΔW", "saved weights"}),
+        (DORA, "peft", {"ΔW", "DoRA's magnitudes"}),
+        (DORA, "mlx", {"ΔW", "DoRA's magnitudes"}),
+        (IMAGE_DORA, "diffusers", {"ΔW", "DoRA's magnitudes"}),
+        (IMAGE, "comfyui", {"ΔW", "DoRA's magnitudes", "changes of biases"}),
+        (IMAGE, "a1111", {"ΔW", "DoRA's magnitudes", "changes of biases"}),
+        (adapter({}, {"score.weight": random(3, 12)}), "peft", {"saved weights"}),
+    ],
+)
 def test_every_quantity_of_a_file_is_compared(tmp_path, value, receiver, kinds):
     name = "x.safetensors" if receiver in ("comfyui", "a1111") else "out"
     done = export(value, tmp_path / name, receiver, verify=True)
@@ -110,7 +126,9 @@ def test_saved_weights_of_every_dtype_are_read_exactly(tmp_path, dtype):
     if dtype.itemsize == 1 and dtype.is_floating_point:  # every value of the dtype
         value = torch.arange(256, dtype=torch.uint8).view(dtype)
         value = value[value.float().isfinite()]
-    done = export(adapter({}, {"score.weight": value, "score.count": value[0].clone()}), tmp_path / "out", "peft", verify=True)
+    done = export(
+        adapter({}, {"score.weight": value, "score.count": value[0].clone()}), tmp_path / "out", "peft", verify=True
+    )
     assert done.difference == 0
 
 
@@ -217,15 +235,30 @@ DAMAGES = {
     "peft: a factor": (LANGUAGE, "peft", flipped("lora_B.weight"), "ΔW by"),
     "peft: an embedding's factor": (HEADED, "peft", flipped("lora_embedding_A"), "ΔW by"),
     "peft: alpha": (LANGUAGE, "peft", json_value("adapter_config.json", "lora_alpha", value=7), "ΔW by"),
-    "peft: the rule for the scale": (LANGUAGE, "peft", json_value("adapter_config.json", "use_rslora", value=True), "ΔW by"),
-    "peft: a rank": (LANGUAGE, "peft", json_value("adapter_config.json", "rank_pattern", value={}), r"its config says 3|its config says 4"),
+    "peft: the rule for the scale": (
+        LANGUAGE,
+        "peft",
+        json_value("adapter_config.json", "use_rslora", value=True),
+        "ΔW by",
+    ),
+    "peft: a rank": (
+        LANGUAGE,
+        "peft",
+        json_value("adapter_config.json", "rank_pattern", value={}),
+        r"its config says 3|its config says 4",
+    ),
     "peft: no config": (LANGUAGE, "peft", lambda path: (path / "adapter_config.json").unlink(), "malformed"),
     "peft: half a pair": (LANGUAGE, "peft", without("lora_B.weight"), "malformed"),
     "peft: the other half": (LANGUAGE, "peft", without("lora_A.weight"), "has no counterpart"),
     "peft: an extra module": (LANGUAGE, "peft", more("base_model.model.more.weight"), "has unexpected content"),
     "peft: a magnitude": (DORA, "peft", flipped("lora_magnitude_vector"), "DoRA's magnitudes by"),
     "peft: no magnitude": (DORA, "peft", without("lora_magnitude_vector"), "has no lora_magnitude_vector"),
-    "peft: a plain LoRA after all": (DORA, "peft", json_value("adapter_config.json", "use_dora", value=False), "use_dora is False"),
+    "peft: a plain LoRA after all": (
+        DORA,
+        "peft",
+        json_value("adapter_config.json", "use_dora", value=False),
+        "use_dora is False",
+    ),
     "peft: a saved bias": (HEADED, "peft", flipped("base_layer.bias"), "saved weights by"),
     "peft: a saved module": (HEADED, "peft", flipped("score.weight"), "saved weights by"),
     "peft: no saved module": (HEADED, "peft", without("score.weight"), r"lacks score.weight \(saved weights\)"),
@@ -246,17 +279,40 @@ DAMAGES = {
     "kohya: a magnitude": (IMAGE, "a1111", flipped("conv_out.dora_scale"), "DoRA's magnitudes by"),
     "kohya: half a LoHa": (IMAGE, "comfyui", without(f"{ATTN}q.hada_w2_b"), "malformed"),
     "kohya: an unknown kind": (IMAGE, "comfyui", more("lora_unet_conv_in.oft_blocks"), "does not belong to any kind"),
-    "diffusers: a factor": (PLAIN_IMAGE, "diffusers", lambda path: flipped("lora_A.weight")(next(path.glob("*.safetensors"))), "ΔW by"),
-    "diffusers: alpha": (PLAIN_IMAGE, "diffusers", header(lambda values: values.update({"unet.lora_alpha": 9})), "ΔW by"),
-    "diffusers: a module's own alpha": (PLAIN_IMAGE, "diffusers", header(lambda values: values.update({"unet.alpha_pattern": {}})), "ΔW by"),
-    "diffusers: a magnitude": (
-        IMAGE_DORA, "diffusers", lambda path: flipped("to_q.lora_magnitude_vector")(next(path.glob("*.safetensors"))), "DoRA's magnitudes by",
+    "diffusers: a factor": (
+        PLAIN_IMAGE,
+        "diffusers",
+        lambda path: flipped("lora_A.weight")(next(path.glob("*.safetensors"))),
+        "ΔW by",
     ),
-    "diffusers: no DoRA after all": (IMAGE_DORA, "diffusers", header(lambda values: values.update({"unet.use_dora": False})), "use_dora is False"),
+    "diffusers: alpha": (
+        PLAIN_IMAGE,
+        "diffusers",
+        header(lambda values: values.update({"unet.lora_alpha": 9})),
+        "ΔW by",
+    ),
+    "diffusers: a module's own alpha": (
+        PLAIN_IMAGE,
+        "diffusers",
+        header(lambda values: values.update({"unet.alpha_pattern": {}})),
+        "ΔW by",
+    ),
+    "diffusers: a magnitude": (
+        IMAGE_DORA,
+        "diffusers",
+        lambda path: flipped("to_q.lora_magnitude_vector")(next(path.glob("*.safetensors"))),
+        "DoRA's magnitudes by",
+    ),
+    "diffusers: no DoRA after all": (
+        IMAGE_DORA,
+        "diffusers",
+        header(lambda values: values.update({"unet.use_dora": False})),
+        "use_dora is False",
+    ),
     "gguf: a factor": (LANGUAGE, "llama.cpp", bytes_of("blk.1.attn_v.weight.lora_a"), "ΔW by"),
     "gguf: alpha": (LANGUAGE, "llama.cpp", no_alpha, "ΔW by"),
     "gguf: the order of rows": (LANGUAGE, "llama.cpp", rows_in_transformers_order, "ΔW by"),
-}  # fmt: skip
+}
 NAMES = {"comfyui": "x.safetensors", "a1111": "x.safetensors", "llama.cpp": "x.gguf"}
 
 
@@ -301,7 +357,12 @@ def test_other_files_in_the_folder_stay_except_pefts_old_weights(tmp_path):
     (out / "README.md").write_text("mine")
     (out / "adapter_model.bin").write_bytes(b"old")
     export(LANGUAGE, out, "peft", verify=True)
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorakit.json",
+    ]
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
@@ -327,7 +388,9 @@ def test_a_small_modules_wrong_scale_is_detected_next_to_a_large_module(tmp_path
     value = adapter({Q: low_rank(4, 8), V: small})
 
     def save_and_damage(adapter, path, format, **options):
-        return save(replace(adapter, factors={**adapter.factors, V: replace(small, alpha=7.9)}), path, format, **options)
+        return save(
+            replace(adapter, updates={**adapter.updates, V: replace(small, alpha=7.9)}), path, format, **options
+        )
 
     monkeypatch.setattr(sys.modules["lorakit.export.staging"], "save", save_and_damage)
     with pytest.raises(AdapterError, match="ΔW by"):

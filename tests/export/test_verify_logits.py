@@ -29,13 +29,25 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def bases(tmp_path_factory):
     """Folders of tiny models, by name."""
     folder = tmp_path_factory.mktemp("bases")
-    models = {"llama": tiny_lm.llama(), "tied": tiny_lm.llama(tied=True), "gpt2": tiny_lm.gpt2(), "t5": tiny.t5(), "bert": tiny.bert()}
+    models = {
+        "llama": tiny_lm.llama(),
+        "tied": tiny_lm.llama(tied=True),
+        "gpt2": tiny_lm.gpt2(),
+        "t5": tiny.t5(),
+        "bert": tiny.bert(),
+    }
     for name, model in models.items():
         model.save_pretrained(folder / name)
     return folder
 
 
-MODELS = {"llama": tiny_lm.llama, "tied": lambda: tiny_lm.llama(tied=True), "gpt2": tiny_lm.gpt2, "t5": tiny.t5, "bert": tiny.bert}
+MODELS = {
+    "llama": tiny_lm.llama,
+    "tied": lambda: tiny_lm.llama(tied=True),
+    "gpt2": tiny_lm.gpt2,
+    "t5": tiny.t5,
+    "bert": tiny.bert,
+}
 
 
 def trained(name: str, **config) -> lk.Adapter:
@@ -46,9 +58,13 @@ def trained(name: str, **config) -> lk.Adapter:
 
 def with_doras(adapter: lk.Adapter) -> lk.Adapter:
     made = torch.Generator().manual_seed(3)
-    return replace(adapter, factors={
-        m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in adapter.factors.items()
-    })  # fmt: skip
+    return replace(
+        adapter,
+        updates={
+            m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5)
+            for m, f in adapter.factors.items()
+        },
+    )
 
 
 RECEIVERS = ["peft", "vllm", "sglang", "canonical", "mlx", "llama.cpp", "ollama"]
@@ -60,17 +76,22 @@ def test_each_receivers_file_gives_the_same_logits_as_the_adapter(tmp_path, base
     other = "q_proj" if base == "llama" else "c_proj"
     patterns = {"rank_pattern": {other: 2}, "alpha_pattern": {other: 3}}
     name = "x.gguf" if receiver in ("llama.cpp", "ollama") else "out"
-    done = export(trained(base, **patterns), tmp_path / name, receiver, fix=True, verify=True, base=bases / base, model="m")
+    done = export(
+        trained(base, **patterns), tmp_path / name, receiver, fix=True, verify=True, base=bases / base, model="m"
+    )
     assert done.no_logits is None
     assert done.logits.live
     assert done.logits.relative < 2e-5  # float32's rounding, through layers that the random adapter turns upside down
     assert done.logits.moved > 0.1 * done.logits.largest, "an adapter that does nothing would prove nothing"
 
 
-@pytest.mark.parametrize("config", [
-    {"targets": ["q_proj", "embed_tokens"], "save_modules": ["lm_head"]},
-    {"targets": ["q_proj"], "save_modules": ["norm", "embed_tokens"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"targets": ["q_proj", "embed_tokens"], "save_modules": ["lm_head"]},
+        {"targets": ["q_proj"], "save_modules": ["norm", "embed_tokens"]},
+    ],
+)
 @pytest.mark.parametrize("base", ["llama", "tied"])
 def test_saved_weights_and_embeddings_tied_or_not(tmp_path, bases, base, config):
     done = export(trained(base, **config), tmp_path / "out", "peft", verify=True, base=bases / base)
@@ -86,7 +107,10 @@ def test_logits_of_an_encoder_decoder_model(tmp_path, bases):
 def test_logits_of_the_embedded_model(tmp_path):
     from lorakit.bases.load import load_model
 
-    model = lk.attach(load_model("embedded", torch.float32, torch.device("cpu")), lk.LoraConfig(rank=4, targets=["q_proj", "down_proj"]))
+    model = lk.attach(
+        load_model("embedded", torch.float32, torch.device("cpu")),
+        lk.LoraConfig(rank=4, targets=["q_proj", "down_proj"]),
+    )
     value = lk.capture(tiny.randomise_factors(model, size=0.05)).to(torch.bfloat16)
     done = export(value, tmp_path / "x.gguf", "llama.cpp", verify=True, base=embedded_folder())
     assert done.logits.relative < 1e-5
@@ -137,9 +161,12 @@ def test_an_embeddings_dora_in_mlx(tmp_path, bases, base, embedding):
     """One magnitude per token, with the norm of the token's row."""
     made = torch.Generator().manual_seed(4)
     value = trained(base, targets=[embedding])
-    value = replace(value, factors={
-        m: replace(f, magnitude=torch.rand(1, f.A.shape[1], generator=made) + 0.5) for m, f in value.factors.items()
-    })  # fmt: skip
+    value = replace(
+        value,
+        updates={
+            m: replace(f, magnitude=torch.rand(1, f.A.shape[1], generator=made) + 0.5) for m, f in value.factors.items()
+        },
+    )
     done = export(value, tmp_path / "out", "mlx", verify=True, base=bases / base)
     assert done.logits.relative < 2e-6
     assert done.logits.moved > 0.1
@@ -166,11 +193,18 @@ def test_a_zero_row_stays_zero_under_dora():
     torch.testing.assert_close(lengths[4:], torch.full((28,), 2.0))
 
 
-@pytest.mark.parametrize("base, targets, more", [
-    ("llama", ["q_proj", "embed_tokens"], {"use_dora": True, "modules_to_save": ["lm_head"]}),
-    ("gpt2", ["c_attn", "wte"], {"use_dora": True, "fan_in_fan_out": True}),
-    ("llama", ["q_proj", "k_proj"], {"use_rslora": True, "rank_pattern": {"layers.1.*": 2}, "alpha_pattern": {".*q_proj": 3, "q_proj": 9}}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "base, targets, more",
+    [
+        ("llama", ["q_proj", "embed_tokens"], {"use_dora": True, "modules_to_save": ["lm_head"]}),
+        ("gpt2", ["c_attn", "wte"], {"use_dora": True, "fan_in_fan_out": True}),
+        (
+            "llama",
+            ["q_proj", "k_proj"],
+            {"use_rslora": True, "rank_pattern": {"layers.1.*": 2}, "alpha_pattern": {".*q_proj": 3, "q_proj": 9}},
+        ),
+    ],
+)
 def test_the_independent_reader_agrees_with_peft(tmp_path, bases, base, targets, more):
     """PEFT's own file, read by the verifying code and added to plain weights, gives PEFT's logits."""
     theirs = peft.get_peft_model(MODELS[base](), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **more))
@@ -205,7 +239,12 @@ def test_the_command_prints_what_was_compared(tmp_path, bases, capsys):
     with_doras(trained("llama")).save(tmp_path / "dora")
 
     def printed(source: str, *more: str) -> list[str]:
-        assert run(["export", str(tmp_path / source), str(tmp_path / "out"), "--for", "peft", "--verify", "--force", *more]) == 0
+        assert (
+            run(
+                ["export", str(tmp_path / source), str(tmp_path / "out"), "--for", "peft", "--verify", "--force", *more]
+            )
+            == 0
+        )
         return capsys.readouterr().out.splitlines()[1:-1]
 
     differences, logits = printed("a", "--base", str(bases / "llama"))
@@ -216,7 +255,10 @@ def test_the_command_prints_what_was_compared(tmp_path, bases, capsys):
         "read back: DoRA's magnitudes off by at most 0 of the largest element",
         "logits not compared: no base was given (--base FOLDER)",
     ]
-    assert run(["export", str(tmp_path / "a"), str(tmp_path / "out"), "--for", "peft", "--verify", "--force", "--json"]) == 0
+    assert (
+        run(["export", str(tmp_path / "a"), str(tmp_path / "out"), "--for", "peft", "--verify", "--force", "--json"])
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert (report["difference"], report["logits"]) == (0, None)
     assert "no base" in report["no_logits"]
@@ -226,7 +268,9 @@ def test_a_pickled_base_works(tmp_path, bases):
     model = MODELS["llama"]()
     model.config.save_pretrained(tmp_path / "base")
     torch.save(model.state_dict(), tmp_path / "base" / "pytorch_model.bin")
-    assert export(trained("llama"), tmp_path / "out", "peft", verify=True, base=tmp_path / "base").logits.relative < 2e-5
+    assert (
+        export(trained("llama"), tmp_path / "out", "peft", verify=True, base=tmp_path / "base").logits.relative < 2e-5
+    )
 
 
 def test_the_reason_for_not_comparing_logits_is_reported(tmp_path, bases, monkeypatch):
@@ -244,7 +288,9 @@ def test_the_reason_for_not_comparing_logits_is_reported(tmp_path, bases, monkey
     assert "of memory are free" in reason(bases / "llama")
     config = json.loads((bases / "llama" / "config.json").read_text())
     (tmp_path / "quantized").mkdir()
-    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (tmp_path / "quantized" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     save_file(load_file(bases / "llama" / "model.safetensors"), tmp_path / "quantized" / "model.safetensors")
     assert "is quantized" in reason(tmp_path / "quantized")
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
@@ -255,7 +301,9 @@ def test_the_reason_for_not_comparing_logits_is_reported(tmp_path, bases, monkey
     assert "is not a sound safetensors file" in reason(tmp_path / "quantized")
     (tmp_path / "quantized" / "config.json").write_text("{}")
     assert "cannot be read" in reason(tmp_path / "quantized")
-    assert export(value, tmp_path / "out", "peft", base=bases / "llama").no_logits is None, "verification was not requested"
+    assert export(value, tmp_path / "out", "peft", base=bases / "llama").no_logits is None, (
+        "verification was not requested"
+    )
 
 
 def test_a_base_that_is_no_language_model_is_reported(tmp_path, bases):
@@ -275,7 +323,9 @@ def test_a_model_that_needs_more_than_token_ids_is_reported(tmp_path, bases, mon
 
 def test_image_models_are_not_compared_through_a_base(tmp_path, bases):
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    value = lk.Adapter(lk.LoraConfig(rank=2, targets=["to_q"]), {name: lk.Factors(torch.randn(2, 320), torch.randn(320, 2), 2.0)})
+    value = lk.Adapter(
+        lk.LoraConfig(rank=2, targets=["to_q"]), {name: lk.Factors(torch.randn(2, 320), torch.randn(320, 2), 2.0)}
+    )
     done = export(value, tmp_path / "out", "diffusers", verify=True, base=bases / "llama")
     assert "image models" in done.no_logits
 
@@ -284,7 +334,9 @@ def test_image_models_are_not_compared_through_a_base(tmp_path, bases):
 def test_a_wrong_base_is_an_error_and_nothing_is_written(tmp_path, bases, dora):
     value = trained("llama")
     value = with_doras(value) if dora else value
-    with pytest.raises(AdapterError, match=r"cannot be compared through this base(.|\n)*give the adapter's own base, or none"):
+    with pytest.raises(
+        AdapterError, match=r"cannot be compared through this base(.|\n)*give the adapter's own base, or none"
+    ):
         export(value, tmp_path / "out", "peft", verify=True, base=bases / "gpt2")
     tiny_lm.llama(seed=5).save_pretrained(tmp_path / "other")
     with pytest.raises(AdapterError, match="trained on another base"):

@@ -16,13 +16,21 @@ from lorakit import formats
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1."
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn."
 LANGUAGE = "model.layers.0.self_attn."
-LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1, "hidden_size": 8}
+LLAMA = {
+    "model_type": "llama",
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+}
 
 
 def made(*names: str, width: int = 8, rank: int = 2) -> lk.Adapter:
     torch.manual_seed(0)
     factors = {name: lk.Factors(torch.randn(rank, width), torch.randn(width, rank), float(rank)) for name in names}
-    return lk.Adapter(lk.LoraConfig(rank=rank, alpha=rank, targets=sorted({n.rsplit(".", 1)[-1] for n in names})), factors)
+    return lk.Adapter(
+        lk.LoraConfig(rank=rank, alpha=rank, targets=sorted({n.rsplit(".", 1)[-1] for n in names})), factors
+    )
 
 
 def sound(folder: Path) -> dict[str, Path]:
@@ -39,10 +47,15 @@ def sound(folder: Path) -> dict[str, Path]:
     image.save(folder / "kohya.safetensors", "kohya")
     image.save(folder / "diffusers.safetensors", "diffusers")
     return {
-        "peft": folder / "peft" / "adapter_model.safetensors", "peft config": folder / "peft" / "adapter_config.json",
-        "loralib": folder / "lora.pt", "mlx": folder / "mlx" / "adapters.safetensors", "mlx config": folder / "mlx" / "adapter_config.json",
-        "gguf": folder / "lora.gguf", "kohya": folder / "kohya.safetensors", "diffusers": folder / "diffusers.safetensors",
-    }  # fmt: skip
+        "peft": folder / "peft" / "adapter_model.safetensors",
+        "peft config": folder / "peft" / "adapter_config.json",
+        "loralib": folder / "lora.pt",
+        "mlx": folder / "mlx" / "adapters.safetensors",
+        "mlx config": folder / "mlx" / "adapter_config.json",
+        "gguf": folder / "lora.gguf",
+        "kohya": folder / "kohya.safetensors",
+        "diffusers": folder / "diffusers.safetensors",
+    }
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
@@ -105,10 +118,20 @@ def header_value(data: bytes, rng: random.Random) -> bytes:
 def header_name(data: bytes, rng: random.Random) -> bytes:
     header, rest = _header(data)
     name = rng.choice([n for n in header if n != "__metadata__"])
-    other = rng.choice((
-        "", "x" * 10_000, name + ".", "../" + name, name.replace("lora_", "lora_lora_"), name.replace("A", "B").replace("down", "up"), "\0",
-        name.replace("unet", "xnet"), name.replace("0", "99999999999"), name.replace("a", "b", 1),
-    ))  # fmt: skip
+    other = rng.choice(
+        (
+            "",
+            "x" * 10_000,
+            name + ".",
+            "../" + name,
+            name.replace("lora_", "lora_lora_"),
+            name.replace("A", "B").replace("down", "up"),
+            "\0",
+            name.replace("unet", "xnet"),
+            name.replace("0", "99999999999"),
+            name.replace("a", "b", 1),
+        )
+    )
     header[other] = header.pop(name)
     return _with_header(header, rest)
 
@@ -120,7 +143,9 @@ def json_value(data: bytes, rng: random.Random) -> bytes:
     while isinstance(place[key], dict) and place[key] and rng.random() < 0.8:
         place = place[key]
         key = rng.choice(list(place))
-    place[key] = rng.choice((None, -1, 0, 1e308, float("nan"), "x", "(" * 50, [], {}, [[]], {"(a+)+$": 3}, True, 1 << 70, "../../etc"))
+    place[key] = rng.choice(
+        (None, -1, 0, 1e308, float("nan"), "x", "(" * 50, [], {}, [[]], {"(a+)+$": 3}, True, 1 << 70, "../../etc")
+    )
     return json.dumps(values).encode()
 
 

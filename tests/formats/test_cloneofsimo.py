@@ -63,16 +63,28 @@ def test_every_pair_of_a_real_file_has_the_shape_of_its_module_in_the_real_model
 
 def test_numbers_mean_the_modules_in_the_order_in_which_the_classes_make_them(sd1):
     # Square matrices all: a wrong order of the text encoder would go unseen by shapes. The class itself says it.
-    names = [name for name, module in sd1["text_encoder"].named_modules() if isinstance(module, nn.Linear) and "self_attn" in name]
+    names = [
+        name
+        for name, module in sd1["text_encoder"].named_modules()
+        if isinstance(module, nn.Linear) and "self_attn" in name
+    ]
     assert [f"text_model.{name}" for name in names] == cloneofsimo.text_order(12)
     tensors, adapter = load_file(DISNEY), lk.Adapter.load(DISNEY)
-    for number, module in ((0, "layers.0.self_attn.k_proj"), (2, "layers.0.self_attn.q_proj"), (47, "layers.11.self_attn.out_proj")):
-        assert torch.equal(adapter.factors[f"text_encoder.text_model.encoder.{module}"].B, tensors[f"text_encoder:{number}:up"])
     for number, module in (
-        (4, "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"), (5, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"),
-        (54, "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"), (135, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"),
+        (0, "layers.0.self_attn.k_proj"),
+        (2, "layers.0.self_attn.q_proj"),
+        (47, "layers.11.self_attn.out_proj"),
+    ):
+        assert torch.equal(
+            adapter.factors[f"text_encoder.text_model.encoder.{module}"].B, tensors[f"text_encoder:{number}:up"]
+        )
+    for number, module in (
+        (4, "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"),
+        (5, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"),
+        (54, "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),
+        (135, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"),
         (143, "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"),
-    ):  # fmt: skip
+    ):
         assert torch.equal(adapter.factors[f"unet.{module}"].A, tensors[f"unet:{number}:down"])
 
 
@@ -111,7 +123,7 @@ def test_three_pickles_of_one_name_are_one_adapter_and_stale_ones_go(tmp_path):
     assert all(torch.equal(exact(again.factors[m]), exact(f)) for m, f in adapter.factors.items())
     assert all(torch.equal(again.embeddings[t], v) for t, v in adapter.embeddings.items())
     unet = {m: f for m, f in adapter.factors.items() if m.startswith("unet.")}
-    replace(adapter, factors=unet, embeddings={}).save(path, "cloneofsimo")
+    replace(adapter, updates=unet, embeddings={}).save(path, "cloneofsimo")
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     assert lk.Adapter.load(path).factors.keys() == unet.keys()
 
@@ -120,7 +132,10 @@ def sd_adapter(wanted, text: int = 768, dtype=torch.float32) -> lk.Adapter:
     from lorakit.formats import names
 
     model, made, factors = ("sd1" if text == 768 else "sd2"), torch.Generator().manual_seed(0), {}
-    for module in (*(f"unet.{n}" for n in cloneofsimo.UNET_ORDERS[0]), *(f"text_encoder.{n}" for n in cloneofsimo.text_order(12))):
+    for module in (
+        *(f"unet.{n}" for n in cloneofsimo.UNET_ORDERS[0]),
+        *(f"text_encoder.{n}" for n in cloneofsimo.text_order(12)),
+    ):
         if wanted(module):
             out, size = names.shapes(model)[module]
             rank, alpha = ((1, 3.0), (2, 0.3), (2, 2.0))[len(factors) % 3]
@@ -158,7 +173,10 @@ def test_a_file_of_the_later_module_order_is_told_by_its_shapes(tmp_path):
     listed = [
         t
         for m in order
-        for t in (exact(adapter.factors[m]) @ torch.eye(adapter.factors[m].A.shape[1], 1).double(), adapter.factors[m].A[:1].double())
+        for t in (
+            exact(adapter.factors[m]) @ torch.eye(adapter.factors[m].A.shape[1], 1).double(),
+            adapter.factors[m].A[:1].double(),
+        )
     ]
     torch.save(listed, tmp_path / "x.pt")
     again = lk.Adapter.load(tmp_path / "x.pt")
@@ -180,17 +198,29 @@ def changed(**changes) -> dict[str, torch.Tensor]:
     "changes, said",
     [
         ({"unet_at_80__up": None}, "'unet:80:up' is missing"),
-        ({"unet_at_4__up": torch.ones(320, 1)}, "'unet:4' has up [320, 1] and down [1, 320], which is not the shape of down_blocks.0"),
+        (
+            {"unet_at_4__up": torch.ones(320, 1)},
+            "'unet:4' has up [320, 1] and down [1, 320], which is not the shape of down_blocks.0",
+        ),
         ({"unet_at_4__up": torch.ones(2560, 2)}, "'unet:4:down' has shape [1, 320]"),
-        ({"unet_at_4__up": torch.ones(2560, 1, 1, 1), "unet_at_4__down": torch.ones(1, 320, 3, 3)}, "convolutions, from an extended injection"),
+        (
+            {"unet_at_4__up": torch.ones(2560, 1, 1, 1), "unet_at_4__down": torch.ones(1, 320, 3, 3)},
+            "convolutions, from an extended injection",
+        ),
         ({"unet_at_4__up": torch.ones(2560, 1, dtype=torch.int64)}, "dtype torch.int64"),
         ({"unet_at_4__up": torch.full((2560, 1), float("inf"))}, "not finite"),
         ({"unet_at_999999__up": torch.ones(2560, 1)}, "is missing; 145 modules are numbered from 0"),
-        ({"text_encoder_at_47__up": None, "text_encoder_at_47__down": None}, "47 modules numbered as text_encoder; expected four for each layer"),
-        ({"<s1>": torch.ones(768).to(torch.float8_e4m3fn)}, "token '<s1>' has shape [768] and dtype torch.float8_e4m3fn"),
+        (
+            {"text_encoder_at_47__up": None, "text_encoder_at_47__down": None},
+            "47 modules numbered as text_encoder; expected four for each layer",
+        ),
+        (
+            {"<s1>": torch.ones(768).to(torch.float8_e4m3fn)},
+            "token '<s1>' has shape [768] and dtype torch.float8_e4m3fn",
+        ),
         ({"other": torch.ones(3)}, "key 'other' is none of this format's"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_refused_with_the_key_at_fault(changes, said, tmp_path):
     save_file(changed(**changes), tmp_path / "x.safetensors", header_of(DISNEY))
     with pytest.raises(AdapterError, match=r"x\.safetensors") as caught:
@@ -203,9 +233,15 @@ def test_a_damaged_file_is_refused_with_the_key_at_fault(changes, said, tmp_path
     [
         ([torch.ones(3, 1)], "holds 1 tensors; expected a list of pairs"),
         ([torch.ones(3, 1), torch.ones(1, 4)] * 5, "5 modules numbered as text_encoder"),
-        ([torch.ones(3, 1), torch.ones(1, 4), torch.ones(3, 1), torch.ones(1, 3)], "2 modules numbered as unet; expected 144, or 128"),
+        (
+            [torch.ones(3, 1), torch.ones(1, 4), torch.ones(3, 1), torch.ones(1, 3)],
+            "2 modules numbered as unet; expected 144, or 128",
+        ),
         ([torch.ones(3, 1), "x"], "holds a list"),
-        ([torch.ones(1).expand(1 << 30, 1), torch.ones(1, 4)], "'[0]' is not a plain tensor whose numbers are all in the file"),
+        (
+            [torch.ones(1).expand(1 << 30, 1), torch.ones(1, 4)],
+            "'[0]' is not a plain tensor whose elements are all in the file",
+        ),
     ],
 )
 def test_a_pickled_list_that_is_no_adapter_is_refused(value, said, tmp_path):
@@ -237,10 +273,12 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     (module,) = adapter.factors
     f = adapter.factors[module]
     more = {
-        module: replace(f, magnitude=torch.ones(1280, 1)), "unet.conv_in": lk.Factors(torch.ones(1, 4, 3, 3), torch.ones(320, 1, 1, 1), 1.0, "conv"),
+        module: replace(f, magnitude=torch.ones(1280, 1)),
+        "unet.conv_in": lk.Factors(torch.ones(1, 4, 3, 3), torch.ones(320, 1, 1, 1), 1.0, "conv"),
         "text_encoder.text_model.encoder.layers.0.mlp.fc1": lk.Factors(torch.ones(1, 768), torch.ones(3072, 1), 1.0),
-    }  # fmt: skip
-    full = lk.Adapter(lk.LoraConfig(), more, saved={"unet.conv_in.bias": torch.ones(2)}, others={"unet.conv_out": Dense(torch.ones(2, 2))})
+        "unet.conv_out": Dense(torch.ones(2, 2)),
+    }
+    full = lk.Adapter(lk.LoraConfig(), more, saved={"unet.conv_in.bias": torch.ones(2)})
     lines = cloneofsimo.losses(full)
     for said in ("no place for 2 modules", "no DoRA magnitudes", "low-rank factors only", "weights saved whole"):
         assert sum(said in line for line in lines) == 1, said

@@ -21,13 +21,17 @@ def files(tmp_path_factory):
     return sound(tmp_path_factory.mktemp("sound"))
 
 
-@pytest.mark.parametrize("format", ["peft", "peft config", "loralib", "mlx", "mlx config", "gguf", "kohya", "diffusers"])
+@pytest.mark.parametrize(
+    "format", ["peft", "peft config", "loralib", "mlx", "mlx config", "gguf", "kohya", "diffusers"]
+)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_file_is_refused_or_still_sound(files, format):
     path, rng, refused = files[format], random.Random(format), 0
     good = path.read_bytes()
     where = path.parent if path.suffix == ".json" else path
-    options = {"alpha": 2.0} if path.suffix == ".pt" else {"base": path.parent / "base"} if path.suffix == ".gguf" else {}
+    options = (
+        {"alpha": 2.0} if path.suffix == ".pt" else {"base": path.parent / "base"} if path.suffix == ".gguf" else {}
+    )
     assert lk.Adapter.load(where, **options).updates
     try:
         for _ in range(COUNT):

@@ -23,25 +23,47 @@ STRENGTHS = ((2, 1.0), (3, 4.0), (4, 6.5), (4, 2.0), (4, 4.0))  # rank and alpha
 
 def clip(kind=CLIPTextModel):
     torch.manual_seed(0)
-    config = CLIPTextConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2, num_hidden_layers=2, vocab_size=50,
-                            max_position_embeddings=10, projection_dim=12, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = CLIPTextConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=50,
+        max_position_embeddings=10,
+        projection_dim=12,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return kind(config)
 
 
 def unet(**more):
     torch.manual_seed(0)
     return hub.UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=12, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **more,
-    )  # fmt: skip
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **more,
+    )
 
 
 def flux():
     torch.manual_seed(0)
     return hub.FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
-        pooled_projection_dim=12, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=12,
+        axes_dims_rope=(2, 2, 4),
+    )
 
 
 def stable_diffusion():
@@ -62,7 +84,10 @@ def adapter_for(components: dict[str, nn.Module], wanted=lambda name: True, dora
             if isinstance(module, nn.Linear | nn.Conv2d) and wanted(name):
                 rank, alpha = STRENGTHS[len(factors) % len(STRENGTHS)]
                 weight, ones = module.weight, (1,) * (module.weight.dim() - 2)
-                A, B = torch.randn(rank, *weight.shape[1:], generator=made), torch.randn(weight.shape[0], rank, *ones, generator=made)
+                A, B = (
+                    torch.randn(rank, *weight.shape[1:], generator=made),
+                    torch.randn(weight.shape[0], rank, *ones, generator=made),
+                )
                 magnitude = torch.rand(weight.shape[0], 1, generator=made) + 0.5 if dora else None
                 kind = "conv" if weight.dim() > 2 else "linear"
                 factors[full_name(component, name)] = lk.Factors(A, B, alpha, kind, magnitude=magnitude)
@@ -87,7 +112,9 @@ def applied(components: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
 def assert_applied(found: dict[str, torch.Tensor], adapter: lk.Adapter) -> None:
     assert found.keys() == adapter.factors.keys()
     for module, f in adapter.factors.items():
-        torch.testing.assert_close(found[module], exact(f), atol=1e-5, rtol=1e-5, msg=lambda text, m=module: f"{m}: {text}")
+        torch.testing.assert_close(
+            found[module], exact(f), atol=1e-5, rtol=1e-5, msg=lambda text, m=module: f"{m}: {text}"
+        )
 
 
 @pytest.mark.parametrize("fold", [False, True], ids=["alphas in the header", "alphas in the ups"])
@@ -109,7 +136,9 @@ def test_without_its_header_diffusers_would_lose_the_alphas_that_folding_keeps(t
         pipe = stable_diffusion()
         pipe.load_lora_weights(load_file(diffusers.write(adapter, tmp_path, fold=fold)))  # tensors alone
         found = applied({"unet": pipe.unet})
-        off = [module for module, f in adapter.factors.items() if not torch.allclose(found[module], exact(f), atol=1e-5)]
+        off = [
+            module for module, f in adapter.factors.items() if not torch.allclose(found[module], exact(f), atol=1e-5)
+        ]
         assert bool(off) != fold
 
 
@@ -122,14 +151,19 @@ def test_a_text_encoder_adapted_in_its_mlp_alone_loads_in_diffusers(tmp_path):
 
 def test_both_text_encoders_of_sdxl_get_their_own(tmp_path):
     second = clip(CLIPTextModelWithProjection)
-    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 36}
+    more = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 36,
+    }
     parts = {"vae": None, "tokenizer": None, "tokenizer_2": None, "scheduler": None}
     pipe = hub.StableDiffusionXLPipeline(unet=unet(**more), text_encoder=clip(), text_encoder_2=second, **parts)
     models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
     adapter = adapter_for(models, lambda name: name.endswith(("to_q", "q_proj", "fc2", "text_projection")))
     pipe.load_lora_weights(str(diffusers.write(adapter, tmp_path).parent))
     found = {
-        m.replace("text_encoder_2.text_model.text_projection", "text_encoder_2.text_projection"): d for m, d in applied(models).items()
+        m.replace("text_encoder_2.text_model.text_projection", "text_encoder_2.text_projection"): d
+        for m, d in applied(models).items()
     }
     assert_applied(found, adapter)
 
@@ -148,8 +182,12 @@ def test_a_dora_is_the_same_weight_in_diffusers(tmp_path):
     pipe = stable_diffusion()
     models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     adapter = adapter_for(models, lambda name: name.endswith(("to_q", "q_proj", "fc1", "conv1")), dora=True)
-    before = {full_name(c, n): m.weight.detach().double().clone() for c, model in models.items() for n, m in model.named_modules()
-              if full_name(c, n) in adapter.factors}  # fmt: skip
+    before = {
+        full_name(c, n): m.weight.detach().double().clone()
+        for c, model in models.items()
+        for n, m in model.named_modules()
+        if full_name(c, n) in adapter.factors
+    }
     pipe.load_lora_weights(str(diffusers.write(adapter, tmp_path).parent))
     pipe.fuse_lora()
     again = lk.Adapter.load(tmp_path)
@@ -177,16 +215,27 @@ def test_what_diffusers_writes_is_read_with_every_strength(spelled, tmp_path):
     models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     layers, notes = {}, {}
     for (component, model), targets in zip(models.items(), (["to_q", "to_out.0", "conv1"], ["q_proj", "out_proj"])):
-        config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, rank_pattern={r".*\.0\..*(to|out)_.*": 2},
-                            alpha_pattern={targets[0]: 3}, use_rslora=component == "unet")  # fmt: skip
-        inject_adapter_in_model(config, model)  # by peft alone: transformers' add_adapter may ask for a peft that is not out yet
+        config = LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=targets,
+            init_lora_weights=False,
+            rank_pattern={r".*\.0\..*(to|out)_.*": 2},
+            alpha_pattern={targets[0]: 3},
+            use_rslora=component == "unet",
+        )
+        # by peft alone: transformers' add_adapter may ask for a peft that is not out yet
+        inject_adapter_in_model(config, model)
         state = get_peft_model_state_dict(model, adapter_name="default")
         layers[component] = state if spelled == "peft" else convert_state_dict_to_diffusers(state)
         notes[component] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     pipe.save_lora_weights(
-        tmp_path, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"],
-        unet_lora_adapter_metadata=notes["unet"], text_encoder_lora_adapter_metadata=notes["text_encoder"],
-    )  # fmt: skip
+        tmp_path,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=layers["text_encoder"],
+        unet_lora_adapter_metadata=notes["unet"],
+        text_encoder_lora_adapter_metadata=notes["text_encoder"],
+    )
     theirs, adapter = applied(models), lk.Adapter.load(tmp_path)
     assert adapter.factors.keys() == theirs.keys()
     assert len({f.scale for f in adapter.factors.values()}) > 3
@@ -218,22 +267,53 @@ LAYER = "encoder.layers.1.self_attn"
         (f"unet.{ATTENTION}.to_q.lora_A.weight", f"unet.{ATTENTION}.to_q.lora_B.weight", f"unet.{ATTENTION}.to_q"),
         (f"unet.{ATTENTION}.to_q.lora.down.weight", f"unet.{ATTENTION}.to_q.lora.up.weight", f"unet.{ATTENTION}.to_q"),
         (f"unet.{ATTENTION}.to_q.lora_down.weight", f"unet.{ATTENTION}.to_q.lora_up.weight", f"unet.{ATTENTION}.to_q"),
-        (f"unet.{ATTENTION}.to_q.lora_A.default.weight", f"unet.{ATTENTION}.to_q.lora_B.default.weight", f"unet.{ATTENTION}.to_q"),
-        (f"unet.{ATTENTION}.processor.to_q_lora.down.weight", f"unet.{ATTENTION}.processor.to_q_lora.up.weight", f"unet.{ATTENTION}.to_q"),
-        (f"{ATTENTION}.processor.to_out_lora.down.weight", f"{ATTENTION}.processor.to_out_lora.up.weight", f"unet.{ATTENTION}.to_out.0"),
-        (f"base_model.model.{ATTENTION}.to_k.lora_A.weight", f"base_model.model.{ATTENTION}.to_k.lora_B.weight", f"unet.{ATTENTION}.to_k"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "transformer.transformer_blocks.0.attn.to_q.lora_B.weight",
-         "transformer.transformer_blocks.0.attn.to_q"),
-        ("diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight", "diffusion_model.transformer_blocks.0.attn.to_q.lora_B.weight",
-         "transformer.transformer_blocks.0.attn.to_q"),
-        (f"text_encoder.text_model.{LAYER}.q_proj.lora_linear_layer.down.weight",
-         f"text_encoder.text_model.{LAYER}.q_proj.lora_linear_layer.up.weight", f"text_encoder.text_model.{LAYER}.q_proj"),
-        (f"text_encoder_2.{LAYER}.q_proj.lora_A.weight", f"text_encoder_2.{LAYER}.q_proj.lora_B.weight",
-         f"text_encoder_2.text_model.{LAYER}.q_proj"),
-        (f"text_encoder.text_model.{LAYER}.to_out_lora.down.weight", f"text_encoder.text_model.{LAYER}.to_out_lora.up.weight",
-         f"text_encoder.text_model.{LAYER}.out_proj"),
+        (
+            f"unet.{ATTENTION}.to_q.lora_A.default.weight",
+            f"unet.{ATTENTION}.to_q.lora_B.default.weight",
+            f"unet.{ATTENTION}.to_q",
+        ),
+        (
+            f"unet.{ATTENTION}.processor.to_q_lora.down.weight",
+            f"unet.{ATTENTION}.processor.to_q_lora.up.weight",
+            f"unet.{ATTENTION}.to_q",
+        ),
+        (
+            f"{ATTENTION}.processor.to_out_lora.down.weight",
+            f"{ATTENTION}.processor.to_out_lora.up.weight",
+            f"unet.{ATTENTION}.to_out.0",
+        ),
+        (
+            f"base_model.model.{ATTENTION}.to_k.lora_A.weight",
+            f"base_model.model.{ATTENTION}.to_k.lora_B.weight",
+            f"unet.{ATTENTION}.to_k",
+        ),
+        (
+            "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+            "transformer.transformer_blocks.0.attn.to_q.lora_B.weight",
+            "transformer.transformer_blocks.0.attn.to_q",
+        ),
+        (
+            "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight",
+            "diffusion_model.transformer_blocks.0.attn.to_q.lora_B.weight",
+            "transformer.transformer_blocks.0.attn.to_q",
+        ),
+        (
+            f"text_encoder.text_model.{LAYER}.q_proj.lora_linear_layer.down.weight",
+            f"text_encoder.text_model.{LAYER}.q_proj.lora_linear_layer.up.weight",
+            f"text_encoder.text_model.{LAYER}.q_proj",
+        ),
+        (
+            f"text_encoder_2.{LAYER}.q_proj.lora_A.weight",
+            f"text_encoder_2.{LAYER}.q_proj.lora_B.weight",
+            f"text_encoder_2.text_model.{LAYER}.q_proj",
+        ),
+        (
+            f"text_encoder.text_model.{LAYER}.to_out_lora.down.weight",
+            f"text_encoder.text_model.{LAYER}.to_out_lora.up.weight",
+            f"text_encoder.text_model.{LAYER}.out_proj",
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_spelling_is_the_same_adapter(down, up, module, tmp_path):
     torch.manual_seed(0)
     A, B = torch.randn(3, 8), torch.randn(5, 3)
@@ -248,14 +328,21 @@ def test_every_spelling_is_the_same_adapter(down, up, module, tmp_path):
 
 def test_a_file_of_one_model_without_names_in_front_takes_its_model_from_its_other_keys(tmp_path):
     pair = {"lora_A.weight": torch.randn(2, 4), "lora_B.weight": torch.randn(6, 2)}
-    both = {f"{m}.{half}": t.clone() for m in ("transformer_blocks.0.attn.to_q", "norm_out.linear") for half, t in pair.items()}
+    both = {
+        f"{m}.{half}": t.clone()
+        for m in ("transformer_blocks.0.attn.to_q", "norm_out.linear")
+        for half, t in pair.items()
+    }
     save_file(
-        both, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 8, "alpha_pattern": {"to_q": 1}})}
+        both,
+        tmp_path / "x.safetensors",
+        {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 8, "alpha_pattern": {"to_q": 1}})},
     )
     adapter = lk.Adapter.load(tmp_path / "x.safetensors")
     assert {m: f.scale for m, f in adapter.factors.items()} == {
-        "transformer.transformer_blocks.0.attn.to_q": 0.5, "transformer.norm_out.linear": 4.0,
-    }  # fmt: skip
+        "transformer.transformer_blocks.0.attn.to_q": 0.5,
+        "transformer.norm_out.linear": 4.0,
+    }
 
 
 def test_alphas_magnitudes_and_a_tucker_core_behind_dotted_names_are_kept(tmp_path):
@@ -264,12 +351,19 @@ def test_alphas_magnitudes_and_a_tucker_core_behind_dotted_names_are_kept(tmp_pa
     down, mid, up = torch.randn(2, 8, 1, 1), torch.randn(3, 2, 3, 3), torch.randn(6, 3, 1, 1)
     linear = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {
-        f"{name}.lora_down.weight": down, f"{name}.lora_mid.weight": mid, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.5),
-        f"{linear}.lora_A.weight": torch.randn(2, 8), f"{linear}.lora_B.weight": torch.randn(6, 2), f"{linear}.dora_scale": torch.rand(6, 1),
-    }  # fmt: skip
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_mid.weight": mid,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(1.5),
+        f"{linear}.lora_A.weight": torch.randn(2, 8),
+        f"{linear}.lora_B.weight": torch.randn(6, 2),
+        f"{linear}.dora_scale": torch.rand(6, 1),
+    }
     save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 9})})
     adapter = lk.Adapter.load(tmp_path / "x.safetensors")
-    expected = 1.5 / 3 * torch.einsum("oi,ijkl,jy->oykl", up.double().flatten(1), mid.double(), down.double().flatten(1))
+    expected = (
+        1.5 / 3 * torch.einsum("oi,ijkl,jy->oykl", up.double().flatten(1), mid.double(), down.double().flatten(1))
+    )
     torch.testing.assert_close(adapter.factors[name].delta().double(), expected, atol=1e-5, rtol=1e-5)
     assert adapter.factors[linear].alpha == 9
     assert torch.equal(adapter.factors[linear].magnitude, tensors[f"{linear}.dora_scale"])
@@ -279,7 +373,10 @@ def test_comfyui_own_paths_are_the_modules_that_kohya_has_for_them(tmp_path):
     torch.manual_seed(0)
     A, B = torch.randn(2, 3072), torch.randn(9216, 2)
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
-    save_file({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B, f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    save_file(
+        {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B, f"{name}.alpha": torch.tensor(1.0)},
+        tmp_path / "x.safetensors",
+    )
     adapter = lk.Adapter.load(tmp_path / "x.safetensors")
     rows = [adapter.factors[f"transformer.transformer_blocks.0.attn.{x}"].delta() for x in ("to_q", "to_k", "to_v")]
     torch.testing.assert_close(torch.cat(rows), 0.5 * B @ A)
@@ -288,7 +385,8 @@ def test_comfyui_own_paths_are_the_modules_that_kohya_has_for_them(tmp_path):
 def test_the_native_paths_of_an_unknown_model_stay_as_they_are(tmp_path):
     A, B = torch.randn(2, 4), torch.randn(6, 2)
     save_file(
-        {"diffusion_model.blocks.0.x.q.lora_A.weight": A, "diffusion_model.blocks.0.x.q.lora_B.weight": B}, tmp_path / "x.safetensors"
+        {"diffusion_model.blocks.0.x.q.lora_A.weight": A, "diffusion_model.blocks.0.x.q.lora_B.weight": B},
+        tmp_path / "x.safetensors",
     )
     adapter = lk.Adapter.load(tmp_path / "x.safetensors")
     assert list(adapter.factors) == ["diffusion_model.blocks.0.x.q"]
@@ -296,7 +394,11 @@ def test_the_native_paths_of_an_unknown_model_stay_as_they_are(tmp_path):
 
 
 def test_a_language_models_keys_are_not_taken_for_a_pipelines():
-    for path in ("transformer.h.0.attn.c_attn", "model.layers.0.self_attn.q_proj", "transformer.encoder.layers.0.self_attention.dense"):
+    for path in (
+        "transformer.h.0.attn.c_attn",
+        "model.layers.0.self_attn.q_proj",
+        "transformer.encoder.layers.0.self_attention.dense",
+    ):
         assert not spellings.is_spelling(f"base_model.model.{path}.lora_A.weight")
 
 
@@ -309,20 +411,44 @@ A, B = torch.ones(2, 4), torch.ones(6, 2)
     [
         ({f"{Q}.lora_A.weight": A}, {}, f"{Q}.lora_up.weight' is missing"),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.lora_B.bias": A[0]}, {}, "lora_B.bias' is no part"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora.down.weight": A, f"{Q}.lora_B.weight": B}, {}, "a second lora_down.weight"),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora.down.weight": A, f"{Q}.lora_B.weight": B},
+            {},
+            "a second lora_down.weight",
+        ),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": torch.ones(6, 3)}, {}, "do not fit together"),
         ({f"{Q}.lora_A.weight": A[0], f"{Q}.lora_B.weight": B}, {}, "expected matrices"),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.alpha": A}, {}, "expected one number"),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.alpha": torch.tensor(-1.0)}, {}, "alpha is -1.0"),
         ({f"{Q}.lora_A.weight": A * float("nan"), f"{Q}.lora_B.weight": B}, {}, "not finite"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, "elsewhere.lora_A.weight": A}, {}, "does not tell its model"),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, "elsewhere.lora_A.weight": A},
+            {},
+            "does not tell its model",
+        ),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_adapter_metadata": "{"}, "not JSON"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, "the alpha 'x'"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_adapter_metadata": '{"unet.alpha_pattern": 3}'}, "expected an object"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 3}}'}, "no regular expression"),
-        ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(a+)+": 3}}'}, "could take forever"),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'},
+            "the alpha 'x'",
+        ),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            {"lora_adapter_metadata": '{"unet.alpha_pattern": 3}'},
+            "expected an object",
+        ),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 3}}'},
+            "no regular expression",
+        ),
+        (
+            {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B},
+            {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(a+)+": 3}}'},
+            "could take forever",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_refused_with_the_key_at_fault(tensors, header, said, tmp_path):
     save_file({key: t.clone() for key, t in tensors.items()}, tmp_path / "x.safetensors", header or None)
     with pytest.raises(AdapterError, match=r"x\.safetensors") as caught:
@@ -334,9 +460,17 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     f = lk.Factors(A, B, 2.0)
     dora = replace(f, magnitude=torch.ones(6, 1))
     adapter = lk.Adapter(
-        lk.LoraConfig(), {Q: dora, Q.replace("to_q", "to_k"): f, "model.layers.0.q": f, "unet.c": lk.Factors(A, B, 2.0, magnitude=torch.ones(1, 4))},
-        saved={"unet.conv_in.bias": torch.ones(2)}, embeddings={"<s1>": torch.ones(3)}, others={"unet.conv_out": Dense(torch.ones(2, 2))},
-    )  # fmt: skip
+        lk.LoraConfig(),
+        {
+            Q: dora,
+            Q.replace("to_q", "to_k"): f,
+            "model.layers.0.q": f,
+            "unet.c": lk.Factors(A, B, 2.0, magnitude=torch.ones(1, 4)),
+            "unet.conv_out": Dense(torch.ones(2, 2)),
+        },
+        saved={"unet.conv_in.bias": torch.ones(2)},
+        embeddings={"<s1>": torch.ones(3)},
+    )
     lines = diffusers.losses(adapter)
     for said in (
         "all modules of a component DoRA or none",
@@ -366,7 +500,10 @@ def test_a_header_that_names_every_module_is_read_in_no_time(tmp_path):
     import time
 
     modules = [
-        f"unet.up_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn1.to_q" for i in range(8) for j in range(8) for k in range(32)
+        f"unet.up_blocks.{i}.attentions.{j}.transformer_blocks.{k}.attn1.to_q"
+        for i in range(8)
+        for j in range(8)
+        for k in range(32)
     ]
     factors = {m: lk.Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0 + n % 7) for n, m in enumerate(modules)}
     path = diffusers.write(lk.Adapter(lk.LoraConfig(), factors), tmp_path)
@@ -377,5 +514,6 @@ def test_a_header_that_names_every_module_is_read_in_no_time(tmp_path):
         header = file.metadata()
     start = time.process_time()  # of this process: others may have the machine
     again = diffusers.read(path, tensors, header)
-    assert time.process_time() - start < 5  # matching 2,048 modules with 1,755 keys as regular expressions takes minutes
+    # matching 2,048 modules with 1,755 keys as regular expressions takes minutes
+    assert time.process_time() - start < 5
     assert {m: f.alpha for m, f in again.factors.items()} == {m: f.alpha for m, f in factors.items()}

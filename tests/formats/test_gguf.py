@@ -45,9 +45,18 @@ def adapter(made: dict[str, Factors], **more) -> Adapter:
 
 def whole(dtype=torch.float32, alpha: float = 6.0) -> Adapter:
     """One of every kind of linear of a llama, q and k of 4 and 2 heads, and the tokens."""
-    shapes = {"self_attn.q_proj": (16, 32), "self_attn.k_proj": (16, 16), "self_attn.v_proj": (16, 16), "self_attn.o_proj": (32, 16)}
+    shapes = {
+        "self_attn.q_proj": (16, 32),
+        "self_attn.k_proj": (16, 16),
+        "self_attn.v_proj": (16, 16),
+        "self_attn.o_proj": (32, 16),
+    }
     shapes |= {"mlp.gate_proj": (16, 24), "mlp.up_proj": (16, 24), "mlp.down_proj": (24, 16)}
-    made = {LAYER(n, m): factors(n * 10 + i, *s, alpha=alpha, dtype=dtype) for n in (0, 11) for i, (m, s) in enumerate(shapes.items())}
+    made = {
+        LAYER(n, m): factors(n * 10 + i, *s, alpha=alpha, dtype=dtype)
+        for n in (0, 11)
+        for i, (m, s) in enumerate(shapes.items())
+    }
     made["lm_head"] = factors(98, 16, 40, alpha=alpha, dtype=dtype)
     made["model.embed_tokens"] = factors(99, 40, 16, alpha=alpha, dtype=dtype, kind="embedding")
     return adapter(made)
@@ -70,8 +79,16 @@ def test_the_header_is_what_llama_cpp_checks(tmp_path):
     path = gguf.write(whole(), tmp_path / "x.gguf", LLAMA)
     assert is_gguf(path)
     fields = GGUFReader(path).fields
-    told = {key: fields[key].contents() for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha")}
-    assert told == {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}
+    told = {
+        key: fields[key].contents()
+        for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha")
+    }
+    assert told == {
+        "general.architecture": "llama",
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 6.0,
+    }
 
 
 @pytest.mark.parametrize("base", [LLAMA, QWEN], ids=["llama, permuted", "qwen3, as they are"])
@@ -99,9 +116,13 @@ def test_permuted_rows_under_llama_cpps_rotation_are_the_rotated_rows_permuted()
     x = torch.randn(heads * size, 5, dtype=torch.float64)
     angle = torch.rand(size // 2, 1, dtype=torch.float64)
     first, second = x.reshape(heads, 2, size // 2, 5).unbind(1)
-    halves = torch.stack([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], 1).reshape(x.shape)
+    halves = torch.stack(
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], 1
+    ).reshape(x.shape)
     even, odd = permute(x, heads, "q").reshape(heads, size // 2, 2, 5).unbind(2)
-    pairs = torch.stack([even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], 2).reshape(x.shape)
+    pairs = torch.stack([even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], 2).reshape(
+        x.shape
+    )
     torch.testing.assert_close(pairs, permute(halves, heads, "q"))
     assert torch.equal(unpermute(permute(x, heads, "q"), heads, "q"), x)
 
@@ -117,9 +138,13 @@ def test_what_is_written_is_read_back_bit_equal(dtype, alpha, tmp_path):
 
 
 modules = st.builds(
-    factors, st.integers(0, 99), rank=st.integers(1, 5), alpha=st.sampled_from([1.0, 2.0, 6.0, 0.3, 32.0]), rslora=st.booleans(),
+    factors,
+    st.integers(0, 99),
+    rank=st.integers(1, 5),
+    alpha=st.sampled_from([1.0, 2.0, 6.0, 0.3, 32.0]),
+    rslora=st.booleans(),
     dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,7 +157,8 @@ def test_alphas_of_a_modules_own_and_rslora_are_in_the_factors(tmp_path_factory,
     for n, f in enumerate(made):
         a, b = (theirs[f"blk.{n}.attn_q.weight.lora_{h}"] for h in "ab")
         expected = (f.scale * f.B.double() @ f.A.double()).numpy()
-        rounding = 2**-22 * (f.scale * f.B.double().abs() @ f.A.double().abs()).numpy()  # of B and the file's alpha in float32
+        # of B and the file's alpha in float32
+        rounding = 2**-22 * (f.scale * f.B.double().abs() @ f.A.double().abs()).numpy()
         assert (np.abs(alpha / a.shape[0] * b @ a - expected) <= rounding).all()
         g = again.factors[LAYER(n, "self_attn.q_proj")]
         assert (np.abs((g.scale * g.B.double() @ g.A.double()).numpy() - expected) <= rounding).all()
@@ -146,7 +172,9 @@ def test_a_gpt2_with_packed_parts_comes_back_as_it_was(tmp_path, tiny_gpt2):
     for module, f in value.factors.items():
         g = again.factors[module]
         assert (f.parts, f.transposed, f.rank) == (g.parts, g.transposed, g.rank)
-        assert torch.equal(f.scale * f.B, g.scale * g.B), "its rank in the file is that of all parts; the rest of alpha is in B"
+        assert torch.equal(f.scale * f.B, g.scale * g.B), (
+            "its rank in the file is that of all parts; the rest of alpha is in B"
+        )
     ours = tiny.logits(tiny_gpt2)
     torch.testing.assert_close(tiny.logits(lk.attach(tiny.gpt2(), again)), ours, atol=1e-5, rtol=1e-5)
 
@@ -155,10 +183,14 @@ def test_the_base_may_be_a_folder_a_config_or_the_adapters_own(tmp_path, tiny_ll
     tiny_llama.config.save_pretrained(tmp_path / "base")
     lk.attach(tiny_llama, lk.LoraConfig(rank=2, targets=["q_proj", "k_proj"], base=str(tmp_path / "base")))
     value = lk.capture(tiny.randomise_factors(tiny_llama))
-    files = [gguf.write(value, tmp_path / f"{n}.gguf", b) for n, b in enumerate([tmp_path / "base", tiny_llama.config, None])]
+    files = [
+        gguf.write(value, tmp_path / f"{n}.gguf", b) for n, b in enumerate([tmp_path / "base", tiny_llama.config, None])
+    ]
     assert len({f.read_bytes() for f in files}) == 1
     again = gguf.read(files[0], tmp_path / "base")
-    torch.testing.assert_close(tiny.logits(lk.attach(tiny.llama(), again)), tiny.logits(tiny_llama), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        tiny.logits(lk.attach(tiny.llama(), again)), tiny.logits(tiny_llama), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_q8_0_is_read(tmp_path):
@@ -181,20 +213,29 @@ def test_q8_0_is_read(tmp_path):
 
 
 def test_q8_0_is_written_where_rows_are_whole_blocks_and_f16_elsewhere(tmp_path):
-    made = {LAYER(0, "mlp.up_proj"): factors(1, 64, 96, rank=32), LAYER(0, "mlp.down_proj"): factors(2, 96, 64, rank=3), LAYER(0, "mlp.gate_proj"): factors(3, 48, 96)}  # fmt: skip
+    made = {
+        LAYER(0, "mlp.up_proj"): factors(1, 64, 96, rank=32),
+        LAYER(0, "mlp.down_proj"): factors(2, 96, 64, rank=3),
+        LAYER(0, "mlp.gate_proj"): factors(3, 48, 96),
+    }
     path = formats.save(adapter(made), tmp_path / "x.gguf", "gguf", dtype="q8_0", base=QWEN)
     kinds = {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
     assert kinds == {
-        "blk.0.ffn_up.weight.lora_a": "Q8_0", "blk.0.ffn_up.weight.lora_b": "Q8_0", "blk.0.ffn_down.weight.lora_a": "Q8_0",
-        "blk.0.ffn_down.weight.lora_b": "F16", "blk.0.ffn_gate.weight.lora_a": "F16", "blk.0.ffn_gate.weight.lora_b": "F16",
-    }  # fmt: skip
+        "blk.0.ffn_up.weight.lora_a": "Q8_0",
+        "blk.0.ffn_up.weight.lora_b": "Q8_0",
+        "blk.0.ffn_down.weight.lora_a": "Q8_0",
+        "blk.0.ffn_down.weight.lora_b": "F16",
+        "blk.0.ffn_gate.weight.lora_a": "F16",
+        "blk.0.ffn_gate.weight.lora_b": "F16",
+    }
     again = gguf.read(path)
     for module, f in made.items():
         found = again.factors[module]
         assert found.alpha == f.alpha
         for ours, theirs in ((f.A, found.A), (f.B, found.B)):
             blocks = ours.shape[1] % 32 == 0
-            bound = (0.5 + 127 / 2048) / 127 if blocks else 1 / 2048  # half a step of a block's largest / 127, with its scale in f16
+            # half a step of a block's largest / 127, with its scale in f16
+            bound = (0.5 + 127 / 2048) / 127 if blocks else 1 / 2048
             assert 0 < (ours - theirs).abs().max() <= bound * ours.abs().max()
 
 
@@ -219,13 +260,23 @@ def test_every_linear_of_a_real_model_has_its_tensor(model_type):
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, vocab_size=48, pad_token_id=0))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **sizes, vocab_size=48, pad_token_id=0)
+        )
     real = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     names = tensor_names(ARCHITECTURES[model_type], 2)
     tokens = {n for n, m in model.named_modules() if m is model.get_input_embeddings()}
-    assert real | tokens == set(names) | ({"lm_head"} if model_type in ("gemma", "gemma2") else set()), "theirs is always tied"
+    assert real | tokens == set(names) | ({"lm_head"} if model_type in ("gemma", "gemma2") else set()), (
+        "theirs is always tied"
+    )
     assert len(set(names.values())) == len(names), "one to one"
     assert ARCHITECTURES[model_type].transposed == any(isinstance(m, Conv1D) for m in model.modules())
 
@@ -233,11 +284,22 @@ def test_every_linear_of_a_real_model_has_its_tensor(model_type):
 def test_what_a_gguf_adapter_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     value = adapter(
-        {LAYER(0, "mlp.up_proj"): factors(1, magnitude=torch.ones(32, 1)), "c": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv")},
-        others={"x": Hadamard(ones, ones, ones, ones, 1.0)}, embeddings={"<s>": torch.ones(3)}, saved={"model.norm.weight": torch.ones(2)},
-    )  # fmt: skip
+        {
+            LAYER(0, "mlp.up_proj"): factors(1, magnitude=torch.ones(32, 1)),
+            "c": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
+            "x": Hadamard(ones, ones, ones, ones, 1.0),
+        },
+        embeddings={"<s>": torch.ones(3)},
+        saved={"model.norm.weight": torch.ones(2)},
+    )
     lost = "\n".join(gguf.losses(value))
-    for said in ("1 weights saved whole", "another kind (x)", "1 learned tokens", "1 convolutions (c)", "DoRA's magnitude"):
+    for said in (
+        "1 weights saved whole",
+        "another kind (x)",
+        "1 learned tokens",
+        "1 convolutions (c)",
+        "DoRA's magnitude",
+    ):
         assert said in lost
     with pytest.raises(AdapterError, match="cannot hold all"):
         gguf.write(value, tmp_path / "x.gguf", LLAMA)
@@ -248,10 +310,25 @@ def test_what_a_gguf_adapter_cannot_hold_is_listed_and_not_written(tmp_path):
     "module, f, base, said",
     [
         ("model.layers.0.self_attn.q_proj", factors(1), None, "give the base"),
-        ("model.layers.0.self_attn.q_proj", factors(1), LLAMA | {"model_type": "lama"}, "no GGUF name map here; did you mean 'llama'"),
-        ("model.layers.0.self_attn.q_proj", factors(1), LLAMA | {"num_attention_heads": "4"}, "num_attention_heads is '4'"),
+        (
+            "model.layers.0.self_attn.q_proj",
+            factors(1),
+            LLAMA | {"model_type": "lama"},
+            "no GGUF name map here; did you mean 'llama'",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj",
+            factors(1),
+            LLAMA | {"num_attention_heads": "4"},
+            "num_attention_heads is '4'",
+        ),
         ("model.layers.0.self_attn.q_proj", factors(1, out=18), LLAMA, "18 output rows, which 4 heads"),
-        ("model.layers.0.self_attn.query", factors(1), LLAMA, "not of the base's architecture 'llama': model.layers.0.self_attn.query"),
+        (
+            "model.layers.0.self_attn.query",
+            factors(1),
+            LLAMA,
+            "not of the base's architecture 'llama': model.layers.0.self_attn.query",
+        ),
         ("model.layers.99999.self_attn.q_proj", factors(1), LLAMA, "layer 99,999; no model has that many"),
         ("lm_head", factors(1), LLAMA | {"tie_word_embeddings": True}, "has no output.weight to adapt"),
         ("lm_head", factors(1), LLAMA | {"model_type": "gemma2"}, "has no output.weight to adapt"),
@@ -267,7 +344,9 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(module, f, base, said,
 
 def test_a_permuted_file_without_its_base_says_what_to_give(tmp_path):
     path = gguf.write(whole(), tmp_path / "x.gguf", LLAMA)
-    with pytest.raises(AdapterError, match=r"permuted head by head, and the number of heads is not in the file\n  give the base"):
+    with pytest.raises(
+        AdapterError, match=r"permuted head by head, and the number of heads is not in the file\n  give the base"
+    ):
         gguf.read(path)
     only_v = adapter({LAYER(0, "self_attn.v_proj"): factors(1)})
     assert gguf.read(gguf.write(only_v, tmp_path / "v.gguf", LLAMA)).rank == 3, "v needs none"
@@ -305,16 +384,27 @@ HUGE = 1 << 62
         (made_by_hand(text("k") + struct.pack("<IIQ", 9, 8, HUGE), 1), "is an array of"),
         (made_by_hand(text("k") + struct.pack("<IIQ", 9, 9, 1) + b" " * 50, 1), "is an array of 1 values of type 9"),
         (made_by_hand(struct.pack("<Q", HUGE) + b" " * 40, 1), "the key of pair 0 would take"),
-        (made_by_hand(2 * (text("k") + struct.pack("<IB", 0, 1)), 2), "key 'k' stands there twice"),
+        (made_by_hand(2 * (text("k") + struct.pack("<IB", 0, 1)), 2), "key 'k' occurs twice"),
         (made_by_hand(struct.pack("<Q", 4) + b"\xff\xfe\xff\xfe" + b" " * 40, 1), "not UTF-8"),
         (made_by_hand(tensors=1, tail=text("t") + struct.pack("<I", 9) + b" " * 50), "has 9 axes"),
-        (made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", HUGE, HUGE, 0, 0)), "would end at byte"),
-        (made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", 2, 2, 0, HUGE)), "would end at byte"),
-        (made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", 2, 0, 0, 0)), "is no whole number of its blocks"),
-        (made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", 2, 2, 12, 0)), "GGML type 12; adapters are read in"),
-        (made_by_hand(tensors=2, tail=2 * (text("t") + TENSOR + struct.pack("<QQIQ", 2, 2, 0, 0))), "stands there twice"),
         (
-            made_by_hand(tensors=2, tail=b"".join(text(t) + TENSOR + struct.pack("<QQIQ", 2, 2, 0, 0) for t in "ab") + b" " * 40),
+            made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", HUGE, HUGE, 0, 0)),
+            "would end at byte",
+        ),
+        (made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", 2, 2, 0, HUGE)), "would end at byte"),
+        (
+            made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", 2, 0, 0, 0)),
+            "is not a multiple of the block size",
+        ),
+        (
+            made_by_hand(tensors=1, tail=text("t") + TENSOR + struct.pack("<QQIQ", 2, 2, 12, 0)),
+            "GGML type 12; adapters are read in",
+        ),
+        (made_by_hand(tensors=2, tail=2 * (text("t") + TENSOR + struct.pack("<QQIQ", 2, 2, 0, 0))), "occurs twice"),
+        (
+            made_by_hand(
+                tensors=2, tail=b"".join(text(t) + TENSOR + struct.pack("<QQIQ", 2, 2, 0, 0) for t in "ab") + b" " * 40
+            ),
             "claim more bytes together",
         ),
     ],
@@ -356,7 +446,10 @@ def test_a_wrong_pair_is_refused_by_its_key(key, value, said, tmp_path):
         ({"blk.0.ffn_up.weight.lora_a": (3, 16)}, "has a lora_a and no lora_b"),
         ({"blk.0.ffn_up.weight.lora_b": (3, 16)}, "has a lora_b and no lora_a"),
         ({"blk.0.ffn_norm.weight": (16,)}, "expected names that end in .lora_a"),
-        ({"blk.0.x.weight.lora_a": (3, 16), "blk.0.x.weight.lora_b": (32, 3)}, "'blk.0.x.weight': no module of the architecture 'qwen3'"),
+        (
+            {"blk.0.x.weight.lora_a": (3, 16), "blk.0.x.weight.lora_b": (32, 3)},
+            "'blk.0.x.weight': no module of the architecture 'qwen3'",
+        ),
         ({"blk.0.ffn_up.weight.lora_a": (3, 16), "blk.0.ffn_up.weight.lora_b": (32, 4)}, "expected the same"),
         ({"blk.0.ffn_up.weight.lora_a": (3, 16), "blk.0.ffn_up.weight.lora_b": (32,)}, "expected matrices"),
         ({"blk.99999999999999999999.ffn_up.weight.lora_a": (3, 16)}, "no model has that many"),

@@ -12,7 +12,10 @@ import lorakit as lk
 from lorakit.errors import AdapterError
 from lorakit.formats import find, format_of
 
-LDM = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2), "first_stage_model.a.weight": torch.zeros(2, 2)}
+LDM = {
+    "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2),
+    "first_stage_model.a.weight": torch.zeros(2, 2),
+}
 LLAMA = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2), "model.norm.weight": torch.zeros(2)}
 
 
@@ -43,7 +46,9 @@ def test_several_adapters_in_a_folder_are_named(adapter, tmp_path):
     adapter.save(many / "a.pt", "loralib")
     adapter.save(many / "b.safetensors", "loralib")
     adapter.save(many / "c")
-    with pytest.raises(AdapterError, match=r"(?s)many holds 3 adapters: c, a\.pt, b\.safetensors\n.*for example .*many/c"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)many holds 3 adapters: c, a\.pt, b\.safetensors\n.*for example .*many/c"
+    ):
         lk.Adapter.load(many)
 
 

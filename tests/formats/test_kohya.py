@@ -36,8 +36,11 @@ def factors(module: str, model: str, rank: int = 4, alpha: float = 2.0, dtype=to
     out, columns = (shape[0], shape[1]) if width is None else width
     kernel, kind = shape[2:], "conv" if len(shape) > 2 else "linear"
     return Factors(
-        torch.randn(rank, columns, *kernel).to(dtype), torch.randn(out, rank, *(1,) * len(kernel)).to(dtype), alpha, kind
-    )  # fmt: skip
+        torch.randn(rank, columns, *kernel).to(dtype),
+        torch.randn(out, rank, *(1,) * len(kernel)).to(dtype),
+        alpha,
+        kind,
+    )
 
 
 def read(path) -> Adapter:
@@ -67,16 +70,24 @@ def tiny_unet():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, attention_head_dim=2, cross_attention_dim=6, layers_per_block=2
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=6,
+        layers_per_block=2,
     ).double()
 
 
 def test_diffusers_makes_of_a_written_file_the_same_weights(tiny_unet, tmp_path):
-    """Convolutions, mixed ranks and mixed alphas, through diffusers' own loader; alphas baked, which it otherwise loses."""
+    """Convolutions, mixed ranks and mixed alphas, through diffusers' own loader; alphas baked, which it otherwise
+    loses.
+    """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
 
     torch.manual_seed(1)
-    weights = {name: m.weight for name, m in tiny_unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    weights = {
+        name: m.weight for name, m in tiny_unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+    }
     updates = {
         f"unet.{name}": factors(f"unet.{name}", "sd1", 1 + i % 3, 0.5 + i % 5, torch.float64, w.shape[:2])
         for i, (name, w) in enumerate(weights.items())
@@ -100,11 +111,17 @@ def test_every_sdxl_name_is_the_module_that_diffusers_takes_it_for():
     conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    keys = {p.key for m, p in names.places("sdxl").items() if m.startswith("unet.") and len(names.shapes("sdxl")[m]) > 1}
+    keys = {
+        p.key for m, p in names.places("sdxl").items() if m.startswith("unet.") and len(names.shapes("sdxl")[m]) > 1
+    }
     made = {}
     for i, key in enumerate(sorted(keys), start=1):
         kernel = names.shapes("sdxl")[names.modules_of("sdxl")[key][0]][2:]
-        shapes = (("lora_down.weight", (1, 2, *kernel)), ("lora_up.weight", (2, 1, *(1 for _ in kernel))), ("alpha", ()))
+        shapes = (
+            ("lora_down.weight", (1, 2, *kernel)),
+            ("lora_up.weight", (2, 1, *(1 for _ in kernel))),
+            ("alpha", ()),
+        )
         made |= {f"{key}.{suffix}": torch.full(shape, float(i)) for suffix, shape in shapes}
     ours = kohya.read("made", made, {})
     assert ours.metadata["model"] == "sdxl"
@@ -112,7 +129,9 @@ def test_every_sdxl_name_is_the_module_that_diffusers_takes_it_for():
     theirs, _ = conversion._convert_non_diffusers_lora_to_diffusers(mapped)
     theirs = convert_unet_state_dict_to_peft(theirs)
     theirs = {
-        k.removesuffix(".lora_A.weight").removesuffix(".down.weight"): t for k, t in theirs.items() if "up.w" not in k and "_B." not in k
+        k.removesuffix(".lora_A.weight").removesuffix(".down.weight"): t
+        for k, t in theirs.items()
+        if "up.w" not in k and "_B." not in k
     }
     assert len(ours.factors) == len(keys) == len(theirs)
     for module, f in ours.factors.items():
@@ -124,11 +143,18 @@ def test_flux_is_split_as_diffusers_splits_it():
     torch.manual_seed(0)
     made = {}
     for key, out, width in (
-        ("double_blocks_3_img_attn_qkv", 12, 4), ("double_blocks_3_txt_attn_qkv", 12, 4), ("double_blocks_3_img_mod_lin", 24, 4),
-        ("double_blocks_3_txt_mlp_0", 16, 4), ("single_blocks_5_linear1", 21504, 2), ("single_blocks_5_linear2", 4, 5),
-        ("single_blocks_5_modulation_lin", 12, 4), ("final_layer_linear", 4, 4), ("final_layer_adaLN_modulation_1", 8, 4),
-        ("img_in", 4, 4), ("guidance_in_in_layer", 4, 4),
-    ):  # fmt: skip
+        ("double_blocks_3_img_attn_qkv", 12, 4),
+        ("double_blocks_3_txt_attn_qkv", 12, 4),
+        ("double_blocks_3_img_mod_lin", 24, 4),
+        ("double_blocks_3_txt_mlp_0", 16, 4),
+        ("single_blocks_5_linear1", 21504, 2),
+        ("single_blocks_5_linear2", 4, 5),
+        ("single_blocks_5_modulation_lin", 12, 4),
+        ("final_layer_linear", 4, 4),
+        ("final_layer_adaLN_modulation_1", 8, 4),
+        ("img_in", 4, 4),
+        ("guidance_in_in_layer", 4, 4),
+    ):
         alpha = 2.0 if "final" in key else 3.0  # diffusers drops the alpha of the last layer
         made |= {
             f"lora_unet_{key}.lora_down.weight": torch.randn(2, width).double(),
@@ -141,7 +167,10 @@ def test_flux_is_split_as_diffusers_splits_it():
     assert {k.removesuffix(".lora_A.weight") for k in theirs if "lora_A" in k} == set(ours.factors)
     for module, f in ours.factors.items():
         torch.testing.assert_close(f.delta(), theirs[f"{module}.lora_B.weight"] @ theirs[f"{module}.lora_A.weight"])
-    linear1 = [ours.factors[f"transformer.single_transformer_blocks.5.{m}"] for m in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    linear1 = [
+        ours.factors[f"transformer.single_transformer_blocks.5.{m}"]
+        for m in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    ]
     assert [f.B.shape[0] for f in linear1] == [3072, 3072, 3072, 12288]
     assert all((f.rank, f.alpha) == (2, 3.0) for f in linear1)
 
@@ -149,12 +178,19 @@ def test_flux_is_split_as_diffusers_splits_it():
 def test_the_halves_of_a_shift_and_scale_are_only_swapped_under_an_ldm_name():
     up = torch.arange(8.0).reshape(8, 1)
     for key, first in (("lora_unet_final_layer_adaLN_modulation_1", 4.0), ("lora_transformer_norm_out_linear", 0.0)):
-        made = {f"{key}.lora_down.weight": torch.ones(1, 4), f"{key}.lora_up.weight": up, "lora_unet_img_in.diff": torch.ones(2, 2)}
+        made = {
+            f"{key}.lora_down.weight": torch.ones(1, 4),
+            f"{key}.lora_up.weight": up,
+            "lora_unet_img_in.diff": torch.ones(2, 2),
+        }
         assert kohya.read("made", made, {}).factors["transformer.norm_out.linear"].B[0, 0] == first
 
 
 def test_the_halves_of_a_bias_alone_are_swapped_with_those_of_its_weight(tmp_path):
-    made = {"lora_unet_final_layer_adaLN_modulation_1.diff_b": torch.arange(6144.0), "lora_unet_img_in.diff": torch.ones(3072, 64)}
+    made = {
+        "lora_unet_final_layer_adaLN_modulation_1.diff_b": torch.arange(6144.0),
+        "lora_unet_img_in.diff": torch.ones(3072, 64),
+    }
     adapter = kohya.read("made", made, {})
     assert adapter.others["transformer.norm_out.linear"].bias[0] == 3072
     kohya.write(adapter, tmp_path / "x.safetensors")
@@ -175,9 +211,11 @@ def test_where_names_and_widths_fit_several_models_the_metadata_decides():
     key = "lora_unet_mid_block_resnets_0_conv1"
     made = {f"{key}.lora_down.weight": torch.ones(1, 4, 3, 3), f"{key}.lora_up.weight": torch.ones(4, 1, 1, 1)}
     for header, model in (
-        ({}, "sd1"), ({"ss_v2": "True"}, "sd2"), ({"ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
+        ({}, "sd1"),
+        ({"ss_v2": "True"}, "sd2"),
+        ({"ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
-    ):  # fmt: skip
+    ):
         assert kohya.read("made", made, header).metadata["model"] == model
 
 
@@ -195,16 +233,21 @@ def test_all_prefixes_are_read():
     made = {
         f"{key}.{suffix}": torch.ones(shape)
         for key in (
-            "lora_transformer_transformer_blocks_0_attn_to_q", "lycoris_single_blocks_0_linear2",
-            "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te1_encoder_layers_1_mlp_fc1", "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
+            "lora_transformer_transformer_blocks_0_attn_to_q",
+            "lycoris_single_blocks_0_linear2",
+            "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            "lora_te1_encoder_layers_1_mlp_fc1",
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
         )
         for suffix, shape in (("lora_down.weight", (1, 4)), ("lora_up.weight", (4, 1)))
-    }  # fmt: skip
+    }
     assert set(kohya.read("made", made, {}).factors) == {
-        "transformer.transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.proj_out",
-        "text_encoder.text_model.encoder.layers.0.mlp.fc1", "text_encoder.text_model.encoder.layers.1.mlp.fc1",
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.single_transformer_blocks.0.proj_out",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder.text_model.encoder.layers.1.mlp.fc1",
         "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
-    }  # fmt: skip
+    }
 
 
 @st.composite
@@ -226,11 +269,14 @@ def adapters(draw):
         first = factors(place.modules[0], model, rank, alpha, dtype, (6, 5))
         if draw(st.booleans()):
             first = replace(first, magnitude=torch.rand(6, 1).to(dtype))
-        some = draw(st.booleans())  # of the parts of a fused weight, each with its own down; otherwise all, and they share it
+        # of the parts of a fused weight, each with its own down; otherwise all, and they share it
+        some = draw(st.booleans())
         for i, part in enumerate(place.modules):
             if some and first.magnitude is None and len(place.modules) > 1:
                 if i % 2 == 0:
-                    own = factors(part, model, rank + i, 1.0, dtype, (6 * shapes[part][0] // shapes[place.modules[0]][0], 5))
+                    own = factors(
+                        part, model, rank + i, 1.0, dtype, (6 * shapes[part][0] // shapes[place.modules[0]][0], 5)
+                    )
                     found[part] = replace(own, alpha=alpha * (rank + i))
                 continue
             rows = 6 * shapes[part][0] // shapes[place.modules[0]][0]
@@ -316,9 +362,11 @@ def test_baked_alphas_are_the_ranks_and_the_change_is_the_same(tmp_path):
 
 def test_the_file_has_kohyas_suffixes_shapes_and_alphas(tmp_path):
     linear, conv, one = ONE["sd1"], "unet.down_blocks.0.resnets.0.conv1", "unet.down_blocks.0.attentions.0.proj_in"
-    adapter = Adapter(CONFIG, {m: factors(m, "sd1", dtype=torch.float16) for m in (linear, conv)} | {
-        one: Factors(torch.randn(4, 320).half(), torch.randn(320, 4).half(), 2.0)
-    })  # fmt: skip
+    adapter = Adapter(
+        CONFIG,
+        {m: factors(m, "sd1", dtype=torch.float16) for m in (linear, conv)}
+        | {one: Factors(torch.randn(4, 320).half(), torch.randn(320, 4).half(), 2.0)},
+    )
     kohya.write(adapter, tmp_path / "a.safetensors")
     tensors, _ = read_tensors(tmp_path / "a.safetensors")
     expected = {
@@ -348,12 +396,15 @@ def test_learned_tokens_that_came_along_are_read_and_their_loss_is_said(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module, kind, said", [
-    ("model.layers.0.self_attn.q_proj", {}, "no name for it"),
-    ("unet.conv_inn", {}, "did you mean 'unet.conv_in'"),
-    (ONE["sd1"], {"kind": "embedding"}, "an embedding"),
-    (ONE["sd1"], {"transposed": True}, "a transposed weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, kind, said",
+    [
+        ("model.layers.0.self_attn.q_proj", {}, "no name for it"),
+        ("unet.conv_inn", {}, "did you mean 'unet.conv_in'"),
+        (ONE["sd1"], {"kind": "embedding"}, "an embedding"),
+        (ONE["sd1"], {"transposed": True}, "a transposed weight"),
+    ],
+)
 def test_what_has_no_place_in_the_format_is_a_loss(module, kind, said):
     adapter = Adapter(CONFIG, {module: Factors(torch.ones(1, 4), torch.ones(4, 1), 1.0, **kind)})
     assert said in " ".join(kohya.losses(adapter))
@@ -366,17 +417,29 @@ def test_an_unknown_key_is_named_with_the_nearest_name():
         kohya.read("file.safetensors", made, {})
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"lora_unet_conv_in.lora_up.weight": torch.full((4, 1, 1, 1), torch.nan)}, "lora_unet_conv_in'?: B holds 4 values"),
-    ({"lora_unet_conv_in.alpha": torch.tensor(-1.0)}, "lora_unet_conv_in.*alpha is -1"),
-    ({"lora_unet_conv_in.lora_up.weight": torch.ones(4, 2, 1, 1)}, "lora_unet_conv_in"),
-    ({"lora_unet_input_blocks_0_0.diff": torch.ones(4, 4, 3, 3)}, "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0'"),
-    ({"unet.conv_in.lora_A.weight": torch.ones(1, 4)}, "unet.conv_in.lora_A.weight"),
-    ({"lora_unet_conv_in": torch.ones(1, 4)}, "'lora_unet_conv_in' is not one"),
-    ({"lora_unet_conv_in.lora_C.weight": torch.ones(1, 4)}, "lora_unet_conv_in.lora_C.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            {"lora_unet_conv_in.lora_up.weight": torch.full((4, 1, 1, 1), torch.nan)},
+            "lora_unet_conv_in'?: B holds 4 values",
+        ),
+        ({"lora_unet_conv_in.alpha": torch.tensor(-1.0)}, "lora_unet_conv_in.*alpha is -1"),
+        ({"lora_unet_conv_in.lora_up.weight": torch.ones(4, 2, 1, 1)}, "lora_unet_conv_in"),
+        (
+            {"lora_unet_input_blocks_0_0.diff": torch.ones(4, 4, 3, 3)},
+            "'lora_unet_conv_in' and 'lora_unet_input_blocks_0_0'",
+        ),
+        ({"unet.conv_in.lora_A.weight": torch.ones(1, 4)}, "unet.conv_in.lora_A.weight"),
+        ({"lora_unet_conv_in": torch.ones(1, 4)}, "'lora_unet_conv_in' is not one"),
+        ({"lora_unet_conv_in.lora_C.weight": torch.ones(1, 4)}, "lora_unet_conv_in.lora_C.weight"),
+    ],
+)
 def test_a_malformed_file_is_refused_with_its_name_and_the_keys(change, said):
-    made = {"lora_unet_conv_in.lora_down.weight": torch.ones(1, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": torch.ones(4, 1, 1, 1)}
+    made = {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(1, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(4, 1, 1, 1),
+    }
     with pytest.raises(AdapterError, match=f"(?s)^file.safetensors: .*{said}"):
         kohya.read("file.safetensors", made | change, {})
 
@@ -399,7 +462,13 @@ def test_a_lokr_of_whole_factors_whose_blocks_the_parts_cut_through_is_refused()
 
 def test_fits_knows_its_own():
     assert kohya.fits(["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"])
-    for other in ("unet.conv_in.lora_A.weight", "unet:0:up", "base_model.model.x.lora_A.weight", "layers.0.lora_a", "lora_unet_x"):
+    for other in (
+        "unet.conv_in.lora_A.weight",
+        "unet:0:up",
+        "base_model.model.x.lora_A.weight",
+        "layers.0.lora_a",
+        "lora_unet_x",
+    ):
         assert not kohya.fits([other])
 
 
@@ -408,7 +477,10 @@ def test_names_are_patterns_of_themselves_only():
     made = {}
     for i, module in enumerate(modules):
         key = names.places("sd1")[module].key
-        made |= {f"{key}.lora_down.weight": torch.ones(1 + (i > 1), 4), f"{key}.lora_up.weight": torch.ones(4, 1 + (i > 1))}
+        made |= {
+            f"{key}.lora_down.weight": torch.ones(1 + (i > 1), 4),
+            f"{key}.lora_up.weight": torch.ones(4, 1 + (i > 1)),
+        }
     config = kohya.read("made", made, {}).config
     assert (config.rank, config.rank_pattern) == (1, {f"^{re.escape(modules[2])}": 2})
     assert config.targets == ["to_q"]

@@ -18,7 +18,10 @@ from lorakit.formats.kohya_metadata import model_said
 from lorakit.io.tensors import read_tensors
 
 CONFIG = LoraConfig(rank=4, alpha=4, targets=["to_q"])
-LINEAR = ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"]
+LINEAR = [
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k",
+]
 CONV = "unet.mid_block.resnets.0.conv1"
 
 
@@ -37,8 +40,7 @@ def written(adapter: Adapter, path, **options) -> dict[str, str]:
 
 
 def made(updates, model="sd1", **metadata) -> Adapter:
-    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
-    return Adapter(CONFIG, factors, metadata={"model": model} | metadata, others={m: u for m, u in updates.items() if m not in factors})
+    return Adapter(CONFIG, updates, metadata={"model": model} | metadata)
 
 
 @pytest.mark.parametrize("width", [8, 4096])
@@ -75,7 +77,11 @@ def test_the_hash_is_of_the_numbers_alone_and_equal_adapters_are_equal_files(tmp
 def test_one_rank_and_alpha_are_named_and_mixed_ones_are_dynamic(tmp_path):
     path = tmp_path / "a.safetensors"
     header = written(made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(4, 2.0), CONV: conv(2, 1.0)}), path)
-    assert (header["ss_network_dim"], header["ss_network_alpha"], header["ss_network_module"]) == ("4", "2.0", "networks.lora")
+    assert (header["ss_network_dim"], header["ss_network_alpha"], header["ss_network_module"]) == (
+        "4",
+        "2.0",
+        "networks.lora",
+    )
     assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1.0"}
     header = written(made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(3, 1.0), CONV: conv(2, 1.0)}), path)
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("Dynamic", "Dynamic")
@@ -90,13 +96,16 @@ def test_lycoris_updates_are_announced_as_such(tmp_path):
     assert json.loads(header["ss_network_args"])["algo"] == "lokr"
 
 
-@pytest.mark.parametrize("model, module, version, v2, architecture, network", [
-    ("sd1", LINEAR[0], "sd_v1", "False", "stable-diffusion-v1/lora", "networks.lora"),
-    ("sd2", LINEAR[0], "sd_v2", "True", "stable-diffusion-v2-512/lora", "networks.lora"),
-    ("sdxl", LINEAR[0], "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "networks.lora"),
-    ("sd3", "transformer.proj_out", "sd3", "False", "stable-diffusion-3-m/lora", "networks.lora_sd3"),
-    ("flux", "transformer.x_embedder", "flux1", "False", "flux-1-dev/lora", "networks.lora_flux"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, module, version, v2, architecture, network",
+    [
+        ("sd1", LINEAR[0], "sd_v1", "False", "stable-diffusion-v1/lora", "networks.lora"),
+        ("sd2", LINEAR[0], "sd_v2", "True", "stable-diffusion-v2-512/lora", "networks.lora"),
+        ("sdxl", LINEAR[0], "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "networks.lora"),
+        ("sd3", "transformer.proj_out", "sd3", "False", "stable-diffusion-3-m/lora", "networks.lora_sd3"),
+        ("flux", "transformer.x_embedder", "flux1", "False", "flux-1-dev/lora", "networks.lora_flux"),
+    ],
+)
 def test_the_base_is_named_so_that_programs_know_it(model, module, version, v2, architecture, network, tmp_path):
     header = written(made({module: linear(4, 2.0)}, model), tmp_path / "my_style.safetensors")
     assert header["ss_base_model_version"] == version
@@ -111,10 +120,17 @@ def test_the_base_is_named_so_that_programs_know_it(model, module, version, v2, 
 
 def test_what_a_file_said_of_its_training_stays_and_what_is_no_longer_true_goes(tmp_path):
     header = {
-        "ss_tag_frequency": '{"a": {"b": 1}}', "ss_output_name": "style", "ss_network_dim": "128", "ss_network_args": '{"conv_dim": "64"}',
-        "sshs_model_hash": "f" * 64, "sshs_legacy_hash": "f" * 8, "modelspec.hash_sha256": "0x0", "modelspec.author": "me",
-        "ss_base_model_version": "sd_v1", "note": "kept",
-    }  # fmt: skip
+        "ss_tag_frequency": '{"a": {"b": 1}}',
+        "ss_output_name": "style",
+        "ss_network_dim": "128",
+        "ss_network_args": '{"conv_dim": "64"}',
+        "sshs_model_hash": "f" * 64,
+        "sshs_legacy_hash": "f" * 8,
+        "modelspec.hash_sha256": "0x0",
+        "modelspec.author": "me",
+        "ss_base_model_version": "sd_v1",
+        "note": "kept",
+    }
     path = tmp_path / "a.safetensors"
     found = written(made({LINEAR[0]: linear(4, 2.0)}, header=header), path)
     kept = ("ss_tag_frequency", "ss_output_name", "modelspec.author", "note")
@@ -130,5 +146,7 @@ def test_the_words_of_another_base_or_another_format_are_not_repeated(tmp_path):
     header = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
     found = written(made({LINEAR[0]: linear(4, 2.0)}, header=header), tmp_path / "a.safetensors")
     assert (found["ss_base_model_version"], found["modelspec.architecture"]) == ("sd_v1", "stable-diffusion-v1/lora")
-    found = written(made({LINEAR[0]: linear(4, 2.0)}, header={"lora_adapter_metadata": "{}"}), tmp_path / "a.safetensors")
+    found = written(
+        made({LINEAR[0]: linear(4, 2.0)}, header={"lora_adapter_metadata": "{}"}), tmp_path / "a.safetensors"
+    )
     assert "lora_adapter_metadata" not in found

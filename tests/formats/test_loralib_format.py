@@ -114,9 +114,12 @@ def test_a_merged_linear_needs_its_parts_named(tmp_path):
         ({"lin0.lora_A": torch.zeros(2, 10)}, "has a lora_A and no lora_B"),
         ({"lin0.lora_A": torch.zeros(2, 10, 1), "lin0.lora_B": torch.zeros(20, 2)}, "expected matrices"),
         ({"lin0.lora_A": torch.full((2, 10), float("nan")), "lin0.lora_B": torch.zeros(20, 2)}, "not finite"),
-        ({"lin0.lora_A": torch.zeros(2, 10), "lin0.lora_B": torch.zeros(20, 2), "lin1.lora_B": torch.zeros(12, 2)}, "lora_B and no lora_A"),
+        (
+            {"lin0.lora_A": torch.zeros(2, 10), "lin0.lora_B": torch.zeros(20, 2), "lin1.lora_B": torch.zeros(12, 2)},
+            "lora_B and no lora_A",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_such_checkpoint_is_refused(state, said, tmp_path):
     torch.save(state, tmp_path / "lora.pt")
     with pytest.raises(AdapterError, match=said):
@@ -135,7 +138,9 @@ def test_what_loralib_cannot_say_is_not_written(tmp_path):
 
 def test_ranks_of_their_own_are_kept(tmp_path):
     value = lk.capture(
-        tiny.randomise_factors(lk.attach(tiny.mlp(), lk.LoraConfig(rank=3, targets=["lin0", "lin1", "head"], rank_pattern={"lin1": 2})))
+        tiny.randomise_factors(
+            lk.attach(tiny.mlp(), lk.LoraConfig(rank=3, targets=["lin0", "lin1", "head"], rank_pattern={"lin1": 2}))
+        )
     )
     value.save(tmp_path / "x.pt", format="loralib")
     again = lk.Adapter.load(tmp_path / "x.pt", alpha=32)
@@ -158,4 +163,7 @@ def test_a_scale_that_is_no_exact_fraction_is_still_one_alpha(tmp_path):
     config = lk.LoraConfig(rank=16, targets=["lin0", "lin1"], rank_pattern={"lin1": 49})  # 32 / 49 * 49 < 32
     lk.capture(lk.attach(tiny.mlp(), config)).save(tmp_path / "x.pt", format="loralib", dtype=torch.float16)
     again = lk.Adapter.load(tmp_path / "x.pt", alpha=32)
-    assert {m: (f.rank, f.A.dtype) for m, f in again.factors.items()} == {"lin0": (16, torch.float16), "lin1": (49, torch.float16)}
+    assert {m: (f.rank, f.A.dtype) for m, f in again.factors.items()} == {
+        "lin0": (16, torch.float16),
+        "lin1": (49, torch.float16),
+    }

@@ -29,7 +29,9 @@ def alpha(value: float) -> torch.Tensor:
 def test_a_tucker_locon_is_the_convolutions_one_after_another():
     torch.manual_seed(0)
     down, mid, up, image = random(4, 8, 1, 1), random(4, 4, 3, 3), random(12, 4, 1, 1), random(2, 8, 6, 6)
-    found = lycoris.update("k", {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": alpha(2.0)}, CONV)
+    found = lycoris.update(
+        "k", {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": alpha(2.0)}, CONV
+    )
     chain = F.conv2d(F.conv2d(F.conv2d(image, down), mid, padding=1), up) * (2.0 / 4)
     assert isinstance(found, Factors)
     assert (found.kind, found.rank, found.alpha) == ("conv", 4, 2.0)
@@ -46,8 +48,12 @@ def test_a_tucker_locon_in_half_precision_loses_nothing_to_folding():
 @pytest.mark.parametrize("given", ["matrix", "conv"])
 def test_low_rank_factors_take_the_form_of_the_real_module(given):
     ones = (1, 1) if given == "conv" else ()
-    linear = lycoris.update("k", {"lora_down.weight": random(4, 8, *ones), "lora_up.weight": random(12, 4, *ones)}, LINEAR)
-    conv = lycoris.update("k", {"lora_down.weight": random(4, 8, *ones), "lora_up.weight": random(12, 4, *ones)}, (12, 8, 1, 1))
+    linear = lycoris.update(
+        "k", {"lora_down.weight": random(4, 8, *ones), "lora_up.weight": random(12, 4, *ones)}, LINEAR
+    )
+    conv = lycoris.update(
+        "k", {"lora_down.weight": random(4, 8, *ones), "lora_up.weight": random(12, 4, *ones)}, (12, 8, 1, 1)
+    )
     assert (linear.kind, linear.A.shape, linear.B.shape, linear.alpha) == ("linear", (4, 8), (12, 4), 4.0)
     assert (conv.kind, conv.A.shape, conv.B.shape) == ("conv", (4, 8, 1, 1), (12, 4, 1, 1))
 
@@ -55,7 +61,12 @@ def test_low_rank_factors_take_the_form_of_the_real_module(given):
 @pytest.mark.parametrize("shape", [LINEAR, CONV])
 def test_loha(shape):
     columns = 8 if shape == LINEAR else 72
-    parts = {"hada_w1_a": random(12, 3), "hada_w1_b": random(3, columns), "hada_w2_a": random(12, 3), "hada_w2_b": random(3, columns)}
+    parts = {
+        "hada_w1_a": random(12, 3),
+        "hada_w1_b": random(3, columns),
+        "hada_w2_a": random(12, 3),
+        "hada_w2_b": random(3, columns),
+    }
     found = lycoris.update("k", parts | {"alpha": alpha(1.5)}, shape)
     expected = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"]) * 0.5
     assert isinstance(found, Hadamard)
@@ -63,17 +74,25 @@ def test_loha(shape):
 
 
 def test_loha_in_tucker_form():
-    t, a, b = [random(3, 3, 3, 3) for _ in range(2)], [random(3, 12) for _ in range(2)], [random(3, 8) for _ in range(2)]
-    parts = {f"hada_{n}": x for n, x in (("t1", t[0]), ("t2", t[1]), ("w1_a", a[0]), ("w2_a", a[1]), ("w1_b", b[0]), ("w2_b", b[1]))}
+    t, a, b = (
+        [random(3, 3, 3, 3) for _ in range(2)],
+        [random(3, 12) for _ in range(2)],
+        [random(3, 8) for _ in range(2)],
+    )
+    parts = {
+        f"hada_{n}": x
+        for n, x in (("t1", t[0]), ("t2", t[1]), ("w1_a", a[0]), ("w2_a", a[1]), ("w1_b", b[0]), ("w2_b", b[1]))
+    }
     found = lycoris.update("k", parts, CONV)
     halves = [torch.einsum("pqkl,po,qi->oikl", t[i], a[i], b[i]) for i in range(2)]
     torch.testing.assert_close(found.delta(), halves[0] * halves[1])
 
 
 @pytest.mark.parametrize("first", ["whole", "product"])
-@pytest.mark.parametrize("shape, second", [
-    (LINEAR, "whole"), (LINEAR, "product"), (CONV, "whole"), (CONV, "product"), (CONV, "tucker"), (CONV, "old whole"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, second",
+    [(LINEAR, "whole"), (LINEAR, "product"), (CONV, "whole"), (CONV, "product"), (CONV, "tucker"), (CONV, "old whole")],
+)
 def test_lokr(first, second, shape):
     kernel = shape[2:]
     r = 2
@@ -116,15 +135,23 @@ def test_whole_changes_and_those_of_norms():
 
 def test_low_rank_with_a_bias_becomes_the_whole_change():
     down, up, bias = random(4, 8), random(12, 4), random(12)
-    found = lycoris.update("k", {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha(2.0), "diff_b": bias}, LINEAR)
+    found = lycoris.update(
+        "k", {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha(2.0), "diff_b": bias}, LINEAR
+    )
     torch.testing.assert_close(found.delta(), up @ down * 0.5)
     assert torch.equal(found.bias, bias)
 
 
-@pytest.mark.parametrize("shape, scale, expected", [
-    (LINEAR, (12, 1), [12, 1]), (LINEAR, (1, 8), [1, 8]), (LINEAR, (12,), [12, 1]),
-    (CONV, (12, 1, 1, 1), [12, 1]), ((12, 8, 1, 1), (1, 8, 1, 1), [1, 8]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, scale, expected",
+    [
+        (LINEAR, (12, 1), [12, 1]),
+        (LINEAR, (1, 8), [1, 8]),
+        (LINEAR, (12,), [12, 1]),
+        (CONV, (12, 1, 1, 1), [12, 1]),
+        ((12, 8, 1, 1), (1, 8, 1, 1), [1, 8]),
+    ],
+)
 def test_doras_magnitude_is_told_by_its_shape(shape, scale, expected):
     parts = {
         "lora_down.weight": random(4, *shape[1:]),
@@ -150,9 +177,19 @@ def test_what_is_written_is_what_was_read(kind, shape):
     tail = shape[2:]
     columns = 8 * (9 if tail == (3, 3) else 1)
     parts = {
-        "lora": {"lora_down.weight": random(4, *shape[1:]), "lora_up.weight": random(12, 4, *(1,) * len(tail)), "alpha": alpha(2.0)},
-        "loha": {f"hada_w{i}_{x}": random(*s) for i in "12" for x, s in (("a", (12, 3)), ("b", (3, columns)))} | {"alpha": alpha(1.0)},
-        "lokr": {"lokr_w1": random(3, 2), "lokr_w2_a": random(4, 2), "lokr_w2_b": random(2, columns // 2), "alpha": alpha(1.0)},
+        "lora": {
+            "lora_down.weight": random(4, *shape[1:]),
+            "lora_up.weight": random(12, 4, *(1,) * len(tail)),
+            "alpha": alpha(2.0),
+        },
+        "loha": {f"hada_w{i}_{x}": random(*s) for i in "12" for x, s in (("a", (12, 3)), ("b", (3, columns)))}
+        | {"alpha": alpha(1.0)},
+        "lokr": {
+            "lokr_w1": random(3, 2),
+            "lokr_w2_a": random(4, 2),
+            "lokr_w2_b": random(2, columns // 2),
+            "alpha": alpha(1.0),
+        },
         "diff": {"diff": random(*shape), "diff_b": random(12)},
     }[kind]
     written = lycoris.tensors_of("k", lycoris.update("k", parts, shape), shape)
@@ -170,48 +207,69 @@ def test_alpha_is_in_the_weights_dtype_unless_that_would_change_it():
 LORA = {"lora_down.weight": (4, 8), "lora_up.weight": (12, 4)}
 
 
-@pytest.mark.parametrize("shapes, names", [
-    ({"lora_down.weight": (4, 8)}, "k.lora_up.weight"),
-    ({"lora_up.weight": (4, 8)}, "k.lora_down.weight"),
-    ({"alpha": ()}, "alpha"),
-    (LORA | {"lora_up.weight": (12, 5)}, "lora_up"),
-    (LORA | {"alpha": (3,)}, "k.alpha"),
-    (LORA | {"dora_scale": (5, 1)}, "k.dora_scale"),
-    (LORA | {"lora_mid.weight": (4, 5, 3, 3)}, "k.lora_mid.weight"),
-    (LORA | {"hada_w1_a": (12, 3)}, "hada_w1_a"),
-    (LORA | {"lora_down.weight": (4, 8, 3, 3)}, "k.lora_down.weight"),
-    (LORA | {"lora_down.weight": (4,)}, "k.lora_down.weight"),
-    (LORA | {"lora_down.weight": (0, 8)}, "k.lora_down.weight"),
-    (LORA | {"lora_dwn.weight": (4, 8)}, "lora_down.weight"),
-    ({"oft_blocks": (2, 4, 4)}, "k.oft_blocks"),
-    ({"hada_w1_a": (12, 3), "hada_w1_b": (3, 8), "hada_w2_a": (12, 3)}, "k.hada_w2_b"),
-    ({"lokr_w1": (3, 2)}, "k.lokr_w2"),
-    ({"lokr_w1": (3, 2), "lokr_w2_a": (4, 2)}, "k.lokr_w2_b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes, names",
+    [
+        ({"lora_down.weight": (4, 8)}, "k.lora_up.weight"),
+        ({"lora_up.weight": (4, 8)}, "k.lora_down.weight"),
+        ({"alpha": ()}, "alpha"),
+        (LORA | {"lora_up.weight": (12, 5)}, "lora_up"),
+        (LORA | {"alpha": (3,)}, "k.alpha"),
+        (LORA | {"dora_scale": (5, 1)}, "k.dora_scale"),
+        (LORA | {"lora_mid.weight": (4, 5, 3, 3)}, "k.lora_mid.weight"),
+        (LORA | {"hada_w1_a": (12, 3)}, "hada_w1_a"),
+        (LORA | {"lora_down.weight": (4, 8, 3, 3)}, "k.lora_down.weight"),
+        (LORA | {"lora_down.weight": (4,)}, "k.lora_down.weight"),
+        (LORA | {"lora_down.weight": (0, 8)}, "k.lora_down.weight"),
+        (LORA | {"lora_dwn.weight": (4, 8)}, "lora_down.weight"),
+        ({"oft_blocks": (2, 4, 4)}, "k.oft_blocks"),
+        ({"hada_w1_a": (12, 3), "hada_w1_b": (3, 8), "hada_w2_a": (12, 3)}, "k.hada_w2_b"),
+        ({"lokr_w1": (3, 2)}, "k.lokr_w2"),
+        ({"lokr_w1": (3, 2), "lokr_w2_a": (4, 2)}, "k.lokr_w2_b"),
+    ],
+)
 def test_malformed_tensors_are_refused_with_the_keys_name(shapes, names):
     with pytest.raises(AdapterError, match=names.replace(".", r"\.")):
         lycoris.update("k", {suffix: torch.ones(shape) for suffix, shape in shapes.items()}, LINEAR)
 
 
 def test_a_few_bytes_cannot_claim_a_huge_change():
-    parts = {"lora_down.weight": torch.ones(1, 100_000), "lora_up.weight": torch.ones(100_000, 1), "diff_b": torch.ones(100_000)}
+    parts = {
+        "lora_down.weight": torch.ones(1, 100_000),
+        "lora_up.weight": torch.ones(100_000, 1),
+        "diff_b": torch.ones(100_000),
+    }
     with pytest.raises(AdapterError, match="10,000,000,000 numbers"):
         lycoris.update("k", parts, LINEAR)
 
 
-KEYS = ["lora_unet_conv_in", "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_joint_blocks_0_x_block_attn_qkv",
-        "lora_unet_single_blocks_0_linear1", "lora_unet_final_layer_adaLN_modulation_1", "lora_unet_down_blocks_0_resnets_0_norm1"]  # fmt: skip
+KEYS = [
+    "lora_unet_conv_in",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    "lora_unet_joint_blocks_0_x_block_attn_qkv",
+    "lora_unet_single_blocks_0_linear1",
+    "lora_unet_final_layer_adaLN_modulation_1",
+    "lora_unet_down_blocks_0_resnets_0_norm1",
+]
 SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 6, 9]), max_size=5)
-SUFFIXES = st.sampled_from([list(kind) for kind in (lycoris.LORA, lycoris.LOHA, lycoris.LOKR, lycoris.WHOLE, lycoris.SUFFIXES)])
+SUFFIXES = st.sampled_from(
+    [list(kind) for kind in (lycoris.LORA, lycoris.LOHA, lycoris.LOKR, lycoris.WHOLE, lycoris.SUFFIXES)]
+)
 TENSORS = st.builds(
-    lambda shape, dtype, value: torch.full(shape, value).to(dtype), SIZES,
-    st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.float8_e4m3fn, torch.int32, torch.complex64]),
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    SIZES,
+    st.sampled_from(
+        [torch.float32, torch.float32, torch.float64, torch.float16, torch.float8_e4m3fn, torch.int32, torch.complex64]
+    ),
     st.sampled_from([0.0, 1.0, 2.0, -1.0, float("nan"), float("inf")]),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(KEYS), SUFFIXES.flatmap(lambda kind: st.dictionaries(st.sampled_from([*kind, "alpha"]), TENSORS, min_size=1)))
+@given(
+    st.sampled_from(KEYS),
+    SUFFIXES.flatmap(lambda kind: st.dictionaries(st.sampled_from([*kind, "alpha"]), TENSORS, min_size=1)),
+)
 def test_any_tensors_under_known_keys_are_an_adapter_or_an_adapter_error(key, tensors):
     said = "file.safetensors"
     try:

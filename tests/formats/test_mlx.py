@@ -86,15 +86,22 @@ def test_what_is_written_computes_the_same_in_mlx_and_comes_back_equal(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["num_layers"] == -1
     assert config["lora_parameters"] == {
-        "rank": 3, "scale": 2.0, "dropout": 0.1, "keys": ["model.embed_tokens", "self_attn.q_proj", "self_attn.v_proj"],
-    }  # fmt: skip
+        "rank": 3,
+        "scale": 2.0,
+        "dropout": 0.1,
+        "keys": ["model.embed_tokens", "self_attn.q_proj", "self_attn.v_proj"],
+    }
     assert (again.config.base, again.config.dropout) == ("some/base", 0.1)
 
 
 modules = st.builds(
-    factors, st.integers(0, 99), rank=st.integers(1, 4), alpha=st.sampled_from([1.0, 2.0, 6.0, 0.3, 32.0]), rslora=st.booleans(),
+    factors,
+    st.integers(0, 99),
+    rank=st.integers(1, 4),
+    alpha=st.sampled_from([1.0, 2.0, 6.0, 0.3, 32.0]),
+    rslora=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -120,10 +127,12 @@ def test_one_scale_for_all_leaves_the_factors_bit_equal_in_half_precision(tmp_pa
 
 
 def test_doras_magnitude_is_mlxs_m_and_comes_back(tmp_path):
-    value = adapter({
-        Q: factors(1, magnitude=torch.rand(6, 1) + 0.5),
-        EMBED: factors(3, 9, 5, kind="embedding", magnitude=torch.rand(1, 9) + 0.5),
-    })  # fmt: skip
+    value = adapter(
+        {
+            Q: factors(1, magnitude=torch.rand(6, 1) + 0.5),
+            EMBED: factors(3, 9, 5, kind="embedding", magnitude=torch.rand(1, 9) + 0.5),
+        }
+    )
     mlx.write(value, tmp_path)
     t = load_file(tmp_path / "adapters.safetensors")
     assert (t[f"{Q}.m"].shape, t[f"{EMBED}.m"].shape) == ((6,), (9,))
@@ -134,7 +143,11 @@ def test_doras_magnitude_is_mlxs_m_and_comes_back(tmp_path):
 
 def test_saved_weights_and_the_packed_and_turned_ones_come_back(tmp_path, tiny_gpt2):
     config = lk.LoraConfig(
-        rank=3, targets=["c_attn", "c_fc"], packed={"c_attn": [True, False, True]}, bias="lora_only", save_modules=["ln_f"]
+        rank=3,
+        targets=["c_attn", "c_fc"],
+        packed={"c_attn": [True, False, True]},
+        bias="lora_only",
+        save_modules=["ln_f"],
     )
     value = lk.capture(tiny.randomise_factors(lk.attach(tiny_gpt2, config)))
     mlx.write(value, tmp_path)
@@ -159,11 +172,23 @@ def test_the_two_formats_that_share_a_configs_name_are_told_apart(tmp_path):
 def test_what_mlx_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     value = adapter(
-        {Q: factors(1, magnitude=torch.ones(1, 5)), "conv": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv")},
-        others={"x": Hadamard(ones, ones, ones, ones, 1.0)}, embeddings={"<s>": torch.ones(3)}, saved={"c.weight": torch.ones(1, 1, 2)},
-    )  # fmt: skip
+        {
+            Q: factors(1, magnitude=torch.ones(1, 5)),
+            "conv": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
+            "x": Hadamard(ones, ones, ones, ones, 1.0),
+        },
+        embeddings={"<s>": torch.ones(3)},
+        saved={"c.weight": torch.ones(1, 1, 2)},
+    )
     lost = "\n".join(mlx.losses(value))
-    for said in ("another kind (x)", "1 learned tokens", "1 convolutions (conv)", "all modules have one", "each column", "c.weight"):
+    for said in (
+        "another kind (x)",
+        "1 learned tokens",
+        "1 convolutions (conv)",
+        "all modules have one",
+        "each column",
+        "c.weight",
+    ):
         assert said in lost
     with pytest.raises(AdapterError, match="cannot hold all"):
         mlx.write(value, tmp_path / "out")
@@ -205,7 +230,10 @@ def test_a_header_of_ours_that_holds_other_things_does_no_harm(tmp_path):
     "change, said",
     [
         ({f"{Q}.lora_b": None}, "has a lora_a and no lora_b"),
-        ({f"{Q}.lora_a": None, "x.lora_a": torch.ones(2, 1), "x.lora_b": torch.ones(1, 2)}, "has a lora_b and no lora_a"),
+        (
+            {f"{Q}.lora_a": None, "x.lora_a": torch.ones(2, 1), "x.lora_b": torch.ones(1, 2)},
+            "has a lora_b and no lora_a",
+        ),
         ({f"{Q}.lora_b": torch.ones(4, 6)}, r"lora_a \[5, 3\], lora_b \[4, 6\]; expected"),
         ({f"{Q}.lora_a": torch.ones(2, 5, 3)}, "stacked experts are not supported"),
         ({f"{Q}.lora_a": torch.full((5, 3), float("nan"))}, "not finite"),

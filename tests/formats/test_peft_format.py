@@ -1,4 +1,6 @@
-"""PEFT's folder, both ways, with the real PEFT as the judge: what is trained on one side gives the same logits on the other."""
+"""PEFT's folder, both ways, with the real PEFT as the judge: what is trained on one side gives the same logits on the
+other.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,14 @@ def grouped():
 
 
 PATTERNS = {"targets": ["q_proj", "k_proj", "down_proj"], "rank_pattern": {"q_proj": 2, r".*\.1\.mlp.*": 3}}
-ALPHAS = {"targets": ["q_proj", "k_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 40, "k_proj": 5}, "rank_pattern": {"k_proj": 7}}
+ALPHAS = {
+    "targets": ["q_proj", "k_proj"],
+    "alpha_pattern": {"layers.1.self_attn.q_proj": 40, "k_proj": 5},
+    "rank_pattern": {"k_proj": 7},
+}
 
-# What lorakit and PEFT can both say: name -> (model, our settings). PEFT's are the same under its own names (`in_peft`).
+# What lorakit and PEFT can both say: name -> (model, our settings). PEFT's are the same under its own names
+# (`in_peft`).
 CASES = {
     "llama all-linear": (tiny.llama, {"targets": "all-linear", "task": "CAUSAL_LM"}),
     "llama regex": (tiny.llama, {"targets": r".*layers\.1.*_proj"}),
@@ -75,13 +82,22 @@ OURS_ALONE = {
     "packed rslora": (tiny.gpt2, {"targets": ["c_attn"], "packed": {"c_attn": [False, False, True]}, "rslora": True}),
     "packed linear": (
         tiny.llama,
-        {"targets": ["up_proj", "q_proj"], "packed": {"up_proj": [True, True, False]}, "rank_pattern": {"0.mlp.up_proj": 2}},
+        {
+            "targets": ["up_proj", "q_proj"],
+            "packed": {"up_proj": [True, True, False]},
+            "rank_pattern": {"0.mlp.up_proj": 2},
+        },
     ),
 }
 NAMES = {
-    "targets": "target_modules", "exclude": "exclude_modules", "layers": "layers_to_transform", "rslora": "use_rslora",
-    "dropout": "lora_dropout", "save_modules": "modules_to_save", "task": "task_type",
-}  # fmt: skip
+    "targets": "target_modules",
+    "exclude": "exclude_modules",
+    "layers": "layers_to_transform",
+    "rslora": "use_rslora",
+    "dropout": "lora_dropout",
+    "save_modules": "modules_to_save",
+    "task": "task_type",
+}
 
 
 def in_peft(case: str) -> dict:
@@ -116,7 +132,9 @@ def test_an_adapter_trained_here_gives_the_same_logits_in_peft(case, tmp_path):
 def test_an_adapter_made_by_peft_gives_the_same_logits_here(case, tmp_path):
     make = CASES[case][0]
     torch.manual_seed(1)
-    theirs = peft.get_peft_model(make(), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False} | in_peft(case))).eval()
+    theirs = peft.get_peft_model(
+        make(), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False} | in_peft(case))
+    ).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if parameter.requires_grad and "lora_" not in name:
@@ -152,7 +170,9 @@ def test_pefts_tied_training_attaches_as_one_weight(tmp_path):
 
 def test_pefts_own_grouped_convolution_attaches_and_does_not_merge(tmp_path):
     torch.manual_seed(1)
-    theirs = peft.get_peft_model(grouped(), peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules=["conv2"])).eval()
+    theirs = peft.get_peft_model(
+        grouped(), peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules=["conv2"])
+    ).eval()
     theirs.save_pretrained(tmp_path)
     model = lk.attach(grouped(), lk.Adapter.load(tmp_path))
     torch.testing.assert_close(tiny.logits(model), tiny.logits(theirs), **TIGHT)
@@ -172,10 +192,15 @@ def test_conv_padding_modes_follow_the_base_where_peft_drops_them(tmp_path):
     torch.testing.assert_close(tiny.logits(model), before, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [{"packed": {"c_attn": [True, False, True]}, "targets": ["c_attn"]}, {"targets": "all-linear"}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{"packed": {"c_attn": [True, False, True]}, "targets": ["c_attn"]}, {"targets": "all-linear"}], ids=str
+)
 def test_what_is_written_is_read_back_equal(config, tmp_path, tiny_gpt2):
     lk.attach(
-        tiny_gpt2, lk.LoraConfig(**config, rank=3, rslora=True, bias="lora_only", save_modules=["ln_f"], init="gaussian", base="some/base")
+        tiny_gpt2,
+        lk.LoraConfig(
+            **config, rank=3, rslora=True, bias="lora_only", save_modules=["ln_f"], init="gaussian", base="some/base"
+        ),
     )
     tiny.randomise_factors(tiny_gpt2)
     value = lk.capture(tiny_gpt2)
@@ -186,7 +211,14 @@ def test_what_is_written_is_read_back_equal(config, tmp_path, tiny_gpt2):
         g = again.factors[m]
         assert torch.equal(f.A, g.A)
         assert torch.equal(f.B, g.B)
-        assert (f.alpha, f.kind, f.rslora, f.transposed, f.parts, f.groups) == (g.alpha, g.kind, g.rslora, g.transposed, g.parts, g.groups)
+        assert (f.alpha, f.kind, f.rslora, f.transposed, f.parts, f.groups) == (
+            g.alpha,
+            g.kind,
+            g.rslora,
+            g.transposed,
+            g.parts,
+            g.groups,
+        )
     assert {n: t.tolist() for n, t in again.saved.items()} == {n: t.tolist() for n, t in value.saved.items()}
     assert dict(again.metadata) == dict(value.metadata)
     assert (again.config.base, again.config.bias, again.config.init) == ("some/base", "lora_only", "gaussian")
@@ -206,7 +238,9 @@ def test_the_grouped_form_comes_back_compact(tmp_path):
 
 
 def test_the_config_on_disk_is_laid_out_as_peft_does(tmp_path, tiny_llama):
-    lk.capture(lk.attach(tiny_llama, lk.LoraConfig(rank=4, targets=["v_proj", "q_proj"], task="CAUSAL_LM"))).save(tmp_path)
+    lk.capture(lk.attach(tiny_llama, lk.LoraConfig(rank=4, targets=["v_proj", "q_proj"], task="CAUSAL_LM"))).save(
+        tmp_path
+    )
     text = (tmp_path / "adapter_config.json").read_text()
     values = json.loads(text)
     assert text == json.dumps(values, indent=2, sort_keys=True)
@@ -235,7 +269,9 @@ def test_adapters_written_in_another_precision_are_smaller_and_close(tmp_path, t
     for m, f in value.factors.items():
         assert again.factors[m].A.dtype == torch.bfloat16
         torch.testing.assert_close(again.factors[m].A.float(), f.A, atol=1e-2, rtol=1e-2)
-    torch.testing.assert_close(tiny.logits(lk.attach(tiny.llama(), again)), tiny.logits(tiny_llama), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(
+        tiny.logits(lk.attach(tiny.llama(), again)), tiny.logits(tiny_llama), atol=0.05, rtol=0.05
+    )
 
 
 def test_a_pefts_named_adapter_loads_from_its_own_folder(tmp_path):

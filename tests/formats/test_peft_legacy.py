@@ -1,4 +1,6 @@
-"""What PEFT's folder held in other years and methods: MergedLinear of 0.2, DoRA, LoHa, LoKr; and what is refused, by its name."""
+"""What PEFT's folder held in other years and methods: MergedLinear of 0.2, DoRA, LoHa, LoKr; and what is refused, by
+its name.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_a_mergedlinear_attaches_and_is_written_as_what_todays_peft_reads(tmp_pa
     expected = base + sum(x @ f.delta().T for f in adapter.factors.values())
     torch.testing.assert_close(lk.attach(Model(), adapter).eval()(x), expected, atol=1e-4, rtol=1e-4)
     replace(adapter, config=adapter.config.replace(task=None)).save(tmp_path)  # this Model generates no text
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(Model(), tmp_path).eval()(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        peft.PeftModel.from_pretrained(Model(), tmp_path).eval()(x), expected, atol=1e-4, rtol=1e-4
+    )
     again = lk.Adapter.load(tmp_path)
     for module, f in adapter.factors.items():
         g = again.factors[module]
@@ -136,19 +140,28 @@ def test_a_dora_of_peft_is_read_exactly_and_written_as_peft_has_it(case, tmp_pat
 
 
 LYCORIS = {
-    "loha": (tiny.mlp, peft.LoHaConfig(r=3, alpha=5, target_modules=["lin0", "lin1"], init_weights=False, rank_pattern={"lin1": 2})),
+    "loha": (
+        tiny.mlp,
+        peft.LoHaConfig(r=3, alpha=5, target_modules=["lin0", "lin1"], init_weights=False, rank_pattern={"lin1": 2}),
+    ),
     "loha conv": (tiny.cnn, peft.LoHaConfig(r=3, alpha=5, target_modules=["conv2", "head"], init_weights=False)),
     "loha tucker": (
-        tiny.cnn, peft.LoHaConfig(r=3, alpha=5, target_modules=["conv1", "conv2"], init_weights=False, use_effective_conv2d=True),
+        tiny.cnn,
+        peft.LoHaConfig(r=3, alpha=5, target_modules=["conv1", "conv2"], init_weights=False, use_effective_conv2d=True),
     ),
-    "lokr": (tiny.mlp, peft.LoKrConfig(r=2, alpha=5, target_modules=["lin0", "lin1"], init_weights=False, alpha_pattern={"lin0": 3})),
+    "lokr": (
+        tiny.mlp,
+        peft.LoKrConfig(r=2, alpha=5, target_modules=["lin0", "lin1"], init_weights=False, alpha_pattern={"lin0": 3}),
+    ),
     "lokr of wholes": (tiny.mlp, peft.LoKrConfig(r=8, alpha=5, target_modules=["lin0", "lin1"], init_weights=False)),
     "lokr of products": (
         tiny.mlp,
-        peft.LoKrConfig(r=1, alpha=5, target_modules=["lin0", "lin1"], init_weights=False, decompose_both=True, decompose_factor=5),
+        peft.LoKrConfig(
+            r=1, alpha=5, target_modules=["lin0", "lin1"], init_weights=False, decompose_both=True, decompose_factor=5
+        ),
     ),
     "lokr conv": (tiny.cnn, peft.LoKrConfig(r=1, alpha=5, target_modules=["conv2"], init_weights=False)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LYCORIS)
@@ -169,9 +182,15 @@ def test_loha_and_lokr_of_peft_are_read_with_the_change_that_peft_makes(case, tm
 @pytest.mark.parametrize(
     "config, said",
     [
-        (peft.IA3Config(target_modules=["lin0"], feedforward_modules=["lin0"]), r"'IA3'.*\n  IA3 rescales activations: merge it"),
+        (
+            peft.IA3Config(target_modules=["lin0"], feedforward_modules=["lin0"]),
+            r"'IA3'.*\n  IA3 rescales activations: merge it",
+        ),
         (peft.VeraConfig(target_modules=["lin0"], r=2), r"'VERA'.*\n  VeRA shares random matrices .*merge it"),
-        (peft.AdaLoraConfig(target_modules=["lin0"], total_step=10), r"'ADALORA'.*\n  AdaLoRA gives each module its own rank"),
+        (
+            peft.AdaLoraConfig(target_modules=["lin0"], total_step=10),
+            r"'ADALORA'.*\n  AdaLoRA gives each module its own rank",
+        ),
         (peft.OFTConfig(target_modules=["lin0"], r=2, oft_block_size=0), r"'OFT'.*\n  OFT rotates weights: merge it"),
         (peft.LNTuningConfig(target_modules=["norm"]), r"'LN_TUNING'.*\n  it trains norms"),
     ],
@@ -194,7 +213,9 @@ def test_what_pefts_format_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     plain, across = Factors(ones, ones, 2.0), Factors(ones, ones, 2.0, magnitude=torch.ones(1, 2))
     adapter = Adapter(
-        lk.LoraConfig(rank=2), {"a": plain, "b": across}, others={"x": Hadamard(ones, ones, ones, ones, 1.0)}, embeddings={"<s>": ones}
+        lk.LoraConfig(rank=2),
+        {"a": plain, "b": across, "x": Hadamard(ones, ones, ones, ones, 1.0)},
+        embeddings={"<s>": ones},
     )
     lost = "\n".join(ours.losses(adapter))
     for said in ("another kind (x)", "learned tokens (<s>)", "all modules have one", "this one for each input"):
@@ -214,7 +235,11 @@ def test_factors_of_both_scaling_rules_keep_their_scale_in_one_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape, said", [((3,), r"lora_magnitude_vector \[3\], which does not fit its 20 outputs"), ((1, 20), r"\[1, 20\], which does not")]
+    "shape, said",
+    [
+        ((3,), r"lora_magnitude_vector \[3\], which does not fit its 20 outputs"),
+        ((1, 20), r"\[1, 20\], which does not"),
+    ],
 )
 def test_a_magnitude_of_another_shape_is_refused(shape, said, tmp_path):
     from lorakit.io.tensors import write_tensors
@@ -222,14 +247,19 @@ def test_a_magnitude_of_another_shape_is_refused(shape, said, tmp_path):
     f = Factors(torch.randn(4, 10), torch.randn(20, 4), 6.0, magnitude=torch.ones(20, 1))
     Adapter(lk.LoraConfig(rank=4, alpha=6), {"lin0": f}).save(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    write_tensors(tmp_path / "adapter_model.safetensors", tensors | {"base_model.model.lin0.lora_magnitude_vector": torch.ones(shape)})
+    write_tensors(
+        tmp_path / "adapter_model.safetensors",
+        tensors | {"base_model.model.lin0.lora_magnitude_vector": torch.ones(shape)},
+    )
     with pytest.raises(AdapterError, match=said):
         lk.Adapter.load(tmp_path)
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "PiSSA"])
 def test_a_start_that_changed_the_base_is_refused_as_its_factors_are_another_update(tmp_path, start):
-    lk.Adapter(lk.LoraConfig(rank=1, targets=["lin0"]), {"lin0": lk.Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}).save(tmp_path)
+    lk.Adapter(
+        lk.LoraConfig(rank=1, targets=["lin0"]), {"lin0": lk.Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
+    ).save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
     with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):

@@ -24,9 +24,14 @@ from lorakit.formats.loralib import alpha_of
 LANGUAGE_FORMATS = ("peft", "loralib", "mlx", "gguf")
 IMAGE_FORMATS = ("peft", "kohya", "diffusers", "cloneofsimo")
 SIZES = {
-    LANGUAGE + "q_proj": (8, 8), LANGUAGE + "k_proj": (8, 8), "model.layers.0.mlp.down_proj": (12, 8),
-    UNET + "to_q": (320, 320), UNET + "to_k": (320, 320), TEXT + "q_proj": (768, 768), TEXT + "v_proj": (768, 768),
-}  # fmt: skip
+    LANGUAGE + "q_proj": (8, 8),
+    LANGUAGE + "k_proj": (8, 8),
+    "model.layers.0.mlp.down_proj": (12, 8),
+    UNET + "to_q": (320, 320),
+    UNET + "to_k": (320, 320),
+    TEXT + "q_proj": (768, 768),
+    TEXT + "v_proj": (768, 768),
+}
 CONV = "unet.down_blocks.0.resnets.0.conv1"  # [320, 320, 3, 3]
 ALPHA = 4.0  # what is given for files that do not hold it
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -46,7 +51,10 @@ def adapters(draw, names: tuple[str, ...], conv: bool = False) -> lk.Adapter:
         made = torch.Generator().manual_seed(7)
         A, B = torch.randn(2, 320, 3, 3, generator=made), torch.randn(320, 2, 1, 1, generator=made)
         factors[CONV] = lk.Factors(A.to(dtype), B.to(dtype), 3.0, "conv", rslora=rslora)
-    return lk.Adapter(lk.LoraConfig(rank=2, alpha=ALPHA, rslora=rslora, targets=sorted({n.rsplit(".", 1)[-1] for n in factors})), factors)
+    return lk.Adapter(
+        lk.LoraConfig(rank=2, alpha=ALPHA, rslora=rslora, targets=sorted({n.rsplit(".", 1)[-1] for n in factors})),
+        factors,
+    )
 
 
 def written(adapter: lk.Adapter, format: str, folder: Path, name: str) -> lk.Adapter:
@@ -126,15 +134,18 @@ def test_a_doras_magnitude_is_kept_to_the_bit_where_a_format_has_a_place_for_it(
     names = ("model.layers.0.mlp.down_proj",) if other == "mlx" else (UNET + "to_q", TEXT + "q_proj")
     plain = data.draw(adapters(names, conv=other != "mlx"))
     made = torch.Generator().manual_seed(3)
-    factors = {m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in plain.factors.items()}
+    factors = {
+        m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in plain.factors.items()
+    }
     with tempfile.TemporaryDirectory() as name:
-        first = written(replace(plain, factors=factors), one, Path(name), "one")
+        first = written(replace(plain, updates=factors), one, Path(name), "one")
         second = written(first, other, Path(name), "other")
     for module, f in factors.items():
         found = second.factors[module]
         assert torch.equal(found.magnitude, f.magnitude)
         low, wanted = (g.scale * g.B.flatten(1).double() @ g.A.flatten(1).double() for g in (found, f))
-        folded = torch.finfo(f.A.dtype).eps if other == "mlx" else 0  # MLX has one strength: the others are rounded into B
+        # MLX has one strength: the others are rounded into B
+        folded = torch.finfo(f.A.dtype).eps if other == "mlx" else 0
         assert float((low - wanted).norm() / wanted.norm()) <= 1e-9 + folded
 
 
@@ -142,12 +153,16 @@ def test_what_a_format_cannot_hold_is_refused_and_listed_or_left_out_if_that_is_
     torch.manual_seed(1)
     f = lk.Factors(torch.randn(2, 8), torch.randn(8, 2), 2.0)
     adapter = lk.Adapter(
-        lk.LoraConfig(rank=2, alpha=2, targets=["q_proj"]), {LANGUAGE + "q_proj": f}, {"model.norm.weight": torch.ones(8)}, embeddings={"<s>": torch.ones(8)}
-    )  # fmt: skip
+        lk.LoraConfig(rank=2, alpha=2, targets=["q_proj"]),
+        {LANGUAGE + "q_proj": f},
+        {"model.norm.weight": torch.ones(8)},
+        embeddings={"<s>": torch.ones(8)},
+    )
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
     with pytest.raises(
-        AdapterError, match=r"gguf cannot hold all of this adapter(.|\n)*saved whole(.|\n)*learned tokens(.|\n)*--allow-loss"
+        AdapterError,
+        match=r"gguf cannot hold all of this adapter(.|\n)*saved whole(.|\n)*learned tokens(.|\n)*--allow-loss",
     ):
         convert(adapter, tmp_path / "x.gguf", "gguf", base=tmp_path / "base")
     assert not (tmp_path / "x.gguf").exists()

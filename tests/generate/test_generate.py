@@ -1,4 +1,4 @@
-"""Text out of tiny models: batching changes nothing, text ends where it should, the model is left as it was."""
+"""Generating with tiny models: batching changes nothing, text ends where it should, the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def prompts(tokenizer):
 
 
 def greedy_by_hand(model, prompt: list[int], steps: int) -> list[int]:
-    """The likeliest next token, again and again, one row, no padding and no cache."""
+    """Decode greedily: one row, no padding, no cache."""
     ids = list(prompt)
     model.eval()
     with torch.no_grad():
@@ -28,16 +28,17 @@ def greedy_by_hand(model, prompt: list[int], steps: int) -> list[int]:
 
 
 def make_it_say(model, tokenizer, text: str, after: int) -> None:
-    """Greedy decoding from a prompt of `after` tokens gives `text`, then the end token: position embeddings decide (GPT-2)."""
-    said = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    """Set GPT-2's position embeddings so that greedy decoding after `after` tokens gives `text`, then the end token."""
+    target = [*tokenizer.encode(text), tokenizer.eos_token_id]
     width = model.config.n_embd
-    assert len(said) <= width
+    assert len(target) <= width
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.transformer.ln_f.weight.fill_(1)
-        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))  # untied from the zero embedding
-        for step, token in enumerate(said):
+        # untied from the zero embedding
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+        for step, token in enumerate(target):
             model.transformer.wpe.weight[after - 1 + step, step] = 1
             model.lm_head.weight[token, step] = 1
 
@@ -52,7 +53,7 @@ def test_greedy_text_is_the_same_for_every_batch_size(family, request, tokenizer
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_greedy_text_is_the_likeliest_token_again_and_again(family, request, tokenizer, prompts):
+def test_greedy_text_takes_the_most_likely_token_each_step(family, request, tokenizer, prompts):
     model = request.getfixturevalue(family)
     expected = []
     for prompt in prompts:
@@ -69,7 +70,7 @@ def test_the_models_own_sampling_settings_do_not_apply(llama, tokenizer, prompts
     assert generate(llama, tokenizer, prompts, max_new_tokens=12) == plain
 
 
-def test_text_ends_at_the_end_token_and_holds_neither_prompt_nor_special_tokens(gpt2, tokenizer):
+def test_text_ends_at_the_end_token_without_prompt_and_special_tokens(gpt2, tokenizer):
     make_it_say(gpt2, tokenizer, "so it ends", after=3)
     prompt = tokenizer.encode("abc")
     assert generate(gpt2, tokenizer, [prompt], max_new_tokens=30) == ["so it ends"]
@@ -84,25 +85,25 @@ def test_text_ends_at_every_end_token_of_the_models_settings(gpt2, tokenizer):
     assert "".join(stream(gpt2, tokenizer, prompt, max_new_tokens=20)) == "one"
 
 
-def test_stop_texts_cut_at_the_earliest_and_end_the_work(gpt2, tokenizer):
+def test_generation_stops_at_the_earliest_stop_text(gpt2, tokenizer):
     make_it_say(gpt2, tokenizer, "first END second STOP", after=3)
     prompt = tokenizer.encode("abc")
     steps = []
     hook = gpt2.register_forward_hook(lambda *_: steps.append(1))
     assert generate(gpt2, tokenizer, [prompt], max_new_tokens=30, stop=["STOP", " END"]) == ["first"]
     hook.remove()
-    assert len(steps) == len("first END"), "generation went on after the stop text was there"
+    assert len(steps) == len("first END"), "generation continued after the stop text"
     assert "".join(stream(gpt2, tokenizer, prompt, max_new_tokens=30, stop=["STOP", " END"])) == "first"
 
 
-def test_streamed_text_held_for_a_stop_text_that_never_comes_is_given_at_the_end(gpt2, tokenizer):
+def test_text_held_back_for_a_stop_text_is_streamed_at_the_end(gpt2, tokenizer):
     make_it_say(gpt2, tokenizer, "go on EN", after=3)
     pieces = list(stream(gpt2, tokenizer, tokenizer.encode("abc"), stop=["END"], max_new_tokens=30))
     assert "".join(pieces) == "go on EN"
     assert pieces[-1] == "EN"
 
 
-def test_no_streamed_piece_breaks_a_character(gpt2, tokenizer):
+def test_no_streamed_piece_splits_a_character(gpt2, tokenizer):
     text = "né £5 日本 🙂 x"
     make_it_say(gpt2, tokenizer, text, after=2)
     pieces = list(stream(gpt2, tokenizer, tokenizer.encode("ab"), max_new_tokens=60))
@@ -111,7 +112,7 @@ def test_no_streamed_piece_breaks_a_character(gpt2, tokenizer):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_bytes_that_never_become_a_character_are_not_lost(gpt2, tokenizer):
+def test_bytes_of_an_incomplete_character_are_streamed_at_the_end(gpt2, tokenizer):
     make_it_say(gpt2, tokenizer, "ab日", after=2)
     prompt = tokenizer.encode("ab")
     cut = generate(gpt2, tokenizer, [prompt], max_new_tokens=4)  # two of the last character's three bytes
@@ -126,7 +127,7 @@ def test_streamed_text_is_the_generated_text(family, request, tokenizer, prompts
         assert "".join(stream(model, tokenizer, prompt, max_new_tokens=15)) == text
 
 
-def test_a_seed_repeats_the_samples_and_leaves_the_global_randomness_alone(llama, tokenizer, prompts):
+def test_a_seed_repeats_the_samples_and_leaves_the_global_random_state(llama, tokenizer, prompts):
     torch.manual_seed(11)
     expected_next = torch.rand(1)
     torch.manual_seed(11)
@@ -169,7 +170,9 @@ def test_every_modules_training_flag_is_restored(llama, tokenizer, prompts):
 
 def test_dropout_is_off_while_generating(gpt2, tokenizer, prompts):
     gpt2.train()  # GPT-2's dropout is 0.1
-    assert generate(gpt2, tokenizer, prompts, max_new_tokens=10) == generate(gpt2, tokenizer, prompts, max_new_tokens=10)
+    assert generate(gpt2, tokenizer, prompts, max_new_tokens=10) == generate(
+        gpt2, tokenizer, prompts, max_new_tokens=10
+    )
 
 
 def test_inference_mode_does_not_leak_between_pieces(llama, tokenizer, prompts):
@@ -208,7 +211,7 @@ def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(llama, tokenizer
 
 
 @pytest.mark.parametrize(
-    "wrong, named",
+    "settings, message",
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"batch_size": 0}, "batch_size 0"),
@@ -220,6 +223,6 @@ def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(llama, tokenizer
         ({"stop": [""]}, "none of them empty"),
     ],
 )
-def test_settings_out_of_range_are_refused(llama, tokenizer, wrong, named):
-    with pytest.raises(ConfigError, match=named):
-        generate(llama, tokenizer, [[5]], **wrong)
+def test_settings_out_of_range_are_refused(llama, tokenizer, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(llama, tokenizer, [[5]], **settings)

@@ -1,4 +1,4 @@
-"""Safetensors block by block: what is written, the library reads; what the library writes, is read; what is broken, is named."""
+"""Streamed safetensors files agree with the safetensors library, and broken files are explained."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def layout(tensors):
     return {n: (stream.NAMES[t.dtype], tuple(t.shape), t.nbytes) for n, t in tensors.items()}
 
 
-def test_what_is_written_in_blocks_the_library_reads(tmp_path, monkeypatch):
+def test_the_library_reads_files_written_in_blocks(tmp_path, monkeypatch):
     with StreamWriter(tmp_path / "a.safetensors", layout(TENSORS), {"format": "pt", "ä": "ö"}) as out:
         for tensor in TENSORS.values():
             for block in tensor.split(2) if tensor.dim() else [tensor]:
                 out.write(block)
-    found = load_file(tmp_path / "a.safetensors")
-    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in TENSORS.items())
+    written = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(written[n], t) and written[n].dtype == t.dtype for n, t in TENSORS.items())
     assert read_header(tmp_path / "a.safetensors")[1] == {"format": "pt", "ä": "ö"}
 
 
-def test_what_the_library_writes_is_read_in_blocks_of_any_size(tmp_path, monkeypatch):
+def test_files_written_by_the_library_are_read_in_blocks_of_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "BLOCK", 40)
     monkeypatch.setattr(stream, "COPY_BYTES", 13)
     save_file(TENSORS, tmp_path / "a.safetensors")
@@ -55,7 +55,10 @@ def test_what_the_library_writes_is_read_in_blocks_of_any_size(tmp_path, monkeyp
 def test_writing_less_or_more_than_the_layout_says_fails(tmp_path):
     with pytest.raises(AssertionError, match="not written"), StreamWriter(tmp_path / "a", layout(TENSORS)):
         pass
-    with pytest.raises(AssertionError, match="more was written"), StreamWriter(tmp_path / "b", {"a": ("F32", (1,), 4)}) as out:
+    with (
+        pytest.raises(AssertionError, match="more was written"),
+        StreamWriter(tmp_path / "b", {"a": ("F32", (1,), 4)}) as out,
+    ):
         out.write(torch.zeros(2))
 
 
@@ -78,13 +81,13 @@ def header(entries) -> bytes:
         (header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}) + bytes(8), r"not \[3\] of F32"),
     ],
 )
-def test_broken_file_is_named_with_what_is_wrong(data, match, tmp_path):
+def test_a_broken_file_is_named_with_the_reason(data, match, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(data)
     with pytest.raises(LorakitError, match=rf"broken.safetensors is not a sound(.|\n)*{match}"):
         read_header(tmp_path / "broken.safetensors")
 
 
-def test_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
+def test_a_file_truncated_while_being_read_is_an_error(tmp_path):
     save_file({"a": torch.zeros(100)}, tmp_path / "a.safetensors")
     slots, _ = read_header(tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()

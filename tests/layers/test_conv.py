@@ -1,4 +1,6 @@
-"""Adapted convolutions of every dimension, with all that a convolution can have, against the convolution with W + ΔW."""
+"""Adapted convolutions of every dimension, with all that a convolution can have,
+against the convolution with W + ΔW.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import AdapterError, StateError
-from lorakit.layers.layer import LoraFactors
+from lorakit.layers.updates.lora import LoraFactors
 
 CASES = {
     "1d": (nn.Conv1d, (4, 6, 3), {"stride": 2, "padding": 1, "dilation": 2}),
@@ -41,9 +43,17 @@ def updated(model: nn.Sequential) -> Callable[[torch.Tensor], torch.Tensor]:
     """The plain convolution with W + ΔW as its weight, differentiable in A and B."""
     conv, f = model[0], model[0].lora_default
     bare = type(conv).__bases__[1](
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        conv.bias is not None, conv.padding_mode, dtype=conv.weight.dtype,
-    )  # fmt: skip
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        dtype=conv.weight.dtype,
+    )
     delta = (f.B.flatten(1) @ f.A.flatten(1)).view(conv.weight.shape)
     parameters = dict(conv.named_parameters(recurse=False)) | {"weight": conv.weight + f.alpha / f.rank * delta}
     return lambda x: torch.func.functional_call(bare, parameters, (x,))
@@ -56,7 +66,11 @@ def test_the_output_and_gradients_are_those_of_the_updated_weight(case):
     wanted = [x, model[0].lora_default.A, model[0].lora_default.B]
     ours, theirs = model(x), updated(model)(x)
     torch.testing.assert_close(ours, theirs)
-    for a, e in zip(torch.autograd.grad(ours.square().sum(), wanted), torch.autograd.grad(theirs.square().sum(), wanted), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(ours.square().sum(), wanted),
+        torch.autograd.grad(theirs.square().sum(), wanted),
+        strict=True,
+    ):
         torch.testing.assert_close(a, e)
 
 

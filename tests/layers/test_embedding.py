@@ -107,7 +107,8 @@ def test_a_tied_model_with_an_adapted_embedding_keeps_its_head_and_refuses_to_me
     tiny.randomise_factors(tied_llama)
     f = lk.capture(tied_llama).factors["model.embed_tokens"]
     untied = tiny.llama(tied=True)
-    untied.model.embed_tokens.weight = nn.Parameter(untied.model.embed_tokens.weight + f.delta())  # the head keeps the old one
+    # the head keeps the old one
+    untied.model.embed_tokens.weight = nn.Parameter(untied.model.embed_tokens.weight + f.delta())
     torch.testing.assert_close(tiny.logits(tied_llama), tiny.logits(untied), atol=1e-5, rtol=1e-5)
     with pytest.raises(lk.LorakitError, match=r"'model\.embed_tokens' shares its weight with lm_head"):
         lk.merge(tied_llama)

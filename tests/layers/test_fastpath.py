@@ -54,7 +54,9 @@ def test_all_linear_leaves_out_what_multihead_attention_does_not_call():
 
 
 def test_naming_the_output_projection_of_multihead_attention_is_refused():
-    with pytest.raises(TargetError, match=r"out_proj' cannot be adapted: nn.MultiheadAttention reads its weight without calling it"):
+    with pytest.raises(
+        TargetError, match=r"out_proj' cannot be adapted: nn.MultiheadAttention reads its weight without calling it"
+    ):
         lk.attach(encoder(), lk.LoraConfig(rank=2, targets=["linear1", "out_proj"]))
 
 
@@ -97,4 +99,6 @@ def test_a_merged_encoder_computes_the_same():
     lk.detach(lk.merge(model) or model, merged="keep")
     torch.testing.assert_close(model(X), before, atol=1e-4, rtol=1e-4)
     with torch.inference_mode():
-        torch.testing.assert_close(model(X, src_key_padding_mask=PAD)[~PAD], model.train()(X, src_key_padding_mask=PAD)[~PAD])
+        torch.testing.assert_close(
+            model(X, src_key_padding_mask=PAD)[~PAD], model.train()(X, src_key_padding_mask=PAD)[~PAD]
+        )

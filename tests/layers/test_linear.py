@@ -84,7 +84,10 @@ def test_dropout_drops_inputs_of_the_update_only_and_only_in_training():
 
 
 def test_dropout_gives_the_gradients_of_the_same_draw():
-    model, x = adapted(linear(torch.float64), dropout=0.4).train(), torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    model, x = (
+        adapted(linear(torch.float64), dropout=0.4).train(),
+        torch.randn(6, 8, dtype=torch.float64, requires_grad=True),
+    )
     f = model[0].lora_default
     torch.manual_seed(3)
     ours = torch.autograd.grad(model(x).square().sum(), [x, f.A, f.B])
@@ -100,7 +103,12 @@ def test_a_bf16_base_gets_fp32_masters_and_bf16_outputs():
     y = model(x)
     y.float().sum().backward()
     f = model[0].lora_default
-    assert (f.A.dtype, f.B.dtype, f.A.grad.dtype, y.dtype) == (torch.float32, torch.float32, torch.float32, torch.bfloat16)
+    assert (f.A.dtype, f.B.dtype, f.A.grad.dtype, y.dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    )
     torch.testing.assert_close(y.double(), plain(model, x), atol=0.05, rtol=0.02)
 
 
@@ -119,7 +127,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model, x = adapted(linear(), dropout=0.3).train(), torch.randn(4, 8, requires_grad=True)
     wanted = [x, model[0].lora_default.A, model[0].lora_default.B]
     results = []
-    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False), lambda x: checkpoint(model, x, use_reentrant=True)):
+    for run in (
+        model,
+        lambda x: checkpoint(model, x, use_reentrant=False),
+        lambda x: checkpoint(model, x, use_reentrant=True),
+    ):
         torch.manual_seed(2)
         for p in wanted:
             p.grad = None
@@ -233,7 +245,9 @@ def test_a_compiled_adapted_layer_computes_and_trains_the_same(backend):
     f, g = model[0].lora_default, twin[0].lora_default
     y, z = model(x), compiled(x)
     torch.testing.assert_close(y, z)
-    for a, e in zip(torch.autograd.grad(z.sum(), [x, g.A, g.B]), torch.autograd.grad(y.sum(), [x, f.A, f.B]), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(z.sum(), [x, g.A, g.B]), torch.autograd.grad(y.sum(), [x, f.A, f.B]), strict=True
+    ):
         torch.testing.assert_close(a, e)
 
 

@@ -132,7 +132,10 @@ def test_only_a_linear_can_be_packed():
 
 
 def test_dropout_and_bf16_work_on_packed_projections():
-    model, x = packed([True, False, True], dtype=torch.bfloat16, dropout=0.5).train(), torch.randn(64, 8, dtype=torch.bfloat16)
+    model, x = (
+        packed([True, False, True], dtype=torch.bfloat16, dropout=0.5).train(),
+        torch.randn(64, 8, dtype=torch.bfloat16),
+    )
     first, second = model(x), model(x)
     assert first.dtype == torch.bfloat16
     assert not torch.equal(first[:, :4], second[:, :4])

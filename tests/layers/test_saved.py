@@ -24,7 +24,10 @@ def test_a_saved_module_trains_and_the_base_keeps_its_own(tiny_bert):
     original = tiny_bert.classifier.weight
     before = original.detach().clone()
     lk.attach(tiny_bert, HEAD)
-    assert {n for n, p in tiny_bert.named_parameters() if p.requires_grad and "lora_" not in n} == {"classifier.weight", "classifier.bias"}
+    assert {n for n, p in tiny_bert.named_parameters() if p.requires_grad and "lora_" not in n} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
     optimizer = torch.optim.SGD([p for p in tiny_bert.parameters() if p.requires_grad], lr=1.0)
     tiny_bert(**tiny.example(tiny_bert)).logits.square().sum().backward()
     optimizer.step()
@@ -155,7 +158,9 @@ def test_what_is_saved_whole_is_not_adapted_beside(tiny_bert):
         lk.attach(tiny_bert, lk.LoraConfig(targets=["classifier"], save_modules=["classifier"]), name="b")
 
 
-@pytest.mark.parametrize("task, saved", [("SEQ_CLS", {"classifier.weight", "classifier.bias"}), ("CAUSAL_LM", set()), (None, set())])
+@pytest.mark.parametrize(
+    "task, saved", [("SEQ_CLS", {"classifier.weight", "classifier.bias"}), ("CAUSAL_LM", set()), (None, set())]
+)
 def test_a_classification_task_trains_the_fresh_head_whole(tiny_bert, task, saved):
     lk.attach(tiny_bert, lk.LoraConfig(rank=2, targets=["query"], task=task))
     assert set(lk.capture(tiny_bert).saved) == saved
@@ -182,7 +187,9 @@ def test_running_values_of_a_saved_module_are_refused_not_lost():
     """PEFT saves a batch norm's running mean; lorakit holds parameters only, and says so."""
     model = normed()
     before = tiny.picture(model)
-    with pytest.raises(TargetError, match=r"'1' also keeps running values \(running_mean, running_var, num_batches_tracked\)"):
+    with pytest.raises(
+        TargetError, match=r"'1' also keeps running values \(running_mean, running_var, num_batches_tracked\)"
+    ):
         lk.attach(model, lk.LoraConfig(targets=["0"], save_modules=["1"]))
     value = lk.Adapter(lk.LoraConfig(), {}, {"1.weight": torch.ones(6), "1.running_mean": torch.ones(6)})
     with pytest.raises(TargetError, match="running values of the base"):

@@ -108,7 +108,9 @@ def test_an_inference_adapter_changes_no_gradient_flag(tiny_llama):
 
 def test_a_loaded_adapter_can_be_attached_trainable(tiny_llama):
     lk.attach(tiny_llama, value_of(tiny.llama, LLAMA, 1), trainable=True)
-    assert {n for n, p in tiny_llama.named_parameters() if p.requires_grad} == {n for n, _ in tiny_llama.named_parameters() if "lora_" in n}
+    assert {n for n, p in tiny_llama.named_parameters() if p.requires_grad} == {
+        n for n, _ in tiny_llama.named_parameters() if "lora_" in n
+    }
 
 
 def test_the_users_config_is_not_changed(tiny_llama):
@@ -208,7 +210,9 @@ def test_a_base_checkpoint_loads_under_an_attached_adapter(tiny_llama):
 
 def test_save_pretrained_after_detach_writes_the_same_bytes(tied_llama, tmp_path):
     tied_llama.save_pretrained(tmp_path / "before")
-    tiny.randomise_factors(lk.attach(tied_llama, lk.LoraConfig(rank=4, targets=["q_proj", "embed_tokens"], save_modules=["norm"])))
+    tiny.randomise_factors(
+        lk.attach(tied_llama, lk.LoraConfig(rank=4, targets=["q_proj", "embed_tokens"], save_modules=["norm"]))
+    )
     lk.merge(lk.detach(tied_llama) and lk.attach(tied_llama, LLAMA))
     lk.detach(tied_llama, merged="undo")
     tied_llama.save_pretrained(tmp_path / "after")
@@ -225,7 +229,13 @@ def test_tied_weights_stay_tied(tied_llama):
 
 
 def test_generate_uses_the_adapter(tiny_llama):
-    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompt = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     before = tiny_llama.generate(**prompt)
     tiny.randomise_factors(lk.attach(tiny_llama, lk.LoraConfig(rank=4)), size=1.0)
     after = tiny_llama.generate(**prompt)

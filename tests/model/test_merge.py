@@ -10,14 +10,23 @@ import lorakit as lk
 from lorakit.errors import StateError
 from lorakit.layers.layer import LoraLayer
 
-MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "bert": tiny.bert, "t5": tiny.t5, "cnn": tiny.cnn, "embedder": tiny.embedder}
+MODELS = {
+    "llama": tiny.llama,
+    "gpt2": tiny.gpt2,
+    "bert": tiny.bert,
+    "t5": tiny.t5,
+    "cnn": tiny.cnn,
+    "embedder": tiny.embedder,
+}
 TARGETS = {"cnn": r"conv.*|head", "embedder": ["emb", "head"]}
 
 
 @pytest.fixture(params=MODELS)
 def trained(request):
     model = MODELS[request.param]()
-    return tiny.randomise_factors(lk.attach(model, lk.LoraConfig(rank=3, targets=TARGETS.get(request.param, "all-linear"))))
+    return tiny.randomise_factors(
+        lk.attach(model, lk.LoraConfig(rank=3, targets=TARGETS.get(request.param, "all-linear")))
+    )
 
 
 def test_a_merged_model_computes_what_the_adapter_did(trained):

@@ -1,4 +1,6 @@
-"""`route`: one choice per row. What it refuses, what it leaves behind, and that mixed generation is each adapter's own."""
+"""`route`: one choice per row. What it refuses, what it leaves behind,
+and that mixed generation is each adapter's own.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,26 @@ def test_logits_of_each_row_are_its_adapters(model):
             torch.testing.assert_close(model(ids(5)).logits, torch.stack(expected))
 
 
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+def test_logits_without_gradients_are_the_same_in_training_mode(make):
+    model = mixed(make)
+    for rank, name in ((2, "x"), (2, "y")):  # of equal ranks: computed as groups of rows
+        lk.attach(model, lk.LoraConfig(rank=rank), name=name, trainable=False)
+    tiny.randomise_factors(model, size=0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for choices in (["x", "y"], ["a", "b"], ["x", "x"]):
+        with torch.no_grad(), lk.route(model, choices):
+            torch.testing.assert_close(model.train()(ids(2)).logits, model.eval()(ids(2)).logits)
+
+
 # Generation
 
 
-def together_and_alone(model: nn.Module, inputs: dict, choices: list, each: int = 1, repeat: int = 1, **settings) -> None:
+def together_and_alone(
+    model: nn.Module, inputs: dict, choices: list, each: int = 1, repeat: int = 1, **settings
+) -> None:
     """What each row generates among the others is what it generates when its adapter is active for all of them."""
     pad = 0
 
@@ -112,7 +130,11 @@ def test_a_server_that_enters_at_every_step(model):
     with torch.inference_mode():
         for n, name in enumerate(("a", "b", "c")):
             lk.activate(model, name)
-            expected.append(model.generate(prompt[n : n + 1], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 7:])
+            expected.append(
+                model.generate(prompt[n : n + 1], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)[
+                    0, 7:
+                ]
+            )
         with lk.route(model, ["a", "b", "c"]):
             out = model(prompt, use_cache=True)
         found = [out.logits[:, -1].argmax(-1)]
@@ -160,7 +182,10 @@ def test_a_repeat_that_is_no_number_of_rows_is_an_error(model, repeat):
 
 
 def test_another_number_of_rows_is_an_error_that_names_the_module_and_both_numbers(model):
-    with pytest.raises(StateError, match=r"'model.layers.0.self_attn.q_proj' was given 3 rows .* expected 2"), lk.route(model, ["a", None]):
+    with (
+        pytest.raises(StateError, match=r"'model.layers.0.self_attn.q_proj' was given 3 rows .* expected 2"),
+        lk.route(model, ["a", None]),
+    ):
         model(ids(3))
     with pytest.raises(StateError, match="first axis"), lk.route(model, ["a", None, "b"]):
         model(ids(2))
@@ -382,13 +407,16 @@ def test_rows_and_tokens_of_equal_choices_are_not_taken_for_each_other():
                 torch.testing.assert_close(model(x)[0], rows)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m: lk.route(m, ["a"], per="tokens"), "per='tokens'.*expected 'row', or 'token'"),
-    (lambda m: lk.route(m, ["a"], 2, per="token"), "repeat=2, per='token'.*\n  name a choice for each token"),
-    (lambda m: lk.route(m, ["a", "bb"], per="token"), "no adapter named 'bb'"),
-    (lambda m: lk.route(m, ["a", 3], per="token"), "token 1 of route's choices is 3"),
-    (lambda m: lk.route(m, [{"a": float("inf")}], per="token"), r"adapter 'a' \(token 0\) is inf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: lk.route(m, ["a"], per="tokens"), "per='tokens'.*expected 'row', or 'token'"),
+        (lambda m: lk.route(m, ["a"], 2, per="token"), "repeat=2, per='token'.*\n  name a choice for each token"),
+        (lambda m: lk.route(m, ["a", "bb"], per="token"), "no adapter named 'bb'"),
+        (lambda m: lk.route(m, ["a", 3], per="token"), "token 1 of route's choices is 3"),
+        (lambda m: lk.route(m, [{"a": float("inf")}], per="token"), r"adapter 'a' \(token 0\) is inf"),
+    ],
+)
 def test_choices_per_token_that_say_nothing_sensible_are_errors(model, call, message):
     with pytest.raises(StateError, match=message), call(model):
         pytest.fail("entered")

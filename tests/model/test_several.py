@@ -36,7 +36,8 @@ def test_a_weighted_sum_computes_with_the_sum_of_the_updates():
     merged = tiny.mlp(torch.float64)
     for m in ("lin0", "lin1"):
         merged.get_submodule(m).weight.data += sum(
-            w * values[n].factors[m].scale * values[n].factors[m].B @ values[n].factors[m].A for n, w in (("a", 0.7), ("b", -0.4))
+            w * values[n].factors[m].scale * values[n].factors[m].B @ values[n].factors[m].A
+            for n, w in (("a", 0.7), ("b", -0.4))
         )
     torch.testing.assert_close(tiny.logits(model), tiny.logits(merged), atol=1e-12, rtol=1e-12)
     lk.merge(model)
@@ -44,13 +45,34 @@ def test_a_weighted_sum_computes_with_the_sum_of_the_updates():
 
 
 @pytest.mark.parametrize(
-    "name", ["a.b", "items", "keys", "lora_x", "default", "pop", "weight", "forward", "full", "full_", "saved", "active", "lora_", "ü", "0"]
+    "name",
+    [
+        "a.b",
+        "items",
+        "keys",
+        "lora_x",
+        "default",
+        "pop",
+        "weight",
+        "forward",
+        "full",
+        "full_",
+        "saved",
+        "active",
+        "lora_",
+        "ü",
+        "0",
+    ],
 )
 def test_any_sensible_name_works(name):
     model = tiny.bert()
     base = tiny.logits(model)
     lk.attach(model, lk.LoraConfig(rank=2, targets=["query"], save_modules=["classifier"]), name="other")
-    lk.attach(model, lk.LoraConfig(rank=2, targets=["query", "dense"], bias="lora_only", save_modules=["classifier"]), name=name)
+    lk.attach(
+        model,
+        lk.LoraConfig(rank=2, targets=["query", "dense"], bias="lora_only", save_modules=["classifier"]),
+        name=name,
+    )
     tiny.randomise_factors(model)
     assert active(model) == {name: 1.0}
     changed = tiny.logits(model)
@@ -82,15 +104,15 @@ def test_an_empty_name_and_one_that_a_module_uses_itself_are_refused(tiny_mlp):
 
 
 def test_no_name_of_an_adapted_class_can_be_an_adapters_child():
-    from lorakit.layers import conv, embedding, linear
+    from lorakit.layers import conv, embedding, linear, packed
 
     classes = [
         conv.ConvLayer,
         embedding.EmbeddingLayer,
         linear.LinearLayer,
         linear.Conv1DLayer,
-        linear.PackedLayer,
-        linear.PackedConv1DLayer,
+        packed.PackedLayer,
+        packed.PackedConv1DLayer,
     ]
     own = {
         n.removeprefix("lora_")
@@ -170,7 +192,11 @@ def test_a_captured_adapter_is_a_copy(tiny_mlp):
 def test_the_summary_counts_and_names_what_is_attached(tiny_llama):
     lk.attach(tiny_llama, lk.LoraConfig(rank=4))
     s = lk.summary(tiny_llama)
-    assert s.trainable == sum(p.numel() for p in tiny_llama.parameters() if p.requires_grad) == sum(row.parameters for row in s.rows)
+    assert (
+        s.trainable
+        == sum(p.numel() for p in tiny_llama.parameters() if p.requires_grad)
+        == sum(row.parameters for row in s.rows)
+    )
     assert s.total == sum(p.numel() for p in tiny_llama.parameters())
     assert s.skipped == {"lm_head": "the output head"}
     text = str(s)

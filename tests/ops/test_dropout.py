@@ -1,4 +1,6 @@
-"""Dropout's masks: as random as they claim, the same again from the same seed, and unbiased in what they do to the update."""
+"""Dropout's masks: as random as they claim, the same again from the same seed, and unbiased in what they do to the
+update.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_one_seed_is_one_mask_for_every_type_and_layout():
     for x in (torch.ones(5, 7).T, torch.ones(1, 5).expand(7, 5), torch.ones(7, 10)[:, ::2]):
         assert torch.equal(masked(x, draw_mask(x, 0.4, 11)) != 0, first)
     flat = torch.ones(35)
-    assert torch.equal(masked(flat, draw_mask(torch.ones(7, 5), 0.4, 11)).view(7, 5) != 0, first), "of the same elements as rows"
+    assert torch.equal(masked(flat, draw_mask(torch.ones(7, 5), 0.4, 11)).view(7, 5) != 0, first), (
+        "of the same elements as rows"
+    )
 
 
 def test_torchs_own_seed_governs_the_draws():
@@ -118,7 +122,13 @@ layouts = st.sampled_from(["plain", "transposed", "strided", "expanded"])
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(0, 9), size=st.integers(1, 9), layout=layouts, dtype=st.sampled_from(DTYPES), p=st.floats(0, 1, exclude_max=True))
+@given(
+    rows=st.integers(0, 9),
+    size=st.integers(1, 9),
+    layout=layouts,
+    dtype=st.sampled_from(DTYPES),
+    p=st.floats(0, 1, exclude_max=True),
+)
 def test_what_is_kept_keeps_its_bits_and_the_rest_is_zero(rows, size, layout, dtype, p):
     x = {
         "plain": randn(rows, size, dtype=dtype),

@@ -12,7 +12,12 @@ from lorakit.ops.delta import delta, delta_rows, row_blocks
 from lorakit.ops.exact import add_, subtract_
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+INTEGERS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 def bits(weight: torch.Tensor) -> torch.Tensor:
@@ -29,9 +34,12 @@ def matrices(rows: int, columns: int, dtype: torch.dtype, ratio: float, seed: in
 
 @settings(max_examples=120, deadline=None)
 @given(
-    dtype=st.sampled_from(DTYPES), rows=st.integers(1, 17), columns=st.integers(1, 19), ratio=st.floats(-6, 2).map(lambda e: 10**e),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 17),
+    columns=st.integers(1, 19),
+    ratio=st.floats(-6, 2).map(lambda e: 10**e),
     seed=st.integers(0, 10**6),
-)  # fmt: skip
+)
 def test_every_bit_comes_back_whatever_the_size_of_the_change(dtype, rows, columns, ratio, seed):
     weight, change = matrices(rows, columns, dtype, ratio, seed)
     before = bits(weight)
@@ -43,7 +51,11 @@ def test_every_bit_comes_back_whatever_the_size_of_the_change(dtype, rows, colum
 
 
 @settings(max_examples=80, deadline=None)
-@given(dtype=st.sampled_from(DTYPES), patterns=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=40), seed=st.integers(0, 99))
+@given(
+    dtype=st.sampled_from(DTYPES),
+    patterns=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=40),
+    seed=st.integers(0, 99),
+)
 def test_any_bit_pattern_comes_back(dtype, patterns, seed):
     kind = INTEGERS[dtype]
     size = torch.iinfo(kind).bits
@@ -62,7 +74,19 @@ def test_any_bit_pattern_comes_back(dtype, patterns, seed):
 def test_zeros_infinities_nans_and_subnormals_come_back(dtype, factor):
     info, kind = torch.finfo(dtype), INTEGERS[dtype]
     odd = torch.tensor(
-        [0.0, -0.0, float("inf"), -float("inf"), float("nan"), info.tiny, info.tiny / 4, -info.tiny / 8, info.max, info.min], dtype=dtype
+        [
+            0.0,
+            -0.0,
+            float("inf"),
+            -float("inf"),
+            float("nan"),
+            info.tiny,
+            info.tiny / 4,
+            -info.tiny / 8,
+            info.max,
+            info.min,
+        ],
+        dtype=dtype,
     )
     signalling = odd.view(kind)[4:5] ^ (1 if dtype != torch.float64 else 3)  # NaNs with a payload
     weight = torch.cat([odd, signalling.view(dtype), (signalling | torch.iinfo(kind).min).view(dtype)]).view(2, 6)
@@ -140,9 +164,12 @@ def test_many_merges_do_not_wear_the_weight_although_rounding_would():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rank=st.integers(1, 4), size_out=st.integers(1, 7), size_in=st.integers(1, 7), transposed=st.booleans(),
+    rank=st.integers(1, 4),
+    size_out=st.integers(1, 7),
+    size_in=st.integers(1, 7),
+    transposed=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
-)  # fmt: skip
+)
 def test_rows_of_delta_are_the_rows_of_the_whole(rank, size_out, size_in, transposed, dtype):
     A, B = torch.randn(rank, size_in).to(dtype), torch.randn(size_out, rank).to(dtype)
     shape = (size_in, size_out) if transposed else (size_out, size_in)

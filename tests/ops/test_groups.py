@@ -31,14 +31,20 @@ def one_by_one(x: Tensor, p: Projection, mask: Mask | None) -> Tensor:
     kept = keep(x, mask).chunk(groups) if mask else [None] * groups
     share = kept_share(mask.p) if mask else 1.0
     own = [p._replace(A=p.A[g], B=p.B[g]) for g in range(groups)]
-    return torch.cat([projections.reference(rows, [o], k, share)[0] for rows, o, k in zip(x.chunk(groups), own, kept, strict=True)])
+    return torch.cat(
+        [projections.reference(rows, [o], k, share)[0] for rows, o, k in zip(x.chunk(groups), own, kept, strict=True)]
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    groups=st.integers(1, 4), rows=st.integers(1, 3), tokens=st.integers(1, 3), rank=st.integers(1, 3), dropout=st.sampled_from([0.0, 0.4]),
+    groups=st.integers(1, 4),
+    rows=st.integers(1, 3),
+    tokens=st.integers(1, 3),
+    rank=st.integers(1, 3),
+    dropout=st.sampled_from([0.0, 0.4]),
     turned=st.booleans(),
-)  # fmt: skip
+)
 def test_the_projection_of_each_group_is_that_of_its_adapter(groups, rows, tokens, rank, dropout, turned):
     x = randn(groups * rows, tokens, 5)
     x = (x.transpose(1, 2).contiguous().transpose(1, 2) if turned else x).requires_grad_()
@@ -52,7 +58,12 @@ def test_the_projection_of_each_group_is_that_of_its_adapter(groups, rows, token
 def mlp(x: Tensor, linears: list[Projection]) -> Tensor:
     """The equation for each group."""
     own = [[p._replace(A=p.A[g], B=p.B[g]) for p in linears] for g in range(linears[0].A.shape[0])]
-    return torch.cat([gated.reference(rows, some[:-1], some[-1], gated.SILU) for rows, some in zip(x.chunk(len(own)), own, strict=True)])
+    return torch.cat(
+        [
+            gated.reference(rows, some[:-1], some[-1], gated.SILU)
+            for rows, some in zip(x.chunk(len(own)), own, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -67,9 +78,17 @@ def test_a_gated_mlp_of_groups_is_that_of_each_group(packed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(groups=st.integers(1, 4), rows=st.integers(0, 3), dropout=st.sampled_from([0.0, 0.4]), base_takes_gradients=st.booleans())
+@given(
+    groups=st.integers(1, 4),
+    rows=st.integers(0, 3),
+    dropout=st.sampled_from([0.0, 0.4]),
+    base_takes_gradients=st.booleans(),
+)
 def test_updates_added_to_a_given_output_are_those_of_each_group(groups, rows, dropout, base_takes_gradients):
-    x, y = randn(groups * rows, 2, 5).requires_grad_(), randn(groups * rows, 2, 4, seed=1).requires_grad_(base_takes_gradients)
+    x, y = (
+        randn(groups * rows, 2, 5).requires_grad_(),
+        randn(groups * rows, 2, 4, seed=1).requires_grad_(base_takes_gradients),
+    )
     p = as_dtype(grouped(5, 4, 3, groups), torch.float64)
     mask = mask_of(x, dropout)
     fast = linear.add_low_rank(y * 1.0, x, p.A, p.B, p.scale, mask)
@@ -97,7 +116,10 @@ def run_linear(x: Tensor, three: list[Projection], mask: Mask | None) -> Tensor:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck(run: Callable, dropout: float):
     x = randn(4, 2, 3).requires_grad_()
-    three = [as_dtype(p, torch.float64) for p in (grouped(3, 4, 2, 2), grouped(3, 4, 1, 2, seed=10), grouped(4, 3, 2, 2, seed=20))]
+    three = [
+        as_dtype(p, torch.float64)
+        for p in (grouped(3, 4, 2, 2), grouped(3, 4, 1, 2, seed=10), grouped(4, 3, 2, 2, seed=20))
+    ]
     used = three if run is run_mlp else three[:1]
     # The same mask drawn each time, as each forward has: gradcheck writes into x behind autograd's back.
     assert gradcheck(lambda *_: run(x, three, mask_of(x, dropout)), wanted(x, used))

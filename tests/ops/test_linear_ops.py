@@ -19,7 +19,13 @@ from lorakit.ops.linear import add_low_rank, reference
 def tensors(shape: tuple[int, ...], size_out: int, rank: int, dtype=torch.float64):
     """x, W, b, A, B"""
     W, b = randn(size_out, shape[-1], seed=1, dtype=dtype), randn(size_out, seed=2, dtype=dtype)
-    return randn(*shape, dtype=dtype), W, b, randn(rank, shape[-1], seed=3, dtype=dtype), randn(size_out, rank, seed=4, dtype=dtype)
+    return (
+        randn(*shape, dtype=dtype),
+        W,
+        b,
+        randn(rank, shape[-1], seed=3, dtype=dtype),
+        randn(size_out, rank, seed=4, dtype=dtype),
+    )
 
 
 def plain(y, x, A, B, scale: float, dropout: float):
@@ -35,10 +41,17 @@ shapes = st.tuples(st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integ
 
 @settings(max_examples=80, deadline=None)
 @given(
-    shape=shapes, size_out=st.integers(1, 6), rank=st.integers(1, 7), scale=st.floats(-3, 3), y_takes_gradients=st.booleans(),
-    dropout=st.sampled_from([0.0, 0.3]), transposed=st.booleans(),
-)  # fmt: skip
-def test_values_and_gradients_are_those_of_the_plain_line(shape, size_out, rank, scale, y_takes_gradients, dropout, transposed):
+    shape=shapes,
+    size_out=st.integers(1, 6),
+    rank=st.integers(1, 7),
+    scale=st.floats(-3, 3),
+    y_takes_gradients=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.3]),
+    transposed=st.booleans(),
+)
+def test_values_and_gradients_are_those_of_the_plain_line(
+    shape, size_out, rank, scale, y_takes_gradients, dropout, transposed
+):
     x, W, b, A, B = tensors(shape, size_out, rank)
     x = x.transpose(0, -1).contiguous().transpose(0, -1) if transposed else x
     of = [t.requires_grad_() for t in (x, A, B)]
@@ -62,7 +75,9 @@ def test_gradients_are_right_for_every_subset_of_inputs_that_take_them(needs, sh
     of = [t.requires_grad_() for name, t in zip("xAB", (strided, A, B), strict=True) if name in needs]
 
     # The same mask drawn each time, as each forward has: gradcheck writes into x behind autograd's back.
-    assert gradcheck(lambda *_: add_low_rank(F.linear(strided, W, b), strided, A, B, 0.7, mask_of(strided, dropout)), of)
+    assert gradcheck(
+        lambda *_: add_low_rank(F.linear(strided, W, b), strided, A, B, 0.7, mask_of(strided, dropout)), of
+    )
 
 
 def test_the_base_output_takes_its_gradient_through_the_update():
@@ -119,7 +134,11 @@ def test_backward_keeps_x_the_rank_wide_product_and_a_packed_mask_only(dropout):
     x, W, b, A, B = tensors((64, 32), 48, 2, torch.float32)
     A.requires_grad_(), B.requires_grad_(), x.requires_grad_()
     mask = mask_of(x, dropout)
-    expected = [(torch.float32, (64, 2)), (torch.float32, (64, 32)), *([(torch.uint8, (64 * 32 // 8,))] if mask else [])]
+    expected = [
+        (torch.float32, (64, 2)),
+        (torch.float32, (64, 32)),
+        *([(torch.uint8, (64 * 32 // 8,))] if mask else []),
+    ]
     assert kept(lambda: add_low_rank(F.linear(x, W, b), x, A, B, 1.0, mask), [W, b, A, B]) == expected
 
 

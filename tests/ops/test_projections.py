@@ -1,4 +1,6 @@
-"""A frozen linear with its update as one node, and the parts of that node for several linears, against the plain lines."""
+"""A frozen linear with its update as one node, and the parts of that node for several linears,
+against the plain lines.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,13 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 @settings(max_examples=80, deadline=None)
-@given(shape=shapes, rank=st.sampled_from([None, 1, 2, 5]), bias=st.booleans(), dropout=st.sampled_from([0.0, 0.3, 0.5]), layout=layouts)
+@given(
+    shape=shapes,
+    rank=st.sampled_from([None, 1, 2, 5]),
+    bias=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.3, 0.5]),
+    layout=layouts,
+)
 def test_values_and_gradients_are_those_of_the_plain_lines(shape, rank, bias, dropout, layout):
     x = laid_out(randn(*shape), layout).detach().requires_grad_()
     p = one(shape[-1], rank, bias=bias)

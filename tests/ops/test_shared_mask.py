@@ -1,4 +1,6 @@
-"""One mask for all readers of a tensor: who shares it, for how long it is kept, and gradient checkpointing that finds it again."""
+"""One mask for all readers of a tensor: who shares it, for how long it is kept, and gradient checkpointing that finds
+it again.
+"""
 
 from __future__ import annotations
 
@@ -184,8 +186,8 @@ def test_a_tensor_that_is_written_into_between_thousands_of_passes_takes_bounded
 
 
 def test_threads_do_not_disturb_each_other():
-    """On a tensor of its own a thread sees its own passes. On one that all read a pass may begin between two readers of a thread,
-    but each mask is that of the seed remembered for its draw, so gradient checkpointing finds it.
+    """On a tensor of its own a thread sees its own passes. On one that all read a pass may begin between two readers of
+    a thread, but each mask is that of the seed remembered for its draw, so gradient checkpointing finds it.
     """
     shared, together = [randn(50, 8) for _ in range(400)], threading.Barrier(4, timeout=60)
     found, given = {}, [[] for _ in shared]

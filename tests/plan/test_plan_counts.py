@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from lorakit.config import LoraConfig
+from lorakit.methods import method_of
+from lorakit.model.attach import attach
 from lorakit.plan.planner import Planner, Setting
-from lorakit.plan.shell import Shell
-from lorakit.train.loss import summed_loss
+from lorakit.tasks import causal_lm
+from lorakit.train.config import TrainConfig
 
 CUDA = torch.device("cuda")
+
+
+def lora(**settings):
+    """Puts such an adapter on a model."""
+    return lambda model: attach(model, LoraConfig(**settings))
+
+
+def nothing(model) -> None:
+    """Full fine-tuning: all of the base trains."""
 
 
 def llama_3_8b(layers: int = 32):
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
         max_position_embeddings=8192,
-    )  # fmt: skip
+    )
 
 
 def gpt_3():
@@ -29,13 +47,20 @@ def gpt_3():
 
 
 def planner(base, **changes) -> Planner:
-    values = {"dtype": torch.bfloat16, "device": CUDA, "loss": summed_loss, "overhead": 0, "adapter": LoraConfig()} | changes
+    values = {
+        "dtype": torch.bfloat16,
+        "device": CUDA,
+        "task": causal_lm,
+        "config": TrainConfig(data="-"),
+        "overhead": 0,
+        "attach": lora(),
+    } | changes
     return Planner(base, Setting(**values))
 
 
 def test_llama_3_8b_with_rank_8_on_q_and_k_trains_3_407_872_parameters():
     """As transformers and PEFT's documentation print for it."""
-    made = planner(llama_3_8b(), adapter=LoraConfig(rank=8, targets=["q_proj", "k_proj"]))
+    made = planner(llama_3_8b(), attach=lora(rank=8, targets=["q_proj", "k_proj"]))
     estimate = made.estimate(1, 512)
     assert estimate.trained == 3_407_872
     assert estimate.parameters == 8_030_261_248
@@ -44,10 +69,15 @@ def test_llama_3_8b_with_rank_8_on_q_and_k_trains_3_407_872_parameters():
 
 
 def test_gpt_3_with_rank_4_on_q_and_v_makes_a_checkpoint_of_about_35_mb():
-    """Hu et al. 2021, section 4.2: 'with r = 4 and only the query and value projection matrices being adapted, the checkpoint size is
-    reduced by roughly 10,000x (from 350GB to 35MB)'. That is 96 layers x 2 matrices x 4 x (12288 + 12288) numbers in 16 bits:
-    37.7 MB, or 36.0 MiB."""
-    shell = Shell(gpt_3(), torch.float16, LoraConfig(rank=4, targets=["c_attn"], packed={"c_attn": [True, False, True]}))
+    """Hu et al. 2021, section 4.2: 'with r = 4 and only the query and value projection matrices being adapted, the
+    checkpoint size is reduced by roughly 10,000x (from 350GB to 35MB)'. That is 96 layers x 2 matrices x 4 x (12288 +
+    12288) numbers in 16 bits: 37.7 MB, or 36.0 MiB."""
+    config = TrainConfig(data="-", rank=4, targets=["c_attn"], packed={"c_attn": [True, False, True]})
+    shell = planner(
+        gpt_3(),
+        dtype=torch.float16,
+        attach=partial(method_of("lora").attach, config=config, name="a", task_type="CAUSAL_LM"),
+    ).shell
     trained = sum(p.numel() for p in shell.trained())
     assert trained == 96 * 2 * 4 * (12288 + 12288) == 18_874_368
     assert 2 * trained / 2**20 == pytest.approx(35, rel=0.03)
@@ -76,7 +106,7 @@ def test_four_bits_are_for_the_linear_weights_but_not_for_the_head_and_the_embed
 
 
 def test_full_fine_tuning_holds_weights_gradients_and_two_copies():
-    estimate = planner(llama_3_8b(2), adapter=None, dtype=torch.float32, batch=8).estimate(1, 64)
+    estimate = planner(llama_3_8b(2), attach=nothing, dtype=torch.float32, batch=8).estimate(1, 64)
     size = 4 * estimate.parameters
     assert estimate.trained == estimate.parameters
     assert (estimate.parts["weights"], estimate.parts["adapter"], estimate.parts["optimizer"]) == (
@@ -89,7 +119,7 @@ def test_full_fine_tuning_holds_weights_gradients_and_two_copies():
 
 def test_the_operations_of_a_step_are_those_of_its_matrix_products():
     """2 for forward and 2 for the input gradient, per weight and token; attention and the adapter add a little."""
-    estimate = planner(llama_3_8b(4), adapter=LoraConfig(rank=1, targets=["q_proj"])).estimate(1, 1024)
+    estimate = planner(llama_3_8b(4), attach=lora(rank=1, targets=["q_proj"])).estimate(1, 1024)
     head, layers = 128256 * 4096, 4 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
     assert estimate.flops == pytest.approx(4 * 1024 * (head + layers), rel=0.05)
 
@@ -97,10 +127,17 @@ def test_the_operations_of_a_step_are_those_of_its_matrix_products():
 def test_more_memory_never_fits_less():
     from transformers import LlamaConfig
 
-    made = planner(LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256,
-    ))  # fmt: skip
+    made = planner(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        )
+    )
     found = [made.most_rows(64, memory) for memory in (1_000, 5_000_000, 8_000_000)]
     assert found[0] == 0 < found[1] < found[2] < 256
     assert made.estimate(found[1], 64).total <= 5_000_000 < made.estimate(found[1] + 2, 64).total

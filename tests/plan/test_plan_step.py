@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.config import LoraConfig
-from lorakit.evaluate.perplexity import token_losses
 from lorakit.model.attach import attach
 from lorakit.ops import IGNORE_INDEX
 from lorakit.plan import step as step_file
@@ -18,17 +17,24 @@ from lorakit.plan.live import Live
 from lorakit.plan.machine import resident
 from lorakit.plan.shell import PlanError, Shell
 from lorakit.plan.step import evaluation, training_step
-from lorakit.train import loss as loss_file
-from lorakit.train.loss import summed_loss
+from lorakit.tasks import causal_lm
+from lorakit.tasks.text import causal_loss as loss_file
+from lorakit.tasks.text.causal_loss import row_losses, summed_loss
+from lorakit.train.config import TrainConfig
 
 
 def config(layers: int = 6, **changes):
     from transformers import LlamaConfig
 
     values = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
     return LlamaConfig(**values | changes)
 
 
@@ -40,15 +46,35 @@ def batch(rows: int = 2, length: int = 96, untrained: int = 40):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def shell(layers: int = 6, full: bool = False, checkpointing: bool = False, plain: bool = False, dtype=torch.float32) -> Shell:
-    made = Shell(config(layers), dtype, None if full else LoraConfig(rank=4), checkpointing=checkpointing)
+def lora(**settings):
+    """Puts such an adapter on a model."""
+    return lambda model: attach(model, LoraConfig(**settings))
+
+
+def nothing(model) -> None:
+    """Full fine-tuning: all of the base trains."""
+
+
+def planned_of(base, dtype, attach, **options) -> Shell:
+    return Shell(type(base).__name__, lambda: causal_lm.skeleton(TrainConfig(data="-"), base, dtype), attach, **options)
+
+
+def shell(
+    layers: int = 6, full: bool = False, checkpointing: bool = False, plain: bool = False, dtype=torch.float32
+) -> Shell:
+    made = planned_of(config(layers), dtype, nothing if full else lora(rank=4), checkpointing=checkpointing)
     made.attention(plain)
     return made
 
 
 KINDS = [
-    {}, {"full": True}, {"checkpointing": True}, {"full": True, "plain": True}, {"full": True, "checkpointing": True}, {"dtype": torch.bfloat16}
-]  # fmt: skip
+    {},
+    {"full": True},
+    {"checkpointing": True},
+    {"full": True, "plain": True},
+    {"full": True, "checkpointing": True},
+    {"dtype": torch.bfloat16},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +99,9 @@ class Plain(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_on_shapes_sees_what_a_real_step_makes(kind, monkeypatch):
-    """The same counting around the real model with real tensors, which nothing but the counting shares with the run on shapes."""
+    """The same counting around the real model with real tensors, which nothing but the counting shares with the run on
+    shapes.
+    """
     from transformers import AutoModelForCausalLM
 
     planned = shell(layers=2, **kind)
@@ -96,19 +124,27 @@ def test_a_step_on_shapes_sees_what_a_real_step_makes(kind, monkeypatch):
 
 
 def test_a_model_of_unequal_layers_is_run_whole():
-    made = Shell(config(6), torch.float32, LoraConfig(rank=4, layers=[1, 4]))
+    made = planned_of(config(6), torch.float32, lora(rank=4, layers=[1, 4]))
     assert not made.foldable
-    adapted = Shell(config(6), torch.float32, LoraConfig(rank=4, rank_pattern={"layers.3.self_attn.q_proj": 8}))
+    adapted = planned_of(config(6), torch.float32, lora(rank=4, rank_pattern={"layers.3.self_attn.q_proj": 8}))
     assert not adapted.foldable
     assert training_step(made, batch(), summed_loss, False).stretches["loss"]["loss"] > 0
 
 
 def test_no_memory_is_taken_for_seventy_billion_parameters():
     before = resident()
-    made = Shell(
-        config(80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256),
-        torch.bfloat16, LoraConfig(rank=16),
-    )  # fmt: skip
+    made = planned_of(
+        config(
+            80,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        ),
+        torch.bfloat16,
+        lora(rank=16),
+    )
     traced = training_step(made, batch(1, 1024), summed_loss, False)
     assert made.frozen_bytes() > 130e9
     assert sum(traced.stretches["loss"].values()) > 10e9
@@ -116,7 +152,9 @@ def test_no_memory_is_taken_for_seventy_billion_parameters():
 
 
 def test_more_trained_positions_need_more_for_the_loss():
-    some, all_of_them = (training_step(shell(), batch(untrained=n), summed_loss, False).stretches["loss"]["loss"] for n in (80, 0))
+    some, all_of_them = (
+        training_step(shell(), batch(untrained=n), summed_loss, False).stretches["loss"]["loss"] for n in (80, 0)
+    )
     assert all_of_them > 2 * some
 
 
@@ -143,15 +181,18 @@ def test_plain_attention_grows_with_the_square_of_the_length():
 
 def test_an_evaluation_keeps_nothing_for_backward():
     made = shell()
-    held_out = evaluation(made, batch(), token_losses)
+    held_out = evaluation(made, batch(), row_losses)
     trained = training_step(made, batch(), summed_loss, False)
     assert sum(held_out.stretches["evaluation"].values()) < sum(trained.stretches["loss"].values())
     assert made.model.training
 
 
 def test_other_architectures_can_be_planned():
-    for model, lora in ((tiny_lm.gpt2(), LoraConfig(rank=4)), (tiny.llama(tied=True), LoraConfig(rank=4, save_modules=["lm_head"]))):
-        made = Shell(model.config, torch.float32, lora)
+    for model, adapter in (
+        (tiny_lm.gpt2(), lora(rank=4)),
+        (tiny.llama(tied=True), lora(rank=4, save_modules=["lm_head"])),
+    ):
+        made = planned_of(model.config, torch.float32, adapter)
         traced = training_step(made, batch(1, 24, 8) if model.config.vocab_size > 250 else _small(), summed_loss, False)
         assert traced.stretches["loss"]["loss"] > 0
         assert made.base_parameters() == sum(p.numel() for p in model.parameters())
@@ -174,7 +215,7 @@ def test_a_step_that_asks_for_numbers_is_an_error_that_says_so():
 
 def test_an_encoder_decoder_cannot_be_planned_and_the_error_says_so():
     with pytest.raises(PlanError, match="cannot be estimated"):
-        Shell(tiny.t5().config, torch.float32, LoraConfig(rank=4))
+        planned_of(tiny.t5().config, torch.float32, lora(rank=4))
 
 
 def test_a_storage_counts_once_and_until_its_last_view_is_gone():

@@ -13,7 +13,15 @@ from lorakit.plan.units import parse_bytes, show_bytes
 
 @pytest.mark.parametrize(
     "text, size",
-    [("24GB", 24e9), ("24 gb", 24e9), ("24G", 24e9), ("16GiB", 16 * 2**30), ("1.5TB", 1.5e12), ("512MB", 512e6), ("1000B", 1000)],
+    [
+        ("24GB", 24e9),
+        ("24 gb", 24e9),
+        ("24G", 24e9),
+        ("16GiB", 16 * 2**30),
+        ("1.5TB", 1.5e12),
+        ("512MB", 512e6),
+        ("1000B", 1000),
+    ],
 )
 def test_memory_is_read_as_it_is_written(text, size):
     assert parse_bytes(text) == size
@@ -26,15 +34,22 @@ def test_what_is_no_amount_of_memory_is_refused_by_name(text):
 
 
 @pytest.mark.parametrize(
-    "size, text", [(0, "0 B"), (999, "999 B"), (1280, "1.28 KB"), (999_900_000, "1 GB"), (141e9, "141 GB"), (3e15, "3000 TB")]
+    "size, text",
+    [(0, "0 B"), (999, "999 B"), (1280, "1.28 KB"), (999_900_000, "1 GB"), (141e9, "141 GB"), (3e15, "3000 TB")],
 )
 def test_sizes_are_shown_with_three_digits(size, text):
     assert show_bytes(size) == text
 
 
 @given(
-    st.integers(1, 300), st.integers(0, 50), st.integers(1, 90), st.integers(0, 3), st.integers(0, 500), st.integers(0, 40_000), st.integers(1, 300)
-)  # fmt: skip
+    st.integers(1, 300),
+    st.integers(0, 50),
+    st.integers(1, 90),
+    st.integers(0, 3),
+    st.integers(0, 500),
+    st.integers(0, 40_000),
+    st.integers(1, 300),
+)
 def test_the_largest_is_that_of_trying_all(most, base, slope, square, jump, budget, at):
     def cost(n: int) -> int:
         return base + slope * n + square * n * n + jump * (n >= at)

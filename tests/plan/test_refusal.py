@@ -8,10 +8,10 @@ import pytest
 import tiny_lm
 import torch
 
+from lorakit.bases import load as load_file
 from lorakit.errors import ConfigError, TrainError
 from lorakit.plan.machine import Memory
 from lorakit.train import memory as memory_file
-from lorakit.train import setup as setup_file
 from lorakit.train.memory import check
 from lorakit.train.progress import Progress
 from lorakit.train.setup import set_up
@@ -33,7 +33,7 @@ def config(files, tmp_path):
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_or_written(config, monkeypatch):
-    monkeypatch.setattr(setup_file, "load_model", lambda *a, **k: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(load_file, "load_model", lambda *a, **k: pytest.fail("the base was loaded"))
     asked = config(memory="50MB")
     with pytest.raises(TrainError) as refused:
         train(asked, QUIET)
@@ -89,7 +89,10 @@ def test_the_refusal_names_the_largest_micro_batch_that_fits(config, monkeypatch
         check(asked.replace(memory=f"{between}B"), torch.float32, CPU, items, 0)
     rows = int(str(refused.value).split("micro_batch: ")[1].split()[0])
     assert 8 <= rows < 64
-    assert check(asked.replace(memory=f"{between}B", micro_batch=rows), torch.float32, CPU, items, 0).value.total <= between
+    assert (
+        check(asked.replace(memory=f"{between}B", micro_batch=rows), torch.float32, CPU, items, 0).value.total
+        <= between
+    )
 
 
 def test_full_fine_tuning_is_told_of_lora(config):

@@ -40,8 +40,11 @@ def test_results_have_the_size_strides_and_type_of_real_ones_the_first_and_the_s
             made = OPERATIONS[name](weightless)
         assert isinstance(made, Weightless)
         assert (made.shape, made.stride(), made.dtype, made.device) == (
-            expected.shape, expected.stride(), expected.dtype, expected.device,
-        )  # fmt: skip
+            expected.shape,
+            expected.stride(),
+            expected.dtype,
+            expected.device,
+        )
 
 
 def test_gradients_flow_and_have_the_parameters_shape():

@@ -1,4 +1,4 @@
-"""The demo, short: it learns, judges, merges, goes on where it stopped, and says what is next."""
+"""The demo in a few steps: it learns, evaluates, merges, resumes, and names the next command."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.cli import run as cli
 from lorakit.data.dataset import build
 from lorakit.data.read import read_rows
-from lorakit.evaluate.perplexity import perplexity
 from lorakit.reproduce.demo import ASSETS, ROWS_FILE, run
+from lorakit.tasks.text.perplexity import perplexity
 from lorakit.train.run_folder import RunFolder
 
 STEPS, ROWS = 3, 8
@@ -21,15 +21,15 @@ STEPS, ROWS = 3, 8
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """(folder, outcome, what was said), after three steps."""
+    """(folder, outcome, printed lines) after three steps."""
     out = tmp_path_factory.mktemp("demo") / "demo"
-    said: list[str] = []
-    outcome = run(out, rows=ROWS, steps=STEPS, say=said.append)
-    return out, outcome, said
+    lines: list[str] = []
+    outcome = run(out, rows=ROWS, steps=STEPS, say=lines.append)
+    return out, outcome, lines
 
 
-def test_it_judges_base_and_adapter_saves_and_merges(demo):
-    out, outcome, said = demo
+def test_the_demo_scores_base_and_adapter_and_merges(demo):
+    out, outcome, lines = demo
     base, tuned = outcome.scores
     assert (base.name, tuned.name) == ("base", "LoRA")
     for score in (base, tuned):
@@ -38,7 +38,7 @@ def test_it_judges_base_and_adapter_saves_and_merges(demo):
     assert (outcome.adapter, outcome.merged) == (str(out / "run" / "adapter"), str(out / "merged"))
     assert len(outcome.samples) == 3
     assert all(set(sample) == {"prompt", "base", "LoRA"} for sample in outcome.samples)
-    assert [line[0] for line in said] == ["1", "2", "3"]
+    assert [line[0] for line in lines] == ["1", "2", "3"]
     json.dumps(outcome.to_dict())
 
 
@@ -58,7 +58,7 @@ def test_a_few_steps_lower_the_loss_on_the_test_rows(demo):
     assert perplexity(model, items, 0).loss < before - 0.01
 
 
-def test_again_on_the_same_folder_it_goes_on_and_ends_the_same(demo):
+def test_a_second_run_resumes_and_gives_the_same_adapter(demo):
     out, outcome, _ = demo
     folder = RunFolder(out / "run")
     before = (folder.adapter / "adapter_model.safetensors").read_bytes(), folder.metrics.read_bytes()
@@ -67,12 +67,12 @@ def test_again_on_the_same_folder_it_goes_on_and_ends_the_same(demo):
     assert again.scores[1].seconds == outcome.scores[1].seconds
 
 
-def test_a_demo_that_was_killed_before_its_run_began_is_begun_again(tmp_path):
+def test_a_demo_killed_before_its_training_run_starts_over(tmp_path):
     (tmp_path / ROWS_FILE).write_text("{}\n")
     assert cli(["demo", "--out", str(tmp_path), "--steps", "1", "--rows", "1", "--json"]) == 0
 
 
-def test_at_the_command_line_other_steps_need_force_and_strangers_are_left_alone(demo, tmp_path, capsys):
+def test_other_steps_need_force_and_foreign_folders_are_never_replaced(demo, tmp_path, capsys):
     out, _, _ = demo
     assert cli(["demo", "--out", str(out), "--steps", "1", "--rows", "1"]) == 1
     assert "steps: 3 then, 1 now" in capsys.readouterr().err
@@ -84,8 +84,8 @@ def test_at_the_command_line_other_steps_need_force_and_strangers_are_left_alone
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "thesis.txt"]
     assert {p.name for p in out.iterdir()} == {ROWS_FILE, "run", "merged"}
     assert cli(["demo", "--out", str(out), "--steps", "1", "--rows", "1", "--force", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["adapter"] == str(out / "run" / "adapter")
+    output = json.loads(capsys.readouterr().out)
+    assert output["adapter"] == str(out / "run" / "adapter")
     assert [row["step"] for row in RunFolder(out / "run").rows() if "loss" in row] == [1]
     assert cli(["demo", "--out", str(out), "--steps", "1", "--rows", "1"]) == 0
     *_, next_line, own_data = capsys.readouterr().out.splitlines()

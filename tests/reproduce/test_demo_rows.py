@@ -1,4 +1,4 @@
-"""The demo's rows: one text for each meaning, that in the more usual words."""
+"""The demo's rows: the most likely text of each meaning, and fewer rows with few properties."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 from lorakit.reproduce.demo import ASSETS
-from lorakit.reproduce.demo_rows import MANY, ONE_IN, chosen, usual
+from lorakit.reproduce.demo_rows import MANY, ONE_IN, most_likely, select_rows
 from lorakit.reproduce.slots import check_slots, parse_mr
 
 
@@ -14,7 +14,7 @@ def row(name: str, text: str) -> dict[str, str]:
     return {"prompt": f"name[{name}], eatType[pub]\n", "completion": text}
 
 
-def test_of_each_meaning_the_more_usual_text_is_taken_whatever_its_place_and_name():
+def test_the_most_likely_text_of_each_meaning_is_selected():
     rows = [
         row("The Mill", "The Mill is a pub."),
         row("The Mill", "A pub goes by the name of The Mill."),
@@ -22,26 +22,31 @@ def test_of_each_meaning_the_more_usual_text_is_taken_whatever_its_place_and_nam
         row("Cocum", "Cocum is a pub."),
         row("Zizzi", "Zizzi is a pub."),
     ]
-    assert [r["completion"] for r in usual(rows)] == ["The Mill is a pub.", "Cocum is a pub.", "Zizzi is a pub."]
+    assert [r["completion"] for r in most_likely(rows)] == ["The Mill is a pub.", "Cocum is a pub.", "Zizzi is a pub."]
 
 
-def test_of_equally_usual_texts_the_shorter_is_taken():
+def test_the_shorter_of_equally_likely_texts_is_selected():
     rows = [row("Cocum", "Cocum is a pub. Cocum is a pub."), row("Cocum", "Cocum is a pub.")]
-    assert [r["completion"] for r in usual(rows)] == ["Cocum is a pub."]
+    assert [r["completion"] for r in most_likely(rows)] == ["Cocum is a pub."]
 
 
 def test_the_slice_keeps_every_meaning_and_its_texts_state_all_slots():
     rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()]
-    kept = usual(rows)
-    assert [r["prompt"] for r in kept] == list(dict.fromkeys(r["prompt"] for r in rows))
-    assert all(r in rows for r in kept[:200])
-    starts = [r["completion"].startswith(parse_mr(r["prompt"].strip())["name"]) for r in kept]
-    assert sum(starts) / len(starts) > 0.65, "most texts begin with the name, and more of the kept ones (57 % before)"
-    assert not any(check_slots(parse_mr(r["prompt"].strip()), r["completion"]).missing for r in kept)
+    selected = most_likely(rows)
+    assert [r["prompt"] for r in selected] == list(dict.fromkeys(r["prompt"] for r in rows))
+    assert all(r in rows for r in selected[:200])
+    starts = [r["completion"].startswith(parse_mr(r["prompt"].strip())["name"]) for r in selected]
+    assert sum(starts) / len(starts) > 0.65, (
+        "most texts start with the name: 57 % of all, and more of the selected ones"
+    )
+    assert not any(check_slots(parse_mr(r["prompt"].strip()), r["completion"]).missing for r in selected)
 
 
-def test_meanings_with_few_properties_are_thinned_out_and_none_with_many():
+def test_only_meanings_with_few_properties_are_thinned_out():
     rows = [json.loads(line) for line in (ASSETS / "train.jsonl").read_text(encoding="utf8").splitlines()]
-    before, after = (Counter(len(parse_mr(r["prompt"].strip())) >= MANY for r in some) for some in (usual(rows), chosen(rows)))
+    before, after = (
+        Counter(len(parse_mr(r["prompt"].strip())) >= MANY for r in some)
+        for some in (most_likely(rows), select_rows(rows))
+    )
     assert after[True] == before[True]
     assert after[False] == -(-before[False] // ONE_IN)

@@ -1,4 +1,4 @@
-"""The slot checker: what counts as said, as missing, as wrong."""
+"""The slot checker: what counts as stated, missing and wrong."""
 
 from __future__ import annotations
 
@@ -43,13 +43,15 @@ def test_a_malformed_meaning_representation_is_refused_with_the_place(mr, compla
         parse_mr(mr)
 
 
-def test_a_text_that_says_everything_has_no_errors():
+def test_a_text_that_states_every_slot_has_no_errors():
     slots = parse_mr(
-        "name[The Vaults], eatType[pub], food[Italian], priceRange[less than £20], customer rating[3 out of 5], area[riverside], "
+        "name[The Vaults], eatType[pub], food[Italian], priceRange[less than £20], customer rating[3 out of 5], "
+        "area[riverside], "
         "familyFriendly[no], near[Café Rouge]"
     )
     text = (
-        "The Vaults is a cheap pub by the river, near Cafe Rouge. It serves Italian food, has an average customer rating "
+        "The Vaults is a cheap pub by the river, near Cafe Rouge. It serves Italian food, has an average customer "
+        "rating "
         "and is not family-friendly."
     )
     assert found(slots, text) == ((), ())
@@ -98,7 +100,7 @@ def test_a_text_that_says_everything_has_no_errors():
         ("eatType", "restaurant", "is an eatery"),
     ],
 )
-def test_a_usual_paraphrase_is_accepted_and_its_absence_noticed(slot, value, text):
+def test_a_common_paraphrase_realises_a_slot_and_its_absence_is_missing(slot, value, text):
     assert found({"name": "The Vaults", slot: value}, f"The Vaults {text}.") == ((), ())
     assert found({"name": "The Vaults", slot: value}, NAMED) == ((slot,), ())
 
@@ -124,7 +126,10 @@ def test_another_value_in_place_of_the_right_one_is_one_error(slot, value, text,
 
 
 def test_a_value_beside_the_right_one_is_wrong_too():
-    assert found({"name": "The Vaults", "food": "French"}, "The Vaults serves French and Chinese food.") == ((), ("food: Chinese",))
+    assert found({"name": "The Vaults", "food": "French"}, "The Vaults serves French and Chinese food.") == (
+        (),
+        ("food: Chinese",),
+    )
 
 
 def test_an_attribute_that_was_not_given_is_wrong():
@@ -138,7 +143,7 @@ def test_another_restaurants_name_is_wrong_and_replaces_a_missing_one():
     assert found({"name": "The Vaults", "near": "Café Rouge"}, "Nothing is here.") == (("name", "near"), ())
 
 
-def test_names_are_whole_words_whatever_their_case_and_accents():
+def test_names_match_as_full_words_regardless_of_case_and_accents():
     slots = {"name": "Ranch", "near": "Café Rouge"}
     assert found(slots, "RANCH is near cafe rouge.") == ((), ())
     assert found(slots, "A branch near Café Rouge.") == (("name",), ())
@@ -147,8 +152,13 @@ def test_names_are_whole_words_whatever_their_case_and_accents():
 def test_a_name_says_nothing_about_the_attributes():
     slots = {"name": "The Golden Curry", "near": "Raja Indian Cuisine", "food": "Indian", "eatType": "coffee shop"}
     assert found(slots, "The Golden Curry is near Raja Indian Cuisine.") == (("eatType", "food"), ())
-    assert found({"name": "Burger King", "near": "Rainbow Vegetarian Café"}, "Burger King is near Rainbow Vegetarian Café.") == ((), ())
-    assert found({"name": "The Vaults"}, "The Vaults is near Raja Indian Cuisine.") == ((), ("name: Raja Indian Cuisine",))
+    assert found(
+        {"name": "Burger King", "near": "Rainbow Vegetarian Café"}, "Burger King is near Rainbow Vegetarian Café."
+    ) == ((), ())
+    assert found({"name": "The Vaults"}, "The Vaults is near Raja Indian Cuisine.") == (
+        (),
+        ("name: Raja Indian Cuisine",),
+    )
 
 
 def test_outside_the_city_centre_is_not_a_claim_of_the_centre():
@@ -168,19 +178,19 @@ def test_outside_the_city_centre_is_not_a_claim_of_the_centre():
         "The Vaults has a low price range and its customer rating is high.",
     ],
 )
-def test_high_and_low_go_to_what_they_are_said_of(text):
+def test_high_and_low_belong_to_the_noun_they_describe(text):
     assert found({"name": "The Vaults", "priceRange": "cheap", "customer rating": "5 out of 5"}, text) == ((), ())
     swapped = check_slots({"name": "The Vaults", "priceRange": "high", "customer rating": "low"}, text)
     assert swapped.wrong == ("priceRange: low", "customer rating: high")
 
 
-def test_a_refusal_elsewhere_in_the_sentence_does_not_refuse_families():
+def test_a_negation_elsewhere_in_the_sentence_is_not_about_families():
     text = "The Vaults is not expensive but is family friendly."
     assert found({"name": "The Vaults", "familyFriendly": "yes"}, text)[0] == ()
     assert "familyFriendly: no" not in check_slots({"name": "The Vaults"}, text).wrong
 
 
-def test_slots_and_values_outside_the_lists_are_looked_for_verbatim():
+def test_unknown_slots_and_values_are_matched_verbatim():
     slots = {"name": "The Vaults", "food": "Peruvian", "telephone": "01223"}
     assert found(slots, "The Vaults serves Peruvian food, call 01223.") == ((), ())
     assert found(slots, "The Vaults serves food.") == (("food", "telephone"), ())

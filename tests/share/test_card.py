@@ -1,4 +1,4 @@
-"""Model cards: true, complete as far as things are known, and safe against what an adapter's file says of itself.
+"""Model cards are true, complete as far as things are known, and safe against untrusted metadata.
 
 The page is read by markdown-it (CommonMark with GitHub's tables), the metadata by huggingface_hub.
 """
@@ -20,13 +20,30 @@ from lorakit import formats
 from lorakit.adapter.loha import Hadamard
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.share import card_of, ours, write
-from lorakit.share.words import MOST, cell, code, hub_id, line, plain, without_paths
+from lorakit.share.words import MAX_CHARACTERS, cell, code, line, plain
 
 EVIL = [
-    "a\n---\nlicense: mit\n---\n# owned", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "``` \n# x\n```", "`a``b`", "{{ 7*7 }}{% x %}",
-    "a | b |\n| c", "[x](javascript:alert(1))", "![x](http://evil/x.png)", "https://evil.example www.evil.example", "<!-- ", "--> x", "a\\", "\\`|\\",
-    "\x1b[31mred\x00\u202e", "'\"; import os; os.system('x') #", "$(rm -rf ~)", "- !!python/object/apply:os.system [x]", "*&^%: @x", "x" * 10_000,
-]  # fmt: skip
+    "a\n---\nlicense: mit\n---\n# owned",
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "``` \n# x\n```",
+    "`a``b`",
+    "{{ 7*7 }}{% x %}",
+    "a | b |\n| c",
+    "[x](javascript:alert(1))",
+    "![x](http://evil/x.png)",
+    "https://evil.example www.evil.example",
+    "<!-- ",
+    "--> x",
+    "a\\",
+    "\\`|\\",
+    "\x1b[31mred\x00\u202e",
+    "'\"; import os; os.system('x') #",
+    "$(rm -rf ~)",
+    "- !!python/object/apply:os.system [x]",
+    "*&^%: @x",
+    "x" * 10_000,
+]
 
 
 def factors(out=12, rank=4, in_=15, alpha=8.0):
@@ -48,28 +65,38 @@ def tokens(text):
 
 
 def shape(text):
-    """What a page is made of, but for its words: headings, blocks of code, tables and their cells; and its raw HTML, links, pictures."""
+    """Return a page's structure without its words: headings, code blocks, table columns, raw HTML, links, images."""
     found = tokens(text)
     inline = [child for token in found for child in token.children or []]
     return {
         "headings": [t.tag for t in found if t.type == "heading_open"],
         "fences": sum(t.type in ("fence", "code_block") for t in found),
-        "columns": [len(re.findall("th_open", " ".join(t.type for t in found[i : i + 40]))) for i, t in enumerate(found) if t.type == "thead_open"],
+        "columns": [
+            len(re.findall("th_open", " ".join(t.type for t in found[i : i + 40])))
+            for i, t in enumerate(found)
+            if t.type == "thead_open"
+        ],
         "html": [t.content for t in (*found, *inline) if t.type.startswith("html")],
         "links": [t.attrGet("href") for t in inline if t.type == "link_open"],
         "images": sum(t.type == "image" for t in inline),
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------------------ what is on it
 
 
-def test_the_metadata_says_what_is_certain_and_no_more(tmp_path):
-    card = card_of(adapter().save(tmp_path / "a"), license="apache-2.0", description="Writes verse.", repository="someone/verse")
+def test_the_metadata_has_only_what_is_certain(tmp_path):
+    card = card_of(
+        adapter().save(tmp_path / "a"), license="apache-2.0", description="Writes verse.", repository="someone/verse"
+    )
     assert front(card.text) == {
-        "base_model": "Qwen/Qwen3-0.6B", "base_model_relation": "adapter", "library_name": "peft", "license": "apache-2.0",
-        "pipeline_tag": "text-generation", "tags": ["lora"],
-    }  # fmt: skip
+        "base_model": "Qwen/Qwen3-0.6B",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora"],
+    }
     assert "# verse\n" in card.text
     assert "Writes verse." in card.text
     assert "| rank | 4 |" in card.text
@@ -78,8 +105,8 @@ def test_the_metadata_says_what_is_certain_and_no_more(tmp_path):
     assert "## Samples" not in card.text
     bare = card_of(adapter(base=None, task=None).save(tmp_path / "b"))
     assert front(bare.text) == {"library_name": "peft", "tags": ["lora"]}
-    wanted = ("--repository", "--license", "--description", "--base-model", "--data", "lorakit eval", "samples")
-    assert all(any(word in told for told in bare.missing) for word in wanted)
+    options = ("--repository", "--license", "--description", "--base-model", "--data", "lorakit eval", "samples")
+    assert all(any(option in line for line in bare.missing) for option in options)
 
 
 def test_a_dataset_of_the_hub_is_linked_and_its_results_are_in_the_model_index(run_folder):
@@ -91,7 +118,7 @@ def test_a_dataset_of_the_hub_is_linked_and_its_results_are_in_the_model_index(r
     (result,) = told["model-index"][0]["results"]
     assert result["dataset"] == {"name": "someone/rows", "type": "someone/rows"}
     assert [(m["type"], m["value"]) for m in result["metrics"]] == [("loss", 1.25), ("perplexity", 3.4903)]
-    assert all("held out of the training" in m["name"] for m in result["metrics"])
+    assert all("held out from training" in m["name"] for m in result["metrics"])
 
 
 @pytest.fixture
@@ -102,10 +129,22 @@ def run_folder(tmp_path):
     recipe = {"model": "Qwen/Qwen3-0.6B", "learning_rate": 0.001}
     data = {"name": "rows.jsonl", "hash": "ab" * 32, "rows": 1234, "template": "chat"}
     adapter(recipe=recipe, metrics=metrics, data=data).save(run / "adapter")
-    config = {"model": "Qwen/Qwen3-0.6B", "data": str(tmp_path / "rows.jsonl"), "split": None, "learning_rate": "auto", "schedule": "cosine",
-              "warmup": 0.03, "weight_decay": 0.0, "seed": 3, "out": str(run)}  # fmt: skip
+    config = {
+        "model": "Qwen/Qwen3-0.6B",
+        "data": str(tmp_path / "rows.jsonl"),
+        "split": None,
+        "learning_rate": "auto",
+        "schedule": "cosine",
+        "warmup": 0.03,
+        "weight_decay": 0.0,
+        "seed": 3,
+        "out": str(run),
+    }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    steps = [{"step": i, "loss": 2.0 - i / 20, "learning_rate": 1e-4 * i, "tokens": 100, "seconds": 9.0 * i} for i in range(1, 21)]
+    steps = [
+        {"step": i, "loss": 2.0 - i / 20, "learning_rate": 1e-4 * i, "tokens": 100, "seconds": 9.0 * i}
+        for i in range(1, 21)
+    ]
     held = [
         {"step": 10, "held_out_loss": 1.25, "held_out_perplexity": 3.4903},
         {"step": 20, "held_out_loss": 1.5, "held_out_perplexity": 4.4817},
@@ -114,46 +153,83 @@ def run_folder(tmp_path):
         "".join(json.dumps(row) + "\n" for row in (*steps[:10], held[0], *steps[10:], held[1])) + '{"step": 21, "l'
     )
     (run / "samples").mkdir()
-    (run / "samples" / "step-20.json").write_text(json.dumps([{"prompt": "Say\nit | so", "base": "no", "tuned": "yes"}]))
+    (run / "samples" / "step-20.json").write_text(
+        json.dumps([{"prompt": "Say\nit | so", "base": "no", "tuned": "yes"}])
+    )
     return run
 
 
-def test_a_runs_folder_gives_recipe_data_results_and_samples(run_folder):
+def test_a_runs_folder_provides_recipe_data_results_and_samples(run_folder):
     card = card_of(run_folder)
     assert card.path == run_folder / "adapter" / "README.md"
     for row in (
-        "| data | `rows.jsonl` |", "| rows | 1,234 |", f"| SHA-256 of the rows' token ids | `{'ab' * 32}` |", "| steps | 20 |",
-        "| trained tokens | 2,000 |", "| time | 3 minutes |", "| schedule | cosine |", "| seed | 3 |", "| 10 | 1.2500 | 3.49 |",
-        "| Say<br>it \\| so | no | yes |", "| warmup | 3 % of the steps |", "| learning rate | 0.002 |",
-    ):  # fmt: skip
+        "| data | `rows.jsonl` |",
+        "| rows | 1,234 |",
+        f"| SHA-256 of the rows' token ids | `{'ab' * 32}` |",
+        "| steps | 20 |",
+        "| trained tokens | 2,000 |",
+        "| time | 3 minutes |",
+        "| schedule | cosine |",
+        "| seed | 3 |",
+        "| 10 | 1.2500 | 3.49 |",
+        "| Say<br>it \\| so | no | yes |",
+        "| warmup | 3 % of the steps |",
+        "| learning rate | 0.002 |",
+    ):
         assert row in card.text, row
-    assert "parameters of step 10, where the loss was least" in card.text
+    assert "parameters of step 10, where the loss was lowest" in card.text
     assert "weight decay" not in card.text
     assert "model-index" not in front(card.text), "a file of one's own is no dataset of the hub"
     assert sorted(shape(card.text)["html"]) == [f"{card.text.splitlines()[-1]}\n", "<br>"]
     assert card_of(run_folder / "adapter").text == card.text
 
 
-def test_what_lorakit_eval_measured_is_on_it_and_in_the_model_index_if_the_rows_are_on_the_hub(tmp_path):
+def test_results_of_lorakit_eval_are_on_the_card_and_for_hub_datasets_in_the_model_index(tmp_path):
     folder = adapter().save(tmp_path / "a")
     rows = [
-        {"adapter": None, "loss": 2.5, "perplexity": 12.18, "tokens": 900, "rows": 50, "scores": {"bleu": 5.1, "chrf": 20.0, "rouge_l": 1.0, "exact_match": 0.0}},
-        {"adapter": "adapter", "loss": 1.0, "perplexity": 2.718, "tokens": 900, "rows": 50, "scores": {"bleu": 61.6, "chrf": 65.8, "rouge_l": 62.4, "exact_match": 3.0}},
-    ]  # fmt: skip
-    sample = {"prompt": "Hi", "references": ["x"], "texts": [{"adapter": None, "text": "[b]"}, {"adapter": "adapter", "text": "t"}]}
+        {
+            "adapter": None,
+            "loss": 2.5,
+            "perplexity": 12.18,
+            "tokens": 900,
+            "rows": 50,
+            "scores": {"bleu": 5.1, "chrf": 20.0, "rouge_l": 1.0, "exact_match": 0.0},
+        },
+        {
+            "adapter": "adapter",
+            "loss": 1.0,
+            "perplexity": 2.718,
+            "tokens": 900,
+            "rows": 50,
+            "scores": {"bleu": 61.6, "chrf": 65.8, "rouge_l": 62.4, "exact_match": 3.0},
+        },
+    ]
+    sample = {
+        "prompt": "Hi",
+        "references": ["x"],
+        "texts": [{"adapter": None, "text": "[b]"}, {"adapter": "adapter", "text": "t"}],
+    }
     (tmp_path / "eval.json").write_text(json.dumps({"results": rows, "samples": [sample, 3, {"prompt": 1}]}))
     card = card_of(folder, evaluation=tmp_path / "eval.json", evaluated_on="someone/test")
     assert (
-        "Greedy answers to prompts of the evaluated rows:\n\n| prompt | base | this adapter |\n|---|---|---|\n| Hi | \\[b\\] | t |"
-        in card.text
+        "Greedy answers to prompts of the evaluated rows:\n"
+        "\n"
+        "| prompt | base | this adapter |\n"
+        "|---|---|---|\n"
+        "| Hi | \\[b\\] | t |" in card.text
     )
     assert "| base | 2.5000 | 12.18 | 5.1 | 20.0 | 1.0 | 0.0 |" in card.text
     assert "| this adapter | 1.0000 | 2.72 | 61.6 | 65.8 | 62.4 | 3.0 |" in card.text
     (result,) = front(card.text)["model-index"][0]["results"]
     assert result["dataset"]["type"] == "someone/test"
     assert {m["type"]: m["value"] for m in result["metrics"]} == {
-        "loss": 1.0, "perplexity": 2.718, "bleu": 61.6, "chrf": 65.8, "rouge_l": 62.4, "exact_match": 3.0
-    }  # fmt: skip
+        "loss": 1.0,
+        "perplexity": 2.718,
+        "bleu": 61.6,
+        "chrf": 65.8,
+        "rouge_l": 62.4,
+        "exact_match": 3.0,
+    }
     mine = card_of(folder, evaluation=tmp_path / "eval.json", evaluated_on="test.jsonl")
     assert "50 rows of `test.jsonl` (900 tokens)" in mine.text
     assert "model-index" not in front(mine.text)
@@ -167,7 +243,9 @@ def test_the_code_for_lorakit_and_peft_runs_and_gives_the_same_logits(tiny_llama
     import transformers
     from peft import PeftModel
 
-    lk.attach(tiny_llama, lk.LoraConfig(rank=4, targets=["q_proj", "down_proj"], task="CAUSAL_LM", base="Qwen/Qwen3-0.6B"))
+    lk.attach(
+        tiny_llama, lk.LoraConfig(rank=4, targets=["q_proj", "down_proj"], task="CAUSAL_LM", base="Qwen/Qwen3-0.6B")
+    )
     tiny.randomise_factors(tiny_llama)
     folder = lk.capture(tiny_llama).save(tmp_path / "a")
     expected = tiny.logits(tiny_llama)
@@ -184,11 +262,17 @@ def test_the_code_for_lorakit_and_peft_runs_and_gives_the_same_logits(tiny_llama
 
 def image(module="unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", **options):
     header = {
-        "ss_tag_frequency": json.dumps({"10_sks dog": {"a dog": 12, "grass": 3}}), "ss_base_model_version": "sd_v1", "ss_output_name": "my dog",
-        "ss_sd_model_name": "/home/alice/models/v1-5.safetensors", "modelspec.license": "openrail",
-    }  # fmt: skip
+        "ss_tag_frequency": json.dumps({"10_sks dog": {"a dog": 12, "grass": 3}}),
+        "ss_base_model_version": "sd_v1",
+        "ss_output_name": "my dog",
+        "ss_sd_model_name": "/home/alice/models/v1-5.safetensors",
+        "modelspec.license": "openrail",
+    }
     return lk.Adapter(
-        lk.LoraConfig(rank=4, alpha=8.0, targets=["to_q"]), {module: factors(320, 4, 320)}, metadata={"header": header}, **options
+        lk.LoraConfig(rank=4, alpha=8.0, targets=["to_q"]),
+        {module: factors(320, 4, 320)},
+        metadata={"header": header},
+        **options,
     )
 
 
@@ -197,8 +281,12 @@ def test_an_image_adapters_card_has_its_trigger_words_and_diffusers_code(tmp_pat
     card = card_of(file, base_model="runwayml/stable-diffusion-v1-5", repository="someone/dog")
     assert card.path == tmp_path / "dog.README.md"
     told = front(card.text)
-    assert (told["library_name"], told["pipeline_tag"], told["instance_prompt"]) == ("diffusers", "text-to-image", "sks dog")
-    assert "license" not in told, "what the file says of it is no licence that its owner gave here"
+    assert (told["library_name"], told["pipeline_tag"], told["instance_prompt"]) == (
+        "diffusers",
+        "text-to-image",
+        "sks dog",
+    )
+    assert "license" not in told, "a licence that the file names is not one that the user gave"
     assert any("the file says 'openrail'" in told for told in card.missing)
     assert "## Trigger words\n\n`sks dog`" in card.text
     assert "`a dog` (12), `grass` (3)" in card.text
@@ -208,7 +296,7 @@ def test_an_image_adapters_card_has_its_trigger_words_and_diffusers_code(tmp_pat
     compile(next(t.content for t in tokens(card.text) if t.info == "python"), "card", "exec")
 
 
-def test_no_code_is_shown_that_cannot_work(tmp_path):
+def test_code_that_cannot_work_is_not_shown(tmp_path):
     formats.save(adapter(), tmp_path / "lora.safetensors", "loralib")
     text = card_of(tmp_path / "lora.safetensors", alpha=8.0).text
     assert "lorakit convert OWNER/NAME/lora.safetensors adapter --to peft --alpha 8" in text
@@ -216,43 +304,54 @@ def test_no_code_is_shown_that_cannot_work(tmp_path):
     file = formats.save(image(embeddings={"<s1>": torch.ones(768)}), tmp_path / "c.safetensors", "cloneofsimo")
     text = card_of(file).text
     assert "load_lora_weights(" not in text
-    assert "lorakit convert OWNER/NAME/c.safetensors pytorch_lora_weights.safetensors --to diffusers --allow-loss" in text
+    assert (
+        "lorakit convert OWNER/NAME/c.safetensors pytorch_lora_weights.safetensors --to diffusers --allow-loss" in text
+    )
     tokens_alone = lk.Adapter(lk.LoraConfig(), {}, embeddings={"<s1>": torch.ones(768)})
     text = card_of(formats.save(tokens_alone, tmp_path / "t.safetensors", "cloneofsimo")).text
     assert "## Use" not in text
-    assert "Learned tokens: 768 parameters." in text
+    assert "Textual-inversion embeddings: 768 parameters." in text
     text = card_of(adapter(task=None).save(tmp_path / "no-task")).text
     assert "AutoModel" not in text
     formats.save(adapter(), tmp_path / "mlx", "mlx")
     assert "mlx_lm.generate --model Qwen/Qwen3-0.6B" in card_of(tmp_path / "mlx", base_model="Qwen/Qwen3-0.6B").text
     value = image()
     loha = Hadamard(torch.randn(320, 2), torch.randn(2, 320), torch.randn(320, 2), torch.randn(2, 320), 1.0)
-    value = lk.Adapter(value.config, {}, others={next(iter(value.factors)): loha})
+    value = lk.Adapter(value.config, {next(iter(value.factors)): loha})
     file = formats.save(value, tmp_path / "loha.safetensors", "kohya")
     text = card_of(file).text
     assert "load_lora_weights(" not in text
     assert "An adapter (LoHa)" in text
-    assert "lorakit resize OWNER/NAME/loha.safetensors pytorch_lora_weights.safetensors --to diffusers --keep 0.99" in text
+    assert (
+        "lorakit resize OWNER/NAME/loha.safetensors pytorch_lora_weights.safetensors --to diffusers --keep 0.99" in text
+    )
 
 
 # ------------------------------------------------------------------------------------------ what must not be on it
 
 
 @pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
-def test_what_a_file_says_of_itself_stays_text(evil, run_folder, tmp_path):
+def test_untrusted_metadata_stays_text(evil, run_folder, tmp_path):
     recipe = {"schedule": evil, "learning_rate": evil, evil[:50]: 1}
     data = {"name": evil, "hash": evil, "rows": evil, "template": evil}
     mark = {"architecture": evil, "shapes": evil, "parameters": evil}
     harmless = "harmless"
     pages = []
     for text in (evil, harmless):
-        hostile = adapter(base=text, task=text, recipe=recipe if text == evil else dict.fromkeys(("schedule", "learning_rate"), "x"),
-                          data=data if text == evil else {"name": "x", "hash": "x"},
-                          fingerprint=mark if text == evil else {"architecture": "x", "shapes": "x"}, metrics={"steps": evil})  # fmt: skip
+        hostile = adapter(
+            base=text,
+            task=text,
+            recipe=recipe if text == evil else dict.fromkeys(("schedule", "learning_rate"), "x"),
+            data=data if text == evil else {"name": "x", "hash": "x"},
+            fingerprint=mark if text == evil else {"architecture": "x", "shapes": "x"},
+            metrics={"steps": evil},
+        )
         hostile = lk.Adapter(hostile.config, hostile.factors, {f"{text[:100]}.weight": torch.ones(2)}, hostile.metadata)
         (tmp_path / text[:3].strip("./<").replace("\n", "").replace("\x00", "")).mkdir(exist_ok=True)
         pages.append(card_of(hostile.save(tmp_path / f"{len(pages)}")).text)
-        (run_folder / "samples" / "step-20.json").write_text(json.dumps([{"prompt": text, "base": text, "tuned": text}]))
+        (run_folder / "samples" / "step-20.json").write_text(
+            json.dumps([{"prompt": text, "base": text, "tuned": text}])
+        )
         pages.append(card_of(run_folder).text)
     for ours_, theirs in ((pages[0], pages[2]), (pages[1], pages[3])):
         assert front(ours_).keys() == front(theirs).keys()
@@ -266,7 +365,7 @@ def test_what_a_file_says_of_itself_stays_text(evil, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
-def test_an_image_files_header_stays_text_and_yaml(evil, tmp_path):
+def test_an_image_files_header_stays_text_on_page_and_in_yaml(evil, tmp_path):
     pages = []
     for text in (evil, "harmless"):
         tags = json.dumps({f"10_{text}": {text: 3}})
@@ -294,56 +393,28 @@ def test_an_image_files_header_stays_text_and_yaml(evil, tmp_path):
             assert token.content.count("\n") == 6
 
 
-def test_no_path_and_no_user_of_this_machine_is_on_it(tmp_path, run_folder):
+def test_no_local_path_or_user_name_is_on_the_card(tmp_path, run_folder):
     base = tmp_path / "llama-local"
     base.mkdir()
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"model": str(base)}))
     value = adapter(
-        base=str(base), recipe={"model": str(base), "validation": str(tmp_path / "v.jsonl")}, data={"name": str(tmp_path / "rows.jsonl")}
+        base=str(base),
+        recipe={"model": str(base), "validation": str(tmp_path / "v.jsonl")},
+        data={"name": str(tmp_path / "rows.jsonl")},
     )
     value.save(run_folder / "adapter")
     card = card_of(run_folder)
     for secret in (str(tmp_path), "alice", f"/{getpass.getuser()}/"):
         assert secret not in card.text
-        assert not any(secret in told for told in card.missing)
+        assert not any(secret in line_ for line_ in card.missing)
     assert "| base | llama-local |" in card.text
     assert "base_model" not in front(card.text)
     assert '"BASE"' in card.text
 
 
-@pytest.mark.parametrize(
-    "text, clean",
-    [
-        ("/home/alice/models/llama", "llama"),
-        ("see /home/alice/x.bin, then", "see x.bin, then"),
-        ("~/secret/x", "x"),
-        ("C:\\Users\\bob\\m\\x", "x"),
-        ("at C:/Users/bob/x", "at x"),
-        ("file:///home/bob/y", "y"),
-        ("\\\\server\\share\\x", "x"),
-        ("/home/Alice Smith/m/final", "final"),
-        ("{'a': '/mnt/d/e.pt'}", "{'a': 'e.pt'}"),
-        ("https://huggingface.co/a/b/c", "https://huggingface.co/a/b/c"),
-        ("1/2 and/or </s> OWNER/NAME", "1/2 and/or </s> OWNER/NAME"),
-        (r".*\.layers\.\d+\.(q|v)_proj", r".*\.layers\.\d+\.(q|v)_proj"),
-    ],
-)
-def test_local_paths_are_cut_to_their_last_name_and_nothing_else_is(text, clean):
-    assert without_paths(text) == clean
-
-
-def test_a_hub_id_is_told_from_a_local_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "someone" / "here").mkdir(parents=True)
-    assert hub_id("someone/there") == "someone/there"
-    assert hub_id("/home/u/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/0ab") == "Qwen/Qwen3-0.6B"
-    for name in ("someone/here", "gpt2", "embedded", "./a/b", "models/x", "a/b/c", "a/../b", "a b/c", None, 3, "a/b\n", "~/x"):
-        assert hub_id(name) is None, name
-
-
 @pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
-def test_words_read_back_as_they_were(evil):
+def test_escaped_text_renders_as_the_original(evil):
     reader = MarkdownIt("commonmark", {"html": True}).enable("table")
 
     def shown(markdown):
@@ -353,14 +424,14 @@ def test_words_read_back_as_they_were(evil):
     assert shown(plain(evil)) == f"x{line(evil)}x"
     assert shown(code(evil)) == f"x{line(evil)}x"
     assert not re.search(r"://|www\.", plain(evil)), "GitHub makes links of bare addresses"
-    assert len(line(evil)) <= MOST
+    assert len(line(evil)) <= MAX_CHARACTERS
     assert len(cell(evil, 600)) < 2000
 
 
 # ------------------------------------------------------------------------------------------ writing it
 
 
-def test_a_page_of_others_is_kept_and_one_of_ours_is_renewed(tmp_path):
+def test_only_an_unedited_page_of_ours_is_replaced(tmp_path):
     folder = adapter().save(tmp_path / "a")
     card = card_of(folder)
     write(card.text, card.path)
@@ -369,7 +440,9 @@ def test_a_page_of_others_is_kept_and_one_of_ours_is_renewed(tmp_path):
     assert "license: mit" in card.path.read_text()
     for theirs in (card.text.replace("## Use", "## How"), "mine", "", card.text + "more"):
         card.path.write_text(theirs)
-        with pytest.raises(ConfigError, match="was not written by lorakit, or was changed since\n  --force replaces it"):
+        with pytest.raises(
+            ConfigError, match="was not written by lorakit, or was changed since\n  --force replaces it"
+        ):
             write(card.text, card.path)
         assert card.path.read_text() == theirs
     write(card.text, card.path, force=True)
@@ -380,20 +453,30 @@ def test_equal_adapters_have_equal_cards(tmp_path):
     assert card_of(adapter().save(tmp_path / "a")).text == card_of(adapter().save(tmp_path / "b")).text
 
 
-def test_what_the_hub_would_not_take_is_refused(tmp_path):
+def test_values_that_the_hub_would_reject_are_refused(tmp_path):
     folder = adapter().save(tmp_path / "a")
     for options, told in (
-        ({"license": "Apache 2.0"}, "expected one of the hub's identifiers"), ({"base_model": "/home/x"}, "expected a hub id"),
-        ({"repository": "alone"}, "expected a hub id"), ({"evaluated_on": "x"}, "give both, or neither"),
-    ):  # fmt: skip
+        ({"license": "Apache 2.0"}, "expected one of the hub's identifiers"),
+        ({"base_model": "/home/x"}, "expected a hub id"),
+        ({"repository": "alone"}, "expected a hub id"),
+        ({"evaluated_on": "x"}, "give both, or neither"),
+    ):
         with pytest.raises(ConfigError, match=told):
             card_of(folder, **options)
     with pytest.raises(AdapterError, match="no such file or folder"):
         card_of(tmp_path / "none")
 
 
-@pytest.mark.parametrize("name, content", [("config.yaml", "a: [1"), ("config.yaml", "- a"), ("samples/step-20.json", "{"), ("samples/step-20.json", "[3]"),
-                                           ("metrics.jsonl", "[1]\n3\n")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.yaml", "a: [1"),
+        ("config.yaml", "- a"),
+        ("samples/step-20.json", "{"),
+        ("samples/step-20.json", "[3]"),
+        ("metrics.jsonl", "[1]\n3\n"),
+    ],
+)
 def test_a_damaged_run_folder_gives_a_card_or_an_error_that_names_the_file(run_folder, name, content):
     (run_folder / name).write_text(content)
     try:

@@ -2,10 +2,10 @@
 
     python killed_runs.py CONFIG.yaml HOW SEED KILLS        prints what happened as JSON
 
-HOW "clock": the kill comes from outside, some random steps after the checkpoint it went on from and a random time later.
-HOW "file": the run kills itself at a random one of its changes to files (a sync, a rename, a removal, half a written file, ...),
-each other time at one inside a checkpoint's write.
-Each attempt is a process of its own, forked from this one, which has everything imported: an attempt costs no start-up.
+HOW "clock": the kill comes from outside, some random steps after the checkpoint it went on from and a random time
+later. HOW "file": the run kills itself at a random one of its changes to files (a sync, a rename, a removal, half a
+written file, ...), each other time at one inside a checkpoint's write. Each attempt is a process of its own, forked
+from this one, which has everything imported: an attempt costs no start-up.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 (imported once, before the forks)
 import yaml
 
-from lorakit.train import loop, resume
+from lorakit.train import resume
 from lorakit.train.config import TrainConfig
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.train import train
 
 CHANGES_OF_A_CHECKPOINT = 30  # about
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
@@ -43,7 +44,7 @@ def attempt(config: TrainConfig, prepare: Callable[[], None] = lambda: None) -> 
     code = 3
     try:
         prepare()
-        code = 0 if loop.train(config, Progress(quiet=True)).adapter else 1
+        code = 0 if train(config, Progress(quiet=True)).adapter else 1
     except BaseException:
         traceback.print_exc()
     finally:
@@ -56,7 +57,8 @@ def ended(pid: int) -> int:
 
 
 def killed_at_change(number: int, of_checkpoints: bool = False) -> Callable[[], None]:
-    """Makes the process kill itself at so many changes to files from here on, or changes made while a checkpoint is saved.
+    """Makes the process kill itself at so many changes to files from here on, or changes made while a checkpoint is
+    saved.
 
     0: it is not killed, and tells how many changes there were.
     """
@@ -102,7 +104,12 @@ def killed_at_change(number: int, of_checkpoints: bool = False) -> Callable[[], 
             saving = False
             return result
 
-        safetensors.torch.save_file, Path.write_text, RunFolder.log, resume.save = save_half, write_half, log_half, save_noted
+        safetensors.torch.save_file, Path.write_text, RunFolder.log, resume.save = (
+            save_half,
+            write_half,
+            log_half,
+            save_noted,
+        )
         if number == 0:
             exit_now = os._exit
 
@@ -116,7 +123,9 @@ def killed_at_change(number: int, of_checkpoints: bool = False) -> Callable[[], 
 
 
 def killed_at_random(config: TrainConfig, how: str, seed: int, kills: int) -> dict:
-    """Kill the run so many times, then let it end. Where each kill found it: (last step logged, last checkpoint, mid-write)."""
+    """Kill the run so many times, then let it end. Where each kill found it: (last step logged, last checkpoint,
+    mid-write).
+    """
     chance = random.Random(seed)
     folder = RunFolder(config.out)
     counted = config.replace(out=config.out + "-counted")
@@ -131,15 +140,23 @@ def killed_at_random(config: TrainConfig, how: str, seed: int, kills: int) -> di
             pid = attempt(config)
             wait_for(pid, folder, newest(folder) + chance.randint(0, 4))
             time.sleep(chance.uniform(0, 0.03))
-            os.kill(pid, signal.SIGKILL)  # a run that has ended waits for `ended` to hear of it, so this meets no stranger
+            # a run that has ended waits for `ended` to hear of it, so this meets no stranger
+            os.kill(pid, signal.SIGKILL)
         else:
             inside = len(found) % 2 == 1
-            pid = attempt(config, killed_at_change(chance.randint(1, CHANGES_OF_A_CHECKPOINT if inside else 2 * changes // kills), inside))
+            pid = attempt(
+                config,
+                killed_at_change(
+                    chance.randint(1, CHANGES_OF_A_CHECKPOINT if inside else 2 * changes // kills), inside
+                ),
+            )
         code = ended(pid)
         ends.append(code)
         if code != -signal.SIGKILL:
             return {"ends": ends, "kills": found}
-        writing = folder.checkpoints.is_dir() and any(p.name.startswith(resume.TEMPORARY) for p in folder.checkpoints.iterdir())
+        writing = folder.checkpoints.is_dir() and any(
+            p.name.startswith(resume.TEMPORARY) for p in folder.checkpoints.iterdir()
+        )
         found.append((last_step(folder), newest(folder), bool(writing)))
 
 

@@ -1,4 +1,6 @@
-"""`compile: true`: the same run through inductor; graphs are few; a resumed run ends with the same bits; refused where unknown to be right."""
+"""`compile: true`: the same run through inductor; graphs are few; a resumed run ends with the same bits; refused where
+unknown to be right.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import ConfigError, TrainError
+from lorakit.tasks import causal_lm
+from lorakit.tasks.text.causal_loss import row_losses
 from lorakit.train import compile as compiling
-from lorakit.train.loss import row_losses
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.sweep.sweep_config import check_joint
@@ -24,7 +27,9 @@ needs_compiler = pytest.mark.skipif(compiling.no_compiler() is not None, reason=
 
 @needs_compiler
 def test_a_compiled_run_learns_the_same_and_resumes_to_the_last_bit(make_config, tmp_path):
-    config = make_config(out=tmp_path / "whole", steps=6, save_every=2, keep=3, dropout=0.1, compile=True, eval_every=3, sample_tokens=2)
+    config = make_config(
+        out=tmp_path / "whole", steps=6, save_every=2, keep=3, dropout=0.1, compile=True, eval_every=3, sample_tokens=2
+    )
     train(config, QUIET)
     whole, resumed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
     shutil.copytree(whole.path, resumed.path)
@@ -48,7 +53,7 @@ def test_layers_share_one_graph_and_varied_lengths_need_no_other(make_config):
     plain = {"input_ids": torch.arange(30).view(3, 10), "labels": torch.arange(30).view(3, 10)}
     expected = row_losses(model, plain)
     before = compiling.graphs()
-    said = compiling.compile_layers(model, {4}, 32, 258)
+    said = compiling.compile_layers(model, {4}, 32, causal_lm)
     made = compiling.graphs() - before
     assert "2 layers" in said
     assert made <= 2, "one for the first layer, whose input takes no gradient, and one for the others"
@@ -61,24 +66,28 @@ def test_layers_share_one_graph_and_varied_lengths_need_no_other(make_config):
 
 
 @pytest.mark.parametrize(
-    "most, batch, rows, expected", [(4, 8, 80, {4}), (4, 9, 90, {4, 1}), (4, 8, 81, {4, 1}), (1, 8, 80, {1}), (4, 8, 85, {4, 1})]
+    "most, batch, rows, expected",
+    [(4, 8, 80, {4}), (4, 9, 90, {4, 1}), (4, 8, 81, {4, 1}), (1, 8, 80, {1}), (4, 8, 85, {4, 1})],
 )
 def test_single_rows_get_a_graph_only_where_they_come(most, batch, rows, expected):
     assert compiling.rows_at_once(most, batch, rows) == expected
 
 
 def test_repeated_layers_are_those_that_train():
-    model = nn.ModuleDict({
-        "towers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(3)]), "mixed": nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]),
-        "frozen": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "towers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(3)]),
+            "mixed": nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]),
+            "frozen": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
+        }
+    )
     lk.attach(model, lk.LoraConfig(rank=2, targets=["towers.0.0", "towers.2.0"]))
     assert compiling.repeated_layers(model) == [model["towers"][0], model["towers"][2]]
 
 
 def test_a_model_without_repeated_layers_is_refused():
     with pytest.raises(TrainError, match="no stack of like layers"):
-        compiling.compile_layers(nn.Sequential(nn.Linear(4, 4)), {2}, 8, 16)
+        compiling.compile_layers(nn.Sequential(nn.Linear(4, 4)), {2}, 8, causal_lm)
 
 
 def test_without_a_compiler_it_says_so_before_anything_is_written(make_config, monkeypatch, tmp_path):

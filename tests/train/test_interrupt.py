@@ -26,9 +26,9 @@ COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
 
 def test_the_first_signal_is_a_wish_and_the_second_an_order():
     with pytest.raises(KeyboardInterrupt), listening() as interrupt:  # noqa: PT012
-        assert interrupt.wanted is None
+        assert interrupt.signal is None
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.wanted == "SIGTERM"
+        assert interrupt.signal == "SIGTERM"
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -44,7 +44,7 @@ def test_outside_the_main_thread_nothing_is_caught():
 
     def work():
         with listening() as interrupt:
-            wanted.append(interrupt.wanted)
+            wanted.append(interrupt.signal)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -95,7 +95,11 @@ def test_ctrl_c_at_the_command_line_prints_the_command_that_goes_on(make_config,
     # A shell's background jobs ignore Ctrl-C from the start, and a test may be one.
     default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     process = subprocess.Popen(
-        [*COMMAND, "train", "--config", file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default
+        [*COMMAND, "train", "--config", file],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default,
     )
     folder = RunFolder(config.out)
     until = time.monotonic() + 60
@@ -118,4 +122,6 @@ def test_ctrl_c_at_the_command_line_prints_the_command_that_goes_on(make_config,
     assert (program, arguments) == ("lorakit", ["train", "--config", f"{config.out}/config.yaml"])
     assert run([*arguments, "--quiet"]) == 0
     undisturbed = train(config.replace(out=str(tmp_path / "undisturbed")), QUIET)
-    assert (folder.adapter / "adapter_model.safetensors").read_bytes() == (undisturbed.adapter / "adapter_model.safetensors").read_bytes()
+    assert (folder.adapter / "adapter_model.safetensors").read_bytes() == (
+        undisturbed.adapter / "adapter_model.safetensors"
+    ).read_bytes()

@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 
 import lorakit as lk
 from lorakit.bases.load import load_model
-from lorakit.data.batches import batch_order, collate
+from lorakit.data.batches import batch_order
 from lorakit.errors import ConfigError, DataError, TrainError
-from lorakit.evaluate.perplexity import perplexity
-from lorakit.train import loop, optimizer, run
-from lorakit.train.loss import summed_loss
+from lorakit.tasks import causal_lm
+from lorakit.tasks.task import weight_of
+from lorakit.tasks.text.causal_loss import summed_loss
+from lorakit.tasks.text.perplexity import perplexity
+from lorakit.train import loop, optimizer
 from lorakit.train.progress import Progress
 from lorakit.train.run import Run
 from lorakit.train.run_folder import RunFolder
-from lorakit.train.setup import set_up, trained_in
+from lorakit.train.setup import set_up
 from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
@@ -42,26 +44,35 @@ def checkpoint_of(config, step: int) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_the_gradient_of_a_step_is_that_of_all_its_trained_tokens_however_it_is_accumulated(make_config, tmp_path, micro_batch):
-    """AdamW's first average is a tenth of the gradient: that is read, and compared with one pass over the whole batch."""
+def test_the_gradient_of_a_step_is_that_of_all_its_trained_tokens_however_it_is_accumulated(
+    make_config, tmp_path, micro_batch
+):
+    """AdamW's first average is a tenth of the gradient: that is read,
+    and compared with one pass over the whole batch.
+    """
     config = make_config(batch_size=8, micro_batch=micro_batch, group_by_length=False, steps=1, validation=0, clip=0)
     train(config, QUIET)
     job = set_up(config.replace(out=str(tmp_path / "again")))
     rows = job.batch(0)
     assert len({sum(r.trained) for r in rows}) > 3  # unequal shares: a mean of means would differ
-    (summed_loss(job.model, collate(rows, job.pad_id)) / trained_in(rows)).backward()
+    (summed_loss(job.model, job.task.collate(rows, job.base)) / weight_of(rows)).backward()
     expected = {n: p.grad for n, p in job.model.named_parameters() if p.requires_grad}
     _, optimizer = checkpoint_of(config, 1)
     for name, gradient in expected.items():
         torch.testing.assert_close(10 * optimizer[f"{name}.exp_avg"], gradient, rtol=1e-4, atol=1e-6)
-    assert rows_of(config)[0]["tokens"] == trained_in(rows)
+    assert rows_of(config)[0]["tokens"] == weight_of(rows)
 
 
 def test_accumulating_1x8_and_8x1_ends_with_the_same_parameters(make_config, tmp_path):
     ends = []
     for micro_batch in (1, 8):
         config = make_config(
-            batch_size=8, micro_batch=micro_batch, group_by_length=False, steps=4, validation=0, out=str(tmp_path / f"m{micro_batch}")
+            batch_size=8,
+            micro_batch=micro_batch,
+            group_by_length=False,
+            steps=4,
+            validation=0,
+            out=str(tmp_path / f"m{micro_batch}"),
         )
         train(config, QUIET)
         ends.append((checkpoint_of(config, 4)[0], rows_of(config)))
@@ -77,7 +88,7 @@ def test_the_logged_loss_is_the_batchs_mean_over_its_trained_tokens(make_config)
     config = make_config(steps=1, validation=0)
     train(config, QUIET)
     job = set_up(config.replace(out=config.out + "-again"))
-    expected = perplexity(job.model, job.batch(0), job.pad_id).loss
+    expected = perplexity(job.model, job.batch(0), tiny_lm.PAD).loss
     assert rows_of(config)[0]["loss"] == pytest.approx(expected, abs=2e-5)
 
 
@@ -158,7 +169,7 @@ def test_the_saved_adapter_is_what_was_trained_and_says_how(make_config, data_fi
     assert not {"out", "threads", "seconds"} & {*adapter.metadata["recipe"], *adapter.metadata["metrics"]}
     job = set_up(config.replace(out=config.out + "-again"))
     fresh = lk.attach(load_model(config.model, torch.float32, CPU), adapter)
-    assert perplexity(fresh, job.held_out, job.pad_id).loss == pytest.approx(result.best_loss, abs=1e-5)
+    assert perplexity(fresh, job.held_out, tiny_lm.PAD).loss == pytest.approx(result.best_loss, abs=1e-5)
 
 
 def test_full_fine_tuning_saves_a_model_that_loads(make_config):
@@ -200,18 +211,15 @@ def test_metrics_have_each_step_once_with_the_same_keys(make_config):
         assert row["held_out_perplexity"] == pytest.approx(math.exp(row["held_out_loss"]), rel=1e-4)
     assert result.loss == pytest.approx(steps[-1]["loss"], abs=1e-5)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert [row["learning_rate"] for row in steps] == [5e-3 * optimizer.rate_factor(config, step, 6) for step in range(6)]
+    assert [row["learning_rate"] for row in steps] == [
+        5e-3 * optimizer.rate_factor(config, step, 6) for step in range(6)
+    ]
 
 
 def fake_held_out(monkeypatch, losses) -> None:
     """Held-out losses as given, one evaluation after the other."""
-    real, told = run.perplexity, iter(losses)
-
-    def measured(*args, **options):
-        found = real(*args, **options)
-        return type(found)(next(told), 1.0, found.tokens, found.rows)
-
-    monkeypatch.setattr(run, "perplexity", measured)
+    told = iter(losses)
+    monkeypatch.setattr(causal_lm, "evaluate", lambda *args: {"loss": next(told), "perplexity": 1.0})
 
 
 def test_early_stopping_saves_the_adapter_of_the_best_held_out_loss(make_config, monkeypatch):
@@ -265,15 +273,18 @@ def test_validation_may_be_a_file(make_config, tmp_path):
 # ------------------------------------------------------------------------------------- what does not work
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the_last_checkpoint(make_config, monkeypatch, data_file):
+def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the_last_checkpoint(
+    make_config, monkeypatch, data_file
+):
     config = make_config(steps=8, eval_every=2)
-    real, calls = loop.row_losses, []
+    real, calls = causal_lm.losses, []
 
     def broken(*args):
-        calls.append(1)
-        return real(*args) * (math.nan if len(calls) > 8 else 1)  # two micro-batches a step: step 5
+        losses = real(*args)
+        calls.append(type(losses) is torch.Tensor)  # and not of the plan, which has no numbers
+        return losses * (math.nan if sum(calls) > 8 else 1)  # two micro-batches a step: step 5
 
-    monkeypatch.setattr(loop, "row_losses", broken)
+    monkeypatch.setattr(causal_lm, "losses", broken)
     with pytest.raises(TrainError) as error:
         train(config, QUIET)
     said = str(error.value)
@@ -283,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_advice_and_keeps_the
     assert all(f"{data_file}, row {item.row.number}" in said for item in job.batch(4))
     assert "lower learning rate" in said
     assert [row["step"] for row in rows_of(config) if "loss" in row] == [1, 2, 3, 4]
-    monkeypatch.setattr(loop, "row_losses", real)
+    monkeypatch.setattr(causal_lm, "losses", real)
     again = train(config, QUIET)  # the kept checkpoint serves: the run goes on from it
     assert again.step == 8
     undisturbed = train(config.replace(out=config.out + "-undisturbed"), QUIET)
@@ -304,15 +315,18 @@ def test_a_gradient_that_is_not_finite_updates_nothing(make_config, monkeypatch)
     config = make_config(steps=2, validation=0, micro_batch=4)
     job = set_up(config)
     before = {n: p.clone() for n, p in job.model.named_parameters()}
-    real = loop.row_losses
+    real = causal_lm.losses
 
     def broken(*args):
         loss = real(*args)
         loss.register_hook(lambda g: g * math.inf)
         return loss
 
-    monkeypatch.setattr(loop, "row_losses", broken)
-    with loop.contextlib.closing(loop.Loop([Run(job, QUIET)])) as training, pytest.raises(TrainError, match="the gradient is"):
+    monkeypatch.setattr(causal_lm, "losses", broken)
+    with (
+        loop.contextlib.closing(loop.Loop([Run(job, QUIET)])) as training,
+        pytest.raises(TrainError, match="the gradient is"),
+    ):
         training.go(loop.Interrupt())
     assert all(torch.equal(before[n], p) for n, p in job.model.named_parameters())
 
@@ -325,7 +339,8 @@ def test_one_row_and_nothing_to_validate_on_is_a_clear_error(make_config, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "no such file"), ("", "empty"), ("{\n", "row 1|line 1"), ('{"a": 1}\n', "unknown shape")]
+    "content, message",
+    [(None, "no such file"), ("", "empty"), ("{\n", "row 1|line 1"), ('{"a": 1}\n', "unknown shape")],
 )
 def test_data_that_cannot_be_read_is_named(make_config, tmp_path, content, message):
     data = tmp_path / "data.jsonl"
@@ -341,7 +356,7 @@ def test_a_batch_larger_than_the_data_and_a_single_step_work(make_config):
     config = make_config(batch_size=500, micro_batch=7, steps=1, validation=0)
     result = train(config, QUIET)
     assert result.step == 1
-    assert rows_of(config)[0]["tokens"] == trained_in(set_up(config).train)
+    assert rows_of(config)[0]["tokens"] == weight_of(set_up(config).train)
 
 
 def test_rows_longer_than_the_models_positions_are_refused_before_the_first_step(make_config, tmp_path):

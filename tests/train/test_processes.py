@@ -26,17 +26,27 @@ def free_port() -> int:
 
 
 def train_in_processes(config, tmp_path, count: int) -> list[str]:
-    """What `accelerate launch` and torchrun do: one process each, told by the environment which one it is. Their outputs."""
+    """What `accelerate launch` and torchrun do: one process each, told by the environment which one it is. Their
+    outputs.
+    """
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump()))
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    shared = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
     started = [
         subprocess.Popen(
-            [*COMMAND, "train", "--config", file], env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [*COMMAND, "train", "--config", file],
+            env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(count)
-    ]  # fmt: skip
+    ]
     told = [process.communicate(timeout=120) for process in started]
     for process, (_, error) in zip(started, told, strict=True):
         assert process.returncode == 0, error
@@ -59,11 +69,15 @@ def test_two_processes_end_with_the_parameters_of_one(make_config, tmp_path):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - {"seconds"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
+
+    def off(name: str, step: int):
+        return lambda message: f"{name} at step {step}: {message}"
+
     for step in (1, 4, 8):
         a, b = (load_file(f.checkpoints / f"step-{step}" / "optimizer.safetensors") for f in (one, two))
         assert a.keys() == b.keys()
         for name, value in a.items():
-            torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n} at step {step}: {m}")  # noqa: B023
+            torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-5, msg=off(name, step))
     a, b = (load_file(f.adapter / "adapter_model.safetensors") for f in (one, two))
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=0, atol=2e-4)

@@ -32,14 +32,18 @@ def test_the_panel_says_what_was_chosen_and_why(make_config):
     config = make_config(steps=2, batch_size=6, micro_batch=4, learning_rate="auto", precision="auto", dropout=0.1)
     told = facts(shown(config))
     dtype = "bfloat16" if "bfloat16" in told["model"] else "float32"
-    assert told["model"].startswith(f"{config.model}, 32,032 parameters, {dtype} (the CPU ") or torch.cuda.is_available()
+    assert (
+        told["model"].startswith(f"{config.model}, 32,032 parameters, {dtype} (the CPU ") or torch.cuda.is_available()
+    )
     assert told["device"] == "cpu (no accelerator found), 1 process, 1 thread" or torch.cuda.is_available()
     assert told["adapter"] == "rank 4, alpha 32, 3,712 trainable (10 %)"  # 3,712 of 35,744
     assert told["data"].endswith("rows.jsonl: 19 rows to train on, 5 held out, shape prompt/completion")
     assert told["length"].startswith("at most 48 tokens (99th percentile of 24 rows is 44 tokens")
     assert told["batch"] == "6 = 4 x 2 accumulated x 1 (as given)"
     assert told["steps"] == "2 (0.5 passes over the data)"
-    assert re.fullmatch(r"0\.0\d+ \(for a model of width 32, x1.5 for under 100 steps\), linear, warm-up 3%", told["learning rate"])
+    assert re.fullmatch(
+        r"0\.0\d+ \(for a model of width 32, x1.5 for under 100 steps\), linear, warm-up 3%", told["learning rate"]
+    )
     assert told["folder"] == config.out
 
 
@@ -92,7 +96,7 @@ def test_a_narrow_terminal_does_not_break_it(make_config):
 def test_the_bar_is_closed_when_the_run_fails(make_config, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     progress = Progress(console)
-    monkeypatch.setattr("lorakit.train.loop.row_losses", lambda *_: 1 / 0)
+    monkeypatch.setattr("lorakit.tasks.causal_lm.losses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(make_config(steps=3), progress)
     assert progress._bar is None

@@ -88,7 +88,9 @@ def test_what_rows_and_settings_hold_is_text_not_markup(folder):
 def test_the_newest_samples_are_shown_by_number_not_by_name(folder):
     folder.samples.mkdir()
     for step in (9, 10):
-        (folder.samples / f"step-{step}.json").write_text(json.dumps([{"prompt": f"at {step}", "base": "b", "tuned": "t"}]))
+        (folder.samples / f"step-{step}.json").write_text(
+            json.dumps([{"prompt": f"at {step}", "base": "b", "tuned": "t"}])
+        )
     write_report(folder, TrainConfig(data="x"))
     assert "at 10" in Page(folder.report.read_text()).words
 

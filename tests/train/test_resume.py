@@ -23,20 +23,32 @@ from lorakit.train.train import train
 QUIET = Progress(quiet=True)
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
-# Number of whole runs in the stress test, each killed several times: LORAKIT_KILL_TRIALS=20 pytest -m slow tests/train/test_resume.py
+# Number of whole runs in the stress test, each killed several times: LORAKIT_KILL_TRIALS=20 pytest -m slow
+# tests/train/test_resume.py
 TRIALS = int(os.environ.get("LORAKIT_KILL_TRIALS", "3"))
 KILLS = 6
 
 
 @pytest.fixture
 def eventful(make_config):
-    """`eventful(out)`: a run with dropout, accumulation, validation, samples, and an early stop well before its last step."""
+    """`eventful(out)`: a run with dropout, accumulation, validation, samples, and an early stop well before its last
+    step.
+    """
 
     def make(out):
         return make_config(
-            out=out, dropout=0.2, batch_size=6, micro_batch=4, steps=60, learning_rate=0.03, schedule="constant", eval_every=2,
-            save_every=3, patience=2, sample_tokens=2,
-        )  # fmt: skip
+            out=out,
+            dropout=0.2,
+            batch_size=6,
+            micro_batch=4,
+            steps=60,
+            learning_rate=0.03,
+            schedule="constant",
+            eval_every=2,
+            save_every=3,
+            patience=2,
+            sample_tokens=2,
+        )
 
     return make
 
@@ -79,7 +91,9 @@ def assert_same(ours: RunFolder, theirs: RunFolder) -> None:
 def killed(config, how: str, seed: int, kills: int, tmp_path: Path) -> dict:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump()))
-    done = subprocess.run([sys.executable, SCRIPT, file, how, str(seed), str(kills)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, file, how, str(seed), str(kills)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["ends"] == [-signal.SIGKILL] * len(told["kills"]) + [0], done.stderr
@@ -122,7 +136,9 @@ def test_the_command_line_goes_on_after_a_kill_with_the_config_it_wrote(eventful
     config = eventful(tmp_path / "run")
     file = tmp_path / "my.yaml"
     file.write_text(yaml.safe_dump(config.model_dump()))
-    process = subprocess.Popen([*COMMAND, "train", "--config", file, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*COMMAND, "train", "--config", file, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     folder = RunFolder(config.out)
     wait_for_step(folder, process, 4)
     process.send_signal(signal.SIGKILL)
@@ -148,7 +164,12 @@ def test_a_finished_run_started_again_only_says_so_again(eventful, undisturbed, 
     config = eventful(tmp_path / "run")
     first = train(config, QUIET)
     again = train(config, QUIET)
-    assert (again.step, again.best_step, again.best_loss, again.stopped) == (first.step, first.best_step, first.best_loss, "early")
+    assert (again.step, again.best_step, again.best_loss, again.stopped) == (
+        first.step,
+        first.best_step,
+        first.best_loss,
+        "early",
+    )
     assert again.loss == first.loss
     assert_same(RunFolder(config.out), undisturbed(config)[0])
 

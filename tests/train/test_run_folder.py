@@ -66,9 +66,16 @@ def test_other_rows_are_refused(begun, config):
 def test_settings_that_change_nothing_that_is_computed_may_change(begun, config, tmp_path):
     os.rename(begun.path, tmp_path / "moved")
     changes = {
-        "out": str(tmp_path / "moved"), "threads": 2, "keep": 5, "save_every": 7, "sample_tokens": 0, "sample_prompts": ["x"],
-        "track": ["tensorboard"], "data": "moved.jsonl", "memory": "1TB",
-    }  # fmt: skip
+        "out": str(tmp_path / "moved"),
+        "threads": 2,
+        "keep": 5,
+        "save_every": 7,
+        "sample_tokens": 0,
+        "sample_prompts": ["x"],
+        "track": ["tensorboard"],
+        "data": "moved.jsonl",
+        "memory": "1TB",
+    }
     assert changes.keys() == FREE
     RunFolder(changes["out"]).open(config.replace(**changes), "a" * 64)
 

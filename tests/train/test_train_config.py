@@ -7,6 +7,7 @@ import yaml
 
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
+from lorakit.methods.lora import adapter_config
 from lorakit.train.config import TrainConfig
 
 
@@ -24,9 +25,17 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name():
 
 def test_every_setting_survives_yaml():
     config = TrainConfig(
-        data="x", learning_rate=2e-5, targets=["v_proj", "q_proj"], rank_pattern={"q_proj": 8}, packed={"c_attn": [True, False, True]},
-        sample_prompts=["a, b"], validation="held.jsonl", columns={"prompt": "question"}, layers=[0, 3], steps=7,
-    )  # fmt: skip
+        data="x",
+        learning_rate=2e-5,
+        targets=["v_proj", "q_proj"],
+        rank_pattern={"q_proj": 8},
+        packed={"c_attn": [True, False, True]},
+        sample_prompts=["a, b"],
+        validation="held.jsonl",
+        columns={"prompt": "question"},
+        layers=[0, 3],
+        steps=7,
+    )
     assert TrainConfig(**yaml.safe_load(yaml.safe_dump(config.model_dump()))) == config
 
 
@@ -39,14 +48,37 @@ def test_numbers_written_as_yaml_writes_them_are_read():
 @pytest.mark.parametrize(
     "setting, value",
     [
-        ("learning_rate", 0), ("learning_rate", -1e-3), ("learning_rate", "fast"), ("learning_rate", float("nan")),
-        ("micro_batch", 0), ("max_length", -1), ("eval_every", 0), ("save_every", 0.5), ("threads", 0), ("threads", "many"),
-        ("validation", 1.0), ("validation", -0.1), ("epochs", 0), ("epochs", float("inf")), ("steps", 0), ("batch_size", 0),
-        ("warmup", 1.5), ("beta2", 1.0), ("clip", float("nan")), ("weight_decay", float("inf")), ("patience", -1), ("keep", 0),
-        ("precision", "int8"), ("method", "qlora"), ("schedule", "step"), ("track", ["mlflow"]), ("seed", -1), ("seed", 1 << 31),
+        ("learning_rate", 0),
+        ("learning_rate", -1e-3),
+        ("learning_rate", "fast"),
+        ("learning_rate", float("nan")),
+        ("micro_batch", 0),
+        ("max_length", -1),
+        ("eval_every", 0),
+        ("save_every", 0.5),
+        ("threads", 0),
+        ("threads", "many"),
+        ("validation", 1.0),
+        ("validation", -0.1),
+        ("epochs", 0),
+        ("epochs", float("inf")),
+        ("steps", 0),
+        ("batch_size", 0),
+        ("warmup", 1.5),
+        ("beta2", 1.0),
+        ("clip", float("nan")),
+        ("weight_decay", float("inf")),
+        ("patience", -1),
+        ("keep", 0),
+        ("precision", "int8"),
+        ("method", "qlora"),
+        ("schedule", "step"),
+        ("track", ["mlflow"]),
+        ("seed", -1),
+        ("seed", 1 << 31),
         ("base", "gpt2"),
     ],
-)  # fmt: skip
+)
 def test_a_value_out_of_range_is_refused_by_name(setting, value):
     with pytest.raises(ConfigError) as error:
         TrainConfig(data="x", **{setting: value})
@@ -55,9 +87,15 @@ def test_a_value_out_of_range_is_refused_by_name(setting, value):
 
 def test_what_travels_with_the_adapter_is_the_lora_part():
     config = TrainConfig(data="x", model="some/base", rank=8, targets=["q_proj"], learning_rate=1.0, dropout=0.1)
-    lora = config.lora()
+    lora = adapter_config(config, "CAUSAL_LM")
     assert type(lora) is LoraConfig
-    assert (lora.base, lora.task, lora.rank, lora.targets, lora.dropout) == ("some/base", "CAUSAL_LM", 8, ["q_proj"], 0.1)
+    assert (lora.base, lora.task, lora.rank, lora.targets, lora.dropout) == (
+        "some/base",
+        "CAUSAL_LM",
+        8,
+        ["q_proj"],
+        0.1,
+    )
 
 
 def test_every_setting_says_what_it_does():

@@ -7,8 +7,8 @@ dare_linear       Yu et al. 2024: drop at random, rescale, add
 dare_ties         Yu et al. 2024: drop at random, rescale, then TIES' election
 magnitude_prune   trim each, add
 
-All on ΔW, never on A and B apart. What the last four give has full rank: it is cut to `rank` singular values, by default the largest
-rank among the adapters. How PEFT's methods of these names differ: docs/algebra.md.
+All on ΔW, never on A and B apart. What the last four give has full rank: it is cut to `rank` singular values, by
+default the largest rank among the adapters. How PEFT's methods of these names differ: docs/algebra.md.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ...errors import AdapterError, ConfigError, did_you_mean
-from ..adapter import Adapter, Other
+from ..adapter import Adapter
 from ..dense import Dense
-from ..lora import Factors
+from ..lora import Factors, Form
+from ..update import Update
 from .compatible import Saved, check_same_base, whole_values
+from .compose import compose, relative
 from .concatenate import Piece, common_form, exact_sum
 from .dare import dare_linear, dare_ties, drop
-from .decompose import Form, compose, decompose, difference, form_of, matrix_of, norm_of
+from .product import norm
 from .reform import with_updates
 from .resize import ModuleResize, Resized
 from .svd import Svd, distance, matrix_svd, needed, norm_squared
@@ -37,7 +40,9 @@ Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "ma
 EXACT = ("linear", "cat", "svd")
 
 
-def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: Method = "linear", **options) -> Adapter:
+def combine(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: Method = "linear", **options
+) -> Adapter:
     """The weighted combination of adapters (each 1, unless said) as one adapter; options as `combined` has them."""
     return combined(adapters, weights, method, **options).adapter
 
@@ -56,11 +61,13 @@ def combined(
     force: bool = False,
     on_module: Callable[[str, int, int], None] | None = None,
 ) -> Resized:
-    """The combination, and how far it is from the ΔW that the method asks for (nothing, for an exact sum that was not cut).
+    """The combination, and how far it is from the ΔW that the method asks for (nothing, for an exact sum that was not
+    cut).
 
-    rank, keep: cut each module to so many singular values, or to those that hold this share of the energy. density: what ties,
-    dare and magnitude_prune leave, between 0 and 1. saved: weights that the adapters hold whole must be equal, or "mean". force: they may
-    be of different bases. A module that only some adapters have is combined among those. Raises AdapterError, ConfigError.
+    rank, keep: cut each module to so many singular values, or to those that hold this share of the energy. density:
+    what ties, dare and magnitude_prune leave, between 0 and 1. saved: weights that the adapters hold whole must be
+    equal, or "mean". force: they may be of different bases. A module that only some adapters have is combined among
+    those. Raises AdapterError, ConfigError.
     """
     weights = _checked(adapters, weights, method, rank, keep, density)
     if not force:
@@ -69,26 +76,40 @@ def combined(
     tokens = whole_values("learned token", [a.embeddings for a in adapters], weights, saved)
     parts = [a.updates for a in adapters]
     modules = list(dict.fromkeys(m for updates in parts for m in updates))
-    result: dict[str, Factors | Other] = {}
+    result: dict[str, Update] = {}
     reports = []
     for done, module in enumerate(modules, start=1):
-        placed = [(i, w, updates[module]) for i, (w, updates) in enumerate(zip(weights, parts, strict=True)) if module in updates]
+        placed = [
+            (i, w, updates[module])
+            for i, (w, updates) in enumerate(zip(weights, parts, strict=True))
+            if module in updates
+        ]
         pieces: list[Piece] = [(w, u) for _, w, u in placed]
         if method in EXACT:
             total = exact_sum(module, pieces)
             most = _largest(pieces) if method == "svd" and rank is None and keep is None else rank
-            result[module], report = _cut(module, total, pieces, most, keep) if most or keep else (total, _untouched(module, total))
+            result[module], report = (
+                _cut(module, total, pieces, most, keep) if most or keep else (total, _untouched(module, total))
+            )
         else:
             places = [i for i, _, _ in placed]
 
-            def mix(deltas: list[Tensor], module: str = module, pieces: list[Piece] = pieces, places: list[int] = places) -> Tensor:
+            def mix(
+                deltas: list[Tensor], module: str = module, pieces: list[Piece] = pieces, places: list[int] = places
+            ) -> Tensor:
                 return _mix(method, deltas, [w for w, _ in pieces], places, module, density or 1.0, majority, seed)
 
             result[module], report = _mixed(module, pieces, mix, rank, keep)
         reports.append(report)
         if on_module is not None:
             on_module(module, done, len(modules))
-    metadata = {"combined": {"method": method, "weights": list(weights), **({"density": density} if density is not None else {})}}
+    metadata = {
+        "combined": {
+            "method": method,
+            "weights": list(weights),
+            **({"density": density} if density is not None else {}),
+        }
+    }
     prints = [a.metadata["fingerprint"] for a in adapters if a.metadata.get("fingerprint")]
     if prints:
         metadata["fingerprint"] = prints[0]
@@ -98,15 +119,25 @@ def combined(
 
 
 def _checked(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None, method: str, rank: int | None, keep: float | None, density: float | None
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
+    method: str,
+    rank: int | None,
+    keep: float | None,
+    density: float | None,
 ) -> list[float]:
     """The weights, or ConfigError for whatever makes no sense."""
     if method not in get_args(Method):
         known = ", ".join(get_args(Method))
-        raise ConfigError(f"there is no method '{method}' to combine adapters{did_you_mean(method, get_args(Method))}\n  known: {known}")
+        raise ConfigError(
+            f"there is no method '{method}' to combine adapters{did_you_mean(method, get_args(Method))}\n"
+            f"  known: {known}"
+        )
     weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     if not adapters or len(weights) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights; expected at least one adapter, and a weight for each")
+        raise ConfigError(
+            f"{len(adapters)} adapters and {len(weights)} weights; expected at least one adapter, and a weight for each"
+        )
     if not all(math.isfinite(w) for w in weights) or not any(weights):
         raise ConfigError(f"the weights are {weights}; expected finite numbers, not all of them 0")
     if rank is not None and rank < 1:
@@ -115,17 +146,27 @@ def _checked(
         raise ConfigError(f"keep is {keep}; expected more than 0 and at most 1")
     if method in EXACT and density is not None:
         raise ConfigError(
-            f"'{method}' drops nothing, so it has no density\n  leave density (--density) out: it is for ties, dare_linear, dare_ties, magnitude_prune"
+            f"'{method}' drops nothing, so it has no density\n"
+            "  leave density (--density) out: it is for ties, dare_linear, dare_ties, magnitude_prune"
         )
     if method not in EXACT and (density is None or not 0 < density <= 1):
         raise ConfigError(
-            f"'{method}' needs a density, the share of each ΔW that is left, more than 0 and at most 1 (got {density})\n  for example density=0.5 (--density 0.5)"
+            f"'{method}' needs a density, the share of each ΔW that is left, more than 0 and at most 1 (got "
+            f"{density})\n"
+            "  for example density=0.5 (--density 0.5)"
         )
     return weights
 
 
 def _mix(
-    method: str, deltas: list[Tensor], weights: list[float], places: list[int], module: str, density: float, majority: Majority, seed: int
+    method: str,
+    deltas: list[Tensor],
+    weights: list[float],
+    places: list[int],
+    module: str,
+    density: float,
+    majority: Majority,
+    seed: int,
 ) -> Tensor:
     if method == "ties":
         return ties(deltas, weights, density, majority)
@@ -137,51 +178,51 @@ def _mix(
 
 def _mixed(
     module: str, pieces: list[Piece], mix: Callable[[list[Tensor]], Tensor], rank: int | None, keep: float | None
-) -> tuple[Factors | Other, ModuleResize]:
+) -> tuple[Update, ModuleResize]:
     """The method's ΔW as low-rank factors; a change of a vector, which has none, as it is."""
-    wholes = [u for _, u in pieces if isinstance(u, Dense)]
-    if wholes and len(wholes) == len(pieces) and all(u.weight is None or u.weight.dim() < 2 for u in wholes):
-        vectors = [[t for u in wholes if (t := getattr(u, name)) is not None] for name in ("weight", "bias")]
+    if not any(u.is_matrix for _, u in pieces):
+        vectors = [[u.tensors()[name] for _, u in pieces if name in u.tensors()] for name in ("weight", "bias")]
         if any(len(v) not in (0, len(pieces)) for v in vectors):
             raise AdapterError(
-                f"'{module}' changes its bias in some of the adapters and its weight in others\n  only method='linear' (--method linear) adds such"
+                f"'{module}' changes its bias in some of the adapters and its weight in others\n"
+                "  only method='linear' (--method linear) adds such"
             )
         weight, bias = (mix([t.float() for t in v]) if v else None for v in vectors)
         return Dense(weight, bias), _untouched(module, Dense(weight, bias))
     _refuse_biases(module, pieces)
     form = common_form(module, pieces)
-    W = mix([matrix_of(u, form.across) for _, u in pieces])
+    W = mix([u.matrix(form.across) for _, u in pieces])
     most = rank or (None if keep is not None else _largest(pieces))
     cuts = [matrix_svd(rows, most, keep) for rows in _rows(W, form)]
     return _composed(module, form, cuts, most, keep, W)
 
 
-def _composed(module: str, form: Form, cuts: list[Svd], rank: int | None, keep: float | None, W: Tensor) -> tuple[Factors, ModuleResize]:
+def _composed(
+    module: str, form: Form, cuts: list[Svd], rank: int | None, keep: float | None, W: Tensor
+) -> tuple[Factors, ModuleResize]:
     count = max(min(rank or len(c.S), len(c.S) if keep is None else needed(c.S, c.total, keep)) for c in cuts)
     made = compose(form, cuts, max(count, 1))
-    lost, norm = distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1)), norm_squared(W)
-    return made, ModuleResize(module, min(W.shape), made.rank, math.sqrt(lost / norm) if norm else 0.0, math.sqrt(norm))
+    lost, size = distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1)), norm_squared(W)
+    return made, ModuleResize(module, min(W.shape), made.rank, math.sqrt(lost / size) if size else 0.0, math.sqrt(size))
 
 
 def _cut(
-    module: str, total: Factors | Other, pieces: list[Piece], rank: int | None, keep: float | None
-) -> tuple[Factors | Other, ModuleResize]:
+    module: str, total: Update, pieces: list[Piece], rank: int | None, keep: float | None
+) -> tuple[Update, ModuleResize]:
     """An exact sum at a lower rank; a change of a vector as it is."""
-    if isinstance(total, Dense):
-        if total.weight is None or total.weight.dim() < 2:
-            return total, _untouched(module, total)
+    if not total.is_matrix:
+        return total, _untouched(module, total)
+    if not isinstance(total, Factors):
         _refuse_biases(module, pieces)
         form = common_form(module, pieces)
-        W = matrix_of(total, form.across)
+        W = total.matrix(form.across)
         return _composed(module, form, [matrix_svd(W, rank, keep)], rank, keep, W)
-    assert isinstance(total, Factors)
-    svds = decompose(total)
+    svds = total.singular_values()
     count = max(min(rank or len(s.S), len(s.S) if keep is None else needed(s.S, s.total, keep)) for s in svds)
     if count >= total.rank:
         return total, _untouched(module, total)
-    made = compose(form_of(module, total), svds, max(count, 1), total.scale, dtype=total.A.dtype)
-    lost, norm = difference(total, made)
-    return made, ModuleResize(module, total.rank, made.rank, math.sqrt(lost / norm) if norm else 0.0, math.sqrt(norm))
+    made = compose(total.form(module), svds, max(count, 1), total.scale, dtype=total.A.dtype)
+    return made, ModuleResize(module, total.rank, made.rank, *relative(total, made))
 
 
 def _rows(W: Tensor, form: Form) -> list[Tensor]:
@@ -195,14 +236,15 @@ def _largest(pieces: list[Piece]) -> int:
     return max(u.rank for _, u in pieces)
 
 
-def _untouched(module: str, update: Factors | Other) -> ModuleResize:
-    norm = norm_of(update) if isinstance(update, Factors) else sum(norm_squared(t) for t in update.tensors().values())
-    return ModuleResize(module, update.rank, update.rank, 0.0, math.sqrt(norm))
+def _untouched(module: str, update: Update) -> ModuleResize:
+    bias = update.tensors()["bias"].double() if update.changes_bias else torch.zeros(1)
+    return ModuleResize(module, update.rank, update.rank, 0.0, math.hypot(norm(update), float(bias.norm())))
 
 
 def _refuse_biases(module: str, pieces: list[Piece]) -> None:
-    if any(isinstance(u, Dense) and u.bias is not None for _, u in pieces):
+    if any(u.changes_bias for _, u in pieces):
         raise AdapterError(
-            f"'{module}' changes its bias too, which low-rank factors cannot hold\n  method='linear' (--method linear) without "
+            f"'{module}' changes its bias too, which low-rank factors cannot hold\n"
+            "  method='linear' (--method linear) without "
             "rank or keep adds it exactly; or resize first, with drop_bias=True (--drop-bias)"
         )

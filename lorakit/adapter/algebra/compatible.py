@@ -1,7 +1,9 @@
-"""What adapters must agree on before they can be added: their base, and all that is a value rather than a change of one.
+"""What adapters must agree on before they can be added: their base, and all that is a value rather than a change of
+one.
 
-A weight saved whole (a new head, a trained bias) and the vector of a learned token replace what was there. Two of them have no
-sum: they are taken over where all adapters that have one have the same, or as their weighted mean where that is asked for.
+A weight saved whole (a new head, a trained bias) and the vector of a learned token replace what was there. Two of them
+have no sum: they are taken over where all adapters that have one have the same, or as their weighted mean where that is
+asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _PIPELINES = {
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """AdapterError if two adapters are of different bases: by their fingerprints, or, where one has none, by their modules' names."""
+    """AdapterError if two adapters are of different bases: by their fingerprints, or, where one has none, by their
+    modules' names.
+    """
     for (i, first), (j, second) in combinations(enumerate(adapters, start=1), 2):
         lines = base_differences(first, second)
         if lines:
@@ -52,23 +56,34 @@ def base_differences(first: Adapter, second: Adapter) -> list[str]:
     if any(module in theirs for module in ours) or not all(places) or places[0] & places[1]:
         return []
     return [
-        "they have no module and no stack of layers in common, and not both have a fingerprint that would say that their base is one",
+        "they have no module and no stack of layers in common, and not both have a fingerprint that would say that "
+        "their base is one",
         f"the first changes {listing(ours, 2)}",
         f"the second changes {listing(theirs, 2)}",
     ]
 
 
 def _places(modules: Iterable[str]) -> set[str]:
-    """Which stacks of numbered layers these modules are in (`model.layers`), and which pipelines have such components side by side."""
+    """Which stacks of numbered layers these modules are in (`model.layers`), and which pipelines have such components
+    side by side.
+    """
     stacks = {found[1] for module in modules if (found := re.match(r"(.+?)\.\d+\.", module))}
-    return stacks | {what for stack in stacks for begins, pipelines in _PIPELINES.items() if stack.startswith(begins) for what in pipelines}
+    return stacks | {
+        what
+        for stack in stacks
+        for begins, pipelines in _PIPELINES.items()
+        if stack.startswith(begins)
+        for what in pipelines
+    }
 
 
 def _unlike(first: Any, second: Any) -> list[str]:
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
         return ["a fingerprint is damaged"]
     lines = [
-        f"{what}: {first.get(what)} and {second.get(what)}" for what in ("architecture", "shapes") if first.get(what) != second.get(what)
+        f"{what}: {first.get(what)} and {second.get(what)}"
+        for what in ("architecture", "shapes")
+        if first.get(what) != second.get(what)
     ]
     ours, theirs = first.get("samples"), second.get("samples")
     if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
@@ -78,13 +93,18 @@ def _unlike(first: Any, second: Any) -> list[str]:
             a, b = (torch.tensor(numbers[name], dtype=torch.float64).flatten() for numbers in (ours, theirs))
         except (TypeError, ValueError):
             return [*lines, "a fingerprint is damaged"]
-        # As loose as the fingerprint's own comparison with a model: the same base in another precision is the same base.
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0.02, atol=1e-4 + 0.01 * float(a.abs().max()) if a.numel() else 0):
+        # As loose as the fingerprint's own comparison with a model: the same base in another precision is the same
+        # base.
+        if a.shape != b.shape or not torch.allclose(
+            a, b, rtol=0.02, atol=1e-4 + 0.01 * float(a.abs().max()) if a.numel() else 0
+        ):
             lines.append(f"weights: {name} holds other values")
     return lines
 
 
-def whole_values(what: str, held: Sequence[Mapping[str, Tensor]], weights: Sequence[float], how: Saved) -> dict[str, Tensor]:
+def whole_values(
+    what: str, held: Sequence[Mapping[str, Tensor]], weights: Sequence[float], how: Saved
+) -> dict[str, Tensor]:
     """One value of each name. AdapterError naming those that differ, unless `how` is "mean"."""
     names = dict.fromkeys(name for values in held for name in values)
     result, differing = {}, []
@@ -100,7 +120,8 @@ def whole_values(what: str, held: Sequence[Mapping[str, Tensor]], weights: Seque
     if differing:
         raise AdapterError(
             f"the adapters hold different values of {len(differing)} {what}s: {listing(differing)}\n"
-            "  such a value replaces the base's, so two of them have no sum; saved='mean' (--saved mean) takes their weighted mean"
+            "  such a value replaces the base's, so two of them have no sum; saved='mean' (--saved mean) takes their "
+            "weighted mean"
         )
     return result
 
@@ -112,6 +133,7 @@ def _mean(what: str, name: str, versions: Sequence[tuple[float, Tensor]]) -> Ten
         raise AdapterError(f"{what} '{name}' has the shapes {listing(map(str, shapes))}: no mean of them")
     if total <= 0:
         raise AdapterError(
-            f"{what} '{name}': the weights add up to {total:g}, so it has no weighted mean\n  give weights whose sum is positive"
+            f"{what} '{name}': the weights add up to {total:g}, so it has no weighted mean\n"
+            "  give weights whose sum is positive"
         )
     return sum((w / total) * wide(v) for w, v in versions).to(versions[0][1].dtype)  # type: ignore[union-attr]

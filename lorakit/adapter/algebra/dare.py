@@ -1,7 +1,7 @@
 """DARE (Yu et al. 2024): each number of ΔW is dropped with probability 1 - density, the others are divided by density.
 
-The expected ΔW stays the same. dare_linear then adds them with their weights, dare_ties elects signs as TIES does. What is dropped
-depends on the seed, the module's name and the adapter's place in the list, and on nothing else.
+The expected ΔW stays the same. dare_linear then adds them with their weights, dare_ties elects signs as TIES does. What
+is dropped depends on the seed, the module's name and the adapter's place in the list, and on nothing else.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Small changes of an adapter, each a new one: stronger or weaker, turned around, in another precision, fewer modules, other names.
+"""Small changes of an adapter, each a new one: stronger or weaker, turned around, in another precision, fewer modules,
+other names.
 
-w · ΔW     in alpha where w > 0, so that no number changes; the sign goes into B     (negation: task arithmetic, Ilharco et al. 2023)
+w · ΔW     in alpha where w > 0, so that no factor changes; the sign goes into B
+           (negation: task arithmetic, Ilharco et al. 2023)
 """
 
 from __future__ import annotations
@@ -8,35 +10,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ...errors import AdapterError, ConfigError, TargetError, did_you_mean, listing
 from ...module_names import matches
-from ..adapter import Adapter, Other
-from ..checks import narrowed, wide
-from ..dense import Dense
-from ..loha import Hadamard
-from ..lora import Factors
+from ..adapter import Adapter
+from ..checks import narrowed
+from ..update import Update
 from .reform import with_updates
 
 T = TypeVar("T")
 
 
 def scale(adapter: Adapter, weight: float) -> Adapter:
-    """Every ΔW times `weight`. AdapterError with weights saved whole, and for a DoRA: neither is a change that could be scaled."""
+    """Every ΔW times `weight`. AdapterError with weights saved whole, and for a DoRA: neither is a change that could be
+    scaled.
+    """
     if not math.isfinite(weight):
         raise ConfigError(f"an adapter cannot be scaled by {weight}")
     if weight == 1:
         return adapter
     if adapter.saved:
         raise AdapterError(
-            f"this adapter holds weights whole ({listing(adapter.saved, 3)}): they are values, not changes, and cannot be scaled\n"
-            "  lorakit.combine([a, b], [0.7, 0.3], saved='mean') (lorakit combine --weights 0.7,0.3 --saved mean) takes their mean; "
+            f"this adapter holds weights whole ({listing(adapter.saved, 3)}): they are values, not changes, and cannot "
+            "be scaled\n"
+            "  lorakit.combine([a, b], [0.7, 0.3], saved='mean') (lorakit combine --weights 0.7,0.3 --saved mean) "
+            "takes their mean; "
             "dataclasses.replace(adapter, saved={}) leaves them out"
         )
-    return with_updates(adapter, {m: scaled(m, u, weight) for m, u in adapter.updates.items()})
+    return with_updates(adapter, {m: u.times(weight, m) for m, u in adapter.updates.items()})
 
 
 def negate(adapter: Adapter) -> Adapter:
@@ -47,20 +51,21 @@ def negate(adapter: Adapter) -> Adapter:
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """In another precision. AdapterError, naming the module, where a number is too large for it."""
 
-    def moved(update: Any, m: str) -> Any:
-        return replace(update, **{name: narrowed(t, dtype, f"'{m}', {name}") for name, t in update.tensors().items()})
+    def moved(m: str, update: Update) -> Update:
+        return update.map(lambda name, t: narrowed(t, dtype, f"'{m}', {name}"))
 
     return replace(
         adapter,
-        factors={m: moved(f, m) for m, f in adapter.factors.items()},
-        others={m: moved(o, m) for m, o in adapter.others.items()},
+        updates={m: moved(m, u) for m, u in adapter.updates.items()},
         saved={n: narrowed(t, dtype, f"saved weight '{n}'") for n, t in adapter.saved.items()},
         embeddings={n: narrowed(t, dtype, f"learned token '{n}'") for n, t in adapter.embeddings.items()},
     )
 
 
 def prune(adapter: Adapter, drop: str | list[str]) -> Adapter:
-    """Without the modules that `drop` names (name endings, or one regular expression for whole names), and what they saved whole."""
+    """Without the modules that `drop` names (name endings, or one regular expression for whole names), and what they
+    saved whole.
+    """
     gone = _named(adapter, drop)
     return _only(adapter, lambda m: m not in gone)
 
@@ -72,9 +77,11 @@ def select(adapter: Adapter, keep: str | list[str]) -> Adapter:
 
 
 def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """Modules under other names. `names`: a module's name, or what some begin with (whole parts, or "" for all) -> what it becomes.
+    """Modules under other names. `names`: a module's name, or what some begin with (whole parts, or "" for all) -> what
+    it becomes.
 
-    The longest that fits counts. AdapterError if two modules would get one name; TargetError for an entry that fits none.
+    The longest that fits counts. AdapterError if two modules would get one name; TargetError for an entry that fits
+    none.
     """
     used: set[str] = set()
 
@@ -91,43 +98,24 @@ def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     idle = next((o for o in names if o not in used), None)
     if idle is not None:
         raise TargetError(
-            f"no module is named '{idle}' or begins so{did_you_mean(idle, adapter.updates)}\n  modules: {listing(adapter.updates, 3)}"
+            f"no module is named '{idle}' or begins so{did_you_mean(idle, adapter.updates)}\n"
+            f"  modules: {listing(adapter.updates, 3)}"
         )
     return with_updates(adapter, updates, saved=saved)
 
 
-def scaled(module: str, update: Factors | Other, weight: float) -> Factors | Other:
-    """One update times a number, of the same kind."""
-    sign, size = math.copysign(1.0, weight), abs(weight)
-    if isinstance(update, Factors):
-        if update.magnitude is not None:
-            raise AdapterError(f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead")
-        if not size:
-            return replace(update, B=torch.zeros_like(update.B))
-        return replace(update, B=update.B if sign > 0 else -update.B, alpha=update.alpha * size)
-    if isinstance(update, Dense):
-        return Dense(*(None if t is None else _times(t, weight, module) for t in (update.weight, update.bias)))
-    if isinstance(update, Hadamard):
-        return replace(update, w1a=update.w1a * (sign if size else 0.0), alpha=update.alpha * (size or 1.0))
-    in_alpha = bool(size) and (update.w1b is not None or update.w2b is not None)
-    factor = sign if in_alpha else weight
-    name = "w1" if update.w1 is not None else "w1a"
-    first = getattr(update, name)
-    changes: dict[str, Any] = {name: _times(first, factor, module), "alpha": update.alpha * (size if in_alpha else 1.0)}
-    return replace(update, **changes)
-
-
-def _times(tensor: torch.Tensor, weight: float, module: str) -> torch.Tensor:
-    return narrowed(wide(tensor) * weight, tensor.dtype, f"'{module}' times {weight:g}")
-
-
 def _named(adapter: Adapter, names: str | list[str]) -> set[str]:
-    """The modules that a list of endings or an expression names; TargetError for an ending, or the expression, that names none."""
+    """The modules that a list of endings or an expression names; TargetError for an ending, or the expression, that
+    names none.
+    """
     known = set(adapter.updates) | {n.rpartition(".")[0] for n in adapter.saved}
     for pattern in [names] if isinstance(names, str) else [[n] for n in names]:
         if not any(matches(m, pattern) for m in known):
             asked = pattern if isinstance(pattern, str) else pattern[0]
-            raise TargetError(f"no module of this adapter matches '{asked}'{did_you_mean(asked, {m.rpartition('.')[2] for m in known})}")
+            raise TargetError(
+                "no module of this adapter matches "
+                f"'{asked}'{did_you_mean(asked, {m.rpartition('.')[2] for m in known})}"
+            )
     return {m for m in known if matches(m, names)}
 
 
@@ -146,6 +134,8 @@ def _unique(new: Mapping[str, str], values: Mapping[str, T]) -> dict[str, T]:
     for old, name in new.items():
         if name in result or not name:
             twin = next((o for o, n in new.items() if n == name and o != old), old)
-            raise AdapterError(f"'{old}' would be named '{name}'" + (f", as '{twin}' is" if name else ", which is no name"))
+            raise AdapterError(
+                f"'{old}' would be named '{name}'" + (f", as '{twin}' is" if name else ", which is no name")
+            )
         result[name] = values[old]
     return result

@@ -8,20 +8,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...config import LoraConfig
+from ...config import LoraConfig, variants
 from ...module_names import matches
-from ..adapter import Adapter, Other
+from ..adapter import Adapter
 from ..lora import Factors
+from ..update import Update
 
 
-def with_updates(adapter: Adapter, updates: Mapping[str, Factors | Other], **changes: Any) -> Adapter:
-    """`adapter` with these updates in place of its own, and a config that describes them. `changes`: other fields of it."""
+def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any) -> Adapter:
+    """`adapter` with these updates in place of its own, and a config that describes them. `changes`: other fields of
+    it.
+    """
     factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
-    if len({f.rslora for f in factors.values()}) > 1:  # a config has one rule for all: the plain one can say every strength
+    # a config has one rule for all: the plain one can say every strength
+    if len({f.rslora for f in factors.values()}) > 1:
         factors = {m: replace(f, alpha=f.scale * f.rank, rslora=False) if f.rslora else f for m, f in factors.items()}
-    others = {m: u for m, u in updates.items() if not isinstance(u, Factors)}
-    base = changes.pop("config", adapter.config)
-    return replace(adapter, config=describing(base, factors, list(updates)), factors=factors, others=others, **changes)
+    config = describing(changes.pop("config", adapter.config), factors, list(updates))
+    kinds = {u.variant for u in updates.values()}
+    variant = next(iter(kinds)) if len(kinds) == 1 and kinds <= set(variants()) else "lora"
+    return replace(adapter, config=config.replace(variant=variant), updates={**updates, **factors}, **changes)
 
 
 def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list[str]) -> LoraConfig:
@@ -33,7 +38,12 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list
         changes["rank"], changes["rank_pattern"] = _pattern(ranks)
     if any(config.alpha_of(m) != alpha for m, alpha in alphas.items()):
         changes["alpha"], changes["alpha_pattern"] = _pattern(alphas)
-    if not (isinstance(config.targets, list) and modules and all(matches(m, config.targets) for m in modules) and config.exclude is None):
+    if not (
+        isinstance(config.targets, list)
+        and modules
+        and all(matches(m, config.targets) for m in modules)
+        and config.exclude is None
+    ):
         endings = sorted({m.rpartition(".")[2] for m in modules})
         changes |= {"targets": endings or config.targets, "exclude": None, "layers": None}
     packed = {m: list(f.parts) for m, f in factors.items() if f.parts}

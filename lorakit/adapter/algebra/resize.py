@@ -1,11 +1,14 @@
-"""An adapter at another rank: the first singular values of each ΔW (Eckart and Young 1936: nothing of that rank is nearer).
+"""An adapter at another rank: the first singular values of each ΔW (Eckart and Young 1936: nothing of that rank is
+nearer).
 
 rank=8            eight of each module
-keep=0.99         as many as hold 99 % of the energy Σσ² of each module; overall=True: of all modules together, by one threshold for
+keep=0.99         as many as hold 99 % of the energy Σσ² of each module; overall=True: of all modules together, by one
+                  threshold for
                   all singular values, so that modules that changed more keep more
 error=0.1         the same as keep = 1 - error², the relative error being ‖ΔW - ΔW'‖ / ‖ΔW‖ (Frobenius)
 
-LoHa, LoKr and whole updates become low-rank factors. ΔW of a LoRA is never formed: QR of its halves, and an SVD of r x r.
+LoHa, LoKr and whole updates become low-rank factors. ΔW of a LoRA is never formed: QR of its halves, and an SVD of r x
+r.
 """
 
 from __future__ import annotations
@@ -18,17 +21,20 @@ from typing import Any
 import torch
 
 from ...errors import AdapterError, ConfigError
-from ..adapter import Adapter, Other
-from ..dense import Dense
+from ..adapter import Adapter
 from ..lora import Factors
-from .decompose import compose, decompose, difference, form_of, norm_of
+from ..update import Update
+from .compose import compose, relative
+from .product import norm
 from .reform import with_updates
 from .svd import Svd, needed
 
 
 @dataclass(frozen=True)
 class ModuleResize:
-    """One module: `before` is the rank it had (of a LoHa or LoKr what it calls so), `error` ‖ΔW - ΔW'‖ / ‖ΔW‖, `norm` ‖ΔW‖."""
+    """One module: `before` is the rank it had (of a LoHa or LoKr what it calls so), `error` ‖ΔW - ΔW'‖ / ‖ΔW‖, `norm`
+    ‖ΔW‖.
+    """
 
     module: str
     before: int
@@ -65,7 +71,11 @@ class Resized:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {"error": self.error, "energy": self.energy, "modules": [{**asdict(m), "energy": m.energy} for m in self.modules]}
+        return {
+            "error": self.error,
+            "energy": self.energy,
+            "modules": [{**asdict(m), "energy": m.energy} for m in self.modules],
+        }
 
 
 def resize(
@@ -80,39 +90,44 @@ def resize(
 ) -> Resized:
     """The adapter at a rank of at most `rank`, or as low as `keep` or `error` allow, or both (then `rank` is the most).
 
-    A module already that small stays as it is. drop_bias: leave out the bias's change of a whole update, which low-rank factors
-    cannot hold. on_module(name, done, total) is called after each. Raises AdapterError for a DoRA, whose ΔW depends on its base.
+    A module already that small stays as it is. drop_bias: leave out the bias's change of a whole update, which low-rank
+    factors cannot hold. on_module(name, done, total) is called after each. Raises AdapterError for a DoRA, whose ΔW
+    depends on its base.
     """
     keep = _share(rank, keep, error, overall)
     updates, others = dict(adapter.updates), _kept_whole(adapter, drop_bias)
-    forms = {m: form_of(m, u) for m, u in updates.items() if m not in others}
-    # The other kinds tell their singular values only as far as they are asked to: a little further than each needs by itself.
+    forms = {m: u.form(m) for m, u in updates.items() if m not in others}
+    # The other kinds tell their singular values only as far as they are asked to: a little further than each needs by
+    # itself.
     ahead = keep if keep is None or not overall else 1 - (1 - keep) / 10
     spectra, reports = {}, []
-    resized: dict[str, Factors | Other] = {}
+    resized: dict[str, Update] = {}
     threshold = None
     if overall and keep is not None:
-        spectra = {m: decompose(updates[m], rank, ahead) for m in forms}
+        spectra = {m: updates[m].singular_values(rank, ahead) for m in forms}
         threshold = _threshold(spectra, keep)
-        # Where the last value told is still above the threshold, more of that module may have to stay, and less of the others.
+        # Where the last value told is still above the threshold, more of that module may have to stay, and less of the
+        # others.
         asked = {m for m in forms if isinstance(updates[m], Factors)}
         while short := [m for m in forms if m not in asked and any(float(svd.S[-1]) > threshold for svd in spectra[m])]:
-            spectra |= {m: decompose(updates[m], rank) for m in short}
+            spectra |= {m: updates[m].singular_values(rank) for m in short}
             asked |= set(short)
             threshold = _threshold(spectra, keep)
     for done, (m, update) in enumerate(updates.items(), start=1):
         if m in others:
             resized[m] = update
             continue
-        svds = spectra.pop(m, None) or decompose(update, rank, ahead)
+        svds = spectra.pop(m, None) or update.singular_values(rank, ahead)
         wanted = max(_rank(svd, rank, keep, threshold) for svd in svds)
         if isinstance(update, Factors) and wanted >= update.rank:
             resized[m], after = update, update
         else:
             scale, rslora = (update.scale, update.rslora) if isinstance(update, Factors) else (1.0, False)
-            after = resized[m] = compose(forms[m], svds, wanted, scale, rslora, next(iter(update.tensors().values())).dtype)
-        lost, norm = difference(update, after) if after is not update else (0.0, norm_of(after))
-        reports.append(ModuleResize(m, update.rank, after.rank, math.sqrt(lost / norm) if norm else 0.0, math.sqrt(norm)))
+            after = resized[m] = compose(
+                forms[m], svds, wanted, scale, rslora, next(iter(update.tensors().values())).dtype
+            )
+        error, size = relative(update, after) if after is not update else (0.0, norm(after))
+        reports.append(ModuleResize(m, update.rank, after.rank, error, size))
         if on_module is not None:
             on_module(m, done, len(updates))
     return Resized(with_updates(adapter, resized).check(), tuple(reports))
@@ -122,7 +137,8 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
     """How much of the energy is to be kept, out of what was asked. ConfigError if that makes no sense."""
     if rank is None and keep is None and error is None:
         raise ConfigError(
-            "resize needs a rank, a share of the energy to keep, or the largest error\n  rank=8, keep=0.99 or error=0.1 (--rank 8, --keep 0.99 or --error 0.1)"
+            "resize needs a rank, a share of the energy to keep, or the largest error\n"
+            "  rank=8, keep=0.99 or error=0.1 (--rank 8, --keep 0.99 or --error 0.1)"
         )
     if keep is not None and error is not None:
         raise ConfigError(f"keep={keep} and error={error} say the same thing twice (keep = 1 - error²); give one")
@@ -133,18 +149,22 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
             raise ConfigError(f"{name} is {value}; expected more than 0 and at most 1")
     if overall and keep is None and error is None:
         raise ConfigError(
-            "overall needs keep or error: a rank is one module's\n  for example keep=0.99, overall=True (--keep 0.99 --overall)"
+            "overall needs keep or error: a rank is one module's\n"
+            "  for example keep=0.99, overall=True (--keep 0.99 --overall)"
         )
     return keep if error is None else 1 - error**2
 
 
-def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Other]:
-    """The updates that stay as they are: changes of norms and biases alone. AdapterError for a matrix with a bias, unless dropped."""
-    whole: dict[str, Other] = {m: o for m, o in adapter.others.items() if isinstance(o, Dense) and (o.weight is None or o.weight.dim() < 2)}
-    for m, other in adapter.others.items():
-        if m not in whole and isinstance(other, Dense) and other.bias is not None and not drop_bias:
+def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
+    """The updates that stay as they are: changes of norms and biases alone. AdapterError for a matrix with a bias,
+    unless dropped.
+    """
+    whole = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
+    for m, update in adapter.updates.items():
+        if m not in whole and update.changes_bias and not drop_bias:
             raise AdapterError(
-                f"'{m}' changes its bias too, which low-rank factors cannot hold\n  drop_bias=True (--drop-bias) leaves the bias's change out"
+                f"'{m}' changes its bias too, which low-rank factors cannot hold\n"
+                "  drop_bias=True (--drop-bias) leaves the bias's change out"
             )
     return whole
 

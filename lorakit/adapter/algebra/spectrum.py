@@ -1,4 +1,5 @@
-"""The singular values and directions of an update, from its factors: no [out, in] matrix is built where the update is of low rank.
+"""The singular values and directions of an update, from its factors: no [out, in] matrix is built where the update is
+of low rank.
 
     ΔW = L R        L: [out, r]   R: [r, in]        L = Q₁ T₁,  Rᵀ = Q₂ T₂  (QR)        T₁ T₂ᵀ = U' S V'ᵀ  (r x r)
     ΔW = U S Vᵀ     U = Q₁ U': [out, r]   S: [r]   V = Q₂ V': [in, r]
@@ -15,20 +16,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter import Other
-from ..lora import Factors
-from .product import LowRank, matrix
-from .svd import full_svd, norm_squared, product_core, product_svd, random_svd
+from ..update import LowRank, Update
+from .product import matrix
+from .svd import full_svd, norm_squared, product_svd, random_svd
 
-# A singular value below this part of the largest is taken for zero: what float32 arithmetic leaves of a direction that is not there.
+# A singular value below this part of the largest is taken for zero: what float32 arithmetic leaves of a direction that
+# is not there.
 ZERO = 1e-6
-# Up to here (smaller side) a whole matrix is decomposed, which takes about a second; of a larger one, the strongest directions.
+# Up to here (smaller side) a whole matrix is decomposed, which takes about a second; of a larger one, the strongest
+# directions.
 WHOLE, STRONGEST = 1024, 64
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """U [out, r], S [r] (descending), V [in, r] of an update; `norm` is ‖ΔW‖_F. `complete`: whether all directions are here."""
+    """U [out, r], S [r] (descending), V [in, r] of an update; `norm` is ‖ΔW‖_F. `complete`: whether all directions are
+    here.
+    """
 
     U: Tensor
     S: Tensor
@@ -43,10 +47,11 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float | None:
-        """exp(-Σ p log p) with p = σ²/Σσ²: how many directions share the energy ‖ΔW‖². Between 1 and the rank; 0 if ΔW = 0.
+        """exp(-Σ p log p) with p = σ²/Σσ²: how many directions share the energy ‖ΔW‖². Between 1 and the rank; 0 if ΔW
+        = 0.
 
-        The entropy of Roy and Vetterli (2007), who take p = σ/Σσ; the squares count energy, as the stable rank does. None if not all
-        singular values are known.
+        The entropy of Roy and Vetterli (2007), who take p = σ/Σσ; the squares count energy, as the stable rank does.
+        None if not all singular values are known.
         """
         if not self.complete:
             return None
@@ -66,17 +71,9 @@ class Spectrum:
         return Spectrum(self.U[:, :n], self.S[:n], self.V[:, :n], self.norm, self.complete)
 
 
-def spectrum(update: Factors | Other) -> Spectrum:
+def spectrum(update: Update) -> Spectrum:
     """The singular values and directions of one module's update."""
     return decompose(matrix(update))
-
-
-def norm(update: Factors | Other) -> float:
-    """‖ΔW‖_F."""
-    found = matrix(update)
-    if isinstance(found, LowRank):
-        return float(torch.linalg.matrix_norm(product_core(found.left, found.right)[1]))
-    return float(torch.linalg.vector_norm(found, dtype=torch.float64))
 
 
 def decompose(found: LowRank | Tensor) -> Spectrum:

@@ -1,11 +1,14 @@
-"""Singular value decompositions of updates: of a low-rank product without forming it, and of a big matrix by random projection.
+"""Singular value decompositions of updates: of a low-rank product without forming it, and of a big matrix by random
+projection.
 
-    product    B A = (Qb Rb)(Qa Ra)ᵀ = Qb (Rb Raᵀ) Qaᵀ           QR of B [m, r] and Aᵀ [n, r], SVD of an r x r matrix (r ≤ m, n)
-    random     Y = W Ω,  Q = orth(Y),  W ≈ Q (Qᵀ W)              Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1
+    product    B A = (Qb Rb)(Qa Ra)ᵀ = Qb (Rb Raᵀ) Qaᵀ           QR of B [m, r] and Aᵀ [n, r], SVD of an r x r matrix (r
+                                                                 ≤ m, n)
+    random     Y = W Ω,  Q = orth(Y),  W ≈ Q (Qᵀ W)              Halko, Martinsson and Tropp 2011, algorithms 4.4 and
+                                                                 5.1
 
-Cost: (m + n) r² + r³ for the product, where the SVD of the m x n matrix takes m n min(m, n). Everything in float64 for products.
-A random one is repeated (subspace iteration) until one more pass over W adds almost nothing; how far it is from W is then measured, not
-estimated (`distance`).
+Cost: (m + n) r² + r³ for the product, where the SVD of the m x n matrix takes m n min(m, n). Everything in float64 for
+products. A random one is repeated (subspace iteration) until one more pass over W adds almost nothing; how far it is
+from W is then measured, not estimated (`distance`).
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from torch import Tensor
 
 from ..checks import wide
 
-# Extra random columns. Halko et al. (section 1.3) call 5 or 10 enough; 10 make the first pass good to a factor of √(1 + k/9).
+# Extra random columns. Halko et al. (section 1.3) call 5 or 10 enough; 10 make the first pass good to a factor of √(1 +
+# k/9).
 OVERSAMPLE = 10
-# Stop when one more pass takes away less than this share of ‖W - W'‖². With it, ranks 4 to 64 of low rank with noise, of a slow decay and of
-# plain noise are within 0.2 % of the best error (tests/adapter/test_svd.py). A decaying spectrum needs two or three passes.
+# Stop when one more pass takes away less than this share of ‖W - W'‖². With it, ranks 4 to 64 of low rank with noise,
+# of a slow decay and of plain noise are within 0.2 % of the best error (tests/adapter/test_svd.py). A decaying spectrum
+# needs two or three passes.
 ACCURACY = 5e-4
 MOST_PASSES = 12
 # Up to this side the full SVD is faster than random passes, and exact.
@@ -68,8 +73,11 @@ def product_svd(B: Tensor, A: Tensor) -> Svd:
     return Svd(left @ U, S, Vt @ right.T, float(S.square().sum()))
 
 
-def matrix_svd(W: Tensor, rank: int | None = None, keep: float | None = None, *, accuracy: float = ACCURACY, seed: int = 0) -> Svd:
-    """The first singular values of W [m, n]: `rank` of them, or as many as hold the share `keep` of ΣS²; all if neither is said.
+def matrix_svd(
+    W: Tensor, rank: int | None = None, keep: float | None = None, *, accuracy: float = ACCURACY, seed: int = 0
+) -> Svd:
+    """The first singular values of W [m, n]: `rank` of them, or as many as hold the share `keep` of ΣS²; all if neither
+    is said.
 
     Small matrices, and ranks near the full one, by the full SVD; others at random, to `accuracy`.
     """
@@ -129,7 +137,9 @@ def distance(W: Tensor, B: Tensor, A: Tensor, block: int = 1024) -> float:
 
 
 def norm_squared(W: Tensor) -> float:
-    """‖W‖² (Frobenius), row by row and then in float64: within 1e-8 of it, and a hundred times faster than all in float64."""
+    """‖W‖² (Frobenius), row by row and then in float64: within 1e-8 of it, and a hundred times faster than all in
+    float64.
+    """
     W = wide(W.flatten(1) if W.dim() > 1 else W[None])
     return float(torch.linalg.vector_norm(W if W.is_contiguous() else W.T, dim=1).double().square().sum())
 

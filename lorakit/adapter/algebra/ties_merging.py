@@ -1,10 +1,12 @@
 """TIES merging (Yadav et al. 2023, algorithm 1) and magnitude pruning, on ΔW.
 
     trim       of each ΔW keep the share `density` with the largest magnitudes, the rest becomes 0
-    elect      for each number, the sign with the larger total magnitude (or, "frequency", the one that more of them have)
+    elect      for each number, the sign with the larger total magnitude (or, "frequency", the one that more of them
+               have)
     merge      the mean of the numbers that have that sign, each times its adapter's weight
 
-magnitude_prune is the trimming alone, and the weighted sum. With weights below 0 the signs are elected as they would be added.
+magnitude_prune is the trimming alone, and the weighted sum. With weights below 0 the signs are elected as they would be
+added.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Majority = Literal["total", "frequency"]
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """The share `density` of its numbers with the largest magnitudes (and those equal to the last of them); zero elsewhere."""
+    """The share `density` of its numbers with the largest magnitudes (and those equal to the last of them); zero
+    elsewhere.
+    """
     keep = int(density * delta.numel())
     if keep >= delta.numel():
         return delta

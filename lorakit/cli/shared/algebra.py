@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path, typer.Argument(help="where to write the result")]
 Rank = Annotated[int | None, typer.Option(min=1, help="maximum rank of the result")]
-Keep = Annotated[float | None, typer.Option(min=0, max=1, help="keep this share of the energy Σσ² of each module, e.g. 0.99")]
+Keep = Annotated[
+    float | None, typer.Option(min=0, max=1, help="keep this share of the energy Σσ² of each module, e.g. 0.99")
+]
 To = Annotated[str, typer.Option(help="format to write: any that `lorakit convert` writes")]
 Alpha = Annotated[float | None, typer.Option(help="for loralib files, which do not store it")]
-Dtype = Annotated[Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: that of the result")]
+Dtype = Annotated[
+    Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: that of the result")
+]
 Base = Annotated[str | None, typer.Option(help="the base's folder, required to read or write GGUF")]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
 Modules = Annotated[bool, typer.Option("--modules", help="print a line per module")]
@@ -51,7 +55,11 @@ def report(
     path, next_command = written
     before, after = sum(a.parameters for a in inputs), result.adapter.parameters
     if json_output:
-        facts: dict[str, Any] = {"out": str(path), "rank": result.adapter.rank, "parameters": {"before": before, "after": after}}
+        facts: dict[str, Any] = {
+            "out": str(path),
+            "rank": result.adapter.rank,
+            "parameters": {"before": before, "after": after},
+        }
         print(json.dumps(facts | result.to_dict()))
         return
     if modules:
@@ -59,7 +67,9 @@ def report(
             print(f"  {m.module}  rank {m.before} -> {m.after}  error {m.error:.3g}")
     ranks = sorted({f.rank for f in result.adapter.factors.values()})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "dense updates"
-    print(f"{what}: {len(result.modules)} modules, {rank}; {before:,} parameters -> {after:,}, {seconds_since(started)}")
+    print(
+        f"{what}: {len(result.modules)} modules, {rank}; {before:,} parameters -> {after:,}, {seconds_since(started)}"
+    )
     worst = result.worst
     if worst is not None and worst.error > 0:
         kept = f"{result.energy:.2%} of the energy kept"

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 
     from ...adapter.adapter import Adapter
 
-_SUFFIXES = {"kohya": (".safetensors",), "diffusers": (".safetensors", ""), "cloneofsimo": (".safetensors", ".pt"), "gguf": (".gguf",),
-             "loralib": (".pt", ".bin", ".pth", ".safetensors")}  # fmt: skip
+_SUFFIXES = {
+    "kohya": (".safetensors",),
+    "diffusers": (".safetensors", ""),
+    "cloneofsimo": (".safetensors", ".pt"),
+    "gguf": (".gguf",),
+    "loralib": (".pt", ".bin", ".pth", ".safetensors"),
+}
 _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -78,7 +83,9 @@ def parse_weights(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--weights: '{text}' is not a list of numbers; expected one per adapter, e.g. 0.7,0.3") from None
+        raise ConfigError(
+            f"--weights: '{text}' is not a list of numbers; expected one per adapter, e.g. 0.7,0.3"
+        ) from None
 
 
 def output_path(out: Path, to: str, force: bool) -> Path:
@@ -113,7 +120,9 @@ def _check_folder(out: Path, to: str) -> None:
     if to not in (*FOLDERS, "diffusers"):
         raise ConfigError(f"{out} is a folder, but {to} is written as a file")
     if (out / "config.json").exists():
-        raise ConfigError(f"{out} holds a model (config.json); expected a folder for the adapter alone\n  name another folder")
+        raise ConfigError(
+            f"{out} holds a model (config.json); expected a folder for the adapter alone\n  name another folder"
+        )
     try:
         # The adapter may be in a subfolder, as in a run's folder.
         existing = format_of(out) if find(out) == out else "something else"

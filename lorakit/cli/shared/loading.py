@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
+    from ...adapter.adapter import Adapter
     from ...data.templates import Style
 
 
@@ -45,23 +47,36 @@ class Loaded:
         style = (self.style or ("chat" if has_template else "none")) if template == "auto" else template
         if style == "chat" and not has_template:
             why = "the adapter was trained with a chat template" if template == "auto" else "--template chat"
-            raise ConfigError(f"{why}, but this model has no chat template\n  use --template plain or none, or the base it was trained on")
+            raise ConfigError(
+                f"{why}, but this model has no chat template\n"
+                "  use --template plain or none, or the base it was trained on"
+            )
         return style  # type: ignore[return-value]
+
+
+def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
+    """Read the adapters, by name. A GGUF needs the base's config: its rows are permuted per head."""
+    from ...adapter.adapter import Adapter
+    from ...bases.load import load_config
+    from ...formats import format_of
+
+    return {
+        name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
+        for name, path in named(adapters).items()
+    }
 
 
 def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
     """Load the base and attach the adapters; the last one is active."""
-    from ...adapter.adapter import Adapter
+    return attached(model, read(model, adapters), precision)  # adapters first, to fail early
+
+
+def attached(model: str, values: Mapping[str, Adapter], precision: str = "auto") -> Loaded:
+    """Load the base and attach adapters that have been read."""
     from ...bases.device import choose_device, choose_dtype
-    from ...bases.load import load_config, load_model, load_tokenizer
-    from ...formats import format_of
+    from ...bases.load import load_model, load_tokenizer
     from ...model.attach import attach
 
-    # Adapters first, to fail early. A GGUF needs the base's config: its rows are permuted per head.
-    values = {
-        name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
-        for name, path in named(adapters).items()
-    }  # fmt: skip
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
     style = None

@@ -10,7 +10,9 @@ from ...errors import ConfigError
 
 Model = Annotated[str, typer.Option(help="the base: 'embedded', a model folder, or a hub id")]
 Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="the base's precision")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="sample from the most likely tokens with this total probability")]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, help="sample from the most likely tokens with this total probability")
+]
 Split = Annotated[str | None, typer.Option(help="the data's split, if it has several")]
 Columns = Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]

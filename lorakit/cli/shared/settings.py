@@ -1,4 +1,6 @@
-"""A settings class as YAML file and command-line flags: the field texts are the comments and the help at once. Flags win."""
+"""A settings class as YAML file and command-line flags: the field texts are the comments and the help at once. Flags
+win.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def with_flags(cls: type[Strict], command: Callable[..., Any], skip: tuple[str, 
 
     def call(**given: Any) -> Any:
         flags = {name: given.pop(name) for name in fields}
-        return command(**given, flags={name: _value(fields[name], value) for name, value in flags.items() if value is not None})
+        return command(
+            **given, flags={name: _value(fields[name], value) for name, value in flags.items() if value is not None}
+        )
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
@@ -63,7 +67,9 @@ def commented(cls: type[Strict], values: dict[str, Any], skip: tuple[str, ...] =
             continue
         default = info.get_default(call_default_factory=True)
         # As the one element of a flow list, whose brackets go: that writes any value on the one line of its name.
-        value = yaml.safe_dump([values.get(name, default)], allow_unicode=True, default_flow_style=True, width=1 << 20).strip()[1:-1]
+        value = yaml.safe_dump(
+            [values.get(name, default)], allow_unicode=True, default_flow_style=True, width=1 << 20
+        ).strip()[1:-1]
         shown = f"{name}: {value}"
         lines += [f"# {info.description}", shown if name in values else f"# {shown}", ""]
     return "\n".join(lines)
@@ -75,11 +81,17 @@ def _option(name: str, info: FieldInfo) -> inspect.Parameter:
     is_switch = kinds == [bool]
     declared = f"--{flag}/--no-{flag}" if is_switch else f"--{flag}"
     default = info.get_default(call_default_factory=True)
-    shown = "" if info.is_required() or default in (None, [], {}) else f" [default: {str(default).lower() if is_switch else default}]"
+    shown = (
+        ""
+        if info.is_required() or default in (None, [], {})
+        else f" [default: {str(default).lower() if is_switch else default}]"
+    )
     values = [str(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
     metavar = None if is_switch else "|".join(values) if values and len(kinds) == 1 else _metavar(kinds)
     kind = bool | None if is_switch else str | None
-    option = typer.Option(declared, *_ALSO.get(name, ()), help=f"{info.description}{shown}", metavar=metavar, show_default=False)
+    option = typer.Option(
+        declared, *_ALSO.get(name, ()), help=f"{info.description}{shown}", metavar=metavar, show_default=False
+    )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
@@ -93,17 +105,22 @@ def _metavar(kinds: list[Any]) -> str:
     names = {int: "N", float: "X", str: "TEXT", list: "A,B,...", dict: "NAME=VALUE,..."}
     return "|".join(
         dict.fromkeys(
-            "|".join(map(str, get_args(k))) if get_origin(k) is Literal else names.get(get_origin(k) or k, "VALUE") for k in kinds
+            "|".join(map(str, get_args(k))) if get_origin(k) is Literal else names.get(get_origin(k) or k, "VALUE")
+            for k in kinds
         )
     )
 
 
 def _value(info: FieldInfo, given: Any) -> Any:
-    """What a flag's text means for its field: lists by commas, mappings as name=value, numbers and words as YAML reads them."""
+    """What a flag's text means for its field: lists by commas, mappings as name=value, numbers and words as YAML reads
+    them.
+    """
     if not isinstance(given, str):
         return given
     origins = [get_origin(k) or k for k in _kinds(info.annotation)]
-    if (dict in origins and given.startswith("{")) or (list in origins and given.startswith("[") and given.endswith("]")):
+    if (dict in origins and given.startswith("{")) or (
+        list in origins and given.startswith("[") and given.endswith("]")
+    ):
         return _yaml(given)  # for what has commas of its own
     if dict in origins:
         pairs = [part.partition("=") for part in given.split(",") if part]
@@ -113,7 +130,11 @@ def _value(info: FieldInfo, given: Any) -> Any:
     if list in origins and str in origins and re.fullmatch(r"[\w.]+", given) and given != ALL_LINEAR:
         return [given]  # a plain name is an ending; a pattern has other characters
     if list in origins and (str not in origins or "," in given):
-        return [_yaml(part) if str not in _members(info.annotation) else part.strip() for part in given.split(",") if part.strip()]
+        return [
+            _yaml(part) if str not in _members(info.annotation) else part.strip()
+            for part in given.split(",")
+            if part.strip()
+        ]
     if str in origins:
         value = _yaml(given)
         return value if float in origins and isinstance(value, int | float) else given

@@ -1,9 +1,11 @@
-"""What an adapted module computes while each row of the batch, or each token, has an adapter of its own (`lorakit.route`).
+"""What an adapted module computes while each row of the batch, or each token, has an adapter of its own
+(`lorakit.route`).
 
     y[n] = base(x)[n] + Σ_k w[n, k] · update_k(x[n])        w: [rows, adapters], a row of zeros for the base alone
 
-`Routing` holds one batch's choices, and what the layers derive from them once and share. `Routes` holds what outlives a batch:
-the layers, their stacks (see `stacks`), and the last batches' routings. Where choices are for tokens, each token is a row here.
+`Routing` holds one batch's choices, and what the layers derive from them once and share. `Routes` holds what outlives a
+batch: the layers, their stacks (see `stacks`), and the last batches' routings. Where choices are for tokens, each token
+is a row here.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from ..frozen import is_frozen_linear
 from .stacks import EXCESS, Order, Stack, Stacks, Uses
 
 if TYPE_CHECKING:
-    from ..layer import LoraFactors, LoraLayer
+    from ..layer import LoraLayer
+    from ..updates.update import LiveUpdate, Pair
 
 Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () is the base
 
 
 class Group(NamedTuple):
-    """The update of an adapter for each group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`). None: none has one there."""
+    """The update of an adapter for each group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`). None: none
+    has one there.
+    """
 
     A: Tensor | None
     B: Tensor | None
@@ -74,7 +79,7 @@ class Routes:
         """An adapter was attached to these layers."""
         for layer, name in names.items():
             self.names.setdefault(layer, name)
-            self.stacks.joined(layer, layer._modules[child].A.shape[0])  # type: ignore[attr-defined]
+            self.stacks.joined(layer, layer._modules[child].width)
 
     def detached(self, child: str, ranks: Mapping[LoraLayer, int], left: set[LoraLayer]) -> None:
         """An adapter was detached from these layers; on those of `left` others are. Keeps nothing of it."""
@@ -97,15 +102,27 @@ class Routing:
         self.groups = _groups(self.choices)
         self._shared: dict[tuple, Any] = {}
         self._uses: dict[LoraLayer, Uses] = {}
+        self._unpaired: dict[LoraLayer, list[str]] = {}
 
     def __reduce__(self):
         return type(None), ()  # a copy of a model is not inside `route`
 
     def forget(self, layer: LoraLayer) -> None:
         self._uses.pop(layer, None)
+        self._unpaired.pop(layer, None)
+
+    def unpaired(self, layer: LoraLayer) -> list[str]:
+        """The adapters whose update of this layer is no pair of matrices."""
+        found = self._unpaired.get(layer)
+        if found is None:
+            modules = layer._modules
+            found = self._unpaired[layer] = [c for c in self.children if c in modules and modules[c].pair() is None]
+        return found
 
     def tokens(self, layer: LoraLayer, x: Tensor) -> int:
-        """Tokens (positions) of x: [rows, ..., in] that each choice stands for. StateError if x has another number of rows."""
+        """Tokens (positions) of x: [rows, ..., in] that each choice stands for. StateError if x has another number of
+        rows.
+        """
         wanted = len(self.choices)
         if self.per_token:
             self._check_tokens(layer, x.shape[:-1])
@@ -117,7 +134,9 @@ class Routing:
         raise self._wrong(layer, rows)
 
     def _check_tokens(self, layer: LoraLayer, shape: Sequence[int]) -> None:
-        """StateError unless `shape`, of what a layer is given without its features, is one axis of as many tokens as there are choices."""
+        """StateError unless `shape`, of what a layer is given without its features, is one axis of as many tokens as
+        there are choices.
+        """
         wanted = len(self.choices)
         long = [size for size in shape if size != 1] or [1]
         if shape and long == [wanted]:
@@ -125,38 +144,50 @@ class Routing:
         name, count = self._name(layer), torch.Size(shape).numel()
         if shape and count == wanted and len(long) > 1:
             raise StateError(
-                f"'{name}' was given {' x '.join(map(str, shape))} tokens inside lorakit.route(per='token'); expected one row of {wanted}\n"
-                "  put the rows behind each other as [1, tokens], or choose per row: lorakit.route(model, choices) without `per`"
+                f"'{name}' was given {' x '.join(map(str, shape))} tokens inside lorakit.route(per='token'); expected "
+                f"one row of {wanted}\n"
+                "  put the rows behind each other as [1, tokens], or choose per row: lorakit.route(model, choices) "
+                "without `per`"
             )
         hint = (
             f"each of the {count} tokens needs its choice, also the prompt's and padding"
             if count > wanted
-            else "every adapted module must be given all tokens; leave those that see some of them (pooled, routed to experts) without adapter"
+            else (
+                "every adapted module must be given all tokens; leave those that see some of them (pooled, routed to "
+                "experts) without adapter"
+            )
         )
         raise StateError(
-            f"'{name}' was given {count} tokens inside lorakit.route(per='token'); expected {wanted}, one per choice\n  {hint}"
+            f"'{name}' was given {count} tokens inside lorakit.route(per='token'); expected {wanted}, one per choice\n"
+            f"  {hint}"
         )
 
     def _wrong(self, layer: LoraLayer, rows: int) -> StateError:
         wanted = len(self.choices)
         expected = f"{wanted} x repeat={self.repeat}" if self.repeat > 1 else f"{wanted}, one per choice"
         hint = (
-            f"each row seems to come {rows // wanted} times, as with beams: lorakit.route(model, choices, repeat={rows // wanted})"
+            f"each row seems to come {rows // wanted} times, as with beams: lorakit.route(model, choices, "
+            f"repeat={rows // wanted})"
             if wanted and rows > wanted and rows % wanted == 0
             else "the first axis of what an adapted module is given must be the batch's rows"
         )
-        return StateError(f"'{self._name(layer)}' was given {rows} rows inside lorakit.route; expected {expected}\n  {hint}")
+        return StateError(
+            f"'{self._name(layer)}' was given {rows} rows inside lorakit.route; expected {expected}\n  {hint}"
+        )
 
     def _name(self, layer: LoraLayer) -> str:
         return self.routes.names.get(layer, type(layer).__name__)
 
     def as_rows(self, layer: LoraLayer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer is given and what its base makes of it, with an axis of rows first: as they are, or one row for each token."""
+        """What a layer is given and what its base makes of it, with an axis of rows first: as they are, or one row for
+        each token.
+        """
         if not self.per_token:
             return y, x
         if layer.lora_kind == "conv":
             raise StateError(
-                f"'{self._name(layer)}' is a convolution, which mixes neighbouring tokens, so they cannot have adapters of their own\n"
+                f"'{self._name(layer)}' is a convolution, which mixes neighbouring tokens, so they cannot have "
+                "adapters of their own\n"
                 "  give each adapter's tokens a row of their own: lorakit.route(model, choices) without `per`"
             )
         axes = y.dim() - 1  # all but the features; an embedding's ids have none
@@ -172,16 +203,44 @@ class Routing:
         if key not in self._shared:
             weights = [dict(choice).get(child, 0.0) for choice in self.choices for _ in range(times)]
             rows = [n for n, weight in enumerate(weights) if weight]
-            self._shared[key] = torch.tensor(rows, device=x.device), torch.tensor([weights[n] for n in rows], device=x.device)
+            self._shared[key] = (
+                torch.tensor(rows, device=x.device),
+                torch.tensor([weights[n] for n in rows], device=x.device),
+            )
         return self._shared[key]
+
+    def add_updates(
+        self, layer: LoraLayer, y: Tensor, x: Tensor, children: Sequence[str] | None = None, y0: Tensor | None = None
+    ) -> Tensor:
+        """y plus each row's updates, one adapter after the other: for every kind of layer and update, with whatever
+        autograd makes of it.
+
+        `children`: of these adapters alone. `y0`: the base's output, if y holds more already.
+        """
+        whole = y
+        y0 = self.as_rows(layer, y if y0 is None else y0, x)[0]
+        y, x = self.as_rows(layer, y, x)
+        for child in self.children if children is None else children:
+            update: LiveUpdate | None = layer._modules.get(child)
+            if update is None:
+                continue
+            rows, weights = self.share(layer, child, x)
+            pair = update.pair()
+            if pair is not None:
+                change, weights = layer.lora_branch(x.index_select(0, rows), pair, y), pair.scale * weights
+            else:
+                change = update.change(layer, x.index_select(0, rows), y0.index_select(0, rows))
+            weights = weights.to(change.dtype).view(-1, *(1 for _ in change.shape[1:]))
+            y = y.index_add(0, rows, (change * weights).to(y.dtype))
+        return y.view_as(whole)
 
     def stack(self, layer: LoraLayer, y: Tensor) -> Stack | None:
         """The layer's stack with all that this batch names, or None if it names none that is on this layer."""
         uses, stacks = self._uses.get(layer), self.routes.stacks
         if uses is not None and uses.stack is stacks.of.get(layer) and uses.stack.fits(y) and uses.valid():
             return uses.stack
-        modules = layer._modules  # type: ignore[attr-defined]
-        children = [c for c in self.children if c in modules]
+        modules = layer._modules
+        children = [c for c in self.children if c in modules and modules[c].width]
         if not children:
             return None
         uses = self._uses[layer] = stacks.uses(layer, children, y, self.routes.names)
@@ -200,7 +259,9 @@ class Routing:
             stacked.add_stacked(y, x, stack.pieces(how, order), how)
 
     def _how(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
-        """How the updates are computed, and of which adapters side by side; None for those of the stack wherever they lie."""
+        """How the updates are computed, and of which adapters side by side; None for those of the stack wherever they
+        lie.
+        """
         layout = stack.layout
         children = [c for c in self.children if c in layout.places]
         rows, spans = self._rows({c: (k, 1.0) for k, c in enumerate(children)}), [layout.places[c] for c in children]
@@ -234,7 +295,9 @@ class Routing:
 
 
 def _groups(choices: tuple[Choice, ...]) -> Choice:
-    """The adapters with their weights, if each has as many rows as the others, all side by side, and one adapter only; else ()."""
+    """The adapters with their weights, if each has as many rows as the others, all side by side, and one adapter only;
+    else ().
+    """
     runs = [(choice, len(list(same))) for choice, same in itertools.groupby(choices)]
     alone = all(len(choice) == 1 for choice, _ in runs)
     if not alone or len({rows for _, rows in runs}) > 1 or len({choice[0][0] for choice, _ in runs}) < len(runs):
@@ -246,16 +309,20 @@ def group(layer: LoraLayer, x: Tensor) -> Group | None:
     """The batch's adapters on this layer as one, for training; None if they differ in more than rank and scale."""
     routing = layer.lora_route
     assert routing is not None
-    children, weights = [layer._modules.get(c) for c, _ in routing.groups], [w for _, w in routing.groups]  # type: ignore[attr-defined]
-    used: list[LoraFactors] = [f for f in children if f is not None]
-    if not routing.groups or not routing.tokens(layer, x):
+    modules = layer._modules
+    children, weights = (
+        [modules[c].pair() if c in modules else None for c, _ in routing.groups],
+        [w for _, w in routing.groups],
+    )
+    used: list[Pair] = [f for f in children if f is not None]
+    if not routing.groups or not routing.tokens(layer, x) or routing.unpaired(layer):
         return None
-    if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in used):  # type: ignore[attr-defined]
+    if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in used):
         return None  # no gradient: `_stacked` is faster
     if not used:
         return Group(None, None, 1.0, 0.0)
     first = used[0]
-    dropouts = {f.dropout if layer.training else 0.0 for f in used}  # type: ignore[attr-defined]
+    dropouts = {f.dropout if layer.training else 0.0 for f in used}
     ranks = [f.B.shape[-1] for f in used]
     if (
         len(dropouts) > 1
@@ -279,25 +346,6 @@ def _filled(factor: Tensor | None, like: Tensor, axis: int, rank: int) -> Tensor
     return F.pad(factor, (0, missing) if axis else (0, 0, 0, missing)) if missing else factor
 
 
-def add_updates(layer: LoraLayer, y: Tensor, x: Tensor, update: Callable[[Tensor, LoraFactors], Tensor]) -> Tensor:
-    """y plus each row's updates, one adapter after the other: for every kind of layer, with whatever autograd makes of it.
-
-    `update(rows of x, factors)` is ΔW's effect without its scale.
-    """
-    routing = layer.lora_route
-    assert routing is not None
-    whole = y
-    y, x = routing.as_rows(layer, y, x)
-    for child in routing.children:
-        factors: LoraFactors | None = layer._modules.get(child)  # type: ignore[attr-defined]
-        if factors is not None:
-            rows, weights = routing.share(layer, child, x)
-            change = update(x.index_select(0, rows), factors)
-            scales = (factors.scale * weights).to(change.dtype).view(-1, *(1 for _ in change.shape[1:]))
-            y = y.index_add(0, rows, (change * scales).to(y.dtype))
-    return y.view_as(whole)
-
-
 def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
     """A linear layer's output. `base`: its own forward."""
     routing = layer.lora_route
@@ -305,34 +353,45 @@ def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kw
     tokens = routing.tokens(layer, x)
     if not tokens:
         return base(x, *args, **kwargs)
+    unpaired = routing.unpaired(layer)
+    if not unpaired:
+        return _pairs(layer, routing, tokens, base, x, *args, **kwargs)
+    y0 = base(x, *args, **kwargs)
+    y = _pairs(layer, routing, tokens, lambda *_, **__: y0.clone(), x, *args, **kwargs)  # it may be written into
+    return routing.add_updates(layer, y, x, unpaired, y0)
+
+
+def _pairs(
+    layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., Tensor], x: Tensor, *args, **kwargs
+) -> Tensor:
+    """The output with those updates that are pairs of matrices."""
     plain = needs_plain()
-    if not (plain or layer.training or torch.is_grad_enabled()):  # type: ignore[attr-defined]
+    if not (plain or layer.training or torch.is_grad_enabled()):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
-    used = {c: f for c in routing.children if (f := layer._modules.get(c)) is not None}  # type: ignore[attr-defined]
+    modules = layer._modules
+    used: dict[str, Pair] = {
+        c: pair for c in routing.children if c in modules and (pair := modules[c].pair()) is not None
+    }
     if not used:
         return base(x, *args, **kwargs)
     together = None if plain else group(layer, x)
     if together is not None and together.A is not None and together.B is not None:
         mask = mask_for(x, together.dropout, layer) if together.dropout else None
         return add_low_rank(_own(layer, base(x, *args, **kwargs)), x, together.A, together.B, together.scale, mask)
-    if plain or (layer.training and any(f.dropout for f in used.values())):  # type: ignore[attr-defined]
-        return _one_by_one(layer, base(x, *args, **kwargs), x)
-    if not (torch.is_grad_enabled() and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))):
+    if plain or (layer.training and any(f.dropout for f in used.values())):
+        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
+    if not (
+        torch.is_grad_enabled()
+        and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))
+    ):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
     if any(f.B.dim() == 3 for f in used.values()):  # packed
-        return _one_by_one(layer, base(x, *args, **kwargs), x)
+        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
     how = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(used.items())}, tokens, x)
     factors = [(f.A, f.B) for f in used.values()]
-    if not args and not kwargs and layer.lora_plain and is_frozen_linear(layer, x):  # type: ignore[attr-defined, arg-type]
-        return add_segments(None, x, layer.weight, layer.bias, how, factors)  # type: ignore[attr-defined]
+    if not args and not kwargs and layer.lora_plain and is_frozen_linear(layer, x):
+        return add_segments(None, x, layer.weight, layer.bias, how, factors)
     return add_segments(_own(layer, base(x, *args, **kwargs)), x, None, None, how, factors)
-
-
-def _one_by_one(layer: LoraLayer, y: Tensor, x: Tensor) -> Tensor:
-    def update(rows: Tensor, factors: LoraFactors) -> Tensor:
-        return layer.lora_add(y.new_zeros(*rows.shape[:-1], y.shape[-1]), rows, factors, 1.0)  # type: ignore[attr-defined]
-
-    return add_updates(layer, y, x, update)
 
 
 def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tensor) -> Tensor:
@@ -347,5 +406,5 @@ def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tens
 
 def _own(layer: LoraLayer, y: Tensor) -> Tensor:
     """y as a contiguous tensor that may be written into."""
-    fresh = layer.lora_fresh_output and not (y.requires_grad and y.is_leaf)  # type: ignore[attr-defined]
+    fresh = layer.lora_fresh_output and not (y.requires_grad and y.is_leaf)
     return y.contiguous() if fresh else y.clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,9 @@
 """Factors of many adapters stacked, one stack for each routed layer, for batches that need no gradients (see `routes`).
 
-A stack is a buffer with spare room: A [capacity, in] and s · Bᵀ [capacity, out], in the activations' precision. An adapter that a batch
-names for the first time is written into a gap, which copies its own factors and no others. It stays there, so that a mix
-that changes costs nothing while all that it names are in. When a stack may not grow any more, the adapters that were named
-least recently make room.
+A stack is a buffer with spare room: A [capacity, in] and s · Bᵀ [capacity, out], in the activations' precision. An
+adapter that a batch names for the first time is written into a gap, which copies its own factors and no others. It
+stays there, so that a mix that changes costs nothing while all that it names are in. When a stack may not grow any
+more, the adapters that were named least recently make room.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from torch import Tensor
 from ...ops.batched import stacked
 from ...ops.batched.schedule import Schedule
 from ...ops.packed import expand_packed
-from ..layer import LoraFactors
+from ..updates.update import LiveUpdate
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
 
-# All stacks of a model together hold at most this many bytes, or EXCESS times what one batch needs, if that is more; and no more than
-# SPARE times what is attached. Writing an adapter in takes longer than a step's use of it (512 -> 512, rank 24, fp32, one EPYC core: 82 µs
-# a layer against 207 for 28 rows of four adapters), so the adapters that take turns should all fit: 400 of ranks 4 to 64 on
-# eight layers of width 512 (`lorakit bench mixed`) are 3.1 GB.
+# All stacks of a model together hold at most this many bytes, or EXCESS times what one batch needs, if that is more;
+# and no more than SPARE times what is attached. Writing an adapter in takes longer than a step's use of it (512 -> 512,
+# rank 24, fp32, one EPYC core: 82 µs a layer against 207 for 28 rows of four adapters), so the adapters that take turns
+# should all fit: 400 of ranks 4 to 64 on eight layers of width 512 (`lorakit bench mixed`) are 3.1 GB.
 STACK_BYTES = 4 << 30
 EXCESS = 2
-# A stack is made with room for this many times the ranks attached to its layer. On a CPU, memory that was never written to is not
-# taken from the machine; and one in three adapters attached finds room without the others being written again.
+# A stack is made with room for this many times the ranks attached to its layer. On a CPU, memory that was never written
+# to is not taken from the machine; and one in three adapters attached finds room without the others being written
+# again.
 SPARE = 1.5
 
 Places = dict[str, tuple[int, int]]  # child -> (its first rank, the one after its last)
@@ -41,7 +42,9 @@ _version = operator.attrgetter("_version")
 
 
 class Layout:
-    """Where adapters lie in a stack. Never changed; layers whose stacks are alike hold the same one, so that it need not be compared."""
+    """Where adapters lie in a stack. Never changed; layers whose stacks are alike hold the same one, so that it need
+    not be compared.
+    """
 
     def __init__(self, capacity: int, places: Places):
         self.capacity, self.places = capacity, places
@@ -57,21 +60,26 @@ class Layout:
 
 
 class Held:
-    """One adapter's factors as a stack holds them, and what tells whether they still are what was copied."""
+    """One adapter's pair as a stack holds it, and what tells whether the parameters it is made of still are what they
+    were then.
+    """
 
     __slots__ = ("addresses", "counts", "parameters", "registered", "versions")
 
-    def __init__(self, factors: LoraFactors):
-        self.registered = factors._parameters
-        self.parameters: list[Tensor] = list(factors._parameters.values())  # type: ignore[arg-type]
-        # Not believed twice: inference tensors, which do not count their changes, and what is trained, as some optimizers write without counting.
+    def __init__(self, update: LiveUpdate):
+        self.registered = update._parameters
+        self.parameters: list[Tensor] = list(update._parameters.values())  # type: ignore[arg-type]
+        # Not believed twice: inference tensors, which do not count their changes, and what is trained, as some
+        # optimizers write without counting.
         self.counts = not any(p.is_inference() or p.requires_grad for p in self.parameters)
         self.versions = list(map(_version, self.parameters)) if self.counts else []
         self.addresses = list(map(Tensor.data_ptr, self.parameters))
 
 
 class Uses:
-    """Some adapters of a stack, and whether it holds them as they are now. All at once: asking one by one takes five times as long."""
+    """Some adapters of a stack, and whether it holds them as they are now. All at once: asking one by one takes five
+    times as long.
+    """
 
     def __init__(self, stack: Stack, held: Sequence[Held]):
         def joined(lists: Iterable[list]) -> list:
@@ -89,14 +97,18 @@ class Uses:
         return (
             self.counts
             and self.stack.layout is self.layout
-            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.registered)), self.parameters))
+            and all(
+                map(operator.is_, itertools.chain.from_iterable(map(dict.values, self.registered)), self.parameters)
+            )
             and list(map(_version, self.parameters)) == self.versions
             and list(map(Tensor.data_ptr, self.parameters)) == self.addresses
         )
 
 
 class Order:
-    """Adapters side by side for matrix products, those of equal rank next to each other (see `ops.batched.schedule`)."""
+    """Adapters side by side for matrix products, those of equal rank next to each other (see
+    `ops.batched.schedule`).
+    """
 
     def __init__(self, layout: Layout, children: Iterable[str], device: torch.device):
         places = layout.places
@@ -128,14 +140,15 @@ class Stack:
         """Those whose factors are not in it, or have changed since."""
         return [c for c in children if c not in self.held or not Uses(self, [self.held[c]]).valid()]
 
-    def write(self, child: str, factors: LoraFactors, parts: Sequence[bool]) -> None:
-        """Copy an adapter's factors to its place. `parts`: the layer's, where B is packed."""
-        place = slice(*self.layout.places[child])
+    def write(self, child: str, update: LiveUpdate, parts: Sequence[bool]) -> None:
+        """Copy an adapter's pair to its place. `parts`: the layer's, where B is packed."""
+        place, pair = slice(*self.layout.places[child]), update.pair()
+        assert pair is not None
         with torch.no_grad():
-            B = expand_packed(factors.B, parts) if factors.B.dim() == 3 else factors.B  # type: ignore[arg-type]
-            self.A[place] = factors.A
-            self.Bt[place] = B.T * factors.scale
-        self.held[child] = Held(factors)
+            B = expand_packed(pair.B, parts) if pair.B.dim() == 3 else pair.B  # type: ignore[arg-type]
+            self.A[place] = pair.A
+            self.Bt[place] = B.T * pair.scale
+        self.held[child] = Held(update)
         self._ordered = self._pieces = None
 
     def move(self, layout: Layout) -> None:
@@ -145,7 +158,9 @@ class Stack:
         self.layout, self._ordered, self._pieces = layout, None, None
 
     def ordered(self, order: Order) -> tuple[Tensor, Tensor]:
-        """A and s · Bᵀ of these adapters, side by side: a part of the buffer, or a copy that is kept for the next step."""
+        """A and s · Bᵀ of these adapters, side by side: a part of the buffer,
+        or a copy that is kept for the next step.
+        """
         if self._ordered is None or self._ordered[0] is not order:
             take = order.take
             A, Bt = (t[take] if isinstance(take, slice) else t.index_select(0, take) for t in (self.A, self.Bt))
@@ -167,7 +182,8 @@ class Stacks:
         self.of: dict[LoraLayer, Stack] = {}
         self._layouts: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
         self._named: dict[str, None] = {}  # children, that of the oldest batch first
-        self._moves: dict[tuple, Layout | None] = {}  # what a layer worked out for this batch, for the next one with the same stack
+        # what a layer worked out for this batch, for the next one with the same stack
+        self._moves: dict[tuple, Layout | None] = {}
         self._width: int | None = None  # in + out of all routed layers together
 
     def begin(self, children: Iterable[str]) -> None:
@@ -178,7 +194,9 @@ class Stacks:
             self._named[child] = None
 
     def uses(self, layer: LoraLayer, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]) -> Uses:
-        """The layer's stack, with these adapters in it as they are now. `layers`: all that are routed, for the bound."""
+        """The layer's stack, with these adapters in it as they are now.
+        `layers`: all that are routed, for the bound.
+        """
         stack = self.of.get(layer)
         if stack is not None and not stack.fits(y):
             stack = None
@@ -190,15 +208,17 @@ class Stacks:
         stack = self._filled(layer, stack, children, y, layers)
         return Uses(stack, [stack.held[c] for c in children])
 
-    def _filled(self, layer: LoraLayer, stack: Stack | None, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]) -> Stack:
+    def _filled(
+        self, layer: LoraLayer, stack: Stack | None, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]
+    ) -> Stack:
         """The stack, or a new one, after what is missing or has changed was written."""
-        modules: Mapping[str, LoraFactors] = layer._modules  # type: ignore[attr-defined]
+        modules: Mapping[str, LiveUpdate] = layer._modules
         stale = list(children) if stack is None else stack.stale(children)
-        ranks = {c: modules[c].A.shape[0] for c in stale}
+        ranks = {c: modules[c].width for c in stale}
         layout = self._with_room(layer, stack.layout, ranks, children, y, layers) if stack is not None else None
         if stack is None or layout is None:
             self.of.pop(layer, None)  # freed before the next one is made
-            stale, ranks = list(children), {c: modules[c].A.shape[0] for c in children}
+            stale, ranks = list(children), {c: modules[c].width for c in children}
             layout = self._fresh(self._capacity(layer, sum(ranks.values()), y, layers), ranks)
             stack = self.of[layer] = Stack(layout, *_sizes(layer), y)
         elif layout is not stack.layout:
@@ -220,7 +240,9 @@ class Stacks:
         elif child in stack.layout.places:
             key = (stack.layout, child)
             if key not in self._moves:
-                self._moves[key] = self._shared(stack.layout.capacity, {c: p for c, p in stack.layout.places.items() if c != child})
+                self._moves[key] = self._shared(
+                    stack.layout.capacity, {c: p for c, p in stack.layout.places.items() if c != child}
+                )
             moved = self._moves[key]
             assert moved is not None
             stack.move(moved)
@@ -232,24 +254,42 @@ class Stacks:
             self.of[layer].detached -= rank
 
     def _with_room(
-        self, layer: LoraLayer, layout: Layout, ranks: Mapping[str, int], children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]
+        self,
+        layer: LoraLayer,
+        layout: Layout,
+        ranks: Mapping[str, int],
+        children: Sequence[str],
+        y: Tensor,
+        layers: Iterable[LoraLayer],
     ) -> Layout | None:
-        """The layout with places for these as well; others may have to go, but none of `children`. None if that gives no room."""
+        """The layout with places for these as well; others may have to go, but none of `children`. None if that gives
+        no room.
+        """
         key = (layout, tuple(ranks.items()), tuple(children))
         if key not in self._moves:
             self._moves[key] = self._planned(layer, layout, ranks, children, y, layers)
         return self._moves[key]
 
     def _planned(
-        self, layer: LoraLayer, layout: Layout, ranks: Mapping[str, int], children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]
+        self,
+        layer: LoraLayer,
+        layout: Layout,
+        ranks: Mapping[str, int],
+        children: Sequence[str],
+        y: Tensor,
+        layers: Iterable[LoraLayer],
     ) -> Layout | None:
-        modules = layer._modules  # type: ignore[attr-defined]
-        same = {c: (start, stop) for c, (start, stop) in layout.places.items() if ranks.get(c, stop - start) == stop - start}
+        modules = layer._modules
+        same = {
+            c: (start, stop) for c, (start, stop) in layout.places.items() if ranks.get(c, stop - start) == stop - start
+        }
         planned, kept = Layout(layout.capacity, same), set(children)
         oldest = [c for c in self._named if c in same and c not in kept]
         for child, rank in sorted(((c, r) for c, r in ranks.items() if c not in same), key=operator.itemgetter(1)):
             start = planned.gap(rank)
-            if start is None and layout.capacity < self._capacity(layer, sum(modules[c].A.shape[0] for c in children), y, layers):
+            if start is None and layout.capacity < self._capacity(
+                layer, sum(modules[c].width for c in children), y, layers
+            ):
                 return None  # more is attached than when it was made
             while start is None and oldest:
                 del planned.places[oldest.pop(0)]
@@ -272,8 +312,8 @@ class Stacks:
 
     def _capacity(self, layer: LoraLayer, needed: int, y: Tensor, layers: Iterable[LoraLayer]) -> int:
         """How many ranks a new stack of this layer may hold, for a batch that needs so many."""
-        children: Iterable[object] = layer._modules.values()  # type: ignore[attr-defined]
-        attached = sum([f.A.shape[0] for f in children if isinstance(f, LoraFactors)])
+        children: Iterable[object] = layer._modules.values()
+        attached = sum([u.width for u in children if isinstance(u, LiveUpdate)])
         if self._width is None:
             self._width = sum([sum(_sizes(each)) for each in layers if each.lora_kind == "linear"])
         bound = STACK_BYTES // (self._width * y.element_size())
@@ -282,4 +322,4 @@ class Stacks:
 
 def _sizes(layer: LoraLayer) -> tuple[int, int]:
     """(in, out)"""
-    return layer.lora_sizes()  # type: ignore[attr-defined]
+    return layer.lora_sizes()

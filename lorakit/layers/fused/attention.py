@@ -1,7 +1,9 @@
-"""Attention's own backward for 16 bits on a CPU (see `ops.fused.attention`), through transformers' public attention interface.
+"""Attention's own backward for 16 bits on a CPU (see `ops.fused.attention`), through transformers' public attention
+interface.
 
-`use` gives a model the implementation named below in place of "sdpa", `leave` gives "sdpa" back. Wherever our backward does not apply, the
-implementation calls "sdpa" itself. It is registered as a mask function too: without that, transformers passes no mask and padding is ignored.
+`use` gives a model the implementation named below in place of "sdpa", `leave` gives "sdpa" back. Wherever our backward
+does not apply, the implementation calls "sdpa" itself. It is registered as a mask function too: without that,
+transformers passes no mask and padding is ignored.
 """
 
 from __future__ import annotations
@@ -17,8 +19,14 @@ from ...ops.linear import needs_plain
 NAME = "lorakit_sdpa"
 # Arguments of the interface that do not change what plain attention computes.
 _HARMLESS = {
-    "position_ids", "use_cache", "cache_position", "num_items_in_batch", "output_hidden_states", "output_attentions", "sliding_window",
-}  # fmt: skip
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_attentions",
+    "sliding_window",
+}
 
 
 def register() -> None:
@@ -73,10 +81,19 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """transformers' interface: query [rows, heads, length, size], rotated -> [rows, length, heads, size], and no weights."""
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' interface: query [rows, heads, length, size], rotated -> [rows, length, heads, size], and no
+    weights.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
@@ -87,10 +104,14 @@ def forward(
     ):
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
-    return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+    return sdpa(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
 
 
-def _applies(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, kwargs: dict[str, Any]) -> bool:
+def _applies(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, kwargs: dict[str, Any]
+) -> bool:
     return (
         mask is None  # a real window, padding and packed rows come as an explicit mask
         and causal
@@ -117,11 +138,17 @@ def _implementations(model: nn.Module) -> set[str | None]:
 
 
 def _unknown_child(module: nn.Module) -> str | None:
-    """What an attention holds besides linears, norms and dropout. An indexer of keys, say, is only right with the names it knows."""
+    """What an attention holds besides linears, norms and dropout. An indexer of keys, say, is only right with the names
+    it knows.
+    """
     if not hasattr(module, "is_causal") or not any(isinstance(child, nn.Linear) for child in module.children()):
         return None
     for name, child in module.named_children():
         plain = isinstance(child, nn.Linear | nn.Dropout | nn.Identity | nn.LayerNorm)
-        if not plain and (child._modules or len(child._parameters) > 2 or any(p is not None and p.dim() > 1 for p in child.parameters())):
+        if not plain and (
+            child._modules
+            or len(child._parameters) > 2
+            or any(p is not None and p.dim() > 1 for p in child.parameters())
+        ):
             return f"'{name}' ({type(child).__name__})"
     return None

@@ -1,8 +1,9 @@
-"""Which modules of a model are computed as one node: give them their class (`adopt`), take it back (`release`), and report which are fused.
+"""Which modules of a model are computed as one node: give them their class (`adopt`), take it back (`release`), and
+report which are fused.
 
-A fused module gets its class as an adapted linear does (see `swap`). It stands in for its own class's forward only in training and where gradients are made;
-whatever else is the case (hooks on a child, several active adapters, autocast, torch.compile), that forward is called.
-While B is zero, values have the base's bits either way.
+A fused module gets its class as an adapted linear does (see `swap`). It stands in for its own class's forward only in
+training and where gradients are made; whatever else is the case (hooks on a child, several active adapters, autocast,
+torch.compile), that forward is called. While B is zero, values have the base's bits either way.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..frozen import is_plain_weight
 from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base
 from ..linear import LinearLayer
 from ..swap import rebind_hooked_forward
+from ..updates.update import LiveUpdate
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm
 from .gated_mlp import FusedGatedMlp
@@ -57,7 +59,11 @@ class Fused(NamedTuple):
 
     def __str__(self) -> str:
         what = f"{self.kind} of {self.cls}" if self.cls else self.kind
-        return f"{what}: {self.modules} fused" if self.why_not is None else f"{what} is not fused ({self.modules}): {self.why_not}"
+        return (
+            f"{what}: {self.modules} fused"
+            if self.why_not is None
+            else f"{what} is not fused ({self.modules}): {self.why_not}"
+        )
 
 
 def adopt(model: nn.Module) -> None:
@@ -70,7 +76,7 @@ def adopt(model: nn.Module) -> None:
             fitting = ((kind, found) for kind, found in _match(module, seen).items() if not isinstance(found, str))
             for kind, found in itertools.islice(fitting, 1):
                 module.__dict__.update(kind.lora_settings(module, found))
-                module.__class__ = adapted_class(kind, type(module))  # type: ignore[arg-type]
+                module.__class__ = adapted_class(kind, type(module))
 
 
 def release(model: nn.Module) -> None:
@@ -92,7 +98,7 @@ def report(model: nn.Module) -> list[Fused]:
             cls = type(module)
             if cls.__bases__[0] in KINDS:
                 if _applicable(module):  # else nothing in it is adapted any more
-                    counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1  # type: ignore[index]
+                    counts[KINDS[cls.__bases__[0]][0], mixin_and_base(cls)[1].__name__, None] += 1
             elif isinstance(module, LinearLayer):
                 counts[LINEAR, mixin_and_base(cls)[1].__name__, _why_not_linear(module)] += 1
             elif not isinstance(module, LoraLayer):
@@ -142,5 +148,14 @@ def _shapes(module: nn.Module) -> tuple:
 def _why_not_linear(layer: LinearLayer) -> str | None:
     if not layer.lora_plain:
         base = mixin_and_base(type(layer))[1].__name__
-        return "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
-    return None if is_plain_weight(layer) else "its weight is trained, quantized, sharded or computed"  # type: ignore[arg-type]
+        return (
+            "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
+        )
+    if not is_plain_weight(layer):
+        return "its weight is trained, quantized, sharded or computed"
+    children = layer._modules.values()
+    return (
+        None
+        if any(isinstance(child, LiveUpdate) and child.width for child in children)
+        else "its update is no pair of matrices"
+    )

@@ -1,4 +1,6 @@
-"""A gated MLP with adapted linears, as one node (see `ops.fused.gated_mlp`): down(act(gate(x)) · up(x)). It keeps x, gate and up for backward."""
+"""A gated MLP with adapted linears, as one node (see `ops.fused.gated_mlp`): down(act(gate(x)) · up(x)). It keeps x,
+gate and up for backward.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SIZE, FFN = 5, 7  # of the twin that is probed: small, odd and unequal
 
 
 class Roles(NamedTuple):
-    """The children's names. `gate_up`: gate and up, or one linear that holds both. `function`: what the child `act` computes."""
+    """The children's names. `gate_up`: gate and up, or one linear that holds both. `function`: what the child `act`
+    computes.
+    """
 
     gate_up: tuple[str, ...]
     down: str
@@ -46,21 +50,23 @@ class FusedGatedMlp(Swapped):
         return {"lora_roles": found, "lora_act": _as_probed(module._modules[found.act])}
 
     def forward(self, *args, **kwargs) -> Tensor:
-        alone = len(args) == 1 and not kwargs and makes_gradients(self) and is_as_probed(self)  # type: ignore[arg-type]
+        alone = len(args) == 1 and not kwargs and makes_gradients(self) and is_as_probed(self)
         found = _projections(self, args[0]) if alone else None
         if found is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         act, projections, dropout = found
         mask = None
         if dropout:
             for name, projection in zip(self.lora_roles.gate_up, projections):
                 if projection.A is not None:  # each draws a seed, as it would by itself
-                    mask = mask_for(args[0], dropout, self._modules[name])  # type: ignore[attr-defined]
+                    mask = mask_for(args[0], dropout, self._modules[name])
         return gated_mlp(args[0], projections[:-1], projections[-1], act, mask, dropout)
 
 
 def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], float] | None:
-    """The linears as one node can compute them and the dropout they share; None: nothing is adapted, or something needs its own call."""
+    """The linears as one node can compute them and the dropout they share; None: nothing is adapted, or something needs
+    its own call.
+    """
     roles, children = mlp.lora_roles, mlp._modules
     act, idle = children.get(roles.act), [children.get(name) for name in roles.idle]
     if act is None or _as_probed(act) != mlp.lora_act or is_hooked(act):
@@ -78,7 +84,9 @@ def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], flo
 
 
 def match(module: nn.Module) -> Roles | str | None:
-    """Its children's roles if a module can be fused; why it cannot, if it looks like a gated MLP; None if it does not."""
+    """Its children's roles if a module can be fused;
+    why it cannot, if it looks like a gated MLP; None if it does not.
+    """
     children = {name: child for name, child in module._modules.items() if child is not None}
     linears = {name: child for name, child in children.items() if isinstance(child, nn.Linear)}
     rest = {name: child for name, child in children.items() if name not in linears}
@@ -95,7 +103,9 @@ def match(module: nn.Module) -> Roles | str | None:
         return None
     if unknown or len(functions) != 1:
         return f"has a child {unknown[0]} that the fused form does not know" if unknown else "has several activations"
-    sizes = {size for child in linears.values() for size in (child.in_features, child.out_features, child.out_features // 2)}
+    sizes = {
+        size for child in linears.values() for size in (child.in_features, child.out_features, child.out_features // 2)
+    }
     odd = unknown_attribute(module, [*sizes, None])
     if odd is not None or module._parameters or module._buffers:
         held = odd or next(iter([*module._parameters, *module._buffers]))
@@ -116,7 +126,9 @@ def _possible_roles(linears: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], 
     for order in itertools.permutations(linears):
         gate_up, down = order[:-1], linears[order[-1]]
         inner = down.in_features * (2 if len(gate_up) == 1 else 1)
-        if gate_up and all((linears[n].in_features, linears[n].out_features) == (down.out_features, inner) for n in gate_up):
+        if gate_up and all(
+            (linears[n].in_features, linears[n].out_features) == (down.out_features, inner) for n in gate_up
+        ):
             yield gate_up, order[-1]
 
 
@@ -149,22 +161,38 @@ def _misfit(module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> s
 
 
 def _misfit_in(
-    dtype: torch.dtype, module: nn.Module, roles: Roles, linears: dict[str, nn.Linear], tolerance: float, of_gradients: float
-) -> str | None:  # fmt: skip
+    dtype: torch.dtype,
+    module: nn.Module,
+    roles: Roles,
+    linears: dict[str, nn.Linear],
+    tolerance: float,
+    of_gradients: float,
+) -> str | None:
     generator = torch.Generator().manual_seed(1)
     shapes = {name: (SIZE, FFN * (3 - len(roles.gate_up))) for name in roles.gate_up} | {roles.down: (FFN, SIZE)}
     small = {name: _linear(*shapes[name], child.bias is not None, dtype, generator) for name, child in linears.items()}
     made = twin(
         module,
         {},
-        {name: small[name] if name in small else twin(child, {}, {}) for name, child in module._modules.items() if child is not None},
+        {
+            name: small[name] if name in small else twin(child, {}, {})
+            for name, child in module._modules.items()
+            if child is not None
+        },
     )
     projections = [Projection(small[name].weight, small[name].bias, None, None, 1.0) for name in roles.linears]
     act = ACTIVATIONS[roles.function]
     called = dict.fromkeys(small, 0)
     for name, child in small.items():
-        child.register_forward_hook(lambda *_, name=name: called.__setitem__(name, called[name] + 1))  # type: ignore[misc]
-    why = misfit(made, lambda x: gated_mlp(x, projections[:-1], projections[-1], act), (2, 3, SIZE), dtype, tolerance, of_gradients)
+        child.register_forward_hook(lambda *_, name=name: called.__setitem__(name, called[name] + 1))
+    why = misfit(
+        made,
+        lambda x: gated_mlp(x, projections[:-1], projections[-1], act),
+        (2, 3, SIZE),
+        dtype,
+        tolerance,
+        of_gradients,
+    )
     odd = next((name for name, times in called.items() if times != RUNS), None)
     return why or (f"it does not call '{odd}' once, but uses its weight" if odd is not None else None)
 

@@ -1,8 +1,10 @@
-"""Whether a module computes what a fused node computes: its own forward is run on small random inputs, and values and gradients compared.
+"""Whether a module computes what a fused node computes: its own forward is run on small random inputs, and values and
+gradients compared.
 
-No source text, class name or release is known. A probe sees what runs, not what could run, so it is made hard to be fooled: in train mode (a
-dropout shows), at three sizes (a clamp shows), on a twin of the module with small weights of its own (nothing of the user's is touched, and a
-model on the meta device can be probed too), and a module is refused before that if it holds anything that the node does not know.
+No source text, class name or release is known. A probe sees what runs, not what could run, so it is made hard to be
+fooled: in train mode (a dropout shows), at three sizes (a clamp shows), on a twin of the module with small weights of
+its own (nothing of the user's is touched, and a model on the meta device can be probed too), and a module is refused
+before that if it holds anything that the node does not know.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ Configs = dict[int, tuple]  # by id, of one model: what a config holds, read onc
 def settings(module: nn.Module, configs: Configs | None = None) -> tuple:
     """All that may steer its forward."""
     configs = {} if configs is None else configs
-    own = tuple((k, _known(k, v, configs)) for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and not k.startswith("lora_"))
+    own = tuple(
+        (k, _known(k, v, configs))
+        for k, v in module.__dict__.items()
+        if k not in _OF_EVERY_MODULE and not k.startswith(("lora_", "_lora"))
+    )
     return own, tuple((name, None if b is None else b.shape) for name, b in module._buffers.items())
 
 
@@ -58,7 +64,9 @@ def outlives_its_module(settings: object) -> bool:
 
 
 def _known(name: str, value: object, configs: Configs) -> object:
-    """What tells a value from another one: plain values and configs by what they hold, all else by being that object."""
+    """What tells a value from another one: plain values and configs by what they hold,
+    all else by being that object.
+    """
     if isinstance(value, functools.partial):
         return value.func, repr(value.args), repr(value.keywords)
     if isinstance(value, _FUNCTIONS):
@@ -74,7 +82,11 @@ def unknown_attribute(module: nn.Module, known: Iterable[object]) -> str | None:
     """The name of an attribute that may steer the forward and is none of the `known` values, or None."""
     values = list(known)
     for name, value in module.__dict__.items():
-        if name in _OF_EVERY_MODULE or name in _HARMLESS or any(value is v or (type(value) is type(v) and value == v) for v in values):
+        if (
+            name in _OF_EVERY_MODULE
+            or name in _HARMLESS
+            or any(value is v or (type(value) is type(v) and value == v) for v in values)
+        ):
             continue
         return name
     return None
@@ -88,7 +100,9 @@ def twin(module: nn.Module, parameters: Mapping[str, nn.Parameter], children: Ma
     return made
 
 
-def misfit(module: nn.Module, fused: Run, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, of_gradients: float) -> str | None:
+def misfit(
+    module: nn.Module, fused: Run, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, of_gradients: float
+) -> str | None:
     """Why `fused` is not what the module (a twin) computes, or None if it is.
 
     `tolerance` of the values and `of_gradients`: the largest relative norm of the difference; 0: equal bits.
@@ -110,7 +124,9 @@ def misfit(module: nn.Module, fused: Run, shape: tuple[int, ...], dtype: torch.d
             except Exception as error:  # the class's own code, on inputs of our choice: anything may be raised
                 return f"its forward does not run on a probe ({type(error).__name__})"
             ours = _value_and_gradient(fused, x, weights)
-            for what, a, b, allowed in zip(("values", "gradients"), ours, theirs, (tolerance, of_gradients), strict=True):
+            for what, a, b, allowed in zip(
+                ("values", "gradients"), ours, theirs, (tolerance, of_gradients), strict=True
+            ):
                 if not _close(a, b, allowed):
                     return f"its {what} differ at inputs of size {size:g}"
     return None if _state(module) == before else "its forward changes the module"
@@ -137,5 +153,7 @@ def _close(a: Any, b: Any, tolerance: float) -> bool:
 def _state(module: nn.Module) -> dict[str, int]:
     """Which object stands under each name, and how often tensors were written into."""
     return {name: id(value) for name, value in module.__dict__.items()} | {
-        f"{name} {i}": p._version for name in ("_parameters", "_buffers") for i, p in enumerate(module.__dict__[name].values())
+        f"{name} {i}": p._version
+        for name in ("_parameters", "_buffers")
+        for i, p in enumerate(module.__dict__[name].values())
     }

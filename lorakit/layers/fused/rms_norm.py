@@ -1,4 +1,6 @@
-"""RMSNorm with a frozen weight, as one node (see `ops.fused.rms_norm`): it keeps x as it is for backward, not a float32 copy of it."""
+"""RMSNorm with a frozen weight, as one node (see `ops.fused.rms_norm`): it keeps x as it is for backward, not a float32
+copy of it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from .probe import is_as_probed, misfit, twin, unknown_attribute
 class FusedRmsNorm(Swapped):
     """In front of the norm's own class, whose forward is called wherever the node does not apply."""
 
+    weight: Tensor
     lora_form: tuple[Form, str]  # and the name of epsilon
 
     @staticmethod
@@ -26,21 +29,36 @@ class FusedRmsNorm(Swapped):
         return {"lora_form": found}
 
     def forward(self, *args, **kwargs) -> Tensor:
-        weight: Tensor = self.weight  # type: ignore[attr-defined]
+        weight = self.weight
         x = args[0] if len(args) == 1 and not kwargs else None
         if (
-            x is None or not x.requires_grad or not torch.is_grad_enabled() or weight.requires_grad or x.dtype != weight.dtype
-            or weight.dtype == torch.float64 or not is_as_probed(self) or is_casting(x) or needs_plain()  # type: ignore[arg-type]
-        ):  # fmt: skip
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            x is None
+            or not x.requires_grad
+            or not torch.is_grad_enabled()
+            or weight.requires_grad
+            or x.dtype != weight.dtype
+            or weight.dtype == torch.float64
+            or not is_as_probed(self)
+            or is_casting(x)
+            or needs_plain()
+        ):
+            return super().forward(*args, **kwargs)
         form, epsilon = self.lora_form
         return rms_norm(x, weight, getattr(self, epsilon), form)
 
 
 def match(module: nn.Module) -> tuple[Form, str] | str | None:
-    """The form and epsilon's name if a module can be fused; why it cannot, if it looks like an RMSNorm; None if it does not."""
+    """The form and epsilon's name if a module can be fused; why it cannot, if it looks like an RMSNorm; None if it does
+    not.
+    """
     weight = module._parameters.get("weight")
-    if list(module._parameters) != ["weight"] or weight is None or weight.dim() != 1 or module._modules or module._buffers:
+    if (
+        list(module._parameters) != ["weight"]
+        or weight is None
+        or weight.dim() != 1
+        or module._modules
+        or module._buffers
+    ):
         return None
     epsilons = [name for name, value in module.__dict__.items() if isinstance(value, float)]
     if len(epsilons) != 1:
@@ -65,7 +83,9 @@ def _misfit(module: nn.Module, form: Form, epsilon: str, width: int) -> str | No
         own = nn.Parameter(torch.randn(width, generator=generator, device="cpu").to(dtype), requires_grad=False)
         made = twin(module, {"weight": own}, {})
         gradients_only = 0.02 if dtype == torch.bfloat16 else 1e-4
-        why = misfit(made, functools.partial(rms_norm, weight=own, eps=eps, form=form), (3, width), dtype, 0.0, gradients_only)
+        why = misfit(
+            made, functools.partial(rms_norm, weight=own, eps=eps, form=form), (3, width), dtype, 0.0, gradients_only
+        )
         if why is not None:
             return why
     return None

@@ -3,10 +3,14 @@
     down[n, j] = s[n, j] · (x[n] · A[j])        for the ranks j that token n uses, no others
     y[n]      += Σ_j down[n, j] · Bᵀ[j]
 
-x: [N, in]   y: [N, out]   A: [ΣR, in]   Bᵀ: [ΣR, out]. The first line is a sampled matrix product (`torch.sparse.sampled_addmm`),
-the second a weighted lookup (`embedding_bag`). Both read just the ranks in use, so the stack may hold hundreds of idle adapters, and
-a batch that names others costs the same as one that names those of the step before: nothing is copied or brought side by side.
-Each token works alone, though: of an adapter that many tokens use, a matrix product (see `schedule`) reads the factors once for all.
+x: [N, in]   y: [N, out]   A: [ΣR, in]   Bᵀ: [ΣR, out]. The first line is a sampled matrix product
+                                         (`torch.sparse.sampled_addmm`),
+the second a weighted lookup (`embedding_bag`). Both read just the ranks in use, so the stack may hold hundreds of idle
+adapters, and
+a batch that names others costs the same as one that names those of the step before: nothing is copied or brought side
+by side.
+Each token works alone, though: of an adapter that many tokens use, a matrix product (see `schedule`) reads the factors
+once for all.
 """
 
 from __future__ import annotations
@@ -21,14 +25,16 @@ from torch import Tensor
 
 from .schedule import Row, Span
 
-# Up to so many tokens for each adapter in use these two calls beat the products of `schedule`, which then have to be many (one EPYC core,
-# fp32, 8 or 32 rows, widths 512 and 2048: 0.45 to 1.1 times as long up to 8 tokens each, 1.1 to 1.8 times from 14 on; for
-# an adapter alone always 1.4 times and more).
+# Up to so many tokens for each adapter in use these two calls beat the products of `schedule`, which then have to be
+# many (one EPYC core, fp32, 8 or 32 rows, widths 512 and 2048: 0.45 to 1.1 times as long up to 8 tokens each, 1.1 to
+# 1.8 times from 14 on; for an adapter alone always 1.4 times and more).
 MOST_TOKENS_EACH = 8
 
 
 class Pattern(NamedTuple):
-    """Which ranks each token uses. `scale`: s for each of them, None for 1 throughout. `down` is written anew at every use."""
+    """Which ranks each token uses. `scale`: s for each of them, None for 1 throughout. `down` is written anew at every
+    use.
+    """
 
     ranks: Tensor  # [nonzeros]
     starts: Tensor  # [N], where each token's ranks start
@@ -45,7 +51,9 @@ def pays(rows: Sequence[Row], tokens: int, like: Tensor) -> bool:
 
 
 def pattern(rows: Sequence[Row], spans: Sequence[Span], tokens: int, width: int, like: Tensor) -> Pattern:
-    """The pattern of rows with so many tokens each. `spans`: each adapter's ranks in the stack, of `width` ranks in all."""
+    """The pattern of rows with so many tokens each. `spans`: each adapter's ranks in the stack, of `width` ranks in
+    all.
+    """
     ranks: list[int] = []
     scales: list[float] = []
     ends = [0]

@@ -1,9 +1,10 @@
 """In which few products a batch is computed whose rows have adapters of their own (see `stacked`).
 
-The factors of all adapters lie stacked, A as [ΣR, in] and Bᵀ as [ΣR, out], neighbours of equal rank side by side. A chunk is
-some of the rows with a range of the stack's ranks, in one of two ways:
+The factors of all adapters lie stacked, A as [ΣR, in] and Bᵀ as [ΣR, out], neighbours of equal rank side by side. A
+chunk is some of the rows with a range of the stack's ranks, in one of two ways:
 
-    batched    adapters of equal rank as one batched product: A [G, r, in], x [G, n, in]. An adapter with fewer than n rows
+    batched    adapters of equal rank as one batched product: A [G, r, in], x [G, n, in]. An adapter with fewer than n
+               rows
                gets one of them again, times zero
     masked     all its rows with all its ranks, then times a mask that is zero where a row does not use a rank
 
@@ -22,17 +23,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Row = tuple[tuple[int, float], ...]  # what a row uses: ((which adapter, s), ...), each once, in rising order; () is the base
+# what a row uses: ((which adapter, s), ...), each once, in rising order; () is the base
+Row = tuple[tuple[int, float], ...]
 Span = tuple[int, int]  # an adapter's ranks in a stack: the first, and the one after the last
 Use = tuple[int, int, float]  # (which adapter, which row, s)
 
-# What a chunk's two calls cost, in multiply-adds that the same core does meanwhile. Found by trying, on one Zen 4 core, for 32
-# rows with 8 and 32 adapters of rank 4 to 64 at widths 512 and 2048: a bf16 call costs at least 15 µs, an fp32 call 2.5 µs, and
-# both do about 45 G multiply-adds a second.
+# What a chunk's two calls cost, in multiply-adds that the same core does meanwhile. Found by trying, on one Zen 4 core,
+# for 32 rows with 8 and 32 adapters of rank 4 to 64 at widths 512 and 2048: a bf16 call costs at least 15 µs, an fp32
+# call 2.5 µs, and both do about 45 G multiply-adds a second.
 CALL = {torch.bfloat16: 5_000_000, torch.float16: 5_000_000, torch.float32: 200_000, torch.float64: 100_000}
 CALL_ELSEWHERE = 200_000_000  # on an accelerator: few large calls (an estimate, not measured)
-# Rows that alternate between adapters are brought together, which copies x and the update, unless runs of equal rows have this many
-# tokens on average.
+# Rows that alternate between adapters are brought together, which copies x and the update, unless runs of equal rows
+# have this many tokens on average.
 GATHER_BELOW = 64
 
 
@@ -44,7 +46,9 @@ class Chunk(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """`order`: which rows to bring together first; None if the chunks take them where they are, and may then take some twice."""
+    """`order`: which rows to bring together first; None if the chunks take them where they are, and may then take some
+    twice.
+    """
 
     order: Tensor | None
     chunks: list[Chunk]
@@ -81,7 +85,11 @@ class _Block:
         """s for rows that use what `rows` says."""
         if self.batched:
             column = [sum(s for _, s in row) for row in rows]
-            return column[0] if len(set(column)) == 1 else torch.tensor(column, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+            return (
+                column[0]
+                if len(set(column)) == 1
+                else torch.tensor(column, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+            )
         mask = torch.zeros(len(rows), 1, self.ranks.stop - self.ranks.start)
         for n, row in enumerate(rows):
             for k, s in row:
@@ -90,13 +98,17 @@ class _Block:
 
 
 def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like: Tensor) -> Schedule:
-    """Chunks for rows of so many tokens each. `ranks` of the stack's adapters; `size`: in + out of the layer; scales are made `like`."""
+    """Chunks for rows of so many tokens each. `ranks` of the stack's adapters; `size`: in + out of the layer; scales
+    are made `like`.
+    """
     starts = [0, *itertools.accumulate(ranks)]
     if in_place(rows, tokens):
         return runs(rows, list(itertools.pairwise(starts)), tokens)
     uses = sorted((k, n, s) for n, row in enumerate(rows) for k, s in row)
     blocks = [_Block([list(users)], starts) for _, users in itertools.groupby(uses, key=operator.itemgetter(0))]
-    call = (CALL.get(like.dtype, CALL[torch.float32]) if like.device.type == "cpu" else CALL_ELSEWHERE) / (max(tokens, 1) * size)
+    call = (CALL.get(like.dtype, CALL[torch.float32]) if like.device.type == "cpu" else CALL_ELSEWHERE) / (
+        max(tokens, 1) * size
+    )
     for batched in (True, False):
         blocks = _merged(blocks, batched, call)
     if len(blocks) == 1 and (len(blocks[0].users) == 1 or not blocks[0].batched):
@@ -113,7 +125,11 @@ def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: 
         adapters = len(block.users) if block.batched else 1
         chunks.append(Chunk(place, block.ranks, adapters, block.scales([((k, s),) for k, _, s in taken], like)))
         order += [n for _, n, _ in taken]
-    return Schedule(torch.tensor(order, device=like.device), chunks) if order != list(range(len(order))) else Schedule(None, chunks)
+    return (
+        Schedule(torch.tensor(order, device=like.device), chunks)
+        if order != list(range(len(order)))
+        else Schedule(None, chunks)
+    )
 
 
 def _merged(blocks: Sequence[_Block], batched: bool, call: float) -> list[_Block]:
@@ -135,7 +151,9 @@ def in_place(rows: Sequence[Row], tokens: int) -> bool:
 
 
 def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Schedule:
-    """Each run of equal rows where it is, one adapter after the other. `spans`: each adapter's ranks in the stack, anywhere."""
+    """Each run of equal rows where it is, one adapter after the other. `spans`: each adapter's ranks in the stack,
+    anywhere.
+    """
     chunks, place = [], 0
     for row, run in itertools.groupby(rows):
         length = sum(1 for _ in run)

@@ -1,11 +1,13 @@
-"""Training on a batch whose rows have adapters of their own: low-rank updates of runs of equal rows, as one autograd node.
+"""Training on a batch whose rows have adapters of their own: low-rank updates of runs of equal rows, as one autograd
+node.
 
-For any rows: mixes of adapters, the base's, runs of other lengths. Where each adapter has as many rows as the next, see `groups`.
+For any rows: mixes of adapters, the base's, runs of other lengths. Where each adapter has as many rows as the next, see
+`groups`.
 
     y[n] = x[n] Wᵀ + b + Σ_k s[n, k] · (x[n] A_kᵀ) B_kᵀ        (see `stacked.reference`; s is weight times scale)
 
-The base's GEMM runs once over all rows, if its weight is frozen; each segment's update is added into the same buffer. Kept for
-backward are x and the [n, r] products.
+The base's GEMM runs once over all rows, if its weight is frozen; each segment's update is added into the same buffer.
+Kept for backward are x and the [n, r] products.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Segment(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """How `add_segments` goes through a batch. `order`: all rows, sorted; None for as they are. `mark`: see `add_segments`."""
+    """How `add_segments` goes through a batch. `order`: all rows, sorted; None for as they are. `mark`: see
+    `add_segments`.
+    """
 
     order: Tensor | None
     parts: list[Segment]
@@ -50,12 +54,19 @@ def segments(rows: Sequence[Row], tokens: int, like: Tensor) -> Segments:
 
 
 def add_segments(
-    y: Tensor | None, x: Tensor, W: Tensor | None, bias: Tensor | None, how: Segments, factors: Sequence[tuple[Tensor, Tensor]]
+    y: Tensor | None,
+    x: Tensor,
+    W: Tensor | None,
+    bias: Tensor | None,
+    how: Segments,
+    factors: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """y (written into), or x Wᵀ + b for a W and bias that take no gradient, with the segments' updates. Gradients for y, x and factors.
+    """y (written into), or x Wᵀ + b for a W and bias that take no gradient, with the segments' updates. Gradients for
+    y, x and factors.
 
-    What it keeps for backward includes `how.mark`, an empty tensor of a shape that nothing else has: gradient checkpointing
-    compares what the first run and the run in backward keep, and so notices if the second one was not routed.
+    What it keeps for backward includes `how.mark`, an empty tensor of a shape that nothing else has: gradient
+    checkpointing compares what the first run and the run in backward keep, and so notices if the second one was not
+    routed.
     """
     return _AddSegments.apply(y, x, W, bias, how, *(t for pair in factors for t in pair))
 
@@ -66,12 +77,18 @@ def _gather(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _scatter(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else torch.empty_like(x).view(order.shape[0], -1).index_copy_(0, order, x.view(order.shape[0], -1)).view_as(x)
+    return (
+        x
+        if order is None
+        else torch.empty_like(x).view(order.shape[0], -1).index_copy_(0, order, x.view(order.shape[0], -1)).view_as(x)
+    )
 
 
 class _AddSegments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor | None, x: Tensor, W: Tensor | None, bias: Tensor | None, how: Segments, *factors: Tensor) -> Tensor:
+    def forward(
+        ctx, y: Tensor | None, x: Tensor, W: Tensor | None, bias: Tensor | None, how: Segments, *factors: Tensor
+    ) -> Tensor:
         x2 = _gather(x.reshape(-1, x.shape[-1]), how.order)
         if y is None:
             assert W is not None
@@ -139,7 +156,9 @@ def _backward(
     return gradients
 
 
-def _accumulate(gradients: list[Tensor | None], k: int, change: Tensor, factors: Sequence[Tensor], scale: float) -> None:
+def _accumulate(
+    gradients: list[Tensor | None], k: int, change: Tensor, factors: Sequence[Tensor], scale: float
+) -> None:
     """Add scale · change, in the factor's own precision."""
     done = gradients[k]
     gradients[k] = change.to(factors[k].dtype).mul_(scale) if done is None else done.add_(change, alpha=scale)

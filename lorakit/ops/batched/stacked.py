@@ -1,11 +1,13 @@
 """Low-rank updates of a batch whose rows have adapters of their own.
 
-    y[n] += Σ_k s[n, k] · (x[n] A_kᵀ) B_kᵀ        x: [rows, ..., in]   y: [rows, ..., out]   A_k: [r_k, in]   B_k: [out, r_k]
+    y[n] += Σ_k s[n, k] · (x[n] A_kᵀ) B_kᵀ        x: [rows, ..., in]   y: [rows, ..., out]
+                                                  A_k: [r_k, in]       B_k: [out, r_k]
 
-s is an adapter's weight in that row (times its scale, if B does not hold that), and zero where the row does not name it.
+s is an adapter's weight in that row (times its scale, if B does not hold that), and zero where the row does not name
+it.
 
-`reference` is that line. `add_stacked` is for serving, without gradients: all A stacked as [ΣR, in], all Bᵀ as [ΣR, out], true
-ranks, no padding, and few products with ranges of them (see `schedule`). For training see `segments`.
+`reference` is that line. `add_stacked` is for serving, without gradients: all A stacked as [ΣR, in], all Bᵀ as [ΣR,
+out], true ranks, no padding, and few products with ranges of them (see `schedule`). For training see `segments`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def reference(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], ro
 
 
 def pieces(A: Tensor, Bt: Tensor, how: Schedule) -> list[Piece]:
-    """Each chunk's part of a stack A [ΣR, in], Bt [ΣR, out]. Views, worth keeping: making them costs as much as a small product."""
+    """Each chunk's part of a stack A [ΣR, in], Bt [ΣR, out]. Views, worth keeping: making them costs as much as a small
+    product.
+    """
     made = []
     for _, ranks, adapters, _ in how.chunks:
         At, Bt_k = A[ranks].T, Bt[ranks]
@@ -42,7 +46,9 @@ def pieces(A: Tensor, Bt: Tensor, how: Schedule) -> list[Piece]:
 
 
 def add_stacked(y: Tensor, x: Tensor, parts: Sequence[Piece], how: Schedule) -> None:
-    """Write the updates into y: [N, out], contiguous, without gradients. x: [N, in], contiguous; `parts`: `pieces` for this schedule."""
+    """Write the updates into y: [N, out], contiguous, without gradients. x: [N, in], contiguous; `parts`: `pieces` for
+    this schedule.
+    """
     if how.order is None:
         for (tokens, _, adapters, scale), (At, Bt) in zip(how.chunks, parts, strict=True):
             down, out = _down(x[tokens], At, adapters, scale), y[tokens]
@@ -72,7 +78,8 @@ def _down(x: Tensor, At: Tensor, adapters: int, scale: float | Tensor) -> Tensor
     elif adapters == 1:
         down = torch.mm(x, At)
     elif x.shape[0] == adapters and x.dtype == torch.float32:
-        # A batch of matrix times vector: MKL does it in half the time of vector times matrix (rank 64, width 512: 24 against 53 µs).
+        # A batch of matrix times vector: MKL does it in half the time of vector times matrix (rank 64, width 512: 24
+        # against 53 µs).
         down = torch.bmm(At.transpose(1, 2), x.unsqueeze(1).transpose(1, 2)).view(adapters, 1, -1)
     else:
         down = torch.bmm(x.view(adapters, -1, x.shape[1]), At)

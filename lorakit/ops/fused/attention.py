@@ -2,9 +2,9 @@
 
     y = softmax(s · q kᵀ + causal) v        q: [rows, heads, length, size]   k, v: [rows, kv heads, length, size]
 
-The forward is torch's fused kernel, so its bits are the base's. The kernel's backward is slow for short rows in 16 bits (a sixth of a
-whole training step of rows of 256 tokens). There, the probabilities of a block of queries are made again from the kernel's log-sum-exp,
-and the rest is matrix products over the keys that the block may see.
+The forward is torch's fused kernel, so its bits are the base's. The kernel's backward is slow for short rows in 16 bits
+(a sixth of a whole training step of rows of 256 tokens). There, the probabilities of a block of queries are made again
+from the kernel's log-sum-exp, and the rest is matrix products over the keys that the block may see.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from ..autocast import without_autocast
 
-# In 16 bits our blockwise backward beats the kernel's up to this length (0.3 of its time at 96 tokens, 0.6 at 256 and 512, 1.0 at 1,024;
-# 8 heads of 64, 1,024 tokens in all, one thread). In float32 the kernel is as fast throughout.
+# In 16 bits our blockwise backward beats the kernel's up to this length (0.3 of its time at 96 tokens, 0.6 at 256 and
+# 512, 1.0 at 1,024; 8 heads of 64, 1,024 tokens in all, one thread). In float32 the kernel is as fast throughout.
 BLOCKWISE_MAX_LENGTH = 512
-# Queries a block: small ones skip more of what the causal mask hides and stay in the cache, large ones are better products (256 tokens,
-# in ms: 32: 13.9, 64: 14.8, 128: 17.6, 256: 25.3; 512 tokens: 22.6, 18.9, 17.5, 31.6).
+# Queries a block: small ones skip more of what the causal mask hides and stay in the cache, large ones are better
+# products (256 tokens, in ms: 32: 13.9, 64: 14.8, 128: 17.6, 256: 25.3; 512 tokens: 22.6, 18.9, 17.5, 31.6).
 BLOCK = 64
 
 
@@ -40,7 +40,9 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         keys, values = _spread(k, q), _spread(v, q)
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, True, attn_mask=None, scale=scale)
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, values, 0.0, True, attn_mask=None, scale=scale
+        )
         ctx.save_for_backward(q, k, v, out, log_sum)
         ctx.scale = scale
         return out
@@ -50,7 +52,9 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor):
         q, k, v, out, log_sum = ctx.saved_tensors
-        backward = _blockwise_backward if q.element_size() == 2 and q.shape[2] <= BLOCKWISE_MAX_LENGTH else _kernel_backward
+        backward = (
+            _blockwise_backward if q.element_size() == 2 and q.shape[2] <= BLOCKWISE_MAX_LENGTH else _kernel_backward
+        )
         dq, dk, dv = backward(g, q, _spread(k, q), _spread(v, q), out, log_sum, ctx.scale)
         if k.shape[1] != q.shape[1]:  # queries that share keys
             dk, dv = (t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dk, dv))
@@ -63,13 +67,17 @@ def _spread(t: Tensor, q: Tensor) -> Tensor:
     return t if groups == 1 else t.repeat_interleave(groups, 1)
 
 
-def _kernel_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _kernel_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         g, q, k, v, out, log_sum, 0.0, True, attn_mask=None, scale=scale
     )
 
 
-def _blockwise_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _blockwise_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     """The gradients of q, k and v: [rows, heads, length, size]. log_sum: [rows, heads, length]."""
     rows, heads, length, size = q.shape
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)

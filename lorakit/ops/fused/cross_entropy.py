@@ -4,8 +4,9 @@
 
     dloss/dh = (softmax(h Wᵀ + b) − onehot(target)) W
 
-W takes no gradient, so a chunk of rows needs its logits only once: the forward makes the loss and the gradient from them and forgets
-them. Kept for backward is that gradient, as large as h. (Computing the gradient in the forward: Hsu et al. 2024, Liger Kernel.)
+W takes no gradient, so a chunk of rows needs its logits only once: the forward makes the loss and the gradient from
+them and forgets them. Kept for backward is that gradient, as large as h. (Computing the gradient in the forward: Hsu et
+al. 2024, Liger Kernel.)
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from .. import IGNORE_INDEX
 from ..autocast import without_autocast
 
-# A chunk is as many rows as have float32 logits of so many bytes, more leave the cache; but at least so many rows, fewer read W too
-# often (bench/output_loss.py); and there are at most so many chunks, each costs a dozen calls.
+# A chunk is as many rows as have float32 logits of so many bytes, more leave the cache; but at least so many rows,
+# fewer read W too often (bench/output_loss.py); and there are at most so many chunks, each costs a dozen calls.
 BYTES = 1 << 24
 ROWS = 256
 CHUNKS = 32
@@ -32,7 +33,8 @@ def reference(h: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor) -> Ten
 
 
 def linear_cross_entropy(h: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The loss of each row, [N], in float32 at least; h: [N, in], targets: [N], zero for those that are −100, as torch has it.
+    """The loss of each row, [N], in float32 at least; h: [N, in], targets: [N], zero for those that are −100, as torch
+    has it.
 
     W and the bias take no gradient.
     """
@@ -62,7 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = logits.exp_().sum(1, keepdim=True)
             torch.sub(total.log(), of_wanted, out=losses[part].unsqueeze(1))
             if gradient is not None:
-                logits.div_(total).scatter_add_(1, wanted, logits.new_full((), -1.0).expand_as(wanted))  # softmax − onehot
+                # softmax − onehot
+                logits.div_(total).scatter_add_(1, wanted, logits.new_full((), -1.0).expand_as(wanted))
                 if made.dtype != precise:
                     made.copy_(logits)
                 torch.mm(made, W, out=gradient[part])

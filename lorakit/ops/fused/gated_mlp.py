@@ -2,8 +2,8 @@
 
     y = down(act(gate(x)) · up(x))        x: [..., in]   gate(x), up(x): [..., ffn]
 
-Kept for backward: x, gate(x), up(x) and the [N, r] products. act(gate) and act(gate) · up, which autograd would keep too, are made
-again: elementwise work only.
+Kept for backward: x, gate(x), up(x) and the [N, r] products. act(gate) and act(gate) · up, which autograd would keep
+too, are made again: elementwise work only.
 """
 
 from __future__ import annotations
@@ -52,15 +52,23 @@ def reference(x: Tensor, gate_up: Sequence[Projection], down: Projection, act: A
 
 
 def gated_mlp(
-    x: Tensor, gate_up: Sequence[Projection], down: Projection, act: Activation, mask: Mask | None = None, dropout: float = 0.0
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    gate_up: Sequence[Projection],
+    down: Projection,
+    act: Activation,
+    mask: Mask | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """down(act(gate(x)) · up(x)); `gate_up`: as in `reference`.
 
-    `dropout`: of the updates. `mask`: for x, where gate or up have one; that of down's is drawn here, as nobody else reads h.
+    `dropout`: of the updates. `mask`: for x, where gate or up have one; that of down's is drawn here, as nobody else
+    reads h.
     """
     every = [*gate_up, down]
     seed = draw_seed() if dropout and down.A is not None else None
-    return _GatedMlp.apply(x, act, dropout, mask.state if mask else None, seed, [t.scale for t in every], *p.flat(every))
+    return _GatedMlp.apply(
+        x, act, dropout, mask.state if mask else None, seed, [t.scale for t in every], *p.flat(every)
+    )
 
 
 def _halves(outs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -70,8 +78,15 @@ def _halves(outs: Sequence[Tensor]) -> Sequence[Tensor]:
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, act: Activation, dropout: float, state: Tensor | None, seed: int | None, scales: list[float], *tensors: Tensor | None
-    ) -> Tensor:  # fmt: skip
+        ctx,
+        x: Tensor,
+        act: Activation,
+        dropout: float,
+        state: Tensor | None,
+        seed: int | None,
+        scales: list[float],
+        *tensors: Tensor | None,
+    ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         *gate_up, down = p.unflat(tensors, scales, dropout)
         outs, low = p.forward(x2, _dropped(x2, dropout, state), gate_up)
@@ -98,7 +113,9 @@ class _GatedMlp(torch.autograd.Function):
         h = a * lifted
         mask = None if state_of_h is None else Mask(ctx.dropout, state_of_h)
         dropped = _dropped(h, ctx.dropout, state_of_h)
-        dh, gradients_down = p.backward([g.reshape(-1, g.shape[-1])], h, dropped, mask, low_down, [down], ctx.wanted_down)
+        dh, gradients_down = p.backward(
+            [g.reshape(-1, g.shape[-1])], h, dropped, mask, low_down, [down], ctx.wanted_down
+        )
         if dh is None:
             return (None, None, None, None, None, None, *[None] * (4 * many), *gradients_down)
         del h, dropped
@@ -107,7 +124,16 @@ class _GatedMlp(torch.autograd.Function):
         grads = [d_gated, d_lifted] if many == 2 else [torch.cat([d_gated, d_lifted], dim=-1)]
         mask = None if state is None else Mask(ctx.dropout, state)
         dx, gradients = p.backward(grads, x, _dropped(x, ctx.dropout, state), mask, low, gate_up, ctx.wanted)
-        return (dx.view(ctx.shape) if dx is not None else None, None, None, None, None, None, *gradients, *gradients_down)
+        return (
+            dx.view(ctx.shape) if dx is not None else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            *gradients,
+            *gradients_down,
+        )
 
 
 def _dropped(x: Tensor, p: float, state: Tensor | None) -> Tensor:

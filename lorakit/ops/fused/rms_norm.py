@@ -17,7 +17,9 @@ from ..autocast import without_autocast
 
 
 class Form(Enum):
-    """How models write it: what is added to the weight (o), and whether the result is rounded to x's dtype before the weight or after."""
+    """How models write it: what is added to the weight (o), and whether the result is rounded to x's dtype before the
+    weight or after.
+    """
 
     ROUNDED_FIRST = (0, False)  # Llama: w · (x̂ rounded)
     ROUNDED_LAST = (0, True)  # Olmo 2: (w · x̂) rounded
@@ -36,7 +38,9 @@ def reference(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_F
     """The equation, rounded where the form says."""
     wide = x.to(_wide(x))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (normed * _factor(weight, form, wide.dtype)).to(x.dtype) if form.rounded_last else weight * normed.to(x.dtype)
+    return (
+        (normed * _factor(weight, form, wide.dtype)).to(x.dtype) if form.rounded_last else weight * normed.to(x.dtype)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_FIRST) -> Tensor:
@@ -71,6 +75,10 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, rate, weight = ctx.saved_tensors
         wide = x.to(_wide(x)) * rate  # x̂
-        d = g.to(wide.dtype) * _factor(weight, ctx.form, wide.dtype) if ctx.form.rounded_last else (g * weight).to(wide.dtype)
+        d = (
+            g.to(wide.dtype) * _factor(weight, ctx.form, wide.dtype)
+            if ctx.form.rounded_last
+            else (g * weight).to(wide.dtype)
+        )
         along = (d * wide).mean(-1, keepdim=True)
         return d.sub_(wide.mul_(along)).mul_(rate).to(x.dtype), None, None, None

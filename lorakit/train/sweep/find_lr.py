@@ -1,8 +1,9 @@
-"""The learning rate for a run, by trial: a short joint run of a few rates around the one `auto` would pick; the best is taken.
+"""The learning rate for a run, by trial: a short joint run of a few rates around the one `auto` would pick; the best is
+taken.
 
-Each rate runs the full shape of the schedule (warm-up, then down to zero) over its short number of steps: what is looked for
-is the peak of such a schedule, and a rate that never falls would make the larger ones look worse than they end.
-A short run's best rate tends to be higher than a long one's (its steps are few, so each has to go further).
+Each rate runs the full shape of the schedule (warm-up, then down to zero) over its short number of steps: what is
+looked for is the peak of such a schedule, and a rate that never falls would make the larger ones look worse than they
+end. A short run's best rate tends to be higher than a long one's (its steps are few, so each has to go further).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Found:
         """Written into the run's folder, so that a resumed run does not look again."""
         if self.tried:
             rows = [
-                {"learning_rate": e.learning_rate, "held_out_loss": e.held_out_loss, "loss": e.loss, "failed": e.failed} for e in self.tried
+                {"learning_rate": e.learning_rate, "held_out_loss": e.held_out_loss, "loss": e.loss, "failed": e.failed}
+                for e in self.tried
             ]
             write_text(folder.path / FILE, json.dumps({"learning_rate": self.rate, "tried": rows}, indent=2) + "\n")
 
@@ -65,21 +67,26 @@ def find(config: TrainConfig, progress: Progress) -> Found:
         return Found(float(json.loads(kept.read_text(encoding="utf8"))["learning_rate"]), [])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(
-            "find_lr tries rates in one process\n  start the run in one process first, and stop it once it trains; several can go on with it"
+            "find_lr tries rates in one process\n"
+            "  start the run in one process first, and stop it once it trains; several can go on with it"
         )
     with tempfile.TemporaryDirectory(prefix="lorakit-find-lr-") as folder:
         tried = _try(config, Path(folder), progress)
     best = next((entry for entry in tried if entry.place == 1), None)
     if best is None:
         raise TrainError(
-            f"no learning rate of {[e.learning_rate for e in tried]} can be trained with:\n{tried[0].failed}\n  give a learning_rate"
+            f"no learning rate of {[e.learning_rate for e in tried]} can be trained with:\n"
+            f"{tried[0].failed}\n"
+            "  give a learning_rate"
         )
     if not progress.quiet:
         edge = best.learning_rate in (min(e.learning_rate for e in tried), max(e.learning_rate for e in tried))
         more = "; it is the last of those tried, so a better one may lie beyond" if edge else ""
         progress.console.print(_table(tried))
         progress.console.print(
-            f"learning rate {best.learning_rate:g}, by {leaderboard.criterion(tried)}{more}", highlight=False, soft_wrap=True
+            f"learning rate {best.learning_rate:g}, by {leaderboard.criterion(tried)}{more}",
+            highlight=False,
+            soft_wrap=True,
         )
     return Found(best.learning_rate, tried)
 
@@ -87,7 +94,9 @@ def find(config: TrainConfig, progress: Progress) -> Found:
 def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
     """Short runs side by side, in a folder that is thrown away."""
     never = 1 << 30
-    short = config.replace(find_lr=False, eval_every=never, save_every=never, patience=0, sample_tokens=0, track=[], compile=False)
+    short = config.replace(
+        find_lr=False, eval_every=never, save_every=never, patience=0, sample_tokens=0, track=[], compile=False
+    )
     configs = {f"x{factor:g}": short.replace(out=str(folder / f"x{factor:g}")) for factor in FACTORS}
     jobs = set_up_together(configs)
     for job, factor in zip(jobs, FACTORS, strict=True):
@@ -99,8 +108,10 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
     with contextlib.closing(Loop(runs, ended=shown.ended)) as loop, contextlib.closing(shown), listening() as interrupt:
         shown.start(runs, "none: these runs are thrown away")
         loop.go(interrupt)
-    if interrupt.wanted and not all(run.ended for run in runs):
-        raise TrainError(f"stopped by {interrupt.wanted} while looking for a learning rate; nothing was kept: start the run again")
+    if interrupt.signal and not all(run.ended for run in runs):
+        raise TrainError(
+            f"stopped by {interrupt.signal} while looking for a learning rate; nothing was kept: start the run again"
+        )
     return leaderboard.entries(Sweep({"out": str(folder)}, (), configs), runs)
 
 
@@ -109,6 +120,9 @@ def _table(tried: Sequence[Entry]) -> Table:
 
     made = RichTable("learning rate", "held-out loss", "training loss")
     for entry in sorted(tried, key=lambda e: e.learning_rate):
-        cells = [f"{entry.learning_rate:g}", *("" if x is None else f"{x:.4f}" for x in (entry.held_out_loss, entry.loss))]
+        cells = [
+            f"{entry.learning_rate:g}",
+            *("" if x is None else f"{x:.4f}" for x in (entry.held_out_loss, entry.loss)),
+        ]
         made.add_row(*cells[:-1], "failed" if entry.failed else cells[-1], style="bold" if entry.place == 1 else None)
     return made

@@ -1,7 +1,8 @@
-"""Which run of a sweep came out best: by held-out loss where rows were held out, otherwise by the training loss at the end.
+"""Which run of a sweep came out best: by held-out loss where rows were held out, otherwise by the training loss at the
+end.
 
-Losses compare on the same rows only. Runs whose held-out rows differ (other data, another share, another template) are ranked
-apart, each group with a winner of its own.
+Losses compare on the same rows only. Runs whose held-out rows differ (other data, another share, another template) are
+ranked apart, each group with a winner of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +51,13 @@ class Entry:
     @property
     def score(self) -> float | None:
         """What it is ranked by; None if it failed."""
-        return None if self.failed is not None or self.adapter is None else self.loss if self.held_out_loss is None else self.held_out_loss
+        return (
+            None
+            if self.failed is not None or self.adapter is None
+            else self.loss
+            if self.held_out_loss is None
+            else self.held_out_loss
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +70,9 @@ def entries(sweep: Sweep, runs: Sequence[Run]) -> list[Entry]:
     ordered = []
     for group in dict.fromkeys(groups):
         mine = sorted((e for e in found if e.group == group), key=lambda e: math.inf if e.score is None else e.score)
-        ordered += [replace(entry, place=i) if entry.score is not None else entry for i, entry in enumerate(mine, start=1)]
+        ordered += [
+            replace(entry, place=i) if entry.score is not None else entry for i, entry in enumerate(mine, start=1)
+        ]
     return ordered
 
 
@@ -77,11 +86,22 @@ def _entry(sweep: Sweep, run: Run, group: str) -> Entry:
     losses = [row["loss"] for row in rows if "loss" in row]
     curve = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
     return Entry(
-        run.job.adapter, group, sweep.values_of(run.job.adapter), result.best_loss, result.best_step,
-        fmean(losses[-max(1, len(losses) // LAST_SHARE) :]) if losses else None, result.step, result.steps, result.stopped, run.failed,
-        run.job.rate.value, sum(p.numel() for p in run.parameters.values()), round(result.seconds, 3),
-        str(result.adapter) if result.adapter else None, curve,
-    )  # fmt: skip
+        run.job.adapter,
+        group,
+        sweep.values_of(run.job.adapter),
+        result.best_loss,
+        result.best_step,
+        fmean(losses[-max(1, len(losses) // LAST_SHARE) :]) if losses else None,
+        result.step,
+        result.steps,
+        result.stopped,
+        run.failed,
+        run.job.rate.value,
+        sum(p.numel() for p in run.parameters.values()),
+        round(result.seconds, 3),
+        str(result.adapter) if result.adapter else None,
+        curve,
+    )
 
 
 def _groups(sweep: Sweep, runs: Sequence[Run]) -> list[str]:
@@ -116,12 +136,17 @@ def table(ranked: Sequence[Entry], swept: Sequence[str], title: str = "") -> Tab
 
     made = RichTable(title=title or None, title_justify="left")
     grouped = len({entry.group for entry in ranked}) > 1
-    numbers = {s: all(isinstance(e.settings[s], int | float) and not isinstance(e.settings[s], bool) for e in ranked) for s in swept}
+    numbers = {
+        s: all(isinstance(e.settings[s], int | float) and not isinstance(e.settings[s], bool) for e in ranked)
+        for s in swept
+    }
     made.add_column("", justify="right")
     for setting in swept:
         made.add_column(setting, justify="right" if numbers[setting] else "left", overflow="fold")
     noted = any(entry.stopped for entry in ranked)
-    for column in ["compared within"] * grouped + ["held-out loss", "at step", "training loss", "trainable"] + [""] * noted:
+    for column in (
+        ["compared within"] * grouped + ["held-out loss", "at step", "training loss", "trainable"] + [""] * noted
+    ):
         made.add_column(column, justify="left" if column in ("", "compared within") else "right")
     for entry in ranked:
         how = {"early": f"stopped early at {entry.step}", "failed": f"failed at step {entry.step + 1}", None: ""}
@@ -136,7 +161,13 @@ def _shown(setting: str, entry: Entry) -> str:
     value = entry.settings[setting]
     if setting == "learning_rate":  # 'auto' as what it came to be
         return f"{entry.learning_rate:g}" + (" (auto)" if value == "auto" else "")
-    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _loss(value: float | None) -> str:

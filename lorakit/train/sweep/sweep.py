@@ -1,7 +1,7 @@
 """A sweep: many adapters trained together on one base, each as it would be alone; a leaderboard; the winner.
 
-Each run has its own data order, optimizer, schedule, clipping and early stop, and its own folder, which `lorakit train` can go
-on with. What they share is the pass through the base.
+Each run has its own data order, optimizer, schedule, clipping and early stop, and its own folder, which `lorakit train`
+can go on with. What they share is the pass through the base.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...io.atomic import write_text
 from ..interrupt import listening
 from ..loop import Loop
 from ..run import Run
-from ..setup import Job, set_up_together
+from ..setup import set_up_together
 from . import leaderboard, sweep_plot
 from .leaderboard import Entry
 from .sweep_config import Sweep
@@ -31,7 +31,9 @@ from .sweep_progress import SweepProgress
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended. `winners`: the best run's adapter folder by group ('' if all runs were compared); empty if interrupted."""
+    """How a sweep ended. `winners`: the best run's adapter folder by group ('' if all runs were compared); empty if
+    interrupted.
+    """
 
     entries: list[Entry]
     criterion: str
@@ -43,24 +45,31 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "stopped": self.stopped, "criterion": self.criterion, "winners": {group: str(path) for group, path in self.winners.items()},
-            "leaderboard": str(self.leaderboard), "plots": list(map(str, self.plots)), "seconds": round(self.seconds, 3),
+            "stopped": self.stopped,
+            "criterion": self.criterion,
+            "winners": {group: str(path) for group, path in self.winners.items()},
+            "leaderboard": str(self.leaderboard),
+            "plots": list(map(str, self.plots)),
+            "seconds": round(self.seconds, 3),
             "runs": [entry.to_dict() for entry in self.entries],
-        }  # fmt: skip
+        }
 
 
 def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
-    """Train all runs of a sweep. Started again on its folder it goes on where it stopped; finished runs stay finished."""
+    """Train all runs of a sweep. Started again on its folder it goes on where it stopped;
+    finished runs stay finished.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(
-            "a sweep runs in one process; several (accelerate launch, torchrun) train one adapter\n  start lorakit sweep by itself"
+            "a sweep runs in one process; several (accelerate launch, torchrun) train one adapter\n"
+            "  start lorakit sweep by itself"
         )
     began = time.perf_counter()
     progress = progress or SweepProgress()
     folder = SweepFolder(plan.out)
     folder.open(plan)
     jobs = set_up_together(plan.runs)
-    check_output_layer(jobs[0])
+    jobs[0].task.check_together(jobs[0].model)
     failed = folder.rewind(jobs)
     runs = [Run(job, progress.lane(job.adapter)) for job in jobs]
     for run in runs:
@@ -75,22 +84,16 @@ def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
     ranked = leaderboard.entries(plan, runs)
     won = {} if stopped else _keep_winners(leaderboard.winners(ranked), folder.path)
     outcome = Outcome(
-        ranked, leaderboard.criterion(ranked), won, [] if stopped else _plots(ranked, plan, folder.path), folder.leaderboard,
-        time.perf_counter() - began, stopped,
-    )  # fmt: skip
+        ranked,
+        leaderboard.criterion(ranked),
+        won,
+        [] if stopped else _plots(ranked, plan, folder.path),
+        folder.leaderboard,
+        time.perf_counter() - began,
+        stopped,
+    )
     write_text(folder.leaderboard, json.dumps(outcome.to_dict(), indent=2) + "\n")
     return outcome
-
-
-def check_output_layer(job: Job) -> None:
-    """TrainError for an adapted output layer: only trained positions reach it, and of these nobody knows the row."""
-    from ...layers.layer import LoraLayer
-
-    if isinstance(job.model.get_output_embeddings(), LoraLayer):
-        raise TrainError(
-            "the targets include the output layer, which sees trained positions and no rows, so its adapters cannot share a pass\n"
-            "  leave it out of the targets, or start such runs one by one with lorakit train"
-        )
 
 
 def _keep_winners(best: Mapping[str, Entry], out: Path) -> dict[str, Path]:
@@ -108,7 +111,10 @@ def _plots(ranked: list[Entry], plan: Sweep, out: Path) -> list[Path]:
         mine = [entry for entry in ranked if entry.group == group]
         path = out / (f"plot-{group}.png" if group else "plot.png")
         if sweep_plot.plot(
-            mine, plan.swept, path, f"{out.name}: {len(mine)} runs, by {leaderboard.criterion(mine)}" + f", {group}" * bool(group)
+            mine,
+            plan.swept,
+            path,
+            f"{out.name}: {len(mine)} runs, by {leaderboard.criterion(mine)}" + f", {group}" * bool(group),
         ):
             made.append(path)
     return made

@@ -3,7 +3,8 @@
     rank: [4, 16]
     learning_rate: [1e-4, 2e-4, 4e-4]      # six runs: rank=4,lr=1e-4 and so on
 
-A setting that is a list itself (targets, layers, ...) is swept by a list of such values: `targets: [all-linear, [q_proj, v_proj]]`.
+A setting that is a list itself (targets, layers, ...) is swept by a list of such values: `targets: [all-linear,
+[q_proj, v_proj]]`.
 """
 
 from __future__ import annotations
@@ -20,22 +21,39 @@ from typing import Any, Union, get_args, get_origin
 
 from ...config import ALL_LINEAR
 from ...errors import ConfigError, did_you_mean, listing
+from ...methods import method_of
+from ...tasks import task_of
 from ..config import TrainConfig
 
 MAX_RUNS = 64
 OUT = "sweeps/default"
 # What a sweep sets otherwise than a run alone.
-DEFAULTS: dict[str, Any] = {"out": OUT, "sample_tokens": 0}  # answers of every run at each evaluation cost more than they tell
+# answers of every run at each evaluation cost more than they tell
+DEFAULTS: dict[str, Any] = {"out": OUT, "sample_tokens": 0}
 
 _ONE_BASE = "the runs train on one base, loaded once"
 _ONE_PASS = "the runs are computed together, in one pass"
 _ONE_FOLDER = "it does not change what is trained"
 NOT_SWEPT = {
-    "model": _ONE_BASE, "revision": _ONE_BASE, "trust_remote_code": _ONE_BASE, "precision": _ONE_BASE, "method": _ONE_BASE, "base": _ONE_BASE,
-    "gradient_checkpointing": _ONE_PASS, "threads": _ONE_PASS, "micro_batch": _ONE_PASS, "memory": _ONE_PASS,
-    "out": _ONE_FOLDER, "keep": _ONE_FOLDER, "save_every": _ONE_FOLDER, "track": _ONE_FOLDER, "sample_prompts": _ONE_FOLDER,
-    "sample_tokens": _ONE_FOLDER, "find_lr": "the sweep itself compares learning rates",
-}  # fmt: skip
+    "task": _ONE_BASE,
+    "model": _ONE_BASE,
+    "revision": _ONE_BASE,
+    "trust_remote_code": _ONE_BASE,
+    "precision": _ONE_BASE,
+    "method": _ONE_BASE,
+    "base": _ONE_BASE,
+    "gradient_checkpointing": _ONE_PASS,
+    "threads": _ONE_PASS,
+    "micro_batch": _ONE_PASS,
+    "memory": _ONE_PASS,
+    "out": _ONE_FOLDER,
+    "keep": _ONE_FOLDER,
+    "save_every": _ONE_FOLDER,
+    "track": _ONE_FOLDER,
+    "sample_prompts": _ONE_FOLDER,
+    "sample_tokens": _ONE_FOLDER,
+    "find_lr": "the sweep itself compares learning rates",
+}
 _SHORT = {"learning_rate": "lr", "batch_size": "batch", "validation": "val"}
 _LONGEST_VALUE, _LONGEST_NAME = 40, 120  # characters of a folder's name
 
@@ -68,19 +86,31 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
     axes = {name: _values(name, values[name]) for name in fields if name in values and _is_swept(name, values[name])}
     if not axes:
         TrainConfig(**values)  # what is wrong with a value comes first
-        nested = next((name for name in fields if _holds_list(name) and isinstance(values.get(name), list) and len(values[name]) > 1), None)
+        nested = next(
+            (
+                name
+                for name in fields
+                if _holds_list(name) and isinstance(values.get(name), list) and len(values[name]) > 1
+            ),
+            None,
+        )
         hint = f"; {nested} is a list itself: [[...], [...]] sweeps it" if nested else ""
         raise ConfigError(
-            f"nothing is swept: no setting holds a list of values{hint}\n  give one, such as --learning-rate 1e-4,2e-4,4e-4, or use lorakit train"
+            f"nothing is swept: no setting holds a list of values{hint}\n"
+            "  give one, such as --learning-rate 1e-4,2e-4,4e-4, or use lorakit train"
         )
     count = 1
     for of_one in axes.values():
         count *= len(of_one)
     if count > max_runs:
         sizes = " x ".join(f"{len(of_one)} ({name})" for name, of_one in axes.items())
-        raise ConfigError(f"{count} runs ({sizes}) are more than {max_runs}\n  shorten a list, or raise the limit: --max-runs {count}")
+        raise ConfigError(
+            f"{count} runs ({sizes}) are more than {max_runs}\n  shorten a list, or raise the limit: --max-runs {count}"
+        )
     fixed = {name: value for name, value in values.items() if name not in axes}
-    configs = [TrainConfig(**fixed | dict(zip(axes, of_one, strict=True))) for of_one in itertools.product(*axes.values())]
+    configs = [
+        TrainConfig(**fixed | dict(zip(axes, of_one, strict=True))) for of_one in itertools.product(*axes.values())
+    ]
     for config in configs:
         check_joint(config)
     swept = tuple(axes)
@@ -93,27 +123,30 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
 
 
 def check_joint(config: TrainConfig) -> None:
-    """ConfigError for what cannot train beside other adapters: each row's own factors are all that a shared pass can have."""
+    """ConfigError for what cannot train beside other adapters: each row's own factors are all that a shared pass can
+    have.
+    """
     if config.find_lr:
         raise ConfigError(f"find_lr: {NOT_SWEPT['find_lr']}: give it a list of them, or use lorakit train")
     if config.compile:
-        raise ConfigError("compile: runs that train together need another graph for each mix of them\n  leave it out, or use lorakit train")
-    if config.method != "lora":
         raise ConfigError(
-            "method: full fine-tuning changes the base that a sweep's runs share\n  start such runs one by one with lorakit train"
+            "compile: runs that train together need another graph for each mix of them\n"
+            "  leave it out, or use lorakit train"
         )
-    for name, empty in (("save_modules", []), ("bias", "none")):
-        if getattr(config, name) != empty:
-            raise ConfigError(
-                f"{name}: {getattr(config, name)}: weights trained whole take the base's place for every row, so runs cannot share a pass\n"
-                f"  leave {name} out, or start such runs one by one with lorakit train"
-            )
+    alone = method_of(config.method).alone(config)
+    if alone:
+        raise ConfigError(alone[1])
+    if why := task_of(config.task).alone(config):
+        raise ConfigError(why)
     if config.memory not in ("auto", "unchecked"):
         raise ConfigError(
-            f"memory: {config.memory}: what runs that train together need is not estimated\n  lorakit plan says what one of them needs; leave memory out here"
+            f"memory: {config.memory}: what runs that train together need is not estimated\n"
+            "  lorakit plan says what one of them needs; leave memory out here"
         )
     if "wandb" in config.track:
-        raise ConfigError("track: wandb keeps one run a process, a sweep has several\n  use tensorboard, or leave it out")
+        raise ConfigError(
+            "track: wandb keeps one run a process, a sweep has several\n  use tensorboard, or leave it out"
+        )
 
 
 def names(settings: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -167,7 +200,9 @@ def _is_swept(name: str, value: Any) -> bool:
 def _values(name: str, values: list[Any]) -> list[Any]:
     """The values of a swept setting, each as the settings read it, none twice."""
     if name in NOT_SWEPT:
-        raise ConfigError(f"{name} cannot be swept: {NOT_SWEPT[name]}\n  give one value (got {listing(map(repr, values))})")
+        raise ConfigError(
+            f"{name} cannot be swept: {NOT_SWEPT[name]}\n  give one value (got {listing(map(repr, values))})"
+        )
     if not values:
         raise ConfigError(f"{name}: an empty list; give the values to try")
     read = [getattr(TrainConfig(**{"data": "-", name: value}), name) for value in values]

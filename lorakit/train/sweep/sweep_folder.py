@@ -1,4 +1,5 @@
-"""A sweep's folder: what was asked (`sweep.yaml`), a run folder for each run, and where all of them last saved together.
+"""A sweep's folder: what was asked (`sweep.yaml`), a run folder for each run, and where all of them last saved
+together.
 
     OUT/sweep.yaml            every setting, lists where they are swept
         position.json         the step of each run at the last save of all, and why runs failed
@@ -6,8 +7,9 @@
         leaderboard.json      the runs, best first; plot.png beside it
         adapter/              the winner's
 
-All runs save at the same moments. A kill may come when some have saved and others not; `position.json`, written when all
-have, tells which checkpoints to go on from, so that the same rows share micro-batches as in a sweep that was not killed.
+All runs save at the same moments. A kill may come when some have saved and others not; `position.json`, written when
+all have, tells which checkpoints to go on from, so that the same rows share micro-batches as in a sweep that was not
+killed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import yaml
 from ...errors import TrainError
 from ...io.atomic import write_text
 from .. import resume
-from ..run_folder import FREE, TEMPORARY
+from ..run_folder import FREE, TEMPORARY, filled
 from .sweep_config import Sweep
 
 if TYPE_CHECKING:
@@ -39,7 +41,9 @@ class SweepFolder:
         self.leaderboard = path / "leaderboard.json"
 
     def open(self, sweep: Sweep) -> None:
-        """Make the folder, or check that it is this sweep's. A sweep may come back with more values, not with other settings."""
+        """Make the folder, or check that it is this sweep's. A sweep may come back with more values, not with other
+        settings.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise TrainError(f"{self.path} is a file; give a folder (--out)")
         if not self.settings.exists():
@@ -47,7 +51,10 @@ class SweepFolder:
                 raise TrainError(f"{self.path} is not empty and holds no sweep; give another folder (--out)")
         elif any(resume.found(run / "checkpoints") for run in self.runs.glob("*")):
             self._check_same(sweep)
-        text = "# Everything this sweep was started with. Written by lorakit; resume by the same command, or lorakit sweep --config this.\n"
+        text = (
+            "# Everything this sweep was started with. Written by lorakit; resume by the same command, or lorakit "
+            "sweep --config this.\n"
+        )
         write_text(self.settings, text + yaml.safe_dump(dict(sweep.settings), sort_keys=False, allow_unicode=True))
 
     def _check_same(self, sweep: Sweep) -> None:
@@ -57,10 +64,16 @@ class SweepFolder:
             raise TrainError(f"{self.settings} cannot be read: {error}\n  give another folder (--out)") from error
         if not isinstance(then, dict):
             raise TrainError(f"{self.settings} holds no settings; give another folder (--out)")
+        then = filled(then)
         lines = []
         for name in sorted(then.keys() | sweep.settings.keys()):
             before, now = then.get(name), sweep.settings.get(name)
-            more = name in sweep.swept and isinstance(before, list) and isinstance(now, list) and all(value in now for value in before)
+            more = (
+                name in sweep.swept
+                and isinstance(before, list)
+                and isinstance(now, list)
+                and all(value in now for value in before)
+            )
             if before != now and not more and (name in sweep.swept or name not in FREE):
                 lines.append(f"  {name}: {before!r} then, {now!r} now")
         if lines:
@@ -100,7 +113,8 @@ class SweepFolder:
             return {"steps": dict(told["steps"]), "failed": dict(told["failed"])}
         except (ValueError, KeyError, TypeError) as error:
             raise TrainError(
-                f"{self.position} cannot be read ({error})\n  remove it, and the sweep begins anew, or give another folder (--out)"
+                f"{self.position} cannot be read ({error})\n"
+                "  remove it, and the sweep begins anew, or give another folder (--out)"
             ) from error
 
     @staticmethod

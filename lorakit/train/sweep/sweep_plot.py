@@ -58,9 +58,15 @@ def _curves(ax: Axes, done: Sequence[Entry]) -> None:
         steps, losses = zip(*entry.curve, strict=True) if entry.curve else ((), ())
         colour = BEST if i == 0 else colours(i / max(1, len(done) - 1) * 0.9)
         ax.plot(
-            steps, losses, color=colour, linewidth=2.2 if i == 0 else 1.1, alpha=1 if i == 0 else 0.85, marker=".", markersize=4,
+            steps,
+            losses,
+            color=colour,
+            linewidth=2.2 if i == 0 else 1.1,
+            alpha=1 if i == 0 else 0.85,
+            marker=".",
+            markersize=4,
             label=entry.name if i < MOST_NAMED else None,
-        )  # fmt: skip
+        )
     low, top = min(loss for e in done for _, loss in e.curve), max(e.curve[0][1] for e in done if e.curve)
     room = (top - low) or 1.0
     ax.set_ylim(low - 0.03 * room, top + 0.05 * room)  # a run that diverges leaves the picture
@@ -78,12 +84,19 @@ def _against(ax: Axes, done: Sequence[Entry], setting: str) -> None:
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     order: list[Any] = sorted(set(values)) if numeric else list(dict.fromkeys(map(short, values)))
     places = values if numeric else [order.index(short(value)) for value in values]
-    best = [min(loss for at, loss in zip(places, losses, strict=True) if at == x) for x in (order if numeric else range(len(order)))]
+    best = [
+        min(loss for at, loss in zip(places, losses, strict=True) if at == x)
+        for x in (order if numeric else range(len(order)))
+    ]
     ax.scatter(places, losses, s=22, color=OTHERS, alpha=0.7, zorder=3)
-    ax.plot(order if numeric else range(len(order)), best, color=BEST, linewidth=1.6, zorder=2, marker="o", markersize=4)
+    ax.plot(
+        order if numeric else range(len(order)), best, color=BEST, linewidth=1.6, zorder=2, marker="o", markersize=4
+    )
     if numeric and min(order) > 0 and max(order) / min(order) >= 4:
         ax.set_xscale("log")
-    ax.set_xticks(order if numeric else range(len(order)), [short(value) for value in order], rotation=0 if len(order) < 7 else 45)
+    ax.set_xticks(
+        order if numeric else range(len(order)), [short(value) for value in order], rotation=0 if len(order) < 7 else 45
+    )
     ax.minorticks_off()
     ax.set_xlabel(setting)
     ax.set_ylabel("loss, lowest of each value joined")

@@ -1,4 +1,6 @@
-"""What a sweep shows: a start panel with its runs, then a bar on a terminal and plain lines elsewhere, with the best so far."""
+"""What a sweep shows: a start panel with its runs, then a bar on a terminal and plain lines elsewhere, with the best so
+far.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class SweepProgress:
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._done, self._all, self._going = 0, 0, 0
-        self._tokens, self._since = 0, time.perf_counter()
+        self._weight, self._unit, self._since = 0, "tokens", time.perf_counter()
         self._best: tuple[float, str, int] | None = None
         self._ended: set[str] = set()
 
@@ -52,16 +54,26 @@ class SweepProgress:
         """The panel, and the bar. A unit of progress is a step of one run."""
         self._all = sum(run.job.steps for run in runs)
         self._done = sum(run.step for run in runs)
-        self._going = len(runs)
+        self._going, self._unit = len(runs), runs[0].job.task.unit
         self._note_best(runs)
         if self.quiet:
             return
-        self.console.print(Panel(Group(_shared(runs, folder), Text(), _listed(runs)), title=self.title, title_align="left", expand=False))
+        self.console.print(
+            Panel(
+                Group(_shared(runs, folder), Text(), _listed(runs)), title=self.title, title_align="left", expand=False
+            )
+        )
         if self.console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
             self._bar.start()
             self._task = self._bar.add_task("steps", total=self._all, completed=self._done, facts="")
         self._since = time.perf_counter()
@@ -73,7 +85,7 @@ class SweepProgress:
                 self._best = (row["held_out_loss"], name, row["step"])
             return
         self._done += 1
-        self._tokens += row["tokens"]
+        self._weight += row[self._unit]
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, facts=self._facts())
         elif self._done * LINES // self._all > (self._done - 1) * LINES // self._all:
@@ -92,7 +104,9 @@ class SweepProgress:
         if run.failed is not None:
             self._say(f"{name} failed: {run.failed}")
         elif run.step < run.job.steps:
-            self._say(f"{name} stopped early at step {run.step}: no better held-out loss since step {run.early.best_step}")
+            self._say(
+                f"{name} stopped early at step {run.step}: no better held-out loss since step {run.early.best_step}"
+            )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -100,13 +114,17 @@ class SweepProgress:
             self._bar = None
 
     def _note_best(self, runs: Sequence[Run]) -> None:
-        found = [(run.early.best_loss, run.job.adapter, run.early.best_step or 0) for run in runs if run.early.best_loss is not None]
+        found = [
+            (run.early.best_loss, run.job.adapter, run.early.best_step or 0)
+            for run in runs
+            if run.early.best_loss is not None
+        ]
         self._best = min(found, default=None)
 
     def _facts(self) -> str:
-        speed = self._tokens / max(1e-9, time.perf_counter() - self._since)
+        speed = self._weight / max(1e-9, time.perf_counter() - self._since)
         best = f"  best {self._best[1]}: {self._best[0]:.4f} at step {self._best[2]}" if self._best else ""
-        return f"{self._going} runs going  {speed:,.0f} trained tokens/s{best}"
+        return f"{self._going} runs going  {speed:,.0f} trained {self._unit}/s{best}"
 
     def _say(self, line: str) -> None:
         if not self.quiet:
@@ -118,18 +136,19 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
     from ..progress import dtype_name, threads_of
 
     job = runs[0].job
-    base = sum(p.numel() for p in job.model.parameters()) - sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    base = sum(p.numel() for p in job.model.parameters()) - sum(
+        p.numel() for p in job.model.parameters() if p.requires_grad
+    )
     data = dict.fromkeys((r.config.data, len(r.job.train), len(r.job.held_out)) for r in runs)
     table = Table.grid(padding=(0, 2))
     rows = [
         ("model", f"{job.config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
-        ("device", f"{job.accelerator.device}, {threads_of(job.accelerator.device)}"),
+        ("device", f"{job.parallel.device}, {threads_of(job.parallel.device)}"),
         *(("data", f"{name}: {train:,} rows to train on, {held:,} held out") for name, train, held in data),
         ("runs", f"{len(runs)}, trained together on one base, {sum(r.job.steps for r in runs):,} steps in all"),
         ("folder", folder),
     ]
-    if any(run.config.dropout for run in runs):
-        rows.append(("note", "dropout masks are those of the sweep: such a run alone would draw others"))
+    rows += [("note", note) for note in dict.fromkeys(run.job.method.note_together(run.config) for run in runs) if note]
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
@@ -141,8 +160,17 @@ def _listed(runs: Sequence[Run]) -> Table:
         table.add_column(column, justify="left" if column in ("run", "") else "right")
     for run in runs[:MOST_LISTED]:
         trainable = sum(p.numel() for p in run.parameters.values())
-        where = "failed" if run.failed else "finished" if run.ended else f"going on at step {run.step}" if run.step else ""
-        cells = [run.job.adapter, f"{run.job.rate.value:g}", f"{trainable:,}", str(run.config.batch_size), f"{run.job.steps:,}", where]
+        where = (
+            "failed" if run.failed else "finished" if run.ended else f"going on at step {run.step}" if run.step else ""
+        )
+        cells = [
+            run.job.adapter,
+            f"{run.job.rate.value:g}",
+            f"{trainable:,}",
+            str(run.config.batch_size),
+            f"{run.job.steps:,}",
+            where,
+        ]
         table.add_row(*map(Text, cells))
     if len(runs) > MOST_LISTED:
         table.add_row(Text(f"and {len(runs) - MOST_LISTED} more"))

@@ -22,7 +22,7 @@ from lorakit.adapter.dense import Dense
 from lorakit.adapter.fingerprint import fingerprint
 from lorakit.errors import AdapterError, ConfigError
 
-# ------------------------------------------------------------------------------------------ the exact sum
+# ---- the exact sum ----
 
 
 @settings(max_examples=30, deadline=None)
@@ -41,7 +41,9 @@ def test_a_weighted_sum_of_any_ranks_kinds_and_scales_is_exact(ranks, weights, o
 
 
 def test_the_ranks_add_up_and_equal_strengths_stay_in_alpha():
-    a, b = (lk.Adapter(lk.LoraConfig(rank=4, targets=["q"]), {"q": factors(seed=s, dtype=torch.bfloat16)}) for s in (0, 1))
+    a, b = (
+        lk.Adapter(lk.LoraConfig(rank=4, targets=["q"]), {"q": factors(seed=s, dtype=torch.bfloat16)}) for s in (0, 1)
+    )
     f = (a + b).factors["q"]
     assert (f.rank, f.scale, f.A.dtype) == (8, 1.5, torch.bfloat16)
     assert torch.equal(f.A, torch.cat([a.factors["q"].A, b.factors["q"].A]))
@@ -60,7 +62,9 @@ def test_the_parts_of_a_packed_projection_stay_apart():
     plain = lk.Adapter(lk.LoraConfig(rank=4, targets=["qkv"]), {"qkv": lk.Factors(numbers(4, 9), numbers(12, 4), 8.0)})
     mixed = a - plain
     assert mixed.factors["qkv"].parts is None
-    torch.testing.assert_close(exact(mixed.factors["qkv"]), exact(a.factors["qkv"]) - exact(plain.factors["qkv"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        exact(mixed.factors["qkv"]), exact(a.factors["qkv"]) - exact(plain.factors["qkv"]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_modules_of_only_some_adapters_are_kept():
@@ -74,7 +78,10 @@ def test_modules_of_only_some_adapters_are_kept():
 
 
 def test_an_update_alone_stays_of_its_kind():
-    lora, other = (lk.Adapter(lk.LoraConfig(rank=4, targets=["q"]), {"q": factors(dtype=torch.bfloat16)}), adapter(others=True))
+    lora, other = (
+        lk.Adapter(lk.LoraConfig(rank=4, targets=["q"]), {"q": factors(dtype=torch.bfloat16)}),
+        adapter(others=True),
+    )
     both = lk.combine([lora, other], [0.3, -2.0])
     assert {m: type(u) for m, u in both.others.items()} == {m: type(u) for m, u in other.others.items()}
     assert both.factors["q"].A is lora.factors["q"].A
@@ -85,18 +92,20 @@ def test_an_update_alone_stays_of_its_kind():
 def test_loha_lokr_and_whole_updates_add_to_a_whole_update_or_to_the_rank_asked_for():
     lora = lk.Factors(numbers(3, 18), numbers(20, 3), 3.0)
     values = [
-        lk.Adapter(lk.LoraConfig(rank=3, targets=["m"]), {}, others={"m": u})
+        lk.Adapter(lk.LoraConfig(rank=3, targets=["m"]), {"m": u})
         for u in (hadamard(), kronecker(), Dense(numbers(20, 18), numbers(20)))
     ]
     values.append(lk.Adapter(lk.LoraConfig(rank=3, targets=["m"]), {"m": lora}))
     weights = [1.0, -0.5, 2.0, 0.1]
     total = lk.combine(values, weights).others["m"]
-    expected = sum(w * exact(u) for w, u in zip(weights, (hadamard(), kronecker(), Dense(numbers(20, 18)), lora), strict=True))
+    expected = sum(
+        w * exact(u) for w, u in zip(weights, (hadamard(), kronecker(), Dense(numbers(20, 18)), lora), strict=True)
+    )
     torch.testing.assert_close(total.delta().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total.bias, 2 * numbers(20))
     with pytest.raises(AdapterError, match="'m' changes its bias too"):
         lk.combine(values, weights, rank=4)
-    values[2] = replace(values[2], others={"m": Dense(numbers(20, 18))})
+    values[2] = replace(values[2], updates={"m": Dense(numbers(20, 18))})
     cut = combined(values, weights, rank=4)
     best = torch.linalg.svdvals(expected)[4:].square().sum().sqrt() / expected.norm()
     assert cut.adapter.factors["m"].rank == 4
@@ -104,7 +113,10 @@ def test_loha_lokr_and_whole_updates_add_to_a_whole_update_or_to_the_rank_asked_
 
 
 def test_a_combined_adapter_survives_pefts_folder(tmp_path):
-    a, b = (replace(v, factors={m: f for m, f in v.factors.items() if not f.transposed}) for v in (adapter(0, rslora=True), adapter(9)))
+    a, b = (
+        replace(v, updates={m: f for m, f in v.factors.items() if not f.transposed})
+        for v in (adapter(0, rslora=True), adapter(9))
+    )
     mixed = 0.3 * a - b
     back = lk.Adapter.load(mixed.save(tmp_path / "mixed"))
     for m, W in deltas(mixed).items():
@@ -114,7 +126,9 @@ def test_a_combined_adapter_survives_pefts_folder(tmp_path):
 def test_the_sum_computes_what_the_two_activated_together_do(tiny_llama):
     values = []
     for seed, rank in ((1, 3), (2, 5)):
-        model = tiny.randomise_factors(lk.attach(tiny.llama(), lk.LoraConfig(rank=rank, targets=["q_proj", "down_proj"])), seed)
+        model = tiny.randomise_factors(
+            lk.attach(tiny.llama(), lk.LoraConfig(rank=rank, targets=["q_proj", "down_proj"])), seed
+        )
         values.append(lk.capture(model))
     both = lk.attach(tiny.llama(), values[0], "a")
     lk.attach(both, values[1], "b")
@@ -123,7 +137,7 @@ def test_the_sum_computes_what_the_two_activated_together_do(tiny_llama):
     torch.testing.assert_close(tiny.logits(tiny_llama), tiny.logits(both), atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------ against peft
+# ---- against peft ----
 
 
 class Kinds(nn.Module):
@@ -162,10 +176,14 @@ def peft_delta(model, name, **options):
 
 
 METHODS = [
-    ("cat", "cat", {}), ("linear", "cat", {}), ("svd", "svd", {}), ("ties", "ties_svd", {"density": 0.4}),
-    ("magnitude_prune", "magnitude_prune_svd", {"density": 0.4}), ("dare_linear", "dare_linear_svd", {"density": 1.0}),
+    ("cat", "cat", {}),
+    ("linear", "cat", {}),
+    ("svd", "svd", {}),
+    ("ties", "ties_svd", {"density": 0.4}),
+    ("magnitude_prune", "magnitude_prune_svd", {"density": 0.4}),
+    ("dare_linear", "dare_linear_svd", {"density": 1.0}),
     ("dare_ties", "dare_ties_svd", {"density": 1.0}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1.0, 2.0]])
@@ -180,7 +198,9 @@ def test_methods_on_delta_w_agree_with_pefts_of_that_definition(two, ours, their
 
 def test_ties_by_the_frequency_of_signs_agrees_too(two):
     model, values = two
-    expected = peft_delta(model, "mix", weights=[1.0, 1.0], combination_type="ties_svd", density=0.5, majority_sign_method="frequency")
+    expected = peft_delta(
+        model, "mix", weights=[1.0, 1.0], combination_type="ties_svd", density=0.5, majority_sign_method="frequency"
+    )
     got = deltas(lk.combine(values, method="ties", density=0.5, majority="frequency"))
     for m, W in expected.items():
         torch.testing.assert_close(got[m], W, atol=1e-5 * float(W.abs().max()), rtol=1e-4)
@@ -213,7 +233,7 @@ def test_dare_is_pefts_given_the_same_dropped_numbers(monkeypatch, method):
     torch.testing.assert_close(ours, theirs)
 
 
-# ------------------------------------------------------------------------------------------ the methods' own definitions
+# ---- the methods' own definitions ----
 
 
 def test_trim_leaves_exactly_the_largest_share():
@@ -226,8 +246,13 @@ def test_trim_leaves_exactly_the_largest_share():
 
 
 def test_ties_is_the_papers_by_hand():
-    a, b, c = torch.tensor([4.0, 3.0, 0.1, -2.0]), torch.tensor([-5.0, 1.0, 0.2, -0.5]), torch.tensor([2.0, -0.1, 3.0, 0.1])
-    # trimmed to half: [4 3 0 0], [-5 1 0 0], [2 0 3 0]; sums 1, 4, 3, 0; means of those that agree: (4+2)/2, (3+1)/2, 3/1, 0
+    a, b, c = (
+        torch.tensor([4.0, 3.0, 0.1, -2.0]),
+        torch.tensor([-5.0, 1.0, 0.2, -0.5]),
+        torch.tensor([2.0, -0.1, 3.0, 0.1]),
+    )
+    # trimmed to half: [4 3 0 0], [-5 1 0 0], [2 0 3 0]; sums 1, 4, 3, 0; means of those that agree: (4+2)/2, (3+1)/2,
+    # 3/1, 0
     torch.testing.assert_close(ties([a, b, c], [1, 1, 1], 0.5), torch.tensor([3.0, 2.0, 3.0, 0.0]))
 
 
@@ -268,13 +293,16 @@ def test_the_methods_take_every_kind_and_report_what_the_cut_cost(method):
 
 
 def test_changes_of_vectors_are_combined_by_the_same_method():
-    values = [lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors(seed=s)}, others={"norm": Dense(numbers(40, seed=s))}) for s in (0, 1)]
+    values = [
+        lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors(seed=s), "norm": Dense(numbers(40, seed=s))})
+        for s in (0, 1)
+    ]
     got = lk.combine(values, method="ties", density=0.5).others["norm"].weight
     torch.testing.assert_close(got, ties([numbers(40), numbers(40, seed=1)], [1, 1], 0.5))
     torch.testing.assert_close((values[0] + values[1]).others["norm"].weight, numbers(40) + numbers(40, seed=1))
 
 
-# ------------------------------------------------------------------------------------------ what must agree
+# ---- what must agree ----
 
 
 def with_saved(value: float, **metadata) -> lk.Adapter:
@@ -294,7 +322,10 @@ def test_weights_saved_whole_are_kept_where_equal_and_refused_by_name_where_not(
 
 
 def test_learned_tokens_are_taken_over():
-    a, b = (lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors()}, embeddings={name: numbers(2, 8)}) for name in ("<cat>", "<dog>"))
+    a, b = (
+        lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors()}, embeddings={name: numbers(2, 8)})
+        for name in ("<cat>", "<dog>")
+    )
     assert set((a + b).embeddings) == {"<cat>", "<dog>"}
     with pytest.raises(AdapterError, match="different values of 1 learned tokens: <cat>"):
         lk.combine([a, replace(a, embeddings={"<cat>": numbers(2, 8) + 1})])
@@ -320,7 +351,9 @@ def of_modules(*names):
 
 def test_adapters_without_fingerprints_and_of_unlike_modules_are_refused():
     llama, unet = of_modules("model.layers.0.self_attn.q_proj"), of_modules("unet.down_blocks.0.attentions.0.proj_in")
-    with pytest.raises(AdapterError, match=r"(?s)different bases:.*first changes model\.layers.*second changes unet\..*--force-base"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)different bases:.*first changes model\.layers.*second changes unet\..*--force-base"
+    ):
         llama + unet
     marked = replace(unet, metadata={"fingerprint": fingerprint({"w": torch.randn(3, 4)}, "UNet")})
     with pytest.raises(AdapterError, match="no module and no stack of layers in common"):
@@ -360,11 +393,17 @@ def test_modules_of_other_shapes_are_refused_by_name():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"method": "tie"}, "did you mean 'ties'"), ({"weights": [1.0]}, "2 adapters and 1 weights"), ({"weights": [0, 0]}, "not all of them 0"),
-        ({"method": "ties"}, "needs a density"), ({"density": 0.5}, "has no density"), ({"method": "ties", "density": 0}, "needs a density"),
-        ({"weights": [1, float("nan")]}, "finite"), ({"rank": 0}, "at least 1"), ({"keep": 2}, "at most 1"),
+        ({"method": "tie"}, "did you mean 'ties'"),
+        ({"weights": [1.0]}, "2 adapters and 1 weights"),
+        ({"weights": [0, 0]}, "not all of them 0"),
+        ({"method": "ties"}, "needs a density"),
+        ({"density": 0.5}, "has no density"),
+        ({"method": "ties", "density": 0}, "needs a density"),
+        ({"weights": [1, float("nan")]}, "finite"),
+        ({"rank": 0}, "at least 1"),
+        ({"keep": 2}, "at most 1"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_said(options, said):
     with pytest.raises(ConfigError, match=said):
         lk.combine([adapter(0), adapter(1)], **options)

@@ -90,8 +90,14 @@ def test_rename_by_whole_names_and_by_beginnings():
     value = replace(adapter(), saved={"layers.0.norm.weight": numbers(9)})
     new = rename(value, {"layers": "model.blocks", "layers.0.conv": "stem", "embed": "wte"})
     assert set(new.factors) == {
-        "model.blocks.0.q", "model.blocks.1.q", "stem", "wte", "model.blocks.0.c_fc", "model.blocks.0.qkv", "model.blocks.1.r",
-    }  # fmt: skip
+        "model.blocks.0.q",
+        "model.blocks.1.q",
+        "stem",
+        "wte",
+        "model.blocks.0.c_fc",
+        "model.blocks.0.qkv",
+        "model.blocks.1.r",
+    }
     assert set(new.saved) == {"model.blocks.0.norm.weight"}
     assert new.config.rank_of("model.blocks.1.q") == 5
     assert new.factors["stem"] is value.factors["layers.0.conv"]

@@ -16,8 +16,7 @@ from lorakit.errors import AdapterError, ConfigError
 
 
 def one(update, **config) -> lk.Adapter:
-    kind = {"factors": {"m": update}} if isinstance(update, lk.Factors) else {"factors": {}, "others": {"m": update}}
-    return lk.Adapter(lk.LoraConfig(rank=4, targets=["m"], **config), **kind)
+    return lk.Adapter(lk.LoraConfig(rank=4, targets=["m"], **config), {"m": update})
 
 
 def as_matrix(update, W):
@@ -43,7 +42,9 @@ def test_every_module_is_the_nearest_of_its_rank(rank):
         assert error == pytest.approx(best, rel=1e-5, abs=1e-5 * float(W.norm()))
         assert report.error == pytest.approx(error / float(W.norm()), rel=1e-4, abs=1e-6)
         assert report.norm == pytest.approx(float(W.norm()), rel=1e-5)
-    total = sum(float((before[m] - after[m]).square().sum()) for m in before) / sum(float(W.square().sum()) for W in before.values())
+    total = sum(float((before[m] - after[m]).square().sum()) for m in before) / sum(
+        float(W.square().sum()) for W in before.values()
+    )
     assert done.error == pytest.approx(total**0.5, rel=1e-5)
     assert done.energy == pytest.approx(1 - total, rel=1e-5)
 
@@ -123,7 +124,7 @@ def test_a_zero_update_stays_zero():
 
 def test_a_resized_adapter_survives_pefts_folder(tmp_path):
     small = adapter(others=True, rslora=True).resize(2)
-    plain = replace(small, factors={m: f for m, f in small.factors.items() if not f.transposed})
+    plain = replace(small, updates={m: f for m, f in small.factors.items() if not f.transposed})
     back = lk.Adapter.load(plain.save(tmp_path / "small"))
     for m, W in deltas(plain).items():
         torch.testing.assert_close(exact(back.factors[m]), W)
@@ -145,7 +146,7 @@ def test_a_grouped_convolution_stays_grouped():
 
 
 def test_a_change_of_a_norm_or_a_bias_alone_stays_as_it_is():
-    value = lk.Adapter(lk.LoraConfig(), {"q": factors()}, others={"norm": Dense(numbers(9)), "head": Dense(None, numbers(5))})
+    value = lk.Adapter(lk.LoraConfig(), {"q": factors(), "norm": Dense(numbers(9)), "head": Dense(None, numbers(5))})
     small = value.resize(1)
     assert small.others["norm"] is value.others["norm"]
     assert set(small.others) == {"norm", "head"}
@@ -168,10 +169,14 @@ def test_a_dora_and_a_grouped_conv_of_pefts_are_refused_by_name():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({}, "needs a rank"), ({"rank": 0}, "at least 1"), ({"keep": 1.5}, "at most 1"), ({"error": 0}, "more than 0"),
-        ({"keep": 0.9, "error": 0.1}, "twice"), ({"rank": 3, "overall": True}, "overall needs keep"),
+        ({}, "needs a rank"),
+        ({"rank": 0}, "at least 1"),
+        ({"keep": 1.5}, "at most 1"),
+        ({"error": 0}, "more than 0"),
+        ({"keep": 0.9, "error": 0.1}, "twice"),
+        ({"rank": 3, "overall": True}, "overall needs keep"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_said(options, said):
     with pytest.raises(ConfigError, match=said):
         resize(adapter(), **options)
@@ -189,14 +194,16 @@ def test_packed_parts_share_the_larger_rank():
 
 
 def test_overall_takes_no_more_than_it_must_of_whole_updates_too():
-    """Slow and fast spectra side by side: the slow one's values are needed further than its own share of the energy goes."""
+    """Slow and fast spectra side by side: the slow one's values are needed further than its own share of the energy
+    goes.
+    """
 
     def whole(values):
         U, V = (torch.linalg.qr(numbers(220, len(values), seed=seed))[0] for seed in (1, 2))
         return Dense(U * values @ V.T)
 
     slow, fast = torch.full((120,), 10.0), torch.logspace(0, -3, 60)
-    value = lk.Adapter(lk.LoraConfig(targets=["q"]), {}, others={"l.0.q": whole(slow), "l.1.q": whole(fast)})
+    value = lk.Adapter(lk.LoraConfig(targets=["q"]), {"l.0.q": whole(slow), "l.1.q": whole(fast)})
     done = resize(value, keep=0.9995, overall=True)
     values = torch.cat([slow, fast]).square().double().sort(descending=True).values
     least = int((values.cumsum(0) < 0.9995 * values.sum()).sum()) + 1

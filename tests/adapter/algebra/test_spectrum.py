@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from lorakit.adapter.algebra import spectrum as sp
-from lorakit.adapter.algebra.product import LowRank, inner, matrix
-from lorakit.adapter.algebra.spectrum import decompose, norm, spectrum
+from lorakit.adapter.algebra.product import inner, matrix, norm
+from lorakit.adapter.algebra.spectrum import decompose, spectrum
 from lorakit.adapter.algebra.svd import random_svd
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lokr import Kronecker
 from lorakit.adapter.lora import Factors
+from lorakit.adapter.update import LowRank
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -31,9 +32,19 @@ KINDS = {
     "grouped conv": Factors(random(4, 2, 3), random(6, 4, 1), alpha=2.0, kind="conv", groups=2),
     "loha": Hadamard(random(30, 2), random(2, 20), random(30, 3), random(3, 20), alpha=1.0),
     "loha of full rank": Hadamard(random(9, 4), random(4, 8), random(9, 4), random(4, 8), alpha=1.0),
-    "loha tucker": Hadamard(random(2, 30), random(2, 6), random(2, 30), random(2, 6), alpha=3.0, t1=random(2, 2, 3, 3), t2=random(2, 2, 3, 3)),
+    "loha tucker": Hadamard(
+        random(2, 30),
+        random(2, 6),
+        random(2, 30),
+        random(2, 6),
+        alpha=3.0,
+        t1=random(2, 2, 3, 3),
+        t2=random(2, 2, 3, 3),
+    ),
     "lokr": Kronecker(alpha=2.0, w1=random(4, 2), w2a=random(9, 2), w2b=random(2, 12)),
-    "lokr of two products": Kronecker(alpha=2.0, w1a=random(5, 2), w1b=random(2, 5), w2a=random(6, 2), w2b=random(2, 7)),
+    "lokr of two products": Kronecker(
+        alpha=2.0, w1a=random(5, 2), w1b=random(2, 5), w2a=random(6, 2), w2b=random(2, 7)
+    ),
     "lokr of two matrices": Kronecker(alpha=2.0, w1=random(4, 3), w2=random(5, 6)),
     "lokr tall": Kronecker(alpha=2.0, w1=random(12, 2), w2=random(10, 2)),
     "lokr tucker": Kronecker(alpha=2.0, w1=random(2, 3), w2a=random(2, 12), w2b=random(2, 7), t2=random(2, 2, 3, 3)),
@@ -41,7 +52,7 @@ KINDS = {
     "whole": Dense(random(12, 9)),
     "whole conv": Dense(random(6, 3, 3, 3)),
     "norm": Dense(random(7)),
-}  # fmt: skip
+}
 
 
 def full(update) -> torch.Tensor:
@@ -70,9 +81,7 @@ def test_the_spectrum_is_that_of_the_update_itself(kind):
 
 def test_updates_of_low_rank_stay_products_and_only_those_of_full_rank_are_built():
     built = {kind for kind, update in KINDS.items() if not isinstance(matrix(update), LowRank)}
-    assert built == {
-        "loha of full rank", "lokr tall", "lokr conv", "whole", "whole conv", "norm",
-    }  # fmt: skip
+    assert built == {"loha of full rank", "lokr tall", "lokr conv", "whole", "whole conv", "norm"}
 
 
 @pytest.mark.parametrize("a", ["linear", "transposed", "loose"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 from made_adapters import exact, factors, hadamard, kronecker, numbers, packed
 
-from lorakit.adapter.algebra.decompose import decompose, form_of, matrix_of
 from lorakit.adapter.algebra.svd import distance, full_svd, matrix_svd, needed, product_svd, random_svd
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.loha import Hadamard
@@ -76,22 +75,33 @@ def tucker():
 
 
 KINDS = {
-    "linear": factors(), "conv": factors("conv"), "embedding": factors("embedding"), "transposed": factors(transposed=True),
-    "rslora": factors(rslora=True), "LoHa": hadamard(), "LoHa, Tucker": tucker(), "LoKr": kronecker(),
-    "LoHa of a high rank": Hadamard(numbers(20, 5), numbers(5, 18), numbers(20, 5, seed=1), numbers(5, 18, seed=1), 1.0),
-    "LoKr, conv, Tucker": Kronecker(2.0, w1a=numbers(4, 2), w1b=numbers(2, 3), w2a=numbers(2, 5), w2b=numbers(2, 6), t2=numbers(2, 2, 3, 3)),
-    "LoKr, conv": Kronecker(2.0, w1=numbers(4, 3), w2=numbers(5, 6, 3, 3)), "whole": Dense(numbers(11, 4, 3, 3)),
-}  # fmt: skip
+    "linear": factors(),
+    "conv": factors("conv"),
+    "embedding": factors("embedding"),
+    "transposed": factors(transposed=True),
+    "rslora": factors(rslora=True),
+    "LoHa": hadamard(),
+    "LoHa, Tucker": tucker(),
+    "LoKr": kronecker(),
+    "LoHa of a high rank": Hadamard(
+        numbers(20, 5), numbers(5, 18), numbers(20, 5, seed=1), numbers(5, 18, seed=1), 1.0
+    ),
+    "LoKr, conv, Tucker": Kronecker(
+        2.0, w1a=numbers(4, 2), w1b=numbers(2, 3), w2a=numbers(2, 5), w2b=numbers(2, 6), t2=numbers(2, 2, 3, 3)
+    ),
+    "LoKr, conv": Kronecker(2.0, w1=numbers(4, 3), w2=numbers(5, 6, 3, 3)),
+    "whole": Dense(numbers(11, 4, 3, 3)),
+}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_an_update_of_any_kind_has_the_singular_values_of_its_matrix(kind):
     update = KINDS[kind]
-    (found,) = decompose(update)
+    (found,) = update.singular_values()
     W = exact(update)
-    form = form_of("m", update)
+    form = update.form("m")
     matrix = (W.T if form.across else W).flatten(1)
-    torch.testing.assert_close(matrix_of(update).double(), matrix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(update.matrix().double(), matrix, rtol=1e-5, atol=1e-5)
     full = torch.linalg.svdvals(matrix)
     count = min(len(full), len(found.S))
     torch.testing.assert_close(found.S[:count].double(), full[:count], rtol=1e-5, atol=1e-5 * float(full[0]))
@@ -100,7 +110,7 @@ def test_an_update_of_any_kind_has_the_singular_values_of_its_matrix(kind):
 
 def test_the_parts_of_a_packed_projection_have_singular_values_of_their_own():
     f = packed()
-    first, last = decompose(f)
+    first, last = f.singular_values()
     W = exact(f)
     for found, rows in ((first, W[:4]), (last, W[8:])):
         torch.testing.assert_close(found.U * found.S @ found.Vt, rows, rtol=1e-6, atol=1e-6)

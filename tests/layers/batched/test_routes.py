@@ -1,4 +1,6 @@
-"""A layer whose rows have adapters of their own: each row as if its adapter alone were active, in values and gradients."""
+"""A layer whose rows have adapters of their own: each row as if its adapter alone were active,
+in values and gradients.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ def build(kind: str, trainable: bool = True, dropout: float = 0.0) -> tuple[nn.M
     torch.manual_seed(0)
     model = nn.Sequential(make()).double().eval()
     for rank, name in enumerate("abc", start=1):
-        lk.attach(model, lk.LoraConfig(rank=rank, alpha=3, targets=["0"], dropout=dropout, **config), name=name, trainable=trainable)
+        lk.attach(
+            model,
+            lk.LoraConfig(rank=rank, alpha=3, targets=["0"], dropout=dropout, **config),
+            name=name,
+            trainable=trainable,
+        )
     tiny.randomise_factors(model)
     made = torch.Generator().manual_seed(3)
     if shape is None:
@@ -179,7 +186,8 @@ def test_what_layers_derive_from_a_batch_is_shared_by_layers_of_equal_ranks():
         lk.attach(model, lk.LoraConfig(rank=rank), name=name, trainable=False)
     with torch.no_grad(), lk.route(model, ["a", "b"]):
         model(**tiny.example(model))
-        assert len(model._lorakit.routing._shared) == 4  # of 14 layers: in + out is 32, 24 (k and v) or 40; and the adapters' order
+        # of 14 layers: in + out is 32, 24 (k and v) or 40; and the adapters' order
+        assert len(model._lorakit.routing._shared) == 4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -361,14 +369,21 @@ def test_dropout_of_tokens_is_for_training():
     assert not torch.allclose(ours[0, 0], expected[0, 0])
 
 
-@pytest.mark.parametrize("shape, message", [
-    ((1, 3, 8), r"'0' was given 3 tokens inside lorakit.route\(per='token'\); expected 4, one per choice\n  every adapted module"),
-    ((1, 6, 8), r"'0' was given 6 tokens .*; expected 4, one per choice\n  each of the 6 tokens"),
-    ((3, 8), r"'0' was given 3 tokens .*; expected 4"),
-    ((2, 2, 8), r"'0' was given 2 x 2 tokens .*; expected one row of 4\n  put the rows behind each other"),
-    ((4, 2, 8), r"'0' was given 8 tokens .*; expected 4"),
-    ((8,), r"'0' was given 1 tokens .*; expected 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        (
+            (1, 3, 8),
+            r"'0' was given 3 tokens inside lorakit.route\(per='token'\); expected 4, one per choice\n"
+            r"  every adapted module",
+        ),
+        ((1, 6, 8), r"'0' was given 6 tokens .*; expected 4, one per choice\n  each of the 6 tokens"),
+        ((3, 8), r"'0' was given 3 tokens .*; expected 4"),
+        ((2, 2, 8), r"'0' was given 2 x 2 tokens .*; expected one row of 4\n  put the rows behind each other"),
+        ((4, 2, 8), r"'0' was given 8 tokens .*; expected 4"),
+        ((8,), r"'0' was given 1 tokens .*; expected 4"),
+    ],
+)
 def test_another_number_of_tokens_is_an_error(shape, message):
     model, _ = packed("linear", 4)
     for mode in (torch.enable_grad, torch.no_grad):
@@ -378,14 +393,23 @@ def test_another_number_of_tokens_is_an_error(shape, message):
 
 def test_an_embedding_counts_its_tokens():
     model, _ = packed("embedding", 4)
-    with pytest.raises(StateError, match=r"'0' was given 3 tokens .* expected 4"), lk.route(model, ["a", "b", None, "a"], per="token"):
+    with (
+        pytest.raises(StateError, match=r"'0' was given 3 tokens .* expected 4"),
+        lk.route(model, ["a", "b", None, "a"], per="token"),
+    ):
         model(torch.zeros(1, 3, dtype=torch.long))
-    with pytest.raises(StateError, match=r"2 x 2 tokens .* expected one row of 4"), lk.route(model, ["a", "b", None, "a"], per="token"):
+    with (
+        pytest.raises(StateError, match=r"2 x 2 tokens .* expected one row of 4"),
+        lk.route(model, ["a", "b", None, "a"], per="token"),
+    ):
         model(torch.zeros(2, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "conv2d, groups"])
 def test_a_convolution_mixes_tokens_and_is_refused(kind):
     model, x = build(kind)
-    with pytest.raises(StateError, match="'0' is a convolution, which mixes neighbouring tokens"), lk.route(model, CHOICES, per="token"):
+    with (
+        pytest.raises(StateError, match="'0' is a convolution, which mixes neighbouring tokens"),
+        lk.route(model, CHOICES, per="token"),
+    ):
         model(x)

@@ -72,8 +72,13 @@ def inside(model: nn.Module) -> set[str]:
 def test_a_mix_that_changes_copies_only_what_is_new(written):
     model, x = build()
     for choices, copied in (
-        (["a", "b"], "ab"), (["b", "a", None], ""), (["a", "c"], "c"), (["c", "b", {"a": 0.5, "c": 2.0}], ""), (["d", "e"], "ed"), (["a", "b"], ""),
-    ):  # fmt: skip
+        (["a", "b"], "ab"),
+        (["b", "a", None], ""),
+        (["a", "c"], "c"),
+        (["c", "b", {"a": 0.5, "c": 2.0}], ""),
+        (["d", "e"], "ed"),
+        (["a", "b"], ""),
+    ):
         written.clear()
         check(model, x, choices)
         assert sorted(written) == sorted(copied)
@@ -84,7 +89,13 @@ def test_a_mix_that_changes_copies_only_what_is_new(written):
 def test_mixes_in_any_order_of_places_for_few_and_many_tokens(tokens):
     model, _ = build()
     x = torch.randn(6, tokens, 8, dtype=torch.float64)
-    for choices in (["c", "a"], ["e", "c", "d"], ["b", "e", {"b": 0.5, "e": -1.0, "a": 2.0}], ["d"] * 6, ["a", "b", "c", "d", "e", None]):
+    for choices in (
+        ["c", "a"],
+        ["e", "c", "d"],
+        ["b", "e", {"b": 0.5, "e": -1.0, "a": 2.0}],
+        ["d"] * 6,
+        ["a", "b", "c", "d", "e", None],
+    ):
         check(model, x, choices)
         check(model.float(), x.float(), choices)
         model.double()
@@ -257,7 +268,10 @@ def test_a_layer_and_its_stack_go_with_its_last_adapter():
     lk.attach(model, lk.LoraConfig(rank=2, targets=["lin0", "lin1"]), name="b", trainable=False)
     with torch.no_grad(), lk.route(model, ["a", "b"]):
         model(torch.randn(2, 10))
-    kept, freed = weakref.ref(model._lorakit.routes.stacks.of[model.lin0]), weakref.ref(model._lorakit.routes.stacks.of[model.lin1])
+    kept, freed = (
+        weakref.ref(model._lorakit.routes.stacks.of[model.lin0]),
+        weakref.ref(model._lorakit.routes.stacks.of[model.lin1]),
+    )
     lk.detach(model, "b")
     gc.collect()
     assert freed() is None

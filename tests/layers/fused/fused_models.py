@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.layers.fused import fused
-from lorakit.layers.layer import LoraFactors
+from lorakit.layers.updates.lora import LoraFactors
 
 KINDS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Granite", "Phi3", "Olmo2"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -24,10 +24,20 @@ def build(kind: str = "Llama", **config) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
-    }  # fmt: skip
+        "vocab_size": tiny.VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "use_cache": False,
+    }
     made = getattr(transformers, f"{kind}Config")(**sizes | config)
     model = getattr(transformers, f"{kind}ForCausalLM")(made)
     with torch.no_grad():
@@ -37,7 +47,9 @@ def build(kind: str = "Llama", **config) -> nn.Module:
     return model.train()
 
 
-def adapted(kind: str = "Llama", trained: bool = True, dtype: torch.dtype = torch.float32, config: dict | None = None, **lora) -> nn.Module:
+def adapted(
+    kind: str = "Llama", trained: bool = True, dtype: torch.dtype = torch.float32, config: dict | None = None, **lora
+) -> nn.Module:
     targets = PACKED if kind == "Phi3" else ALL
     model = lk.attach(build(kind, **config or {}).to(dtype), lk.LoraConfig(**{"rank": 4, "targets": targets} | lora))
     return tiny.randomise_factors(model, size=0.1) if trained else model
@@ -55,7 +67,9 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {f"{n}.{p}": v for n, m in model.named_modules() if isinstance(m, LoraFactors) for p, v in m.named_parameters()}
+    return {
+        f"{n}.{p}": v for n, m in model.named_modules() if isinstance(m, LoraFactors) for p, v in m.named_parameters()
+    }
 
 
 def gradients(model: nn.Module, ids: Tensor | None = None, seed: int = 5, **inputs) -> dict[str, Tensor]:

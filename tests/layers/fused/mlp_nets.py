@@ -85,7 +85,9 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def compare(model: nn.Module) -> None:
-    """Values and gradients with those of a copy in which nothing is fused, in training and evaluation, for small and large inputs."""
+    """Values and gradients with those of a copy in which nothing is fused, in training and evaluation, for small and
+    large inputs.
+    """
     twin = copy.deepcopy(model)
     fused.release(twin)
     assert kinds(twin) == {}

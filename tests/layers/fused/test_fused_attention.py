@@ -1,4 +1,6 @@
-"""Attention's own backward in 16 bits: where it is used, where torch's is, and that both give what the model computes."""
+"""Attention's own backward in 16 bits: where it is used, where torch's is,
+and that both give what the model computes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def torchs(model: nn.Module) -> nn.Module:
 
 def off(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     assert list(ours) == list(theirs) != []
-    errors = [(ours[n].double() - e).square().sum() / e.square().sum() for n, e in ((n, t.double()) for n, t in theirs.items())]
+    errors = [
+        (ours[n].double() - e).square().sum() / e.square().sum()
+        for n, e in ((n, t.double()) for n, t in theirs.items())
+    ]
     return float(torch.stack(errors).mean()) ** 0.5
 
 

@@ -1,4 +1,6 @@
-"""Where a fused module steps aside for its own class's forward: hooks, casting, compilers, several adapters. (Attention: see its own file.)"""
+"""Where a fused module steps aside for its own class's forward: hooks, casting, compilers, several adapters.
+(Attention: see its own file.)
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ import lorakit as lk
 # ---- something waits for a child's own call ----
 
 
-@pytest.mark.parametrize("child", ["mlp.gate_proj", "mlp.down_proj", "mlp.act_fn", "self_attn.k_proj", "self_attn.o_proj"])
+@pytest.mark.parametrize(
+    "child", ["mlp.gate_proj", "mlp.down_proj", "mlp.act_fn", "self_attn.k_proj", "self_attn.o_proj"]
+)
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
 def test_hooks_on_a_child_are_called(child, kind, calls):
     model, seen = adapted(), []
@@ -66,7 +70,12 @@ def test_detach_keeps_accelerate_hooks():
     base = build()(tokens()).logits
     for early in (True, False):
         model = build()
-        named = [model.model.layers[0].mlp, model.model.layers[0].mlp.up_proj, model.model.layers[1].self_attn, model.model.norm]
+        named = [
+            model.model.layers[0].mlp,
+            model.model.layers[0].mlp.up_proj,
+            model.model.layers[1].self_attn,
+            model.model.norm,
+        ]
         for attach in [False, True] if early else [True, False]:
             if attach:
                 lk.attach(model, lk.LoraConfig(rank=4))
@@ -112,7 +121,8 @@ def test_backward_may_run_under_another_autocast_than_forward(forward):
         with torch.autocast("cpu", torch.bfloat16):
             loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_same_gradients({n: found[n] for n in expected}, expected, tolerance=0.02)  # the model's own products run in bf16 then
+    # the model's own products run in bf16 then
+    assert_same_gradients({n: found[n] for n in expected}, expected, tolerance=0.02)
 
 
 def test_a_float64_model_trains_as_the_plain_path_does():
@@ -134,7 +144,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, dropout, reentran
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["up_proj"], ["q_proj", "down_proj"]], ids="+".join)
+@pytest.mark.parametrize(
+    "targets", [["gate_proj", "up_proj", "down_proj"], ["up_proj"], ["q_proj", "down_proj"]], ids="+".join
+)
 @pytest.mark.parametrize("early", [True, False], ids=["hooks in forward", "hooks in backward"])
 def test_hooks_put_on_or_off_before_backward_do_not_change_the_masks_of_checkpointing(reentrant, targets, early):
     """What is fused changes between the two runs of a layer, not what it computes."""
@@ -204,7 +216,9 @@ def test_functional_calls_and_vmap_compute_the_same():
     expected = model(tokens()).logits.detach()
     found = torch.func.functional_call(model, parameters, (tokens(),)).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    grads = torch.func.grad(lambda p: torch.func.functional_call(model, parameters | p, (tokens(),)).logits.square().mean())
+    grads = torch.func.grad(
+        lambda p: torch.func.functional_call(model, parameters | p, (tokens(),)).logits.square().mean()
+    )
     some = {n: p for n, p in parameters.items() if "layers.0.mlp.up_proj.lora_default" in n}
     model(tokens()).logits.square().mean().backward()
     for name, g in grads(some).items():
@@ -254,7 +268,10 @@ def test_dropout_acts_in_training_only_and_differs_with_each_draw():
     assert all(torch.equal(one[n], same[n]) for n in one)
     assert not any(torch.equal(one[n], other[n]) for n in one)
     model.eval()
-    assert all(torch.equal(a, b) for a, b in zip(gradients(model, seed=1).values(), gradients(model, seed=2).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(gradients(model, seed=1).values(), gradients(model, seed=2).values(), strict=True)
+    )
     assert_same_gradients(gradients(model), gradients(plain(model)))
 
 
@@ -281,9 +298,17 @@ def test_linears_with_different_dropouts_compute_each_its_own(calls):
 
 def test_unfreezing_a_weight_of_the_base_gives_its_gradient(calls):
     model = adapted()
-    weights = [model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].self_attn.k_proj.weight, model.model.norm.weight]
+    weights = [
+        model.model.layers[0].mlp.up_proj.weight,
+        model.model.layers[0].self_attn.k_proj.weight,
+        model.model.norm.weight,
+    ]
     twin = plain(model)
-    same = [twin.model.layers[0].mlp.up_proj.weight, twin.model.layers[0].self_attn.k_proj.weight, twin.model.norm.weight]
+    same = [
+        twin.model.layers[0].mlp.up_proj.weight,
+        twin.model.layers[0].self_attn.k_proj.weight,
+        twin.model.norm.weight,
+    ]
     for w in (*weights, *same):
         w.requires_grad_()
     assert counts(calls, lambda: gradients(model))["gated_mlp"] == 1

@@ -225,10 +225,32 @@ class Upcast(Mlp):
 
 
 OTHERS = [
-    Clamped, Scaled, FunctionalDropout, DropoutChild, GateTwice, SkipsUp, Residual, OwnBuffer, OwnParameter, OwnAttribute, SizeAttribute, Noting,
-    AddsInput, DetachedGate, Float32, LastToken, OtherActivation, LeakyActivation, InPlace, TwoActivations, PackedTheOtherWay,
-    EvalOnly, ReadsTheWeights, ReadsThePackedWeight, Upcast,
-]  # fmt: skip
+    Clamped,
+    Scaled,
+    FunctionalDropout,
+    DropoutChild,
+    GateTwice,
+    SkipsUp,
+    Residual,
+    OwnBuffer,
+    OwnParameter,
+    OwnAttribute,
+    SizeAttribute,
+    Noting,
+    AddsInput,
+    DetachedGate,
+    Float32,
+    LastToken,
+    OtherActivation,
+    LeakyActivation,
+    InPlace,
+    TwoActivations,
+    PackedTheOtherWay,
+    EvalOnly,
+    ReadsTheWeights,
+    ReadsThePackedWeight,
+    Upcast,
+]
 
 
 @pytest.mark.parametrize("cls", OTHERS, ids=lambda cls: cls.__name__)
@@ -239,9 +261,15 @@ def test_an_mlp_that_computes_something_else_keeps_its_forward(cls):
 
 
 REASONS = {
-    Scaled: "values", Clamped: "inputs of size", DropoutChild: "'dropout'", OwnBuffer: "'scale'", OtherActivation: "'act' (ReLU)",
-    EvalOnly: "values", ReadsThePackedWeight: "does not call 'gate_up'", Upcast: "values",
-}  # fmt: skip
+    Scaled: "values",
+    Clamped: "inputs of size",
+    DropoutChild: "'dropout'",
+    OwnBuffer: "'scale'",
+    OtherActivation: "'act' (ReLU)",
+    EvalOnly: "values",
+    ReadsThePackedWeight: "does not call 'gate_up'",
+    Upcast: "values",
+}
 
 
 @pytest.mark.parametrize("cls", REASONS, ids=lambda cls: cls.__name__)

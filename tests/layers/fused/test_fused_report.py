@@ -1,4 +1,6 @@
-"""Models of many kinds: what of each is fused, and that gradients are those of a copy in which nothing is, with dropout too."""
+"""Models of many kinds: what of each is fused, and that gradients are those of a copy in which nothing is, with dropout
+too.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,21 @@ from lorakit.layers.fused import fused
 
 IDS = tokens(2, 7)
 SIZES: dict[str, Any] = {
-    "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 def gemma3() -> nn.Module:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4, pad_token_id=0))
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4, pad_token_id=0)
+    )
 
 
 def gpt_neox() -> nn.Module:
@@ -37,9 +45,16 @@ def t5(act: str, dropout: float) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=tiny.VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, dropout_rate=dropout,
+        vocab_size=tiny.VOCAB,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=dropout,
         feed_forward_proj=f"gated-{act}",
-    )  # fmt: skip
+    )
     return T5ForConditionalGeneration(config)
 
 
@@ -47,18 +62,30 @@ def unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
 
 
 def dit() -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
         dropout=0.0,
-    )  # fmt: skip
+    )
 
 
 def of_tokens(model: nn.Module) -> Tensor:
@@ -84,38 +111,80 @@ IN_32_BITS = ("attention's backward", "", 1, "only for 16 bits")
 Row = tuple[str, str, int, str | None]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], list[Row]]] = {
     "Llama": (
-        build, of_tokens,
-        [(fused.LINEAR, "Linear", 14, None), ("RMSNorm", "LlamaRMSNorm", 5, None), ("gated MLP", "LlamaMLP", 2, None), IN_32_BITS],
+        build,
+        of_tokens,
+        [
+            (fused.LINEAR, "Linear", 14, None),
+            ("RMSNorm", "LlamaRMSNorm", 5, None),
+            ("gated MLP", "LlamaMLP", 2, None),
+            IN_32_BITS,
+        ],
     ),
     "Qwen3": (
-        lambda: build("Qwen3"), of_tokens,
-        [(fused.LINEAR, "Linear", 14, None), ("RMSNorm", "Qwen3RMSNorm", 9, None), ("gated MLP", "Qwen3MLP", 2, None), IN_32_BITS],
+        lambda: build("Qwen3"),
+        of_tokens,
+        [
+            (fused.LINEAR, "Linear", 14, None),
+            ("RMSNorm", "Qwen3RMSNorm", 9, None),
+            ("gated MLP", "Qwen3MLP", 2, None),
+            IN_32_BITS,
+        ],
     ),
     "Gemma 3": (
-        gemma3, of_tokens,
-        [(fused.LINEAR, "Linear", 14, None), ("RMSNorm", "Gemma3RMSNorm", 13, None), ("gated MLP", "Gemma3MLP", 2, None), IN_32_BITS],
+        gemma3,
+        of_tokens,
+        [
+            (fused.LINEAR, "Linear", 14, None),
+            ("RMSNorm", "Gemma3RMSNorm", 13, None),
+            ("gated MLP", "Gemma3MLP", 2, None),
+            IN_32_BITS,
+        ],
     ),
     "Phi-3": (
-        lambda: build("Phi3"), of_tokens,
-        [(fused.LINEAR, "Linear", 8, None), ("RMSNorm", "Phi3RMSNorm", 5, None), ("gated MLP", "Phi3MLP", 2, None), IN_32_BITS],
+        lambda: build("Phi3"),
+        of_tokens,
+        [
+            (fused.LINEAR, "Linear", 8, None),
+            ("RMSNorm", "Phi3RMSNorm", 5, None),
+            ("gated MLP", "Phi3MLP", 2, None),
+            IN_32_BITS,
+        ],
     ),
     "GPT-NeoX": (gpt_neox, of_tokens, [(fused.LINEAR, "Linear", 8, None), IN_32_BITS]),
     "BERT": (tiny.bert, of_tokens, [(fused.LINEAR, "Linear", 14, None), IN_32_BITS]),
     "T5, gated silu": (
-        lambda: t5("silu", 0.0), of_both,
-        [(fused.LINEAR, "Linear", 36, None), ("RMSNorm", "T5LayerNorm", 12, None), ("gated MLP", "T5DenseGatedActDense", 4, None), NO_INTERFACE],
+        lambda: t5("silu", 0.0),
+        of_both,
+        [
+            (fused.LINEAR, "Linear", 36, None),
+            ("RMSNorm", "T5LayerNorm", 12, None),
+            ("gated MLP", "T5DenseGatedActDense", 4, None),
+            NO_INTERFACE,
+        ],
     ),
     "T5, gated gelu": (
-        lambda: t5("gelu", 0.0), of_both,
-        [(fused.LINEAR, "Linear", 36, None), ("RMSNorm", "T5LayerNorm", 12, None), ("gated MLP", "T5DenseGatedActDense", 4, "'act'"), NO_INTERFACE],
+        lambda: t5("gelu", 0.0),
+        of_both,
+        [
+            (fused.LINEAR, "Linear", 36, None),
+            ("RMSNorm", "T5LayerNorm", 12, None),
+            ("gated MLP", "T5DenseGatedActDense", 4, "'act'"),
+            NO_INTERFACE,
+        ],
     ),
     "T5, with dropout": (
-        lambda: t5("silu", 0.1), of_both,
-        [(fused.LINEAR, "Linear", 36, None), ("RMSNorm", "T5LayerNorm", 12, None), ("gated MLP", "T5DenseGatedActDense", 4, "'dropout'"), NO_INTERFACE],
+        lambda: t5("silu", 0.1),
+        of_both,
+        [
+            (fused.LINEAR, "Linear", 36, None),
+            ("RMSNorm", "T5LayerNorm", 12, None),
+            ("gated MLP", "T5DenseGatedActDense", 4, "'dropout'"),
+            NO_INTERFACE,
+        ],
     ),
     "UNet": (unet, of_image, [(fused.LINEAR, "Linear", 50, None)]),
     "DiT": (dit, of_image, [(fused.LINEAR, "Linear", 20, None)]),
-}  # fmt: skip
+}
 
 
 def trained(name: str, dropout: float) -> nn.Module:

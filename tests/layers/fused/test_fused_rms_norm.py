@@ -182,9 +182,21 @@ class Fading(Norm):
 
 
 OTHERS = [
-    Centred, EpsilonOutside, EpsilonClamped, NotUpcast, WeightInFloat32, Summed, OverTheTokens, WithBias, WithBuffer, WithScale, Noisy, Noting,
-    Detached, Fading,
-]  # fmt: skip
+    Centred,
+    EpsilonOutside,
+    EpsilonClamped,
+    NotUpcast,
+    WeightInFloat32,
+    Summed,
+    OverTheTokens,
+    WithBias,
+    WithBuffer,
+    WithScale,
+    Noisy,
+    Noting,
+    Detached,
+    Fading,
+]
 
 
 @pytest.mark.parametrize("cls", OTHERS, ids=lambda cls: cls.__name__)
@@ -195,7 +207,9 @@ def test_a_norm_that_computes_something_else_keeps_its_forward(cls, dtype):
     compare(net)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(16), lambda: nn.LayerNorm(16, bias=False), lambda: nn.GroupNorm(4, 16)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LayerNorm(16), lambda: nn.LayerNorm(16, bias=False), lambda: nn.GroupNorm(4, 16)]
+)
 def test_layer_and_group_norms_are_not_reported_as_norms_that_failed(make):
     net = Net(make)
     assert kinds(net) == {}
@@ -203,7 +217,9 @@ def test_layer_and_group_norms_are_not_reported_as_norms_that_failed(make):
     compare(net)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.RMSNorm(16), lambda: nn.RMSNorm(16, eps=1e-5)], ids=["no epsilon", "epsilon"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.RMSNorm(16), lambda: nn.RMSNorm(16, eps=1e-5)], ids=["no epsilon", "epsilon"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torchs_own_norm_has_its_bits(make, dtype):
     compare(Net(make, dtype))

@@ -1,4 +1,6 @@
-"""Models with fused modules: the base's bits, the plain path's gradients, PEFT's gradients, and everything back as it was on detach."""
+"""Models with fused modules: the base's bits, the plain path's gradients, PEFT's gradients, and everything back as it
+was on detach.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,20 @@ import pickle
 import pytest
 import tiny
 import torch
-from fused_models import ALL, KINDS, PACKED, adapted, assert_same_gradients, build, counts, factors, gradients, kinds, plain, tokens
+from fused_models import (
+    ALL,
+    KINDS,
+    PACKED,
+    adapted,
+    assert_same_gradients,
+    build,
+    counts,
+    factors,
+    gradients,
+    kinds,
+    plain,
+    tokens,
+)
 
 import lorakit as lk
 
@@ -23,7 +38,10 @@ def test_attach_fuses_what_it_knows_and_training_uses_it(kind, calls):
     expected = {"model.norm": "FusedRmsNorm"}
     for i in range(2):
         expected[f"model.layers.{i}.mlp"] = "FusedGatedMlp"
-        expected |= {f"model.layers.{i}.{n}": "FusedRmsNorm" for n in (after if kind == "Olmo2" else ["input_layernorm", after[0]])}
+        expected |= {
+            f"model.layers.{i}.{n}": "FusedRmsNorm"
+            for n in (after if kind == "Olmo2" else ["input_layernorm", after[0]])
+        }
         if kind in ("Qwen3", "Olmo2"):
             expected |= {f"model.layers.{i}.self_attn.{n}": "FusedRmsNorm" for n in ("q_norm", "k_norm")}
     assert kinds(model) == expected
@@ -99,7 +117,8 @@ def test_gradients_are_pefts(kind):
 
     model = adapted(kind, alpha=8)
     theirs = peft.get_peft_model(
-        build(kind), peft.LoraConfig(r=4, lora_alpha=8, target_modules=PACKED if kind == "Phi3" else ALL, task_type="CAUSAL_LM")
+        build(kind),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=PACKED if kind == "Phi3" else ALL, task_type="CAUSAL_LM"),
     )
     named = dict(theirs.named_parameters())
 
@@ -139,7 +158,9 @@ def test_modules_stay_fused_as_long_as_any_adapter_is_there():
     lk.detach(model, "default")
     assert kinds(model) == before
     lk.activate(model, "b")
-    assert_same_gradients({n: g for n, g in gradients(tiny.randomise_factors(model)).items() if g.any()}, gradients(plain(model)))
+    assert_same_gradients(
+        {n: g for n, g in gradients(tiny.randomise_factors(model)).items() if g.any()}, gradients(plain(model))
+    )
     lk.detach(model, "b")
     assert kinds(model) == {}
 
@@ -241,7 +262,9 @@ def test_no_rows_are_no_error():
 
 def test_ranks_and_scales_may_differ_between_linears():
     model = adapted(
-        rank_pattern={"q_proj": 1, "v_proj": 5, "up_proj": 2, "down_proj": 7}, alpha_pattern={"v_proj": 3, "gate_proj": 5}, rslora=True
+        rank_pattern={"q_proj": 1, "v_proj": 5, "up_proj": 2, "down_proj": 7},
+        alpha_pattern={"v_proj": 3, "gate_proj": 5},
+        rslora=True,
     )
     assert_same_gradients(gradients(model), gradients(plain(model)))
 
@@ -270,7 +293,9 @@ def test_less_is_kept_for_backward_than_by_the_plain_path():
 
     def kept(dtype) -> tuple[int, int]:
         model = adapted("Qwen3", dropout=0.1, dtype=dtype)
-        return kept_bytes(model, lambda: model(ids).logits.sum()), kept_bytes(twin := plain(model), lambda: twin(ids).logits.sum())
+        return kept_bytes(model, lambda: model(ids).logits.sum()), kept_bytes(
+            twin := plain(model), lambda: twin(ids).logits.sum()
+        )
 
     ours, theirs = kept(torch.float32)
     assert theirs - ours == 2 * 2 * (128 * 40 * 4), "act(gate) and act(gate) · up of two layers"

@@ -21,7 +21,9 @@ class Doubled(nn.Module):
 
 
 def probe(module: nn.Module, run=lambda x: 2 * x, tolerance: float = 1e-12, gradients: float = 1e-12) -> str | None:
-    return misfit(twin(module, dict(module._parameters), dict(module._modules)), run, (4, 3), torch.float64, tolerance, gradients)
+    return misfit(
+        twin(module, dict(module._parameters), dict(module._modules)), run, (4, 3), torch.float64, tolerance, gradients
+    )
 
 
 def test_what_computes_the_same_fits():
@@ -128,7 +130,9 @@ def test_a_twin_has_the_attributes_and_neither_hooks_nor_mode():
 
 
 @pytest.mark.parametrize(
-    "value, odd", [(2.0, False), (True, True), (2, True), (None, True), ("a", True), (len, True), ([2.0], True)], ids=repr
+    "value, odd",
+    [(2.0, False), (True, True), (2, True), (None, True), ("a", True), (len, True), ([2.0], True)],
+    ids=repr,
 )
 def test_attributes_of_other_values_or_types_are_unknown(value, odd):
     module = Doubled()

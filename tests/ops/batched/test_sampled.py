@@ -17,7 +17,9 @@ SPANS = [(9, 10), (2, 4), (4, 7), (12, 14)]  # gaps between them, in no order
 
 row = st.one_of(
     st.just(()),
-    st.dictionaries(st.integers(0, 3), st.sampled_from([1.0, 0.5, -2.0]), max_size=3).map(lambda uses: tuple(sorted(uses.items()))),
+    st.dictionaries(st.integers(0, 3), st.sampled_from([1.0, 0.5, -2.0]), max_size=3).map(
+        lambda uses: tuple(sorted(uses.items()))
+    ),
 )
 
 
@@ -32,7 +34,11 @@ def stacked(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, list]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows=st.lists(row, min_size=1, max_size=9), tokens=st.sampled_from([1, 2, 5]), dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    rows=st.lists(row, min_size=1, max_size=9),
+    tokens=st.sampled_from([1, 2, 5]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_each_row_gets_its_own_update_and_gaps_are_not_read(rows, tokens, dtype):
     A, Bt, factors = stacked(dtype)
     made = torch.Generator().manual_seed(1)
@@ -85,5 +91,7 @@ def test_it_pays_for_few_tokens_of_several_adapters_on_a_cpu_in_32_bits_or_more(
 def test_no_warning_reaches_the_user(dtype, recwarn):
     A, Bt, _ = stacked(dtype)
     x = torch.ones(2, SIZE_IN, dtype=dtype)
-    add_sampled(torch.zeros(2, SIZE_OUT, dtype=dtype), x, A, Bt, pattern([((0, 1.0),), ((1, 1.0),)], SPANS, 1, WIDTH, x))
+    add_sampled(
+        torch.zeros(2, SIZE_OUT, dtype=dtype), x, A, Bt, pattern([((0, 1.0),), ((1, 1.0),)], SPANS, 1, WIDTH, x)
+    )
     assert not list(recwarn)

@@ -29,7 +29,10 @@ cost = st.sampled_from([0, 20, 100, 10**9])  # of a chunk's calls: from never me
 
 def factors_of(ranks: list[int], dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torch.Tensor]]:
     made = torch.Generator().manual_seed(0)
-    return [(torch.randn(r, SIZE_IN, generator=made, dtype=dtype), torch.randn(SIZE_OUT, r, generator=made, dtype=dtype)) for r in ranks]
+    return [
+        (torch.randn(r, SIZE_IN, generator=made, dtype=dtype), torch.randn(SIZE_OUT, r, generator=made, dtype=dtype))
+        for r in ranks
+    ]
 
 
 def inputs(rows: list, tokens: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +127,9 @@ def test_segments_have_the_values_and_gradients_of_the_line(rows, tokens, frozen
     start = F.linear(x, W, bias) if frozen else (y.requires_grad_() * 1.0)
     expected = reference(start, x, factors, rows)
     how = segments(rows, tokens, x.detach())
-    ours = add_segments(None, x, W, bias, how, factors) if frozen else add_segments(y * 1.0, x, None, None, how, factors)
+    ours = (
+        add_segments(None, x, W, bias, how, factors) if frozen else add_segments(y * 1.0, x, None, None, how, factors)
+    )
     torch.testing.assert_close(ours, expected)
     if not frozen:
         wanted.append(y)

@@ -15,7 +15,9 @@ from lorakit.ops.fused import attention
 from lorakit.ops.fused.attention import BLOCK, BLOCKWISE_MAX_LENGTH, causal_attention, reference
 
 
-def inputs(rows: int, length: int, heads: int, shared: int, size: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(
+    rows: int, length: int, heads: int, shared: int, size: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """q, k, v; `shared`: queries to a key."""
     kv = (rows, heads // shared, length, size)
     made = [randn(rows, heads, length, size, seed=1, dtype=dtype), *(randn(*kv, seed=s, dtype=dtype) for s in (2, 3))]
@@ -33,9 +35,12 @@ def torchs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 3), length=st.integers(2, 9), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4), (6, 3)]), size=st.integers(1, 8),
+    rows=st.integers(1, 3),
+    length=st.integers(2, 9),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4), (6, 3)]),
+    size=st.integers(1, 8),
     scale=st.floats(0.05, 2),
-)  # fmt: skip
+)
 def test_values_and_gradients_are_those_of_the_plain_lines(rows, length, heads, size, scale):
     tensors = inputs(rows, length, *heads, size)
     before = [t.detach().clone() for t in tensors]
@@ -83,7 +88,9 @@ def test_it_has_torchs_bits_and_gradients_as_near_to_float64_maths(dtype, length
         assert_as_exact([a], [p], [e], factor=1.5)
 
 
-@pytest.mark.parametrize("dtype, length", [(torch.bfloat16, 20), (torch.float16, 20), (torch.float32, 20), (torch.bfloat16, None)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, length", [(torch.bfloat16, 20), (torch.float16, 20), (torch.float32, 20), (torch.bfloat16, None)], ids=str
+)
 def test_short_rows_in_16_bits_take_the_backward_in_blocks(monkeypatch, dtype, length):
     taken = []
     for name in ("_kernel_backward", "_blockwise_backward"):
@@ -103,7 +110,8 @@ def test_sharp_and_flat_attention_are_nearly_as_exact_as_the_kernel(dtype):
         exact = gradients(reference(*wide, 0.37), wide)
         found, kernels, plain = (gradients(f(*qkv, 0.37), qkv) for f in (causal_attention, torchs, reference))
         for a, k, p, e in zip(found, kernels, plain, exact, strict=True):
-            assert_as_exact([a], [k], [e], factor=1.75)  # of the kernel, which rounds dS once less: 1.5 for q and k, 1.0 for v
+            # of the kernel, which rounds dS once less: 1.5 for q and k, 1.0 for v
+            assert_as_exact([a], [k], [e], factor=1.75)
             assert_as_exact([a], [p], [e], factor=1.25)
 
 
@@ -130,7 +138,9 @@ def test_projections_as_views_and_gradients_as_views_are_fine(dtype):
 def test_backward_keeps_shared_keys_once_and_no_probabilities(dtype):
     qkv = inputs(2, 16, 4, 2, 8, dtype)
     # Besides q, k and v: the output and the kernel's log-sum-exp.
-    assert kept(lambda: causal_attention(*qkv, 0.3), qkv) == sorted([(dtype, (2, 4, 16, 8)), (torch.float32, (2, 4, 16))], key=str)
+    assert kept(lambda: causal_attention(*qkv, 0.3), qkv) == sorted(
+        [(dtype, (2, 4, 16, 8)), (torch.float32, (2, 4, 16))], key=str
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -31,8 +31,13 @@ def targets(rows: int, vocabulary: int, left_out: Sequence[int] = ()) -> torch.T
 
 @settings(deadline=None, max_examples=60)
 @given(
-    rows=st.integers(0, 8), width=st.integers(1, 5), vocabulary=st.integers(1, 9), bias=st.booleans(), strided=st.booleans(), data=st.data()
-)  # fmt: skip
+    rows=st.integers(0, 8),
+    width=st.integers(1, 5),
+    vocabulary=st.integers(1, 9),
+    bias=st.booleans(),
+    strided=st.booleans(),
+    data=st.data(),
+)
 def test_losses_and_gradients_are_those_of_the_plain_lines(rows, width, vocabulary, bias, strided, data):
     h = randn(rows, width)
     h = (torch.stack([h, h], dim=-1)[..., 0] if strided else h).requires_grad_()
@@ -51,12 +56,22 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_is_as_near_to_float64_maths_as_the_plain_lines(dtype):
-    h, W, wanted = randn(64, 48, dtype=dtype).requires_grad_(), randn(200, 48, seed=1, dtype=dtype) / 7, targets(64, 200)
+    h, W, wanted = (
+        randn(64, 48, dtype=dtype).requires_grad_(),
+        randn(200, 48, seed=1, dtype=dtype) / 7,
+        targets(64, 200),
+    )
     exact_h = h.detach().double().requires_grad_()
-    found = [linear_cross_entropy(h, W, None, wanted), reference(h, W, None, wanted), reference(exact_h, W.double(), None, wanted)]
+    found = [
+        linear_cross_entropy(h, W, None, wanted),
+        reference(h, W, None, wanted),
+        reference(exact_h, W.double(), None, wanted),
+    ]
     assert found[0].dtype == torch.float32
     assert_as_exact(*([losses] for losses in found))
-    assert_as_exact(*([torch.autograd.grad(losses.mean(), of)[0]] for losses, of in zip(found, (h, h, exact_h), strict=True)))
+    assert_as_exact(
+        *([torch.autograd.grad(losses.mean(), of)[0]] for losses, of in zip(found, (h, h, exact_h), strict=True))
+    )
 
 
 def test_a_token_that_is_all_but_impossible_has_a_finite_loss():

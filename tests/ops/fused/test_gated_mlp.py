@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from against import DTYPES, as_dtype, assert_as_exact, gradients, keep, kept, mask_of, projection, randn, seeds_of, wanted
+from against import (
+    DTYPES,
+    as_dtype,
+    assert_as_exact,
+    gradients,
+    keep,
+    kept,
+    mask_of,
+    projection,
+    randn,
+    seeds_of,
+    wanted,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +30,17 @@ from lorakit.ops.projections import Projection
 
 ACTS = pytest.mark.parametrize("act", ACTIVATIONS.values(), ids=ACTIVATIONS)
 # Ranks of gate, up and down; or of gate and up in one, and down.
-RANKS = [(2, 2, 2), (1, None, None), (None, 2, None), (None, None, 3), (2, 3, None), (None, 1, 2), (2, 2), (2, None), (None, 3)]
+RANKS = [
+    (2, 2, 2),
+    (1, None, None),
+    (None, 2, None),
+    (None, None, 3),
+    (2, 3, None),
+    (None, 1, 2),
+    (2, 2),
+    (2, None),
+    (None, 3),
+]
 WHOLE = pytest.mark.parametrize("ranks", [(2, 3, 4), (5, 4)], ids=["gate and up", "in one"])
 
 
@@ -50,9 +72,14 @@ shapes = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=3), st.integ
 
 @settings(max_examples=80, deadline=None)
 @given(
-    shape=shapes, ffn=st.integers(1, 6), ranks=st.sampled_from(RANKS), bias=st.booleans(), act=st.sampled_from([*ACTIVATIONS.values()]),
-    dropout=st.sampled_from([0.0, 0.4]), transposed=st.booleans(),
-)  # fmt: skip
+    shape=shapes,
+    ffn=st.integers(1, 6),
+    ranks=st.sampled_from(RANKS),
+    bias=st.booleans(),
+    act=st.sampled_from([*ACTIVATIONS.values()]),
+    dropout=st.sampled_from([0.0, 0.4]),
+    transposed=st.booleans(),
+)
 def test_values_and_gradients_are_those_of_the_plain_lines(shape, ffn, ranks, bias, act, dropout, transposed):
     x = randn(*shape)
     x = (x.transpose(0, -1).contiguous().transpose(0, -1) if transposed else x).requires_grad_()

@@ -1,4 +1,6 @@
-"""A sweep: each adapter ends as it would alone, whatever trains beside it; what is killed, stopped or broken; the leaderboard."""
+"""A sweep: each adapter ends as it would alone, whatever trains beside it; what is killed, stopped or broken; the
+leaderboard.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from pathlib import Path
 import pytest
 import tiny_lm
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import lorakit as lk
 from lorakit.errors import LorakitError, TrainError
+from lorakit.tasks import causal_lm
 from lorakit.train import loop, resume, run
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
@@ -25,9 +29,9 @@ from lorakit.train.sweep.sweep_progress import SweepProgress
 from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
-# How far an adapter may be from the same one trained alone, in float32, as a share of the way its weights went: what the order
-# of additions in a matrix product of more rows leaves. A weight whose gradient is near zero may differ by more, as AdamW's
-# step does not shrink with the gradient: by this share of the learning rate.
+# How far an adapter may be from the same one trained alone, in float32, as a share of the way its weights went: what
+# the order of additions in a matrix product of more rows leaves. A weight whose gradient is near zero may differ by
+# more, as AdamW's step does not shrink with the gradient: by this share of the learning rate.
 TOLERANCE, WORST = 1e-4, 0.05
 
 
@@ -59,7 +63,9 @@ def assert_as_alone(plan, tmp_path) -> None:
         result = loop.Loop([run.Run(job, QUIET)]).go(loop.Interrupt())[0]
         last = resume.found(RunFolder(alone.out).checkpoints)[-1]
         assert resume.found(RunFolder(config.out).checkpoints)[-1] == last == result.step, name
-        theirs, ours = (load_file(RunFolder(c.out).checkpoints / f"step-{last}" / "trainable.safetensors") for c in (alone, config))
+        theirs, ours = (
+            load_file(RunFolder(c.out).checkpoints / f"step-{last}" / "trainable.safetensors") for c in (alone, config)
+        )
         assert theirs.keys() == ours.keys() == fresh.keys()
         went, off = (torch.cat([(theirs[n] - to[n]).flatten() for n in theirs]) for to in (fresh, ours))
         assert went.abs().max() > 1e-3, name
@@ -82,16 +88,27 @@ def _without_losses(told: dict) -> dict:
     return {k: metrics if k == "metrics" else v for k, v in told.items()}
 
 
-# ------------------------------------------------------------------------------------- as alone
+# ---- as alone ----
 
 
 def test_runs_that_differ_in_everything_end_as_alone(make_config, tmp_path, data_file):
-    """Ranks, alphas, scales, targets, rates, seeds, batches, schedules, clipping, data of other sizes, and lengths of runs."""
+    """Ranks, alphas, scales, targets, rates, seeds, batches, schedules, clipping, data of other sizes, and lengths of
+    runs.
+    """
     few = tiny_lm.write_rows(tmp_path / "few.jsonl", tiny_lm.rows(9))
     differing: list[dict] = [
         {"rank": 2, "steps": 9, "learning_rate": 1e-2, "clip": 0.0},
         {"rank": 8, "alpha": 8.0, "targets": ["q_proj", "down_proj"], "seed": 3, "schedule": "constant", "steps": 6},
-        {"rank": 3, "rslora": True, "data": str(few), "batch_size": 3, "clip": 0.3, "epochs": 4.0, "steps": None, "validation": 0},
+        {
+            "rank": 3,
+            "rslora": True,
+            "data": str(few),
+            "batch_size": 3,
+            "clip": 0.3,
+            "epochs": 4.0,
+            "steps": None,
+            "validation": 0,
+        },
         {
             "rank": 5,
             "init": "gaussian",
@@ -101,10 +118,20 @@ def test_runs_that_differ_in_everything_end_as_alone(make_config, tmp_path, data
             "learning_rate": 2e-3,
             "group_by_length": False,
         },
-        {"rank": 4, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 64.0}, "eval_every": 3, "beta2": 0.99, "schedule": "cosine"},
+        {
+            "rank": 4,
+            "rank_pattern": {"q_proj": 1},
+            "alpha_pattern": {"v_proj": 64.0},
+            "eval_every": 3,
+            "beta2": 0.99,
+            "schedule": "cosine",
+        },
     ]
     out = tmp_path / "sweep"
-    runs = {f"r{c['rank']}": make_config(**{"sample_tokens": 0, "out": str(out / "runs" / f"r{c['rank']}")} | c) for c in differing}
+    runs = {
+        f"r{c['rank']}": make_config(**{"sample_tokens": 0, "out": str(out / "runs" / f"r{c['rank']}")} | c)
+        for c in differing
+    }
     plan = Sweep({"out": str(out), "rank": [c["rank"] for c in differing]}, ("rank",), runs)
     outcome = start(plan)
     assert len({entry.steps for entry in outcome.entries}) >= 3  # some leave the batch before others
@@ -118,7 +145,9 @@ def test_the_gradients_of_a_step_are_those_alone(make_sweep, tmp_path):
     for name, config in plan.runs.items():
         alone = config.replace(out=str(tmp_path / name))
         train(alone, QUIET)
-        theirs, ours = (load_file(RunFolder(c.out).checkpoints / "step-1" / "optimizer.safetensors") for c in (alone, config))
+        theirs, ours = (
+            load_file(RunFolder(c.out).checkpoints / "step-1" / "optimizer.safetensors") for c in (alone, config)
+        )
         gradients = [n for n in theirs if n.endswith(".exp_avg")]
         largest = max(float(theirs[n].abs().max()) for n in gradients)
         assert largest > 1e-3
@@ -159,8 +188,15 @@ def test_a_run_that_stops_early_leaves_the_others_as_they_would_be(make_sweep, t
 
 def test_packed_projections_and_gradient_checkpointing_end_as_alone(make_sweep, tmp_path):
     folder = str(tiny_lm.save(tmp_path / "gpt2", tiny_lm.gpt2()))
-    plan = make_sweep(model=folder, rank=[2, 4], targets=["c_attn", "c_proj"], packed={"c_attn": [True, False, True]}, steps=4,
-                      gradient_checkpointing=True, learning_rate=1e-2)  # fmt: skip
+    plan = make_sweep(
+        model=folder,
+        rank=[2, 4],
+        targets=["c_attn", "c_proj"],
+        packed={"c_attn": [True, False, True]},
+        steps=4,
+        gradient_checkpointing=True,
+        learning_rate=1e-2,
+    )
     start(plan)
     assert_as_alone(plan, tmp_path)
 
@@ -172,23 +208,37 @@ def test_dropout_trains_and_repeats_itself_but_draws_other_masks(make_sweep, tmp
     for name in plans[0].runs:
         a, b = (adapter_of(plan.runs[name].out) for plan in plans)
         assert all(torch.equal(a[n], b[n]) for n in a)
-    assert RunFolder(plans[0].runs["rank=4"].out).rows()[-1]["held_out_loss"] < RunFolder(plans[0].runs["rank=4"].out).rows()[0]["loss"]
+    assert (
+        RunFolder(plans[0].runs["rank=4"].out).rows()[-1]["held_out_loss"]
+        < RunFolder(plans[0].runs["rank=4"].out).rows()[0]["loss"]
+    )
 
 
 def test_the_held_out_rows_do_not_depend_on_the_seed(make_config, tmp_path):
-    held = [[item.row.number for item in set_up(make_config(seed=seed, out=str(tmp_path / str(seed)))).held_out] for seed in (0, 1, 7)]
+    held = [
+        [item.row.number for item in set_up(make_config(seed=seed, out=str(tmp_path / str(seed)))).held_out]
+        for seed in (0, 1, 7)
+    ]
     assert held[0] == held[1] == held[2]
 
 
-# ------------------------------------------------------------------------------------- killed, interrupted, gone on with
+# ---- killed, interrupted, gone on with ----
 
 
 def eventful(make_sweep, out):
     """Dropout, unequal lengths, an early stop, accumulation."""
     return make_sweep(
-        out=out, learning_rate=[5e-3, 3.0], steps=None, epochs=[1.0, 2.0], dropout=0.1, eval_every=1, save_every=3, patience=1,
-        schedule="constant", micro_batch=5,
-    )  # fmt: skip
+        out=out,
+        learning_rate=[5e-3, 3.0],
+        steps=None,
+        epochs=[1.0, 2.0],
+        dropout=0.1,
+        eval_every=1,
+        save_every=3,
+        patience=1,
+        schedule="constant",
+        micro_batch=5,
+    )
 
 
 def left_by(plan) -> dict:
@@ -252,7 +302,9 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(make_sweep, undisturbed, 
 
 
 @pytest.mark.parametrize("writes", [2, 5, 9])
-def test_a_sweep_killed_between_its_runs_checkpoints_ends_with_the_bits_of_one_that_was_not(make_sweep, undisturbed, tmp_path, writes):
+def test_a_sweep_killed_between_its_runs_checkpoints_ends_with_the_bits_of_one_that_was_not(
+    make_sweep, undisturbed, tmp_path, writes
+):
     """Some runs have saved and others have not: all go on from where all had."""
     plan = eventful(make_sweep, tmp_path / "sweep")
     pid = os.fork()
@@ -308,6 +360,18 @@ def test_a_run_of_a_sweep_can_be_gone_on_with_alone(make_sweep, tmp_path, monkey
     assert_as_alone(plan, tmp_path)
 
 
+def test_a_sweep_of_a_release_with_fewer_settings_goes_on(make_sweep):
+    plan = make_sweep(rank=[2, 4], steps=2)
+    start(plan)
+    file = plan.out / "sweep.yaml"
+    then = yaml.safe_load(file.read_text()) | {"task": None}  # what it was before tasks had names
+    del then["compile"], then["rslora"]
+    file.write_text(yaml.safe_dump(then))
+    assert len(start(plan).entries) == 2
+    with pytest.raises(TrainError, match="rslora: False then, True now"):
+        start(make_sweep(rank=[2, 4], steps=2, rslora=True))
+
+
 def test_a_sweep_may_come_back_with_more_values_and_not_with_other_settings(make_sweep):
     start(make_sweep(rank=[2, 4], steps=2))
     with pytest.raises(TrainError, match=r"steps: 2 then, 3 now"):
@@ -315,7 +379,11 @@ def test_a_sweep_may_come_back_with_more_values_and_not_with_other_settings(make
     with pytest.raises(TrainError, match=r"rank: \[2, 4\] then, \[2\] now"):
         start(make_sweep(rank=[2], steps=2))
     outcome = start(make_sweep(rank=[2, 4, 8], steps=2))
-    assert [entry.name for entry in sorted(outcome.entries, key=lambda e: e.trainable)] == ["rank=2", "rank=4", "rank=8"]
+    assert [entry.name for entry in sorted(outcome.entries, key=lambda e: e.trainable)] == [
+        "rank=2",
+        "rank=4",
+        "rank=8",
+    ]
 
 
 def test_a_folder_with_something_else_in_it_is_refused(make_sweep, tmp_path):
@@ -328,7 +396,7 @@ def test_a_folder_with_something_else_in_it_is_refused(make_sweep, tmp_path):
         start(make_sweep(rank=[2, 4], out=tmp_path / "sweep" / "thesis.txt"))
 
 
-# ------------------------------------------------------------------------------------- one that breaks
+# ---- one that breaks ----
 
 
 def breaking(monkeypatch, adapter: str, after: int) -> None:
@@ -356,7 +424,9 @@ def test_a_run_whose_loss_is_not_finite_leaves_and_the_others_end_as_alone(make_
     assert "the loss is nan at step 4" in last.failed
     assert not RunFolder(plan.runs["rank=4"].out).adapter.exists()
     monkeypatch.undo()
-    assert_as_alone(plan.__class__(plan.settings, plan.swept, {n: c for n, c in plan.runs.items() if n != "rank=4"}), tmp_path)
+    assert_as_alone(
+        plan.__class__(plan.settings, plan.swept, {n: c for n, c in plan.runs.items() if n != "rank=4"}), tmp_path
+    )
     assert start(plan).entries[-1].failed == last.failed  # also when it is started again
 
 
@@ -391,17 +461,15 @@ def test_several_processes_are_refused(make_sweep, monkeypatch):
         start(make_sweep(rank=[2, 4]))
 
 
-# ------------------------------------------------------------------------------------- the leaderboard
+# ---- the leaderboard ----
 
 
 def fake_held_out(monkeypatch, losses: dict[str, float]) -> None:
-    real = run.perplexity
-
-    def measured(model, *args, **options):
-        found = real(model, *args, **options)
-        return type(found)(losses[next(iter(lk.model.active(model)))], 1.0, found.tokens, found.rows)
-
-    monkeypatch.setattr(run, "perplexity", measured)
+    monkeypatch.setattr(
+        causal_lm,
+        "evaluate",
+        lambda base, *args: {"loss": losses[next(iter(lk.active(base.model)))], "perplexity": 1.0},
+    )
 
 
 def test_the_lowest_held_out_loss_wins_and_its_adapter_is_kept(make_sweep, monkeypatch):
@@ -409,8 +477,10 @@ def test_the_lowest_held_out_loss_wins_and_its_adapter_is_kept(make_sweep, monke
     fake_held_out(monkeypatch, {"rank=2": 3.0, "rank=4": 1.0, "rank=8": 2.0})
     outcome = start(plan)
     assert [(entry.name, entry.place, entry.held_out_loss) for entry in outcome.entries] == [
-        ("rank=4", 1, 1.0), ("rank=8", 2, 2.0), ("rank=2", 3, 3.0),
-    ]  # fmt: skip
+        ("rank=4", 1, 1.0),
+        ("rank=8", 2, 2.0),
+        ("rank=2", 3, 3.0),
+    ]
     assert outcome.criterion == "held-out loss"
     assert outcome.winners == {"": plan.out / "adapter"}
     won = lk.Adapter.load(plan.out / "adapter")
@@ -434,7 +504,12 @@ def test_runs_on_other_rows_are_ranked_apart_with_a_winner_each(make_sweep, tmp_
     plan = make_sweep(data=[str(data_file), str(few)], rank=[2, 4], steps=2)
     outcome = start(plan)
     assert outcome.winners == {"rows": plan.out / "adapter-rows", "few": plan.out / "adapter-few"}
-    assert [(entry.group, entry.place) for entry in outcome.entries] == [("rows", 1), ("rows", 2), ("few", 1), ("few", 2)]
+    assert [(entry.group, entry.place) for entry in outcome.entries] == [
+        ("rows", 1),
+        ("rows", 2),
+        ("few", 1),
+        ("few", 2),
+    ]
     assert not (plan.out / "adapter").exists()
     assert {plot.name for plot in outcome.plots} == {"plot-rows.png", "plot-few.png"}
 

@@ -18,7 +18,12 @@ def test_the_runs_are_the_product_and_each_has_a_short_name_and_a_folder():
     plan = of(rank=[4, 16], learning_rate=["1e-4", 2e-4], out="here")
     assert list(plan.runs) == ["rank=4,lr=1e-4", "rank=4,lr=2e-4", "rank=16,lr=1e-4", "rank=16,lr=2e-4"]
     config = plan.runs["rank=16,lr=1e-4"]
-    assert (config.rank, config.learning_rate, config.out, config.sample_tokens) == (16, 1e-4, "here/runs/rank=16,lr=1e-4", 0)
+    assert (config.rank, config.learning_rate, config.out, config.sample_tokens) == (
+        16,
+        1e-4,
+        "here/runs/rank=16,lr=1e-4",
+        0,
+    )
     assert plan.values_of("rank=16,lr=1e-4") == {"rank": 16, "learning_rate": 1e-4}
 
 
@@ -55,7 +60,10 @@ def test_the_written_settings_read_back_as_the_same_sweep():
         ({}, "nothing is swept.*\n.*lorakit train"),
         ({"rank": 4}, "nothing is swept"),
         ({"rank": {"a": 1}}, "TrainConfig.rank"),
-        ({"targets": ["q_proj", "v_proj"]}, r"nothing is swept.*targets is a list itself: \[\[...\], \[...\]\] sweeps it"),
+        (
+            {"targets": ["q_proj", "v_proj"]},
+            r"nothing is swept.*targets is a list itself: \[\[...\], \[...\]\] sweeps it",
+        ),
         ({"rank": [4, 8], "memory": "1GB"}, "not estimated"),
         ({"rnk": [4, 8]}, "no setting 'rnk'; did you mean 'rank'"),
         ({"rank": [4, 0]}, "TrainConfig.rank"),
@@ -63,7 +71,10 @@ def test_the_written_settings_read_back_as_the_same_sweep():
         ({"rank": []}, "rank: an empty list"),
         ({"rank": [4, 8, 4]}, "rank: 4 is listed twice"),
         ({"learning_rate": ["1e-4", 0.0001]}, "learning_rate: 0.0001 is listed twice"),
-        ({"rank": list(range(1, 10)), "seed": list(range(9))}, r"81 runs \(9 \(rank\) x 9 \(seed\)\) are more than 64\n.*--max-runs 81"),
+        (
+            {"rank": list(range(1, 10)), "seed": list(range(9))},
+            r"81 runs \(9 \(rank\) x 9 \(seed\)\) are more than 64\n.*--max-runs 81",
+        ),
         ({"model": ["a", "b"]}, "model cannot be swept: the runs train on one base"),
         ({"precision": ["fp32", "bf16"]}, "precision cannot be swept"),
         ({"gradient_checkpointing": [True, False]}, "in one pass"),
@@ -89,7 +100,11 @@ def test_the_settings_that_cannot_be_swept_are_settings():
 
 
 def test_names_are_short_and_fit_for_folders_and_unlike_each_other():
-    assert names([{"learning_rate": 3e-5}, {"learning_rate": 0.5}, {"learning_rate": "auto"}]) == ["lr=3e-5", "lr=0.5", "lr=auto"]
+    assert names([{"learning_rate": 3e-5}, {"learning_rate": 0.5}, {"learning_rate": "auto"}]) == [
+        "lr=3e-5",
+        "lr=0.5",
+        "lr=auto",
+    ]
     assert short("some/where/my rows (1).jsonl") == "my_rows_1"
     assert short(["q_proj", "v_proj"]) == "q_proj+v_proj"
     assert short({"q_proj": 4}) == "q_proj-4"

@@ -10,12 +10,18 @@ import pytest
 import torch
 
 from lorakit.errors import ConfigError, DataError, LorakitError
-from lorakit.evaluate.perplexity import Loss, perplexity
+from lorakit.tasks.text import causal_loss
+from lorakit.tasks.text.perplexity import Loss, perplexity
 
 
 @pytest.fixture
 def items(make_item):
-    pairs = [("a", "b"), ("what is it?", " a longer answer than the others"), ("two", " words"), ("", "no prompt at all")]
+    pairs = [
+        ("a", "b"),
+        ("what is it?", " a longer answer than the others"),
+        ("two", " words"),
+        ("", "no prompt at all"),
+    ]
     return [make_item(prompt, answer, number) for number, (prompt, answer) in enumerate(pairs, start=1)]
 
 
@@ -56,9 +62,10 @@ def test_untrained_positions_do_not_count(llama, make_item):
     assert perplexity(llama, [only_last], 0).loss == pytest.approx(total, abs=1e-5)
 
 
-def test_logits_are_made_only_where_some_row_is_trained(llama, make_item):
+def test_logits_are_made_only_of_trained_positions(llama, make_item, monkeypatch):
+    monkeypatch.setattr(causal_loss, "POSITIONS", 1)
     seen = []
-    hook = llama.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
+    hook = llama.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.shape[:-1].numel()))
     perplexity(llama, [make_item("a prompt of thirty characters!", "yes")], 0)
     hook.remove()
     assert seen == [len("yes") + 1]  # and the end token

@@ -13,8 +13,8 @@ import lorakit as lk
 from lorakit.data.batches import collate
 from lorakit.errors import TrainError
 from lorakit.ops import IGNORE_INDEX
-from lorakit.train import loss as loss_module
-from lorakit.train.loss import row_losses, summed_loss
+from lorakit.tasks.text import causal_loss as loss_module
+from lorakit.tasks.text.causal_loss import row_losses, summed_loss
 
 MAKERS = {"llama": tiny_lm.llama, "gpt2": tiny_lm.gpt2, "gemma2": tiny_lm.gemma2}
 LENGTHS = (5, 23, 9, 14)  # none a multiple of 8: every row is padded
@@ -87,7 +87,9 @@ def test_right_padding_needs_no_attention_mask(model, batch, attention):
 def test_only_trained_positions_are_projected(model, batch, monkeypatch):
     monkeypatch.setattr(loss_module, "POSITIONS", 1)
     shapes = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda layer, args, out: shapes.append(tuple(out.shape)))
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda layer, args, out: shapes.append(tuple(out.shape))
+    )
     summed_loss(model, batch)
     handle.remove()
     trained = sum(sum(item.trained[1:]) for item in tiny_lm.items(LENGTHS))
@@ -195,7 +197,9 @@ def test_a_model_without_an_output_layer_is_refused(batch):
 def fused(monkeypatch) -> list[tuple[int, ...]]:
     """The hidden states' shape at each use of the one operation."""
     seen, real = [], loss_module.linear_cross_entropy
-    monkeypatch.setattr(loss_module, "linear_cross_entropy", lambda h, *rest: seen.append(tuple(h.shape)) or real(h, *rest))
+    monkeypatch.setattr(
+        loss_module, "linear_cross_entropy", lambda h, *rest: seen.append(tuple(h.shape)) or real(h, *rest)
+    )
     return seen
 
 
@@ -239,7 +243,10 @@ def test_logits_that_are_all_zero_do_not_tell_that_nothing_comes_after_the_outpu
     output.copy_(kept)
     model.config.final_logit_softcapping = 0.1
     expected = (
-        model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1).gather(2, batch["labels"][:, 1:, None].clamp_min(0))[..., 0]
+        model(input_ids=batch["input_ids"])
+        .logits[:, :-1]
+        .log_softmax(-1)
+        .gather(2, batch["labels"][:, 1:, None].clamp_min(0))[..., 0]
     )
     assert summed_loss(model, batch).item() == pytest.approx(
         -float(expected.detach()[batch["labels"][:, 1:] != IGNORE_INDEX].sum()), rel=1e-5

@@ -1,0 +1,1 @@
+"""An update on a live module: a file for each kind, named as `LoraConfig.variant` names it."""

@@ -1,0 +1,114 @@
+"""LoHa on a live module (Hyeon-Woo et al. 2022): the Hadamard product of two pairs of rank r, whose rank is up to r².
+
+    y = base(x) + ΔW x        ΔW = s · (W1a W1b) ∘ (W2a W2b)        s = alpha / r
+    W1a, W2a: [out, r]   W1b, W2b: [r, in·k]
+
+W2b starts at zero, the others as LoRA's A does. No pair of thin matrices is the same, so ΔW is formed in each forward,
+as PEFT and LyCORIS do: r more multiplications for each weight, little beside a batch of many tokens, much beside one.
+`merge` before generating. For backward x and the factors are kept; ΔW is formed again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...adapter.loha import Hadamard
+from ...adapter.tucker import product
+from ...config import LoraConfig
+from ...errors import AdapterError, TargetError
+from ..layer import init_a
+from .update import LiveUpdate, device_of, master_dtype
+
+if TYPE_CHECKING:
+    from ..layer import LoraLayer
+
+
+class LohaFactors(LiveUpdate):
+    """One adapter's factors of one linear or convolution. `t1`, `t2`: of a loaded one in Tucker form."""
+
+    w1a: Tensor
+    w1b: Tensor
+    w2a: Tensor
+    w2b: Tensor
+    t1: Tensor | None
+    t2: Tensor | None
+
+    def __init__(self, factors: dict[str, Tensor], rank: int, alpha: float, dropout: float, trainable: bool):
+        super().__init__()
+        for name in ("w1a", "w1b", "w2a", "w2b", "t1", "t2"):
+            value = factors.get(name)
+            self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trainable))
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+
+    @classmethod
+    def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
+        _check_layer(layer, name)
+        if config.parts_of(name) is not None:
+            raise TargetError(
+                f"'{name}' is a packed projection, and LoHa has no form for parts of one\n  leave it out of `packed`"
+            )
+        out, size_in = _matrix_shape(layer)
+        rank, dtype, device = config.rank_of(name), master_dtype(layer), device_of(layer)
+        shapes = {"w1a": (out, rank), "w1b": (rank, size_in), "w2a": (out, rank), "w2b": (rank, size_in)}
+        factors = {half: torch.zeros(shape, dtype=dtype, device=device) for half, shape in shapes.items()}
+        for half in ("w1a", "w1b", "w2a"):
+            init_a(factors[half], config.init, rank)
+        # LoHa's files know alpha / r alone.
+        alpha = config.alpha_of(name) * (math.sqrt(rank) if config.rslora else 1)
+        return cls(factors, rank, alpha, config.dropout, trainable)
+
+    @classmethod
+    def of(cls, layer: LoraLayer, name: str, value: Hadamard, dropout: float, trainable: bool) -> Self:
+        _check_layer(layer, name)
+        shape = tuple(layer.weight.shape)
+        if value.layout(shape, conv1d=layer.lora_transposed) is not layer.lora_transposed:
+            raise AdapterError(
+                f"the adapter's LoHa factors do not fit '{name}' ({type(layer).__name__.removeprefix('Lora')}): "
+                f"they are for a weight of {list(value.weight_shape())}; it has {list(_matrix_shape(layer))}"
+            )
+        dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
+        factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
+        return cls(factors, value.rank, value.alpha, dropout, trainable)
+
+    def value(self, layer: LoraLayer) -> Hadamard:
+        factors = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        kernel = layer.weight.dim() > 2 and self.t1 is None
+        return Hadamard(**factors, alpha=self.alpha, shape=tuple(layer.weight.shape) if kernel else None)
+
+    def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        if torch.is_grad_enabled():
+            return checkpoint(self._applied, layer, x, y0.dtype, use_reentrant=False, preserve_rng_state=False)
+        return self._applied(layer, x, y0.dtype)
+
+    def _applied(self, layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
+        scale = self.alpha / self.rank
+        full = product(self.w1a, self.w1b, self.t1) * product(self.w2a, self.w2b, self.t2) * scale
+        full = full.T if layer.lora_transposed else full
+        return layer.lora_apply(x, full.reshape(layer.weight.shape).to(dtype))
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, W1={list(self.w1a.shape)}·{list(self.w1b.shape)}"
+
+
+Live = LohaFactors
+
+
+def _matrix_shape(layer: LoraLayer) -> tuple[int, int]:
+    """[out, in·k]."""
+    out, size_in = layer.weight.flatten(1).shape
+    return (size_in, out) if layer.lora_transposed else (out, size_in)
+
+
+def _check_layer(layer: LoraLayer, name: str) -> None:
+    if layer.lora_kind == "embedding":
+        raise TargetError(
+            f"'{name}' is an embedding, for which there is no LoHa, in PEFT neither\n"
+            "  leave it out of the targets, or use variant='lora'"
+        )

@@ -1,0 +1,28 @@
+"""Settings that several tasks on text have."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from ...config import Auto, Strict, at_least_one
+
+
+class Columns(Strict):
+    rows: ClassVar = {"columns"}
+
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="your column names, if they differ: {prompt: question, completion: answer}"
+    )
+
+
+class Lengths(Strict):
+    rows: ClassVar = {"max_length", "on_long"}
+
+    max_length: int | Auto = Field("auto", description="longest row in tokens; auto: the data's 99th percentile")
+    on_long: Literal["auto", "drop", "cut", "split"] = Field(
+        "auto", description="longer rows are dropped, cut, or (plain text) split"
+    )
+
+    _max_length = field_validator("max_length")(at_least_one)

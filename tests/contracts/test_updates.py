@@ -1,0 +1,433 @@
+"""What every kind of update promises, as a value and on a live module. A new kind is a line of VALUES and, if it can be
+trained, of LIVE.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lorakit as lk
+from lorakit.adapter.dense import Dense
+from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lora import Factors
+from lorakit.adapter.update import Update
+from lorakit.config import variants
+from lorakit.errors import AdapterError, LorakitError
+from lorakit.layers.updates.update import LiveUpdate
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
+
+
+@dataclass(frozen=True)
+class Value:
+    """`exact`: ΔW in float64 as [out, in·k], of an update in float64 and of W [out, in·k]. `shape`: the weight's, [out,
+    in, *k].
+    """
+
+    update: Update
+    shape: tuple[int, ...]
+    exact: Callable[[Update, Tensor], Tensor]
+
+    def delta(self, W: Tensor) -> Tensor:
+        return self.exact(self.update.map(lambda _, t: t.double()), W.double())
+
+
+def product(u, W):
+    return u.alpha / u.rank * u.B.flatten(1) @ u.A.flatten(1)
+
+
+def dora(dim: int):
+    def exact(u, W):
+        V = W + product(u, W)
+        return u.magnitude * V / V.norm(dim=dim, keepdim=True) - W
+
+    return exact
+
+
+def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("ijkl,ip,jr->prkl", t, a, b).flatten(1)
+
+
+LOW = Factors(randn(3, 10), randn(8, 3), 6.0)
+VALUES = {
+    "lora": Value(LOW, (8, 10), product),
+    "lora of a convolution": Value(Factors(randn(3, 4, 2, 3), randn(8, 3, 1, 1), 6.0, "conv"), (8, 4, 2, 3), product),
+    "lora scaled by the root of its rank": Value(
+        replace(LOW, rslora=True), (8, 10), lambda u, W: 6 / 3**0.5 * u.B @ u.A
+    ),
+    "dora by output": Value(replace(LOW, magnitude=randn(8, 1).abs()), (8, 10), dora(1)),
+    "dora by input": Value(replace(LOW, magnitude=randn(1, 10).abs()), (8, 10), dora(0)),
+    "loha": Value(
+        Hadamard(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 3.0),
+        (8, 10),
+        lambda u, W: 1.5 * (u.w1a @ u.w1b) * (u.w2a @ u.w2b),
+    ),
+    "loha of a convolution": Value(
+        Hadamard(randn(8, 2), randn(2, 24), randn(8, 2, seed=1), randn(2, 24, seed=1), 3.0, shape=(8, 4, 2, 3)),
+        (8, 4, 2, 3),
+        lambda u, W: 1.5 * (u.w1a @ u.w1b) * (u.w2a @ u.w2b),
+    ),
+    "loha in Tucker form": Value(
+        Hadamard(
+            randn(2, 8),
+            randn(2, 4),
+            randn(2, 8, seed=1),
+            randn(2, 4, seed=1),
+            3.0,
+            randn(2, 2, 2, 3),
+            randn(2, 2, 2, 3, seed=1),
+        ),
+        (8, 4, 2, 3),
+        lambda u, W: 1.5 * tucker(u.t1, u.w1a, u.w1b) * tucker(u.t2, u.w2a, u.w2b),
+    ),
+    "lokr": Value(Kronecker(9.0, w1=randn(2, 5), w2=randn(4, 2)), (8, 10), lambda u, W: torch.kron(u.w1, u.w2)),
+    "lokr of products": Value(
+        Kronecker(9.0, w1a=randn(2, 3), w1b=randn(3, 5), w2a=randn(4, 3), w2b=randn(3, 2)),
+        (8, 10),
+        lambda u, W: 3 * torch.kron(u.w1a @ u.w1b, u.w2a @ u.w2b),
+    ),
+    "lokr in Tucker form": Value(
+        Kronecker(2.0, w1=randn(2, 2), w2a=randn(2, 4), w2b=randn(2, 2), t2=randn(2, 2, 2, 3)),
+        (8, 4, 2, 3),
+        lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
+    ),
+    "whole": Value(Dense(randn(8, 10)), (8, 10), lambda u, W: u.weight),
+}
+
+# The layers that a kind can be trained on, as `on` names them.
+LIVE = {
+    "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
+    "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
+}
+
+
+@pytest.fixture(params=VALUES)
+def value(request) -> Value:
+    return VALUES[request.param]
+
+
+def weight_of(value: Value) -> Tensor:
+    return randn(*value.shape, seed=3)
+
+
+# ---------------------------------------------------------------------------------- as a value
+
+
+def test_its_tensors_are_its_fields_and_can_be_changed_all_at_once(value):
+    update = value.update
+    assert all(torch.equal(getattr(update, name), t) for name, t in update.tensors().items())
+    assert update.parameters == sum(t.numel() for t in update.tensors().values())
+    double = update.map(lambda _, t: t.double())
+    assert type(double) is type(update)
+    assert {t.dtype for t in double.tensors().values()} == {torch.float64}
+    assert double.scale == update.scale
+
+
+def test_it_is_found_sound_and_one_that_is_not_finite_is_refused_with_its_module(value):
+    value.update.check("the.module")
+    for name in value.update.tensors():
+        with pytest.raises(AdapterError, match=r"the\.module"):
+            value.update.map(lambda n, t, name=name: t * float("nan") if n == name else t).check("the.module")
+
+
+def test_delta_is_its_equation(value):
+    if value.update.needs_base:
+        with pytest.raises(AdapterError, match="depends on the base"):
+            value.update.delta()
+        return
+    found = value.update.delta(value.shape)
+    assert found.shape == value.shape
+    torch.testing.assert_close(found.flatten(1).double(), value.delta(weight_of(value)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value.update.matrix().double(), value.delta(weight_of(value)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_rows_are_its_equation_block_by_block(value, step, transposed):
+    if transposed and len(value.shape) > 2:
+        pytest.skip("a kernel is stored one way round")
+    W = weight_of(value)
+    wanted = value.delta(W.flatten(1))
+    stored, wanted = (W.T.contiguous(), wanted.T) if transposed else (W, wanted)
+
+    def blocks():
+        return [
+            (slice(i, min(i + step, len(stored))), stored[i : i + step].flatten(1)) for i in range(0, len(stored), step)
+        ]
+
+    change = value.update.rows(tuple(stored.shape), transposed, read=blocks)
+    torch.testing.assert_close(torch.cat([change(*block).double() for block in blocks()]), wanted, rtol=1e-5, atol=1e-5)
+    if not value.update.needs_base:
+        half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
+        torch.testing.assert_close(
+            torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
+    if value.update.needs_base:
+        assert value.update.low_rank() is None
+        assert value.update.without_base().low_rank() is not None
+        return
+    wanted = value.delta(weight_of(value))
+    found = value.update.low_rank()
+    if found is not None:
+        torch.testing.assert_close(found.left @ found.right, wanted, rtol=1e-5, atol=1e-5)
+    S = torch.cat([svd.S.double() for svd in value.update.singular_values()])
+    torch.testing.assert_close(S.square().sum().sqrt(), wanted.norm(), rtol=1e-5, atol=1e-5)
+    form = value.update.form("m")
+    assert (form.inner, form.axes) == (value.shape[1:], len(value.shape))
+
+
+@pytest.mark.parametrize("weight", [2.0, -0.5, 0.0])
+def test_a_multiple_of_it_is_of_its_kind(value, weight):
+    if value.update.needs_base:
+        with pytest.raises(AdapterError, match="'m' is a DoRA"):
+            value.update.times(weight, "m")
+        return
+    found = value.update.times(weight, "m")
+    assert type(found) is type(value.update)
+    assert found.is_zero() == (weight == 0)
+    torch.testing.assert_close(found.matrix().double(), weight * value.delta(weight_of(value)), rtol=1e-5, atol=1e-5)
+
+
+def test_halves_swapped_swaps_the_rows_of_delta(value):
+    W = weight_of(value)
+    swapped = torch.cat(W.chunk(2)[::-1])
+    every = slice(0, len(W))
+    change = value.update.halves_swapped().rows(value.shape, read=lambda: [(every, swapped.flatten(1))])
+    wanted = torch.cat(value.delta(W.flatten(1)).chunk(2)[::-1])
+    torch.testing.assert_close(change(every, swapped.flatten(1)).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_it_knows_the_weights_that_it_is_for(value):
+    assert value.update.layout(value.shape) is False
+    assert value.update.layout((9, *value.shape[1:])) is None
+    assert value.update.unmergeable() is None
+    if len(value.shape) == 2:
+        assert value.update.layout(value.shape[::-1], turned=True) is True
+
+
+# ---------------------------------------------------------------------------------- on a live module
+
+
+def on(layer: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    """A model of one such layer, and three rows for it."""
+    torch.manual_seed(0)
+    x = randn(3, 5, 10)
+    module = {
+        "linear": lambda: nn.Linear(10, 8),
+        "Conv1D": lambda: Conv1D(8, 10),
+        "conv1d": lambda: nn.Conv1d(5, 6, 3),
+        "conv2d": lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2),
+        "conv3d": lambda: nn.Conv3d(2, 4, 2),
+        "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, padding_mode="circular", padding=1),
+        "embedding": lambda: nn.Embedding(12, 8),
+    }[layer]()
+    if layer == "embedding":
+        x = torch.tensor([[1, 2, 3], [0, 11, 2], [5, 5, 5]])
+    elif "conv" in layer or layer == "grouped":
+        x = randn(*{"conv1d": (3, 5, 9), "conv3d": (3, 2, 4, 4, 4)}.get(layer, (3, 4, 6, 6)))
+    return nn.Sequential(module).to(dtype), x.to(dtype) if x.is_floating_point() else x
+
+
+def config(variant: str, **settings) -> lk.LoraConfig:
+    return lk.LoraConfig(**{"variant": variant, "rank": 2, "alpha": 3.0, "targets": ["0"]} | settings)
+
+
+def child(model: nn.Module, name: str = "default") -> LiveUpdate:
+    return getattr(model[0], f"lora_{name}")
+
+
+def randomise(model: nn.Module, name: str = "default", size: float = 1.0, seed: int = 5) -> nn.Module:
+    with torch.no_grad():
+        for i, p in enumerate(child(model, name).parameters()):
+            p.copy_(size * randn(*p.shape, seed=seed + i))
+    return model
+
+
+PAIRS = [(variant, layer) for variant, layers in LIVE.items() for layer in sorted(layers)]
+
+
+def test_every_kind_that_can_be_trained_has_its_line_here():
+    assert set(LIVE) == set(variants())
+
+
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_a_fresh_one_changes_nothing_and_learns(variant, layer):
+    model, x = on(layer)
+    before = model(x)
+    lk.attach(model, config(variant))
+    assert torch.equal(model(x), before)
+    assert (
+        not child(model)
+        .value(model[0])
+        .rows(tuple(model[0].weight.shape), model[0].lora_transposed)(slice(0, 2), before)
+        .any()
+    )
+    model(x).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in child(model).parameters())
+    assert not model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_its_gradients_are_those_of_its_values(variant, layer):
+    model, x = on(layer, torch.float64)
+    randomise(lk.attach(model, config(variant)), size=0.5)
+    wanted = list(child(model).parameters())
+    assert all(p.dtype == torch.float64 for p in wanted)
+    if x.is_floating_point():
+        wanted.append(x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda *_: model(x), wanted)
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.5])
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_it_computes_what_the_changed_weight_does(variant, layer, weight):
+    model, x = on(layer, torch.float64)
+    changed = copy.deepcopy(model)
+    randomise(lk.attach(model, config(variant)))
+    lk.activate(model, {"default": weight})
+    W = changed[0].weight
+    with torch.no_grad():
+        value = lk.capture(model).updates["0"]
+        every = slice(0, len(W))
+        W += weight * value.rows(tuple(W.shape), model[0].lora_transposed)(every, W.flatten(1)).view_as(W)
+    torch.testing.assert_close(model(x), changed(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_captured_and_attached_again_it_is_the_same_to_the_bit(variant, layer):
+    model, x = on(layer)
+    randomise(lk.attach(model, config(variant)))
+    value = lk.capture(model)
+    assert value.updates["0"].variant == variant
+    again = lk.attach(on(layer)[0], value.check())
+    assert torch.equal(again(x), model(x))
+    assert not any(p.requires_grad for p in child(again).parameters())
+    twice = lk.capture(again).updates["0"]
+    assert all(torch.equal(t, twice.tensors()[name]) for name, t in value.updates["0"].tensors().items())
+    # and a copy: training the one leaves the other alone
+    randomise(model, seed=50)
+    assert not torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_merged_it_computes_the_same_and_unmerged_the_weight_has_its_bits(variant, layer, dtype):
+    model, x = on(layer, dtype)
+    before = model[0].weight.detach().clone()
+    randomise(lk.attach(model, config(variant)), size=0.1)
+    y = model(x)
+    lk.merge(model)
+    assert not torch.equal(model[0].weight, before)
+    torch.testing.assert_close(
+        model(x), y, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=3e-2 if dtype == torch.bfloat16 else 1e-5
+    )
+    lk.unmerge(model)
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("other", LIVE)
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_rows_of_a_batch_have_it_each_for_itself(variant, layer, other, grad):
+    if layer not in LIVE[other]:
+        pytest.skip(f"{other} is not for this layer")
+    model, x = on(layer)
+    randomise(lk.attach(model, config(variant), name="a"), "a")
+    randomise(lk.attach(model, config(other, rank=3), name="b", trainable=True), "b", seed=9)
+    choices = ["b", None, {"a": 0.5, "b": -2.0}]
+    wanted = []
+    for row, choice in zip(x, choices, strict=True):
+        lk.activate(model, choice)
+        wanted.append(model(row[None]))
+    with torch.set_grad_enabled(grad), lk.route(model, choices):
+        found = model(x)
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-5)
+    with torch.set_grad_enabled(grad), lk.route(model, ["a", "a", None]):
+        found = model(x)
+    lk.activate(model, "a")
+    torch.testing.assert_close(found[:2], model(x[:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", LIVE)
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_two_active_ones_of_whatever_kinds_add_up(variant, layer, other):
+    if layer not in LIVE[other]:
+        pytest.skip(f"{other} is not for this layer")
+    model, x = on(layer, torch.float64)
+    base = model(x)
+    randomise(lk.attach(model, config(variant), name="a"), "a")
+    randomise(lk.attach(model, config(other), name="b"), "b", seed=9)
+    alone = []
+    for name in "ab":
+        lk.activate(model, name)
+        alone.append(model(x) - base)
+    lk.activate(model, {"a": 0.7, "b": -1.5})
+    torch.testing.assert_close(model(x), base + 0.7 * alone[0] - 1.5 * alone[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_its_state_dict_restores_it_and_detach_leaves_nothing_of_it(variant, layer):
+    model, x = on(layer)
+    keys = set(model.state_dict())
+    randomise(lk.attach(model, config(variant)))
+    state, y = copy.deepcopy(model.state_dict()), model(x)
+    assert {key for key in state if not key.startswith("0.lora_default.")} == keys
+    randomise(model, seed=70)
+    model.load_state_dict(state)
+    assert torch.equal(model(x), y)
+    lk.detach(model)
+    assert set(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_dropout_is_drawn_in_training_alone(variant, layer):
+    if layer == "embedding":
+        pytest.skip("its dropout is of the rank's dimension")
+    model, x = on(layer)
+    randomise(lk.attach(model, config(variant, dropout=0.5)))
+    assert torch.equal(model.eval()(x), model(x))
+    assert not torch.equal(model.train()(x), model(x))
+
+
+@pytest.mark.parametrize("variant", LIVE)
+def test_a_layer_that_it_is_not_for_is_refused_and_left_as_it_was(variant):
+    every = set().union(*LIVE.values())
+    for layer in sorted(every - LIVE[variant]):
+        model, x = on(layer)
+        before, cls = model(x), type(model[0])
+        with pytest.raises(LorakitError, match="'0'"):
+            lk.attach(model, config(variant))
+        assert type(model[0]) is cls
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("variant, layer", PAIRS)
+def test_one_of_another_size_is_refused_with_its_module(variant, layer):
+    model, _ = on(layer)
+    value = lk.capture(lk.attach(model, config(variant)))
+    other = nn.Sequential(nn.Embedding(7, 3) if layer == "embedding" else nn.Linear(7, 3))
+    with pytest.raises(AdapterError, match="'0'"):
+        lk.attach(other, value, force=True)
+
+
+def test_a_kind_that_no_model_takes_is_refused_with_what_to_do():
+    model, _ = on("linear")
+    for update, said in ((VALUES["lokr"].update, "resize"), (VALUES["dora by output"].update, "DoRA")):
+        with pytest.raises(AdapterError, match=said):
+            lk.attach(model, lk.Adapter(lk.LoraConfig(targets=["0"]), {"0": update}))
+    with pytest.raises(lk.errors.ConfigError, match="did you mean 'lora'"):
+        lk.LoraConfig(variant="lorra")
