@@ -24,6 +24,7 @@ from ..tasks.task import Task
 from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
+from .shapes import MOST_TOKENS
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
 
@@ -92,13 +93,14 @@ class Planner:
         """The most rows of `length` at once that fit (to two percent); 0 if not even one does."""
         if sum(self._resting().values()) > memory:
             return 0
-        return largest(lambda rows: self.estimate(rows, length).total, memory, MOST_ROWS, slack=0.02)
+        most = max(1, min(MOST_ROWS, MOST_TOKENS // length))
+        return largest(lambda rows: self.estimate(rows, length).total, memory, most, slack=0.02)
 
     def longest(self, rows: int, memory: int, most: int | None = None) -> int:
         """The longest length (to two percent) of which `rows` at once fit; 0 if none does."""
         if sum(self._resting().values()) > memory:
             return 0
-        most = min(most or 1 << 20, self.positions or 1 << 20)
+        most = min(most or 1 << 20, self.positions or 1 << 20, MOST_TOKENS // max(rows, self.setting.validation))
         return COLUMNS * largest(
             lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02
         )

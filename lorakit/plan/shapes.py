@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Real tensors of more bytes than this are not made; a batch of ids has 8 bytes a token, so this is two million tokens.
-LARGEST_REAL = 1 << 24
+# Real tensors of more bytes than this are not made. A batch of ids has 8 bytes a token, and has to be real.
+LARGEST_REAL = 1 << 27
+MOST_TOKENS = LARGEST_REAL // 8
 
 _META = torch.device("meta")
 _CPU = torch.device("cpu")

@@ -144,3 +144,21 @@ def test_more_memory_never_fits_less():
     length = made.longest(4, 5_000_000)
     assert 0 < length < 256
     assert made.estimate(4, length).total <= 5_000_000 < made.estimate(4, length + 16).total
+
+
+def test_the_most_rows_and_the_longest_length_of_a_model_with_many_positions():
+    from transformers import LlamaConfig
+
+    base = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=131072,
+    )
+    plenty = 1 << 50
+    assert planner(base).most_rows(16384, plenty) == 256  # 4 million tokens, whose labels the loss asks for
+    assert planner(base).longest(16, plenty) == 131072
+    assert planner(base).most_rows(16384, 64 << 20) < 256
