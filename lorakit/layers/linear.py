@@ -17,6 +17,7 @@ from ..ops.linear import add_low_rank, needs_plain, reference
 from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
 from .batched import routes
+from .batched.groups import group
 from .frozen import is_frozen_linear
 from .layer import LoraLayer, Shapes
 from .updates.update import LiveUpdate, Pair
@@ -86,7 +87,7 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
     active: list[tuple[LiveUpdate, float]] = []
     if isinstance(module, LinearLayer):
         if module.lora_route is not None:
-            together = routes.group(module, x)
+            together = group(module, x)
             return None if together is None else (Projection(weight, bias, *together[:3]), together.dropout)  # type: ignore[arg-type]
         active = module.lora_in_use()
     if len(active) > 1:

@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     from .setup import Job
 
 
+def training_bar(console: Console) -> RichProgress:
+    """A progress bar for one run or several; its tasks have a field `facts`."""
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
 class Progress:
     """Shows a run on a console. `quiet` shows nothing."""
 
@@ -42,16 +56,7 @@ class Progress:
             return
         self.console.print(Panel(_facts(job, step), title="lorakit train", title_align="left", expand=False))
         if self.console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self._bar = training_bar(self.console)
             self._bar.start()
             self._task = self._bar.add_task("training", total=job.steps, completed=step, facts="")
         self._since = time.perf_counter()
