@@ -70,6 +70,8 @@ class Planner:
         self.shell = Shell(type(base).__name__, build, setting.attach, checkpointing=setting.checkpointing)
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._judged: dict[int, Traced] = {}  # evaluations, by length
+        # A loss may look at a model once and remember what it saw. This lets it, so that every estimate counts the same.
+        evaluation(self.shell, self._batch(1, COLUMNS), setting.task.losses)
 
     @property
     def positions(self) -> int | None:
@@ -108,9 +110,9 @@ class Planner:
     def _resting(self) -> dict[str, int]:
         """Bytes by part that are there all the time."""
         setting, shell = self.setting, self.shell
-        size, weights = shell.trained_bytes(), shell.weight_bytes
+        size, weights = shell.trained_bytes, shell.weight_bytes
         if setting.four_bit:
-            weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in shell.linear_weights())
+            weights += sum(int(elements * NF4_BYTES) - size for elements, size in shell.linear_weights)
         return {
             "weights": weights,
             "adapter": shell.added_bytes,
@@ -122,9 +124,9 @@ class Planner:
     def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
         setting, shell = self.setting, self.shell
         shell.attention(plain=length <= setting.plain_attention)
-        size, working = shell.trained_bytes(), 0
+        size, working = shell.trained_bytes, 0
         if setting.four_bit:  # one weight at a time, made whole
-            working = max((w.numel() * w.element_size() for w in shell.linear_weights()), default=0)
+            working = max((size for _, size in shell.linear_weights), default=0)
         on_cpu = setting.device.type == "cpu"
         resting = self._resting()
         key = (rows, length, accumulating)
@@ -148,8 +150,8 @@ class Planner:
             copies = setting.state_copies * size
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
         method = f"{FOUR_BIT}{setting.method}" if setting.four_bit else setting.method
-        count = sum(p.numel() for p in shell.trained())
-        return Estimate(method, rows, length, shell.base_parameters(), count, size, moments, step.flops)
+        base, trained = shell.base_parameters(), shell.trained_parameters
+        return Estimate(method, rows, length, base, trained, size, moments, step.flops)
 
     def _evaluation(self, length: int) -> dict[str, Parts]:
         """The stretches of an evaluation; none if nothing is held out."""

@@ -7,6 +7,7 @@ Where all decoder layers are alike, a step through two and through three of them
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,7 +61,8 @@ class Shell:
         # A parameter that is trained is the base's own, or one that was put beside it.
         added = {id(p) for p in self.trained()} - {id(p) for p in own}
         self.added_bytes = _bytes(p for p in self.trained() if id(p) in added)
-        self.weight_bytes = self.frozen_bytes() + self.trained_bytes() - self.added_bytes
+        self.trained_bytes, self.trained_parameters = _bytes(self.trained()), sum(p.numel() for p in self.trained())
+        self.weight_bytes = self.frozen_bytes() + self.trained_bytes - self.added_bytes
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
@@ -91,10 +93,6 @@ class Shell:
         """The parameters that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def trained_bytes(self) -> int:
-        """Of the same."""
-        return _bytes(self.trained())
-
     def frozen_bytes(self) -> int:
         """Of parameters that are not trained, and of buffers."""
         return _bytes(p for p in self.model.parameters() if not p.requires_grad) + _bytes(self.model.buffers())
@@ -103,15 +101,19 @@ class Shell:
         """Parameters without an adapter's."""
         return self._base_parameters
 
-    def linear_weights(self) -> list[Tensor]:
-        """The frozen weights of linear modules but the output layer: what a 4-bit base holds in 4 bits."""
+    @functools.cached_property
+    def linear_weights(self) -> list[tuple[int, int]]:
+        """(elements, bytes) of each frozen weight of a linear module, without the output layer's: what a 4-bit base
+        holds in 4 bits.
+        """
         head = self.model.get_output_embeddings()
         embedded = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         modules = (m for m in self.model.modules() if m is not head and (isinstance(m, LoraLayer) or is_linear(m)))
         weights = {
             id(w): w for w in (getattr(m, "weight", None) for m in modules) if isinstance(w, Tensor) and w.dim() == 2
         }
-        return [w for key, w in weights.items() if key not in embedded and not w.requires_grad]
+        frozen = [w for key, w in weights.items() if key not in embedded and not w.requires_grad]
+        return [(w.numel(), w.numel() * w.element_size()) for w in frozen]
 
 
 def _bytes(tensors: Any) -> int:

@@ -157,9 +157,9 @@ def _is_last(model: nn.Module, layer: nn.Module, ids: Tensor) -> bool:
     if not made:
         return False
     out, copy = made[-2:]
-    # for planning: no numbers to compare. Not noted, so that each plan counts the same work
-    if type(logits) is not Tensor:
-        return logits is out
+    if type(logits) is not Tensor:  # for planning: no numbers to compare
+        _last[layer] = logits is out
+        return _last[layer]
     if not logits.any():  # a change may be one that leaves zero as it is
         return False
     _last[layer] = logits.dtype == copy.dtype and torch.equal(logits, copy)
