@@ -70,7 +70,7 @@ class Planner:
         self.shell = Shell(type(base).__name__, build, setting.attach, checkpointing=setting.checkpointing)
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._judged: dict[int, Traced] = {}  # evaluations, by length
-        # A loss may look at a model once and remember what it saw. This lets it, so that every estimate counts the same.
+        # A loss may inspect a model once and remember the result. Let it do so now: then all estimates count the same.
         evaluation(self.shell, self._batch(1, COLUMNS), setting.task.losses)
 
     @property
