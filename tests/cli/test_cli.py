@@ -180,7 +180,7 @@ def test_train_runs_the_config_from_init_and_its_own(lorakit, model, data, tmp_p
     assert (written.rank, written.out, written.data, written.clip) == (4, str(out), data, 1.0)
     code, told, error = lorakit("train", "--config", out / "config.yaml")
     assert code == 0, error
-    assert "going on at step 6" in told
+    assert "resuming at step 6" in told
 
 
 def test_flags_override_the_config_file(lorakit, model, data, tmp_path):
@@ -211,7 +211,7 @@ def test_flags_override_the_config_file(lorakit, model, data, tmp_path):
 def test_resuming_with_another_rank_shows_the_difference(lorakit, trained):
     code, _, error = lorakit("train", "--config", trained / "config.yaml", "--rank", "8")
     assert code == 1
-    assert "rank: 4 then, 8 now" in error
+    assert "rank: was 4, is now 8" in error
 
 
 # ------------------------------------------------------------------------------------- data show

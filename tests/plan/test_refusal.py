@@ -39,7 +39,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_or_written(c
         train(asked, QUIET)
     said = str(refused.value)
     assert "this run needs about" in said
-    assert "50 MB (memory, as given)" in said
+    assert "50 MB (the setting 'memory')" in said
     assert "memory: unchecked" in said
     assert "gradient_checkpointing: true" in said
     assert not Path(asked.out).exists()

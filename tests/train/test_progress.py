@@ -63,7 +63,7 @@ def test_what_the_length_limit_left_out_is_counted(make_config):
 def test_a_resumed_run_says_where_it_goes_on(make_config):
     config = make_config(steps=2)
     shown(config)
-    assert facts(shown(config))["folder"].endswith("going on at step 2")
+    assert facts(shown(config))["folder"].endswith("resuming at step 2")
 
 
 def test_without_a_terminal_there_are_plain_lines(make_config):
