@@ -210,7 +210,7 @@ def test_the_summary_lists_what_is_trained_whole(tiny_mlp):
     s = lk.summary(tiny_mlp)
     assert s.trainable == sum(row.parameters for row in s.rows)
     assert [(row.name, row.rank) for row in s.rows] == [("lin0", 2), ("lin0.bias", None)]
-    assert "whole" in str(s)
+    assert "saved" in str(s)
 
 
 def test_activate_takes_a_name_or_weights(tiny_mlp):
