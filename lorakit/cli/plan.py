@@ -99,7 +99,7 @@ def _plan(
         planners[name] = planner_for(own_settings, dtype, target, **options)
         if method.keeps_base:
             planners[FOUR_BIT + name] = planners[name].four_bit()
-    own, dtype = planners[settings.method], planners[settings.method].setting.dtype
+    own, dtype = planners[settings.method], planners[settings.method].settings.dtype
     if not json_output:
         print("simulating a step on shapes, which takes a few seconds ...", file=sys.stderr, flush=True)
     max_length = part(settings, Lengths).max_length

@@ -18,7 +18,7 @@ from ..methods import method_of
 from ..model.attach import DEFAULT
 from ..plan.estimate import Estimate
 from ..plan.machine import Memory, memory_of, overhead, resident
-from ..plan.planner import Planner, Setting
+from ..plan.planner import Planner, PlanSettings
 from ..plan.shell import PlanError
 from ..plan.units import parse_bytes, show_bytes
 from ..tasks import task_of
@@ -47,7 +47,7 @@ def planner_for(
     """
     process_bytes = overhead(device) if held is None else overhead(device, held)
     task = task_of(config.task)
-    setting = Setting(
+    settings = PlanSettings(
         dtype,
         device,
         task,
@@ -62,7 +62,7 @@ def planner_for(
         share=share,
         batch=config.batch_size,
     )
-    return Planner(load_config(config.model, config.revision, config.trust_remote_code), setting)
+    return Planner(load_config(config.model, config.revision, config.trust_remote_code), settings)
 
 
 def allowed(config: TrainConfig, device: torch.device) -> Memory | None:
@@ -123,7 +123,7 @@ def refusal(planner: Planner, estimate: Estimate, limit: Memory, cheaper: str | 
         lines.append(f"  micro_batch: {rows} fits (the same result, accumulated)")
     elif 0 < length < estimate.length:
         lines.append(f"  max_length: {length} with micro_batch: 1 fits")
-    if not planner.setting.checkpointing:
+    if not planner.settings.checkpointing:
         lines.append("  gradient_checkpointing: true needs less memory for activations")
     if cheaper:
         lines.append(f"  {cheaper}")

@@ -113,8 +113,8 @@ def test_a_config_file_is_read_as_train_reads_it(lorakit, config_only, tmp_path)
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--memory", "plenty"], "'plenty' is no amount of memory"),
-        (["--max-length", "300"], "max_length is 300, and"),
+        (["--memory", "plenty"], "'plenty' is not an amount of memory"),
+        (["--max-length", "300"], "max_length is 300, but"),
         (["--device", "cuda"], "give its memory"),
         (["--rnk", "8"], "--rank"),
         (["--optimizer", "lion"], "lion"),

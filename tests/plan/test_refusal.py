@@ -73,7 +73,7 @@ def test_a_run_may_go_on_with_another_memory_setting(config):
 
 
 def test_memory_that_is_no_amount_is_a_wrong_setting(config):
-    with pytest.raises(ConfigError, match=r"TrainConfig.memory: 'lots' is no amount of memory"):
+    with pytest.raises(ConfigError, match=r"TrainConfig.memory: 'lots' is not an amount of memory"):
         config(memory="lots")
 
 
