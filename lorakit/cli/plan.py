@@ -170,8 +170,8 @@ def _next(settings: TrainConfig, config: Path | None, flags: dict[str, Any], fit
             "--gradient-checkpointing, a smaller base, or more --memory"
         )
     file = f" --config {quote(str(config))}" if config else ""
-    given = "".join(f" {_flag(name, value)}" for name, value in flags.items() if name != "model")
-    return f"next: lorakit train{file} --model {quote(settings.model)}{given} --data FILE"
+    options = "".join(f" {_flag(name, value)}" for name, value in flags.items() if name != "model")
+    return f"next: lorakit train{file} --model {quote(settings.model)}{options} --data FILE"
 
 
 def _flag(name: str, value: Any) -> str:

@@ -52,7 +52,7 @@ class Weightless(Tensor):
         wrapper.meta = meta
         return wrapper
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Weightless({list(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -83,9 +83,9 @@ class Shapes(TorchDispatchMode):
 
 
 class _Argument(NamedTuple):
-    """A result that is one of the tensor arguments, the one at this index."""
+    """A result that is one of the tensor arguments, the one at this position."""
 
-    index: int
+    position: int
 
 
 class _Result(NamedTuple):
@@ -130,7 +130,7 @@ def _layout(value: Any, metas: list[Tensor]) -> _Argument | _Result | None:
 
 def _tensor_of(layout: _Argument | _Result, tensors: list[Tensor]) -> Tensor:
     if isinstance(layout, _Argument):
-        return tensors[layout.index]
+        return tensors[layout.position]
     view_of, size, stride, offset, dtype = layout
     if view_of is None:
         return Weightless(torch.empty_strided(size, stride, dtype=dtype, device=_META))

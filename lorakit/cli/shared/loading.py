@@ -21,10 +21,10 @@ def named(adapters: list[str]) -> dict[str, str]:
     ConfigError if a name occurs twice.
     """
     paths: dict[str, str] = {}
-    for given in adapters:
-        name, sep, path = given.partition("=")
+    for argument in adapters:
+        name, sep, path = argument.partition("=")
         if not sep:
-            name, path = "adapter" if not paths else f"adapter{len(paths) + 1}", given
+            name, path = "adapter" if not paths else f"adapter{len(paths) + 1}", argument
         if name in paths:
             raise ConfigError(f"--adapter: two adapters are named '{name}'\n  give each its own: NAME=PATH")
         paths[name] = path

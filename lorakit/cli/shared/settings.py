@@ -113,32 +113,30 @@ def _metavar(kinds: list[Any]) -> str:
     )
 
 
-def _value(info: FieldInfo, given: Any) -> Any:
+def _value(info: FieldInfo, text: Any) -> Any:
     """Parse a flag's text for its field: lists by commas, mappings as name=value, and scalars as YAML."""
-    if not isinstance(given, str):
-        return given
+    if not isinstance(text, str):
+        return text
     origins = [get_origin(k) or k for k in _kinds(info.annotation)]
-    if (dict in origins and given.startswith("{")) or (
-        list in origins and given.startswith("[") and given.endswith("]")
-    ):
-        return _yaml(given)  # YAML brackets, for values with commas
+    if (dict in origins and text.startswith("{")) or (list in origins and text.startswith("[") and text.endswith("]")):
+        return _yaml(text)  # YAML brackets, for values with commas
     if dict in origins:
-        pairs = [part.partition("=") for part in given.split(",") if part]
+        pairs = [part.partition("=") for part in text.split(",") if part]
         if not all(sep for _, sep, _ in pairs):
-            raise ConfigError(f"expected NAME=VALUE,... (got '{given}')")
+            raise ConfigError(f"expected NAME=VALUE,... (got '{text}')")
         return {name.strip(): _yaml(value) for name, _, value in pairs}
-    if list in origins and str in origins and re.fullmatch(r"[\w.]+", given) and given != ALL_LINEAR:
-        return [given]  # a plain name is a name ending; a regular expression has other characters
-    if list in origins and (str not in origins or "," in given):
+    if list in origins and str in origins and re.fullmatch(r"[\w.]+", text) and text != ALL_LINEAR:
+        return [text]  # a plain name is a name ending; a regular expression has other characters
+    if list in origins and (str not in origins or "," in text):
         return [
             _yaml(part) if str not in _members(info.annotation) else part.strip()
-            for part in given.split(",")
+            for part in text.split(",")
             if part.strip()
         ]
     if str in origins:
-        value = _yaml(given)
-        return value if float in origins and isinstance(value, int | float) else given
-    return _yaml(given) if given else given
+        value = _yaml(text)
+        return value if float in origins and isinstance(value, int | float) else text
+    return _yaml(text) if text else text
 
 
 def _yaml(text: str) -> Any:
