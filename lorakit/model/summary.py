@@ -1,4 +1,4 @@
-"""What is attached to a model, in numbers."""
+"""Summarize what is attached to a model: parameter counts, targets, and fused blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .state import layer_at, names_of, state_of
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted module, or one parameter trained whole (rank None)."""
+    """One adapted module, or one saved parameter (rank None). `parameters`: number of elements."""
 
     adapter: str
     name: str
@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is attached. Print it."""
+    """What is attached to a model; print it. `trainable` and `total`: elements of the model's parameters."""
 
     trainable: int
     total: int
@@ -38,25 +38,25 @@ class Summary:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
-        used = names_of(self.active) if self.active else "the base alone"
-        lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {used}"]
+        active = names_of(self.active) if self.active else "the base alone"
+        lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {active}"]
         groups: dict[tuple[str, str, str, int | None], list[int]] = {}
         for row in self.rows:
-            # a parameter alone ("weight") would say nothing
+            # a saved parameter's last name ("weight") would say nothing
             last = row.name.rsplit(".", 1)[-1] if row.rank else row.name
             groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
         width = max((len(k[1]) for k in groups), default=0)
         for (adapter, last, shape, rank), counts in groups.items():
-            how = f"rank {rank}" if rank else "whole"
-            lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {how:<9} {sum(counts):>12,}")
-        lines += [f"  left out: {module} ({why})" for module, why in self.skipped.items()]
+            kind = f"rank {rank}" if rank else "saved"
+            lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {kind:<9} {sum(counts):>12,}")
+        lines += [f"  skipped: {module} ({why})" for module, why in self.skipped.items()]
         lines += [f"  {row}" for row in self.fused]
         return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:
-    """Trainable and total parameters, each adapter's share per target, and what is computed as one node (and why the
-    rest is not).
+    """Count trainable and total parameters, list each adapter's targets, and say which blocks are fused (and why others
+    are not). Raises StateError if no adapter is attached.
     """
     state = state_of(model)
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""What this machine has: memory in all and free, what this process holds, how fast it multiplies."""
+"""Measure this machine: its total and free memory, this process's memory, and its matrix-product rate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-# What a training process holds before the base is loaded, and what loading code and the kernels' own buffers add to it
-# while the first steps run (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA
-# holds more.
+# Bytes of a training process before the base is loaded, and what code and kernel buffers add during the first steps
+# (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA needs more.
 PROCESS, KERNELS = 365_000_000, 42_000_000
 # The CUDA context with cuBLAS's workspace, in the device's memory: an estimate, not measured.
 CUDA_CONTEXT = 600_000_000
@@ -21,7 +20,7 @@ _UNLIMITED = 1 << 60
 
 @dataclass(frozen=True)
 class Memory:
-    """`total`: what the device has, or what this process's group may take of it. `free`: what could be had now."""
+    """`total`: bytes of the device, or this process's cgroup limit; `free`: bytes available now; `source`: which."""
 
     total: int
     free: int
@@ -29,9 +28,9 @@ class Memory:
 
 
 def memory_of(device: torch.device) -> Memory | None:
-    """The device's memory, or None where it cannot be told."""
+    """Return the device's memory, None if it is unknown or the device is not here."""
     if device.type == "cuda" and not torch.cuda.is_available():
-        return None  # planned for, not here
+        return None  # a plan for a GPU on a machine without one
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free, torch.cuda.get_device_name(device))
@@ -50,7 +49,7 @@ def memory_of(device: torch.device) -> Memory | None:
 
 
 def resident() -> int:
-    """Bytes that this process holds now, or 0 where that cannot be told."""
+    """Return this process's resident memory in bytes, 0 if unknown."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -58,20 +57,19 @@ def resident() -> int:
 
 
 def overhead(device: torch.device, held: int = PROCESS) -> int:
-    """Bytes of the device that python, torch and its kernels take. `held`: what the process holds before the base is
-    loaded.
+    """Return the bytes that Python, torch and its kernels need on the device.
+
+    `held`: bytes of the process before the base is loaded.
     """
     return CUDA_CONTEXT if device.type == "cuda" else held + KERNELS
 
 
 def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of [width, width] matrix products,
-    the best of those that fit into `seconds`.
-    """
+    """Measure the FLOP/s of [width, width] matrix products: the best of those that run within `seconds`."""
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     best, began = 0.0, time.perf_counter()
     a @ b
-    while not best or time.perf_counter() - began < seconds:  # one at least, however busy the machine is
+    while not best or time.perf_counter() - began < seconds:  # at least one, however busy the machine is
         start = time.perf_counter()
         a @ b
         if device.type == "cuda":
@@ -81,18 +79,18 @@ def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, s
 
 
 def cpu_limit() -> float | None:
-    """The processor time that this process's control groups may take, in cores, or None where nothing limits it."""
+    """Return the CPU limit of this process's cgroups in cores, None if there is no limit."""
     limits = []
     for text in _group_files("cpu", "cpu.max", "cpu.cfs_quota_us"):
         quota, _, period = text.partition(" ")
         if quota.isdigit():  # "max", or -1 in v1: no limit
-            # v1 has the period in a file of its own; nobody changes it
+            # v1 has the period in a separate file, which practically always contains the default
             limits.append(int(quota) / int(period or 100_000))
     return min(limits, default=None)
 
 
 def _group_limit() -> int:
-    """The lowest memory limit of the control groups that this process is in, or a number beyond any."""
+    """Return the lowest memory limit of this process's cgroups in bytes, `_UNLIMITED` if there is none."""
     return min(
         (int(text) for text in _group_files("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()),
         default=_UNLIMITED,
@@ -100,7 +98,7 @@ def _group_limit() -> int:
 
 
 def _group_files(controller: str, name: str, name_v1: str) -> Iterator[str]:
-    """What a setting's files say in the control groups (v2, v1) that this process is in, from its own to the root."""
+    """Yield a cgroup setting's values (v2: `name`, v1: `name_v1`) from this process's own cgroup up to the root."""
     root = Path("/sys/fs/cgroup")
     try:
         own = Path("/proc/self/cgroup").read_text(encoding="utf8").splitlines()

@@ -1,14 +1,14 @@
-"""A model that computes shapes only: weights without memory, so that a step of any size can be run on any machine.
+"""Run a model on shapes alone, without memory for weights, so that any machine can simulate a step of any size.
 
-What is trained, and all that is computed from weights, is `Weightless`: a tensor on the CPU to all who ask, with shape,
-type, strides and autograd, but without numbers. Behind it stands a tensor on the meta device, on which torch's own meta
-kernels run; views of one another share a meta storage, so who shares memory with whom is known. Frozen weights stay
-plain parameters on the meta device, as layers ask for just that (a quantized weight would be of another class). What is
-not computed from weights (token ids, labels, positions, masks) stays real while it is small, as code asks it questions
-that need numbers: which positions are trained, is this mask all ones. So the model, the layers and the loss run as they
-are, on the kernels that they would choose.
+Trained parameters, and all that is computed from weights, are `Weightless`: tensors that report the CPU as their device
+and have shape, dtype, strides and autograd, but no values. Each wraps a tensor on the meta device, on which torch's own
+meta kernels run. Views share a meta storage, so it is known which tensors share memory. Frozen weights stay plain
+parameters on the meta device, since layers check for that class (a quantized weight has another one). What does not
+depend on weights (token ids, labels, positions, masks) stays real while it is small, since code reads its values: which
+positions are trained, whether a mask is all ones. So the model, the layers and the loss run unchanged, on the kernels
+that they would choose.
 
-torch's own FakeTensorMode does the same and more (devices, symbolic sizes, a cache), at about six times the cost of an
+torch's own FakeTensorMode does the same and more (devices, symbolic sizes, a cache), at about six times the cost per
 operation (a training step of the embedded model, 2 and 3 layers, LoRA: 1.2 to 1.6 s of CPU time against 0.26).
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Real tensors of more bytes than this are not made. A batch of ids has 8 bytes a token, and has to be real.
+# Real tensors are created up to this many bytes. A batch of ids, which must be real, has 8 bytes per token.
 LARGEST_REAL = 1 << 27
 MOST_TOKENS = LARGEST_REAL // 8
 
@@ -40,17 +40,17 @@ _BOOLEAN = (torch.bool, torch.uint8)
 
 
 class Weightless(Tensor):
-    """`meta`: the same tensor on the meta device, a view of the same storage as its other views' are."""
+    """A tensor without values. `meta`: the same tensor on the meta device; views share its storage."""
 
     meta: Tensor
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> Weightless:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, meta.size(), strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=_CPU
         )
-        made.meta = meta
-        return made
+        wrapper.meta = meta
+        return wrapper
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Weightless({list(self.shape)}, {self.dtype})"
@@ -62,11 +62,11 @@ class Weightless(Tensor):
 
 
 class Shapes(TorchDispatchMode):
-    """Inside this mode operations on weightless tensors give weightless tensors, and may be mixed with real ones."""
+    """A mode in which operations on weightless tensors, mixed with real ones, return weightless tensors."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here; torch's guard against that costs more than all that is done here
+        return False  # nothing is compiled here, and torch's guard costs more than this mode's own work
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,70 +82,73 @@ class Shapes(TorchDispatchMode):
         return _weightless(func, args, kwargs)
 
 
+class _Argument(NamedTuple):
+    """A result that is one of the tensor arguments, the one at this position."""
+
+    position: int
+
+
 class _Result(NamedTuple):
-    """A result as it is known. `of`: the position of the argument that it is (without a size) or a view of; None: of
-    none.
-    """
+    """The layout of a new result. `view_of`: index of the tensor argument whose storage it shares, None for its own."""
 
-    of: int | None
-    size: tuple[int, ...] | None = None
-    stride: tuple[int, ...] = ()
-    offset: int = 0
-    dtype: torch.dtype | None = None
+    view_of: int | None
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
 
 
-# What operations give, by the operation and all of its arguments that decides it. Many of torch's meta kernels are
-# Python code and take 0.2 ms; a look here takes a tenth of that. The type: of the sequence that the results come in,
-# None for one alone.
-_known: dict[Any, tuple[type | None, list[_Result | None]]] = {}
+# Cached results, by operation and arguments. Many of torch's meta kernels are Python code and take 0.2 ms; a lookup
+# takes a tenth of that. The type is that of the sequence of results, None for a single one.
+_cache: dict[Any, tuple[type | None, list[_Argument | _Result | None]]] = {}
 
 
 def _weightless(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operation's results, weightless; those that it gives back as it got them are the same objects."""
-    key = (func, *map(_described, args), *kwargs, *map(_described, kwargs.values()))
-    given = _tensors(args, kwargs)
-    if key not in _known:
-        metas = [_meta_of(tensor) for tensor in given]
-        made = _on_meta(func, args, kwargs, iter(metas))
-        kind = type(made) if type(made) in (list, tuple) else None
-        _known[key] = kind, [_result(value, metas) for value in ((made,) if kind is None else made)]
-    kind, results = _known[key]
-    every = [None if result is None else _made(result, given) for result in results]
-    return every[0] if kind is None else kind(every)
+    """Run an operation on shapes. Its results are weightless; arguments that it returns are the same objects."""
+    key = (func, *map(_key, args), *kwargs, *map(_key, kwargs.values()))
+    tensors = _tensors(args, kwargs)
+    if key not in _cache:
+        metas = [_meta_of(tensor) for tensor in tensors]
+        out = _on_meta(func, args, kwargs, iter(metas))
+        kind = type(out) if type(out) in (list, tuple) else None
+        _cache[key] = kind, [_layout(value, metas) for value in ((out,) if kind is None else out)]
+    kind, layouts = _cache[key]
+    results = [None if layout is None else _tensor_of(layout, tensors) for layout in layouts]
+    return results[0] if kind is None else kind(results)
 
 
-def _result(value: Any, metas: list[Tensor]) -> _Result | None:
+def _layout(value: Any, metas: list[Tensor]) -> _Argument | _Result | None:
     if not isinstance(value, Tensor):
         return None
-    for place, meta in enumerate(metas):
+    for index, meta in enumerate(metas):
         if meta is value:
-            return _Result(place)
+            return _Argument(index)
     storage = value.untyped_storage()._cdata
-    of = next((place for place, meta in enumerate(metas) if meta.untyped_storage()._cdata == storage), None)
-    return _Result(of, tuple(value.size()), value.stride(), int(value.storage_offset()), value.dtype)
+    view_of = next((index for index, meta in enumerate(metas) if meta.untyped_storage()._cdata == storage), None)
+    return _Result(view_of, tuple(value.size()), value.stride(), int(value.storage_offset()), value.dtype)
 
 
-def _made(result: _Result, given: list[Tensor]) -> Tensor:
-    of, size, stride, offset, dtype = result
-    if of is None:
-        return Weightless(torch.empty_strided(size, stride, dtype=dtype, device=_META))  # type: ignore[arg-type]
-    if size is None:
-        return given[of]
-    meta = _meta_of(given[of])
-    return Weightless((meta if meta.dtype == dtype else meta.view(dtype)).as_strided(size, stride, offset))  # type: ignore[arg-type]
+def _tensor_of(layout: _Argument | _Result, tensors: list[Tensor]) -> Tensor:
+    if isinstance(layout, _Argument):
+        return tensors[layout.position]
+    view_of, size, stride, offset, dtype = layout
+    if view_of is None:
+        return Weightless(torch.empty_strided(size, stride, dtype=dtype, device=_META))
+    meta = _meta_of(tensors[view_of])
+    return Weightless((meta if meta.dtype == dtype else meta.view(dtype)).as_strided(size, stride, offset))
 
 
-def _described(value: Any) -> Any:
-    """All of an argument that decides what its operation gives, as something to look up."""
+def _key(value: Any) -> Any:
+    """Return a hashable description of an argument: all that the layout of the results depends on."""
     if isinstance(value, Tensor):
         return value.size(), value.stride(), value.storage_offset(), value.dtype
     if isinstance(value, list | tuple):
-        return tuple(map(_described, value))
-    return value.__class__, value  # 1, 1.0 and True are one key else
+        return tuple(map(_key, value))
+    return value.__class__, value  # otherwise 1, 1.0 and True would be the same key
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Iterator[Tensor]) -> Any:
-    """The operation on the meta device. `metas`: what stands for its tensors, in their order."""
+    """Run an operation on the meta device. `metas`: what replaces its tensors, in order."""
 
     def down(value: Any) -> Any:
         return next(metas) if isinstance(value, Tensor) else value
@@ -175,28 +178,27 @@ def _takes_device(func: Any) -> bool:
 
 
 def _bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Of the results of an operation on real tensors alone; 0 where they depend on the numbers, so that they have to be
-    made.
+    """Return the size of the results of an operation on real tensors; 0 if it depends on their values.
+
+    Such an operation must run on the real tensors.
     """
     try:
-        made = _on_meta(func, args, kwargs, map(_meta_of, _tensors(args, kwargs)))
-    # no meta kernel: its result depends on numbers; or one that asks for them
+        out = _on_meta(func, args, kwargs, map(_meta_of, _tensors(args, kwargs)))
+    # there is no meta kernel, since the result's shape depends on values, or it tried to read values
     except (NotImplementedError, RuntimeError):
         return 0
-    return sum(t.numel() * t.element_size() for t in flat((made,)) if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in flat((out,)) if isinstance(t, Tensor))
 
 
 def flat(values: Iterable[Any]) -> list[Any]:
-    """Arguments or results of an operation, with those inside its lists. (torch's pytrees would take half of all the
-    time.)
-    """
-    found: list[Any] = []
+    """Flatten the lists among an operation's arguments or results. (torch's pytrees would take half of the time.)"""
+    leaves: list[Any] = []
     for value in values:
         if isinstance(value, list | tuple):
-            found += value
+            leaves += value
         else:
-            found.append(value)
-    return found
+            leaves.append(value)
+    return leaves
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -220,36 +222,40 @@ def _off_meta(value: Any) -> Any:
 
 
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """The indices with boolean masks as the positions that they mean, as the kernels do it: only a real mask tells how
-    many.
+    """Replace boolean masks among the indices by the positions they select, as the kernels do.
+
+    A weightless mask stays: only a real one has values, and so a number of positions.
     """
-    found: list[Tensor | None] = []
+    positions: list[Tensor | None] = []
     for index in indices:
-        real_mask = index is not None and index.dtype in _BOOLEAN and not isinstance(index, Weightless)
-        found += index.nonzero().unbind(1) if real_mask else [index]  # type: ignore[union-attr]
-    return found
+        if index is not None and index.dtype in _BOOLEAN and not isinstance(index, Weightless):
+            positions += index.nonzero().unbind(1)
+        else:
+            positions.append(index)
+    return positions
 
 
 def without_memory(module: nn.Module) -> list[Tensor]:
-    """Replace trained parameters and buffers, in place, by weightless ones; shared ones stay shared. Returns all that
-    operations will see of the module's own: those, and the frozen parameters."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-    held: dict[int, Tensor] = {}
+    """Replace trained parameters and buffers, in place, by weightless ones; tied ones stay tied. Returns all tensors of
+    the module that operations will see: these, and the frozen parameters."""
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}
+    tensors: dict[int, Tensor] = {}
 
     def weightless(old: Tensor) -> Tensor:
-        if id(old) not in made:
+        if id(old) not in replaced:
             new: Tensor = Weightless(old)
-            made[id(old)] = (old, nn.Parameter(new, requires_grad=True) if isinstance(old, nn.Parameter) else new)
-        return made[id(old)][1]
+            replaced[id(old)] = (old, nn.Parameter(new, requires_grad=True) if isinstance(old, nn.Parameter) else new)
+        return replaced[id(old)][1]
 
     for child in module.modules():
-        for own in (child._parameters, child._buffers):
+        tables: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)  # a parameter stays a parameter
+        for own in tables:
             for name, tensor in own.items():
                 if tensor is None:
                     continue
                 if not isinstance(tensor, Weightless) and (
                     tensor.requires_grad or not isinstance(tensor, nn.Parameter)
                 ):
-                    tensor = own[name] = weightless(tensor)  # type: ignore[assignment]
-                held[id(tensor)] = tensor
-    return list(held.values())
+                    tensor = own[name] = weightless(tensor)
+                tensors[id(tensor)] = tensor
+    return list(tensors.values())

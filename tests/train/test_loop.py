@@ -374,7 +374,7 @@ def test_held_out_rows_longer_than_the_training_rows_may_be_are_left_out_and_cou
     held = tiny_lm.write_rows(tmp_path / "held.jsonl", [*tiny_lm.rows(4), {"prompt": "p" * 40, "completion": "c" * 40}])
     job = set_up(make_config(validation=str(held)))
     assert len(job.held_out) == 4
-    assert job.data.notes == {f"of {held} are longer than 48 tokens and are not judged": 1}
+    assert job.data.notes == {f"of {held} are longer than 48 tokens and are not evaluated": 1}
 
 
 def test_a_length_limit_above_the_models_positions_is_no_error_if_no_row_is_that_long(make_config):
