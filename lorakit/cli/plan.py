@@ -158,7 +158,7 @@ def _plan(
         )
         console.print(grid(fitting, MOST_ROWS))
     print(f"\n{_time(flops, seconds)}")
-    print("* an estimate: lorakit does not train on a 4-bit base yet")
+    print("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
     print(_next(settings, config, flags, chosen.total <= memory if memory else True))
 
 

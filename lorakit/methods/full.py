@@ -8,7 +8,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..config import Choice, RunSettings, Strict
-from ..errors import StateError
+from ..errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,17 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
-    """Do nothing: the base's own weights are trained."""
+    """Do nothing: the base's own weights are trained. Raises ConfigError if some of them are quantized."""
+    from ..layers.bases import base_of, quantized
+
+    packed = quantized(model)
+    if packed:
+        name, module = next(iter(packed.items()))
+        raise ConfigError(
+            f"method: full trains all weights, and {len(packed)} of this base are quantized, such as that of '{name}' "
+            f"({base_of(module).quantization})\n"
+            "  load the unquantized base, or use method: lora"
+        )
 
 
 def activate(model: Any, name: str) -> None:

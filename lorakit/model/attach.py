@@ -15,6 +15,7 @@ from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, StateError
 from ..layers import fastpath, saved
+from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
@@ -28,6 +29,7 @@ from .state import (
     State,
     architecture_of,
     base_parameters,
+    base_weights,
     check_new_name,
     check_not_routed,
     layer_at,
@@ -68,6 +70,8 @@ def attach(
         )
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
+    for module_name, module in quantized(model).items():
+        base_of(module).check(module, module_name)
     plan = _fresh(model, adapter) if isinstance(adapter, LoraConfig) else _loaded(model, adapter, strict, force)
     updates = _build(model, plan, child_name(name), trainable)
     # From here on nothing can fail.
@@ -108,7 +112,7 @@ class _Plan:
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     config = with_head(model, config)
     targets = find_targets(model, config)
-    metadata = {"fingerprint": fingerprint(dict(base_parameters(model)), architecture_of(model))}
+    metadata = {"fingerprint": fingerprint(base_weights(model), architecture_of(model))}
     return _Plan(config, metadata, targets.modules, fresh_saved(model, config, targets.modules), targets.skipped, None)
 
 
@@ -158,6 +162,8 @@ def _register(
     use_saved(model, state, None)
     _add_saved(model, name, plan.saved, trainable)
     fastpath.close(model)
+    for module in quantized(model).values():
+        base_of(module).prepare(module)
     fused.adopt(model)
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import StateError
 from ..layers import fastpath, saved
+from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import COUNT, child_name, remove_update
 from ..layers.swap import release
@@ -58,6 +59,8 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     else:
         fused.release(model)
         attention.leave(model)
+        for module in quantized(model).values():
+            base_of(module).restore(module)
     return model
 
 

@@ -11,8 +11,9 @@ from ..adapter.fingerprint import differences
 from ..adapter.update import Update
 from ..config import LoraConfig, variants
 from ..errors import AdapterError, TargetError, did_you_mean, listing
+from ..layers.bases import quantized
 from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
-from .state import architecture_of, base_parameters, is_adapter_key
+from .state import architecture_of, base_parameters, base_weights, is_adapter_key
 
 
 def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -88,6 +89,12 @@ def saved_for(model: nn.Module, adapter: Adapter, strict: bool, skipped: dict[st
             "  is the adapter for another model? strict=False attaches the rest and lists these"
         )
     skipped |= dict.fromkeys(missing, "no such parameter in this model")
+    packed = [m for m in quantized(model) if f"{m}.weight" in adapter.saved]
+    if packed:
+        raise AdapterError(
+            f"the adapter has a full weight for '{packed[0]}', which this base holds quantized\n"
+            "  attach it to the unquantized base, or load this one with that module left unquantized"
+        )
     for n, value in adapter.saved.items():
         if n in own and own[n].shape != value.shape:
             raise AdapterError(
@@ -107,6 +114,11 @@ def fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.M
         own = {f"{name}.{n}": p for n, p in base_parameters(module)}
         if not own:
             raise TargetError(f"'{name}' has no parameters to train (LoraConfig.save_modules)")
+        if quantized(module):
+            raise TargetError(
+                f"'{name}' is quantized, and quantized weights cannot be trained (LoraConfig.save_modules)\n"
+                "  load the base with that module left unquantized, or adapt it: LoraConfig.targets"
+            )
         buffers = [n for n, _ in module.named_buffers() if n in module.state_dict() and not is_adapter_key(n)]
         if buffers:
             raise TargetError(
@@ -139,7 +151,7 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
                 **expected,
                 "samples": {n: row for n, row in expected["samples"].items() if n not in adapter.saved},
             }
-        lines = differences(expected, dict(base_parameters(model)), architecture_of(model))
+        lines = differences(expected, base_weights(model), architecture_of(model))
         if lines:
             raise AdapterError(
                 "the adapter was trained on another base:\n  "

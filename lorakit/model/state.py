@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from ..adapter.fingerprint import Weight
 from ..config import LoraConfig
 from ..errors import StateError, did_you_mean, listing
 from ..layers import saved
+from ..layers.bases import fingerprinted, quantized
 from ..layers.batched.routes import Routes, Routing
 from ..layers.fused import attention
 from ..layers.layer import LoraLayer, child_name, mixin_and_base
@@ -128,6 +130,16 @@ def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tupl
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{module_name}.{name}" if module_name else name, own.get(name, parameter)
+
+
+def base_weights(model: nn.Module) -> dict[str, Weight]:
+    """The same as the base's fingerprint takes them: a quantized weight as the one that was quantized."""
+    weights: dict[str, Weight] = dict(base_parameters(model))
+    once: dict[int, Weight] = {}  # a weight that is shared stays one
+    for name, module in quantized(model).items():
+        full = f"{name}.weight" if name else "weight"
+        weights[full] = once.setdefault(id(weights[full]), fingerprinted(module))
+    return weights
 
 
 def is_adapter_key(key: str) -> bool:

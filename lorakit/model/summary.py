@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import saved
+from ..layers.bases import base_of, elements, quantized
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
@@ -66,17 +68,23 @@ def summary(model: nn.Module) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            rows.append(Row(name, m, _shape(layer.weight), child.rank, sum(p.numel() for p in child.parameters())))
+            rows.append(
+                Row(
+                    name, m, _shape(base_of(layer).shape(layer)), child.rank, sum(p.numel() for p in child.parameters())
+                )
+            )
         for full in attached.saved:
             module, _, last = full.rpartition(".")
             holder = saved.saved_of(model.get_submodule(module))
             assert holder is not None
             parameter = holder.get(name)[last]
-            rows.append(Row(name, full, _shape(parameter), None, parameter.numel()))
-    every = {id(p): p for p in model.parameters()}.values()
-    trainable = sum(p.numel() for p in every if p.requires_grad)
-    return Summary(trainable, sum(p.numel() for p in every), rows, dict(state.active), skipped, fused.report(model))
+            rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
+    every = {id(p): p for p in model.parameters()}
+    packed = {id(m._parameters["weight"]): elements(m) for m in quantized(model).values()}
+    trainable = sum(p.numel() for p in every.values() if p.requires_grad)
+    total = sum(packed.get(key, p.numel()) for key, p in every.items())
+    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model))
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(str(size) for size in tensor.shape)
+def _shape(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ..bases.load import load_config
+from ..bases.load import is_four_bit, load_config
 from ..config import Choice
 from ..errors import TrainError
 from ..methods import method_of
@@ -92,6 +92,8 @@ def check(
         planner = planner_for(
             config, dtype, device, share=share, held=resident() or None, validation=min(held_out, config.batch_size)
         )
+        if is_four_bit(planner.shell.model.config):
+            planner = planner.four_bit()
         accumulating = at_once < math.ceil(config.batch_size / processes)
         estimate = planner.estimate(at_once, ordered[0].size, accumulating)
     except PlanError as error:

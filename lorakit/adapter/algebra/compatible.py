@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import AdapterError, listing
 from ..adapter import Adapter
 from ..checks import wide
+from ..fingerprint import alike
 
 Saved = Literal["equal", "mean"]
 
@@ -90,14 +91,10 @@ def _unlike(first: Any, second: Any) -> list[str]:
         return [*lines, "a fingerprint is damaged"]
     for name in ours.keys() & theirs.keys():
         try:
-            a, b = (torch.tensor(numbers[name], dtype=torch.float64).flatten() for numbers in (ours, theirs))
-        except (TypeError, ValueError):
+            same = alike(first, second, name)
+        except (TypeError, ValueError, AttributeError):
             return [*lines, "a fingerprint is damaged"]
-        # As loose as the fingerprint's own comparison with a model: the same base in another precision is the same
-        # base.
-        if a.shape != b.shape or not torch.allclose(
-            a, b, rtol=0.02, atol=1e-4 + 0.01 * float(a.abs().max()) if a.numel() else 0
-        ):
+        if not same:
             lines.append(f"weights: {name} holds other values")
     return lines
 

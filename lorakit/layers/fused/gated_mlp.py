@@ -73,14 +73,20 @@ def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], flo
         return None
     if any(child is None or not _does_nothing(child) or is_hooked(child) for child in idle):
         return None
-    modules = [children.get(name) for name in roles.linears]
-    found = [None if m is None or is_hooked(m) else projection_of(m, x) for m in modules]
-    if any(f is None for f in found):
-        return None
-    dropouts = {dropout for projection, dropout in found if projection.A is not None}  # type: ignore[misc]
+    projections: list[Projection] = []
+    dropouts: set[float] = set()
+    for name in roles.linears:
+        module = children.get(name)
+        found = None if module is None or is_hooked(module) else projection_of(module, x)
+        if found is None:
+            return None
+        projection, dropout = found
+        projections.append(projection)
+        if projection.A is not None:
+            dropouts.add(dropout)
     if len(dropouts) != 1:
         return None
-    return ACTIVATIONS[roles.function], [projection for projection, _ in found], dropouts.pop()  # type: ignore[misc]
+    return ACTIVATIONS[roles.function], projections, dropouts.pop()
 
 
 def match(module: nn.Module) -> Roles | str | None:
@@ -146,7 +152,7 @@ def _function_of(child: nn.Module) -> str | None:
     """Which of the activations a child without parameters computes, to the bit."""
     made = twin(child, {}, {})
     for name, act in ACTIVATIONS.items():
-        if misfit(made, lambda x, act=act: act.forward(x), (64,), torch.float32, 0.0, 1e-5) is None:  # type: ignore[misc]
+        if misfit(made, act.forward, (64,), torch.float32, 0.0, 1e-5) is None:
             return name
     return None
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import TrainError
-from ...layers.frozen import is_frozen_linear, is_hooked
+from ...layers.frozen import frozen_linear, is_hooked
 from ...ops import IGNORE_INDEX
 from ...ops.fused.cross_entropy import linear_cross_entropy
 from ...ops.linear import needs_plain
@@ -113,7 +113,7 @@ class SelectPositions:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = self.hidden = args[0][self.selected]  # [N, width]
-        self.fused = self.fused and is_frozen_linear(layer, hidden)
+        self.fused = self.fused and frozen_linear(layer, hidden) is not None
         if not self.fused and self.at_once:
             return hidden, *args[1:]
         return hidden[:1, None], *args[1:]  # [1, 1, width]: three axes mark that these are not all the logits
