@@ -20,7 +20,7 @@ from lorakit import formats
 from lorakit.adapter.loha import Hadamard
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.share import card_of, ours, write
-from lorakit.share.words import MAX_CHARACTERS, cell, code, line, plain
+from lorakit.share.markdown import MAX_CHARACTERS, cell, code, line, plain
 
 EVIL = [
     "a\n---\nlicense: mit\n---\n# owned",
