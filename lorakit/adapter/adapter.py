@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from .lora import Factors
+from .lora import Factors, factors_of
 from .update import Update
 
 
@@ -54,13 +54,10 @@ class Adapter:
 
     @cached_property
     def factors(self) -> Mapping[str, Factors]:
-        """A view of the updates that are low-rank factors, for formats that hold no others."""
-        return {m: u for m, u in self.updates.items() if isinstance(u, Factors)}
-
-    @cached_property
-    def others(self) -> Mapping[str, Update]:
-        """A view of the updates that are no low-rank factors (`resize` makes such of them)."""
-        return {m: u for m, u in self.updates.items() if not isinstance(u, Factors)}
+        """module -> the low-rank factors of its update (`Update.factors`): of a LoRA and of a DoRA. To read, not to
+        write back: a DoRA is more than its factors.
+        """
+        return factors_of(self.updates)
 
     @property
     def rank(self) -> int:

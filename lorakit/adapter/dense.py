@@ -34,6 +34,12 @@ class Dense(Update):
         return 1.0
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        if self.weight is None:
+            return (self.bias.shape[0] if self.bias is not None else 0), 1
+        return super().sizes
+
+    @property
     def is_matrix(self) -> bool:
         return self.weight is not None and self.weight.dim() > 1
 
@@ -67,6 +73,9 @@ class Dense(Update):
         full = wide(self.weight) if self.weight is not None else torch.zeros(1, 1)
         full = full.flatten(1) if full.dim() > 1 else full[:, None]
         return full.T if transposed else full
+
+    def output_tensors(self) -> dict[str, Tensor]:
+        return self.tensors()
 
     def form(self, module: str) -> Form:
         if not self.is_matrix:

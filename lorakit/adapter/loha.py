@@ -90,6 +90,9 @@ class Hadamard(Update):
     def form(self, module: str) -> Form:
         return Form.of_shape(self.weight_shape())
 
+    def output_tensors(self) -> dict[str, Tensor] | None:
+        return None if self.t1 is not None else {"w1a": self.w1a, "w2a": self.w2a}
+
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:

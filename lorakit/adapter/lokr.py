@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from .algebra.svd import Svd, matrix_svd, needed, product_svd
 from .checks import check_alpha, check_tensors, multiplied, wide
-from .lora import Form
+from .lora import Factors, Form
 from .tucker import factors_of, size_of, wide_product
 from .update import LowRank, Read, Rows, Update
 
@@ -113,6 +113,18 @@ class Kronecker(Update):
 
     def form(self, module: str) -> Form:
         return Form.of_shape(self.weight_shape())
+
+    def output_tensors(self) -> dict[str, Tensor]:
+        """One row of W1 stands for the o2 outputs of W2."""
+        return {name: t for name, t in (("w1", self.w1), ("w1a", self.w1a)) if t is not None}
+
+    def as_factors(self) -> Factors | None:
+        """W1 ⊗ (W2a W2b) = (W1 ⊗ W2a) (I ⊗ W2b), of rank i1 · r; None if W2 is no product of two matrices."""
+        if self.w2a is None or self.w2b is None or self.t2 is not None:
+            return None
+        first = _whole(self._first)
+        A = torch.kron(torch.eye(first.shape[1], dtype=first.dtype), wide(self.w2b))
+        return Factors(A, torch.kron(first, wide(self.w2a)), self.scale * A.shape[0])
 
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None

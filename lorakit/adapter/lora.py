@@ -4,12 +4,12 @@ linear     A [r, in]          B [out, r]              (a packed projection: r = 
 embedding  A [r, vocab]       B [dim, r]
 conv       A [r, in/g, *k]    B [out, r, 1...]        (or PEFT's grouped form: A [r, in, *k], B [out, r/g, 1...])
 
-A DoRA (Liu et al. 2024) has a magnitude too, for W' = magnitude · (W + s · B A) / ‖W + s · B A‖: [out, 1] with the norm
-of each output's row, or [1, in] with that of each input's column.
+A DoRA is built on such factors: see `dora`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,8 +21,7 @@ from ..errors import AdapterError
 from ..ops.delta import as_matrices, delta, delta_rows
 from .algebra.svd import Svd, product_svd
 from .checks import check_alpha, check_tensors
-from .dora import dora_rows
-from .update import LowRank, Read, Rows, Update, as_matrix_shape, halves_swapped
+from .update import LowRank, Read, Rows, Update, as_matrix_shape
 
 Kind = Literal["linear", "embedding", "conv"]
 
@@ -71,11 +70,10 @@ class Factors(Update):
     groups: int = 1  # of a convolution
     # the adapted parts of a packed projection; alpha / rank are those of one part
     parts: tuple[bool, ...] | None = None
-    magnitude: Tensor | None = None  # DoRA's
 
     @property
     def variant(self) -> str:
-        return "lora" if self.magnitude is None else "dora"
+        return "lora"
 
     @property
     def rank(self) -> int:
@@ -95,14 +93,21 @@ class Factors(Update):
     def parameters(self) -> int:
         """How many elements it holds; not the zeros of a packed B outside its blocks."""
         held = self.B.numel() // (len(self.parts) if self.parts else 1)  # n blocks [out / parts, r] of [out, n·r]
-        return self.A.numel() + held + (self.magnitude.numel() if self.magnitude is not None else 0)
+        return self.A.numel() + held
 
     @property
-    def needs_base(self) -> bool:
-        return self.magnitude is not None
+    def sizes(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def factors(self) -> Factors:
+        return self
+
+    def map_factors(self, change: Callable[[Factors], Factors]) -> Factors:
+        return change(self)
 
     def check(self, module: str) -> None:
-        """Shapes, ranks, dtypes, NaN."""
+        """Shapes, ranks, dtypes, alpha; no NaN or infinity."""
 
         def wrong(what: str) -> AdapterError:
             return AdapterError(f"adapter factors of '{module}': {what}")
@@ -119,12 +124,6 @@ class Factors(Update):
             )
         if self.kind != "conv" and not (self.A.dim() == self.B.dim() == 2):
             raise wrong(f"A {list(self.A.shape)} and B {list(self.B.shape)} should be matrices")
-        if self.magnitude is not None:
-            sizes = [self.B.shape[0], 1], [1, self.A.flatten(1).shape[1]]
-            if list(self.magnitude.shape) not in sizes:
-                raise wrong(
-                    f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {sizes[0]} or {sizes[1]}"
-                )
 
     def unmergeable(self) -> str | None:
         if self.A.shape[0] == self.B.shape[1]:
@@ -135,16 +134,8 @@ class Factors(Update):
             "  keep this adapter unmerged"
         )
 
-    def is_zero(self) -> bool:
-        """A DoRA's magnitude may change the weight with factors of zero."""
-        return self.magnitude is None and super().is_zero()
-
     def times(self, weight: float, module: str) -> Factors:
         """The strength in alpha, so that no element changes; the sign in B."""
-        if self.magnitude is not None:
-            raise AdapterError(
-                f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead"
-            )
         if not weight:
             return replace(self, B=torch.zeros_like(self.B))
         return replace(self, B=self.B if weight > 0 else -self.B, alpha=self.alpha * abs(weight))
@@ -158,11 +149,8 @@ class Factors(Update):
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """ΔW in float32, in the weight's own layout: [out, in], [in, out] if transposed, [vocab, dim], [out, in/g, *k].
 
-        AdapterError for PEFT's grouped convolution factors that no change of the weight can express, and for DoRA,
-        whose ΔW depends on the weight.
+        AdapterError for PEFT's grouped convolution factors that no change of the weight can express.
         """
-        if self.magnitude is not None:
-            raise AdapterError("the change that a DoRA makes depends on the base's weight: it has no ΔW of its own")
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"a grouped convolution's A {list(self.A.shape)} reads across the {self.groups} groups: no change of "
@@ -176,12 +164,7 @@ class Factors(Update):
         A, B = as_matrices(self.A, self.B)
         return (B * self.scale) @ A
 
-    def without_base(self) -> Factors:
-        return self if self.magnitude is None else replace(self, magnitude=None)
-
-    def low_rank(self) -> LowRank | None:
-        if self.magnitude is not None:
-            return None
+    def low_rank(self) -> LowRank:
         A, B = self.A.detach().double().flatten(1), self.B.detach().double().flatten(1)
         if A.shape[0] != B.shape[1]:  # PEFT's grouped convolution: each group of outputs reads its own rows of A
             B = torch.block_diag(*B.chunk(self.groups))
@@ -202,13 +185,6 @@ class Factors(Update):
         ]
 
     def form(self, module: str) -> Form:
-        if self.magnitude is not None:
-            raise AdapterError(
-                f"'{module}' is a DoRA: its change depends on the base's weight, so it cannot be added or cut by "
-                "itself\n"
-                "  merge it into its base first, and extract the change from the result: lorakit merge, then lorakit "
-                "extract"
-            )
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"'{module}' is a grouped convolution in PEFT's form, whose A {list(self.A.shape)} reads across the "
@@ -238,13 +214,18 @@ class Factors(Update):
         A, B = as_matrices(self.A, self.B)
         scale = self.scale * weight
 
-        def low(rows: slice, _: Tensor) -> Tensor:
-            return delta_rows(A, B, scale, rows, transposed)
+        return lambda rows, _: delta_rows(A, B, scale, rows, transposed)
 
-        return low if self.magnitude is None else dora_rows(low, self.magnitude, transposed, read)
+    def output_tensors(self) -> dict[str, Tensor]:
+        return {"B": self.B}
 
-    def halves_swapped(self) -> Factors:
-        magnitude = self.magnitude
-        if magnitude is not None and magnitude.shape[0] > 1:
-            magnitude = halves_swapped(magnitude)
-        return replace(self, B=halves_swapped(self.B), magnitude=magnitude)
+    def as_factors(self) -> Factors:
+        return self
+
+
+def factors_of(updates: Mapping[str, Update]) -> dict[str, Factors]:
+    """module -> the low-rank factors that its update is built on (`Update.factors`), of those that are built on such.
+
+    For reading only: a DoRA is more than its factors.
+    """
+    return {module: f for module, update in updates.items() if (f := update.factors) is not None}

@@ -1,17 +1,17 @@
 """What every kind of update answers: how the weight of one module is changed, as a value.
 
     LoRA    ΔW = s · B A                                    lora.py
-    DoRA    ΔW = m (W + s · B A) / ‖W + s · B A‖ - W        lora.py, with a magnitude; the equation is in dora.py
+    DoRA    ΔW = m (W + D) / ‖W + D‖ - W                    dora.py; D = s · B A: the update that it is built on
     LoHa    ΔW = s · (W1a W1b) ∘ (W2a W2b)                  loha.py
     LoKr    ΔW = s · W1 ⊗ W2                                lokr.py
-    whole   ΔW itself                                       dense.py
+    dense   ΔW itself                                       dense.py
 
-A kind is a frozen dataclass of tensors and numbers in a file of its own. What is written out here is the same for all
-of them.
+A kind is a frozen dataclass of tensors and numbers in a file of its own. The methods implemented in this file are the
+same for all kinds, unless a kind overrides them.
 
 A weight is stored as [out, in·k...], or transposed as [in, out] (transformers' Conv1D, embeddings). `rows` is the one
-place where a kind says what its ΔW is for some rows of the stored weight: merging live, merging files and analysis all
-ask it.
+method that computes ΔW for some rows of the stored weight: live merge, checkpoint merge, analysis and export all use
+it. What a file format needs of a kind is in `factors`, `tensors` and `output_tensors`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from .algebra.svd import Svd, matrix_svd, product_svd
 
 if TYPE_CHECKING:
-    from .lora import Form
+    from .lora import Factors, Form
 
 Rows = Callable[[slice, Tensor], Tensor]  # (rows, W[rows]) -> ΔW[rows], both [rows, -1]; float32, or float64
 Read = Callable[[], Iterable[tuple[slice, Tensor]]]  # the stored weight once more, block by block
@@ -88,6 +88,12 @@ class Update(ABC):
     def changes_bias(self) -> bool:
         return False
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(out, in) of the module, a convolution's in without its kernel; in is 1 for a norm or a bias."""
+        out, inner = (*self.weight_shape(), 1)[:2]
+        return out, inner
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by the names of their fields."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -96,6 +102,15 @@ class Update(ABC):
         """The same update with `change(name, tensor)` in place of each tensor."""
         changed: dict[str, Any] = {name: change(name, t) for name, t in self.tensors().items()}
         return replace(self, **changed)
+
+    @property
+    def factors(self) -> Factors | None:
+        """The low-rank factors A and B that it is built on: a LoRA itself, a DoRA's; None for other kinds."""
+        return None
+
+    def map_factors(self, change: Callable[[Factors], Factors]) -> Update:
+        """The same update with `change(factors)` in place of its low-rank factors; itself if it has none."""
+        return self
 
     @abstractmethod
     def check(self, module: str) -> None:
@@ -178,11 +193,36 @@ class Update(ABC):
         first block.
         """
 
+    # Some outputs of a module: the parts of a fused projection, the shift and scale of an adaptive norm
+
+    def output_tensors(self) -> dict[str, Tensor] | None:
+        """The tensors whose first axis runs over the outputs, or over blocks of outputs (LoKr); all outputs share the
+        other tensors. None if no tensor has the outputs first (a kernel in Tucker form).
+        """
+        return None
+
+    @property
+    def output_block(self) -> int:
+        """How many outputs one row of `output_tensors` stands for, at most: outputs are cut at multiples of it."""
+        return max((self.sizes[0] // t.shape[0] for t in (self.output_tensors() or {}).values()), default=1)
+
+    @property
+    def outputs_independent(self) -> bool:
+        """Whether the ΔW of some outputs depends on no other outputs of W."""
+        return True
+
+    def as_factors(self) -> Factors | None:
+        """Low-rank factors with exactly this ΔW, whose outputs can be cut anywhere; None if the kind has none."""
+        return None
+
     def halves_swapped(self) -> Update:
         """The same update of a weight whose rows' second half comes first."""
         from .dense import Dense
 
-        return Dense(halves_swapped(self.delta()))
+        outputs = self.output_tensors()
+        if outputs is None or (self.sizes[0] // 2) % self.output_block:
+            return Dense(halves_swapped(self.delta()))
+        return self.map(lambda name, t: halves_swapped(t) if name in outputs else t)
 
 
 def halves_swapped(rows: Tensor) -> Tensor:

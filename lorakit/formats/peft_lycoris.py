@@ -86,14 +86,13 @@ def updates(
             raise AdapterError(
                 f"{where}: '{module}' has {', '.join(found)}; {kind} needs {', '.join(lacking) or 'no ' + extra[0]}"
             )
-        alpha = config.alpha_of(module)
-        made[module] = Hadamard(alpha=alpha, **found) if kind == "LOHA" else _kronecker(module, found, config)  # type: ignore[arg-type]
+        made[module] = _hadamard(module, found, config) if kind == "LOHA" else _kronecker(module, found, config)
     return made, saved
 
 
 def is_loha(adapter: Adapter) -> bool:
     """Whether all updates are LoHa: a file of PEFT holds one kind."""
-    return bool(adapter.updates) and all(isinstance(u, Hadamard) for u in adapter.updates.values())
+    return {u.variant for u in adapter.updates.values()} == {"loha"}
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -137,8 +136,14 @@ def to_loha(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 _LOKR = ("w1", "w1a", "w1b", "w2", "w2a", "w2b", "t2")
 
 
+def _hadamard(module: str, found: dict[str, Tensor], config: LoraConfig) -> Hadamard:
+    fields: dict[str, Any] = {"alpha": config.alpha_of(module), **found}
+    return Hadamard(**fields)
+
+
 def _kronecker(module: str, found: dict[str, Tensor], config: LoraConfig) -> Kronecker:
     alpha = config.alpha_of(module)
     if "w1" in found and "w2" in found:
         found = found | {"w1": folded(found["w1"], alpha / config.rank_of(module))}
-    return Kronecker(alpha=alpha, **found)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"alpha": alpha, **found}
+    return Kronecker(**fields)

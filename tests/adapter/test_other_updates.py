@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lokr import Kronecker
 from lorakit.errors import AdapterError
@@ -155,14 +156,14 @@ def test_models_and_checkpoints_do_not_take_them_in_silence(tmp_path):
     adapter = lk.Adapter(lk.LoraConfig(), {"lin0": Kronecker(1.0, **WHOLE)})
     with pytest.raises(AdapterError, match=r"Kronecker update.*\n.*resize"):
         lk.attach(model, adapter)
-    dora = lk.Factors(torch.ones(1, 10), torch.ones(20, 1), 1.0, magnitude=torch.ones(20, 1))
+    dora = Dora(lk.Factors(torch.ones(1, 10), torch.ones(20, 1), 1.0), torch.ones(20, 1))
     with pytest.raises(AdapterError, match="DoRA"):
         lk.attach(model, lk.Adapter(lk.LoraConfig(), {"lin0": dora}))
 
 
 @pytest.mark.parametrize("shape, fine", [((5, 1), True), ((1, 6), True), ((5,), False), ((6, 1), False)])
 def test_a_doras_magnitude_has_a_number_for_each_output_or_each_input(shape, fine):
-    f = lk.Factors(randn(2, 6), randn(5, 2), 2.0, magnitude=torch.ones(shape))
+    f = Dora(lk.Factors(randn(2, 6), randn(5, 2), 2.0), torch.ones(shape))
     if fine:
         f.check("m")
         with pytest.raises(AdapterError, match="depends on the base"):

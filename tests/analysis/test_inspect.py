@@ -13,6 +13,7 @@ import torch
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lora import Factors
 from lorakit.analysis.inspect import describe_adapter, describe_model, is_model, norm
@@ -188,7 +189,7 @@ def test_effective_rank_and_dead_modules_of_every_kind():
             "even": even,
             "one": one,
             "dead": replace(even, B=B * 0),
-            "dora": replace(even, B=B * 0, magnitude=torch.ones(6, 1)),
+            "dora": Dora(replace(even, B=B * 0), torch.ones(6, 1)),
             "loha": loha,
             "bias": bias,
             "dead too": Dense(torch.zeros(4, 4)),

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lokr import Kronecker
 from lorakit.adapter.lora import Factors
@@ -200,12 +201,10 @@ def low_rank(weights: dict[str, Tensor], dora: bool = False, seed: int = 1) -> l
         ones = (1,) * (weight.dim() - 2)
         A = torch.randn(rank, *weight.shape[1:], generator=made)
         B = SIZE * torch.randn(weight.shape[0], rank, *ones, generator=made)
-        magnitude = (
-            weight.float().flatten(1).norm(dim=1)[:, None] * (torch.rand(weight.shape[0], 1, generator=made) + 0.5)
-            if dora
-            else None
-        )
-        factors[name] = Factors(A, B, alpha, "conv" if ones else "linear", magnitude=magnitude)
+        factors[name] = f = Factors(A, B, alpha, "conv" if ones else "linear")
+        if dora:
+            norm = weight.float().flatten(1).norm(dim=1)[:, None]
+            factors[name] = Dora(f, norm * (torch.rand(weight.shape[0], 1, generator=made) + 0.5))
     return lk.Adapter(lk.LoraConfig(rank=4, alpha=4), factors)
 
 
@@ -242,10 +241,12 @@ def exact(update, weight: Tensor) -> Tensor:
         return (update.alpha / 2 * first * second).reshape(W.shape)
     if isinstance(update, Kronecker):
         return torch.kron(update.w1.double(), update.w2.double().flatten(1)).reshape(W.shape)
-    low = update.alpha / update.rank * torch.einsum("or,r...->o...", update.B.double().flatten(1), update.A.double())
-    low = low.reshape(W.shape)
-    if update.magnitude is None:
-        return low
+    if not isinstance(update, Dora):
+        low = (
+            update.alpha / update.rank * torch.einsum("or,r...->o...", update.B.double().flatten(1), update.A.double())
+        )
+        return low.reshape(W.shape)
+    low = exact(update.inner, weight)
     norm = (W + low).flatten(1).norm(dim=1)
     return (update.magnitude.double().flatten() / norm).reshape(-1, *(1,) * (W.dim() - 1)) * (W + low) - W
 

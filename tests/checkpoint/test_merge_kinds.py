@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lokr import Kronecker
 from lorakit.adapter.lora import Factors
@@ -90,10 +91,11 @@ def test_a_dora_of_gpt2_keeps_its_outputs_in_the_stored_columns(tmp_path):
 
 def test_a_magnitude_of_each_input_is_the_norm_of_each_column(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
-    f = Factors(random(2, 10), random(20, 2), 4, magnitude=random(1, 10).abs() + 0.5)
-    merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": f}), tmp_path / "out")
+    f = Factors(random(2, 10), random(20, 2), 4)
+    magnitude = random(1, 10).abs() + 0.5
+    merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": Dora(f, magnitude)}), tmp_path / "out")
     W = load_file(base / "model.safetensors")["lin0.weight"].double() + 2 * f.B.double() @ f.A.double()
-    expected = W * (f.magnitude.double() / W.norm(dim=0, keepdim=True))
+    expected = W * (magnitude.double() / W.norm(dim=0, keepdim=True))
     torch.testing.assert_close(
         load_file(tmp_path / "out" / "model.safetensors")["lin0.weight"].double(), expected, atol=1e-6, rtol=0
     )
@@ -162,7 +164,7 @@ def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
 def test_a_dora_with_one_output_keeps_the_norm_of_its_row(tmp_path):
     torch.manual_seed(0)
     base = on_disk(nn.Sequential(nn.Linear(3, 1)), tmp_path / "base")
-    f = Factors(random(1, 3), random(1, 1), 1.0, magnitude=torch.tensor([[2.0]]))
+    f = Dora(Factors(random(1, 3), random(1, 1), 1.0), torch.tensor([[2.0]]))
     merge_checkpoint(base, lk.Adapter(CONFIG, {"0": f}), tmp_path / "out")
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["0.weight"].norm(), torch.tensor(2.0))
 
@@ -174,9 +176,8 @@ def test_a_row_of_zeros_stays_one_under_dora(tmp_path):
     base = on_disk(model, tmp_path / "base")
     B = random(20, 2)
     B[3] = 0
-    merge_checkpoint(
-        base, lk.Adapter(CONFIG, {"lin0": Factors(random(2, 10), B, 4, magnitude=torch.ones(20, 1))}), tmp_path / "out"
-    )
+    dora = Dora(Factors(random(2, 10), B, 4), torch.ones(20, 1))
+    merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": dora}), tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")["lin0.weight"]
     assert not written[3].any()
     torch.testing.assert_close(written[4].norm(), torch.tensor(1.0))

@@ -275,7 +275,7 @@ def test_any_tensors_under_known_keys_are_an_adapter_or_an_adapter_error(key, te
     try:
         adapter = kohya.read("file.safetensors", {f"{key}.{suffix}": tensor for suffix, tensor in tensors.items()}, {})
         for update in adapter.updates.values():
-            if getattr(update, "magnitude", None) is None and getattr(update, "weight", 0) is not None:
+            if update.changes_weight and not update.needs_base:
                 update.delta()
     except AdapterError as error:
         said = str(error)

@@ -212,7 +212,8 @@ def _cut(
     """An exact sum at a lower rank; a change of a vector as it is."""
     if not total.is_matrix:
         return total, _untouched(module, total)
-    if not isinstance(total, Factors):
+    factors = total.factors
+    if factors is None:
         _refuse_biases(module, pieces)
         form = common_form(module, pieces)
         W = total.matrix(form.across)
@@ -221,7 +222,7 @@ def _cut(
     count = max(min(rank or len(s.S), len(s.S) if keep is None else needed(s.S, s.total, keep)) for s in svds)
     if count >= total.rank:
         return total, _untouched(module, total)
-    made = compose(total.form(module), svds, max(count, 1), total.scale, dtype=total.A.dtype)
+    made = compose(total.form(module), svds, max(count, 1), total.scale, dtype=factors.A.dtype)
     return made, ModuleResize(module, total.rank, made.rank, *relative(total, made))
 
 

@@ -133,4 +133,4 @@ def _mean(what: str, name: str, versions: Sequence[tuple[float, Tensor]]) -> Ten
             f"{what} '{name}': the weights add up to {total:g}, so it has no weighted mean\n"
             "  give weights whose sum is positive"
         )
-    return sum((w / total) * wide(v) for w, v in versions).to(versions[0][1].dtype)  # type: ignore[union-attr]
+    return sum(((w / total) * wide(v) for w, v in versions), torch.zeros(())).to(versions[0][1].dtype)

@@ -8,6 +8,7 @@ With a LoHa, a LoKr or a whole ΔW among them, the sum is a whole ΔW. One alone
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -27,9 +28,9 @@ def exact_sum(module: str, pieces: Sequence[Piece]) -> Update:
     """The sum in the module's form; a whole update if one of several is no product of low-rank factors."""
     if len(pieces) == 1:
         return pieces[0][1].times(pieces[0][0], module)
-    factors = [(w, u) for w, u in pieces if isinstance(u, Factors)]
+    factors = [(w, f) for w, u in pieces if (f := u.factors) is not None]
     if len(factors) == len(pieces):
-        return concatenate(common_form(module, pieces), factors)
+        return concatenate(common_form(module, pieces), factors)  # which refuses a DoRA
     return Dense(_total([(w, u) for w, u in pieces if u.changes_weight], module), _biases(pieces, module))
 
 
@@ -59,29 +60,18 @@ def concatenate(form: Form, pieces: Sequence[tuple[float, Factors]]) -> Factors:
 def common_form(module: str, pieces: Sequence[Piece]) -> Form:
     """The form that all have. AdapterError if their weights are of different shapes or kinds."""
     forms = [u.form(module) for _, u in pieces]
-    factors = [(form, u) for form, (_, u) in zip(forms, pieces, strict=True) if isinstance(u, Factors)]
+    factors = [(form, f) for form, (_, u) in zip(forms, pieces, strict=True) if (f := u.factors) is not None]
     first = factors[0][0] if factors else forms[0]
-    sizes = {tuple(sorted((_outputs(u), _columns(form)))) for form, (_, u) in zip(forms, pieces, strict=True)}
-    kinds = {(form.kind, form.inner, form.groups, u.B.shape[0]) for form, u in factors}
+    sizes = {tuple(sorted((u.sizes[0], math.prod(form.inner)))) for form, (_, u) in zip(forms, pieces, strict=True)}
+    kinds = {(form.kind, form.inner, form.groups, f.B.shape[0]) for form, f in factors}
     if len(sizes) > 1 or len(kinds) > 1:
         told = "; ".join(
-            f"{form.kind}, {_outputs(u)} x {list(form.inner)}" for form, (_, u) in zip(forms, pieces, strict=True)
+            f"{form.kind}, {u.sizes[0]} x {list(form.inner)}" for form, (_, u) in zip(forms, pieces, strict=True)
         )
         raise AdapterError(f"'{module}' is of different shapes in the adapters ({told})\n  are they for the same base?")
     same_parts = len(factors) == len(pieces) and all(form.parts == first.parts for form, _ in factors)
     transposed = any(form.transposed for form, _ in factors)  # a format that cannot say so leaves it out
     return Form(first.kind, first.inner, first.axes, transposed, first.groups, first.parts if same_parts else None)
-
-
-def _outputs(update: Update) -> int:
-    return update.B.shape[0] if isinstance(update, Factors) else update.weight_shape()[0]
-
-
-def _columns(form: Form) -> int:
-    columns = 1
-    for size in form.inner:
-        columns *= size
-    return columns
 
 
 def _total(pieces: Sequence[Piece], module: str) -> Tensor | None:

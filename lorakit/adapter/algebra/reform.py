@@ -11,7 +11,7 @@ from typing import Any
 from ...config import LoraConfig, variants
 from ...module_names import matches
 from ..adapter import Adapter
-from ..lora import Factors
+from ..lora import Factors, factors_of
 from ..update import Update
 
 
@@ -19,14 +19,18 @@ def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any
     """`adapter` with these updates in place of its own, and a config that describes them. `changes`: other fields of
     it.
     """
-    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
-    # a config has one rule for all: the plain one can say every strength
-    if len({f.rslora for f in factors.values()}) > 1:
-        factors = {m: replace(f, alpha=f.scale * f.rank, rslora=False) if f.rslora else f for m, f in factors.items()}
-    config = describing(changes.pop("config", adapter.config), factors, list(updates))
+    # A config has one rule for all modules: alpha / rank can express every scale.
+    if len({f.rslora for f in factors_of(updates).values()}) > 1:
+        updates = {m: u.map_factors(_scaled_by_rank) for m, u in updates.items()}
+    config = describing(changes.pop("config", adapter.config), factors_of(updates), list(updates))
     kinds = {u.variant for u in updates.values()}
     variant = next(iter(kinds)) if len(kinds) == 1 and kinds <= set(variants()) else "lora"
-    return replace(adapter, config=config.replace(variant=variant), updates={**updates, **factors}, **changes)
+    return replace(adapter, config=config.replace(variant=variant), updates=dict(updates), **changes)
+
+
+def _scaled_by_rank(f: Factors) -> Factors:
+    """The same factors with a scale alpha / rank in place of rsLoRA's alpha / √rank."""
+    return replace(f, alpha=f.scale * f.rank, rslora=False) if f.rslora else f
 
 
 def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list[str]) -> LoraConfig:

@@ -22,7 +22,6 @@ import torch
 
 from ...errors import AdapterError, ConfigError
 from ..adapter import Adapter
-from ..lora import Factors
 from ..update import Update
 from .compose import compose, relative
 from .product import norm
@@ -108,7 +107,7 @@ def resize(
         threshold = _threshold(spectra, keep)
         # Where the last value told is still above the threshold, more of that module may have to stay, and less of the
         # others.
-        asked = {m for m in forms if isinstance(updates[m], Factors)}
+        asked = {m for m in forms if updates[m].factors is not None}
         while short := [m for m in forms if m not in asked and any(float(svd.S[-1]) > threshold for svd in spectra[m])]:
             spectra |= {m: updates[m].singular_values(rank) for m in short}
             asked |= set(short)
@@ -119,13 +118,13 @@ def resize(
             continue
         svds = spectra.pop(m, None) or update.singular_values(rank, ahead)
         wanted = max(_rank(svd, rank, keep, threshold) for svd in svds)
-        if isinstance(update, Factors) and wanted >= update.rank:
-            resized[m], after = update, update
+        f = update.factors
+        if f is not None and wanted >= f.rank:
+            after = f
         else:
-            scale, rslora = (update.scale, update.rslora) if isinstance(update, Factors) else (1.0, False)
-            after = resized[m] = compose(
-                forms[m], svds, wanted, scale, rslora, next(iter(update.tensors().values())).dtype
-            )
+            scale, rslora = (f.scale, f.rslora) if f is not None else (1.0, False)
+            after = compose(forms[m], svds, wanted, scale, rslora, next(iter(update.tensors().values())).dtype)
+        resized[m] = after
         error, size = relative(update, after) if after is not update else (0.0, norm(after))
         reports.append(ModuleResize(m, update.rank, after.rank, error, size))
         if on_module is not None:

@@ -10,6 +10,7 @@ from made_adapters import adapter, deltas, exact, factors, numbers
 
 import lorakit as lk
 from lorakit.adapter.algebra.edit import cast, negate, prune, rename, scale, select
+from lorakit.adapter.dora import Dora
 from lorakit.errors import AdapterError, ConfigError, TargetError
 
 
@@ -46,7 +47,7 @@ def test_what_cannot_be_scaled_says_so():
         0.5 * whole
     assert 1.0 * whole is whole
     with pytest.raises(AdapterError, match="'q' is a DoRA"):
-        scale(lk.Adapter(lk.LoraConfig(), {"q": replace(factors(), magnitude=torch.ones(12, 1))}), 2.0)
+        scale(lk.Adapter(lk.LoraConfig(), {"q": Dora(factors(), torch.ones(12, 1))}), 2.0)
     with pytest.raises(ConfigError, match="scaled by nan"):
         scale(adapter(), float("nan"))
     with pytest.raises(TypeError):

@@ -12,6 +12,7 @@ from lorakit.adapter.algebra.product import inner, matrix, norm
 from lorakit.adapter.algebra.spectrum import decompose, spectrum
 from lorakit.adapter.algebra.svd import random_svd
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Hadamard
 from lorakit.adapter.lokr import Kronecker
 from lorakit.adapter.lora import Factors
@@ -126,7 +127,7 @@ def test_directions_of_rounding_are_not_counted():
 
 def test_the_spectrum_of_a_dora_is_that_of_its_low_rank_part():
     f = KINDS["linear"]
-    dora = Factors(f.A, f.B, f.alpha, magnitude=torch.ones(15, 1))
+    dora = Dora(f, torch.ones(15, 1))
     torch.testing.assert_close(spectrum(dora).S, spectrum(f).S)
 
 
