@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lorakit.data.parse import Row
-from lorakit.data.render import Rendered, TokenizerBehaviour, TrainOn, render
-from lorakit.data.shapes import read_examples
-from lorakit.data.templates import Style, Template, style_for
+from lorakit.data.render import EACH_ANSWER, Rendered, Renderer, TrainOn, Turns
+from lorakit.data.shapes import Example, read_examples
+from lorakit.data.templates import ChatOptions, Style, Template, style_for
 from lorakit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ LARGEST_MODEL_MAX_LENGTH = 10_000_000
 class Item:
     """A row ready to train on: token ids, the loss mask `trained`, and the row they came from.
 
-    prompt: number of ids before the first answer; None means the untrained ids at the start.
+    prompt: number of ids before the first answer; None means the untrained ids at the start. opening: the first prompt
+    of a conversation that became several items.
     """
 
     ids: list[int]
     trained: list[bool]
     row: Row
     prompt: int | None = None
+    opening: tuple[int, ...] | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -70,9 +72,14 @@ class Item:
         return self.row.where
 
     @property
-    def group(self) -> tuple[int, ...]:
-        """Its prompt, or all of it where there is none: rows of one group are held out together."""
+    def question(self) -> tuple[int, ...]:
+        """Its prompt, or all of it where there is none."""
         return tuple(self.ids[: self.prompt_length] or self.ids)
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Rows of one group are held out together: those of one prompt, and those of one conversation."""
+        return self.opening or self.question
 
     def digest(self) -> bytes:
         """Ids and mask."""
@@ -83,9 +90,10 @@ class Item:
 class Dataset:
     """The items to train on, and counts of what happened to the rows.
 
-    lengths: tokens of every row, before the limit. cut, dropped, split: rows over the limit, by what was done with
-    them. duplicates: rows equal to an earlier one. same_prompt: rows that share a prompt but not the completion.
-    notes: each note of `render` and the number of rows that have it.
+    lengths: tokens of every row, before the limit; a conversation may be several rows. cut, dropped, split: rows over
+    the limit, by what was done with them. duplicates: rows equal to an earlier one. same_prompt: rows that share a
+    prompt but not the completion. notes: what the user should know, and of how many of the data's rows. end_tokens:
+    those that end answers here but not yet the model's generation.
     """
 
     items: list[Item]
@@ -102,6 +110,7 @@ class Dataset:
     duplicates: int
     same_prompt: int
     notes: dict[str, int]
+    end_tokens: list[int] = field(default_factory=list)
 
 
 def build(
@@ -113,11 +122,15 @@ def build(
     train_on: TrainOn = "completion",
     max_length: int | Literal["auto"] = "auto",
     on_long: OnLong = "auto",
+    turns: Turns = "all",
+    options: ChatOptions | None = None,
+    ends: Sequence[int] = (),
 ) -> Dataset:
     """Render all rows and apply the length limit (`max_length`, in tokens).
 
-    columns: our column name -> the file's. Raises DataError, naming file and row, for a row that cannot be trained on,
-    and ConfigError for settings that do not fit the data.
+    columns: our column name -> the file's. options: what the chat template gets besides the conversation. ends: the ids
+    that end the model's generation, besides the tokenizer's end token. Raises DataError, naming file and row, for a row
+    that cannot be trained on, and ConfigError for settings that do not fit the data.
     """
     shape, examples = read_examples(rows, columns)
     is_text = shape == "text"
@@ -126,20 +139,21 @@ def build(
         raise ConfigError(
             f"on_long: split is for plain text; rows of shape {shape} would lose their prompts\n  use drop or cut"
         )
-    behaviour = TokenizerBehaviour.of(tokenizer)
-    examples_as_ids = [render(example, tokenizer, template, train_on, behaviour) for example in examples]
-    for row, rendered in zip(rows, examples_as_ids):
+    renderer = Renderer(tokenizer, template, train_on, turns, options, ends)
+    of_examples = [renderer.rows(example) for example in examples]
+    rendered_rows = [(example.row, rendered) for example, several in zip(examples, of_examples) for rendered in several]
+    for row, rendered in rendered_rows:
         # No context predicts the first id, so it has no loss even where the mask says trained.
         if not any(rendered.trained[1:]):
             raise DataError(
                 f"{row.where}: no trained tokens: the template or tokenizer wrote nothing for the answer "
                 f"({len(rendered.ids)} tokens in total)"
             )
-    lengths = [len(rendered.ids) for rendered in examples_as_ids]
+    lengths = [len(rendered.ids) for _, rendered in rendered_rows]
     limit, reason = length_limit(lengths, tokenizer, max_length, policy)
     items: list[Item] = []
     too_long = dropped = 0
-    for row, rendered in zip(rows, examples_as_ids):
+    for row, rendered in rendered_rows:
         chunks = _limited(rendered, row, limit, policy)
         items += chunks
         too_long += len(rendered.ids) > limit
@@ -150,8 +164,7 @@ def build(
             "tokens\n"
             "  raise max_length, or cut rows instead of dropping them (on_long: cut)"
         )
-    unlimited = [Item(r.ids, r.trained, row, r.prompt) for row, r in zip(rows, examples_as_ids)]
-    duplicates, same_prompt = _repeats(unlimited)
+    duplicates, same_prompt = _repeats([_item(rendered, row) for row, rendered in rendered_rows])
     return Dataset(
         items=items,
         shape=shape,
@@ -166,8 +179,24 @@ def build(
         split=too_long if policy == "split" else 0,
         duplicates=duplicates,
         same_prompt=same_prompt,
-        notes=dict(Counter(rendered.note for rendered in examples_as_ids if rendered.note)),
+        notes=_notes(rows, examples, of_examples),
+        end_tokens=renderer.written_ends(),
     )
+
+
+def _notes(rows: Sequence[Row], examples: Sequence[Example], of_examples: Sequence[list[Rendered]]) -> dict[str, int]:
+    """Count what happened to the data's rows, by note."""
+    notes = Counter(note for several in of_examples for note in several[0].notes)
+    if EACH_ANSWER in notes:
+        made = sum(len(several) for several in of_examples if len(several) > 1)
+        notes[f"{EACH_ANSWER} ({made:,} rows)"] = notes.pop(EACH_ANSWER)
+    unused = Counter(column for example in examples for column in example.unused)
+    if unused:
+        names = ", ".join(f"{column} ({count:,})" if len(unused) > 1 else column for column, count in unused.items())
+        notes[f"columns that are not used: {names}"] = sum(bool(example.unused) for example in examples)
+    if len(examples) < len(rows):
+        notes["weight 0, so they are left out"] = len(rows) - len(examples)
+    return dict(notes)
 
 
 def length_limit(
@@ -194,22 +223,26 @@ def length_limit(
 def _limited(rendered: Rendered, row: Row, limit: int, policy: str) -> list[Item]:
     """Return the items of one row: the row, its first `limit` tokens, its chunks, or none."""
     if len(rendered.ids) <= limit:
-        return [Item(rendered.ids, rendered.trained, row, rendered.prompt)]
+        return [_item(rendered, row)]
     if policy == "drop":
         return []
     chunks = []
     for start in range(0, len(rendered.ids), limit) if policy == "split" else [0]:
         inside = slice(start, start + limit)
         prompt = min(rendered.prompt, limit) if start == 0 else 0
-        chunks.append(Item(rendered.ids[inside], rendered.trained[inside], row, prompt))
+        chunks.append(Item(rendered.ids[inside], rendered.trained[inside], row, prompt, rendered.opening))
     return [chunk for chunk in chunks if any(chunk.trained[1:])]
+
+
+def _item(rendered: Rendered, row: Row) -> Item:
+    return Item(rendered.ids, rendered.trained, row, rendered.prompt, rendered.opening)
 
 
 def _repeats(items: Sequence[Item]) -> tuple[int, int]:
     """Count (rows equal to an earlier one, rows whose prompt occurs with another completion too)."""
     completions: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
     for item in items:
-        completions.setdefault(item.group, Counter())[tuple(item.ids)] += 1
+        completions.setdefault(item.question, Counter())[tuple(item.ids)] += 1
     duplicates = len(items) - sum(len(counts) for counts in completions.values())
     return duplicates, sum(counts.total() for counts in completions.values() if len(counts) > 1)
 

@@ -13,10 +13,10 @@ trained or not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lorakit.data import turns
+from lorakit.data import tool_calls, turns
 from lorakit.data.parse import Row
 from lorakit.data.turns import Message
 from lorakit.errors import DataError, did_you_mean, listing
@@ -24,14 +24,17 @@ from lorakit.errors import DataError, did_you_mean, listing
 PROMPTS = ("prompt", "question", "input")
 COMPLETIONS = ("completion", "response", "answer", "output")
 
+# What a conversation's chat template reads besides its turns. "functions" is OpenAI's older name for tools.
+CONTEXT = ("system", "tools", "functions", "documents", "chat_template_kwargs")
 # The columns each shape reads. The first shape that fits wins: alpaca files, for one, often have a `text` column too.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "system", "tools"),
-    "conversations": ("conversations", "system", "tools"),
-    "alpaca": ("instruction", "output", "input", "system", "history"),
-    "prompt/completion": (*PROMPTS, *COMPLETIONS, "references"),
+    "messages": ("messages", *CONTEXT),
+    "conversations": ("conversations", *CONTEXT),
+    "alpaca": ("instruction", "output", "input", "history", *CONTEXT),
+    "prompt/completion": (*PROMPTS, *COMPLETIONS, "references", *CONTEXT),
     "text": ("text",),
 }
+WEIGHT = "weight"  # of a row, in every shape
 
 ACCEPTED = """accepted shapes:
     prompt/completion   prompt (or question, input) and completion (or response, answer, output);
@@ -44,17 +47,23 @@ ACCEPTED = """accepted shapes:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as messages. `references`: all correct answers if the data has several. `tools`: passed to the template."""
+    """A row as messages. `references`: all correct answers if the data has several.
+
+    tools, documents, template_kwargs: passed to the chat template. unused: columns that nothing reads.
+    """
 
     kind: Literal["text", "completion", "chat"]
     messages: tuple[Message, ...]
     row: Row
     references: tuple[str, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
+    documents: tuple[dict[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> tuple[str, list[Example]]:
-    """Return the shape of `rows` and their examples.
+    """Return the shape of `rows` and the examples of those whose weight is not 0.
 
     columns: our column name -> the file's, as in {"prompt": "question_en"}. Raises DataError, naming file and row.
     """
@@ -73,8 +82,16 @@ def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
                 "all rows of a dataset must have the same shape"
             )
         shape = row_shape
-        examples.append(_example(shape, values, row))
+        if weighs(values, row):
+            examples.append(_example(shape, values, row))
+    if not examples:
+        raise DataError(f"{rows[0].file}: every row has {WEIGHT} 0, so there is nothing to train on")
     return shape, examples
+
+
+def weighs(values: dict[str, Any], row: Row) -> bool:
+    """Whether a row is trained; takes its weight out of `values`. Raises DataError for a weight other than 0 or 1."""
+    return WEIGHT not in values or turns.on_or_off(values.pop(WEIGHT), WEIGHT, row)
 
 
 def _check_columns(columns: Mapping[str, str], first: Row) -> None:
@@ -130,27 +147,51 @@ def _fits(shape: str, names: set[str]) -> bool:
 
 
 def _example(shape: str, values: dict[str, Any], row: Row) -> Example:
+    """Return a row's example; what it reads it takes out of `values`, so that the rest is known to be unused."""
     if shape == "text":
-        return Example("text", (Message("assistant", _non_empty(values, "text", row), True),), row)
+        text = _non_empty(values, "text", row)
+        values.pop("text", None)
+        return Example("text", (Message("assistant", text, True),), row, unused=tuple(values))
     if shape == "prompt/completion":
         return _completion(values, row)
-    messages = _alpaca(values, row) if shape == "alpaca" else turns.conversation(values.get(shape), shape, row)
-    messages = turns.with_system(messages, _optional(values, "system", row))
-    return Example("chat", turns.checked(messages, row), row, tools=turns.tools(values.get("tools"), row))
+    messages = _alpaca(values, row) if shape == "alpaca" else turns.conversation(values.pop(shape, None), shape, row)
+    return _chat(messages, values, row)
+
+
+def _chat(messages: tuple[Message, ...], values: dict[str, Any], row: Row, references: tuple[str, ...] = ()) -> Example:
+    """Return the example of a conversation, with what the row's other columns give to its chat template."""
+    whole = turns.with_system(messages, _optional(values, "system", row))
+    # Without a turn of its own the column's text is in the first one; with one, it must be the same to be used.
+    if whole[0].content == values.get("system"):
+        values.pop("system")
+    found = tool_calls.tools(values.pop("tools", None), row)
+    if not found:
+        found = tool_calls.tools(values.pop("functions", None), row, "functions")
+    documents = tool_calls.objects(values.pop("documents", None), row, "documents")
+    kwargs = tool_calls.mapping(values.pop("chat_template_kwargs", None), row, "chat_template_kwargs")
+    return Example(
+        "chat",
+        turns.checked(whole, row),
+        row,
+        references,
+        tools=found,
+        documents=tuple(documents),
+        template_kwargs=kwargs,
+        unused=tuple(values),
+    )
 
 
 def _completion(values: dict[str, Any], row: Row) -> Example:
     prompt = _one_of(PROMPTS, values, row)
     references = _references(values, row)
     answer = _one_of(COMPLETIONS, values, row) if not references or set(COMPLETIONS) & set(values) else None
+    rest = {name: value for name, value in values.items() if name not in (prompt, answer, "references")}
     if isinstance(values.get(prompt), list) and answer and isinstance(values.get(answer), list):
-        before = tuple(Message(m.role, m.content, False) for m in turns.conversation(values[prompt], prompt, row))
-        return Example(
-            "chat", turns.checked(before + turns.conversation(values[answer], answer, row), row), row, references
-        )
+        before = tuple(replace(m, trained=False) for m in turns.conversation(values[prompt], prompt, row))
+        return _chat(before + turns.conversation(values[answer], answer, row), rest, row, references)
     completion = _non_empty(values, answer, row) if answer else references[0]
     pair = (Message("user", _text(values, prompt, row), False), Message("assistant", completion, True))
-    return Example("completion", pair, row, references)
+    return Example("completion", pair, row, references, unused=tuple(rest))
 
 
 def _alpaca(values: dict[str, Any], row: Row) -> tuple[Message, ...]:
@@ -168,6 +209,8 @@ def _alpaca(values: dict[str, Any], row: Row) -> tuple[Message, ...]:
     if not question.strip():
         raise DataError(f"{row.where}: instruction and input are both empty")
     answer = _non_empty(values, "output", row)
+    for name in ("history", "instruction", "input", "output"):
+        values.pop(name, None)
     return (*messages, Message("user", question, False), Message("assistant", answer, True))
 
 

@@ -10,17 +10,26 @@ the end token:
 
     ### Response:
     ASSISTANT TEXT<end>
+
+A chat template gets each turn with all its keys, in the form it takes (`template_forms`), the row's tools and
+documents, and the template's own arguments (`ChatOptions.kwargs`, and those of the row). A template that asks for
+today's date gets the run's (`ChatOptions.date`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date as Date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.data.shapes import Example
+from lorakit.data.template_forms import TemplateForms
 from lorakit.data.turns import Message
-from lorakit.errors import ConfigError, DataError
+from lorakit.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +39,96 @@ Style = Literal["none", "chat", "plain"]
 Writer = Callable[[Sequence[Message], bool], str]
 
 HEADINGS = {"system": "", "user": "### Instruction:\n", "tool": "### Tool result:\n", "assistant": "### Response:\n"}
+CLOCK = "strftime_now"
+DIRECTIVES = "aAbBcdFHIjmMpSTuUVwWxXyYZ"  # what a format of strftime may hold; the hour is midnight's
+UNPADDED = "dmHIMSj"  # those that also come as "%-d", without a leading zero
+# Arguments of apply_chat_template that are not the template's.
+RESERVED = {
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
+    "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
+    "return_assistant_tokens_mask", "sanitize_control_tokens",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What a chat template gets besides the conversation. date: as YYYY-MM-DD; None leaves it to the clock."""
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+
+    def __post_init__(self) -> None:
+        check_kwargs(self.kwargs, "chat_template_kwargs")
+        if self.date is not None:
+            parsed_date(self.date)
+
+
+def parsed_date(text: str) -> Date:
+    """Read a date. Raises ConfigError."""
+    try:
+        return Date.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"date: '{text}' is no date; expected YYYY-MM-DD, such as 2026-01-31") from error
+
+
+def check_kwargs(kwargs: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for an argument that is not the template's own."""
+    for name in kwargs:
+        if name in RESERVED:
+            raise ConfigError(f"{where}: '{name}' is set by lorakit and cannot be given to the chat template")
+
+
+def source_of(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
+    """Return the template's text, "" without one. Some tokenizers have another for rows with tools."""
+    if not tokenizer.chat_template:
+        return ""
+    return str(tokenizer.get_chat_template(None, [{}] if with_tools else None))
+
+
+def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes today's date."""
+    return any(CLOCK in source_of(tokenizer, with_tools) for with_tools in (False, True))
+
+
+def dated(source: str, date: str) -> str:
+    """Return a template in which the clock stands still: `strftime_now` is a macro that knows one date."""
+    if CLOCK not in source:
+        return source
+    day = parsed_date(date)
+    values = {f"%-{letter}": day.strftime(f"%{letter}").lstrip("0") or "0" for letter in UNPADDED}
+    values |= {f"%{letter}": day.strftime(f"%{letter}") for letter in DIRECTIVES}
+    filters = "".join(f" | replace({name!r}, {value!r})" for name, value in values.items())
+    # "+%}": the template's own first newline stays.
+    return f"{{%- macro {CLOCK}(format) %}}{{{{ format{filters} }}}}{{% endmacro +%}}{source}"
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, source: str, where: str) -> None:
+    """Give the tokenizer another chat template. Raises ConfigError where it is not one."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template(conversations=[], chat_template=source)
+    except TemplateError as error:
+        line = getattr(error, "lineno", None)
+        at = f", line {line}" if line else ""
+        raise ConfigError(f"{where}{at}: not a Jinja template: {error}") from error
+    tokenizer.chat_template = source
+
+
+def read_template(path: str) -> str:
+    """Return the text of a template file. Raises ConfigError."""
+    file = Path(path).expanduser()
+    try:
+        source = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise ConfigError(f"chat_template: there is no file '{path}'{did_you_mean(file.name, near)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template: {path} cannot be read as UTF-8 text: {error}") from error
+    if not source.strip():
+        raise ConfigError(f"chat_template: {path} is empty; expected a Jinja template")
+    return source
 
 
 def style_for(kind: str, tokenizer: PreTrainedTokenizerBase, template: Template) -> Style:
@@ -40,7 +139,8 @@ def style_for(kind: str, tokenizer: PreTrainedTokenizerBase, template: Template)
     has_template = bool(tokenizer.chat_template)
     if template == "chat" and not has_template:
         raise ConfigError(
-            "template: chat, but the tokenizer has no chat template\n  use auto or plain, or a model made for chat"
+            "template: chat, but the tokenizer has no chat template\n"
+            "  give one (--chat-template FILE), use auto or plain, or a model made for chat"
         )
     if template == "chat" and kind == "text":
         raise ConfigError("template: chat, but the data is plain text, which has no turns\n  use auto")
@@ -51,39 +151,104 @@ def style_for(kind: str, tokenizer: PreTrainedTokenizerBase, template: Template)
     return template
 
 
-def writer_for(style: Style, tokenizer: PreTrainedTokenizerBase, example: Example) -> Writer:
-    """Return the writer for a style that has a template. It raises DataError where the template rejects the turns."""
-    tools: list[Any] = list(example.tools)
-    if style == "plain":
-        return lambda messages, prompt: plain_template(messages, prompt, str(tokenizer.eos_token), tools)
+class ChatTemplate:
+    """A tokenizer's chat template with a run's options; one object serves many examples."""
 
-    def write(messages: Sequence[Message], prompt: bool) -> str:
-        if not messages:
-            raise DataError(
-                f"{example.row.where}: nothing precedes the assistant's turn\n"
-                "  a chat template needs a user or system turn first"
-            )
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return str(
-                tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False, add_generation_prompt=prompt)
-            )
-        # A chat template is a program and may raise anything to reject a conversation.
-        except Exception as error:
-            roles = ", ".join(m.role for m in messages)
-            raise DataError(
-                f"{example.row.where}: the tokenizer's chat template rejects this conversation (turns: {roles}): "
-                f"{error}\n"
-                "  change the data (for example, move the system text into the first user turn), or use template plain"
-            ) from error
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions):
+        self.tokenizer, self.options = tokenizer, options
+        self._forms: dict[bool, TemplateForms] = {}
+        self._words = set(re.findall(r"[A-Za-z_]\w*", source_of(tokenizer) + source_of(tokenizer, True)))
+        for name in options.kwargs:
+            if name not in self._words:
+                raise ConfigError(
+                    f"chat_template_kwargs: the chat template does not read '{name}'{did_you_mean(name, self._words)}"
+                )
 
-    return write
+    def unread(self, example: Example) -> list[str]:
+        """Notes on a row's own chat_template_kwargs that the template does not read."""
+        return [
+            f"the chat template does not read chat_template_kwargs.{name}"
+            for name in example.template_kwargs
+            if name not in self._words
+        ]
+
+    def forms(self, with_tools: bool) -> TemplateForms:
+        """The forms that the template for rows with (or without) tools takes."""
+        if with_tools not in self._forms:
+            source = source_of(self.tokenizer, with_tools)
+            if self.options.date is not None:
+                source = dated(source, self.options.date)
+
+            def write(turns: Sequence[dict[str, Any]], prompt: bool, tools: Sequence[dict[str, Any]]) -> str:
+                return self._apply(source, turns, prompt, tools, self.options.kwargs)
+
+            self._forms[with_tools] = TemplateForms(write, source)
+        return self._forms[with_tools]
+
+    def writer(self, example: Example) -> Writer:
+        """Return the writer of an example. It raises DataError where the template rejects the turns."""
+        forms = self.forms(bool(example.tools))
+        where, tools = example.row.where, forms.tools(example.tools)
+        check_kwargs(example.template_kwargs, f"{where}: chat_template_kwargs")
+        kwargs = {**self.options.kwargs, **example.template_kwargs}
+
+        def write(messages: Sequence[Message], prompt: bool) -> str:
+            if not messages:
+                raise DataError(
+                    f"{where}: nothing precedes the assistant's turn\n"
+                    "  a chat template needs a user or system turn first"
+                )
+            turns = [forms.turn(message, where) for message in messages]
+            try:
+                return self._apply(forms.source, turns, prompt, tools, kwargs, example.documents)
+            # A chat template is a program and may raise anything to reject a conversation.
+            except Exception as error:
+                roles = ", ".join(m.role for m in messages)
+                raise DataError(
+                    f"{where}: the tokenizer's chat template rejects this conversation (turns: {roles}): {error}\n"
+                    "  change the data (for example, move the system text into the first user turn), give another "
+                    "template (--chat-template FILE), or use template plain"
+                ) from error
+
+        return write
+
+    def _apply(
+        self,
+        source: str,
+        turns: Sequence[dict[str, Any]],
+        prompt: bool,
+        tools: Sequence[dict[str, Any]],
+        kwargs: Mapping[str, Any],
+        documents: Sequence[dict[str, Any]] = (),
+    ) -> str:
+        more: dict[str, Any] = {"documents": list(documents)} if documents else {}
+        if self.options.date is not None:
+            more["chat_template"] = source
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(turns), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt, **more, **kwargs
+            )
+        )
+
+
+def plain_writer(tokenizer: PreTrainedTokenizerBase, example: Example) -> Writer:
+    """Return the plain template's writer of an example."""
+    return lambda messages, prompt: plain_template(messages, prompt, str(tokenizer.eos_token), example.tools)
 
 
 def plain_template(messages: Sequence[Message], prompt: bool, end: str, tools: Sequence[dict[str, Any]] = ()) -> str:
-    """Write messages in the plain template. prompt: append the assistant's heading. end: the end token's text."""
+    """Write messages in the plain template. prompt: append the assistant's heading. end: the end token's text.
+
+    Tool calls are written as JSON, one a line, after the turn's text.
+    """
     blocks = ["### Tools:\n" + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)] if tools else []
-    blocks += [HEADINGS[m.role] + m.content + (end if m.role == "assistant" else "") for m in messages]
+    blocks += [HEADINGS[m.role] + _plain_text(m) + (end if m.role == "assistant" else "") for m in messages]
     if prompt:
         blocks.append(HEADINGS["assistant"])
     return "\n\n".join(blocks)
+
+
+def _plain_text(message: Message) -> str:
+    calls = [call["function"] for call in message.turn.get("tool_calls", ())]
+    text = message.content if "content" in message.turn else ""
+    return "\n".join([*([text] if text else []), *(json.dumps(call, ensure_ascii=False) for call in calls)])

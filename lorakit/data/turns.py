@@ -1,15 +1,17 @@
 """Turn lists of turns, with OpenAI's keys (role, content) or ShareGPT's (from, value), into `Message`s.
 
-Roles become the ones chat templates know: system, user, assistant, tool. Assistant turns are trained, except one that
-opens the conversation: it answers nothing, so it is context.
+Roles become the ones chat templates know: system, user, assistant, tool. Every other key of a turn (tool_calls,
+reasoning_content, name, ...) stays with it for the template to read. Assistant turns are trained, except those that say
+otherwise (`weight: 0`, `train: false`) and one that opens the conversation: it answers nothing, so it is context.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lorakit.data import tool_calls
 from lorakit.data.parse import Row
 from lorakit.errors import DataError, did_you_mean
 
@@ -21,27 +23,47 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
+CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's: the turn's text is the call, as JSON
+SWITCHES = ("train", "training", "loss")  # axolotl's and ms-swift's: false keeps a turn out of the loss
+MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio", "file")
+NOT_A_CALL = "a function_call turn is not a call as JSON, so it is trained as plain text"
 
 
 @dataclass(frozen=True)
 class Message:
-    """A turn. `role`: one that chat templates know. `trained`: its tokens count towards the loss."""
+    """A turn. `role`: one that chat templates know. `trained`: its tokens count towards the loss.
+
+    content: its text, "" where it has none. given: the turn as the data has it, with every key that a template may
+    read; nulls and the keys that say whether it is trained are left out. note: what the user should know of it.
+    """
 
     role: str
     content: str
     trained: bool
+    given: Mapping[str, Any] = field(default_factory=dict)
+    note: str | None = None
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The turn as a dict for a template."""
+        return dict(self.given) or {"role": self.role, "content": self.content}
+
+    def without(self, key: str) -> Message:
+        """The same turn without one of its keys."""
+        return replace(self, given={name: value for name, value in self.turn.items() if name != key})
 
 
 def conversation(turns: object, column: str, row: Row) -> tuple[Message, ...]:
     """Return the messages of a list of turns, or of that list as JSON text (as in a CSV file). Raises DataError."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
-        try:
-            turns = json.loads(turns)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{row.where}: {column}, column {error.colno}: broken JSON: {error.msg}") from error
+        turns = tool_calls.loaded(turns, column, row)
     if not isinstance(turns, list) or not turns:
         actual = "an empty list" if turns == [] else type(turns).__name__
         raise DataError(
@@ -57,23 +79,88 @@ def _message(turn: object, key: str, row: Row) -> Message:
             f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}"
         )
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in ROLES:
+    given_role = turn.get(role_key)
+    if not isinstance(given_role, str) or given_role not in ROLES:
         known = ", ".join(ROLES)
-        hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-        raise DataError(f"{row.where}: {key}: unknown {role_key} {role!r}{hint}\n  known: {known}")
-    if turn.get("tool_calls") and not turn.get(content_key):
-        raise DataError(
-            f"{row.where}: {key}: tool_calls without content\n"
-            "  write the call as text in content, the way the model should write it"
-        )
-    content = string(turn.get(content_key), f"{key}.{content_key}", row)
-    if ROLES[role] == "assistant" and not content.strip():
+        hint = did_you_mean(given_role, ROLES) if isinstance(given_role, str) else ""
+        raise DataError(f"{row.where}: {key}: unknown {role_key} {given_role!r}{hint}\n  known: {known}")
+    role, content = ROLES[given_role], turn.get(content_key)
+    # Parquet files and datasets fill every key that one turn of the data has with nulls in all the others.
+    others = {name: value for name, value in turn.items() if value is not None and name not in (role_key, content_key)}
+    trained = _is_trained(others, role, key, row)
+    note = None
+    if given_role in CALL_ROLES:
+        calls = tool_calls.of_text(content)
+        if calls is None:
+            note = NOT_A_CALL
+        else:
+            others, content = others | {"tool_calls": calls}, None
+    others = tool_calls.checked(others, role, key, row)
+    text = "" if content is None and others.get("tool_calls") else _text_of(content, f"{key}.{content_key}", row)
+    if trained and not (text.strip() or others.get("tool_calls") or _has_other_parts(content)):
         raise DataError(
             f"{row.where}: {key}: the assistant's turn is empty, which would train the model to say nothing\n"
             "  remove the turn or the row, or give it an answer"
         )
-    return Message(ROLES[role], content, ROLES[role] == "assistant")
+    template_role = given_role if given_role == "developer" else role
+    given = {"role": template_role} | ({} if content is None else {"content": content}) | others
+    return Message(role, text, trained, given, note)
+
+
+def _is_trained(others: dict[str, Any], role: str, key: str, row: Row) -> bool:
+    """Whether a turn is trained; takes the keys that say so out of `others`. Raises DataError for a fraction."""
+    found = {name: others.pop(name) for name in ("weight", *SWITCHES) if name in others}
+    asked = {name: on_or_off(value, f"{key}.{name}", row) for name, value in found.items()}
+    if role != "assistant":
+        demanded = [name for name in SWITCHES if asked.get(name)]
+        if demanded:
+            raise DataError(
+                f"{row.where}: {key}.{demanded[0]} asks to train a turn of role {role}; only the assistant's turns are "
+                "trained\n"
+                "  take the key out, or train on all tokens with --train-on all"
+            )
+        return False
+    return all(asked.values())
+
+
+def on_or_off(value: object, key: str, row: Row) -> bool:
+    """Read a weight of 0 or 1, as a number, a truth value or text. Raises DataError for any other."""
+    text = str(value).strip().lower()
+    if text in ("1", "1.0", "true"):
+        return True
+    if text in ("0", "0.0", "false"):
+        return False
+    raise DataError(
+        f"{row.where}: {key} is {value!r}; expected 1 (trained) or 0 (context, not trained), as every trained token "
+        "counts the same here\n"
+        "  use 0 or 1, or rename the key if it means something else"
+    )
+
+
+def _text_of(content: object, key: str, row: Row) -> str:
+    """Return the text of a turn's content: a text, or a list of parts. Raises DataError."""
+    if not isinstance(content, list):
+        return string(content, key, row)
+    texts = []
+    for index, part in enumerate(content):
+        if isinstance(part, str):
+            texts.append(string(part, f"{key}[{index}]", row))
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in MEDIA or not isinstance(part, dict):
+            what = f"of type {kind}" if isinstance(part, dict) else f"a {type(part).__name__}"
+            raise DataError(
+                f"{row.where}: {key}[{index}] is {what}; {key} is expected to be text, or a list of parts of text\n"
+                "  this task trains text only: take the part out"
+            )
+        if "text" in part:
+            texts.append(string(part["text"], f"{key}[{index}].text", row))
+    return "".join(texts)
+
+
+def _has_other_parts(content: object) -> bool:
+    """Whether a list of parts has one that is not text, such as reasoning."""
+    return isinstance(content, list) and any(isinstance(part, dict) and "text" not in part for part in content)
 
 
 def string(value: object, key: str, row: Row) -> str:
@@ -101,23 +188,15 @@ def with_system(messages: tuple[Message, ...], system: str) -> tuple[Message, ..
 def checked(messages: tuple[Message, ...], row: Row) -> tuple[Message, ...]:
     """Mark an opening assistant turn as context. Raises DataError if no trained turn is left."""
     opening = next((i for i, m in enumerate(messages) if m.role != "system"), 0)
-    messages = tuple(Message(m.role, m.content, m.trained and i != opening) for i, m in enumerate(messages))
+    messages = tuple(replace(m, trained=False) if i == opening and m.trained else m for i, m in enumerate(messages))
     if not any(m.trained for m in messages):
         roles = ", ".join(m.role for m in messages)
+        untrained = any(m.role == "assistant" and i != opening for i, m in enumerate(messages))
+        why = "every assistant turn is left out of the loss (weight 0 or train false)"
         raise DataError(
-            f"{row.where}: no assistant turn that answers anything (turns: {roles}), so there is nothing to train on"
+            f"{row.where}: {why}, so there is nothing to train on"
+            if untrained
+            else f"{row.where}: no assistant turn that answers anything (turns: {roles}), so there is nothing to train "
+            "on"
         )
     return messages
-
-
-def tools(value: object, row: Row) -> tuple[dict[str, Any], ...]:
-    """Return the tool descriptions of a row, given as a list or as JSON text. Raises DataError."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{row.where}: tools, column {error.colno}: broken JSON: {error.msg}") from error
-    value = [] if value is None else value
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError(f"{row.where}: tools is expected to be a list of objects, or such a list as JSON text")
-    return tuple(value)

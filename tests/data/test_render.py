@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.data.render import LAST_TURN_ONLY, NO_SPACE_BETWEEN, render, render_prompt
+from lorakit.data.render import (
+    EACH_ANSWER,
+    LAST_TURN_ONLY,
+    NO_SPACE_BETWEEN,
+    OTHER_START,
+    Renderer,
+    render,
+    render_prompt,
+)
 from lorakit.data.shapes import Message, read_examples
 from lorakit.errors import ConfigError, DataError
 
@@ -35,13 +43,13 @@ def test_a_pair_is_prompt_completion_and_end_with_the_last_two_trained(rows, pla
     assert rendered.ids == [*t.encode("the quick "), *t.encode("brown fox"), t.eos_token_id]
     assert spans(rendered, t) == [("the quick ", False), ("brown fox</s>", True)]
     assert rendered.prompt == len(t.encode("the quick "))
-    assert rendered.note is None
+    assert rendered.notes == ()
 
 
 def test_a_pair_without_a_space_between_is_concatenated_as_given_and_noted(rows, plain_tokenizer):
     rendered = render(one(rows, prompt="the quick", completion="brown"), plain_tokenizer)
     assert plain_tokenizer.decode(rendered.ids) == "the quickbrown</s>"
-    assert rendered.note == NO_SPACE_BETWEEN
+    assert rendered.notes == (NO_SPACE_BETWEEN,)
 
 
 def test_every_token_of_a_text_is_trained_and_its_end(rows, plain_tokenizer):
@@ -84,12 +92,23 @@ def test_chatml_trains_each_assistant_turn_with_its_end_marker_and_nothing_else(
     assert t.decode(rendered.ids) == t.apply_chat_template(messages, tokenize=False)
 
 
-def test_an_end_token_the_template_does_not_write_is_added_once_after_the_last_answer(rows, make_tokenizer, templates):
+def test_the_end_token_that_the_template_writes_is_trained_where_the_tokenizer_names_another(
+    rows, make_tokenizer, templates
+):
     t = make_tokenizer(template=templates["chatml"], end="<|endoftext|>")
+    renderer = Renderer(t)
+    (rendered,) = renderer.rows(chat(rows, "hello", "world", "again", "dog"))
+    assert [text for text, trained in spans(rendered, t) if trained] == ["world<|im_end|>", "dog<|im_end|>"]
+    assert t.eos_token_id not in rendered.ids
+    assert renderer.written_ends() == [t.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_an_end_token_the_template_does_not_write_is_added_once_after_the_last_answer(rows, make_tokenizer, templates):
+    t = make_tokenizer(template=templates["chatml"].replace("<|im_end|>", ""), end="<|endoftext|>")
     rendered = render(chat(rows, "hello", "world", "again", "dog"), t)
     assert rendered.ids.count(t.eos_token_id) == 1
     assert rendered.trained[-1]
-    assert spans(rendered, t)[-1] == ("dog<|im_end|>\n<|endoftext|>", True)
+    assert spans(rendered, t)[-1] == ("dog\n<|endoftext|>", True)
 
 
 def test_an_answer_is_trained_past_an_end_token_it_quotes(rows, chatml_tokenizer):
@@ -109,25 +128,46 @@ def test_the_error_quotes_a_template_that_rejects_the_system_role(rows, make_tok
         render(chat(rows, "hello", "world", system="the system"), t)
 
 
-def test_a_template_that_strips_earlier_reasoning_trains_the_last_turn_only_and_says_so(
-    rows, make_tokenizer, templates
-):
+def test_a_template_that_strips_earlier_reasoning_gives_each_answer_a_row(rows, make_tokenizer, templates):
     t = make_tokenizer(template=templates["strips"], end="<|im_end|>")
     thinking = chat(rows, "hello", "<think>1 2</think>world", "again", "<think>3 4</think>dog")
-    rendered = render(thinking, t)
-    assert rendered.note == LAST_TURN_ONLY
-    assert [text for text, trained in spans(rendered, t) if trained] == ["<think>3 4</think>dog<|im_end|>"]
-    assert "1 2" not in t.decode(rendered.ids)
+    first, second = Renderer(t).rows(thinking)
+    assert first.notes == second.notes == (EACH_ANSWER,)
+    assert [text for text, trained in spans(first, t) if trained] == ["<think>1 2</think>world<|im_end|>"]
+    assert [text for text, trained in spans(second, t) if trained] == ["<think>3 4</think>dog<|im_end|>"]
+    assert "1 2" not in t.decode(second.ids)
+    assert first.opening == second.opening == tuple(first.ids[: first.prompt])
     # Without reasoning the same template is stable, and every turn is trained.
-    plain = render(chat(rows, "hello", "world", "again", "dog"), t)
-    assert plain.note is None
+    (plain,) = Renderer(t).rows(chat(rows, "hello", "world", "again", "dog"))
+    assert plain.notes == ()
     assert [text for text, trained in spans(plain, t) if trained] == ["world<|im_end|>", "dog<|im_end|>"]
 
 
-def test_a_generation_prompt_that_the_finished_turn_does_not_start_with_is_an_error(rows, make_tokenizer, templates):
+def test_the_last_turn_alone_is_trained_when_asked_for_and_said_so(rows, make_tokenizer, templates):
+    t = make_tokenizer(template=templates["strips"], end="<|im_end|>")
+    (rendered,) = Renderer(t, turns="last").rows(chat(rows, "hello", "<think>1 2</think>world", "again", "dog"))
+    assert rendered.notes == (LAST_TURN_ONLY,)
+    assert [text for text, trained in spans(rendered, t) if trained] == ["dog<|im_end|>"]
+
+
+def test_a_turn_that_does_not_start_with_the_generation_prompt_is_trained_from_where_they_part(
+    rows, make_tokenizer, templates
+):
     t = make_tokenizer(template=templates["opens"], end="<|im_end|>")
+    example = chat(rows, "hello", "world")
+    rendered = render(example, t)
+    assert rendered.notes == (OTHER_START,)
+    assert spans(rendered, t)[1] == ("world<|im_end|>", True)
+    assert t.decode(render_prompt(example, t)).endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_a_template_that_rewrites_the_question_when_it_is_answered_is_an_error(rows, make_tokenizer):
+    template = (
+        "{% for m in messages %}{{ m.role if messages[-1].role == 'user' else '#' }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(DataError, match=r"row 1: .*generation prompt"):
-        render(chat(rows, "hello", "world"), t)
+        render(chat(rows, "hello", "world"), make_tokenizer(template=template))
 
 
 def test_without_a_chat_template_the_plain_one_ends_each_answer(rows, make_tokenizer):

@@ -218,7 +218,7 @@ def test_an_empty_completion_is_an_error_with_its_row(rows, row, name, empty):
                     {"role": "assistant", "content": None, "tool_calls": [{}]},
                 ]
             },
-            ["tool_calls without content"],
+            ["messages[1].tool_calls[0] is no call", "function"],
         ),
         ({"messages": [{"role": "user", "content": "a"}]}, ["no assistant turn", "turns: user"]),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, ["no assistant turn that answers"]),
