@@ -331,7 +331,7 @@ def describe_model(source: str) -> ModelFacts:
         model = kind(config)
     linear = find_targets(model, LoraConfig()).modules
     rows = [
-        (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr, arg-type]
+        (name, type(m).__name__, list(m.get_parameter("weight").shape), name in linear)
         for name, m in module_names(model).items()
         if mixin_for(m) is not None
     ]

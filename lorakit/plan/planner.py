@@ -24,9 +24,9 @@ from ..tasks.task import Task
 from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
-from .shapes import MOST_TOKENS
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
+from .weightless import MOST_TOKENS
 
 # Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes
 # between what lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m
