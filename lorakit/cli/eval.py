@@ -155,5 +155,5 @@ def _figures(
     if json_output:
         print(json.dumps({"task": name, "results": found}, ensure_ascii=False))
         return
-    Console().print(table(found))
+    Console().print(table(found, f"{len(items):,} rows"))
     print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")

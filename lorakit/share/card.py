@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from ..bases.load import EMBEDDED
 from ..errors import ConfigError
+from ..evaluate.figures import MEASURES
 from ..io.atomic import write_text
 from .markdown import line
-from .page import MEASURES, PLACEHOLDER, base_text, page
+from .page import PLACEHOLDER, base_text, page
 from .paths import hub_id, is_hub_name, last_name, without_paths
 from .record import AdapterRecord, Given, number, read_record
 

@@ -13,6 +13,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..bases.load import EMBEDDED
+from ..evaluate.figures import MEASURES, measured, show
 from ..formats.diffusers import FILE
 from ..version import VERSION
 from .markdown import Markdown, cell, code, codes, fence, line, plain, rows, section, table
@@ -31,17 +32,6 @@ CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
-}
-# A measure's key -> its name, digits after the point.
-MEASURES = {
-    "loss": ("loss", 4),
-    "perplexity": ("perplexity", 2),
-    "accuracy": ("accuracy", 4),
-    "macro_f1": ("macro f1", 4),
-    "bleu": ("BLEU", 1),
-    "chrf": ("chrF", 1),
-    "rouge_l": ("ROUGE-L", 1),
-    "exact_match": ("exact match", 1),
 }
 _KINDS = {"hadamard": "LoHa", "kronecker": "LoKr", "dense": "dense updates"}
 _STYLES = {
@@ -114,7 +104,7 @@ def _template() -> Template:
         "fence": lambda text, language: Markdown(f"\n{fence(text, language)}\n\n"),
         "markdown": lambda text: Markdown(text.rstrip("\n")),
         "py": lambda value: Markdown(json.dumps(line(value), ensure_ascii=False)),
-        "rounded": _rounded,
+        "measure": lambda value, key: show(key, value),
         "sh": lambda value: Markdown(quote(line(value))),
         "thousands": _thousands,
     }
@@ -164,8 +154,8 @@ def _settings(record: AdapterRecord) -> list[tuple[str, Any]]:
 
 def _measured(title: str, results: Mapping[str, Mapping[str, Any]]) -> Markdown:
     """Return a table with a row for each result and a column for each measure that at least one of them has."""
-    keys = [key for key in MEASURES if any(number(row.get(key)) is not None for row in results.values())]
-    cells = [[name, *(_rounded(row.get(key), MEASURES[key][1]) for key in keys)] for name, row in results.items()]
+    keys = measured(list(results.values()))
+    cells = [[name, *(show(key, row.get(key)) for key in keys)] for name, row in results.items()]
     return table(cells, [title, *(MEASURES[key][0] for key in keys)], "---:")
 
 
@@ -179,7 +169,3 @@ def _counted(counts: Mapping[str, int]) -> str:
 def _thousands(value: Any, unit: str = "") -> str:
     """Return a number with its unit; "" for anything else."""
     return f"{value:,}{unit}" if number(value) is not None else ""
-
-
-def _rounded(value: Any, digits: int) -> str:
-    return f"{value:,.{digits}f}" if number(value) is not None else ""
