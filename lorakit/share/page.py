@@ -12,6 +12,7 @@ from importlib.resources import files
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.inspect import KINDS
 from ..bases.load import EMBEDDED
 from ..evaluate.figures import MEASURES, measured, show
 from ..formats.diffusers import FILE
@@ -33,7 +34,6 @@ CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_KINDS = {"hadamard": "LoHa", "kronecker": "LoKr", "dense": "dense updates"}
 _STYLES = {
     "none": "given in the data",
     "chat": "the base's chat template",
@@ -46,7 +46,7 @@ MAX_SAMPLE_LENGTH = 600  # characters of a prompt or an answer
 def page(record: AdapterRecord, title: str) -> str:
     """Return the Markdown below the metadata."""
     f, on = record.facts, record.given.evaluated_on
-    kinds = {_KINDS[m.kind] for m in f.modules if m.kind in _KINDS} | {"DoRA" for m in f.modules if m.dora}
+    kinds = {KINDS[m.kind] for m in f.modules if m.kind in KINDS} | {"DoRA" for m in f.modules if m.dora}
     if f.modules:
         kind = f"An adapter ({', '.join(sorted(kinds))})" if kinds else "A LoRA adapter"
     else:
