@@ -93,6 +93,6 @@ def _group_files(controller: str, name: str, name_v1: str) -> Iterator[str]:
 def _without_proc() -> Memory | None:
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
     return Memory(total, total, "this machine")

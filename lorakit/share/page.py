@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 PLACEHOLDER = "OWNER/NAME"  # stands for the repository until it is known
-# PEFT's task_type -> transformers' class.
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
+# PEFT's task_type -> transformers' class, the hub's task.
+TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),  # translation, summarization, ...: which is not recorded
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
 _STYLES = {
     "none": "given in the data",
@@ -75,7 +75,7 @@ def page(record: AdapterRecord, title: str) -> str:
         repository=record.given.repository or PLACEHOLDER,
         base_note=Markdown(note),
         embedded=embedded,
-        model_class=CLASSES.get(str(f.task)),
+        model_class=TASKS.get(str(f.task), (None, None))[0],
         diffusers_file=FILE,
         fingerprint=Markdown(", ".join(filter(None, marks))),
         data=data_text(record, record.given.data),

@@ -56,3 +56,11 @@ def test_export_counts_only_the_memory_that_a_control_group_leaves_free(tmp_path
     groups(tmp_path, monkeypatch, "0::/a\n", {"/sys/fs/cgroup/a/memory.max": f"{limits.resident() + 10**9}\n"})
     free = _free_memory()
     assert free is None or free < 2 * 10**9
+
+
+def test_without_proc_and_sysconf_memory_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "Path", lambda *parts: tmp_path / "none")
+    monkeypatch.delattr(limits.os, "sysconf")
+    assert limits.memory_of(torch.device("cpu")) is None
+    assert limits.resident() == 0
+    assert limits.cpu_limit() is None
