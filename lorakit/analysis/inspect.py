@@ -34,6 +34,8 @@ __all__ = [
     "not_finite",
 ]
 
+# Kinds of update that are not LoRA, as one calls them.
+KINDS = {"hadamard": "LoHa", "kronecker": "LoKr", "dense": "dense"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -157,7 +159,7 @@ class AdapterFacts:
         rows = []
         for (name, *_), group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
-            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
+            kind = f" {KINDS[first.kind]}" if first.kind in KINDS else ""
             sizes = [len(group), first.size_in, first.size_out, first.rank]
             row = [f"{name}{kind}{' DoRA' if first.dora else ''}", *map(str, sizes)]
             row += [f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"]
@@ -331,7 +333,7 @@ def describe_model(source: str) -> ModelFacts:
         model = kind(config)
     linear = find_targets(model, LoraConfig()).modules
     rows = [
-        (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr, arg-type]
+        (name, type(m).__name__, list(m.get_parameter("weight").shape), name in linear)
         for name, m in module_names(model).items()
         if mixin_for(m) is not None
     ]

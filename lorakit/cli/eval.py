@@ -156,5 +156,5 @@ def _task_metrics(
     if json_output:
         print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
         return
-    Console().print(table(results))
+    Console().print(table(results, f"{len(items):,} rows"))
     print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")

@@ -21,6 +21,7 @@ from lorakit.adapter.loha import Hadamard
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.share import card_of, ours, write
 from lorakit.share.markdown import MAX_CHARACTERS, cell, code, line, plain
+from lorakit.share.page import _template
 
 EVIL = [
     "a\n---\nlicense: mit\n---\n# owned",
@@ -426,6 +427,11 @@ def test_escaped_text_renders_as_the_original(evil):
     assert not re.search(r"://|www\.", plain(evil)), "GitHub makes links of bare addresses"
     assert len(line(evil)) <= MAX_CHARACTERS
     assert len(cell(evil, 600)) < 2000
+
+
+def test_the_template_escapes_what_no_filter_names():
+    line_ = _template().environment.from_string("{{ x }} {{ none }}").render(x="*a* <b>\n# c", none=None)
+    assert line_ == "\\*a\\* \\<b\\> # c "
 
 
 # ------------------------------------------------------------------------------------------ writing it
