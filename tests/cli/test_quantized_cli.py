@@ -100,11 +100,15 @@ def test_the_memory_check_counts_4_bits(folders, data, tmp_path):
     assert abs(saved - linears * (4 - 0.516)) < 0.01 * 4 * linears
 
 
-def test_without_the_library_the_error_says_what_to_install(folders, monkeypatch):
+def test_without_the_library_the_error_says_what_to_install(model, tmp_path, monkeypatch):
     from transformers.quantizers import quantizer_bnb_4bit
 
     from lorakit.bases.load import load_model
 
+    folder = shutil.copytree(model, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(LorakitError, match=r"4-bit quantization requires bitsandbytes(.|\n)*'lorakit\[quant\]'"):
-        load_model(str(folders[1]), torch.float32, torch.device("cpu"))
+        load_model(str(folder), torch.float32, torch.device("cpu"))
