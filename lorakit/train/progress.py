@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bases.device import choose_device, peak_memory
+from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
 from . import defaults
 
@@ -102,7 +103,7 @@ class Progress:
 def _facts(job: Job, step: int) -> Table:
     config, data = job.config, job.data
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in job.model.parameters())
+    total = parameter_count(job.model)
     device = job.parallel.device
     processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))

@@ -32,7 +32,7 @@ class FourBit:
     quantization: ClassVar[str | None] = "bitsandbytes, 4 bits"
 
     def owns(self, module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
+        weight: Any = module._parameters.get("weight")
         return _is(weight, "Params4bit") and weight.quant_state is not None  # without a state it is not quantized yet
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ class EightBit:
     quantization: ClassVar[str | None] = "bitsandbytes, 8 bits"
 
     def owns(self, module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
+        weight: Any = module._parameters.get("weight")
         return _is(weight, "Int8Params") and weight.dtype == torch.int8
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
