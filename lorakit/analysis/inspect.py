@@ -47,7 +47,7 @@ class ModuleFacts:
     """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
     `dead`: changes nothing.
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines
+    `kind`: linear, embedding or conv; loha, lokr or dense. `adapter.algebra.spectrum` defines
     the effective and the stable rank.
     """
 
@@ -161,7 +161,7 @@ class AdapterFacts:
             table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
         for key, group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
-            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
+            kind = {"loha": " LoHa", "lokr": " LoKr", "dense": " dense"}.get(first.kind, "")
             cells = [
                 str(len(group)),
                 str(first.size_in),
@@ -240,15 +240,15 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
 
 def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
-    tensors = update.tensors()
+    tensors, own = update.tensors(), update.without_base()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(update, "kind", type(update).__name__.lower()),
+        getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
-        getattr(update, "alpha", float(update.rank)),
+        getattr(own, "alpha", float(update.rank)),
         update.scale,
         found.norm,
         dtype,

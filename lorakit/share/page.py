@@ -23,7 +23,7 @@ from .words import cell, code, hub_id, last_name, line, number, plain
 PLACEHOLDER = "OWNER/NAME"  # stands for the repository until it is known
 MARK = "Written by lorakit card"
 _MARKED = re.compile(rf"<!-- {MARK}, sha256 ([0-9a-f]{{64}}) -->\s*\Z")
-_KINDS = {"hadamard": "LoHa", "kronecker": "LoKr", "dense": "dense updates"}
+_KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense updates"}
 _SCORES = (("bleu", "BLEU"), ("chrf", "chrF"), ("rouge_l", "ROUGE-L"), ("exact_match", "exact match"))
 _STYLES = {
     "none": "given in the data",
