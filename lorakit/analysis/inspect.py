@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Kinds of update that are not LoRA, as one calls them.
-KINDS = {"hadamard": "LoHa", "kronecker": "LoKr", "dense": "dense"}
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -50,7 +50,7 @@ class ModuleFacts:
     """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
     `dead`: changes nothing.
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines
+    `kind`: linear, embedding or conv; loha, lokr or dense. `adapter.algebra.spectrum` defines
     the effective and the stable rank.
     """
 
@@ -224,15 +224,15 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
 
 def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
-    tensors = update.tensors()
+    tensors, own = update.tensors(), update.without_base()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(update, "kind", type(update).__name__.lower()),
+        getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
-        getattr(update, "alpha", float(update.rank)),
+        getattr(own, "alpha", float(update.rank)),
         update.scale,
         found.norm,
         dtype,

@@ -30,7 +30,7 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from .packed import parts_of
-from .strength import clean, commonest, config_of, folded
+from .scale import clean, commonest, config_of, folded
 from .unheld import convolutions, learned_tokens, other_kinds, part_dora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
