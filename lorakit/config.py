@@ -68,7 +68,7 @@ class Strict(BaseModel):
             raise ConfigError(explain(type(self), error)) from None
 
     def replace(self, **changes: Any):
-        """Return a copy with some fields changed, validated again. Defaults stay defaults, in `model_fields_set` too."""
+        """Return a copy with some fields changed, validated again. Fields that were not given are still not given."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 

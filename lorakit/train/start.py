@@ -41,9 +41,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     lines = []
     for name, value in fixed.items():
         mine = getattr(config, name)
-        if name not in given or mine == value:
-            changes[name] = value
-        elif name in start.spellings and mine == start.spellings[name]:
+        if name not in given or mine == value or (name in start.spellings and mine == start.spellings[name]):
             changes[name] = value
         else:
             lines.append(f"  {name}: the adapter has {value!r}, given is {mine!r}")
