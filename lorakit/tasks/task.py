@@ -55,7 +55,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Data:
-    """A run's items. `about`: what travels with the result; `notes`: what happened to some rows, and to how many."""
+    """A run's items. `about`: what travels with the result; `notes`: what happened to some rows, and to how many.
+    `files`: texts to write beside the result, by name.
+    """
 
     train: list[Any]
     held_out: list[Any]
@@ -63,6 +65,7 @@ class Data:
     length: str
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):
