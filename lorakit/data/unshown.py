@@ -109,7 +109,9 @@ class Unshown:
     def _check_parts(self, messages: Sequence[Message], index: int, write: Writer, rendered: str, where: str) -> None:
         """Raise DataError for a part of a content, other than text, that is not shown."""
         content = messages[index].turn.get("content")
-        for at, part in enumerate(content if isinstance(content, list) else ()):
+        if not isinstance(content, list):
+            return
+        for at, part in enumerate(content):
             if isinstance(part, str) or "text" in part:
                 continue
             fewer = _with(messages[index], "content", [p for i, p in enumerate(content) if i != at])

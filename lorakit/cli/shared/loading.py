@@ -99,7 +99,8 @@ def attached(
     template = None if chat_template is None else read_template(chat_template)
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
-    tokenizer, about = load_tokenizer(model), {}
+    tokenizer = load_tokenizer(model)
+    about: dict[str, Any] = {}
     for name, value in values.items():
         attach(base, value, name)
         about = value.metadata.get("data") or {}
