@@ -121,6 +121,21 @@ def _facts(job: Job, step: int) -> Table:
             f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
         ),
         ("length", data.length),
+        *(
+            [("date", f"{data.about['date']}: the chat template writes it, and it is kept with the run")]
+            if "date" in data.about
+            else []
+        ),
+        *(
+            [
+                (
+                    "ends with",
+                    f"{', '.join(data.about['end_tokens'])}, as the chat template writes; generation stops there",
+                )
+            ]
+            if "end_tokens" in data.about
+            else []
+        ),
         (
             "batch",
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
