@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorakitError, did_you_mean, listing
+from ..errors import LorakitError, did_you_mean, listing, not_the_file
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +182,9 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             return auto_class.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
     # tokenizers raises bare Exceptions, damaged files cause KeyError, TypeError, AttributeError
     except Exception as error:
+        stands_in = next(filter(None, map(not_the_file, sorted(Path(path).iterdir()))), None) if local else None
+        if stands_in is not None:
+            raise LorakitError(f"cannot load '{name}' with {auto_class.__name__}: {stands_in}") from error
         reason = next(iter(str(error).strip().splitlines()), "")
         readable = isinstance(error, OSError | ValueError | RuntimeError | ImportError) or type(error) is Exception
         if not (readable and reason):

@@ -166,7 +166,7 @@ def write(adapter: Adapter, path: Path) -> Path:
 
 def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float:
     """The config's scale; AdapterError if it has none, or is no LoRA's."""
-    kind = values.get("fine_tune_type", "lora")
+    kind = values.get("fine_tune_type") or "lora"
     if kind not in ("lora", "dora"):
         raise AdapterError(
             f"{where}: fine_tune_type is {kind!r}; lorakit reads lora and dora\n"
