@@ -24,8 +24,9 @@ Write = Callable[[Sequence[dict[str, Any]], bool, Sequence[dict[str, Any]]], str
 QUESTION, ANSWER, RESULT = "How is the weather?", "It rains today.", "Warm and dry."
 ARGUMENTS = {"city": "Rome"}
 CALL_ID = "call12345"  # nine letters and digits, as Mistral's templates demand
+NAME = "find_weather"
 FUNCTION = {
-    "name": "find_weather",
+    "name": NAME,
     "description": "Finds out how it is outside.",
     "parameters": {
         "type": "object",
@@ -103,7 +104,7 @@ class TemplateForms:
     @cached_property
     def next_result(self) -> str:
         """What it writes after a tool call, up to the tool's result."""
-        result = {"role": "tool", "tool_call_id": CALL_ID, "name": FUNCTION["name"], "content": RESULT}
+        result = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": RESULT}
         return self._between([self._user, self._calling(ARGUMENTS)], result)
 
     def _between(self, turns: list[dict[str, Any]], following: dict[str, Any]) -> str:
@@ -148,7 +149,7 @@ class TemplateForms:
     @cached_property
     def _takes_bare_tools(self) -> bool:
         text = self._try([self._user], [FUNCTION])
-        return text is not None and FUNCTION["name"] in text
+        return text is not None and NAME in text
 
     @property
     def _user(self) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class TemplateForms:
 
     @staticmethod
     def _calling(arguments: object) -> dict[str, Any]:
-        call = {"id": CALL_ID, "type": "function", "function": {"name": FUNCTION["name"], "arguments": arguments}}
+        call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def _try(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:

@@ -12,9 +12,11 @@ from ..formats import save
 from ..io.atomic import write_text
 from .into_base import split
 from .logits import Logits
-from .modelfile import check_modelfile, modelfile
+from .modelfile import check_modelfile, modelfile, own_template
 from .rules import RECEIVERS, Finding, findings
 from .staging import Readback, write_staged
+
+TEMPLATE = "chat_template.jinja"  # where transformers and vLLM's --chat-template look for it
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,19 @@ def export(
                 "Ollama's Modelfile needs a model to start FROM\n  name one: --model llama3.2, or a GGUF file"
             )
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
-        model_file = check_modelfile(path, modelfile(path, model), force)
+        model_file = check_modelfile(path, modelfile(path, model, adapter), force)
     if verify or parts is not None:
         written, check = write_staged(adapter, ready, path, target.format, base, verify, parts)
     else:
         written, check = save(ready, path, target.format, base=base), Readback()
     files = [written]
     if model_file is not None:
-        write_text(model_file, modelfile(path, model))
+        write_text(model_file, modelfile(path, model, adapter))
         files.append(model_file)
+    template = own_template(adapter)
+    if template is not None and written.is_dir():
+        write_text(written / TEMPLATE, template)
+        files.append(written / TEMPLATE)
     copy = parts.copy if parts is not None else None
     return Exported(receiver, target.format, files, fixes, check.differences, check.logits, check.no_logits, copy)
 

@@ -23,6 +23,7 @@ from ..checkpoint.changes import check_something
 from ..checkpoint.merge import check_base
 from ..checkpoint.out import check_space
 from ..checkpoint.plan import make_plan
+from ..data.templates import with_template
 from ..errors import ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
@@ -31,7 +32,7 @@ from .gguf_model import GgufTensor, gguf_tensors
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary
 from .merged_verify import Verified, verified
-from .modelfile import check_modelfile, modelfile
+from .modelfile import check_modelfile, end_tokens, modelfile, own_template
 
 RECEIVERS = ("llama.cpp", "ollama")
 PAIRS_BYTES = 1 << 24  # disk space reserved for the key-value pairs (mostly the tokenizer)
@@ -93,7 +94,7 @@ def export_merged(
     path = model_path(out, receiver)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file name for the GGUF model")
-    model_file = check_modelfile(path, modelfile(path), force) if receiver == "ollama" else None
+    model_file = check_modelfile(path, modelfile(path, adapter=adapter), force) if receiver == "ollama" else None
     gguf = package()
     opened = open_base(Path(base).expanduser())
     check_supported(opened.model_type)
@@ -105,7 +106,7 @@ def export_merged(
     if plan.untied:
         config.tie_word_embeddings = False
     name = opened.folder.resolve().name + (" with adapter" if adapter is not None else "")
-    pairs, extra, warnings = _pairs(opened, config, dtype, name)
+    pairs, extra, warnings = _pairs(opened, config, dtype, name, adapter)
     tensors = gguf_tensors(plan.entries, config, dtype)
     check_space(path.resolve(), sum(bytes_in(t.shape, t.kind) for t in tensors) + PAIRS_BYTES)
     verification = None
@@ -116,7 +117,7 @@ def export_merged(
     files = [path]
     if model_file is not None:
         files.append(model_file)
-        write_text(model_file, modelfile(path))
+        write_text(model_file, modelfile(path, adapter=adapter))
     other = [t.name for t in tensors if len(t.shape) == 2 and t.kind not in (dtype, F32)]
     return Merged(
         receiver, dtype, files, len(tensors) + len(extra), path.stat().st_size, other, notes + warnings, verification
@@ -148,11 +149,15 @@ def model_path(out: str | Path, receiver: str) -> Path:
     return path / "model.gguf" if receiver == "ollama" and path.suffix != ".gguf" else path
 
 
-def _pairs(base: Base, config: Any, dtype: str, title: str) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
+def _pairs(
+    base: Base, config: Any, dtype: str, title: str, adapter: Adapter | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
     """(key-value pairs, tensors computed from hyper-parameters, warnings)."""
     params = parameters(config)
     eos = config.eos_token_id
-    vocab = vocabulary(load_tokenizer(str(base.folder)), config.vocab_size, eos[0] if isinstance(eos, list) else eos)
+    tokenizer = with_template(load_tokenizer(str(base.folder)), own_template(adapter))
+    vocab = vocabulary(tokenizer, config.vocab_size, eos[0] if isinstance(eos, list) else eos)
+    ends = tokenizer.convert_tokens_to_ids(end_tokens(adapter))
     name = ARCHITECTURES[config.model_type].name
     values = {
         "general.type": "model",
@@ -161,6 +166,8 @@ def _pairs(base: Base, config: Any, dtype: str, title: str) -> tuple[dict[str, A
         "general.quantization_version": 2,
         **{f"{name}.{key}": value for key, value in params.pairs.items()},
         **vocab.pairs,
+        # llama.cpp ends generation at this one too.
+        **({"tokenizer.ggml.eot_token_id": int(ends[0])} if ends and ends[0] is not None else {}),
     }
     extra = {} if params.rope_freqs is None else {"rope_freqs.weight": params.rope_freqs.numpy()}
     return values, extra, params.warnings + vocab.warnings

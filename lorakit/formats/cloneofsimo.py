@@ -37,7 +37,7 @@ from ..io.json_object import parse_json
 from ..io.tensors import read_pickled, read_tensors, write_tensors
 from . import names
 from .diffusers import with_alpha_as_rank
-from .strength import config_of
+from .scale import config_of
 
 EMBED = "<embed>"
 SIDE_TEXT, SIDE_TOKENS = ".text_encoder.pt", ".ti.pt"

@@ -33,8 +33,8 @@ from ..io.tensors import write_tensors
 from . import kohya, lycoris, names
 from .diffusers_header import KEY, Strengths, describe
 from .peft_config import checked
+from .scale import clean, config_of, folded
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse
-from .strength import clean, config_of, folded
 
 FILE = "pytorch_lora_weights.safetensors"
 # Without one of these diffusers' reader of text encoders does not tell PEFT's spelling from older ones, and raises.

@@ -44,7 +44,7 @@ from .gguf_names import (
 )
 from .gguf_types import BF16, BLOCK, F16, F16_MOST, F32, Q8_0, encode, type_of
 from .packed import parts_of
-from .strength import clean, commonest, config_of, folded
+from .scale import clean, commonest, config_of, folded
 from .unheld import convolutions, learned_tokens, other_kinds
 
 __all__ = ["losses", "names_of", "read", "rows_of", "write"]

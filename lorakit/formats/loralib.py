@@ -19,7 +19,7 @@ from ..errors import AdapterError
 from ..io.atomic import replacing
 from ..io.tensors import read_tensors, write_tensors
 from ..ops.packed import compact_packed, expand_packed
-from .strength import clean, commonest, folded
+from .scale import clean, commonest, folded
 from .unheld import convolutions, learned_tokens, other_kinds
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..adapter.dense import Dense
 from ..adapter.dora import Dora
-from ..adapter.loha import Hadamard
-from ..adapter.lokr import Kronecker
+from ..adapter.loha import Loha
+from ..adapter.lokr import Lokr
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
 from ..errors import AdapterError, did_you_mean
@@ -135,12 +135,12 @@ def _(dora: Dora, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]
 
 
 @_by_suffix.register
-def _(loha: Hadamard, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+def _(loha: Loha, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
     return _named(loha.tensors(), LOHA, loha.alpha)
 
 
 @_by_suffix.register
-def _(lokr: Kronecker, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+def _(lokr: Lokr, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
     return _named(lokr.tensors(), LOKR, lokr.alpha)
 
 
@@ -253,7 +253,7 @@ def _magnitude(key: str, tensor: Tensor, out: int, down: Tensor) -> Tensor:
     raise AdapterError(f"key '{key}.dora_scale' has shape {list(tensor.shape)}; expected [{out}, 1] or [1, {inputs}]")
 
 
-def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Hadamard:
+def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Loha:
     tucker = "t1" in named or "t2" in named
     _need(key, named, LOHA, "w1a", "w1b", "w2a", "w2b", *(("t1", "t2") if tucker else ()))
     named = _one_precision(key, named, LOHA, flat=("w1a", "w1b", "w2a", "w2b"))
@@ -266,10 +266,10 @@ def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[
     rank, full = named["w1b"].shape[0], None
     if len(shape) > 2 and "t1" not in named:
         full = (named["w1a"].shape[0], *_kernel(key, named["w1b"].shape[1], shape))
-    return Hadamard(**named, alpha=float(rank) if alpha is None else alpha, shape=full)
+    return Loha(**named, alpha=float(rank) if alpha is None else alpha, shape=full)
 
 
-def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Kronecker:
+def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Lokr:
     _need(key, named, LOKR, *(side for side in ("w1", "w2") if side + "a" not in named and side + "b" not in named))
     for side in ("w1", "w2"):
         if side not in named:
@@ -285,7 +285,7 @@ def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[
     if len(shape) > 2 and w2 is not None and w2.dim() == 2 and "t2" not in named:
         first, second = _outer(named, "w1"), _outer(named, "w2")
         full = (first[0] * second[0], *_kernel(key, first[1] * second[1], shape))
-    return Kronecker(
+    return Lokr(
         **named, alpha=alpha if alpha is not None else float(half.shape[0] if half is not None else 1), shape=full
     )
 

@@ -30,7 +30,7 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from .packed import parts_of
-from .strength import clean, commonest, config_of, folded
+from .scale import clean, commonest, config_of, folded
 from .unheld import convolutions, learned_tokens, other_kinds, part_dora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -166,7 +166,7 @@ def write(adapter: Adapter, path: Path) -> Path:
 
 def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float:
     """The config's scale; AdapterError if it has none, or is no LoRA's."""
-    kind = values.get("fine_tune_type", "lora")
+    kind = values.get("fine_tune_type") or "lora"
     if kind not in ("lora", "dora"):
         raise AdapterError(
             f"{where}: fine_tune_type is {kind!r}; lorakit reads lora and dora\n"

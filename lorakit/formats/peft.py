@@ -87,7 +87,7 @@ def read(path: Path, started: bool = False) -> Adapter:
         if (folder / OURS).exists()
         else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
     )
-    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
+    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
     if lycoris:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         updates, saved = peft_lycoris.updates(kind, plain, config, weights)

@@ -70,7 +70,8 @@ def attach(
         )
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
-    for module_name, module in quantized(model).items():
+    packed = quantized(model)
+    for module_name, module in packed.items():
         base_of(module).check(module, module_name)
     plan = _fresh(model, adapter) if isinstance(adapter, LoraConfig) else _loaded(model, adapter, strict, force)
     updates = _build(model, plan, child_name(name), trainable)
@@ -81,6 +82,8 @@ def attach(
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
     _register(model, state, name, plan, updates, trainable)
+    for module in packed.values():
+        base_of(module).prepare(module)
     set_active(model, state, {name: 1.0})
     return model
 
@@ -162,8 +165,6 @@ def _register(
     use_saved(model, state, None)
     _add_saved(model, name, plan.saved, trainable)
     fastpath.close(model)
-    for module in quantized(model).values():
-        base_of(module).prepare(module)
     fused.adopt(model)
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention

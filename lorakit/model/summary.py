@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..layers import saved
-from ..layers.bases import base_of, elements, quantized
+from ..layers.bases import base_of, parameter_count
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
@@ -68,22 +68,16 @@ def summary(model: nn.Module) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            rows.append(
-                Row(
-                    name, m, _shape(base_of(layer).shape(layer)), child.rank, sum(p.numel() for p in child.parameters())
-                )
-            )
+            shape = _shape(base_of(layer).shape(layer))
+            rows.append(Row(name, m, shape, child.rank, sum(p.numel() for p in child.parameters())))
         for full in attached.saved:
             module, _, last = full.rpartition(".")
             holder = saved.saved_of(model.get_submodule(module))
             assert holder is not None
             parameter = holder.get(name)[last]
             rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
-    every = {id(p): p for p in model.parameters()}
-    packed = {id(m._parameters["weight"]): elements(m) for m in quantized(model).values()}
-    trainable = sum(p.numel() for p in every.values() if p.requires_grad)
-    total = sum(packed.get(key, p.numel()) for key, p in every.items())
-    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Summary(trainable, parameter_count(model), rows, dict(state.active), skipped, fused.report(model))
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -84,6 +84,17 @@ class RunFolder:
                 + "\n  give another folder (--out), or the same settings to resume"
             )
 
+    def begun_on(self) -> str | None:
+        """The date that the run's chat template writes, if there is a run to resume and it keeps one."""
+        if not steps_in(self.checkpoints):
+            return None
+        try:
+            then = yaml.safe_load(self.config.read_text(encoding="utf8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None  # `open` says what is wrong with it
+        date = then.get("date") if isinstance(then, dict) else None
+        return None if date is None else str(date)
+
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf8") as file:

@@ -21,7 +21,7 @@ import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import gguf
@@ -288,7 +288,7 @@ def test_what_a_gguf_adapter_cannot_hold_is_listed_and_not_written(tmp_path):
         {
             LAYER(0, "mlp.up_proj"): Dora(factors(1), torch.ones(32, 1)),
             "c": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
-            "x": Hadamard(ones, ones, ones, ones, 1.0),
+            "x": Loha(ones, ones, ones, ones, 1.0),
         },
         embeddings={"<s>": torch.ones(3)},
         saved={"model.norm.weight": torch.ones(2)},

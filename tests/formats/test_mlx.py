@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.adapter.update import Update
 from lorakit.errors import AdapterError
@@ -178,7 +178,7 @@ def test_what_mlx_cannot_hold_is_listed_and_not_written(tmp_path):
             Q: Dora(factors(1), torch.ones(1, 5)),
             V: factors(2),
             "conv": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
-            "x": Hadamard(ones, ones, ones, ones, 1.0),
+            "x": Loha(ones, ones, ones, ones, 1.0),
         },
         embeddings={"<s>": torch.ones(3)},
         saved={"c.weight": torch.ones(1, 1, 2)},

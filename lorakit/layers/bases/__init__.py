@@ -23,7 +23,8 @@ def base_of(module: nn.Module) -> BaseWeight:
 
 def quantized(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules with a quantized weight, by name."""
-    return {name: module for name, module in base_modules(model) if base_of(module).quantization is not None}
+    kinds = [kind for kind in _kinds() if kind.quantization is not None]
+    return {name: module for name, module in base_modules(model) if any(kind.owns(module) for kind in kinds)}
 
 
 def fingerprinted(module: nn.Module) -> Quantized:
@@ -40,9 +41,10 @@ def fingerprinted(module: nn.Module) -> Quantized:
     return Quantized((columns, rows), turned, is_meta)
 
 
-def elements(module: nn.Module) -> int:
-    """Return the number of elements in the dense weight."""
-    return math.prod(base_of(module).shape(module))
+def parameter_count(model: nn.Module) -> int:
+    """Count a model's parameters, including adapters'; a quantized weight counts as its dense one."""
+    packed = {id(m._parameters["weight"]): math.prod(base_of(m).shape(m)) for m in quantized(model).values()}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
 
 @cache

@@ -29,7 +29,7 @@ class FourBit:
     quantization: ClassVar[str | None] = "bitsandbytes, 4 bits"
 
     def owns(self, module: nn.Module) -> bool:
-        weight: Any = module._parameters.get("weight")  # of a class of the library
+        weight: Any = module._parameters.get("weight")
         return _is(weight, "Params4bit") and weight.quant_state is not None  # without a state it is not quantized yet
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ class EightBit:
     quantization: ClassVar[str | None] = "bitsandbytes, 8 bits"
 
     def owns(self, module: nn.Module) -> bool:
-        weight: Any = module._parameters.get("weight")  # of a class of the library
+        weight: Any = module._parameters.get("weight")
         return _is(weight, "Int8Params") and weight.dtype == torch.int8
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:

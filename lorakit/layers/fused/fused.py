@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..bases import base_of
 from ..frozen import plain_weight
 from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base
 from ..linear import LinearLayer
@@ -145,6 +146,9 @@ def _shapes(module: nn.Module) -> tuple:
 
 
 def _why_not_linear(layer: LinearLayer) -> str | None:
+    how = base_of(layer).quantization
+    if how is not None:
+        return f"its weight is quantized ({how})"
     if not layer.lora_plain:
         base = mixin_and_base(type(layer))[1].__name__
         return (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...ops.fused.gated_mlp import ACTIVATIONS, Activation, gated_mlp
 from ...ops.projections import Projection
 from ...ops.shared_mask import mask_for
+from ..bases import base_of
 from ..frozen import is_hooked
 from ..layer import Swapped
 from ..linear import makes_gradients, projection_of
@@ -103,10 +104,13 @@ def match(module: nn.Module) -> Roles | str | None:
         return None
     idle = tuple(name for name, child in rest.items() if _does_nothing(child))
     rest = {name: child for name, child in rest.items() if name not in idle}
-    functions = {name: function for name, child in rest.items() if (function := _function_of(child)) is not None}
-    unknown = [f"'{name}' ({type(child).__name__})" for name, child in rest.items() if name not in functions]
     if not rest or all(isinstance(child, nn.Dropout) for child in rest.values()):
         return None
+    how = next((how for child in linears.values() if (how := base_of(child).quantization) is not None), None)
+    if how is not None:
+        return f"its weights are quantized ({how})"
+    functions = {name: function for name, child in rest.items() if (function := _function_of(child)) is not None}
+    unknown = [f"'{name}' ({type(child).__name__})" for name, child in rest.items() if name not in functions]
     if unknown or len(functions) != 1:
         return (
             f"it has a child {unknown[0]} that the fused form does not support"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...adapter.loha import Hadamard
+from ...adapter.loha import Loha
 from ...adapter.tucker import product
 from ...config import LoraConfig
 from ...errors import AdapterError, TargetError
@@ -74,7 +74,7 @@ class LohaFactors(LiveUpdate):
         return cls(factors, base_of(layer).shape(layer), rank, alpha, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Hadamard, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Loha, dropout: float, trainable: bool) -> Self:
         _check_layer(layer, name)
         shape = base_of(layer).shape(layer)
         if value.layout(shape, conv1d=layer.lora_transposed) is not layer.lora_transposed:
@@ -86,10 +86,10 @@ class LohaFactors(LiveUpdate):
         factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
         return cls(factors, shape, value.rank, value.alpha, dropout, trainable)
 
-    def value(self, layer: LoraLayer) -> Hadamard:
+    def value(self, layer: LoraLayer) -> Loha:
         factors = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         kernel = len(self.shape) > 2 and self.t1 is None
-        return Hadamard(**factors, alpha=self.alpha, shape=self.shape if kernel else None)
+        return Loha(**factors, alpha=self.alpha, shape=self.shape if kernel else None)
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
