@@ -146,9 +146,9 @@ def _shapes(module: nn.Module) -> tuple:
 
 
 def _why_not_linear(layer: LinearLayer) -> str | None:
-    how = base_of(layer).quantization
-    if how is not None:
-        return f"its weight is quantized ({how})"
+    quantization = base_of(layer).quantization
+    if quantization is not None:
+        return f"its weight is quantized ({quantization})"
     if not layer.lora_plain:
         base = mixin_and_base(type(layer))[1].__name__
         return (

@@ -106,9 +106,9 @@ def match(module: nn.Module) -> Roles | str | None:
     rest = {name: child for name, child in rest.items() if name not in idle}
     if not rest or all(isinstance(child, nn.Dropout) for child in rest.values()):
         return None
-    how = next((how for child in linears.values() if (how := base_of(child).quantization) is not None), None)
-    if how is not None:
-        return f"its weights are quantized ({how})"
+    quantization = next((q for child in linears.values() if (q := base_of(child).quantization) is not None), None)
+    if quantization is not None:
+        return f"its weights are quantized ({quantization})"
     functions = {name: function for name, child in rest.items() if (function := _function_of(child)) is not None}
     unknown = [f"'{name}' ({type(child).__name__})" for name, child in rest.items() if name not in functions]
     if unknown or len(functions) != 1:
