@@ -122,7 +122,7 @@ def _facts(job: Job, step: int) -> Table:
         ),
         ("length", data.length),
         *(
-            [("date", f"{data.about['date']}: the chat template writes it, and it is kept with the run")]
+            [("date", f"{data.about['date']}, written by the chat template and saved with the run")]
             if "date" in data.about
             else []
         ),

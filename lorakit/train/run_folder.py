@@ -85,13 +85,13 @@ class RunFolder:
             )
 
     def begun_on(self) -> str | None:
-        """The date that the run's chat template writes, if there is a run to resume and it keeps one."""
+        """Return the date that the chat template writes in the run to resume; None without a run or a date."""
         if not steps_in(self.checkpoints):
             return None
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))
         except (OSError, ValueError, yaml.YAMLError):
-            return None  # `open` says what is wrong with it
+            return None  # `open` will raise the error
         date = then.get("date") if isinstance(then, dict) else None
         return None if date is None else str(date)
 

@@ -178,11 +178,11 @@ def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> 
 
 
 def dated(config: TrainConfig, processor: Any) -> TrainConfig:
-    """The config with the date that its chat template writes: as given, else the day on which the run began."""
-    asked = config.model_dump(include={"date", "chat_template"} & task_of(config.task).settings.model_fields.keys())
-    if "date" not in asked or asked["date"] is not None:
+    """Return the config with the date that its chat template writes: as given, or the day on which the run began."""
+    given = config.model_dump(include={"date", "chat_template"} & task_of(config.task).settings.model_fields.keys())
+    if "date" not in given or given["date"] is not None:
         return config
-    path = asked["chat_template"]
+    path = given["chat_template"]
     if not reads_date(processor if path is None else with_template(processor, read_template(path), path)):
         return config
     return config.replace(date=RunFolder(config.out).begun_on() or Date.today().isoformat())

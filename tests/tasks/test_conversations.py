@@ -151,7 +151,7 @@ def test_each_answer_of_a_rewriting_template_is_trained_and_the_panel_counts_the
     panel = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "24 rows to train on" in panel
     assert f"12 rows: {EACH_ANSWER} (24 rows)" in panel
-    assert f"{date.today().isoformat()}: the chat template writes it" in panel
+    assert f"{date.today().isoformat()}, written by the chat template" in panel
     assert "<pad>, as the chat template writes; generation stops there" in panel
 
 

@@ -1,10 +1,10 @@
-"""What an adapter keeps of how its conversations were written, in `lorakit.json` under `data`.
+"""Record how an adapter's conversations were formatted, in `lorakit.json` under `data`.
 
 template               none, chat or plain
-chat_template          the template's text, where it is not the model's own (also beside it, as chat_template.jinja)
-chat_template_kwargs   what the template read besides the conversation
+chat_template          the template's text, if it is not the model's own (also saved as chat_template.jinja)
+chat_template_kwargs   the template's further variables
 date                   the date that the template wrote
-end_tokens             tokens that end answers although the model's generation does not end with them
+end_tokens             tokens that end answers, but at which the model's generation would not stop
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEMPLATE_FILE = "chat_template.jinja"  # transformers' name for it
 
 
 def record(dataset: Dataset, tokenizer: Any, options: ChatOptions, own_template: bool) -> dict[str, Any]:
-    """Return the record of a dataset. own_template: the chat template is the run's, not the model's."""
+    """Return the record of a dataset. `own_template`: whether the chat template is the run's own."""
     from ...data.templates import reads_date
 
     about: dict[str, Any] = {"template": dataset.style}
