@@ -81,7 +81,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     left_out = "".join(f", {count} {what}" for count, what in ((found.dropped, "dropped"), (found.cut, "cut")) if count)
     length = f"at most {found.max_length} tokens ({found.max_length_reason}){left_out}"
     shape = f"{found.shape}; {len(found.names)} labels: {', '.join(found.names[:12])}{' ...' * (len(found.names) > 12)}"
-    return Data(train, held_out, shape, length, {"labels": found.names})
+    return Data(train, held_out, shape, length, {"labels": found.names}, found.notes)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
