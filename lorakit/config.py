@@ -1,7 +1,7 @@
-"""Settings as pure data, validated, without torch: what to adapt and how (`LoraConfig`), and a run's (`RunSettings`).
+"""Validated settings, without torch: an adapter's (`LoraConfig`) and a training run's (`RunSettings`).
 
-`LoraConfig` has our names; `lorakit/formats/peft_config.py` maps them to PEFT's `adapter_config.json`. A run's config,
-flat in YAML, is `RunSettings` joined with the settings of every method and every task: see `lorakit/train/config.py`.
+`LoraConfig` uses lorakit's names; `lorakit/formats/peft_config.py` maps them to PEFT's `adapter_config.json`. A run's
+config, flat in YAML, joins `RunSettings` with the settings of all methods and tasks: see `lorakit/train/config.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_RANK = 65536  # beyond any sensible rank
 Auto = Literal["auto"]
 
 
-# PEFT's names of the settings that hold the same values.
+# PEFT's names of settings with the same values.
 PEFT_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -46,19 +46,16 @@ PEFT_NAMES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Something chosen, and why."""
+    """A chosen value and the reason for it."""
 
     value: Any
     reason: str
 
 
 class Strict(BaseModel):
-    """A frozen settings object that refuses unknown keys (with the nearest name) and says what was
-    wrong with a value.
-    """
+    """A frozen settings object. ConfigError for unknown keys, with the nearest name, and for invalid values."""
 
-    # Names of a class's own settings: those that change nothing that is computed, and those that decide which rows are
-    # trained on, and how.
+    # Names of a class's own settings: `free` do not affect the result, `rows` determine the training rows.
     free: ClassVar[Collection[str]] = ()
     rows: ClassVar[Collection[str]] = ()
 
@@ -71,12 +68,12 @@ class Strict(BaseModel):
             raise ConfigError(explain(type(self), error)) from None
 
     def replace(self, **changes: Any):
-        """A copy with some fields changed, validated again."""
+        """Return a copy with some fields changed, validated again."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """A pydantic error as lines of `Class.field: what is wrong (got ...)`."""
+    """Format a pydantic error as lines of `Class.field: what is wrong (got ...)`."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "settings"
@@ -101,21 +98,19 @@ _Part = TypeVar("_Part", bound=Strict)
 
 
 def part(config: Strict, cls: type[_Part]) -> _Part:
-    """The settings of one class, out of a config that has them among others."""
+    """Return the settings of one class from a config that includes them."""
     return cls(**{name: getattr(config, name) for name in cls.model_fields})
 
 
 def at_least_one(value: int | str) -> int | str:
-    """For settings that are a count, or 'auto'."""
+    """Validate a setting that is a positive integer or 'auto'. Raises ValueError otherwise."""
     if value != "auto" and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"expected a positive whole number or 'auto' (got {value})")
+        raise ValueError(f"expected a positive integer or 'auto' (got {value})")
     return value
 
 
 def joined(name: str, parts: Iterable[type[Strict]]) -> type[Strict]:
-    """One class of settings with those of all parts. A setting, or a check of one, is defined in one class only:
-    TypeError where two do.
-    """
+    """Join settings classes into one. Raises TypeError if two of them define the same setting or validator."""
     parts = tuple(parts)
     owners: dict[str, type] = {}
     for cls in dict.fromkeys(cls for part in parts for cls in part.__mro__ if issubclass(cls, Strict)):
@@ -141,32 +136,32 @@ class LoraSettings(Strict):
 
     rank: int = Field(16, ge=1, le=MAX_RANK, description="rank of the update")
     # 32 whatever the rank ("LoRA Without Regret", 2025): the best learning rate then hardly depends on the rank.
-    alpha: float = Field(
-        32.0, gt=0, allow_inf_nan=False, description="strength of the update; the scale is alpha / rank"
-    )
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="numerator of the update's scale, alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank branch, in training")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases to train: none, all, or those of adapted modules"
     )
     targets: str | list[str] = Field(
         ALL_LINEAR,
-        description="modules to adapt: 'all-linear', a list of name endings, or one regular expression for whole names",
+        description="modules to adapt: 'all-linear', a list of name endings, or one regular expression for full names",
     )
     exclude: str | list[str] | None = Field(
-        None, description="modules to leave out: name endings, or one regular expression"
+        None, description="modules to skip: name endings, or one regular expression"
     )
     layers: list[int] | None = Field(None, description="only these layer numbers (the first number in a module's name)")
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, likewise")
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="other alphas: {name ending or regular expression: alpha}"
+    )
     rslora: bool = Field(False, description="scale by alpha / √rank (Kalajdzievski 2023)")
     variant: str = Field("lora", description="kind of update to train (docs/python.md lists them)")
     init: Literal["default", "gaussian"] = Field(
-        "default", description="A kaiming-uniform or gaussian; B zero, so that ΔW starts at zero"
+        "default", description="initialization of A: kaiming-uniform, or gaussian; B is zero, so that ΔW starts at zero"
     )
     save_modules: list[str] = Field(
-        default_factory=list, description="modules trained and saved whole (PEFT's modules_to_save)"
+        default_factory=list, description="modules to train and save in full (PEFT's modules_to_save)"
     )
     packed: dict[str, list[bool]] = Field(
         default_factory=dict,
@@ -217,15 +212,15 @@ class LoraSettings(Strict):
     def _packed(cls, value: dict[str, list[bool]]) -> dict[str, list[bool]]:
         for key, parts in value.items():
             if not any(parts):
-                raise ValueError(f"no part of '{key}' is adapted; leave it out of the targets instead")
+                raise ValueError(f"no part of '{key}' is adapted; remove it from the targets instead")
         return value
 
     def rank_of(self, module: str) -> int:
-        """The rank for a module's full name."""
+        """Return the rank for a module's full name."""
         return self._ranks_by_name.value(module, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha for a module's full name."""
+        """Return the alpha for a module's full name."""
         return self._alphas_by_name.value(module, self.alpha)
 
     @cached_property
@@ -237,59 +232,57 @@ class LoraSettings(Strict):
         return Patterns(self.alpha_pattern)
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
-        """Which equal parts of a packed projection are adapted, or None for an ordinary module."""
+        """Return which equal parts of a packed projection are adapted; None for an ordinary module."""
         return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
 
 
 class LoraConfig(LoraSettings):
-    """A low-rank update's settings, and what it is for."""
+    """An adapter's settings: those of its updates, its task and its base."""
 
-    task: str | None = Field(
-        None, description="what the model is for, PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ..."
-    )
+    task: str | None = Field(None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
 
 
 @cache
 def variants() -> tuple[str, ...]:
-    """The kinds of update that a live model takes: each is a file of layers/updates/, which is not imported here."""
+    """List the kinds of update that can be attached to a live model: the files of layers/updates/ (not imported)."""
     files = (Path(__file__).parent / "layers" / "updates").glob("*.py")
     return tuple(sorted(file.stem for file in files if file.stem not in ("__init__", "update")))
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """The factor before B A."""
+    """Return the scale of B A: alpha / rank, or alpha / √rank with `rslora`."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 class Source(Strict):
-    """What is to be learnt, by which model, from which rows."""
+    """The task, the base and the data of a run."""
 
     free: ClassVar = {"data"}  # the rows are compared by hash
     rows: ClassVar = {"task", "data", "split"}
 
-    task: str = Field("causal_lm", description="what is to be learnt")
+    task: str = Field("causal_lm", description="the task")
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
     model: str = Field(
         "embedded", description="the base: 'embedded', a model folder, or a hub id such as Qwen/Qwen3-0.6B"
     )
     data: str = Field(..., description="training data: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")
-    split: str | None = Field(None, description="the data's split, where it has several")
+    split: str | None = Field(None, description="the data's split, if it has several")
 
 
 class RunSettings(Source):
-    """What a training run can be told, whatever the method and the task."""
+    """The settings of a training run that do not depend on the method or the task."""
 
     free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
     rows: ClassVar = {"validation"}
 
-    validation: float | str = Field(0.05, description="held out: a share of the data, a file of its own, or 0 for none")
+    validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
 
     method: str = Field("lora", description="how to fine-tune")
     out: str = Field(
-        "runs/default", description="the run's folder; a run started on its own folder goes on where it stopped"
+        "runs/default", description="the run's folder; a run started on its own folder resumes where it stopped"
     )
     epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
@@ -297,7 +290,7 @@ class RunSettings(Source):
     micro_batch: int | Auto = Field(
         "auto", description="sequences computed at once on one device; the rest is accumulated"
     )
-    group_by_length: bool = Field(True, description="batches of rows of like length: less padding")
+    group_by_length: bool = Field(True, description="put rows of similar length into the same batch: less padding")
     learning_rate: float | Auto = Field(
         "auto", description="peak learning rate; auto picks one from the model's width and says why"
     )
@@ -311,7 +304,7 @@ class RunSettings(Source):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first beta")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second beta")
-    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="largest gradient norm; 0: no clipping")
+    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="maximum gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="the base's precision; the adapter trains in float32"
     )
@@ -320,29 +313,29 @@ class RunSettings(Source):
     )
     compile: bool = Field(
         False,
-        description="compile the layers with torch.compile before the first step (needs a C++ compiler on a CPU; pays "
-        "in long runs)",
+        description="compile the layers with torch.compile before the first step (needs a C++ compiler on a CPU; "
+        "worthwhile for long runs)",
     )
-    seed: int = Field(0, ge=0, lt=1 << 31, description="of the factors, the batches and dropout")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="seed of the factors, the data order and dropout")
     threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
 
     eval_every: int | Auto = Field(
-        "auto", description="steps between evaluations on the held-out rows; auto: about ten in a run"
+        "auto", description="steps between evaluations on the held-out rows; auto: about ten per run"
     )
     patience: int = Field(
-        3, ge=0, description="stop after so many evaluations without a better held-out loss; 0: never"
+        3, ge=0, description="stop after this many evaluations without a better held-out loss; 0: never"
     )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
-    keep: int = Field(2, ge=1, description="checkpoints kept")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="also log to these, if installed"
     )
     memory: str = Field(
         "auto",
-        description="memory the run may take, such as 24GB; auto: what the device has; unchecked: start in any case",
+        description="memory the run may use, such as 24GB; auto: what the device has; unchecked: start in any case",
     )
     trust_remote_code: bool = Field(
-        False, description="run the code that a hub model brings (only for models you trust)"
+        False, description="run code from a hub model's repository (only for models you trust)"
     )
 
     @model_validator(mode="before")
@@ -355,9 +348,7 @@ class RunSettings(Source):
     @model_validator(mode="after")
     def _compiled(self) -> RunSettings:
         if self.compile and self.gradient_checkpointing:
-            raise ValueError(
-                "compile with gradient_checkpointing has not been shown to be right; leave one of the two out"
-            )
+            raise ValueError("compile is not tested with gradient_checkpointing; remove one of the two")
         return self
 
     @field_validator("learning_rate")
@@ -373,7 +364,7 @@ class RunSettings(Source):
     @classmethod
     def _share_or_file(cls, value: float | str) -> float | str:
         if isinstance(value, float) and not 0 <= value < 1:
-            raise ValueError(f"expected a share from 0 up to 1, or a file (got {value})")
+            raise ValueError(f"expected a share of at least 0 and below 1, or a file (got {value})")
         return value
 
 

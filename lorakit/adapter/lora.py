@@ -1,15 +1,15 @@
-"""The low-rank factors of one target module, as a value.
+"""LoRA's update of one module, as a value (Hu et al. 2021, section 4.1): ΔW = s · B A, s = alpha / r.
 
-linear     A [r, in]          B [out, r]              (a packed projection: r = n·rank, B zero outside its n blocks)
+linear     A [r, in]          B [out, r]              (packed projection: r = n·rank, B is zero outside its n blocks)
 embedding  A [r, vocab]       B [dim, r]
 conv       A [r, in/g, *k]    B [out, r, 1...]        (or PEFT's grouped form: A [r, in, *k], B [out, r/g, 1...])
 
-A DoRA (Liu et al. 2024) has a magnitude too, for W' = magnitude · (W + s · B A) / ‖W + s · B A‖: [out, 1] with the norm
-of each output's row, or [1, in] with that of each input's column.
+A DoRA is built on such factors: see `dora`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,16 +21,15 @@ from ..errors import AdapterError
 from ..ops.delta import as_matrices, delta, delta_rows
 from .algebra.svd import Svd, product_svd
 from .checks import check_alpha, check_tensors
-from .dora import dora_rows
-from .update import LowRank, Read, Rows, Update, as_matrix_shape, halves_swapped
+from .update import LowRank, Read, Rows, Update, as_matrix_shape
 
 Kind = Literal["linear", "embedding", "conv"]
 
 
 @dataclass(frozen=True)
-class Form:
-    """What low-rank factors of a module are like, but for their rank and numbers. `inner`: A's axes after the rank;
-    `axes`: B's.
+class FactorShapes:
+    """The shapes of a module's low-rank factors, except for their rank. `inner`: the sizes of A's axes after the rank;
+    `axes`: the number of B's axes.
     """
 
     kind: Kind
@@ -41,17 +40,17 @@ class Form:
     parts: tuple[bool, ...] | None = None
 
     @classmethod
-    def of_shape(cls, shape: tuple[int, ...]) -> Form:
-        """Of a weight [out, in] or [out, in, *k]."""
+    def of_shape(cls, shape: tuple[int, ...]) -> FactorShapes:
+        """The factor shapes for a linear's weight [out, in] or a convolution's [out, in, *k]."""
         return cls("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
 
     @property
-    def across(self) -> bool:
+    def weight_transposed(self) -> bool:
         """Whether the weight is stored as [in, out]."""
         return self.transposed or self.kind == "embedding"
 
     def factors(self, B: Tensor, A: Tensor, alpha: float, rslora: bool = False) -> Factors:
-        """B [out, r] and A [r, -1] in this form."""
+        """Factors of these shapes out of the matrices B [out, r] and A [r, -1]."""
         A, B = A.reshape(A.shape[0], *self.inner), B.reshape(*B.shape, *(1,) * (self.axes - 2))
         return Factors(
             A.contiguous(), B.contiguous(), alpha, self.kind, rslora, self.transposed, self.groups, self.parts
@@ -60,7 +59,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Factors(Update):
-    """ΔW = scale · B A of one module, scale = alpha / rank (or alpha / √rank)."""
+    """ΔW = scale · B A of one module; scale = alpha / rank, with `rslora` alpha / √rank (Kalajdzievski 2023)."""
 
     A: Tensor
     B: Tensor
@@ -71,15 +70,14 @@ class Factors(Update):
     groups: int = 1  # of a convolution
     # the adapted parts of a packed projection; alpha / rank are those of one part
     parts: tuple[bool, ...] | None = None
-    magnitude: Tensor | None = None  # DoRA's
 
     @property
     def variant(self) -> str:
-        return "lora" if self.magnitude is None else "dora"
+        return "lora"
 
     @property
     def rank(self) -> int:
-        """The rank of one part: A's rows, shared among the adapted parts of a packed projection."""
+        """The rank of one part: the rows of A over the number of adapted parts of a packed projection."""
         return self.A.shape[0] // (sum(self.parts) if self.parts else 1)
 
     @property
@@ -87,22 +85,29 @@ class Factors(Update):
         return scale_of(self.alpha, self.rank, self.rslora)
 
     @property
-    def across(self) -> bool:
+    def weight_transposed(self) -> bool:
         """Whether the weight is stored as [in, out]."""
         return self.transposed or self.kind == "embedding"
 
     @property
     def parameters(self) -> int:
-        """How many elements it holds; not the zeros of a packed B outside its blocks."""
+        """The number of elements, without the zeros of a packed B outside its blocks."""
         held = self.B.numel() // (len(self.parts) if self.parts else 1)  # n blocks [out / parts, r] of [out, n·r]
-        return self.A.numel() + held + (self.magnitude.numel() if self.magnitude is not None else 0)
+        return self.A.numel() + held
 
     @property
-    def needs_base(self) -> bool:
-        return self.magnitude is not None
+    def sizes(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def factors(self) -> Factors:
+        return self
+
+    def map_factors(self, change: Callable[[Factors], Factors]) -> Factors:
+        return change(self)
 
     def check(self, module: str) -> None:
-        """Shapes, ranks, dtypes, NaN."""
+        """AdapterError unless shapes, rank, dtypes and alpha are sound and all values finite."""
 
         def wrong(what: str) -> AdapterError:
             return AdapterError(f"adapter factors of '{module}': {what}")
@@ -119,12 +124,6 @@ class Factors(Update):
             )
         if self.kind != "conv" and not (self.A.dim() == self.B.dim() == 2):
             raise wrong(f"A {list(self.A.shape)} and B {list(self.B.shape)} should be matrices")
-        if self.magnitude is not None:
-            sizes = [self.B.shape[0], 1], [1, self.A.flatten(1).shape[1]]
-            if list(self.magnitude.shape) not in sizes:
-                raise wrong(
-                    f"DoRA's magnitude has shape {list(self.magnitude.shape)}; expected {sizes[0]} or {sizes[1]}"
-                )
 
     def unmergeable(self) -> str | None:
         if self.A.shape[0] == self.B.shape[1]:
@@ -135,16 +134,8 @@ class Factors(Update):
             "  keep this adapter unmerged"
         )
 
-    def is_zero(self) -> bool:
-        """A DoRA's magnitude may change the weight with factors of zero."""
-        return self.magnitude is None and super().is_zero()
-
     def times(self, weight: float, module: str) -> Factors:
-        """The strength in alpha, so that no element changes; the sign in B."""
-        if self.magnitude is not None:
-            raise AdapterError(
-                f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead"
-            )
+        """|weight| goes into alpha and the sign into B, so that no element is rounded."""
         if not weight:
             return replace(self, B=torch.zeros_like(self.B))
         return replace(self, B=self.B if weight > 0 else -self.B, alpha=self.alpha * abs(weight))
@@ -153,37 +144,32 @@ class Factors(Update):
 
     def weight_shape(self) -> tuple[int, ...]:
         out, first = self.B.shape[0], self.A.shape[1]
-        return (first, out) if self.across else (out, first, *self.A.shape[2:])
+        return (first, out) if self.weight_transposed else (out, first, *self.A.shape[2:])
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32, in the weight's own layout: [out, in], [in, out] if transposed, [vocab, dim], [out, in/g, *k].
+        """ΔW in float32 (float64 stays), in the weight's layout: [out, in], or [in, out] if transposed, [vocab, dim],
+        [out, in/g, *k].
 
-        AdapterError for PEFT's grouped convolution factors that no change of the weight can express, and for DoRA,
-        whose ΔW depends on the weight.
+        AdapterError for PEFT's grouped convolution factors, which no change of the weight can express.
         """
-        if self.magnitude is not None:
-            raise AdapterError("the change that a DoRA makes depends on the base's weight: it has no ΔW of its own")
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"a grouped convolution's A {list(self.A.shape)} reads across the {self.groups} groups: no change of "
                 "the weight does the same\n"
                 "  keep this adapter unmerged"
             )
-        return delta(self.A, self.B, self.scale, self.weight_shape() if shape is None else shape, self.across)
+        return delta(
+            self.A, self.B, self.scale, self.weight_shape() if shape is None else shape, self.weight_transposed
+        )
 
     def matrix(self, transposed: bool = False) -> Tensor:
-        """s · B A as [out, in·k], whichever way round the weight is stored."""
+        """s · B A as [out, in·k], however the weight is stored."""
         A, B = as_matrices(self.A, self.B)
         return (B * self.scale) @ A
 
-    def without_base(self) -> Factors:
-        return self if self.magnitude is None else replace(self, magnitude=None)
-
-    def low_rank(self) -> LowRank | None:
-        if self.magnitude is not None:
-            return None
+    def low_rank(self) -> LowRank:
         A, B = self.A.detach().double().flatten(1), self.B.detach().double().flatten(1)
-        if A.shape[0] != B.shape[1]:  # PEFT's grouped convolution: each group of outputs reads its own rows of A
+        if A.shape[0] != B.shape[1]:  # PEFT's grouped convolution: each group of outputs has rows of A of its own
             B = torch.block_diag(*B.chunk(self.groups))
         return LowRank(B * self.scale, A)
 
@@ -191,7 +177,7 @@ class Factors(Update):
         return [product_svd(B * self.scale, A) for A, B in self.blocks()]
 
     def blocks(self) -> list[tuple[Tensor, Tensor]]:
-        """(A [r, in·k], B [rows, r]) as matrices: of each adapted part of a packed projection, else one pair."""
+        """(A [r, in·k], B [rows, r]) as matrices: one pair, or one for each adapted part of a packed projection."""
         A, B = as_matrices(self.A, self.B)
         if not self.parts:
             return [(A, B)]
@@ -201,14 +187,7 @@ class Factors(Update):
             (A[j * r : (j + 1) * r], B[i * size : (i + 1) * size, j * r : (j + 1) * r]) for j, i in enumerate(adapted)
         ]
 
-    def form(self, module: str) -> Form:
-        if self.magnitude is not None:
-            raise AdapterError(
-                f"'{module}' is a DoRA: its change depends on the base's weight, so it cannot be added or cut by "
-                "itself\n"
-                "  merge it into its base first, and extract the change from the result: lorakit merge, then lorakit "
-                "extract"
-            )
+    def factor_shapes(self, module: str) -> FactorShapes:
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"'{module}' is a grouped convolution in PEFT's form, whose A {list(self.A.shape)} reads across the "
@@ -217,18 +196,18 @@ class Factors(Update):
                 f"  leave it out: lorakit.adapter.algebra.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT "
                 f"--drop {module})"
             )
-        return Form(self.kind, tuple(self.A.shape[1:]), self.B.dim(), self.transposed, self.groups, self.parts)
+        return FactorShapes(self.kind, tuple(self.A.shape[1:]), self.B.dim(), self.transposed, self.groups, self.parts)
 
     # ΔW on a stored weight
 
     def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        """By the shape, and where that fits both ways by what is known of the module."""
+        """By the shape; where both layouts fit, by the kind of the module."""
         out, first = self.B.shape[0], self.A.shape[1]
-        plain, across = (out, first, *self.A.shape[2:]), (first, out)
+        plain, transposed = (out, first, *self.A.shape[2:]), (first, out)
         fits = as_matrix_shape(shape) == as_matrix_shape(plain)
-        if self.kind == "linear" and shape == plain == across:
+        if self.kind == "linear" and shape == plain == transposed:
             return self.transposed or turned or conv1d
-        if self.kind != "conv" and shape == across and (self.kind == "embedding" or not fits):
+        if self.kind != "conv" and shape == transposed and (self.kind == "embedding" or not fits):
             return True
         return False if fits and self.kind != "embedding" else None
 
@@ -238,13 +217,18 @@ class Factors(Update):
         A, B = as_matrices(self.A, self.B)
         scale = self.scale * weight
 
-        def low(rows: slice, _: Tensor) -> Tensor:
-            return delta_rows(A, B, scale, rows, transposed)
+        return lambda rows, _: delta_rows(A, B, scale, rows, transposed)
 
-        return low if self.magnitude is None else dora_rows(low, self.magnitude, transposed, read)
+    def output_tensors(self) -> dict[str, Tensor]:
+        return {"B": self.B}
 
-    def halves_swapped(self) -> Factors:
-        magnitude = self.magnitude
-        if magnitude is not None and magnitude.shape[0] > 1:
-            magnitude = halves_swapped(magnitude)
-        return replace(self, B=halves_swapped(self.B), magnitude=magnitude)
+    def as_factors(self) -> Factors:
+        return self
+
+
+def factors_of(updates: Mapping[str, Update]) -> dict[str, Factors]:
+    """module -> the low-rank factors of its update (`Update.factors`), for the updates that have any.
+
+    For reading only: a DoRA is more than its factors.
+    """
+    return {module: f for module, update in updates.items() if (f := update.factors) is not None}

@@ -24,7 +24,6 @@ from ..adapter.adapter import Adapter
 from ..adapter.algebra.compatible import base_differences
 from ..adapter.algebra.product import inner, matrix, size_of
 from ..adapter.algebra.spectrum import Spectrum, decompose
-from ..adapter.lora import Factors
 from ..adapter.update import LowRank, Update
 from ..checkpoint.weights import open_weights
 from ..errors import AdapterError, TargetError, did_you_mean, listing
@@ -284,7 +283,7 @@ def _chosen(pairs: Sequence[Pair], requested: Sequence[str]) -> list[Pair]:
 
 
 def _similarity(module: str, a: Update, b: Update, of: Of) -> Similarity:
-    if not (isinstance(a, Factors) and isinstance(b, Factors)):  # LoHa, LoKr and dense updates have no A and B
+    if a.factors is None or b.factors is None:  # LoHa, LoKr and dense updates have no A and B
         of = "right" if of in ("A", "right") else "left"
     U, V = directions(a, of), directions(b, of)
     return Similarity(module, of, similarity(U, V).tolist(), max(U.shape[1], V.shape[1]) / U.shape[0])

@@ -11,40 +11,53 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..io.atomic import replacing
+from .tables import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
+    from rich.text import Text
 
 # Name parts whose number counts layers. `to_out.0`, `net.2` and `experts.5` count something else.
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|\w*blocks?|h|resnets|attentions|\w*samplers)\.\d+(?=\.|$)")
 # GPT-2's names begin with "transformer.h."
 _PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.(?!h\.)")
 # Dark to bright with even steps of lightness: readable in greyscale and with colour blindness.
-_RAMP = ((13, 8, 60), (84, 15, 109), (158, 40, 100), (219, 80, 59), (250, 156, 27), (246, 232, 120))
+COLOURS = "inferno"
 GREY = "#d4d4d4"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One heat map: `values[row, layer]`, None for an unknown value."""
+    """One heat map: `values[row, layer]`, None for an unknown value.
+
+    limits: of the colour scale, by default the smallest and the largest value. axes: what the rows and columns count,
+    in a small plot; by default modules and layers.
+    """
 
     title: str
     rows: tuple[str, ...]
     layers: tuple[str, ...]
     values: Mapping[tuple[str, str], float | None]
+    limits: tuple[float, float] | None = None
+    axes: tuple[str, str] | None = None
 
-    def range(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
-        """The colour scale's limits: `low` and `high`, by default the smallest and largest value."""
-        known = [v for v in self.values.values() if v is not None and math.isfinite(v)] or [0.0]
-        return (min(known) if low is None else low, max(known) if high is None else high)
+    @property
+    def known(self) -> dict[tuple[str, str], float]:
+        """The finite values."""
+        return {key: value for key, value in self.values.items() if value is not None and math.isfinite(value)}
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The colour scale's limits."""
+        known = self.known.values()
+        return self.limits or (min(known, default=0.0), max(known, default=0.0))
 
     def tables(self, width: int = 80) -> Iterator[Table]:
         """Tables for a terminal of `width` columns: one line per layer, one column per module, split if too wide."""
@@ -59,76 +72,70 @@ class Grid:
 
     def _table(self, rows: Sequence[str]) -> Table:
         """A table of these modules, with the layers that contain at least one of them."""
-        from rich.style import Style
         from rich.table import Table
         from rich.text import Text
 
-        lowest, highest = self.range()
-        table = Table(
-            title=Text(printable(self.title)), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
-        )
+        title = Text(printable(self.title))
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("layer", justify="right", no_wrap=True, vertical="bottom")
         for row in rows:
-            table.add_column(
-                Text("\n".join(map(printable, row.split(".")))), justify="center", no_wrap=True, vertical="bottom"
-            )
+            head = Text("\n".join(map(printable, row.split("."))))
+            table.add_column(head, justify="center", no_wrap=True, vertical="bottom")
         for layer in self.layers:
-            cells = [Text(printable(layer))]
-            for row in rows:
-                value = self.values.get((row, layer))
-                if value is None:
-                    cells.append(Text("?" if (row, layer) in self.values else ""))
-                    continue
-                r, g, b = colour(value, lowest, highest)
-                ink = "white" if is_dark(r, g, b) else "black"
-                cells.append(
-                    Text(f"{short(value):^{_width(row)}}", style=Style(color=ink, bgcolor=f"rgb({r},{g},{b})"))
-                )
-            if any(cell.plain for cell in cells[1:]):
-                table.add_row(*cells)
+            if any((row, layer) in self.values for row in rows):
+                table.add_row(Text(printable(layer)), *(self._cell(row, layer) for row in rows))
         return table
 
-    def draw(self, ax: Axes, low: float | None = None, high: float | None = None) -> Any:
-        """Draw on matplotlib's axes, modules as rows and layers as columns. Returns the image, for a colour bar."""
+    def _cell(self, row: str, layer: str) -> Text:
+        from rich.text import Text
+
+        value = self.values.get((row, layer))
+        if value is None:
+            return Text("?" if (row, layer) in self.values else "")
+        red, green, blue = colour(value, *self.range)
+        ink = "white" if is_dark(red, green, blue) else "black"
+        return Text(f"{short(value):^{_width(row)}}", style=f"{ink} on rgb({red},{green},{blue})")
+
+    @property
+    def height(self) -> float:
+        """Of the plot, in inches."""
+        return 1.1 + 0.24 * len(self.rows) if self.axes is None else 3.4
+
+    @property
+    def width(self) -> float:
+        return 2.4 + 0.2 * len(self.layers) if self.axes is None else 3.2
+
+    def draw(self, ax: Axes) -> None:
+        """Draw on matplotlib's axes, modules as rows and layers as columns, with a colour bar."""
         import numpy
-        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib import colormaps
 
-        lowest, highest = self.range(low, high)
-        colours = LinearSegmentedColormap.from_list(
-            "lorakit", [tuple(c / 255 for c in step) for step in _RAMP]
-        ).with_extremes(bad=GREY)
+        lowest, highest = self.range
         cells = numpy.full((len(self.rows), len(self.layers)), numpy.nan)
-        for (row, layer), value in self.values.items():
-            if value is not None and math.isfinite(value):
-                cells[self.rows.index(row), self.layers.index(layer)] = value
-        image = ax.imshow(
-            cells, cmap=colours, vmin=lowest, vmax=highest if highest > lowest else lowest + 1e-12, aspect="auto"
-        )
-        step = -(-len(self.layers) // 48)
-        ticks = range(0, len(self.layers), step)
-        long_labels = max(map(len, self.layers), default=0) > 3
-        ax.set_xticks(ticks, [literal(self.layers[i]) for i in ticks], rotation=90 if long_labels else 0, fontsize=7)
-        ax.set_yticks(range(len(self.rows)), [literal(row) for row in self.rows], fontsize=8)
-        ax.set_xlabel("layer")
-        ax.set_title(literal(self.title), loc="left", fontsize=10)
-        if len(self.layers) <= 16:
-            for (row, layer), value in self.values.items():
-                if value is not None and math.isfinite(value):
-                    dark = is_dark(*colour(value, lowest, highest))
-                    ax.text(
-                        self.layers.index(layer),
-                        self.rows.index(row),
-                        short(value),
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if dark else "black",
-                    )
-        return image
+        for (row, layer), value in self.known.items():
+            cells[self.rows.index(row), self.layers.index(layer)] = value
+        colours = colormaps[COLOURS].with_extremes(bad=GREY)
+        image = ax.imshow(cells, cmap=colours, vmin=lowest, vmax=max(highest, lowest + 1e-12), aspect="auto")
+        ax.figure.colorbar(image, ax=ax, fraction=0.03, pad=0.01).ax.tick_params(labelsize=7)
+        small = self.axes is not None
+        for axis, names, most in (
+            (ax.xaxis, self.layers, 8 if small else 48),
+            (ax.yaxis, self.rows, 8 if small else 999),
+        ):
+            at = range(0, len(names), -(-len(names) // most) or 1)
+            axis.set_ticks(at, [literal(names[i]) for i in at], fontsize=7)
+        ax.tick_params("x", rotation=90 if max(map(len, self.layers), default=0) > 3 else 0)
+        ax.set_ylabel(self.axes[0] if self.axes else "", fontsize=8)
+        ax.set_xlabel(self.axes[1] if self.axes else "layer", fontsize=8)
+        ax.set_title(literal(self.title), loc="left", fontsize=8 if small else 10)
+        for (row, layer), value in self.known.items() if not small and len(self.layers) <= 16 else ():
+            ink = "white" if is_dark(*colour(value, lowest, highest)) else "black"
+            x, y = self.layers.index(layer), self.rows.index(row)
+            ax.text(x, y, short(value), ha="center", va="center", fontsize=7, color=ink)
 
 
-def grids(values: Mapping[str, float | None], what: str) -> list[Grid]:
-    """Heat maps of module -> value, one per part of a pipeline. `what`: the quantity, for the titles."""
+def grids(values: Mapping[str, float | None], what: str, limits: tuple[float, float] | None = None) -> list[Grid]:
+    """Heat maps of module -> value, one per part of a pipeline. what: the quantity, for the titles."""
     split = {
         module: (match[1], module[match.end() :]) if (match := _PARTS.match(module)) else ("", module)
         for module in values
@@ -143,11 +150,9 @@ def grids(values: Mapping[str, float | None], what: str) -> list[Grid]:
         parts.setdefault(part, {})[row, layer] = value
     maps = []
     for part, cells in parts.items():
-        rows, layers = (
-            tuple(dict.fromkeys(row for row, _ in cells)),
-            tuple(sorted({layer for _, layer in cells}, key=_natural)),
-        )
-        maps.append(Grid(f"{what}, {part}" if part else what, rows, layers, cells))
+        rows = tuple(dict.fromkeys(row for row, _ in cells))
+        layers = tuple(sorted({layer for _, layer in cells}, key=_natural))
+        maps.append(Grid(f"{what}, {part}" if part else what, rows, layers, cells, limits))
     return maps
 
 
@@ -171,13 +176,13 @@ def _natural(label: str) -> list[tuple[int, str]]:
 
 def colour(value: float, low: float, high: float) -> tuple[int, int, int]:
     """RGB (0 to 255) of a value on the colour scale from `low` to `high`; grey if not finite."""
+    from matplotlib import colormaps
+
     if not math.isfinite(value):
         return (212, 212, 212)
     at = (min(max(value, low), high) - low) / (high - low) if high > low else 0.0
-    step = min(int(at * (len(_RAMP) - 1)), len(_RAMP) - 2)
-    part = at * (len(_RAMP) - 1) - step
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(_RAMP[step], _RAMP[step + 1], strict=True))
-    return red, green, blue
+    red, green, blue, _ = colormaps[COLOURS](at, bytes=True)
+    return int(red), int(green), int(blue)
 
 
 def is_dark(red: int, green: int, blue: int) -> bool:
@@ -197,43 +202,38 @@ def short(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
-def printable(text: str) -> str:
-    """Text from a file, with control characters replaced, safe for a terminal or a page."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def literal(text: str) -> str:
     """Escape text for matplotlib, where a dollar sign would start a formula."""
-    return printable(text).replace("$", r"\$")
+    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
-def plot(maps: list[Grid], path: Path, title: str) -> Path:
-    """Draw heat maps below each other into a PNG or SVG, by the path's ending. ConfigError for another ending."""
-    heights = [0.9 + 0.24 * len(grid.rows) for grid in maps]
-    width = max(5.0, 2.4 + 0.2 * max(len(grid.layers) for grid in maps))
-    with canvas(path, (min(width, 20), sum(heights) + 0.4), title) as figure:
-        axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)
-        for ax, grid in zip(axes.flat, maps):
-            figure.colorbar(grid.draw(ax), ax=ax, fraction=0.03, pad=0.01).ax.tick_params(labelsize=7)
-    return path
+def plot(panels: Sequence[Grid], path: Path, title: str) -> Path:
+    """Draw panels below each other into a PNG or SVG, by the path's ending; small ones up to four in a row.
 
-
-@contextmanager
-def canvas(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
-    """Yield a figure of `size` (inches), saved to `path` when the block ends.
-
-    Avoids pyplot, which keeps figures and picks a backend.
+    ConfigError for another ending. Avoids pyplot, which keeps figures and picks a backend.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     kind = kind_of(path)
-    figure = Figure(figsize=size, layout="constrained")
+    rows: list[list[Grid]] = []
+    for panel in panels:
+        if rows and panel.axes and rows[-1][0].axes and len(rows[-1]) < 4:
+            rows[-1].append(panel)
+        else:
+            rows.append([panel])
+    heights = [row[0].height for row in rows] or [1.0]
+    width = min(20.0, max([5.0, *(sum(panel.width for panel in row) for row in rows)]))
+    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11)
-    yield figure
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+    for part, row in zip(parts.flat, rows):
+        for ax, panel in zip(part.subplots(1, len(row), squeeze=False).flat, row):
+            panel.draw(ax)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format=kind)
+    return path
 
 
 def kind_of(path: Path) -> str:

@@ -13,7 +13,8 @@ from ..adapter.algebra.spectrum import spectrum
 from ..bases.load import EMBEDDED, load_config
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
-from .heatmap import Grid, grids, printable
+from .heatmap import Grid, grids
+from .tables import Table, mean, printable
 from .training_notes import training
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ __all__ = [
     "not_finite",
 ]
 
+# Kinds of update that are not LoRA, as one calls them.
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -47,7 +50,7 @@ class ModuleFacts:
     """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
     `dead`: changes nothing.
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines
+    `kind`: linear, embedding or conv; loha, lokr or dense. `adapter.algebra.spectrum` defines
     the effective and the stable rank.
     """
 
@@ -149,34 +152,20 @@ class AdapterFacts:
             facts.append(printable(f"fingerprint of the base: {base}"))
         return facts or ["format not stated"]
 
-    def _table(self, every_module: bool):
-        from rich.table import Table
-        from rich.text import Text
-
+    def _table(self, every_module: bool) -> Table:
         relative = any(m.relative is not None for m in self.modules)
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-        table.add_column("module", overflow="fold", vertical="bottom", min_width=9)
-        shown = ["count", "in", "out", "rank", "alpha", "scale", "|ΔW|\nmin", "max", "effect.\nrank", "stable\nrank"]
-        for column in (*shown, *(["|ΔW| /\n|W|"] if relative else [])):
-            table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
-        for key, group in self._groups(every_module).items():
+        heads = ["module", "count", "in", "out", "rank", "alpha", "scale", "|ΔW|\nmin", "max"]
+        heads += ["effect.\nrank", "stable\nrank", *(["|ΔW| /\n|W|"] if relative else [])]
+        rows = []
+        for (name, *_), group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
-            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
-            cells = [
-                str(len(group)),
-                str(first.size_in),
-                str(first.size_out),
-                str(first.rank),
-                f"{first.alpha:g}",
-                f"{first.scale:g}",
-                f"{min(norms):.3g}",
-                f"{max(norms):.3g}",
-                _mean([m.effective_rank for m in group]),
-                _mean([m.stable_rank for m in group]),
-            ]
-            more = [_mean([m.relative for m in group], ".2g")] if relative else []
-            table.add_row(Text(printable(f"{key[0]}{kind}{' DoRA' if first.dora else ''}")), *cells, *more)
-        return table
+            kind = f" {KINDS[first.kind]}" if first.kind in KINDS else ""
+            sizes = [len(group), first.size_in, first.size_out, first.rank]
+            row = [f"{name}{kind}{' DoRA' if first.dora else ''}", *map(str, sizes)]
+            row += [f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"]
+            row += [mean((m.effective_rank for m in group), ".1f"), mean((m.stable_rank for m in group), ".1f")]
+            rows.append([*row, mean((m.relative for m in group), ".2g")] if relative else row)
+        return Table("", heads, rows)
 
     def _groups(self, every_module: bool) -> dict[tuple, list[ModuleFacts]]:
         groups: dict[tuple, list[ModuleFacts]] = {}
@@ -190,11 +179,6 @@ def ending(module: str) -> str:
     """The last part of a name, or the last two if it ends in a number (`to_out.0`)."""
     parts = module.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
-
-
-def _mean(values: list[float | None], spec: str = ".1f") -> str:
-    known = [v for v in values if v is not None]
-    return format(sum(known) / len(known), spec) if known else ""
 
 
 def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, form: str | None = None) -> AdapterFacts:
@@ -240,15 +224,15 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
 
 def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
-    tensors = update.tensors()
+    tensors, own = update.tensors(), update.without_base()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(update, "kind", type(update).__name__.lower()),
+        getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
-        getattr(update, "alpha", float(update.rank)),
+        getattr(own, "alpha", float(update.rank)),
         update.scale,
         found.norm,
         dtype,
@@ -349,7 +333,7 @@ def describe_model(source: str) -> ModelFacts:
         model = kind(config)
     linear = find_targets(model, LoraConfig()).modules
     rows = [
-        (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr, arg-type]
+        (name, type(m).__name__, list(m.get_parameter("weight").shape), name in linear)
         for name, m in module_names(model).items()
         if mixin_for(m) is not None
     ]

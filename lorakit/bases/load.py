@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorakitError, did_you_mean, listing
+from ..errors import LorakitError, did_you_mean, listing, not_the_file
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,12 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     from transformers import AutoConfig
 
     return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def is_four_bit(config: Any) -> bool:
+    """Whether a base's transformers config says that bitsandbytes has quantized its linear weights to 4 bits."""
+    how = getattr(config, "quantization_config", None)
+    return bool(how.get("load_in_4bit") if isinstance(how, dict) else getattr(how, "load_in_4bit", False))
 
 
 def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
@@ -176,14 +182,17 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             return auto_class.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
     # tokenizers raises bare Exceptions, damaged files cause KeyError, TypeError, AttributeError
     except Exception as error:
+        stands_in = next(filter(None, map(not_the_file, sorted(Path(path).iterdir()))), None) if local else None
+        if stands_in is not None:
+            raise LorakitError(f"cannot load '{name}' with {auto_class.__name__}: {stands_in}") from error
         reason = next(iter(str(error).strip().splitlines()), "")
-        readable = isinstance(error, OSError | ValueError | RuntimeError) or type(error) is Exception
+        readable = isinstance(error, OSError | ValueError | RuntimeError | ImportError) or type(error) is Exception
         if not (readable and reason):
             reason = f"{type(error).__name__} {reason}".strip()
-        raise LorakitError(
-            f"cannot load '{name}' with {auto_class.__name__}: {reason}\n"
-            f"  expected a {'complete ' if local else ''}model folder, a hub id, or '{EMBEDDED}'"
-        ) from error
+        expected = f"expected a {'complete ' if local else ''}model folder, a hub id, or '{EMBEDDED}'"
+        if isinstance(error, ImportError):  # a quantized base, or a model's own code
+            expected = "pip install 'lorakit[quant]'" if "bitsandbytes" in reason else "install what it needs"
+        raise LorakitError(f"cannot load '{name}' with {auto_class.__name__}: {reason}\n  {expected}") from error
 
 
 @contextmanager

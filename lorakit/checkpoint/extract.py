@@ -23,7 +23,7 @@ from ..adapter.algebra.compose import compose
 from ..adapter.algebra.reform import describing
 from ..adapter.algebra.svd import distance, matrix_svd, norm_squared
 from ..adapter.dense import Dense
-from ..adapter.lora import Factors, Form
+from ..adapter.lora import Factors, FactorShapes
 from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..io.stream import Slot
@@ -121,8 +121,8 @@ def extract(
         module, _, last = pair.name.rpartition(".")
         if norm == 0:
             unchanged += 1
-        elif pair.form is not None and pair.adaptable and (targets is None or matches(module, targets)):
-            factors[module], report = _factors(module, delta, pair.form, rank, keep, seed, norm, size)
+        elif pair.factor_shapes is not None and pair.adaptable and (targets is None or matches(module, targets)):
+            factors[module], report = _factors(module, delta, pair.factor_shapes, rank, keep, seed, norm, size)
             reports.append(report)
         else:
             rest[pair.name] = norm
@@ -163,13 +163,20 @@ def _doubts(reports: list[ModuleExtract], pairs: list[Pair]) -> list[str]:
 
 
 def _factors(
-    module: str, delta: Tensor, form: Form, rank: int | None, keep: float | None, seed: int, norm: float, size: float
+    module: str,
+    delta: Tensor,
+    shapes: FactorShapes,
+    rank: int | None,
+    keep: float | None,
+    seed: int,
+    norm: float,
+    size: float,
 ) -> tuple[Factors, ModuleExtract]:
-    W = delta.T if form.across else delta  # [out, in·k]
+    W = delta.T if shapes.weight_transposed else delta  # [out, in·k]
     svd = matrix_svd(W, rank, keep, seed=seed)
-    made = compose(form, [svd], max(1, min(len(svd.S), svd.rank)))
+    made = compose(shapes, [svd], max(1, min(len(svd.S), svd.rank)))
     error = math.sqrt(distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1))) / norm
-    shape = (W.shape[1], W.shape[0]) if form.across else (W.shape[0], *form.inner)
+    shape = (W.shape[1], W.shape[0]) if shapes.weight_transposed else (W.shape[0], *shapes.inner)
     return made, ModuleExtract(module, shape, norm / size if size else math.inf, norm, made.rank, error)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.fingerprint import fingerprint
-from ..adapter.lora import Form
+from ..adapter.lora import FactorShapes
 from ..errors import TargetError
 from .base import Base
 from .names import Renaming, find_renaming
@@ -42,7 +42,7 @@ class Layout:
         candidate = old + name[len(new) :] if name.startswith(new) else name
         return candidate if candidate in self.parameters or not self.parameters else name
 
-    def form(self, name: str, shape: tuple[int, ...]) -> Form | None:
+    def factor_shapes(self, name: str, shape: tuple[int, ...]) -> FactorShapes | None:
         """What low-rank factors of this weight look like; None if it has none."""
         module = name.removesuffix(".weight")
         if len(shape) < 2 or 0 in shape:
@@ -50,19 +50,19 @@ class Layout:
         if not self.modules:
             embedding = module.rpartition(".")[2] in _EMBEDDINGS
             return (
-                Form("embedding", shape[:1])
+                FactorShapes("embedding", shape[:1])
                 if embedding
-                else Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
+                else FactorShapes("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
             )
         kind = self.modules.get(module)
         if isinstance(kind, nn.Embedding):
-            return Form("embedding", shape[:1])
+            return FactorShapes("embedding", shape[:1])
         if isinstance(kind, _CONVOLUTIONS):
-            return Form("conv", shape[1:], len(shape), groups=kind.groups)
+            return FactorShapes("conv", shape[1:], len(shape), groups=kind.groups)
         if isinstance(kind, nn.Linear):
-            return Form("linear", shape[1:])
+            return FactorShapes("linear", shape[1:])
         if type(kind).__name__ == "Conv1D" and len(shape) == 2:  # transformers', stored as [in, out]
-            return Form("linear", shape[:1], transposed=True)
+            return FactorShapes("linear", shape[:1], transposed=True)
         return None
 
     def fingerprint(self) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.algebra.svd import norm_squared
-from ..adapter.lora import Form
+from ..adapter.lora import FactorShapes
 from ..adapter.update import halves_swapped
 from ..errors import LorakitError, listing
 from ..formats import names
@@ -33,14 +33,16 @@ _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for 
 
 @dataclass(frozen=True)
 class Pair:
-    """A parameter as it was and as it is. `form`: of its low-rank factors, None if it has none. `adaptable`: an adapter
-    can hold its change.
+    """A parameter in both checkpoints.
+
+    factor_shapes: those of its low-rank factors; None if it has none. adaptable: whether an adapter can hold its
+    change. swapped: the file stores the second half of its rows first.
     """
 
     name: str
     before: Slot
     after: Slot
-    form: Form | None
+    factor_shapes: FactorShapes | None
     adaptable: bool = True
     swapped: bool = False
 
@@ -87,8 +89,8 @@ def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
     pairs = []
     for name, (old, new) in slots.items():
         own = layout.own(name)
-        form = layout.form(own, old.shape) if own.endswith(".weight") else None
-        pairs.append(Pair(own, old, new, form))
+        shapes = layout.factor_shapes(own, old.shape) if own.endswith(".weight") else None
+        pairs.append(Pair(own, old, new, shapes))
     return pairs, layout
 
 
@@ -145,7 +147,7 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
         module, component = own.rpartition(".")[0], own.partition(".")[0]
         # Adapters of a known model change the modules of its lists: no tables of tokens and positions.
         adaptable = module in names.shapes(model) if model is not None else component not in _OTHER_PARTS
-        yield Pair(own, old, new, _form(own, old.shape), adaptable)
+        yield Pair(own, old, new, _factor_shapes(own, old.shape), adaptable)
 
 
 def _model_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -180,7 +182,7 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             _check_alike(at.tensor, before.tensors[at.tensor], after.tensors[at.tensor])
             seen.add(at.tensor)
             old, new = (_rows(b, at) for b in (before, after))
-            yield Pair(own, old, new, _form(own, old.shape), swapped=at.swapped)
+            yield Pair(own, old, new, _factor_shapes(own, old.shape), swapped=at.swapped)
     for name, slot in before.tensors.items():  # EMA weights and the like may be in one of them only
         if name not in seen and name in after.tensors:
             _check_alike(name, slot, after.tensors[name])
@@ -197,12 +199,12 @@ def _with_level(part: Part, tensor: str) -> str:
     return f"text_model.{tensor}" if is_clip and not tensor.startswith(("text_model.", "text_projection.")) else tensor
 
 
-def _form(name: str, shape: tuple[int, ...]) -> Form | None:
+def _factor_shapes(name: str, shape: tuple[int, ...]) -> FactorShapes | None:
     if not name.endswith(".weight") or len(shape) < 2 or 0 in shape:
         return None
     if "embedding.weight" in name and name.startswith("text_encoder"):
-        return Form("embedding", shape[:1])
-    return Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
+        return FactorShapes("embedding", shape[:1])
+    return FactorShapes("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
 
 
 def _kind(path: Path) -> str:

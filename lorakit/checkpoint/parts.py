@@ -85,8 +85,10 @@ def _fingerprint_within(component: str, metadata: Mapping[str, Any]) -> dict[str
     if not isinstance(known, Mapping) or not isinstance(known.get("samples"), Mapping):
         return dict(metadata)
     samples = _within(component, known["samples"])
+    rounding = known.get("rounding")
+    own = {"rounding": _within(component, rounding)} if isinstance(rounding, Mapping) else {}
     return (
-        {**metadata, "fingerprint": {**known, "samples": samples, "architecture": None}}
+        {**metadata, "fingerprint": {**known, "samples": samples, **own, "architecture": None}}
         if samples
         else {k: v for k, v in metadata.items() if k != "fingerprint"}
     )

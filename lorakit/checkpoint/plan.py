@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.lora import Factors
 from ..errors import TargetError, listing
 from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
 from ..ops.delta import as_matrices
@@ -58,11 +57,14 @@ class Entry:
     value: Tensor | None = None  # what it is instead
 
     @property
-    def nbytes(self) -> int:
-        if self.dtype in DTYPES:
-            return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+    def slot(self) -> Slot:
+        """`source`, of an entry that has one: every entry without a `value`."""
         assert self.source is not None
-        return self.source.nbytes
+        return self.source
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.dtype in DTYPES else self.slot.nbytes
 
     @property
     def copied(self) -> bool:
@@ -70,15 +72,14 @@ class Entry:
 
     def pieces(self) -> Iterator[tuple[Slot, Placed | None]]:
         """Its source in pieces of rows, each with what changes it."""
-        assert self.source is not None
-        at = 0
+        at, slot = 0, self.slot
         for placed in self.updates:
             if placed.start > at:
-                yield self.source.part(at, placed.start), None
-            yield self.source.part(placed.start, placed.stop), placed
+                yield slot.part(at, placed.start), None
+            yield slot.part(placed.start, placed.stop), placed
             at = placed.stop
-        if at < self.source.shape[0]:
-            yield self.source.part(at, self.source.shape[0]), None
+        if at < slot.shape[0]:
+            yield slot.part(at, slot.shape[0]), None
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
         return False
     halves = []
     for change in found:
-        f = change.update
-        if not isinstance(f, Factors) or f.needs_base:
+        f = change.update.factors
+        if f is None or change.update.needs_base:
             return False
         A, B = as_matrices(f.A, f.B)
         left, right = (A.T, B.T) if change.transposed else (B, A)

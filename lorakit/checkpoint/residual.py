@@ -63,8 +63,12 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
     # On Conv1D PEFT's OLoRA decomposes the matrix the wrong way round, where that is possible at all.
     strange = [
         m
-        for m, f in adapter.factors.items()
-        if f.kind != "linear" or f.parts or f.magnitude is not None or (f.transposed and start == "olora")
+        for m, u in adapter.updates.items()
+        if (f := u.factors) is None
+        or u.needs_base
+        or f.kind != "linear"
+        or f.parts
+        or (f.transposed and start == "olora")
     ]
     if strange:
         raise AdapterError(f"{path}: '{strange[0]}' is no plain linear, as a start of {start!r} has it")

@@ -35,7 +35,8 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
             samples[name] = numbers
             # Where a fingerprint looks, and no more than that: of these few numbers it takes each.
             found[name] = slot.numbers(places(math.prod(slot.shape)))
-    return differences({**fingerprint(found, ""), "samples": samples}, found, "")
+    rounding = {"rounding": expected["rounding"]} if "rounding" in expected else {}
+    return differences({**fingerprint(found, ""), "samples": samples, **rounding}, found, "")
 
 
 def compare_with_base(path: Path, adapter: Adapter) -> list[str]:

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -52,10 +53,10 @@ def write_file(
                 _check_finite(entry, value, entry.value)
                 out.write(value)
             elif _as_is(entry):
-                for block in entry.source.copied():  # type: ignore[union-attr]
+                for block in entry.slot.copied():
                     out.write(block)
             elif not entry.updates:
-                for _, block in entry.source.rows():  # type: ignore[union-attr]
+                for _, block in entry.slot.rows():
                     out.write(_rounded(entry, block, block))
             else:
                 largest, crc = [], 0
@@ -80,10 +81,10 @@ def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, whole.shape[0]), whole
         return
     start = 0
-    for slot, placed in entry.pieces() if entry.updates else ((entry.source, None),):
-        for rows, block, change in _changes(slot, placed):  # type: ignore[arg-type]
+    for slot, placed in entry.pieces() if entry.updates else iter([(entry.slot, None)]):
+        for rows, block, change in _changes(slot, placed):
             yield slice(start + rows.start, start + rows.stop), _sum(block, change)
-        start += slot.shape[0] if slot is not None and slot.shape else 1
+        start += slot.shape[0] if slot.shape else 1
 
 
 def _changes(slot: Slot, placed: Placed | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -91,10 +92,7 @@ def _changes(slot: Slot, placed: Placed | None) -> Iterator[tuple[slice, Tensor,
     made = [update.on(slot) for update in placed.updates] if placed is not None else []
     for rows, block in slot.rows():
         changes = [change(rows, block) for change in made]
-        total = changes[0] if changes else None
-        for more in changes[1:]:
-            total = total + more  # type: ignore[operator]
-        yield rows, block, total
+        yield rows, block, reduce(torch.add, changes) if changes else None
 
 
 def _sum(block: Tensor, change: Tensor | None) -> Tensor:
@@ -130,10 +128,10 @@ def read_back(
             if not all(same_bytes(block, value[rows]) for rows, block in slot.rows()):
                 raise _unlike(path, f"'{entry.name}'")
         elif _as_is(entry):
-            if not all(same_bytes(a, b) for a, b in zip(slot.copied(), entry.source.copied(), strict=True)):  # type: ignore[union-attr]
+            if not all(same_bytes(a, b) for a, b in zip(slot.copied(), entry.slot.copied(), strict=True)):
                 raise _unlike(path, f"'{entry.name}'")
         else:
-            pairs = zip(slot.rows(), entry.source.rows(), strict=True)  # type: ignore[union-attr]
+            pairs = zip(slot.rows(), entry.slot.rows(), strict=True)
             if not all(same_bytes(a, b.to(a.dtype)) for (_, a), (_, b) in pairs):
                 raise _unlike(path, f"'{entry.name}'")
         done(entry.name)

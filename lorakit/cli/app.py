@@ -64,8 +64,10 @@ data_app.command("show", short_help="print rows with the trained tokens marked")
 app.command("demo", short_help="train, evaluate and merge in a few minutes, on the embedded model")(demo.demo)
 app.command("init", short_help="write a commented config file")(init.init)
 app.add_typer(data_app, name="data")
-app.command("plan", short_help="memory and time of a run, before it starts")(plan.plan)
-app.command("doctor", short_help="what this machine supports: versions, devices, precisions, a compiler")(doctor.doctor)
+app.command("plan", short_help="estimate a run's memory and time before it starts")(plan.plan)
+app.command("doctor", short_help="show what this machine supports: versions, devices, precisions, a compiler")(
+    doctor.doctor
+)
 app.command("train", short_help="train one adapter, or resume a run")(train.train)
 app.command("sweep", short_help="train many adapters at once, and compare them")(sweep.sweep)
 app.command("eval", short_help="evaluate base and adapters side by side")(eval.evaluate)

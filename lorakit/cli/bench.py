@@ -1,4 +1,4 @@
-"""`lorakit bench`: lorakit's benchmarks on the user's machine."""
+"""`lorakit bench`: run lorakit's benchmarks on this machine."""
 
 from __future__ import annotations
 

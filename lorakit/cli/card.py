@@ -1,4 +1,4 @@
-"""`lorakit card`: a model card for an adapter."""
+"""`lorakit card`: write a model card for an adapter."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def card(
         base=base_folder(base),
     )
     if out is None and not Path(source).expanduser().exists():
-        raise ConfigError(f"{source} is not a local path\n  say where to write its card: --out README.md")
+        raise ConfigError(f"{source} is not a local path\n  give a file for its card: --out README.md")
     path = out.expanduser() if out is not None else content.path
     write(content.text, path, force)
     if json_output:

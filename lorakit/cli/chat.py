@@ -1,4 +1,4 @@
-"""`lorakit chat`: talk to a base with adapters."""
+"""`lorakit chat`: chat with a base and its adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .shared.loading import load
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.starting import starting
 
-_HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit leaves"
+_HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit exits"
 
 
 def chat(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from .shared.algebra import Alpha, Base, Dtype, Force, Json, Keep, Modules, Rank, To, progress, report, write
 from .shared.files import base_folder, output_path, parse_weights, read
 from .shared.starting import starting
+
+if TYPE_CHECKING:
+    from ..adapter.algebra.combine import Method
 
 
 def combine(
@@ -55,7 +58,7 @@ def combine(
         result = combined(
             values,
             parse_weights(weights),
-            method,  # type: ignore[arg-type]
+            cast("Method", method),  # `combined` raises for an unknown one, with the nearest name
             rank=rank,
             keep=keep,
             density=density,

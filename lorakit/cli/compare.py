@@ -1,4 +1,4 @@
-"""`lorakit compare`: how similar two adapters are, and how much they interfere when both are active."""
+"""`lorakit compare`: measure how similar two adapters are, and how much they interfere when both are active."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorakit data show`: rows as the model sees them."""
+"""`lorakit data show`: print rows as the model sees them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorakit doctor`: what this machine supports."""
+"""`lorakit doctor`: show what this machine supports."""
 
 from __future__ import annotations
 

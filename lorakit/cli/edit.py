@@ -77,4 +77,4 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     wrong = next((t for t in texts if t.count("=") != 1), None)
     if wrong is not None:
         raise ConfigError(f"--rename: '{wrong}' is not of the form OLD=NEW, e.g. model.language_model=model")
-    return dict(text.split("=") for text in texts)  # type: ignore[misc]
+    return {old: new for old, _, new in (text.partition("=") for text in texts)}

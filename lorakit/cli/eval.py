@@ -1,4 +1,4 @@
-"""`lorakit eval`: base and adapters on the same rows, side by side."""
+"""`lorakit eval`: evaluate base and adapters on the same rows, side by side."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ _NO_LIMIT = 1 << 30
 
 
 def evaluate(
-    data: Annotated[str, typer.Argument(help="rows to judge on; a `references` column may list several right answers")],
+    data: Annotated[
+        str, typer.Argument(help="rows to evaluate on; a `references` column may list several correct answers")
+    ],
     model: Model = "embedded",
-    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; may be repeated")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH; repeatable")] = None,
     text: Annotated[
         bool, typer.Option("--text/--no-text", help="also generate answers: BLEU, chrF, ROUGE-L, exact match")
     ] = True,
@@ -47,36 +49,35 @@ def evaluate(
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     date: Date = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="judge the first rows only")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows at once")] = 32,
-    samples: Annotated[int, typer.Option(min=0, help="answers to print")] = 3,
+    limit: Annotated[int | None, typer.Option(min=1, help="evaluate only the first N rows")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum answer length in tokens")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows per batch")] = 32,
+    samples: Annotated[int, typer.Option(min=0, help="number of rows whose answers are printed")] = 3,
     precision: Precision = "auto",
     task: Annotated[
-        str | None, typer.Option(metavar="|".join(task_names()), help="default: what the adapters were trained for")
+        str | None, typer.Option(metavar="|".join(task_names()), help="default: the task the adapters were trained for")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Loss and perplexity on the trained positions, and the quality of generated answers, base and adapters side by
-    side.
+    """Compare base and adapters: loss and perplexity on the trained positions, and the quality of generated answers.
 
-    Of classifiers: loss, accuracy and macro F1.
+    For classifiers: loss, accuracy and macro F1.
     """
     from rich.console import Console
 
-    renamed = pairs(columns, "--columns") or None  # before anything is loaded
+    renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
     kwargs = template_kwargs(chat_template_kwargs)
     with starting(f"reading the rows and the base {model}"):
         from ..bases.load import end_tokens
         from ..data.dataset import build
         from ..data.read import read_rows
-        from ..evaluate.evaluate import evaluate as judge
+        from ..evaluate.evaluate import evaluate as evaluate_items
         from ..generate.generate import positions_of
 
     values = read(model, adapter or [])
     name = _task_of(task, values)
     if name != DEFAULT:
-        _figures(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
+        _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
         return
     loaded = attached(model, values, precision, chat_template, kwargs, date)
     base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
@@ -94,7 +95,7 @@ def evaluate(
     )
     console = Console()
     with console.status("loading") as status:
-        report = judge(
+        report = evaluate_items(
             base,
             tokenizer,
             dataset.items,
@@ -113,26 +114,26 @@ def evaluate(
         console.print(table)
     console.print(report.table())
     if dataset.dropped:
-        print(f"{dataset.dropped} rows are longer than the model's {longest} positions and were left out")
+        print(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
     if names:
         print(f"next: lorakit chat --model {quote(model)} --adapter {quote((adapter or [''])[-1])}")
     else:
         print(f"next: lorakit train --data {quote(data)} --model {quote(model)}")
 
 
-def _task_of(asked: str | None, values: Mapping[str, Adapter]) -> str:
-    """The task as asked, or that of all the adapters."""
-    found = {task_for(value.config.task) or DEFAULT for value in values.values()}
-    if asked is not None:
-        return task_for(asked) or asked
-    if len(found) > 1:
+def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
+    """Return the requested task, or the one the adapters were trained for. ConfigError if these are several."""
+    tasks = {task_for(value.config.task) or DEFAULT for value in values.values()}
+    if requested is not None:
+        return task_for(requested) or requested
+    if len(tasks) > 1:
         raise ConfigError(
-            f"the adapters are for different tasks: {', '.join(sorted(found))}\n  judge those of one task at a time"
+            f"the adapters are for different tasks: {', '.join(sorted(tasks))}\n  evaluate one task at a time"
         )
-    return next(iter(found), DEFAULT)
+    return next(iter(tasks), DEFAULT)
 
 
-def _figures(
+def _task_metrics(
     name: str,
     data: str,
     model: str,
@@ -144,7 +145,7 @@ def _figures(
     precision: str,
     json_output: bool,
 ) -> None:
-    """A task's own figures, of each adapter, or of a model that was trained whole."""
+    """Print a task's own metrics for each adapter, or for a fully fine-tuned model."""
     from rich.console import Console
 
     from ..bases.device import choose_device, choose_dtype
@@ -164,7 +165,7 @@ def _figures(
     ]
     if any(each != settings[0] for each in settings):
         raise ConfigError(
-            f"the adapters were trained for other settings of {name}: {settings}\n  judge them one at a time"
+            f"the adapters were trained with different settings of {name}: {settings}\n  evaluate them one at a time"
         )
     if "max_length" in task.settings.model_fields:
         config = config.replace(
@@ -178,9 +179,9 @@ def _figures(
     for each, value in values.items():
         attach(base.model, value, each)
     task.check(config, base.model, items)
-    found = figures(task, base, items, list(values), batch_size)
+    results = figures(task, base, items, list(values), batch_size)
     if json_output:
-        print(json.dumps({"task": name, "results": found}, ensure_ascii=False))
+        print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
         return
-    Console().print(table(found))
+    Console().print(table(results, f"{len(items):,} rows"))
     print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")

@@ -69,7 +69,7 @@ def export(
         return
     if dtype is not None:
         raise ConfigError(
-            "--dtype requires --merged, which writes a whole model\n"
+            "--dtype requires --merged, which writes a model\n"
             "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
         )
     if receiver == "ollama" and out.suffix != ".gguf":

@@ -1,4 +1,4 @@
-"""`lorakit generate`: one prompt, one answer."""
+"""`lorakit generate`: answer one prompt."""
 
 from __future__ import annotations
 

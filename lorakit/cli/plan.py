@@ -1,4 +1,4 @@
-"""`lorakit plan`: memory and time before anything is loaded."""
+"""`lorakit plan`: estimate a run's memory and time before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .shared.starting import starting
 if TYPE_CHECKING:
     from ..plan.planner import Planner
 
-# What decides memory; a file given with --config may hold the others too.
-_ASKED = (
+# The settings that affect memory. A --config file may have the others too.
+_SETTINGS = (
     "rank",
     "dropout",
     "bias",
@@ -47,23 +47,23 @@ _ASKED = (
     "trust_remote_code",
 )
 _LENGTHS = (256, 1024, 4096, 16384)
-_LENGTH = 1024  # where none is given, as no data is read
+_LENGTH = 1024  # tokens, if none is given: no data is read
 
 
 def _plan(
     flags: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")
+        Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags override it")
     ] = None,
     optimizer: Annotated[
-        Literal["adamw", "rmsprop", "sgd"], typer.Option(help="whose state is counted; lorakit trains with AdamW")
+        Literal["adamw", "rmsprop", "sgd"], typer.Option(help="optimizer to count state for; lorakit trains with AdamW")
     ] = "adamw",
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="plan for this kind of device; auto: the one found")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="plan for this kind of device; auto: this machine's")
     ] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
 ) -> None:
-    """Memory and time of a training run before it starts, from the base's config alone: no weights are loaded."""
+    """Estimate a training run's memory and time from the base's config alone, without loading weights."""
     settings = TrainConfig(**{"data": "-"} | (read_config(config) if config else {}) | flags)
 
     with starting("reading the base's config"):
@@ -79,42 +79,46 @@ def _plan(
         from ..train import defaults
         from ..train.memory import allowed, planner_for
 
-    found = choose_device().value
-    where = found if device == "auto" else torch.device(device)
-    here = where.type == found.type
+    local = choose_device().value
+    target = local if device == "auto" else torch.device(device)
+    here = target.type == local.type
     if not here and settings.memory == "auto":
-        raise ConfigError(f"--device {device}: there is none here, so say what memory it has (--memory 24GB)")
-    may = allowed(settings, where)
+        raise ConfigError(f"--device {device}: this machine has none\n  give its memory, such as --memory 24GB")
+    limit = allowed(settings, target)
     if settings.precision == "auto" and not here:
-        settings = settings.replace(precision="bf16")  # what such devices multiply
-    # Without data it is not known how many rows will be held out: a whole batch of them, unless none are wanted.
+        settings = settings.replace(precision="bf16")  # what GPUs multiply natively
+    # How many rows will be held out is unknown without data: assume a full batch, unless there is no validation.
     options: dict[str, Any] = {
         "state_copies": STATE_COPIES[optimizer],
         "validation": 0 if settings.validation == 0 else settings.batch_size,
     }
     planners: dict[str, Planner] = {}
     for name in sorted(METHODS):
-        method, asked = method_of(name), settings.replace(method=name, find_lr=False)
-        planners[name] = planner_for(asked, method.precision(asked, where).value, where, **options)
+        method, own_settings = method_of(name), settings.replace(method=name, find_lr=False)
+        dtype = method.precision(own_settings, target).value
+        planners[name] = planner_for(own_settings, dtype, target, **options)
         if method.keeps_base:
             planners[FOUR_BIT + name] = planners[name].four_bit()
-    own, dtype = planners[settings.method], planners[settings.method].setting.dtype
+    own, dtype = planners[settings.method], planners[settings.method].settings.dtype
     if not json_output:
-        print("running the step on shapes alone, some seconds ...", file=sys.stderr, flush=True)
-    asked_length = part(settings, Lengths).max_length
-    length = min(own.positions or _LENGTH, _LENGTH) if asked_length == "auto" else int(asked_length)
+        print("simulating a step on shapes, which takes a few seconds ...", file=sys.stderr, flush=True)
+    max_length = part(settings, Lengths).max_length
+    length = min(own.positions or _LENGTH, _LENGTH) if max_length == "auto" else int(max_length)
     if own.positions is not None and length > own.positions:
-        raise ConfigError(f"max_length is {length:,}, and {settings.model} has {own.positions:,} positions")
-    rows = defaults.micro_batch(settings, length, where, 1)
+        raise ConfigError(
+            f"max_length is {length:,}, but {settings.model} has {own.positions:,} positions\n"
+            f"  set max_length to {own.positions} or less"
+        )
+    rows = defaults.micro_batch(settings, length, target, 1)
     estimates = [planner.estimate(rows.value, length) for planner in planners.values()]
-    memory = may.total if may else None
+    memory = limit.total if limit else None
     fit_rows = {name: p.most_rows(length, memory) for name, p in planners.items()} if memory else {}
     fit_lengths = {name: p.longest(rows.value, memory) for name, p in planners.items()} if memory else {}
     lengths = sorted({n for n in _LENGTHS if n <= (own.positions or n)} | {estimates[0].length})
     fitting = {n: own.most_rows(n, memory) for n in lengths} if memory else {}
     chosen = next(e for e in estimates if e.method == settings.method)
     flops = chosen.flops * settings.batch_size / chosen.rows
-    seconds = flops / multiply_rate(dtype, found) if here else None
+    seconds = flops / multiply_rate(dtype, local) if here else None
 
     if json_output:
         print(
@@ -123,7 +127,7 @@ def _plan(
                     "model": settings.model,
                     "parameters": chosen.parameters,
                     "method": settings.method,
-                    "device": where.type,
+                    "device": target.type,
                     "memory": memory,
                     "estimates": [e.to_dict() for e in estimates],
                     "most_rows": fit_rows,
@@ -137,40 +141,41 @@ def _plan(
         return
     console = Console()
     console.print(
-        f"{settings.model}: {chosen.parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {where.type}, "
+        f"{settings.model}: {chosen.parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {target.type}, "
         f"{optimizer}; "
-        f"{settings.batch_size} x {chosen.length} tokens a step, {chosen.rows} at once ({rows.reason})\n",
+        f"{settings.batch_size} x {chosen.length} tokens per step, {chosen.rows} at once ({rows.reason})\n",
         markup=False,
         highlight=False,
     )
     console.print(numbers(estimates, memory, fit_rows, fit_lengths, MOST_ROWS, own.positions))
     console.print()
     console.print(bars(estimates, memory), end="", no_wrap=True, crop=False)
-    if may is not None:
+    if limit is not None:
         console.print(
-            f"\nwhat fits {show_bytes(may.total)} ({may.source}), {settings.method}:", markup=False, highlight=False
+            f"\nlargest batches within {show_bytes(limit.total)} ({limit.source}), {settings.method}:",
+            markup=False,
+            highlight=False,
         )
         console.print(grid(fitting, MOST_ROWS))
     print(f"\n{_time(flops, seconds)}")
-    print("* an estimate: lorakit does not train on a 4-bit base yet")
+    print("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
     print(_next(settings, config, flags, chosen.total <= memory if memory else True))
 
 
 def _next(settings: TrainConfig, config: Path | None, flags: dict[str, Any], fits: bool) -> str:
-    """What to type now."""
+    """Return the next command, or what to change if the run does not fit."""
     if not fits:
         return (
-            "next: it does not fit: lorakit plan again with --micro-batch 1, a smaller --max-length, "
-            "--gradient-checkpointing, a smaller base,"
-            " or more --memory"
+            "next: the run does not fit; try lorakit plan with --micro-batch 1, a smaller --max-length, "
+            "--gradient-checkpointing, a smaller base, or more --memory"
         )
     file = f" --config {quote(str(config))}" if config else ""
-    given = "".join(f" {_flag(name, value)}" for name, value in flags.items() if name != "model")
-    return f"next: lorakit train{file} --model {quote(settings.model)}{given} --data FILE"
+    options = "".join(f" {_flag(name, value)}" for name, value in flags.items() if name != "model")
+    return f"next: lorakit train{file} --model {quote(settings.model)}{options} --data FILE"
 
 
 def _flag(name: str, value: Any) -> str:
-    """A setting as it was given."""
+    """Format a setting as its command-line flag."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
@@ -179,18 +184,18 @@ def _flag(name: str, value: Any) -> str:
 
 
 def _time(flops: float, seconds: float | None) -> str:
-    counted = f"a step is {flops / 1e12:,.3g} TFLOP"
+    operations = f"a step takes {flops / 1e12:,.3g} TFLOP"
     if seconds is None:
-        return counted
-    length = (
+        return operations
+    duration = (
         f"{seconds:.2g} s"
         if seconds < 120
         else f"{seconds / 60:.0f} min"
         if seconds < 7200
         else f"{seconds / 3600:,.0f} h"
     )
-    return f"{counted}: at least {length} here, by matrix products alone at the rate just measured; a rough figure"
+    return f"{operations}: at least {duration} here, for matrix products alone at the rate just measured (rough)"
 
 
-plan = with_flags(TrainConfig, _plan, skip=tuple(name for name in TrainConfig.model_fields if name not in _ASKED))
+plan = with_flags(TrainConfig, _plan, skip=tuple(name for name in TrainConfig.model_fields if name not in _SETTINGS))
 plan.__name__ = "plan"

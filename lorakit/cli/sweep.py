@@ -1,4 +1,4 @@
-"""`lorakit sweep`: many adapters trained together."""
+"""`lorakit sweep`: train many adapters together."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _SKIP = ("base", "find_lr")
 def _sweep(
     flags: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option("--config", help="a YAML file as for train, with lists where swept; flags win")
+        Path | None, typer.Option("--config", help="a YAML file as for train, lists where swept; flags override it")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and stop")] = False,
     max_runs: Annotated[int, typer.Option(min=1, help="refuse to start more runs than this")] = MAX_RUNS,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last lines")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only the last lines")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> None:
-    """Train many adapters together on one base: any setting may be a list of values, and the runs are their product.
+    """Train many adapters together on one base. Any setting may be a list of values; the runs are their product.
 
-    --rank 4,16 --learning-rate 1e-4,2e-4 makes four runs. Lists of lists: --targets '[all-linear, [q_proj, v_proj]]'.
-    Started again on its own folder, a sweep goes on where it stopped.
+    --rank 4,16 --learning-rate 1e-4,2e-4 makes four runs. A list of lists: --targets '[all-linear, [q_proj, v_proj]]'.
+    Started again on its own folder, a sweep resumes where it stopped.
     """
     values = (read_config(config) if config else {}) | {name: spread(name, value) for name, value in flags.items()}
     if "data" not in values:
-        raise ConfigError("no training data: give --data FILE, or a --config that names it")
+        raise ConfigError("no training data\n  give --data FILE, or a --config that names it")
     plan = expand(values, max_runs)
     if dry_run:
         _list(plan, json_output)
@@ -53,13 +53,16 @@ def _sweep(
     if json_output:
         print(json.dumps(outcome.to_dict()))
     else:
-        _last_words(outcome, plan, quiet)
+        _print_outcome(outcome, plan, quiet)
     if not outcome.winners:
         raise typer.Exit(1)
 
 
 def spread(name: str, value: Any) -> Any:
-    """What a flag's text with commas means for a setting that holds one value: a list of values."""
+    """Split a flag's text at commas into a list of values, unless its setting is a list or mapping itself.
+
+    Raises ConfigError for an empty value or an invalid list.
+    """
     holds_one = not any(kind in str(TrainConfig.model_fields[name].annotation) for kind in ("list[", "dict["))
     if not (holds_one and isinstance(value, str)):
         return value
@@ -70,13 +73,13 @@ def spread(name: str, value: Any) -> Any:
             return yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"--{name.replace('_', '-')} {value}: not a list: {getattr(error, 'problem', error)}"
+                f"--{name.replace('_', '-')} {value} is not a valid list: {getattr(error, 'problem', error)}"
             ) from error
     parts = [part.strip() for part in value.split(",")]
     if len(parts) == 1:
         return value
     if not all(parts):
-        raise ConfigError(f"--{name.replace('_', '-')} {value}: an empty value between commas")
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: there is an empty value between commas")
     return [yaml.safe_load(part) if part[0] not in "[{&*!%@`>|'\"" else part for part in parts]
 
 
@@ -87,11 +90,11 @@ def _list(plan: Sweep, json_output: bool) -> None:
         return
     for name in runs:
         print(name)
-    print(f"{len(runs)} runs into {plan.out}/runs; without --dry-run they are trained")
+    print(f"{len(runs)} runs, to be written to {plan.out}/runs; remove --dry-run to train them")
 
 
-def _last_words(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
-    """The leaderboard, how it ended, and what to type next."""
+def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
+    """Print the leaderboard, how the sweep ended, and the next command."""
     from rich.console import Console
 
     from ..train.sweep.leaderboard import table
@@ -100,18 +103,18 @@ def _last_words(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
         console = Console()
         console.print()
         console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
-    again = f"lorakit sweep --config {shlex.quote(f'{plan.out}/sweep.yaml')}"
+    resume = f"lorakit sweep --config {shlex.quote(f'{plan.out}/sweep.yaml')}"
     if outcome.stopped:
-        print(f"stopped by {outcome.stopped}; saved\nnext: {again}   # goes on from there")
+        print(f"stopped by {outcome.stopped}; saved\nnext: {resume}   # resumes there")
         return
     if not outcome.winners:
-        print(f"every run failed; why is in {outcome.leaderboard}")
+        print(f"every run failed; the errors are in {outcome.leaderboard}")
         return
-    pictures = "".join(f"; plot: {plot}" for plot in outcome.plots)
-    print(f"{len(outcome.entries)} runs in {outcome.seconds:.0f} s; leaderboard: {outcome.leaderboard}{pictures}")
+    plots = "".join(f"; plot: {plot}" for plot in outcome.plots)
+    print(f"{len(outcome.entries)} runs in {outcome.seconds:.0f} s; leaderboard: {outcome.leaderboard}{plots}")
     for group, adapter in outcome.winners.items():
         best = next(entry for entry in outcome.entries if entry.group == group)
-        print(f"winner{f' on {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
+        print(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
     first = next(iter(outcome.winners.values()))
     config = plan.runs[outcome.entries[0].name]
     print(

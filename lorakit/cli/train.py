@@ -1,4 +1,4 @@
-"""`lorakit train`: train one adapter, or go on with a run."""
+"""`lorakit train`: train one adapter, or resume a run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _SKIP = ("base",)
 def _train(
     flags: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags win over it")
+        Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags override it")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the last line")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only the last line")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Train one adapter. Started again on its own folder, a run goes on where it stopped."""
+    """Train one adapter. Started again on its own folder, a run resumes where it stopped."""
     values = (read_config(config) if config else {}) | flags
     if "data" not in values:
-        raise ConfigError("no training data: give --data FILE, or a --config that names it (lorakit init writes one)")
+        raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
     settings = TrainConfig(**values)
 
     with starting("reading the base and the data", quiet or os.environ.get("RANK", "0") != "0"):
@@ -43,28 +43,28 @@ def _train(
         from ..train.train import train as run
 
     result = run(settings, Progress(quiet=quiet or json_output))
-    if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) the first one speaks
-        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _last_words(result, settings))
+    if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
+        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings))
     if result.adapter is None:
         raise typer.Exit(1)
 
 
-def _last_words(result: Result, settings: TrainConfig) -> str:
-    """How it ended, and what to type next."""
+def _outcome(result: Result, settings: TrainConfig) -> str:
+    """Say how the run ended, and which command comes next."""
     if result.adapter is None:
-        again = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
+        resume = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
         return (
             f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
-            f"next: {again}   # goes on from there"
+            f"next: {resume}   # resumes there"
         )
-    how = f"{result.step} steps"
+    end = f"{result.step} steps"
     if result.stopped:
-        how = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
+        end = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
     method = method_of(settings.method)
     task = "" if settings.task == DEFAULT else f" --task {settings.task}"
-    judge = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
-    return f"{how} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {judge}"
+    evaluate = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
+    return f"{end} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {evaluate}"
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

@@ -18,7 +18,7 @@ from typing import Any
 
 from lorakit.data import parse
 from lorakit.data.parse import Row
-from lorakit.errors import DataError, did_you_mean, listing
+from lorakit.errors import DataError, did_you_mean, listing, not_the_file
 
 TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TYPES = (*TEXT_TYPES, ".parquet")
@@ -57,6 +57,9 @@ def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
     if not file_type:
         suffix = path.suffix or path.name
         raise DataError(f"{path}: unknown file type '{suffix}'{did_you_mean(suffix, TYPES)}\n  {ACCEPTED}")
+    problem = not_the_file(path) if file_type != ".txt" else None  # prose may begin with anything
+    if problem is not None:
+        raise DataError(problem)
     if file_type == ".parquet":
         return _parquet(path, limit)
     try:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError
-from ..formats.strength import folded
+from ..formats.scale import folded
 
 
 def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
@@ -22,12 +23,7 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
 
     AdapterError for updates other than LoRA, and if `rank` is too small.
     """
-    if adapter.others:
-        raise AdapterError(
-            f"'{next(iter(adapter.others))}' has an update that is not low-rank factors\n"
-            "  lorakit resize approximates it by factors and reports the error"
-        )
-    plain = {module: _plain(module, f) for module, f in adapter.factors.items()}
+    plain = {module: _plain(module, update) for module, update in adapter.updates.items()}
     largest = max((f.A.shape[0] for f in plain.values()), default=0)
     rank = largest if rank is None else rank
     if rank < largest:
@@ -49,9 +45,15 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
     return replace(adapter, config=config, updates=factors)
 
 
-def _plain(module: str, f: Factors) -> Factors:
-    """The factors with the scale folded into B and packed parts written out. AdapterError for a DoRA."""
-    if f.needs_base:
+def _plain(module: str, update: Update) -> Factors:
+    """The factors with the scale folded into B and packed parts written out. AdapterError for other kinds than LoRA."""
+    f = update.factors
+    if f is None:
+        raise AdapterError(
+            f"'{module}' has an update that is not low-rank factors\n"
+            "  lorakit resize approximates it by factors and reports the error"
+        )
+    if update.needs_base:
         raise AdapterError(f"'{module}' is a DoRA, whose update depends on the base\n  merge it into the base instead")
     B = folded(f.B, f.scale)
     return Factors(f.A, B, float(f.A.shape[0]), f.kind, transposed=f.transposed, groups=f.groups)

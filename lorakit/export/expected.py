@@ -8,13 +8,11 @@ transformers' are used here too.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..adapter.adapter import Adapter
-from ..adapter.dense import Dense
 from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..formats import names
@@ -35,16 +33,14 @@ def effect_of(update: Update) -> Effect:
 
     For LoHa, LoKr and dense updates ΔW is lorakit's own, in float64; `effect` has the equations to check it.
     """
-    if isinstance(update, Factors):
-        return Effect(lambda: _low_rank(update), None if update.magnitude is None else _array(update.magnitude))
-    bias = update.bias if isinstance(update, Dense) else None
-    delta = None if isinstance(update, Dense) and update.weight is None else lambda: _matrix(update)
-    return Effect(delta, bias=None if bias is None else _array(bias))
+    change, factors, tensors = update.without_base(), update.factors, update.tensors()
+    delta = (lambda: _matrix(change)) if factors is None else (lambda: _low_rank(factors))
+    magnitude, bias = (_array(tensors[name]) if name in tensors else None for name in ("magnitude", "bias"))
+    return Effect(delta if update.changes_weight else None, magnitude, bias)
 
 
-def _matrix(update: Any) -> np.ndarray:
-    exact = replace(update, **{name: tensor.detach().cpu().double() for name, tensor in update.tensors().items()})
-    delta = exact.delta().numpy()
+def _matrix(update: Update) -> np.ndarray:
+    delta = update.map(lambda _, t: t.detach().cpu().double()).delta().numpy()
     return delta.reshape(delta.shape[0], -1)
 
 
@@ -108,10 +104,8 @@ def _swapped(e: Effect) -> Effect:
 
 def _shift_and_scale(update: Update) -> bool:
     """Whether the weight has two rows per input: the shift and scale of an adaptive norm."""
-    if isinstance(update, Factors):
-        return update.B.shape[0] == 2 * update.A.shape[1]
-    delta = effect_of(update).delta
-    return delta is None or delta().shape[0] == 2 * delta().shape[1]  # for a lone bias, rely on the name
+    out, inputs = update.sizes
+    return not update.changes_weight or out == 2 * inputs  # for a lone bias, rely on the name
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -80,12 +80,12 @@ Rule = Callable[[Adapter], Iterator[Finding]]
 
 def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
     """No LoHa, LoKr or dense updates."""
-    if adapter.others:
-        kinds = sorted({type(o).__name__ for o in adapter.others.values()})
+    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None}
+    if others:
         yield Finding(
-            f"{len(adapter.others)} modules have updates of other kinds ({', '.join(kinds)})",
+            f"{len(others)} modules have updates of other kinds ({', '.join(sorted(set(others.values())))})",
             "lorakit resize approximates them by low-rank factors",
-            into_base=tuple(adapter.others),
+            into_base=tuple(others),
         )
 
 

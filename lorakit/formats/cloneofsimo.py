@@ -37,7 +37,7 @@ from ..io.json_object import parse_json
 from ..io.tensors import read_pickled, read_tensors, write_tensors
 from . import names
 from .diffusers import with_alpha_as_rank
-from .strength import config_of
+from .scale import config_of
 
 EMBED = "<embed>"
 SIDE_TEXT, SIDE_TOKENS = ".text_encoder.pt", ".ti.pt"
@@ -135,11 +135,10 @@ def losses(adapter: Adapter, path: Path | None = None) -> list[str]:
     }
     nowhere = [module for module in adapter.factors if module not in known]
     lines = [f"cloneofsimo's order has no place for {len(nowhere)} modules: {listing(nowhere, 3)}"] if nowhere else []
-    if adapter.others:
-        lines.append(
-            f"it holds low-rank factors only (`resize` makes them of any update): {listing(adapter.others, 3)}"
-        )
-    dora = [module for module, f in adapter.factors.items() if f.magnitude is not None]
+    others = [module for module in adapter.updates if module not in adapter.factors]
+    if others:
+        lines.append(f"it holds low-rank factors only (`resize` makes them of any update): {listing(others, 3)}")
+    dora = [module for module, u in adapter.updates.items() if u.variant == "dora"]
     lines += [f"it has no DoRA magnitudes: {listing(dora, 3)}"] if dora else []
     blocks = [m for m, f in adapter.factors.items() if m in known and (f.kind != "linear" or f.transposed)]
     lines += [f"it has pairs of matrices only, for linear layers: {listing(blocks, 3)}"] if blocks else []

@@ -72,8 +72,9 @@ def without_losses(adapter: Adapter, losses: Callable[[Adapter], list[str]]) -> 
     )
     if not (left.updates or left.saved or left.embeddings):
         raise AdapterError("nothing of this adapter can be held by that format")
-    if left.factors and left.others and losses(left):
-        left = replace(left, updates=left.factors)  # a format of one kind a file holds either of them
+    low_rank = {m: u for m, u in left.updates.items() if u.factors is not None}
+    if low_rank and len(low_rank) < len(left.updates) and losses(left):
+        left = replace(left, updates=low_rank)  # each fits by itself, and the format holds one kind a file
     still = losses(left)
     if still:
         raise AdapterError(

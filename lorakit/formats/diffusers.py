@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.lora import Factors
+from ..adapter.lora import Factors, factors_of
 from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
@@ -33,8 +33,8 @@ from ..io.tensors import write_tensors
 from . import kohya, lycoris, names
 from .diffusers_header import KEY, Strengths, describe
 from .peft_config import checked
+from .scale import clean, config_of, folded
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse
-from .strength import clean, config_of, folded
 
 FILE = "pytorch_lora_weights.safetensors"
 # Without one of these diffusers' reader of text encoders does not tell PEFT's spelling from older ones, and raises.
@@ -85,7 +85,7 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
     if lost:
         raise AdapterError("diffusers' format cannot hold all of this adapter:\n  " + "\n  ".join(lost))
     path = path if path.suffix == ".safetensors" else path / FILE
-    plain = {module: with_alpha_as_rank(f) if fold else _plain(f) for module, f in adapter.check().factors.items()}
+    plain = {m: u.map_factors(with_alpha_as_rank if fold else _plain) for m, u in adapter.check().updates.items()}
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for component, modules in _by_component(plain).items():
@@ -96,14 +96,14 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
             if old
             else (".lora_A.weight", ".lora_B.weight")
         )
-        for module, f in modules.items():
-            key = f"{component}.{module}"
-            tensors[key + down], tensors[key + up] = f.A, f.B
-            if f.magnitude is not None:
+        for module, update in modules.items():
+            key, own = f"{component}.{module}", update.tensors()
+            tensors[key + down], tensors[key + up] = own["A"], own["B"]
+            if "magnitude" in own:
                 # transformers reads a text encoder's tensors by their full names, PEFT a denoiser's by its own without
                 # ".weight".
-                flat = f.magnitude.flatten()
-                shaped = flat.reshape(1, -1, *[1] * (f.A.dim() - 2)) if f.A.dim() > 2 else flat
+                axes = own["A"].dim()
+                shaped = own["magnitude"].reshape((1, -1, *[1] * (axes - 2)) if axes > 2 else (-1,))
                 tensors[f"{key}.{MAGNITUDE}" + (".weight" if text else "")] = shaped
         described |= {f"{component}.{name}": value for name, value in describe(modules).items()}
     header = {"format": "pt", KEY: json.dumps(described, sort_keys=True)}
@@ -165,7 +165,7 @@ def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Stren
         update.check(module)
     except AdapterError as error:
         raise AdapterError(f"{where}: {error}") from error
-    return replace(update, rslora=True) if rslora and isinstance(update, Factors) else update
+    return update.map_factors(lambda f: replace(f, rslora=True)) if rslora else update
 
 
 def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -192,17 +192,17 @@ def _unheld(adapter: Adapter, module: str) -> str | None:
             f"diffusers' files know modules by a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "
             "which these lack"
         )
-    f = adapter.factors.get(module)
+    update, f = adapter.updates[module], adapter.updates[module].factors
     if f is None:
         return "diffusers' LoRA files hold low-rank factors only (`resize` makes them of any update)"
     if f.kind == "embedding" or f.groups > 1 or f.transposed:
         return "no model of diffusers has an adapted embedding, grouped convolution or transposed linear"
-    if f.magnitude is None:
+    if update.variant == "lora":
         return None
-    if f.magnitude.shape[0] == 1 and f.B.shape[0] != 1:
+    if not update.outputs_independent:
         return "diffusers has DoRA's magnitude per output only, not per input"
     component = module.split(".")[0] + "."
-    if any(other.magnitude is None for name, other in adapter.factors.items() if name.startswith(component)):
+    if any(u.variant == "lora" for name, u in adapter.updates.items() if name.startswith(component)):
         return "diffusers makes all modules of a component DoRA or none, and others of this one are not"
     return None
 
@@ -211,25 +211,26 @@ def _plain(f: Factors) -> Factors:
     """A and B as they are, alpha for the scale alpha / rank: a packed projection has the rank of all its parts."""
     if not f.rslora and not f.parts:
         return f
-    return Factors(f.A, f.B, clean(f.scale * f.A.shape[0]), f.kind, magnitude=f.magnitude)
+    return Factors(f.A, f.B, clean(f.scale * f.A.shape[0]), f.kind)
 
 
 def with_alpha_as_rank(f: Factors) -> Factors:
     """The same update at scale 1, which is multiplied into B; in float32 (A too) where B's precision would round it."""
     B = folded(f.B, f.scale)
-    return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind, magnitude=f.magnitude)
+    return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind)
 
 
 def _config(updates: Mapping[str, Update]) -> LoraConfig:
-    factors = {m: u for m, u in updates.items() if isinstance(u, Factors)}
+    factors = factors_of(updates)
     if not factors:
         return LoraConfig(targets=sorted({module.rsplit(".", 1)[-1] for module in updates}))
     return config_of(factors, rslora=any(f.rslora for f in factors.values()))
 
 
-def _by_component(factors: Mapping[str, Factors]) -> dict[str, dict[str, Factors]]:
-    found: dict[str, dict[str, Factors]] = {}
-    for module, f in sorted(factors.items()):
+def _by_component(updates: Mapping[str, Update]) -> dict[str, dict[str, Update]]:
+    """{component: {module's name within it: its update}}"""
+    components: dict[str, dict[str, Update]] = {}
+    for module, update in sorted(updates.items()):
         component, _, name = module.partition(".")
-        found.setdefault(component, {})[name] = f
-    return found
+        components.setdefault(component, {})[name] = update
+    return components

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapter.lora import Factors
+from ..adapter.lora import factors_of
+from ..adapter.update import Update
 from ..errors import AdapterError
 
 KEY = "lora_adapter_metadata"
@@ -92,8 +93,9 @@ class _Pattern:
         return min(hits, key=lambda hit: hit[0])[1] if hits else default
 
 
-def describe(modules: Mapping[str, Factors]) -> dict[str, Any]:
-    """The arguments of `peft.LoraConfig` that give each module of one component its rank and strength."""
+def describe(updates: Mapping[str, Update]) -> dict[str, Any]:
+    """The arguments of `peft.LoraConfig` that give each module of one component its rank and scale."""
+    modules = factors_of(updates)
     ranks, alphas = Counter(f.A.shape[0] for f in modules.values()), Counter(f.alpha for f in modules.values())
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     return {
@@ -102,7 +104,7 @@ def describe(modules: Mapping[str, Factors]) -> dict[str, Any]:
         "rank_pattern": {_anchored(name): f.A.shape[0] for name, f in modules.items() if f.A.shape[0] != rank},
         "alpha_pattern": {_anchored(name): _number(f.alpha) for name, f in modules.items() if f.alpha != alpha},
         "target_modules": sorted(name.removeprefix("text_model.") for name in modules),
-        "use_dora": any(f.magnitude is not None for f in modules.values()),
+        "use_dora": any(u.variant == "dora" for u in updates.values()),
     }
 
 

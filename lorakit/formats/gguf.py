@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.lora import Factors
+from ..adapter.lora import Factors, Kind
 from ..errors import AdapterError, listing
 from ..io.atomic import replacing
 from ..io.gguf_header import read_gguf
@@ -44,8 +44,8 @@ from .gguf_names import (
 )
 from .gguf_types import BF16, BLOCK, F16, F16_MOST, F32, Q8_0, encode, type_of
 from .packed import parts_of
-from .strength import clean, commonest, config_of, folded
-from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
+from .scale import clean, commonest, config_of, folded
+from .unheld import convolutions, learned_tokens, other_kinds
 
 __all__ = ["losses", "names_of", "read", "rows_of", "write"]
 METADATA = "lorakit.metadata"
@@ -60,7 +60,7 @@ def losses(adapter: Adapter) -> list[str]:
             f"{len(adapter.saved)} weights saved whole ({listing(adapter.saved, 2)}): GGUF adapters hold low-rank "
             "factors alone"
         )
-    return lost + other_kinds(adapter) + learned_tokens(adapter) + convolutions(adapter) + magnitudes(adapter)
+    return lost + other_kinds(adapter, "lora") + learned_tokens(adapter) + convolutions(adapter)
 
 
 def write(adapter: Adapter, path: Path, base: Any = None, kind: str | None = None) -> Path:
@@ -174,9 +174,9 @@ def _factors(
     B = B if count is None else unpermute(B, count, module).contiguous()
     alpha = alpha or float(A.shape[0])  # llama.cpp's 0: scale 1
     parts = parts_of(packed, module, A, B, path)
-    kind = "embedding" if tokens else "linear"
+    kind: Kind = "embedding" if tokens else "linear"
     turned = architecture.transposed and not tokens and tensor != OUTPUT
-    return Factors(A, B, clean(alpha / (sum(parts) if parts else 1)), kind, transposed=turned, parts=parts)  # type: ignore[arg-type]
+    return Factors(A, B, clean(alpha / (sum(parts) if parts else 1)), kind, transposed=turned, parts=parts)
 
 
 def _unfit(A: Tensor | None, B: Tensor | None, architecture: Architecture) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import AdapterError, listing
+from ..errors import AdapterError, listing, not_the_file
 
 ADAPTER_CONFIG, DIFFUSERS_FILE = "adapter_config.json", "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -54,6 +54,10 @@ def adapter_in(folder: Path) -> Path:
             f"{folder} holds PEFT's weights without their {ADAPTER_CONFIG}, which says alpha and more\n"
             "  put that file beside them"
         )
+    for file in sorted(p for p in folder.iterdir() if p.is_file())[:MOST_OPENED]:
+        stands_in = not_the_file(file)
+        if stands_in is not None:
+            raise AdapterError(stands_in)
     there = sorted(p.name for p in folder.iterdir())
     raise AdapterError(
         f"{folder} is no adapter: the folder has no {ADAPTER_CONFIG}, and none of its files is an adapter"

@@ -22,14 +22,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.lora import Factors
+from ..adapter.lora import factors_of
 from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json
 from . import lycoris, names
 from .kohya_metadata import metadata, model_said, write_hashed
-from .kohya_parts import fuse, part_sizes, size, split, swap_halves
+from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .peft_config import checked
 
 _EMBEDDING = "bundle_emb."
@@ -183,12 +183,12 @@ def _split(
         return [swap_halves(update, f"key '{key}'") if _swapped(model, key, modules[0], update) else update]
     update = lycoris.update(key, parts, (sum(stored), *shapes[modules[0]][1:]))
     update.check(key)
-    return split(update, part_sizes(size(update)[0], stored, f"key '{key}'"), f"key '{key}'")
+    return split(update, part_sizes(update.sizes[0], stored, f"key '{key}'"), f"key '{key}'")
 
 
 def _config(updates: Mapping[str, Update]) -> LoraConfig:
     """The commonest rank and alpha, and one entry a module for the others."""
-    low_rank = {m: u for m, u in updates.items() if isinstance(u, Factors)}
+    low_rank = factors_of(updates)
     ranks, alphas = {m: f.rank for m, f in low_rank.items()}, {m: f.alpha for m, f in low_rank.items()}
     targets = sorted({module.rpartition(".")[2] for module in updates})
     if not low_rank:
@@ -210,7 +210,7 @@ def _written_for(adapter: Adapter) -> str | None:
     said = adapter.metadata.get("model")
     if said in names.MODELS and all(module in names.shapes(said) for module in adapter.updates):
         return said
-    return names.model_of(adapter.updates, {m: size(u) for m, u in adapter.updates.items()})
+    return names.model_of(adapter.updates, {m: u.sizes for m, u in adapter.updates.items()})
 
 
 def _no_model(adapter: Adapter) -> str:
@@ -255,7 +255,7 @@ def _swapped(model: str, key: str, module: str, update: Update) -> bool:
     """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's
     width: the list does.
     """
-    out, width = size(update)
+    out, width = update.sizes
     if not update.changes_weight:
         width = names.shapes(model)[module][1] if names.shapes(model)[module][0] == out else 0
     return names.swaps_halves(model, key, module, (out, width))

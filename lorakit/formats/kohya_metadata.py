@@ -22,15 +22,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.dense import Dense
-from ..adapter.loha import Hadamard
-from ..adapter.lokr import Kronecker
-from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..io.atomic import replacing
 from ..io.stream import NAMES, StreamWriter
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
+ALGORITHMS = {"lora": "locon", "loha": "loha", "lokr": "lokr"}  # LyCORIS' names of the kinds
 LEGACY_BYTES = (0x100000, 0x10000)  # from, and how many
 
 
@@ -109,27 +106,26 @@ def _network(
     arguments.
     """
     updates = [update for update, _ in written.values()]
-    lycoris = any(not isinstance(u, Factors) or u.magnitude is not None for u in updates)
-    kernels = {key for key, (u, _) in written.items() if isinstance(u, Factors) and u.A[0, 0].numel() > 1}
+    lycoris = any(u.variant != "lora" for u in updates)
+    kernels = {key for key, (u, _) in written.items() if u.factors is not None and u.factors.A[0, 0].numel() > 1}
     linear = [written[key] for key in written if key not in kernels] or [written[key] for key in kernels]
     arguments = _arguments(header)
     arguments.pop("algo", None)
-    if all(isinstance(u, Factors) for u in updates):  # of the other kinds only the file's own words tell these
+    if all(u.factors is not None for u in updates):  # of the other kinds only the file's own words tell these
         for name in ("conv_dim", "conv_alpha", "conv_rank"):
             arguments.pop(name, None)
     if kernels:
         convs = [written[key] for key in sorted(kernels)]
-        arguments["conv_dim"] = _common(u.A.shape[0] for u, _ in convs if isinstance(u, Factors))
+        arguments["conv_dim"] = _common(_rank(u) for u, _ in convs)
         arguments["conv_alpha"] = _common(_alpha(update, alpha) for update, alpha in convs)
     if lycoris:
-        kinds = {Hadamard: "loha", Kronecker: "lokr", Factors: "locon"}
-        algos = {kinds.get(type(u), "full") for u in updates}
+        algos = {ALGORITHMS.get(u.without_base().variant, "full") for u in updates}
         arguments["algo"] = algos.pop() if len(algos) == 1 else "Dynamic"
     module = "lycoris.kohya" if lycoris else header.get("ss_network_module", base.module)
     found = {
         "ss_network_module": base.module if module.startswith("lycoris") and not lycoris else module,
-        "ss_network_dim": _common(u.A.shape[0] if isinstance(u, Factors) else u.rank for u, _ in linear),
-        "ss_network_alpha": _common(_alpha(update, alpha) for update, alpha in linear if not isinstance(update, Dense)),
+        "ss_network_dim": _common(_rank(u) for u, _ in linear),
+        "ss_network_alpha": _common(_alpha(u, alpha) for u, alpha in linear if u.variant != "dense"),
     }
     return found | {"ss_network_args": json.dumps(arguments)}
 
@@ -145,6 +141,11 @@ def _common(values: Iterable[float]) -> str:
     """The one value as text, as kohya writes it, or "Dynamic"."""
     found = set(values)
     return "Dynamic" if len(found) != 1 else str(found.pop())
+
+
+def _rank(update: Update) -> int:
+    """The rank as a file has it: of a packed projection that of all its parts."""
+    return update.rank if update.factors is None else update.factors.A.shape[0]
 
 
 def _alpha(update: Update, alpha: Tensor | None) -> float:

@@ -15,38 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapter.checks import wide
-from ..adapter.dense import Dense
-from ..adapter.loha import Hadamard
-from ..adapter.lokr import Kronecker
 from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..errors import AdapterError
-
-_ROWS = {Factors: ("B", "magnitude"), Hadamard: ("w1a", "w2a"), Kronecker: ("w1", "w1a"), Dense: ("weight", "bias")}
-
-
-def size(update: Update) -> tuple[int, int]:
-    """(out, in) of the weight it changes, a convolution's in without its kernel where the tensors tell it."""
-    if isinstance(update, Factors):
-        return update.B.shape[0], update.A.shape[1]
-    if not update.changes_weight:
-        return update.tensors()["bias"].shape[0], 1
-    out, inner = (*update.weight_shape(), 1)[:2]
-    return out, inner
-
-
-def _sides(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> tuple[int, int]:
-    if whole is not None:
-        return whole.shape[0], whole.shape[1]
-    assert a is not None
-    assert b is not None
-    return a.shape[1 if core is not None else 0], b.shape[1]
 
 
 def part_sizes(total: int, stored: Sequence[int], where: str) -> list[int]:
@@ -64,27 +39,32 @@ def split(update: Update, sizes: Sequence[int], where: str) -> list[Update | Non
     """One update for each block of rows, None for one that block-diagonal factors leave as it is. AdapterError if there
     are no such parts.
     """
-    if isinstance(update, Kronecker) and any(s % _block(update) for s in sizes):
-        if update.w2a is None or update.w2b is None or update.t2 is not None:
-            raise AdapterError(
-                f"{where}: a LoKr in blocks of {_block(update)} rows, which the fused weight's parts of {list(sizes)} "
-                "rows cut through\n"
-                "  no LoKr of the parts is the same; merge it into its base with a program that keeps the fused weights"
-            )
-        update = _low_rank(update, update.w2a, update.w2b)
-    if isinstance(update, Factors) and update.magnitude is not None and update.magnitude.shape[0] == 1:
+    if not update.outputs_independent:
         raise AdapterError(
             f"{where}: a DoRA with one magnitude for each input of a fused weight; its parts have none of their own"
         )
-    if isinstance(update, Factors) and update.magnitude is None and (owners := _owners(update.B, sizes)):
-        return _taken_apart(update, sizes, owners)
-    blocks = {name: t.split(_counts(update, sizes)) for name, t in _rows(update).items()}
-    shared = {name: t for name, t in update.tensors().items() if name not in blocks}
-    # Copies: files cannot hold two names for one stretch of memory.
-    return [
-        _with(update, {n: b[i].clone() for n, b in blocks.items()} | {n: t.clone() for n, t in shared.items()})
-        for i in range(len(sizes))
-    ]
+    if any(s % update.output_block for s in sizes):
+        factors = update.as_factors()
+        if factors is None:
+            raise AdapterError(
+                f"{where}: a LoKr in blocks of {update.output_block} rows, which the fused weight's parts of "
+                f"{list(sizes)} rows cut through\n"
+                "  no LoKr of the parts is the same; merge it into its base with a program that keeps the fused weights"
+            )
+        update = factors
+    f = update.factors
+    if f is not None and not update.needs_base and (owners := _owners(f.B, sizes)):
+        return _taken_apart(f, sizes, owners)
+    outputs = update.output_tensors()
+    if outputs is None:
+        raise AdapterError(f"{where}: an update in Tucker form of a fused weight, which is no kernel")
+    blocks = {name: t.split([s * t.shape[0] // sum(sizes) for s in sizes]) for name, t in outputs.items()}
+
+    def part(i: int) -> Update:
+        # Copies: files cannot hold two names for one stretch of memory.
+        return update.map(lambda name, t: (blocks[name][i] if name in blocks else t).clone())
+
+    return [part(i) for i in range(len(sizes))]
 
 
 def fuse(parts: Mapping[str, Update], modules: Sequence[str], stored: Sequence[int]) -> Update | None:
@@ -94,29 +74,22 @@ def fuse(parts: Mapping[str, Update], modules: Sequence[str], stored: Sequence[i
     present = [parts.get(module) for module in modules]
     whole = [p for p in present if p is not None]
     if len(whole) == len(modules) and _alike(whole):
-        return _with(whole[0], {name: torch.cat([getattr(p, name) for p in whole]) for name in _rows(whole[0])})
-    if all(isinstance(p, Factors) and p.magnitude is None and p.kind == "linear" for p in whole):
-        return _blocks([p if isinstance(p, Factors) else None for p in present], stored)
+        outputs, tensors = whole[0].output_tensors() or {}, [p.tensors() for p in whole]
+        return whole[0].map(lambda name, t: torch.cat([own[name] for own in tensors]) if name in outputs else t)
+    plain = [p.factors if p is not None and not p.needs_base else None for p in present]
+    if all(p is None or (f is not None and f.kind == "linear") for p, f in zip(present, plain, strict=True)):
+        return _blocks(plain, stored)
     return None
 
 
 def swap_halves(update: Update, where: str) -> Update:
-    """With the first and second half of the weight's rows exchanged."""
-    half = size(update)[0] // 2
-    if isinstance(update, Kronecker) and half % _block(update):
+    """With the first and second half of the weight's rows exchanged. AdapterError if no update of the kind is that."""
+    rows, block = update.sizes[0], update.output_block
+    if (rows // 2) % block:
         raise AdapterError(
-            f"{where}: a LoKr in blocks of {_block(update)} rows, which the middle of the weight's {2 * half} rows cuts"
+            f"{where}: a LoKr in blocks of {block} rows, which the middle of the weight's {rows} rows cuts"
         )
-    if isinstance(update, Factors) and update.magnitude is not None and update.magnitude.shape[0] == 1:
-        return replace(update, B=update.B.roll(half, 0))
-    return _with(update, {name: t.roll(t.shape[0] // 2, 0) for name, t in _rows(update).items()})
-
-
-def _low_rank(update: Kronecker, a: Tensor, b: Tensor) -> Factors:
-    """W1 ⊗ (W2a W2b) = (W1 ⊗ W2a) (I ⊗ W2b): plain factors of rank i1 · r, whose rows can be cut anywhere."""
-    first = wide(update.w1) if update.w1 is not None else wide(update.w1a) @ wide(update.w1b)  # type: ignore[arg-type]
-    A = torch.kron(torch.eye(first.shape[1], dtype=first.dtype), wide(b))
-    return Factors(A, torch.kron(first, wide(a)), update.scale * A.shape[0])
+    return update.halves_swapped()
 
 
 def _owners(B: Tensor, sizes: Sequence[int]) -> list[int] | None:
@@ -169,35 +142,16 @@ def _blocks(parts: Sequence[Factors | None], stored: Sequence[int]) -> Factors:
 
 def _alike(parts: Sequence[Update]) -> bool:
     """Whether they are of one kind and differ in their rows only."""
-    first, names = parts[0], _rows(parts[0])
-    if isinstance(first, Factors) and (first.kind != "linear" or first.parts or first.transposed):
+    first, outputs = parts[0], parts[0].output_tensors()
+    f = first.factors
+    if outputs is None or not all(p.outputs_independent for p in parts):
         return False
-    if isinstance(first, Factors) and first.magnitude is not None and any(_column(p) for p in parts):
+    if f is not None and (f.kind != "linear" or f.parts or f.transposed):
         return False
     return all(
         type(p) is type(first)
         and p.scale == first.scale
         and p.tensors().keys() == first.tensors().keys()
-        and all(torch.equal(t, p.tensors()[n]) for n, t in first.tensors().items() if n not in names)
+        and all(torch.equal(t, p.tensors()[n]) for n, t in first.tensors().items() if n not in outputs)
         for p in parts
     )
-
-
-def _column(update: Any) -> bool:
-    return update.magnitude is not None and update.magnitude.shape[0] == 1
-
-
-def _with(update: Any, tensors: Mapping[str, Tensor]) -> Update:
-    return replace(update, **tensors)
-
-
-def _rows(update: Update) -> dict[str, Tensor]:
-    return {name: t for name in _ROWS[type(update)] if (t := getattr(update, name)) is not None}
-
-
-def _block(update: Kronecker) -> int:
-    return _sides(update.w2, update.w2a, update.w2b, update.t2)[0]
-
-
-def _counts(update: Update, sizes: Sequence[int]) -> list[int]:
-    return [s // _block(update) for s in sizes] if isinstance(update, Kronecker) else list(sizes)

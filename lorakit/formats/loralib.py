@@ -19,8 +19,8 @@ from ..errors import AdapterError
 from ..io.atomic import replacing
 from ..io.tensors import read_tensors, write_tensors
 from ..ops.packed import compact_packed, expand_packed
-from .strength import clean, commonest, folded
-from .unheld import convolutions, learned_tokens, magnitudes, other_kinds
+from .scale import clean, commonest, folded
+from .unheld import convolutions, learned_tokens, other_kinds
 
 
 def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
@@ -55,7 +55,7 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
 def losses(adapter: Adapter) -> list[str]:
     """What a loralib state dict cannot hold of this adapter, one line each."""
     conv = convolutions(adapter, ", whose updates loralib factors in another way")
-    return other_kinds(adapter) + learned_tokens(adapter) + magnitudes(adapter) + conv
+    return other_kinds(adapter, "lora") + learned_tokens(adapter) + conv
 
 
 def alpha_of(adapter: Adapter) -> float:

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
 from ..adapter.dense import Dense
-from ..adapter.loha import Hadamard
-from ..adapter.lokr import Kronecker
-from ..adapter.lora import Factors
+from ..adapter.dora import Dora
+from ..adapter.loha import Loha
+from ..adapter.lokr import Lokr
+from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
 from ..errors import AdapterError, did_you_mean
 
@@ -91,18 +93,15 @@ def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: boo
     Every reader takes a missing alpha for the rank; one that is there diffusers 0.42 still gives to the wrong modules
     if ranks differ.
     """
-    if isinstance(update, Factors):
-        return {f"{key}.{suffix}": t for suffix, t in _low_rank_tensors(update, shape, bake_alpha).items()}
-    if isinstance(update, Dense):
-        weight, bias = (
-            ("w_norm", "b_norm") if update.weight is not None and update.weight.dim() == 1 else ("diff", "diff_b")
-        )
-        return {f"{key}.{weight if name == 'weight' else bias}": t for name, t in update.tensors().items()}
-    assert isinstance(update, Hadamard | Kronecker)
-    suffixes = {name: suffix for suffix, name in (LOHA if isinstance(update, Hadamard) else LOKR).items()}
-    named = {suffixes[name]: t for name, t in update.tensors().items()}
-    named["alpha"] = scalar(update.alpha, next(iter(named.values())).dtype)
-    return {f"{key}.{suffix}": t for suffix, t in named.items()}
+    return {f"{key}.{suffix}": t for suffix, t in _by_suffix(update, shape, bake_alpha).items()}
+
+
+@singledispatch
+def _by_suffix(update: Update, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+    """An update's tensors by suffix, a function for each kind. AdapterError for a kind that the format has no suffix
+    for.
+    """
+    raise AdapterError(f"kohya's files have no update of the kind '{update.variant}'")
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
@@ -113,7 +112,8 @@ def scalar(value: float, dtype: torch.dtype) -> Tensor:
     return next((c for c in candidates if c.item() == value), candidates[-1])
 
 
-def _low_rank_tensors(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+@_by_suffix.register
+def _(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
     A, B, rank = f.A, f.B, f.A.shape[0]
     alpha = f.alpha if not (f.rslora or f.parts) else f.scale * rank  # the alpha of a scale alpha / r
     if bake_alpha:
@@ -122,12 +122,40 @@ def _low_rank_tensors(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> d
     if A.dim() == 2 and len(shape) > 2 and math.prod(shape[2:]) == 1:
         A = A.reshape(*A.shape, *shape[2:])
     ones = (1,) * (A.dim() - 2)
-    found = {"lora_down.weight": A, "lora_up.weight": B.reshape(*B.shape[:2], *ones)} | (
+    return {"lora_down.weight": A, "lora_up.weight": B.reshape(*B.shape[:2], *ones)} | (
         {} if bake_alpha else {"alpha": scalar(alpha, B.dtype)}
     )
-    if f.magnitude is not None:
-        found["dora_scale"] = f.magnitude.reshape(*f.magnitude.shape, *ones)
-    return found
+
+
+@_by_suffix.register
+def _(dora: Dora, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+    inner, m = _by_suffix(dora.inner, shape, bake_alpha), dora.magnitude
+    axes = max(t.dim() for t in inner.values())
+    return inner | {"dora_scale": m.reshape(*m.shape, *(1,) * (axes - 2))}
+
+
+@_by_suffix.register
+def _(loha: Loha, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+    return _named(loha.tensors(), LOHA, loha.alpha)
+
+
+@_by_suffix.register
+def _(lokr: Lokr, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+    return _named(lokr.tensors(), LOKR, lokr.alpha)
+
+
+@_by_suffix.register
+def _(dense: Dense, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+    of_norm = dense.weight is not None and dense.weight.dim() == 1
+    suffixes = {"weight": "w_norm", "bias": "b_norm"} if of_norm else {"weight": "diff", "bias": "diff_b"}
+    return {suffixes[name]: t for name, t in dense.tensors().items()}
+
+
+def _named(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], alpha: float) -> dict[str, Tensor]:
+    """Tensors by suffix instead of by field, and alpha in the dtype of the first of them."""
+    suffix_of = {name: suffix for suffix, name in suffixes.items()}
+    dtype = next(iter(tensors.values())).dtype
+    return {suffix_of[name]: t for name, t in tensors.items()} | {"alpha": scalar(alpha, dtype)}
 
 
 def _alpha(key: str, tensor: Tensor) -> float:
@@ -166,7 +194,8 @@ def _need(key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], *n
             )
 
 
-def _low_rank(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Factors:
+def _low_rank(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Update:
+    """A LoRA, or a DoRA where there is a dora_scale."""
     _need(key, named, LORA, "down", "up")
     down, up, mid = named["down"], named["up"], named.get("mid")
     out, rank = up.shape[:2]
@@ -179,6 +208,7 @@ def _low_rank(key: str, named: dict[str, Tensor], alpha: float | None, shape: tu
     up = up.reshape(out, rank)
     if mid is not None:
         down = _folded(key, mid, down, rank)
+    kind: Kind
     if len(shape) == 2:
         if math.prod(down.shape[2:]) != 1:
             raise AdapterError(
@@ -191,11 +221,10 @@ def _low_rank(key: str, named: dict[str, Tensor], alpha: float | None, shape: tu
             "conv",
         )
         up = up.reshape(out, rank, *(1,) * (down.dim() - 2))
-    magnitude = named.get("magnitude")
-    if magnitude is not None:
-        magnitude = _magnitude(key, magnitude, out, down)
-    rows = down.shape[0]
-    return Factors(down, up, float(rows) if alpha is None else alpha, kind, magnitude=magnitude)  # type: ignore[arg-type]
+    factors = Factors(down, up, float(down.shape[0]) if alpha is None else alpha, kind)
+    if "magnitude" not in named:
+        return factors
+    return Dora(factors, _magnitude(key, named["magnitude"], out, down))
 
 
 def _folded(key: str, mid: Tensor, down: Tensor, rank: int) -> Tensor:
@@ -224,7 +253,7 @@ def _magnitude(key: str, tensor: Tensor, out: int, down: Tensor) -> Tensor:
     raise AdapterError(f"key '{key}.dora_scale' has shape {list(tensor.shape)}; expected [{out}, 1] or [1, {inputs}]")
 
 
-def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Hadamard:
+def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Loha:
     tucker = "t1" in named or "t2" in named
     _need(key, named, LOHA, "w1a", "w1b", "w2a", "w2b", *(("t1", "t2") if tucker else ()))
     named = _one_precision(key, named, LOHA, flat=("w1a", "w1b", "w2a", "w2b"))
@@ -237,10 +266,10 @@ def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[
     rank, full = named["w1b"].shape[0], None
     if len(shape) > 2 and "t1" not in named:
         full = (named["w1a"].shape[0], *_kernel(key, named["w1b"].shape[1], shape))
-    return Hadamard(**named, alpha=float(rank) if alpha is None else alpha, shape=full)
+    return Loha(**named, alpha=float(rank) if alpha is None else alpha, shape=full)
 
 
-def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Kronecker:
+def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Lokr:
     _need(key, named, LOKR, *(side for side in ("w1", "w2") if side + "a" not in named and side + "b" not in named))
     for side in ("w1", "w2"):
         if side not in named:
@@ -256,7 +285,7 @@ def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[
     if len(shape) > 2 and w2 is not None and w2.dim() == 2 and "t2" not in named:
         first, second = _outer(named, "w1"), _outer(named, "w2")
         full = (first[0] * second[0], *_kernel(key, first[1] * second[1], shape))
-    return Kronecker(
+    return Lokr(
         **named, alpha=alpha if alpha is not None else float(half.shape[0] if half is not None else 1), shape=full
     )
 
@@ -297,11 +326,9 @@ def _with_bias(key: str, parts: Mapping[str, Tensor], alpha: Tensor | None, shap
     """Low-rank factors with a change of the bias, as programs that extract them write: the change whole, there being no
     kind for both.
     """
-    factors = update(
-        key, {s: t for s, t in parts.items() if s in LORA} | ({"alpha": alpha} if alpha is not None else {}), shape
-    )
-    assert isinstance(factors, Factors)
-    claimed = factors.B.shape[0] * math.prod(factors.A.shape[1:])
+    low_rank = {s: t for s, t in parts.items() if s in LORA} | ({"alpha": alpha} if alpha is not None else {})
+    factors = update(key, low_rank, shape)
+    claimed = math.prod(factors.weight_shape())
     if claimed > math.prod(shape):
         raise AdapterError(
             f"key '{key}': its factors claim a weight of {claimed:,} numbers; the module has {math.prod(shape):,}"

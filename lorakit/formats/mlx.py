@@ -22,14 +22,16 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.dora import Dora
 from ..adapter.lora import Factors
+from ..adapter.update import Update
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from .packed import parts_of
-from .strength import clean, commonest, config_of, folded
-from .unheld import convolutions, learned_tokens, other_kinds
+from .scale import clean, commonest, config_of, folded
+from .unheld import convolutions, learned_tokens, other_kinds, part_dora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 OURS = ("packed", "transposed", "embeddings")  # in our part of the header, beside the adapter's metadata
@@ -71,10 +73,14 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
         )
     ours = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     modules = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
-    factors, saved = {}, {}
+    factors: dict[str, Factors] = {}
+    updates: dict[str, Update] = {}
+    saved: dict[str, Tensor] = {}
     for module in modules:
-        A, B, m = (tensors.get(f"{module}.{half}") for half in ("lora_a", "lora_b", "m"))
-        factors[module] = _factors(module, A, B, m, scale, alpha, ours, path)
+        a, b = tensors.get(f"{module}.lora_a"), tensors.get(f"{module}.lora_b")
+        f = updates[module] = factors[module] = _factors(module, a, b, scale, alpha, ours, path)
+        if f"{module}.m" in tensors:
+            updates[module] = _dora(module, f, tensors[f"{module}.m"], path)
     for key, tensor in tensors.items():
         module, _, last = key.rpartition(".")
         if last == "lora_b" and module not in factors:
@@ -88,23 +94,24 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
             f"{path} is no MLX adapter: it has no key that ends in .lora_a (it has {listing(tensors, 3)})"
         )
     config = config_of(factors, base=model if isinstance(model, str) else None, **known)
-    return Adapter(config, factors, saved, {k: v for k, v in ours.items() if k not in OURS}).check()
+    return Adapter(config, updates, saved, {k: v for k, v in ours.items() if k not in OURS}).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
     """What MLX's format cannot hold of this adapter, one line each."""
-    lost = other_kinds(adapter) + learned_tokens(adapter)
+    lost = other_kinds(adapter, "lora", "dora") + learned_tokens(adapter)
     lost += convolutions(adapter, ": mlx-lm adapts linear layers and embeddings")
-    dora = [m for m, f in adapter.factors.items() if f.magnitude is not None and f.kind != "conv"]
-    if dora and len(dora) != len(adapter.factors):
+    matrices = {m: adapter.updates[m] for m, f in adapter.factors.items() if f.kind != "conv"}
+    lost += part_dora(matrices, "MLX")
+    # The rows of an embedding's weight are its inputs, the tokens.
+    by_column = [
+        m
+        for m, u in matrices.items()
+        if u.variant == "dora" and u.outputs_independent == (adapter.factors[m].kind == "embedding")
+    ]
+    if by_column:
         lost.append(
-            f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in MLX all modules have one or none has"
-        )
-    magnitudes = {m: (f.magnitude, f.kind) for m, f in adapter.factors.items() if m in dora}
-    across = [m for m, (g, kind) in magnitudes.items() if g is not None and (g.shape[0] == 1) != (kind == "embedding")]
-    if across:
-        lost.append(
-            f"DoRA's magnitude of {listing(across, 2)}: MLX has one number for each row of the weight, this one for "
+            f"DoRA's magnitude of {listing(by_column, 2)}: MLX has one number for each row of the weight, this one for "
             "each column"
         )
     stacked = [n for n, t in adapter.saved.items() if t.dim() > 2]
@@ -127,12 +134,13 @@ def write(adapter: Adapter, path: Path) -> Path:
     for module, f in adapter.factors.items():
         ratio = 1.0 if clean(f.scale) == clean(scale) else f.scale / scale
         tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"] = f.A.T, folded(f.B, ratio).T
-        if f.magnitude is not None:
-            tensors[f"{module}.m"] = f.magnitude.flatten()
+        own = adapter.updates[module].tensors()
+        if "magnitude" in own:
+            tensors[f"{module}.m"] = own["magnitude"].flatten()
     for name, tensor in adapter.saved.items():
         module, _, last = name.rpartition(".")
-        f = adapter.factors.get(module)  # type: ignore[assignment]
-        inner = "" if f is None else "embedding." if f.kind == "embedding" else "linear."
+        adapted = adapter.factors.get(module)
+        inner = "" if adapted is None else "embedding." if adapted.kind == "embedding" else "linear."
         tensors[f"{module}.{inner}{last}"] = tensor
     ours = {
         **adapter.metadata,
@@ -141,7 +149,7 @@ def write(adapter: Adapter, path: Path) -> Path:
         "embeddings": sorted(m for m, f in adapter.factors.items() if f.kind == "embedding"),
     }
     values = {
-        "fine_tune_type": "dora" if any(f.magnitude is not None for f in adapter.factors.values()) else "lora",
+        "fine_tune_type": "dora" if any(u.variant == "dora" for u in adapter.updates.values()) else "lora",
         "num_layers": -1,  # all: where the file has nothing, the update that mlx-lm makes is zero
         "lora_parameters": {
             "rank": commonest(f.A.shape[0] for f in adapter.factors.values()),
@@ -158,7 +166,7 @@ def write(adapter: Adapter, path: Path) -> Path:
 
 def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float:
     """The config's scale; AdapterError if it has none, or is no LoRA's."""
-    kind = values.get("fine_tune_type", "lora")
+    kind = values.get("fine_tune_type") or "lora"
     if kind not in ("lora", "dora"):
         raise AdapterError(
             f"{where}: fine_tune_type is {kind!r}; lorakit reads lora and dora\n"
@@ -177,7 +185,6 @@ def _factors(
     module: str,
     a: Tensor | None,
     b: Tensor | None,
-    m: Tensor | None,
     scale: float | None,
     alpha: float | None,
     ours: Mapping[str, Any],
@@ -195,8 +202,6 @@ def _factors(
     parts = parts_of(ours.get("packed"), module, A, B, path)
     told, turned = ours.get("embeddings"), ours.get("transposed")
     embedding = module in told if isinstance(told, list) else module.rsplit(".", 1)[-1] in EMBEDDINGS
-    if m is not None and m.dim() != 1:
-        raise AdapterError(f"{path}: '{module}.m' has shape {list(m.shape)}; expected one axis")
     rank = A.shape[0] // (sum(parts) if parts else 1)
     return Factors(
         A,
@@ -205,8 +210,14 @@ def _factors(
         "embedding" if embedding else "linear",
         transposed=isinstance(turned, list) and module in turned,
         parts=tuple(parts) if parts else None,
-        magnitude=None if m is None else m.reshape(1, -1) if embedding else m.reshape(-1, 1),
     )
+
+
+def _dora(module: str, f: Factors, m: Tensor, path: Path) -> Dora:
+    """`m`: one element for each row of the stored weight, [out], of an embedding [vocab]."""
+    if m.dim() != 1:
+        raise AdapterError(f"{path}: '{module}.m' has shape {list(m.shape)}; expected one axis")
+    return Dora(f, m.reshape(1, -1) if f.kind == "embedding" else m.reshape(-1, 1))
 
 
 def _inside(module: str, factors: Mapping[str, Factors]) -> bool:

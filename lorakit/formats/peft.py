@@ -22,7 +22,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.lora import Factors
+from ..adapter.dora import Dora
+from ..adapter.lora import Factors, Kind
+from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
@@ -32,7 +34,7 @@ from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_lycoris
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
-from .unheld import learned_tokens, other_kinds
+from .unheld import learned_tokens, other_kinds, part_dora
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 PREFIX = "base_model.model."
@@ -85,7 +87,7 @@ def read(path: Path, started: bool = False) -> Adapter:
         if (folder / OURS).exists()
         else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
     )
-    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
+    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
     if lycoris:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         updates, saved = peft_lycoris.updates(kind, plain, config, weights)
@@ -100,27 +102,23 @@ def read(path: Path, started: bool = False) -> Adapter:
         return Adapter(
             config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
         ).check()
-    factors = {
-        module: _factors(module, form, pair, config, transposed, packed.get(module), weights)
-        for module, (form, pair) in halves.items()
+    updates = {
+        module: _update(module, kind, pair, config, transposed, packed.get(module), weights)
+        for module, (kind, pair) in halves.items()
     }
-    return Adapter(config, factors, saved, ours).check()
+    return Adapter(config, updates, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
     """What PEFT's folder cannot hold of this adapter, one line each."""
     if peft_lycoris.is_loha(adapter):
         return learned_tokens(adapter) + peft_lycoris.losses(adapter)
-    lost = other_kinds(adapter) + learned_tokens(adapter)
-    dora = {m: f.magnitude for m, f in adapter.factors.items() if f.magnitude is not None}
-    if dora and len(dora) != len(adapter.factors):
+    low_rank = {m: adapter.updates[m] for m in adapter.factors}
+    lost = other_kinds(adapter, "lora", "dora") + learned_tokens(adapter) + part_dora(low_rank, "PEFT")
+    by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
+    if by_input:
         lost.append(
-            f"DoRA's magnitude of {len(dora)} modules ({listing(dora, 2)}): in PEFT all modules have one or none has"
-        )
-    across = [m for m, t in dora.items() if t.shape[0] == 1 != adapter.factors[m].B.shape[0]]
-    if across:
-        lost.append(
-            f"DoRA's magnitude of {listing(across, 2)}: PEFT has one number for each output, this one for each input"
+            f"DoRA's magnitude of {listing(by_input, 2)}: PEFT has one number for each output, this one for each input"
         )
     return lost
 
@@ -138,7 +136,7 @@ def write(adapter: Adapter, path: Path) -> Path:
         adapted_bias = last == "bias" and module in adapter.factors
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
     transposed = any(f.transposed for f in adapter.factors.values())
-    dora = any(f.magnitude is not None for f in adapter.factors.values())
+    dora = any(u.variant == "dora" for u in adapter.updates.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
     values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
@@ -163,10 +161,10 @@ def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], di
         infix, suffix = ("lora_embedding_", "") if f.kind == "embedding" else ("lora_", ".weight")
         tensors[f"{PREFIX}{module}.{infix}A{suffix}"] = A
         tensors[f"{PREFIX}{module}.{infix}B{suffix}"] = B
-        if f.magnitude is not None:
-            conv = f.kind == "conv"
-            shape = (1, -1, *[1] * (f.A.dim() - 2)) if conv else (-1,)
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude.reshape(shape)
+        own = adapter.updates[module].tensors()
+        if "magnitude" in own:
+            shape = (1, -1, *[1] * (f.A.dim() - 2)) if f.kind == "conv" else (-1,)
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = own["magnitude"].reshape(shape)
     return tensors, ranks, alphas
 
 
@@ -186,11 +184,11 @@ def _folder(path: Path) -> Path:
 
 def _sort(
     tensors: dict[str, Tensor], where: Path, dora: bool
-) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], dict[str, Tensor]]:
+) -> tuple[dict[str, tuple[Kind, dict[str, Tensor]]], dict[str, Tensor]]:
     """Keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and whole weights.
     The kind is told by A's axes.
     """
-    halves: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    halves: dict[str, tuple[Kind, dict[str, Tensor]]] = {}
     saved: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -201,9 +199,9 @@ def _sort(
         match = _FACTOR.fullmatch(name)
         if match:
             half = match["linear"] or match["embedding"]
-            before, pair = halves.get(match["module"], ("", {}))
-            kind = "embedding" if match["embedding"] else "linear" if tensor.dim() <= 2 else "conv"
-            halves[match["module"]] = (kind if half == "A" or not before else before, pair)
+            kind: Kind = "embedding" if match["embedding"] else "linear" if tensor.dim() <= 2 else "conv"
+            before, pair = halves.get(match["module"], (kind, {}))
+            halves[match["module"]] = (kind if half == "A" else before, pair)
             if half in pair:
                 raise AdapterError(f"{where}: key '{key}': a second {half} for '{match['module']}'")
             pair[half] = tensor
@@ -239,9 +237,22 @@ def _sort(
     return halves, saved
 
 
+def _update(
+    module: str,
+    kind: Kind,
+    pair: dict[str, Tensor],
+    config: LoraConfig,
+    transposed: bool,
+    parts: tuple[bool, ...] | None,
+    where: Path,
+) -> Update:
+    factors = _factors(module, kind, pair, config, transposed, parts, where)
+    return Dora(factors, _magnitude(module, pair, where)) if "magnitude" in pair else factors
+
+
 def _factors(
     module: str,
-    kind: str,
+    kind: Kind,
     pair: dict[str, Tensor],
     config: LoraConfig,
     transposed: bool,
@@ -254,7 +265,6 @@ def _factors(
         raise AdapterError(
             f"{where}: '{module}' has A {list(A.shape)}; its config says rank {rank}, so [{rank}, ...] was expected"
         )
-    magnitude = _magnitude(module, pair, where)
     if kind != "conv":
         if parts is not None:
             if compact_packed(B, parts) is None:
@@ -263,19 +273,17 @@ def _factors(
                 )
             alpha /= _growth(sum(parts), config.rslora)
         across = transposed and kind == "linear"
-        return Factors(A, B, alpha, kind, config.rslora, across, parts=parts, magnitude=magnitude)  # type: ignore[arg-type]
+        return Factors(A, B, alpha, kind, config.rslora, across, parts=parts)
     groups = A.shape[0] // B.shape[1] if B.shape[1] and A.shape[0] % B.shape[1] == 0 else 1
     compact = group_blocks(A, B, groups) if groups > 1 and A.shape[1] % groups == 0 else None
     if compact is not None:
         A, alpha = compact[0], alpha / _growth(groups, config.rslora)
-    return Factors(A, B, alpha, "conv", config.rslora, groups=groups, magnitude=magnitude)
+    return Factors(A, B, alpha, "conv", config.rslora, groups=groups)
 
 
-def _magnitude(module: str, pair: dict[str, Tensor], where: Path) -> Tensor | None:
+def _magnitude(module: str, pair: dict[str, Tensor], where: Path) -> Tensor:
     """DoRA's, [out, 1] of PEFT's [out] or [1, out, 1...]."""
-    magnitude = pair.get("magnitude")
-    if magnitude is None:
-        return None
+    magnitude = pair["magnitude"]
     out, conv = pair["B"].shape[0], pair["A"].dim() > 2
     if magnitude.numel() != out or list(magnitude.shape) != ([1, out, *[1] * (pair["A"].dim() - 2)] if conv else [out]):
         raise AdapterError(

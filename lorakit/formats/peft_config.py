@@ -78,7 +78,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
             "FOLDER\n"
             "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if values.get(theirs) is not None}
+    ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if given(values.get(theirs))}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)
     if isinstance(ours.get("layers"), int):
@@ -90,10 +90,15 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     return checked(where, lambda: LoraConfig(**ours)), bool(values.get("fan_in_fan_out", False))
 
 
+def given(value: Any) -> bool:
+    """Whether a field says anything. None, false, "", [] and {} mean "not given", as in PEFT; 0 is a number."""
+    return bool(value) or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def enabled_parts(values: Mapping[str, Any], where: Path | str) -> tuple[bool, ...] | None:
     """PEFT 0.2's `enable_lora`: which equal parts of each target are adapted; None if it says nothing."""
     parts = values.get("enable_lora")
-    if parts is None:
+    if not given(parts):
         return None
     if not isinstance(parts, list) or not all(isinstance(p, bool) for p in parts) or not any(parts):
         raise AdapterError(f"{where}: enable_lora is {parts!r}; expected a list of true and false, one true at least")

@@ -20,13 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.loha import Hadamard
-from ..adapter.lokr import Kronecker
+from ..adapter.loha import Loha
+from ..adapter.lokr import Lokr
 from ..adapter.update import Update
 from ..config import LoraConfig, variants
 from ..errors import AdapterError, listing
 from .peft_config import from_peft
-from .strength import folded
+from .scale import folded
 
 KINDS = {"LOHA": "hada", "LOKR": "lokr"}
 # What LoHaConfig calls as LoraConfig does.
@@ -86,14 +86,13 @@ def updates(
             raise AdapterError(
                 f"{where}: '{module}' has {', '.join(found)}; {kind} needs {', '.join(lacking) or 'no ' + extra[0]}"
             )
-        alpha = config.alpha_of(module)
-        made[module] = Hadamard(alpha=alpha, **found) if kind == "LOHA" else _kronecker(module, found, config)  # type: ignore[arg-type]
+        made[module] = _hadamard(module, found, config) if kind == "LOHA" else _kronecker(module, found, config)
     return made, saved
 
 
 def is_loha(adapter: Adapter) -> bool:
     """Whether all updates are LoHa: a file of PEFT holds one kind."""
-    return bool(adapter.updates) and all(isinstance(u, Hadamard) for u in adapter.updates.values())
+    return {u.variant for u in adapter.updates.values()} == {"loha"}
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -117,7 +116,7 @@ def tensors_of(adapter: Adapter, prefix: str) -> tuple[dict[str, Tensor], dict[s
         for module, u in adapter.updates.items()
         for name, t in u.tensors().items()
     }
-    found = {m: u for m, u in adapter.updates.items() if isinstance(u, Hadamard)}
+    found = {m: u for m, u in adapter.updates.items() if isinstance(u, Loha)}
     return tensors, {m: u.rank for m, u in found.items()}, {m: u.alpha for m, u in found.items()}
 
 
@@ -137,8 +136,14 @@ def to_loha(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 _LOKR = ("w1", "w1a", "w1b", "w2", "w2a", "w2b", "t2")
 
 
-def _kronecker(module: str, found: dict[str, Tensor], config: LoraConfig) -> Kronecker:
+def _hadamard(module: str, found: dict[str, Tensor], config: LoraConfig) -> Loha:
+    fields: dict[str, Any] = {"alpha": config.alpha_of(module), **found}
+    return Loha(**fields)
+
+
+def _kronecker(module: str, found: dict[str, Tensor], config: LoraConfig) -> Lokr:
     alpha = config.alpha_of(module)
     if "w1" in found and "w2" in found:
         found = found | {"w1": folded(found["w1"], alpha / config.rank_of(module))}
-    return Kronecker(alpha=alpha, **found)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"alpha": alpha, **found}
+    return Lokr(**fields)

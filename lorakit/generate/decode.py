@@ -125,7 +125,9 @@ class Decoder:
         self.mask = mask_with_new.to(model.device)  # [rows, longest + max_new_tokens]
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(model.device)
         self.positions = positions[:, -1:]  # [rows, 1]
-        self.cache = preallocated_cache(model, self.length + max_new_tokens - 1)  # the last token is not fed
+        cache = preallocated_cache(model, self.length + max_new_tokens - 1)  # the last token is not fed
+        assert cache is not None, "the caller asks `supports` first"
+        self.cache = cache
         self.logits = self._read(ids.to(model.device), positions)
 
     def step(self, tokens: Tensor) -> None:
@@ -140,7 +142,7 @@ class Decoder:
         fill = [row for row in kept if row >= len(kept)]
         order = [row if active[row] else fill.pop() for row in range(len(kept))]
         index = torch.tensor(order, device=self.model.device)
-        self.cache.batch_select_indices(index)  # type: ignore[union-attr]
+        self.cache.batch_select_indices(index)
         self.mask, self.positions, self.logits = self.mask[index], self.positions[index], self.logits[index]
         return order
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bases import base_of
 from .layer import LoraLayer, Shapes
 from .updates.update import Pair
 
@@ -33,15 +34,16 @@ class ConvLayer(LoraLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
-        weight = self.weight
-        return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
+        size_out, *others = base_of(self).shape(self)
+        return (rank, *others), (size_out, rank, *(1 for _ in others[1:]))
 
     def lora_fits(self, A: Tensor, B: Tensor) -> str | None:
         why = super().lora_fits(A, B)
-        groups, weight = self.groups, self.weight
+        groups = self.groups
         if why and groups > 1 and A.shape[0] % groups == 0:
-            down = (A.shape[0], self.in_channels, *weight.shape[2:])
-            up = (weight.shape[0], A.shape[0] // groups, *(1 for _ in weight.shape[2:]))
+            size_out, _, *kernel = base_of(self).shape(self)
+            down = (A.shape[0], self.in_channels, *kernel)
+            up = (size_out, A.shape[0] // groups, *(1 for _ in kernel))
             if (tuple(A.shape), tuple(B.shape)) == (down, up):  # PEFT's form
                 return None
         return why

@@ -9,27 +9,30 @@ from torch.nn.modules import module as torch_module
 
 from ..ops.autocast import is_casting
 
+Plain = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out]
 
-def is_frozen_linear(module: nn.Module, x: Tensor) -> bool:
-    """Whether the weight is a frozen plain tensor of x's dtype, and nothing is cast. The forward must be nn.Linear's
-    own.
+
+def frozen_linear(module: nn.Module, x: Tensor) -> Plain | None:
+    """Weight and bias, if they are frozen plain tensors, the weight of x's dtype, and nothing is cast; else None. The
+    forward must be nn.Linear's own.
     """
-    return (
-        is_plain_weight(module)
-        and x.dtype == module._parameters["weight"].dtype  # type: ignore[union-attr]
-        and not is_casting(x)
-    )
+    found = plain_weight(module)
+    return found if found is not None and x.dtype == found[0].dtype and not is_casting(x) else None
 
 
-def is_plain_weight(module: nn.Module) -> bool:
-    """Whether weight and bias are frozen plain tensors: not quantized, sharded, or computed by a parametrization."""
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return (
-        type(weight) in (nn.Parameter, Tensor)
-        and "bias" in module._parameters
-        and not weight.requires_grad  # type: ignore[union-attr]
-        and (bias is None or not bias.requires_grad)
-    )
+def plain_weight(module: nn.Module) -> Plain | None:
+    """Weight and bias, if they are frozen plain tensors: not quantized, sharded, or computed by a parametrization."""
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if (
+        weight is None
+        or type(weight) not in (nn.Parameter, Tensor)
+        or "bias" not in parameters
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return None
+    return weight, bias
 
 
 def is_hooked(module: nn.Module) -> bool:

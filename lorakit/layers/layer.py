@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copyreg
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +89,17 @@ class Swapped(_Module):
     instead.
     """
 
+    lora_probed: ClassVar[Callable[..., Any]]  # the forward of its own class when the adapted class was made
+
     @classmethod
     def lora_class_attributes(cls, base: type[nn.Module]) -> dict[str, object]:
         """What an adapted class says about the base class behind the mixin."""
         return {}
 
     def __reduce_ex__(self, protocol):
-        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
+        reduced = super().__reduce_ex__(protocol)
+        assert not isinstance(reduced, str)
+        function, args, *rest = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             from .layer import mixin_and_base, rebuild
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..ops.linear import add_low_rank, needs_plain, reference
 from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
+from .bases import base_of
 from .batched import routes
 from .batched.groups import group
-from .frozen import is_frozen_linear
+from .frozen import frozen_linear
 from .layer import LoraLayer, Shapes
 from .updates.update import LiveUpdate, Pair
 
@@ -81,24 +82,27 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
     """
     if type(module) is not nn.Linear and not (isinstance(module, LinearLayer) and module.lora_plain):
         return None
-    if x.dim() < 2 or needs_plain() or not is_frozen_linear(module, x):
+    plain = None if x.dim() < 2 or needs_plain() else frozen_linear(module, x)
+    if plain is None:
         return None
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    weight, bias = plain
     active: list[tuple[LiveUpdate, float]] = []
     if isinstance(module, LinearLayer):
         if module.lora_route is not None:
             together = group(module, x)
-            return None if together is None else (Projection(weight, bias, *together[:3]), together.dropout)  # type: ignore[arg-type]
+            if together is None:
+                return None
+            return Projection(weight, bias, together.A, together.B, together.scale), together.dropout
         active = module.lora_in_use()
     if len(active) > 1:
         return None
     if not active:
-        return Projection(weight, bias, None, None, 1.0), 0.0  # type: ignore[arg-type]
+        return Projection(weight, bias, None, None, 1.0), 0.0
     update, share = active[0]
     pair = update.pair()
     if pair is None:
         return None
-    return Projection(weight, bias, pair.A, pair.B, pair.scale * share), pair.dropout if module.training else 0.0  # type: ignore[arg-type]
+    return Projection(weight, bias, pair.A, pair.B, pair.scale * share), pair.dropout if module.training else 0.0
 
 
 def makes_gradients(module: nn.Module) -> bool:
@@ -113,5 +117,5 @@ class Conv1DLayer(LinearLayer):
     lora_transposed = True
 
     def lora_sizes(self) -> tuple[int, int]:
-        size_in, size_out = self.weight.shape
+        size_in, size_out = base_of(self).shape(self)
         return size_in, size_out

@@ -91,4 +91,5 @@ def forget(model: nn.Module, adapter: str) -> None:
 
 
 def saved_of(module: nn.Module) -> SavedParameters | None:
-    return module._modules.get(CHILD)  # type: ignore[return-value]
+    child = module._modules.get(CHILD)
+    return child if isinstance(child, SavedParameters) else None

@@ -17,7 +17,7 @@ from .layer import COUNT, LoraLayer, adapted_class, mixin_and_base
 from .linear import Conv1DLayer, LinearLayer
 from .packed import PackedConv1DLayer, PackedLayer
 
-_PACKED = {LinearLayer: PackedLayer, Conv1DLayer: PackedConv1DLayer}
+_PACKED: dict[type[LoraLayer], type[PackedLayer]] = {LinearLayer: PackedLayer, Conv1DLayer: PackedConv1DLayer}
 
 
 def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
@@ -52,11 +52,14 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
     mixin = mixin_for(module)
     assert mixin is not None
     if parts is not None:
-        mixin = _PACKED[mixin]  # type: ignore[index]
-        module.lora_parts = parts  # type: ignore[assignment]
-    module.__class__ = adapted_class(mixin, type(module))
-    module.lora_active = ()  # type: ignore[assignment]
-    module.lora_merged = None  # type: ignore[assignment]
+        mixin = _PACKED[mixin]
+    _set_class(module, adapted_class(mixin, type(module)))
+    assert isinstance(module, LoraLayer)
+    if parts is not None:
+        assert isinstance(module, PackedLayer)
+        module.lora_parts = parts
+    module.lora_active = ()
+    module.lora_merged = None
     rebind_hooked_forward(module)
 
 
@@ -64,7 +67,7 @@ def release(module: nn.Module) -> None:
     """Give the module its own class back. Its factors must have been removed."""
     if not isinstance(module, LoraLayer):
         return
-    module.__class__ = mixin_and_base(type(module))[1]  # type: ignore[assignment]
+    _set_class(module, mixin_and_base(type(module))[1])
     for name in ("lora_active", "lora_merged", "lora_parts", COUNT):
         module.__dict__.pop(name, None)
     rebind_hooked_forward(module)
@@ -74,4 +77,8 @@ def rebind_hooked_forward(module: nn.Module) -> None:
     # accelerate's hooks (device maps, offload) sit in the instance's `forward` and call `_old_forward`, a method bound
     # when the hook was added. The adapted forward goes underneath, so that it too sees weights that are in place.
     if "_old_forward" in module.__dict__:
-        module._old_forward = types.MethodType(type(module).forward, module)  # type: ignore[assignment]
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls

@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
 from ..module_names import ends_with, matches, pattern_matches
-from .linear import LinearLayer
+from .bases import base_of
 from .swap import is_linear, mixin_for
 from .walk import base_modules
 
@@ -189,13 +189,10 @@ def check_packed(name: str, module: nn.Module, parts: int) -> None:
     """TargetError if the module cannot be read as so many equal parts."""
     if not is_linear(module):
         raise TargetError(f"'{name}' is a {type(module).__name__}; only a linear can be packed (LoraConfig.packed)")
-    size_out = module.lora_sizes()[1] if isinstance(module, LinearLayer) else _size_out(module)
+    mixin = mixin_for(module)
+    size_out = base_of(module).shape(module)[1 if mixin is not None and mixin.lora_transposed else 0]
     if size_out % parts:
         raise TargetError(f"'{name}' has {size_out} outputs, which is not {parts} equal parts (LoraConfig.packed)")
-
-
-def _size_out(module: nn.Module) -> int:
-    return module.out_features if isinstance(module, nn.Linear) else module.nf  # type: ignore[return-value]
 
 
 def _check_each_matches(names: list[str], wanted: str | list[str], setting: str) -> None:

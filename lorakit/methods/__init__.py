@@ -1,6 +1,4 @@
-"""How a model is fine-tuned: what is put on it and trained, how the result is saved. One file per method, found by its
-name.
-"""
+"""Fine-tuning methods: what is trained and how the result is saved. One file per method, found by its name."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _PROTOCOL = "method"
 
 
 def method_names() -> list[str]:
-    """The methods there are, the default first."""
+    """List all methods, the default first."""
     return sorted(
         (file.name for file in iter_modules(__path__) if file.name != _PROTOCOL),
         key=lambda name: (name != DEFAULT, name),
@@ -24,6 +22,6 @@ def method_names() -> list[str]:
 
 
 def method_of(name: str) -> Method:
-    """The method of this name: its file."""
-    found: Any = import_module(f".{name}", __name__)
-    return found
+    """Return the method of this name: the module `methods/<name>.py`."""
+    module: Any = import_module(f".{name}", __name__)
+    return module

@@ -1,4 +1,4 @@
-"""Full fine-tuning: all weights, in float32; a model is saved. The yardstick."""
+"""Full fine-tuning: train all weights in float32 and save a model. The baseline that LoRA is compared with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..config import Choice, RunSettings, Strict
-from ..errors import StateError
+from ..errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +17,12 @@ FACTOR = 10  # its best learning rate is about a tenth of LoRA's ("LoRA Without 
 
 
 class FullSettings(Strict):
-    """Nothing of its own."""
+    """Full fine-tuning has no settings of its own."""
 
 
 settings = FullSettings
 title = "full, float32"
-summary = "train all weights in float32 (the yardstick), saved as a model"
+summary = "train all weights in float32 (the baseline) and save a model"
 result = "model"
 keeps_base = False
 
@@ -30,7 +30,7 @@ keeps_base = False
 def precision(config: RunSettings, device: torch.device) -> Choice:
     import torch
 
-    return Choice(torch.float32, "full fine-tuning has no other copy of the weights")
+    return Choice(torch.float32, "full fine-tuning keeps no other copy of the weights")
 
 
 def learning_rate(rate: float, why: str) -> tuple[float, str]:
@@ -38,17 +38,25 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
-    """Nothing: the base's own weights train as they are."""
+    """Do nothing: the base's own weights are trained. Raises ConfigError if some of them are quantized."""
+    from ..layers.bases import base_of, quantized
+
+    packed = quantized(model)
+    if packed:
+        name, module = next(iter(packed.items()))
+        raise ConfigError(
+            f"method: full trains all weights, and {len(packed)} of this base are quantized, such as that of '{name}' "
+            f"({base_of(module).quantization})\n"
+            "  load the unquantized base, or use method: lora"
+        )
 
 
 def activate(model: Any, name: str) -> None:
-    """Nothing: there is one model."""
+    """Do nothing: there is only one model."""
 
 
 def base_alone(model: Any) -> AbstractContextManager[None]:
-    raise StateError(
-        "full fine-tuning changes the base itself, so it cannot be had beside the result\n  load the base once more"
-    )
+    raise StateError("full fine-tuning changes the base itself, so the base is no longer available\n  load it again")
 
 
 def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
@@ -67,7 +75,7 @@ def note_together(config: RunSettings) -> str | None:
 def alone(config: RunSettings) -> tuple[str, str] | None:
     return "method: full", (
         "method: full fine-tuning changes the base that a sweep's runs share\n"
-        "  start such runs one by one with lorakit train"
+        "  start these runs one by one with lorakit train"
     )
 
 

@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates beside frozen weights (Hu et al. 2021). The base stays as it is; an adapter is saved."""
+"""LoRA: train low-rank updates of frozen weights and save an adapter (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ keeps_base = True
 
 
 def adapter_config(config: RunSettings, task_type: str) -> LoraConfig:
-    """What to adapt and how, as it travels with the adapter."""
+    """Build the adapter's config from a run's. `task_type`: PEFT's."""
     return LoraConfig(
         **part(config, LoraSettings).model_dump(), base=config.model, revision=config.revision, task=task_type
     )
@@ -76,7 +76,7 @@ def trained(config: RunSettings) -> str:
 
 def note_together(config: RunSettings) -> str | None:
     return (
-        "dropout masks are those of the sweep: such a run alone would draw others"
+        "dropout masks depend on the sweep; the same run alone would draw different ones"
         if part(config, LoraSettings).dropout
         else None
     )
@@ -87,9 +87,9 @@ def alone(config: RunSettings) -> tuple[str, str] | None:
         value = getattr(config, name)
         if value != empty:
             return name, (
-                f"{name}: {value}: weights trained whole take the base's place for every row, so runs cannot share a "
+                f"{name}: {value}: trained copies of base weights apply to every row, so runs cannot share a forward "
                 "pass\n"
-                f"  leave {name} out, or start such runs one by one with lorakit train"
+                f"  omit {name}, or start these runs one by one with lorakit train"
             )
     return None
 

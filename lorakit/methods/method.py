@@ -1,5 +1,6 @@
-"""What a method is to a training run. A file of this folder offers these names; it imports torch inside its functions
-only.
+"""The interface of a fine-tuning method. Each file of this folder defines these names.
+
+Such a file imports torch inside its functions only, so that `lorakit --help` stays quick.
 """
 
 from __future__ import annotations
@@ -15,49 +16,49 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """`config` is a run's, which holds the method's own settings too."""
+    """A fine-tuning method. `config` is always a run's config, which includes the method's own settings."""
 
     settings: type[Strict]
-    title: str  # over a column: "LoRA"
+    title: str  # column heading: "LoRA"
     summary: str  # in the help of --method
-    result: str  # what comes out, "adapter" or "model", and its folder in the run's
-    keeps_base: bool  # whether the base can still be had beside what is trained
+    result: str  # what is saved, "adapter" or "model"; also its folder inside the run folder
+    keeps_base: bool  # whether the unchanged base is still available during and after training
 
     def precision(self, config: RunSettings, device: torch.device) -> Choice:
-        """The base's dtype."""
+        """Choose the dtype in which the base is loaded, and say why."""
 
     def learning_rate(self, rate: float, why: str) -> tuple[float, str]:
-        """The peak rate for `auto`, of the rate that suits LoRA, and why."""
+        """Return the peak learning rate for `auto`, and why. `rate`, `why`: what suits LoRA."""
 
     def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:
-        """Put on the model what is trained, and say what takes gradients. `name`: of several on one model; `task_type`:
-        PEFT's.
+        """Add the trained parameters to the model and set `requires_grad`.
+
+        `name`: the adapter's, as a sweep attaches several; `task_type`: PEFT's.
         """
 
     def activate(self, model: Any, name: str) -> None:
-        """Have the model compute with what was attached as `name`."""
+        """Make the adapter that was attached as `name` the active one."""
 
     def base_alone(self, model: Any) -> AbstractContextManager[None]:
-        """Within it the model is its base. For methods that keep it."""
+        """Return a context in which the model is its base. Raises StateError unless `keeps_base`."""
 
     def save(self, model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
-        """Write the result. `processor`: the base's tokenizer;
-        `metadata`: recipe, data and metrics, to travel along.
+        """Write the result into `folder`.
+
+        `processor`: the base's tokenizer; `metadata`: recipe, data and metrics to store in the result.
         """
 
     def trained(self, config: RunSettings) -> str:
-        """What is trained, for the start panel."""
+        """Describe what is trained, for the start panel: "rank 16, alpha 32"."""
 
     def note_together(self, config: RunSettings) -> str | None:
-        """What is otherwise in a run that trains beside others."""
+        """Say how a run of a sweep differs from the same run alone; None if it does not."""
 
     def alone(self, config: RunSettings) -> tuple[str, str] | None:
-        """Which setting keeps a run from training beside others on one base, and the error of a sweep.
-        None if it can.
-        """
+        """Return the setting that keeps a run out of a sweep, and the sweep's error message; None if it can join."""
 
     def cheaper(self) -> str | None:
-        """What takes less memory, for a run that does not fit."""
+        """Suggest what needs less memory, for a run that does not fit; None without a suggestion."""
 
     def flags(self, model: str, result: str) -> str:
-        """The flags of `lorakit eval` that judge the result."""
+        """Return the flags with which `lorakit eval` evaluates the result. `model`, `result`: paths or ids."""

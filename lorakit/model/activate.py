@@ -1,4 +1,4 @@
-"""Which of the attached adapters a model computes with."""
+"""Choose which attached adapters a model uses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from .state import STATE, State, attached_of, check_not_routed, layers_of, names
 
 
 def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
-    """Choose what the model computes with: one adapter, several with weights (their updates are summed), or None, the
-    base alone.
+    """Use one adapter, a weighted sum of several (`{"sql": 0.7, "style": 0.3}`), or None for the base alone.
+
+    Raises StateError for an unknown name, a weight that is not finite, while an adapter is merged, inside `route`, and
+    when an adapter with saved weights would be scaled or mixed with another one.
     """
     state = state_of(model)
     check_not_routed(state, "activate")
@@ -24,47 +26,46 @@ def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
             f"activate(model, which): got a {qualified_name(which)}\n"
             f"  expected a name, None, or names with weights such as {{'a': 0.7, 'b': 0.3}}"
         )
-    wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
-    for name, weight in wanted.items():
+    weights = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+    for name, weight in weights.items():
         attached_of(state, name)
         if not (isinstance(weight, int | float) and math.isfinite(weight)):
             raise StateError(f"the weight of adapter '{name}' is {weight!r}; expected a finite number")
     if state.merged is not None:
         raise StateError(
-            f"{names_of(state.merged)} is merged into the base; lorakit.unmerge(model) before activating another"
+            f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) before activating another"
         )
-    holding = [n for n in wanted if state.adapters[n].saved]
-    if len(holding) > 1 or (holding and wanted[holding[0]] != 1.0):
+    with_saved = [n for n in weights if state.adapters[n].saved]
+    if len(with_saved) > 1 or (with_saved and weights[with_saved[0]] != 1.0):
         raise StateError(
-            f"adapter '{holding[0]}' replaces whole weights ({listing(state.adapters[holding[0]].saved, 3)}), which "
-            "cannot be mixed or scaled\n"
-            "  activate it alone or beside adapters without saved weights, with weight 1"
+            f"adapter '{with_saved[0]}' replaces weights of the base "
+            f"({listing(state.adapters[with_saved[0]].saved, 3)}), which cannot be mixed or scaled\n"
+            "  activate it with weight 1, alone or with adapters that have no saved weights"
         )
-    set_active(model, state, wanted)
+    set_active(model, state, weights)
 
 
 def active(model: nn.Module) -> dict[str, float]:
-    """The active adapters and their weights; empty for the base alone."""
+    """Return the active adapters and their weights; empty for the base alone. Raises StateError if none is attached."""
     return dict(state_of(model).active)
 
 
 def adapters(model: nn.Module) -> list[str]:
-    """The names of the attached adapters."""
+    """Return the names of the attached adapters; empty if there are none."""
     state = model.__dict__.get(STATE)
     return list(state.adapters) if state else []
 
 
-def set_active(model: nn.Module, state: State, wanted: dict[str, float]) -> None:
-    state.active = wanted
-    chosen = [(child_name(n), w) for n, w in wanted.items()]
+def set_active(model: nn.Module, state: State, weights: dict[str, float]) -> None:
+    """Set every layer's active updates, and the saved weights of the adapter that has some. `weights` is checked."""
+    state.active = weights
+    children = [(child_name(n), w) for n, w in weights.items()]
     for _, layer in layers_of(model):
-        layer.lora_active = tuple((child, w) for child, w in chosen if child in layer._modules)
-    use_saved(model, state, next((n for n in wanted if state.adapters[n].saved), None))
+        layer.lora_active = tuple((child, w) for child, w in children if child in layer._modules)
+    use_saved(model, state, next((n for n in weights if state.adapters[n].saved), None))
 
 
 def use_saved(model: nn.Module, state: State, name: str | None) -> None:
-    """Put an adapter's whole weights in place, or the base's own; most adapters have none, and then there is nothing to
-    look for.
-    """
-    if any(attached.saved for attached in state.adapters.values()):
+    """Switch to an adapter's saved weights, or back to the base's (None)."""
+    if any(attached.saved for attached in state.adapters.values()):  # most have none: skip the walk over all modules
         saved.use(model, name)

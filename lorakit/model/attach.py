@@ -1,4 +1,4 @@
-"""Put an adapter on a model."""
+"""Attach an adapter to a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, StateError
 from ..layers import fastpath, saved
+from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
@@ -28,8 +29,10 @@ from .state import (
     State,
     architecture_of,
     base_parameters,
+    base_weights,
     check_new_name,
     check_not_routed,
+    layer_at,
     names_of,
     qualified_name,
 )
@@ -46,12 +49,12 @@ def attach(
     strict: bool = True,
     force: bool = False,
 ) -> nn.Module:
-    """Put an adapter on the model, in place, and make it the active one. Returns the model.
+    """Attach an adapter to the model in place and make it the active one. Returns the model.
 
-    A config gives a fresh adapter (ΔW = 0), trainable, and freezes the base; an `Adapter` comes with its factors and is
-    not trainable, unless said. `strict=False` lets an adapter's factors that fit no module pass (`summary` lists them);
-    `force=True` attaches although the base differs from the one the adapter was trained on. Raises TargetError,
-    AdapterError or StateError, and then leaves the model as it was.
+    A config gives a new adapter (ΔW = 0) that is trainable, and freezes the base. An `Adapter` keeps its values and is
+    frozen unless `trainable=True`. `strict=False` skips updates for modules the model lacks (`summary` lists them);
+    `force=True` skips the check that the base is the one the adapter was trained on. Raises TargetError, AdapterError
+    or StateError; after an error the model is unchanged.
     """
     if not isinstance(adapter, LoraConfig | Adapter):
         raise AdapterError(
@@ -63,10 +66,13 @@ def attach(
     check_new_name(state, name)
     if state.merged is not None:
         raise StateError(
-            f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  lorakit.unmerge(model) first"
+            f"cannot attach '{name}' while {names_of(state.merged)} is merged\n  call lorakit.unmerge(model) first"
         )
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
+    packed = quantized(model)
+    for module_name, module in packed.items():
+        base_of(module).check(module, module_name)
     plan = _fresh(model, adapter) if isinstance(adapter, LoraConfig) else _loaded(model, adapter, strict, force)
     updates = _build(model, plan, child_name(name), trainable)
     # From here on nothing can fail.
@@ -76,29 +82,29 @@ def attach(
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
     _register(model, state, name, plan, updates, trainable)
+    for module in packed.values():
+        base_of(module).prepare(module)
     set_active(model, state, {name: 1.0})
     return model
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What an adapter puts where. `saved`: whole parameters by their full names; `skipped`: module -> why it is left
-    out.
-    """
+    """What to attach where. `saved`: modules to save, as parameters by full name; `skipped`: module name -> reason."""
 
     config: LoraConfig
     metadata: Mapping[str, Any]
     modules: Mapping[str, nn.Module]
     saved: Mapping[str, Tensor]
     skipped: Mapping[str, str]
-    values: Mapping[str, Update] | None  # None: fresh ones
+    values: Mapping[str, Update] | None  # None: initialize new ones
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
-        """Which parts of a packed projection are adapted."""
+        """Return which parts of a packed projection are adapted; None if the module is not packed."""
         return self.config.parts_of(module) if self.values is None else self.values[module].parts
 
     def update_of(self, module: nn.Module, name: str, trainable: bool) -> LiveUpdate:
-        """A module's update, fresh or with the adapter's values."""
+        """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
             return live(self.config.variant).fresh(module, name, self.config, trainable)
@@ -109,7 +115,7 @@ class _Plan:
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     config = with_head(model, config)
     targets = find_targets(model, config)
-    metadata = {"fingerprint": fingerprint(dict(base_parameters(model)), architecture_of(model))}
+    metadata = {"fingerprint": fingerprint(base_weights(model), architecture_of(model))}
     return _Plan(config, metadata, targets.modules, fresh_saved(model, config, targets.modules), targets.skipped, None)
 
 
@@ -122,8 +128,9 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
 
 
 def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LiveUpdate]:
-    """The modules' updates, not registered yet. The modules have their adapted class then, or, after an error, their
-    own as before.
+    """Give the modules their adapted class and build their updates; registering them is left to `_register`.
+
+    After an error the modules have their own class again.
     """
     fresh = [module for module in plan.modules.values() if not isinstance(module, LoraLayer)]
     try:
@@ -134,12 +141,13 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
             module = model.get_submodule(full.rpartition(".")[0])
             if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
                 raise StateError(
-                    f"'{full}' is offloaded, so a copy cannot be trained in its place\n  keep this module in memory"
+                    f"'{full}' is offloaded, so it cannot be replaced by a trained copy\n  keep this module in memory"
                 )
         for name, module in plan.modules.items():
             if hasattr(module, child):
                 raise StateError(
-                    f"'{name}' ({type(module).__name__}) has an attribute '{child}' of its own\n  choose another name"
+                    f"'{name}' ({type(module).__name__}) already has an attribute '{child}'\n"
+                    "  choose another name for the adapter"
                 )
     except Exception:
         for module in fresh:
@@ -155,7 +163,7 @@ def _register(
     for m, module in plan.modules.items():
         add_update(module, child, updates[m].train(module.training))
     use_saved(model, state, None)
-    _keep_whole(model, name, plan.saved, trainable)
+    _add_saved(model, name, plan.saved, trainable)
     fastpath.close(model)
     fused.adopt(model)
     if trainable:
@@ -166,25 +174,25 @@ def _register(
             targets=shortest_endings(list(plan.modules), list(module_names(model))), exclude=None, layers=None
         )
     if state.routes is not None:
-        state.routes.attached(child, {module: m for m, module in plan.modules.items()})  # type: ignore[misc]
+        state.routes.attached(child, {layer_at(model, m): m for m in plan.modules})
     state.adapters[name] = Attached(
         config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped
     )
     model.__dict__[STATE] = state
 
 
-def _keep_whole(model: nn.Module, name: str, values: Mapping[str, Tensor], trainable: bool) -> None:
-    """Register an adapter's versions of whole parameters. The base's own must be in place."""
+def _add_saved(model: nn.Module, name: str, values: Mapping[str, Tensor], trainable: bool) -> None:
+    """Register an adapter's copies of saved parameters (PEFT's modules_to_save). The base's own must be in use."""
     copies: list[tuple[Tensor, Tensor, nn.Parameter]] = []
     for full, value in values.items():
         module_name, _, last = full.rpartition(".")
         module = model.get_submodule(module_name)
         own = module._parameters[last]
         assert own is not None
-        # Names that share the base's weight and get the same value share the copy too: tied weights stay tied.
+        # Tied weights stay tied: names that share the base's weight and the value share the copy.
         kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
         if kept is None:
-            # In the base's precision: the module is called as it is, with activations of that precision.
+            # In the base's precision, since the module's own forward gets activations of that precision.
             kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
             copies.append((own, value, kept))
         saved.keep(name, module, last, kept)

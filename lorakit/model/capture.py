@@ -1,4 +1,4 @@
-"""An attached adapter as a value."""
+"""Copy an attached adapter off the model, as a value."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .state import attached_of, layer_at, state_of
 
 
 def capture(model: nn.Module, name: str | None = None) -> Adapter:
-    """An attached adapter as a value: copies of its updates and saved weights, on the CPU. `name`: may be left out if
-    it is the only one.
+    """Return an attached adapter as a value: copies of its updates and saved weights, on the CPU.
+
+    `name` may be omitted if only one is attached. Raises StateError if none is, or none of that name.
     """
     state = state_of(model)
     attached = attached_of(state, name)

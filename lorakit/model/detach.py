@@ -1,4 +1,4 @@
-"""Take adapters off a model again."""
+"""Remove adapters from a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import StateError
 from ..layers import fastpath, saved
+from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import COUNT, child_name, remove_update
 from ..layers.swap import release
@@ -17,11 +18,12 @@ from .state import STATE, State, attached_of, check_not_routed, layer_at, names_
 
 
 def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "undo"] | None = None) -> nn.Module:
-    """Remove all adapters (or one): classes, names, gradients' flags and bits are then as if lorakit had never been
-    here.
+    """Remove one adapter, or all of them (None). Returns the model.
 
-    While something is merged, `merged` must say what becomes of it: "keep" leaves ΔW (and saved weights) in the base, a
-    plain merged model; "undo" restores the base first.
+    Without adapters the model has its own classes, parameter names, `requires_grad` flags and weights again, bit for
+    bit. While an adapter is merged, `merged` says what to do: "keep" leaves ΔW (and saved weights) in the base, giving
+    a plain merged model; "undo" restores the base first. Raises StateError for an unknown name, inside `route`, and
+    when `merged` is needed but not given.
     """
     state = state_of(model)
     check_not_routed(state, "detach")
@@ -30,20 +32,20 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     if state.merged is not None:
         if merged is None:
             raise StateError(
-                f"{names_of(state.merged)} is merged: say detach(model, merged='keep') for a plain merged model, or "
-                "merged='undo' for the base"
+                f"{names_of(state.merged)} is merged\n"
+                "  call detach(model, merged='keep') for a plain merged model, or merged='undo' for the base"
             )
         if merged == "undo":
             unmerge(model)
         elif name is not None:
-            raise StateError("merged='keep' removes all adapters; leave `name` out")
+            raise StateError("merged='keep' removes all adapters, so it takes no `name`\n  omit `name`")
     keep = state.active if merged == "keep" and state.merged is not None else {}
-    gone = list(state.adapters) if name is None else [name]
+    removed = list(state.adapters) if name is None else [name]
     if name is None:
         state.routes = None
-    for n in gone:
+    for n in removed:
         attached_of(state, n)
-    for n in gone:
+    for n in removed:
         _remove(model, state, n, keep_saved=n in keep)
     if not state.adapters:
         del model.__dict__[STATE]
@@ -53,10 +55,12 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
         set_active(model, state, {n: w for n, w in state.active.items() if n in state.adapters})
     fastpath.reopen(model)
     if state.adapters:
-        fused.adopt(model)  # what only the adapter that left kept from being fused
+        fused.adopt(model)  # the removed adapter may have kept a block from being fused
     else:
         fused.release(model)
         attention.leave(model)
+        for module in quantized(model).values():
+            base_of(module).restore(module)
     return model
 
 
@@ -66,11 +70,11 @@ def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None
     for m in attached.modules:
         module = layer_at(model, m)
         ranks[module] = remove_update(module, child).width
-    left = {module for module in ranks if module.__dict__[COUNT]}
+    still_adapted = {module for module in ranks if module.__dict__[COUNT]}
     if state.routes is not None:
-        state.routes.detached(child, ranks, left)
+        state.routes.detached(child, ranks, still_adapted)
     for module in ranks:
-        if module not in left:
+        if module not in still_adapted:
             release(module)
     if attached.saved:
         if keep_saved:

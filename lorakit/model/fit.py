@@ -11,38 +11,45 @@ from ..adapter.fingerprint import differences
 from ..adapter.update import Update
 from ..config import LoraConfig, variants
 from ..errors import AdapterError, TargetError, did_you_mean, listing
+from ..layers.bases import quantized
 from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
-from .state import architecture_of, base_parameters, is_adapter_key
+from .state import architecture_of, base_parameters, base_weights, is_adapter_key
 
 
 def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules that the adapter changes, and those it names that the model lacks."""
+    """Find the modules that the adapter changes.
+
+    Returns them by name, and the reason for each module name that the model lacks (only with `strict=False`). Raises
+    TargetError for missing or unsupported modules, AdapterError for updates that cannot run live or do not fit.
+    """
     for m, update in adapter.updates.items():
         _check_live(m, update)
     names = module_names(model)
-    found = {m: names[m] for m in adapter.updates if m in names}
-    lost = [m for m in adapter.updates if m not in names]
-    if lost and (strict or not found):
+    modules = {m: names[m] for m in adapter.updates if m in names}
+    missing = [m for m in adapter.updates if m not in names]
+    if missing and (strict or not modules):
         raise TargetError(
-            f"{len(lost)} of the adapter's {len(adapter.updates)} modules are not in this {type(model).__name__}: "
-            f"{listing(lost, 3)}{did_you_mean(lost[0], names)}\n"
-            "  is it an adapter for another model? strict=False attaches the rest and lists these"
+            f"{len(missing)} of the adapter's {len(adapter.updates)} modules are not in this {type(model).__name__}: "
+            f"{listing(missing, 3)}{did_you_mean(missing[0], names)}\n"
+            "  is the adapter for another model? strict=False attaches the rest and lists these"
         )
-    check_adaptable(names, found)
+    check_adaptable(names, modules)
     first: dict[int, str] = {}
-    for m, module in found.items():
+    for m, module in modules.items():
         parts = adapter.updates[m].parts
         if parts is not None:
             check_packed(m, module, len(parts))
         if first.setdefault(id(module), m) != m:
             raise TargetError(
-                f"the adapter holds factors for '{first[id(module)]}' and '{m}', which are one module in this model"
+                f"the adapter has updates for '{first[id(module)]}' and '{m}', which are the same module in this "
+                "model\n"
+                "  keep one of them: adapter.prune([...])"
             )
-    return found, dict.fromkeys(lost, "no such module in this model")
+    return modules, dict.fromkeys(missing, "no such module in this model")
 
 
 def is_live(adapter: Adapter) -> bool:
-    """Whether a live model takes all of its updates."""
+    """Whether all updates can be attached to a live model."""
     return all(u.variant in variants() for u in adapter.updates.values())
 
 
@@ -51,53 +58,73 @@ def _check_live(module: str, update: Update) -> None:
         return
     if update.needs_base:
         raise AdapterError(
-            f"'{module}' is a DoRA, which no live model takes yet\n"
-            "  train without it, or use the adapter where it was made"
+            f"'{module}' has a DoRA update, which cannot be attached to a live model yet\n"
+            "  merge it into the base's files (lorakit merge), or use it in the library that trained it"
         )
     raise AdapterError(
-        f"'{module}' has a {type(update).__name__} update, which no live model takes yet\n"
-        "  adapter.resize(rank=...) makes low-rank factors of it, and says how near they are"
+        f"'{module}' has a {type(update).__name__} update, which cannot be attached to a live model yet\n"
+        "  adapter.resize(rank=...) approximates it by low-rank factors and reports the error"
     )
 
 
 def saved_for(model: nn.Module, adapter: Adapter, strict: bool, skipped: dict[str, str]) -> list[str]:
+    """Return the names of the adapter's saved parameters that the model has; adds the others to `skipped`.
+
+    Raises TargetError for missing ones if `strict`, AdapterError for other shapes than the model's.
+    """
     if not adapter.saved:
         return []
     own = dict(base_parameters(model, every_name=True))
-    lost = [n for n in adapter.saved if n not in own]
-    buffers = [n for n in lost if n in dict(model.named_buffers())]
+    missing = [n for n in adapter.saved if n not in own]
+    buffers = [n for n in missing if n in dict(model.named_buffers())]
     if buffers and strict:
         raise TargetError(
-            f"the adapter holds running values of the base ({listing(buffers, 3)}), which lorakit cannot switch\n"
-            "  strict=False attaches the rest and leaves these as the base has them"
+            f"the adapter has values for buffers of the base ({listing(buffers, 3)}), which lorakit cannot switch\n"
+            "  strict=False attaches the rest and keeps the base's buffers"
         )
-    if lost and strict:
+    if missing and strict:
         raise TargetError(
-            f"{len(lost)} weights that the adapter saved whole are not in this {type(model).__name__}: "
-            f"{listing(lost, 3)}{did_you_mean(lost[0], own)}"
+            f"{len(missing)} of the adapter's saved weights are not in this {type(model).__name__}: "
+            f"{listing(missing, 3)}{did_you_mean(missing[0], own)}\n"
+            "  is the adapter for another model? strict=False attaches the rest and lists these"
         )
-    skipped |= dict.fromkeys(lost, "no such parameter in this model")
+    skipped |= dict.fromkeys(missing, "no such parameter in this model")
+    packed = [m for m in quantized(model) if f"{m}.weight" in adapter.saved]
+    if packed:
+        raise AdapterError(
+            f"the adapter has a full weight for '{packed[0]}', which this base holds quantized\n"
+            "  attach it to the unquantized base, or load this one with that module left unquantized"
+        )
     for n, value in adapter.saved.items():
         if n in own and own[n].shape != value.shape:
             raise AdapterError(
-                f"saved weight '{n}' has shape {list(value.shape)}; the model's has {list(own[n].shape)}"
+                f"the adapter's saved weight '{n}' has shape {list(value.shape)}; expected the model's, "
+                f"{list(own[n].shape)}"
             )
     return [n for n in adapter.saved if n in own]
 
 
 def fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters that a fresh adapter trains whole, with their starting values: save_modules, and biases as asked."""
+    """Return the parameters of `save_modules` and the trained biases of a new adapter, by name.
+
+    Raises TargetError for a module without parameters, or with buffers, which an adapter cannot hold.
+    """
     values: dict[str, Tensor] = {}
     for name, module in find_saved(model, config).items():
         own = {f"{name}.{n}": p for n, p in base_parameters(module)}
         if not own:
             raise TargetError(f"'{name}' has no parameters to train (LoraConfig.save_modules)")
-        running = [n for n, _ in module.named_buffers() if n in module.state_dict() and not is_adapter_key(n)]
-        if running:
+        if quantized(module):
             raise TargetError(
-                f"'{name}' also keeps running values ({listing(running, 3)}), which an adapter cannot hold "
+                f"'{name}' is quantized, and quantized weights cannot be trained (LoraConfig.save_modules)\n"
+                "  load the base with that module left unquantized, or adapt it: LoraConfig.targets"
+            )
+        buffers = [n for n, _ in module.named_buffers() if n in module.state_dict() and not is_adapter_key(n)]
+        if buffers:
+            raise TargetError(
+                f"'{name}' has buffers ({listing(buffers, 3)}), which an adapter cannot hold "
                 "(LoraConfig.save_modules)\n"
-                "  name the modules inside or beside it that have none"
+                "  name modules inside it that have none"
             )
         values |= own
     if config.bias == "lora_only":
@@ -106,28 +133,31 @@ def fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.M
         values |= {n: p for n, p in base_parameters(model) if n == "bias" or n.endswith(".bias")}
     if not values:
         return values
-    # A weight that several modules share (tied embeddings) is trained for all of them.
+    # Train a tied weight under all of its names.
     shared = {id(p) for p in values.values()}
     return values | {n: p for n, p in base_parameters(model) if id(p) in shared}
 
 
 def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
+    """Raise AdapterError if the model is not the base the adapter was trained on, unless `force`.
+
+    The base is known by the fingerprint in the adapter's metadata: architecture, shapes and samples of the weights.
+    """
     expected = adapter.metadata.get("fingerprint")
     if expected and not force:
         if isinstance(expected, Mapping) and isinstance(expected.get("samples"), Mapping):
-            # What the adapter replaces need not agree: a fresh classification head holds other values in each process.
+            # Weights that the adapter replaces may differ: a new classification head is random in each process.
             expected = {
                 **expected,
                 "samples": {n: row for n, row in expected["samples"].items() if n not in adapter.saved},
             }
-        lines = differences(expected, dict(base_parameters(model)), architecture_of(model))
+        lines = differences(expected, base_weights(model), architecture_of(model))
         if lines:
             raise AdapterError(
                 "the adapter was trained on another base:\n  "
                 + "\n  ".join(lines)
                 + (
                     "\n"
-                    "  load that base, or attach(..., force=True) (--force-base, where a command has it) if you know "
-                    "better"
+                    "  load that base, or skip this check: attach(..., force=True), or --force-base on the command line"
                 )
             )

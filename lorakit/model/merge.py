@@ -1,4 +1,4 @@
-"""Merge the active adapters into the base's weights, and take them out again to the bit."""
+"""Merge the active adapters into the base's weights, and unmerge them bit for bit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from .state import check_not_routed, layers_of, names_of, state_of
 
 
 def merge(model: nn.Module) -> None:
-    """Add the active adapters' ΔW into the base's weights. `unmerge` gives every bit back.
+    """Add the active adapters' ΔW to the base's weights. `unmerge` restores every bit.
 
-    It keeps what that needs, a quarter to one byte a merged weight. Raises StateError if something is merged already,
-    and where merging would be wrong: a tied weight of which only one user is adapted, quantized or offloaded weights.
+    That takes a quarter to one byte of memory per merged weight. Raises StateError if an adapter is merged already or
+    none is active, and for weights that cannot be merged: tied to another module's, quantized, or offloaded. After an
+    error nothing is merged.
     """
     state = state_of(model)
     check_not_routed(state, "merge")
     if state.merged is not None:
-        raise StateError(f"{names_of(state.merged)} is merged already\n  lorakit.unmerge(model) first")
+        raise StateError(f"{names_of(state.merged)} is merged already\n  call lorakit.unmerge(model) first")
     if not state.active:
-        raise StateError("no adapter is active, so there is nothing to merge\n  lorakit.activate(model, name) first")
+        raise StateError(
+            "no adapter is active, so there is nothing to merge\n  call lorakit.activate(model, name) first"
+        )
     layers = {m: layer for m, layer in layers_of(model) if layer.lora_in_use()}
     check_tied(model, layers)
     done: list[LoraLayer] = []
@@ -40,7 +43,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take the merged ΔW out of the base's weights, which then have their original bits."""
+    """Restore the base's weights as they were before `merge`, bit for bit. Raises StateError if nothing is merged."""
     state = state_of(model)
     if state.merged is None:
         raise StateError("nothing is merged into this model")
@@ -51,7 +54,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """A weight used in two places, of which one is adapted, cannot hold ΔW for that one alone."""
+    """Raise StateError if an adapted layer shares its weight with another module: merging would change both."""
     users: dict[int, list[str]] = {}
     for name, module in base_modules(model):
         for own, parameter in module._parameters.items():

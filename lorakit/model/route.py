@@ -1,12 +1,11 @@
-"""Batches that mix adapters: one choice per row, for any forward and for `generate`, or one per token of a packed
-batch.
+"""Mix adapters in one batch: one choice per row, for any forward and for `generate`, or per token of a packed batch.
 
     with lk.route(model, ["sql", None, {"sql": 0.7, "style": 0.3}]):
         model(batch)                                     # three rows
     with lk.route(model, ["sql"] * 40 + ["style"] * 25, per="token"):
         model(packed)                                    # [1, 65]
 
-How the rows are computed in few products: `layers.batched`.
+`layers.batched` computes the rows in few matrix products.
 """
 
 from __future__ import annotations
@@ -31,21 +30,20 @@ Which = str | Mapping[str, float] | None
 def route(
     model: nn.Module, choices: Sequence[Which], repeat: int = 1, *, per: Literal["row", "token"] = "row"
 ) -> Iterator[None]:
-    """Let each row of the batch use the adapter (or weighted mix, or None for the base) that `choices` names for it.
+    """Use a different adapter for each row of the batch: an adapter's name, a weighted mix, or None for the base.
 
-    `repeat`: each choice stands for so many consecutive rows, as beams and returned sequences do: `num_beams` or
-    `num_return_sequences` of `generate` (their larger one). `per="token"` is for packed batches, [1, tokens], of
-    serving engines and packed training rows: there is one choice for each token, in their order. Which tokens attend to
-    which is the model's matter (`position_ids`, or a mask). What was active before is active again afterwards, also
-    after an exception. A backward with gradient checkpointing must be inside too, because it runs the forward again.
-    Raises StateError for an unknown name, while something is merged, and for adapters with whole weights of their own;
-    within, for a batch with another number of rows or tokens.
+    `repeat`: consecutive rows per choice; for `generate`, the larger of `num_beams` and `num_return_sequences`.
+    `per="token"`: one choice per token of a packed batch [1, tokens], as serving engines and packed training rows use;
+    the model still decides which tokens attend to which (`position_ids`, or a mask). On exit, also after an exception,
+    the adapters that were active before are active again. With gradient checkpointing, call backward inside the
+    context, since it runs the forward again. Raises StateError for an unknown name, while an adapter is merged, and for
+    adapters with saved weights; inside the context, for a batch with another number of rows or tokens.
     """
     state = state_of(model)
     check_not_routed(state, "route")
     if state.merged is not None:
         raise StateError(
-            f"{names_of(state.merged)} is merged into the base, for every row\n  lorakit.unmerge(model) first"
+            f"{names_of(state.merged)} is merged into the base, for every row\n  call lorakit.unmerge(model) first"
         )
     if isinstance(choices, str | Mapping) or not isinstance(choices, Sequence):
         raise StateError(
@@ -54,24 +52,23 @@ def route(
         )
     if per not in ("row", "token"):
         raise StateError(
-            f"route(..., per={per!r}): expected 'row', or 'token' for a packed batch with a choice per token"
+            f"route(..., per={per!r}): expected 'row', or 'token' for a packed batch with one choice per token"
         )
     if not isinstance(repeat, int) or repeat < 1:
-        raise StateError(f"route(..., repeat={repeat!r}): expected a whole number of rows per choice, 1 or more")
+        raise StateError(f"route(..., repeat={repeat!r}): expected the rows per choice, an integer of at least 1")
     if per == "token" and repeat > 1:
         raise StateError(
-            f"route(..., repeat={repeat}, per='token'): tokens do not come several times\n"
-            "  name a choice for each token"
+            f"route(..., repeat={repeat}, per='token'): repeat is for rows only\n  give one choice per token"
         )
-    read: dict[str, Choice] = {}
-    chosen = tuple(_read(state, f"{per} {n}", choice, read) for n, choice in enumerate(choices))
+    resolved: dict[str, Choice] = {}
+    chosen = tuple(_resolve(state, f"{per} {n}", choice, resolved) for n, choice in enumerate(choices))
     if state.routes is None:
-        named = dict.fromkeys(m for attached in state.adapters.values() for m in attached.modules)
-        state.routes = Routes({layer_at(model, m): m for m in named})
+        adapted = dict.fromkeys(m for attached in state.adapters.values() for m in attached.modules)
+        state.routes = Routes({layer_at(model, m): m for m in adapted})
     routes = state.routes
     routing = routes.routing(Chosen(chosen, repeat, per == "token"))
-    whole = next((n for n in state.active if state.adapters[n].saved), None)
-    if whole is not None:
+    with_saved = next((n for n in state.active if state.adapters[n].saved), None)
+    if with_saved is not None:
         saved.use(model, None)
     state.routing = routing
     for layer in routes.names:
@@ -82,20 +79,21 @@ def route(
         for layer in routes.names:
             layer.__dict__.pop("lora_route", None)
         state.routing = None
-        if whole is not None:
-            saved.use(model, whole)
+        if with_saved is not None:
+            saved.use(model, with_saved)
 
 
-def _read(state: State, where: str, choice: Which, read: dict[str, Choice]) -> Choice:
-    """A choice as children and weights, checked. `where`: which row or token. `read`: what names came before, for a
-    batch names few adapters many times.
+def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice]) -> Choice:
+    """Check a choice and resolve it to children and weights. `where`: the row or token, for errors.
+
+    `resolved` caches by name, since a batch names few adapters many times.
     """
     if choice is None:
         return ()
     if isinstance(choice, str):
-        if choice not in read:
-            read[choice] = _read(state, where, {choice: 1.0}, read)
-        return read[choice]
+        if choice not in resolved:
+            resolved[choice] = _resolve(state, where, {choice: 1.0}, resolved)
+        return resolved[choice]
     if not isinstance(choice, Mapping):
         raise StateError(
             f"{where} of route's choices is {choice!r}\n"
@@ -105,9 +103,9 @@ def _read(state: State, where: str, choice: Which, read: dict[str, Choice]) -> C
         attached = attached_of(state, name)
         if attached.saved:
             raise StateError(
-                f"adapter '{name}' ({where}) replaces whole weights ({listing(attached.saved, 3)}), which rows and "
-                "tokens cannot have each for themselves\n"
-                "  lorakit.activate(model, name), and give its rows a batch of their own"
+                f"adapter '{name}' ({where}) replaces weights of the base ({listing(attached.saved, 3)}), which apply "
+                "to the entire batch\n"
+                "  run its rows in a batch of their own, after lorakit.activate(model, name)"
             )
         if isinstance(weight, bool) or not (isinstance(weight, int | float) and math.isfinite(weight)):
             raise StateError(f"the weight of adapter '{name}' ({where}) is {weight!r}; expected a finite number")

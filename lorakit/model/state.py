@@ -1,4 +1,4 @@
-"""What a model carries: its adapters, which of them are active, what is merged. Kept on the model itself."""
+"""The state kept on a model: its adapters, which of them are active, and what is merged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from ..adapter.fingerprint import Weight
 from ..config import LoraConfig
 from ..errors import StateError, did_you_mean, listing
 from ..layers import saved
+from ..layers.bases import fingerprinted, quantized
 from ..layers.batched.routes import Routes, Routing
 from ..layers.fused import attention
 from ..layers.layer import LoraLayer, child_name, mixin_and_base
@@ -21,9 +23,9 @@ STATE = "_lorakit"
 
 @dataclass
 class Attached:
-    """One adapter on a model."""
+    """One attached adapter. `modules` and `saved`: full names; `skipped`: module or parameter name -> reason."""
 
-    config: LoraConfig  # with `targets` resolved to this model's names
+    config: LoraConfig  # `targets` resolved to this model's names
     modules: list[str]
     saved: list[str]
     trainable: bool
@@ -33,36 +35,41 @@ class Attached:
 
 @dataclass
 class State:
+    """All that lorakit knows of a model, stored as its attribute `_lorakit`."""
+
     adapters: dict[str, Attached] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] | None = None
-    required_grad: set[str] = field(default_factory=set)  # the base's parameters that took gradients before
-    routing: Routing | None = None  # while inside `route`
-    routes: Routes | None = None  # what `route` keeps from batch to batch
+    required_grad: set[str] = field(default_factory=set)  # base parameters with requires_grad before the first attach
+    routing: Routing | None = None  # set inside `route`
+    routes: Routes | None = None  # cached by `route` between batches
     own_attention: bool = False  # transformers' attention is `layers.fused.attention`
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        """After unpickling, perhaps in a process that does not know the attention's name yet."""
+        """Register the attention again after unpickling, as it may be another process."""
         self.__dict__.update(fields)
         if self.own_attention:
             attention.register()
 
 
 def state_of(model: nn.Module) -> State:
-    """The model's state. StateError if nothing is attached to it."""
+    """Return the model's state. Raises StateError if no adapter is attached."""
     state = model.__dict__.get(STATE)
     if state is None:
         raise StateError(
             f"no adapter is attached to this {type(model).__name__}\n"
-            "  lorakit.attach(model, ...) first, and pass the same object it was given"
+            "  call lorakit.attach(model, ...) first, and pass that same model object"
         )
     return state
 
 
 def attached_of(state: State, name: str | None) -> Attached:
+    """Return the adapter `name`, or the only one (None). Raises StateError if there is no such adapter, or several."""
     if name is None:
         if len(state.adapters) != 1:
-            raise StateError(f"{len(state.adapters)} adapters are attached: {listing(state.adapters)}; say which")
+            raise StateError(
+                f"{len(state.adapters)} adapters are attached: {listing(state.adapters)}\n  give the name of one"
+            )
         return next(iter(state.adapters.values()))
     if name not in state.adapters:
         raise StateError(
@@ -72,41 +79,50 @@ def attached_of(state: State, name: str | None) -> Attached:
     return state.adapters[name]
 
 
-def check_not_routed(state: State, doing: str) -> None:
+def check_not_routed(state: State, function: str) -> None:
+    """Raise StateError inside `route`. `function`: the one that was called, for the message."""
     if state.routing is not None:
         raise StateError(
-            f"{doing}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n"
-            "  leave it first"
+            f"{function}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n"
+            "  call it outside the `with` block"
         )
 
 
 def check_new_name(state: State, name: str) -> None:
+    """Raise StateError if an adapter cannot be attached under this name."""
     if not name:
-        raise StateError("'' cannot be an adapter's name")
+        raise StateError("an adapter's name cannot be empty\n  expected something like 'sql'")
     child = child_name(name)
     twin = next((n for n in state.adapters if n != name and child_name(n) == child), None)
     if twin is not None:
-        raise StateError(f"the names '{name}' and '{twin}' would be one child of each module\n  choose another name")
+        raise StateError(
+            f"the names '{name}' and '{twin}' would both be the child '{child}' of each module\n  choose another name"
+        )
     if name in state.adapters:
         raise StateError(
             f"an adapter named '{name}' is attached already\n"
-            f"  choose another name, or lorakit.detach(model, '{name}') first"
+            f"  choose another name, or call lorakit.detach(model, '{name}') first"
         )
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield the adapted modules with their full names."""
     for name, module in base_modules(model):
         if isinstance(module, LoraLayer):
             yield name, module
 
 
 def layer_at(model: nn.Module, name: str) -> LoraLayer:
-    return model.get_submodule(name)  # type: ignore[return-value]
+    """Return the adapted module with this full name."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LoraLayer)
+    return layer
 
 
 def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's own parameters by their own names, whatever is attached or active. `every_name`: one that is shared,
-    under all it has.
+    """Yield the base's own parameters with their own names, whatever is attached or active.
+
+    `every_name`: yield a tied parameter under all of its names rather than the first.
     """
     for module_name, module in base_modules(model, every_name):
         child = saved.saved_of(module)
@@ -116,20 +132,32 @@ def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tupl
                 yield f"{module_name}.{name}" if module_name else name, own.get(name, parameter)
 
 
+def base_weights(model: nn.Module) -> dict[str, Weight]:
+    """The same as the base's fingerprint takes them: a quantized weight as the one that was quantized."""
+    weights: dict[str, Weight] = dict(base_parameters(model))
+    once: dict[int, Weight] = {}  # a weight that is shared stays one
+    for name, module in quantized(model).items():
+        full = f"{name}.weight" if name else "weight"
+        weights[full] = once.setdefault(id(weights[full]), fingerprinted(module))
+    return weights
+
+
 def is_adapter_key(key: str) -> bool:
     """Whether a state-dict key is lorakit's, not the base's."""
     return any(part.startswith("lora_") for part in key.split("."))
 
 
 def architecture_of(model: nn.Module) -> str:
+    """Return the name of the model's own class."""
     cls = type(model)
     return mixin_and_base(cls)[1].__name__ if isinstance(model, LoraLayer) else cls.__name__
 
 
-def names_of(chosen: Mapping[str, float]) -> str:
-    return " + ".join(f"'{n}'" if w == 1 else f"{w:g} x '{n}'" for n, w in chosen.items())
+def names_of(weights: Mapping[str, float]) -> str:
+    """Format adapters and their weights for messages: `'a' + 0.5 x 'b'`."""
+    return " + ".join(f"'{n}'" if w == 1 else f"{w:g} x '{n}'" for n, w in weights.items())
 
 
 def qualified_name(value: object) -> str:
-    """The name of a value's type, with its module, for error messages."""
+    """Return the name of a value's type, with its module, for error messages."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

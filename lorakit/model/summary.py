@@ -1,12 +1,14 @@
-"""What is attached to a model, in numbers."""
+"""Summarize what is attached to a model: parameter counts, targets, and fused blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import saved
+from ..layers.bases import base_of, parameter_count
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
@@ -16,7 +18,7 @@ from .state import layer_at, names_of, state_of
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted module, or one parameter trained whole (rank None)."""
+    """One adapted module, or one saved parameter (rank None). `parameters`: number of elements."""
 
     adapter: str
     name: str
@@ -27,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is attached. Print it."""
+    """What is attached to a model; print it. `trainable` and `total`: elements of the model's parameters."""
 
     trainable: int
     total: int
@@ -38,25 +40,25 @@ class Summary:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
-        used = names_of(self.active) if self.active else "the base alone"
-        lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {used}"]
+        active = names_of(self.active) if self.active else "the base alone"
+        lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {active}"]
         groups: dict[tuple[str, str, str, int | None], list[int]] = {}
         for row in self.rows:
-            # a parameter alone ("weight") would say nothing
+            # a saved parameter's last name ("weight") would say nothing
             last = row.name.rsplit(".", 1)[-1] if row.rank else row.name
             groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
         width = max((len(k[1]) for k in groups), default=0)
         for (adapter, last, shape, rank), counts in groups.items():
-            how = f"rank {rank}" if rank else "whole"
-            lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {how:<9} {sum(counts):>12,}")
-        lines += [f"  left out: {module} ({why})" for module, why in self.skipped.items()]
+            kind = f"rank {rank}" if rank else "saved"
+            lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {kind:<9} {sum(counts):>12,}")
+        lines += [f"  skipped: {module} ({why})" for module, why in self.skipped.items()]
         lines += [f"  {row}" for row in self.fused]
         return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:
-    """Trainable and total parameters, each adapter's share per target, and what is computed as one node (and why the
-    rest is not).
+    """Count trainable and total parameters, list each adapter's targets, and say which blocks are fused (and why others
+    are not). Raises StateError if no adapter is attached.
     """
     state = state_of(model)
     rows: list[Row] = []
@@ -66,17 +68,17 @@ def summary(model: nn.Module) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            rows.append(Row(name, m, _shape(layer.weight), child.rank, sum(p.numel() for p in child.parameters())))
+            shape = _shape(base_of(layer).shape(layer))
+            rows.append(Row(name, m, shape, child.rank, sum(p.numel() for p in child.parameters())))
         for full in attached.saved:
             module, _, last = full.rpartition(".")
             holder = saved.saved_of(model.get_submodule(module))
             assert holder is not None
             parameter = holder.get(name)[last]
-            rows.append(Row(name, full, _shape(parameter), None, parameter.numel()))
-    every = {id(p): p for p in model.parameters()}.values()
-    trainable = sum(p.numel() for p in every if p.requires_grad)
-    return Summary(trainable, sum(p.numel() for p in every), rows, dict(state.active), skipped, fused.report(model))
+            rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Summary(trainable, parameter_count(model), rows, dict(state.active), skipped, fused.report(model))
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(str(size) for size in tensor.shape)
+def _shape(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))

@@ -99,10 +99,13 @@ class _AddLowRank(torch.autograd.Function):
         _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         mask = None if state is None else Mask(ctx.p, state)
         g2 = g.reshape(-1, g.shape[-1])
-        inner = product(groups(g2, B), B.to(g.dtype), ctx.scale) if needs_x or needs_A else None  # [N, r]
-        dA = (inner.mT @ groups(masked_input(x, mask), A)).to(A.dtype) if needs_A else None  # type: ignore[union-attr]
+        dx = dA = None
+        if needs_x or needs_A:
+            inner = product(groups(g2, B), B.to(g.dtype), ctx.scale)  # [N, r]
+            if needs_A:
+                dA = (inner.mT @ groups(masked_input(x, mask), A)).to(A.dtype)
+            if needs_x:
+                dx = (inner @ A.to(g.dtype)).view(-1, ctx.shape[-1])
+                dx = (dx if mask is None else masked(dx, mask)).view(ctx.shape)
         dB = gradient_of_B(down, g2, B.dtype) if needs_B else None
-        dx = (inner @ A.to(g.dtype)).view(-1, ctx.shape[-1]) if needs_x else None  # type: ignore[operator]
-        if mask is not None and dx is not None:
-            dx = masked(dx, mask)
-        return g, dx.view(ctx.shape) if dx is not None else None, dA, dB, None, None, None
+        return g, dx, dA, dB, None, None, None

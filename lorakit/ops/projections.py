@@ -48,7 +48,7 @@ def reference(
     dropped = x if keep is None else x * keep / share
     return tuple(
         F.linear(x, p.W, p.bias)
-        + (0 if p.A is None else F.linear(F.linear(dropped, p.A.to(x.dtype)), p.B.to(x.dtype)) * p.scale)  # type: ignore[union-attr]
+        + (0 if p.A is None or p.B is None else F.linear(F.linear(dropped, p.A.to(x.dtype)), p.B.to(x.dtype)) * p.scale)
         for p in projections
     )
 
@@ -66,8 +66,12 @@ def flat(projections: Sequence[Projection]) -> Tensors:
 
 def unflat(tensors: Sequence[Tensor | None], scales: Sequence[float], dropout: float = 0.0) -> list[Projection]:
     """The projections; with dropout, what is kept counts for more, which their scales take on."""
-    share = kept_share(dropout)
-    return [Projection(*tensors[4 * i : 4 * i + 4], scale / share) for i, scale in enumerate(scales)]  # type: ignore[arg-type, call-arg]
+    share, found = kept_share(dropout), []
+    for i, scale in enumerate(scales):
+        W, bias, A, B = tensors[4 * i : 4 * i + 4]
+        assert W is not None
+        found.append(Projection(W, bias, A, B, scale / share))
+    return found
 
 
 def forward(x: Tensor, dropped: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], Tensor | None]:
@@ -114,16 +118,18 @@ def backward(
         ]
         inner = inners[0] if len(inners) == 1 else torch.cat(inners, dim=-1) if inners else None  # [N, Σ r]
     # [Σ r, in]
-    dA = inner.mT @ groups(dropped, inner) if inner is not None and any(wanted.A) else None  # type: ignore[arg-type]
+    dA = inner.mT @ groups(dropped, inner) if inner is not None and dropped is not None and any(wanted.A) else None
     gradients: list[Tensor | None] = []
     parts = zip(
         _parts(dA, projections, dim=-2), _parts(down, projections), grads, projections, wanted.A, wanted.B, strict=True
     )
     for dA_part, down_part, g, p, needs_A, needs_B in parts:
-        gradients += [None, None, None if dA_part is None or not needs_A else dA_part.to(p.A.dtype)]  # type: ignore[union-attr]
-        gradients.append(
-            gradient_of_B(down_part, g, p.B.dtype).mul_(p.scale) if needs_B and down_part is not None else None
-        )  # type: ignore[union-attr]
+        of_A = of_B = None
+        if needs_A and dA_part is not None and p.A is not None:
+            of_A = dA_part.to(p.A.dtype)
+        if needs_B and down_part is not None and p.B is not None:
+            of_B = gradient_of_B(down_part, g, p.B.dtype).mul_(p.scale)
+        gradients += [None, None, of_A, of_B]
     if not wanted.x:
         return None, gradients
     dx = grads[0] @ projections[0].W  # [N, in]: one buffer for all that follows
@@ -131,10 +137,11 @@ def backward(
         dx.addmm_(g, p.W)
     if inner is not None:
         factors = _stacked(projections, dtype)
+        assert factors is not None
         if mask is None:
-            add_product(dx, inner, factors)  # type: ignore[arg-type]
+            add_product(dx, inner, factors)
         else:
-            dx.add_(masked((inner @ factors).view_as(dx), mask))  # type: ignore[operator]
+            dx.add_(masked((inner @ factors).view_as(dx), mask))
     return dx, gradients
 
 
@@ -190,10 +197,11 @@ class _Project(torch.autograd.Function):
             inner = groups(g, B) @ B.to(g.dtype)  # [N, r]
             if needs_A:
                 dA = product(inner.mT, groups(masked_input(x, mask), inner), ctx.scale).to(A.dtype)
-            if dx is not None and mask is None:
-                add_product(dx, inner, A.to(g.dtype), ctx.scale)
-            elif dx is not None:
-                dx.add_(masked(product(inner, A.to(g.dtype), ctx.scale).view_as(dx), mask))  # type: ignore[arg-type]
+            if dx is not None:
+                if mask is None:
+                    add_product(dx, inner, A.to(g.dtype), ctx.scale)
+                else:
+                    dx.add_(masked(product(inner, A.to(g.dtype), ctx.scale).view_as(dx), mask))
         if needs_B:
             dB = gradient_of_B(down, g, B.dtype)
         return dx.view(ctx.shape) if dx is not None else None, None, None, None, None, None, dA, dB

@@ -1,1 +1,1 @@
-"""Memory and time of a training run before it starts, from the base's config alone."""
+"""Estimate a training run's memory and time before it starts, from the base's config alone."""

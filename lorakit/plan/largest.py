@@ -1,19 +1,20 @@
-"""The largest whole number at which a growing cost stays within a budget, in few evaluations of the cost."""
+"""Find the largest integer at which a growing cost stays within a budget, with few evaluations of the cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 
-HALVE = 6  # every so many looks the interval is halved, whatever the costs are like: that makes sure of an end
+HALVE = 6  # bisect at every sixth evaluation, which bounds the search whatever the cost looks like
 
 
 def largest(cost: Callable[[int], int], budget: int, most: int, slack: float = 0.0) -> int:
-    """The largest n in 1..most with cost(n) <= budget, or 0 if there is none. `slack`: it may be smaller by this share.
+    """Return the largest n in 1..most with cost(n) <= budget, 0 if there is none. `slack`: n may be too small by this
+    share.
 
-    Often all fits, which one look at `most` tells. Else: costs here are nearly lines or parabolas, so one through what
-    is known tells where they cross the budget. The next look is half a slack before that, and if that fits, the one
-    after a slack further, where it should not: then the search is at its end.
+    `most` is tried first, as it often fits. Otherwise: costs here are nearly linear or quadratic in n, so a curve
+    through the known points predicts where they cross the budget. The next n lies half a slack below the crossing. If
+    it fits, the one after lies a slack higher, where it should not fit, and the search ends.
     """
     known = {most: cost(most)}
     if known[most] <= budget:
@@ -36,8 +37,8 @@ def largest(cost: Callable[[int], int], budget: int, most: int, slack: float = 0
 
 
 def _crossing(known: Mapping[int, int], budget: int, low: int, high: int) -> float:
-    """Where the cost comes to the budget, between `low` and `high`: by the line through these, bent to pass the known
-    point that is nearest.
+    """Predict where the cost reaches the budget, between `low` and `high`: on the line through these two points, or the
+    parabola through them and the nearest other known point.
     """
     slope = (known[high] - known[low]) / (high - low)
     missing = budget - known[low]

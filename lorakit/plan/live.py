@@ -1,8 +1,7 @@
-"""Which tensors are alive at each operation, in bytes, by what they are for; and the most there were in each stretch of
-the work.
+"""Track the bytes of live tensors by purpose at each operation, and their peak in each phase of a step.
 
-Every storage that an operation returns is noted at birth with the purpose of the moment, and taken off when the last
-tensor that uses it is gone. Views and in-place results share a storage, which counts once.
+Every storage that an operation returns is counted with the current purpose when it is created, and subtracted when its
+last tensor is freed. Views and in-place results share a storage, which is counted once.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .shapes import Weightless, flat
+from .weightless import Weightless, flat
 
 _aten = torch.ops.aten
 
-SMALL = "small blocks"  # kept beside the purposes: bytes in storages that a C library takes from its heap
-HEAP_BLOCK = 32 << 20  # glibc's largest mmap threshold: larger ones never come from there
+SMALL = "small blocks"  # counted besides the purposes: bytes of storages that the C library allocates on its heap
+HEAP_BLOCK = 32 << 20  # glibc's largest mmap threshold: larger blocks are never on the heap
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -32,7 +31,7 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, 
     return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
 
 
-# torch's table has the matrix products and the GPU's attention; these are the CPU's.
+# torch's registry has matrix products and the GPU's attention; add the CPU's attention.
 _FLOPS = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -45,22 +44,21 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 class Live(TorchDispatchMode):
-    """Inside this mode storages are counted. `purpose` and `stretch` are set from outside as the work goes on."""
+    """A mode in which storages are counted. Its user sets `purpose` and `stretch` (the phase) as the step proceeds."""
 
     def __init__(self, present: Iterable[Tensor] = (), through: TorchDispatchMode | None = None) -> None:
-        """`present`: tensors that were there before; their storages, and so their views, are not counted. `through`: a
-        mode that operations are given to, as if this one were inside it (two modes on torch's stack cost twice as
-        much)."""
+        """`present`: existing tensors, whose storages and views are not counted. `through`: a mode to run operations
+        in, as if this one were nested in it (two modes on torch's stack cost twice as much)."""
         super().__init__()
         self._through = through
         self.purpose, self.stretch = "working", "forward"
-        self.bytes: dict[str, int] = {}  # alive now, by purpose
-        self.peaks: dict[str, dict[str, int]] = {}  # at each stretch's largest moment, by purpose
+        self.bytes: dict[str, int] = {}  # of live tensors, by purpose
+        self.peaks: dict[str, dict[str, int]] = {}  # the same at each stretch's peak
         self.flops = 0
         self._alive: dict[int, tuple[str, int, weakref.ref]] = {}
         self._now = 0
         self._most: dict[str, int] = {}
-        self._present = {_storage(t)._cdata: t for t in present}  # kept, so that no key is used twice
+        self._present = {_storage(t)._cdata: t for t in present}  # held, so that no address is reused
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -90,7 +88,7 @@ class Live(TorchDispatchMode):
             self._add(purpose, size)
 
     def rename(self, tensor: Tensor, purpose: str) -> None:
-        """Count the tensor's storage under another purpose."""
+        """Move the tensor's storage to another purpose."""
         key = _storage(tensor)._cdata
         if key in self._alive:
             before, size, ref = self._alive[key]

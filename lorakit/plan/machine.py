@@ -1,12 +1,8 @@
-"""What this machine has: memory in all and free, what this process holds, how fast it multiplies."""
+"""What a training process takes besides the model, and how fast this machine multiplies."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,58 +12,18 @@ import torch
 PROCESS, KERNELS = 365_000_000, 42_000_000
 # The CUDA context with cuBLAS's workspace, in the device's memory: an estimate, not measured.
 CUDA_CONTEXT = 600_000_000
-_UNLIMITED = 1 << 60
-
-
-@dataclass(frozen=True)
-class Memory:
-    """`total`: what the device has, or what this process's group may take of it. `free`: what could be had now."""
-
-    total: int
-    free: int
-    source: str
-
-
-def memory_of(device: torch.device) -> Memory | None:
-    """The device's memory, or None where it cannot be told."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return None  # planned for, not here
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return Memory(total, free, torch.cuda.get_device_name(device))
-    if device.type not in ("cpu", "mps"):
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf8").splitlines()
-    except OSError:
-        return _without_proc()
-    known = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    total, free = known["MemTotal"], known.get("MemAvailable", known["MemFree"]) + resident()
-    limit = _group_limit()
-    if limit < total:
-        return Memory(limit, min(limit, free), "this process's group (cgroup)")
-    return Memory(total, min(free, total), "this machine")
-
-
-def resident() -> int:
-    """Bytes that this process holds now, or 0 where that cannot be told."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
 
 
 def overhead(device: torch.device, held: int = PROCESS) -> int:
-    """Bytes of the device that python, torch and its kernels take. `held`: what the process holds before the base is
-    loaded.
+    """Return the bytes of the device that Python, torch and its kernels take.
+
+    held: what the process holds before the base is loaded.
     """
     return CUDA_CONTEXT if device.type == "cuda" else held + KERNELS
 
 
 def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of [width, width] matrix products,
-    the best of those that fit into `seconds`.
-    """
+    """Return the floating-point operations a second of [width, width] matrix products: the best within `seconds`."""
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     best, began = 0.0, time.perf_counter()
     a @ b
@@ -78,51 +34,3 @@ def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, s
             torch.cuda.synchronize(device)
         best = max(best, 2 * width**3 / (time.perf_counter() - start))
     return best
-
-
-def cpu_limit() -> float | None:
-    """The processor time that this process's control groups may take, in cores, or None where nothing limits it."""
-    limits = []
-    for text in _group_files("cpu", "cpu.max", "cpu.cfs_quota_us"):
-        quota, _, period = text.partition(" ")
-        if quota.isdigit():  # "max", or -1 in v1: no limit
-            # v1 has the period in a file of its own; nobody changes it
-            limits.append(int(quota) / int(period or 100_000))
-    return min(limits, default=None)
-
-
-def _group_limit() -> int:
-    """The lowest memory limit of the control groups that this process is in, or a number beyond any."""
-    return min(
-        (int(text) for text in _group_files("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()),
-        default=_UNLIMITED,
-    )
-
-
-def _group_files(controller: str, name: str, name_v1: str) -> Iterator[str]:
-    """What a setting's files say in the control groups (v2, v1) that this process is in, from its own to the root."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        own = Path("/proc/self/cgroup").read_text(encoding="utf8").splitlines()
-    except OSError:
-        return
-    for line in own:
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        at, file_name = (root / controller, name_v1) if controllers else (root, name)
-        folder = at / path.lstrip("/")
-        for each in (folder, *folder.parents):
-            file = each / file_name
-            if file.is_file():
-                yield file.read_text(encoding="ascii").strip()
-            if each == at:
-                break
-
-
-def _without_proc() -> Memory | None:
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-    return Memory(total, total, "this machine")

@@ -1,11 +1,10 @@
-"""From a base's config and a method to estimates, and to the largest batch or length that fits.
+"""Estimate a run from its base's config and method, and find the largest batch or length that fits.
 
-    step        weights + adapter + optimizer + best + (gradients, activations, loss, working, at the step's largest
-                moment)
+    step        weights + adapter + optimizer + best + (gradients, activations, loss, working) at the step's peak
     evaluation  weights + adapter + optimizer + best + working
     checkpoint  weights + adapter + optimizer + best + a copy of the optimizer's state
 
-each with the overhead, on a CPU also with the holes in the C library's heap.
+Each includes the overhead and, on a CPU, the holes in the C library's heap.
 """
 
 from __future__ import annotations
@@ -24,108 +23,117 @@ from ..tasks.task import Task
 from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
-from .shapes import MOST_TOKENS
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
+from .weightless import MOST_TOKENS
 
-# Blocks below glibc's largest mmap threshold (32 MiB) come to lie in one heap that stays as large as it once was, holes
-# between what lives on included. Measured over the most that lies there at once: 1.25 to 1.9 (python -m
-# lorakit.bench.plan, which chose this).
+# Blocks below glibc's largest mmap threshold (32 MiB) are allocated on one heap, which fragments and never shrinks. Its
+# size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).
 HEAP = 1.47
-HEAP_CHECKPOINTING = 2.3  # what is kept lies scattered between what a layer makes and drops; 2.4 was measured
-# NF4 with double quantization: 4 bits, and for each block of 64 a scale in 8 bits, and for 256 of these one in 32
+HEAP_CHECKPOINTING = 2.3  # kept tensors lie scattered between a layer's temporary ones; 2.4 was measured
+# NF4 with double quantization: 4 bits per weight, an 8-bit scale per 64 weights and a 32-bit one per 256 scales
 # (Dettmers et al. 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-MOST_ROWS = 256  # more are not looked for
-COLUMNS = 8  # batches are padded to a multiple of so many
+MOST_ROWS = 256  # where the search for the largest batch ends
+COLUMNS = 8  # batches are padded to a multiple of this
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a run is, besides the base: all that decides its memory."""
+class PlanSettings:
+    """All that affects a run's memory, besides the base."""
 
     dtype: torch.dtype
     device: torch.device
     task: Task
-    overhead: int
-    attach: Callable[[Any], object]  # puts on the model what the method trains
+    overhead: int  # bytes, see `machine.overhead`
+    attach: Callable[[Any], object]  # adds the method's trained parameters to the model
     config: RunSettings
     method: str = "lora"
     four_bit: bool = False
     checkpointing: bool = False
-    plain_attention: int = 0  # rows up to this length use it
-    state_copies: int = 2
-    validation: int = 0  # rows of an evaluation's batch; 0: none
-    share: float = 1.0  # weight of rows by their size: of text, which part of the positions is trained
-    batch: int = 1  # rows of an optimizer step; more than are computed at once are accumulated
+    plain_attention: int = 0  # rows up to this many tokens use plain attention
+    state_copies: int = 2  # of the trained parameters, for the optimizer
+    validation: int = 0  # rows of an evaluation batch; 0: no evaluation
+    share: float = 1.0  # trained tokens / tokens
+    batch: int = 1  # rows of an optimizer step
 
 
 class Planner:
-    """Estimates for one base and one method. Building the model's shell is the slow part, so it is made once."""
+    """Makes estimates for one base and one method. The model's shell, which is slow to build, is built once."""
 
-    def __init__(self, base: Any, setting: Setting):
-        """`base`: transformers' config."""
-        self.setting = setting
-        build = partial(setting.task.skeleton, setting.config, base, setting.dtype)
-        self.shell = Shell(type(base).__name__, build, setting.attach, checkpointing=setting.checkpointing)
+    def __init__(self, base: Any, settings: PlanSettings):
+        """`base`: the base's transformers config. Raises PlanError if the model cannot be built from it."""
+        self.settings = settings
+        build = partial(settings.task.skeleton, settings.config, base, settings.dtype)
+        self.shell = Shell(type(base).__name__, build, settings.attach, checkpointing=settings.checkpointing)
         self._traced: dict[tuple[int, int, bool], Traced] = {}
-        self._judged: dict[int, Traced] = {}  # evaluations, by length
+        self._evaluations: dict[int, Traced] = {}  # by length
+        # A loss may inspect a model once and remember the result. Let it do so now: then all estimates count the same.
+        evaluation(self.shell, self._batch(1, COLUMNS), settings.task.losses)
 
     @property
     def positions(self) -> int | None:
-        """The longest row that the model takes."""
+        """The model's number of positions, None if unlimited."""
         return getattr(self.shell.model.config.get_text_config(), "max_position_embeddings", None)
 
     def four_bit(self) -> Planner:
-        """The same with the base's linear weights in 4 bits."""
-        other = copy.copy(self)  # with what is traced already
-        other.setting = replace(self.setting, four_bit=True)
+        """Return the same planner with the base's linear weights in 4 bits."""
+        other = copy.copy(self)  # shares the traces
+        other.settings = replace(self.settings, four_bit=True)
         return other
 
     def estimate(self, rows: int, length: int, accumulating: bool | None = None) -> Estimate:
-        """With `rows` of `length` computed at once."""
+        """Estimate a run that computes `rows` rows of `length` tokens at once.
+
+        `accumulating`: whether gradients are accumulated over micro-batches; None: if the batch has more rows. Raises
+        PlanError if the model cannot run on shapes.
+        """
         length = -(-length // COLUMNS) * COLUMNS
         if accumulating is None:
-            accumulating = rows < self.setting.batch
+            accumulating = rows < self.settings.batch
         return self._estimate(rows, length, accumulating)
 
     def most_rows(self, length: int, memory: int) -> int:
-        """The most rows of `length` at once that fit (to two percent); 0 if not even one does."""
+        """Return how many rows of `length` tokens fit into `memory` bytes at once, within two percent; 0 if none."""
         if sum(self._resting().values()) > memory:
             return 0
         most = max(1, min(MOST_ROWS, MOST_TOKENS // length))
         return largest(lambda rows: self.estimate(rows, length).total, memory, most, slack=0.02)
 
     def longest(self, rows: int, memory: int, most: int | None = None) -> int:
-        """The longest length (to two percent) of which `rows` at once fit; 0 if none does."""
+        """Return the largest length (tokens) at which `rows` rows fit into `memory` bytes at once, within two percent;
+        0 if none.
+
+        `most`: search up to this length; None: to the model's positions.
+        """
         if sum(self._resting().values()) > memory:
             return 0
-        most = min(most or 1 << 20, self.positions or 1 << 20, MOST_TOKENS // max(rows, self.setting.validation))
+        most = min(most or 1 << 20, self.positions or 1 << 20, MOST_TOKENS // max(rows, self.settings.validation))
         return COLUMNS * largest(
             lambda n: self.estimate(rows, n * COLUMNS).total, memory, max(1, most // COLUMNS), slack=0.02
         )
 
     def _resting(self) -> dict[str, int]:
-        """Bytes by part that are there all the time."""
-        setting, shell = self.setting, self.shell
-        size, weights = shell.trained_bytes(), shell.weight_bytes
-        if setting.four_bit:
-            weights += sum(int(w.numel() * NF4_BYTES) - w.numel() * w.element_size() for w in shell.linear_weights())
+        """Return the bytes that are allocated throughout the run, by part."""
+        settings, shell = self.settings, self.shell
+        size, weights = shell.trained_bytes, shell.weight_bytes
+        if settings.four_bit:
+            weights += sum(int(elements * NF4_BYTES) - size for elements, size in shell.linear_weights)
         return {
             "weights": weights,
             "adapter": shell.added_bytes,
-            "optimizer": setting.state_copies * size,
-            "overhead": setting.overhead,
-            "best": size if setting.device.type == "cpu" and setting.validation else 0,
+            "optimizer": settings.state_copies * size,
+            "overhead": settings.overhead,
+            "best": size if settings.device.type == "cpu" and settings.validation else 0,
         }
 
     def _estimate(self, rows: int, length: int, accumulating: bool) -> Estimate:
-        setting, shell = self.setting, self.shell
-        shell.attention(plain=length <= setting.plain_attention)
-        size, working = shell.trained_bytes(), 0
-        if setting.four_bit:  # one weight at a time, made whole
-            working = max((w.numel() * w.element_size() for w in shell.linear_weights()), default=0)
-        on_cpu = setting.device.type == "cpu"
+        settings, shell = self.settings, self.shell
+        shell.attention(plain=length <= settings.plain_attention)
+        size, working = shell.trained_bytes, 0
+        if settings.four_bit:  # one dequantized weight at a time
+            working = max((size for _, size in shell.linear_weights), default=0)
+        on_cpu = settings.device.type == "cpu"
         resting = self._resting()
         key = (rows, length, accumulating)
         if key not in self._traced:
@@ -135,7 +143,7 @@ class Planner:
         stretches = [*step.stretches.values(), *held_out.values()]
         heap = (
             int(
-                (HEAP_CHECKPOINTING if setting.checkpointing else HEAP)
+                (HEAP_CHECKPOINTING if settings.checkpointing else HEAP)
                 * max(parts.get(SMALL, 0) for parts in stretches)
             )
             if on_cpu
@@ -145,35 +153,36 @@ class Planner:
         if held_out:
             moments["evaluation"] = _moment(resting, held_out, working, heap)
         if on_cpu:
-            copies = setting.state_copies * size
+            copies = settings.state_copies * size
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
-        method = f"{FOUR_BIT}{setting.method}" if setting.four_bit else setting.method
-        count = sum(p.numel() for p in shell.trained())
-        return Estimate(method, rows, length, shell.base_parameters(), count, size, moments, step.flops)
+        method = f"{FOUR_BIT}{settings.method}" if settings.four_bit else settings.method
+        base, trained = shell.base_parameters(), shell.trained_parameters
+        return Estimate(method, rows, length, base, trained, size, moments, step.flops)
 
     def _evaluation(self, length: int) -> dict[str, Parts]:
-        """The stretches of an evaluation; none if nothing is held out."""
-        rows = self.setting.validation
-        if rows and length not in self._judged:
-            self._judged[length] = evaluation(self.shell, self._batch(rows, length), self.setting.task.losses)
-        return self._judged[length].stretches if rows else {}
+        """Trace an evaluation. Returns its peaks by stretch; empty without held-out rows."""
+        rows = self.settings.validation
+        if rows and length not in self._evaluations:
+            self._evaluations[length] = evaluation(self.shell, self._batch(rows, length), self.settings.task.losses)
+        return self._evaluations[length].stretches if rows else {}
 
     def _batch(self, rows: int, length: int) -> dict[str, Tensor]:
-        return self.setting.task.example(rows, length, self.setting.share)
+        return self.settings.task.example(rows, length, self.settings.share)
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return self.setting.task.losses(model, batch).sum()
+        return self.settings.task.losses(model, batch).sum()
 
 
 def _moment(resting: Parts, stretches: dict[str, Parts], working: int, heap: int) -> Parts:
-    """The largest of a job's stretches, with what is there all the time. `heap`: what the C library's heap has grown
-    to.
+    """Return the bytes by part of the largest stretch, including what is always allocated.
+
+    `working`: bytes to add to that part; `heap`: the size to which the C library's heap has grown.
     """
 
-    def whole(parts: Parts) -> Parts:
+    def all_parts(parts: Parts) -> Parts:
         own = {part: size for part, size in parts.items() if part != SMALL}
         own["working"] = own.get("working", 0) + working
         own["holes"] = max(0, heap - parts.get(SMALL, 0))
         return resting | own
 
-    return max((whole(parts) for parts in stretches.values()), key=lambda parts: sum(parts.values()))
+    return max((all_parts(parts) for parts in stretches.values()), key=lambda parts: sum(parts.values()))

@@ -1,15 +1,15 @@
-"""A model that cannot be loaded here, as far as memory and time go: built from its config on the meta device, adapter
-attached.
+"""A model for planning: built from its config on the meta device, without weights, with the adapter attached.
 
-Where all decoder layers are alike, a step through two and through three of them tells the step through all (`step.py`);
-`first` cuts the stack of layers to so many for a while.
+If all decoder layers are alike, a step through two and through three of them determines the step through all
+(`step.py`); `first` truncates the stack of layers for that.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,19 @@ from ..errors import LorakitError
 from ..layers.fused import attention
 from ..layers.layer import LoraLayer
 from ..layers.targets import is_linear
-from .shapes import Shapes
+from .weightless import Shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PlanError(LorakitError, RuntimeError):
-    """A model whose step cannot be run on shapes alone."""
+    """A model's step cannot run on shapes alone."""
 
 
 @contextmanager
-def spoken(name: str) -> Iterator[None]:
-    """Turns what goes wrong inside a model that has no weights into a PlanError that says so."""
+def plan_errors(name: str) -> Iterator[None]:
+    """Turn an exception from a model without weights into a PlanError. `name`: the model's, for the message."""
     try:
         yield
     except LorakitError:
@@ -35,32 +38,33 @@ def spoken(name: str) -> Iterator[None]:
     except Exception as error:  # a model's own code may raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PlanError(
-            f"the memory of a {name} cannot be estimated, as it does not run on shapes alone: {first}"
+            f"the memory of a {name} cannot be estimated, since it does not run without weights: {first}"
         ) from error
 
 
-FEW = 3  # with no more layers than this, nothing is won by leaving some out
+FEW = 3  # with this many layers or fewer, leaving some out saves nothing
 
 
 class Shell:
-    """`model`: on the meta device, in training mode, as `train` would set it up."""
+    """A model without weights. `model`: on the meta device, in training mode, set up as `train` does."""
 
     def __init__(
         self, name: str, build: Callable[[], Any], attach: Callable[[nn.Module], object], *, checkpointing: bool = False
     ):
-        """`name`: what to call the base if it cannot be built; `build`: makes it; `attach`: puts on the model what is
-        trained.
+        """`name`: the base's, for errors; `build`: builds the model; `attach`: adds what is trained to it. Raises
+        PlanError if the model cannot be built.
         """
-        with spoken(name), torch.device("meta"):
+        with plan_errors(name), torch.device("meta"):
             self.model = build()
         self.name = type(self.model).__name__
         own = list(self.model.parameters())
         self._base_parameters = sum(p.numel() for p in own)
         attach(self.model)
-        # A parameter that is trained is the base's own, or one that was put beside it.
+        # Trained parameters may be the base's own or added ones.
         added = {id(p) for p in self.trained()} - {id(p) for p in own}
         self.added_bytes = _bytes(p for p in self.trained() if id(p) in added)
-        self.weight_bytes = self.frozen_bytes() + self.trained_bytes() - self.added_bytes
+        self.trained_bytes, self.trained_parameters = _bytes(self.trained()), sum(p.numel() for p in self.trained())
+        self.weight_bytes = self.frozen_bytes() + self.trained_bytes - self.added_bytes
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
@@ -71,65 +75,65 @@ class Shell:
         self.foldable = self.stack is not None and len(self.stack) > FEW and _alike(self.model, self.stack)
 
     def attention(self, plain: bool) -> None:
-        """Plain attention (unless its backward is ours), or the one that transformers chose."""
+        """Use plain attention (unless the model uses our backward), or else the one that transformers chose."""
         self.model.set_attn_implementation("eager" if plain and not attention.is_used(self.model) else self._attention)
 
     @contextmanager
     def first(self, layers: int) -> Iterator[None]:
-        """Only so many of the stack's layers."""
+        """Truncate the stack to its first `layers` layers inside the context."""
         assert self.stack is not None
-        every = list(self.stack)
+        all_layers = list(self.stack)
         del self.stack[layers:]
         try:
             yield
         finally:
-            self.stack.extend(every[layers:])
+            self.stack.extend(all_layers[layers:])
 
-    # ---- what is there before the first step ----
+    # ---- what is allocated before the first step ----
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
+        """List the trained parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def trained_bytes(self) -> int:
-        """Of the same."""
-        return _bytes(self.trained())
-
     def frozen_bytes(self) -> int:
-        """Of parameters that are not trained, and of buffers."""
+        """Return the bytes of frozen parameters and buffers."""
         return _bytes(p for p in self.model.parameters() if not p.requires_grad) + _bytes(self.model.buffers())
 
     def base_parameters(self) -> int:
-        """Parameters without an adapter's."""
+        """Return the number of elements in the base's parameters."""
         return self._base_parameters
 
-    def linear_weights(self) -> list[Tensor]:
-        """The frozen weights of linear modules but the output layer: what a 4-bit base holds in 4 bits."""
+    @functools.cached_property
+    def linear_weights(self) -> list[tuple[int, int]]:
+        """List (elements, bytes) of each weight that a 4-bit base has in 4 bits: the frozen ones of linears, except the
+        output layer's.
+        """
         head = self.model.get_output_embeddings()
         embedded = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         modules = (m for m in self.model.modules() if m is not head and (isinstance(m, LoraLayer) or is_linear(m)))
         weights = {
             id(w): w for w in (getattr(m, "weight", None) for m in modules) if isinstance(w, Tensor) and w.dim() == 2
         }
-        return [w for key, w in weights.items() if key not in embedded and not w.requires_grad]
+        frozen = [w for key, w in weights.items() if key not in embedded and not w.requires_grad]
+        return [(w.numel(), w.numel() * w.element_size()) for w in frozen]
 
 
 def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _stack(model: nn.Module) -> nn.ModuleList | None:
-    """The list of decoder layers: the one as long as the config says, the heaviest if there are several."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[operator, union-attr]
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return max(found, key=lambda m: _bytes(m.parameters()), default=None)
+def _stack(model: PreTrainedModel) -> nn.ModuleList | None:
+    """Find the decoder layers: the ModuleList of the length in the config, the largest if there are several."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return max(stacks, key=lambda m: _bytes(m.parameters()), default=None)
 
 
-def _alike(model: nn.Module, stack: nn.ModuleList) -> bool:
-    """Whether every layer of the stack costs the same: equal modules, parameters, flags, and equal kinds where the
-    config names kinds.
+def _alike(model: PreTrainedModel, stack: nn.ModuleList) -> bool:
+    """Whether all layers of the stack cost the same: equal modules, parameters and flags, and no setting of the config
+    that differs by layer (layer_types).
     """
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config()
     kinds = [v for v in vars(config).values() if isinstance(v, list) and len(v) == len(stack)]
     marks = [
         (

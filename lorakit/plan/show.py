@@ -1,4 +1,4 @@
-"""A plan on the terminal: methods side by side, as numbers and as bars; what fits."""
+"""Print a plan on the terminal: methods side by side, as figures and as bars, and the batches that fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..methods import method_of
 from .estimate import FOUR_BIT, PARTS, Estimate
 from .units import show_bytes
 
-# Each part's letter in the bars, and its colour where there is one.
+# Each part's letter and colour in the bars.
 _MARKS = {
     "weights": ("W", "blue"),
     "adapter": ("A", "cyan"),
@@ -35,8 +35,10 @@ def numbers(
     most_rows: int,
     positions: int | None,
 ) -> Table:
-    """One column for each estimate. `rows` and `lengths`: by method, the largest that fit of those looked at: up to
-    `most_rows`, `positions`.
+    """Build a table with one column per estimate.
+
+    `memory`: bytes available, None if unknown; `rows`, `lengths`: method -> the largest that fit; `most_rows`,
+    `positions`: where the search for these ended.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
@@ -52,7 +54,7 @@ def numbers(
         if any(e.parts[part] for e in estimates):
             line(f"{_MARKS[part][0]} {part}", [show_bytes(e.parts[part]) for e in estimates])
     line("at most", [show_bytes(e.total) for e in estimates], "bold")
-    line("reached in", [f"the {e.peak}" for e in estimates])
+    line("while in", [f"the {e.peak}" for e in estimates])
     if memory is not None:
         line(f"fits {show_bytes(memory)}", ["yes" if e.total <= memory else "no" for e in estimates])
         line(f"most rows of {estimates[0].length}", [_most(rows[e.method], most_rows) for e in estimates])
@@ -61,9 +63,9 @@ def numbers(
 
 
 def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
-    """Each estimate as a bar of its parts' letters, and a mark where the memory ends."""
+    """Draw each estimate as a bar of its parts' letters, and a mark at the available memory (bytes)."""
     most = max(e.total for e in estimates)
-    memory = None if memory is None or memory > most else memory  # beyond the longest bar there is nothing to mark
+    memory = None if memory is None or memory > most else memory  # no mark beyond the longest bar
     text = Text()
     for estimate in estimates:
         text.append(f"{_title(estimate):<14} ")
@@ -82,7 +84,7 @@ def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
 
 
 def grid(fitting: Mapping[int, int], most: int) -> Table:
-    """The most rows that fit by length."""
+    """Build a table of the largest batch that fits, by length. `fitting`: length -> rows; `most`: the search's end."""
     table = Table(box=None, pad_edge=False)
     table.add_column("length")
     for length in fitting:
@@ -92,12 +94,12 @@ def grid(fitting: Mapping[int, int], most: int) -> Table:
 
 
 def _title(estimate: Estimate) -> str:
-    """The method's; a star for one that is an estimate only."""
+    """Return the method's title, with a star for 4 bits, which are an estimate only."""
     name = estimate.method.removeprefix(FOUR_BIT)
     title = method_of(name).title
     return title if name == estimate.method else f"{FOUR_BIT}{title} *"
 
 
-def _most(fits: int, looked: int | None) -> str:
-    """A number with a "+" where no more was looked at."""
-    return f"{fits:,}{'+' * (looked is not None and fits >= looked)}" if fits else "none"
+def _most(fits: int, limit: int | None) -> str:
+    """Format a number, with a "+" if the search ended there."""
+    return f"{fits:,}{'+' * (limit is not None and fits >= limit)}" if fits else "none"

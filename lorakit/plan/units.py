@@ -1,4 +1,4 @@
-"""Memory as people write it: `24GB` is 24 · 10⁹ bytes, `24GiB` is 24 · 2³⁰."""
+"""Parse and format amounts of memory: `24GB` is 24 · 10⁹ bytes, `24GiB` is 24 · 2³⁰."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ _DECIMAL = ("B", "KB", "MB", "GB", "TB")
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes that `text` means. ConfigError for what is no amount of memory."""
+    """Parse an amount of memory into bytes. Raises ConfigError if `text` is not one."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else ""
-    unit = unit if unit in _UNITS or not unit else unit + "B"  # 24G is 24GB; a bare 24 is anyone's guess
+    unit = unit if unit in _UNITS or not unit else unit + "B"  # 24G is 24GB; a bare 24 is ambiguous
     if match is None or unit not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"'{text}' is no amount of memory; expected a number with a unit, such as 24GB or 16GiB")
+        raise ConfigError(
+            f"'{text}' is not an amount of memory; expected a positive number with a unit, such as 24GB or 16GiB"
+        )
     return int(float(match[1]) * _UNITS[unit])
 
 
 def show_bytes(size: float) -> str:
-    """Three digits and a decimal unit: 1.28 GB."""
+    """Format bytes with three digits and a decimal unit: 1.28 GB."""
     power = 0
     while power < len(_DECIMAL) - 1 and abs(size) >= 999.5:
         size, power = size / 1000, power + 1

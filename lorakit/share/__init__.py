@@ -9,7 +9,6 @@ are cut to their last component.
 
 from __future__ import annotations
 
-from .card import Card, card_of
-from .page import MARK, PLACEHOLDER, ours, write
+from .card import Card, card_of, ours, write
 
-__all__ = ["MARK", "PLACEHOLDER", "Card", "card_of", "ours", "write"]
+__all__ = ["Card", "card_of", "ours", "write"]

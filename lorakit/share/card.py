@@ -1,12 +1,16 @@
-"""Assemble a card: metadata for the hub, the page, and a list of what is missing.
+"""Assemble a card: metadata for the hub, the page, and a list of what is missing; write it to a file.
 
 The metadata (YAML at the top) is huggingface_hub's `ModelCardData`, whose fields the hub reads. Only what is certain
 goes into it: a base or dataset with a hub id, results (`model-index`) on a dataset with one, a licence that the user
 gave.
+
+The last line marks the page as ours, with the hash of everything before it. So a page that someone else wrote or edited
+is recognised, and not replaced without asking.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +18,19 @@ from typing import TYPE_CHECKING
 
 from ..bases.load import EMBEDDED
 from ..errors import ConfigError
-from .page import base_text, data_text, marked, page
-from .record import AdapterRecord, mapping, read_record
-from .words import hub_id, is_hub_name, last_name, line, number, without_paths
+from ..evaluate.figures import MEASURES
+from ..io.atomic import write_text
+from .markdown import line
+from .page import PLACEHOLDER, TASKS, base_text, page
+from .paths import hub_id, is_hub_name, last_name, without_paths
+from .record import AdapterRecord, Given, number, read_record
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+_MARK = re.compile(r"<!-- Written by lorakit card, sha256 ([0-9a-f]{64}) -->\s*\Z")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_TASKS = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
 _LIBRARIES = {"peft": "peft", "diffusers": "diffusers", "kohya": "diffusers", "mlx": "mlx", "gguf": "gguf"}
-_METRICS = (("bleu", "BLEU"), ("chrf", "chrF"), ("rouge_l", "ROUGE-L"), ("exact_match", "exact match"))
 
 
 @dataclass(frozen=True)
@@ -72,56 +72,73 @@ def card_of(
             raise ConfigError(f"{name} '{value}': expected a hub id, OWNER/NAME")
     if evaluated_on is not None and evaluation is None:
         raise ConfigError("the rows of an evaluation are named, but its results are not given\n  give both, or neither")
+    given = Given(title, description, license, base_model, data, repository, evaluated_on)
     eval_file = Path(evaluation).expanduser() if evaluation is not None else None
-    record = read_record(source, alpha=alpha, base=base, eval_file=eval_file)
-    base_id = base_model or hub_id(record.base)
-    name = line(title or (repository or "").partition("/")[2] or _title(record, base_id))
-    eval_data = None if evaluated_on is None else data_text(record, evaluated_on)
-    text = page(record, name, repository, base_id, description, data_text(record, data), eval_data)
-    front = _metadata(record, name, license, base_id, data, evaluated_on)
+    record = read_record(source, given, alpha=alpha, base=base, eval_file=eval_file)
+    name = line(title or (repository or "").partition("/")[2] or _title(record))
     home = record.path if record.path.is_dir() else record.path.parent
     path = home / ("README.md" if record.file is None else f"{record.path.stem}.README.md")
-    missing = _missing(record, license, description, base_id, data, repository, evaluated_on)
-    return Card(marked(f"---\n{front}\n---\n\n{text}"), missing, path)
+    return Card(marked(f"---\n{_metadata(record, name)}\n---\n\n{page(record, name)}"), _missing(record), path)
 
 
-def _title(record: AdapterRecord, base: str | None) -> str:
+def ours(text: str) -> bool:
+    """Whether lorakit wrote this page and nobody has changed it since."""
+    mark = _MARK.search(text)
+    return mark is not None and marked(text[: mark.start()]) == text
+
+
+def marked(text: str) -> str:
+    """Append the mark to a page."""
+    text = text.rstrip() + "\n"
+    return f"{text}\n<!-- Written by lorakit card, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def with_repository(text: str, repository: str) -> str:
+    """Replace the placeholder in a page with our mark by the repository's name; return any other page unchanged."""
+    mark = _MARK.search(text)
+    if mark is None or PLACEHOLDER not in text:
+        return text
+    changed = text[: mark.start()].replace(PLACEHOLDER, repository)
+    return marked(changed) if ours(text) else changed + text[mark.start() :]
+
+
+def write(text: str, path: Path, force: bool = False) -> None:
+    """Write a card. Raises ConfigError if `path` has a page that lorakit did not write, or that was edited since."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder\n  give a file (--out {path / 'README.md'})")
+    if path.exists() and not force and not ours(path.read_bytes().decode("utf8", errors="replace")):
+        raise ConfigError(
+            f"{path} was not written by lorakit, or was changed since\n  --force replaces it; --out names another file"
+        )
+    write_text(path, text)
+
+
+def _title(record: AdapterRecord) -> str:
     """Return the title that the file gives itself, or else one made from the base's name."""
-    for key in ("title", "name"):
-        if record.facts.training.get(key):
-            return str(record.facts.training[key])
-    name = (
-        base.partition("/")[2]
-        if base
-        else ""
-        if record.base in (None, EMBEDDED)
-        else last_name(str(record.base).rstrip("/\\"))
-    )
-    return f"LoRA for {name}" if name else record.path.stem if record.file else "LoRA adapter"
+    own = record.facts.training.get("title") or record.facts.training.get("name")
+    if own:
+        return str(own)
+    base = record.base_id or (record.base if record.base != EMBEDDED else None)
+    return f"LoRA for {last_name(base)}" if base else record.path.stem if record.file else "LoRA adapter"
 
 
-def _metadata(
-    record: AdapterRecord, name: str, license: str | None, base: str | None, data: str | None, evaluated_on: str | None
-) -> str:
+def _metadata(record: AdapterRecord, name: str) -> str:
     """Return the YAML metadata. Every text in it is one line."""
     from huggingface_hub import ModelCardData
 
-    dataset = hub_id(data or record.data.get("id"))
-    triggers = record.facts.training.get("trigger words") or []
-    results = _eval_results(record, dataset, evaluated_on)
-    task = "text-to-image" if record.image else _TASKS.get(str(record.facts.task))
-    library = _LIBRARIES.get(record.format)
-    if record.image and record.format == "peft":
-        library = None  # a pipeline's modules: PEFT alone cannot load them
-    is_ours = bool(record.settings) and record.format == "peft"
+    base, dataset = record.base_id, hub_id(record.given.data or record.data.get("id"))
+    triggers = record.facts.training.get("trigger words")
+    results = _eval_results(record, dataset)
+    tags = ["lora", *(["lorakit"] if record.settings and record.format == "peft" else [])]
+    is_pipeline = record.image and record.format == "peft"  # a pipeline's modules: PEFT alone cannot load them
     card_data = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
-        library_name=library,
-        license=license,
-        pipeline_tag=task,
+        library_name=None if is_pipeline else _LIBRARIES.get(record.format),
+        license=record.given.license,
+        pipeline_tag="text-to-image" if record.image else _hub_task(record),
         datasets=[dataset] if dataset else None,
-        tags=["lora", *(["lorakit"] if is_ours else []), *(["text-to-image"] if record.image else [])],
+        tags=[*tags, *(["text-to-image"] if record.image else [])],
         instance_prompt=line(triggers[0]) if triggers else None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -129,72 +146,45 @@ def _metadata(
     return card_data.to_yaml()
 
 
-def _eval_results(record: AdapterRecord, dataset: str | None, evaluated_on: str | None) -> list[EvalResult]:
+def _hub_task(record: AdapterRecord) -> str | None:
+    return TASKS.get(str(record.facts.task), (None, None))[1]
+
+
+def _eval_results(record: AdapterRecord, dataset: str | None) -> list[EvalResult]:
     """Return results on datasets of the hub; results on local files appear on the page only."""
     from huggingface_hub import EvalResult
 
-    task = _TASKS.get(str(record.facts.task))
-    if task is None:
-        return []
-    results: list[tuple[str, str, str, float]] = []  # (dataset, metric type, metric name, value)
-    eval_data = hub_id(evaluated_on)
-    for row in record.eval_results:
-        if eval_data is None or row.get("adapter") is None:
-            continue
-        values = {"loss": row.get("loss"), "perplexity": row.get("perplexity"), **mapping(row.get("scores"))}
-        for key, name in (("loss", "loss"), ("perplexity", "perplexity"), *_METRICS):
-            value = number(values.get(key))
-            if value is not None:
-                results.append((eval_data, key, name, float(value)))
-    best = record.best
-    if dataset is not None and best is not None:
-        for key, kind in (("held_out_loss", "loss"), ("held_out_perplexity", "perplexity")):
-            value = number(best.get(key))
-            if value is not None:
-                results.append((dataset, kind, f"{kind} on rows held out from training", float(value)))
+    task, evaluated_on = _hub_task(record), hub_id(record.given.evaluated_on)
+    scored = {key: name for key, (name, _) in MEASURES.items()}
+    held_out = {key: f"{key} on rows held out from training" for key in ("loss", "perplexity")}
+    measured = [(evaluated_on, scored, row) for row in record.eval_results if row.get("adapter") is not None]
+    measured += [(dataset, held_out, record.best)] if record.best else []
     return [
-        EvalResult(
-            task_type=task,
-            dataset_type=on,
-            dataset_name=on,
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(value, 4),
-        )
-        for on, kind, name, value in results
+        EvalResult(task, on, on, metric_type=key, metric_name=name, metric_value=round(float(values[key]), 4))
+        for on, names, values in measured
+        for key, name in names.items()
+        if task and on and number(values.get(key)) is not None
     ]
 
 
-def _missing(
-    record: AdapterRecord,
-    license: str | None,
-    description: str | None,
-    base: str | None,
-    data: str | None,
-    repository: str | None,
-    on: str | None,
-) -> list[str]:
+def _missing(record: AdapterRecord) -> list[str]:
     """List what is not known, each with the option that provides it."""
-    lines = []
-    if repository is None:
-        lines.append("the repository's name, for the code: `lorakit push` fills it in, or --repository OWNER/NAME")
-    if license is None:
-        from_file = record.facts.training.get("license")
-        note = f" (the file says {line(from_file)!r})" if from_file else ""
-        lines.append(f"a licence: --license apache-2.0{note}")
-    if description is None:
-        lines.append("what it is good for, and what it is not: --description TEXT")
-    if base is None:
-        name = without_paths(base_text(record, None)) or "not known"
-        reason = "is not on the hub" if record.base == EMBEDDED else f"is {name}, not a hub id"
-        lines.append(f"the base's hub id (it {reason}), for the link to it: --base-model OWNER/NAME")
-    if data is None and not record.data:
-        lines.append("the training data: --data NAME or its hub id")
-    if not record.eval_results:
-        command = "lorakit eval ROWS --adapter ADAPTER --json > eval.json"
-        lines.append(f"results on separate test rows: {command}, then --eval eval.json --eval-on NAME")
-    elif on is None:
-        lines.append("the name of the evaluated rows: --eval-on NAME or a hub id")
-    if not record.samples and not record.image:
-        lines.append("samples: `lorakit train` takes them (sample_tokens); they are read from the run's folder")
-    return lines
+    given, license = record.given, record.facts.training.get("license")
+    from_file = f" (the file says {line(license)!r})" if license else ""
+    base = "is not on the hub"
+    if record.base != EMBEDDED:
+        base = f"is {without_paths(base_text(record)) or 'not known'}, not a hub id"
+    results = "lorakit eval ROWS --adapter ADAPTER --json > eval.json, then --eval eval.json --eval-on NAME"
+    named = given.evaluated_on or not record.eval_results
+    known = {
+        "the repository's name, for the code: `lorakit push` fills it in, or --repository OWNER/NAME": given.repository,
+        f"a licence: --license apache-2.0{from_file}": given.license,
+        "what it is good for, and what it is not: --description TEXT": given.description,
+        f"the base's hub id (it {base}), for the link to it: --base-model OWNER/NAME": record.base_id,
+        "the training data: --data NAME or its hub id": given.data or record.data,
+        f"results on separate test rows: {results}": record.eval_results,
+        "the name of the evaluated rows: --eval-on NAME or a hub id": named,
+        "samples: `lorakit train` takes them (sample_tokens); they are read from the run's folder": record.samples
+        or record.image,
+    }
+    return [how for how, value in known.items() if not value]

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from ..errors import ConfigError, LorakitError
 from ..formats import FOLDERS, find, format_of
 from ..formats.hub import SECONDS, api, endpoint
 from ..io.hub_errors import LOGIN, TOKENS, reason
-from . import card_of
-from .page import with_repository
+from .card import card_of, with_repository
+from .paths import is_hub_name
 from .upload import check, files_of, inside, without_local_paths
-from .words import is_hub_name
 
 CARD = "README.md"
 
@@ -45,9 +44,9 @@ class Pushed:
     revision: str
     files: dict[str, int]
     card: str
-    mended: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    not_on_card: list[str] = field(default_factory=list)
+    mended: list[str]
+    left: list[str]
+    not_on_card: list[str]
     created: bool = False
     changed: bool = True
     commit: str | None = None
@@ -90,24 +89,24 @@ def push(
     files = files_of(path, form)
     with ExitStack() as stack:
         check(files, path, form, alpha, base)
-        prepared = without_local_paths(files, base_model, stack)
-        files = prepared.files
-        if prepared.changed:
+        files, mended, left = without_local_paths(files, base_model, stack)
+        if mended:
             check(files, path, form, alpha, base)
-        existing = {} if dry_run else _repository(repository, revision, private)
-        kind, page = _page(path, form, repository, card, existing, base_model, license, alpha, base)
-        sizes = {name: file.stat().st_size for name, file in files.items()}
-        if page is not None:
-            sizes[CARD] = len(page)
+        existing = {} if dry_run else _existing(repository, revision, private)
+        kind, page = "none", None
+        if card:
+            options = {"base_model": base_model, "alpha": alpha, "base": base}
+            kind, page = _page(path, form, repository, existing, license, options)
+        sizes = {name: file.stat().st_size for name, file in files.items()} | ({CARD: len(page)} if page else {})
         planned = Pushed(
             repository,
             f"{endpoint()}/{repository}",
             revision or "main",
             dict(sorted(sizes.items())),
             kind,
-            prepared.changed,
-            prepared.left,
-            _not_on_card(kind, page, base_model, license),
+            mended,
+            left,
+            _not_on_card(kind, page or b"", base_model, license),
         )
         if tell is not None:
             tell(planned)
@@ -116,7 +115,7 @@ def push(
         return _upload(planned, files, page, private, message or "Upload an adapter with lorakit", existing)
 
 
-def _repository(repository: str, revision: str | None, private: bool) -> dict[str, Any]:
+def _existing(repository: str, revision: str | None, private: bool) -> dict[str, Any]:
     """Return the repository's commit and files, {} if it does not exist. Raises LorakitError if it is not writable."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -127,41 +126,26 @@ def _repository(repository: str, revision: str | None, private: bool) -> dict[st
         )
     try:
         info = api().model_info(repository, timeout=SECONDS)
-        if private and not info.private:
-            raise LorakitError(
-                f"{repository} exists and is public: --private is for new repositories and does not hide an existing "
-                "one\n"
-                f"  change it at {endpoint()}/{repository}/settings, name another repository, or leave --private out"
-            )
-        if revision not in (None, "main"):
-            info = api().model_info(repository, revision=revision, timeout=SECONDS)
-    except RevisionNotFoundError:
-        pass  # the branch will be created from main, so `info` is right
-    except LorakitError:
-        raise
+        with suppress(RevisionNotFoundError):  # the branch will be created from main, so `info` is right
+            info = api().model_info(repository, revision=revision or "main", timeout=SECONDS)
     except Exception as error:
-        gated = isinstance(error, GatedRepoError)  # a subclass of RepositoryNotFoundError, but the repository exists
-        if isinstance(error, RepositoryNotFoundError) and not gated:
+        # GatedRepoError is a subclass of RepositoryNotFoundError, but the repository exists
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             return {}
         why = reason(error, repository, revision, writing=True)
         raise LorakitError(f"nothing was uploaded to {repository}: {why}") from error
+    if private and not info.private:
+        raise LorakitError(
+            f"{repository} exists and is public: --private is for new repositories and does not hide an existing one\n"
+            f"  change it at {endpoint()}/{repository}/settings, name another repository, or leave --private out"
+        )
     return {"commit": info.sha, "files": [f.rfilename for f in info.siblings or []]}
 
 
 def _page(
-    path: Path,
-    form: str,
-    repository: str,
-    with_card: bool,
-    existing: Mapping[str, Any],
-    base_model: str | None,
-    license: str | None,
-    alpha: float | None,
-    base: Path | None,
+    path: Path, form: str, repository: str, existing: Mapping[str, Any], license: str | None, options: Mapping[str, Any]
 ) -> tuple[str, bytes | None]:
-    """Return (`Pushed.card`, the card's bytes to upload, if any)."""
-    if not with_card:
-        return "none", None
+    """Return (`Pushed.card`, the card's bytes to upload, if any). options: of `card_of`."""
     home = path if path.is_dir() else path.parent
     beside = home / CARD if form in FOLDERS or path.is_dir() else home / f"{path.stem}.{CARD}"
     if beside.is_file():
@@ -175,19 +159,17 @@ def _page(
         return "as it is here", with_repository(text, repository).encode()
     if CARD in existing.get("files", ()):
         return "as it is there", None
-    new = card_of(path, repository=repository, base_model=base_model, license=license, alpha=alpha, base=base)
-    return "written", new.text.encode()
+    return "written", card_of(path, repository=repository, license=license, **options).text.encode()
 
 
-def _not_on_card(kind: str, page: bytes | None, base_model: str | None, license: str | None) -> list[str]:
+def _not_on_card(kind: str, page: bytes, base_model: str | None, license: str | None) -> list[str]:
     """List the options that have no effect on the card, as it existed before or there is none."""
     if kind == "written":
         return []
-    text = page.decode() if page is not None else ""
     # without a card, --base-model still has an effect on the config
     options = {"--license": license, "--base-model": base_model if kind != "none" else None}
-    given = {name: value for name, value in options.items() if value is not None}
-    return [f"{k} {v}" for k, v in given.items() if not re.search(rf"(?<![\w./-]){re.escape(v)}(?![\w/-])", text)]
+    given = [(name, value) for name, value in options.items() if value is not None]
+    return [f"{k} {v}" for k, v in given if not re.search(rf"(?<![\w./-]){re.escape(v)}(?![\w/-])", page.decode())]
 
 
 def _upload(
@@ -202,14 +184,15 @@ def _upload(
     from huggingface_hub import CommitOperationAdd
 
     hub, repository, branch = api(), planned.repository, planned.revision
+    contents: dict[str, str | bytes] = {name: str(file) for name, file in files.items()}
+    contents |= {CARD: page} if page is not None else {}
+    # not upload_folder, which uploads a large folder in several commits
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     try:
         if not existing:
             hub.create_repo(repository, private=private or None, exist_ok=True, repo_type="model")
         if branch != "main":
             hub.create_branch(repository, branch=branch, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file)) for name, file in files.items()]
-        if page is not None:
-            operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=page))
         commit = hub.create_commit(repository, operations, commit_message=message, revision=branch, repo_type="model")
     except Exception as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error

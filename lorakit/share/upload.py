@@ -13,9 +13,8 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import AdapterError
 from ..formats import FOLDERS, TAKES_ALPHA, diffusers, load, mlx, peft
@@ -29,34 +28,34 @@ FILES = {"peft": (peft.CONFIG, peft.WEIGHTS, peft.OURS), "mlx": (mlx.CONFIG, mlx
 SAFE = (".safetensors", ".gguf")
 
 
-@dataclass(frozen=True)
-class PreparedFiles:
+class PreparedFiles(NamedTuple):
     """The files to upload. changed: what differs from the local files. left: where local paths remain."""
 
     files: dict[str, Path]
-    changed: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    changed: list[str]
+    left: list[str]
 
 
 def files_of(path: Path, form: str) -> dict[str, Path]:
     """Return an adapter's own files: name in the repository -> path. Raises AdapterError, also for pickles."""
-    if form in FOLDERS:
-        folder = path if path.is_dir() else path.parent
-        config, weights, *others = FILES[form]
-        if not (folder / weights).is_file():
+    if form not in FOLDERS:
+        file = path / diffusers.FILE if path.is_dir() else path
+        if file.suffix not in SAFE:
             raise AdapterError(
-                f"{folder} has no {weights}\n  pickled tensors are not uploaded; convert them: {_convert(folder)}"
+                f"{file} is a pickle, which can run code where it is loaded\n"
+                f"  convert it to safetensors first: lorakit convert {file} OUT --to peft"
             )
-        for name in others:  # config and tensors are checked when loaded; any other JSON file could be anything
-            inside(folder / name, "remove it")
-        return {name: folder / name for name in (config, weights, *others) if (folder / name).is_file()}
-    file = path / diffusers.FILE if path.is_dir() else path
-    if file.suffix not in SAFE:
+        return {file.name: file}
+    folder = path if path.is_dir() else path.parent
+    _, weights, *others = FILES[form]
+    if not (folder / weights).is_file():
         raise AdapterError(
-            f"{file} is a pickle, which can run code where it is loaded\n"
-            f"  convert it to safetensors first: {_convert(file)}"
+            f"{folder} has no {weights}\n"
+            f"  pickled tensors are not uploaded; convert them: lorakit convert {folder} OUT --to peft"
         )
-    return {file.name: file}
+    for name in others:  # config and tensors are checked when loaded; any other JSON file could be anything
+        inside(folder / name, "remove it")
+    return {name: folder / name for name in FILES[form] if (folder / name).is_file()}
 
 
 def inside(file: Path, otherwise: str) -> None:
@@ -65,31 +64,22 @@ def inside(file: Path, otherwise: str) -> None:
     otherwise: another fix, for the message. Links inside huggingface_hub's cache are allowed
     (models--OWNER--NAME/snapshots/COMMIT/FILE -> .../blobs/HASH).
     """
-    if not file.is_file():
-        return
     target, home = file.resolve(), file.parent.resolve()
-    roots = [home]
-    roots += [
-        p.parent / "blobs" for p in home.parents if p.name == "snapshots" and p.parent.name.startswith("models--")
-    ]
-    if not any(target.is_relative_to(root) for root in roots):
+    caches = [p.parent for p in home.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    allowed = [home, *(cache / "blobs" for cache in caches)]
+    if file.is_file() and not any(target.is_relative_to(root) for root in allowed):
         raise AdapterError(
             f"nothing was uploaded: {file} is a link that leads out of its folder, to {target}\n"
             f"  replace the link by a copy if the file is the adapter's, or {otherwise}"
         )
 
 
-def _convert(path: Path) -> str:
-    return f"lorakit convert {path} OUT --to peft"
-
-
 def check(files: Mapping[str, Path], path: Path, form: str, alpha: float | None, base: Path | None) -> None:
     """Check that the files load and have no NaN or infinity. Raises AdapterError, which names files under `path`."""
     first = next(iter(files.values()))
+    source, alpha = first.parent if form in FOLDERS else first, alpha if form in TAKES_ALPHA else None
     try:
-        load(
-            first.parent if form in FOLDERS else first, alpha=alpha if form in TAKES_ALPHA else None, base=base
-        ).check()
+        load(source, alpha=alpha, base=base).check()
     except AdapterError as error:
         home = path if path.is_dir() else path.parent
         raise AdapterError(f"nothing was uploaded: {str(error).replace(str(first.parent), str(home))}") from error
@@ -101,48 +91,35 @@ def without_local_paths(files: dict[str, Path], base_model: str | None, stack: E
     A single file is never changed; its paths are reported as left. base_model: the hub id to call the base by. Raises
     AdapterError for JSON that is nested too deeply.
     """
-    if len(files) == 1:
-        cleaner = PathCleaner()
-        for name, file in files.items():
-            for key, text in _header_texts(file).items():
-                cleaner.clean_text(text, f"{name}, {key}", key)
-        left = [*((where, "holds a local path") for where, _ in cleaner.cut), *cleaner.left]
-        return PreparedFiles(files, [], _lines(left))
-    cleaner = PathCleaner(base_model)
-    clean: dict[str, Any] = {}
+    is_single = len(files) == 1
+    cleaner = PathCleaner(None if is_single else base_model)
+    changed: dict[str, Any] = {}
     for name, file in files.items():
         try:
-            value = _cleaned(name, file, cleaner)
+            value = read_json(file) if name.endswith(".json") else _header_texts(file)
+            if name.endswith(".json"):
+                clean = cleaner.clean(value, name)
+            else:
+                clean = {key: cleaner.clean_text(text, f"{name}, {key}", key) for key, text in value.items()}
         except RecursionError as error:
             raise AdapterError(f"nothing was uploaded: {file}: its JSON is nested too deeply") from error
-        if value is not None:
-            clean[name] = value
-    if not clean:
-        return PreparedFiles(files, [], _lines(cleaner.left))
+        if clean != value:
+            changed[name] = clean
+    left = [f"{where}: {what}" for where, what in cleaner.left]
+    if is_single:
+        return PreparedFiles(files, [], [*left, *(f"{where}: holds a local path" for where, _ in cleaner.cut)])
+    if not changed:
+        return PreparedFiles(files, [], left)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorakit-push-")))
     for name, file in files.items():
-        if name not in clean:
+        if name not in changed:
             shutil.copyfile(file, folder / name)
         elif name.endswith(".json"):
-            (folder / name).write_text(json.dumps(clean[name], indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+            (folder / name).write_text(json.dumps(changed[name], indent=2, ensure_ascii=False) + "\n", encoding="utf8")
         else:
-            _copy_with_header(file, folder / name, clean[name])
-    return PreparedFiles({name: folder / name for name in files}, _lines(cleaner.cut), _lines(cleaner.left))
-
-
-def _lines(pairs: list[tuple[str, str]]) -> list[str]:
-    return [f"{where}: {what}" for where, what in pairs]
-
-
-def _cleaned(name: str, file: Path, cleaner: PathCleaner) -> dict[str, Any] | None:
-    """Return a config, or a tensor file's header texts, without local paths; None if nothing changes."""
-    if name.endswith(".json"):
-        value = read_json(file)
-        clean = cleaner.clean(value, name)
-    else:
-        value = _header_texts(file)
-        clean = {key: cleaner.clean_text(text, f"{name}, {key}", key) for key, text in value.items()}
-    return clean if clean != value else None
+            _copy_with_header(file, folder / name, changed[name])
+    copies = {name: folder / name for name in files}
+    return PreparedFiles(copies, [f"{where}: {what}" for where, what in cleaner.cut], left)
 
 
 def _header_texts(file: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What a model is to learn: rows to items, items to losses, and how well it does. One file per task, found by its name.
+"""Tasks: how rows become items, items a loss, and a model's quality a number. One file per task, found by its name.
 
-What tasks on text share is in `text/`. Nothing here knows of the training loop.
+`text/` holds what text tasks share. Nothing here knows of the training loop.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _PROTOCOL = "task"
 
 
 def task_names() -> list[str]:
-    """The tasks there are, the default first."""
+    """List all tasks, the default first."""
     files = [file.name for file in iter_modules(__path__) if not file.ispkg and file.name != _PROTOCOL]
     return sorted(files, key=lambda name: (name != DEFAULT, name))
 
 
 def task_of(name: str) -> Task:
-    """The task of this name: its file."""
-    found: Any = import_module(f".{name}", __name__)
-    return found
+    """Return the task of this name: the module `tasks/<name>.py`."""
+    module: Any = import_module(f".{name}", __name__)
+    return module
 
 
 def task_for(peft_type: str | None) -> str | None:
-    """The name of the task that PEFT's task_type means; None where there is none of it."""
+    """Return the name of the task with this PEFT task_type, None if there is none."""
     return next((name for name in task_names() if task_of(name).peft_type == peft_type), None)

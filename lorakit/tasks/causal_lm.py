@@ -1,6 +1,4 @@
-"""A language model learns answers, or texts: the loss is over the trained tokens,
-each predicted from those before it.
-"""
+"""Causal language modelling: predict each trained token from the tokens before it."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ class Writing(Strict):
         "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
     )
     train_on: Literal["completion", "all"] = Field(
-        "completion", description="train on the answers only, or on everything"
+        "completion", description="train on the answers only, or on all tokens"
     )
     turns: Literal["all", "last"] = Field(
         "all", description="of a conversation, train every answer, or only the last one"
@@ -109,39 +107,41 @@ def data(config: RunSettings, processor: Any) -> Data:
     tokenizer, options = _tokenizer(own, processor), _options(own)
     ends = end_tokens(config.model, config.revision, config.trust_remote_code)
 
-    def read(source: str, name: str | None, most: int | Literal["auto"]) -> Dataset:
+    def read(source: str, split: str | None, max_length: int | Literal["auto"]) -> Dataset:
         return build(
-            read_rows(source, name),
+            read_rows(source, split),
             tokenizer,
             columns=own.columns or None,
             template=own.template,
             train_on=own.train_on,
-            max_length=most,
+            max_length=max_length,
             on_long=own.on_long,
             turns=own.turns,
             options=options,
             ends=ends,
         )
 
-    found = read(config.data, config.split, own.max_length)
-    notes = dict(found.notes)
+    dataset = read(config.data, config.split, own.max_length)
+    notes = dict(dataset.notes)
     if isinstance(config.validation, str):
-        held = read(config.validation, None, found.max_length)
-        train, held_out = found.items, held.items
-        if held.dropped:
-            notes[f"of {config.validation} are longer than {found.max_length} tokens and are not judged"] = held.dropped
-        notes |= {f"{note} (in {config.validation})": count for note, count in held.notes.items()}
+        validation = read(config.validation, None, dataset.max_length)
+        train, held_out = dataset.items, validation.items
+        if validation.dropped:
+            notes[f"of {config.validation} are longer than {dataset.max_length} tokens and are not evaluated"] = (
+                validation.dropped
+            )
+        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
     else:
-        train, held_out = held_out_of(found.items, config.validation)
-    left_out = "".join(
-        f", {count} {what}"
-        for count, what in ((found.dropped, "dropped"), (found.cut, "cut"), (found.split, "split"))
+        train, held_out = held_out_of(dataset.items, config.validation)
+    long_rows = "".join(
+        f", {count} {action}"
+        for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut"), (dataset.split, "split"))
         if count
     )
-    length = f"at most {found.max_length} tokens ({found.max_length_reason}){left_out}"
-    about = record(found, tokenizer, options, own.chat_template is not None)
+    length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
+    about = record(dataset, tokenizer, options, own.chat_template is not None)
     files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
-    return Data(train, held_out, found.shape, length, about, notes, files)
+    return Data(train, held_out, dataset.shape, length, about, notes, files)
 
 
 def _tokenizer(own: CausalSettings, processor: Any) -> Any:
@@ -184,21 +184,21 @@ def check(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
 
     if model.config.is_encoder_decoder:
         raise TrainError(
-            f"{config.model} is an encoder-decoder ({type(model).__name__}); the loss here is that of a decoder-only "
-            "model"
+            f"{config.model} is an encoder-decoder ({type(model).__name__}); expected a decoder-only model\n"
+            "  choose another base (--model)"
         )
     check_positions(config, model, items)
 
 
 def check_together(model: Any) -> None:
-    """Only trained positions reach the output layer, and then their rows are not known."""
+    """Raise TrainError if the output layer is adapted: it sees trained positions, without the rows they belong to."""
     from ..layers.layer import LoraLayer
 
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise TrainError(
-            "the targets include the output layer, which sees trained positions and no rows, so its adapters cannot "
-            "share a pass\n"
-            "  leave it out of the targets, or start such runs one by one with lorakit train"
+            "the targets include the output layer, which gets trained positions rather than rows, so runs cannot share "
+            "its forward pass\n"
+            "  remove it from the targets, or start these runs one by one with lorakit train"
         )
 
 
@@ -216,7 +216,7 @@ def collate(items: Sequence[Item], base: Base) -> dict[str, Tensor]:
 
 
 def example(rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
-    """Rows of which the last `share` is trained."""
+    """Return rows of token 0, of which the last `share` is trained."""
     import torch
 
     from ..ops import IGNORE_INDEX
@@ -237,16 +237,17 @@ def evaluate(base: Base, items: Sequence[Item], batch_size: int) -> dict[str, fl
     from ..data.batches import pad_id
     from .text.perplexity import perplexity
 
-    found = perplexity(base.model, items, pad_id(base.processor), batch_size)
-    return {"loss": found.loss, "perplexity": found.perplexity}
+    measured = perplexity(base.model, items, pad_id(base.processor), batch_size)
+    return {"loss": measured.loss, "perplexity": measured.perplexity}
 
 
 # ------------------------------------------------------------------------------------- samples
 
 
 def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
-    """The configured prompts, written as the data's are, or the first held-out rows that have one and leave room for an
-    answer.
+    """Return the configured prompts in the data's template, or those of the first held-out rows.
+
+    Held-out rows are used if they have a prompt and the model has positions left for an answer.
     """
     from ..data.render import question_ids
     from ..generate.generate import check_prompts, positions_of
@@ -261,18 +262,18 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
         return [Prompt(text, i) for text, i in zip(own.sample_prompts, ids, strict=True)]
     positions = positions_of(base.model)
     room = math.inf if positions is None else positions - own.sample_tokens
-    found: list[Prompt] = []
+    chosen: list[Prompt] = []
     for item in data.held_out:
-        beginning = item.ids[: item.prompt_length]
-        if 0 < len(beginning) <= room and beginning not in [p.ids for p in found]:
-            found.append(Prompt(base.processor.decode(beginning), beginning))
-        if len(found) == DEFAULT_PROMPTS:
+        prompt = item.ids[: item.prompt_length]
+        if 0 < len(prompt) <= room and prompt not in [p.ids for p in chosen]:
+            chosen.append(Prompt(base.processor.decode(prompt), prompt))
+        if len(chosen) == DEFAULT_PROMPTS:
             break
-    return found
+    return chosen
 
 
 def samples(config: RunSettings, base: Base, prompts: Sequence[Prompt]) -> list[str]:
-    """One greedy answer for each prompt."""
+    """Generate one greedy answer per prompt."""
     from ..generate.generate import generate
 
     tokens = part(config, CausalSettings).sample_tokens

@@ -1,11 +1,11 @@
-"""Sequence classification: a label for each text, or pair of texts, from a head on the base (transformers' `score` or
-`classifier`).
+"""Sequence classification: predict a label for a text or a pair of texts with a head on the base.
 
-    loss = −log softmax(head(h))[label], the mean over rows        h: the last token's hidden state of a decoder, the
-                                                                   pooled one of an encoder
+    loss = −log softmax(head(h))[label], averaged over rows
+    h: a decoder's hidden state of the last token, an encoder's pooled one
 
-The head starts anew, at random by the run's seed; it is trained whole and saved with the adapter, as PEFT does
-(modules_to_save). The labels' names travel in the adapter's metadata and in the model's config (id2label).
+The head (transformers' `score` or `classifier`) is initialized at random from the run's seed, trained in full and saved
+with the adapter, as in PEFT (modules_to_save). The label names are stored in the adapter's metadata and in the model's
+config (id2label).
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ class ClassificationSettings(Lengths, Columns):
     rows: ClassVar = {"labels"}
 
     labels: list[str] = Field(
-        default_factory=list,
-        description="names of the labels, in the order of their numbers; default: those of the data, sorted",
+        default_factory=list, description="label names, in the order of their ids; default: those of the data, sorted"
     )
 
 
 settings = ClassificationSettings
 peft_type = "SEQ_CLS"
-summary = "a label for each text, or pair of texts"
+summary = "predict a label for a text or a pair of texts"
 unit = "rows"
 
 
@@ -58,7 +57,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.read import read_rows
 
     own = part(config, ClassificationSettings)
-    found = read_labelled(
+    dataset = read_labelled(
         read_rows(config.data, config.split),
         processor,
         columns=own.columns,
@@ -67,26 +66,29 @@ def data(config: RunSettings, processor: Any) -> Data:
         on_long=own.on_long,
     )
     if isinstance(config.validation, str):
-        held = read_labelled(
+        validation = read_labelled(
             read_rows(config.validation),
             processor,
             columns=own.columns,
-            names=found.names,
-            max_length=found.max_length,
+            names=dataset.names,
+            max_length=dataset.max_length,
             on_long=own.on_long,
         )
-        train, held_out = found.items, held.items
+        train, held_out = dataset.items, validation.items
     else:
-        train, held_out = held_out_of(found.items, config.validation)
-    left_out = "".join(f", {count} {what}" for count, what in ((found.dropped, "dropped"), (found.cut, "cut")) if count)
-    length = f"at most {found.max_length} tokens ({found.max_length_reason}){left_out}"
-    shape = f"{found.shape}; {len(found.names)} labels: {', '.join(found.names[:12])}{' ...' * (len(found.names) > 12)}"
-    return Data(train, held_out, shape, length, {"labels": found.names}, found.notes)
+        train, held_out = held_out_of(dataset.items, config.validation)
+    long_rows = "".join(
+        f", {count} {action}" for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut")) if count
+    )
+    length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
+    names = dataset.names
+    shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
+    return Data(train, held_out, shape, length, {"labels": names}, dataset.notes)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
-    names = about.get("labels") or [base.id2label[number] for number in sorted(base.id2label)]
-    return {} if names == [f"LABEL_{number}" for number in range(len(names))] else {"labels": list(names)}
+    names = about.get("labels") or [base.id2label[label] for label in sorted(base.id2label)]
+    return {} if names == [f"LABEL_{label}" for label in range(len(names))] else {"labels": list(names)}
 
 
 # ------------------------------------------------------------------------------------- the base
@@ -101,27 +103,30 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
     base = load_config(config.model, config.revision, config.trust_remote_code)
     if base.is_encoder_decoder:
         raise TrainError(
-            f"{config.model} is an encoder-decoder ({type(base).__name__}); classification takes an encoder or a "
-            "decoder"
+            f"{config.model} is an encoder-decoder ({type(base).__name__}); classification needs an encoder or a "
+            "decoder\n"
+            "  choose another base (--model)"
         )
-    torch.manual_seed(config.seed)  # a fresh head's start
+    torch.manual_seed(config.seed)  # for the new head's initialization
     trained = getattr(config, "save_modules", ())
     model = load_classifier(
         config.model, data.about["labels"], dtype, device, config.revision, config.trust_remote_code, trained
     )
-    return _settled(model, pad_id(processor))
+    return _configured(model, pad_id(processor))
 
 
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     base.num_labels = max(2, len(part(config, ClassificationSettings).labels))
-    made = AutoModelForSequenceClassification.from_config(base, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    return _settled(made, 0 if base.pad_token_id is None else base.pad_token_id)
+    model = AutoModelForSequenceClassification.from_config(
+        base, dtype=dtype, trust_remote_code=config.trust_remote_code
+    )
+    return _configured(model, 0 if base.pad_token_id is None else base.pad_token_id)
 
 
-def _settled(model: Any, pad: int) -> Any:
-    """With what a decoder needs: its last token is told by the padding; keys and values are kept for nobody."""
+def _configured(model: Any, pad: int) -> Any:
+    """Set the padding id, by which a decoder finds each row's last token, and disable the KV cache, which is unused."""
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad
     model.config.use_cache = False
     return model
@@ -134,14 +139,13 @@ def check(config: RunSettings, model: Any, items: Sequence[LabelledItem]) -> Non
 
 
 def check_together(model: Any) -> None:
-    """Nothing: such runs train alone."""
+    """Do nothing: `alone` already keeps this task out of sweeps."""
 
 
 def alone(config: RunSettings) -> str | None:
     return (
-        "task: classification trains a head whole, which takes the base's place for every row, so runs cannot share a "
-        "pass\n"
-        "  start such runs one by one with lorakit train"
+        "task: classification trains a head in full, which applies to every row, so runs cannot share a forward pass\n"
+        "  start these runs one by one with lorakit train"
     )
 
 
@@ -178,34 +182,32 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def evaluate(base: Base, items: Sequence[LabelledItem], batch_size: int) -> dict[str, float]:
-    """The mean loss, the share of right labels, and the mean of the labels' F1."""
+    """Return the mean loss, the accuracy and the macro F1. Raises NotFiniteError if a row's loss is not finite."""
     import torch
 
     from ..generate.eval_mode import evaluating
 
-    ordered = sorted(items, key=lambda item: -item.size)  # like lengths together: little padding
+    ordered = sorted(items, key=lambda item: -item.size)  # similar lengths together need little padding
     total, truth, predicted = 0.0, [], []
     with evaluating(base.model), torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
-            part = ordered[start : start + batch_size]
-            batch = {name: tensor.to(base.model.device) for name, tensor in collate(part, base).items()}
+            rows = ordered[start : start + batch_size]
+            batch = {name: tensor.to(base.model.device) for name, tensor in collate(rows, base).items()}
             logits = _logits(base.model, batch)
-            for item, loss in zip(part, _losses(logits, batch["labels"]).tolist(), strict=True):
+            for item, loss in zip(rows, _losses(logits, batch["labels"]).tolist(), strict=True):
                 if not math.isfinite(loss):
                     raise NotFiniteError(
                         f"{item.where}: the loss is {loss}\n  load the model in bfloat16 or float32 rather than float16"
                     )
                 total += loss
-            truth += [item.label for item in part]
+            truth += [item.label for item in rows]
             predicted += logits.argmax(1).tolist()
-    right = sum(t == p for t, p in zip(truth, predicted, strict=True))
-    return {"loss": total / len(truth), "accuracy": right / len(truth), "macro_f1": macro_f1(truth, predicted)}
+    correct = sum(t == p for t, p in zip(truth, predicted, strict=True))
+    return {"loss": total / len(truth), "accuracy": correct / len(truth), "macro_f1": macro_f1(truth, predicted)}
 
 
 def macro_f1(truth: Sequence[int], predicted: Sequence[int]) -> float:
-    """The mean of each label's F1 = 2·TP / (2·TP + FP + FN), over labels that are right or predicted somewhere
-    (scikit-learn's).
-    """
+    """Average the labels' F1 = 2·TP / (2·TP + FP + FN), over all labels in `truth` or `predicted` (as scikit-learn)."""
     pairs = list(zip(truth, predicted, strict=True))
     scores = []
     for label in {*truth, *predicted}:

@@ -1,7 +1,8 @@
-"""What a task is to a training run. A file of this folder offers these names; it imports torch inside its functions
-only.
+"""The interface of a task. Each file of this folder defines these names.
 
-rows → data → Data of items → collate → losses, [rows] → the loop
+    rows → `data` → items → `collate` → a batch → `losses`, [rows] → the training loop
+
+Such a file imports torch inside its functions only, so that `lorakit --help` stays quick.
 """
 
 from __future__ import annotations
@@ -18,28 +19,26 @@ if TYPE_CHECKING:
 
 
 class Item(Protocol):
-    """A row, ready to train on."""
+    """One training example, tokenized."""
 
     @property
     def size(self) -> int:
-        """What it costs: rows of like size share a batch. Of text, its tokens."""
+        """Its cost; items of similar size share a batch. For text, the number of tokens."""
 
     @property
     def weight(self) -> int:
-        """How many losses are summed in its own: a step's loss is divided by the weights of its rows. Of text, its
-        trained tokens.
-        """
+        """How many terms its loss sums; a step's loss is divided by the total. For a language model, trained tokens."""
 
     @property
     def where(self) -> str:
-        """Its file and row, for errors."""
+        """Its file and row, for error messages."""
 
     def digest(self) -> bytes:
-        """All of it that decides what is trained."""
+        """A digest of all that affects training, to tell whether two runs see the same rows."""
 
 
 class Prompt(Protocol):
-    """What a sample is made from."""
+    """A prompt for samples during training."""
 
     @property
     def text(self) -> str: ...
@@ -47,7 +46,7 @@ class Prompt(Protocol):
 
 @dataclass
 class Base:
-    """A model and what its inputs are made with: a tokenizer, an image processor, a pipeline."""
+    """A model and its processor: a tokenizer, an image processor, or a pipeline."""
 
     model: Any
     processor: Any
@@ -55,8 +54,10 @@ class Base:
 
 @dataclass(frozen=True)
 class Data:
-    """A run's items. `about`: what travels with the result; `notes`: what happened to some rows, and to how many.
-    `files`: texts to write beside the result, by name.
+    """A run's items, in training and held-out parts.
+
+    `shape`, `length`: descriptions for the start panel; `about`: stored in the result's metadata; `notes`: message ->
+    number of rows it concerns; `files`: texts to write beside the result, by name.
     """
 
     train: list[Any]
@@ -69,59 +70,62 @@ class Data:
 
 
 class Task(Protocol):
-    """`config` is a run's, which holds the task's own settings too."""
+    """A task. `config` is always a run's config, which includes the task's own settings."""
 
     settings: type[Strict]
     peft_type: str  # PEFT's task_type
     summary: str  # in the help of --task
-    unit: str  # what weights count: "tokens"
+    unit: str  # what `Item.weight` counts: "tokens"
 
     def processor(self, config: RunSettings) -> Any:
-        """What the base's inputs are made with. It comes before the base, which takes longer to load."""
+        """Load the processor (a tokenizer for text). It is loaded before the base, so that data errors come early."""
 
     def data(self, config: RunSettings, processor: Any) -> Data:
-        """The rows, read, rendered, measured, and some of them held out."""
+        """Read, tokenize and split the rows. Raises DataError for rows that cannot be used."""
 
     def remembered(self, about: Mapping[str, Any], base: Any) -> dict[str, Any]:
-        """Settings that a result brings: `about` it, as `data` said; `base`: the model's transformers config."""
+        """Return the settings to evaluate a result with, so that they need not be given again.
+
+        `about`: `Data.about` from the result's metadata; `base`: the model's transformers config.
+        """
 
     def load(self, config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
-        """The base model, in eval mode."""
+        """Load the base model, in eval mode."""
 
     def skeleton(self, config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
-        """The base model without its weights. `base`: transformers' config."""
+        """Build the base model without loading weights, for `lorakit plan`. `base`: its transformers config."""
 
     def check(self, config: RunSettings, model: Any, items: Sequence[Any]) -> None:
-        """TrainError for what would fail at the first batch or, worse, at the first evaluation."""
+        """Raise TrainError for what would fail at the first batch or, later, at the first evaluation."""
 
     def check_together(self, model: Any) -> None:
-        """TrainError if rows of several adapters cannot share a batch."""
+        """Raise TrainError if rows of several adapters cannot share a batch."""
 
     def alone(self, config: RunSettings) -> str | None:
-        """The error of a sweep, for a task whose runs cannot train beside others; None if they can."""
+        """Return a sweep's error message if runs of this task cannot train together; None if they can."""
 
     def collate(self, items: Sequence[Any], base: Base) -> dict[str, Tensor]:
-        """A batch."""
+        """Pad items into a batch, on the CPU."""
 
     def example(self, rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
-        """A batch as `collate` makes it, of any values. `share`: weight by size."""
+        """Return a batch of dummy values, as `collate` builds it. `size`: per item; `share`: weight / size."""
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The summed loss of each row: [rows], float32. The one loss, of training and of evaluation.
+        """Return the summed loss of each row: [rows], float32. Training and evaluation use this same loss.
 
-        Random numbers come from torch's own generator, which the loop seeds by run and step.
+        Random numbers must come from torch's default generator, which the loop seeds by run and step.
         """
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
-        """How well the model does, by name; the first is a loss, and decides early stopping."""
+        """Evaluate the model: metric name -> value. The first metric is a loss, which early stopping uses."""
 
     def prompts(self, config: RunSettings, base: Base, data: Data) -> Sequence[Prompt]:
-        """What samples are made from at each evaluation; none if there are to be no samples."""
+        """Return the prompts to sample from at each evaluation; empty for no samples."""
 
     def samples(self, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[str]:
-        """One for each prompt, by the model as it is now."""
+        """Generate one sample per prompt with the model as it is now."""
 
 
 def weight_of(items: Iterable[Item]) -> int:
-    """What a step's summed loss is divided by."""
+    """Sum the items' weights: what a step's summed loss is divided by."""
     return sum(item.weight for item in items)

@@ -1,1 +1,1 @@
-"""Training one adapter: the loop (`loop.py`) and what each of its steps does, one file each."""
+"""Training: the loop (`loop.py`), and one file for each thing it does."""

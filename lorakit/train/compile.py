@@ -1,9 +1,8 @@
-"""Training steps through torch.compile (inductor): the layers of each stack are compiled, one graph for all of them.
+"""Compile the training step with torch.compile (inductor): the repeated layers of a model, which share one graph.
 
-So compiling takes as long as one layer takes, whatever the model's depth, and the loss keeps its own form. The graph is
-made before the first step, from a batch of the run's largest size, with sizes left open: rows of other lengths need no
-other graph, and a resumed run computes with the same code as one that was never stopped. Evaluation and samples run the
-model as it is (`as_it_is`).
+Compile time is that of one layer, whatever the model's depth, and the loss stays as it is. The graph is compiled before
+the first step, on a batch of the run's largest size and with dynamic shapes: rows of other lengths need no new graph,
+and a resumed run uses the same code as an uninterrupted one. Evaluation and samples run uncompiled (`uncompiled`).
 """
 
 from __future__ import annotations
@@ -20,25 +19,23 @@ from ..layers.layer import LoraLayer
 from ..tasks.task import Task
 from .config import TrainConfig
 
-LENGTH_MULTIPLE = 8  # of a batch's columns, see `data.batches.collate`
+LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this, see `data.batches.collate`
 
 
 def check(config: TrainConfig, device: torch.device, processes: int, runs: int = 1) -> None:
-    """Refuse what compiled steps are not known to be right for, and machines that cannot compile."""
+    """Raise ConfigError where compiled steps are untested, and TrainError if this machine has no compiler."""
     if runs > 1:
-        raise ConfigError("compile: runs that train together need another graph for each mix of them; leave it out")
+        raise ConfigError("compile: a sweep needs a new graph for each mix of runs\n  remove compile")
     if processes > 1:
-        raise ConfigError(
-            f"compile: with {processes} processes it has not been shown to be right; leave one of the two out"
-        )
+        raise ConfigError(f"compile: not tested with {processes} processes\n  use one process, or remove compile")
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"compile: on {device.type} it has not been shown to be right; leave it out")
+        raise ConfigError(f"compile: not tested on {device.type}\n  remove compile")
     if device.type == "cpu" and (why := no_compiler()) is not None:
-        raise TrainError(f"compile: {why}\n  install one (Debian: apt-get install g++), or leave compile out")
+        raise TrainError(f"compile: {why}\n  install one (Debian: apt-get install g++), or remove compile")
 
 
 def no_compiler() -> str | None:
-    """Why there is no C++ compiler for inductor, or None if there is one."""
+    """Say what is missing if inductor finds no C++ compiler; None if it finds one."""
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -50,36 +47,39 @@ def no_compiler() -> str | None:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of every stack: items of one class in a ModuleList, with adapted modules in them (or with parameters
-    that train).
-    """
-    found: list[nn.Module] = []
+    """Find the repeated layers: modules of one class in a ModuleList, with adapted modules or trainable parameters."""
+    layers: list[nn.Module] = []
     for stack in model.modules():
         if (
             isinstance(stack, nn.ModuleList)
             and len(stack) > 1
             and len({type(layer) for layer in stack}) == 1
-            and not _inside(stack, found)
+            and not _inside(stack, layers)
         ):
-            found += [
+            layers += [
                 layer for layer in stack if any(isinstance(m, LoraLayer) for m in layer.modules()) or _trains(layer)
             ]
-    return found
+    return layers
 
 
 def compile_layers(model: nn.Module, rows: set[int], length: int, task: Task) -> str:
-    """Compile them in place, on batches of these numbers of rows. What was done, for the start panel."""
+    """Compile the repeated layers in place. Returns a description for the start panel.
+
+    `rows`: the numbers of rows to compile for; `length`: tokens of the longest row. Raises TrainError if the model has
+    no repeated layers, or inductor fails.
+    """
     layers = repeated_layers(model)
     if not layers:
         raise TrainError(
-            f"compile: {type(model).__name__} has no stack of like layers (a ModuleList) that trains; leave compile out"
+            f"compile: {type(model).__name__} has no repeated layers (a ModuleList of one class) that are trained\n"
+            "  remove compile"
         )
     began = time.perf_counter()
     device = next(model.parameters()).device
     length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with torch.no_grad():  # what the loss finds out about a model, it finds out without layers that are compiled
+        with torch.no_grad():  # the loss probes the model once: let it do so before the layers are compiled
             task.losses(model, _batch(task, 1, LENGTH_MULTIPLE, device))
         for layer in layers:
             layer.compile(dynamic=True)
@@ -89,28 +89,31 @@ def compile_layers(model: nn.Module, rows: set[int], length: int, task: Task) ->
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise TrainError(
-                f"compile: inductor could not compile {type(model).__name__}: {first}\n  leave compile out"
+                f"compile: inductor could not compile {type(model).__name__}: {first}\n  remove compile"
             ) from error
     for parameter in model.parameters():
         parameter.grad = None
     return f"{len(layers)} layers with inductor, {graphs()} graphs, in {time.perf_counter() - began:.0f} s"
 
 
-def rows_at_once(most: int, batch: int, rows: int) -> set[int]:
-    """Numbers of rows that need graphs of their own: any number from two on shares one, a single row has its own."""
-    last = rows % batch or batch  # of an epoch's last step
+def row_counts(most: int, batch: int, rows: int) -> set[int]:
+    """Return the row counts to compile for: inductor specializes a single row, and any more share one graph.
+
+    `most`: rows of a micro-batch; `batch`: rows of a step; `rows`: rows of the training data.
+    """
+    last = rows % batch or batch  # rows of an epoch's last step
     return {most} | ({1} if 1 in (most, batch % most, last % most) else set())
 
 
 def graphs() -> int:
-    """How many graphs this process has compiled; further ones are recompilations."""
+    """Return the number of graphs compiled in this process; each later increase is a recompilation."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
 
 
-def as_it_is() -> contextlib.AbstractContextManager[Any]:
-    """Within it compiled layers run their plain forward: what is not a training step would need graphs of its own."""
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which compiled layers run eagerly: evaluation and samples would need graphs of their own."""
     return torch.compiler.set_stance("force_eager")
 
 

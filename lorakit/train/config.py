@@ -1,6 +1,6 @@
-"""A run's config: the run's settings, those of every task and those of every method, in one flat class.
+"""A training run's config: the settings of the run, of every task and of every method, in one flat class.
 
-The field texts are the comments of `lorakit init`, the help and the docs at once.
+The field descriptions serve as the comments of `lorakit init`, as the help and as the docs.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from ..tasks import DEFAULT, task_for, task_names, task_of
 
 METHODS, TASKS = method_names(), task_names()
 
-# which methods and tasks there are, and their settings, is known when their folders are looked through
+# Methods and tasks, and so the config's fields, are found at run time by listing their folders.
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
     TaskName: TypeAlias = str
     Settings = RunSettings
 else:
     MethodName, TaskName = Literal[tuple(METHODS)], Literal[tuple(TASKS)]
-    # From the last to the first, as `lorakit init` lists them and sweeps name their runs: the tasks' stand between the
-    # two halves of the run's.
+    # Fields are ordered from the last base class to the first. That is the order of `lorakit init` and of the names of
+    # a sweep's runs: the tasks' settings stand between the two halves of the run's.
     _of_tasks = joined("TaskSettings", (task_of(name).settings for name in TASKS)).__mro__[1:]
     _between = [cls for cls in _of_tasks if issubclass(cls, Strict) and cls is not Strict]
     Settings = joined("Settings", [RunSettings, *_between, Source, *(method_of(name).settings for name in METHODS)])
 
 
 class TrainConfig(Settings):
-    """Everything a training run can be told."""
+    """All settings of a training run. Raises ConfigError for unknown names and invalid values."""
 
     task: TaskName = Field(
         "causal_lm",
-        description="what is to be learnt: "
+        description="the task: "
         + "; ".join(f"{name} (PEFT's {task_of(name).peft_type}): {task_of(name).summary}" for name in TASKS),
     )
     method: MethodName = Field("lora", description="; ".join(f"{name}: {method_of(name).summary}" for name in METHODS))
@@ -51,18 +51,18 @@ class TrainConfig(Settings):
         return DEFAULT if value is None else task_for(value) or value
 
     @model_validator(mode="after")
-    def _to_be_found(self) -> TrainConfig:
+    def _find_lr_allowed(self) -> TrainConfig:
         if self.find_lr:
             if self.learning_rate != "auto":
                 raise ValueError(
-                    f"find_lr looks for a learning rate, and {self.learning_rate:g} is given; leave one of the two out"
+                    f"find_lr searches for a learning rate, but learning_rate is {self.learning_rate:g}; give only one "
+                    "of the two"
                 )
             alone = method_of(self.method).alone(self)
-            what = alone[0] if alone else f"task: {self.task}" if task_of(self.task).alone(self) else None
-            if what:
+            setting = alone[0] if alone else f"task: {self.task}" if task_of(self.task).alone(self) else None
+            if setting:
                 raise ValueError(
-                    f"find_lr tries adapters side by side on one base, which {what} does not allow; give a "
-                    "learning_rate"
+                    f"find_lr trains several adapters on one base, which {setting} does not allow; give a learning_rate"
                 )
         return self
 

@@ -1,4 +1,4 @@
-"""Early stopping on held-out loss, as state that a checkpoint can hold."""
+"""Early stopping on the held-out loss, with state that a checkpoint can store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass
 class EarlyStop:
-    """The best held-out loss so far and how many evaluations ago it was. `patience` 0 never stops."""
+    """Tracks the best held-out loss. `patience`: evaluations without a better one before stopping; 0 never stops.
+
+    `since`: evaluations since the best one.
+    """
 
     patience: int
     best_loss: float | None = None
@@ -16,7 +19,7 @@ class EarlyStop:
     since: int = 0
 
     def better(self, loss: float, step: int) -> bool:
-        """Note an evaluation; whether it is the best so far."""
+        """Record an evaluation. Returns whether its loss is the best so far."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.since = loss, step, 0
             return True
@@ -25,7 +28,9 @@ class EarlyStop:
 
     @property
     def stop(self) -> bool:
+        """Whether to stop now."""
         return self.patience > 0 and self.since >= self.patience
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: all fields but `patience`, which may change."""
         return {k: v for k, v in asdict(self).items() if k != "patience"}

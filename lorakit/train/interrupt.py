@@ -1,4 +1,4 @@
-"""Ctrl-C (and a scheduler's SIGTERM) as a wish, granted after the step: the run saves and says how to go on."""
+"""Stop a run on Ctrl-C or SIGTERM after the current step, so that it can save a checkpoint and be resumed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from types import FrameType
 
 @dataclass
 class Interrupt:
-    """`signal`: its name, once one came. A second Ctrl-C stops at once."""
+    """Whether a stop was requested. `signal`: the signal's name once it arrived. A second signal stops at once."""
 
     signal: str | None = None
 
 
 @contextmanager
-def listening() -> Iterator[Interrupt]:
-    """Catch the signals inside the block; the former handlers come back after it. Outside the main thread it never
-    fires.
+def catching_signals() -> Iterator[Interrupt]:
+    """Catch SIGINT and SIGTERM inside the block, and restore the previous handlers after it.
+
+    Yields the `Interrupt` that they set. Outside the main thread, where Python delivers no signals, it is never set.
     """
     state = Interrupt()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if state.signal is not None:
             raise KeyboardInterrupt
         state.signal = signal.Signals(number).name
@@ -32,7 +33,7 @@ def listening() -> Iterator[Interrupt]:
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield state
     finally:

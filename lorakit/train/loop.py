@@ -1,8 +1,8 @@
-"""The training loop: for each batch: loss, backward, step; now and then: evaluate, sample, save.
+"""The training loop. For each batch: loss, backward, step; now and then: evaluate, sample, save.
 
-What each of these does lives in a file of its own name. Several runs on one base take their steps together: each turn
-the next batch of every run that still goes on is computed in shared micro-batches, each row with its run's adapter, and
-each run then takes its own step. A run alone is the case of one.
+Each of these has a file of its own name. Several runs on one base train in lockstep: in each iteration, the next
+batches of all active runs are computed in shared micro-batches, each row with its run's adapter, and then each run
+takes its own optimizer step. A single run is the same with one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .run import Result, Run
 
 
 class Loop:
-    """Runs on one base, in step.
+    """Trains runs on one base in lockstep.
 
-    `saved` is called each time that all that go on have a new checkpoint, before older ones go; `ended` with each run
-    at its end.
+    `saved` is called whenever all active runs have written a checkpoint, before older ones are deleted; `ended` with
+    each run that has ended.
     """
 
     def __init__(
@@ -43,9 +43,12 @@ class Loop:
         self.model = self.parallel.wrap(job.model)
 
     def go(self, interrupt: Interrupt) -> list[Result]:
-        """All runs to their ends, or to the end of the step in which a signal came."""
+        """Train all runs to their end, or until a signal arrives; that step is finished and saved first.
+
+        Raises TrainError or NotFiniteError if a single run's loss is not finite; in a sweep, only that run fails.
+        """
         self.model.train()
-        self._finish(self.runs)  # those that had ended when they were taken up
+        self._finish(self.runs)  # resumed runs may have ended already
         stopped = None
         while (active_runs := [run for run in self.runs if not run.ended]) and not stopped:
             self._step(active_runs)
@@ -59,19 +62,19 @@ class Loop:
         return [run.result(stopped) for run in self.runs]
 
     def _step(self, active_runs: list[Run]) -> None:
-        """A step of every run: gradients of its batch, normalised by the weights of all its rows; then its update."""
+        """Take a step in every run: gradients of its batch, normalized by the batch's total weight, then the update."""
         began = time.perf_counter()
         batches = [run.batch() for run in active_runs]
         losses, norms = self._gradients(active_runs, batches)
-        losses_and_norms = torch.stack([losses, norms]).tolist()  # one wait for the device
-        broken = self._not_finite(*losses_and_norms)
-        if broken:
-            for place, what, value in broken:
-                error = active_runs[place].not_finite(what, value, batches[place])
+        losses_and_norms = torch.stack([losses, norms]).tolist()  # one synchronization with the device
+        not_finite = self._not_finite(*losses_and_norms)
+        if not_finite:
+            for i, quantity, value in not_finite:
+                error = active_runs[i].not_finite(quantity, value, batches[i])
                 if len(self.runs) == 1:
                     raise error
-                active_runs[place].failed = str(error)
-            # The others' gradients were computed beside what is not finite: again, without it.
+                active_runs[i].failed = str(error)
+            # The other runs' gradients come from the same passes: compute them again without the failed runs.
             for run in active_runs:
                 run.zero_grad()
             if rest := [run for run in active_runs if not run.failed]:
@@ -88,7 +91,7 @@ class Loop:
             run.log({"step": run.step, **row, "seconds": round(run.elapsed, 3)})
 
     def _evaluate(self, run: Run) -> None:
-        """A run whose held-out loss is not finite is at its end; the others go on."""
+        """Evaluate a run. If its held-out loss is not finite, the run fails; a single run raises NotFiniteError."""
         try:
             run.evaluate()
         except NotFiniteError as error:
@@ -97,17 +100,15 @@ class Loop:
             run.failed = str(error)
 
     def _gradients(self, active_runs: list[Run], batches: list[list[Item]]) -> tuple[Tensor, Tensor]:
-        """Backward of all batches, micro-batch by micro-batch. The runs' losses and their gradients' norms, each
-        [runs].
-        """
+        """Run forward and backward by micro-batches. Returns the runs' losses and gradient norms, [runs] each."""
         parallel, first = self.parallel, active_runs[0]
         torch.manual_seed((first.config.seed << 32) + first.step * parallel.world + parallel.rank)
         mine = [parallel.share(batch) for batch in batches]
-        # Gradients are averaged over processes; the sum over all of them is what is divided by the weights.
+        # DDP averages gradients over processes, but the sum over all of them is to be divided by the batch's weight.
         weights = [parallel.world / weight_of(batch) for batch in batches]
         if not any(mine):
-            # A last batch may have fewer rows than there are processes. One without a row still has to take part in the
-            # exchange of gradients: it computes some row and counts it as nothing.
+            # An epoch's last batch may have fewer rows than there are processes. A process without rows must still take
+            # part in the gradient all-reduce, so it computes one row with weight 0.
             mine, weights = [batch[:1] for batch in batches], [0.0] * len(batches)
         parts = micro_batches(mine, limit_for([run.job for run in active_runs]))
         totals = [torch.zeros((), device=parallel.device) for _ in active_runs]
@@ -126,7 +127,7 @@ class Loop:
         return parallel.mean(torch.stack(totals)), norms.float()
 
     def _routed(self, adapters: list[str]) -> contextlib.AbstractContextManager[None]:
-        """Each row's own adapter. Rows of one run need no routing, which leaves a block its shorter ways."""
+        """Return a context in which each row uses its run's adapter. A single run is faster without routing."""
         if len(set(adapters)) > 1:
             return route(self.model, adapters)
         if len(self.runs) > 1:
@@ -135,10 +136,10 @@ class Loop:
 
     @staticmethod
     def _not_finite(losses: list[float], norms: list[float]) -> list[tuple[int, str, float]]:
-        """(place, what, value) of the runs whose loss is not finite; where all are, of those whose gradient is not."""
-        for what, values in (("loss", losses), ("gradient", norms)):
-            if found := [(i, what, value) for i, value in enumerate(values) if not math.isfinite(value)]:
-                return found
+        """Return (index, "loss", value) of the runs whose loss is not finite; if all are, those of the gradients."""
+        for quantity, values in (("loss", losses), ("gradient", norms)):
+            if failed := [(i, quantity, value) for i, value in enumerate(values) if not math.isfinite(value)]:
+                return failed
         return []
 
     def _finish(self, runs: list[Run]) -> None:
@@ -158,10 +159,11 @@ class Loop:
         self.parallel.wait()
 
     def _agreed(self, interrupt: Interrupt) -> str | None:
-        """The signal to stop at, the same for every process: they get it at different steps, or only one does."""
+        """Agree on a signal to stop at: processes may receive it at different steps, or only one of them does."""
         number = self.parallel.agree(int(signal.Signals[interrupt.signal]) if interrupt.signal else 0)
         return signal.Signals(number).name if number else None
 
     def close(self) -> None:
+        """Close all runs' trackers."""
         for run in self.runs:
             run.close()

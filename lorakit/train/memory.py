@@ -1,8 +1,7 @@
-"""Does a run fit? The plan of a training run (see `lorakit/plan`) from its settings, and the refusal of one that cannot
-fit.
+"""Estimate a training run's memory from its settings (see `lorakit/plan`), and refuse a run that cannot fit.
 
-Refused is what needs more than the device has, or than `memory` allows. Less being free at the moment is only said, as
-it may change, and a run that is taken up again shall not depend on what else is running.
+A run is refused if it needs more than the device has, or than `memory` allows. If only less is free right now, the
+start panel says so: that may change, and whether a run resumes must not depend on other programs.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ from functools import partial
 
 import torch
 
-from ..bases.load import load_config
+from ..bases.limits import Memory, memory_of, resident
+from ..bases.load import is_four_bit, load_config
 from ..config import Choice
 from ..errors import TrainError
 from ..methods import method_of
 from ..model.attach import DEFAULT
 from ..plan.estimate import Estimate
-from ..plan.machine import Memory, memory_of, overhead, resident
-from ..plan.planner import Planner, Setting
+from ..plan.machine import overhead
+from ..plan.planner import Planner, PlanSettings
 from ..plan.shell import PlanError
 from ..plan.units import parse_bytes, show_bytes
 from ..tasks import task_of
@@ -40,15 +40,19 @@ def planner_for(
     validation: int = 0,
     state_copies: int = 2,
 ) -> Planner:
-    """The planner of a run. `share`: weight by size; `held`: bytes that this process holds already;
-    `validation`: rows of an evaluation's batch."""
-    taken = overhead(device) if held is None else overhead(device, held)
+    """Build the planner for a run's settings.
+
+    `share`: trained tokens / tokens; `held`: bytes this process holds already, None to assume a new process;
+    `validation`: rows of an evaluation batch, 0 for no evaluation; `state_copies`: the optimizer's copies of the
+    trained parameters. Raises PlanError for a base that cannot be estimated.
+    """
+    process_bytes = overhead(device) if held is None else overhead(device, held)
     task = task_of(config.task)
-    setting = Setting(
+    settings = PlanSettings(
         dtype,
         device,
         task,
-        taken,
+        process_bytes,
         partial(method_of(config.method).attach, config=config, name=DEFAULT, task_type=task.peft_type),
         config,
         config.method,
@@ -59,28 +63,27 @@ def planner_for(
         share=share,
         batch=config.batch_size,
     )
-    return Planner(load_config(config.model, config.revision, config.trust_remote_code), setting)
+    return Planner(load_config(config.model, config.revision, config.trust_remote_code), settings)
 
 
 def allowed(config: TrainConfig, device: torch.device) -> Memory | None:
-    """What the run may take: as `memory` says, else what the device has; None where that is unknown or not to be
-    checked.
-    """
+    """Return the memory the run may use: the setting `memory`, or what the device has; None if unknown or unchecked."""
     if config.memory == UNCHECKED:
         return None
-    found = memory_of(device)
+    available = memory_of(device)
     if config.memory == "auto":
-        return found
-    given = parse_bytes(config.memory)
-    return Memory(given, min(given, found.free) if found else given, "memory, as given")
+        return available
+    limit = parse_bytes(config.memory)
+    return Memory(limit, min(limit, available.free) if available else limit, "the setting 'memory'")
 
 
 def check(
     config: TrainConfig, dtype: torch.dtype, device: torch.device, rows: list[Item], held_out: int, processes: int = 1
 ) -> Choice:
-    """What the run needs, and of how much. TrainError if that is more than it may take.
+    """Estimate the run's memory. Returns the `Estimate` (None if it cannot be made) and a line for the start panel.
 
-    `rows`: those to train on; `held_out`: how many are judged now and then.
+    `rows`: the training rows; `held_out`: the number of held-out rows. Raises TrainError if the run needs more than it
+    may use.
     """
     ordered = sorted(rows, key=lambda item: -item.size)
     at_once = defaults.micro_batch(config, ordered[0].size, device, processes).value
@@ -90,38 +93,44 @@ def check(
         planner = planner_for(
             config, dtype, device, share=share, held=resident() or None, validation=min(held_out, config.batch_size)
         )
+        if is_four_bit(planner.shell.model.config):
+            planner = planner.four_bit()
         accumulating = at_once < math.ceil(config.batch_size / processes)
         estimate = planner.estimate(at_once, ordered[0].size, accumulating)
     except PlanError as error:
-        return Choice(None, f"not known: {error}")
-    may = allowed(config, device)
-    if may is None:
+        return Choice(None, f"unknown: {error}")
+    limit = allowed(config, device)
+    if limit is None:
         return Choice(estimate, f"about {show_bytes(estimate.total)}, not checked")
-    if estimate.total > may.total:
-        raise TrainError(refusal(planner, estimate, may, method_of(config.method).cheaper()))
-    now = f"; only {show_bytes(may.free)} are free now" if estimate.total > may.free else ""
-    return Choice(estimate, f"about {show_bytes(estimate.total)} of {show_bytes(may.total)} ({may.source}){now}")
+    if estimate.total > limit.total:
+        raise TrainError(refusal(planner, estimate, limit, method_of(config.method).cheaper()))
+    now = f"; only {show_bytes(limit.free)} are free now" if estimate.total > limit.free else ""
+    return Choice(estimate, f"about {show_bytes(estimate.total)} of {show_bytes(limit.total)} ({limit.source}){now}")
 
 
-def refusal(planner: Planner, estimate: Estimate, may: Memory, cheaper: str | None) -> str:
-    """What it would need, what there is, and which changes would make it fit. `cheaper`: another method."""
-    most = sorted(((size, part) for part, size in estimate.parts.items()), reverse=True)[:3]
+def refusal(planner: Planner, estimate: Estimate, limit: Memory, cheaper: str | None) -> str:
+    """Write the error message: memory needed and available, and changes that would make the run fit.
+
+    `cheaper`: the method's suggestion, if any.
+    """
+    largest = sorted(((size, part) for part, size in estimate.parts.items()), reverse=True)[:3]
     lines = [
-        f"this run needs about {show_bytes(estimate.total)}, and there are {show_bytes(may.total)} ({may.source})",
-        f"  for {estimate.rows} x {estimate.length} tokens at once; most of it is "
-        + ", ".join(f"{part} ({show_bytes(size)})" for size, part in most),
+        f"this run needs about {show_bytes(estimate.total)} of memory, more than {show_bytes(limit.total)} "
+        f"({limit.source})",
+        f"  for {estimate.rows} x {estimate.length} tokens at once; the largest parts: "
+        + ", ".join(f"{part} ({show_bytes(size)})" for size, part in largest),
     ]
-    rows = planner.most_rows(estimate.length, may.total)
-    length = planner.longest(1, may.total, estimate.length)
+    rows = planner.most_rows(estimate.length, limit.total)
+    length = planner.longest(1, limit.total, estimate.length)
     if 0 < rows < estimate.rows:
         lines.append(f"  micro_batch: {rows} fits (the same result, accumulated)")
     elif 0 < length < estimate.length:
         lines.append(f"  max_length: {length} with micro_batch: 1 fits")
-    if not planner.setting.checkpointing:
-        lines.append("  gradient_checkpointing: true needs less for activations")
+    if not planner.settings.checkpointing:
+        lines.append("  gradient_checkpointing: true needs less memory for activations")
     if cheaper:
         lines.append(f"  {cheaper}")
     if not rows and not length:
-        lines.append("  no batch fits: take a smaller base or a lower precision")
-    lines.append(f"  look at the whole: lorakit plan. To start anyway: memory: {UNCHECKED}")
+        lines.append("  no batch fits: use a smaller base or a lower precision")
+    lines.append(f"  for a detailed plan: lorakit plan. To start anyway: memory: {UNCHECKED}")
     return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""Which rows are computed together: a step's rows, of one run or of several, as micro-batches.
+"""Divide a step's rows, of one run or of several, into micro-batches.
 
-One run's rows go by length, so that little padding is computed. Of several runs those with few tokens share
-micro-batches, each run's rows side by side and all of them together, so that runs of equal batches are groups of equal
-size (see `ops.groups`); those that keep the machine busy by themselves are computed by themselves, exactly as each
-would be alone.
+A run's rows are sorted by length to reduce padding. In a sweep, runs with few tokens share micro-batches. Each run's
+rows stay together and adjacent, so equal batches form equal groups (see `ops.groups`). A run whose batch is large
+enough to use the machine fully has its own micro-batches, exactly as it would alone.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from . import defaults
 if TYPE_CHECKING:
     from .setup import Job
 
-# From so many tokens in a run's batch on it has micro-batches of its own: the products are as fast as they get, and a
-# run by itself has fused blocks. Embedded model, 8 runs, one thread, bf16, throughput of mixed micro-batches over runs
-# one by one, rows of about 45 tokens: 1 row each 1.9, 2 rows 1.6, 4 rows 1.5, 8 rows 0.97, 16 rows 0.96
-# (bench/sweep.py, on a busy machine).
+# From this many tokens on, a run's batch has micro-batches of its own: its matrix products are at full speed, and a
+# single run uses fused blocks. Throughput of mixed micro-batches relative to runs one by one (embedded model, 8 runs,
+# one thread, bf16, rows of about 45 tokens; bench/sweep.py, on a busy machine): 1 row each 1.9, 2 rows 1.6, 4 rows 1.5,
+# 8 rows 0.97, 16 rows 0.96.
 BUSY_CPU = 320
-# Not measured: what such a device takes to be busy is several times that.
+# The same for other devices. Not measured; they need several times as many tokens.
 BUSY = 4096
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows, and which run (by its place) each of them belongs to: runs in order, `counts` rows of each."""
+    """Rows with the index of the run each belongs to, run after run. `counts`: rows of each run in it."""
 
     items: list[Item]
     runs: list[int]
@@ -38,30 +37,31 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Limit:
-    """What may be computed at once: so many rows of one run; of several runs so many rows, or tokens with their
-    padding.
+    """The size of micro-batches. `own_rows`: rows at once of each run alone; `rows`, `tokens` (with padding): at once
+    of several runs; `busy`: tokens from which a run's batch is computed alone.
     """
 
-    own_rows: Sequence[int]  # of each run
+    own_rows: Sequence[int]
     rows: int | None
     tokens: int | None
     busy: int
 
     def allows(self, rows: int, longest: int) -> bool:
+        """Whether `rows` rows of several runs, padded to `longest` tokens, fit into one micro-batch."""
         return (self.rows is None or rows <= self.rows) and (self.tokens is None or rows * longest <= self.tokens)
 
 
 def limit_for(jobs: Sequence[Job]) -> Limit:
-    """`micro_batch` rows if it is given; otherwise about as much as one run alone computes at once."""
+    """Return the limit for jobs that train together: `micro_batch` rows if configured, else about what one run uses."""
     first = jobs[0]
-    given = None if first.config.micro_batch == "auto" else int(first.config.micro_batch)
+    rows = None if first.config.micro_batch == "auto" else int(first.config.micro_batch)
     on_cpu = first.parallel.device.type == "cpu"
-    tokens = None if given else defaults.CPU_TOKENS if on_cpu else BUSY
-    return Limit([job.micro_batch.value for job in jobs], given, tokens, BUSY_CPU if on_cpu else BUSY)
+    tokens = None if rows else defaults.CPU_TOKENS if on_cpu else BUSY
+    return Limit([job.micro_batch.value for job in jobs], rows, tokens, BUSY_CPU if on_cpu else BUSY)
 
 
 def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:
-    """All rows of each run's batch; a batch may be empty."""
+    """Divide the runs' batches into micro-batches. A batch may be empty (of a process without rows)."""
     ordered = {run: sorted(batch, key=lambda item: item.size) for run, batch in enumerate(batches) if batch}
     longest = {run: batch[-1].size for run, batch in ordered.items()}
     own = [
@@ -71,9 +71,9 @@ def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[Micro
     ]
     parts = []
     for run in own:
-        most, batch = limit.own_rows[run], ordered[run]
+        size, batch = limit.own_rows[run], ordered[run]
         parts += [
-            MicroBatch(part := batch[i : i + most], [run] * len(part), [len(part)]) for i in range(0, len(batch), most)
+            MicroBatch(part := batch[i : i + size], [run] * len(part), [len(part)]) for i in range(0, len(batch), size)
         ]
     shared: list[list[int]] = []  # runs that share a micro-batch
     for run in sorted(ordered.keys() - set(own), key=lambda run: (longest[run], run)):

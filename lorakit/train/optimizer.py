@@ -12,7 +12,7 @@ from .config import TrainConfig
 
 
 def adamw(config: TrainConfig, parameters: Mapping[str, nn.Parameter], rate: float) -> torch.optim.AdamW:
-    """AdamW over a run's trained parameters; `rate`: the peak learning rate."""
+    """Build AdamW for a run's trained parameters. `rate`: the peak learning rate."""
     return torch.optim.AdamW(
         list(parameters.values()),
         lr=rate,
@@ -25,8 +25,9 @@ def adamw(config: TrainConfig, parameters: Mapping[str, nn.Parameter], rate: flo
 def update(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], rate: float, norm: float, clip: float
 ) -> None:
-    """One step at the learning rate `rate`, with the gradients clipped to the norm `clip` (0: as they are); `norm`:
-    theirs, of all together.
+    """Take one step at the learning rate `rate`, with gradients clipped to a total norm of `clip` (0: not clipped).
+
+    `norm`: the gradients' total norm, computed already.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -36,8 +37,9 @@ def update(
 
 
 def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """The share of the peak rate at optimizer step `step` (from 0): warm-up, then the schedule, to zero after the last
-    step.
+    """Return the learning rate at optimizer step `step` (from 0) as a share of the peak rate.
+
+    It rises linearly during warm-up and then follows the schedule, which reaches zero after the last of `steps`.
     """
     warm = max(1, round(config.warmup * steps)) if config.warmup else 0
     if step < warm:

@@ -1,7 +1,7 @@
-"""What a run asks of several processes, over accelerate: one process, or data parallel (DistributedDataParallel).
+"""Run on one process, or data parallel on several (DistributedDataParallel), through accelerate.
 
-Each process has the whole model and a share of each batch. Gradients are averaged over processes with the last
-micro-batch of a step.
+Each process has a full copy of the model and computes a share of each batch. Gradients are averaged over processes in
+the last micro-batch of a step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _T = TypeVar("_T")
 
 
 class Parallel:
-    """This process among `world`; it is number `rank`, and computes on `device`."""
+    """One of `world` processes: its `rank` and `device`."""
 
     def __init__(self) -> None:
         from accelerate import Accelerator
 
-        # the base's precision is the task's matter; factors are float32
+        # The base is loaded in its precision and factors are float32, so accelerate must not autocast.
         self._accelerator: Any = Accelerator(mixed_precision="no")
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
@@ -30,34 +30,35 @@ class Parallel:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self._accelerator.is_main_process
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as it is called in training: the same object, or its DistributedDataParallel."""
+        """Return the model to call in training: the same object, or its DistributedDataParallel wrapper."""
         return self._accelerator.prepare_model(model)
 
     def share(self, batch: Sequence[_T]) -> list[_T]:
-        """This process's rows of a batch."""
+        """Return this process's rows of a batch."""
         return list(batch[self.rank :: self.world])
 
     def exchanging(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around a forward and backward: gradients are exchanged in the last micro-batch of a step only."""
+        """Return the context for a forward and backward. Gradients are all-reduced in the last micro-batch only."""
         return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a scalar loss."""
         self._accelerator.backward(loss)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Over all processes."""
+        """Average a tensor over all processes."""
         return self._accelerator.reduce(values, "mean")
 
     def agree(self, value: int) -> int:
-        """The largest of all processes' values, the same for each."""
+        """Return the largest of all processes' values, to every process."""
         if self.world == 1:
             return value
         return int(self._accelerator.gather(torch.tensor([float(value)], device=self.device)).max())
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         self._accelerator.wait_for_everyone()

@@ -1,6 +1,4 @@
-"""What a run shows: a start panel with every choice and its reason,
-then a bar on a terminal and plain lines elsewhere.
-"""
+"""Display a run: a start panel with every choice and its reason, then a bar on a terminal, or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bases.device import choose_device, peak_memory
+from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
 from . import defaults
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def training_bar(console: Console) -> RichProgress:
-    """A progress bar for one run or several; its tasks have a field `facts`."""
+    """Build a progress bar for one run or several. Its tasks have a field `facts`, the text beside the bar."""
     return RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,7 +36,7 @@ def training_bar(console: Console) -> RichProgress:
 
 
 class Progress:
-    """Shows a run on a console. `quiet` shows nothing."""
+    """Displays a run on a console. `quiet`: display nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(stderr=False)
@@ -49,7 +48,7 @@ class Progress:
         self._steps = 0
 
     def start(self, job: Job, step: int) -> None:
-        """The panel, and the bar."""
+        """Show the start panel and the bar. `step`: 0, or where the run resumes."""
         self._steps, self._every, self._unit = job.steps, max(1, job.steps // 20), job.task.unit
         if self.quiet or not job.parallel.is_first:
             self.quiet = True
@@ -62,7 +61,7 @@ class Progress:
         self._since = time.perf_counter()
 
     def row(self, row: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Show a line of metrics.jsonl."""
         if self.quiet:
             return
         if "held_out_loss" in row:
@@ -71,7 +70,7 @@ class Progress:
                 f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items())
             )
             return
-        # Smoothed, as single batches jump.
+        # smoothed, as the loss of single batches is noisy
         self._loss = row["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * row["loss"]
         self._done += row[self._unit]
         speed = self._done / max(1e-9, time.perf_counter() - self._since)
@@ -83,7 +82,7 @@ class Progress:
             self._say(f"step {row['step']:>5}/{self._steps}  {facts}  {left:.0f} s left")
 
     def sample(self, prompt: str, base: str, tuned: str) -> None:
-        """One prompt with both answers."""
+        """Show a prompt with both answers."""
         if not self.quiet:
             self._say(
                 f"           prompt {_short(prompt)}\n"
@@ -92,6 +91,7 @@ class Progress:
             )
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -103,7 +103,7 @@ class Progress:
 def _facts(job: Job, step: int) -> Table:
     config, data = job.config, job.data
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in job.model.parameters())
+    total = parameter_count(job.model)
     device = job.parallel.device
     processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
@@ -150,7 +150,7 @@ def _facts(job: Job, step: int) -> Table:
             "over the data)",
         ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
-        ("folder", str(job.folder.path) + (f", going on at step {step}" if step else "")),
+        ("folder", str(job.folder.path) + (f", resuming at step {step}" if step else "")),
     ]
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
@@ -160,23 +160,24 @@ def _facts(job: Job, step: int) -> Table:
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:
-    """How much is computed as one node, and what is not and costs time for that; see `layers.fused`."""
+    """List the fused blocks, and those that are not fused and slower for it; see `layers.fused`."""
     if not job.method.keeps_base or job.compiled:
         return []
     rows = report(job.model)
-    done = [f"{row.modules} {row.kind}" for row in rows if row.why_not is None]
+    fused = [f"{row.modules} {row.kind}" for row in rows if row.why_not is None]
     slower = [
         str(row) for row in rows if row.why_not is not None and (row.kind != ATTENTION or job.dtype.value.itemsize == 2)
     ]
-    return [("fused", ", ".join(done) or "nothing"), *(("note", line) for line in slower)]
+    return [("fused", ", ".join(fused) or "nothing"), *(("note", line) for line in slower)]
 
 
 def _why(device: Any) -> str:
-    found = choose_device()
-    return found.reason if found.value.type == device.type else "as accelerate was told"
+    choice = choose_device()
+    return choice.reason if choice.value.type == device.type else "accelerate's configuration"
 
 
 def threads_of(device: Any) -> str:
+    """Describe a device for the start panel: the CPU's threads, or the GPU's name."""
     import torch
 
     return (
@@ -197,11 +198,12 @@ def _memory() -> str:
 
 
 def dtype_name(dtype: Any) -> str:
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def _figure(name: str, value: float | None) -> str:
-    """A figure of an evaluation: a loss or a share with four digits, another with two."""
+    """Format a metric: losses and shares with four decimals, others with two."""
     shown = (
         "beyond floating point" if value is None else f"{value:.4f}" if name == "loss" or value < 1 else f"{value:.2f}"
     )

@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page, without network or scripts: settings, loss curves, samples base beside tuned."""
+"""Write `report.html`: loss curves, samples of base and tuned model, and settings, on one page without scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STYLE = (
 
 
 def write_report(folder: RunFolder, config: TrainConfig) -> None:
-    """Write the page from metrics.jsonl and the newest samples."""
+    """Write a run's report from its metrics.jsonl and newest samples."""
     rows = folder.rows()
     changed = config.model_dump(exclude_defaults=True)
     settings = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in changed.items())
@@ -62,7 +62,7 @@ def _chart(rows: list[dict[str, Any]], width: int = 800, height: int = 300, edge
 def _samples(folder: RunFolder) -> str:
     files = folder.sampled()
     if not files:
-        return "<p>None were taken.</p>"
+        return "<p>There are no samples.</p>"
     rows = json.loads(files[-1][1].read_text(encoding="utf8"))
     cells = "".join(
         "<tr>" + "".join(f"<td>{html.escape(row[k])}</td>" for k in ("prompt", "base", "tuned")) + "</tr>"

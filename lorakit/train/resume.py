@@ -1,13 +1,12 @@
-"""Checkpoints that a run can be taken up from to the bit: trained parameters, optimizer state, position. Safetensors
-and JSON.
+"""Write and read the checkpoints from which a run resumes, bit for bit: parameters, optimizer state and position.
 
     checkpoints/step-120/trainable.safetensors   the trained parameters by their names in the model
                          optimizer.safetensors   AdamW's averages, `<parameter>.exp_avg`, ...
-                         best.safetensors        the parameters at the best held-out loss, where there is one
-                         state.json              step, early stopping, time spent
+                         best.safetensors        the parameters at the best held-out loss, if there is one
+                         state.json              step, early stopping, training time
 
-A folder is written under a temporary name, synced and renamed, so one that exists is whole. No random state is stored:
-batches and dropout are functions of (seed, step).
+A folder is written under a temporary name, synced and renamed, so an existing one is complete. No random state is
+stored: batches and dropout are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ PREFIX, TEMPORARY = "step-", ".writing-"
 
 @dataclass
 class Loaded:
+    """A checkpoint's contents. `parameters` and `best` by parameter name; `optimizer` by `<parameter>.<state>`."""
+
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     best: dict[str, Tensor]
@@ -42,16 +43,15 @@ class Loaded:
 
 
 def trainable(model: nn.Module, adapter: str = DEFAULT) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name; of several adapters the named one's, by the names it would have if it
-    were alone.
+    """Return the trained parameters by name; in a sweep, those of one adapter.
 
-    So a run that was trained among others has the checkpoints of one that was not.
+    They are named as if the adapter were the only one, so a run of a sweep has the same checkpoints as one alone.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if adapter == DEFAULT:
-        return found
+        return parameters
     own, alone = f".{child_name(adapter)}.", f".{child_name(DEFAULT)}."
-    return {name.replace(own, alone): p for name, p in found.items() if own in name}
+    return {name.replace(own, alone): p for name, p in parameters.items() if own in name}
 
 
 def save(
@@ -64,7 +64,7 @@ def save(
     keep: int,
     adapter: str = DEFAULT,
 ) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep`."""
+    """Write `folder/step-N`, then delete all but the newest `keep` checkpoints. Returns its path."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,21 +94,21 @@ def save(
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove those of later steps, if there is one of this step (0: the beginning, which needs none)."""
-    steps = found(folder)
+    """Delete the checkpoints after `step`, if one of that step exists (step 0 needs none)."""
+    steps = steps_in(folder)
     if step == 0 or step in steps:
         for later in (s for s in steps if s > step):
             shutil.rmtree(folder / f"{PREFIX}{later}")
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`."""
-    for old in found(folder)[:-keep]:
+    """Delete all but the newest `keep` checkpoints."""
+    for old in steps_in(folder)[:-keep]:
         shutil.rmtree(folder / f"{PREFIX}{old}")
 
 
-def found(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, oldest first."""
+def steps_in(folder: Path) -> list[int]:
+    """List the steps of a folder's checkpoints in ascending order; empty if there is no folder."""
     if not folder.is_dir():
         return []
     names = (p.name.removeprefix(PREFIX) for p in folder.iterdir() if p.name.startswith(PREFIX))
@@ -116,11 +116,11 @@ def found(folder: Path) -> list[int]:
 
 
 def load_newest(folder: Path) -> Loaded | None:
-    """The newest checkpoint, or None. Leftovers of a write that was killed are removed."""
+    """Read the newest checkpoint; None if there is none. Deletes what interrupted writes left behind."""
     if folder.is_dir():
         for leftover in folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # another process of this run may be at it too
-    steps = found(folder)
+            shutil.rmtree(leftover, ignore_errors=True)  # another process of this run may be deleting it too
+    steps = steps_in(folder)
     if not steps:
         return None
     at = folder / f"{PREFIX}{steps[-1]}"
@@ -134,7 +134,7 @@ def load_newest(folder: Path) -> Loaded | None:
 
 
 def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer, adapter: str = DEFAULT) -> None:
-    """Put a checkpoint's parameters and optimizer state back. TrainError if they are not those that train now."""
+    """Load a checkpoint into the model and the optimizer. Raises TrainError if it has other parameters."""
     parameters = trainable(model, adapter)
     put(loaded.parameters, parameters)
     for name, parameter in parameters.items():
@@ -145,10 +145,13 @@ def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def put(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy values into the parameters of the same names."""
+    """Copy values into the parameters of the same names. Raises TrainError if the names differ."""
     if values.keys() != parameters.keys():
-        odd = sorted(values.keys() ^ parameters.keys())[0]
-        raise TrainError(f"the checkpoint does not hold the parameters that train now: they differ at '{odd}'")
+        name = sorted(values.keys() ^ parameters.keys())[0]
+        raise TrainError(
+            f"the checkpoint's parameters differ from those trained now: '{name}' is only in one of them\n"
+            "  give another folder (--out) to start over"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])

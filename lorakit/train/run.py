@@ -1,7 +1,6 @@
-"""One run: an adapter's parameters with their optimizer, schedule, early stop, and folder. The loop drives one or
-several.
+"""One training run: an adapter's parameters, optimizer, schedule, early stopping and folder. The loop drives the runs.
 
-Everything random is a function of (seed, step), so a run that is killed and taken up again ends with the same bits.
+Everything random is a function of (seed, step), so a run that is killed and resumed ends with the same bits.
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ from .trackers import Trackers
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning), or None if it was interrupted or
-    failed.
+    """How a run ended. `adapter`: its folder (a model's, for full fine-tuning); None if interrupted or failed.
+
+    `step`, `steps`: steps taken and planned; `loss`: of the last step; `best_loss`, `best_step`: held-out; `seconds`:
+    training time, over all starts.
     """
 
     adapter: Path | None
@@ -41,26 +42,28 @@ class Result:
     stopped: str | None  # "early", "failed", or the signal's name
 
 
-class Shows(Protocol):
-    """What shows a run while it goes on."""
+class Display(Protocol):
+    """Displays a run's progress."""
 
-    def row(self, row: dict[str, Any]) -> None: ...
+    def row(self, row: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
 
-    def sample(self, prompt: str, base: str, tuned: str) -> None: ...
+    def sample(self, prompt: str, base: str, tuned: str) -> None:
+        """Show a prompt with the answers of the base and of the tuned model."""
 
 
 class Run:
-    """A run at some step. It knows nothing of other runs; the loop hands it gradients and says when to do what."""
+    """A run at some step, resumed from its newest checkpoint if there is one. It knows nothing of other runs."""
 
-    def __init__(self, job: Job, show: Shows):
-        self.job, self.config, self.show = job, job.config, show
+    def __init__(self, job: Job, display: Display):
+        self.job, self.config, self.display = job, job.config, display
         self.parameters = resume.trainable(job.model, job.adapter)
         self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value)
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, Tensor] = {}
         self.step, self.elapsed = 0, 0.0
         self.loss: float | None = None
-        self.failed: str | None = None  # why it cannot go on
+        self.failed: str | None = None  # why it cannot continue
         self._resume()
         self.trackers = Trackers(self.config) if job.parallel.is_first else None
         self.prompts = job.task.prompts(self.config, job.base, job.data) if job.method.keeps_base else []
@@ -68,17 +71,22 @@ class Run:
 
     @property
     def ended(self) -> bool:
+        """Whether no step is left: all taken, stopped early, or failed."""
         return self.step >= self.job.steps or self.early.stop or self.failed is not None
 
     def batch(self) -> list[Item]:
-        """The rows of the next step."""
+        """Return the rows of the next step."""
         return self.job.batch(self.step)
 
     def gradients(self) -> list[Tensor]:
+        """Return the gradients of the parameters that have one."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def update(self, loss: float, norm: float, items: list[Item]) -> dict[str, Any]:
-        """Clip by the gradients' norm, step; what there is to log."""
+        """Clip the gradients and take an optimizer step. Returns the metrics to log.
+
+        `loss`: mean of the step; `norm`: of all gradients together; `items`: the step's rows.
+        """
         rate = self.job.rate.value * optimizer.rate_factor(self.config, self.step, self.job.steps)
         optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
@@ -93,31 +101,34 @@ class Run:
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def not_finite(self, what: str, value: float, items: list[Item]) -> TrainError:
-        """The error for a loss or gradient that is not finite."""
-        kept = resume.found(self.job.folder.checkpoints)
+    def not_finite(self, quantity: str, value: float, items: list[Item]) -> TrainError:
+        """Build the error for a "loss" or "gradient" that is not finite. `items`: the step's rows."""
+        steps = resume.steps_in(self.job.folder.checkpoints)
         saved = (
-            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{kept[-1]}"
-            if kept
+            f"the last good checkpoint is {self.job.folder.checkpoints}/step-{steps[-1]}"
+            if steps
             else "no checkpoint had been written yet"
         )
         return TrainError(
-            f"the {what} is {value} at step {self.step + 1}; nothing was updated, and {saved}\n"
+            f"the {quantity} is {value} at step {self.step + 1}; nothing was updated, and {saved}\n"
             f"  rows of this batch: {listing([item.where for item in items], 16)}\n"
-            f"  look at them, or try a lower learning rate (now {self.job.rate.value:g}), precision: fp32, or clip: 1"
+            f"  check these rows, or try a lower learning rate (now {self.job.rate.value:g}), precision: fp32, or "
+            "clip: 1"
         )
 
     @property
     def due_to_evaluate(self) -> bool:
+        """Whether to evaluate after this step."""
         return self.step % defaults.evaluate_every(self.config, self.job.steps) == 0 or self.step == self.job.steps
 
     @property
     def due_to_save(self) -> bool:
+        """Whether to write a checkpoint after this step."""
         return self.step % defaults.save_every(self.config, self.job.steps) == 0 or self.ended
 
     def evaluate(self) -> None:
-        """The loss on the held-out rows, and sample answers."""
-        with compile.as_it_is() if self.config.compile else contextlib.nullcontext():
+        """Evaluate on the held-out rows, keep the parameters if they are the best, and write samples."""
+        with compile.uncompiled() if self.config.compile else contextlib.nullcontext():
             self._evaluate()
 
     def _evaluate(self) -> None:
@@ -139,11 +150,12 @@ class Run:
                 self.base_answers = job.task.samples(self.config, job.base, self.prompts)
         tuned = job.task.samples(self.config, job.base, self.prompts)
         samples.write(job.folder, self.step, self.prompts, self.base_answers, tuned)
-        self.show.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
+        self.display.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
 
     def save(self, together: bool = False) -> None:
-        """A checkpoint. `together`: others save at this step too, and the one before stays until `prune`, when all have
-        done so.
+        """Write a checkpoint.
+
+        `together`: in a sweep, all runs save at this point, and each keeps its previous checkpoint until `prune`.
         """
         job = self.job
         state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
@@ -152,6 +164,7 @@ class Run:
         resume.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
 
     def prune(self) -> None:
+        """Delete all but the newest `keep` checkpoints."""
         resume.prune(self.job.folder.checkpoints, self.config.keep)
 
     def _resume(self) -> None:
@@ -167,10 +180,10 @@ class Run:
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
         if job.parallel.is_first:
             job.folder.rewind(self.step)
-            self.prune()  # a kill may have come before its turn
+            self.prune()  # the run may have been killed before it could
 
     def finish(self) -> None:
-        """Write the adapter: the parameters of the best held-out loss, or the last ones where nothing was held out."""
+        """Save the adapter: the parameters with the best held-out loss, or the last ones without held-out rows."""
         job = self.job
         if self.failed is not None or not job.parallel.is_first:
             return
@@ -182,7 +195,7 @@ class Run:
         write_report(job.folder, self.config)
 
     def _metadata(self) -> dict[str, Any]:
-        """What travels with the adapter: nothing that depends on the clock, so that equal runs write equal files."""
+        """Return the adapter's metadata. It has nothing that depends on the clock, so equal runs write equal files."""
         job = self.job
         return {
             "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
@@ -196,7 +209,7 @@ class Run:
         }
 
     def result(self, interrupted: str | None = None) -> Result:
-        """How it ended, or where the signal `interrupted` found it."""
+        """Return how the run ended. `interrupted`: the signal's name if one stopped it."""
         job = self.job
         if self.failed is not None:
             stopped: str | None = "failed"
@@ -216,18 +229,19 @@ class Run:
         )
 
     def log(self, row: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, to all who want it."""
+        """Write a line to metrics.jsonl, to the trackers and to the display (in the first process)."""
         if self.job.parallel.is_first:
             self.job.folder.log(row)
             if self.trackers is not None:
                 self.trackers.log(row)
-            self.show.row(row)
+            self.display.row(row)
 
     def close(self) -> None:
+        """Close the trackers."""
         if self.trackers is not None:
             self.trackers.close()
 
 
 def _logged(name: str, value: float) -> float | None:
-    """A figure of an evaluation, as it is written down; JSON has no infinity."""
+    """Round a metric for metrics.jsonl; None if it is not finite, as JSON has no infinity."""
     return round(value, 5 if name == "loss" else 4) if math.isfinite(value) else None

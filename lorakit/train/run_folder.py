@@ -1,7 +1,7 @@
-"""A run's folder: what was asked (`config.yaml`), of which rows (`rows.sha256`), what was measured (`metrics.jsonl`),
-checkpoints, samples, the result.
+"""A run's folder: its config (`config.yaml`), a hash of its rows (`rows.sha256`), its metrics (`metrics.jsonl`),
+checkpoints, samples and result.
 
-A run started on its own folder goes on; with another config it is refused, and the difference shown.
+A run started on its own folder resumes; with other settings it is refused, and the error lists the differences.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import yaml
 from ..errors import ConfigError, TrainError
 from ..io.atomic import replacing, write_text
 from .config import TrainConfig
-from .resume import found
+from .resume import steps_in
 
-# Settings that do not change what is computed, so that a run may go on with others.
+# Settings that do not affect the result, so that they may differ when a run resumes.
 FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free", ())}
-TEMPORARY = ".*.tmp"  # what `io.atomic.replacing` names a file that is being written
+TEMPORARY = ".*.tmp"  # how `io.atomic.replacing` names a file while it is written
 
 
 class RunFolder:
+    """The paths inside a run's folder, and its metrics."""
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
@@ -37,54 +39,54 @@ class RunFolder:
         self.report = self.path / "report.html"
 
     def open(self, config: TrainConfig, rows_hash: str) -> None:
-        """Make the folder, or check that it is this run's. TrainError with the differing settings if it is another's.
+        """Create the folder, or check that it belongs to this run.
 
-        A run that failed before its first checkpoint has nothing to go on from, so it is begun anew with any settings.
+        Raises TrainError, listing the settings that differ, if it belongs to another run. A run without a checkpoint
+        has nothing to resume, so it starts over with any settings.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise TrainError(f"{self.path} is a file; give a folder (--out)")
+            raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
         if not self.rows_hash.exists():
             if self.path.is_dir() and not all(p.match(TEMPORARY) for p in self.path.iterdir()):
-                raise TrainError(f"{self.path} is not empty and holds no run; give another folder (--out)")
+                raise TrainError(f"{self.path} is not empty and contains no run\n  give another folder (--out)")
         else:
-            # What writes that were killed left behind; the run's own files never have such names.
+            # Delete what interrupted writes left behind; no file of a run has such a name.
             for leftover in self.path.rglob(TEMPORARY):
                 leftover.unlink(missing_ok=True)
-            if found(self.checkpoints):
+            if steps_in(self.checkpoints):
                 self._check_same(config.model_dump(), rows_hash)
                 return
-        # This file first, as it tells that the folder is ours: whenever the run is killed, the next one knows it again.
+        # This file first: it marks the folder as a run's, even if the run is killed before it writes anything else.
         write_text(self.rows_hash, rows_hash + "\n")
         text = (
-            "# Everything this run was started with, 'auto' included. Written by lorakit; resume by the same command.\n"
+            "# All settings of this run, 'auto' included. Written by lorakit; run the same command again to resume.\n"
         )
         write_text(self.config, text + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
     def _check_same(self, now: dict[str, Any], rows_now: str) -> None:
+        """Raise TrainError if the settings (`now`) or the rows' hash differ from those the run was started with."""
         rows_then = self.rows_hash.read_text(encoding="utf8").strip()
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise TrainError(f"{self.config} cannot be read: {error}\n  give another folder (--out)") from error
         if not isinstance(then, dict):
-            raise TrainError(f"{self.config} holds no settings; give another folder (--out)")
-        then = filled(then)
+            raise TrainError(f"{self.config} contains no settings\n  give another folder (--out)")
+        then = with_defaults(then)
         changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and then.get(k) != now.get(k)]
-        lines = [f"  {k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in changed]
+        lines = [f"  {k}: was {then.get(k)!r}, is now {now.get(k)!r}" for k in changed]
         if rows_then != rows_now:
-            lines.append(
-                f"  the rows, as token ids: other ones now (SHA-256 {rows_then[:12]} then, {rows_now[:12]} now)"
-            )
+            lines.append(f"  the tokenized rows: SHA-256 was {rows_then[:12]}, is now {rows_now[:12]}")
         if lines:
             raise TrainError(
-                f"{self.path} holds a run with other settings, so this one cannot go on from it:\n"
+                f"{self.path} contains a run with other settings, so it cannot be resumed with these:\n"
                 + "\n".join(lines)
-                + "\ngive another folder (--out), or the same settings to resume"
+                + "\n  give another folder (--out), or the same settings to resume"
             )
 
     def begun_on(self) -> str | None:
         """The date that the run's chat template writes, if there is a run to resume and it keeps one."""
-        if not found(self.checkpoints):
+        if not steps_in(self.checkpoints):
             return None
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))
@@ -99,7 +101,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+        """Read metrics.jsonl, except a last line that a crash cut off."""
         if not self.metrics.exists():
             return []
         rows = []
@@ -111,7 +113,7 @@ class RunFolder:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged and sampled after a step, before the run is taken up there again."""
+        """Delete the metrics and samples after `step`, where the run resumes."""
         kept = [row for row in self.rows() if row["step"] <= step]
         with replacing(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf8")
@@ -120,19 +122,20 @@ class RunFolder:
                 sample.unlink()
 
     def sampled(self) -> list[tuple[int, Path]]:
-        """The files of samples and their steps, in order."""
+        """List the sample files as (step, path), in order."""
         files = self.samples.glob("step-*.json") if self.samples.is_dir() else []
         return sorted((int(file.stem.removeprefix("step-")), file) for file in files)
 
 
-def filled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An earlier run's settings as they are read today: those that came since have their defaults, values have their
-    present spelling.
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring an earlier run's settings up to date: add the defaults of new settings, and normalize old values.
+
+    So a run that was started before a setting existed can still be resumed.
     """
-    found = {
+    filled = {
         name: field.get_default(call_default_factory=True) for name, field in TrainConfig.model_fields.items()
     } | dict(settings)
     for name in settings.keys() & TrainConfig.model_fields.keys():
-        with contextlib.suppress(ConfigError):  # a value that is none any more, or a sweep's list: it stays as it is
-            found[name] = getattr(TrainConfig(**{"data": "-", name: settings[name]}), name)
-    return found
+        with contextlib.suppress(ConfigError):  # a sweep's list, or a value that is no longer valid: keep it
+            filled[name] = getattr(TrainConfig(**{"data": "-", name: settings[name]}), name)
+    return filled

@@ -1,7 +1,6 @@
-"""From a config to a job that can run: data rendered, base loaded, adapter attached, every 'auto' resolved with its
-reason.
+"""Set up training: tokenize the data, load the base, attach the adapter, and resolve every 'auto' with a reason.
 
-Several configs make several jobs on one base, each with its own data, folder and adapter.
+Several configs give several jobs on one base, each with its own data, folder and adapter.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .parallel import Parallel
 from .run_folder import RunFolder
 from .trackers import check_trackers
 
-# What decides which rows are trained on and held out, and as what.
+# The settings that determine the training and held-out items.
 DATA_SETTINGS = tuple(
     name
     for name in TrainConfig.model_fields
@@ -42,9 +41,9 @@ DATA_SETTINGS = tuple(
 
 @dataclass
 class Job:
-    """All that the loop needs for one run. Jobs that train together share processes and base."""
+    """All that the loop needs for one run. The jobs of a sweep share `parallel` and `base`."""
 
-    adapter: str  # its name on the model
+    adapter: str  # the adapter's name on the model
     config: TrainConfig
     folder: RunFolder
     parallel: Parallel
@@ -57,9 +56,9 @@ class Job:
     micro_batch: Choice
     dtype: Choice
     data_hash: str
-    memory: Choice | None = None  # the estimate; none for runs that train together
-    compiled: str | None = None  # what torch.compile made
-    _epoch: int = -1  # whose order is kept
+    memory: Choice | None = None  # the estimate; None in a sweep
+    compiled: str | None = None  # what torch.compile compiled, for the start panel
+    _epoch: int = -1  # the epoch of `_order`
     _order: list[list[int]] = field(default_factory=list)
 
     @property
@@ -76,31 +75,29 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """The folder of what comes out: an adapter's, or a model's."""
+        """The folder in which the method saves its result: an adapter or a model."""
         return self.folder.path / self.method.result
 
     def batch(self, step: int) -> list[Item]:
-        """The rows of optimizer step `step` (from 0): a function of the seed and the step alone."""
+        """Return the items of optimizer step `step` (from 0), which depend on the seed and the step alone."""
         per_epoch = defaults.steps_per_epoch(self.config, len(self.train))
-        epoch, place = divmod(step, per_epoch)
+        epoch, index = divmod(step, per_epoch)
         if self._epoch != epoch:
             sizes = [item.size for item in self.train]
             self._order = batch_order(
                 sizes, self.config.batch_size, self.config.seed, epoch, self.config.group_by_length
             )
             self._epoch = epoch
-        return [self.train[i] for i in self._order[place]]
+        return [self.train[i] for i in self._order[index]]
 
 
 def set_up(config: TrainConfig) -> Job:
-    """Everything up to the first step. Raises LorakitError for bad settings, data, or a base that does not load."""
+    """Prepare a run up to its first step. Raises LorakitError for bad settings or data, or a base that cannot load."""
     return set_up_together({DEFAULT: config})[0]
 
 
 def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
-    """The same for several runs on one base, by their adapters' names.
-    Settings of base and device are the first one's.
-    """
+    """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used."""
     config = next(iter(configs.values()))
     for each in configs.values():
         check_trackers(each)
@@ -116,7 +113,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))
     dtype = method.precision(config, device)
-    # Before anything is written or loaded. (What runs that train together need is not estimated.)
+    # Check the memory before anything is written or loaded. (That of a sweep is not estimated.)
     memory = None
     if alone:
         memory = check(config, dtype.value, device, data[DEFAULT].train, len(data[DEFAULT].held_out), parallel.world)
@@ -139,9 +136,9 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         model.set_attn_implementation("eager")
     compiled = None
     if config.compile:
-        most = defaults.micro_batch(config, longest, device, parallel.world).value
-        numbers = compile.rows_at_once(most, config.batch_size, len(data[DEFAULT].train))
-        compiled = compile.compile_layers(model, numbers, longest, task)
+        micro_batch = defaults.micro_batch(config, longest, device, parallel.world).value
+        row_counts = compile.row_counts(micro_batch, config.batch_size, len(data[DEFAULT].train))
+        compiled = compile.compile_layers(model, row_counts, longest, task)
     base, jobs = Base(model, processor), []
     for name, each in configs.items():
         train = data[name].train
@@ -169,15 +166,15 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
 
 
 def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> dict[str, Data]:
-    """Each run's rows. Those that runs share are read once."""
-    read: dict[str, Data] = {}
-    found = {}
+    """Return each run's data, reading data that runs share only once."""
+    by_settings: dict[str, Data] = {}
+    data = {}
     for name, config in configs.items():
         key = json.dumps([getattr(config, setting) for setting in DATA_SETTINGS])
-        if key not in read:
-            read[key] = task.data(config, processor)
-        found[name] = read[key]
-    return found
+        if key not in by_settings:
+            by_settings[key] = task.data(config, processor)
+        data[name] = by_settings[key]
+    return data
 
 
 def dated(config: TrainConfig, processor: Any) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, if installed and asked for. `metrics.jsonl` is written whatever is asked."""
+"""Log to TensorBoard and Weights & Biases if configured. `metrics.jsonl` is always written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .config import TrainConfig
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """TrainError if one that is asked for is not installed."""
+    """Raise TrainError if a configured tracker is not installed."""
     for name in config.track:
         if importlib.util.find_spec(name) is None:
-            raise TrainError(f"track: {name} is not installed\n  pip install 'lorakit[{name}]', or leave it out")
+            raise TrainError(f"track: {name} is not installed\n  pip install 'lorakit[{name}]', or omit it")
 
 
 class Trackers:
-    """Logs numbers to what `config.track` names."""
+    """Logs metrics to the trackers in `config.track`."""
 
     def __init__(self, config: TrainConfig):
         self._board: Any = None
@@ -32,14 +32,16 @@ class Trackers:
             self._wandb = wandb.init(project="lorakit", name=config.out, dir=config.out, config=config.model_dump())
 
     def log(self, row: dict[str, Any]) -> None:
-        numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        """Log a line of metrics.jsonl: all its numbers, by the row's "step"."""
+        metrics = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         if self._board is not None:
-            for key, value in numbers.items():
+            for key, value in metrics.items():
                 self._board.add_scalar(key, value, row["step"])
         if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+            self._wandb.log(metrics, step=row["step"])
 
     def close(self) -> None:
+        """Flush and close all trackers."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

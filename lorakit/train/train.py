@@ -6,7 +6,7 @@ import contextlib
 
 from ..config import Choice
 from .config import TrainConfig
-from .interrupt import listening
+from .interrupt import catching_signals
 from .loop import Loop
 from .progress import Progress
 from .run import Result, Run
@@ -14,18 +14,19 @@ from .setup import set_up
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Result:
-    """Train one adapter as `config` says; see `Result`. Raises LorakitError, having kept the last good checkpoint."""
+    """Train one adapter, or resume its run. After a LorakitError the last good checkpoint is still there."""
     progress = progress or Progress()
-    found = None
+    search = None
     if config.find_lr:
-        from .sweep.find_lr import find  # which trains with this loop
+        from .sweep.find_lr import find  # imported here, since it uses this loop too
 
-        found = find(config, progress)
-        config = config.replace(learning_rate=found.rate, find_lr=False)
+        search = find(config, progress)
+        config = config.replace(learning_rate=search.rate, find_lr=False)
     job = set_up(config)
-    if found is not None:
-        job.rate = Choice(job.rate.value, "found by trial")
-        found.keep(job.folder)
-    with contextlib.closing(Loop([Run(job, progress)])) as loop, contextlib.closing(progress), listening() as interrupt:
+    if search is not None:
+        job.rate = Choice(job.rate.value, "found by find_lr")
+        search.keep(job.folder)
+    loop = Loop([Run(job, progress)])
+    with contextlib.closing(loop), contextlib.closing(progress), catching_signals() as interrupt:
         progress.start(job, loop.runs[0].step)
         return loop.go(interrupt)[0]

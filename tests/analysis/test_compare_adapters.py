@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import lorakit as lk
 from lorakit.adapter.algebra.spectrum import spectrum
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.analysis.amplification import amplification, relative_norms
 from lorakit.analysis.compare import compare, interference, principal_angles, similarity
@@ -181,12 +182,12 @@ def test_adapters_of_different_modules_do_not_interfere():
 
 
 def test_adapters_of_different_kinds_can_be_compared():
-    loha = Hadamard(random(OUT, 2), random(2, IN), random(OUT, 2, seed=3), random(2, IN, seed=3), alpha=2.0)
+    loha = Loha(random(OUT, 2), random(2, IN), random(OUT, 2, seed=3), random(2, IN, seed=3), alpha=2.0)
     whole = Dense(loha.delta())
     found = compare(adapter(m=loha, n=A), adapter(m=whole, n=Dense(A.scale * A.B @ A.A)))
     assert [p.cosine for p in found.pairs] == pytest.approx([1, 1])
     assert {one.of for one in found.similarities} == {"right"}
-    dora = Factors(A.A, A.B, A.alpha, magnitude=torch.ones(OUT, 1))
+    dora = Dora(A, torch.ones(OUT, 1))
     assert pair(A, dora).note == "B: DoRA, its low-rank part"
 
 
@@ -280,7 +281,7 @@ def test_a_doras_norm_is_that_of_its_whole_change(attached):
     W = dict(live.named_modules())[name].weight.detach().double()
     V = W + f.scale * f.B.double() @ f.A.double()
     for magnitude, dim in ((torch.rand(W.shape[0], 1), 1), (torch.rand(1, W.shape[1]), 0)):
-        dora = lk.Adapter(made.config, {name: Factors(f.A, f.B, f.alpha, magnitude=magnitude)})
+        dora = lk.Adapter(made.config, {name: Dora(f, magnitude)})
         expected = (V * magnitude / V.norm(dim=dim, keepdim=True) - W).norm() / W.norm()
         assert relative_norms(dora, open_weights(folder, [name]))[name] == pytest.approx(float(expected), rel=1e-5)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, TargetError
@@ -90,10 +91,11 @@ def test_a_dora_of_gpt2_keeps_its_outputs_in_the_stored_columns(tmp_path):
 
 def test_a_magnitude_of_each_input_is_the_norm_of_each_column(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
-    f = Factors(random(2, 10), random(20, 2), 4, magnitude=random(1, 10).abs() + 0.5)
-    merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": f}), tmp_path / "out")
+    f = Factors(random(2, 10), random(20, 2), 4)
+    magnitude = random(1, 10).abs() + 0.5
+    merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": Dora(f, magnitude)}), tmp_path / "out")
     W = load_file(base / "model.safetensors")["lin0.weight"].double() + 2 * f.B.double() @ f.A.double()
-    expected = W * (f.magnitude.double() / W.norm(dim=0, keepdim=True))
+    expected = W * (magnitude.double() / W.norm(dim=0, keepdim=True))
     torch.testing.assert_close(
         load_file(tmp_path / "out" / "model.safetensors")["lin0.weight"].double(), expected, atol=1e-6, rtol=0
     )
@@ -124,8 +126,8 @@ def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, mon
     monkeypatch.setattr(stream, "BLOCK", 30)  # a few rows at a time
     base = on_disk(tiny.mlp(), tmp_path / "base")
     others = {
-        "lin0": Hadamard(random(20, 2), random(2, 10), random(20, 2), random(2, 10), 3.0),
-        "lin1": Kronecker(2.0, w1=random(3, 4), w2=random(4, 5)),
+        "lin0": Loha(random(20, 2), random(2, 10), random(20, 2), random(2, 10), 3.0),
+        "lin1": Lokr(2.0, w1=random(3, 4), w2=random(4, 5)),
         "head": Dense(random(4, 12)),
         "norm": Dense(random(12), bias=random(12)),
     }
@@ -142,8 +144,8 @@ def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, mon
 def test_an_untrained_lokr_or_loha_is_said_to_be_one(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
     for zero in (
-        Kronecker(1.0, w1=random(2, 2), w2=torch.zeros(10, 5)),
-        Hadamard(random(20, 2), random(2, 10), torch.zeros(20, 2), random(2, 10), 1.0),
+        Lokr(1.0, w1=random(2, 2), w2=torch.zeros(10, 5)),
+        Loha(random(20, 2), random(2, 10), torch.zeros(20, 2), random(2, 10), 1.0),
     ):
         with pytest.raises(AdapterError, match="saved before training"):
             merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": zero}), tmp_path / "out")
@@ -153,7 +155,7 @@ def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
     with pytest.raises(TargetError, match="bias of 'head', which has none"):
         merge_checkpoint(base, lk.Adapter(CONFIG, {"head": Dense(None, bias=random(4))}), tmp_path / "out")
-    for wrong in (Dense(random(4, 11)), Hadamard(random(5, 2), random(2, 12), random(5, 2), random(2, 12), 1.0)):
+    for wrong in (Dense(random(4, 11)), Loha(random(5, 2), random(2, 12), random(5, 2), random(2, 12), 1.0)):
         with pytest.raises(AdapterError, match=r"'head' has a weight of \[4, 12\]"):
             merge_checkpoint(base, lk.Adapter(CONFIG, {"head": wrong}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -162,7 +164,7 @@ def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
 def test_a_dora_with_one_output_keeps_the_norm_of_its_row(tmp_path):
     torch.manual_seed(0)
     base = on_disk(nn.Sequential(nn.Linear(3, 1)), tmp_path / "base")
-    f = Factors(random(1, 3), random(1, 1), 1.0, magnitude=torch.tensor([[2.0]]))
+    f = Dora(Factors(random(1, 3), random(1, 1), 1.0), torch.tensor([[2.0]]))
     merge_checkpoint(base, lk.Adapter(CONFIG, {"0": f}), tmp_path / "out")
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["0.weight"].norm(), torch.tensor(2.0))
 
@@ -174,9 +176,8 @@ def test_a_row_of_zeros_stays_one_under_dora(tmp_path):
     base = on_disk(model, tmp_path / "base")
     B = random(20, 2)
     B[3] = 0
-    merge_checkpoint(
-        base, lk.Adapter(CONFIG, {"lin0": Factors(random(2, 10), B, 4, magnitude=torch.ones(20, 1))}), tmp_path / "out"
-    )
+    dora = Dora(Factors(random(2, 10), B, 4), torch.ones(20, 1))
+    merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": dora}), tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")["lin0.weight"]
     assert not written[3].any()
     torch.testing.assert_close(written[4].norm(), torch.tensor(1.0))

@@ -12,6 +12,7 @@ from tiny import logits, randomise_factors
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.lora import Factors
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError
@@ -100,9 +101,7 @@ def test_a_weight_that_one_replaces_and_one_changes_is_refused(base, tmp_path):
 
 def test_a_dora_is_not_added_to_what_another_adapter_changes(base, tmp_path):
     plain = adapter(1)
-    dora = replace(
-        plain, updates={m: replace(f, magnitude=torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()}
-    )
+    dora = replace(plain, updates={m: Dora(f, torch.ones(f.B.shape[0], 1)) for m, f in plain.factors.items()})
     assert "merge that adapter first" in refused(base, tmp_path, [plain, dora])
     assert "its weight is 0.5" in refused(base, tmp_path, [dora], weights=[0.5])
 

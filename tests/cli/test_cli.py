@@ -1,10 +1,9 @@
-"""The command line: help without torch, exit codes, errors, and every step from data to a merged model."""
+"""The command line: help without torch, exit codes, errors, and the steps from a config to an evaluated adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ import torch
 import yaml
 
 import lorakit as lk
-from lorakit.bases.load import load_model
 from lorakit.cli.shared.loading import load
 from lorakit.data.dataset import build
 from lorakit.data.read import read_rows
@@ -180,7 +178,7 @@ def test_train_runs_the_config_from_init_and_its_own(lorakit, model, data, tmp_p
     assert (written.rank, written.out, written.data, written.clip) == (4, str(out), data, 1.0)
     code, told, error = lorakit("train", "--config", out / "config.yaml")
     assert code == 0, error
-    assert "going on at step 6" in told
+    assert "resuming at step 6" in told
 
 
 def test_flags_override_the_config_file(lorakit, model, data, tmp_path):
@@ -211,54 +209,7 @@ def test_flags_override_the_config_file(lorakit, model, data, tmp_path):
 def test_resuming_with_another_rank_shows_the_difference(lorakit, trained):
     code, _, error = lorakit("train", "--config", trained / "config.yaml", "--rank", "8")
     assert code == 1
-    assert "rank: 4 then, 8 now" in error
-
-
-# ------------------------------------------------------------------------------------- data show
-
-
-def test_data_show_marks_trained_tokens_and_prints_the_next_command(lorakit, model, data):
-    code, out, _ = lorakit("data", "show", data, "--model", model, "--rows", "2")
-    assert code == 0
-    first = tiny_lm.rows()[0]
-    assert f"{first['prompt']}⟦{first['completion']}</s>⟧" in out
-    assert out.count("tokens, ") >= 2
-    assert out.splitlines()[-1] == f"next: lorakit train --data {data} --model {model}"
-
-
-def test_data_show_as_json(lorakit, model, data):
-    code, out, _ = lorakit("data", "show", data, "--model", model, "--json", "--max-length", "40")
-    told = json.loads(out)
-    assert code == 0
-    assert (told["rows"], told["shape"], told["max_length"]) == (24, "prompt/completion", 40)
-    assert told["dropped"] == sum(len(r["prompt"]) + len(r["completion"]) + 1 > 40 for r in tiny_lm.rows())
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c"\n', "row 2"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": ""}\n', "row 2: completion is empty"),
-        ('{"a": 1}\n', "row 1: unknown shape"),
-        ("", "the file is empty"),
-        (b'{"prompt": "\xe9"}\n', "line 1: byte 0xe9"),
-    ],
-)
-def test_data_show_names_file_and_row_of_invalid_data(lorakit, model, tmp_path, text, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    code, _, error = lorakit("data", "show", path, "--model", model)
-    assert code == 1
-    assert str(path) in error
-    assert message in error
-
-
-def test_data_show_with_other_column_names(lorakit, model, tmp_path):
-    path = tiny_lm.write_rows(tmp_path / "qa.jsonl", [{"q": "who?", "a": "me"}])
-    assert lorakit("data", "show", path, "--model", model)[0] == 1
-    code, out, _ = lorakit("data", "show", path, "--model", model, "--columns", "prompt=q,completion=a")
-    assert code == 0
-    assert "who?⟦me</s>⟧" in out
+    assert "rank: was 4, is now 8" in error
 
 
 # ------------------------------------------------------------------------------------- the whole way
@@ -401,65 +352,6 @@ def test_inspect_describes_adapters_and_models(lorakit, model, trained):
     assert code == 0
     assert "* model.layers.1.mlp.down_proj" in out
     assert json.loads(lorakit("inspect", model, "--json")[1])["architecture"] == "LlamaForCausalLM"
-
-
-def test_the_merged_model_answers_like_base_and_adapter(lorakit, model, trained, tmp_path):
-    out = tmp_path / "merged"
-    code, told, error = lorakit("merge", model, trained / "adapter", out)
-    assert code == 0, error
-    assert told.splitlines()[-1] == f"next: lorakit generate 'Once upon a time' --model {out}"
-    ids = torch.arange(2, 40)[None]
-    with torch.no_grad():
-        adapted = lk.attach(load_model(model, torch.float32, CPU), lk.Adapter.load(trained / "adapter"))(ids).logits
-        torch.testing.assert_close(load_model(str(out), torch.float32, CPU)(ids).logits, adapted, atol=1e-4, rtol=1e-4)
-    code, _, error = lorakit("merge", model, trained / "adapter", out)
-    assert code == 1
-    assert "--force" in error
-    code, told, _ = lorakit("merge", model, trained / "adapter", out, "--force", "--json", "--dtype", "bf16")
-    assert code == 0
-    assert isinstance(json.loads(told), dict)
-    assert load_model(str(out), torch.bfloat16, CPU).dtype == torch.bfloat16
-    assert lorakit("generate", "Ada", "--model", out, "--max-new-tokens", "2")[0] == 0
-
-
-def test_merge_with_several_weighted_adapters(lorakit, model, trained, tmp_path):
-    adapter, out = trained / "adapter", tmp_path / "out"
-    code, _, error = lorakit("merge", model, adapter, adapter, out, "--weights", "0.75,0.25")
-    assert code == 0, error
-    note = (out / "lorakit_merge.json").read_text()
-    assert "0.75 x adapter, 0.25 x adapter" in note
-    assert str(tmp_path) not in note
-    assert str(trained) not in note
-    assert lorakit("merge", model, adapter, tmp_path / "once")[0] == 0
-    twice, once = (load_model(str(tmp_path / name), torch.float32, CPU).state_dict() for name in ("out", "once"))
-    for name in once:
-        torch.testing.assert_close(twice[name], once[name], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "args,code,said",
-    [
-        (("ADAPTER",), 2, "one or several adapters, and OUT"),
-        (("ADAPTER", "ADAPTER", "OUT", "--weights", "0.5"), 2, "1 weights for 2 adapters"),
-        (("ADAPTER", "OUT", "--weights", "half"), 2, "'half' is not a list of numbers"),
-        (("nowhere", "OUT"), 1, "no adapter at 'nowhere'"),
-    ],
-)
-def test_an_impossible_merge_is_explained_and_writes_nothing(args, code, said, lorakit, model, trained, tmp_path):
-    named = {"ADAPTER": trained / "adapter", "OUT": tmp_path / "out"}
-    found, _, error = lorakit("merge", model, *(named.get(a, a) for a in args))
-    assert (found, said in error) == (code, True), error
-    assert not list(tmp_path.iterdir())
-
-
-def test_merge_never_replaces_an_adapter_it_reads(lorakit, model, trained, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    for args in ((run / "adapter", run / "adapter"), (run, run / "adapter"), (run, run)):
-        code, _, error = lorakit("merge", model, *args, "--force")
-        assert (code, "the adapter" in error) == (1, True), error
-    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_closed_pipe_gives_no_traceback(model, data):

@@ -122,8 +122,8 @@ def test_every_setting_stands_under_its_text_and_those_given_count():
     [
         ("rank: [1", "line 1, column 9: not YAML"),
         ("a: 1\n  b: 2\n", "line 2, column 4: not YAML"),
-        ("just words", "holds a str; expected lines of 'name: value'"),
-        ("- 1\n- 2\n", "holds a list"),
+        ("just words", "contains a str; expected lines of 'name: value'"),
+        ("- 1\n- 2\n", "contains a list"),
         ("\tx: 1", "line 1, column 1: not YAML"),
     ],
 )

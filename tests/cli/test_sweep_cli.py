@@ -120,7 +120,7 @@ def test_as_json_it_prints_nothing_else(lorakit, swept):
 def test_a_run_of_the_sweep_is_one_that_train_knows(lorakit, swept):
     code, out, error = lorakit("train", "--config", swept / "runs" / "rank=4,lr=0.01" / "config.yaml")
     assert code == 0, error
-    assert "going on at step 3" in out
+    assert "resuming at step 3" in out
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(lorakit, data, tmp_path):
@@ -150,7 +150,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(lorakit, data, tmp_path):
     "args, message",
     [
         (["--rank", "2,4"], "no training data"),
-        (["--data", "x", "--rank", "4"], "nothing is swept"),
+        (["--data", "x", "--rank", "4"], "nothing to sweep"),
         (["--data", "x", "--rank", "2,4,8", "--max-runs", "2"], "3 runs"),
         (["--data", "x", "--rank", "2,x"], "rank"),
         (["--data", "x", "--rank", "2,4", "--precision", "fp32,bf16"], "precision cannot be swept"),
@@ -208,7 +208,7 @@ def test_train_finds_its_learning_rate_when_asked(lorakit, model, data, tmp_path
     written = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
     assert isinstance(written["learning_rate"], float)
     code, _, error = lorakit("train", "--data", data, "--find-lr", "--lr", "1e-3")
-    assert (code, "find_lr looks for a learning rate" in error) == (2, True)
+    assert (code, "find_lr searches for a learning rate" in error) == (2, True)
 
 
 def test_sweep_help_says_how_lists_are_written(lorakit):

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.adapter.update import Update
 from lorakit.config import variants
@@ -46,9 +47,9 @@ def product(u, W):
     return u.alpha / u.rank * u.B.flatten(1) @ u.A.flatten(1)
 
 
-def dora(dim: int):
+def dora(dim: int, inner=product):
     def exact(u, W):
-        V = W + product(u, W)
+        V = W + inner(u.inner, W)
         return u.magnitude * V / V.norm(dim=dim, keepdim=True) - W
 
     return exact
@@ -58,27 +59,37 @@ def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ijkl,ip,jr->prkl", t, a, b).flatten(1)
 
 
+def hadamard(u, W):
+    return 1.5 * (u.w1a @ u.w1b) * (u.w2a @ u.w2b)
+
+
 LOW = Factors(randn(3, 10), randn(8, 3), 6.0)
+LOHA = Loha(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 3.0)
 VALUES = {
     "lora": Value(LOW, (8, 10), product),
     "lora of a convolution": Value(Factors(randn(3, 4, 2, 3), randn(8, 3, 1, 1), 6.0, "conv"), (8, 4, 2, 3), product),
     "lora scaled by the root of its rank": Value(
         replace(LOW, rslora=True), (8, 10), lambda u, W: 6 / 3**0.5 * u.B @ u.A
     ),
-    "dora by output": Value(replace(LOW, magnitude=randn(8, 1).abs()), (8, 10), dora(1)),
-    "dora by input": Value(replace(LOW, magnitude=randn(1, 10).abs()), (8, 10), dora(0)),
-    "loha": Value(
-        Hadamard(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 3.0),
-        (8, 10),
-        lambda u, W: 1.5 * (u.w1a @ u.w1b) * (u.w2a @ u.w2b),
+    "dora by output": Value(Dora(LOW, randn(8, 1).abs()), (8, 10), dora(1)),
+    "dora by input": Value(Dora(LOW, randn(1, 10).abs()), (8, 10), dora(0)),
+    "dora of a convolution": Value(
+        Dora(Factors(randn(3, 4, 2, 3), randn(8, 3, 1, 1), 6.0, "conv"), randn(8, 1).abs()), (8, 4, 2, 3), dora(1)
     ),
+    "dora over a loha": Value(Dora(LOHA, randn(8, 1).abs()), (8, 10), dora(1, hadamard)),
+    "dora over a lokr": Value(
+        Dora(Lokr(9.0, w1=randn(2, 5), w2=randn(4, 2)), randn(8, 1).abs()),
+        (8, 10),
+        dora(1, lambda u, W: torch.kron(u.w1, u.w2)),
+    ),
+    "loha": Value(LOHA, (8, 10), hadamard),
     "loha of a convolution": Value(
-        Hadamard(randn(8, 2), randn(2, 24), randn(8, 2, seed=1), randn(2, 24, seed=1), 3.0, shape=(8, 4, 2, 3)),
+        Loha(randn(8, 2), randn(2, 24), randn(8, 2, seed=1), randn(2, 24, seed=1), 3.0, shape=(8, 4, 2, 3)),
         (8, 4, 2, 3),
-        lambda u, W: 1.5 * (u.w1a @ u.w1b) * (u.w2a @ u.w2b),
+        hadamard,
     ),
     "loha in Tucker form": Value(
-        Hadamard(
+        Loha(
             randn(2, 8),
             randn(2, 4),
             randn(2, 8, seed=1),
@@ -90,14 +101,14 @@ VALUES = {
         (8, 4, 2, 3),
         lambda u, W: 1.5 * tucker(u.t1, u.w1a, u.w1b) * tucker(u.t2, u.w2a, u.w2b),
     ),
-    "lokr": Value(Kronecker(9.0, w1=randn(2, 5), w2=randn(4, 2)), (8, 10), lambda u, W: torch.kron(u.w1, u.w2)),
+    "lokr": Value(Lokr(9.0, w1=randn(2, 5), w2=randn(4, 2)), (8, 10), lambda u, W: torch.kron(u.w1, u.w2)),
     "lokr of products": Value(
-        Kronecker(9.0, w1a=randn(2, 3), w1b=randn(3, 5), w2a=randn(4, 3), w2b=randn(3, 2)),
+        Lokr(9.0, w1a=randn(2, 3), w1b=randn(3, 5), w2a=randn(4, 3), w2b=randn(3, 2)),
         (8, 10),
         lambda u, W: 3 * torch.kron(u.w1a @ u.w1b, u.w2a @ u.w2b),
     ),
     "lokr in Tucker form": Value(
-        Kronecker(2.0, w1=randn(2, 2), w2a=randn(2, 4), w2b=randn(2, 2), t2=randn(2, 2, 2, 3)),
+        Lokr(2.0, w1=randn(2, 2), w2a=randn(2, 4), w2b=randn(2, 2), t2=randn(2, 2, 2, 3)),
         (8, 4, 2, 3),
         lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
     ),
@@ -125,7 +136,8 @@ def weight_of(value: Value) -> Tensor:
 
 def test_its_tensors_are_its_fields_and_can_be_changed_all_at_once(value):
     update = value.update
-    assert all(torch.equal(getattr(update, name), t) for name, t in update.tensors().items())
+    held = [*vars(update).values(), *vars(getattr(update, "inner", None) or update).values()]
+    assert all(any(t is field for field in held) for t in update.tensors().values())
     assert update.parameters == sum(t.numel() for t in update.tensors().values())
     double = update.map(lambda _, t: t.double())
     assert type(double) is type(update)
@@ -177,7 +189,7 @@ def test_rows_are_its_equation_block_by_block(value, step, transposed):
 def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
     if value.update.needs_base:
         assert value.update.low_rank() is None
-        assert value.update.without_base().low_rank() is not None
+        assert not value.update.without_base().needs_base
         return
     wanted = value.delta(weight_of(value))
     found = value.update.low_rank()
@@ -185,7 +197,7 @@ def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
         torch.testing.assert_close(found.left @ found.right, wanted, rtol=1e-5, atol=1e-5)
     S = torch.cat([svd.S.double() for svd in value.update.singular_values()])
     torch.testing.assert_close(S.square().sum().sqrt(), wanted.norm(), rtol=1e-5, atol=1e-5)
-    form = value.update.form("m")
+    form = value.update.factor_shapes("m")
     assert (form.inner, form.axes) == (value.shape[1:], len(value.shape))
 
 
@@ -208,6 +220,37 @@ def test_halves_swapped_swaps_the_rows_of_delta(value):
     change = value.update.halves_swapped().rows(value.shape, read=lambda: [(every, swapped.flatten(1))])
     wanted = torch.cat(value.delta(W.flatten(1)).chunk(2)[::-1])
     torch.testing.assert_close(change(every, swapped.flatten(1)).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_its_factors_are_those_of_its_delta_without_the_base(value):
+    factors, inner = value.update.factors, value.update.without_base()
+    assert value.update.map_factors(lambda f: replace(f, alpha=2 * f.alpha)).scale == value.update.scale * (
+        1 if factors is None else 2
+    )
+    if factors is not None:
+        torch.testing.assert_close(factors.delta(value.shape), inner.delta(value.shape), rtol=0, atol=0)
+        assert all(torch.equal(t, value.update.tensors()[name]) for name, t in factors.tensors().items())
+    plain = value.update.as_factors()
+    if plain is not None:
+        torch.testing.assert_close(plain.matrix(), value.update.matrix(), rtol=1e-5, atol=1e-5)
+
+
+def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
+    assert value.update.sizes == value.shape[:2]
+    outputs = value.update.output_tensors()
+    if outputs is None:
+        assert "t1" in value.update.tensors()
+        return
+    assert all(len(t) * value.update.output_block >= value.shape[0] for t in outputs.values())
+    assert outputs.keys() <= value.update.tensors().keys()
+    # Without its first block of outputs it is an update of the other outputs.
+    block, rows = value.update.output_block, value.shape[0]
+    rest = value.update.map(lambda name, t: t[len(t) * block // rows :] if name in outputs else t)
+    if getattr(rest, "shape", None) is not None or not value.update.outputs_independent:
+        return
+    W = weight_of(value).flatten(1)
+    change = rest.rows((rows - block, *value.shape[1:]))(slice(0, rows - block), W[block:])
+    torch.testing.assert_close(change.double(), value.delta(W)[block:], rtol=1e-5, atol=1e-5)
 
 
 def test_it_knows_the_weights_that_it_is_for(value):

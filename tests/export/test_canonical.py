@@ -9,6 +9,7 @@ import torch
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.errors import AdapterError
 from lorakit.export.canonical import canonical, is_canonical
 
@@ -78,7 +79,7 @@ def test_a_packed_projection_becomes_a_plain_update():
     "broken, said",
     [
         (replace(adapter(**MIXED), updates={**MIXED, "d": Dense(torch.ones(2, 2))}), "not low-rank factors"),
-        (adapter(a=replace(factors(2, 4), magnitude=torch.ones(5, 1, dtype=torch.float64))), "DoRA"),
+        (adapter(a=Dora(factors(2, 4), torch.ones(5, 1, dtype=torch.float64))), "DoRA"),
     ],
 )
 def test_updates_without_a_canonical_form_are_refused(broken, said):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.adapter.dora import Dora
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.export import RECEIVERS, export, findings
 
@@ -90,7 +91,7 @@ REFUSED = {
     ),
     "a module it has no linear for": (adapter(strange=factors(8, 8)), "not linears that vLLM adapts", ("vllm",)),
     "DoRA": (
-        adapter(self_attn__q_proj=replace(factors(8, 8), magnitude=torch.ones(8, 1))),
+        adapter(self_attn__q_proj=Dora(factors(8, 8), torch.ones(8, 1))),
         "DoRA",
         ("vllm", "sglang", "llama.cpp", "canonical"),
     ),

@@ -14,6 +14,7 @@ import torch
 from tiny import logits, randomise_factors
 
 import lorakit as lk
+from lorakit.adapter.dora import Dora
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, LorakitError
 from lorakit.export import export, findings, into_base
@@ -34,12 +35,12 @@ def adapter():
     saved = {name: tensor * 1.5 for name, tensor in value.saved.items()}
     dora = "model.layers.1.mlp.down_proj"
     f = value.factors[dora]
-    factors = {**value.factors, dora: replace(f, magnitude=torch.rand(f.B.shape[0], 1) + 0.5)}
+    factors = {**value.factors, dora: Dora(f, torch.rand(f.B.shape[0], 1) + 0.5)}
     return replace(value, saved=saved, updates=factors)
 
 
 def plain(adapter):
-    return {m: replace(f, magnitude=None) for m, f in adapter.factors.items()}
+    return dict(adapter.factors)
 
 
 def test_copy_plus_rest_equals_base_plus_adapter(base, adapter, tmp_path):
@@ -136,7 +137,7 @@ def damaged(name, change, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_logits_are_compared_with_the_full_adapter_on_the_original_base(adapter, tmp_path, monkeypatch, dtype):
     tiny.llama().to(dtype).save_pretrained(tmp_path / "base")
-    plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    plain = replace(adapter, updates=adapter.factors)
     for value, live in ((plain, True), (adapter, False)):  # a DoRA cannot be attached
         done = export(value, tmp_path / "out", "vllm", fix=True, verify=True, base=tmp_path / "base", force=True)
         assert done.logits.live == live
@@ -152,7 +153,7 @@ def test_logits_are_compared_with_the_full_adapter_on_the_original_base(adapter,
 
 def test_format_errors_come_before_the_base_is_copied(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(into_base, "merge_checkpoint", lambda *_: pytest.fail("the base was copied"))
-    plain = replace(adapter, updates={m: replace(f, magnitude=None) for m, f in adapter.factors.items()})
+    plain = replace(adapter, updates=adapter.factors)
     with pytest.raises(AdapterError, match="kohya"):
         export(plain, tmp_path / "x.safetensors", "comfyui", fix=True, base=base)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]

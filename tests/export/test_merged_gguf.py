@@ -14,7 +14,8 @@ from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit as lk
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
 from lorakit.bases.load import embedded_folder
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.export import gguf_model
@@ -115,15 +116,15 @@ def test_dora_and_loha_are_merged(tmp_path):
     base, adapter, live = base_adapter_model(tmp_path, model_of("llama"))
     lk.detach(live)
     w = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(0))
-    loha = Hadamard(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
+    loha = Loha(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
     name = "model.layers.0.self_attn.o_proj"
-    dora = replace(adapter.factors[name], magnitude=torch.rand(32, 1) + 0.5)
+    dora = Dora(adapter.factors[name], torch.rand(32, 1) + 0.5)
     odd = replace(adapter, updates={name: dora, "model.layers.1.self_attn.o_proj": loha})
     done = export_merged(odd, base, tmp_path / "x.gguf", dtype="f32", verify=True)
     assert done.verified.logits < 1e-5
     assert "a live model takes only kinds of update that lorakit trains" in done.verified.note
     there = read(done.files[0])
-    V = live.get_submodule(name).weight.detach() + replace(dora, magnitude=None).delta()
+    V = live.get_submodule(name).weight.detach() + dora.inner.delta()
     wanted = dora.magnitude * V / V.norm(dim=1, keepdim=True)
     np.testing.assert_allclose(there["blk.0.attn_output.weight"], wanted.numpy(), atol=1e-6)
     wanted = live.model.layers[1].self_attn.o_proj.weight.detach() + loha.delta()

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.errors import AdapterError
 from lorakit.export import export
 from lorakit.formats import save
@@ -33,8 +34,8 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=NUMBERS)
 
 
-def low_rank(rank: int, alpha: float, out: int = 12, size_in: int = 8, **more) -> lk.Factors:
-    return lk.Factors(random(rank, size_in), random(out, rank), alpha, **more)
+def low_rank(rank: int, alpha: float, out: int = 12, size_in: int = 8) -> lk.Factors:
+    return lk.Factors(random(rank, size_in), random(out, rank), alpha)
 
 
 def adapter(updates: dict, saved: dict | None = None, **config) -> lk.Adapter:
@@ -42,8 +43,8 @@ def adapter(updates: dict, saved: dict | None = None, **config) -> lk.Adapter:
     return lk.Adapter(lk.LoraConfig(**{"rank": 4, "alpha": 8, "targets": targets} | config), updates, saved or {})
 
 
-def dora(**more) -> lk.Factors:
-    return low_rank(4, 8, magnitude=random(12, 1).abs() + 0.5, **more)
+def dora() -> Dora:
+    return Dora(low_rank(4, 8), random(12, 1).abs() + 0.5)
 
 
 TUCKER = (random(2, 2, 3, 3), random(2, 320), random(2, 4))
@@ -58,26 +59,26 @@ HEADED = adapter(
 DORA = adapter({Q: dora(), V: dora()})
 IMAGE = adapter(
     {
-        UNET + "to_q": Hadamard(random(320, 2), random(2, 320), random(320, 2), random(2, 320), 3.0),
-        UNET + "to_k": Kronecker(3.0, w1=random(4, 4), w2a=random(80, 2), w2b=random(2, 80)),
-        UNET + "to_v": Kronecker(1.0, w1=random(4, 4), w2=random(80, 80)),
+        UNET + "to_q": Loha(random(320, 2), random(2, 320), random(320, 2), random(2, 320), 3.0),
+        UNET + "to_k": Lokr(3.0, w1=random(4, 4), w2a=random(80, 2), w2b=random(2, 80)),
+        UNET + "to_v": Lokr(1.0, w1=random(4, 4), w2=random(80, 80)),
         UNET + "to_out.0": Dense(random(320, 320), random(320)),
-        CONV: Hadamard(TUCKER[1], TUCKER[2], random(2, 320), random(2, 4), 2.0, TUCKER[0], random(2, 2, 3, 3)),
-        "unet.down_blocks.0.resnets.0.conv1": Kronecker(
+        CONV: Loha(TUCKER[1], TUCKER[2], random(2, 320), random(2, 4), 2.0, TUCKER[0], random(2, 2, 3, 3)),
+        "unet.down_blocks.0.resnets.0.conv1": Lokr(
             4.0, w1=random(4, 4), w2a=random(2, 80), w2b=random(2, 80), t2=random(2, 2, 3, 3)
         ),
         NORM: Dense(random(320), random(320)),
-        "unet.conv_out": lk.Factors(random(2, 320, 3, 3), random(4, 2, 1, 1), 3.0, "conv", magnitude=random(4, 1)),
-        "unet.mid_block.attentions.0.proj_in": lk.Factors(
-            random(2, 1280, 1, 1), random(1280, 2, 1, 1), 3.0, "conv", magnitude=random(1, 1280)
+        "unet.conv_out": Dora(lk.Factors(random(2, 320, 3, 3), random(4, 2, 1, 1), 3.0, "conv"), random(4, 1)),
+        "unet.mid_block.attentions.0.proj_in": Dora(
+            lk.Factors(random(2, 1280, 1, 1), random(1280, 2, 1, 1), 3.0, "conv"), random(1, 1280)
         ),
     }
 )
 IMAGE_DORA = adapter(
     {
-        UNET + "to_q": low_rank(2, 3, 320, 320, magnitude=random(320, 1)),
-        CONV: lk.Factors(random(2, 4, 3, 3), random(320, 2, 1, 1), 3.0, "conv", magnitude=random(320, 1)),
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": low_rank(2, 3, 768, 768, magnitude=random(768, 1)),
+        UNET + "to_q": Dora(low_rank(2, 3, 320, 320), random(320, 1)),
+        CONV: Dora(lk.Factors(random(2, 4, 3, 3), random(320, 2, 1, 1), 3.0, "conv"), random(320, 1)),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": Dora(low_rank(2, 3, 768, 768), random(768, 1)),
     }
 )
 PLAIN_IMAGE = adapter({UNET + "to_q": low_rank(2, 3, 320, 320), UNET + "to_k": low_rank(4, 1, 320, 320)})
@@ -111,9 +112,9 @@ def test_every_quantity_of_a_file_is_compared(tmp_path, value, receiver, kinds):
 
 
 def test_an_embeddings_dora_magnitudes_are_compared(tmp_path):
-    across = replace(TOKENS, magnitude=random(1, 40))
+    across = Dora(TOKENS, random(1, 40))
     assert export(adapter({"model.embed_tokens": across}), tmp_path / "m", "mlx", verify=True).difference < 1e-6
-    along = replace(TOKENS, magnitude=random(8, 1))
+    along = Dora(TOKENS, random(8, 1))
     assert export(adapter({"model.embed_tokens": along}), tmp_path / "p", "peft", verify=True).difference < 1e-6
 
 
@@ -404,13 +405,13 @@ def test_shift_and_scale_are_swapped_for_fluxs_last_norm(tmp_path):
     whole = replace(whole, metadata={"model": "flux"})
     assert export(whole, tmp_path / "x.safetensors", "comfyui", verify=True).difference == 0
     written = load_file(tmp_path / "x.safetensors")
-    assert torch.equal(written["lora_unet_final_layer_adaLN_modulation_1.diff"][:6], whole.others[name].weight[6:])
+    assert torch.equal(written["lora_unet_final_layer_adaLN_modulation_1.diff"][:6], whole.updates[name].weight[6:])
 
 
 def test_fused_keys_of_other_kinds_are_compared(tmp_path):
     attention = "transformer.transformer_blocks.0.attn."
     shared = {"w2": random(6, 4)}
-    lokr = {attention + n: Kronecker(1.0, w1=random(2, 2), **shared) for n in ("to_q", "to_k", "to_v")}
+    lokr = {attention + n: Lokr(1.0, w1=random(2, 2), **shared) for n in ("to_q", "to_k", "to_v")}
     value = replace(adapter(lokr), metadata={"model": "flux"})
     assert export(value, tmp_path / "x.safetensors", "comfyui", verify=True).difference < 1e-6
     two = {attention + n: low_rank(2, 3) for n in ("to_q", "to_v")}

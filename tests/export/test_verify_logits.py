@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
+from lorakit.adapter.dora import Dora
 from lorakit.bases.load import embedded_folder
 from lorakit.errors import AdapterError
 from lorakit.export import export
@@ -60,10 +61,7 @@ def with_doras(adapter: lk.Adapter) -> lk.Adapter:
     made = torch.Generator().manual_seed(3)
     return replace(
         adapter,
-        updates={
-            m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5)
-            for m, f in adapter.factors.items()
-        },
+        updates={m: Dora(f, torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in adapter.factors.items()},
     )
 
 
@@ -162,10 +160,7 @@ def test_an_embeddings_dora_in_mlx(tmp_path, bases, base, embedding):
     made = torch.Generator().manual_seed(4)
     value = trained(base, targets=[embedding])
     value = replace(
-        value,
-        updates={
-            m: replace(f, magnitude=torch.rand(1, f.A.shape[1], generator=made) + 0.5) for m, f in value.factors.items()
-        },
+        value, updates={m: Dora(f, torch.rand(1, f.A.shape[1], generator=made) + 0.5) for m, f in value.factors.items()}
     )
     done = export(value, tmp_path / "out", "mlx", verify=True, base=bases / base)
     assert done.logits.relative < 2e-6
@@ -174,7 +169,7 @@ def test_an_embeddings_dora_in_mlx(tmp_path, bases, base, embedding):
     there = load_file(tmp_path / "out" / "adapters.safetensors")
     module, f = next(iter(value.factors.items()))
     plain = MODELS[base]().eval()
-    V = plain.get_submodule(module).weight.detach() + replace(f, magnitude=None).delta()
+    V = plain.get_submodule(module).weight.detach() + f.delta()
     wanted = V * (there[f"{module}.m"] / V.norm(dim=1))[:, None]
     apply(plain, read(tmp_path / "out", "mlx"))
     torch.testing.assert_close(plain.get_submodule(module).weight, wanted, rtol=1e-5, atol=1e-6)

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.errors import AdapterError
 from lorakit.formats import cloneofsimo, losses
 from lorakit.formats.convert import convert
@@ -273,7 +274,7 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     (module,) = adapter.factors
     f = adapter.factors[module]
     more = {
-        module: replace(f, magnitude=torch.ones(1280, 1)),
+        module: Dora(f, torch.ones(1280, 1)),
         "unet.conv_in": lk.Factors(torch.ones(1, 4, 3, 3), torch.ones(320, 1, 1, 1), 1.0, "conv"),
         "text_encoder.text_model.encoder.layers.0.mlp.fc1": lk.Factors(torch.ones(1, 768), torch.ones(3072, 1), 1.0),
         "unet.conv_out": Dense(torch.ones(2, 2)),

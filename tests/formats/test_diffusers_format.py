@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import diffusers as hub
 import pytest
@@ -15,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.errors import AdapterError
 from lorakit.formats import diffusers, spellings
 
@@ -88,9 +88,10 @@ def adapter_for(components: dict[str, nn.Module], wanted=lambda name: True, dora
                     torch.randn(rank, *weight.shape[1:], generator=made),
                     torch.randn(weight.shape[0], rank, *ones, generator=made),
                 )
-                magnitude = torch.rand(weight.shape[0], 1, generator=made) + 0.5 if dora else None
-                kind = "conv" if weight.dim() > 2 else "linear"
-                factors[full_name(component, name)] = lk.Factors(A, B, alpha, kind, magnitude=magnitude)
+                f = lk.Factors(A, B, alpha, "conv" if weight.dim() > 2 else "linear")
+                factors[full_name(component, name)] = (
+                    Dora(f, torch.rand(weight.shape[0], 1, generator=made) + 0.5) if dora else f
+                )
     return lk.Adapter(lk.LoraConfig(rank=4, alpha=4), factors)
 
 
@@ -198,9 +199,10 @@ def test_a_dora_is_the_same_weight_in_diffusers(tmp_path):
                 f = adapter.factors[full]
                 direction = before[full] + exact(f)
                 norm = direction.flatten(1).norm(dim=1)
-                scale = (f.magnitude.double().flatten() / norm).reshape(-1, *[1] * (direction.dim() - 1))
+                magnitude = adapter.updates[full].magnitude
+                scale = (magnitude.double().flatten() / norm).reshape(-1, *[1] * (direction.dim() - 1))
                 torch.testing.assert_close(module.weight.detach().double(), scale * direction, atol=1e-5, rtol=1e-5)
-                assert torch.equal(again.factors[full].magnitude, f.magnitude)
+                assert torch.equal(again.updates[full].magnitude, magnitude)
                 before.pop(full)
     assert not before
 
@@ -366,7 +368,7 @@ def test_alphas_magnitudes_and_a_tucker_core_behind_dotted_names_are_kept(tmp_pa
     )
     torch.testing.assert_close(adapter.factors[name].delta().double(), expected, atol=1e-5, rtol=1e-5)
     assert adapter.factors[linear].alpha == 9
-    assert torch.equal(adapter.factors[linear].magnitude, tensors[f"{linear}.dora_scale"])
+    assert torch.equal(adapter.updates[linear].magnitude, tensors[f"{linear}.dora_scale"])
 
 
 def test_comfyui_own_paths_are_the_modules_that_kohya_has_for_them(tmp_path):
@@ -458,14 +460,14 @@ def test_a_damaged_file_is_refused_with_the_key_at_fault(tensors, header, said, 
 
 def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     f = lk.Factors(A, B, 2.0)
-    dora = replace(f, magnitude=torch.ones(6, 1))
+    dora = Dora(f, torch.ones(6, 1))
     adapter = lk.Adapter(
         lk.LoraConfig(),
         {
             Q: dora,
             Q.replace("to_q", "to_k"): f,
             "model.layers.0.q": f,
-            "unet.c": lk.Factors(A, B, 2.0, magnitude=torch.ones(1, 4)),
+            "unet.c": Dora(lk.Factors(A, B, 2.0), torch.ones(1, 4)),
             "unet.conv_out": Dense(torch.ones(2, 2)),
         },
         saved={"unet.conv_in.bias": torch.ones(2)},

@@ -20,7 +20,8 @@ from torch import nn
 import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import gguf
@@ -285,9 +286,9 @@ def test_what_a_gguf_adapter_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     value = adapter(
         {
-            LAYER(0, "mlp.up_proj"): factors(1, magnitude=torch.ones(32, 1)),
+            LAYER(0, "mlp.up_proj"): Dora(factors(1), torch.ones(32, 1)),
             "c": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
-            "x": Hadamard(ones, ones, ones, ones, 1.0),
+            "x": Loha(ones, ones, ones, ones, 1.0),
         },
         embeddings={"<s>": torch.ones(3)},
         saved={"model.norm.weight": torch.ones(2)},

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.errors import AdapterError
@@ -192,7 +193,7 @@ def test_the_halves_of_a_bias_alone_are_swapped_with_those_of_its_weight(tmp_pat
         "lora_unet_img_in.diff": torch.ones(3072, 64),
     }
     adapter = kohya.read("made", made, {})
-    assert adapter.others["transformer.norm_out.linear"].bias[0] == 3072
+    assert adapter.updates["transformer.norm_out.linear"].bias[0] == 3072
     kohya.write(adapter, tmp_path / "x.safetensors")
     tensors, _ = read_tensors(tmp_path / "x.safetensors")
     assert torch.equal(tensors["lora_unet_final_layer_adaLN_modulation_1.diff_b"], torch.arange(6144.0))
@@ -267,12 +268,11 @@ def adapters(draw):
         done.add(place.key)
         rank, alpha = draw(st.integers(1, 5)), draw(st.sampled_from([0.5, 1.0, 3.0, 7.3]))
         first = factors(place.modules[0], model, rank, alpha, dtype, (6, 5))
-        if draw(st.booleans()):
-            first = replace(first, magnitude=torch.rand(6, 1).to(dtype))
+        magnitude = torch.rand(6, 1).to(dtype) if draw(st.booleans()) else None
         # of the parts of a fused weight, each with its own down; otherwise all, and they share it
         some = draw(st.booleans())
         for i, part in enumerate(place.modules):
-            if some and first.magnitude is None and len(place.modules) > 1:
+            if some and magnitude is None and len(place.modules) > 1:
                 if i % 2 == 0:
                     own = factors(
                         part, model, rank + i, 1.0, dtype, (6 * shapes[part][0] // shapes[place.modules[0]][0], 5)
@@ -281,8 +281,10 @@ def adapters(draw):
                 continue
             rows = 6 * shapes[part][0] // shapes[place.modules[0]][0]
             own = torch.randn(rows, *first.B.shape[1:]).to(dtype)
-            magnitude = torch.rand(rows, 1).to(dtype) if first.magnitude is not None else None
-            found[part] = replace(first, A=first.A.clone(), B=own, magnitude=magnitude) if i else first
+            made = replace(first, A=first.A.clone(), B=own) if i else first
+            if magnitude is not None:
+                made = Dora(made, torch.rand(rows, 1).to(dtype) if i else magnitude)
+            found[part] = made
     return model, Adapter(CONFIG, found, metadata={"model": model, "recipe": {"steps": 10}})
 
 
@@ -314,11 +316,11 @@ def test_the_parts_of_a_fused_lycoris_update_come_back_as_one(kind, tmp_path):
     alpha = {} if kind == "diff" else {f"{key}.alpha": torch.tensor(2.0)}
     made = {f"{key}.{suffix}": t for suffix, t in parts.items()} | alpha
     adapter = kohya.read("made", made, {})
-    assert [m.rsplit(".", 1)[1] for m in adapter.others] == ["to_q", "to_k", "to_v"]
-    whole = {"loha": Hadamard, "lokr": Kronecker, "diff": Dense}[kind]
+    assert [m.rsplit(".", 1)[1] for m in adapter.updates] == ["to_q", "to_k", "to_v"]
+    whole = {"loha": Loha, "lokr": Lokr, "diff": Dense}[kind]
     fused = lycoris.update("k", {k.split(".", 1)[1]: t for k, t in made.items()}, (12, 4))
     assert isinstance(fused, whole)
-    torch.testing.assert_close(torch.cat([u.delta() for u in adapter.others.values()]), fused.delta())
+    torch.testing.assert_close(torch.cat([u.delta() for u in adapter.updates.values()]), fused.delta())
     kohya.write(adapter, tmp_path / "a.safetensors")
     written, _ = read_tensors(tmp_path / "a.safetensors")
     assert written.keys() == made.keys()

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.formats import kohya
@@ -90,7 +90,7 @@ def test_one_rank_and_alpha_are_named_and_mixed_ones_are_dynamic(tmp_path):
 
 
 def test_lycoris_updates_are_announced_as_such(tmp_path):
-    update = Kronecker(1.0, w1=torch.ones(2, 2), w2=torch.ones(4, 4))
+    update = Lokr(1.0, w1=torch.ones(2, 2), w2=torch.ones(4, 4))
     header = written(made({LINEAR[0]: update}), tmp_path / "a.safetensors")
     assert header["ss_network_module"] == "lycoris.kohya"
     assert json.loads(header["ss_network_args"])["algo"] == "lokr"

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
+from lorakit.adapter.update import Update
 from lorakit.errors import AdapterError
 from lorakit.formats import mlx, peft
 from lorakit.io.tensors import read_tensors
@@ -47,11 +49,11 @@ def as_mlx_computes(folder: Path) -> dict[str, np.ndarray]:
     return {k[:-7]: (scale * t[k[:-1] + "b"].T) @ t[k].T for k in t if k.endswith(".lora_a")}
 
 
-def same(a: Factors, b: Factors) -> None:
-    assert torch.equal(a.A, b.A)
-    assert torch.equal(a.B, b.B)
-    assert (a.magnitude is None) == (b.magnitude is None)
-    assert a.magnitude is None or torch.equal(a.magnitude, b.magnitude)
+def same(ours: Update, theirs: Update) -> None:
+    assert type(ours) is type(theirs)
+    assert ours.tensors().keys() == theirs.tensors().keys()
+    assert all(torch.equal(t, theirs.tensors()[name]) for name, t in ours.tensors().items())
+    a, b = ours.factors, theirs.factors
     assert (a.alpha, a.kind, a.transposed, a.parts) == (b.alpha, b.kind, b.transposed, b.parts)
 
 
@@ -129,16 +131,16 @@ def test_one_scale_for_all_leaves_the_factors_bit_equal_in_half_precision(tmp_pa
 def test_doras_magnitude_is_mlxs_m_and_comes_back(tmp_path):
     value = adapter(
         {
-            Q: factors(1, magnitude=torch.rand(6, 1) + 0.5),
-            EMBED: factors(3, 9, 5, kind="embedding", magnitude=torch.rand(1, 9) + 0.5),
+            Q: Dora(factors(1), torch.rand(6, 1) + 0.5),
+            EMBED: Dora(factors(3, 9, 5, kind="embedding"), torch.rand(1, 9) + 0.5),
         }
     )
     mlx.write(value, tmp_path)
     t = load_file(tmp_path / "adapters.safetensors")
     assert (t[f"{Q}.m"].shape, t[f"{EMBED}.m"].shape) == ((6,), (9,))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fine_tune_type"] == "dora"
-    for module, f in value.factors.items():
-        same(f, read(tmp_path).factors[module])
+    for module, update in value.updates.items():
+        same(update, read(tmp_path).updates[module])
 
 
 def test_saved_weights_and_the_packed_and_turned_ones_come_back(tmp_path, tiny_gpt2):
@@ -173,9 +175,10 @@ def test_what_mlx_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
     value = adapter(
         {
-            Q: factors(1, magnitude=torch.ones(1, 5)),
+            Q: Dora(factors(1), torch.ones(1, 5)),
+            V: factors(2),
             "conv": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
-            "x": Hadamard(ones, ones, ones, ones, 1.0),
+            "x": Loha(ones, ones, ones, ones, 1.0),
         },
         embeddings={"<s>": torch.ones(3)},
         saved={"c.weight": torch.ones(1, 1, 2)},

@@ -67,8 +67,8 @@ def test_fused_sd3_weights_are_taken_apart_as_diffusers_converter_does():
     ours = read_as_diffs(weights)
     assert ours.metadata["model"] == "sd3"
     theirs = {key.removesuffix(".weight"): w for key, w in theirs.items() if key.endswith(".weight")}
-    assert set(theirs) == {module.removeprefix("transformer.") for module in ours.others}
-    for module, update in ours.others.items():
+    assert set(theirs) == {module.removeprefix("transformer.") for module in ours.updates}
+    for module, update in ours.updates.items():
         assert torch.equal(update.weight, theirs[module.removeprefix("transformer.")]), module
 
 
@@ -108,8 +108,8 @@ def test_fused_flux_weights_are_taken_apart_as_diffusers_converter_does():
     }
     ours = read_as_diffs(weights)
     assert ours.metadata["model"] == "flux"
-    assert set(theirs) == {module.removeprefix("transformer.") for module in ours.others}
-    for module, update in ours.others.items():
+    assert set(theirs) == {module.removeprefix("transformer.") for module in ours.updates}
+    for module, update in ours.updates.items():
         assert torch.equal(update.weight, theirs[module.removeprefix("transformer.")]), module
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.dora import Dora
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import peft as ours
@@ -126,7 +127,7 @@ def test_a_dora_of_peft_is_read_exactly_and_written_as_peft_has_it(case, tmp_pat
         W = make().get_submodule(module).weight.double()
         across = f.transposed or f.kind == "embedding"
         V = (W.T if across else W).flatten(1) + f.scale * f.B.double().flatten(1) @ f.A.double().flatten(1)
-        expected = f.magnitude.double() * V / V.norm(dim=1, keepdim=True)
+        expected = adapter.updates[module].magnitude.double() * V / V.norm(dim=1, keepdim=True)
         expected = expected.T if across else expected.reshape(W.shape)
         torch.testing.assert_close(merged.get_submodule(module).weight.double(), expected, atol=2e-6, rtol=1e-5)
     adapter.save(tmp_path / "ours")
@@ -171,8 +172,8 @@ def test_loha_and_lokr_of_peft_are_read_with_the_change_that_peft_makes(case, tm
     theirs = peft.get_peft_model(make(), config)
     theirs.save_pretrained(tmp_path)
     adapter = lk.Adapter.load(tmp_path)
-    assert set(adapter.others) == set(config.target_modules)
-    for module, update in adapter.others.items():
+    assert set(adapter.updates) == set(config.target_modules)
+    for module, update in adapter.updates.items():
         weight = make().get_submodule(module).weight
         expected = theirs.base_model.model.get_submodule(module).get_delta_weight("default").detach()
         torch.testing.assert_close(update.delta(tuple(weight.shape)), expected, atol=1e-6, rtol=1e-5)
@@ -211,10 +212,11 @@ def test_prompt_methods_are_refused_since_no_lora_does_the_same(config, tmp_path
 
 def test_what_pefts_format_cannot_hold_is_listed_and_not_written(tmp_path):
     ones = torch.ones(2, 2)
-    plain, across = Factors(ones, ones, 2.0), Factors(ones, ones, 2.0, magnitude=torch.ones(1, 2))
+    plain = Factors(ones, ones, 2.0)
+    across = Dora(plain, torch.ones(1, 2))
     adapter = Adapter(
         lk.LoraConfig(rank=2),
-        {"a": plain, "b": across, "x": Hadamard(ones, ones, ones, ones, 1.0)},
+        {"a": plain, "b": across, "x": Loha(ones, ones, ones, ones, 1.0)},
         embeddings={"<s>": ones},
     )
     lost = "\n".join(ours.losses(adapter))
@@ -244,7 +246,7 @@ def test_factors_of_both_scaling_rules_keep_their_scale_in_one_folder(tmp_path):
 def test_a_magnitude_of_another_shape_is_refused(shape, said, tmp_path):
     from lorakit.io.tensors import write_tensors
 
-    f = Factors(torch.randn(4, 10), torch.randn(20, 4), 6.0, magnitude=torch.ones(20, 1))
+    f = Dora(Factors(torch.randn(4, 10), torch.randn(20, 4), 6.0), torch.ones(20, 1))
     Adapter(lk.LoraConfig(rank=4, alpha=6), {"lin0": f}).save(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     write_tensors(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import lorakit as lk
 from lorakit import formats
+from lorakit.adapter.dora import Dora
 from lorakit.errors import AdapterError
 from lorakit.formats.convert import convert
 from lorakit.formats.loralib import alpha_of
@@ -134,15 +135,13 @@ def test_a_doras_magnitude_is_kept_to_the_bit_where_a_format_has_a_place_for_it(
     names = ("model.layers.0.mlp.down_proj",) if other == "mlx" else (UNET + "to_q", TEXT + "q_proj")
     plain = data.draw(adapters(names, conv=other != "mlx"))
     made = torch.Generator().manual_seed(3)
-    factors = {
-        m: replace(f, magnitude=torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in plain.factors.items()
-    }
+    doras = {m: Dora(f, torch.rand(f.B.shape[0], 1, generator=made) + 0.5) for m, f in plain.factors.items()}
     with tempfile.TemporaryDirectory() as name:
-        first = written(replace(plain, updates=factors), one, Path(name), "one")
+        first = written(replace(plain, updates=doras), one, Path(name), "one")
         second = written(first, other, Path(name), "other")
-    for module, f in factors.items():
-        found = second.factors[module]
-        assert torch.equal(found.magnitude, f.magnitude)
+    for module, dora in doras.items():
+        assert torch.equal(second.updates[module].magnitude, dora.magnitude)
+        found, f = second.factors[module], dora.inner
         low, wanted = (g.scale * g.B.flatten(1).double() @ g.A.flatten(1).double() for g in (found, f))
         # MLX has one strength: the others are rounded into B
         folded = torch.finfo(f.A.dtype).eps if other == "mlx" else 0

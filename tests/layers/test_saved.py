@@ -73,7 +73,7 @@ def test_whole_weights_cannot_be_mixed_or_scaled(tiny_bert):
     trained(tiny_bert, HEAD, "b")
     trained(tiny_bert, lk.LoraConfig(rank=2, targets=["key"]), "plain")
     for mix in ({"a": 1.0, "b": 1.0}, {"a": 0.5}, {"a": 0.5, "plain": 1.0}):
-        with pytest.raises(StateError, match=r"adapter 'a' replaces whole weights \(classifier"):
+        with pytest.raises(StateError, match=r"adapter 'a' replaces weights of the base \(classifier"):
             lk.activate(tiny_bert, mix)
     lk.activate(tiny_bert, {"plain": 0.5, "a": 1.0})
     assert tiny_bert.classifier.weight is tiny_bert.classifier.lora_saved.get("a")["weight"]
@@ -133,7 +133,7 @@ def test_saved_weights_that_do_not_fit_are_refused_and_nothing_changes(tiny_bert
     value = lk.capture(trained(tiny.bert(), HEAD))
     before = tiny.picture(tiny_bert)
     wrong = lk.Adapter(value.config, value.factors, {**value.saved, "classifier.weight": torch.zeros(5, 16)})
-    with pytest.raises(AdapterError, match=r"'classifier.weight' has shape \[5, 16\]; the model's has \[3, 16\]"):
+    with pytest.raises(AdapterError, match=r"'classifier.weight' has shape \[5, 16\]; expected the model's, \[3, 16\]"):
         lk.attach(tiny_bert, wrong)
     lost = lk.Adapter(value.config, value.factors, {**value.saved, "clasifier.weight": torch.zeros(3, 16)})
     with pytest.raises(TargetError, match=r"clasifier.weight; did you mean 'classifier.weight'\?"):
@@ -187,12 +187,10 @@ def test_running_values_of_a_saved_module_are_refused_not_lost():
     """PEFT saves a batch norm's running mean; lorakit holds parameters only, and says so."""
     model = normed()
     before = tiny.picture(model)
-    with pytest.raises(
-        TargetError, match=r"'1' also keeps running values \(running_mean, running_var, num_batches_tracked\)"
-    ):
+    with pytest.raises(TargetError, match=r"'1' has buffers \(running_mean, running_var, num_batches_tracked\)"):
         lk.attach(model, lk.LoraConfig(targets=["0"], save_modules=["1"]))
     value = lk.Adapter(lk.LoraConfig(), {}, {"1.weight": torch.ones(6), "1.running_mean": torch.ones(6)})
-    with pytest.raises(TargetError, match="running values of the base"):
+    with pytest.raises(TargetError, match="values for buffers of the base"):
         lk.attach(model, value)
     assert tiny.picture(model) == before
     lk.attach(model, value, strict=False)

@@ -161,7 +161,7 @@ def test_a_module_under_two_names_is_adapted_once_and_both_see_it(targets):
 
 def test_factors_under_both_names_of_one_module_are_refused():
     f = lk.Factors(torch.randn(2, 6), torch.randn(6, 2), 4.0)
-    with pytest.raises(TargetError, match="'first' and 'second', which are one module"):
+    with pytest.raises(TargetError, match="'first' and 'second', which are the same module"):
         lk.attach(Twice(), lk.Adapter(lk.LoraConfig(rank=2), {"first": f, "second": f}))
 
 

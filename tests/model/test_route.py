@@ -230,7 +230,7 @@ def test_an_adapter_with_whole_weights_is_an_error_that_names_them():
     lk.attach(model, lk.LoraConfig(rank=2, targets=["query"], save_modules=["classifier"]), name="whole")
     lk.attach(model, lk.LoraConfig(rank=2, targets=["query"]), name="plain")
     with (
-        pytest.raises(StateError, match=r"adapter 'whole' \(row 1\) replaces whole weights \(classifier"),
+        pytest.raises(StateError, match=r"adapter 'whole' \(row 1\) replaces weights of the base \(classifier"),
         lk.route(model, ["plain", "whole"]),
     ):
         pass
@@ -411,7 +411,7 @@ def test_rows_and_tokens_of_equal_choices_are_not_taken_for_each_other():
     "call, message",
     [
         (lambda m: lk.route(m, ["a"], per="tokens"), "per='tokens'.*expected 'row', or 'token'"),
-        (lambda m: lk.route(m, ["a"], 2, per="token"), "repeat=2, per='token'.*\n  name a choice for each token"),
+        (lambda m: lk.route(m, ["a"], 2, per="token"), "repeat=2, per='token'.*\n  give one choice per token"),
         (lambda m: lk.route(m, ["a", "bb"], per="token"), "no adapter named 'bb'"),
         (lambda m: lk.route(m, ["a", 3], per="token"), "token 1 of route's choices is 3"),
         (lambda m: lk.route(m, [{"a": float("inf")}], per="token"), r"adapter 'a' \(token 0\) is inf"),

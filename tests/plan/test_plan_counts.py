@@ -10,7 +10,7 @@ import torch
 from lorakit.config import LoraConfig
 from lorakit.methods import method_of
 from lorakit.model.attach import attach
-from lorakit.plan.planner import Planner, Setting
+from lorakit.plan.planner import Planner, PlanSettings
 from lorakit.tasks import causal_lm
 from lorakit.train.config import TrainConfig
 
@@ -55,7 +55,7 @@ def planner(base, **changes) -> Planner:
         "overhead": 0,
         "attach": lora(),
     } | changes
-    return Planner(base, Setting(**values))
+    return Planner(base, PlanSettings(**values))
 
 
 def test_llama_3_8b_with_rank_8_on_q_and_k_trains_3_407_872_parameters():

@@ -29,7 +29,7 @@ def test_memory_is_read_as_it_is_written(text, size):
 
 @pytest.mark.parametrize("text", ["", "24", "much", "24 XB", "-1GB", "0GB", "1e3GB", "GB", "24GB please"])
 def test_what_is_no_amount_of_memory_is_refused_by_name(text):
-    with pytest.raises(ConfigError, match="no amount of memory"):
+    with pytest.raises(ConfigError, match="not an amount of memory"):
         parse_bytes(text)
 
 

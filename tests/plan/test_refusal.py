@@ -9,8 +9,8 @@ import tiny_lm
 import torch
 
 from lorakit.bases import load as load_file
+from lorakit.bases.limits import Memory
 from lorakit.errors import ConfigError, TrainError
-from lorakit.plan.machine import Memory
 from lorakit.train import memory as memory_file
 from lorakit.train.memory import check
 from lorakit.train.progress import Progress
@@ -39,7 +39,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_or_written(c
         train(asked, QUIET)
     said = str(refused.value)
     assert "this run needs about" in said
-    assert "50 MB (memory, as given)" in said
+    assert "50 MB (the setting 'memory')" in said
     assert "memory: unchecked" in said
     assert "gradient_checkpointing: true" in said
     assert not Path(asked.out).exists()
@@ -73,7 +73,7 @@ def test_a_run_may_go_on_with_another_memory_setting(config):
 
 
 def test_memory_that_is_no_amount_is_a_wrong_setting(config):
-    with pytest.raises(ConfigError, match=r"TrainConfig.memory: 'lots' is no amount of memory"):
+    with pytest.raises(ConfigError, match=r"TrainConfig.memory: 'lots' is not an amount of memory"):
         config(memory="lots")
 
 

@@ -75,7 +75,7 @@ def test_a_demo_killed_before_its_training_run_starts_over(tmp_path):
 def test_other_steps_need_force_and_foreign_folders_are_never_replaced(demo, tmp_path, capsys):
     out, _, _ = demo
     assert cli(["demo", "--out", str(out), "--steps", "1", "--rows", "1"]) == 1
-    assert "steps: 3 then, 1 now" in capsys.readouterr().err
+    assert "steps: was 3, is now 1" in capsys.readouterr().err
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "merged").mkdir()
     for force in ([], ["--force"]):

@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from lorakit.share.paths import PathCleaner, holds_path
-from lorakit.share.words import hub_id, is_local_path, is_path, without_paths
+from lorakit.share.paths import PathCleaner, holds_path, hub_id, is_local_path, is_path, without_paths
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save"])

@@ -85,7 +85,7 @@ def test_right_padding_needs_no_attention_mask(model, batch, attention):
 
 
 def test_only_trained_positions_are_projected(model, batch, monkeypatch):
-    monkeypatch.setattr(loss_module, "POSITIONS", 1)
+    monkeypatch.setattr(loss_module, "POSITIONS_MULTIPLE", 1)
     shapes = []
     handle = model.get_output_embeddings().register_forward_hook(
         lambda layer, args, out: shapes.append(tuple(out.shape))
@@ -101,7 +101,7 @@ def test_logits_are_made_for_a_round_number_of_positions_without_changing_the_lo
     results, sizes = [], []
     handle = model.get_output_embeddings().register_forward_hook(lambda layer, args, out: sizes.append(out.shape[0]))
     for positions in (1, 16, 10**6):  # the last asks for more than there are
-        monkeypatch.setattr(loss_module, "POSITIONS", positions)
+        monkeypatch.setattr(loss_module, "POSITIONS_MULTIPLE", positions)
         results.append((summed_loss(model, batch), row_losses(model, batch)))
     handle.remove()
     everything = batch["labels"][:, 1:].numel()

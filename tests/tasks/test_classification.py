@@ -179,7 +179,7 @@ def test_the_held_out_figures_are_those_of_the_held_out_rows(make):
 
 def test_such_runs_train_alone():
     asked = {"data": "rows.jsonl", "task": "classification"}
-    with pytest.raises(ConfigError, match="classification trains a head whole"):
+    with pytest.raises(ConfigError, match="classification trains a head in full"):
         expand(asked | {"rank": [4, 8]})
     with pytest.raises(ConfigError, match="which task: classification does not allow"):
         TrainConfig(**asked, find_lr=True)

@@ -63,7 +63,7 @@ def test_untrained_positions_do_not_count(llama, make_item):
 
 
 def test_logits_are_made_only_of_trained_positions(llama, make_item, monkeypatch):
-    monkeypatch.setattr(causal_loss, "POSITIONS", 1)
+    monkeypatch.setattr(causal_loss, "POSITIONS_MULTIPLE", 1)
     seen = []
     hook = llama.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.shape[:-1].numel()))
     perplexity(llama, [make_item("a prompt of thirty characters!", "yes")], 0)

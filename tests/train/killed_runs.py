@@ -165,7 +165,7 @@ def last_step(folder: RunFolder) -> int:
 
 
 def newest(folder: RunFolder) -> int:
-    return (resume.found(folder.checkpoints) or [0])[-1]
+    return (resume.steps_in(folder.checkpoints) or [0])[-1]
 
 
 def wait_for(pid: int, folder: RunFolder, step: int) -> None:

@@ -57,12 +57,12 @@ def test_the_newest_are_kept_by_number_not_by_name(trained, tmp_path):
     model, optimizer = trained()
     for step in (2, 9, 10, 100):
         save(tmp_path, step, model, optimizer, keep=3)
-    assert resume.found(tmp_path) == [9, 10, 100]
+    assert resume.steps_in(tmp_path) == [9, 10, 100]
     assert resume.load_newest(tmp_path).state["step"] == 100
 
 
 def test_a_folder_without_checkpoints_gives_none(tmp_path):
-    assert resume.found(tmp_path / "nowhere") == []
+    assert resume.steps_in(tmp_path / "nowhere") == []
     assert resume.load_newest(tmp_path / "nowhere") is None
     (tmp_path / "step-x").mkdir()
     assert resume.load_newest(tmp_path) is None
@@ -133,4 +133,4 @@ def test_old_ones_whose_removal_was_killed_go_at_the_next_start(trained, tmp_pat
         save(tmp_path, step, model, optimizer, keep=3)
     (tmp_path / "step-1" / "state.json").unlink()
     resume.prune(tmp_path, 2)
-    assert resume.found(tmp_path) == [2, 3]
+    assert resume.steps_in(tmp_path) == [2, 3]

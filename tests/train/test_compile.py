@@ -70,7 +70,7 @@ def test_layers_share_one_graph_and_varied_lengths_need_no_other(make_config):
     [(4, 8, 80, {4}), (4, 9, 90, {4, 1}), (4, 8, 81, {4, 1}), (1, 8, 80, {1}), (4, 8, 85, {4, 1})],
 )
 def test_single_rows_get_a_graph_only_where_they_come(most, batch, rows, expected):
-    assert compiling.rows_at_once(most, batch, rows) == expected
+    assert compiling.row_counts(most, batch, rows) == expected
 
 
 def test_repeated_layers_are_those_that_train():
@@ -86,7 +86,7 @@ def test_repeated_layers_are_those_that_train():
 
 
 def test_a_model_without_repeated_layers_is_refused():
-    with pytest.raises(TrainError, match="no stack of like layers"):
+    with pytest.raises(TrainError, match="no repeated layers"):
         compiling.compile_layers(nn.Sequential(nn.Linear(4, 4)), {2}, 8, causal_lm)
 
 

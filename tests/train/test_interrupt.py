@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from lorakit.train import loop
-from lorakit.train.interrupt import listening
+from lorakit.train.interrupt import catching_signals
 from lorakit.train.progress import Progress
-from lorakit.train.resume import found
+from lorakit.train.resume import steps_in
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.train import train
 
@@ -25,7 +25,7 @@ COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
 
 
 def test_the_first_signal_is_a_wish_and_the_second_an_order():
-    with pytest.raises(KeyboardInterrupt), listening() as interrupt:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), catching_signals() as interrupt:  # noqa: PT012
         assert interrupt.signal is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.signal == "SIGTERM"
@@ -34,7 +34,7 @@ def test_the_first_signal_is_a_wish_and_the_second_an_order():
 
 def test_the_handlers_that_were_there_come_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with listening():
+    with catching_signals():
         assert signal.getsignal(signal.SIGINT) is not before[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -43,7 +43,7 @@ def test_outside_the_main_thread_nothing_is_caught():
     wanted = []
 
     def work():
-        with listening() as interrupt:
+        with catching_signals() as interrupt:
             wanted.append(interrupt.signal)
 
     thread = threading.Thread(target=work)
@@ -72,7 +72,7 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_to_the_same_bits(mak
     result = train(config, QUIET)
     assert (result.adapter, result.stopped, result.step) == (None, "SIGINT", 3)
     folder = RunFolder(config.out)
-    assert found(folder.checkpoints)[-1] == 3
+    assert steps_in(folder.checkpoints)[-1] == 3
     assert not folder.adapter.exists()
     monkeypatch.undo()
     again = train(config, QUIET)
@@ -111,7 +111,7 @@ def test_ctrl_c_at_the_command_line_prints_the_command_that_goes_on(make_config,
     out, error = process.communicate(timeout=60)
     assert process.returncode == 1, error
     assert "Traceback" not in error
-    step = found(folder.checkpoints)[-1]
+    step = steps_in(folder.checkpoints)[-1]
     assert 1 <= step < 120
     *_, told, after = out.splitlines()
     assert told == f"stopped by SIGINT after step {step} of 120; saved"

@@ -48,6 +48,6 @@ def test_it_goes_on_and_ends_as_it_would_have(config):
 
 
 def test_other_settings_are_still_told_apart(config):
-    with pytest.raises(TrainError, match="rank: 2 then, 3 now") as error:
+    with pytest.raises(TrainError, match="rank: was 2, is now 3") as error:
         train(config.replace(rank=3), Progress(quiet=True))
     assert len(str(error.value).splitlines()) == 3  # the rank alone differs

@@ -50,7 +50,7 @@ def test_the_panel_says_what_was_chosen_and_why(make_config):
 def test_full_fine_tuning_says_that_all_is_trained(make_config):
     told = facts(shown(make_config(steps=1, method="full")))
     assert told["adapter"] == "none: full fine-tuning, 32,032 trainable (100 %)"
-    assert "float32 (full fine-tuning has no other copy of the weights)" in told["model"]
+    assert "float32 (full fine-tuning keeps no other copy of the weights)" in told["model"]
 
 
 def test_what_the_length_limit_left_out_is_counted(make_config):
@@ -63,7 +63,7 @@ def test_what_the_length_limit_left_out_is_counted(make_config):
 def test_a_resumed_run_says_where_it_goes_on(make_config):
     config = make_config(steps=2)
     shown(config)
-    assert facts(shown(config))["folder"].endswith("going on at step 2")
+    assert facts(shown(config))["folder"].endswith("resuming at step 2")
 
 
 def test_without_a_terminal_there_are_plain_lines(make_config):

@@ -104,7 +104,7 @@ def test_runs_with_hardly_a_number_still_get_a_page(folder, rows):
     Page(text)
     assert "nan" not in text.lower().replace("nan,", "")
     assert ("Nothing was logged" in text) == (not rows)
-    assert "None were taken" in text
+    assert "There are no samples" in text
 
 
 def test_the_curve_of_a_run_without_held_out_rows_is_drawn(make_config):

@@ -71,7 +71,9 @@ def undisturbed(tmp_path_factory, model_folder, data_file):
 def outcome(folder: RunFolder) -> dict:
     """All that a run leaves, timing apart."""
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in folder.rows()]
-    state = json.loads((folder.checkpoints / f"step-{resume.found(folder.checkpoints)[-1]}" / "state.json").read_text())
+    state = json.loads(
+        (folder.checkpoints / f"step-{resume.steps_in(folder.checkpoints)[-1]}" / "state.json").read_text()
+    )
     return {
         "adapter": (folder.adapter / "adapter_model.safetensors").read_bytes(),
         "lorakit.json": json.loads((folder.adapter / "lorakit.json").read_text()),
@@ -147,7 +149,7 @@ def test_the_command_line_goes_on_after_a_kill_with_the_config_it_wrote(eventful
     assert not folder.adapter.exists()
     again = subprocess.run([*COMMAND, "train", "--config", folder.config], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "going on at step" in again.stdout
+    assert "resuming at step" in again.stdout
     assert_same(folder, undisturbed(config)[0])
 
 
@@ -178,7 +180,7 @@ def test_going_on_with_other_settings_is_refused_and_changes_nothing(make_config
     config = make_config(steps=2)
     train(config, QUIET)
     before = {p: p.read_bytes() for p in RunFolder(config.out).path.rglob("*") if p.is_file()}
-    with pytest.raises(TrainError, match=r"steps: 2 then, 9 now"):
+    with pytest.raises(TrainError, match=r"steps: was 2, is now 9"):
         train(config.replace(steps=9), QUIET)
     assert {p: p.read_bytes() for p in RunFolder(config.out).path.rglob("*") if p.is_file()} == before
 
@@ -188,7 +190,7 @@ def test_going_on_with_other_rows_is_refused(make_config, tmp_path):
     config = make_config(data=data, steps=2)
     train(config, QUIET)
     tiny_lm.write_rows(data, [*tiny_lm.rows()[:-1], {"prompt": "x", "completion": "another"}])
-    with pytest.raises(TrainError, match="the rows, as token ids: other ones now"):
+    with pytest.raises(TrainError, match="the tokenized rows: SHA-256 was"):
         train(config, QUIET)
 
 

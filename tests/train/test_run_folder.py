@@ -44,7 +44,7 @@ def test_a_run_of_a_release_with_fewer_settings_goes_on(begun, config):
     del then["compile"], then["rslora"]
     begun.config.write_text(yaml.safe_dump(then))
     begun.open(config, "a" * 64)
-    with pytest.raises(TrainError, match="compile: False then, True now"):
+    with pytest.raises(TrainError, match="compile: was False, is now True"):
         begun.open(config.replace(compile=True), "a" * 64)
 
 
@@ -52,14 +52,14 @@ def test_other_settings_are_refused_with_the_difference(begun, config):
     with pytest.raises(TrainError) as error:
         begun.open(config.replace(rank=8, learning_rate=1e-3), "a" * 64)
     said = str(error.value)
-    assert "rank: 16 then, 8 now" in said
-    assert "learning_rate: 'auto' then, 0.001 now" in said
+    assert "rank: was 16, is now 8" in said
+    assert "learning_rate: was 'auto', is now 0.001" in said
     assert "alpha" not in said
     assert "--out" in said
 
 
 def test_other_rows_are_refused(begun, config):
-    with pytest.raises(TrainError, match="the rows, as token ids: other ones now"):
+    with pytest.raises(TrainError, match="the tokenized rows: SHA-256 was"):
         begun.open(config, "b" * 64)
 
 
@@ -96,7 +96,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(config, tmp_pat
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / name).write_text("mine")
-    with pytest.raises(TrainError, match="not empty and holds no run"):
+    with pytest.raises(TrainError, match="not empty and contains no run"):
         RunFolder(folder).open(config, "a" * 64)
     assert {p.name: p.read_text() for p in folder.iterdir()} == {name: "mine"}
 

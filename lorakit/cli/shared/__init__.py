@@ -1,1 +1,1 @@
-"""Shared by several commands: options, settings as flags and YAML, reading and writing adapters, the starting line."""
+"""What commands share: options, settings as flags and YAML, reading and writing adapters, the starting line."""

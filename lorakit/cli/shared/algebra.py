@@ -88,4 +88,5 @@ def write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | N
 
 
 def seconds_since(started: float) -> str:
+    """Format the seconds since `started`, a `time.monotonic()`."""
     return f"{time.monotonic() - started:.1f} s"

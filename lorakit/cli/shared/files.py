@@ -25,7 +25,7 @@ _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
 def read(source: str, alpha: float | None = None, base: Path | None = None, force_base: bool = False) -> Adapter:
-    """Load an adapter (see `load_on`); says so if a PiSSA or OLoRA was converted to a plain LoRA of `base`."""
+    """Load an adapter (see `load_on`), with a note on stderr if a PiSSA or OLoRA becomes a plain LoRA of `base`."""
     from ...checkpoint.residual import load_on, started_as
 
     adapter = load_on(source, base, alpha, force_base)
@@ -52,7 +52,7 @@ def read_checked(source: str, alpha: float | None = None, base: Path | None = No
 
 
 def inspect_call(path: Path, adapter: Adapter, format: str, base: str | None) -> str:
-    """The `lorakit inspect` command for a written adapter, with the options needed to read it."""
+    """Return the `lorakit inspect` command for a written adapter, with the options needed to read it."""
     options = f" --base {quote(base)}" if base and format == "gguf" else ""
     if format == "loralib":
         from ...formats.loralib import alpha_of
@@ -62,7 +62,7 @@ def inspect_call(path: Path, adapter: Adapter, format: str, base: str | None) ->
 
 
 def base_folder(name: str | None) -> Path | None:
-    """The path of the base's files: the given folder or file, or the embedded model's folder for 'embedded'."""
+    """Return the path of the base's files: the given folder or file, or the embedded model's folder for 'embedded'."""
     from ...bases.load import EMBEDDED, model_path
 
     if name is None:
@@ -71,6 +71,7 @@ def base_folder(name: str | None) -> Path | None:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
+    """Return the dtype for 'bf16', 'fp16' or 'fp32'; None for None."""
     import torch
 
     return None if name is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
@@ -114,7 +115,7 @@ def output_path(out: Path, to: str, force: bool) -> Path:
 
 
 def _check_folder(out: Path, to: str) -> None:
-    """ConfigError unless the folder holds an adapter of this format: PEFT's and MLX's files share names."""
+    """Raise ConfigError unless the folder contains an adapter of this format: PEFT's and MLX's files share names."""
     from ...formats import FOLDERS, find, format_of
 
     if to not in (*FOLDERS, "diffusers"):

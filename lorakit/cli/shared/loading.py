@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
+    from typing import Literal
+
     from ...adapter.adapter import Adapter
     from ...data.templates import ChatOptions, Style
 
@@ -19,12 +21,12 @@ def named(adapters: list[str]) -> dict[str, str]:
     ConfigError if a name occurs twice.
     """
     paths: dict[str, str] = {}
-    for given in adapters:
-        name, sep, path = given.partition("=")
+    for argument in adapters:
+        name, sep, path = argument.partition("=")
         if not sep:
-            name, path = "adapter" if not paths else f"adapter{len(paths) + 1}", given
+            name, path = "adapter" if not paths else f"adapter{len(paths) + 1}", argument
         if name in paths:
-            raise ConfigError(f"--adapter: two adapters are named '{name}'")
+            raise ConfigError(f"--adapter: two adapters are named '{name}'\n  give each its own: NAME=PATH")
         paths[name] = path
     return paths
 
@@ -36,23 +38,24 @@ class Loaded:
     model: Any
     tokenizer: Any
     names: list[str]
-    style: str | None
+    style: Style | None
     options: ChatOptions
 
-    def style_for(self, template: str) -> Style:
-        """How to format a prompt: as requested; for "auto" as in training, else with the chat template if there is one.
+    def style_for(self, template: Style | Literal["auto"]) -> Style:
+        """Choose how to format a prompt. "auto": as in training, else with the chat template if there is one.
 
         ConfigError if that needs a chat template and the tokenizer has none.
         """
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
-        style = (self.style or ("chat" if has_template else "none")) if template == "auto" else template
+        default: Style = "chat" if has_template else "none"
+        style = (self.style or default) if template == "auto" else template
         if style == "chat" and not has_template:
             why = "the adapter was trained with a chat template" if template == "auto" else "--template chat"
             raise ConfigError(
                 f"{why}, but this model has no chat template\n"
                 "  use --template plain or none, or the base it was trained on"
             )
-        return style  # type: ignore[return-value]
+        return style
 
 
 def read(model: str, adapters: list[str]) -> dict[str, Adapter]:

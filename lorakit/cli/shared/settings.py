@@ -1,6 +1,4 @@
-"""A settings class as YAML file and command-line flags: the field texts are the comments and the help at once. Flags
-win.
-"""
+"""Read settings from a YAML file and command-line flags. The fields' descriptions are the help and the comments."""
 
 from __future__ import annotations
 
@@ -18,32 +16,36 @@ from pydantic.fields import FieldInfo
 from ...config import ALL_LINEAR, Strict
 from ...errors import ConfigError, did_you_mean
 
-_ALSO = {"learning_rate": ("--lr",)}  # other spellings that hands have learned
+_ALSO = {"learning_rate": ("--lr",)}  # short forms that users know from elsewhere
 
 
 def with_flags(cls: type[Strict], command: Callable[..., Any], skip: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """A typer command with one option for each field of `cls`; `command` gets those given, as `flags`, by name."""
+    """Build a typer command with one option per field of `cls`.
+
+    `command` gets the options that were given in its parameter `flags`, a dict by field name.
+    """
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
     fields = {name: info for name, info in cls.model_fields.items() if name not in skip}
     options = [_option(name, info) for name, info in fields.items()]
 
-    def call(**given: Any) -> Any:
-        flags = {name: given.pop(name) for name in fields}
+    def call(**arguments: Any) -> Any:
+        flags = {name: arguments.pop(name) for name in fields}
         return command(
-            **given, flags={name: _value(fields[name], value) for name, value in flags.items() if value is not None}
+            **arguments, flags={name: _value(fields[name], value) for name, value in flags.items() if value is not None}
         )
 
-    call.__name__, call.__doc__ = command.__name__, command.__doc__
-    call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
-    return call
+    typer_command: Any = call  # inspect reads __signature__, which no stub of a function declares
+    typer_command.__name__, typer_command.__doc__ = command.__name__, command.__doc__
+    typer_command.__signature__ = inspect.Signature([*own, *options])
+    typer_command.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+    return typer_command
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file's settings. ConfigError with line and column if it is not a mapping of names to values."""
+    """Read a YAML file's settings. ConfigError, with line and column, if it is not a mapping of names to values."""
     if not path.is_file():
-        here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"there is no config file '{path}'{did_you_mean(path.name, here)}")
+        files = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f"there is no config file '{path}'{did_you_mean(path.name, files)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf8"))
     except UnicodeDecodeError as error:
@@ -55,18 +57,18 @@ def read_config(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected lines of 'name: value'")
+        raise ConfigError(f"{path} contains a {type(values).__name__}; expected lines of 'name: value'")
     return values
 
 
 def commented(cls: type[Strict], values: dict[str, Any], skip: tuple[str, ...] = ()) -> str:
-    """All settings as YAML with their texts; those not in `values` are commented out, at their defaults."""
+    """Write all settings as YAML with their descriptions. Those not in `values` are commented out, as defaults."""
     lines = []
     for name, info in cls.model_fields.items():
         if name in skip:
             continue
         default = info.get_default(call_default_factory=True)
-        # As the one element of a flow list, whose brackets go: that writes any value on the one line of its name.
+        # Dumped as the only element of a flow list, without its brackets, any value fits on the line of its name.
         value = yaml.safe_dump(
             [values.get(name, default)], allow_unicode=True, default_flow_style=True, width=1 << 20
         ).strip()[1:-1]
@@ -111,41 +113,37 @@ def _metavar(kinds: list[Any]) -> str:
     )
 
 
-def _value(info: FieldInfo, given: Any) -> Any:
-    """What a flag's text means for its field: lists by commas, mappings as name=value, numbers and words as YAML reads
-    them.
-    """
-    if not isinstance(given, str):
-        return given
+def _value(info: FieldInfo, text: Any) -> Any:
+    """Parse a flag's text for its field: lists by commas, mappings as name=value, and scalars as YAML."""
+    if not isinstance(text, str):
+        return text
     origins = [get_origin(k) or k for k in _kinds(info.annotation)]
-    if (dict in origins and given.startswith("{")) or (
-        list in origins and given.startswith("[") and given.endswith("]")
-    ):
-        return _yaml(given)  # for what has commas of its own
+    if (dict in origins and text.startswith("{")) or (list in origins and text.startswith("[") and text.endswith("]")):
+        return _yaml(text)  # YAML brackets, for values with commas
     if dict in origins:
-        pairs = [part.partition("=") for part in given.split(",") if part]
+        pairs = [part.partition("=") for part in text.split(",") if part]
         if not all(sep for _, sep, _ in pairs):
-            raise ConfigError(f"expected NAME=VALUE,... (got '{given}')")
+            raise ConfigError(f"expected NAME=VALUE,... (got '{text}')")
         return {name.strip(): _yaml(value) for name, _, value in pairs}
-    if list in origins and str in origins and re.fullmatch(r"[\w.]+", given) and given != ALL_LINEAR:
-        return [given]  # a plain name is an ending; a pattern has other characters
-    if list in origins and (str not in origins or "," in given):
+    if list in origins and str in origins and re.fullmatch(r"[\w.]+", text) and text != ALL_LINEAR:
+        return [text]  # a plain name is a name ending; a regular expression has other characters
+    if list in origins and (str not in origins or "," in text):
         return [
             _yaml(part) if str not in _members(info.annotation) else part.strip()
-            for part in given.split(",")
+            for part in text.split(",")
             if part.strip()
         ]
     if str in origins:
-        value = _yaml(given)
-        return value if float in origins and isinstance(value, int | float) else given
-    return _yaml(given) if given else given
+        value = _yaml(text)
+        return value if float in origins and isinstance(value, int | float) else text
+    return _yaml(text) if text else text
 
 
 def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        return text  # the field says what it expected
+        return text  # validation will say what the field expects
 
 
 def _members(annotation: Any) -> list[Any]:

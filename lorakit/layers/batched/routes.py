@@ -24,7 +24,7 @@ from ...ops.batched.schedule import Row, Schedule, in_place, runs, schedule_rows
 from ...ops.batched.segments import Segments, add_segments, segments
 from ...ops.linear import add_low_rank, needs_plain
 from ...ops.shared_mask import mask_for
-from ..frozen import is_frozen_linear
+from ..frozen import frozen_linear
 from .groups import group
 from .stacks import Order, Stack, Stacks, Uses
 
@@ -337,8 +337,9 @@ def _pairs(
         return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
     how = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(used.items())}, tokens, x)
     factors = [(f.A, f.B) for f in used.values()]
-    if not args and not kwargs and layer.lora_plain and is_frozen_linear(layer, x):
-        return add_segments(None, x, layer.weight, layer.bias, how, factors)
+    own = frozen_linear(layer, x) if not args and not kwargs and layer.lora_plain else None
+    if own is not None:
+        return add_segments(None, x, *own, how, factors)
     return add_segments(_own(layer, base(x, *args, **kwargs)), x, None, None, how, factors)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -68,7 +68,7 @@ class Held:
 
     def __init__(self, update: LiveUpdate):
         self.registered = update._parameters
-        self.parameters: list[Tensor] = list(update._parameters.values())  # type: ignore[arg-type]
+        self.parameters = cast("list[Tensor]", list(update._parameters.values()))  # a pair has all of its parameters
         # Not believed twice: inference tensors, which do not count their changes, and what is trained, as some
         # optimizers write without counting.
         self.counts = not any(p.is_inference() or p.requires_grad for p in self.parameters)
@@ -140,12 +140,12 @@ class Stack:
         """Those whose factors are not in it, or have changed since."""
         return [c for c in children if c not in self.held or not Uses(self, [self.held[c]]).valid()]
 
-    def write(self, child: str, update: LiveUpdate, parts: Sequence[bool]) -> None:
+    def write(self, child: str, update: LiveUpdate, parts: tuple[bool, ...]) -> None:
         """Copy an adapter's pair to its place. `parts`: the layer's, where B is packed."""
         place, pair = slice(*self.layout.places[child]), update.pair()
         assert pair is not None
         with torch.no_grad():
-            B = expand_packed(pair.B, parts) if pair.B.dim() == 3 else pair.B  # type: ignore[arg-type]
+            B = expand_packed(pair.B, parts) if pair.B.dim() == 3 else pair.B
             self.A[place] = pair.A
             self.Bt[place] = B.T * pair.scale
         self.held[child] = Held(update)
@@ -200,9 +200,9 @@ class Stacks:
         stack = self.of.get(layer)
         if stack is not None and not stack.fits(y):
             stack = None
-        held = [] if stack is None else [stack.held.get(c) for c in children]
-        if stack is not None and None not in held:
-            uses = Uses(stack, held)  # type: ignore[arg-type]
+        held = [] if stack is None else [stack.held[c] for c in children if c in stack.held]
+        if stack is not None and len(held) == len(children):
+            uses = Uses(stack, held)
             if uses.valid():
                 return uses
         stack = self._filled(layer, stack, children, y, layers)

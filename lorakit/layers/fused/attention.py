@@ -44,14 +44,19 @@ def use(model: nn.Module) -> bool:
     if why_not(model) is not None:
         return False
     register()
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    _switch(model, NAME)
     return _implementations(model) == {NAME}
 
 
 def leave(model: nn.Module) -> None:
     """Undo `use`."""
     if NAME in _implementations(model):
-        model.set_attn_implementation("sdpa")  # type: ignore[operator]
+        _switch(model, "sdpa")
+
+
+def _switch(model: Any, implementation: str) -> None:
+    """`model`: of transformers."""
+    model.set_attn_implementation(implementation)
 
 
 def is_used(model: nn.Module) -> bool:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..frozen import is_plain_weight
+from ..bases import base_of
+from ..frozen import plain_weight
 from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base
 from ..linear import LinearLayer
 from ..swap import rebind_hooked_forward
@@ -146,12 +147,15 @@ def _shapes(module: nn.Module) -> tuple:
 
 
 def _why_not_linear(layer: LinearLayer) -> str | None:
+    how = base_of(layer).quantization
+    if how is not None:
+        return f"its weight is quantized ({how})"
     if not layer.lora_plain:
         base = mixin_and_base(type(layer))[1].__name__
         return (
             "several projections in one" if hasattr(layer, "lora_parts") else f"{base} does not compute just x Wᵀ + b"
         )
-    if not is_plain_weight(layer):
+    if plain_weight(layer) is None:
         return "its weight is trained, quantized, sharded or computed"
     children = layer._modules.values()
     return (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...ops.fused.gated_mlp import ACTIVATIONS, Activation, gated_mlp
 from ...ops.projections import Projection
 from ...ops.shared_mask import mask_for
+from ..bases import base_of
 from ..frozen import is_hooked
 from ..layer import Swapped
 from ..linear import makes_gradients, projection_of
@@ -73,14 +74,20 @@ def _projections(mlp: Any, x: Tensor) -> tuple[Activation, list[Projection], flo
         return None
     if any(child is None or not _does_nothing(child) or is_hooked(child) for child in idle):
         return None
-    modules = [children.get(name) for name in roles.linears]
-    found = [None if m is None or is_hooked(m) else projection_of(m, x) for m in modules]
-    if any(f is None for f in found):
-        return None
-    dropouts = {dropout for projection, dropout in found if projection.A is not None}  # type: ignore[misc]
+    projections: list[Projection] = []
+    dropouts: set[float] = set()
+    for name in roles.linears:
+        module = children.get(name)
+        found = None if module is None or is_hooked(module) else projection_of(module, x)
+        if found is None:
+            return None
+        projection, dropout = found
+        projections.append(projection)
+        if projection.A is not None:
+            dropouts.add(dropout)
     if len(dropouts) != 1:
         return None
-    return ACTIVATIONS[roles.function], [projection for projection, _ in found], dropouts.pop()  # type: ignore[misc]
+    return ACTIVATIONS[roles.function], projections, dropouts.pop()
 
 
 def match(module: nn.Module) -> Roles | str | None:
@@ -97,10 +104,13 @@ def match(module: nn.Module) -> Roles | str | None:
         return None
     idle = tuple(name for name, child in rest.items() if _does_nothing(child))
     rest = {name: child for name, child in rest.items() if name not in idle}
-    functions = {name: function for name, child in rest.items() if (function := _function_of(child)) is not None}
-    unknown = [f"'{name}' ({type(child).__name__})" for name, child in rest.items() if name not in functions]
     if not rest or all(isinstance(child, nn.Dropout) for child in rest.values()):
         return None
+    how = next((how for child in linears.values() if (how := base_of(child).quantization) is not None), None)
+    if how is not None:
+        return f"its weights are quantized ({how})"
+    functions = {name: function for name, child in rest.items() if (function := _function_of(child)) is not None}
+    unknown = [f"'{name}' ({type(child).__name__})" for name, child in rest.items() if name not in functions]
     if unknown or len(functions) != 1:
         return f"has a child {unknown[0]} that the fused form does not know" if unknown else "has several activations"
     sizes = {
@@ -146,7 +156,7 @@ def _function_of(child: nn.Module) -> str | None:
     """Which of the activations a child without parameters computes, to the bit."""
     made = twin(child, {}, {})
     for name, act in ACTIVATIONS.items():
-        if misfit(made, lambda x, act=act: act.forward(x), (64,), torch.float32, 0.0, 1e-5) is None:  # type: ignore[misc]
+        if misfit(made, act.forward, (64,), torch.float32, 0.0, 1e-5) is None:
             return name
     return None
 

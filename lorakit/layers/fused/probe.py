@@ -14,10 +14,13 @@ import itertools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..layer import Swapped
 
 SIZES = (1e-3, 1.0, 1e3)
 MODES = (True, False)  # of training: a dropout shows in the first, a shortcut for evaluation in the second
@@ -31,9 +34,11 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _HARMLESS = frozenset({"config", "_is_hf_initialized", "layer_idx"})
 
 
-def is_as_probed(module: nn.Module) -> bool:
+def is_as_probed(module: Swapped) -> bool:
     """Whether a fused module's own class still has the forward that was probed; it may have been patched since."""
-    return type(module).__bases__[1].forward is type(module).lora_probed  # type: ignore[attr-defined]
+    cls = type(module)
+    own: Any = cls.__bases__[1]
+    return own.forward is cls.lora_probed
 
 
 Configs = dict[int, tuple]  # by id, of one model: what a config holds, read once and not for each module that has it

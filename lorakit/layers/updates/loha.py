@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...adapter.loha import Hadamard
+from ...adapter.loha import Loha
 from ...adapter.tucker import product
 from ...config import LoraConfig
 from ...errors import AdapterError, TargetError
+from ..bases import base_of
 from ..layer import init_a
 from .update import LiveUpdate, device_of, master_dtype
 
@@ -39,12 +40,21 @@ class LohaFactors(LiveUpdate):
     t1: Tensor | None
     t2: Tensor | None
 
-    def __init__(self, factors: dict[str, Tensor], rank: int, alpha: float, dropout: float, trainable: bool):
+    def __init__(
+        self,
+        factors: dict[str, Tensor],
+        shape: tuple[int, ...],
+        rank: int,
+        alpha: float,
+        dropout: float,
+        trainable: bool,
+    ):
+        """`shape`: the layer's dense weight's."""
         super().__init__()
         for name in ("w1a", "w1b", "w2a", "w2b", "t1", "t2"):
             value = factors.get(name)
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trainable))
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.shape, self.rank, self.alpha, self.dropout = shape, rank, alpha, dropout
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -61,12 +71,12 @@ class LohaFactors(LiveUpdate):
             init_a(factors[half], config.init, rank)
         # LoHa's files know alpha / r alone.
         alpha = config.alpha_of(name) * (math.sqrt(rank) if config.rslora else 1)
-        return cls(factors, rank, alpha, config.dropout, trainable)
+        return cls(factors, base_of(layer).shape(layer), rank, alpha, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Hadamard, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Loha, dropout: float, trainable: bool) -> Self:
         _check_layer(layer, name)
-        shape = tuple(layer.weight.shape)
+        shape = base_of(layer).shape(layer)
         if value.layout(shape, conv1d=layer.lora_transposed) is not layer.lora_transposed:
             raise AdapterError(
                 f"the adapter's LoHa factors do not fit '{name}' ({type(layer).__name__.removeprefix('Lora')}): "
@@ -74,12 +84,12 @@ class LohaFactors(LiveUpdate):
             )
         dtype, device = master_dtype(layer) if trainable else None, device_of(layer)
         factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
-        return cls(factors, value.rank, value.alpha, dropout, trainable)
+        return cls(factors, shape, value.rank, value.alpha, dropout, trainable)
 
-    def value(self, layer: LoraLayer) -> Hadamard:
+    def value(self, layer: LoraLayer) -> Loha:
         factors = {name: p.detach() for name, p in self._parameters.items() if p is not None}
-        kernel = layer.weight.dim() > 2 and self.t1 is None
-        return Hadamard(**factors, alpha=self.alpha, shape=tuple(layer.weight.shape) if kernel else None)
+        kernel = len(self.shape) > 2 and self.t1 is None
+        return Loha(**factors, alpha=self.alpha, shape=self.shape if kernel else None)
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -91,7 +101,7 @@ class LohaFactors(LiveUpdate):
         scale = self.alpha / self.rank
         full = product(self.w1a, self.w1b, self.t1) * product(self.w2a, self.w2b, self.t2) * scale
         full = full.T if layer.lora_transposed else full
-        return layer.lora_apply(x, full.reshape(layer.weight.shape).to(dtype))
+        return layer.lora_apply(x, full.reshape(self.shape).to(dtype))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, W1={list(self.w1a.shape)}·{list(self.w1b.shape)}"
@@ -102,7 +112,8 @@ Live = LohaFactors
 
 def _matrix_shape(layer: LoraLayer) -> tuple[int, int]:
     """[out, in·k]."""
-    out, size_in = layer.weight.flatten(1).shape
+    out, *sizes = base_of(layer).shape(layer)
+    size_in = math.prod(sizes)
     return (size_in, out) if layer.lora_transposed else (out, size_in)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...adapter.update import Rows, Update
 from ...config import LoraConfig
+from ..bases import base_of
 from ..layer import Own
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ class LiveUpdate(Own):
 
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
         """`weight` · ΔW by blocks of rows of the layer's weight, on its device."""
-        W: Tensor = layer.weight
-        value = self.value(layer).map(lambda _, t: t.to(W.device))
-        return value.rows(tuple(W.shape), layer.lora_transposed, weight)
+        base = base_of(layer)
+        device = base.device(layer)
+        value = self.value(layer).map(lambda _, t: t.to(device))
+        return value.rows(base.shape(layer), layer.lora_transposed, weight)
 
 
 def live(variant: str) -> type[LiveUpdate]:
@@ -81,8 +83,7 @@ def live(variant: str) -> type[LiveUpdate]:
 
 def master_dtype(layer: LoraLayer) -> torch.dtype:
     """Of what is trained: float32 (float64 over a float64 base)."""
-    weight: Tensor = layer.weight
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.float64 if base_of(layer).dtype(layer) == torch.float64 else torch.float32
 
 
 def device_of(layer: LoraLayer) -> torch.device:
@@ -91,4 +92,4 @@ def device_of(layer: LoraLayer) -> torch.device:
     """
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else layer.weight.device
+    return torch.device(device) if device is not None else base_of(layer).device(layer)

@@ -1,1 +1,1 @@
-"""What tasks on text share: settings, the loss over trained tokens, perplexity."""
+"""What text tasks share: settings, the loss over trained tokens, perplexity."""

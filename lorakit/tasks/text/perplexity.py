@@ -1,10 +1,10 @@
-"""Loss and perplexity on held-out rows, over the trained positions only.
+"""Compute loss and perplexity on held-out rows, over the trained positions only.
 
     loss = − Σ log p(token | tokens before it) / tokens        perplexity = exp(loss)
 
-summed over all trained tokens of all rows, so that a long row counts for more than a short one and batches do not
-matter. The first token of a row is predicted from nothing and is left out. The losses are those of training
-(`causal_loss`).
+The sum is over all trained tokens of all rows, so the result does not depend on how rows are batched, and long rows
+count for more than short ones. A row's first token has nothing to be predicted from and is not counted. Training uses
+the same loss (`causal_loss`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """`loss` in nats a token; `tokens` were trained ones."""
+    """A loss in nats per token. `tokens`: trained tokens it averages over."""
 
     loss: float
     perplexity: float
@@ -38,7 +38,7 @@ class Loss:
     rows: int
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON, which has no infinity: a perplexity beyond floating point is None."""
+        """Return the fields for JSON; an infinite perplexity, which JSON lacks, becomes None."""
         finite = self.perplexity if math.isfinite(self.perplexity) else None
         return {"loss": self.loss, "perplexity": finite, "tokens": self.tokens, "rows": self.rows}
 
@@ -50,9 +50,13 @@ def perplexity(
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> Loss:
-    """The loss of `items`. `on_batch` hears after each batch how many rows it held."""
+    """Compute the loss of `items`.
+
+    `on_batch` is called after each batch with its number of rows. Raises ConfigError for a bad batch size or an
+    encoder-decoder, DataError for rows that cannot be evaluated, NotFiniteError if a row's loss is not finite.
+    """
     _check(model, items, batch_size)
-    ordered = sorted(items, key=lambda item: -len(item.ids))  # like lengths together: little padding
+    ordered = sorted(items, key=lambda item: -len(item.ids))  # similar lengths together need little padding
     total, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
@@ -62,9 +66,9 @@ def perplexity(
                 if not math.isfinite(row_loss):
                     raise NotFiniteError(
                         f"{item.row.where}: the loss is {row_loss}\n"
-                        "  the model's logits overflow or hold NaN on this row: load the model in bfloat16 or float32 "
-                        "rather than float16,\n"
-                        "  and look at the adapter (lorakit inspect) for factors that are not finite"
+                        "  the model's logits overflow or contain NaN on this row\n"
+                        "  load it in bfloat16 or float32 rather than float16, and check the adapter for factors that "
+                        "are not finite (lorakit inspect)"
                     )
                 total += row_loss
                 tokens += item.weight
@@ -80,7 +84,7 @@ def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> No
     if model.config.is_encoder_decoder:
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder model\n"
-            "  the loss here is that of a decoder reading prompt and answer as one text"
+            "  expected a decoder-only model, which reads prompt and answer as one text"
         )
     if not items:
         raise DataError("no rows to evaluate\n  expected at least one")
@@ -89,10 +93,9 @@ def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> No
         if positions is not None and len(item.ids) > positions:
             raise DataError(
                 f"{item.row.where}: {len(item.ids)} tokens, but the model has {positions} positions\n"
-                "  shorten the row or set max_length"
+                "  shorten the row, or set max_length"
             )
         if not any(item.trained[1:]):
             raise DataError(
-                f"{item.row.where}: no trained token after the first, so there is nothing to predict\n"
-                "  take the row out"
+                f"{item.row.where}: no trained token after the first, so there is nothing to predict\n  remove the row"
             )

@@ -1,4 +1,4 @@
-"""Rows against the positions that a model has."""
+"""Check that the longest row fits into the model's positions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..task import Item
 
 
 def check_positions(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
-    """TrainError if the longest row does not fit."""
+    """Raise TrainError if the longest row has more tokens than the model has positions."""
     positions = positions_of(model)
     longest = max(items, key=lambda item: item.size)
     if positions is not None and longest.size > positions:
         raise TrainError(
-            f"{longest.where}: {longest.size} tokens, and {config.model} has {positions} positions\n"
-            f"  set max_length to {positions} or less; what becomes of longer rows is set by on_long"
+            f"{longest.where}: {longest.size} tokens, but {config.model} has {positions} positions\n"
+            f"  set max_length to {positions} or less; on_long says whether longer rows are dropped, cut or split"
         )

@@ -1,4 +1,4 @@
-"""Settings that several tasks on text have."""
+"""Settings that text tasks share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Columns(Strict):
     rows: ClassVar = {"columns"}
 
     columns: dict[str, str] = Field(
-        default_factory=dict, description="your column names, if they differ: {prompt: question, completion: answer}"
+        default_factory=dict, description="your column names, if different: {prompt: question, completion: answer}"
     )
 
 
@@ -22,7 +22,7 @@ class Lengths(Strict):
 
     max_length: int | Auto = Field("auto", description="longest row in tokens; auto: the data's 99th percentile")
     on_long: Literal["auto", "drop", "cut", "split"] = Field(
-        "auto", description="longer rows are dropped, cut, or (plain text) split"
+        "auto", description="what to do with longer rows: drop, cut, or (plain text) split them"
     )
 
     _max_length = field_validator("max_length")(at_least_one)

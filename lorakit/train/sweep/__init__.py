@@ -1,1 +1,1 @@
-"""Many runs on one base at once: sweeps over settings, their table, and the search for a learning rate."""
+"""Train many adapters on one base at once: sweeps over settings, their leaderboard, and the learning-rate search."""

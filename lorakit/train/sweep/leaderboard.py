@@ -1,8 +1,7 @@
-"""Which run of a sweep came out best: by held-out loss where rows were held out, otherwise by the training loss at the
-end.
+"""Rank a sweep's runs by held-out loss, or by the final training loss if no rows were held out.
 
-Losses compare on the same rows only. Runs whose held-out rows differ (other data, another share, another template) are
-ranked apart, each group with a winner of its own.
+Losses can only be compared on the same rows. Runs with different held-out rows (other data, another share, another
+template) are ranked in separate groups, each with its own winner.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ if TYPE_CHECKING:
     from ..run import Run
     from .sweep_config import Sweep
 
-# Single batches jump, so the training loss at the end is the mean of the last tenth of the steps.
+# The final training loss is the mean over the last tenth of the steps, since the loss of single batches is noisy.
 LAST_SHARE = 10
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run. `group`: what it is compared within, '' if all runs are compared."""
+    """One run. `group`: the runs it is ranked among, '' if all runs are in one group."""
 
     name: str
     group: str
-    settings: Mapping[str, Any]  # the swept ones
+    settings: Mapping[str, Any]  # the swept settings
     held_out_loss: float | None
     best_step: int | None
     loss: float | None
@@ -50,7 +49,7 @@ class Entry:
 
     @property
     def score(self) -> float | None:
-        """What it is ranked by; None if it failed."""
+        """The loss it is ranked by; None if it failed."""
         return (
             None
             if self.failed is not None or self.adapter is None
@@ -60,24 +59,27 @@ class Entry:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields, for JSON."""
         return asdict(self)
 
 
 def entries(sweep: Sweep, runs: Sequence[Run]) -> list[Entry]:
-    """All runs, group by group, best first, failed ones last."""
+    """Rank all runs: group by group, best first, failed ones last."""
     groups = _groups(sweep, runs)
-    found = [_entry(sweep, run, group) for run, group in zip(runs, groups, strict=True)]
-    ordered = []
+    unranked = [_entry(sweep, run, group) for run, group in zip(runs, groups, strict=True)]
+    ranked = []
     for group in dict.fromkeys(groups):
-        mine = sorted((e for e in found if e.group == group), key=lambda e: math.inf if e.score is None else e.score)
-        ordered += [
-            replace(entry, place=i) if entry.score is not None else entry for i, entry in enumerate(mine, start=1)
+        members = sorted(
+            (e for e in unranked if e.group == group), key=lambda e: math.inf if e.score is None else e.score
+        )
+        ranked += [
+            replace(entry, place=i) if entry.score is not None else entry for i, entry in enumerate(members, start=1)
         ]
-    return ordered
+    return ranked
 
 
 def winners(ranked: Iterable[Entry]) -> dict[str, Entry]:
-    """The best of each group that has one."""
+    """Return the best run of each group, except groups in which all failed."""
     return {entry.group: entry for entry in ranked if entry.place == 1}
 
 
@@ -105,7 +107,7 @@ def _entry(sweep: Sweep, run: Run, group: str) -> Entry:
 
 
 def _groups(sweep: Sweep, runs: Sequence[Run]) -> list[str]:
-    """A name for each run's group, from the swept settings that choose the rows."""
+    """Name each run's group, after the swept settings that determine its rows."""
     keys = [fingerprint(run.job.held_out or run.job.train) for run in runs]
     if len(set(keys)) == 1:
         return [""] * len(runs)
@@ -121,45 +123,45 @@ def _groups(sweep: Sweep, runs: Sequence[Run]) -> list[str]:
 
 
 def criterion(ranked: Sequence[Entry]) -> str:
-    """What the runs were ranked by, in words that follow "by"."""
+    """Say what the runs were ranked by, to follow the word "by"."""
     held = [entry.held_out_loss is not None for entry in ranked if entry.score is not None]
     if not held:
-        return "nothing yet, as no run came to its end"
+        return "nothing yet, as no run is finished"
     training = "the training loss of the last tenth of the steps (no rows were held out)"
     return "held-out loss" if all(held) else training if not any(held) else f"held-out loss, or {training}"
 
 
 def table(ranked: Sequence[Entry], swept: Sequence[str], title: str = "") -> Table:
-    """For a console. `swept`: the settings that get a column."""
+    """Build the leaderboard for a console. `swept`: the settings that get a column."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(title=title or None, title_justify="left")
+    table = RichTable(title=title or None, title_justify="left")
     grouped = len({entry.group for entry in ranked}) > 1
-    numbers = {
+    numeric = {
         s: all(isinstance(e.settings[s], int | float) and not isinstance(e.settings[s], bool) for e in ranked)
         for s in swept
     }
-    made.add_column("", justify="right")
+    table.add_column("", justify="right")
     for setting in swept:
-        made.add_column(setting, justify="right" if numbers[setting] else "left", overflow="fold")
+        table.add_column(setting, justify="right" if numeric[setting] else "left", overflow="fold")
     noted = any(entry.stopped for entry in ranked)
     for column in (
-        ["compared within"] * grouped + ["held-out loss", "at step", "training loss", "trainable"] + [""] * noted
+        ["ranked within"] * grouped + ["held-out loss", "at step", "training loss", "trainable"] + [""] * noted
     ):
-        made.add_column(column, justify="left" if column in ("", "compared within") else "right")
+        table.add_column(column, justify="left" if column in ("", "ranked within") else "right")
     for entry in ranked:
-        how = {"early": f"stopped early at {entry.step}", "failed": f"failed at step {entry.step + 1}", None: ""}
+        notes = {"early": f"stopped early at {entry.step}", "failed": f"failed at step {entry.step + 1}", None: ""}
         cells = [str(entry.place or "-"), *(_shown(setting, entry) for setting in swept), *([entry.group] * grouped)]
         cells += [_loss(entry.held_out_loss), str(entry.best_step or ""), _loss(entry.loss), f"{entry.trainable:,}"]
-        cells += [how.get(entry.stopped, f"stopped by {entry.stopped} at {entry.step}")] * noted
-        made.add_row(*map(Text, cells), style="bold" if entry.place == 1 else None)
-    return made
+        cells += [notes.get(entry.stopped, f"stopped by {entry.stopped} at {entry.step}")] * noted
+        table.add_row(*map(Text, cells), style="bold" if entry.place == 1 else None)
+    return table
 
 
 def _shown(setting: str, entry: Entry) -> str:
     value = entry.settings[setting]
-    if setting == "learning_rate":  # 'auto' as what it came to be
+    if setting == "learning_rate":  # the resolved value for 'auto'
         return f"{entry.learning_rate:g}" + (" (auto)" if value == "auto" else "")
     return (
         ", ".join(map(str, value))

@@ -1,7 +1,7 @@
-"""A sweep: many adapters trained together on one base, each as it would be alone; a leaderboard; the winner.
+"""Train many adapters together on one base, each as it would be trained alone; write a leaderboard; keep the winner.
 
-Each run has its own data order, optimizer, schedule, clipping and early stop, and its own folder, which `lorakit train`
-can go on with. What they share is the pass through the base.
+Each run has its own data order, optimizer, schedule, clipping, early stopping and folder, in which `lorakit train` can
+resume it. The runs share only the passes through the base.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from ...adapter.adapter import Adapter
 from ...errors import TrainError
 from ...io.atomic import write_text
-from ..interrupt import listening
+from ..interrupt import catching_signals
 from ..loop import Loop
 from ..run import Run
 from ..setup import set_up_together
@@ -31,8 +31,8 @@ from .sweep_progress import SweepProgress
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended. `winners`: the best run's adapter folder by group ('' if all runs were compared); empty if
-    interrupted.
+    """How a sweep ended. `winners`: group -> folder of the best run's adapter ('' if there is one group); empty if the
+    sweep was interrupted. `stopped`: the signal's name. `seconds`: of this start.
     """
 
     entries: list[Entry]
@@ -41,9 +41,10 @@ class Outcome:
     plots: list[Path]
     leaderboard: Path
     seconds: float
-    stopped: str | None  # the signal's name
+    stopped: str | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields, for JSON."""
         return {
             "stopped": self.stopped,
             "criterion": self.criterion,
@@ -56,13 +57,14 @@ class Outcome:
 
 
 def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
-    """Train all runs of a sweep. Started again on its folder it goes on where it stopped;
-    finished runs stay finished.
+    """Train all runs of a sweep, or resume it in its folder. Finished runs are not trained again.
+
+    Raises TrainError for several processes, a folder with another sweep, or a base whose rows cannot share a batch.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(
-            "a sweep runs in one process; several (accelerate launch, torchrun) train one adapter\n"
-            "  start lorakit sweep by itself"
+            "a sweep runs in one process; accelerate launch and torchrun are for training one adapter\n"
+            "  start lorakit sweep without them"
         )
     began = time.perf_counter()
     progress = progress or SweepProgress()
@@ -71,22 +73,22 @@ def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
     jobs = set_up_together(plan.runs)
     jobs[0].task.check_together(jobs[0].model)
     failed = folder.rewind(jobs)
-    runs = [Run(job, progress.lane(job.adapter)) for job in jobs]
+    runs = [Run(job, progress.display_of(job.adapter)) for job in jobs]
     for run in runs:
         run.failed = failed.get(run.job.adapter)
     loop = Loop(runs, saved=lambda: folder.commit(runs), ended=progress.ended)
-    with contextlib.closing(loop), contextlib.closing(progress), listening() as interrupt:
+    with contextlib.closing(loop), contextlib.closing(progress), catching_signals() as interrupt:
         progress.start(runs, str(folder.path))
         results = loop.go(interrupt)
     stopped = next((r.stopped for r in results if r.stopped not in (None, "early", "failed")), None)
     if not stopped:
-        folder.commit(runs)  # a run that failed last has saved nothing since
+        folder.commit(runs)  # a run that failed in the last step is not in position.json yet
     ranked = leaderboard.entries(plan, runs)
-    won = {} if stopped else _keep_winners(leaderboard.winners(ranked), folder.path)
+    winners = {} if stopped else _save_winners(leaderboard.winners(ranked), folder.path)
     outcome = Outcome(
         ranked,
         leaderboard.criterion(ranked),
-        won,
+        winners,
         [] if stopped else _plots(ranked, plan, folder.path),
         folder.leaderboard,
         time.perf_counter() - began,
@@ -96,25 +98,25 @@ def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
     return outcome
 
 
-def _keep_winners(best: Mapping[str, Entry], out: Path) -> dict[str, Path]:
-    """`adapter/`, or `adapter-GROUP/` for each of several groups."""
-    kept = {}
+def _save_winners(best: Mapping[str, Entry], out: Path) -> dict[str, Path]:
+    """Copy each winner to `adapter/`, or to `adapter-GROUP/` if there are several groups."""
+    folders = {}
     for group, entry in best.items():
         assert entry.adapter is not None
-        kept[group] = Adapter.load(entry.adapter).save(out / (f"adapter-{group}" if group else "adapter"))
-    return kept
+        folders[group] = Adapter.load(entry.adapter).save(out / (f"adapter-{group}" if group else "adapter"))
+    return folders
 
 
 def _plots(ranked: list[Entry], plan: Sweep, out: Path) -> list[Path]:
-    made = []
+    plots = []
     for group in dict.fromkeys(entry.group for entry in ranked):
-        mine = [entry for entry in ranked if entry.group == group]
+        members = [entry for entry in ranked if entry.group == group]
         path = out / (f"plot-{group}.png" if group else "plot.png")
         if sweep_plot.plot(
-            mine,
+            members,
             plan.swept,
             path,
-            f"{out.name}: {len(mine)} runs, by {leaderboard.criterion(mine)}" + f", {group}" * bool(group),
+            f"{out.name}: {len(members)} runs, by {leaderboard.criterion(members)}" + f", {group}" * bool(group),
         ):
-            made.append(path)
-    return made
+            plots.append(path)
+    return plots

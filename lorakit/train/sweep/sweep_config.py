@@ -1,10 +1,10 @@
-"""A sweep's settings: those of a training run, any of which may hold a list of values. The runs are their product.
+"""Expand a sweep's settings into runs. A setting may have a list of values; the runs are the product of all lists.
 
     rank: [4, 16]
     learning_rate: [1e-4, 2e-4, 4e-4]      # six runs: rank=4,lr=1e-4 and so on
 
-A setting that is a list itself (targets, layers, ...) is swept by a list of such values: `targets: [all-linear,
-[q_proj, v_proj]]`.
+A setting that is a list itself (targets, layers, ...) is swept with a list of lists:
+`targets: [all-linear, [q_proj, v_proj]]`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from ..config import TrainConfig
 
 MAX_RUNS = 64
 OUT = "sweeps/default"
-# What a sweep sets otherwise than a run alone.
-# answers of every run at each evaluation cost more than they tell
+# Defaults that differ from a single run's. No samples: generating them for every run costs more than they are worth.
 DEFAULTS: dict[str, Any] = {"out": OUT, "sample_tokens": 0}
 
-_ONE_BASE = "the runs train on one base, loaded once"
-_ONE_PASS = "the runs are computed together, in one pass"
-_ONE_FOLDER = "it does not change what is trained"
+_ONE_BASE = "all runs train on one base, which is loaded once"
+_ONE_PASS = "all runs share one forward pass"
+_ONE_FOLDER = "it does not affect training"
 NOT_SWEPT = {
     "task": _ONE_BASE,
     "model": _ONE_BASE,
@@ -55,12 +54,12 @@ NOT_SWEPT = {
     "find_lr": "the sweep itself compares learning rates",
 }
 _SHORT = {"learning_rate": "lr", "batch_size": "batch", "validation": "val"}
-_LONGEST_VALUE, _LONGEST_NAME = 40, 120  # characters of a folder's name
+_LONGEST_VALUE, _LONGEST_NAME = 40, 120  # characters in a folder's name
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings as asked (lists where swept), which are swept, and each run's config by its name."""
+    """A sweep's settings (lists where swept), the names of the swept ones, and each run's config by run name."""
 
     settings: Mapping[str, Any]
     swept: tuple[str, ...]
@@ -68,24 +67,29 @@ class Sweep:
 
     @property
     def out(self) -> Path:
+        """The sweep's folder."""
         return Path(self.settings["out"])
 
     def values_of(self, name: str) -> dict[str, Any]:
-        """A run's swept settings."""
+        """Return a run's values of the swept settings."""
         return {setting: getattr(self.runs[name], setting) for setting in self.swept}
 
 
 def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
-    """The runs that these settings ask for. ConfigError for an unknown setting, or one that cannot be swept."""
+    """Expand settings into a sweep.
+
+    Raises ConfigError for unknown settings, invalid values, settings that cannot be swept, more than `max_runs` runs,
+    or if no setting is swept.
+    """
     fields = TrainConfig.model_fields
     for name in values:
         if name not in fields:
             raise ConfigError(f"a sweep has no setting '{name}'{did_you_mean(name, fields)}")
     values = DEFAULTS | dict(values)
-    # In the settings' own order, so that names are the same however they are asked for.
+    # In the order of the config's fields, so that the runs' names do not depend on the order given.
     axes = {name: _values(name, values[name]) for name in fields if name in values and _is_swept(name, values[name])}
     if not axes:
-        TrainConfig(**values)  # what is wrong with a value comes first
+        TrainConfig(**values)  # report invalid values first
         nested = next(
             (
                 name
@@ -96,20 +100,20 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
         )
         hint = f"; {nested} is a list itself: [[...], [...]] sweeps it" if nested else ""
         raise ConfigError(
-            f"nothing is swept: no setting holds a list of values{hint}\n"
+            f"nothing to sweep: no setting has a list of values{hint}\n"
             "  give one, such as --learning-rate 1e-4,2e-4,4e-4, or use lorakit train"
         )
     count = 1
-    for of_one in axes.values():
-        count *= len(of_one)
+    for axis in axes.values():
+        count *= len(axis)
     if count > max_runs:
-        sizes = " x ".join(f"{len(of_one)} ({name})" for name, of_one in axes.items())
+        sizes = " x ".join(f"{len(axis)} ({name})" for name, axis in axes.items())
         raise ConfigError(
             f"{count} runs ({sizes}) are more than {max_runs}\n  shorten a list, or raise the limit: --max-runs {count}"
         )
     fixed = {name: value for name, value in values.items() if name not in axes}
     configs = [
-        TrainConfig(**fixed | dict(zip(axes, of_one, strict=True))) for of_one in itertools.product(*axes.values())
+        TrainConfig(**fixed | dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values())
     ]
     for config in configs:
         check_joint(config)
@@ -123,15 +127,14 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
 
 
 def check_joint(config: TrainConfig) -> None:
-    """ConfigError for what cannot train beside other adapters: each row's own factors are all that a shared pass can
-    have.
-    """
+    """Raise ConfigError for settings with which a run cannot share its forward pass with others."""
     if config.find_lr:
-        raise ConfigError(f"find_lr: {NOT_SWEPT['find_lr']}: give it a list of them, or use lorakit train")
+        raise ConfigError(
+            f"find_lr: {NOT_SWEPT['find_lr']}\n  give learning_rate a list of values, or use lorakit train"
+        )
     if config.compile:
         raise ConfigError(
-            "compile: runs that train together need another graph for each mix of them\n"
-            "  leave it out, or use lorakit train"
+            "compile: a sweep needs a new graph for each mix of runs\n  remove compile, or use lorakit train"
         )
     alone = method_of(config.method).alone(config)
     if alone:
@@ -140,30 +143,30 @@ def check_joint(config: TrainConfig) -> None:
         raise ConfigError(why)
     if config.memory not in ("auto", "unchecked"):
         raise ConfigError(
-            f"memory: {config.memory}: what runs that train together need is not estimated\n"
-            "  lorakit plan says what one of them needs; leave memory out here"
+            f"memory: {config.memory}: a sweep's memory is not estimated\n"
+            "  remove memory; lorakit plan estimates a single run"
         )
     if "wandb" in config.track:
         raise ConfigError(
-            "track: wandb keeps one run a process, a sweep has several\n  use tensorboard, or leave it out"
+            "track: wandb supports one run per process, but a sweep has several\n  use tensorboard, or remove wandb"
         )
 
 
 def names(settings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A short name for each run from its swept settings, fit for a folder: `rank=4,lr=2e-4`."""
-    found: list[str] = []
+    """Name each run after its swept settings, as a folder name: `rank=4,lr=2e-4`."""
+    result: list[str] = []
     for swept in settings:
         name = ",".join(f"{_SHORT.get(setting, setting)}={short(value)}" for setting, value in swept.items())
         if len(name) > _LONGEST_NAME:
             name = f"{name[:_LONGEST_NAME]}~{_digest(swept)}"
-        if name in found:  # two files of one name in two folders, two long lists of one beginning
+        if name in result:  # files of the same name in two folders, or long lists that begin alike
             name = f"{name}~{_digest(swept)}"
-        found.append(name)
-    return found
+        result.append(name)
+    return result
 
 
 def short(value: Any) -> str:
-    """A value in a few safe characters."""
+    """Abbreviate a value to a few characters that are safe in file names."""
     if isinstance(value, bool) or value is None:
         text = str(value).lower()
     elif isinstance(value, float):
@@ -198,18 +201,20 @@ def _is_swept(name: str, value: Any) -> bool:
 
 
 def _values(name: str, values: list[Any]) -> list[Any]:
-    """The values of a swept setting, each as the settings read it, none twice."""
+    """Parse the values of a swept setting. Raises ConfigError for one listed twice, none at all, or a setting that
+    cannot be swept.
+    """
     if name in NOT_SWEPT:
         raise ConfigError(
-            f"{name} cannot be swept: {NOT_SWEPT[name]}\n  give one value (got {listing(map(repr, values))})"
+            f"{name} cannot be swept: {NOT_SWEPT[name]}\n  give a single value (got {listing(map(repr, values))})"
         )
     if not values:
-        raise ConfigError(f"{name}: an empty list; give the values to try")
-    read = [getattr(TrainConfig(**{"data": "-", name: value}), name) for value in values]
-    twice = next((value for i, value in enumerate(read) if value in read[:i]), None)
-    if twice is not None:
-        raise ConfigError(f"{name}: {twice!r} is listed twice")
-    return read
+        raise ConfigError(f"{name}: the list is empty; give the values to try")
+    parsed = [getattr(TrainConfig(**{"data": "-", name: value}), name) for value in values]
+    duplicate = next((value for i, value in enumerate(parsed) if value in parsed[:i]), None)
+    if duplicate is not None:
+        raise ConfigError(f"{name}: {duplicate!r} is listed twice; list each value once")
+    return parsed
 
 
 def _holds_list(name: str) -> bool:

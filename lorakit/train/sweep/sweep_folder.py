@@ -1,15 +1,13 @@
-"""A sweep's folder: what was asked (`sweep.yaml`), a run folder for each run, and where all of them last saved
-together.
+"""A sweep's folder: its settings, a run folder for each run, and the point at which all of them last saved.
 
     OUT/sweep.yaml            every setting, lists where they are swept
-        position.json         the step of each run at the last save of all, and why runs failed
+        position.json         each run's step at the last joint save, and the errors of failed runs
         runs/NAME/            a run's folder, as lorakit train makes it
         leaderboard.json      the runs, best first; plot.png beside it
-        adapter/              the winner's
+        adapter/              the winner
 
-All runs save at the same moments. A kill may come when some have saved and others not; `position.json`, written when
-all have, tells which checkpoints to go on from, so that the same rows share micro-batches as in a sweep that was not
-killed.
+All runs save at the same point. A sweep may be killed when only some have saved. `position.json`, written once all
+have, says which checkpoints to resume from, so that the same rows share micro-batches as in an uninterrupted sweep.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import yaml
 from ...errors import TrainError
 from ...io.atomic import write_text
 from .. import resume
-from ..run_folder import FREE, TEMPORARY, filled
+from ..run_folder import FREE, TEMPORARY, with_defaults
 from .sweep_config import Sweep
 
 if TYPE_CHECKING:
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
 
 
 class SweepFolder:
+    """The paths inside a sweep's folder, and its position."""
+
     def __init__(self, path: Path):
         self.path = path
         self.settings = path / "sweep.yaml"
@@ -41,19 +41,20 @@ class SweepFolder:
         self.leaderboard = path / "leaderboard.json"
 
     def open(self, sweep: Sweep) -> None:
-        """Make the folder, or check that it is this sweep's. A sweep may come back with more values, not with other
-        settings.
+        """Create the folder, or check that it belongs to this sweep, whose lists may have become longer.
+
+        Raises TrainError, listing the settings that differ, if it belongs to another one.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise TrainError(f"{self.path} is a file; give a folder (--out)")
+            raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
         if not self.settings.exists():
             if self.path.is_dir() and not all(p.match(TEMPORARY) for p in self.path.iterdir()):
-                raise TrainError(f"{self.path} is not empty and holds no sweep; give another folder (--out)")
-        elif any(resume.found(run / "checkpoints") for run in self.runs.glob("*")):
+                raise TrainError(f"{self.path} is not empty and contains no sweep\n  give another folder (--out)")
+        elif any(resume.steps_in(run / "checkpoints") for run in self.runs.glob("*")):
             self._check_same(sweep)
         text = (
-            "# Everything this sweep was started with. Written by lorakit; resume by the same command, or lorakit "
-            "sweep --config this.\n"
+            "# All settings of this sweep. Written by lorakit; to resume, run the same command again, or lorakit "
+            "sweep --config with this file.\n"
         )
         write_text(self.settings, text + yaml.safe_dump(dict(sweep.settings), sort_keys=False, allow_unicode=True))
 
@@ -63,60 +64,61 @@ class SweepFolder:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise TrainError(f"{self.settings} cannot be read: {error}\n  give another folder (--out)") from error
         if not isinstance(then, dict):
-            raise TrainError(f"{self.settings} holds no settings; give another folder (--out)")
-        then = filled(then)
+            raise TrainError(f"{self.settings} contains no settings\n  give another folder (--out)")
+        then = with_defaults(then)
         lines = []
         for name in sorted(then.keys() | sweep.settings.keys()):
             before, now = then.get(name), sweep.settings.get(name)
-            more = (
+            extended = (
                 name in sweep.swept
                 and isinstance(before, list)
                 and isinstance(now, list)
                 and all(value in now for value in before)
             )
-            if before != now and not more and (name in sweep.swept or name not in FREE):
-                lines.append(f"  {name}: {before!r} then, {now!r} now")
+            if before != now and not extended and (name in sweep.swept or name not in FREE):
+                lines.append(f"  {name}: was {before!r}, is now {now!r}")
         if lines:
             raise TrainError(
-                f"{self.path} holds a sweep with other settings, so this one cannot go on from it:\n"
+                f"{self.path} contains a sweep with other settings, so it cannot be resumed with these:\n"
                 + "\n".join(lines)
-                + "\ngive another folder (--out), or the same settings to resume (a swept list may have become longer)"
+                + "\n  give another folder (--out), or the same settings to resume (a swept list may be longer)"
             )
 
     def rewind(self, jobs: Iterable[Job]) -> dict[str, str]:
-        """Drop the checkpoints of a save that not all runs came to make. The runs that failed, and why.
+        """Delete the checkpoints of a save that not all runs completed. Returns the failed runs' errors by name.
 
-        A run that has since been trained on alone keeps what it has.
+        A run that `lorakit train` has resumed alone since keeps its checkpoints.
         """
-        told = self._told()
+        position = self._read_position()
         for job in jobs:
             folder = job.folder.checkpoints
-            steps = resume.found(folder)
+            steps = resume.steps_in(folder)
             if steps and self._together(folder / f"{resume.PREFIX}{steps[-1]}"):
-                resume.drop_after(folder, told["steps"].get(job.adapter, 0))
-        return told["failed"]
+                resume.drop_after(folder, position["steps"].get(job.adapter, 0))
+        return position["failed"]
 
     def commit(self, runs: Iterable[Run]) -> None:
-        """All runs have saved."""
+        """Record that all runs have saved."""
         runs = list(runs)
-        told = {
+        position = {
             "steps": {run.job.adapter: run.step for run in runs if run.failed is None},
             "failed": {run.job.adapter: run.failed for run in runs if run.failed is not None},
         }
-        write_text(self.position, json.dumps(told, indent=2) + "\n")
+        write_text(self.position, json.dumps(position, indent=2) + "\n")
 
-    def _told(self) -> dict[str, Any]:
+    def _read_position(self) -> dict[str, Any]:
         if not self.position.exists():
             return {"steps": {}, "failed": {}}
         try:
-            told = json.loads(self.position.read_text(encoding="utf8"))
-            return {"steps": dict(told["steps"]), "failed": dict(told["failed"])}
+            position = json.loads(self.position.read_text(encoding="utf8"))
+            return {"steps": dict(position["steps"]), "failed": dict(position["failed"])}
         except (ValueError, KeyError, TypeError) as error:
             raise TrainError(
                 f"{self.position} cannot be read ({error})\n"
-                "  remove it, and the sweep begins anew, or give another folder (--out)"
+                "  delete it to start the sweep over, or give another folder (--out)"
             ) from error
 
     @staticmethod
     def _together(at: Path) -> bool:
+        """Whether a checkpoint was written by a sweep, together with those of the other runs."""
         return bool(json.loads((at / "state.json").read_text(encoding="utf8")).get("together"))

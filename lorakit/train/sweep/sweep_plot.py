@@ -1,4 +1,4 @@
-"""A sweep as a picture: held-out loss by step for every run, and the best loss against each swept setting."""
+"""Plot a sweep: held-out loss by step for every run, and the loss against each swept setting."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .sweep_config import short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_NAMED = 12  # curves with a name each; of more only the best are named
+MOST_NAMED = 12  # curves in the legend: the best ones
 BEST, OTHERS = "#c2410c", "#64748b"
 
 
 def plot(ranked: Sequence[Entry], swept: Sequence[str], path: Path, title: str) -> bool:
-    """Draw one group's runs into a PNG. False if there is nothing to draw."""
+    """Plot one group's runs to a PNG at `path`. Returns False, and writes nothing, if there is nothing to plot."""
     done = [entry for entry in ranked if entry.score is not None]
     if not done:
         return False
@@ -69,7 +69,7 @@ def _curves(ax: Axes, done: Sequence[Entry]) -> None:
         )
     low, top = min(loss for e in done for _, loss in e.curve), max(e.curve[0][1] for e in done if e.curve)
     room = (top - low) or 1.0
-    ax.set_ylim(low - 0.03 * room, top + 0.05 * room)  # a run that diverges leaves the picture
+    ax.set_ylim(low - 0.03 * room, top + 0.05 * room)  # a diverging run may leave the plot
     ax.set_xlabel("step")
     ax.set_ylabel("held-out loss")
     handles, labels = ax.get_legend_handles_labels()
@@ -78,9 +78,9 @@ def _curves(ax: Axes, done: Sequence[Entry]) -> None:
 
 
 def _against(ax: Axes, done: Sequence[Entry], setting: str) -> None:
-    """The loss of each run over one setting, and a line through the best at each of its values."""
+    """Plot each run's loss against one setting, and a line through the lowest loss at each value."""
     values = [entry.learning_rate if setting == "learning_rate" else entry.settings[setting] for entry in done]
-    losses = [entry.score for entry in done if entry.score is not None]  # which all of them have
+    losses = [entry.score for entry in done if entry.score is not None]  # all of `done` have one
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     order: list[Any] = sorted(set(values)) if numeric else list(dict.fromkeys(map(short, values)))
     places = values if numeric else [order.index(short(value)) for value in values]
@@ -99,4 +99,4 @@ def _against(ax: Axes, done: Sequence[Entry], setting: str) -> None:
     )
     ax.minorticks_off()
     ax.set_xlabel(setting)
-    ax.set_ylabel("loss, lowest of each value joined")
+    ax.set_ylabel("loss (line: lowest at each value)")

@@ -1,6 +1,4 @@
-"""What a sweep shows: a start panel with its runs, then a bar on a terminal and plain lines elsewhere, with the best so
-far.
-"""
+"""Display a sweep: a start panel with its runs, then a bar on a terminal, or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,42 +16,44 @@ if TYPE_CHECKING:
     from ..run import Run
 
 MOST_LISTED = 24  # runs in the start panel
-LINES = 20  # of a whole sweep, without a terminal
+LINES = 20  # printed over an entire sweep, without a terminal
 
 
-class Lane:
-    """One run's rows, on their way to the sweep's display."""
+class RunDisplay:
+    """Passes one run's metrics on to the sweep's display."""
 
     def __init__(self, name: str, progress: SweepProgress):
         self.name, self.progress = name, progress
 
     def row(self, row: dict[str, Any]) -> None:
+        """Pass on a line of metrics.jsonl."""
         self.progress.row(self.name, row)
 
     def sample(self, prompt: str, base: str, tuned: str) -> None:
-        """Not shown: they are in the run's folder."""
+        """Show nothing: samples are in the run's folder."""
 
 
 class SweepProgress:
-    """Shows a sweep on a console. `quiet` shows nothing."""
+    """Displays a sweep on a console. `quiet`: display nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False, title: str = "lorakit sweep"):
         self.console, self.quiet, self.title = console or Console(stderr=False), quiet, title
         self._bar: RichProgress | None = None
         self._task: Any = None
-        self._done, self._all, self._going = 0, 0, 0
+        self._done, self._all, self._active = 0, 0, 0
         self._weight, self._unit, self._since = 0, "tokens", time.perf_counter()
         self._best: tuple[float, str, int] | None = None
         self._ended: set[str] = set()
 
-    def lane(self, name: str) -> Lane:
-        return Lane(name, self)
+    def display_of(self, name: str) -> RunDisplay:
+        """Return what displays the run `name`."""
+        return RunDisplay(name, self)
 
     def start(self, runs: Sequence[Run], folder: str) -> None:
-        """The panel, and the bar. A unit of progress is a step of one run."""
+        """Show the start panel and the bar, whose unit is a step of one run. `folder`: text for the panel."""
         self._all = sum(run.job.steps for run in runs)
         self._done = sum(run.step for run in runs)
-        self._going, self._unit = len(runs), runs[0].job.task.unit
+        self._active, self._unit = len(runs), runs[0].job.task.unit
         self._note_best(runs)
         if self.quiet:
             return
@@ -71,7 +71,7 @@ class SweepProgress:
         self._since = time.perf_counter()
 
     def row(self, name: str, row: dict[str, Any]) -> None:
-        """A line of one run's metrics.jsonl."""
+        """Show a line of one run's metrics.jsonl."""
         if "held_out_loss" in row:
             if self._best is None or row["held_out_loss"] < self._best[0]:
                 self._best = (row["held_out_loss"], name, row["step"])
@@ -84,12 +84,12 @@ class SweepProgress:
             self._say(f"{self._done:>6}/{self._all} steps  {self._facts()}")
 
     def ended(self, run: Run) -> None:
-        """A run came to its end; what it leaves undone is no longer waited for."""
+        """Show that a run ended, and subtract its remaining steps from the total."""
         name = run.job.adapter
         if name in self._ended:
             return
         self._ended.add(name)
-        self._going -= 1
+        self._active -= 1
         self._all -= run.job.steps - run.step
         if self._bar is not None:
             self._bar.update(self._task, total=self._all)
@@ -101,22 +101,23 @@ class SweepProgress:
             )
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def _note_best(self, runs: Sequence[Run]) -> None:
-        found = [
+        best_losses = [
             (run.early.best_loss, run.job.adapter, run.early.best_step or 0)
             for run in runs
             if run.early.best_loss is not None
         ]
-        self._best = min(found, default=None)
+        self._best = min(best_losses, default=None)
 
     def _facts(self) -> str:
         speed = self._weight / max(1e-9, time.perf_counter() - self._since)
         best = f"  best {self._best[1]}: {self._best[0]:.4f} at step {self._best[2]}" if self._best else ""
-        return f"{self._going} runs going  {speed:,.0f} trained {self._unit}/s{best}"
+        return f"{self._active} active runs  {speed:,.0f} trained {self._unit}/s{best}"
 
     def _say(self, line: str) -> None:
         if not self.quiet:
@@ -124,13 +125,12 @@ class SweepProgress:
 
 
 def _shared(runs: Sequence[Run], folder: str) -> Table:
-    """What all runs have in common."""
+    """List what all runs have in common."""
+    from ...layers.bases import parameter_count
     from ..progress import dtype_name, threads_of
 
     job = runs[0].job
-    base = sum(p.numel() for p in job.model.parameters()) - sum(
-        p.numel() for p in job.model.parameters() if p.requires_grad
-    )
+    base = parameter_count(job.model) - sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     data = dict.fromkeys((r.config.data, len(r.job.train), len(r.job.held_out)) for r in runs)
     table = Table.grid(padding=(0, 2))
     rows = [
@@ -152,8 +152,8 @@ def _listed(runs: Sequence[Run]) -> Table:
         table.add_column(column, justify="left" if column in ("run", "") else "right")
     for run in runs[:MOST_LISTED]:
         trainable = sum(p.numel() for p in run.parameters.values())
-        where = (
-            "failed" if run.failed else "finished" if run.ended else f"going on at step {run.step}" if run.step else ""
+        status = (
+            "failed" if run.failed else "finished" if run.ended else f"resuming at step {run.step}" if run.step else ""
         )
         cells = [
             run.job.adapter,
@@ -161,7 +161,7 @@ def _listed(runs: Sequence[Run]) -> Table:
             f"{trainable:,}",
             str(run.config.batch_size),
             f"{run.job.steps:,}",
-            where,
+            status,
         ]
         table.add_row(*map(Text, cells))
     if len(runs) > MOST_LISTED:

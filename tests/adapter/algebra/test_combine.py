@@ -19,6 +19,7 @@ from lorakit.adapter.algebra.combine import combined
 from lorakit.adapter.algebra.dare import dare_linear, dare_ties, drop
 from lorakit.adapter.algebra.ties_merging import magnitude_prune, ties, trim
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.adapter.fingerprint import fingerprint
 from lorakit.errors import AdapterError, ConfigError
 
@@ -83,7 +84,7 @@ def test_an_update_alone_stays_of_its_kind():
         adapter(others=True),
     )
     both = lk.combine([lora, other], [0.3, -2.0])
-    assert {m: type(u) for m, u in both.others.items()} == {m: type(u) for m, u in other.others.items()}
+    assert {m: type(both.updates[m]) for m in other.updates} == {m: type(u) for m, u in other.updates.items()}
     assert both.factors["q"].A is lora.factors["q"].A
     for m, u in other.updates.items():
         torch.testing.assert_close(exact(both.updates[m]), -2 * exact(u), rtol=1e-6, atol=1e-6)
@@ -97,7 +98,7 @@ def test_loha_lokr_and_whole_updates_add_to_a_whole_update_or_to_the_rank_asked_
     ]
     values.append(lk.Adapter(lk.LoraConfig(rank=3, targets=["m"]), {"m": lora}))
     weights = [1.0, -0.5, 2.0, 0.1]
-    total = lk.combine(values, weights).others["m"]
+    total = lk.combine(values, weights).updates["m"]
     expected = sum(
         w * exact(u) for w, u in zip(weights, (hadamard(), kronecker(), Dense(numbers(20, 18)), lora), strict=True)
     )
@@ -276,7 +277,7 @@ def test_dare_keeps_the_expected_update_and_depends_on_the_seed_alone():
 def test_the_methods_take_every_kind_and_report_what_the_cut_cost(method):
     values = [adapter(s, 4, others=True) for s in (0, 5)]
     done = combined(values, [1.0, 0.5], method, density=0.5, seed=3)
-    assert not done.adapter.others
+    assert {u.variant for u in done.adapter.updates.values()} == {"lora"}
     assert done.adapter.factors["layers.0.qkv"].parts == (True, False, True)
     assert done.adapter.factors["layers.0.conv"].kind == "conv"
     assert done.adapter.factors["embed"].kind == "embedding"
@@ -297,9 +298,9 @@ def test_changes_of_vectors_are_combined_by_the_same_method():
         lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors(seed=s), "norm": Dense(numbers(40, seed=s))})
         for s in (0, 1)
     ]
-    got = lk.combine(values, method="ties", density=0.5).others["norm"].weight
+    got = lk.combine(values, method="ties", density=0.5).updates["norm"].weight
     torch.testing.assert_close(got, ties([numbers(40), numbers(40, seed=1)], [1, 1], 0.5))
-    torch.testing.assert_close((values[0] + values[1]).others["norm"].weight, numbers(40) + numbers(40, seed=1))
+    torch.testing.assert_close((values[0] + values[1]).updates["norm"].weight, numbers(40) + numbers(40, seed=1))
 
 
 # ---- what must agree ----
@@ -321,13 +322,13 @@ def test_weights_saved_whole_are_kept_where_equal_and_refused_by_name_where_not(
         lk.combine([with_saved(1.0), with_saved(2.0)], [1, -1], saved="mean")
 
 
-def test_learned_tokens_are_taken_over():
+def test_embeddings_are_taken_over():
     a, b = (
         lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors()}, embeddings={name: numbers(2, 8)})
         for name in ("<cat>", "<dog>")
     )
     assert set((a + b).embeddings) == {"<cat>", "<dog>"}
-    with pytest.raises(AdapterError, match="different values of 1 learned tokens: <cat>"):
+    with pytest.raises(AdapterError, match="different values of 1 embeddings: <cat>"):
         lk.combine([a, replace(a, embeddings={"<cat>": numbers(2, 8) + 1})])
 
 
@@ -384,10 +385,10 @@ def test_a_unet_and_a_transformer_are_of_different_pipelines():
 def test_modules_of_other_shapes_are_refused_by_name():
     a = lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors()})
     for other in (lk.Factors(numbers(4, 14), numbers(12, 4), 1.0), factors("conv"), factors("embedding")):
-        with pytest.raises(AdapterError, match="'q' is of different shapes"):
+        with pytest.raises(AdapterError, match="'q' has different shapes"):
             a + lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": other})
     with pytest.raises(AdapterError, match="'q' is a DoRA"):
-        a + lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": replace(factors(), magnitude=torch.ones(12, 1))})
+        a + lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": Dora(factors(), torch.ones(12, 1))})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from made_adapters import adapter, deltas, exact, factors, numbers, packed
 import lorakit as lk
 from lorakit.adapter.algebra.resize import resize
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.dora import Dora
 from lorakit.errors import AdapterError, ConfigError
 
 
@@ -28,7 +29,7 @@ def as_matrix(update, W):
 def test_every_module_is_the_nearest_of_its_rank(rank):
     value = adapter(others=True, rslora=True)
     done = resize(value, rank)
-    assert not done.adapter.others
+    assert {u.variant for u in done.adapter.updates.values()} == {"lora"}
     assert {f.rank for f in done.adapter.factors.values()} == {min(rank, 2), rank}  # the packed one has 2
     before, after = deltas(value), deltas(done.adapter)
     for report in done.modules:
@@ -148,8 +149,8 @@ def test_a_grouped_convolution_stays_grouped():
 def test_a_change_of_a_norm_or_a_bias_alone_stays_as_it_is():
     value = lk.Adapter(lk.LoraConfig(), {"q": factors(), "norm": Dense(numbers(9)), "head": Dense(None, numbers(5))})
     small = value.resize(1)
-    assert small.others["norm"] is value.others["norm"]
-    assert set(small.others) == {"norm", "head"}
+    assert small.updates["norm"] is value.updates["norm"]
+    assert {m for m, u in small.updates.items() if u.variant == "dense"} == {"norm", "head"}
 
 
 def test_a_bias_beside_a_matrix_is_not_dropped_in_silence():
@@ -161,7 +162,7 @@ def test_a_bias_beside_a_matrix_is_not_dropped_in_silence():
 
 def test_a_dora_and_a_grouped_conv_of_pefts_are_refused_by_name():
     with pytest.raises(AdapterError, match="'m' is a DoRA"):
-        resize(one(replace(factors(), magnitude=torch.ones(12, 1))), 2)
+        resize(one(Dora(factors(), torch.ones(12, 1))), 2)
     with pytest.raises(AdapterError, match="'m' is a grouped convolution"):
         resize(one(lk.Factors(numbers(4, 6, 3, 3), numbers(16, 2, 1, 1), 4.0, "conv", groups=2)), 2)
 

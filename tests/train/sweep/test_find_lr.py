@@ -80,7 +80,7 @@ def test_a_signal_while_looking_stops_and_keeps_nothing(config, monkeypatch):
         return real(self, going)
 
     monkeypatch.setattr(loop.Loop, "_step", stepped)
-    with pytest.raises(TrainError, match="stopped by SIGINT while looking for a learning rate"):
+    with pytest.raises(TrainError, match="stopped by SIGINT during the search for a learning rate"):
         train(config, QUIET)
     assert not Path(config.out).exists()
 
@@ -88,7 +88,7 @@ def test_a_signal_while_looking_stops_and_keeps_nothing(config, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"learning_rate": 1e-3}, "find_lr looks for a learning rate, and 0.001 is given"),
+        ({"learning_rate": 1e-3}, "find_lr searches for a learning rate, but learning_rate is 0.001"),
         ({"learning_rate": "auto", "method": "full"}, "which method: full does not allow"),
         ({"learning_rate": "auto", "bias": "all"}, "which bias does not allow"),
         ({"learning_rate": "auto", "save_modules": ["norm"]}, "which save_modules does not allow"),

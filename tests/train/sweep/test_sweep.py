@@ -61,8 +61,8 @@ def assert_as_alone(plan, tmp_path) -> None:
         job = set_up(alone)
         fresh = {n: p.detach().clone() for n, p in resume.trainable(job.model).items()}
         result = loop.Loop([run.Run(job, QUIET)]).go(loop.Interrupt())[0]
-        last = resume.found(RunFolder(alone.out).checkpoints)[-1]
-        assert resume.found(RunFolder(config.out).checkpoints)[-1] == last == result.step, name
+        last = resume.steps_in(RunFolder(alone.out).checkpoints)[-1]
+        assert resume.steps_in(RunFolder(config.out).checkpoints)[-1] == last == result.step, name
         theirs, ours = (
             load_file(RunFolder(c.out).checkpoints / f"step-{last}" / "trainable.safetensors") for c in (alone, config)
         )
@@ -246,7 +246,7 @@ def left_by(plan) -> dict:
     found = {}
     for name, config in plan.runs.items():
         folder = RunFolder(config.out)
-        steps = resume.found(folder.checkpoints)
+        steps = resume.steps_in(folder.checkpoints)
         state = json.loads((folder.checkpoints / f"step-{steps[-1]}" / "state.json").read_text())
         found[name] = {
             "adapter": (folder.adapter / "adapter_model.safetensors").read_bytes(),
@@ -350,7 +350,7 @@ def test_a_run_of_a_sweep_can_be_gone_on_with_alone(make_sweep, tmp_path, monkey
     start(plan)
     monkeypatch.undo()
     config = plan.runs["rank=4"]
-    assert resume.found(RunFolder(config.out).checkpoints)[-1] == 3
+    assert resume.steps_in(RunFolder(config.out).checkpoints)[-1] == 3
     result = train(config, QUIET)
     assert (result.step, result.stopped) == (6, None)
     alone = (RunFolder(config.out).adapter / "adapter_model.safetensors").read_bytes()
@@ -368,15 +368,15 @@ def test_a_sweep_of_a_release_with_fewer_settings_goes_on(make_sweep):
     del then["compile"], then["rslora"]
     file.write_text(yaml.safe_dump(then))
     assert len(start(plan).entries) == 2
-    with pytest.raises(TrainError, match="rslora: False then, True now"):
+    with pytest.raises(TrainError, match="rslora: was False, is now True"):
         start(make_sweep(rank=[2, 4], steps=2, rslora=True))
 
 
 def test_a_sweep_may_come_back_with_more_values_and_not_with_other_settings(make_sweep):
     start(make_sweep(rank=[2, 4], steps=2))
-    with pytest.raises(TrainError, match=r"steps: 2 then, 3 now"):
+    with pytest.raises(TrainError, match=r"steps: was 2, is now 3"):
         start(make_sweep(rank=[2, 4], steps=3))
-    with pytest.raises(TrainError, match=r"rank: \[2, 4\] then, \[2\] now"):
+    with pytest.raises(TrainError, match=r"rank: was \[2, 4\], is now \[2\]"):
         start(make_sweep(rank=[2], steps=2))
     outcome = start(make_sweep(rank=[2, 4, 8], steps=2))
     assert [entry.name for entry in sorted(outcome.entries, key=lambda e: e.trainable)] == [
@@ -389,7 +389,7 @@ def test_a_sweep_may_come_back_with_more_values_and_not_with_other_settings(make
 def test_a_folder_with_something_else_in_it_is_refused(make_sweep, tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "thesis.txt").write_text("x")
-    with pytest.raises(TrainError, match="holds no sweep"):
+    with pytest.raises(TrainError, match="contains no sweep"):
         start(make_sweep(rank=[2, 4]))
     assert os.listdir(tmp_path / "sweep") == ["thesis.txt"]
     with pytest.raises(TrainError, match="is a file"):

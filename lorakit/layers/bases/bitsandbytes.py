@@ -1,0 +1,172 @@
+"""Weights that bitsandbytes has quantized: NF4 and FP4 in blocks (Dettmers et al. 2023), int8 by rows (2022).
+
+    4 bits    W ≈ code[index] · absmax of the block of 64        code: 16 values in [-1, 1]; packed two indices a byte
+              with double quantization: absmax ≈ code₂[index] · absmax₂ of 256 blocks + offset
+    8 bits    W ≈ index · absmax of the row / 127                index: int8 [out, in]
+
+Each element was rounded to the nearest code, so the unquantized one lies within half the distance to the next code.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import StateError
+from .base_weight import BaseWeight
+
+_REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' own switch, see `FourBit.prepare`
+_KEPT = "_lora_repacks"  # marks a module whose switch was on
+_MERGE = (
+    "  keep the adapter unmerged (lorakit.detach takes it off), or merge it into the unquantized base: lorakit merge "
+    "BASE ADAPTER OUT"
+)
+
+
+class FourBit:
+    """NF4 or FP4: a `Params4bit` of packed bytes, with its quantization state."""
+
+    quantization: ClassVar[str | None] = "bitsandbytes, 4 bits"
+
+    def owns(self, module: nn.Module) -> bool:
+        weight: Any = module._parameters.get("weight")
+        return _is(weight, "Params4bit") and weight.quant_state is not None  # without a state it is not quantized yet
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return tuple(_state(module).shape)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return _state(module).dtype
+
+    def device(self, module: nn.Module) -> torch.device:
+        return _weight(module).device
+
+    def dense(self, module: nn.Module) -> Tensor:
+        self.check(module, type(module).__name__)
+        return _functional().dequantize_4bit(_weight(module).data, _state(module))
+
+    def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
+        state, at = _state(module), at.to(self.device(module))
+        values = self.dense(module).flatten()[at].float()
+        block = at // state.blocksize
+        absmax, error = state.absmax, torch.zeros_like(values)
+        if state.nested:
+            inner = state.state2
+            absmax = _functional().dequantize_blockwise(absmax, inner) + state.offset
+            error = inner.absmax[block // inner.blocksize] * inner.code.sort().values.diff().max() / 2
+        absmax = absmax.flatten()[block].float()
+        codes = state.code.float().sort().values
+        gaps = codes.diff()
+        half = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2  # of each code
+        nearest = (values / absmax.clamp_min(1e-30)).unsqueeze(-1).sub(codes).abs().argmin(-1)
+        return values, half[nearest] * absmax + error
+
+    def is_turned(self, module: nn.Module) -> bool:
+        return _was_conv1d(module)
+
+    def writable(self, module: nn.Module, name: str) -> Tensor:
+        raise StateError(
+            f"'{name}' is quantized ({self.quantization}): with ΔW it would have to be rounded to 16 values a block "
+            f"again, and most of ΔW would be lost\n{_MERGE}"
+        )
+
+    def check(self, module: nn.Module, name: str) -> None:
+        """bitsandbytes repacks a weight for good in the first evaluation on a CPU with AVX512-BF16: absmax loses half
+        of its digits, and what the module computes has no gradients any more.
+        """
+        if getattr(_state(module), "packing_format_for_cpu", False):
+            raise StateError(
+                f"'{name}' was repacked by bitsandbytes when the model was evaluated, and passes no gradients now\n"
+                "  load the base again, and attach before it is called"
+            )
+
+    def prepare(self, module: nn.Module) -> None:
+        if getattr(module, _REPACKS, False):
+            module.__dict__[_KEPT] = True
+            setattr(module, _REPACKS, False)
+
+    def restore(self, module: nn.Module) -> None:
+        if module.__dict__.pop(_KEPT, False):
+            setattr(module, _REPACKS, True)
+
+
+class EightBit:
+    """LLM.int8(): an `Int8Params` of int8, its rows' absmax beside it; bitsandbytes moves that from the weight to the
+    module's state in the first forward.
+    """
+
+    quantization: ClassVar[str | None] = "bitsandbytes, 8 bits"
+
+    def owns(self, module: nn.Module) -> bool:
+        weight: Any = module._parameters.get("weight")
+        return _is(weight, "Int8Params") and weight.dtype == torch.int8
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return tuple(_weight(module).shape)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return torch.float16  # the library quantizes from this
+
+    def device(self, module: nn.Module) -> torch.device:
+        return _weight(module).device
+
+    def dense(self, module: nn.Module) -> Tensor:
+        return _weight(module).data * self._steps(module)
+
+    def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
+        weight, at = _weight(module), at.to(self.device(module))
+        step = self._steps(module).flatten()[at // weight.shape[1]]
+        return weight.data.flatten()[at] * step, step / 2
+
+    def is_turned(self, module: nn.Module) -> bool:
+        return _was_conv1d(module)
+
+    def writable(self, module: nn.Module, name: str) -> Tensor:
+        raise StateError(
+            f"'{name}' is quantized ({self.quantization}): with ΔW it would have to be rounded again, and part of ΔW "
+            f"would be lost\n{_MERGE}"
+        )
+
+    def check(self, module: nn.Module, name: str) -> None:
+        """Nothing can be wrong."""
+
+    def prepare(self, module: nn.Module) -> None:
+        """Nothing changes it."""
+
+    def restore(self, module: nn.Module) -> None:
+        """Nothing was prepared."""
+
+    def _steps(self, module: nn.Module) -> Tensor:
+        """The distance of two codes in each row, [out, 1], float32."""
+        own = getattr(_weight(module), "SCB", None)
+        state: Any = module.state
+        absmax: Tensor = own if own is not None else state.SCB
+        return absmax.float().view(-1, 1) / 127
+
+
+def _weight(module: nn.Module) -> Any:
+    return module._parameters["weight"]
+
+
+def _state(module: nn.Module) -> Any:
+    return _weight(module).quant_state
+
+
+def _is(weight: Any, cls: str) -> bool:
+    library = sys.modules.get("bitsandbytes.nn")
+    return library is not None and isinstance(weight, getattr(library, cls, ()))
+
+
+def _functional() -> Any:
+    return sys.modules["bitsandbytes.functional"]
+
+
+def _was_conv1d(module: nn.Module) -> bool:
+    """transformers quantizes GPT-2's Conv1D as a linear of the transposed weight, and notes the class."""
+    return getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
+
+
+KINDS: tuple[BaseWeight, ...] = (FourBit(), EightBit())

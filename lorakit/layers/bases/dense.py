@@ -1,0 +1,80 @@
+"""An ordinary weight: a tensor of floating-point numbers, whatever module holds it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import StateError
+from .base_weight import BaseWeight
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Dense:
+    """The weight is the module's `weight`; of a parametrized module the one computed from its parameters."""
+
+    quantization: ClassVar[str | None] = None
+
+    def owns(self, module: nn.Module) -> bool:
+        return True
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return tuple(_weight(module).shape)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return _weight(module).dtype
+
+    def device(self, module: nn.Module) -> torch.device:
+        return _weight(module).device
+
+    def dense(self, module: nn.Module) -> Tensor:
+        return _weight(module).detach()
+
+    def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
+        values = self.dense(module).flatten()[at.to(self.device(module))].float()
+        return values, torch.zeros_like(values)
+
+    def is_turned(self, module: nn.Module) -> bool:
+        return False
+
+    def writable(self, module: nn.Module, name: str) -> Tensor:
+        weight = _weight(module)
+        if "weight" not in module._parameters:
+            raise StateError(
+                f"the weight of '{name}' is computed from others (a parametrization such as weight_norm), so nothing "
+                "can be added to it\n"
+                "  keep the adapter unmerged, or take the parametrization off: "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if weight.is_meta:
+            raise StateError(
+                f"'{name}' is offloaded, so it cannot be merged here\n"
+                "  merge the checkpoint's files instead: lorakit merge BASE ADAPTER OUT"
+            )
+        if weight.dtype not in _FLOATS:
+            raise StateError(
+                f"'{name}' holds {weight.dtype} (quantized?), which cannot be merged in place\n"
+                "  merge into the unquantized base"
+            )
+        return weight
+
+    def check(self, module: nn.Module, name: str) -> None:
+        """Nothing can be wrong."""
+
+    def prepare(self, module: nn.Module) -> None:
+        """Nothing changes it."""
+
+    def restore(self, module: nn.Module) -> None:
+        """Nothing was prepared."""
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+KINDS: tuple[BaseWeight, ...] = (Dense(),)
