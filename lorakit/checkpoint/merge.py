@@ -26,6 +26,7 @@ from ..io.stream import MERGEABLE, NAMES
 from ..version import VERSION
 from .base import CONFIG, Base
 from .changes import check_mergeable
+from .conversation import keep_conversation
 from .names import Renaming
 from .out import NOTE, check_out, check_space, copy, leftovers, other_files, put_in_place
 from .parts import Part, open_parts
@@ -96,6 +97,7 @@ def merge_checkpoint(
         temporary.mkdir()
         for name, file in copies.items():
             copy(file, temporary / name)
+        warnings += keep_conversation(temporary, values)
         with _one_thread():
             reports = _write_tensors(plans, temporary, dtype is not None, note if path.is_file() else {}, on_tensor)
         warnings += _check_changed(reports, plans)
