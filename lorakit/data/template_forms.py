@@ -19,6 +19,7 @@ from typing import Any
 from lorakit.data.turns import Message
 from lorakit.errors import DataError
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what data calls a turn's reasoning
 Write = Callable[[Sequence[dict[str, Any]], bool, Sequence[dict[str, Any]]], str]  # turns, generation prompt?, tools
 
 QUESTION, ANSWER, RESULT = "How is the weather?", "It rains today.", "Warm and dry."
@@ -59,6 +60,9 @@ class TemplateForms:
                 turn["content"] = message.content
         elif turn.get("tool_calls") and not self._takes_no_content:
             turn["content"] = self._as_content("")
+        reasoning = next((turn[key] for key in REASONING if key in turn), None)
+        if reasoning is not None:  # as transformers does since 5.24: templates read the first or the second name
+            turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
         if turn.get("tool_calls"):
             turn["tool_calls"] = [
                 self._call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(turn["tool_calls"])

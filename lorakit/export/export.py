@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
+from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
 from ..formats import save
 from ..io.atomic import write_text
 from .into_base import split
 from .logits import Logits
-from .modelfile import check_modelfile, modelfile, own_template
+from .modelfile import check_modelfile, modelfile
 from .rules import RECEIVERS, Finding, findings
 from .staging import Readback, write_staged
-
-TEMPLATE = "chat_template.jinja"  # where transformers and vLLM's --chat-template look for it
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,10 @@ def export(
     if model_file is not None:
         write_text(model_file, modelfile(path, model, adapter))
         files.append(model_file)
-    template = own_template(adapter)
+    template = ChatRecord.of(adapter.metadata).template
     if template is not None and written.is_dir():
-        write_text(written / TEMPLATE, template)
-        files.append(written / TEMPLATE)
+        write_text(written / TEMPLATE_FILE, template)
+        files.append(written / TEMPLATE_FILE)
     copy = parts.copy if parts is not None else None
     return Exported(receiver, target.format, files, fixes, check.differences, check.logits, check.no_logits, copy)
 

@@ -19,10 +19,11 @@ import numpy as np
 from ..adapter.adapter import Adapter
 from ..bases.load import load_config, load_tokenizer
 from ..checkpoint.base import Base, open_base
-from ..checkpoint.changes import check_something
+from ..checkpoint.changes import check_mergeable
 from ..checkpoint.merge import check_base
 from ..checkpoint.out import check_space
 from ..checkpoint.plan import make_plan
+from ..data.chat_record import ChatRecord
 from ..data.templates import with_template
 from ..errors import ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
@@ -32,7 +33,7 @@ from .gguf_model import GgufTensor, gguf_tensors
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary
 from .merged_verify import Verified, verified
-from .modelfile import check_modelfile, end_tokens, modelfile, own_template
+from .modelfile import check_modelfile, modelfile
 
 RECEIVERS = ("llama.cpp", "ollama")
 PAIRS_BYTES = 1 << 24  # disk space reserved for the key-value pairs (mostly the tokenizer)
@@ -126,7 +127,7 @@ def export_merged(
 
 def _left_out(adapter: Adapter) -> list[str]:
     """Notes on what merging leaves out. AdapterError if the adapter changes no weight at all."""
-    check_something(1.0, adapter)
+    check_mergeable(1.0, adapter)
     if not adapter.embeddings:
         return []
     return [
@@ -155,9 +156,10 @@ def _pairs(
     """(key-value pairs, tensors computed from hyper-parameters, warnings)."""
     params = parameters(config)
     eos = config.eos_token_id
-    tokenizer = with_template(load_tokenizer(str(base.folder)), own_template(adapter))
+    record = ChatRecord() if adapter is None else ChatRecord.of(adapter.metadata)
+    tokenizer = with_template(load_tokenizer(str(base.folder)), record.template)
     vocab = vocabulary(tokenizer, config.vocab_size, eos[0] if isinstance(eos, list) else eos)
-    ends = tokenizer.convert_tokens_to_ids(end_tokens(adapter))
+    ends = tokenizer.convert_tokens_to_ids(list(record.end_tokens))
     name = ARCHITECTURES[config.model_type].name
     values = {
         "general.type": "model",

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from ..adapter.adapter import Adapter
+from ..data.chat_record import ChatRecord
 from ..errors import ConfigError
 
 NAME = "Modelfile"
@@ -21,23 +22,8 @@ def modelfile(gguf: Path, model: str | None = None, adapter: Adapter | None = No
     Generation stops at the end tokens that `adapter` learned besides the model's own.
     """
     source = f"FROM ./{gguf.name}\n" if model is None else f"FROM {model}\nADAPTER ./{gguf.name}\n"
-    return source + "".join(
-        f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}\n" for token in end_tokens(adapter)
-    )
-
-
-def end_tokens(adapter: Adapter | None) -> list[str]:
-    """The tokens that an adapter learned to end answers with, besides its base's own."""
-    about = {} if adapter is None else adapter.metadata.get("data")
-    found = about.get("end_tokens") if isinstance(about, dict) else None
-    return [token for token in found if isinstance(token, str)] if isinstance(found, list) else []
-
-
-def own_template(adapter: Adapter | None) -> str | None:
-    """The chat template that an adapter was trained with, if it is not its base's own."""
-    about = {} if adapter is None else adapter.metadata.get("data")
-    found = about.get("chat_template") if isinstance(about, dict) else None
-    return found if isinstance(found, str) else None
+    ends = ChatRecord.of(adapter.metadata).end_tokens if adapter is not None else ()
+    return source + "".join(f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}\n" for token in ends)
 
 
 def check_modelfile(gguf: Path, text: str, force: bool) -> Path:

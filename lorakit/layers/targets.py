@@ -12,8 +12,10 @@ from ..config import ALL_LINEAR, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
 from ..module_names import ends_with, matches, pattern_matches
 from .bases import base_of
+from .layer import Swapped, mixin_and_base
 from .swap import is_linear, mixin_for
 from .walk import base_modules
+from .weight_reads import reads_of
 
 
 @dataclass
@@ -40,7 +42,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
     Raises TargetError for a name, pattern or layer that matches nothing, and for a module that cannot be adapted.
     """
     names = module_names(model)
-    not_called = _not_called(names)
+    not_called = called_by_weight(names) | _bypassed_in_training(names)
     skipped: dict[str, str] = {}
     if config.targets == ALL_LINEAR:
         head = _output_head(model)
@@ -153,10 +155,43 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return getter() if getter is not None else None
 
 
-def _not_called(names: dict[str, nn.Module]) -> dict[str, str]:
-    """Map linears whose weight is read without calling them, so that an adapted forward would never run, to why."""
-    why = "nn.MultiheadAttention reads its weight without calling it"
-    return {f"{name}.out_proj": why for name, module in names.items() if isinstance(module, nn.MultiheadAttention)}
+def called_by_weight(names: dict[str, nn.Module]) -> dict[str, str]:
+    """Modules whose weight is read without calling them, so that an adapted forward would never run."""
+    found = {}
+    for name, module in names.items():
+        if isinstance(module, nn.MultiheadAttention):
+            found[f"{name}.out_proj"] = "nn.MultiheadAttention reads its weight without calling it"
+            continue
+        reads = reads_of(_own_class(module))
+        for child in reads.read - reads.called:
+            if child in module._modules:
+                found[f"{name}.{child}"] = f"{_own_class(module).__name__} reads its weight without calling it"
+    return found
+
+
+def _bypassed_in_training(names: dict[str, nn.Module]) -> dict[str, str]:
+    """Projections of a state-space mixer (Mamba's parameter A_log) that its fused kernel takes as weights, in training
+    on a GPU, and that are called as modules elsewhere. PEFT refuses them too.
+    """
+    found = {}
+    for name, module in names.items():
+        if "A_log" not in module._parameters:
+            continue
+        reads = reads_of(_own_class(module))
+        for child in reads.read & reads.called:
+            if child in module._modules:
+                found[f"{name}.{child}"] = (
+                    f"{_own_class(module).__name__} reads its weight without calling it when its fused kernel runs"
+                )
+    return found
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without what lorakit put in front of it."""
+    cls = type(module)
+    while issubclass(cls, Swapped):
+        cls = mixin_and_base(cls)[1]
+    return cls
 
 
 def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -> None:
@@ -164,7 +199,7 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
 
     `names`: all modules of the model; `chosen`: those to check.
     """
-    not_called = _not_called(names)
+    not_called = called_by_weight(names)
     for name, module in chosen.items():
         if name in not_called:
             raise TargetError(

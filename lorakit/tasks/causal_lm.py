@@ -12,7 +12,6 @@ from pydantic import Field, field_validator
 from ..config import RunSettings, Strict, part
 from ..errors import TrainError
 from .task import Base, Data
-from .text.chat_record import TEMPLATE_FILE, record
 from .text.settings import Columns, Lengths
 
 if TYPE_CHECKING:
@@ -99,6 +98,7 @@ def processor(config: RunSettings) -> Any:
 
 def data(config: RunSettings, processor: Any) -> Data:
     from ..bases.load import end_tokens
+    from ..data.chat_record import TEMPLATE_FILE, record
     from ..data.dataset import build, held_out_of
     from ..data.read import read_rows
 

@@ -18,6 +18,7 @@ from ..config import Choice
 from ..data.batches import batch_order
 from ..data.dataset import fingerprint
 from ..data.templates import read_template, reads_date, with_template
+from ..errors import ConfigError
 from ..layers.fused import attention
 from ..methods import method_of
 from ..methods.method import Method
@@ -29,6 +30,7 @@ from .config import TrainConfig
 from .memory import check
 from .parallel import Parallel
 from .run_folder import RunFolder
+from .start import resolved
 from .trackers import check_trackers
 
 # The settings that determine the training and held-out items.
@@ -58,6 +60,7 @@ class Job:
     data_hash: str
     memory: Choice | None = None  # the estimate; None in a sweep
     compiled: str | None = None  # what torch.compile compiled, for the start panel
+    steps_before: int | None = None  # of a resumed run that is longer now: the steps planned before
     _epoch: int = -1  # the epoch of `_order`
     _order: list[list[int]] = field(default_factory=list)
 
@@ -98,6 +101,7 @@ def set_up(config: TrainConfig) -> Job:
 
 def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used."""
+    configs = {name: resolved(each) for name, each in configs.items()}
     config = next(iter(configs.values()))
     for each in configs.values():
         check_trackers(each)
@@ -112,6 +116,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     device = parallel.device
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))
+    if not alone and (why := next((why for each in configs.values() if (why := method.alone(each))), None)):
+        raise ConfigError(why[1])  # known only now: an adapter to start from may have saved modules
     dtype = method.precision(config, device)
     # Check the memory before anything is written or loaded. (That of a sweep is not estimated.)
     memory = None
@@ -121,7 +127,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     hashes = {name: fingerprint([*each.train, *each.held_out]) for name, each in data.items()}
     if parallel.is_first:
         for name, each in configs.items():
-            folders[name].open(each, hashes[name])
+            folders[name].open(each, hashes[name], defaults.total_steps(each, len(data[name].train)))
     parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)
     for name, each in configs.items():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import lorakit as lk
 from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.cli.shared.loading import load
+from lorakit.data.chat_record import ChatRecord
 from lorakit.data.render import EACH_ANSWER, question_ids
 from lorakit.errors import ConfigError, TrainError
 from lorakit.generate.generate import end_ids
@@ -208,3 +209,20 @@ def test_a_merged_gguf_has_the_template_and_stops_at_the_end_tokens(chatting, tm
     fields = GGUFReader(files[0]).fields
     assert fields["tokenizer.chat_template"].contents() == TEMPLATE
     assert fields["tokenizer.ggml.eot_token_id"].contents() == tiny_lm.PAD
+
+
+def test_a_merged_model_has_the_template_and_stops_at_the_end_tokens(chatting, tmp_path):
+    from lorakit.checkpoint import merge_checkpoint
+
+    config = chatting(steps=1)
+    merge_checkpoint(config.model, train(config, QUIET).adapter, tmp_path / "merged")
+    model = load_model(str(tmp_path / "merged"), torch.float32, torch.device("cpu"))
+    assert sorted(model.generation_config.eos_token_id) == [tiny_lm.PAD, tiny_lm.EOS]
+    assert load_tokenizer(str(tmp_path / "merged")).chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "about", [None, [], {"template": "x", "chat_template": 3, "date": 4, "end_tokens": "a", "chat_template_kwargs": []}]
+)
+def test_a_record_that_is_none_is_no_record(about):
+    assert ChatRecord.of({"data": about}) == ChatRecord()
