@@ -74,6 +74,7 @@ def _plan(
         settings = resolved(settings)
         import torch
         from rich.console import Console
+        from transformers.utils import logging
 
         from ..bases.device import choose_device
         from ..plan.estimate import FOUR_BIT, STATE_COPIES
@@ -84,6 +85,8 @@ def _plan(
         from ..train import defaults
         from ..train.memory import allowed, planner_for
 
+    # What transformers notes on building a model (a slower kernel, an odd RoPE factor) concerns runs, not a plan.
+    logging.set_verbosity_error()
     local = choose_device().value
     target = local if device == "auto" else torch.device(device)
     here = target.type == local.type

@@ -107,7 +107,9 @@ class Renderer:
         self.tokenizer, self.template, self.train_on, self.turns = tokenizer, template, train_on, turns
         self._behaviour = TokenizerBehaviour.of(tokenizer)
         self._chat = ChatTemplate(tokenizer, options or ChatOptions())
-        self._own_ends = [token for token in (tokenizer.eos_token_id, *ends) if token is not None]
+        # A config's end token may be the default of its class, which is an ordinary token of this tokenizer.
+        added = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids, tokenizer.eos_token_id}
+        self._own_ends = [token for token in (tokenizer.eos_token_id, *ends) if token in added and token is not None]
         self._ends: dict[tuple[Style, bool], EndTokens] = {}
         self._unshown: dict[Style, Unshown] = {}
 

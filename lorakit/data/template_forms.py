@@ -19,13 +19,15 @@ from typing import Any
 from lorakit.data.turns import Message
 from lorakit.errors import DataError
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what data calls a turn's reasoning
 Write = Callable[[Sequence[dict[str, Any]], bool, Sequence[dict[str, Any]]], str]  # turns, generation prompt?, tools
 
 QUESTION, ANSWER, RESULT = "How is the weather?", "It rains today.", "Warm and dry."
 ARGUMENTS = {"city": "Rome"}
 CALL_ID = "call12345"  # nine letters and digits, as Mistral's templates demand
+NAME = "find_weather"
 FUNCTION = {
-    "name": "find_weather",
+    "name": NAME,
     "description": "Finds out how it is outside.",
     "parameters": {
         "type": "object",
@@ -58,6 +60,9 @@ class TemplateForms:
                 turn["content"] = message.content
         elif turn.get("tool_calls") and not self._takes_no_content:
             turn["content"] = self._as_content("")
+        reasoning = next((turn[key] for key in REASONING if key in turn), None)
+        if reasoning is not None:  # as transformers does since 5.24: templates read the first or the second name
+            turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
         if turn.get("tool_calls"):
             turn["tool_calls"] = [
                 self._call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(turn["tool_calls"])
@@ -103,7 +108,7 @@ class TemplateForms:
     @cached_property
     def next_result(self) -> str:
         """What it writes after a tool call, up to the tool's result."""
-        result = {"role": "tool", "tool_call_id": CALL_ID, "name": FUNCTION["name"], "content": RESULT}
+        result = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": RESULT}
         return self._between([self._user, self._calling(ARGUMENTS)], result)
 
     def _between(self, turns: list[dict[str, Any]], following: dict[str, Any]) -> str:
@@ -148,7 +153,7 @@ class TemplateForms:
     @cached_property
     def _takes_bare_tools(self) -> bool:
         text = self._try([self._user], [FUNCTION])
-        return text is not None and FUNCTION["name"] in text
+        return text is not None and NAME in text
 
     @property
     def _user(self) -> dict[str, Any]:
@@ -163,7 +168,7 @@ class TemplateForms:
 
     @staticmethod
     def _calling(arguments: object) -> dict[str, Any]:
-        call = {"id": CALL_ID, "type": "function", "function": {"name": FUNCTION["name"], "arguments": arguments}}
+        call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def _try(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:

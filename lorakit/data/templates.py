@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
@@ -102,18 +103,21 @@ def dated(source: str, date: str) -> str:
     return f"{{%- macro {CLOCK}(format) %}}{{{{ format{filters} }}}}{{% endmacro +%}}{source}"
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, source: str, where: str) -> None:
-    """Give the tokenizer another chat template. Raises ConfigError where it is not one."""
+def with_template(tokenizer: Any, source: str | None, where: str = "chat_template") -> Any:
+    """Return the tokenizer with another chat template; itself for None. Raises ConfigError for what is no template."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if source is None:
+        return tokenizer
     try:
         render_jinja_template(conversations=[], chat_template=source)
     except TemplateError as error:
         line = getattr(error, "lineno", None)
-        at = f", line {line}" if line else ""
-        raise ConfigError(f"{where}{at}: not a Jinja template: {error}") from error
-    tokenizer.chat_template = source
+        raise ConfigError(f"{where}{f', line {line}' if line else ''}: not a chat template (Jinja): {error}") from error
+    other = copy(tokenizer)
+    other.chat_template = source
+    return other
 
 
 def read_template(path: str) -> str:

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import LorakitError
+from ..errors import LorakitError, not_the_file
 from ..ops.delta import row_blocks
 
 DTYPES = {
@@ -106,6 +106,9 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
             f"{path} is not a sound safetensors file: {what}\n  was the download or copy interrupted? fetch it again"
         )
 
+    problem = not_the_file(path)
+    if problem is not None:
+        raise LorakitError(problem)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -113,9 +116,6 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
             raise broken(f"it has {size} bytes")
         length = struct.unpack("<Q", start)[0]
         if length > min(MAX_HEADER, size - 8):
-            head = start.decode("ascii", "replace")
-            if head.startswith("version"):
-                raise broken("it is a Git LFS pointer, not the file itself")
             raise broken(f"its header would have {length:,} bytes")
         try:
             header = json.loads(file.read(length))

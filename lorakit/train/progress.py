@@ -15,6 +15,7 @@ from rich.text import Text
 from ..bases.device import choose_device, peak_memory
 from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
+from ..model.summary import summary
 from . import defaults
 
 if TYPE_CHECKING:
@@ -116,11 +117,27 @@ def _facts(job: Job, step: int) -> Table:
             f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}",
         ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
+        *_unreached(job),
         (
             "data",
             f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
         ),
         ("length", data.length),
+        *(
+            [("date", f"{data.about['date']}, written by the chat template and saved with the run")]
+            if "date" in data.about
+            else []
+        ),
+        *(
+            [
+                (
+                    "ends with",
+                    f"{', '.join(data.about['end_tokens'])}, as the chat template writes; generation stops there",
+                )
+            ]
+            if "end_tokens" in data.about
+            else []
+        ),
         (
             "batch",
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
@@ -143,6 +160,14 @@ def _facts(job: Job, step: int) -> Table:
     for note, count in data.notes.items():
         table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
     return table
+
+
+def _unreached(job: Job) -> list[tuple[str, str]]:
+    """Say which share of the base no target reaches (experts), if training leaves it as it is."""
+    if not job.method.keeps_base:
+        return []
+    found = summary(job.model).unreached
+    return [("not reached", str(found))] if found else []
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:

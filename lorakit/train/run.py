@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..errors import TrainError, listing
+from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
@@ -195,6 +196,8 @@ class Run:
         if self.best:
             resume.put(self.best, self.parameters)
         job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
+        for name, text in job.data.files.items():
+            write_text(job.result / name, text)
         write_report(job.folder, self.config)
 
     def _metadata(self) -> dict[str, Any]:

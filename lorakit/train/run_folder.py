@@ -98,6 +98,17 @@ class RunFolder:
             )
         return True
 
+    def begun_on(self) -> str | None:
+        """Return the date that the chat template writes in the run to resume; None without a run or a date."""
+        if not steps_in(self.checkpoints):
+            return None
+        try:
+            then = yaml.safe_load(self.config.read_text(encoding="utf8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None  # `open` will raise the error
+        date = then.get("date") if isinstance(then, dict) else None
+        return None if date is None else str(date)
+
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf8") as file:

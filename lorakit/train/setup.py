@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from ..config import Choice
 from ..data.batches import batch_order
 from ..data.dataset import fingerprint
+from ..data.templates import read_template, reads_date, with_template
 from ..errors import ConfigError
 from ..layers.fused import attention
 from ..methods import method_of
@@ -111,6 +113,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         torch.set_num_threads(int(config.threads))
     task, method, alone = task_of(config.task), method_of(config.method), list(configs) == [DEFAULT]
     processor = task.processor(config)
+    configs = {name: dated(each, processor) for name, each in configs.items()}
+    config = next(iter(configs.values()))
     data = _data_of(configs, task, processor)
     parallel = Parallel()
     device = parallel.device
@@ -191,6 +195,17 @@ def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> 
             by_settings[key] = task.data(config, processor)
         data[name] = by_settings[key]
     return data
+
+
+def dated(config: TrainConfig, processor: Any) -> TrainConfig:
+    """Return the config with the date that its chat template writes: as given, or the day on which the run began."""
+    given = config.model_dump(include={"date", "chat_template"} & task_of(config.task).settings.model_fields.keys())
+    if "date" not in given or given["date"] is not None:
+        return config
+    path = given["chat_template"]
+    if not reads_date(processor if path is None else with_template(processor, read_template(path), path)):
+        return config
+    return config.replace(date=RunFolder(config.out).begun_on() or Date.today().isoformat())
 
 
 def _width(model: Any) -> int | None:
