@@ -23,6 +23,7 @@ from .module_names import Patterns, ends_with, plain
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536  # beyond any sensible rank
 Auto = Literal["auto"]
+Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
 
 
 # PEFT's names of settings with the same values.
@@ -34,6 +35,7 @@ PEFT_NAMES = {
     "target_modules": "targets",
     "exclude_modules": "exclude",
     "layers_to_transform": "layers",
+    "trainable_token_indices": "trainable_tokens",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "use_rslora": "rslora",
@@ -163,6 +165,11 @@ class LoraSettings(Strict):
     save_modules: list[str] = Field(
         default_factory=list, description="modules to train and save in full (PEFT's modules_to_save)"
     )
+    trainable_tokens: Tokens | dict[str, Tokens] = Field(
+        default_factory=list,
+        description="tokens whose rows of the embedding are trained (PEFT's trainable_token_indices): ids or tokens; "
+        "or {name ending: tokens}, also for an output layer",
+    )
     packed: dict[str, list[bool]] = Field(
         default_factory=dict,
         description="packed projections: {name ending: which of its equal parts to adapt}, e.g. c_attn: [true, false, "
@@ -207,6 +214,15 @@ class LoraSettings(Strict):
                 raise ValueError(f"the alpha for '{key}' must be a positive number (got {alpha})")
         return value
 
+    @field_validator("trainable_tokens")
+    @classmethod
+    def _tokens(cls, value: Tokens | dict[str, Tokens]) -> Tokens | dict[str, Tokens]:
+        for tokens in value.values() if isinstance(value, dict) else [value]:
+            negative = next((token for token in tokens if isinstance(token, int) and token < 0), None)
+            if negative is not None:
+                raise ValueError(f"a token id is 0 or more (got {negative})")
+        return value
+
     @field_validator("packed")
     @classmethod
     def _packed(cls, value: dict[str, list[bool]]) -> dict[str, list[bool]]:
@@ -230,6 +246,19 @@ class LoraSettings(Strict):
     @cached_property
     def _alphas_by_name(self) -> Patterns:
         return Patterns(self.alpha_pattern)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """Return the ids of a module's trained tokens, ascending; empty if it has none.
+
+        `module`: its full name; a mapping must have been resolved to full names (`layers.token_targets`).
+        """
+        wanted = self.trainable_tokens
+        tokens = wanted.get(module, []) if isinstance(wanted, dict) else wanted
+        return tuple(sorted({int(token) for token in tokens}))
+
+    def variant_of(self, module: str) -> str:
+        """Return the kind of update of a module."""
+        return "tokens" if isinstance(self.trainable_tokens, dict) and self.tokens_of(module) else self.variant
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Return which equal parts of a packed projection are adapted; None for an ordinary module."""
@@ -276,13 +305,18 @@ class RunSettings(Source):
     """The settings of a training run that do not depend on the method or the task."""
 
     free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
-    rows: ClassVar = {"validation"}
+    rows: ClassVar = {"validation", "add_tokens"}
 
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
 
     method: str = Field("lora", description="how to fine-tune")
     out: str = Field(
         "runs/default", description="the run's folder; a run started on its own folder resumes where it stopped"
+    )
+    add_tokens: list[str] = Field(
+        default_factory=list,
+        description="new tokens, or a file with one on each line: the tokenizer learns them, and their rows of the "
+        "embedding are trained",
     )
     epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")

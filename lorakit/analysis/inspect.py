@@ -239,7 +239,7 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
         found.effective_rank,
         found.stable_rank,
         relative,
-        update.needs_base,
+        update.variant == "dora",
         dead=found.norm == 0 and not update.needs_base and not update.changes_bias,
     )
 

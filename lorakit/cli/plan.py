@@ -13,6 +13,7 @@ import typer
 from ..config import part
 from ..errors import ConfigError
 from ..methods import method_of
+from ..tasks import task_of
 from ..tasks.text.settings import Lengths
 from ..train.config import METHODS, TrainConfig
 from .shared.settings import read_config, with_flags
@@ -33,6 +34,8 @@ _SETTINGS = (
     "rank_pattern",
     "save_modules",
     "packed",
+    "trainable_tokens",
+    "add_tokens",
     "task",
     "labels",
     "revision",
@@ -70,8 +73,11 @@ def _plan(
 
     with starting("reading the base's config"):
         from ..train.start import resolved
+        from ..train.token_ids import with_token_ids
 
         settings = resolved(settings)
+        if settings.trainable_tokens or settings.add_tokens:
+            settings = with_token_ids(settings, task_of(settings.task).processor(settings))
         import torch
         from rich.console import Console
         from transformers.utils import logging

@@ -31,7 +31,7 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import read_tensors, write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_lycoris
+from . import peft_lycoris, peft_tokens
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
 from .unheld import embeddings, other_kinds, part_dora
@@ -42,7 +42,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)\.lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
-_UNSUPPORTED = {".lora_B.bias": "a bias on B", ".trainable_tokens_delta": "trained tokens", ".lora_E": "AdaLoRA"}
+_UNSUPPORTED = {".lora_B.bias": "a bias on B", ".lora_E": "AdaLoRA"}
 
 
 def is_peft(path: Path) -> bool:
@@ -71,7 +71,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     where = folder / CONFIG
     if not where.exists():
         raise AdapterError(f"{folder} is no PEFT adapter: {CONFIG} is missing")
-    values = read_json(where)
+    values = peft_tokens.as_lora(read_json(where))
     kind = str(values.get("peft_type"))
     lycoris = kind in peft_lycoris.KINDS
     config, transposed = peft_lycoris.config(values, where) if lycoris else from_peft(values, where, started)
@@ -91,6 +91,8 @@ def read(path: Path, started: bool = False) -> Adapter:
         updates, saved = peft_lycoris.updates(kind, plain, config, weights)
         return Adapter(config, updates, saved, ours).check()
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
+    tokens = peft_tokens.take(tensors, values, PREFIX, weights)
+    config = peft_tokens.resolved(config, tokens)
     halves, saved = _sort(tensors, weights, bool(values.get("use_dora")))
     if enabled is not None:
         factors = {
@@ -100,11 +102,11 @@ def read(path: Path, started: bool = False) -> Adapter:
         return Adapter(
             config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
         ).check()
-    updates = {
+    updates: dict[str, Update] = {
         module: _update(module, kind, pair, config, transposed, packed.get(module), weights)
         for module, (kind, pair) in halves.items()
     }
-    return Adapter(config, updates, saved, ours).check()
+    return Adapter(config, updates | tokens, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -112,7 +114,8 @@ def losses(adapter: Adapter) -> list[str]:
     if peft_lycoris.is_loha(adapter):
         return embeddings(adapter) + peft_lycoris.losses(adapter)
     low_rank = {m: adapter.updates[m] for m in adapter.factors}
-    lost = other_kinds(adapter, "lora", "dora") + embeddings(adapter) + part_dora(low_rank, "PEFT")
+    lost = other_kinds(peft_tokens.without(adapter), "lora", "dora") + embeddings(adapter)
+    lost += part_dora(low_rank, "PEFT") + peft_tokens.losses(adapter)
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
     if by_input:
         lost.append(
@@ -133,13 +136,15 @@ def write(adapter: Adapter, path: Path) -> Path:
         module, _, last = name.rpartition(".")
         adapted_bias = last == "bias" and module in adapter.factors
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
+    tensors |= peft_tokens.tensors_of(adapter, PREFIX)
     transposed = any(f.transposed for f in adapter.factors.values())
     dora = any(u.variant == "dora" for u in adapter.updates.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
     values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    write_text(path / CONFIG, dumps(peft_lycoris.to_loha(values, adapter) if loha else values))
+    values = peft_lycoris.to_loha(values, adapter) if loha else peft_tokens.to_peft(values, adapter)
+    write_text(path / CONFIG, dumps(values))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
     if (path / PICKLE).exists():
         (path / PICKLE).unlink()  # readers that prefer it would get the old weights

@@ -48,6 +48,7 @@ _RESERVED = frozenset(
         "plain",
         "class_attributes",
         "fresh_output",
+        "times_scale",
         "probed",
         "route",
     }

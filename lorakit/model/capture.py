@@ -26,6 +26,8 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
     for m in attached.modules:
         layer = layer_at(model, m)
         child: LiveUpdate = layer._modules[child_name(name)]
+        if child.tied:
+            continue
         updates[m] = child.value(layer).map(lambda _, t: _copy(t))
     kept = {}
     for full in attached.saved:

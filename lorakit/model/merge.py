@@ -10,6 +10,7 @@ from ..errors import StateError, listing
 from ..layers.layer import LoraLayer
 from ..layers.merge import merge_module, unmerge_module
 from ..layers.walk import base_modules
+from ..ops.exact import Undo
 from .state import check_not_routed, layers_of, names_of, state_of
 
 
@@ -33,7 +34,10 @@ def merge(model: nn.Module) -> None:
     done: list[LoraLayer] = []
     try:
         for m, layer in layers.items():
-            merge_module(layer, m)
+            if _is_tied(layer):
+                layer.lora_merged = Undo(0)  # by the module whose weight it shares
+            else:
+                merge_module(layer, m)
             done.append(layer)
     except Exception:
         for layer in done:
@@ -53,6 +57,16 @@ def unmerge(model: nn.Module) -> None:
     state.merged = None
 
 
+def _is_tied(layer: LoraLayer) -> bool:
+    """Whether all its updates in use are those of another module, whose weight it shares."""
+    return all(update.tied for update, _ in layer.lora_in_use())
+
+
+def _together(layer: LoraLayer, other: LoraLayer | None) -> bool:
+    """Whether two modules that share a weight also share all updates in use, so that one merge is for both."""
+    return other is not None and layer.lora_active == other.lora_active and (_is_tied(layer) != _is_tied(other))
+
+
 def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Raise StateError if an adapted layer shares its weight with another module: merging would change both."""
     users: dict[int, list[str]] = {}
@@ -60,7 +74,7 @@ def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
         for own, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
     for m, layer in layers.items():
-        others = [n for n in users.get(id(layer.weight), []) if n != m]
+        others = [n for n in users.get(id(layer.weight), []) if n != m and not _together(layer, layers.get(n))]
         if others:
             raise StateError(
                 f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"

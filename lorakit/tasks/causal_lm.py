@@ -103,9 +103,9 @@ class Prompt:
 
 
 def processor(config: RunSettings) -> Any:
-    from ..bases.load import load_tokenizer
+    from .text.vocabulary import load_extended_tokenizer
 
-    return load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    return load_extended_tokenizer(config)
 
 
 def data(config: RunSettings, processor: Any) -> Data:
@@ -113,6 +113,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.chat_record import TEMPLATE_FILE, record
     from ..data.dataset import build, held_out_of
     from ..data.read import read_rows
+    from .text.vocabulary import check_vocabulary
 
     own = part(config, CausalSettings)
     tokenizer, options = _tokenizer(own, processor), _options(own)
@@ -144,6 +145,7 @@ def data(config: RunSettings, processor: Any) -> Data:
         notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
+    check_vocabulary(config, processor, [*train, *held_out])
     long_rows = "".join(
         f", {count} {action}"
         for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut"), (dataset.split, "split"))
@@ -178,8 +180,10 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
     from ..bases.load import load_model, stop_at
+    from .text.vocabulary import grow_for
 
     model = load_model(config.model, dtype, device, config.revision, config.trust_remote_code)
+    grow_for(config, model, processor)
     stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))
     return model
 
@@ -187,6 +191,9 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from .text.vocabulary import grow_skeleton
+
+    grow_skeleton(config, base)
     return AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=config.trust_remote_code)
 
 

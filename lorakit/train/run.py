@@ -196,6 +196,8 @@ class Run:
         if self.best:
             resume.put(self.best, self.parameters)
         job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
+        if self.config.add_tokens:  # readers of PEFT's folders find the tokenizer there
+            job.base.processor.save_pretrained(job.result)
         for name, text in job.data.files.items():
             write_text(job.result / name, text)
         write_report(job.folder, self.config)
@@ -212,8 +214,13 @@ class Run:
                 **job.data.about,
             },
             "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
+            **({"added_tokens": self._added_tokens()} if self.config.add_tokens else {}),
             **({"lengthened": self.lengthened} if self.lengthened else {}),
         }
+
+    def _added_tokens(self) -> dict[str, int]:
+        tokenizer = self.job.base.processor
+        return {token: tokenizer.convert_tokens_to_ids(token) for token in self.config.add_tokens}
 
     def result(self, interrupted: str | None = None) -> Result:
         """Return how the run ended. `interrupted`: the signal's name if one stopped it."""

@@ -32,6 +32,7 @@ from .micro import limit_for, micro_batches
 from .parallel import Parallel
 from .run_folder import RunFolder
 from .start import resolved
+from .token_ids import with_token_ids
 from .trackers import check_trackers
 
 # The settings that determine the training and held-out items.
@@ -113,7 +114,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         torch.set_num_threads(int(config.threads))
     task, method, alone = task_of(config.task), method_of(config.method), list(configs) == [DEFAULT]
     processor = task.processor(config)
-    configs = {name: dated(each, processor) for name, each in configs.items()}
+    configs = {name: with_token_ids(dated(each, processor), processor) for name, each in configs.items()}
     config = next(iter(configs.values()))
     data = _data_of(configs, task, processor)
     parallel = Parallel()
