@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.tokens import Tokens
+from ..adapter.update import Update
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .names import Renaming
 from .update import Change, bias_for, update_for
+from .vocabulary import check_heads, grown
 from .where import Places, WeightRows, bias_place, slot_at
 
 
@@ -50,7 +53,12 @@ class Changes:
             if update.changes_weight:
                 only_once(place, f"{module}.weight")
                 slot = slot_at(self.base, place, places.ties)
-                self._put(place, update_for(module, update, slot, self.base.model_type, weight, place))
+                weight_grown = grown(update, slot)
+                for at in _tied(update, place, adapter, places):
+                    if weight_grown is not None:
+                        self._replace(at.tensor, f"{module}.weight", weight_grown)
+                    else:
+                        self._put(at, update_for(module, update, slot, self.base.model_type, weight, place))
             if update.changes_bias:
                 at = bias_place(self.base, module, places)
                 only_once(at, f"{module}.bias")
@@ -62,6 +70,7 @@ class Changes:
 
     def check(self) -> None:
         """AdapterError for changes that cannot be combined."""
+        check_heads(self.base, self.values)
         for name in self.values:
             if name in self.updates:
                 raise AdapterError(
@@ -70,8 +79,9 @@ class Changes:
         for places in self.updates.values():
             for updates in places.values():
                 if len(updates) > 1 and any(change.update.needs_base for change in updates):
+                    kind = "has trained tokens" if any(c.update.variant == "tokens" for c in updates) else "is a DoRA"
                     raise AdapterError(
-                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight "
+                        f"'{updates[0].module}' {kind} in one of the adapters, whose change depends on the weight "
                         "it is added to\n"
                         "  merge that adapter first, and the others into the result"
                     )
@@ -103,6 +113,18 @@ class Changes:
                 "  was its vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
             )
         return at
+
+
+def _tied(update: Update, place: WeightRows, adapter: Adapter, places: Places) -> list[WeightRows]:
+    """The rows that an update changes: its module's and, for trained tokens, those of a weight tied to it, unless the
+    adapter has tokens for that one too.
+    """
+    if not isinstance(update, Tokens):
+        return [place]
+    holder = places.ties.get(place.tensor, place.tensor)
+    group = [holder, *(user for user, h in places.ties.items() if h == holder)]
+    own = {places.modules[m].tensor for m in adapter.updates}
+    return [place, *(place._replace(tensor=n) for n in group if n not in own)]
 
 
 def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:

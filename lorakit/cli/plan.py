@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..config import part
+from ..config import LoraSettings, part
 from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import task_of
@@ -76,7 +76,7 @@ def _plan(
         from ..train.token_ids import with_token_ids
 
         settings = resolved(settings)
-        if settings.trainable_tokens or settings.add_tokens:
+        if part(settings, LoraSettings).trainable_tokens or settings.add_tokens:
             settings = with_token_ids(settings, task_of(settings.task).processor(settings))
         import torch
         from rich.console import Console

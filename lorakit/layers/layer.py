@@ -188,6 +188,10 @@ class LoraLayer(Swapped):
         """Apply the layer to x with the weight W, of the same shape as its own, and without bias. In W's dtype."""
         raise NotImplementedError
 
+    def lora_times_scale(self, update: Tensor) -> Tensor:
+        """Return an embedding's update times the factor that the module multiplies its output by, if it has one."""
+        return update
+
     def lora_sizes(self) -> tuple[int, int]:
         """Return (in, out) of a linear."""
         raise NotImplementedError

@@ -159,7 +159,12 @@ class Run:
         `together`: in a sweep, all runs save at this point, and each keeps its previous checkpoint until `prune`.
         """
         job = self.job
-        state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
+        state: dict[str, Any] = {
+            "early_stop": self.early.state(),
+            "loss": self.loss,
+            "seconds": self.elapsed,
+            "steps": job.steps,
+        }
         state |= {"together": True} if together else {}
         state |= {"lengthened": self.lengthened} if self.lengthened else {}
         keep = self.config.keep + together

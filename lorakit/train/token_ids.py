@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..bases.vocabulary import tokens_of
-from ..config import Tokens
+from ..config import LoraSettings, part
 from ..errors import ConfigError, did_you_mean
 from ..layers.token_targets import INPUT, OUTPUT
 from .config import TrainConfig
@@ -17,9 +17,9 @@ def with_token_ids(config: TrainConfig, tokenizer: Any) -> TrainConfig:
 
     `tokenizer`: it knows `add_tokens` already. Raises ConfigError for a token it does not know.
     """
-    if not config.trainable_tokens and not config.add_tokens:
+    own = part(config, LoraSettings).trainable_tokens
+    if not own and not config.add_tokens:
         return config
-    own = config.trainable_tokens
     trained: Any = (
         {name: _ids(tokens, tokenizer) for name, tokens in own.items()}
         if isinstance(own, dict)
@@ -36,7 +36,7 @@ def with_token_ids(config: TrainConfig, tokenizer: Any) -> TrainConfig:
     return config.replace(trainable_tokens=trained, add_tokens=tokens)
 
 
-def _ids(tokens: Tokens, tokenizer: Any) -> list[int]:
+def _ids(tokens: Sequence[int | str], tokenizer: Any) -> list[int]:
     found = []
     for token in tokens:
         if isinstance(token, str):

@@ -23,6 +23,7 @@ from ..bases import base_of
 from .update import LiveUpdate, device_of, master_dtype
 
 if TYPE_CHECKING:
+    from ...adapter.lora import Kind
     from ..layer import LoraLayer
 
 
@@ -77,7 +78,7 @@ class TokenRows(LiveUpdate):
         return cls(value.ids, weight, _rows_of(layer, value.ids), trainable)
 
     def value(self, layer: LoraLayer) -> Tokens:
-        kind = "embedding" if layer.lora_kind == "embedding" else "linear"
+        kind: Kind = "embedding" if layer.lora_kind == "embedding" else "linear"
         return Tokens(self.tokens, self.weight.detach(), kind)
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:

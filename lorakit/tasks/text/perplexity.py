@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -88,7 +88,8 @@ def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> No
         )
     if not items:
         raise DataError("no rows to evaluate\n  expected at least one")
-    positions, rows = positions_of(model), model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    positions, rows = positions_of(model), embedding.weight.shape[0]
     for item in items:
         if max(item.ids) >= rows:
             raise DataError(
