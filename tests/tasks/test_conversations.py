@@ -129,7 +129,7 @@ def test_a_run_stopped_yesterday_ends_with_the_bits_of_one_that_was_not(chatting
         assert torch.equal(tensor, factors(resumed)[name])
     given = train(chatting(out=tmp_path / "given", date="2025-03-04"), QUIET)
     assert all(torch.equal(tensor, factors(given)[name]) for name, tensor in factors(whole).items())
-    with pytest.raises(TrainError, match="the rows, as token ids"):
+    with pytest.raises(TrainError, match="the tokenized rows"):
         train(chatting(date="2025-03-06"), QUIET)
 
 
