@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -69,6 +70,15 @@ class Adapter:
         """The number of elements it holds, without the zeros of packed projections."""
         beside = sum(t.numel() for t in (*self.saved.values(), *self.embeddings.values()))
         return sum(u.parameters for u in self.updates.values()) + beside
+
+    def digest(self) -> str:
+        """The SHA-256 of all its values, by name: of the numbers, whatever format they were read from."""
+        hashed = hashlib.sha256()
+        named = {f"{m}.{field}": t for m, u in self.updates.items() for field, t in u.tensors().items()}
+        for name, tensor in sorted({**named, **self.saved, **self.embeddings}.items()):
+            hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return hashed.hexdigest()
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
         """A copy in another precision or on another device. Integer tensors keep their dtype."""

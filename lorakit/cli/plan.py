@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The settings that affect memory. A --config file may have the others too.
 _SETTINGS = (
+    "adapter",
     "rank",
     "dropout",
     "bias",
@@ -67,8 +68,12 @@ def _plan(
     settings = TrainConfig(**{"data": "-"} | (read_config(config) if config else {}) | flags)
 
     with starting("reading the base's config"):
+        from ..train.start import resolved
+
+        settings = resolved(settings)
         import torch
         from rich.console import Console
+        from transformers.utils import logging
 
         from ..bases.device import choose_device
         from ..plan.estimate import FOUR_BIT, STATE_COPIES
@@ -79,6 +84,8 @@ def _plan(
         from ..train import defaults
         from ..train.memory import allowed, planner_for
 
+    # What transformers notes on building a model (a slower kernel, an odd RoPE factor) concerns runs, not a plan.
+    logging.set_verbosity_error()
     local = choose_device().value
     target = local if device == "auto" else torch.device(device)
     here = target.type == local.type

@@ -19,7 +19,7 @@ import numpy as np
 from ..adapter.adapter import Adapter
 from ..bases.load import load_config, load_tokenizer
 from ..checkpoint.base import Base, open_base
-from ..checkpoint.changes import check_something
+from ..checkpoint.changes import check_mergeable
 from ..checkpoint.merge import check_base
 from ..checkpoint.out import check_space
 from ..checkpoint.plan import make_plan
@@ -127,7 +127,7 @@ def export_merged(
 
 def _left_out(adapter: Adapter) -> list[str]:
     """Notes on what merging leaves out. AdapterError if the adapter changes no weight at all."""
-    check_something(1.0, adapter)
+    check_mergeable(1.0, adapter)
     if not adapter.embeddings:
         return []
     return [

@@ -26,7 +26,7 @@ DEFAULT_PROMPTS = 2
 
 class Writing(Strict):
     rows: ClassVar = {"template", "train_on", "turns", "chat_template", "chat_template_kwargs", "date"}
-    free: ClassVar = {"chat_template", "date"}  # the rows they make are compared by hash
+    free: ClassVar = {"chat_template", "date"}  # a resumed run compares the resulting rows by hash
 
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
@@ -35,14 +35,13 @@ class Writing(Strict):
         "completion", description="train on the answers only, or on all tokens"
     )
     turns: Literal["all", "last"] = Field(
-        "all", description="of a conversation, train every answer, or only the last one"
+        "all", description="train every answer of a conversation, or only the last one"
     )
     chat_template: str | None = Field(
-        None, description="a file with the chat template (Jinja) to use instead of the model's; kept with the adapter"
+        None, description="a file with the chat template (Jinja) to use instead of the model's; saved with the adapter"
     )
     chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="what the chat template reads besides the conversation: {enable_thinking: false}",
+        default_factory=dict, description="further variables of the chat template: {enable_thinking: false}"
     )
     date: str | None = Field(
         None, description="the date that chat templates write, YYYY-MM-DD; default: the day on which the run began"
@@ -145,7 +144,7 @@ def data(config: RunSettings, processor: Any) -> Data:
 
 
 def _tokenizer(own: CausalSettings, processor: Any) -> Any:
-    """The tokenizer with the run's chat template."""
+    """Return the tokenizer with the run's chat template."""
     from ..data.templates import read_template, with_template
 
     path = own.chat_template

@@ -57,7 +57,7 @@ class Data:
     """A run's items, in training and held-out parts.
 
     `shape`, `length`: descriptions for the start panel; `about`: stored in the result's metadata; `notes`: message ->
-    number of rows it concerns; `files`: texts to write beside the result, by name.
+    number of rows it concerns; `files`: file name -> text to write into the result's folder.
     """
 
     train: list[Any]

@@ -15,6 +15,7 @@ from rich.text import Text
 from ..bases.device import choose_device, peak_memory
 from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
+from ..model.summary import summary
 from . import defaults
 
 if TYPE_CHECKING:
@@ -116,13 +117,14 @@ def _facts(job: Job, step: int) -> Table:
             f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}",
         ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
+        *_unreached(job),
         (
             "data",
             f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
         ),
         ("length", data.length),
         *(
-            [("date", f"{data.about['date']}: the chat template writes it, and it is kept with the run")]
+            [("date", f"{data.about['date']}, written by the chat template and saved with the run")]
             if "date" in data.about
             else []
         ),
@@ -147,7 +149,7 @@ def _facts(job: Job, step: int) -> Table:
         (
             "steps",
             f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
-            "over the data)",
+            "over the data)" + (f", longer than the {job.steps_before:,} planned before" if job.steps_before else ""),
         ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", resuming at step {step}" if step else "")),
@@ -157,6 +159,14 @@ def _facts(job: Job, step: int) -> Table:
     for note, count in data.notes.items():
         table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
     return table
+
+
+def _unreached(job: Job) -> list[tuple[str, str]]:
+    """Say which share of the base no target reaches (experts), if training leaves it as it is."""
+    if not job.method.keeps_base:
+        return []
+    found = summary(job.model).unreached
+    return [("not reached", str(found))] if found else []
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:

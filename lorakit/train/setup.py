@@ -18,6 +18,7 @@ from ..config import Choice
 from ..data.batches import batch_order
 from ..data.dataset import fingerprint
 from ..data.templates import read_template, reads_date, with_template
+from ..errors import ConfigError
 from ..layers.fused import attention
 from ..methods import method_of
 from ..methods.method import Method
@@ -29,6 +30,7 @@ from .config import TrainConfig
 from .memory import check
 from .parallel import Parallel
 from .run_folder import RunFolder
+from .start import resolved
 from .trackers import check_trackers
 
 # The settings that determine the training and held-out items.
@@ -58,6 +60,7 @@ class Job:
     data_hash: str
     memory: Choice | None = None  # the estimate; None in a sweep
     compiled: str | None = None  # what torch.compile compiled, for the start panel
+    steps_before: int | None = None  # of a resumed run that is longer now: the steps planned before
     _epoch: int = -1  # the epoch of `_order`
     _order: list[list[int]] = field(default_factory=list)
 
@@ -98,6 +101,7 @@ def set_up(config: TrainConfig) -> Job:
 
 def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used."""
+    configs = {name: resolved(each) for name, each in configs.items()}
     config = next(iter(configs.values()))
     for each in configs.values():
         check_trackers(each)
@@ -112,6 +116,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     device = parallel.device
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))
+    if not alone and (why := next((why for each in configs.values() if (why := method.alone(each))), None)):
+        raise ConfigError(why[1])  # known only now: an adapter to start from may have saved modules
     dtype = method.precision(config, device)
     # Check the memory before anything is written or loaded. (That of a sweep is not estimated.)
     memory = None
@@ -121,7 +127,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     hashes = {name: fingerprint([*each.train, *each.held_out]) for name, each in data.items()}
     if parallel.is_first:
         for name, each in configs.items():
-            folders[name].open(each, hashes[name])
+            folders[name].open(each, hashes[name], defaults.total_steps(each, len(data[name].train)))
     parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)
     for name, each in configs.items():
@@ -178,11 +184,11 @@ def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> 
 
 
 def dated(config: TrainConfig, processor: Any) -> TrainConfig:
-    """The config with the date that its chat template writes: as given, else the day on which the run began."""
-    asked = config.model_dump(include={"date", "chat_template"} & task_of(config.task).settings.model_fields.keys())
-    if "date" not in asked or asked["date"] is not None:
+    """Return the config with the date that its chat template writes: as given, or the day on which the run began."""
+    given = config.model_dump(include={"date", "chat_template"} & task_of(config.task).settings.model_fields.keys())
+    if "date" not in given or given["date"] is not None:
         return config
-    path = asked["chat_template"]
+    path = given["chat_template"]
     if not reads_date(processor if path is None else with_template(processor, read_template(path), path)):
         return config
     return config.replace(date=RunFolder(config.out).begun_on() or Date.today().isoformat())

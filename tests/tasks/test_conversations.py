@@ -129,7 +129,7 @@ def test_a_run_stopped_yesterday_ends_with_the_bits_of_one_that_was_not(chatting
         assert torch.equal(tensor, factors(resumed)[name])
     given = train(chatting(out=tmp_path / "given", date="2025-03-04"), QUIET)
     assert all(torch.equal(tensor, factors(given)[name]) for name, tensor in factors(whole).items())
-    with pytest.raises(TrainError, match="the tokenized rows"):
+    with pytest.raises(TrainError, match="the tokenized rows: SHA-256 was"):
         train(chatting(date="2025-03-06"), QUIET)
 
 
@@ -152,7 +152,7 @@ def test_each_answer_of_a_rewriting_template_is_trained_and_the_panel_counts_the
     panel = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "24 rows to train on" in panel
     assert f"12 rows: {EACH_ANSWER} (24 rows)" in panel
-    assert f"{date.today().isoformat()}: the chat template writes it" in panel
+    assert f"{date.today().isoformat()}, written by the chat template" in panel
     assert "<pad>, as the chat template writes; generation stops there" in panel
 
 

@@ -91,8 +91,9 @@ def attached(
 ) -> Loaded:
     """Load the base and attach adapters that have been read.
 
-    Conversations are written as in the last adapter's training: with its chat template, its arguments and date. Those
-    given (chat_template: a file) win. Generation also stops at the end tokens that any of the adapters learned.
+    Conversations are formatted as in the last adapter's training, with its chat template, template variables and date,
+    unless others are given (`chat_template`: a file, `kwargs`, `date`). Generation also stops at the end tokens that
+    any of the adapters has learned.
     """
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import load_model, load_tokenizer, stop_at
