@@ -6,6 +6,8 @@ originals wait in a child `lora_saved`, registered there so that they move and a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .layer import PREFIX, Own
@@ -58,15 +60,20 @@ def keep(adapter: str, module: nn.Module, name: str, value: nn.Parameter) -> Non
         child.put(version, child.get(version) | {name: parameter})
 
 
-def use(model: nn.Module, adapter: str | None) -> None:
-    """Put an adapter's versions in place; the base's own where it has none, or for None."""
+def use(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Put the versions of these adapters in place, which have none of the same parameter; else the base's own."""
+    adapters = tuple(adapters)
     for _, module in base_modules(model):
         child = saved_of(module)
-        if child is None:
-            continue
-        chosen = child.get(BASE) | (child.get(adapter) if adapter is not None else {})
-        for name, parameter in chosen.items():
-            module._parameters[name] = parameter
+        if child is not None:
+            put(module, child, adapters)
+
+
+def put(module: nn.Module, child: SavedParameters, adapters: Iterable[str]) -> None:
+    """Put adapters' versions of one module's parameters in place; the base's own where they have none."""
+    module._parameters.update(child.get(BASE))
+    for adapter in adapters:
+        module._parameters.update(child.get(adapter))
 
 
 def adopt_as_base(model: nn.Module, adapter: str) -> None:

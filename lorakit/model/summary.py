@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..layers import saved
 from ..layers.bases import base_of, elements, quantized
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
 from ..layers.unreached import Unreached, unreached
 from ..layers.updates.update import LiveUpdate
-from .state import layer_at, names_of, state_of
+from .state import layer_at, names_of, saved_parameters, state_of
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,7 @@ def summary(model: nn.Module) -> Summary:
                     name, m, _shape(base_of(layer).shape(layer)), child.rank, sum(p.numel() for p in child.parameters())
                 )
             )
-        for full in attached.saved:
-            module, _, last = full.rpartition(".")
-            holder = saved.saved_of(model.get_submodule(module))
-            assert holder is not None
-            parameter = holder.get(name)[last]
+        for full, parameter in saved_parameters(model, state, name):
             rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
     every = {id(p): p for p in model.parameters()}
     packed = {id(m._parameters["weight"]): elements(m) for m in quantized(model).values()}
