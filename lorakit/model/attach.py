@@ -21,6 +21,7 @@ from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
 from ..layers.targets import find_targets, module_names, shortest_endings, with_head
 from ..layers.updates.update import LiveUpdate, live
+from . import save_pretrained
 from .activate import set_active, use_saved
 from .fit import check_base, fresh_saved, modules_for, saved_for
 from .sharded import check_whole
@@ -185,6 +186,8 @@ def _register(
         )
     if state.routes is not None:
         state.routes.attached(child, {layer_at(model, m): m for m in plan.modules})
+    if not state.adapters:
+        save_pretrained.adopt(model)
     state.adapters[name] = Attached(
         config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped
     )
@@ -201,8 +204,9 @@ def _add_saved(model: nn.Module, name: str, values: Mapping[str, Tensor], traina
         assert own is not None
         # Tied weights stay tied: names that share the base's weight and the value share the copy.
         kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
+        tied = kept is not None
         if kept is None:
             # In the base's precision, since the module's own forward gets activations of that precision.
             kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
             copies.append((own, value, kept))
-        saved.keep(name, module, last, kept)
+        saved.keep(name, module, last, kept, tied)

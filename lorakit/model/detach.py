@@ -12,6 +12,7 @@ from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import COUNT, child_name, remove_update
 from ..layers.swap import release
+from . import save_pretrained
 from .activate import set_active
 from .merge import unmerge
 from .state import STATE, State, attached_of, check_not_routed, layer_at, names_of, state_of
@@ -57,6 +58,7 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     if state.adapters:
         fused.adopt(model)  # the removed adapter may have kept a block from being fused
     else:
+        save_pretrained.release(model)
         fused.release(model)
         attention.leave(model)
         for module in quantized(model).values():
