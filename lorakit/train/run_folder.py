@@ -8,20 +8,48 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import ConfigError, TrainError
-from ..io.atomic import replacing, write_text
+from ..io.atomic import replacing, write_errors, write_text
+from ..io.lock import locked
+from ..io.staging import resolved
 from .config import TrainConfig
 from .resume import steps_in
 
 # Settings that do not affect the result, so that they may differ when a run resumes.
 FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free", ())}
 TEMPORARY = ".*.tmp"  # how `io.atomic.replacing` names a file while it is written
+LOCK = ".lorakit.lock"  # held by the process that is writing the folder
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file may be in a folder that a process has only just begun to use as a run's or a sweep's."""
+    return path.name == LOCK or path.match(TEMPORARY)
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a run's or a sweep's folder and hold its lock. Raises TrainError if it is a file, WriteError if another
+    process is writing it or it cannot be written.
+    """
+    path = resolved(path)
+    if path.exists() and not path.is_dir():
+        raise TrainError(f"{path} is a file\n  give a folder (--out)")
+    made = not path.exists()
+    try:
+        with write_errors(path / LOCK):
+            path.mkdir(parents=True, exist_ok=True)
+        with locked(path / LOCK, str(path), "give another folder (--out)"):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: the run has begun
+                path.rmdir()
 
 
 class RunFolder:
@@ -47,7 +75,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
         if not self.rows_hash.exists():
-            if self.path.is_dir() and not all(p.match(TEMPORARY) for p in self.path.iterdir()):
+            if self.path.is_dir() and not all(map(is_ours, self.path.iterdir())):
                 raise TrainError(f"{self.path} is not empty and contains no run\n  give another folder (--out)")
         else:
             # Delete what interrupted writes left behind; no file of a run has such a name.
@@ -85,8 +113,8 @@ class RunFolder:
             )
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf8") as file:
+        """Append a line to metrics.jsonl. Raises WriteError if it cannot be written."""
+        with write_errors(self.metrics), self.metrics.open("a", encoding="utf8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ import os
 import pytest
 import yaml
 
-from lorakit.errors import TrainError
+from lorakit.errors import TrainError, WriteError
 from lorakit.train.config import TrainConfig
-from lorakit.train.run_folder import FREE, RunFolder
+from lorakit.train.run_folder import FREE, RunFolder, locked_folder
 
 
 @pytest.fixture
@@ -150,3 +150,15 @@ def test_a_folder_without_metrics_has_no_rows(begun):
     assert begun.rows() == []
     begun.rewind(0)
     assert begun.metrics.read_text() == ""
+
+
+def test_a_folder_that_another_run_is_writing_is_refused_and_left_as_it_is(config):
+    with locked_folder(RunFolder(config.out).path):
+        before = sorted(RunFolder(config.out).path.iterdir())
+        with (
+            pytest.raises(WriteError, match=r"/run is being written by process \d+\n.*another folder \(--out\)"),
+            locked_folder(RunFolder(config.out).path),
+        ):
+            pytest.fail("both hold it")
+        assert sorted(RunFolder(config.out).path.iterdir()) == before
+    assert not RunFolder(config.out).path.exists()
