@@ -1,8 +1,8 @@
 """What a folder holds: the adapter that is meant, several of them, or a model; and what a file holds that is no
 adapter.
 
-A folder that has one adapter in it means that one: a run's folder its `adapter/`, a download the one file that is an
-adapter. Where there are several, or a model, the error names them.
+A folder that has one adapter in it means that one: a run's folder its `adapter/` (or, if it has not ended, its newest
+checkpoint), a download the one file that is an adapter. Where there are several, or a model, the error names them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _SIDES = (".text_encoder.pt", ".ti.pt")  # belong to the file that is named like
 # how their names begin, shards' and indices' too
 _MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
 _RUN = "config.yaml"  # a training run's or, beside it, a sweep's
+_STEP = "step-"  # a run's checkpoint
 MOST_OPENED = 50  # of a folder's files; those of more are named, not looked into
 _ADAPTER_MARKS = ("lora", "hada_", "lokr_", "oft_", "ia3_", "boft_", "vera_")
 _LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
@@ -32,6 +33,9 @@ def adapter_in(folder: Path) -> Path:
         return folder
     if (folder / _RUN).is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
         return folder / "adapter"
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        return newest
     folders = sorted(p.parent for p in folder.glob(f"*/{ADAPTER_CONFIG}"))
     config = _model_config(folder)
     if config is not None:
@@ -46,8 +50,8 @@ def adapter_in(folder: Path) -> Path:
         )
     if (folder / _RUN).is_file() and (folder / "checkpoints").is_dir():
         raise AdapterError(
-            f"{folder} is the folder of a run that has not ended: there is no adapter/ in it yet\n"
-            "  let it end; one that was stopped goes on by the command that started it"
+            f"{folder} is the folder of a run that has not ended: it has no adapter/ and no checkpoint yet\n"
+            "  let it go on; one that was stopped is resumed by the command that started it"
         )
     if any((folder / name).is_file() for name in _PEFT_WEIGHTS):
         raise AdapterError(
@@ -59,6 +63,18 @@ def adapter_in(folder: Path) -> Path:
         f"{folder} is no adapter: the folder has no {ADAPTER_CONFIG}, and none of its files is an adapter"
         + (f"; it holds {listing(there, 5)}" if there else "; it is empty")
     )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is an adapter, of a run's folder without a result; None for any other folder."""
+    if not (folder / _RUN).is_file() or (folder / "adapter").is_dir() or (folder / "model").is_dir():
+        return None
+    steps = {
+        int(path.parent.name.removeprefix(_STEP)): path.parent
+        for path in folder.glob(f"checkpoints/{_STEP}*/{ADAPTER_CONFIG}")
+        if path.parent.name.removeprefix(_STEP).isdigit()
+    }
+    return steps[max(steps)] if steps else None
 
 
 def not_adapter(keys: Sequence[str], path: Path) -> str:

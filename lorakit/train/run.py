@@ -50,6 +50,9 @@ class Display(Protocol):
     def sample(self, prompt: str, base: str, tuned: str) -> None:
         """Show a prompt with the answers of the base and of the tuned model."""
 
+    def note(self, text: str) -> None:
+        """Say what the user should know, also if all else is quiet."""
+
 
 class Run:
     """A run at some step, resumed from its newest checkpoint if there is one. It knows nothing of other runs."""
@@ -160,7 +163,18 @@ class Run:
         state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
         state |= {"together": True} if together else {}
         keep = self.config.keep + together
-        resume.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
+        resume.save(
+            job.folder.checkpoints,
+            self.step,
+            job.model,
+            self.optimizer,
+            self.best,
+            state,
+            keep,
+            job.adapter,
+            self._save_result if job.method.keeps_base else None,  # else it would be the trained parameters once more
+        )
+        write_report(job.folder, self.config)  # also of a run that is killed later
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints."""
@@ -168,7 +182,8 @@ class Run:
 
     def _resume(self) -> None:
         job = self.job
-        loaded = resume.load_newest(job.folder.checkpoints)
+        note = self.display.note if job.parallel.is_first else lambda text: None
+        loaded = resume.load_newest(job.folder.checkpoints, note)
         if loaded is None:
             if job.parallel.is_first:
                 job.folder.rewind(0)
@@ -178,7 +193,8 @@ class Run:
         self.loss = loaded.state["loss"]
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
         if job.parallel.is_first:
-            job.folder.rewind(self.step)
+            for lost in job.folder.rewind(self.step):
+                note(lost)
             self.prune()  # the run may have been killed before it could
 
     def finish(self) -> None:
@@ -188,12 +204,24 @@ class Run:
             return
         if self.best:
             resume.put(self.best, self.parameters)
-        job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
+        self._save_result(job.result, self.early.best_step if self.best else self.step)
         write_report(job.folder, self.config)
 
-    def _metadata(self) -> dict[str, Any]:
-        """Return the adapter's metadata. It has nothing that depends on the clock, so equal runs write equal files."""
+    def _save_result(self, folder: Path, step: int | None = None) -> None:
+        """Write the adapter (or model) as it is now into `folder`. `step`: whose parameters it has; None: this one's."""
         job = self.job
+        metadata = self._metadata(self.step if step is None else step)
+        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """Return the adapter's metadata; its metrics are those of `step`.
+
+        It has nothing that depends on the clock, so equal runs write equal files.
+        """
+        job = self.job
+        logged = {k: v for row in job.folder.rows() if row["step"] == step for k, v in row.items()}
+        loss = self.loss if step == self.step else logged.get("loss")
+        held_out = self.early.best_loss if step == self.early.best_step else logged.get("held_out_loss")
         return {
             "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
             "data": {
@@ -202,7 +230,7 @@ class Run:
                 "rows": len(job.train),
                 **job.data.about,
             },
-            "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
+            "metrics": {"step": step, "loss": loss, "held_out_loss": held_out, "steps": self.step},
         }
 
     def result(self, interrupted: str | None = None) -> Result:

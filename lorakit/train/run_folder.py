@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, TrainError
+from ..errors import ConfigError, TrainError, listing
 from ..io.atomic import replacing, write_errors, write_text
 from ..io.lock import locked
 from ..io.staging import resolved
@@ -75,6 +76,12 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
         if not self.rows_hash.exists():
+            if self.config.exists() and (self.metrics.exists() or steps_in(self.checkpoints)):
+                raise TrainError(
+                    f"{self.rows_hash} is missing: it says which rows this run is trained on\n"
+                    f"  the SHA-256 of the rows given now is {rows_hash}\n"
+                    "  if they are the same, write that into the file; otherwise give another folder (--out)"
+                )
             if self.path.is_dir() and not all(map(is_ours, self.path.iterdir())):
                 raise TrainError(f"{self.path} is not empty and contains no run\n  give another folder (--out)")
         else:
@@ -93,7 +100,13 @@ class RunFolder:
 
     def _check_same(self, now: dict[str, Any], rows_now: str) -> None:
         """Raise TrainError if the settings (`now`) or the rows' hash differ from those the run was started with."""
-        rows_then = self.rows_hash.read_text(encoding="utf8").strip()
+        rows_then = self.rows_hash.read_bytes().decode("utf8", "replace").strip()
+        if re.fullmatch("[0-9a-f]{64}", rows_then) is None:
+            raise TrainError(
+                f"{self.rows_hash} is damaged: expected the SHA-256 of the run's rows\n"
+                f"  if the rows given now are the same, write theirs into it: {rows_now}; otherwise give another folder "
+                "(--out)"
+            )
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -118,25 +131,41 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, except a last line that a crash cut off."""
+        """Read metrics.jsonl, except lines that a crash cut off."""
+        return [row for _, row in self._lines() if row is not None]
+
+    def _lines(self) -> list[tuple[int, dict[str, Any] | None]]:
+        """Read metrics.jsonl: (line number, row), or None where the line is damaged."""
         if not self.metrics.exists():
             return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf8").splitlines():
+        lines = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            lines.append((number, row if isinstance(row, dict) and isinstance(row.get("step"), int) else None))
+        return lines
 
-    def rewind(self, step: int) -> None:
-        """Delete the metrics and samples after `step`, where the run resumes."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+    def rewind(self, step: int) -> list[str]:
+        """Delete the metrics and samples after `step`, where the run resumes. Returns notes on what was lost before."""
+        lines = self._lines()
+        kept = [row for _, row in lines if row is not None and row["step"] <= step]
         with replacing(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf8")
         for at, sample in self.sampled():
             if at > step:
                 sample.unlink()
+        missing = sorted(set(range(1, step + 1)) - {row["step"] for row in kept if "loss" in row})
+        damaged = [str(number) for number, row in lines if row is None]
+        if not missing and damaged == [str(len(lines))]:
+            damaged = []  # the run was killed while it wrote the last line, of a step that is taken again
+        notes = []
+        if damaged:
+            notes.append(f"{self.metrics}: line {listing(damaged)} was damaged and is left out")
+        if missing:
+            notes.append(f"{self.metrics} has no row of step {listing(map(str, missing))}; training is not affected")
+        return notes
 
     def sampled(self) -> list[tuple[int, Path]]:
         """List the sample files as (step, path), in order."""

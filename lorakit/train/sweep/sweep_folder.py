@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ...errors import TrainError
+from ...errors import AdapterError, TrainError
 from ...io.atomic import write_text
+from ...io.json_object import read_json
 from .. import resume
 from ..run_folder import FREE, is_ours, with_defaults
 from .sweep_config import Sweep
@@ -120,5 +121,8 @@ class SweepFolder:
 
     @staticmethod
     def _together(at: Path) -> bool:
-        """Whether a checkpoint was written by a sweep, together with those of the other runs."""
-        return bool(json.loads((at / "state.json").read_text(encoding="utf8")).get("together"))
+        """Whether a checkpoint was written by a sweep, together with those of the other runs; a damaged one counts."""
+        try:
+            return bool(read_json(at / "state.json").get("together"))
+        except AdapterError:
+            return True
