@@ -147,6 +147,7 @@ def _facts(job: Job, step: int) -> Table:
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
             f"({job.micro_batch.reason})",
         ),
+        *([("packing", job.packed)] if job.packed else []),
         *([("memory", job.memory.reason)] if job.memory else []),
         *([("compiled", job.compiled)] if job.compiled else []),
         *_fused(job),

@@ -29,6 +29,7 @@ from ..tasks.task import Base, Data, Item, Task
 from . import compile, defaults
 from .config import TrainConfig
 from .memory import check
+from .micro import limit_for, micro_batches
 from .parallel import Parallel
 from .run_folder import RunFolder, locked_folder
 from .start import resolved
@@ -40,6 +41,8 @@ DATA_SETTINGS = tuple(
     for name in TrainConfig.model_fields
     if any(name in cls.__dict__.get("rows", ()) for cls in TrainConfig.__mro__)
 )
+
+PADDING_STEPS = 1000  # at most; enough to say what packing saves
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Job:
     data_hash: str
     memory: Choice | None = None  # the estimate; None in a sweep
     compiled: str | None = None  # what torch.compile compiled, for the start panel
+    packed: str | None = None  # what packing saves, for the start panel; None: rows are not packed
     steps_before: int | None = None  # of a resumed run that is longer now: the steps planned before
     _epoch: int = -1  # the epoch of `_order`
     _order: list[list[int]] = field(default_factory=list)
@@ -177,7 +181,17 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
                 compiled=compiled,
             )
         )
+    if alone and task.packs(config):
+        jobs[0].packed = task.saved_padding(_at_once(jobs[0]))
     return jobs
+
+
+def _at_once(job: Job) -> list[list[Item]]:
+    """Return the items that a process computes at once, in the first epoch."""
+    steps = min(job.steps, defaults.steps_per_epoch(job.config, len(job.train)), PADDING_STEPS)
+    limit = limit_for([job])
+    shares = (job.parallel.share(job.batch(step)) for step in range(steps))
+    return [part.items for share in shares for part in micro_batches([share], limit)]
 
 
 def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> dict[str, Data]:
