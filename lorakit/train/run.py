@@ -220,7 +220,7 @@ class Run:
         write_report(job.folder, self.config)
 
     def _save_result(self, folder: Path, step: int | None = None) -> None:
-        """Write the adapter (or model) as it is now into `folder`. `step`: whose parameters it has; None: this one's."""
+        """Write the current adapter (or model) into `folder`. `step`: whose parameters it has; None: this one's."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
         job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)

@@ -180,8 +180,8 @@ def test_going_on_with_other_settings_is_refused_and_changes_nothing(make_config
     config = make_config(steps=2)
     train(config, QUIET)
     before = {p: p.read_bytes() for p in RunFolder(config.out).path.rglob("*") if p.is_file()}
-    with pytest.raises(TrainError, match=r"steps: was 2, is now 9"):
-        train(config.replace(steps=9), QUIET)
+    with pytest.raises(TrainError, match=r"rank: was 4, is now 9"):
+        train(config.replace(rank=9), QUIET)
     assert {p: p.read_bytes() for p in RunFolder(config.out).path.rglob("*") if p.is_file()} == before
 
 
