@@ -31,6 +31,8 @@ _SETTINGS = (
     "targets",
     "exclude",
     "layers",
+    "layers_pattern",
+    "strict_targets",
     "rank_pattern",
     "save_modules",
     "packed",

@@ -91,6 +91,10 @@ class Progress:
                 f"           tuned  {_short(tuned)}"
             )
 
+    def note(self, text: str) -> None:
+        """Say what the user should know, on stderr, also if all else is quiet."""
+        Console(stderr=True).print(Text(f"lorakit: {text}"), soft_wrap=True)
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
@@ -30,7 +31,7 @@ from .config import TrainConfig
 from .memory import check
 from .micro import limit_for, micro_batches
 from .parallel import Parallel
-from .run_folder import RunFolder
+from .run_folder import RunFolder, locked_folder
 from .start import resolved
 from .token_ids import with_token_ids
 from .trackers import check_trackers
@@ -99,13 +100,19 @@ class Job:
         return [self.train[i] for i in self._order[index]]
 
 
-def set_up(config: TrainConfig) -> Job:
-    """Prepare a run up to its first step. Raises LorakitError for bad settings or data, or a base that cannot load."""
-    return set_up_together({DEFAULT: config})[0]
+def set_up(config: TrainConfig, held: ExitStack | None = None) -> Job:
+    """Prepare a run up to its first step. Raises LorakitError for bad settings or data, or a base that cannot load.
+
+    `held`: takes the lock of the run's folder, and holds it until it is closed; None: the folder is not locked.
+    """
+    return set_up_together({DEFAULT: config}, held)[0]
 
 
-def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
-    """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used."""
+def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None = None) -> list[Job]:
+    """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used.
+
+    `held`: as for `set_up`.
+    """
     configs = {name: resolved(each) for name, each in configs.items()}
     config = next(iter(configs.values()))
     for each in configs.values():
@@ -132,6 +139,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     hashes = {name: fingerprint([*each.train, *each.held_out]) for name, each in data.items()}
     if parallel.is_first:
         for name, each in configs.items():
+            if held is not None:
+                held.enter_context(locked_folder(folders[name].path))
             folders[name].open(each, hashes[name], defaults.total_steps(each, len(data[name].train)))
     parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)

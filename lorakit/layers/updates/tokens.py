@@ -127,6 +127,9 @@ class TiedRows(LiveUpdate):
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
         return self._of[0].change(layer, x, y0)
 
+    def rows(self, layer: LoraLayer, weight: float) -> Rows:
+        return self._of[0].rows(layer, weight)
+
 
 def _vocabulary(layer: LoraLayer, name: str) -> int:
     shape = base_of(layer).shape(layer)

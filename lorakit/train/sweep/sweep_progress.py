@@ -32,6 +32,10 @@ class RunDisplay:
     def sample(self, prompt: str, base: str, tuned: str) -> None:
         """Show nothing: samples are in the run's folder."""
 
+    def note(self, text: str) -> None:
+        """Say what the user should know of this run, on stderr."""
+        Console(stderr=True).print(Text(f"lorakit: {self.name}: {text}"), soft_wrap=True)
+
 
 class SweepProgress:
     """Displays a sweep on a console. `quiet`: display nothing."""
