@@ -177,8 +177,7 @@ class LoraSettings(Strict):
     )
     trainable_tokens: Tokens | dict[str, Tokens] = Field(
         default_factory=list,
-        description="tokens whose rows of the embedding are trained (PEFT's trainable_token_indices): ids or tokens; "
-        "or {name ending: tokens}, also for an output layer",
+        description="tokens whose rows of the embedding are trained: ids or tokens, or {name ending: tokens}",
     )
     packed: dict[str, list[bool]] = Field(
         default_factory=dict,
@@ -231,15 +230,6 @@ class LoraSettings(Strict):
                 raise ValueError(f"the alpha for '{key}' must be a positive number (got {alpha})")
         return value
 
-    @field_validator("trainable_tokens")
-    @classmethod
-    def _tokens(cls, value: Tokens | dict[str, Tokens]) -> Tokens | dict[str, Tokens]:
-        for tokens in value.values() if isinstance(value, dict) else [value]:
-            negative = next((token for token in tokens if isinstance(token, int) and token < 0), None)
-            if negative is not None:
-                raise ValueError(f"a token id is 0 or more (got {negative})")
-        return value
-
     @field_validator("packed")
     @classmethod
     def _packed(cls, value: dict[str, list[bool]]) -> dict[str, list[bool]]:
@@ -269,19 +259,6 @@ class LoraSettings(Strict):
     @cached_property
     def _alphas_by_name(self) -> Patterns:
         return Patterns(self.alpha_pattern)
-
-    def tokens_of(self, module: str) -> tuple[int, ...]:
-        """Return the ids of a module's trained tokens, ascending; empty if it has none.
-
-        `module`: its full name; a mapping must have been resolved to full names (`layers.token_targets`).
-        """
-        wanted = self.trainable_tokens
-        tokens = wanted.get(module, []) if isinstance(wanted, dict) else wanted
-        return tuple(sorted({int(token) for token in tokens}))
-
-    def variant_of(self, module: str) -> str:
-        """Return the kind of update of a module."""
-        return "tokens" if isinstance(self.trainable_tokens, dict) and self.tokens_of(module) else self.variant
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Return which equal parts of a packed projection are adapted; None for an ordinary module."""
@@ -317,9 +294,7 @@ class Source(Strict):
     task: str = Field("causal_lm", description="the task")
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
-    model: str = Field(
-        "embedded", description="the base: 'embedded', a model folder, or a hub id such as Qwen/Qwen3-0.6B"
-    )
+    model: str = Field("embedded", description="the base: 'embedded', a folder, or a hub id such as Qwen/Qwen3-0.6B")
     data: str = Field(..., description="training data: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")
     split: str | None = Field(None, description="the data's split, if it has several")
 
@@ -333,13 +308,9 @@ class RunSettings(Source):
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
 
     method: str = Field("lora", description="how to fine-tune")
-    out: str = Field(
-        "runs/default", description="the run's folder; a run started on its own folder resumes where it stopped"
-    )
+    out: str = Field("runs/default", description="the run's folder; started on its own folder, a run resumes")
     add_tokens: list[str] = Field(
-        default_factory=list,
-        description="new tokens, or a file with one on each line: the tokenizer learns them, and their rows of the "
-        "embedding are trained",
+        default_factory=list, description="new tokens, or a file of them: learnt by the tokenizer, their rows trained"
     )
     epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
@@ -369,9 +340,7 @@ class RunSettings(Source):
         False, description="recompute activations in backward: less memory, a third more time"
     )
     compile: bool = Field(
-        False,
-        description="compile the layers with torch.compile before the first step (needs a C++ compiler on a CPU; "
-        "worthwhile for long runs)",
+        False, description="compile the layers with torch.compile first (for long runs; a CPU needs a C++ compiler)"
     )
     seed: int = Field(0, ge=0, lt=1 << 31, description="seed of the factors, the data order and dropout")
     threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
@@ -384,16 +353,12 @@ class RunSettings(Source):
     )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
-    track: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="also log to these, if installed"
-    )
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="also log to these")
     memory: str = Field(
         "auto",
         description="memory the run may use, such as 24GB; auto: what the device has; unchecked: start in any case",
     )
-    trust_remote_code: bool = Field(
-        False, description="run code from a hub model's repository (only for models you trust)"
-    )
+    trust_remote_code: bool = Field(False, description="run code from a hub model's repository, which you trust")
 
     @model_validator(mode="before")
     @classmethod

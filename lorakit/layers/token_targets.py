@@ -34,6 +34,20 @@ def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, 
     return {name: tuple(sorted(ids)) for name, ids in trained.items() if ids}
 
 
+def tokens_of(config: LoraConfig, module: str) -> tuple[int, ...]:
+    """Return the ids of a module's trained tokens, ascending; empty if it has none.
+
+    `module`: its full name, as a mapping in `trainable_tokens` has it once it is resolved for a model.
+    """
+    wanted = config.trainable_tokens
+    return _ids(wanted.get(module, []) if isinstance(wanted, Mapping) else wanted)
+
+
+def variant_of(config: LoraConfig, module: str) -> str:
+    """Return the kind of update of a module. `module`: as for `tokens_of`."""
+    return "tokens" if isinstance(config.trainable_tokens, Mapping) and tokens_of(config, module) else config.variant
+
+
 def _part(model: nn.Module, getter: str, names: Mapping[str, nn.Module]) -> tuple[str, nn.Module] | None:
     """Return what a transformers model says is its embedding or its output layer, with its name."""
     get = getattr(model, getter, None)
@@ -71,7 +85,10 @@ def _ids(tokens: Tokens) -> tuple[int, ...]:
             f"trainable_tokens: {words[0]!r} is no token id, and there is no tokenizer here to look it up\n"
             "  give ids: tokenizer.convert_tokens_to_ids([...])"
         )
-    return tuple(sorted({int(token) for token in tokens}))
+    ids = tuple(sorted({int(token) for token in tokens}))
+    if ids and ids[0] < 0:
+        raise ConfigError(f"trainable_tokens: a token id is 0 or more (got {ids[0]})")
+    return ids
 
 
 def sharing(model: nn.Module, modules: Mapping[str, nn.Module], trained: Mapping[str, object]) -> dict[str, str]:

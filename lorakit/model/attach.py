@@ -21,7 +21,7 @@ from ..layers.fused import attention, fused
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
 from ..layers.targets import check_adaptable, find_targets, module_names, shortest_endings, with_head
-from ..layers.token_targets import sharing, token_modules
+from ..layers.token_targets import sharing, token_modules, tokens_of, variant_of
 from ..layers.updates.update import LiveUpdate, live
 from . import save_pretrained
 from .activate import set_active, use_saved
@@ -123,7 +123,7 @@ class _Plan:
         """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
-            return live(self.config.variant_of(name)).fresh(module, name, self.config, trainable)
+            return live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
         value = self.values[name]
         return live(value.variant).of(module, name, value, self.config.dropout, trainable)
 
@@ -161,7 +161,7 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
 
 
 def _twins(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
-    return sharing(model, modules, {m: None for m in modules if config.tokens_of(m)})
+    return sharing(model, modules, {m: None for m in modules if tokens_of(config, m)})
 
 
 def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LiveUpdate]:
@@ -209,7 +209,7 @@ def _register(
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention
     config = plan.config
-    targets = [m for m in plan.modules if config.variant_of(m) != "tokens" or config.variant == "tokens"]
+    targets = [m for m in plan.modules if variant_of(config, m) != "tokens" or config.variant == "tokens"]
     if targets:
         config = config.replace(
             targets=shortest_endings(targets, list(module_names(model))), exclude=None, layers=None, layers_pattern=[]

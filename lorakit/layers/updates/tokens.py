@@ -20,6 +20,7 @@ from ...adapter.update import Rows
 from ...config import LoraConfig
 from ...errors import AdapterError, TargetError, listing
 from ..bases import base_of
+from ..token_targets import tokens_of
 from .update import LiveUpdate, device_of, master_dtype
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class TokenRows(LiveUpdate):
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
-        ids = config.tokens_of(name)
+        ids = tokens_of(config, name)
         if not ids:
             raise TargetError(
                 f"'{name}' has no trainable tokens (LoraConfig.trainable_tokens)\n"
