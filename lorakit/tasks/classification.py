@@ -11,13 +11,13 @@ config (id2label).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from ..config import RunSettings, part
-from ..errors import NotFiniteError, TrainError
+from ..errors import ConfigError, NotFiniteError, TrainError
 from .task import Base, Data
 from .text.settings import Columns, Lengths
 
@@ -58,6 +58,9 @@ def data(config: RunSettings, processor: Any) -> Data:
     from .text.vocabulary import check_vocabulary
 
     own = part(config, ClassificationSettings)
+    for name in ("mix", "streaming"):
+        if getattr(config, name, None):
+            raise ConfigError(f"{name}: classification does not have it\n  remove {name}; one data set, in memory")
     dataset = read_labelled(
         read_rows(config.data, config.split),
         processor,
@@ -139,7 +142,7 @@ def _configured(model: Any, pad: int) -> Any:
     return model
 
 
-def check(config: RunSettings, model: Any, items: Sequence[LabelledItem]) -> None:
+def check(config: RunSettings, model: Any, items: Iterable[LabelledItem]) -> None:
     from .text.positions import check_positions
 
     check_positions(config, model, items)
