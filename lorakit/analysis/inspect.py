@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Kinds of update that are not LoRA, as one calls them.
-KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense"}
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense", "tokens": "tokens"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -135,6 +135,9 @@ class AdapterFacts:
         for section in ("recipe", "data", "metrics"):
             if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
                 print(printable(f"{section}: " + ", ".join(f"{k} {v}" for k, v in self.metadata[section].items())))
+        start = self.metadata.get("started_from")
+        if isinstance(start, Mapping):
+            print(printable(f"started from: {start.get('adapter')}, SHA-256 {str(start.get('sha256'))[:12]}"))
         for key, value in self.training.items():
             text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, dict) else value
             print(printable(f"{key}: {', '.join(text) if isinstance(text, list) else text}"))
@@ -228,7 +231,7 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(own, "kind", own.variant),
+        update.variant if update.variant == "tokens" else getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,

@@ -66,7 +66,7 @@ def _rows(
 ) -> Iterator[Row]:
     path = Path(source).expanduser()
     if is_arrow(path):
-        return arrow_rows(path, split)
+        return (Row(_without_filler(row.values), row.file, row.number) for row in arrow_rows(path, split))
     if path.is_dir():
         return (row for file in _files_of(path, split) for row in read(file, split, limit))
     return read(path, split, limit) if path.exists() else _hub(str(source), path, split, limit)
@@ -183,9 +183,9 @@ def _hub(name: str, path: Path, split: str | None, limit: int | None) -> Iterato
             f"tried as a dataset on the hub (split {chosen}): {reason}\n"
             "  name an existing file or folder, or a hub dataset as OWNER/NAME or OWNER/NAME:CONFIG"
         ) from error
-    return [
+    return (
         Row(_without_filler(dict(values)), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)
-    ]
+    )
 
 
 def _without_filler(values: dict[str, Any]) -> dict[str, Any]:
