@@ -27,15 +27,15 @@ from ..version import VERSION
 from .base import CONFIG, Base
 from .changes import check_mergeable
 from .conversation import keep_conversation
-from .names import Renaming
+from .merge_plan import Plan, make_plan
+from .merge_report import MergeReport, TargetReport
 from .out import NOTE, check_out, check_space, copy, leftovers, other_files, put_in_place
 from .parts import Part, open_parts
-from .plan import Plan, make_plan
-from .report import MergeReport, TargetReport
+from .renaming import Renaming
 from .residual import load_on, started_as
 from .same_base import compare_with_files
-from .tensors import in_order, read_back, write_file
 from .tied_weights import untied
+from .write import in_order, read_back, write_file
 
 Source = Adapter | Path | str
 Progress = Callable[[str, int, int], None]
@@ -284,7 +284,7 @@ def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:
 
 def _check_changed(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -> list[str]:
     """Warnings for updates below the weights' precision. LorakitError if no weight changed at all."""
-    vanished = [r for r in reports if r.lost]
+    vanished = [r for r in reports if r.below_precision]
     if not any(r.changed for r in reports) and not any(p.replaced or p.added for _, p in plans):
         if not vanished:
             raise LorakitError(

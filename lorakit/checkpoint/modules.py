@@ -18,7 +18,7 @@ from ..adapter.fingerprint import fingerprint
 from ..adapter.lora import FactorShapes
 from ..errors import TargetError
 from .base import Base
-from .names import Renaming, find_renaming
+from .renaming import Renaming, find_renaming
 
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "tok_embeddings", "embed_in")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

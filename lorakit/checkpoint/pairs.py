@@ -24,7 +24,7 @@ from ..io.stream import MERGEABLE, Slot
 from .base import Base
 from .modules import Layout, layout_of
 from .parts import PIPELINE, Part, open_parts
-from .single_file import WeightRows, bias_place, places
+from .single_file import WeightRows, bias_rows, module_rows
 from .tied_weights import declared
 
 _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for which there are no adapters
@@ -167,7 +167,7 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             f"{before.folder} is a {before.single_file} and {after.folder} a {after.single_file}: one is not the base "
             "of the other"
         )
-    here, there = (places(b.single_file, b.shapes) for b in (before, after))
+    here, there = (module_rows(b.single_file, b.shapes) for b in (before, after))
     lone = sorted(here.keys() ^ there.keys())
     if lone:
         raise LorakitError(
@@ -175,14 +175,14 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             "  is one of them the base of the other?"
         )
     seen = set()
-    for module, place in here.items():
-        bias = bias_place(before.single_file, module, before.shapes)
-        for own, at in ((f"{module}.weight", place), (f"{module}.bias", bias)):
+    for module, rows in here.items():
+        bias = bias_rows(before.single_file, module, before.shapes)
+        for own, at in ((f"{module}.weight", rows), (f"{module}.bias", bias)):
             if at is None or at.tensor not in after.tensors or at.transposed:
                 continue
             _check_alike(at.tensor, before.tensors[at.tensor], after.tensors[at.tensor])
             seen.add(at.tensor)
-            old, new = (_rows(b, at) for b in (before, after))
+            old, new = (_slot(b, at) for b in (before, after))
             yield Pair(own, old, new, _factor_shapes(own, old.shape), swapped=at.swapped)
     for name, slot in before.tensors.items():  # EMA weights, say, may be in only one of them
         if name not in seen and name in after.tensors:
@@ -190,8 +190,8 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             yield Pair(name, slot, after.tensors[name], None, adaptable=False)
 
 
-def _rows(base: Base, place: WeightRows) -> Slot:
-    return base.tensors[place.tensor].part(place.start, place.stop)
+def _slot(base: Base, rows: WeightRows) -> Slot:
+    return base.tensors[rows.tensor].part(rows.start, rows.stop)
 
 
 def _with_level(part: Part, tensor: str) -> str:

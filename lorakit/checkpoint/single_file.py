@@ -139,59 +139,59 @@ def model_of_file(shapes: Shapes) -> str:
     )
 
 
-def places(model: str, shapes: Shapes) -> dict[str, WeightRows]:
+def module_rows(model: str, shapes: Shapes) -> dict[str, WeightRows]:
     """Module name ("unet.conv_in", "text_encoder_2.text_projection") -> its rows, for all modules in the file.
 
     LorakitError for a shared tensor whose rows cannot be divided among its modules.
     """
     found: dict[str, WeightRows] = {}
     for component in PIPELINES[model]:
-        for name, place in _places_of(model, component, shapes):
-            found.setdefault(f"{component}.{name}", place)
+        for name, rows in _rows_by_name(model, component, shapes):
+            found.setdefault(f"{component}.{name}", rows)
     return found
 
 
-def bias_place(model: str, module: str, shapes: Shapes) -> WeightRows | None:
+def bias_rows(model: str, module: str, shapes: Shapes) -> WeightRows | None:
     """The rows of a module's bias: those of its weight, in another tensor. None if the file lacks the module or its
     bias. LorakitError if the bias does not fit the weight.
     """
     component, _, name = module.partition(".")
-    place = (
-        next((p for _, p in _places_of(model, component, shapes, name)), None)
+    rows = (
+        next((p for _, p in _rows_by_name(model, component, shapes, name)), None)
         if component in PIPELINES[model]
         else None
     )
-    if place is None or not place.tensor.endswith("weight"):
+    if rows is None or not rows.tensor.endswith("weight"):
         return None
-    tensor = f"{place.tensor.removesuffix('weight')}bias"  # weight -> bias, in_proj_weight -> in_proj_bias
+    tensor = f"{rows.tensor.removesuffix('weight')}bias"  # weight -> bias, in_proj_weight -> in_proj_bias
     if tensor not in shapes:
         return None
-    if shapes[tensor] != shapes[place.tensor][:1]:
-        raise LorakitError(f"'{tensor}' has shape {list(shapes[tensor])}; its weight has {list(shapes[place.tensor])}")
-    return place._replace(tensor=tensor)
+    if shapes[tensor] != shapes[rows.tensor][:1]:
+        raise LorakitError(f"'{tensor}' has shape {list(shapes[tensor])}; its weight has {list(shapes[rows.tensor])}")
+    return rows._replace(tensor=tensor)
 
 
-def _places_of(model: str, component: str, shapes: Shapes, only: str | None = None) -> Iterator[tuple[str, WeightRows]]:
+def _rows_by_name(
+    model: str, component: str, shapes: Shapes, only: str | None = None
+) -> Iterator[tuple[str, WeightRows]]:
     """(name within the component, rows) of all modules, or of `only` one. The first pair of a name counts."""
     listed = module_list(PIPELINES[model][component].listed)
     if component not in TEXT_ENCODERS[model]:
-        yield from _denoiser_places(listed, shapes, only)
+        yield from _denoiser_rows(listed, shapes, only)
         return
     modules = [name for name in listed["modules"] if only in (None, name)]
     for prefix, naming in TEXT_ENCODERS[model][component]:
         for name in modules:
-            place = (
+            rows = (
                 _in_transformers(prefix, name, shapes)
                 if naming == TRANSFORMERS
                 else _in_open_clip(model, prefix, name, shapes)
             )
-            if place is not None:
-                yield name, place
+            if rows is not None:
+                yield name, rows
 
 
-def _denoiser_places(
-    listed: Mapping[str, Mapping], shapes: Shapes, only: str | None
-) -> Iterator[tuple[str, WeightRows]]:
+def _denoiser_rows(listed: Mapping[str, Mapping], shapes: Shapes, only: str | None) -> Iterator[tuple[str, WeightRows]]:
     prefix = next((p for p in DENOISER if any(f"{p}{name}.weight" in shapes for name in listed["ldm"])), None)
     if prefix is None:
         return

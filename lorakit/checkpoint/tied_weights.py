@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LorakitError
 from .base import Base
-from .names import Renaming
+from .renaming import Renaming
 
 # For architectures that transformers does not know (remote code): the head's name, and its embedding's name endings.
 _HEAD = "lm_head.weight"

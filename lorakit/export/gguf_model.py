@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint.plan import Entry
-from ..checkpoint.tensors import merged_rows
+from ..checkpoint.merge_plan import Entry
+from ..checkpoint.write import merged_rows
 from ..errors import LorakitError, listing
 from ..formats.gguf_names import ARCHITECTURES, Architecture, heads, package, permute
 from ..formats.gguf_types import BLOCK, F16, F32, Q8_0

@@ -21,8 +21,8 @@ from ..bases.load import load_config, load_tokenizer
 from ..checkpoint.base import Base, open_base
 from ..checkpoint.changes import check_mergeable
 from ..checkpoint.merge import check_base
+from ..checkpoint.merge_plan import make_plan
 from ..checkpoint.out import check_space
-from ..checkpoint.plan import make_plan
 from ..data.chat_record import ChatRecord
 from ..data.templates import with_template
 from ..errors import ConfigError, did_you_mean, listing

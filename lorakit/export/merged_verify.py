@@ -21,7 +21,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..bases.load import load_model
-from ..checkpoint.tensors import merged_rows
+from ..checkpoint.write import merged_rows
 from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
 from ..model.attach import attach

@@ -34,7 +34,7 @@ class TargetReport:
         )
 
     @property
-    def lost(self) -> bool:
+    def below_precision(self) -> bool:
         """Whether all of its ΔW was below the precision it was written in."""
         return self.asked > 0 and self.changed == 0
 
@@ -101,7 +101,7 @@ class MergeReport:
         for column in ("shape", "rank", "largest |ΔW|", "written", "changed"):
             table.add_column(column, justify="right")
         for t in self.targets:
-            style = "yellow" if t.lost else None
+            style = "yellow" if t.below_precision else None
             shape = "x".join(map(str, t.shape))
             table.add_row(
                 t.module, shape, str(t.rank), f"{t.asked:.3g}", f"{t.applied:.3g}", f"{t.changed:.1%}", style=style

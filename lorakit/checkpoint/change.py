@@ -42,16 +42,16 @@ class Change:
 
 
 def update_for(
-    module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, place: WeightRows | None = None
+    module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, rows: WeightRows | None = None
 ) -> Change:
-    """The change of a module's stored weight. `place`: how its layout in the file differs from the module's
+    """The change of a module's stored weight. `rows`: how its layout in the file differs from the module's
     (transposed, or its halves swapped: shift and scale of some norms).
 
     AdapterError if the shapes do not fit, for a DoRA with a weight other than 1, and for updates that cannot be merged;
     LorakitError if the weight is quantized.
     """
     _check_stored(module, slot)
-    swapped, turned = (place.swapped, place.transposed) if place is not None else (False, False)
+    swapped, turned = (rows.swapped, rows.transposed) if rows is not None else (False, False)
     why = update.unmergeable()
     if why is not None:
         raise AdapterError(f"'{module}' {why}")

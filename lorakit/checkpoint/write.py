@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import LorakitError
 from ..io.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
-from .plan import Entry, RowUpdates
-from .report import TargetReport
+from .merge_plan import Entry, RowUpdates
+from .merge_report import TargetReport
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def write_file(
                     out.write(_rounded(entry, block, block))
             else:
                 largest, crc = [], 0
-                for slot, placed in entry.pieces():
+                for slot, row_updates in entry.pieces():
                     most = 0.0
-                    for _, block, change in _changes(slot, placed):
+                    for _, block, change in _changes(slot, row_updates):
                         most = max(most, _largest(change)) if change is not None else most
                         crc = out.write(_rounded(entry, _sum(block, change), block), crc)
-                    if placed is not None:
+                    if row_updates is not None:
                         largest.append(most)
                 written[entry.name] = WrittenTensor(largest, crc)
             done(entry.name)
@@ -84,15 +84,15 @@ def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
         yield slice(0, value.shape[0]), value
         return
     start = 0
-    for slot, placed in entry.pieces() if entry.updates else iter([(entry.slot, None)]):
-        for rows, block, change in _changes(slot, placed):
+    for slot, row_updates in entry.pieces() if entry.updates else iter([(entry.slot, None)]):
+        for rows, block, change in _changes(slot, row_updates):
             yield slice(start + rows.start, start + rows.stop), _sum(block, change)
         start += slot.shape[0] if slot.shape else 1
 
 
-def _changes(slot: Slot, placed: RowUpdates | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _changes(slot: Slot, row_updates: RowUpdates | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Blocks of rows: (rows, W[rows], ΔW[rows] or None)."""
-    made = [update.on(slot) for update in placed.updates] if placed is not None else []
+    made = [update.on(slot) for update in row_updates.updates] if row_updates is not None else []
     for rows, block in slot.rows():
         changes = [change(rows, block) for change in made]
         yield rows, block, reduce(torch.add, changes) if changes else None
@@ -146,7 +146,7 @@ def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> li
     """|written - base| for each update of a tensor, with the base rounded to the written dtype."""
     reports, crc, start = [], 0, 0
     largest = iter(updated.largest)
-    for source, placed in entry.pieces():
+    for source, row_updates in entry.pieces():
         applied, changed = 0.0, 0
         written = slot.part(start, start + source.shape[0])
         for (_, new), (_, old) in zip(written.rows(), source.rows(), strict=True):
@@ -156,12 +156,14 @@ def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> li
             wide = torch.promote_types(new.dtype, torch.float32)
             applied = max(applied, _largest(new.to(wide) - before.to(wide)))
         start += source.shape[0]
-        if placed is None and changed:
+        if row_updates is None and changed:
             raise _unlike(path, f"'{entry.name}'")
-        if placed is not None:
+        if row_updates is not None:
             share = changed / math.prod(source.shape)
             reports.append(
-                TargetReport(placed.module, entry.name, source.shape, placed.rank, next(largest), applied, share)
+                TargetReport(
+                    row_updates.module, entry.name, source.shape, row_updates.rank, next(largest), applied, share
+                )
             )
     if crc != updated.crc:
         raise _unlike(path, f"'{entry.name}'")

@@ -20,10 +20,10 @@ from ..errors import TargetError, listing
 from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
 from ..ops.delta import as_matrices
 from .base import Base
+from .change import Change
 from .changes import Changes
-from .names import Renaming
-from .update import Change
-from .where import find_places
+from .locate import locate
+from .renaming import Renaming
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Entry:
     def pieces(self) -> Iterator[tuple[Slot, RowUpdates | None]]:
         """The source in blocks of rows, each with its updates or None."""
         at, slot = 0, self.slot
-        for placed in self.updates:
-            if placed.start > at:
-                yield slot.part(at, placed.start), None
-            yield slot.part(placed.start, placed.stop), placed
-            at = placed.stop
+        for row_updates in self.updates:
+            if row_updates.start > at:
+                yield slot.part(at, row_updates.start), None
+            yield slot.part(row_updates.start, row_updates.stop), row_updates
+            at = row_updates.stop
         if at < slot.shape[0]:
             yield slot.part(at, slot.shape[0]), None
 
@@ -109,10 +109,10 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
     for weight, adapter in adapters:
-        places = find_places(base, adapter.updates, adapter.saved)
-        changes.add(weight, adapter, places)
-        renames.append(places.rename)
-        ties |= places.ties
+        locations = locate(base, adapter.updates, adapter.saved)
+        changes.add(weight, adapter, locations)
+        renames.append(locations.rename)
+        ties |= locations.ties
     changes.check()
     tied = {*ties, *ties.values()}
     untying = untie and any(n in tied for n in changes.touched)
@@ -123,11 +123,11 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
     files: dict[str, list[Entry]] = {file: [] for file in base.shards}
     for name, slot in sources.items():
         stored = NAMES[dtype] if dtype is not None and slot.dtype in MERGEABLE else slot.dtype
-        placed = tuple(
+        row_updates = tuple(
             RowUpdates(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items())
         )
         files[slot.path.name].append(
-            Entry(name, slot.path.name, stored, slot.shape, slot, placed, changes.values.get(name))
+            Entry(name, slot.path.name, stored, slot.shape, slot, row_updates, changes.values.get(name))
         )
     last = list(files)[-1]
     for name in changes.added:
