@@ -46,7 +46,7 @@ Weight = Tensor | Quantized
 
 
 def fingerprint(parameters: Mapping[str, Weight], architecture: str) -> dict[str, Any]:
-    """The fingerprint as plain data: architecture, parameters (number of elements), shapes, samples, rounding.
+    """Return the fingerprint as plain data: architecture, parameters (number of elements), shapes, samples, rounding.
 
     `parameters`: the base's own, by name; `architecture`: the model's class name.
     """
@@ -65,7 +65,7 @@ def fingerprint(parameters: Mapping[str, Weight], architecture: str) -> dict[str
 
 
 def differences(expected: Any, parameters: Mapping[str, Weight], architecture: str) -> list[str]:
-    """The differences between a base and a fingerprint, one line each; empty if there are none.
+    """Return the differences between a base and a fingerprint, one line each; empty if there are none.
 
     `expected`: the fingerprint, from a file; `parameters`, `architecture`: the base's.
     """
@@ -131,12 +131,14 @@ def _are_rows(value: Any) -> bool:
 
 
 def sample_positions(count: int) -> list[int]:
-    """The flat positions of the sampled elements in a tensor of `count` elements: evenly from the first to the last."""
+    """Return the flat positions of the sampled elements in a tensor of `count` elements: evenly from the first to the
+    last.
+    """
     return torch.linspace(0, count - 1, SAMPLES, dtype=torch.float64).long().tolist()
 
 
 def _samples(weight: Weight) -> tuple[list[float], list[float]]:
-    """The sampled elements and their rounding errors, which are 0 without quantization."""
+    """Return the sampled elements and their rounding errors, which are 0 without quantization."""
     at = torch.tensor(sample_positions(weight.numel()))
     if isinstance(weight, Quantized):
         values, errors = weight.read(at)

@@ -69,7 +69,9 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. LorakitError if it is no checkpoint, is quantized, or stored as pickles."""
+    """Read a folder's config and headers. Raises LorakitError if it is no checkpoint, is quantized, or stored as
+    pickles.
+    """
     if not folder.exists():
         here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise LorakitError(
@@ -98,7 +100,7 @@ def open_base(folder: Path) -> Base:
 
 
 def open_single_file(path: Path) -> Base:
-    """Read the header of a diffusion model's single file. LorakitError for anything else."""
+    """Read the header of a diffusion model's single file. Raises LorakitError for anything else."""
     from .single_file import model_of_file
 
     with open(path, "rb") as file:
@@ -122,8 +124,8 @@ def open_single_file(path: Path) -> Base:
 
 
 def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | None]:
-    """(file with all weights or None, index of several files or None). LorakitError if the folder has several variants
-    (fp16, ...).
+    """Return (file with all weights or None, index of several files or None). Raises LorakitError if the folder has
+    several variants (fp16, ...).
     """
     for stem in stems:
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
@@ -142,7 +144,9 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | N
 
 
 def without_variant(file: str) -> str:
-    """The file name without its variant: model.fp16.safetensors -> model.safetensors; shards and indices likewise."""
+    """Return the file name without its variant: model.fp16.safetensors -> model.safetensors; shards and indices
+    likewise.
+    """
     stem, _, rest = file.partition(".safetensors")
     name = next((s for s in _STEMS if stem.startswith((f"{s}.", f"{s}-"))), None)
     if name is None:

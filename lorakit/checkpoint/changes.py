@@ -34,7 +34,7 @@ class Changes:
         return [*self.updates, *(n for n in self.values if n not in self.updates)]
 
     def add(self, weight: float, adapter: Adapter, locations: Locations) -> None:
-        """Add one adapter's changes. TargetError or AdapterError for a module or saved weight that does not fit."""
+        """Add one adapter's changes. Raises TargetError or AdapterError for a module or value that does not fit."""
         seen: set[tuple[str, int]] = set()  # rows that this adapter changes
 
         def only_once(rows: WeightRows, own: str) -> None:
@@ -61,7 +61,7 @@ class Changes:
             self._replace(name, own, value)
 
     def check(self) -> None:
-        """AdapterError for changes that cannot be combined."""
+        """Raise AdapterError for changes that cannot be combined."""
         for name in self.values:
             if name in self.updates:
                 raise AdapterError(
@@ -106,8 +106,8 @@ class Changes:
 
 
 def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
-    """Warnings for what a merge leaves out. AdapterError if the adapter changes no weight, or has saved weights that
-    would have to be scaled. `called`: its name in messages.
+    """Return warnings for what a merge leaves out. Raises AdapterError if the adapter changes no weight, or has saved
+    weights that would have to be scaled. `called`: its name in messages.
     """
     tokens = listing(adapter.embeddings, 3)
     if adapter.embeddings and not adapter.updates and not adapter.saved:
@@ -135,7 +135,7 @@ def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter"
 
 
 def _check_new(name: str, base: Base, rename: Renaming) -> None:
-    """TargetError unless a saved weight that the base lacks is a new head: part of no module that the base has."""
+    """Raise TargetError unless a saved weight that the base lacks is a new head, part of no module of the base."""
     renamed = rename(name)
     module = renamed.rpartition(".")[0]
     siblings = [t for t in base.tensors if t.rpartition(".")[0] == module]

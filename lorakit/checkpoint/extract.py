@@ -71,7 +71,7 @@ class Extracted:
         return max(0.0, 1 - (sum((m.error * m.norm) ** 2 for m in self.modules) + left_out) / total)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         modules = [{**asdict(m), "captured": m.captured} for m in self.modules]
         return {
             "captured": self.captured,
@@ -94,7 +94,7 @@ def extract(
     seed: int = 0,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Extracted:
-    """The adapter that turns BASE into (nearly) TUNED.
+    """Extract the adapter that turns BASE into (nearly) TUNED.
 
     rank: the maximum rank of each module. keep: the share of each ‖ΔW‖² to capture.
     targets: only these modules get factors (name endings, or a regular expression).
@@ -156,7 +156,7 @@ def extract(
 
 
 def _doubts(reports: list[ModuleExtract], pairs: list[Pair]) -> list[str]:
-    """Warnings for changes that fine-tuning would hardly make."""
+    """Return warnings for changes that fine-tuning would hardly make."""
     doubts = []
     if reports and sorted(r.change for r in reports)[len(reports) // 2] > 1:
         doubts.append("most weights changed by more than their norm: TUNED does not seem to be fine-tuned from BASE")
@@ -189,7 +189,9 @@ def _read(slot: Slot) -> Tensor:
 
 
 def _heads(layout: Layout, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Factors for heads that are tied to a changed embedding and stored with it: the same ΔW [vocab, dim] = Aᵀ Bᵀ."""
+    """Build factors for heads that are tied to a changed embedding and stored with it: the same ΔW [vocab, dim] = Aᵀ
+    Bᵀ.
+    """
     embeddings = [m for m, f in factors.items() if f.kind == "embedding"]
     if not embeddings:
         return {}

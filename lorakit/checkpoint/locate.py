@@ -34,8 +34,8 @@ _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
 def locate(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Locations:
-    """Find all these modules. TargetError if the base lacks one. `saved`: names of saved weights, used to find the
-    renaming if there are no modules.
+    """Find all these modules. Raises TargetError if the base lacks one. `saved`: names of saved weights, used to find
+    the renaming if there are no modules.
     """
     if base.single_file:
         return _in_single_file(base, modules)
@@ -56,7 +56,7 @@ def locate(base: Base, modules: Collection[str], saved: Collection[str] = ()) ->
 
 
 def locate_bias(base: Base, module: str, locations: Locations) -> WeightRows:
-    """The rows of a module's bias. TargetError if it has none."""
+    """Return the rows of a module's bias. Raises TargetError if it has none."""
     here = locations.modules[module]
     if base.single_file:
         found = bias_rows(base.single_file, module, base.shapes)
@@ -73,7 +73,7 @@ def locate_bias(base: Base, module: str, locations: Locations) -> WeightRows:
 
 
 def slot_at(base: Base, rows: WeightRows, ties: Mapping[str, str]) -> Slot:
-    """These rows as a slot of the file that stores them, also for tied weights."""
+    """Return these rows as a slot of the file that stores them, also for tied weights."""
     slot = base.tensors[rows.tensor if rows.tensor in base.tensors else ties[rows.tensor]]
     return slot.part(rows.start, rows.stop) if slot.shape else slot
 

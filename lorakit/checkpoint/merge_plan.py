@@ -74,7 +74,7 @@ class Entry:
         return not self.updates and self.value is None
 
     def pieces(self) -> Iterator[tuple[Slot, RowUpdates | None]]:
-        """The source in blocks of rows, each with its updates or None."""
+        """Yield the source in blocks of rows, each with its updates or None."""
         at, slot = 0, self.slot
         for row_updates in self.updates:
             if row_updates.start > at:
@@ -104,7 +104,7 @@ class Plan:
 def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torch.dtype | None, untie: bool) -> Plan:
     """Plan the merge of adapters with their weights. `untie`: separate tied weights that change.
 
-    TargetError or AdapterError for every part of an adapter that does not fit the base.
+    Raises TargetError or AdapterError for every part of an adapter that does not fit the base.
     """
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
@@ -158,7 +158,7 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
 
 
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
-    """TargetError unless weights that stay tied get the same update or the same saved weight."""
+    """Raise TargetError unless weights that stay tied get the same update or the same saved weight."""
     values = changes.values
     for holder in dict.fromkeys(ties.values()):
         group = [holder, *(user for user, h in ties.items() if h == holder)]

@@ -26,7 +26,7 @@ class TargetReport:
     changed: float
 
     def within(self, component: str) -> TargetReport:
-        """A copy with a pipeline's component in front of the names."""
+        """Return a copy with a pipeline's component in front of the names."""
         return (
             replace(self, module=f"{component}.{self.module}", tensor=f"{component}.{self.tensor}")
             if component
@@ -63,7 +63,7 @@ class MergeReport:
         return max((t.applied for t in self.targets), default=0.0)
 
     def headline(self) -> str:
-        """The result in one sentence."""
+        """Return the result in one sentence."""
         parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
         parts += [
             f"{len(names)} weights {what}"
@@ -74,11 +74,11 @@ class MergeReport:
         return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {**asdict(self), "largest": self.largest, "headline": self.headline()}
 
     def table(self) -> Table:
-        """A rich table: a row for each target, the warnings below."""
+        """Build a rich table: a row for each target, the warnings below."""
         from rich import box
         from rich.table import Table
 

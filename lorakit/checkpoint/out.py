@@ -33,7 +33,9 @@ SLACK = 1 << 20  # for headers and what the file system adds
 
 
 def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> None:
-    """LorakitError if OUT exists (unless `force`), is no sensible path for this base, or would overwrite an input."""
+    """Raise LorakitError if OUT exists (unless `force`), is no sensible path for this base, or would overwrite an
+    input.
+    """
     for what, path in (("base", base), *(("adapter", a) for a in adapters)):
         if path == out or out in path.parents:
             raise LorakitError(
@@ -73,7 +75,7 @@ def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> N
 
 
 def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], list[str]]:
-    """({name within the folder: path} of files to copy, names of files left out).
+    """Return ({name within the folder: path} of files to copy, names of files left out).
 
     Copied is everything except the parts' weights, other models and adapters, and hidden files. A pipeline's other
     components are copied completely.
@@ -105,7 +107,9 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """All files, also in linked folders (a cache has links). LorakitError for a link to a folder that contains it."""
+    """Yield all files, also in linked folders (a cache has links). Raises LorakitError for a link to a folder that
+    contains it.
+    """
     for where, folders, files in os.walk(folder, followlinks=True):
         here = Path(where)
         above = {p.resolve() for p in (here, *here.parents) if p.is_relative_to(folder)}
@@ -118,7 +122,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def check_space(out: Path, need: int) -> None:
-    """LorakitError if the disk has fewer than `need` bytes free."""
+    """Raise LorakitError if the disk has fewer than `need` bytes free."""
     there = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
@@ -129,7 +133,7 @@ def check_space(out: Path, need: int) -> None:
 
 
 def leftovers(out: Path) -> list[str]:
-    """A line that lists what killed runs left beside OUT; empty if there is nothing."""
+    """Return a line that lists what killed runs left beside OUT; empty if there is nothing."""
     patterns = (f".{out.name}.tmp-*", f".{out.name}.*.tmp", f".{out.name}.old-*")
     found = sorted(p.name for pattern in patterns for p in out.parent.glob(pattern)) if out.parent.is_dir() else []
     last = " (.old is the last OUT, moved aside)" if any(".old-" in name for name in found) else ""

@@ -46,8 +46,8 @@ class Pair:
     swapped: bool = False
 
     def change(self) -> tuple[Tensor, float]:
-        """(ΔW [first axis, -1] in float32 (float64 stays), ‖W‖_F). Zeros for integer tensors. LorakitError for NaN or
-        infinity.
+        """Return (ΔW [first axis, -1] in float32 (float64 stays), ‖W‖_F). Zeros for integer tensors. Raises
+        LorakitError for NaN or infinity.
         """
         before, after = self.before, self.after
         if before.dtype not in MERGEABLE:
@@ -68,8 +68,9 @@ class Pair:
 
 
 def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
-    """The pairs of a diffusion model's two checkpoints; None if they are folders of a language model. LorakitError if
-    they are of different kinds, or of different models.
+    """Pair the tensors of a diffusion model's two checkpoints; None if they are folders of a language model.
+
+    Raises LorakitError if they are of different kinds, or of different models.
     """
     kinds = [_kind(path) for path in (base, tuned)]
     if kinds == ["folder", "folder"]:
@@ -82,7 +83,10 @@ def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
 
 
 def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
-    """The pairs of a language model's two checkpoint folders, and its layout. LorakitError as `common` raises it."""
+    """Pair the tensors of a language model's two checkpoint folders; return the pairs and the base's layout.
+
+    Raises LorakitError as `common` does.
+    """
     layout = layout_of(before)
     slots = {name: (before.tensors[name], after.tensors[name]) for name in common(before, after)} | _once_tied(
         before, after
@@ -96,8 +100,8 @@ def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
 
 
 def common(before: Base, after: Base) -> list[str]:
-    """The names of the tensors that both have. LorakitError if one lacks a tensor of the other, except for tied weights
-    (`_once_tied`), or if shapes differ.
+    """Return the names of the tensors that both have. Raises LorakitError if one lacks a tensor of the other, except
+    for tied weights (`_once_tied`), or if shapes differ.
     """
     known = _once_tied(before, after)
     lone = {
@@ -119,7 +123,7 @@ def common(before: Base, after: Base) -> list[str]:
 
 
 def _once_tied(before: Base, after: Base) -> dict[str, tuple[Slot, Slot]]:
-    """Weights that one checkpoint stores separately and the other tied to another weight: (before, after) by name."""
+    """Find weights that one checkpoint stores separately and the other tied to another: (before, after) by name."""
     lone = [n for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors]
     if not lone:
         return {}
@@ -154,7 +158,7 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
 
 
 def _model_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The diffusion model of these parameters, by names and widths: SD1 and SD2 share the UNet's names."""
+    """Return the diffusion model of these parameters, by names and widths: SD1 and SD2 share the UNet's names."""
     sizes = {
         n.rpartition(".")[0]: s for n, s in shapes.items() if n.startswith(("unet.", "transformer.")) and len(s) > 1
     }
@@ -195,7 +199,7 @@ def _slot(base: Base, rows: WeightRows) -> Slot:
 
 
 def _with_level(part: Part, tensor: str) -> str:
-    """CLIP's names with the level `text_model.`, which files of late versions of transformers lack."""
+    """Return CLIP's names with the level `text_model.`, which files of late versions of transformers lack."""
     is_clip = (part.base.architecture or "").startswith("CLIP")
     return f"text_model.{tensor}" if is_clip and not tensor.startswith(("text_model.", "text_projection.")) else tensor
 
@@ -213,7 +217,7 @@ def _kind(path: Path) -> str:
 
 
 def _check_alike(name: str, a: Slot, b: Slot) -> None:
-    """LorakitError unless the two are float tensors of the same shape, or have the same bytes."""
+    """Raise LorakitError unless the two are float tensors of the same shape, or have the same bytes."""
     if a.shape != b.shape:
         raise LorakitError(
             f"'{name}' has shape {list(a.shape)} in {a.path.parent} and {list(b.shape)} in {b.path.parent}\n"

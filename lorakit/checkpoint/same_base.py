@@ -18,8 +18,8 @@ from .parts import open_parts
 
 
 def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str]) -> list[str]:
-    """The differences between this base and the adapter's fingerprint, one line each; empty if there are none, or the
-    adapter has no fingerprint. `rename`: from the adapter's parameter names to the files'.
+    """List the differences between this base and the adapter's fingerprint, one line each; empty if there are none, or
+    the adapter has no fingerprint. `rename`: from the adapter's parameter names to the files'.
     """
     expected = adapter.metadata.get("fingerprint")
     if not expected or base.single_file:
@@ -39,8 +39,9 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
 
 
 def compare_with_base(path: Path, adapter: Adapter) -> list[str]:
-    """`compare_with_files` for a checkpoint folder, a pipeline or a single file. LorakitError if it lacks one of the
-    adapter's modules.
+    """Compare a checkpoint folder, a pipeline or a single file, as `compare_with_files` does.
+
+    Raises LorakitError if it lacks one of the adapter's modules.
     """
     lines = []
     for part in open_parts(path, list(adapter.updates)):

@@ -124,8 +124,8 @@ class WeightRows(NamedTuple):
 
 
 def model_of_file(shapes: Shapes) -> str:
-    """The model of `names.MODELS` that a file's tensors (name -> shape) belong to. LorakitError, with what the file
-    looks like, if it is none of them.
+    """Find the model of `names.MODELS` that a file's tensors (name -> shape) belong to. Raises LorakitError, with what
+    the file looks like, if it is none of them.
     """
     for prefix in DENOISER:
         for family, signs in _SIGNS.items():
@@ -140,9 +140,9 @@ def model_of_file(shapes: Shapes) -> str:
 
 
 def module_rows(model: str, shapes: Shapes) -> dict[str, WeightRows]:
-    """Module name ("unet.conv_in", "text_encoder_2.text_projection") -> its rows, for all modules in the file.
+    """Find the rows of all modules in the file, by name ("unet.conv_in", "text_encoder_2.text_projection").
 
-    LorakitError for a shared tensor whose rows cannot be divided among its modules.
+    Raises LorakitError for a shared tensor whose rows cannot be divided among its modules.
     """
     found: dict[str, WeightRows] = {}
     for component in PIPELINES[model]:
@@ -152,8 +152,8 @@ def module_rows(model: str, shapes: Shapes) -> dict[str, WeightRows]:
 
 
 def bias_rows(model: str, module: str, shapes: Shapes) -> WeightRows | None:
-    """The rows of a module's bias: those of its weight, in another tensor. None if the file lacks the module or its
-    bias. LorakitError if the bias does not fit the weight.
+    """Return the rows of a module's bias: those of its weight, in another tensor. None if the file lacks the module or
+    its bias. Raises LorakitError if the bias does not fit the weight.
     """
     component, _, name = module.partition(".")
     rows = (
@@ -174,7 +174,7 @@ def bias_rows(model: str, module: str, shapes: Shapes) -> WeightRows | None:
 def _rows_by_name(
     model: str, component: str, shapes: Shapes, only: str | None = None
 ) -> Iterator[tuple[str, WeightRows]]:
-    """(name within the component, rows) of all modules, or of `only` one. The first pair of a name counts."""
+    """Yield (name within the component, rows) of all modules, or of `only` one. The first pair of a name counts."""
     listed = module_list(PIPELINES[model][component].listed)
     if component not in TEXT_ENCODERS[model]:
         yield from _denoiser_rows(listed, shapes, only)
@@ -216,7 +216,9 @@ def _denoiser_rows(listed: Mapping[str, Mapping], shapes: Shapes, only: str | No
 
 
 def _in_transformers(prefix: str, name: str, shapes: Shapes) -> WeightRows | None:
-    """With or without the level `text_model.`, which early and late versions of transformers do not have."""
+    """Find the rows, with or without the level `text_model.`, which early and late versions of transformers do not
+    have.
+    """
     for tensor in (f"{prefix}{name}.weight", f"{prefix}{name.removeprefix('text_model.')}.weight"):
         if tensor in shapes:
             return WeightRows(tensor, 0, _rows(tensor, shapes))
@@ -257,8 +259,8 @@ def _rows(tensor: str, shapes: Shapes) -> int:
 
 
 def _unet_of(shapes: Shapes, prefix: str) -> str:
-    """ "sd1", "sd2" or "sdxl". SDXL has three levels and an embedding of sizes; SD1 and SD2 share their names, and
-    differ in the text encoder and widths. LorakitError for other UNets.
+    """Tell "sd1", "sd2" and "sdxl" apart. SDXL has three levels and an embedding of sizes; SD1 and SD2 share their
+    names, and differ in the text encoder and widths. Raises LorakitError for other UNets.
     """
     if any("time_stack." in name for name in shapes):
         raise LorakitError(

@@ -34,19 +34,21 @@ class Weights:
     stored: Mapping[str, Weight]
 
     def norm(self, module: str) -> float:
-        """‖W‖_F, block by block."""
+        """Return ‖W‖_F, block by block."""
         total = 0.0
         for _, block in self.stored[module].slot.rows():
             total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
         return total**0.5
 
     def transposed(self, module: str, update: Update) -> bool:
-        """Whether the weight is stored as [in, out]. AdapterError if the update does not fit it."""
+        """Whether the weight is stored as [in, out]. Raises AdapterError if the update does not fit it."""
         weight = self.stored[module]
         return update_for(module, update, weight.slot, weight.base.model_type, rows=weight.rows).transposed
 
     def read(self, module: str, update: Update) -> Tensor:
-        """W in float32 as [out, in·k], like the update's matrix. AdapterError if the update does not fit it."""
+        """Read W, in float32 as [out, in·k], like the update's matrix. Raises AdapterError if the update does not fit
+        it.
+        """
         transposed, weight = self.transposed(module, update), self.stored[module]
         W = torch.cat([block.float() for _, block in weight.slot.rows()])
         W = halves_swapped(W) if weight.rows.swapped else W
@@ -54,8 +56,8 @@ class Weights:
 
 
 def open_weights(path: Path, modules: Collection[str]) -> Weights:
-    """The weights of these modules in a transformers folder, a diffusers pipeline or a single file. TargetError if the
-    base lacks one.
+    """Find the weights of these modules in a transformers folder, a diffusers pipeline or a single file. Raises
+    TargetError if the base lacks one.
     """
     stored: dict[str, Weight] = {}
     for part in open_parts(path, modules):

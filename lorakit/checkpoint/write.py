@@ -32,7 +32,7 @@ class WrittenTensor:
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """The order in a file: wide dtypes first, so that each tensor starts at a multiple of its element size."""
+    """Sort tensors as a file holds them: wide dtypes first, so that each starts at a multiple of its element size."""
 
     def width(entry: Entry) -> int:
         dtype = DTYPES.get(entry.dtype)
@@ -46,7 +46,7 @@ def write_file(
 ) -> dict[str, WrittenTensor]:
     """Write one safetensors file; `done(name)` is called after each tensor. Returns the updated tensors.
 
-    LorakitError if a value is too large for the dtype.
+    Raises LorakitError if a value is too large for the dtype.
     """
     written: dict[str, WrittenTensor] = {}
     with StreamWriter(path, {e.name: (e.dtype, e.shape, e.nbytes) for e in entries}, metadata) as out:
@@ -76,8 +76,8 @@ def write_file(
 
 
 def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
-    """The merged tensor in blocks of rows [n, -1], not rounded: W + ΔW in float32 (float64 stays); unchanged tensors
-    and replaced ones in their own dtype.
+    """Yield the merged tensor in blocks of rows [n, -1], not rounded: W + ΔW in float32 (float64 stays); unchanged
+    tensors and replaced ones in their own dtype.
     """
     if entry.value is not None:
         value = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
@@ -91,7 +91,7 @@ def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _changes(slot: Slot, row_updates: RowUpdates | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Blocks of rows: (rows, W[rows], ΔW[rows] or None)."""
+    """Yield blocks of rows: (rows, W[rows], ΔW[rows] or None)."""
     made = [update.on(slot) for update in row_updates.updates] if row_updates is not None else []
     for rows, block in slot.rows():
         changes = [change(rows, block) for change in made]
@@ -115,7 +115,7 @@ def read_back(
 ) -> list[TargetReport]:
     """Compare a written file with the base. Returns what each update changed.
 
-    LorakitError if anything else differs, or an updated tensor's checksum does.
+    Raises LorakitError if anything else differs, or an updated tensor's checksum does.
     """
     slots, _ = read_header(path)
     if list(slots) != [e.name for e in entries]:
@@ -143,7 +143,7 @@ def read_back(
 
 
 def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> list[TargetReport]:
-    """|written - base| for each update of a tensor, with the base rounded to the written dtype."""
+    """Measure |written - base| for each update of a tensor, with the base rounded to the written dtype."""
     reports, crc, start = [], 0, 0
     largest = iter(updated.largest)
     for source, row_updates in entry.pieces():
@@ -175,7 +175,7 @@ def _as_is(entry: Entry) -> bool:
 
 
 def _largest(block: Tensor) -> float:
-    """max |x| in one pass without a copy; not finite if any element is not."""
+    """Return max |x| in one pass without a copy; not finite if any element is not."""
     if not block.numel():
         return 0.0
     low, high = torch.aminmax(block)

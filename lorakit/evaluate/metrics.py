@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorakit.errors import DataError
+from ..errors import DataError
 
 _NOT_A_WORD = re.compile(r"[^a-z0-9]+")
 

@@ -49,7 +49,7 @@ def refuse_placeholder(path: Path) -> None:
 def _is_safetensors(path: Path) -> bool:
     """Decide by the first 9 bytes: a length and "{", or the start of a pickle. If neither, the suffix decides.
 
-    AdapterError for what only stands in a file's place.
+    Raises AdapterError for what only stands in a file's place.
     """
     refuse_placeholder(path)
     try:

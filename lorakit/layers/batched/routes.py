@@ -244,15 +244,15 @@ class Routing:
         if isinstance(plan, Pattern):
             add_sampled(y, x, stack.A, stack.Bt, plan)
         else:
-            stacked.add_stacked(y, x, stack.pieces(plan, order), plan)
+            stacked.add_stacked(y, x, stack.chunk_factors(plan, order), plan)
 
     def _plan(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
         """Plan how to compute the updates. Returns the order in which adapters must be adjacent, None if it does not
         matter.
         """
         layout = stack.layout
-        children = [c for c in self.children if c in layout.places]
-        rows, spans = self._rows({c: (k, 1.0) for k, c in enumerate(children)}), [layout.places[c] for c in children]
+        children = [c for c in self.children if c in layout.spans]
+        rows, spans = self._rows({c: (k, 1.0) for k, c in enumerate(children)}), [layout.spans[c] for c in children]
         if in_place(rows, tokens):
             return runs(rows, spans, tokens), None
         if sampled.pays(rows, tokens, y):
