@@ -97,7 +97,7 @@ class Dora(Update):
 
     def times(self, weight: float, module: str) -> Dora:
         raise AdapterError(
-            f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead"
+            f"'{module}' is a DoRA, whose change cannot be multiplied by a weight\n  activate it with a weight instead"
         )
 
     # ΔW by itself

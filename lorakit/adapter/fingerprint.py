@@ -1,4 +1,4 @@
-"""A base model's fingerprint: enough to tell that an adapter meets the base it was trained on.
+"""A base model's fingerprint, by which an adapter recognizes the base it was trained on.
 
 It holds the architecture's name, a hash of all parameters' shapes, and sixteen elements of each of four matrices. These
 samples may differ by about one percent, so that the same base in another precision is still the same base.

@@ -1,4 +1,4 @@
-"""Open a checkpoint: its config, and where each tensor lies in its safetensors files. No weights are read.
+"""Open a checkpoint: its config, and the position of each tensor in its safetensors files. No weights are read.
 
 transformers' folder       config.json, model.safetensors or model.safetensors.index.json and its shards
 a diffusers component      the same, called diffusion_pytorch_model; either may have a variant in its name
@@ -69,7 +69,7 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. Raises LorakitError if it is no checkpoint, is quantized, or stored as
+    """Read a folder's config and headers. Raises LorakitError if it is not a checkpoint, is quantized, or stored as
     pickles.
     """
     if not folder.exists():
@@ -86,7 +86,7 @@ def open_base(folder: Path) -> Base:
             if (folder / "adapter_config.json").exists()
             else ""
         )
-        raise LorakitError(f"{folder} is no checkpoint folder: {CONFIG} is missing{hint}")
+        raise LorakitError(f"{folder} is not a checkpoint folder: {CONFIG} is missing{hint}")
     config = read_json(folder / CONFIG)
     _refuse_quantized(folder, config)
     # the latter: diffusers' own config
@@ -112,7 +112,7 @@ def open_single_file(path: Path) -> Base:
             )
     if path.suffix != ".safetensors":
         raise LorakitError(
-            f"{path} is no safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors "
+            f"{path} is not a safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors "
             "file"
         )
     slots, metadata = read_header(path)
@@ -206,7 +206,7 @@ def _no_safetensors(folder: Path) -> LorakitError:
             '  python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained({json.dumps(str(folder))[1:-1]!r}, dtype='auto')"
             ".save_pretrained('converted')\"\n"
-            "  and copy its tokenizer files beside it"
+            "  and copy its tokenizer files there too"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.gguf"))
     found = f"; it holds {listing(others, 3)}" if others else ""

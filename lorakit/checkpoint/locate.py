@@ -90,7 +90,7 @@ def _in_single_file(base: Base, modules: Collection[str]) -> Locations:
         components = sorted({m.partition(".")[0] for m in known})
         unknown = [m for m in missing if m not in names.shapes(base.single_file)]
         why = (
-            f"{missing[0]!r} is no module of {base.single_file}{did_you_mean(missing[0], known)}"
+            f"{missing[0]!r} is not a module of {base.single_file}{did_you_mean(missing[0], known)}"
             if unknown
             else f"it holds {listing(components)} of {base.single_file}"
         )

@@ -33,7 +33,7 @@ SLACK = 1 << 20  # for headers and what the file system adds
 
 
 def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> None:
-    """Raise LorakitError if OUT exists (unless `force`), is no sensible path for this base, or would overwrite an
+    """Raise LorakitError if OUT exists (unless `force`), is not a sensible path for this base, or would overwrite an
     input.
     """
     for what, path in (("base", base), *(("adapter", a) for a in adapters)):

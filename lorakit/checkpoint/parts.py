@@ -50,7 +50,7 @@ class Part:
 def open_parts(path: Path, names: Collection[str], everything: bool = False) -> list[Part]:
     """Open the parts that have these modules or weights; with `everything` all that have weights.
 
-    Raises LorakitError if the path is no checkpoint, TargetError for a name outside all components.
+    Raises LorakitError if the path is not a checkpoint, TargetError for a name outside all components.
     """
     if path.is_file():
         return [Part("", open_single_file(path))]

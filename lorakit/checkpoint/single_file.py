@@ -1,4 +1,4 @@
-"""Where each module's weight lies in a diffusion model's single file, which has the original code's names ("ldm").
+"""Find each module's weight in a diffusion model's single file, which has the original code's names ("ldm").
 
     denoiser           model.diffusion_model.    the "ldm" names of names/*.json; or the bare denoiser, without the
                                                  prefix

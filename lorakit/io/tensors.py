@@ -40,7 +40,7 @@ def keys_of(path: Path) -> list[str]:
 
 
 def refuse_placeholder(path: Path) -> None:
-    """Raise AdapterError if a git-lfs pointer or a web page lies in the file's place."""
+    """Raise AdapterError if a git-lfs pointer or a web page is there instead of the file."""
     problem = not_the_file(path)
     if problem is not None:
         raise AdapterError(problem)

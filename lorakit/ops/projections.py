@@ -58,6 +58,7 @@ def project(x: Tensor, projection: Projection, mask: Mask | None = None) -> Tens
 
 
 def flat(projections: Sequence[Projection]) -> Tensors:
+    """List the projections' tensors, as autograd functions take them."""
     return tuple(t for p in projections for t in p[:4])
 
 

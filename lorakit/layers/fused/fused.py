@@ -27,7 +27,8 @@ from .gated_mlp import FusedGatedMlp
 from .probe import Configs, outlives_its_module, settings
 from .rms_norm import FusedRmsNorm
 
-Match = Callable[[nn.Module], Any]  # module -> how it can be fused, or a string why it cannot, or None if it is no such
+# module -> how it can be fused, the reason why it cannot (a string), or None if it does not resemble this kind
+Match = Callable[[nn.Module], Any]
 Kind = type[FusedRmsNorm] | type[FusedGatedMlp]
 KINDS: dict[Kind, tuple[str, Match]] = {
     FusedRmsNorm: ("RMSNorm", rms_norm.match),
@@ -35,11 +36,11 @@ KINDS: dict[Kind, tuple[str, Match]] = {
 }
 ATTENTION, LINEAR = "attention's backward", "linear with its update"
 _OWN_FORWARD = "the instance has its own forward, or an adapter trains it in full"
-_OWN = ("lora_norm_variant", "lora_roles", "lora_act")
+_ATTRIBUTES = ("lora_norm_variant", "lora_roles", "lora_act")
 
 # The results of probes, by `_probe_key`. A probe takes about 10 ms, and equal modules need only one.
 _probed: dict[tuple, dict[Kind, Any]] = {}
-MOST_PROBED = 1000  # the entries reference classes, and some programs create classes without end
+MAX_PROBED = 1000  # the entries reference classes, and some programs create classes without end
 
 
 class _ProbeResults(NamedTuple):
@@ -84,7 +85,7 @@ def release(model: nn.Module) -> None:
     for _, module in base_modules(model):
         if type(module).__bases__[0] in KINDS:
             module.__class__ = mixin_and_base(type(module))[1]
-            for name in _OWN:
+            for name in _ATTRIBUTES:
                 module.__dict__.pop(name, None)
             rebind_hooked_forward(module)
 
@@ -120,7 +121,7 @@ def _match(module: nn.Module, results: _ProbeResults) -> dict[Kind, Any]:
     matches = results.matches.get(key, _probed.get(key))
     if matches is None:
         matches = {kind: fit for kind, (_, match) in KINDS.items() if (fit := match(module)) is not None}
-        if outlives_its_module(key) and len(_probed) < MOST_PROBED:
+        if outlives_its_module(key) and len(_probed) < MAX_PROBED:
             _probed[key] = matches
     results.matches[key] = matches
     return matches
