@@ -112,8 +112,8 @@ def open_single_file(path: Path) -> Base:
             )
     if path.suffix != ".safetensors":
         raise LorakitError(
-            f"{path} is not a safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors "
-            "file"
+            f"{path} is not a safetensors file; expected a checkpoint folder, or a diffusion model's single "
+            ".safetensors file"
         )
     slots, metadata = read_header(path)
     try:

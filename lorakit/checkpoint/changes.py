@@ -100,7 +100,8 @@ class Changes:
         if value.shape != expected:
             raise AdapterError(
                 f"saved weight '{own}' has shape {list(value.shape)}; the base's has {list(expected)}\n"
-                "  was its vocabulary resized? resize the base in the same way (model.resize_token_embeddings) and save it first"
+                "  was its vocabulary resized? resize the base in the same way (model.resize_token_embeddings), and "
+                "save it first"
             )
         return at
 

@@ -221,7 +221,8 @@ def _check_alike(name: str, a: Slot, b: Slot) -> None:
     if a.shape != b.shape:
         raise LorakitError(
             f"'{name}' has shape {list(a.shape)} in {a.path.parent} and {list(b.shape)} in {b.path.parent}\n"
-            "  was a vocabulary resized? resize the base in the same way (model.resize_token_embeddings) and save it first"
+            "  was a vocabulary resized? resize the base in the same way (model.resize_token_embeddings), and save "
+            "it first"
         )
     if (a.dtype not in MERGEABLE or b.dtype not in MERGEABLE) and (a.dtype != b.dtype or not _same(a, b)):
         raise LorakitError(

@@ -71,7 +71,9 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         or (f.transposed and start == "olora")
     ]
     if unsupported:
-        raise AdapterError(f"{path}: '{unsupported[0]}' is not a plain linear, the only module that {start!r} is defined for")
+        raise AdapterError(
+            f"{path}: '{unsupported[0]}' is not a plain linear, the only module that {start!r} is defined for"
+        )
     weights = open_weights(base, adapter.factors)
     made, grown = {}, 0
     for module, f in adapter.factors.items():
