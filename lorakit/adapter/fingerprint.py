@@ -36,9 +36,11 @@ class Quantized:
     is_meta: bool = False
 
     def numel(self) -> int:
+        """Return the number of elements before quantization."""
         return math.prod(self.shape)
 
     def is_floating_point(self) -> bool:
+        """Return True: the weight was floating point before quantization."""
         return True
 
 

@@ -51,6 +51,7 @@ class Base:
 
     @property
     def model_type(self) -> str:
+        """transformers' name of the architecture's family ("llama"); "" if the config has none."""
         return str(self.config.get("model_type", ""))
 
     @cached_property

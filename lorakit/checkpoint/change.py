@@ -33,6 +33,7 @@ class Change:
 
     @property
     def rank(self) -> int:
+        """The rank of the update's factors."""
         return self.update.rank
 
     def on(self, slot: Slot) -> Rows:

@@ -36,6 +36,7 @@ class RowUpdates:
 
     @property
     def module(self) -> str:
+        """The module that all of them change."""
         return self.updates[0].module
 
     @property
@@ -66,6 +67,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """The tensor's size in OUT, in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.dtype in DTYPES else self.slot.nbytes
 
     @property
@@ -98,6 +100,7 @@ class Plan:
 
     @property
     def entries(self) -> list[Entry]:
+        """The tensors of all files."""
         return [entry for entries in self.files.values() for entry in entries]
 
 

@@ -53,6 +53,7 @@ class Judged:
 
     @property
     def label(self) -> str:
+        """The adapter's name, or "base"."""
         return BASE if self.adapter is None else self.adapter
 
 

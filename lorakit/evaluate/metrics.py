@@ -33,6 +33,7 @@ class Scores:
     rows: int
 
     def to_dict(self) -> dict[str, float | int]:
+        """Return plain data, for JSON."""
         return asdict(self)
 
 

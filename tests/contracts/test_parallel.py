@@ -102,7 +102,7 @@ WAYS = (one_process, pytest.param(two_processes, marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("run", WAYS)
-def test_the_loop_finds_what_it_is_promised(run: Callable[[], None]):
+def test_parallel_keeps_its_contract(run: Callable[[], None]):
     run()
 
 

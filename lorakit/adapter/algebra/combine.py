@@ -42,7 +42,7 @@ EXACT = ("linear", "cat", "svd")
 
 
 @dataclass(frozen=True)
-class _How:
+class _Options:
     """The options of `combined` that concern each module's ΔW."""
 
     method: Method
@@ -79,6 +79,7 @@ def combined(
 
     rank, keep: truncate each module to `rank` singular values, or to those that hold the share `keep` of the energy.
     density: the share of elements that ties, dare and magnitude_prune keep, in (0, 1].
+    majority: TIES elects signs by "total" magnitude or by "frequency". seed: of DARE's random masks.
     saved: saved weights and embeddings must be "equal", or their weighted "mean" is taken.
     force: combine adapters of different bases. on_module(name, done, total): called after each module.
 
@@ -86,7 +87,7 @@ def combined(
     AdapterError for different bases or shapes, for differing saved weights, and for a DoRA.
     """
     weights = _checked(adapters, weights, method, rank, keep, density)
-    how = _How(method, rank, keep, density or 1.0, majority, seed)
+    options = _Options(method, rank, keep, density or 1.0, majority, seed)
     if not force:
         check_same_base(adapters)
     saved_weights = combine_values("saved weight", [a.saved for a in adapters], weights, saved)
@@ -100,7 +101,7 @@ def combined(
             for i, (w, a) in enumerate(zip(weights, adapters, strict=True))
             if module in a.updates
         }
-        result[module], report = _combine_module(module, weighted, how)
+        result[module], report = _combine_module(module, weighted, options)
         reports.append(report)
         if on_module is not None:
             on_module(module, done, len(modules))
@@ -161,27 +162,41 @@ def _checked(
     return weights
 
 
-def _combine_module(module: str, by_adapter: Mapping[int, WeightedUpdate], how: _How) -> tuple[Update, ModuleResize]:
+def _combine_module(
+    module: str, by_adapter: Mapping[int, WeightedUpdate], options: _Options
+) -> tuple[Update, ModuleResize]:
     """Combine one module's updates. `by_adapter`: the adapter's index -> its weight and update."""
     weighted = list(by_adapter.values())
-    if how.method not in EXACT:
-        return _merged(module, weighted, lambda deltas: _merge(deltas, module, by_adapter, how), how.rank, how.keep)
+    if options.method not in EXACT:
+        return _merged(
+            module, weighted, lambda deltas: _merge(deltas, module, by_adapter, options), options.rank, options.keep
+        )
     total = exact_sum(module, weighted)
-    rank = _largest(weighted) if how.method == "svd" and how.rank is None and how.keep is None else how.rank
-    if not (rank or how.keep):
+    rank = (
+        _largest(weighted)
+        if options.method == "svd" and options.rank is None and options.keep is None
+        else options.rank
+    )
+    if not (rank or options.keep):
         return total, _unchanged(module, total)
-    return _truncated(module, total, weighted, rank, how.keep)
+    return _truncated(module, total, weighted, rank, options.keep)
 
 
-def _merge(deltas: list[Tensor], module: str, by_adapter: Mapping[int, WeightedUpdate], how: _How) -> Tensor:
+def _merge(deltas: list[Tensor], module: str, by_adapter: Mapping[int, WeightedUpdate], options: _Options) -> Tensor:
     """Merge ΔW by `ties`, `magnitude_prune`, `dare_linear` or `dare_ties`. `deltas`: one per adapter, of one shape."""
     weights = [weight for weight, _ in by_adapter.values()]
-    if how.method == "ties":
-        return ties(deltas, weights, how.density, how.majority)
-    if how.method == "magnitude_prune":
-        return magnitude_prune(deltas, weights, how.density)
-    sparse = [drop(delta, how.density, how.seed, module, i) for delta, i in zip(deltas, by_adapter, strict=True)]
-    return dare_linear(sparse, weights) if how.method == "dare_linear" else dare_ties(sparse, weights, how.majority)
+    if options.method == "ties":
+        return ties(deltas, weights, options.density, options.majority)
+    if options.method == "magnitude_prune":
+        return magnitude_prune(deltas, weights, options.density)
+    sparse = [
+        drop(delta, options.density, options.seed, module, i) for delta, i in zip(deltas, by_adapter, strict=True)
+    ]
+    return (
+        dare_linear(sparse, weights)
+        if options.method == "dare_linear"
+        else dare_ties(sparse, weights, options.majority)
+    )
 
 
 def _merged(

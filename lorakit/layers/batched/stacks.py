@@ -206,7 +206,12 @@ class Stacks:
         modules: Mapping[str, LiveUpdate] = layer._modules
         stale = list(children) if stack is None else stack.stale(children)
         ranks = {c: modules[c].width for c in stale}
-        layout = self._with_room(layer, stack.layout, ranks, children, y, layers) if stack is not None else None
+        layout = None
+        if stack is not None:
+            key = (stack.layout, tuple(ranks.items()), tuple(children))
+            if key not in self._moves:
+                self._moves[key] = self._with_room(layer, stack.layout, ranks, children, y, layers)
+            layout = self._moves[key]
         if stack is None or layout is None:
             self.of.pop(layer, None)  # free the old one before allocating the new one
             stale, ranks = list(children), {c: modules[c].width for c in children}
@@ -257,20 +262,6 @@ class Stacks:
 
         Other adapters may be evicted for it, but none of `children`.
         """
-        key = (layout, tuple(ranks.items()), tuple(children))
-        if key not in self._moves:
-            self._moves[key] = self._planned(layer, layout, ranks, children, y, layers)
-        return self._moves[key]
-
-    def _planned(
-        self,
-        layer: LoraLayer,
-        layout: Layout,
-        ranks: Mapping[str, int],
-        children: Sequence[str],
-        y: Tensor,
-        layers: Iterable[LoraLayer],
-    ) -> Layout | None:
         modules = layer._modules
         same = {
             c: (start, stop) for c, (start, stop) in layout.spans.items() if ranks.get(c, stop - start) == stop - start
