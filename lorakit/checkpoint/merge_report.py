@@ -63,6 +63,10 @@ class MergeReport:
         return max((t.applied for t in self.targets), default=0.0)
 
     def headline(self) -> str:
+        """Return the result in one sentence, with the time it took."""
+        return f"{self.outcome()} in {self.seconds:.1f} s"
+
+    def outcome(self) -> str:
         """Return the result in one sentence."""
         parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
         parts += [
@@ -71,7 +75,7 @@ class MergeReport:
             if names
         ]
         same = f"{self.untouched} other tensors {f'rounded to {self.dtype}' if self.converted else 'byte-identical'}"
-        return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"])
+        return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import LorakitError, listing
-from ..io.atomic import sync_folder
 from .base import CONFIG
 from .parts import PIPELINE, Part
 
@@ -126,18 +124,10 @@ def check_space(out: Path, need: int) -> None:
     there = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
-        hint = "".join(f"\n  {line}" for line in leftovers(out))
         raise LorakitError(
-            f"{there} has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB{hint}"
+            f"the disk has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB\n"
+            "  free some space, or give an OUT on another disk"
         )
-
-
-def leftovers(out: Path) -> list[str]:
-    """Return a line that lists what killed runs left beside OUT; empty if there is nothing."""
-    patterns = (f".{out.name}.tmp-*", f".{out.name}.*.tmp", f".{out.name}.old-*")
-    found = sorted(p.name for pattern in patterns for p in out.parent.glob(pattern)) if out.parent.is_dir() else []
-    last = " (.old is the last OUT, moved aside)" if any(".old-" in name for name in found) else ""
-    return [f"left over from killed runs, safe to delete: {listing(found)}{last}"] if found else []
 
 
 def copy(path: Path, to: Path) -> None:
@@ -146,26 +136,6 @@ def copy(path: Path, to: Path) -> None:
     shutil.copyfile(path, to)
     with open(to, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def put_in_place(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`. An existing folder is moved aside first and deleted last, because no system call
-    replaces a folder that is not empty.
-    """
-    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())] if temporary.is_dir() else []:
-        sync_folder(folder)
-    old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}") if out.is_dir() else None
-    if old is not None:
-        os.rename(out, old)
-    try:
-        os.replace(temporary, out)
-    except BaseException:
-        if old is not None:
-            os.rename(old, out)
-        raise
-    sync_folder(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _is_weights(path: Path) -> bool:

@@ -3,7 +3,7 @@
     header, key-value pairs (hyper-parameters, tokenizer), names and offsets of all tensors | each tensor's data, block
     by block
 
-The file is written under a temporary name, synced and renamed. Updates that a GGUF adapter cannot hold (DoRA, LoHa,
+The file is written beside OUT, synced and renamed (`io.staging`). Updates that a GGUF adapter cannot hold (DoRA, LoHa,
 LoKr, saved modules) become part of the merged weights.
 """
 
@@ -28,7 +28,8 @@ from ..data.templates import with_template
 from ..errors import ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
-from ..io.atomic import replacing, write_text
+from ..io.atomic import write_text
+from ..io.staging import staged
 from .gguf_model import GgufTensor, gguf_tensors
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary
@@ -109,16 +110,15 @@ def export_merged(
     name = opened.folder.resolve().name + (" with adapter" if adapter is not None else "")
     pairs, extra, warnings = _pairs(opened, config, dtype, name, adapter)
     tensors = gguf_tensors(plan.entries, config, dtype)
-    check_space(path.resolve(), sum(bytes_in(t.shape, t.kind) for t in tensors) + PAIRS_BYTES)
     verification = None
-    with replacing(path) as temporary:
+    with staged(path) as temporary:
+        check_space(temporary, sum(bytes_in(t.shape, t.kind) for t in tensors) + PAIRS_BYTES)
         _write(gguf, temporary, ARCHITECTURES[config.model_type].name, pairs, extra, tensors, on_tensor)
         if verify:
             verification = verified(temporary, tensors, extra, adapter, opened.folder, config, dtype)
-    files = [path]
-    if model_file is not None:
-        files.append(model_file)
-        write_text(model_file, modelfile(path, adapter=adapter))
+        if model_file is not None:
+            write_text(temporary.with_name(model_file.name), modelfile(path, adapter=adapter))
+    files = [path, *([model_file] if model_file is not None else [])]
     other = [t.name for t in tensors if len(t.shape) == 2 and t.kind not in (dtype, F32)]
     return Merged(
         receiver, dtype, files, len(tensors) + len(extra), path.stat().st_size, other, notes + warnings, verification

@@ -80,6 +80,7 @@ def save(
     AdapterError listing everything that the format cannot hold (see `losses`); nothing is written then.
     """
     from ..adapter.algebra.edit import cast
+    from ..io.staging import staged
 
     path, blocks = Path(path).expanduser(), "q8_0" if dtype == "q8_0" else None
     if blocks is not None and format != "gguf":
@@ -87,9 +88,17 @@ def save(
     if isinstance(dtype, str) and blocks is None:
         raise AdapterError(f"dtype is '{dtype}'; expected a torch dtype, or 'q8_0' for gguf")
     adapter = adapter if dtype is None or isinstance(dtype, str) else cast(adapter, dtype)
-    return (
-        _module(format).write(adapter, path, base, blocks) if format == "gguf" else _module(format).write(adapter, path)
-    )
+    module = _module(format)
+    with staged(path, stale(format, path)) as target:
+        written = module.write(adapter, target, base, blocks) if format == "gguf" else module.write(adapter, target)
+    return path / written.relative_to(target)
+
+
+def stale(format: str, path: Path) -> list[str]:
+    """The names of an older adapter's files, in the folder or beside the file `path`, that `save` deletes unless it
+    writes them.
+    """
+    return _module(format).stale(path) if format in ("peft", "cloneofsimo") else []
 
 
 def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:

@@ -82,6 +82,8 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     ours.setdefault("alpha", 8)
     if isinstance(ours.get("layers"), int):
         ours["layers"] = [ours["layers"]]
+    if isinstance(ours.get("layers_pattern"), str):
+        ours["layers_pattern"] = [ours["layers_pattern"]] if ours["layers_pattern"] else []
     if isinstance(ours.get("save_modules"), str):
         ours["save_modules"] = [ours["save_modules"]]
     if values.get("init_lora_weights") == "gaussian":

@@ -16,15 +16,29 @@ from .layer import LoraLayer
 def merge_module(layer: LoraLayer, name: str) -> None:
     """Add Σ weight · ΔW to the module's weight in place. `name`: the module's, for errors.
 
-    Raises StateError for a weight or an update that cannot be merged (quantized, offloaded, ...).
+    Raises StateError for a weight or an update that cannot be merged (quantized, offloaded, ...), and for an update
+    that is not finite.
     """
     weight = base_of(layer).writable(layer, name)
     for update, _ in layer.lora_in_use():
-        why = update.value(layer).unmergeable()
+        value = update.value(layer)
+        why = value.unmergeable()
         if why is not None:
             raise StateError(f"'{name}' {why}")
+        for key, tensor in value.tensors().items():
+            check_finite(tensor, f"{key} of '{name}'")
     with torch.no_grad():
-        layer.lora_merged = add_(weight, _rows(layer, weight))
+        layer.lora_merged = add_(weight, _rows(layer, weight), f"'{name}'")
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise StateError for a tensor with NaN or infinity in it, which merging would spread over the weight."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise StateError(
+            f"{where} has {bad} NaN or infinite element{'s' if bad > 1 else ''}, so it cannot be merged\n"
+            "  training diverged: take an earlier checkpoint, or a lower learning rate"
+        )
 
 
 def unmerge_module(layer: LoraLayer, name: str) -> None:

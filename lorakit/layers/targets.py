@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -20,7 +21,9 @@ from .weight_reads import reads_of
 
 @dataclass
 class Targets:
-    """`modules`: full name -> module, in the model's order; `skipped`: full name -> why it is not adapted."""
+    """`modules`: full name -> module, in the model's order; `skipped`: full name -> why it is not adapted, and targets
+    that match no module (with `strict_targets=False`).
+    """
 
     modules: dict[str, nn.Module]
     skipped: dict[str, str] = field(default_factory=dict)
@@ -31,9 +34,37 @@ def module_names(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in base_modules(model, every_name=True) if name}
 
 
-def layer_number(name: str) -> int | None:
-    """Return the first number among a name's parts: 3 for `model.layers.3.self_attn.q_proj`; None if there is none."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+def layer_number(name: str, patterns: Sequence[str] = ()) -> int | None:
+    """The number that PEFT takes for a module's layer: 3 for `model.layers.3.self_attn.q_proj`.
+
+    Without `patterns` the first that follows two names or more, and is followed by one (the 1 of `0.layers.1.q_proj`);
+    with them the one after the first of these names that is found.
+    """
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", name)
+    else:
+        matched = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", name) for pattern in patterns)
+        found = next((match for match in matched if match is not None), None)
+    return int(found["number"]) if found is not None else None
+
+
+def _in_layers(chosen: dict[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
+    """The chosen modules that are in `config.layers`. Raises TargetError for a layer without any."""
+    assert config.layers is not None
+    numbers = {name: layer_number(name, config.layers_pattern) for name in chosen}
+    if not config.layers_pattern and not any(number is not None for number in numbers.values()):
+        # A stack that is itself the model, or its only child (`layers.0.q_proj`), has no two names in front. PEFT finds
+        # no layer there at all.
+        numbers = {name: next((int(p) for p in name.split(".") if p.isdigit()), None) for name in chosen}
+    present = {number for number in numbers.values() if number is not None}
+    missing = [number for number in config.layers if number not in present]
+    if missing:
+        hint = f" after {listing(config.layers_pattern, 3)}" if config.layers_pattern else ""
+        raise TargetError(
+            f"no target is in layer {missing[0]} (LoraConfig.layers)\n"
+            f"  the targets are in layers {sorted(present) or 'without numbers'}{hint}"
+        )
+    return {name: module for name, module in chosen.items() if numbers[name] in config.layers}
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
@@ -63,7 +94,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
             )
     else:
         chosen = {name: module for name, module in names.items() if matches(name, config.targets)}
-        _check_each_matches(list(names), config.targets, "targets")
+        if config.strict_targets or not chosen:
+            _check_each_matches(list(names), config.targets, "targets")
+        elif isinstance(config.targets, list):
+            missed = [t for t in config.targets if not any(ends_with(name, t) for name in names)]
+            skipped |= dict.fromkeys(missed, "no module matches this target")
     # A module that is trained in full needs no update (as in PEFT).
     skipped |= {name: "in save_modules" for name in chosen if _within(name, config.save_modules)}
     chosen = {name: module for name, module in chosen.items() if name not in skipped}
@@ -71,15 +106,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         _check_each_matches(list(names), config.exclude, "exclude")
         chosen = {name: module for name, module in chosen.items() if not matches(name, config.exclude)}
     if config.layers is not None:
-        present = {layer_number(name) for name in chosen}
-        missing = [n for n in config.layers if n not in present]
-        if missing:
-            numbers = sorted(n for n in present if n is not None)
-            raise TargetError(
-                f"no target is in layer {missing[0]} (LoraConfig.layers)\n"
-                f"  the targets are in layers {numbers or 'without numbers'}"
-            )
-        chosen = {name: module for name, module in chosen.items() if layer_number(name) in config.layers}
+        chosen = _in_layers(chosen, config)
     if not chosen:
         raise TargetError(
             "nothing is left to adapt: LoraConfig.exclude, layers and save_modules exclude every target\n"

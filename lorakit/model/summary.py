@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..layers import saved
 from ..layers.bases import base_of, parameter_count
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
 from ..layers.unreached import Unreached, unreached
 from ..layers.updates.update import LiveUpdate
-from .state import layer_at, names_of, state_of
+from .state import layer_at, names_of, saved_parameters, state_of
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,7 @@ def summary(model: nn.Module) -> Summary:
             child: LiveUpdate = layer._modules[child_name(name)]
             shape = _shape(base_of(layer).shape(layer))
             rows.append(Row(name, m, shape, child.rank, sum(p.numel() for p in child.parameters())))
-        for full in attached.saved:
-            module, _, last = full.rpartition(".")
-            holder = saved.saved_of(model.get_submodule(module))
-            assert holder is not None
-            parameter = holder.get(name)[last]
+        for full, parameter in saved_parameters(model, state, name):
             rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved_names = {full for attached in state.adapters.values() for full in attached.saved}

@@ -51,8 +51,12 @@ class Undo:
         return sum(b.codes.nbytes + b.patterns.nbytes for b in self.blocks)
 
 
-def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor]) -> Undo:
-    """Add ΔW to the weight in place, rounded once. `delta_rows(rows)`: ΔW's rows, [rows, -1]. Returns the undo data."""
+def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor], where: str | None = None) -> Undo:
+    """weight += ΔW in place, rounded once; `delta_rows(rows)` gives ΔW's rows as [rows, -1]. Returns what undoes it.
+
+    `where`, the weight's name: raise StateError, with the weight as it was, where a finite one would become infinite or
+    NaN.
+    """
     weight = weight.detach()
     undo = Undo(0)
     for rows in row_blocks(weight.shape):
@@ -60,6 +64,14 @@ def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor]) -> Undo:
         original = weight[rows].reshape(change.shape)
         undo.checksum += _checksum(original)
         merged = (original.to(change.dtype) + change).to(weight.dtype)
+        if where is not None and not torch.isfinite(merged).all() and torch.isfinite(original).all():
+            undo.checksum -= _checksum(original)
+            subtract_(weight, delta_rows, undo, where)  # the blocks before
+            raise StateError(
+                f"merging would make {where} infinite or NaN: ΔW reaches {float(change.abs().max()):.3g}, and "
+                f"{str(weight.dtype).removeprefix('torch.')} ends at {torch.finfo(weight.dtype).max:.3g}\n"
+                "  look at the adapter's norms (lorakit inspect), or merge into a base of another precision"
+            )
         back = (merged.to(change.dtype) - change).to(weight.dtype)
         undo.blocks.append(_encode(rows, original, back))
         weight[rows] = merged.view(weight[rows].shape)

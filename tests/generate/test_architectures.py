@@ -36,7 +36,7 @@ def test_streamed_and_generated_text_takes_the_most_likely_token_each_step(archi
 class Counting(nn.Module):
     """A model whose next token is the number of tokens it has seen, if it is given all of them."""
 
-    def __init__(self, cache: bool = False):
+    def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(is_encoder_decoder=False, get_text_config=lambda: SimpleNamespace())
         self.device = torch.device("cpu")
