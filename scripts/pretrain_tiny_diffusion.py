@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_diffusion.autoencoder import autoencoder_part
+from tiny_diffusion.card import card
 from tiny_diffusion.denoiser import denoiser_part
 from tiny_diffusion.evaluate import evaluate, table
 from tiny_diffusion.judge import judge_part
@@ -60,19 +61,18 @@ def train_parts(names: list[str], args: argparse.Namespace) -> None:
 
 
 def train_side_by_side(args: argparse.Namespace, argv: list[str]) -> None:
-    """The same command once for each row of SIDE_BY_SIDE, with --parts; fails if one of them does."""
+    """The same command once for each row of SIDE_BY_SIDE, with --parts. If one fails, the others are stopped too."""
     projection_of(args.checkpoint, args.fitted_on)
     command = [sys.executable, __file__, *argv, "--no-export", "--parts"]
     processes = [subprocess.Popen([*command, *names]) for names in SIDE_BY_SIDE]
     try:
-        codes = [process.wait() for process in processes]
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(1)
     finally:
         for process in processes:
             process.terminate()
     if any(codes):
-        raise SystemExit(
-            f"training failed: exit codes {codes} of {SIDE_BY_SIDE}; what was saved is in {args.checkpoint}"
-        )
+        raise SystemExit(f"training failed (exit codes {codes}); what was saved before is in {args.checkpoint}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -105,7 +105,10 @@ def main(argv: list[str]) -> None:
             return
         export(args.checkpoint, args.out)
         print(f"pipeline written to {args.out}", flush=True)
+    if not (args.out / "model_index.json").exists():
+        raise SystemExit(f"{args.out} holds no pipeline (no model_index.json)\n  make one: leave --evaluate out")
     measures = evaluate(args.out, args.samples, args.sampling_steps)
+    (args.out / "README.md").write_text(card(args.out), encoding="utf8")
     print("\n".join(table(measures)))
     print("autoencoder: " + ", ".join(f"{name} {value:.1f} dB" for name, value in measures["autoencoder, dB"].items()))
     print(f"weights: {measures['weights, MB']:.1f} MB")

@@ -10,4 +10,5 @@ autoencoder, denoiser, judge    what is trained, each with the loss of one step
 loop          the training loop: resumable, with a running average of the weights
 pipeline      a StableDiffusionPipeline folder from the checkpoints
 evaluate      judge's table and a grid of samples
+card          the model card
 """

@@ -16,7 +16,7 @@ from .tokenizer import make_tokenizer
 
 
 def export(run: Path, out: Path) -> None:
-    """Writes the pipeline, `judge/` and training.json (the steps that each part had)."""
+    """Writes the pipeline, `judge/` and training.json (the steps that each part had, and its size)."""
     tokenizer = make_tokenizer()
     denoiser, autoencoder, judge = new_denoiser(tokenizer), new_autoencoder(), new_judge()
     models = {"denoiser": denoiser, "autoencoder": autoencoder, "judge": judge}
@@ -42,7 +42,10 @@ def export(run: Path, out: Path) -> None:
     load_in_32_bits(out / "text_encoder" / "config.json")
     tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # vocab.json and merges.txt, for other programs
     save_judge(judge, out / "judge")
-    (out / "training.json").write_text(json.dumps({"steps": steps}, indent=2) + "\n", encoding="utf8")
+    parameters = sum(p.numel() for model in (denoiser, autoencoder) for p in model.parameters())
+    (out / "training.json").write_text(
+        json.dumps({"steps": steps, "parameters": parameters}, indent=2) + "\n", encoding="utf8"
+    )
 
 
 def load_in_32_bits(config: Path) -> None:

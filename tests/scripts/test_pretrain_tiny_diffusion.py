@@ -69,6 +69,9 @@ def test_judge_table_and_grids_are_written(made):
     for name in ("samples.png", "objects.png"):
         with Image.open(out / name) as grid:
             assert min(grid.size) > 400
+    text = (out / "README.md").read_text(encoding="utf8")
+    assert f"| seen pairs | {measures['seen pairs']['object']:.1%} |" in text
+    assert "autoencoder 2, judge 2" in text
     things, backgrounds = load_judge(out / "judge")(torch.zeros(1, 3, 32, 32))
     assert (things.shape[1], backgrounds.shape[1]) == (72, 16)
 
@@ -123,4 +126,20 @@ def test_export_names_what_is_not_trained_yet(tmp_path, made):
     (run / "judge.pt").write_bytes((made / "run" / "judge.pt").read_bytes())
     with pytest.raises(SystemExit, match="denoiser, autoencoder"):
         export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_pipeline_is_not_evaluated(tmp_path):
+    with pytest.raises(SystemExit, match=r"no model_index\.json"):
+        pretrain_tiny_diffusion.main(["--evaluate", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_parts_train_side_by_side_in_processes_of_their_own(tmp_path):
+    parts = [f"--{name}-steps=1" for name in pretrain_tiny_diffusion.STEPS]
+    where = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    pretrain_tiny_diffusion.main([*where, *parts, "--fitted-on=64", "--no-export"])
+    for name in pretrain_tiny_diffusion.STEPS:
+        assert torch.load(checkpoint_file(tmp_path / "run", name), weights_only=True)["step"] == 1
     assert not (tmp_path / "out").exists()
