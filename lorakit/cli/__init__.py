@@ -19,11 +19,19 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> int:
-    """Run `lorakit ARGS` and return the exit code: 0 success, 1 the job failed, 2 a usage error (ConfigError)."""
-    from ..errors import ConfigError, LorakitError
+    """Run `lorakit ARGS` and return the exit code.
+
+    0: success; 1: the job failed; 2: a usage error (ConfigError); 130: Ctrl-C; 143: training stopped by SIGTERM.
+    """
+    from ..errors import ConfigError, LorakitError, StoppedError
+    from .shared.exit_codes import of_signal
 
     try:
-        from .app import app
+        from .app import app_for
+
+        app = app_for(args)
+    except KeyboardInterrupt:
+        return _interrupted()
     except ModuleNotFoundError as error:  # an incomplete installation gets a message instead of a traceback
         name = (error.name or "").partition(".")[0]
         if name in ("", "lorakit"):
@@ -36,13 +44,15 @@ def run(args: list[str]) -> int:
     try:
         app(args, prog_name="lorakit")  # typer prints usage errors itself, with the nearest option, and exits with 2
     except SystemExit as stop:
-        if stop.code == 130:  # typer's for Ctrl-C
-            print("lorakit: stopped", file=sys.stderr)
-            return 1
+        # typer exits so after Ctrl-C. A run that saved and said so exits with 130 itself.
+        if stop.code == 130 and isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
         print(f"lorakit: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return of_signal(error.signal) if isinstance(error, StoppedError) else 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -50,3 +60,9 @@ def run(args: list[str]) -> int:
         print(f"lorakit: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _interrupted() -> int:
+    """Say that Ctrl-C stopped the command. Returns the shells' exit code for it, 128 + SIGINT."""
+    print("lorakit: stopped by Ctrl-C", file=sys.stderr)
+    return 130

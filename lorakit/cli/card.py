@@ -40,19 +40,19 @@ def card(
         from ..errors import ConfigError
         from ..share import card_of, write
 
-    content = card_of(
-        source,
-        title=title,
-        description=description,
-        license=license,
-        base_model=base_model,
-        data=data,
-        repository=repository,
-        evaluation=evaluation,
-        evaluated_on=evaluated_on,
-        alpha=alpha,
-        base=base_folder(base),
-    )
+        content = card_of(
+            source,
+            title=title,
+            description=description,
+            license=license,
+            base_model=base_model,
+            data=data,
+            repository=repository,
+            evaluation=evaluation,
+            evaluated_on=evaluated_on,
+            alpha=alpha,
+            base=base_folder(base),
+        )
     if out is None and not Path(source).expanduser().exists():
         raise ConfigError(f"{source} is not a local path\n  give a file for its card: --out README.md")
     path = out.expanduser() if out is not None else content.path

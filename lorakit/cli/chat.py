@@ -37,7 +37,7 @@ def chat(
         from ..errors import LorakitError
         from ..generate.generate import stream
 
-    loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
+        loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)
     has_turns = style != "none"
     print(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")

@@ -43,15 +43,15 @@ def convert(
         from ..formats import format_of
         from ..formats.convert import convert as converted
 
-    out, folder, source_format = output_path(out, to, force), base_folder(base), format_of(source)
-    result = converted(
-        read(source, alpha, folder),
-        out,
-        to,
-        base=folder,
-        dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype),
-        allow_loss=allow_loss,
-    )
+        out, folder, source_format = output_path(out, to, force), base_folder(base), format_of(source)
+        result = converted(
+            read(source, alpha, folder),
+            out,
+            to,
+            base=folder,
+            dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype),
+            allow_loss=allow_loss,
+        )
     if json_output:
         print(json.dumps({"from": source_format, **result.to_dict()}))
         return

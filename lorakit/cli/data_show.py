@@ -53,21 +53,21 @@ def show(
         from ..data.show import show as print_rows
         from ..data.templates import ChatOptions, read_template, with_template
 
-    tokenizer = load_tokenizer(model)
-    if chat_template is not None:
-        tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
-    dataset = build(
-        read_rows(data, split),
-        tokenizer,
-        columns=renamed,
-        template=template,
-        train_on=train_on,
-        max_length="auto" if max_length is None else max_length,
-        on_long=on_long,
-        turns=turns,
-        options=ChatOptions(kwargs, date),
-        ends=end_tokens(model),
-    )
+        tokenizer = load_tokenizer(model)
+        if chat_template is not None:
+            tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
+        dataset = build(
+            read_rows(data, split),
+            tokenizer,
+            columns=renamed,
+            template=template,
+            train_on=train_on,
+            max_length="auto" if max_length is None else max_length,
+            on_long=on_long,
+            turns=turns,
+            options=ChatOptions(kwargs, date),
+            ends=end_tokens(model),
+        )
     if json_output:
         print(json.dumps(report(dataset)))
         return

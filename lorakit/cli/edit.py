@@ -45,19 +45,19 @@ def edit(
         from ..adapter.algebra import edit as edits
         from ..formats import format_of, save
 
-    started = time.monotonic()
-    format, folder = to or format_of(source), base_folder(base)
-    out = output_path(out, format, force)
-    adapter = before = read(source, alpha, folder)
-    if only:
-        adapter = edits.select(adapter, only)
-    if drop:
-        adapter = edits.prune(adapter, drop)
-    if rename:
-        adapter = edits.rename(adapter, _pairs(rename))
-    if scale is not None:
-        adapter = edits.scale(adapter, scale)
-    path = save(adapter, out, format, dtype=dtype_of(dtype), base=folder)
+        started = time.monotonic()
+        format, folder = to or format_of(source), base_folder(base)
+        out = output_path(out, format, force)
+        adapter = before = read(source, alpha, folder)
+        if only:
+            adapter = edits.select(adapter, only)
+        if drop:
+            adapter = edits.prune(adapter, drop)
+        if rename:
+            adapter = edits.rename(adapter, _pairs(rename))
+        if scale is not None:
+            adapter = edits.scale(adapter, scale)
+        path = save(adapter, out, format, dtype=dtype_of(dtype), base=folder)
     if json_output:
         print(
             json.dumps(

@@ -67,32 +67,32 @@ def evaluate(
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
     kwargs = template_kwargs(chat_template_kwargs)
-    with starting(f"reading the rows and the base {model}"):
+    with starting(f"loading {model} and the rows"):
         from ..bases.load import end_tokens
         from ..data.dataset import build
         from ..data.read import read_rows
         from ..evaluate.evaluate import evaluate as evaluate_items
         from ..generate.generate import positions_of
 
-    values = read(model, adapter or [])
-    name = _task_of(task, values)
+        values = read(model, adapter or [])
+        name = _task_of(task, values)
+        if name == DEFAULT:
+            loaded = attached(model, values, precision, chat_template, kwargs, date)
+            base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
+            longest = positions_of(base) or _NO_LIMIT
+            dataset = build(
+                read_rows(data, split, limit),
+                tokenizer,
+                columns=renamed,
+                template=template,
+                max_length=longest,
+                turns=turns,
+                options=loaded.options,
+                ends=end_tokens(model),
+            )
     if name != DEFAULT:
         _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
         return
-    loaded = attached(model, values, precision, chat_template, kwargs, date)
-    base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
-    longest = positions_of(base) or _NO_LIMIT
-    rows = read_rows(data, split, limit)
-    dataset = build(
-        rows,
-        tokenizer,
-        columns=renamed,
-        template=template,
-        max_length=longest,
-        turns=turns,
-        options=loaded.options,
-        ends=end_tokens(model),
-    )
     console = Console()
     with console.status("loading") as status:
         report = evaluate_items(

@@ -53,39 +53,42 @@ def export(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Check an adapter against what a program accepts, write it for that program, and verify its effect (--verify)."""
+    if merged and model is not None:
+        raise ConfigError(
+            "--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model"
+        )
+    if dtype is not None and not merged:
+        raise ConfigError(
+            "--dtype requires --merged, which writes a model\n"
+            "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
+        )
     with starting(f"reading {source}"):
         from ..export import RECEIVERS
         from ..export import export as exported
         from ..formats import find
 
-    folder = base_folder(base)
-    if merged:
-        if model is not None:
-            raise ConfigError(
-                "--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model"
+        folder = base_folder(base)
+        if not merged:
+            if receiver == "ollama" and out.suffix != ".gguf":
+                out = out / "adapter.gguf"
+            out = output_path(out, RECEIVERS[receiver].format, force)
+        adapter = read(source, alpha, folder, force_base)
+        if not merged:
+            result = exported(
+                adapter,
+                out,
+                receiver,
+                fix=fix,
+                verify=verify,
+                base=folder,
+                model=model,
+                force=force,
+                source=find(source),
             )
+    if merged:
         options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
-        _merged(read(source, alpha, folder, force_base), folder, out, receiver, json_output, **options)
+        _merged(adapter, folder, out, receiver, json_output, **options)
         return
-    if dtype is not None:
-        raise ConfigError(
-            "--dtype requires --merged, which writes a model\n"
-            "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
-        )
-    if receiver == "ollama" and out.suffix != ".gguf":
-        out = out / "adapter.gguf"
-    out = output_path(out, RECEIVERS[receiver].format, force)
-    result = exported(
-        read(source, alpha, folder, force_base),
-        out,
-        receiver,
-        fix=fix,
-        verify=verify,
-        base=folder,
-        model=model,
-        force=force,
-        source=find(source),
-    )
     if json_output:
         print(json.dumps(result.to_dict()))
         return

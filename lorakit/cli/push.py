@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,23 +37,28 @@ def push(
 
     The token is HF_TOKEN or that of `hf auth login`.
     """
-    with starting(f"reading {source}"):
+    with ExitStack() as until_announced:
+        until_announced.enter_context(starting(f"reading {source}"))
         from ..share.push import push as pushed
 
-    done = pushed(
-        source,
-        repository,
-        private=private,
-        revision=revision,
-        message=message,
-        card=with_card,
-        dry_run=dry_run,
-        base_model=base_model,
-        license=license,
-        alpha=alpha,
-        base=base_folder(base),
-        tell=None if json_output else lambda pushed: _announce(pushed, source),
-    )
+        def announce(what: Pushed) -> None:
+            until_announced.close()
+            _announce(what, source)
+
+        done = pushed(
+            source,
+            repository,
+            private=private,
+            revision=revision,
+            message=message,
+            card=with_card,
+            dry_run=dry_run,
+            base_model=base_model,
+            license=license,
+            alpha=alpha,
+            base=base_folder(base),
+            tell=None if json_output else announce,
+        )
     if json_output:
         print(json.dumps(done.to_dict() | {"dry_run": dry_run}))
         return

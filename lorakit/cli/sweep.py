@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import yaml
 from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
+from .shared.exit_codes import of_signal
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -45,17 +47,18 @@ def _sweep(
         _list(plan, json_output)
         return
 
-    with starting("reading the base and the data", quiet):
+    with ExitStack() as until_shown:
+        until_shown.enter_context(starting("loading the base and the data", quiet))
         from ..train.sweep.sweep import sweep as start
         from ..train.sweep.sweep_progress import SweepProgress
 
-    outcome = start(plan, SweepProgress(quiet=quiet or json_output))
+        outcome = start(plan, SweepProgress(quiet=quiet or json_output, before=until_shown.close))
     if json_output:
         print(json.dumps(outcome.to_dict()))
     else:
         _print_outcome(outcome, plan, quiet)
     if not outcome.winners:
-        raise typer.Exit(1)
+        raise typer.Exit(of_signal(outcome.stopped))
 
 
 def spread(name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import DEFAULT
 from ..train.config import TrainConfig
+from .shared.exit_codes import of_signal
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -38,15 +40,17 @@ def _train(
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
     settings = TrainConfig(**values)
 
-    with starting("reading the base and the data", quiet or os.environ.get("RANK", "0") != "0"):
+    with ExitStack() as until_shown:
+        what = f"loading {settings.model} and {settings.data}"
+        until_shown.enter_context(starting(what, quiet or os.environ.get("RANK", "0") != "0"))
         from ..train.progress import Progress
         from ..train.train import train as run
 
-    result = run(settings, Progress(quiet=quiet or json_output))
+        result = run(settings, Progress(quiet=quiet or json_output, before=until_shown.close))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
         print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings))
     if result.adapter is None:
-        raise typer.Exit(1)
+        raise typer.Exit(of_signal(result.stopped))
 
 
 def _outcome(result: Result, settings: TrainConfig) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...config import Choice
-from ...errors import TrainError
+from ...errors import StoppedError, TrainError
 from ...io.atomic import write_text
 from ..config import TrainConfig
 from ..interrupt import catching_signals
@@ -62,7 +62,7 @@ class Search:
 def find(config: TrainConfig, progress: Progress) -> Search:
     """Find the best of a few rates for this run, or return the rate found when it was first started.
 
-    Raises TrainError with several processes, if a signal stops the search, or if every rate fails.
+    Raises TrainError with several processes or if every rate fails, and StoppedError if a signal stops the search.
     """
     earlier = RunFolder(config.out).path / FILE
     if earlier.exists():
@@ -105,16 +105,17 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
         job.rate = Choice(float(f"{job.rate.value * factor:.2g}"), f"{factor:g} times {job.rate.reason}")
         job.steps = min(job.steps, STEPS, max(LEAST, job.steps // SHARE))
         job.held_out = job.held_out[:HELD_OUT]
-    display = SweepProgress(progress.console, progress.quiet, title="lorakit train --find-lr")
+    display = SweepProgress(progress.console, progress.quiet, title="lorakit train --find-lr", before=progress.before)
     runs = [Run(job, display.display_of(job.adapter)) for job in jobs]
     loop = Loop(runs, ended=display.ended)
     with contextlib.closing(loop), contextlib.closing(display), catching_signals() as interrupt:
         display.start(runs, "none: these runs are temporary")
         loop.go(interrupt)
     if interrupt.signal and not all(run.ended for run in runs):
-        raise TrainError(
+        raise StoppedError(
             f"stopped by {interrupt.signal} during the search for a learning rate; nothing was saved\n"
-            "  start the run again"
+            "  start the run again",
+            interrupt.signal,
         )
     return leaderboard.entries(Sweep({"out": str(folder)}, (), configs), runs)
 

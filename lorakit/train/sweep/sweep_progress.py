@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
+
+from ..bar import Bar
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -34,12 +35,17 @@ class RunDisplay:
 
 
 class SweepProgress:
-    """Displays a sweep on a console. `quiet`: display nothing."""
+    """Displays a sweep on a console. `quiet`: display nothing; `before`: called before the first output."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False, title: str = "lorakit sweep"):
-        self.console, self.quiet, self.title = console or Console(stderr=False), quiet, title
-        self._bar: RichProgress | None = None
-        self._task: Any = None
+    def __init__(
+        self,
+        console: Console | None = None,
+        quiet: bool = False,
+        title: str = "lorakit sweep",
+        before: Callable[[], None] = lambda: None,
+    ):
+        self.console, self.quiet, self.title, self.before = console or Console(stderr=False), quiet, title, before
+        self._bar: Bar | None = None
         self._done, self._all, self._active = 0, 0, 0
         self._weight, self._unit, self._since = 0, "tokens", time.perf_counter()
         self._best: tuple[float, str, int] | None = None
@@ -57,17 +63,14 @@ class SweepProgress:
         self._note_best(runs)
         if self.quiet:
             return
+        self.before()
         self.console.print(
             Panel(
                 Group(_shared(runs, folder), Text(), _listed(runs)), title=self.title, title_align="left", expand=False
             )
         )
         if self.console.is_terminal:
-            from ..progress import training_bar
-
-            self._bar = training_bar(self.console)
-            self._bar.start()
-            self._task = self._bar.add_task("steps", total=self._all, completed=self._done, facts="")
+            self._bar = Bar(self.console, "steps", self._all, self._done)
         self._since = time.perf_counter()
 
     def row(self, name: str, row: dict[str, Any]) -> None:
@@ -79,9 +82,9 @@ class SweepProgress:
         self._done += 1
         self._weight += row[self._unit]
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, facts=self._facts())
+            self._bar.update(self._done, self._facts())
         elif self._done * LINES // self._all > (self._done - 1) * LINES // self._all:
-            self._say(f"{self._done:>6}/{self._all} steps  {self._facts()}")
+            self._say(f"{self._done:>6}/{self._all} steps  {'  '.join(self._facts())}")
 
     def ended(self, run: Run) -> None:
         """Show that a run ended, and subtract its remaining steps from the total."""
@@ -92,7 +95,7 @@ class SweepProgress:
         self._active -= 1
         self._all -= run.job.steps - run.step
         if self._bar is not None:
-            self._bar.update(self._task, total=self._all)
+            self._bar.set_total(self._all)
         if run.failed is not None:
             self._say(f"{name} failed: {run.failed}")
         elif run.step < run.job.steps:
@@ -114,10 +117,15 @@ class SweepProgress:
         ]
         self._best = min(best_losses, default=None)
 
-    def _facts(self) -> str:
+    def _facts(self) -> list[str]:
+        """What the bar's line says, the most important first."""
         speed = self._weight / max(1e-9, time.perf_counter() - self._since)
-        best = f"  best {self._best[1]}: {self._best[0]:.4f} at step {self._best[2]}" if self._best else ""
-        return f"{self._active} active runs  {speed:,.0f} trained {self._unit}/s{best}"
+        facts = [f"{self._active} active runs", f"{speed:,.0f} trained {self._unit}/s"]
+        if self._best:
+            loss, name, step = self._best
+            facts.insert(0, f"best {loss:.4f}")
+            facts.append(f"by {name} at step {step}")
+        return facts
 
     def _say(self, line: str) -> None:
         if not self.quiet:
