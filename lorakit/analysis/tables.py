@@ -11,13 +11,19 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; }
-body { background: #fff; }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }
-img { max-width: 100%; border: 1px solid #d0d7de; } p { margin: .3rem 0; overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --text: #1f2328; --muted: #59636e; --back: #fff; --panel: #f6f8fa; --line: #d8dee4; }
+:root { --train: #7c8da3; --held: #c2410c; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --muted: #9aa4af; --back: #0d1117; --panel: #161b22; --line: #30363d; }
+  :root { --train: #8296ad; --held: #fb923c; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+body { color: var(--text); background: var(--back); }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }
+img { max-width: 100%; border: 1px solid var(--line); } p { margin: .3rem 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .6rem; border-bottom: 1px solid #e4e8ec; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { background: #f6f8fa; }
+th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { background: var(--panel); }
 """
 
 
@@ -51,10 +57,10 @@ class Table:
         return f'<h2>{escaped(self.title)}</h2>\n{note}<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
-def html_page(title: str, parts: Iterable[str]) -> str:
-    """Return a page. parts: HTML."""
+def html_page(title: str, parts: Iterable[str], style: str = "") -> str:
+    """Return a page, for light and dark screens. parts: HTML; style: CSS beside that of all pages."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"\n<title>{escaped(title)}</title><style>{_STYLE}</style>"
+    head += f"\n<title>{escaped(title)}</title><style>{_STYLE}{style}</style>"
     body = "\n".join([f"<h1>{escaped(title)}</h1>", *parts])
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}\n</body></html>\n'
 

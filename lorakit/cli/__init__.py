@@ -50,7 +50,9 @@ def run(args: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
         print(f"lorakit: {error}", file=sys.stderr)
-        return of_signal(error.signal) if isinstance(error, StoppedError) else 2 if isinstance(error, ConfigError) else 1
+        return (
+            of_signal(error.signal) if isinstance(error, StoppedError) else 2 if isinstance(error, ConfigError) else 1
+        )
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:

@@ -27,9 +27,7 @@ COMMANDS = {
     "init": Command("init", "init", "write a commented config file"),
     "data show": Command("data_show", "show", "print rows with the trained tokens marked"),
     "plan": Command("plan", "plan", "estimate a run's memory and time before it starts"),
-    "doctor": Command(
-        "doctor", "doctor", "show what this machine supports: versions, devices, precisions, a compiler"
-    ),
+    "doctor": Command("doctor", "doctor", "show what this machine supports: versions, devices, precisions, a compiler"),
     "train": Command("train", "train", "train one adapter, or resume a run"),
     "sweep": Command("sweep", "sweep", "train many adapters at once, and compare them"),
     "eval": Command("eval", "evaluate", "evaluate base and adapters side by side"),
@@ -43,9 +41,7 @@ COMMANDS = {
     "extract": Command("extract", "extract", "extract a LoRA from a fine-tuned checkpoint"),
     "merge": Command("merge", "merge", "merge an adapter into a checkpoint"),
     "convert": Command("convert", "convert", "convert an adapter to another format"),
-    "export": Command(
-        "export", "export", "write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified"
-    ),
+    "export": Command("export", "export", "write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified"),
     "card": Command("card", "card", "write a model card for an adapter"),
     "push": Command("push", "push", "upload an adapter to the Hugging Face hub"),
     "bench": Command("bench", "bench", "benchmark lorakit and its peers on your machine"),

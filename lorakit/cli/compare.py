@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
+from .shared.next_command import changed, next_command, next_lines
 from .shared.starting import starting
 
 
@@ -75,4 +75,5 @@ def compare(
         if path is not None:
             print(f"written: {path}")
     if html is None:
-        print(f"next: lorakit compare {quote(a)} {quote(b)} --html report.html")
+        options = {"base": base, "module": module, "of": changed(of, "A"), "alpha": alpha}
+        print(next_lines(next_command("compare", a, b, **options, html="report.html")))

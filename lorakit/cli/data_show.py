@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
+from .shared.next_command import changed, next_command, next_lines
 from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
@@ -73,13 +73,15 @@ def show(
         return
     print_rows(dataset, tokenizer, rows)
     options = {
-        "--split": split,
-        "--columns": columns,
-        "--template": template if template != "auto" else None,
-        "--turns": turns if turns != "all" else None,
-        "--chat-template": chat_template,
-        "--chat-template-kwargs": chat_template_kwargs,
-        "--date": date,
+        "split": split,
+        "columns": columns,
+        "template": changed(template, "auto"),
+        "turns": changed(turns, "all"),
+        "chat_template": chat_template,
+        "chat_template_kwargs": chat_template_kwargs,
+        "date": date,
+        "train_on": changed(train_on, "completion"),
+        "max_length": max_length,
+        "on_long": changed(on_long, "auto"),
     }
-    flags = "".join(f" {flag} {quote(value)}" for flag, value in options.items() if value)
-    print(f"\nnext: lorakit train --data {quote(data)} --model {quote(model)}{flags}")
+    print("\n" + next_lines(next_command("train", data=data, model=model, **options)))

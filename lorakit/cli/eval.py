@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
+from .shared.next_command import TRAINING_ROWS, changed, next_command, next_lines
 from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
@@ -115,10 +115,16 @@ def evaluate(
     console.print(report.table())
     if dataset.dropped:
         print(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
+    given = {
+        "precision": changed(precision, "auto"),
+        "chat_template": chat_template,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
     if names:
-        print(f"next: lorakit chat --model {quote(model)} --adapter {quote((adapter or [''])[-1])}")
+        print(next_lines(next_command("chat", model=model, adapter=adapter, **given)))
     else:
-        print(f"next: lorakit train --data {quote(data)} --model {quote(model)}")
+        rows = {"columns": columns, "template": changed(template, "auto"), "turns": changed(turns, "all")}
+        print(next_lines(next_command("train", data=TRAINING_ROWS, model=model, **rows, **given, date=date)))
 
 
 def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
@@ -184,4 +190,5 @@ def _task_metrics(
         print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
         return
     Console().print(table(results, f"{len(items):,} rows"))
-    print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")
+    columns_given = ",".join(f"{key}={own}" for key, own in columns.items()) or None
+    print(next_lines(next_command("train", task=name, data=TRAINING_ROWS, model=model, columns=columns_given)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from shlex import quote
 from typing import Annotated
 
 import typer
 
 from .shared.algebra import Dtype, Force, Json, Modules, Out, Rank, progress, seconds_since, write
 from .shared.files import base_folder, output_path
+from .shared.next_command import TEST_ROWS, next_command, next_lines
 from .shared.starting import starting
 
 
@@ -83,7 +83,5 @@ def extract(
     print(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
     for warning in result.warnings:
         print(f"note: {warning}")
-    command = (
-        inspect if image or to != "peft" else f"lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
-    )
-    print(f"next: {command}")
+    evaluate = next_command("eval", TEST_ROWS, model=base, adapter=str(path))
+    print(next_lines(inspect if image or to != "peft" else evaluate))

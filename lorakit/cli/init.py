@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
+from .shared.next_command import changed, next_command, next_lines
 from .shared.settings import commented
 
 _SKIP = ("base",)
@@ -30,5 +30,7 @@ def init(
     write_text(path, _HEAD.format(name=path) + commented(TrainConfig, {"model": model, "data": data}, skip=_SKIP))
     print(
         f"wrote {path}\n"
-        f"next: lorakit data show {shlex.quote(data)}, then lorakit train --config {shlex.quote(str(path))}"
+        + next_lines(
+            next_command("data", "show", data, model=changed(model, "embedded")), next_command("train", config=path)
+        )
     )

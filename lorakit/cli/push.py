@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .shared.files import base_folder
+from .shared.next_command import next_command, next_lines
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
 
@@ -66,22 +67,16 @@ def push(
     if dry_run:
         print("nothing was sent")
         options = {
-            "--private": private,
-            "--revision": revision,
-            "--message": message,
-            "--no-card": not with_card,
-            "--base-model": base_model,
-            "--license": license,
-            "--alpha": alpha,
-            "--base": base,
+            "private": private,
+            "revision": revision,
+            "message": message,
+            "no_card": not with_card,
+            "base_model": base_model,
+            "license": license,
+            "alpha": alpha,
+            "base": base,
         }
-        words = [
-            w
-            for k, v in options.items()
-            if v is not None and v is not False
-            for w in ([k] if v is True else [k, quote(str(v))])
-        ]
-        print(f"next: {' '.join(['lorakit push', quote(source), repository, *words])}")
+        print(next_lines(next_command("push", source, repository, **options)))
         return
     what = "created" if done.created else "updated" if done.changed else "unchanged, it has all of this already"
     print(f"{what}: {done.url}" + (f" (commit {done.commit[:8]})" if done.commit and done.changed else ""))

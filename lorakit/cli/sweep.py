@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
 from .shared.exit_codes import of_signal
+from .shared.next_command import after_training, next_command, next_lines
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -106,9 +106,9 @@ def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
         console = Console()
         console.print()
         console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
-    resume = f"lorakit sweep --config {shlex.quote(f'{plan.out}/sweep.yaml')}"
+    resume = next_command("sweep", config=f"{plan.out}/sweep.yaml")
     if outcome.stopped:
-        print(f"stopped by {outcome.stopped}; saved\nnext: {resume}   # resumes there")
+        print(f"stopped by {outcome.stopped}; saved\n{next_lines(resume)}   # resumes there")
         return
     if not outcome.winners:
         print(f"every run failed; the errors are in {outcome.leaderboard}")
@@ -120,10 +120,7 @@ def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
         print(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
     first = next(iter(outcome.winners.values()))
     config = plan.runs[outcome.entries[0].name]
-    print(
-        f"next: lorakit eval {shlex.quote(config.data)} --model {shlex.quote(config.model)} --adapter "
-        f"{shlex.quote(str(first))}"
-    )
+    print(after_training(config, str(first)))
 
 
 sweep = with_flags(TrainConfig, _sweep, skip=_SKIP)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +13,9 @@ import typer
 
 from ..errors import ConfigError
 from ..methods import method_of
-from ..tasks import DEFAULT
 from ..train.config import TrainConfig
 from .shared.exit_codes import of_signal
+from .shared.next_command import after_training, next_command, next_lines
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -54,21 +53,26 @@ def _train(
 
 
 def _outcome(result: Result, settings: TrainConfig) -> str:
-    """Say how the run ended, and which command comes next."""
+    """Say how the run ended, and which commands come next."""
+    from ..train.run_folder import RunFolder
+
     if result.adapter is None:
-        resume = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
+        resume = next_command("train", config=f"{settings.out}/config.yaml")
         return (
             f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
-            f"next: {resume}   # resumes there"
+            f"{next_lines(resume)}   # resumes there"
         )
     end = f"{result.step} steps"
     if result.stopped:
         end = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-    method = method_of(settings.method)
-    task = "" if settings.task == DEFAULT else f" --task {settings.task}"
-    evaluate = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
-    return f"{end} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {evaluate}"
+    lines = [
+        f"{end} in {result.seconds:.0f} s{best}",
+        f"{method_of(settings.method).result}: {result.adapter}",
+        f"report: {RunFolder(settings.out).report}",
+        after_training(settings, str(result.adapter)),
+    ]
+    return "\n".join(lines)
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

@@ -16,6 +16,7 @@ from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
 from . import defaults
 from .bar import Bar
+from .resume import trainable
 
 if TYPE_CHECKING:
     from .setup import Job
@@ -26,9 +27,7 @@ INDENT = 10  # of samples: below the text of the line with their step
 class Progress:
     """Displays a run on a console. `quiet`: display nothing; `before`: called before the first output."""
 
-    def __init__(
-        self, console: Console | None = None, quiet: bool = False, before: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, console: Console | None = None, quiet: bool = False, before: Callable[[], None] = lambda: None):
         self.console = console or Console(stderr=False)
         self.quiet, self.before = quiet, before
         self._bar: Bar | None = None
@@ -44,7 +43,7 @@ class Progress:
             self.quiet = True
             return
         self.before()
-        self.console.print(Panel(_facts(job, step), title="lorakit train", title_align="left", expand=False))
+        self.console.print(Panel(_panel(job, step), title="lorakit train", title_align="left", expand=False))
         if self.console.is_terminal:
             self._bar = Bar(self.console, "step", job.steps, step)
         self._since = time.perf_counter()
@@ -95,15 +94,26 @@ class Progress:
         return self._bar.console if self._bar else self.console
 
 
-def _facts(job: Job, step: int) -> Table:
+def _panel(job: Job, step: int) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts(job, step):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
+    """List what was chosen for a run and why, by name. `step`: where it resumes, 0 if it does not."""
     config, data = job.config, job.data
-    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trainable(job.model, job.adapter).values())
     total = parameter_count(job.model)
     device = job.parallel.device
     processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
-    table = Table.grid(padding=(0, 2))
-    base = total - trained if job.method.keeps_base else total
+    if job.method.keeps_base:  # of a sweep's adapters, this one alone counts
+        base = total - sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        total = base + trained
+    else:
+        base = total
     rows = [
         ("model", f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
         (
@@ -147,11 +157,7 @@ def _facts(job: Job, step: int) -> Table:
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", resuming at step {step}" if step else "")),
     ]
-    for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
-    for note, count in data.notes.items():
-        table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
-    return table
+    return [*rows, *(("note", f"{count} rows: {note}") for note, count in data.notes.items())]
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:

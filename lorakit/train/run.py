@@ -18,6 +18,7 @@ from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
+from .progress import facts
 from .report import write_report
 from .run_folder import FREE
 from .setup import Job
@@ -192,7 +193,7 @@ class Run:
         job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
         for name, text in job.data.files.items():
             write_text(job.result / name, text)
-        write_report(job.folder, self.config)
+        write_report(job.folder, self.config, facts(job))
 
     def _metadata(self) -> dict[str, Any]:
         """Return the adapter's metadata. It has nothing that depends on the clock, so equal runs write equal files."""
