@@ -169,6 +169,12 @@ def placed(module: str) -> tuple[str, str]:
     return row, f"{stack[1]} {numbers}" if stack else numbers
 
 
+def kind_of_module(module: str) -> str:
+    """Return a module's name within its layer, after the part of the pipeline it belongs to, if any."""
+    part = _PARTS.match(module)
+    return f"{part[1]}.{placed(module[part.end() :])[0]}" if part else placed(module)[0]
+
+
 def _natural(label: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", label)]

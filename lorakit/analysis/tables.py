@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --muted: #59636e; --back: #fff; --panel: #f6f8fa; --line: #d8dee4; }
@@ -27,27 +27,53 @@ th:first-child, td:first-child { text-align: left; } th { background: var(--pane
 """
 
 
+INDENT = 2  # of a row's figures below its name
+
+
 @dataclass(frozen=True)
 class Table:
-    """A title, column heads and rows of text, the first column left-aligned. note: explains the columns, in HTML."""
+    """A title, column heads and rows of text, the first column left-aligned. note: explains the columns, in HTML.
+
+    On the terminal no cell is cut. A table that is too wide becomes several, each with some of the columns; where the
+    names leave too little room beside them, each has a line of its own above its row.
+    """
 
     title: str
     heads: Sequence[str]
     cells: Sequence[Sequence[str]]
     note: str = ""
 
-    def __rich__(self) -> RenderableType:
-        from rich.console import Group
-        from rich.table import Table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.cells import cell_len
         from rich.text import Text
 
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-        table.add_column(Text(self.heads[0]), overflow="fold", vertical="bottom", min_width=9)
-        for head in self.heads[1:]:
-            table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
-        for row in self.cells:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        return Group(Text(printable(self.title), style="italic"), table) if self.title else table
+        if self.title:
+            yield Text(printable(self.title), style="italic")
+        rows = [[printable(cell) for cell in row] for row in self.cells]
+        heads = [head.split("\n") for head in self.heads]
+        widths = [max(map(cell_len, [*head, *column])) for head, *column in zip(heads, *rows, strict=True)]
+        beside = _groups(widths[1:], options.max_width - widths[0] - 1)
+        below = _groups(widths[1:], options.max_width - INDENT)
+        too_long = widths[0] + 1 + max(widths[1:], default=0) > options.max_width
+        own_lines = len(below) < len(beside) or (too_long and len(widths) > 1)
+        first = INDENT - 1 if own_lines else widths[0]
+
+        def line(name: str, cells: Iterable[tuple[str, int]], style: str = "") -> Text:
+            text = name + " " * (first - cell_len(name))
+            text += "".join(" " * (1 + widths[column] - cell_len(cell)) + cell for cell, column in cells)
+            return Text(text.rstrip(), style=style, overflow="fold")
+
+        for i, columns in enumerate(below if own_lines else beside):
+            if i:
+                yield Text()
+            height = max(map(len, heads))
+            for k in range(-height, 0):
+                name, *parts = (head[k] if -k <= len(head) else "" for head in (heads[0], *(heads[c] for c in columns)))
+                yield line("" if own_lines else name, zip(parts, columns, strict=True), "bold")
+            for row in rows:
+                if own_lines:
+                    yield Text(row[0], overflow="fold")
+                yield line("" if own_lines else row[0], ((row[c], c) for c in columns))
 
     def html(self) -> str:
         """Return the table with its title as a heading."""
@@ -55,6 +81,19 @@ class Table:
         body = "".join("<tr>" + "".join(f"<td>{escaped(c)}</td>" for c in row) + "</tr>\n" for row in self.cells)
         note = f"<p>{escaped(self.note)}</p>\n" if self.note else ""
         return f'<h2>{escaped(self.title)}</h2>\n{note}<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+
+
+def _groups(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Group the columns after the first into as few tables as fit into `room` characters."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for column, width in enumerate(widths, start=1):
+        if groups[-1] and used + width + 1 > room:
+            groups.append([])
+            used = 0
+        groups[-1].append(column)
+        used += width + 1
+    return groups
 
 
 def html_page(title: str, parts: Iterable[str], style: str = "") -> str:

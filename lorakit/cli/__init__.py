@@ -25,6 +25,7 @@ def run(args: list[str]) -> int:
     """
     from ..errors import ConfigError, LorakitError, StoppedError
     from .shared.exit_codes import of_signal
+    from .shared.output import complain
 
     try:
         from .app import app_for
@@ -49,7 +50,7 @@ def run(args: list[str]) -> int:
             return _interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
-        print(f"lorakit: {error}", file=sys.stderr)
+        complain(f"lorakit: {error}")
         return (
             of_signal(error.signal) if isinstance(error, StoppedError) else 2 if isinstance(error, ConfigError) else 1
         )
@@ -59,7 +60,7 @@ def run(args: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # no space, no permission: the message names the file
-        print(f"lorakit: {error}", file=sys.stderr)
+        complain(f"lorakit: {error}")
         return 1
     return 0
 

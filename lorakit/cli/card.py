@@ -10,6 +10,7 @@ import typer
 
 from .shared.files import base_folder
 from .shared.next_command import next_command, next_lines
+from .shared.output import say
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
 
@@ -64,5 +65,5 @@ def card(
     if content.missing:
         print("left out, because unknown:")
         for line in content.missing:
-            print(f"  {line}")
+            say(f"  {line}")
     print(next_lines(next_command("push", source, repository or "OWNER/NAME", alpha=alpha, base=base)))

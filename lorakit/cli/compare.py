@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from .shared.next_command import changed, next_command, next_lines
+from .shared.output import output, say
 from .shared.starting import starting
 
 
@@ -67,10 +68,12 @@ def compare(
         print(json.dumps(comparison.to_dict()))
         return
     for line in summary(comparison):
-        print(line)
-    console = Console()
+        say(line)
+    console = output()
     for table in tables(comparison, modules):
+        console.print()
         console.print(table)
+    console.print()
     for path in (plot, html):
         if path is not None:
             print(f"written: {path}")

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, inspect_call, output_path, read
+from .shared.output import say
 from .shared.starting import starting
 
 
@@ -65,7 +66,7 @@ def edit(
             )
         )
         return
-    print(
+    say(
         f"{len(before.updates)} modules -> {len(adapter.updates)}, {before.parameters:,} parameters -> "
         f"{adapter.parameters:,}, "
         f"{time.monotonic() - started:.1f} s"

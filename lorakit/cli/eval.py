@@ -25,6 +25,7 @@ from .shared.options import (
     pairs,
     template_kwargs,
 )
+from .shared.output import say
 from .shared.starting import starting
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def evaluate(
         console.print(table)
     console.print(report.table())
     if dataset.dropped:
-        print(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
+        say(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
     given = {
         "precision": changed(precision, "auto"),
         "chat_template": chat_template,

@@ -11,6 +11,7 @@ import typer
 from .shared.algebra import Dtype, Force, Json, Modules, Out, Rank, progress, seconds_since, write
 from .shared.files import base_folder, output_path
 from .shared.next_command import TEST_ROWS, next_command, next_lines
+from .shared.output import say
 from .shared.starting import starting
 
 
@@ -71,17 +72,17 @@ def extract(
                 f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured "
                 f"{m.captured:.1%}"
             )
-    print(
+    say(
         f"{len(result.modules)} changed matrices, largest rank {result.adapter.rank}; {result.unchanged} tensors "
         "unchanged"
     )
     if result.rest:
         omitted = [name for name in result.rest if name not in result.kept]
         note = f", {len(omitted)} left out ({listing(omitted, 3)})" if omitted else ""
-        print(f"{len(result.rest)} other tensors changed: {len(result.kept)} saved in full{note}")
+        say(f"{len(result.rest)} other tensors changed: {len(result.kept)} saved in full{note}")
     size = f"{result.adapter.parameters:,} parameters, {seconds_since(started)}"
-    print(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
+    say(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
     for warning in result.warnings:
-        print(f"note: {warning}")
+        say(f"note: {warning}")
     evaluate = next_command("eval", TEST_ROWS, model=base, adapter=str(path))
     print(next_lines(inspect if image or to != "peft" else evaluate))

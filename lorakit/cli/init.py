@@ -31,6 +31,7 @@ def init(
     print(
         f"wrote {path}\n"
         + next_lines(
-            next_command("data", "show", data, model=changed(model, "embedded")), next_command("train", config=path)
+            f"{next_command('data', 'show', data, model=changed(model, 'embedded'))}, "
+            f"then {next_command('train', config=path)}"
         )
     )

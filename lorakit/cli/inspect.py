@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, read_checked
+from .shared.output import output
 from .shared.starting import starting
 
 
@@ -60,11 +61,9 @@ def inspect(
     if json_output:
         print(json.dumps(facts.to_dict()))
         return
-    facts.show(modules)
+    console = output()
+    facts.show(modules, console)
     if heat:
-        from rich.console import Console
-
-        console = Console()
         for grid in facts.grids(shown):
             for table in grid.tables(console.width):
                 console.print(table)

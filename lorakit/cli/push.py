@@ -11,6 +11,7 @@ import typer
 
 from .shared.files import base_folder
 from .shared.next_command import next_command, next_lines
+from .shared.output import say
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
 
@@ -95,14 +96,14 @@ def _announce(pushed: Pushed, source: str) -> None:
     if pushed.not_on_card:
         options = " ".join(pushed.not_on_card)
         if pushed.card == "none":
-            print(f"{options} has no effect: no card is uploaded")
+            say(f"{options} has no effect: no card is uploaded")
         else:
-            print(f"{options} does not change the card, which stays {pushed.card}")
+            say(f"{options} does not change the card, which stays {pushed.card}")
             print(f"  edit it, or write one here: lorakit card {quote(source)} {options}")
     for line in _first(pushed.mended):
-        print(f"changed in the upload: {line}")
+        say(f"changed in the upload: {line}")
     for line in _first(pushed.left):
-        print(f"left unchanged: {line}")
+        say(f"left unchanged: {line}")
 
 
 def _first(lines: list[str], most: int = 20) -> list[str]:

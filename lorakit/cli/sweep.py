@@ -15,6 +15,7 @@ from ..train.config import TrainConfig
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
 from .shared.exit_codes import of_signal
 from .shared.next_command import after_training, next_command, next_lines
+from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -93,7 +94,7 @@ def _list(plan: Sweep, json_output: bool) -> None:
         return
     for name in runs:
         print(name)
-    print(f"{len(runs)} runs, to be written to {plan.out}/runs; remove --dry-run to train them")
+    say(f"{len(runs)} runs, to be written to {plan.out}/runs; remove --dry-run to train them")
 
 
 def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
@@ -111,13 +112,13 @@ def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
         print(f"stopped by {outcome.stopped}; saved\n{next_lines(resume)}   # resumes there")
         return
     if not outcome.winners:
-        print(f"every run failed; the errors are in {outcome.leaderboard}")
+        say(f"every run failed; the errors are in {outcome.leaderboard}")
         return
     plots = "".join(f"; plot: {plot}" for plot in outcome.plots)
-    print(f"{len(outcome.entries)} runs in {outcome.seconds:.0f} s; leaderboard: {outcome.leaderboard}{plots}")
+    say(f"{len(outcome.entries)} runs in {outcome.seconds:.0f} s; leaderboard: {outcome.leaderboard}{plots}")
     for group, adapter in outcome.winners.items():
         best = next(entry for entry in outcome.entries if entry.group == group)
-        print(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
+        say(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
     first = next(iter(outcome.winners.values()))
     config = plan.runs[outcome.entries[0].name]
     print(after_training(config, str(first)))

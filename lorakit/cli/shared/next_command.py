@@ -53,8 +53,8 @@ def after_training(settings: TrainConfig, result: str) -> str:
 
 
 def next_lines(*commands: str) -> str:
-    """Return the last lines of a job: `next:` and the commands, one below the other."""
-    return "next: " + "\n      ".join(commands)
+    """Return the last lines of a job, one for each command that may come next."""
+    return "\n".join(f"next: {command}" for command in commands)
 
 
 def changed(value: str, default: str) -> str | None:
