@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --muted: #59636e; --back: #fff; --panel: #f6f8fa; --line: #d8dee4; }
@@ -47,11 +48,11 @@ class Table:
         from rich.cells import cell_len
         from rich.text import Text
 
+        widths = self._widths()
         if self.title:
             yield Text(printable(self.title), style="italic")
         rows = [[printable(cell) for cell in row] for row in self.cells]
         heads = [head.split("\n") for head in self.heads]
-        widths = [max(map(cell_len, [*head, *column])) for head, *column in zip(heads, *rows, strict=True)]
         beside = _groups(widths[1:], options.max_width - widths[0] - 1)
         below = _groups(widths[1:], options.max_width - INDENT)
         too_long = widths[0] + 1 + max(widths[1:], default=0) > options.max_width
@@ -66,14 +67,30 @@ class Table:
         for i, columns in enumerate(below if own_lines else beside):
             if i:
                 yield Text()
-            height = max(map(len, heads))
-            for k in range(-height, 0):
-                name, *parts = (head[k] if -k <= len(head) else "" for head in (heads[0], *(heads[c] for c in columns)))
+            shown = [heads[column] for column in (0, *columns)]
+            for k in range(-max(map(len, shown)), 0):
+                name, *parts = (head[k] if -k <= len(head) else "" for head in shown)
                 yield line("" if own_lines else name, zip(parts, columns, strict=True), "bold")
             for row in rows:
                 if own_lines:
                     yield Text(row[0], overflow="fold")
                 yield line("" if own_lines else row[0], ((row[c], c) for c in columns))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.cells import cell_len
+        from rich.measure import Measurement
+
+        widest = max(sum(self._widths()) + len(self.heads) - 1, cell_len(printable(self.title)))
+        return Measurement(min(1, widest), widest).with_maximum(options.max_width)
+
+    def _widths(self) -> list[int]:
+        """Of each column, in columns of the terminal."""
+        from rich.cells import cell_len
+
+        parts = (
+            [*head.split("\n"), *map(printable, cells)] for head, *cells in zip(self.heads, *self.cells, strict=True)
+        )
+        return [max(map(cell_len, part)) for part in parts]
 
     def html(self) -> str:
         """Return the table with its title as a heading."""

@@ -25,7 +25,7 @@ from .shared.options import (
     pairs,
     template_kwargs,
 )
-from .shared.output import say
+from .shared.output import output, say
 from .shared.starting import starting
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ def evaluate(
 
     For classifiers: loss, accuracy and macro F1.
     """
-    from rich.console import Console
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
     kwargs = template_kwargs(chat_template_kwargs)
@@ -94,7 +93,7 @@ def evaluate(
     if name != DEFAULT:
         _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
         return
-    console = Console()
+    console = output()
     with console.status("loading") as status:
         report = evaluate_items(
             base,
@@ -153,7 +152,6 @@ def _task_metrics(
     json_output: bool,
 ) -> None:
     """Print a task's own metrics for each adapter, or for a fully fine-tuned model."""
-    from rich.console import Console
 
     from ..bases.device import choose_device, choose_dtype
     from ..bases.load import load_config
@@ -190,6 +188,6 @@ def _task_metrics(
     if json_output:
         print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
         return
-    Console().print(table(results, f"{len(items):,} rows"))
+    output().print(table(results, f"{len(items):,} rows"))
     columns_given = ",".join(f"{key}={own}" for key, own in columns.items()) or None
     print(next_lines(next_command("train", task=name, data=TRAINING_ROWS, model=model, columns=columns_given)))

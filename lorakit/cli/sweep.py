@@ -15,7 +15,7 @@ from ..train.config import TrainConfig
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
 from .shared.exit_codes import of_signal
 from .shared.next_command import after_training, next_command, next_lines
-from .shared.output import say
+from .shared.output import output, say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -99,12 +99,10 @@ def _list(plan: Sweep, json_output: bool) -> None:
 
 def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
     """Print the leaderboard, how the sweep ended, and the next command."""
-    from rich.console import Console
-
     from ..train.sweep.leaderboard import table
 
     if not quiet:
-        console = Console()
+        console = output()
         console.print()
         console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
     resume = next_command("sweep", config=f"{plan.out}/sweep.yaml")

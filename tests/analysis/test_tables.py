@@ -80,9 +80,8 @@ def test_columns_beyond_the_width_follow_in_a_second_table():
 
 
 def test_nothing_is_cut_in_the_narrowest_terminal():
-    words = shown(WIDE, 12).split()
-    assert {"1,024", "4,096", "0.123", "9"} <= set(words)
-    assert NAME in "".join(words)
+    text = "".join(shown(WIDE, 12).split())
+    assert all(text.count(cell) >= 2 for cell in (NAME, "1,024", "4,096", "0.123"))
 
 
 def test_wide_characters_take_two_columns():

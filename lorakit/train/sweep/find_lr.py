@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...analysis.tables import Table
 from ...config import Choice
 from ...errors import StoppedError, TrainError
 from ...io.atomic import write_text
@@ -31,8 +32,6 @@ from .sweep_config import Sweep
 from .sweep_progress import SweepProgress
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..progress import Progress
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # times the rate that `auto` picks for the run
@@ -121,13 +120,13 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
 
 
 def _table(tried: Sequence[Entry]) -> Table:
-    from rich.table import Table as RichTable
-
-    table = RichTable("learning rate", "held-out loss", "training loss")
-    for entry in sorted(tried, key=lambda e: e.learning_rate):
-        cells = [
+    rows = [
+        [
             f"{entry.learning_rate:g}",
-            *("" if x is None else f"{x:.4f}" for x in (entry.held_out_loss, entry.loss)),
+            "" if entry.held_out_loss is None else f"{entry.held_out_loss:.4f}",
+            "failed" if entry.failed else "" if entry.loss is None else f"{entry.loss:.4f}",
+            "best" if entry.place == 1 else "",
         ]
-        table.add_row(*cells[:-1], "failed" if entry.failed else cells[-1], style="bold" if entry.place == 1 else None)
-    return table
+        for entry in sorted(tried, key=lambda e: e.learning_rate)
+    ]
+    return Table("", ["learning rate", "held-out loss", "training loss", ""], rows)

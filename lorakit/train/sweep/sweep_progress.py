@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ...analysis.tables import Table as NamedTable
 from ..bar import Bar
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class SweepProgress:
         if "held_out_loss" in row:
             if self._best is None or row["held_out_loss"] < self._best[0]:
                 self._best = (row["held_out_loss"], name, row["step"])
+                if self._bar is not None:
+                    self._bar.update(self._done, self._facts())
             return
         self._done += 1
         self._weight += row[self._unit]
@@ -154,24 +157,15 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
     return table
 
 
-def _listed(runs: Sequence[Run]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("run", "learning rate", "trainable", "batch", "steps", ""):
-        table.add_column(column, justify="left" if column in ("run", "") else "right")
+def _listed(runs: Sequence[Run]) -> Group:
+    rows = []
     for run in runs[:MOST_LISTED]:
         trainable = sum(p.numel() for p in run.parameters.values())
         status = (
             "failed" if run.failed else "finished" if run.ended else f"resuming at step {run.step}" if run.step else ""
         )
-        cells = [
-            run.job.adapter,
-            f"{run.job.rate.value:g}",
-            f"{trainable:,}",
-            str(run.config.batch_size),
-            f"{run.job.steps:,}",
-            status,
-        ]
-        table.add_row(*map(Text, cells))
-    if len(runs) > MOST_LISTED:
-        table.add_row(Text(f"and {len(runs) - MOST_LISTED} more"))
-    return table
+        figures = [f"{run.job.rate.value:g}", f"{trainable:,}", str(run.config.batch_size), f"{run.job.steps:,}"]
+        rows.append([run.job.adapter, *figures, status])
+    heads = ["run", "learning\nrate", "trainable", "batch", "steps", ""]
+    more = [Text(f"and {len(runs) - MOST_LISTED} more")] if len(runs) > MOST_LISTED else []
+    return Group(NamedTable("", heads, rows), *more)
