@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -15,7 +16,15 @@ def main(args: list[str] | None = None) -> None:
     # on a busy machine; sleeping at once makes a training step of the embedded model 1.3 times as long on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    code = run(sys.argv[1:] if args is None else args)
+    if code == 130:
+        # Not sys.exit: Python ends itself by SIGINT, so with another code, if Ctrl-C came inside any exec() (as in the
+        # making of a dataclass); and threads that are still at work would be waited for.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:

@@ -11,7 +11,7 @@ import typer
 from .shared.algebra import Dtype, Force, Json, Modules, Out, Rank, progress, seconds_since, write
 from .shared.files import base_folder, output_path
 from .shared.next_command import TEST_ROWS, next_command, next_lines
-from .shared.output import say
+from .shared.output import output, say
 from .shared.starting import starting
 
 
@@ -67,11 +67,13 @@ def extract(
         print(json.dumps({"out": str(path), "parameters": result.adapter.parameters, **result.to_dict()}))
         return
     if modules:
-        for m in result.modules:
-            print(
-                f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured "
-                f"{m.captured:.1%}"
-            )
+        from ..analysis.tables import Table
+
+        rows = [
+            [m.module, "x".join(map(str, m.shape)), f"{m.change:.3g}", str(m.rank), f"{m.captured:.1%}"]
+            for m in result.modules
+        ]
+        output().print(Table("", ["module", "shape", "changed", "rank", "captured"], rows))
     say(
         f"{len(result.modules)} changed matrices, largest rank {result.adapter.rank}; {result.unchanged} tensors "
         "unchanged"

@@ -150,7 +150,7 @@ def _plan(
     )
     console.print(numbers(estimates, memory, fit_rows, fit_lengths, MOST_ROWS, own.positions))
     console.print()
-    console.print(bars(estimates, memory), end="", no_wrap=True, crop=False)
+    console.print(bars(estimates, memory, console.width), end="", no_wrap=True, crop=False)
     if limit is not None:
         console.print(
             f"\nlargest batches within {show_bytes(limit.total)} ({limit.source}), {settings.method}:",

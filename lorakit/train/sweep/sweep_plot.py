@@ -37,7 +37,7 @@ def plot(ranked: Sequence[Entry], swept: Sequence[str], path: Path, title: str) 
     tall = -(-columns // wide)
     # No global state: matplotlib.pyplot would keep the figure, and choose a backend.
     texts = [title, *swept, *(entry.name for entry in done), *(short(v) for e in done for v in e.settings.values())]
-    rc = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    rc: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(rc), fonts_for(texts) as missing:
         figure = Figure(figsize=(5.2 * wide, 3.8 * tall), layout="constrained")
         FigureCanvasAgg(figure)
