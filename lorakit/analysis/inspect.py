@@ -300,6 +300,9 @@ class ModelFacts:
     architecture: str
     parameters: int
     modules: list[tuple[str, str, list[int], bool]]  # name, class, weight shape, whether 'all-linear' includes it
+    skipped: dict[str, str] = field(default_factory=dict)  # linear modules that 'all-linear' leaves out, and why
+    unreached: dict[str, int] = field(default_factory=dict)  # elements of weights that no adapter can reach, by name
+    unreached_share: float = 0.0  # of all parameters
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -320,6 +323,18 @@ class ModelFacts:
         width = max((len(k[0]) for k in groups), default=0)
         for (name, kind, shape, mark), count in groups.items():
             print(f" {mark} {name:<{width}}  {kind} {shape}" + (f"  x {count}" if count > 1 else ""))
+        for why, names in _by_reason(self.skipped).items():
+            print(f"left out of 'all-linear': {listing(names, 3)} ({why})")
+        if self.unreached:
+            print(f"not reached by any adapter: {100 * self.unreached_share:.3g} % of the weights, ", end="")
+            print(listing(self.unreached, 4))
+
+
+def _by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        reasons.setdefault(why, []).append(name)
+    return reasons
 
 
 def is_model(source: str) -> bool:
@@ -337,7 +352,8 @@ def describe_model(source: str) -> ModelFacts:
     import transformers
 
     from ..layers.swap import mixin_for
-    from ..layers.targets import find_targets, module_names
+    from ..layers.targets import called_by_weight, find_targets, module_names
+    from ..layers.unreached import unreached
 
     config = load_config(source)
     name = (config.architectures or [""])[0]
@@ -348,10 +364,20 @@ def describe_model(source: str) -> ModelFacts:
         )
     with torch.device("meta"):
         model = kind(config)
-    linear = find_targets(model, LoraConfig()).modules
+    found = find_targets(model, LoraConfig())
+    linear, missed, names = found.modules, unreached(model), module_names(model)
+    without_effect = called_by_weight(names)
     rows = [
         (name, type(m).__name__, list(m.get_parameter("weight").shape), name in linear)
-        for name, m in module_names(model).items()
-        if mixin_for(m) is not None
+        for name, m in names.items()
+        if mixin_for(m) is not None and name not in without_effect
     ]
-    return ModelFacts(source, type(model).__name__, sum(p.numel() for p in model.parameters()), rows)
+    return ModelFacts(
+        source,
+        type(model).__name__,
+        sum(p.numel() for p in model.parameters()),
+        rows,
+        found.skipped,
+        missed.names if missed else {},
+        missed.share if missed else 0.0,
+    )

@@ -1,4 +1,4 @@
-"""A checkpoint, opened but not read: its config, and where in its safetensors files each tensor lies.
+"""Open a checkpoint: its config, and the position of each tensor in its safetensors files. No weights are read.
 
 transformers' folder       config.json, model.safetensors or model.safetensors.index.json and its shards
 a diffusers component      the same, called diffusion_pytorch_model; either may have a variant in its name
@@ -28,11 +28,11 @@ _STEMS = ("model", "diffusion_pytorch_model")
 
 @dataclass(frozen=True)
 class Base:
-    """`folder`: or the single file. `shards`: file name -> its header's metadata. `index`: the index file of a sharded
-    checkpoint, and its name.
+    """An open checkpoint.
 
-    `single_file`: which diffusion model a single file holds ("sd1", "flux": `lorakit.formats.names.MODELS`), or
-    nothing. `component`: the name of a part of a diffusers pipeline, or nothing.
+    `folder`: its path, also of a single file. `shards`: file name -> the metadata in its header. `index`, `index_name`:
+    the index file of a sharded checkpoint. `single_file`: the diffusion model that a single file holds ("sd1", "flux":
+    `lorakit.formats.names.MODELS`), else "". `component`: the component's name within a diffusers pipeline, else "".
     """
 
     folder: Path
@@ -46,19 +46,22 @@ class Base:
 
     @property
     def architecture(self) -> str | None:
+        """transformers' class name, as the config states it."""
         return next(iter(self.config.get("architectures") or ()), None)
 
     @property
     def model_type(self) -> str:
+        """transformers' name of the architecture's family ("llama"); "" if the config has none."""
         return str(self.config.get("model_type", ""))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
         return {name: slot.shape for name, slot in self.tensors.items()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype that holds most of its bytes."""
+        """The floating-point dtype of most of its bytes; float32 if it has none."""
         total: dict[torch.dtype, int] = {}
         for slot in self.tensors.values():
             if slot.dtype in MERGEABLE and slot.torch_dtype is not None:
@@ -67,7 +70,7 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. LorakitError for what is no checkpoint, is quantized, or is stored as
+    """Read a folder's config and headers. Raises LorakitError if it is not a checkpoint, is quantized, or stored as
     pickles.
     """
     if not folder.exists():
@@ -84,7 +87,7 @@ def open_base(folder: Path) -> Base:
             if (folder / "adapter_config.json").exists()
             else ""
         )
-        raise LorakitError(f"{folder} is no checkpoint folder: {CONFIG} is missing{hint}")
+        raise LorakitError(f"{folder} is not a checkpoint folder: {CONFIG} is missing{hint}")
     config = read_json(folder / CONFIG)
     _refuse_quantized(folder, config)
     # the latter: diffusers' own config
@@ -98,7 +101,7 @@ def open_base(folder: Path) -> Base:
 
 
 def open_single_file(path: Path) -> Base:
-    """Read the header of a diffusion model's single file. LorakitError for anything else."""
+    """Read the header of a diffusion model's single file. Raises LorakitError for anything else."""
     from .single_file import model_of_file
 
     with open(path, "rb") as file:
@@ -110,8 +113,8 @@ def open_single_file(path: Path) -> Base:
             )
     if path.suffix != ".safetensors":
         raise LorakitError(
-            f"{path} is no safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors "
-            "file"
+            f"{path} is not a safetensors file; expected a checkpoint folder, or a diffusion model's single "
+            ".safetensors file"
         )
     slots, metadata = read_header(path)
     try:
@@ -122,8 +125,8 @@ def open_single_file(path: Path) -> Base:
 
 
 def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | None]:
-    """(the file with all weights, or None; the index of several, or None). LorakitError where there are several
-    variants to choose from.
+    """Return (file with all weights or None, index of several files or None). Raises LorakitError if the folder has
+    several variants (fp16, ...).
     """
     for stem in stems:
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
@@ -142,7 +145,9 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | N
 
 
 def without_variant(file: str) -> str:
-    """model.fp16.safetensors as model.safetensors; shards and indices likewise."""
+    """Return the file name without its variant: model.fp16.safetensors -> model.safetensors; shards and indices
+    likewise.
+    """
     stem, _, rest = file.partition(".safetensors")
     name = next((s for s in _STEMS if stem.startswith((f"{s}.", f"{s}-"))), None)
     if name is None:
@@ -170,10 +175,10 @@ def _open_sharded(folder: Path, config: Mapping[str, Any], name: str) -> Base:
         if twice:
             raise LorakitError(f"{folder}: tensor '{twice[0]}' is in {tensors[twice[0]].path.name} and in {file}")
         tensors |= slots
-    lost = [tensor for tensor in weight_map if tensor not in tensors]
-    if lost:
+    missing = [tensor for tensor in weight_map if tensor not in tensors]
+    if missing:
         raise LorakitError(
-            f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(lost, 3)}"
+            f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(missing, 3)}"
         )
     return Base(folder, config, tensors, shards, index, name)
 
@@ -202,8 +207,8 @@ def _no_safetensors(folder: Path) -> LorakitError:
             '  python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained({json.dumps(str(folder))[1:-1]!r}, dtype='auto')"
             ".save_pretrained('converted')\"\n"
-            "  and copy its tokenizer files beside it"
+            "  and copy its tokenizer files there too"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.gguf"))
-    there = f"; it holds {listing(others, 3)}" if others else ""
-    return LorakitError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there{there}")
+    found = f"; it holds {listing(others, 3)}" if others else ""
+    return LorakitError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there{found}")

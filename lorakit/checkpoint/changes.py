@@ -1,4 +1,4 @@
-"""What several adapters together do to a base's tensors: updates add up, whole weights replace, and the two do not mix.
+"""The changes that several adapters make to a base's tensors: updates add up, saved weights replace, and never both.
 
 W' = W + Σ wᵢ ΔWᵢ
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
-from .names import Renaming
-from .update import Change, bias_for, update_for
-from .where import Place, Places, bias_place, slot_at
+from .change import Change, bias_for, update_for
+from .locate import Locations, WeightRows, locate_bias, slot_at
+from .renaming import Renaming
 
 
 @dataclass
 class Changes:
-    """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the
-    files lack.
+    """Under the files' names. `updates`: tensor -> (start, stop) rows -> updates of these rows. `values`: tensor -> the
+    saved weight that replaces it. `added`: those of `values` that the files do not have.
     """
 
     base: Base
@@ -30,45 +30,45 @@ class Changes:
 
     @property
     def touched(self) -> list[str]:
+        """All changed tensors."""
         return [*self.updates, *(n for n in self.values if n not in self.updates)]
 
-    def add(self, weight: float, adapter: Adapter, places: Places) -> None:
-        """One adapter, with its weight. Raises TargetError or AdapterError for what does not fit."""
-        seen: set[tuple[str, int]] = set()  # by this adapter
+    def add(self, weight: float, adapter: Adapter, locations: Locations) -> None:
+        """Add one adapter's changes. Raises TargetError or AdapterError for a module or value that does not fit."""
+        seen: set[tuple[str, int]] = set()  # rows that this adapter changes
 
-        def once(place: Place, own: str) -> None:
-            if (place.tensor, place.start) in seen:
+        def only_once(rows: WeightRows, own: str) -> None:
+            if (rows.tensor, rows.start) in seen:
                 raise AdapterError(
-                    f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n"
-                    "  expected one change a weight"
+                    f"the adapter changes the base's '{rows.tensor}' twice, the second time as '{own}'\n"
+                    "  expected one change for each weight"
                 )
-            seen.add((place.tensor, place.start))
+            seen.add((rows.tensor, rows.start))
 
         for module, update in adapter.updates.items():
-            place = places.modules[module]
+            rows = locations.modules[module]
             if update.changes_weight:
-                once(place, f"{module}.weight")
-                slot = slot_at(self.base, place, places.ties)
-                self._put(place, update_for(module, update, slot, self.base.model_type, weight, place))
+                only_once(rows, f"{module}.weight")
+                slot = slot_at(self.base, rows, locations.ties)
+                self._put(rows, update_for(module, update, slot, self.base.model_type, weight, rows))
             if update.changes_bias:
-                at = bias_place(self.base, module, places)
-                once(at, f"{module}.bias")
-                self._put(at, bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
+                at = locate_bias(self.base, module, locations)
+                only_once(at, f"{module}.bias")
+                self._put(at, bias_for(module, update, slot_at(self.base, at, locations.ties), weight, at.swapped))
         for own, value in adapter.saved.items():
-            name = self._place_of(own, value, places)
-            once(Place(name, 0, 0), own)
+            name = self._tensor_of(own, value, locations)
+            only_once(WeightRows(name, 0, 0), own)
             self._replace(name, own, value)
 
     def check(self) -> None:
-        """AdapterError for what cannot be had together."""
+        """Raise AdapterError for changes that cannot be combined."""
         for name in self.values:
             if name in self.updates:
                 raise AdapterError(
-                    f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n"
-                    "  merge one of them"
+                    f"the adapters change '{name}' twice: one replaces it, another one adds to it\n  merge one of them"
                 )
-        for places in self.updates.values():
-            for updates in places.values():
+        for by_rows in self.updates.values():
+            for updates in by_rows.values():
                 if len(updates) > 1 and any(change.update.needs_base for change in updates):
                     raise AdapterError(
                         f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight "
@@ -76,19 +76,19 @@ class Changes:
                         "  merge that adapter first, and the others into the result"
                     )
 
-    def _put(self, place: Place, update: Change) -> None:
-        self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
+    def _put(self, rows: WeightRows, update: Change) -> None:
+        self.updates.setdefault(rows.tensor, {}).setdefault((rows.start, rows.stop), []).append(update)
 
     def _replace(self, at: str, own: str, value: Tensor) -> None:
         if at in self.values and not (self.values[at].shape == value.shape and self.values[at].equal(value)):
             raise AdapterError(
-                f"the adapters hold different values of the whole weight '{own}', and two values have no sum\n"
-                "  lorakit combine --saved mean takes their mean; merge what it gives"
+                f"the adapters hold different values of the saved weight '{own}', and two values have no sum\n"
+                "  lorakit combine --saved mean takes their mean; merge its result"
             )
         self.values[at] = value
 
-    def _place_of(self, own: str, value: Tensor, places: Places) -> str:
-        base, rename, ties = self.base, places.rename, places.ties
+    def _tensor_of(self, own: str, value: Tensor, locations: Locations) -> str:
+        base, rename, ties = self.base, locations.rename, locations.ties
         at = next((n for n in (rename(own), own) if n in base.tensors or n in ties), None)
         if at is None:
             at = rename(own) if rename.old else own
@@ -96,28 +96,29 @@ class Changes:
                 _check_new(own, base, rename)
                 self.added.append(at)
             return at
-        there = base.tensors[at if at in base.tensors else ties[at]].shape
-        if value.shape != there:
+        expected = base.tensors[at if at in base.tensors else ties[at]].shape
+        if value.shape != expected:
             raise AdapterError(
-                f"saved weight '{own}' has shape {list(value.shape)}; the base's has {list(there)}\n"
-                "  was its vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
+                f"saved weight '{own}' has shape {list(value.shape)}; the base's has {list(expected)}\n"
+                "  was its vocabulary resized? resize the base in the same way (model.resize_token_embeddings), and "
+                "save it first"
             )
         return at
 
 
-def check_something(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
-    """Warnings of what cannot be merged; AdapterError where an adapter changes no weight at all, or has none that can
-    be weighted.
+def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
+    """Return warnings for what a merge leaves out. Raises AdapterError if the adapter changes no weight, or has saved
+    weights that would have to be scaled. `called`: its name in messages.
     """
     tokens = listing(adapter.embeddings, 3)
     if adapter.embeddings and not adapter.updates and not adapter.saved:
         raise AdapterError(
-            f"{called} holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to "
+            f"{called} holds only textual-inversion embeddings ({tokens}), which change no weight: there is nothing to "
             "merge"
         )
     if adapter.saved and weight != 1:
         raise AdapterError(
-            f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is "
+            f"{called} has saved weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is "
             f"{weight:g}\n"
             "  merge it with weight 1"
         )
@@ -128,22 +129,22 @@ def check_something(weight: float, adapter: Adapter, called: str = "the adapter"
         )
     if adapter.embeddings:
         return [
-            f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program "
-            "beside it"
+            f"textual-inversion embeddings ({tokens}) change no weight and are not in OUT: give them to the program "
+            "as separate files"
         ]
     return []
 
 
 def _check_new(name: str, base: Base, rename: Renaming) -> None:
-    """A saved weight that the base lacks may be a fresh head, but not a part of something that the base has."""
+    """Raise TargetError unless a saved weight that the base lacks is a new head, part of no module of the base."""
     renamed = rename(name)
     module = renamed.rpartition(".")[0]
-    beside = [t for t in base.tensors if t.rpartition(".")[0] == module]
+    siblings = [t for t in base.tensors if t.rpartition(".")[0] == module]
     alike = [t for t in base.tensors if t.endswith(f".{name}") or name.endswith(f".{t}")]
-    if beside or alike or base.single_file:
+    if siblings or alike or base.single_file:
         what = (
-            f"its '{module}' has only {listing(beside, 3)}"
-            if beside
+            f"its '{module}' has only {listing(siblings, 3)}"
+            if siblings
             else f"it has {listing(alike or list(base.tensors), 3)}"
         )
         raise TargetError(

@@ -9,6 +9,8 @@ import contextlib
 import os
 import sys
 
+INTERRUPTED = 130  # the shells' code for a process that Ctrl-C ended
+
 
 def main(args: list[str] | None = None) -> None:
     """Run `lorakit ARGS` and exit with `run`'s code."""
@@ -17,7 +19,7 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     code = run(sys.argv[1:] if args is None else args)
-    if code == 130:
+    if code == INTERRUPTED:
         # Not sys.exit: Python ends itself by SIGINT, so with another code, if Ctrl-C came inside any exec() (as in the
         # making of a dataclass); and threads that are still at work would be waited for.
         with contextlib.suppress(OSError):
@@ -33,7 +35,6 @@ def run(args: list[str]) -> int:
     0: success; 1: the job failed; 2: a usage error (ConfigError); 130: Ctrl-C; 143: training stopped by SIGTERM.
     """
     from ..errors import ConfigError, LorakitError, StoppedError
-    from .shared.exit_codes import of_signal
     from .shared.output import complain
 
     try:
@@ -55,14 +56,16 @@ def run(args: list[str]) -> int:
         app(args, prog_name="lorakit")  # typer prints usage errors itself, with the nearest option, and exits with 2
     except SystemExit as stop:
         # typer exits so after Ctrl-C. A run that saved and said so exits with 130 itself.
-        if stop.code == 130 and isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+        if stop.code == INTERRUPTED and isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
             return _interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
         complain(f"lorakit: {error}")
-        return (
-            of_signal(error.signal) if isinstance(error, StoppedError) else 2 if isinstance(error, ConfigError) else 1
-        )
+        if isinstance(error, StoppedError):
+            from ..train.interrupt import exit_code
+
+            return exit_code(error.signal)
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
@@ -75,6 +78,6 @@ def run(args: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    """Say that Ctrl-C stopped the command. Returns the shells' exit code for it, 128 + SIGINT."""
+    """Say that Ctrl-C stopped the command. Returns the exit code."""
     print("lorakit: stopped by Ctrl-C", file=sys.stderr)
-    return 130
+    return INTERRUPTED

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import ConfigError
-from .shared.files import base_folder, dtype_of, parse_weights
+from .shared.files import base_folder, dtype_of, parse_weights, say_if_unfinished
 from .shared.output import output, say
 from .shared.starting import starting
 
@@ -42,12 +42,14 @@ def merge(
     if len(adapters) < 2:
         raise ConfigError("merge expects BASE, one or several adapters, and OUT\n  lorakit merge BASE ADAPTER OUT")
     with starting("reading the base and the adapters"):
-        from ..analysis.merge_report import notes, tables
+        from ..analysis.merge_tables import notes, tables
         from ..checkpoint import merge_checkpoint
 
     *sources, out = adapters
     folder = base_folder(base)
     assert folder is not None
+    for source in sources:
+        say_if_unfinished(source)
     console = output()
     with console.status("merging") as status:
         report = merge_checkpoint(

@@ -12,8 +12,8 @@ import yaml
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
+from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
-from .shared.exit_codes import of_signal
 from .shared.next_command import after_training, next_command, next_lines
 from .shared.output import output, say
 from .shared.settings import read_config, with_flags
@@ -59,7 +59,7 @@ def _sweep(
     else:
         _print_outcome(outcome, plan, quiet)
     if not outcome.winners:
-        raise typer.Exit(of_signal(outcome.stopped))
+        raise typer.Exit(exit_code(outcome.stopped))
 
 
 def spread(name: str, value: Any) -> Any:

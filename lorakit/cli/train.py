@@ -14,7 +14,7 @@ import typer
 from ..errors import ConfigError
 from ..methods import method_of
 from ..train.config import TrainConfig
-from .shared.exit_codes import of_signal
+from ..train.interrupt import exit_code
 from .shared.next_command import after_training, next_command, next_lines
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -40,16 +40,18 @@ def _train(
     settings = TrainConfig(**values)
 
     with ExitStack() as until_shown:
-        what = f"loading {settings.model} and {settings.data}"
+        what = f"loading the base and {settings.data}"
         until_shown.enter_context(starting(what, quiet or os.environ.get("RANK", "0") != "0"))
         from ..train.progress import Progress
+        from ..train.start import resolved
         from ..train.train import train as run
 
+        settings = resolved(settings)
         result = run(settings, Progress(quiet=quiet or json_output, before=until_shown.close))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
         print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings))
     if result.adapter is None:
-        raise typer.Exit(of_signal(result.stopped))
+        raise typer.Exit(exit_code(result.stopped))
 
 
 def _outcome(result: Result, settings: TrainConfig) -> str:

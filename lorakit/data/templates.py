@@ -83,7 +83,10 @@ def source_of(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> s
     """Return the template's text, "" without one. Some tokenizers have another for rows with tools."""
     if not tokenizer.chat_template:
         return ""
-    return str(tokenizer.get_chat_template(None, [{}] if with_tools else None))
+    try:
+        return str(tokenizer.get_chat_template(None, [{}] if with_tools else None))
+    except ValueError:  # several templates by name, none of them the default: rows that need one say so
+        return ""
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -202,7 +205,7 @@ class ChatTemplate:
                     f"{where}: nothing precedes the assistant's turn\n"
                     "  a chat template needs a user or system turn first"
                 )
-            turns = [forms.turn(message, where) for message in messages]
+            turns = forms.with_ids([forms.turn(message, where) for message in messages])
             try:
                 return self._apply(forms.source, turns, prompt, tools, kwargs, example.documents)
             # A chat template is a program and may raise anything to reject a conversation.

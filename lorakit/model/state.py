@@ -34,12 +34,21 @@ class Attached:
 
 
 @dataclass
+class Untied:
+    """What `merge(untie=True)` changed: shared weights, by the module that got a copy, and configs that said tied."""
+
+    weights: dict[str, nn.Parameter]
+    configs: list[Any]
+
+
+@dataclass
 class State:
     """All that lorakit knows of a model, stored as its attribute `_lorakit`."""
 
     adapters: dict[str, Attached] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] | None = None
+    untied: Untied | None = None  # while merged
     required_grad: set[str] = field(default_factory=set)  # base parameters with requires_grad before the first attach
     routing: Routing | None = None  # set inside `route`
     routes: Routes | None = None  # cached by `route` between batches
@@ -119,6 +128,15 @@ def layer_at(model: nn.Module, name: str) -> LoraLayer:
     return layer
 
 
+def saved_parameters(model: nn.Module, state: State, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that an adapter holds in full, with the names of the base's own."""
+    for full in state.adapters[name].saved:
+        module, _, last = full.rpartition(".")
+        child = saved.saved_of(model.get_submodule(module))
+        assert child is not None
+        yield full, child.get(name)[last]
+
+
 def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the base's own parameters with their own names, whatever is attached or active.
 
@@ -133,9 +151,9 @@ def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tupl
 
 
 def base_weights(model: nn.Module) -> dict[str, Weight]:
-    """The same as the base's fingerprint takes them: a quantized weight as the one that was quantized."""
+    """Return the base's weights for its fingerprint, by name. A quantized one has its shape before quantization."""
     weights: dict[str, Weight] = dict(base_parameters(model))
-    once: dict[int, Weight] = {}  # a weight that is shared stays one
+    once: dict[int, Weight] = {}  # a shared weight stays one object
     for name, module in quantized(model).items():
         full = f"{name}.weight" if name else "weight"
         weights[full] = once.setdefault(id(weights[full]), fingerprinted(module))

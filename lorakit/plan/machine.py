@@ -1,4 +1,4 @@
-"""What a training process takes besides the model, and how fast this machine multiplies."""
+"""The memory of a training process besides the model, and this machine's matrix-product rate."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import time
 
 import torch
 
-# What a training process holds before the base is loaded, and what loading code and the kernels' own buffers add to it
-# while the first steps run (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA
-# holds more.
+# Bytes of a training process before the base is loaded, and what code and kernel buffers add during the first steps
+# (torch 2.13 for CPUs: 365 and 42 MB, python -m lorakit.bench.plan). A torch built for CUDA needs more.
 PROCESS, KERNELS = 365_000_000, 42_000_000
 # The CUDA context with cuBLAS's workspace, in the device's memory: an estimate, not measured.
 CUDA_CONTEXT = 600_000_000
@@ -27,7 +26,7 @@ def multiply_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, s
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     best, began = 0.0, time.perf_counter()
     a @ b
-    while not best or time.perf_counter() - began < seconds:  # one at least, however busy the machine is
+    while not best or time.perf_counter() - began < seconds:  # at least one, however busy the machine is
         start = time.perf_counter()
         a @ b
         if device.type == "cuda":

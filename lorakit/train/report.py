@@ -59,7 +59,7 @@ def write_report(folder: RunFolder, config: TrainConfig, facts: Facts = ()) -> N
     rows = folder.rows()
     held = [row for row in rows if "held_out_loss" in row]
     settings = [(name, str(value)) for name, value in config.model_dump(exclude_defaults=True).items()]
-    step, samples = _samples(folder)
+    which, samples = _samples(folder)
     drawn = chart(
         [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None],
         [(row["step"], row["held_out_loss"]) for row in held if row["held_out_loss"] is not None],
@@ -69,7 +69,7 @@ def write_report(folder: RunFolder, config: TrainConfig, facts: Facts = ()) -> N
         figures=_figures(rows, held, task_of(config.task).unit),
         chart=drawn,
         samples=samples,
-        sampled_at=step,
+        which_samples=which,
         sections=[
             (title, part)
             for title, part in (("The run", facts), ("Settings that differ from the defaults", settings))
@@ -125,13 +125,17 @@ def _evaluations(held: Sequence[dict[str, Any]]) -> Any:
     return Markup(table.html())  # `html` escapes
 
 
-def _samples(folder: RunFolder) -> tuple[int | None, list[dict[str, str]]]:
-    """Return the newest samples, and their step."""
+def _samples(folder: RunFolder) -> tuple[str, list[dict[str, str]]]:
+    """Return where the newest samples are from, or what is wrong with them, and the samples."""
     sampled = folder.sampled()
     if not sampled:
-        return None, []
+        return "There are no samples.", []
     step, path = sampled[-1]
-    return step, json.loads(path.read_text(encoding="utf8"))
+    try:
+        rows = json.loads(path.read_bytes())
+        return f"At step {step:,}.", [{name: str(row[name]) for name in ("prompt", "base", "tuned")} for row in rows]
+    except (ValueError, KeyError, TypeError):
+        return f"{path.name} is damaged.", []
 
 
 def _template() -> Template:

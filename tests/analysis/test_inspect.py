@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_lm
 import torch
+from architectures import causal_lm
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
@@ -149,6 +150,26 @@ def test_a_models_modules_are_listed_without_its_weights(tmp_path, capsys):
     assert "Linear 32x32  x 2" in out
     facts.show(every_module=True)
     assert "model.layers.1.mlp.gate_proj" in capsys.readouterr().out
+
+
+def test_what_no_adapter_reaches_or_would_be_heard_from_is_said(tmp_path, capsys):
+    mixtral = tmp_path / "mixtral"
+    causal_lm("mixtral").save_pretrained(mixtral)
+    facts = describe_model(str(mixtral))
+    assert set(facts.unreached) == {
+        "model.layers.*.mlp.experts.gate_up_proj",
+        "model.layers.*.mlp.experts.down_proj",
+        "model.layers.*.mlp.gate.weight",
+    }
+    assert 0.5 < facts.unreached_share < 1
+    facts.show()
+    assert f"not reached by any adapter: {100 * facts.unreached_share:.3g} % of the weights" in capsys.readouterr().out
+    mamba = tmp_path / "mamba"
+    causal_lm("mamba").save_pretrained(mamba)
+    facts = describe_model(str(mamba))
+    assert not {name for name, *_ in facts.modules if name.endswith(("conv1d", "dt_proj"))}
+    facts.show()
+    assert "left out of 'all-linear': backbone.layers.0.mixer.x_proj" in capsys.readouterr().out
 
 
 def test_gpt2s_transposed_layers_are_listed(tmp_path):

@@ -89,7 +89,7 @@ def test_a_start_that_cannot_be_made_again_is_refused(start, tmp_path):
     trained("llama", "pissa", tmp_path)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
-    with pytest.raises(AdapterError, match=f"started as '{start}', which cannot be made again"):
+    with pytest.raises(AdapterError, match=f"initialized as '{start}', which cannot be recomputed"):
         load_on(tmp_path / "adapter", tmp_path / "base")
 
 
@@ -111,7 +111,7 @@ def test_pefts_olora_of_a_square_conv1d_is_refused(tmp_path):
     tiny.gpt2().save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=3, target_modules=["attn.c_proj"], init_lora_weights="olora", fan_in_fan_out=True)
     peft.get_peft_model(tiny.gpt2(), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="is no plain linear"):
+    with pytest.raises(AdapterError, match="is not a plain linear"):
         plain(tmp_path / "adapter", tmp_path / "base")
 
 

@@ -155,6 +155,31 @@ def test_a_function_call_turn_that_is_no_json_is_trained_as_text_and_said(rows, 
     assert row.notes == (NOT_A_CALL,)
 
 
+def test_calls_get_ids_where_the_template_rejects_them_without(rows, make_tokenizer):
+    """As Mistral's do: nine letters and digits on each call, and the same on its result."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        "{% if call.id|length != 9 %}{{ raise_exception('no id') }}{% endif %}[{{ call.function.name }} {{ call.id }}]"
+        "{% endfor %}{{ '=' + m.tool_call_id if m.role == 'tool' else '' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    t = make_tokenizer(template=template)
+    turns = [
+        USER,
+        {"role": "function_call", "content": '[{"name": "add"}, {"name": "sub"}]'},
+        *({"role": "observation", "content": value} for value in "12"),
+        ANSWER,
+    ]
+    (row,) = Renderer(t).rows(example_of(rows, turns))
+    assert t.decode(row.ids) == (
+        "user: hello\nassistant: [add call00001][sub call00002]\ntool: 1=call00001\ntool: 2=call00002\n"
+        "assistant: world\n</s>"
+    )
+    own = {"role": "assistant", "tool_calls": [{"id": "abcdefghi", "name": "add"}]}
+    (row,) = Renderer(t).rows(example_of(rows, [USER, own]))
+    assert "[add abcdefghi]" in t.decode(row.ids)
+
+
 @pytest.mark.parametrize(
     "calls, words",
     [

@@ -355,7 +355,7 @@ def test_invalid_calls_are_errors(tmp_path):
         export_merged(adapter, None, tmp_path / "x.gguf")
     with pytest.raises(ConfigError, match="dtype 'q8' is not supported; did you mean 'q8_0'"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8")
-    with pytest.raises(LorakitError, match="learned tokens alone"):
+    with pytest.raises(LorakitError, match="only textual-inversion embeddings"):
         export_merged(replace(adapter, updates={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()

@@ -14,7 +14,7 @@ from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.formats import kohya
-from lorakit.formats.kohya_metadata import model_said
+from lorakit.formats.kohya_metadata import stated_model
 from lorakit.io.tensors import read_tensors
 
 CONFIG = LoraConfig(rank=4, alpha=4, targets=["to_q"])
@@ -114,8 +114,8 @@ def test_the_base_is_named_so_that_programs_know_it(model, module, version, v2, 
     assert header["ss_network_module"] == network
     assert header["modelspec.sai_model_spec"] == "1.0.1"
     assert header["modelspec.title"] == "my_style"
-    assert model_said(header) == model
-    assert model_said({k: v for k, v in header.items() if k.startswith("modelspec.")}) == model
+    assert stated_model(header) == model
+    assert stated_model({k: v for k, v in header.items() if k.startswith("modelspec.")}) == model
 
 
 def test_what_a_file_said_of_its_training_stays_and_what_is_no_longer_true_goes(tmp_path):

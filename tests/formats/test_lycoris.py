@@ -239,7 +239,7 @@ def test_a_few_bytes_cannot_claim_a_huge_change():
         "lora_up.weight": torch.ones(100_000, 1),
         "diff_b": torch.ones(100_000),
     }
-    with pytest.raises(AdapterError, match="10,000,000,000 numbers"):
+    with pytest.raises(AdapterError, match="10,000,000,000 elements"):
         lycoris.update("k", parts, LINEAR)
 
 
@@ -253,7 +253,7 @@ KEYS = [
 ]
 SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 6, 9]), max_size=5)
 SUFFIXES = st.sampled_from(
-    [list(kind) for kind in (lycoris.LORA, lycoris.LOHA, lycoris.LOKR, lycoris.WHOLE, lycoris.SUFFIXES)]
+    [list(kind) for kind in (lycoris.LORA, lycoris.LOHA, lycoris.LOKR, lycoris.DENSE, lycoris.SUFFIXES)]
 )
 TENSORS = st.builds(
     lambda shape, dtype, value: torch.full(shape, value).to(dtype),

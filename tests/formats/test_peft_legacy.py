@@ -220,7 +220,7 @@ def test_what_pefts_format_cannot_hold_is_listed_and_not_written(tmp_path):
         embeddings={"<s>": ones},
     )
     lost = "\n".join(ours.losses(adapter))
-    for said in ("another kind (x)", "learned tokens (<s>)", "all modules have one", "this one for each input"):
+    for said in ("another kind (x)", "embeddings (<s>)", "all modules are DoRA or none", "this one for each input"):
         assert said in lost
     with pytest.raises(AdapterError, match="cannot hold all"):
         adapter.save(tmp_path / "out")

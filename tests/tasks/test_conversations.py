@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import lorakit as lk
 from lorakit.bases.load import load_model, load_tokenizer
 from lorakit.cli.shared.loading import load
+from lorakit.data.chat_record import ChatRecord
 from lorakit.data.render import EACH_ANSWER, question_ids
 from lorakit.errors import ConfigError, TrainError
 from lorakit.generate.generate import end_ids
@@ -128,7 +129,7 @@ def test_a_run_stopped_yesterday_ends_with_the_bits_of_one_that_was_not(chatting
         assert torch.equal(tensor, factors(resumed)[name])
     given = train(chatting(out=tmp_path / "given", date="2025-03-04"), QUIET)
     assert all(torch.equal(tensor, factors(given)[name]) for name, tensor in factors(whole).items())
-    with pytest.raises(TrainError, match="the rows, as token ids"):
+    with pytest.raises(TrainError, match="the tokenized rows: SHA-256 was"):
         train(chatting(date="2025-03-06"), QUIET)
 
 
@@ -151,7 +152,7 @@ def test_each_answer_of_a_rewriting_template_is_trained_and_the_panel_counts_the
     panel = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "24 rows to train on" in panel
     assert f"12 rows: {EACH_ANSWER} (24 rows)" in panel
-    assert f"{date.today().isoformat()}: the chat template writes it" in panel
+    assert f"{date.today().isoformat()}, written by the chat template" in panel
     assert "<pad>, as the chat template writes; generation stops there" in panel
 
 
@@ -208,3 +209,20 @@ def test_a_merged_gguf_has_the_template_and_stops_at_the_end_tokens(chatting, tm
     fields = GGUFReader(files[0]).fields
     assert fields["tokenizer.chat_template"].contents() == TEMPLATE
     assert fields["tokenizer.ggml.eot_token_id"].contents() == tiny_lm.PAD
+
+
+def test_a_merged_model_has_the_template_and_stops_at_the_end_tokens(chatting, tmp_path):
+    from lorakit.checkpoint import merge_checkpoint
+
+    config = chatting(steps=1)
+    merge_checkpoint(config.model, train(config, QUIET).adapter, tmp_path / "merged")
+    model = load_model(str(tmp_path / "merged"), torch.float32, torch.device("cpu"))
+    assert sorted(model.generation_config.eos_token_id) == [tiny_lm.PAD, tiny_lm.EOS]
+    assert load_tokenizer(str(tmp_path / "merged")).chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "about", [None, [], {"template": "x", "chat_template": 3, "date": 4, "end_tokens": "a", "chat_template_kwargs": []}]
+)
+def test_a_record_that_is_none_is_no_record(about):
+    assert ChatRecord.of({"data": about}) == ChatRecord()

@@ -63,10 +63,14 @@ def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
     from ...adapter.adapter import Adapter
     from ...bases.load import load_config
     from ...formats import format_of
+    from .files import say_if_unfinished
 
+    paths = named(adapters)
+    for path in paths.values():
+        say_if_unfinished(path)
     return {
         name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
-        for name, path in named(adapters).items()
+        for name, path in paths.items()
     }
 
 
@@ -91,11 +95,13 @@ def attached(
 ) -> Loaded:
     """Load the base and attach adapters that have been read.
 
-    Conversations are written as in the last adapter's training: with its chat template, its arguments and date. Those
-    given (chat_template: a file) win. Generation also stops at the end tokens that any of the adapters learned.
+    Conversations are formatted as in the last adapter's training, with its chat template, template variables and date,
+    unless others are given (`chat_template`: a file, `kwargs`, `date`). Generation also stops at the end tokens that
+    any of the adapters has learned.
     """
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import load_model, load_tokenizer, stop_at
+    from ...data.chat_record import ChatRecord
     from ...data.templates import ChatOptions, read_template, with_template
     from ...model.attach import attach
 
@@ -103,15 +109,12 @@ def attached(
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
     tokenizer = load_tokenizer(model)
-    about: dict[str, Any] = {}
+    record = ChatRecord()
     for name, value in values.items():
         attach(base, value, name)
-        about = value.metadata.get("data") or {}
-        ends = tokenizer.convert_tokens_to_ids(list(about.get("end_tokens", ())))
+        record = ChatRecord.of(value.metadata)
+        ends = tokenizer.convert_tokens_to_ids(list(record.end_tokens))
         stop_at(base, [token for token in ends if token is not None])
-    tokenizer = with_template(tokenizer, template or about.get("chat_template"), chat_template or "chat_template")
-    options = ChatOptions(
-        {**about.get("chat_template_kwargs", {}), **(kwargs or {})}, about.get("date") if date is None else date
-    )
-    style = about.get("template")
-    return Loaded(base, tokenizer, list(values), style if style in ("none", "chat", "plain") else None, options)
+    tokenizer = with_template(tokenizer, template or record.template, chat_template or "chat_template")
+    options = ChatOptions({**record.options.kwargs, **(kwargs or {})}, record.options.date if date is None else date)
+    return Loaded(base, tokenizer, list(values), record.style, options)

@@ -18,14 +18,14 @@ Columns = Annotated[str | None, typer.Option(help="your column names: prompt=que
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
 DataTemplate = Annotated[Literal["auto", "chat", "plain"], typer.Option(help="how conversations are formatted")]
 Turns = Annotated[
-    Literal["all", "last"], typer.Option(help="of a conversation, every answer, or only the last one is trained")
+    Literal["all", "last"], typer.Option(help="train every answer of a conversation, or only the last one")
 ]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="a file with the chat template (Jinja) to use instead of the model's")
 ]
 ChatTemplateKwargs = Annotated[
     str | None,
-    typer.Option(metavar="NAME=VALUE,...", help="what the chat template reads besides: enable_thinking=false"),
+    typer.Option(metavar="NAME=VALUE,...", help="further variables of the chat template: enable_thinking=false"),
 ]
 Date = Annotated[str | None, typer.Option(help="the date that the chat template writes, YYYY-MM-DD")]
 
@@ -39,7 +39,7 @@ def pairs(text: str | None, what: str) -> dict[str, str]:
 
 
 def template_kwargs(text: str | None) -> dict[str, Any]:
-    """Parse --chat-template-kwargs, as `a=b,c=d` or {a: b}; values as YAML reads them. ConfigError."""
+    """Parse --chat-template-kwargs: `a=b,c=d` or {a: b}, with YAML values. Raises ConfigError for anything else."""
     import yaml
 
     what = "--chat-template-kwargs"

@@ -10,7 +10,7 @@ from .heatmap import kind_of_module
 from .tables import Table
 
 if TYPE_CHECKING:
-    from ..checkpoint.report import MergeReport, TargetReport
+    from ..checkpoint.merge_report import MergeReport, TargetReport
 
 GROUPED = "targets by kind of module (--modules lists each)"
 
