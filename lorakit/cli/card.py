@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .shared.files import base_folder
-from .shared.next_command import next_command, next_lines
+from .shared.next import command
 from .shared.output import say
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
@@ -66,4 +66,4 @@ def card(
         print("left out, because unknown:")
         for line in content.missing:
             say(f"  {line}")
-    print(next_lines(next_command("push", source, repository or "OWNER/NAME", alpha=alpha, base=base)))
+    print(f"next: {command('push', source, repository or 'OWNER/NAME', alpha=alpha, base=base)}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .shared.next_command import changed, next_command, next_lines
+from .shared.next import command
 from .shared.output import output, say
 from .shared.starting import starting
 
@@ -78,5 +78,5 @@ def compare(
         if path is not None:
             print(f"written: {path}")
     if html is None:
-        options = {"base": base, "module": module, "of": changed(of, "A"), "alpha": alpha}
-        print(next_lines(next_command("compare", a, b, **options, html="report.html")))
+        options = {"base": base, "module": module, "of": None if of == "A" else of, "alpha": alpha}
+        print(f"next: {command('compare', a, b, **options, html='report.html')}")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .shared.next_command import changed, next_command, next_lines
+from .shared.next import command
 from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
@@ -75,13 +75,13 @@ def show(
     options = {
         "split": split,
         "columns": columns,
-        "template": changed(template, "auto"),
-        "turns": changed(turns, "all"),
+        "template": None if template == "auto" else template,
+        "turns": None if turns == "all" else turns,
         "chat_template": chat_template,
         "chat_template_kwargs": chat_template_kwargs,
         "date": date,
-        "train_on": changed(train_on, "completion"),
+        "train_on": None if train_on == "completion" else train_on,
         "max_length": max_length,
-        "on_long": changed(on_long, "auto"),
+        "on_long": None if on_long == "auto" else on_long,
     }
-    print("\n" + next_lines(next_command("train", data=data, model=model, **options)))
+    print(f"\nnext: {command('train', data=data, model=model, **options)}")

@@ -11,7 +11,7 @@ import typer
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
-from .shared.next_command import TRAINING_ROWS, changed, next_command, next_lines
+from .shared.next import command
 from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
@@ -116,15 +116,19 @@ def evaluate(
     if dataset.dropped:
         say(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
     given = {
-        "precision": changed(precision, "auto"),
+        "precision": None if precision == "auto" else precision,
         "chat_template": chat_template,
         "chat_template_kwargs": chat_template_kwargs,
     }
     if names:
-        print(next_lines(next_command("chat", model=model, adapter=adapter, **given)))
+        print(f"next: {command('chat', model=model, adapter=adapter, **given)}")
     else:
-        rows = {"columns": columns, "template": changed(template, "auto"), "turns": changed(turns, "all")}
-        print(next_lines(next_command("train", data=TRAINING_ROWS, model=model, **rows, **given, date=date)))
+        rows = {
+            "columns": columns,
+            "template": None if template == "auto" else template,
+            "turns": None if turns == "all" else turns,
+        }
+        print(f"next: {command('train', data='YOUR.jsonl', model=model, **rows, **given, date=date)}")
 
 
 def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
@@ -190,4 +194,4 @@ def _task_metrics(
         return
     output().print(table(results, f"{len(items):,} rows"))
     columns_given = ",".join(f"{key}={own}" for key, own in columns.items()) or None
-    print(next_lines(next_command("train", task=name, data=TRAINING_ROWS, model=model, columns=columns_given)))
+    print(f"next: {command('train', task=name, data='YOUR.jsonl', model=model, columns=columns_given)}")

@@ -10,7 +10,7 @@ import typer
 
 from .shared.algebra import Dtype, Force, Json, Modules, Out, Rank, progress, seconds_since, write
 from .shared.files import base_folder, output_path
-from .shared.next_command import TEST_ROWS, next_command, next_lines
+from .shared.next import command
 from .shared.output import output, say
 from .shared.starting import starting
 
@@ -86,5 +86,5 @@ def extract(
     say(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
     for warning in result.warnings:
         say(f"note: {warning}")
-    evaluate = next_command("eval", TEST_ROWS, model=base, adapter=str(path))
-    print(next_lines(inspect if image or to != "peft" else evaluate))
+    evaluate = command("eval", "TEST.jsonl", model=base, adapter=str(path))
+    print(f"next: {inspect if image or to != 'peft' else evaluate}")

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
-from .shared.next_command import changed, next_command, next_lines
+from .shared.next import command
 from .shared.settings import commented
 
 _SKIP = ("base",)
@@ -28,10 +28,5 @@ def init(
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; --force replaces it")
     write_text(path, _HEAD.format(name=path) + commented(TrainConfig, {"model": model, "data": data}, skip=_SKIP))
-    print(
-        f"wrote {path}\n"
-        + next_lines(
-            f"{next_command('data', 'show', data, model=changed(model, 'embedded'))}, "
-            f"then {next_command('train', config=path)}"
-        )
-    )
+    shown = command("data", "show", data, model=None if model == "embedded" else model)
+    print(f"wrote {path}\nnext: {shown}, then {command('train', config=str(path))}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .shared.files import base_folder
-from .shared.next_command import next_command, next_lines
+from .shared.next import command
 from .shared.output import say
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
@@ -77,7 +77,7 @@ def push(
             "alpha": alpha,
             "base": base,
         }
-        print(next_lines(next_command("push", source, repository, **options)))
+        print(f"next: {command('push', source, repository, **options)}")
         return
     what = "created" if done.created else "updated" if done.changed else "unchanged, it has all of this already"
     print(f"{what}: {done.url}" + (f" (commit {done.commit[:8]})" if done.commit and done.changed else ""))

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
-from .shared.next_command import after_training, next_command, next_lines
+from .shared.next import after_training, command
 from .shared.output import output, say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -105,9 +105,9 @@ def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
         console = output()
         console.print()
         console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
-    resume = next_command("sweep", config=f"{plan.out}/sweep.yaml")
+    resume = command("sweep", config=f"{plan.out}/sweep.yaml", quiet=quiet)
     if outcome.stopped:
-        print(f"stopped by {outcome.stopped}; saved\n{next_lines(resume)}   # resumes there")
+        print(f"stopped by {outcome.stopped}; saved\nnext: {resume}   # resumes there")
         return
     if not outcome.winners:
         say(f"every run failed; the errors are in {outcome.leaderboard}")
@@ -117,9 +117,7 @@ def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
     for group, adapter in outcome.winners.items():
         best = next(entry for entry in outcome.entries if entry.group == group)
         say(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
-    first = next(iter(outcome.winners.values()))
-    config = plan.runs[outcome.entries[0].name]
-    print(after_training(config, str(first)))
+    print(after_training(plan.runs[outcome.entries[0].name], next(iter(outcome.winners.values()))))
 
 
 sweep = with_flags(TrainConfig, _sweep, skip=_SKIP)

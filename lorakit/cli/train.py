@@ -15,7 +15,8 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
-from .shared.next_command import after_training, next_command, next_lines
+from .shared.next import after_training, command
+from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -49,32 +50,30 @@ def _train(
         settings = resolved(settings)
         result = run(settings, Progress(quiet=quiet or json_output, before=until_shown.close))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
-        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings))
+        if json_output:
+            print(json.dumps(dataclasses.asdict(result), default=str))
+        else:
+            _show(result, settings, quiet)
     if result.adapter is None:
         raise typer.Exit(exit_code(result.stopped))
 
 
-def _outcome(result: Result, settings: TrainConfig) -> str:
-    """Say how the run ended, and which commands come next."""
+def _show(result: Result, settings: TrainConfig, quiet: bool) -> None:
+    """Print how the run ended, and which commands come next."""
     from ..train.run_folder import RunFolder
 
     if result.adapter is None:
-        resume = next_command("train", config=f"{settings.out}/config.yaml")
-        return (
-            f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
-            f"{next_lines(resume)}   # resumes there"
-        )
+        resume = command("train", config=f"{settings.out}/config.yaml", quiet=quiet)
+        say(f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved")
+        print(f"next: {resume}   # resumes there")
+        return
     end = f"{result.step} steps"
     if result.stopped:
         end = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-    lines = [
-        f"{end} in {result.seconds:.0f} s{best}",
-        f"{method_of(settings.method).result}: {result.adapter}",
-        f"report: {RunFolder(settings.out).report}",
-        after_training(settings, str(result.adapter)),
-    ]
-    return "\n".join(lines)
+    written = f"report: {RunFolder(settings.out).report}; {method_of(settings.method).result}: {result.adapter}"
+    say(f"{end} in {result.seconds:.0f} s{best}; {written}")
+    print(after_training(settings, result.adapter))
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

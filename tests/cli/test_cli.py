@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import subprocess
 import sys
 
@@ -220,28 +219,12 @@ def test_train_prints_its_result_and_the_next_command(lorakit, model, data, tmp_
     out = tmp_path / "a run"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, *tiny_lm.FLAGS)
     assert code == 0
-    *_, result, adapter, report, try_it, evaluate = told.splitlines()
+    *_, result, use, judge = told.splitlines()
     assert result.startswith("6 steps in ")
-    assert (adapter, report) == (f"adapter: {out}/adapter", f"report: {out}/report.html")
-    used = f"--model {model} --adapter '{out}/adapter'"
-    assert try_it == f"next: lorakit chat {used} --precision fp32"
-    assert evaluate == f"next: lorakit eval TEST.jsonl {used} --precision fp32   # rows that it was not trained on"
-
-
-def test_the_next_commands_keep_the_options_of_the_call(lorakit, model, tmp_path):
-    rows = tmp_path / "qa.jsonl"
-    rows.write_text("".join(json.dumps({"q": r["prompt"], "a": r["completion"]}) + "\n" for r in tiny_lm.rows()))
-    out = tmp_path / "run"
-    columns = ["--columns", "prompt=q,completion=a"]
-    code, told, error = lorakit("train", "--model", model, "--data", rows, "--out", out, *columns, *tiny_lm.FLAGS)
-    assert code == 0, error
-    after = told.splitlines()[-1].removeprefix("next: lorakit ").partition("   #")[0].replace("TEST.jsonl", str(rows))
-    assert "--columns prompt=q,completion=a" in after
-    assert lorakit(*shlex.split(after), "--no-text")[0] == 0  # the command works with a file of such rows
-    code, told, _ = lorakit("data", "show", rows, "--model", model, *columns, "--max-length", "40", "--on-long", "cut")
-    assert code == 0
-    kept = "--columns prompt=q,completion=a --max-length 40 --on-long cut"
-    assert told.splitlines()[-1] == f"next: lorakit train --data {rows} --model {model} {kept}"
+    assert result.endswith(f"report: {out}/report.html; adapter: {out}/adapter")
+    where = f"--model {model} --adapter '{out}/adapter' --precision fp32"
+    assert use == f"next: lorakit generate 'your prompt' {where}"
+    assert judge == f"next: lorakit eval TEST.jsonl {where}   # rows it was not trained on"
 
 
 def test_train_as_json_prints_only_json(lorakit, trained):
@@ -255,7 +238,9 @@ def test_full_fine_tuning_writes_a_model_not_an_adapter(lorakit, model, data, tm
     out = tmp_path / "full"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, "--method", "full", *tiny_lm.FLAGS)
     assert code == 0
-    assert told.splitlines()[-1].startswith(f"next: lorakit eval TEST.jsonl --model {out}/model --precision fp32")
+    *_, use, judge = told.splitlines()
+    assert use == f"next: lorakit chat --model {out}/model --precision fp32"
+    assert judge == f"next: lorakit eval TEST.jsonl --model {out}/model --precision fp32   # rows it was not trained on"
     assert lorakit("eval", data, "--model", out / "model", "--no-text")[0] == 0
 
 

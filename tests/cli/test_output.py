@@ -1,14 +1,12 @@
-"""Sentences wrap between words on a terminal only; the next: lines quote for a shell and keep options."""
+"""Sentences wrap between words on a terminal only; elsewhere a row keeps its line."""
 
 from __future__ import annotations
 
 import io
-import shlex
 import sys
 
 import pytest
 
-from lorakit.cli.shared.next_command import changed, next_command, next_lines
 from lorakit.cli.shared.output import complain, output, say
 
 SENTENCE = "r1 contains a run with other settings, so it cannot be resumed with these"
@@ -55,13 +53,3 @@ def test_a_pipe_is_wide_enough_for_a_row(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert output().width == 200
-
-
-def test_a_next_command_can_be_pasted_into_a_shell():
-    command = next_command("compare", "my a", "b", base=None, module=["q", "v"], force=True, quiet=False, alpha=2.0)
-    assert shlex.split(command) == [
-        *["lorakit", "compare", "my a", "b", "--module", "q", "--module", "v", "--force", "--alpha", "2.0"]
-    ]
-    assert next_command("data", "show", "x", on_long="cut") == "lorakit data show x --on-long cut"
-    assert next_lines("a", "b") == "next: a\nnext: b"
-    assert (changed("auto", "auto"), changed("fp32", "auto")) == (None, "fp32")

@@ -103,7 +103,7 @@ def test_it_says_what_came_out_and_what_is_next(lorakit, swept):
     assert "finished" in out
     lines = out.splitlines()
     assert lines[-1].startswith("next: lorakit eval TEST.jsonl ")
-    assert lines[-2].startswith("next: lorakit chat ")
+    assert lines[-2].startswith("next: lorakit generate 'your prompt' ")
     assert f"--adapter {swept}/adapter" in lines[-1]
     assert lines[-3].startswith("winner: rank=")
     assert f"leaderboard: {swept}/leaderboard.json" in lines[-4]
