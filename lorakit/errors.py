@@ -53,6 +53,14 @@ class TrainError(LorakitError, RuntimeError):
     """A training run cannot start or continue."""
 
 
+class StoppedError(TrainError):
+    """A signal stopped the work. `signal`: its name, such as "SIGINT"."""
+
+    def __init__(self, message: str, signal: str):
+        super().__init__(message)
+        self.signal = signal
+
+
 class WriteError(LorakitError, OSError):
     """A file or folder cannot be written: the path is taken, permission is denied or the disk is full."""
 

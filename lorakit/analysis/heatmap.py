@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..io.atomic import replacing
+from .fonts import fonts_for
 from .tables import printable
 
 if TYPE_CHECKING:
@@ -169,6 +170,12 @@ def placed(module: str) -> tuple[str, str]:
     return row, f"{stack[1]} {numbers}" if stack else numbers
 
 
+def kind_of_module(module: str) -> str:
+    """Return a module's name within its layer, after the part of the pipeline it belongs to, if any."""
+    part = _PARTS.match(module)
+    return f"{part[1]}.{placed(module[part.end() :])[0]}" if part else placed(module)[0]
+
+
 def _natural(label: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.findall(r"\d+|\D+", label)]
@@ -224,15 +231,19 @@ def plot(panels: Sequence[Grid], path: Path, title: str) -> Path:
             rows.append([panel])
     heights = [row[0].height for row in rows] or [1.0]
     width = min(20.0, max([5.0, *(sum(panel.width for panel in row) for row in rows)]))
-    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
-    for part, row in zip(parts.flat, rows):
-        for ax, panel in zip(part.subplots(1, len(row), squeeze=False).flat, row):
-            panel.draw(ax)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format=kind)
+    texts = [title, *(text for panel in panels for text in (panel.title, *panel.rows, *panel.layers))]
+    with fonts_for(texts) as missing:
+        figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11)
+        if missing:
+            figure.supxlabel(missing, x=0.01, ha="left", fontsize=7)
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        for part, row in zip(parts.flat, rows):
+            for ax, panel in zip(part.subplots(1, len(row), squeeze=False).flat, row):
+                panel.draw(ax)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130, format=kind)
     return path
 
 

@@ -51,8 +51,8 @@ def combine(
     with starting("reading the adapters"):
         from ..adapter.algebra.combine import combined
 
-    out = output_path(out, to, force)
-    values = [read(source, alpha, base_folder(base)) for source in adapters]
+        out = output_path(out, to, force)
+        values = [read(source, alpha, base_folder(base)) for source in adapters]
     started = time.monotonic()
     with progress("combining") as on_module:
         result = combined(

@@ -16,6 +16,7 @@ from ..methods import method_of
 from ..tasks import task_of
 from ..tasks.text.settings import Lengths
 from ..train.config import METHODS, TrainConfig
+from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -165,7 +166,7 @@ def _plan(
     )
     console.print(numbers(estimates, memory, fit_rows, fit_lengths, MOST_ROWS, own.positions))
     console.print()
-    console.print(bars(estimates, memory), end="", no_wrap=True, crop=False)
+    console.print(bars(estimates, memory, console.width), end="", no_wrap=True, crop=False)
     if limit is not None:
         console.print(
             f"\nlargest batches within {show_bytes(limit.total)} ({limit.source}), {settings.method}:",
@@ -173,8 +174,8 @@ def _plan(
             highlight=False,
         )
         console.print(grid(fitting, MOST_ROWS))
-    print(f"\n{_time(flops, seconds)}")
-    print("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
+    say(f"\n{_time(flops, seconds)}")
+    say("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
     print(_next(settings, config, flags, chosen.total <= memory if memory else True))
 
 

@@ -36,8 +36,8 @@ def resize(
     with starting("reading the adapter"):
         from ..adapter.algebra.resize import resize as resize_adapter
 
-    out = output_path(out, to, force)
-    value = read(adapter, alpha, base_folder(base))
+        out = output_path(out, to, force)
+        value = read(adapter, alpha, base_folder(base))
     started = time.monotonic()
     with progress("resizing") as on_module:
         result = resize_adapter(

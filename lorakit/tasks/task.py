@@ -36,7 +36,7 @@ class Item(Protocol):
         """Its file and row, for error messages."""
 
     def digest(self) -> bytes:
-        """A digest of all that affects training, to tell whether two runs see the same rows."""
+        """Return a digest of all that affects training, to tell whether two runs see the same rows."""
 
 
 class Prompt(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
+from .progress import facts
 from .report import write_report
 from .run_folder import FREE
 from .setup import Job
@@ -182,7 +184,7 @@ class Run:
             job.adapter,
             self._save_result if job.method.keeps_base else None,  # else it would be the trained parameters once more
         )
-        write_report(job.folder, self.config)  # also of a run that is killed later
+        write_report(job.folder, self.config, self._facts)  # also of a run that is killed later
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints."""
@@ -217,7 +219,12 @@ class Run:
         if self.best:
             resume.put(self.best, self.parameters)
         self._save_result(job.result, self.early.best_step if self.best else self.step)
-        write_report(job.folder, self.config)
+        write_report(job.folder, self.config, self._facts)
+
+    @functools.cached_property
+    def _facts(self) -> list[tuple[str, str]]:
+        """What was chosen for the run and why, for its report."""
+        return facts(self.job)
 
     def _save_result(self, folder: Path, step: int | None = None) -> None:
         """Write the current adapter (or model) into `folder`. `step`: whose parameters it has; None: this one's."""
