@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from ..adapter.adapter import Adapter
 
-FORMATS = ("peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf")
+FORMATS = ("peft", "loralib", "kohya", "diffusers", "comfyui", "cloneofsimo", "mlx", "gguf")
 FOLDERS = ("peft", "mlx")  # written as a folder: a config and the tensors; the others are one file
 TAKES_ALPHA = ("loralib", "mlx")  # read with an alpha that is given: loralib's files hold none, old ones of MLX neither
+TELLS_MODEL = ("kohya", "diffusers", "comfyui")  # of a diffusion model that names and widths tell, or `model_type`
 
 
 def load(
@@ -29,14 +30,17 @@ def load(
     alpha: float | None = None,
     packed: dict[str, list[bool]] | None = None,
     base: Any = None,
+    model_type: str | None = None,
 ) -> Adapter:
     """Read an adapter in any of `FORMATS`.
 
     source: a folder, a file, or a hub id. `alpha` must be given where the file does not hold it (always for loralib,
     for MLX without its config), `packed` for a MergedLinear of loralib, `base` (the base's folder or config) for a GGUF
-    of a Llama. Raises AdapterError for anything that is not a sound adapter; nothing is built before sizes are checked.
+    of a Llama. `model_type`: which diffusion model a file is for (`names.KNOWN`), where its names and widths do not tell,
+    or "other" to keep the file's own names. Raises AdapterError for anything that is not a sound adapter; nothing is
+    built before sizes are checked.
     """
-    from ..io.tensors import read_tensors
+    from .wrappers import read_unwrapped
 
     if format is not None and format not in FORMATS:
         raise _unknown(format)
@@ -51,6 +55,8 @@ def load(
         raise AdapterError(
             f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave packed out"
         )
+    if model_type is not None:
+        _check_model_type(model_type)
     if format == "peft":
         return reader.read(path)
     if format == "loralib":
@@ -60,8 +66,8 @@ def load(
     if format == "cloneofsimo":
         return reader.load(path)
     file = _inside(path, format)
-    tensors, header = read_tensors(file)
-    return reader.read(file, tensors, header, alpha) if format == "mlx" else reader.read(file, tensors, header)
+    tensors, header = read_unwrapped(file)
+    return reader.read(file, tensors, header, alpha if format == "mlx" else model_type)
 
 
 def save(
@@ -91,6 +97,27 @@ def save(
     )
 
 
+def save_as_read(
+    adapter: Adapter,
+    path: str | Path,
+    format: str,
+    *,
+    dtype: torch.dtype | Literal["q8_0"] | None = None,
+    base: Any = None,
+) -> Path:
+    """Write an adapter in the format it was read from, and in that file's own spelling of its keys: ComfyUI's names stay
+    ComfyUI's. Otherwise as `save`.
+    """
+    from ..adapter.algebra.edit import cast
+    from .comfyui import write_as_read
+
+    spelling = adapter.metadata.get("spelling") if format in ("diffusers", "comfyui") else None
+    if not spelling or isinstance(dtype, str):
+        return save(adapter, path, format, dtype=dtype, base=base)
+    path = Path(path).expanduser()
+    return write_as_read(adapter if dtype is None else cast(adapter, dtype), path, spelling)
+
+
 def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:
     """What of this adapter the format cannot hold, one line each. `path`: where it would be written, as endings differ
     in that.
@@ -107,9 +134,9 @@ def format_of(source: str | Path) -> str:
         return "peft"
 
     from ..io.gguf_header import is_gguf
-    from ..io.tensors import keys_of
     from . import cloneofsimo, diffusers, kohya, mlx
     from .inside import not_adapter
+    from .wrappers import keys_unwrapped
 
     if path.is_dir():
         if mlx.is_mlx(path):
@@ -121,7 +148,7 @@ def format_of(source: str | Path) -> str:
         return "gguf"
     if cloneofsimo.is_pickle_of_it(path):
         return "cloneofsimo"
-    keys = keys_of(path)
+    keys = keys_unwrapped(path)
     for format, module in (("kohya", kohya), ("cloneofsimo", cloneofsimo), ("mlx", mlx), ("diffusers", diffusers)):
         if module.fits(keys):
             return format
@@ -153,6 +180,17 @@ def _inside(path: Path, format: str) -> Path:
     from . import diffusers, mlx
 
     return path / (mlx.WEIGHTS if format == "mlx" else diffusers.FILE) if path.is_dir() else path
+
+
+def _check_model_type(model: str) -> None:
+    from ..errors import ConfigError
+    from . import kohya, names
+
+    if model not in (*names.KNOWN, kohya.OTHER):
+        raise ConfigError(
+            f"there is no model type '{model}'{did_you_mean(model, (*names.KNOWN, kohya.OTHER))}\n"
+            f"  known: {', '.join(names.KNOWN)}; or '{kohya.OTHER}'"
+        )
 
 
 def _module(format: str) -> Any:

@@ -86,6 +86,20 @@ def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> U
     return _whole(key, named, shape)
 
 
+def own_update(key: str, tensors: Mapping[str, Tensor]) -> Update:
+    """The same of a module that nothing is known of: the weight has the shape that its tensors tell. Checked."""
+    down, up, mid = (tensors.get(f"lora_{which}.weight") for which in ("down", "up", "mid"))
+    whole = next((tensors[s] for s, name in WHOLE.items() if name == "weight" and s in tensors), None)
+    shape: tuple[int, ...] = (0, 0)  # LyCORIS' kinds may not tell the kernel
+    if down is not None and up is not None and down.dim() > 1 and up.dim() > 1:
+        shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
+    elif whole is not None:
+        shape = tuple(whole.shape)
+    found = update(key, tensors, shape)
+    found.check(key)
+    return found
+
+
 def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: bool = False) -> dict[str, Tensor]:
     """The reverse: an update's tensors by full key. `bake_alpha`: a low-rank update's scale is in its up, and it has no
     alpha.

@@ -76,6 +76,12 @@ class Name(NamedTuple):
     prefixed: bool  # whether the key says the component, or the path's first part gave it away
 
 
+def split(key: str) -> tuple[str, str] | None:
+    """(path as it is written, suffix as kohya spells it), or None if it is no spelling of a LoRA's tensor."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else (match["path"], _suffix(match))
+
+
 def parse(key: str) -> Name | None:
     """What a key means, or None if it is no spelling of a LoRA's tensor."""
     match = _KEY.fullmatch(key)

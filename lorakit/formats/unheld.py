@@ -44,3 +44,13 @@ def learned_tokens(adapter: Adapter) -> list[str]:
 def convolutions(adapter: Adapter, why: str = "") -> list[str]:
     found = [m for m, f in adapter.factors.items() if f.kind == "conv"]
     return [f"{len(found)} convolutions ({listing(found, 2)}){why}"] if found else []
+
+
+def beside_updates(adapter: Adapter) -> list[str]:
+    """Weights saved whole and learned tokens, for formats that hold updates of modules alone."""
+    lines = []
+    if adapter.saved:
+        lines.append(f"{len(adapter.saved)} weights saved whole: {listing(adapter.saved)}")
+    if adapter.embeddings:
+        lines.append(f"{len(adapter.embeddings)} learned tokens: {listing(adapter.embeddings)}")
+    return lines
