@@ -87,7 +87,9 @@ def not_the_file(path: Path) -> str | None:
             head = file.read(512)
     except OSError:
         return None
-    again = "\n  download the file itself: its page's download link (on the hub: resolve/, not blob/), or give OWNER/NAME"
+    again = (
+        "\n  download the file itself: its page's download link (on the hub: resolve/, not blob/), or give OWNER/NAME"
+    )
     if _GIT_LFS.match(head):
         size = re.search(rb"\nsize (\d+)", head)
         of = f" of {int(size[1]):,} bytes" if size else ""

@@ -269,10 +269,7 @@ TRANSFORMERS = {
         ("norm_out.linear",),
     ),
     "wan": Transformer(
-        (
-            ("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120}),
-            ("WanVACETransformer3DModel", {}),
-        ),
+        (("WanTransformer3DModel", {"image_dim": 1280, "added_kv_proj_dim": 5120}), ("WanVACETransformer3DModel", {})),
         (5120, 1536, 3072, 2048),
         _WAN,
     ),
@@ -342,8 +339,7 @@ TRANSFORMERS = {
     "flux3": Transformer((("Flux3Transformer2DModel", {}),), (3072,), _FLUX3),
     "auraflow": Transformer((("AuraFlowTransformer2DModel", {}),), (3072,), _AURA, {}, ("norm_out.linear",)),
     "cogvideox": Transformer(
-        (("CogVideoXTransformer3DModel", {"num_layers": 42, "num_attention_heads": 48}),),
-        (3072, 1920),
+        (("CogVideoXTransformer3DModel", {"num_layers": 42, "num_attention_heads": 48}),), (3072, 1920)
     ),
     "cogview4": Transformer((("CogView4Transformer2DModel", {}),), (2560, 4096)),
     "mochi": Transformer((("MochiTransformer3DModel", {}),), (3072,)),

@@ -190,10 +190,7 @@ def flux_ldm(names: dict[str, list[int]]) -> dict[str, list[str]]:
 
 
 def save(
-    name: str,
-    shapes: dict[str, list[int]],
-    ldm: dict[str, list[str]] | None = None,
-    **more: list[int] | list[str],
+    name: str, shapes: dict[str, list[int]], ldm: dict[str, list[str]] | None = None, **more: list[int] | list[str]
 ) -> None:
     """One line a module: a difference between two versions can be read."""
     lines = [f"  {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in shapes.items()]

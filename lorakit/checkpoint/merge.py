@@ -51,6 +51,7 @@ def merge_checkpoint(
     dtype: torch.dtype | None = None,
     untie: bool = False,
     force_base: bool = False,
+    model_type: str | None = None,
     on_tensor: Progress | None = None,
 ) -> MergeReport:
     """Write BASE + Σ weight · ADAPTER as a plain checkpoint OUT. Memory: a few blocks of a tensor, and the adapters.
@@ -59,7 +60,8 @@ def merge_checkpoint(
     same kind. adapter: one or several, with a weight each (1 unless said), of any kind: LoRA, LoHa, LoKr, whole ΔW,
     DoRA. alpha: for adapters' files that do not hold it (loralib, old MLX). dtype: the precision to write (the base's,
     by default). untie: give tied weights that the adapter changes a tensor each. force: replace an existing OUT.
-    force_base: merge although the base is not the one the adapter was trained on. on_tensor(name, done, total): called
+    force_base: merge although the base is not the one the adapter was trained on. model_type: which diffusion model an
+    adapter's file is for, where it does not tell (see `formats.load`). on_tensor(name, done, total): called
     after each tensor; each counts twice, written and read back. Raises LorakitError (TargetError, AdapterError) for
     whatever does not fit, and then leaves nothing behind.
     """
@@ -70,7 +72,7 @@ def merge_checkpoint(
     sources = [adapter] if isinstance(adapter, Adapter | Path | str) else list(adapter)
     factors = _weights(weights, len(sources))
     check_out(path.resolve(), _read_only(sources), target, force)
-    values, warnings = _values(sources, factors, path, alpha, force_base)
+    values, warnings = _values(sources, factors, path, alpha, force_base, model_type)
     plans: list[tuple[Part, Plan]] = []
     names = [n for a in values for n in (*a.updates, *a.saved)]
     for part in open_parts(path, names, everything=dtype is not None):
@@ -134,7 +136,12 @@ def _read_only(sources: Sequence[Source]) -> list[Path]:
 
 
 def _values(
-    sources: Sequence[Source], weights: Sequence[float], base: Path, alpha: float | None, force_base: bool
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    base: Path,
+    alpha: float | None,
+    force_base: bool,
+    model_type: str | None,
 ) -> tuple[list[Adapter], list[str]]:
     """The adapters, and warnings."""
     values, warnings = [], []
@@ -142,7 +149,7 @@ def _values(
         where = "" if isinstance(source, Adapter) else f" ({source})"
         called = f"adapter {number}{where}" if len(sources) > 1 else "the adapter"
         start = None if isinstance(source, Adapter) else started_as(source)
-        value = source if isinstance(source, Adapter) else load_on(source, base, alpha, force_base)
+        value = source if isinstance(source, Adapter) else load_on(source, base, alpha, force_base, model_type)
         values.append(value.check())
         warnings += check_something(weight, value, called)
         if start:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError, listing
 from .shared.files import base_folder, output_path, read
-from .shared.options import Force
+from .shared.options import Force, ModelType
 from .shared.starting import starting
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def export(
     force_base: Annotated[
         bool, typer.Option("--force-base", help="accept a --base that the adapter was not trained on")
     ] = False,
+    model_type: ModelType = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
@@ -65,7 +66,7 @@ def export(
                 "--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model"
             )
         options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
-        _merged(read(source, alpha, folder, force_base), folder, out, receiver, json_output, **options)
+        _merged(read(source, alpha, folder, force_base, model_type), folder, out, receiver, json_output, **options)
         return
     if dtype is not None:
         raise ConfigError(
@@ -76,7 +77,7 @@ def export(
         out = out / "adapter.gguf"
     out = output_path(out, RECEIVERS[receiver].format, force)
     result = exported(
-        read(source, alpha, folder, force_base),
+        read(source, alpha, folder, force_base, model_type),
         out,
         receiver,
         fix=fix,

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, parse_weights
+from .shared.options import ModelType
 from .shared.starting import starting
 
 
@@ -34,6 +35,7 @@ def merge(
         bool, typer.Option("--force-base", help="merge even if an adapter was trained on another base")
     ] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
+    model_type: ModelType = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Merge adapters into a checkpoint's files, one tensor in memory at a time, and verify the result."""
@@ -55,6 +57,7 @@ def merge(
             out,
             weights=parse_weights(weights),
             alpha=alpha,
+            model_type=model_type,
             force=force,
             dtype=dtype_of(dtype),
             untie=untie,

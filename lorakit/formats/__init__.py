@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("peft", "loralib", "kohya", "diffusers", "comfyui", "cloneofsimo", "mlx", "gguf")
 FOLDERS = ("peft", "mlx")  # written as a folder: a config and the tensors; the others are one file
-TAKES_ALPHA = ("loralib", "mlx")  # read with an alpha that is given: loralib's files hold none, old ones of MLX neither
+TAKES_ALPHA = ("loralib", "mlx")  # read with an alpha that is given: loralib's files hold none, nor do old MLX files
 TELLS_MODEL = ("kohya", "diffusers", "comfyui")  # of a diffusion model that names and widths tell, or `model_type`
 
 
@@ -36,7 +36,7 @@ def load(
 
     source: a folder, a file, or a hub id. `alpha` must be given where the file does not hold it (always for loralib,
     for MLX without its config), `packed` for a MergedLinear of loralib, `base` (the base's folder or config) for a GGUF
-    of a Llama. `model_type`: which diffusion model a file is for (`names.KNOWN`), where its names and widths do not tell,
+    of a Llama. `model_type`: which diffusion model a file is for (`names.KNOWN`), where names and widths do not tell,
     or "other" to keep the file's own names. Raises AdapterError for anything that is not a sound adapter; nothing is
     built before sizes are checked.
     """
@@ -105,8 +105,8 @@ def save_as_read(
     dtype: torch.dtype | Literal["q8_0"] | None = None,
     base: Any = None,
 ) -> Path:
-    """Write an adapter in the format it was read from, and in that file's own spelling of its keys: ComfyUI's names stay
-    ComfyUI's. Otherwise as `save`.
+    """Write an adapter in the format it was read from, in that file's own spelling of its keys: ComfyUI's stays.
+    Otherwise as `save`.
     """
     from ..adapter.algebra.edit import cast
     from .comfyui import write_as_read

@@ -33,6 +33,7 @@ from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
 from . import kohya, lycoris, names
 from .diffusers_header import KEY, Strengths, describe
+from .families import family_of
 from .native import COMFYUI, flattened, spelled, written
 from .peft_config import checked
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse, split
@@ -40,13 +41,17 @@ from .strength import clean, config_of, folded
 from .telling import size_of
 
 FILE = "pytorch_lora_weights.safetensors"
+_COMPONENTS = tuple(f"{component}." for component in (*COMPONENTS, NATIVE, "base_model"))
 # Without one of these diffusers' reader of text encoders does not tell PEFT's spelling from older ones, and raises.
 _ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
 def fits(keys: Iterable[str]) -> bool:
-    """Whether these are the keys of a diffusion model's LoRA with dotted module paths."""
-    return any(map(is_spelling, keys))
+    """Whether these are the keys of a diffusion model's LoRA with dotted module paths: one says so, or all end as a
+    LoRA's tensors do and are no language model's.
+    """
+    keys = list(keys)
+    return any(map(is_spelling, keys)) or (bool(keys) and all(map(split, keys)) and family_of(keys) is None)
 
 
 def read(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str], model: str | None = None) -> Adapter:
@@ -90,8 +95,10 @@ def _spelling(tensors: Mapping[str, Tensor], updates: Mapping[str, Update]) -> d
     """How to write it back, where that is not diffusers' way: behind ComfyUI's component, or under its own names."""
     if not all(module.split(".")[0] in COMPONENTS for module in updates):
         return spelled(tensors) | {"own": True}
-    native = all(key.startswith(f"{NATIVE}.") for key in tensors)
-    return spelled(tensors) | {"front": f"{NATIVE}.", "original": False, "text": "kohya"} if native else {}
+    for front in (f"{NATIVE}.", ""):
+        if all(key.startswith(f"{NATIVE}.") if front else not key.startswith(_COMPONENTS) for key in tensors):
+            return spelled(tensors) | {"front": front, "original": False, "text": "kohya"}
+    return {}
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -205,9 +212,7 @@ def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Stren
             alpha, rslora = strengths.of(module, up.shape[1])
             parts = parts | {"alpha": torch.tensor(alpha, dtype=torch.float64)}
         if MAGNITUDE in parts:
-            parts = {s: t for s, t in parts.items() if s != MAGNITUDE} | {
-                "dora_scale": parts[MAGNITUDE].reshape(-1, 1)
-            }
+            parts = {s: t for s, t in parts.items() if s != MAGNITUDE} | {"dora_scale": parts[MAGNITUDE].reshape(-1, 1)}
         update = lycoris.own_update(module, parts)
     except AdapterError as error:
         raise AdapterError(f"{where}: {error}") from error

@@ -191,9 +191,7 @@ def _model(keys: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str], 
     )
 
 
-def _split(
-    key: str, parts: Mapping[str, Tensor], modules: tuple[str, ...], model: str
-) -> list[Update | None]:
+def _split(key: str, parts: Mapping[str, Tensor], modules: tuple[str, ...], model: str) -> list[Update | None]:
     """A key's update as one of each of its modules (or none), the halves of its rows in diffusers' order."""
     shapes = names.shapes(model)
     stored = [shapes[module][0] for module in modules]

@@ -17,17 +17,18 @@ from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..io.atomic import replacing
-from ..io.tensors import read_tensors, write_tensors
+from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed
 from .strength import clean, commonest, folded
 from .unheld import convolutions, learned_tokens, other_kinds
+from .wrappers import read_unwrapped
 
 
 def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
     """Read a loralib state dict. AdapterError without `alpha`, or where the file is not one."""
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; loralib's checkpoint is one file\n  give the file")
-    tensors, _ = read_tensors(path)
+    tensors, _ = read_unwrapped(path)
     modules = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     if not modules:
         some = ", ".join(list(tensors)[:3])

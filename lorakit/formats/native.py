@@ -6,8 +6,8 @@
     layers.0.attention.to_q.lora_down.weight                       diffusers' names without a component
     lora_te1_text_model_…, text_encoders.clip_l.transformer.…      text encoders beside any of these
 
-With its dots made underscores such a path is a key of kohya's, so `names.py` knows it. How a file was spelled is kept in
-`Adapter.metadata["spelling"]`, so that it can be written back so (`comfyui.py`).
+With its dots made underscores such a path is a key of kohya's, so `names.py` knows it. How a file was spelled is kept
+in `Adapter.metadata["spelling"]`, so that it can be written back so (`comfyui.py`).
 """
 
 from __future__ import annotations

@@ -29,12 +29,13 @@ from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
-from ..io.tensors import read_tensors, write_tensors
+from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_lycoris
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
 from .unheld import learned_tokens, other_kinds, part_dora
+from .wrappers import read_unwrapped
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 PREFIX = "base_model.model."
@@ -81,7 +82,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     weights = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / PICKLE
     if not weights.exists():
         raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there")
-    tensors, header = read_tensors(weights)
+    tensors, header = read_unwrapped(weights)
     ours = (
         read_json(folder / OURS)
         if (folder / OURS).exists()

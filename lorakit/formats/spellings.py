@@ -18,8 +18,10 @@ model.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import NamedTuple
 
+from . import names
 from .lycoris import LOHA, LOKR, WHOLE
 
 COMPONENTS = (
@@ -107,13 +109,19 @@ def is_spelling(key: str) -> bool:
 def _component(path: str) -> tuple[str | None, str, bool]:
     """(component, path in it, whether the component was written)."""
     first, _, rest = path.partition(".")
-    if _LANGUAGE_MODEL.match(path):
+    if _LANGUAGE_MODEL.match(path) and path not in _listed():
         return None, path, False
     if first in COMPONENTS and rest:
         return first, rest, True
     if first == NATIVE and rest:
         return _COMPONENT_OF.get(rest.split(".")[0], NATIVE), rest, True
     return _COMPONENT_OF.get(first), path, False
+
+
+@cache
+def _listed() -> frozenset[str]:
+    """The modules of diffusion transformers whose blocks are called `layers`, as language models' are."""
+    return frozenset(m for model in names.KNOWN for m in names.shapes(model) if m.startswith("transformer.layers."))
 
 
 def _suffix(match: re.Match[str]) -> str:

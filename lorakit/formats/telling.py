@@ -12,7 +12,6 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from os.path import commonprefix
 from typing import NamedTuple
 
 from torch import Tensor
@@ -75,10 +74,15 @@ def misspelt(key: str, model: str) -> str | None:
 
 
 def _one_letter_off(one: str, other: str) -> bool:
-    start = len(commonprefix((one, other)))
-    end = len(commonprefix((one[start:][::-1], other[start:][::-1])))
+    start = _common(one, other)
+    end = _common(one[start:][::-1], other[start:][::-1])
     a, b = one[start : len(one) - end], other[start : len(other) - end]
     return max(len(a), len(b)) == 1 and not any(map(str.isdigit, a + b))
+
+
+def _common(one: str, other: str) -> int:
+    """How many letters they begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def disagreement(model: str, sizes: Mapping[str, Size | None]) -> str:

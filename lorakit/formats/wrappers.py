@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
+
 from ..errors import AdapterError, listing
 from ..io.tensors import keys_of, read_tensors
 
@@ -79,7 +81,7 @@ def unwrapped(where: Path, tensors: dict[str, Value]) -> dict[str, Value]:
     return found
 
 
-def read_unwrapped(path: Path) -> tuple[dict[str, object], dict[str, str]]:
+def read_unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by names without wrappers, the header). AdapterError, as `io.tensors.read_tensors`."""
     tensors, header = read_tensors(path)
     return unwrapped(path, dict(tensors)), header
