@@ -40,6 +40,8 @@ def load(
     or "other" to keep the file's own names. Raises AdapterError for anything that is not a sound adapter; nothing is
     built before sizes are checked.
     """
+    from . import mlx
+    from .inside import renamed
     from .wrappers import read_unwrapped
 
     if format is not None and format not in FORMATS:
@@ -66,6 +68,11 @@ def load(
     if format == "cloneofsimo":
         return reader.load(path)
     file = _inside(path, format)
+    if not file.exists():
+        lies = renamed(path, file.stem, (".safetensors", ".npz"))
+        raise AdapterError(
+            f"{path}: {file.name} cannot be read: it is not there" + (lies or f"\n  put that file beside {mlx.CONFIG}")
+        )
     tensors, header = read_unwrapped(file)
     return reader.read(file, tensors, header, alpha if format == "mlx" else model_type)
 
@@ -149,6 +156,8 @@ def format_of(source: str | Path) -> str:
     if cloneofsimo.is_pickle_of_it(path):
         return "cloneofsimo"
     keys = keys_unwrapped(path)
+    if path.name in (peft.WEIGHTS, peft.PICKLE) and not any(map(diffusers.is_spelling, keys)):
+        raise AdapterError(not_adapter(keys, path))  # its config is missing
     for format, module in (("kohya", kohya), ("cloneofsimo", cloneofsimo), ("mlx", mlx), ("diffusers", diffusers)):
         if module.fits(keys):
             return format

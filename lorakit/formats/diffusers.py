@@ -169,6 +169,9 @@ def _sort(where: Path, tensors: Mapping[str, Tensor], own: bool = False) -> dict
     for key in tensors:
         name = parse(key)
         if name is None:
+            what = next((w for n in (1, 2) if (w := lycoris.foreign(".".join(key.split(".")[-n:])))), None)
+            if what is not None:
+                raise AdapterError(f"{where}: key '{key}': {what}")
             raise AdapterError(
                 f"{where}: key '{key}' is no part of an adapter that lorakit knows\n"
                 "  expected <component>.<module>.lora_A.weight, .lora_B.weight, or another spelling of them, .alpha, "

@@ -16,21 +16,12 @@ from collections.abc import Iterable
 _FRONT = r"(base_model\.model\.)?(\w+\.)*?"
 # The first that fits. "\d+" stands for a layer's number.
 _FAMILIES = (
-    (
-        "a vision-language model (Llava-, Qwen-VL- or Gemma-like)",
-        r"(language_model|vision_tower|visual|vision_model)\.",
-    ),
-    (
-        "a mixture-of-experts language model",
-        r"layers\.\d+\.(mlp|block_sparse_moe|feed_forward)\.(experts|shared_expert)",
-    ),
+    ("a vision-language model (Llava, Qwen-VL, Gemma)", r"(language_model|vision_tower|visual|vision_model)\."),
+    ("a mixture-of-experts model", r"layers\.\d+\.(mlp|block_sparse_moe|feed_forward)\.(experts|shared_expert)"),
     ("a Llama-like language model (Llama, Qwen, Mistral, Gemma)", r"layers\.\d+\.(self_attn|linear_attn)\.\w+_proj"),
     ("a Llama-like language model (Llama, Qwen, Mistral, Gemma)", r"layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj"),
     ("a Phi-like language model", r"layers\.\d+\.(self_attn\.(qkv_proj|dense)|mlp\.fc[12])"),
-    (
-        "an encoder-decoder (BART, OPT, Whisper, M2M)",
-        r"(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn|fc[12])",
-    ),
+    ("an encoder-decoder (BART, Whisper)", r"(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn|fc[12])"),
     ("an OPT-like language model", r"layers\.\d+\.fc[12]"),
     ("GPT-2 or a model like it (GPT-J, Falcon, BLOOM)", r"h\.\d+\.(attn|self_attention|mlp|attention)\."),
     ("a GPT-NeoX-like language model (Pythia)", r"gpt_neox\.layers\.\d+\.|layers\.\d+\.attention\.query_key_value"),
@@ -42,10 +33,8 @@ _FAMILIES = (
     ("a Llama in Meta's or torchtune's names", r"layers\.\d+\.(attention\.w[qkvo]|attn\.(q|k|v|output)_proj)\b"),
 )
 _COMPILED = tuple((family, re.compile(_FRONT + pattern)) for family, pattern in _FAMILIES)
-# Paths that look like a language model's and are a diffusion transformer's: ACE-Step, ERNIE-Image, Lumina.
-_NOT = re.compile(
-    r"^(?!(base_model\.model\.)?(model|language_model|transformer\.h|gpt_neox|backbone)\.).*\.cross_attn\."
-)
+# Paths that look like a language model's and are a diffusion transformer's: ACE-Step.
+_NOT = re.compile(r"^(?!(base_model\.model\.)?(model|language_model|transformer\.h|backbone)\.).*\.cross_attn\.")
 
 
 def family_of(keys: Iterable[str]) -> str | None:

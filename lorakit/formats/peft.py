@@ -32,6 +32,7 @@ from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_lycoris
+from .inside import renamed
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
 from .unheld import learned_tokens, other_kinds, part_dora
@@ -81,7 +82,8 @@ def read(path: Path, started: bool = False) -> Adapter:
     enabled = enabled_parts(values, where)
     weights = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / PICKLE
     if not weights.exists():
-        raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there")
+        lies = renamed(folder, "adapter_model", (".safetensors", ".bin"))
+        raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there{lies}")
     tensors, header = read_unwrapped(weights)
     ours = (
         read_json(folder / OURS)

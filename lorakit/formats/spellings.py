@@ -61,7 +61,7 @@ _KEY = re.compile(
     r"|\.lora_(?P<kohya>down|up|mid)(?:\.[^.]+)?\.weight"
     r"|(?:[._]lora|\.lora_linear_layer)?\.(?P<alpha>alpha)"
     r"|\.(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|dora_scale)"
-    rf"|\.(?P<lycoris>{'|'.join((*LOHA, *LOKR, *WHOLE))})"
+    rf"|\.(?P<lycoris>{'|'.join((*LOHA, *LOKR, *WHOLE, 'scalar'))})"
     r")"
 )
 _OLD_TEXT_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}

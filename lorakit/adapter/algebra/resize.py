@@ -124,7 +124,7 @@ def resize(
         else:
             scale, rslora = (f.scale, f.rslora) if f is not None else (1.0, False)
             after = compose(forms[m], svds, wanted, scale, rslora, next(iter(update.tensors().values())).dtype)
-        resized[m] = after
+        resized[m] = after if drop_bias else update.with_weight(after)
         error, size = relative(update, after) if after is not update else (0.0, norm(after))
         reports.append(ModuleResize(m, update.rank, after.rank, error, size))
         if on_module is not None:
@@ -160,7 +160,7 @@ def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
     """
     whole = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
     for m, update in adapter.updates.items():
-        if m not in whole and update.changes_bias and not drop_bias:
+        if m not in whole and update.changes_bias and not (drop_bias or update.bias_apart):
             raise AdapterError(
                 f"'{m}' changes its bias too, which low-rank factors cannot hold\n"
                 "  drop_bias=True (--drop-bias) leaves the bias's change out"
