@@ -100,6 +100,8 @@ def export(
         print(f"logits through {through}: {result.logits}")
     if result.no_logits is not None:
         print(f"logits not compared: {result.no_logits}")
+    if result.unchecked is not None:
+        print(f"not checked: {result.unchecked}")
     served = result.base or folder  # a path: other programs do not know 'embedded'
     print(f"next: {_next(receiver, result.files[0], str(served) if served else None)}")
 

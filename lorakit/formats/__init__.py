@@ -161,7 +161,7 @@ def format_of(source: str | Path) -> str:
     for format, module in (("kohya", kohya), ("cloneofsimo", cloneofsimo), ("mlx", mlx), ("diffusers", diffusers)):
         if module.fits(keys):
             return format
-    if any(key.endswith(".lora_A") for key in keys):
+    if any(key.endswith((".lora_A", ".lora_a.weight")) for key in keys):
         return "loralib"
     raise AdapterError(f"{not_adapter(keys, path)}\n  known formats: {', '.join(FORMATS)}")
 
@@ -180,7 +180,7 @@ def weights_of(path: Path) -> Path | None:
     """The file with an adapter's tensors, of the folder or file that `find` gives; None if it is not there."""
     from . import diffusers, mlx, peft
 
-    names = (peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, diffusers.FILE)
+    names = (peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, mlx.NPZ, diffusers.FILE)
     return next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
 
 
@@ -188,7 +188,9 @@ def _inside(path: Path, format: str) -> Path:
     """The file with the tensors, where `path` is its folder."""
     from . import diffusers, mlx
 
-    return path / (mlx.WEIGHTS if format == "mlx" else diffusers.FILE) if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    return mlx.weights_in(path) if format == "mlx" else path / diffusers.FILE
 
 
 def _check_model_type(model: str) -> None:

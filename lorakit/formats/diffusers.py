@@ -31,7 +31,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
-from . import kohya, lycoris, names
+from . import flux_variants, kohya, lycoris, names
 from .diffusers_header import KEY, Strengths, describe
 from .families import family_of
 from .native import COMFYUI, flattened, spelled, written
@@ -51,6 +51,8 @@ def fits(keys: Iterable[str]) -> bool:
     LoRA's tensors do and are no language model's.
     """
     keys = list(keys)
+    if flux_variants.fits(keys):
+        return True
     return any(map(is_spelling, keys)) or (bool(keys) and all(map(split, keys)) and family_of(keys) is None)
 
 
@@ -59,6 +61,9 @@ def read(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str], mode
 
     model: which of `names.KNOWN` it is for, where its names and widths do not tell; `kohya.OTHER` to keep its names.
     """
+    saved: dict[str, Tensor] = {}
+    if flux_variants.fits(tensors):
+        tensors, saved = flux_variants.plain(path, tensors)
     strengths = Strengths(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
     native = None
     if model != kohya.OTHER:
@@ -66,7 +71,9 @@ def read(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str], mode
     if native is not None:
         rest = {key: value for key, value in header.items() if key not in ("format", KEY)}
         adapter = kohya.read(path, native.tensors, rest, native.model)
-        return replace(adapter, metadata=dict(adapter.metadata) | {"spelling": native.spelling})
+        return replace(adapter, saved=saved, metadata=dict(adapter.metadata) | {"spelling": native.spelling}).check()
+    if saved:
+        raise AdapterError(f"{path}: it has Flux' norms ({listing(saved, 2)}), and modules that are not Flux'")
     modules = _sort(path, tensors, own=model == kohya.OTHER)
     updates = {module: _update(path, module, parts, strengths) for module, parts in modules.items()}
     metadata = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")

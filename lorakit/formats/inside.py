@@ -16,7 +16,7 @@ from .families import family_of
 
 ADAPTER_CONFIG, DIFFUSERS_FILE = "adapter_config.json", "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
+_SUFFIXES = {".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
 _SIDES = (".text_encoder.pt", ".ti.pt")  # belong to the file that is named like them
 # how their names begin, shards' and indices' too
 _MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")

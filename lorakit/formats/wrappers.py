@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import AdapterError, listing
@@ -33,6 +34,7 @@ _NAMED = re.compile(r"(?<=\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vecto
 # Names that say which part of a pipeline it is, and are no wrapper.
 _PARTS = re.compile(r"(unet|transformer(_\d+)?|text_encoder(_\d+)?|prior|diffusion_model|model\.diffusion_model)\.")
 Value = TypeVar("Value")
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 log = logging.getLogger(__name__)
 
 
@@ -55,7 +57,9 @@ def unwrap(keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     change("module", _without_module(found))
     adapters = {match[2] for name in found.values() for match in _NAMED.finditer(name)}
     if len(adapters) == 1:
-        change(f"the adapter's name {adapters.pop()}", {k: _NAMED.sub(r"\1", n) for k, n in found.items()})
+        plain = {k: _NAMED.sub(r"\1", n) for k, n in found.items()}
+        if len(set(plain.values())) == len(plain):  # else two tensors of one name, which the reader tells
+            change(f"the adapter's name {adapters.pop()}", plain)
     elif adapters:
         raise AdapterError(
             f"its keys hold {len(adapters)} adapters: {listing(sorted(adapters))}\n"
@@ -84,7 +88,9 @@ def unwrapped(where: Path, tensors: dict[str, Value]) -> dict[str, Value]:
 def read_unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by names without wrappers, the header). AdapterError, as `io.tensors.read_tensors`."""
     tensors, header = read_tensors(path)
-    return unwrapped(path, dict(tensors)), header
+    # Numbers of 8 bits are held in 16, which hold each of them exactly; torch has no arithmetic for 8.
+    wide = {key: t.to(torch.float16) if t.dtype in _FLOAT8 else t for key, t in tensors.items()}
+    return unwrapped(path, wide), header
 
 
 def keys_unwrapped(path: Path) -> list[str]:
