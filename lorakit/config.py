@@ -34,6 +34,7 @@ PEFT_NAMES = {
     "target_modules": "targets",
     "exclude_modules": "exclude",
     "layers_to_transform": "layers",
+    "layers_pattern": "layers_pattern",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "use_rslora": "rslora",
@@ -68,8 +69,8 @@ class Strict(BaseModel):
             raise ConfigError(explain(type(self), error)) from None
 
     def replace(self, **changes: Any):
-        """Return a copy with some fields changed, validated again."""
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+        """Return a copy with some fields changed, validated again. Fields that were not given are still not given."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
@@ -148,7 +149,16 @@ class LoraSettings(Strict):
     exclude: str | list[str] | None = Field(
         None, description="modules to skip: name endings, or one regular expression"
     )
-    layers: list[int] | None = Field(None, description="only these layer numbers (the first number in a module's name)")
+    layers: list[int] | None = Field(
+        None, description="only these layer numbers: the first number in a module's name, after two names at least"
+    )
+    layers_pattern: list[str] = Field(
+        default_factory=list,
+        description="with layers: the names before the layer's number, such as h or blocks (default: any)",
+    )
+    strict_targets: bool = Field(
+        True, description="raise an error for a target that no module matches; false: list it and go on"
+    )
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )
@@ -178,6 +188,13 @@ class LoraSettings(Strict):
             return sorted(dict.fromkeys(value))
         if isinstance(value, str) and value != ALL_LINEAR:
             _compile(value)
+        return value
+
+    @field_validator("layers_pattern")
+    @classmethod
+    def _patterns(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            _compile(pattern)
         return value
 
     @field_validator("variant")
@@ -214,6 +231,12 @@ class LoraSettings(Strict):
             if not any(parts):
                 raise ValueError(f"no part of '{key}' is adapted; remove it from the targets instead")
         return value
+
+    @model_validator(mode="after")
+    def _pattern_needs_layers(self):
+        if self.layers_pattern and self.layers is None:
+            raise ValueError("layers_pattern says where the numbers of layers are; give layers too")
+        return self
 
     def rank_of(self, module: str) -> int:
         """Return the rank for a module's full name."""

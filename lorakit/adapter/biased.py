@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import check_tensors, multiplied
-from .lora import Form
+from .lora import Factors, FactorShapes
 from .update import LowRank, Read, Rows, Update
 
 
@@ -68,6 +68,9 @@ class Biased(Update):
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Biased:
         return Biased(self.inner.map(change), change("bias", self.bias))
 
+    def map_factors(self, change: Callable[[Factors], Factors]) -> Biased:
+        return Biased(self.inner.map_factors(change), self.bias)
+
     def check(self, module: str) -> None:
         self.inner.check(module)
         check_tensors(module, {"bias": self.bias}, 1)
@@ -97,8 +100,8 @@ class Biased(Update):
     def low_rank(self) -> LowRank | None:
         return self.inner.low_rank()
 
-    def form(self, module: str) -> Form:
-        return self.inner.form(module)
+    def factor_shapes(self, module: str) -> FactorShapes:
+        return self.inner.factor_shapes(module)
 
     # ΔW on a stored weight
 

@@ -34,6 +34,8 @@ __all__ = [
     "not_finite",
 ]
 
+# Kinds of update that are not LoRA, as one calls them.
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -48,7 +50,7 @@ class ModuleFacts:
     """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
     `dead`: changes nothing.
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines
+    `kind`: linear, embedding or conv; loha, lokr or dense. `adapter.algebra.spectrum` defines
     the effective and the stable rank.
     """
 
@@ -157,7 +159,7 @@ class AdapterFacts:
         rows = []
         for (name, *_), group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
-            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
+            kind = f" {KINDS[first.kind]}" if first.kind in KINDS else ""
             sizes = [len(group), first.size_in, first.size_out, first.rank]
             row = [f"{name}{kind}{' DoRA' if first.dora else ''}", *map(str, sizes)]
             row += [f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"]
@@ -222,15 +224,15 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
 
 def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
-    tensors = update.tensors()
+    tensors, own = update.tensors(), update.without_base()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(update, "kind", type(update).__name__.lower()),
+        getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
-        getattr(update, "alpha", float(update.rank)),
+        getattr(own, "alpha", float(update.rank)),
         update.scale,
         found.norm,
         dtype,
@@ -281,6 +283,9 @@ class ModelFacts:
     architecture: str
     parameters: int
     modules: list[tuple[str, str, list[int], bool]]  # name, class, weight shape, whether 'all-linear' includes it
+    skipped: dict[str, str] = field(default_factory=dict)  # linear modules that 'all-linear' leaves out, and why
+    unreached: dict[str, int] = field(default_factory=dict)  # elements of weights that no adapter can reach, by name
+    unreached_share: float = 0.0  # of all parameters
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -301,6 +306,18 @@ class ModelFacts:
         width = max((len(k[0]) for k in groups), default=0)
         for (name, kind, shape, mark), count in groups.items():
             print(f" {mark} {name:<{width}}  {kind} {shape}" + (f"  x {count}" if count > 1 else ""))
+        for why, names in _by_reason(self.skipped).items():
+            print(f"left out of 'all-linear': {listing(names, 3)} ({why})")
+        if self.unreached:
+            print(f"not reached by any adapter: {100 * self.unreached_share:.3g} % of the weights, ", end="")
+            print(listing(self.unreached, 4))
+
+
+def _by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        reasons.setdefault(why, []).append(name)
+    return reasons
 
 
 def is_model(source: str) -> bool:
@@ -318,7 +335,8 @@ def describe_model(source: str) -> ModelFacts:
     import transformers
 
     from ..layers.swap import mixin_for
-    from ..layers.targets import find_targets, module_names
+    from ..layers.targets import called_by_weight, find_targets, module_names
+    from ..layers.unreached import unreached
 
     config = load_config(source)
     name = (config.architectures or [""])[0]
@@ -329,10 +347,20 @@ def describe_model(source: str) -> ModelFacts:
         )
     with torch.device("meta"):
         model = kind(config)
-    linear = find_targets(model, LoraConfig()).modules
+    found = find_targets(model, LoraConfig())
+    linear, missed, names = found.modules, unreached(model), module_names(model)
+    without_effect = called_by_weight(names)
     rows = [
-        (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr, arg-type]
-        for name, m in module_names(model).items()
-        if mixin_for(m) is not None
+        (name, type(m).__name__, list(m.get_parameter("weight").shape), name in linear)
+        for name, m in names.items()
+        if mixin_for(m) is not None and name not in without_effect
     ]
-    return ModelFacts(source, type(model).__name__, sum(p.numel() for p in model.parameters()), rows)
+    return ModelFacts(
+        source,
+        type(model).__name__,
+        sum(p.numel() for p in model.parameters()),
+        rows,
+        found.skipped,
+        missed.names if missed else {},
+        missed.share if missed else 0.0,
+    )

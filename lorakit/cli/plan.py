@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 # The settings that affect memory. A --config file may have the others too.
 _SETTINGS = (
+    "adapter",
     "rank",
     "dropout",
     "bias",
     "targets",
     "exclude",
     "layers",
+    "layers_pattern",
+    "strict_targets",
     "rank_pattern",
     "save_modules",
     "packed",
@@ -41,6 +44,7 @@ _SETTINGS = (
     "method",
     "batch_size",
     "micro_batch",
+    "packing",
     "precision",
     "gradient_checkpointing",
     "memory",
@@ -67,8 +71,12 @@ def _plan(
     settings = TrainConfig(**{"data": "-"} | (read_config(config) if config else {}) | flags)
 
     with starting("reading the base's config"):
+        from ..train.start import resolved
+
+        settings = resolved(settings)
         import torch
         from rich.console import Console
+        from transformers.utils import logging
 
         from ..bases.device import choose_device
         from ..plan.estimate import FOUR_BIT, STATE_COPIES
@@ -79,6 +87,8 @@ def _plan(
         from ..train import defaults
         from ..train.memory import allowed, planner_for
 
+    # What transformers notes on building a model (a slower kernel, an odd RoPE factor) concerns runs, not a plan.
+    logging.set_verbosity_error()
     local = choose_device().value
     target = local if device == "auto" else torch.device(device)
     here = target.type == local.type

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lorakit.data import parse
 from lorakit.data.parse import Row
@@ -101,7 +102,7 @@ def _parquet(path: Path, limit: int | None) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=min(limit or 8192, 8192)):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(values, str(path), number)
+                    yield Row(_without_filler(values), str(path), number)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
@@ -146,7 +147,24 @@ def _hub(name: str, path: Path, split: str | None, limit: int | None) -> list[Ro
             f"tried as a dataset on the hub (split {chosen}): {reason}\n"
             "  name an existing file or folder, or a hub dataset as OWNER/NAME or OWNER/NAME:CONFIG"
         ) from error
-    return [Row(dict(values), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)]
+    return [
+        Row(_without_filler(dict(values)), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)
+    ]
+
+
+def _without_filler(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without the nulls inside its columns.
+
+    Arrow gives all objects of a column the same keys, and fills in nulls: without this, each call of a tool would have
+    the arguments of all the others.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(each) for key, each in value.items() if each is not None}
+        return [kept(each) for each in value] if isinstance(value, list) else value
+
+    return {name: kept(value) for name, value in values.items()}
 
 
 def _neighbour(path: Path) -> str:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
+from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
-from ..formats import save
-from ..io.atomic import write_text
 from .into_base import split
 from .logits import Logits
 from .modelfile import check_modelfile, modelfile
 from .rules import RECEIVERS, Finding, findings
-from .staging import Readback, write_staged
+from .staging import write_staged
 
 
 @dataclass(frozen=True)
@@ -100,22 +99,20 @@ def export(
     if parts is not None:
         count = len(parts.part.updates) + len(parts.part.saved)
         fixes.insert(0, f"{count} modules and weights that {receiver} does not accept: merged into {parts.copy}")
-    model_file = None
+    model_file, beside = None, {}
     if receiver == "ollama":
         if model is None:
             raise ConfigError(
                 "Ollama's Modelfile needs a model to start FROM\n  name one: --model llama3.2, or a GGUF file"
             )
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
-        model_file = check_modelfile(path, modelfile(path, model), force)
-    if verify or parts is not None:
-        written, check = write_staged(adapter, ready, path, target.format, base, verify, parts)
-    else:
-        written, check = save(ready, path, target.format, base=base), Readback()
-    files = [written]
-    if model_file is not None:
-        write_text(model_file, modelfile(path, model))
-        files.append(model_file)
+        model_file = check_modelfile(path, modelfile(path, model, adapter), force)
+        beside = {model_file.name: modelfile(path, model, adapter)}
+    template = ChatRecord.of(adapter.metadata).template
+    inside = {} if template is None else {TEMPLATE_FILE: template}
+    written, check = write_staged(adapter, ready, path, target.format, base, verify, parts, beside, inside)
+    files = [written, *([model_file] if model_file is not None else [])]
+    files += [written / name for name in inside if written.is_dir()]
     copy = parts.copy if parts is not None else None
     unchecked = _unchecked(ready) if base is None else None
     return Exported(

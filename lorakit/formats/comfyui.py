@@ -86,9 +86,9 @@ def _model(adapter: Adapter) -> str | None:
     return None if any(m.startswith(f"{NATIVE}.") for m in adapter.updates) else kohya.written_for(adapter)
 
 
-def _places(model: str, spelling: Mapping[str, Any]) -> dict[str, names.Place]:
+def _places(model: str, spelling: Mapping[str, Any]) -> dict[str, names.KohyaKey]:
     """A module's name -> its place, whose key is the dotted name as this file writes it."""
-    found: dict[str, names.Place] = {}
+    found: dict[str, names.KohyaKey] = {}
     for component, part in names.PIPELINES[model].items():
         listed = names.module_list(part.listed)
         denoiser = not component.startswith("text_encoder")
@@ -100,7 +100,7 @@ def _places(model: str, spelling: Mapping[str, Any]) -> dict[str, names.Place]:
         for name, parts in dotted.items():
             modules = tuple(f"{component}.{module}" for module in parts)
             key = spelling["front"] + name if denoiser else _text_key(component, part, name, spelling)
-            found |= dict.fromkeys(modules, names.Place(key, modules))
+            found |= dict.fromkeys(modules, names.KohyaKey(key, modules))
     return found
 
 

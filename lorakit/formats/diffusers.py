@@ -1,4 +1,4 @@
-"""diffusers' `pytorch_lora_weights.safetensors`: read in all its spellings (`spellings.py`), written as diffusers 0.42
+"""diffusers' `pytorch_lora_weights.safetensors`: read in all spellings (`spellings.py`), written so that diffusers 0.42
 loads it exactly.
 
     <component>.<module>.lora_A.weight, .lora_B.weight     linear [r, in], [out, r]; conv [r, in, *k], [out, r, 1, 1]
@@ -6,10 +6,9 @@ loads it exactly.
     header "lora_adapter_metadata": JSON {"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {...},
     "text_encoder.r": ...}
 
-The keys hold no alpha. Without the header alpha is the rank of each module (diffusers' rule); with it, diffusers hands
-each component's entries to `peft.LoraConfig` as they are, so its patterns are PEFT's. The prefix "text_encoder." is
-diffusers', and `text_model.` below it is always written: transformers 5 has lost that level, and diffusers removes it
-where it is not wanted.
+The keys hold no alpha. Without the header alpha is each module's rank (diffusers' rule); with it, diffusers passes each
+component's entries to `peft.LoraConfig`, so its patterns are PEFT's. The level `text_model.` below "text_encoder." is
+always written: transformers 5 has dropped it, and diffusers removes it if needed.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
 from . import flux_variants, kohya, lycoris, names
-from .diffusers_header import KEY, Strengths, describe
+from .diffusers_header import KEY, HeaderAlphas, describe
 from .families import family_of
 from .native import COMFYUI, flattened, spelled, written
 from .peft_config import checked
+from .scale import clean, config_of, folded
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse, split
-from .strength import clean, config_of, folded
 from .telling import size_of
 
 FILE = "pytorch_lora_weights.safetensors"
 _COMPONENTS = tuple(f"{component}." for component in (*COMPONENTS, NATIVE, "base_model"))
-# Without one of these diffusers' reader of text encoders does not tell PEFT's spelling from older ones, and raises.
+# Without one of these, diffusers cannot tell PEFT's spelling of a text encoder from older ones, and raises.
 _ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
@@ -64,10 +63,10 @@ def read(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str], mode
     saved: dict[str, Tensor] = {}
     if flux_variants.fits(tensors):
         tensors, saved = flux_variants.plain(path, tensors)
-    strengths = Strengths(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
+    alphas = HeaderAlphas(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
     native = None
     if model != kohya.OTHER:
-        native = flattened(path, tensors | _alphas(tensors, strengths) if KEY in header else tensors, header, model)
+        native = flattened(path, tensors | _alphas(tensors, alphas) if KEY in header else tensors, header, model)
     if native is not None:
         rest = {key: value for key, value in header.items() if key not in ("format", KEY)}
         adapter = kohya.read(path, native.tensors, rest, native.model)
@@ -75,7 +74,7 @@ def read(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str], mode
     if saved:
         raise AdapterError(f"{path}: it has Flux' norms ({listing(saved, 2)}), and modules that are not Flux'")
     modules = _sort(path, tensors, own=model == kohya.OTHER)
-    updates = {module: _update(path, module, parts, strengths) for module, parts in modules.items()}
+    updates = {module: _update(path, module, parts, alphas) for module, parts in modules.items()}
     metadata = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     rest = {key: value for key, value in header.items() if key not in (KEY, "lorakit", "format")}
     metadata = {k: v for k, v in metadata.items() if k != "spelling"} | ({"header": rest} if rest else {})
@@ -85,7 +84,7 @@ def read(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str], mode
     return Adapter(config, updates, metadata=metadata).check()
 
 
-def _alphas(tensors: Mapping[str, Tensor], strengths: Strengths) -> dict[str, Tensor]:
+def _alphas(tensors: Mapping[str, Tensor], alphas: HeaderAlphas) -> dict[str, Tensor]:
     """What the header says of the alphas of a denoiser's pairs, as keys of their own; rsLoRA's as that of alpha / r."""
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -93,7 +92,7 @@ def _alphas(tensors: Mapping[str, Tensor], strengths: Strengths) -> dict[str, Te
         name = parse(key)
         if suffix == "lora_up.weight" and tensor.dim() > 1 and name is not None and f"{path}.alpha" not in tensors:
             rank = tensor.shape[1]
-            alpha, rslora = strengths.of(f"{name.component or 'transformer'}.{name.path}", rank)
+            alpha, rslora = alphas.of(f"{name.component or 'transformer'}.{name.path}", rank)
             found[f"{path}.alpha"] = torch.tensor(alpha * math.sqrt(rank) if rslora else alpha, dtype=torch.float64)
     return found
 
@@ -109,7 +108,7 @@ def _spelling(tensors: Mapping[str, Tensor], updates: Mapping[str, Update]) -> d
 
 
 def losses(adapter: Adapter) -> list[str]:
-    """What this format cannot hold of an adapter, one line each."""
+    """What diffusers' format cannot hold of this adapter, one line each."""
     reasons: dict[str, list[str]] = {}
     for module in adapter.updates:
         reason = _unheld(adapter, module)
@@ -117,17 +116,17 @@ def losses(adapter: Adapter) -> list[str]:
             reasons.setdefault(reason, []).append(module)
     lines = [f"{reason}: {listing(modules, 3)}" for reason, modules in reasons.items()]
     if adapter.saved:
-        lines.append(f"diffusers' LoRA files hold no weights saved whole: {listing(adapter.saved, 3)}")
+        lines.append(f"diffusers' LoRA files hold no saved weights: {listing(adapter.saved, 3)}")
     if adapter.embeddings:
-        lines.append(f"diffusers' LoRA files hold no learned tokens: {listing(adapter.embeddings, 3)}")
+        lines.append(f"diffusers' LoRA files hold no textual-inversion embeddings: {listing(adapter.embeddings, 3)}")
     return lines
 
 
 def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
-    """Write a `.safetensors` file; into a folder, under diffusers' own name for it. AdapterError if anything of the
-    adapter would be lost.
+    """Write a `.safetensors` file, or into a folder under diffusers' file name, and return its path. AdapterError, and
+    nothing written, if the format cannot hold all of the adapter.
 
-    fold: multiply each module's strength into its up matrix (alpha = rank), for receivers that do not read the header.
+    fold: multiply each module's scale into its up matrix (alpha = rank), for programs that do not read the header.
     """
     lost = losses(adapter)
     if lost:
@@ -152,8 +151,7 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
             key, own = f"{component}.{module}", update.tensors()
             tensors[key + down], tensors[key + up] = own["A"], own["B"]
             if "magnitude" in own:
-                # transformers reads a text encoder's tensors by their full names, PEFT a denoiser's by its own without
-                # ".weight".
+                # transformers reads a text encoder's magnitude with ".weight" in its name, PEFT a denoiser's without.
                 axes = own["A"].dim()
                 shaped = own["magnitude"].reshape((1, -1, *[1] * (axes - 2)) if axes > 2 else (-1,))
                 tensors[f"{key}.{MAGNITUDE}" + (".weight" if text else "")] = shaped
@@ -185,14 +183,14 @@ def _sort(where: Path, tensors: Mapping[str, Tensor], own: bool = False) -> dict
                 ".lora_magnitude_vector"
             )
         found[key] = name
-    told = {name.component for name in found.values() if not name.prefixed} - {None}
+    unprefixed = {name.component for name in found.values() if not name.prefixed} - {None}
     own = own or not any(name.component for name in found.values())
     modules: dict[str, dict[str, Tensor]] = {}
     for key, name in found.items():
-        component = name.component or (next(iter(told)) if len(told) == 1 else None)
+        component = name.component or (next(iter(unprefixed)) if len(unprefixed) == 1 else None)
         if component is None and not own:
             raise AdapterError(
-                f"{where}: key '{key}' does not tell its model\n  expected one of {', '.join(COMPONENTS)} in front"
+                f"{where}: key '{key}' does not name its model\n  expected one of {', '.join(COMPONENTS)} in front"
             )
         module = (split(key) or ("",))[0] if own else f"{component}.{name.path}"
         parts = modules.setdefault(module, {})
@@ -202,7 +200,7 @@ def _sort(where: Path, tensors: Mapping[str, Tensor], own: bool = False) -> dict
     return modules
 
 
-def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Strengths) -> Update:
+def _update(where: Path, module: str, parts: dict[str, Tensor], alphas: HeaderAlphas) -> Update:
     """One module's update."""
     down, up = (parts.get(f"lora_{which}.weight") for which in ("down", "up"))
     rslora = False
@@ -219,7 +217,7 @@ def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Stren
                 f"'{module}' has a down of shape {list(down.shape)} and an up of {list(up.shape)}; expected matrices"
             )
         elif "alpha" not in parts:
-            alpha, rslora = strengths.of(module, up.shape[1])
+            alpha, rslora = alphas.of(module, up.shape[1])
             parts = parts | {"alpha": torch.tensor(alpha, dtype=torch.float64)}
         if MAGNITUDE in parts:
             parts = {s: t for s, t in parts.items() if s != MAGNITUDE} | {"dora_scale": parts[MAGNITUDE].reshape(-1, 1)}
@@ -236,12 +234,12 @@ def _unheld(adapter: Adapter, module: str) -> str | None:
         return None
     if component not in COMPONENTS:
         return (
-            f"diffusers' files know modules by a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "
+            f"diffusers' files name modules with a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "
             "which these lack"
         )
     update, f = adapter.updates[module], adapter.updates[module].factors
     if f is None:
-        return "diffusers' LoRA files hold low-rank factors only (`resize` makes them of any update)"
+        return "diffusers' LoRA files hold low-rank factors only (`resize` converts any update)"
     if f.kind == "embedding" or f.groups > 1 or f.transposed:
         return "no model of diffusers has an adapted embedding, grouped convolution or transposed linear"
     if update.variant == "lora":
@@ -255,14 +253,16 @@ def _unheld(adapter: Adapter, module: str) -> str | None:
 
 
 def _plain(f: Factors) -> Factors:
-    """A and B as they are, alpha for the scale alpha / rank: a packed projection has the rank of all its parts."""
+    """The factors with a scale of alpha / rows of A: without rsLoRA, and with a packed projection's parts written
+    out.
+    """
     if not f.rslora and not f.parts:
         return f
     return Factors(f.A, f.B, clean(f.scale * f.A.shape[0]), f.kind)
 
 
 def with_alpha_as_rank(f: Factors) -> Factors:
-    """The same update at scale 1, which is multiplied into B; in float32 (A too) where B's precision would round it."""
+    """The factors with their scale folded into B (alpha = rank); in float32 if B's dtype would round it."""
     B = folded(f.B, f.scale)
     return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind)
 

@@ -5,11 +5,11 @@ underscores>.<suffix>`.
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight        [out, r]
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha                 a number
 
-`names.py` says which module a key is, `lycoris.py` which update its suffixes are, `kohya_parts.py` how SD3's and Flux'
-fused weights are split into diffusers' modules (qkv in three, linear1 into q, k, v and mlp; the down is shared, rank
-and alpha stay) and fused again. Files are read in either naming of a UNet and written in the one that kohya writes for
-the model. Textual inversions that came along (`bundle_emb.<token>.string_to_param.*`) are read; no program but A1111
-looks for them, so they are not written.
+`names.py` maps keys to modules, `lycoris.py` suffixes to updates, and `kohya_parts.py` splits the fused weights of SD3
+and Flux into diffusers' modules (qkv in three, linear1 into q, k, v and mlp; they share the down, rank and alpha stay)
+and fuses them again. Both namings of a UNet are read; the one that kohya uses for the model is written. Bundled
+textual-inversion embeddings (`bundle_emb.<token>.string_to_param.*`) are read, but not written: only A1111 looks for
+them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json
 from . import lycoris, names
-from .kohya_metadata import metadata, model_said, write_hashed
+from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .native import contradicting
 from .peft_config import checked
+from .spellings import is_spelling
 from .telling import misspelt, size_of, tell
 from .unheld import beside_updates
 
@@ -40,8 +41,10 @@ _EMBEDDING = "bundle_emb."
 
 
 def fits(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is kohya's."""
-    return any(key.startswith(names.PREFIXES) and "." in key for key in keys)
+    """Whether a file with these keys is in kohya's format."""
+    keys = list(keys)
+    flat = [key for key in keys if key.startswith(names.PREFIXES) and "." in key]
+    return bool(flat) and not any(is_spelling(key) for key in keys if not key.startswith(names.PREFIXES))
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], model: str | None = None) -> Adapter:
@@ -116,10 +119,10 @@ def unholdable(adapter: Adapter) -> list[str]:
 
 
 def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
-    """Write a kohya file. AdapterError, and nothing written, if it cannot hold all of the adapter (see `losses`).
+    """Write a kohya file and return its path. AdapterError, and nothing written, if it cannot hold all of the adapter.
 
-    bake_alpha: alpha = r everywhere (said by leaving it out), the scale multiplied into the ups and rounded there: for
-    programs that lose alphas which differ by module, as diffusers 0.42 does.
+    bake_alpha: multiply the scales into the ups, rounded to their dtype, and leave alpha out, which means alpha = r:
+    for programs that mix up alphas which differ by module, as diffusers 0.42 does.
     """
     adapter.check()
     lost = losses(adapter)
@@ -149,7 +152,7 @@ def _written(adapter: Adapter, model: str | None) -> Iterator[tuple[str, Update,
 
 
 def _sort(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Full keys into {key: {suffix: tensor}}, and the textual inversions."""
+    """({key: {suffix: tensor}}, token -> textual-inversion embedding). AdapterError for a key of another format."""
     keys: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
@@ -173,7 +176,7 @@ def _model(keys: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str], 
     """Which model it is; None for one that lorakit does not know. AdapterError where most keys are a known model's, and
     for names of one model in the widths of none.
     """
-    told = tell({key: size_of(parts) for key, parts in keys.items()}, model_said(header))
+    told = tell({key: size_of(parts) for key, parts in keys.items()}, stated_model(header))
     if told.contradiction:
         raise AdapterError(contradicting(path, told))
     if told.model is not None:
@@ -205,7 +208,7 @@ def _split(key: str, parts: Mapping[str, Tensor], modules: tuple[str, ...], mode
 
 
 def _config(updates: Mapping[str, Update]) -> LoraConfig:
-    """The commonest rank and alpha, and one entry a module for the others."""
+    """A config with the most common rank and alpha, and patterns for the other modules."""
     low_rank = factors_of(updates)
     ranks, alphas = {m: f.rank for m, f in low_rank.items()}, {m: f.alpha for m, f in low_rank.items()}
     targets = sorted({module.rpartition(".")[2] for module in updates})
@@ -248,17 +251,17 @@ def _own_names(adapter: Adapter) -> bool:
 
 
 def grouped(
-    adapter: Adapter, places: Mapping[str, names.Place]
-) -> tuple[dict[names.Place, dict[str, Update]], list[str]]:
+    adapter: Adapter, places: Mapping[str, names.KohyaKey]
+) -> tuple[dict[names.KohyaKey, dict[str, Update]], list[str]]:
     """(the updates by the place that they are written in, the modules that have none)."""
-    found: dict[names.Place, dict[str, Update]] = {}
+    found: dict[names.KohyaKey, dict[str, Update]] = {}
     for module, update in adapter.updates.items():
         if module in places:
             found.setdefault(places[module], {})[module] = update
     return found, [module for module in adapter.updates if module not in places]
 
 
-def fused(place: names.Place, found: Mapping[str, Update], model: str) -> Update | None:
+def fused(place: names.KohyaKey, found: Mapping[str, Update], model: str) -> Update | None:
     """The one update of a key, the halves of its rows in the ldm order; None if there is no such update."""
     if len(place.modules) > 1:
         return fuse(found, place.modules, [names.shapes(model)[m][0] for m in place.modules])
@@ -267,8 +270,8 @@ def fused(place: names.Place, found: Mapping[str, Update], model: str) -> Update
 
 
 def _swapped(model: str, key: str, module: str, update: Update) -> bool:
-    """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's
-    width: the list does.
+    """Whether the key has the halves of the module's rows swapped. The width of a bias's weight is looked up in the
+    model's list.
     """
     out, width = update.sizes
     if not update.changes_weight:

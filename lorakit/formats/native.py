@@ -17,12 +17,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..errors import AdapterError
 from . import lycoris, names
-from .kohya_metadata import model_said
+from .kohya_metadata import stated_model
+from .scale import folded
 from .spellings import COMPONENTS, NATIVE, parse, split
 from .telling import Told, size_of, tell
 
@@ -74,7 +77,8 @@ def flattened(
         (beside if text else denoiser).setdefault(path, {})[suffix] = tensor
     if not denoiser:
         return None
-    front, told = _told(denoiser, model_said(header), model)
+    flat_keys = [path for path in beside if path.startswith(names.PREFIXES)]
+    front, told = _told(denoiser, flat_keys, stated_model(header), model)
     if told is not None and told.contradiction:
         raise AdapterError(contradicting(where, told))
     if told is None or told.model is None or _diffusers_own(tensors, front, told.model):
@@ -94,7 +98,8 @@ def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """How a file spells its tensors: which pair of names, and whether alphas, and what a norm's change is called."""
     down = any(".lora_down." in key for key in tensors)
     spelling: dict[str, Any] = {"pair": "lora_down" if down else "lora_A"}
-    if any(key.endswith(".alpha") for key in tensors):
+    low_rank = {path for key in tensors for path, suffix in [split(key) or ("", "")] if suffix == "lora_up.weight"}
+    if any(f"{path}.alpha" in tensors for path in low_rank):
         spelling["alpha"] = True
     if any(key.endswith((".w_norm", ".b_norm")) for key in tensors):
         spelling["norm"] = True
@@ -116,22 +121,32 @@ def written(name: str, update: Update, shape: tuple[int, ...], spelling: Mapping
     pair = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     norm = {"w_norm": "diff", "b_norm": "diff_b"}
     found: dict[str, Tensor] = {}
-    for key, tensor in lycoris.tensors_of(name, update, shape).items():
+    plain = not flat and not spelling.get(
+        "alpha"
+    )  # every reader takes a missing alpha for the rank; some take no other
+    own = lycoris.tensors_of(name, update.map_factors(_with_alpha_as_rank) if plain else update, shape)
+    low_rank = f"{name}.lora_up.weight" in own
+    for key, tensor in own.items():
         suffix = key.removeprefix(f"{name}.")
-        if suffix == "alpha" and not flat and not spelling.get("alpha") and _is_rank(update, tensor):
-            continue  # every reader takes a missing alpha for the rank
+        if suffix == "alpha" and plain and low_rank:
+            continue
         if not flat and spelling.get("pair") != "lora_down":
             suffix = pair.get(suffix, suffix)
         found[f"{name}.{suffix if spelling.get('norm') else norm.get(suffix, suffix)}"] = tensor
     return found
 
 
-def _is_rank(update: Update, alpha: Tensor) -> bool:
-    inner = update.without_base()
-    return inner.factors is not None and float(alpha) == inner.factors.A.shape[0]
+def _with_alpha_as_rank(f: Factors) -> Factors:
+    """The same update at scale 1, which goes into B, in float32 where B's precision would round it."""
+    if f.scale == 1:
+        return f
+    B = folded(f.B, f.scale)
+    return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind)
 
 
-def _told(denoiser: Mapping[str, Mapping[str, Tensor]], said: str | None, model: str | None) -> tuple[str, Told | None]:
+def _told(
+    denoiser: Mapping[str, Mapping[str, Tensor]], beside: list[str], said: str | None, model: str | None
+) -> tuple[str, Told | None]:
     """(what stands in front of all paths, the model they are of), of the fronts in use."""
     for front in FRONTS:
         if not all(path.startswith(front) for path in denoiser):
@@ -141,7 +156,7 @@ def _told(denoiser: Mapping[str, Mapping[str, Tensor]], said: str | None, model:
             if all(key in names.modules_of(model) for key in sizes):
                 return front, Told(model, model, [])
             continue
-        told = tell(sizes, said)
+        told = tell(sizes | dict.fromkeys(beside), said)
         if told.model is not None or told.contradiction:
             return front, told
     return "", None

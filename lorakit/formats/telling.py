@@ -2,8 +2,8 @@
 
 Families share names. Flux and Flux.2 both have `double_blocks.0.img_mlp.0`, of 4 widths to 1 and of 6 to 1: proportions
 hold at any width, so a model of another size, or a tiny one, is still recognised. Of several models that fit, the one
-whose published sizes agree most often, then the one that the file's metadata names, then the one whose blocks the file
-covers best.
+whose published sizes agree most often, then the one that the file's metadata names, then the first all of whose
+blocks the file has.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _best(models: list[str], sizes: Mapping[str, Size | None], said: str | None)
         return best[0]
     patterns = {_pattern(key) for key in sizes}
     covers = {m: len(sizes) / sum(_pattern(k) in patterns for k in names.modules_of(m)) for m in best}
-    return max(best, key=lambda model: round(covers[model], 6))  # the first of equals
+    return next((model for model in best if covers[model] >= 1), best[0])
 
 
 def _is_published(model: str, key: str, size: Size | None) -> bool:

@@ -12,7 +12,6 @@ buffer. The tokens are the same. Models that `supports` rules out are left to tr
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -21,25 +20,35 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# transformers 5.24 renamed `past_key_values` to `cache`, both as an argument and in the output.
-CACHE = next(
-    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
-)
+# transformers 5.24 renamed `past_key_values` to `cache`, as an argument and in the output. Remote code may still use
+# the old name with a new release.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(model: Any) -> str | None:
+    """Return the argument under which the model's forward takes its cache; None if it takes none by a known name.
+
+    A forward that ends in `**kwargs` accepts any name without using it, so only its own parameters count.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def step(model: Any, ids: Tensor, cache: Any, **inputs: Any) -> tuple[Tensor, Any]:
     """Run the model on `ids`, [rows, tokens]. Return the last logits, [rows, vocab] in float32, and the cache.
 
-    cache: None lets the model create its own; the returned one is None if it has none. inputs: more of the model's own.
+    cache: None lets the model create its own. The returned one is None if the model has none that it would take in the
+    next step: then all tokens must be fed again. inputs: more of the model's own.
     """
-    parameters = inspect.signature(model.forward).parameters
-    # remote code may still use the old name
-    name = "past_key_values" if "past_key_values" in parameters and CACHE not in parameters else CACHE
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    out = model(input_ids=ids, use_cache=True, **{name: cache}, **last_only, **inputs)
-    return out.logits[:, -1].float(), getattr(out, CACHE, None)
+    parameters, name = inspect.signature(model.forward).parameters, cache_name(model)
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    if name is not None:
+        options |= {name: cache, "use_cache": True}
+    elif "use_cache" in parameters:
+        options["use_cache"] = False
+    out = model(input_ids=ids, **options, **inputs)
+    return out.logits[:, -1].float(), None if name is None else getattr(out, name, None)
 
 
 def supports(model: Any) -> bool:
@@ -55,7 +64,7 @@ def supports(model: Any) -> bool:
     return (
         cls.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
         and {"attention_mask", "position_ids"} <= parameters.keys()
-        and not parameters.keys().isdisjoint((CACHE, "past_key_values"))
+        and cache_name(model) is not None
         and preallocated_cache(model, 1) is not None
     )
 

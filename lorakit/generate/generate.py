@@ -10,6 +10,7 @@ and values, are left to transformers' `generate`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -266,13 +267,18 @@ def _stream(
 
 
 def _tokens(model: Any, prompt: Sequence[int], max_new_tokens: int, pick: Pick) -> Iterator[int]:
-    """Yield new tokens. Models without a key-value cache (some recurrent ones) get the entire sequence each time."""
+    """Yield new tokens. A model whose cache cannot be handed on (see `step`) gets the entire sequence each time."""
     ids, fed = list(prompt), 0
+    # Some hybrids (Bamba) count from zero again in each step unless they are given positions.
+    has_positions = "position_ids" in inspect.signature(model.forward).parameters
     cache = preallocated_cache(model, len(prompt) + max_new_tokens - 1) if supports(model) else None
     for _ in range(max_new_tokens):
         # Inference mode must not be held across `yield`: it would apply to the caller's code too.
         with torch.inference_mode():
-            logits, cache = step(model, torch.tensor([ids[fed:]], device=model.device), cache)
+            new = torch.tensor([ids[fed:]], device=model.device)
+            positions = torch.arange(fed, len(ids), device=model.device)[None]
+            inputs = {"position_ids": positions} if has_positions else {}
+            logits, cache = step(model, new, cache, **inputs)
             token = int(pick(logits))
         fed = len(ids) if cache is not None else 0
         ids.append(token)

@@ -18,6 +18,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -186,12 +187,12 @@ class StreamWriter:
             view = view[self._file.write(view) :]
 
 
-def _read(file: BinaryIO, path: Path, start: int, count: int) -> Tensor:
+def _read(file: FileIO, path: Path, start: int, count: int) -> Tensor:
     buffer = torch.empty(count, dtype=torch.uint8)
     view = bytes_of(buffer)
     file.seek(start)
     while len(view):
-        count_read = file.readinto(view)  # type: ignore[attr-defined]
+        count_read = file.readinto(view)
         if not count_read:
             raise LorakitError(f"{path} ended {len(view):,} bytes early: it changed while being read\n  try again")
         view = view[count_read:]
@@ -200,7 +201,7 @@ def _read(file: BinaryIO, path: Path, start: int, count: int) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return a tensor's memory, without a copy if it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,10 +153,11 @@ def _unpacked(value: object) -> object:
 
 def _is_npz(path: Path) -> bool:
     """Whether a file is numpy's archive of arrays (`numpy.savez`, MLX's older adapters)."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, struct.error):
+        return False  # no archive, or a damaged one, of which the reader of pickles says more
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 

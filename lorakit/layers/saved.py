@@ -1,10 +1,16 @@
-"""Parameters that an adapter trains and saves whole: `save_modules`, and biases (PEFT's modules_to_save and bias).
+"""Parameters that an adapter trains and saves in full: `save_modules` and biases (PEFT's modules_to_save and bias).
 
 The module keeps its class. While the adapter is active, its copies stand where the module's own parameters stood; the
 originals wait in a child `lora_saved`, registered there so that they move and are freed with the model.
+
+In a state dict the module's own names are the base's weights, whichever version is in use, and no tensor appears twice:
+a checkpoint of the base loads into the base, and transformers, which refuses shared tensors, can save the model.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -21,56 +27,73 @@ class SavedParameters(Own):
     def __init__(self) -> None:
         super().__init__()
         self.versions = nn.ModuleDict()
+        self.tied: set[tuple[str, str]] = set()  # (version, name) of what another module's child registers too
+        self.hooks: list[Any] = []  # handles of the module's state-dict hooks
 
     def put(self, version: str, parameters: dict[str, nn.Parameter]) -> None:
+        """Register a version's parameters, replacing earlier ones."""
         holder = nn.Module()
         for name, parameter in parameters.items():
             holder.register_parameter(name, parameter)
         self.versions[_key(version)] = holder
 
     def get(self, version: str) -> dict[str, nn.Parameter]:
+        """Return a version's parameters by name; empty if there is none."""
         holder = self.versions[_key(version)] if _key(version) in self.versions else None
         return dict(holder.named_parameters(recurse=False)) if holder is not None else {}
 
     def drop(self, version: str) -> None:
+        """Remove a version, if there is one."""
         if _key(version) in self.versions:
             del self.versions[_key(version)]
 
     def adapters(self) -> list[str]:
+        """List the adapters that have a version."""
         return [k[1:] for k in self.versions if k != _key(BASE)]
 
 
 def _key(version: str) -> str:
-    # ModuleDict refuses names of its own methods ("keys", "items") and dots; the leading "=" sets adapters apart from
-    # the base.
+    # ModuleDict refuses dots and the names of its own methods ("keys", "items"). The leading "=" distinguishes an
+    # adapter named "base" from the base.
     return version if version == BASE else "=" + version.replace(".", "∙")
 
 
-def keep(adapter: str, module: nn.Module, name: str, value: nn.Parameter) -> None:
-    """Register `value` as this adapter's version of `module.<name>`. Not yet in use."""
+def keep(adapter: str, module: nn.Module, name: str, value: nn.Parameter, tied: bool = False) -> None:
+    """Register `value` as this adapter's version of `module.<name>`, not yet in use. `tied`: also another module's."""
     child = saved_of(module)
     if child is None:
         child = SavedParameters()
         module.add_module(CHILD, child)
+        child.hooks = [
+            module.register_state_dict_post_hook(_after_state_dict),
+            module.register_load_state_dict_pre_hook(_before_loading),
+        ]
+    if tied:
+        child.tied.add((_key(adapter), name))
     original = child.get(BASE).get(name, module._parameters[name])
     assert original is not None
     for version, parameter in ((BASE, original), (adapter, value)):
         child.put(version, child.get(version) | {name: parameter})
 
 
-def use(model: nn.Module, adapter: str | None) -> None:
-    """Put an adapter's versions in place; the base's own where it has none, or for None."""
+def use(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Put the versions of these adapters in place, which have none of the same parameter; else the base's own."""
+    adapters = tuple(adapters)
     for _, module in base_modules(model):
         child = saved_of(module)
-        if child is None:
-            continue
-        chosen = child.get(BASE) | (child.get(adapter) if adapter is not None else {})
-        for name, parameter in chosen.items():
-            module._parameters[name] = parameter
+        if child is not None:
+            put(module, child, adapters)
+
+
+def put(module: nn.Module, child: SavedParameters, adapters: Iterable[str]) -> None:
+    """Put adapters' versions of one module's parameters in place; the base's own where they have none."""
+    module._parameters.update(child.get(BASE))
+    for adapter in adapters:
+        module._parameters.update(child.get(adapter))
 
 
 def adopt_as_base(model: nn.Module, adapter: str) -> None:
-    """Make an adapter's versions the base's own (what merging means for whole weights)."""
+    """Make an adapter's versions the base's own, which is what merging does with saved weights."""
     for _, module in base_modules(model):
         child = saved_of(module)
         if child is not None:
@@ -78,18 +101,58 @@ def adopt_as_base(model: nn.Module, adapter: str) -> None:
 
 
 def forget(model: nn.Module, adapter: str) -> None:
-    """Remove an adapter's versions (put back the base's first). The child goes with the last of them."""
+    """Remove an adapter's versions. They must not be in use. The child is removed with the last of them."""
     for _, module in base_modules(model):
         child = saved_of(module)
         if child is None:
             continue
         child.drop(adapter)
+        child.tied = {(version, name) for version, name in child.tied if version in child.versions}
         if not child.adapters():
             for name, parameter in child.get(BASE).items():
                 module._parameters[name] = parameter
+            for handle in child.hooks:
+                handle.remove()
             del module._modules[CHILD]
 
 
 def saved_of(module: nn.Module) -> SavedParameters | None:
+    """Return the module's child of saved parameters, None if it has none."""
     child = module._modules.get(CHILD)
     return child if isinstance(child, SavedParameters) else None
+
+
+def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Give the module's own names the base's weights, and every other version its one place in the child."""
+    child = saved_of(module)
+    assert child is not None
+    versions = f"{prefix}{CHILD}.versions."
+    for name in child.get(BASE):
+        state[prefix + name] = state.pop(f"{versions}{BASE}.{name}")
+    for version, name in child.tied:
+        del state[f"{versions}{version}.{name}"]
+
+
+def _before_loading(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing: Any,
+    unexpected: Any,
+    errors: Any,
+) -> None:
+    """The way back: torch is about to copy `state` into the versions and into what is in use, which is one of them."""
+    child = saved_of(module)
+    assert child is not None
+    versions = f"{prefix}{CHILD}.versions."
+    for version, name in child.tied:
+        state.setdefault(f"{versions}{version}.{name}", child.versions[version]._parameters[name])
+    for name in child.get(BASE):
+        if prefix + name in state:
+            state[f"{versions}{BASE}.{name}"] = state[prefix + name]
+        used = module._parameters[name]
+        for version, holder in child.versions.items():
+            if version != BASE and holder._parameters.get(name) is used:
+                state[prefix + name] = state.get(f"{versions}{version}.{name}", used)

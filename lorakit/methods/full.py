@@ -27,6 +27,15 @@ result = "model"
 keeps_base = False
 
 
+def start(config: RunSettings) -> None:
+    """Return None. Raises ConfigError if an adapter is given, which full fine-tuning cannot go on from."""
+    if (adapter := getattr(config, "adapter", None)) is not None:
+        raise ConfigError(
+            f"adapter: {adapter}: method: full trains the base's own weights, not an adapter\n"
+            "  merge it into the base first (lorakit merge), and train the result; or use method: lora"
+        )
+
+
 def precision(config: RunSettings, device: torch.device) -> Choice:
     import torch
 
@@ -60,8 +69,11 @@ def base_alone(model: Any) -> AbstractContextManager[None]:
 
 
 def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    from ..io.staging import staged
+
+    with staged(folder) as path:
+        model.save_pretrained(path)
+        processor.save_pretrained(path)
 
 
 def trained(config: RunSettings) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -17,7 +17,7 @@ def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     """Use one adapter, a weighted sum of several (`{"sql": 0.7, "style": 0.3}`), or None for the base alone.
 
     Raises StateError for an unknown name, a weight that is not finite, while an adapter is merged, inside `route`, and
-    when an adapter with saved weights would be scaled or mixed with another one.
+    when an adapter with saved weights would be scaled, or mixed with another one that replaces the same weights.
     """
     state = state_of(model)
     check_not_routed(state, "activate")
@@ -35,14 +35,32 @@ def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
         raise StateError(
             f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) before activating another"
         )
-    with_saved = [n for n in weights if state.adapters[n].saved]
-    if len(with_saved) > 1 or (with_saved and weights[with_saved[0]] != 1.0):
-        raise StateError(
-            f"adapter '{with_saved[0]}' replaces weights of the base "
-            f"({listing(state.adapters[with_saved[0]].saved, 3)}), which cannot be mixed or scaled\n"
-            "  activate it with weight 1, alone or with adapters that have no saved weights"
-        )
+    check_saved(state, weights)
     set_active(model, state, weights)
+
+
+def check_saved(state: State, weights: Mapping[str, float], where: str = "") -> None:
+    """Raise StateError if an adapter with saved weights would be scaled, or two of them replace the same weight.
+
+    `where`: added to the adapter's name in the message.
+    """
+    owners: dict[str, str] = {}
+    for name, weight in weights.items():
+        own = state.adapters[name].saved
+        if own and weight != 1.0:
+            raise StateError(
+                f"adapter '{name}'{where} replaces weights of the base ({listing(own, 3)}), which cannot be scaled "
+                f"(its weight is {weight:g})\n"
+                "  use it with weight 1"
+            )
+        both = [full for full in own if full in owners]
+        if both:
+            raise StateError(
+                f"adapter '{owners[both[0]]}' replaces weights of the base ({listing(both, 3)}), and so does '{name}'"
+                f"{where}: they cannot be mixed\n"
+                "  use one of the two; adapters that replace different weights can be used together"
+            )
+        owners |= dict.fromkeys(own, name)
 
 
 def active(model: nn.Module) -> dict[str, float]:
@@ -62,10 +80,10 @@ def set_active(model: nn.Module, state: State, weights: dict[str, float]) -> Non
     children = [(child_name(n), w) for n, w in weights.items()]
     for _, layer in layers_of(model):
         layer.lora_active = tuple((child, w) for child, w in children if child in layer._modules)
-    use_saved(model, state, next((n for n in weights if state.adapters[n].saved), None))
+    use_saved(model, state, weights)
 
 
-def use_saved(model: nn.Module, state: State, name: str | None) -> None:
-    """Switch to an adapter's saved weights, or back to the base's (None)."""
+def use_saved(model: nn.Module, state: State, names: Iterable[str]) -> None:
+    """Switch to these adapters' saved weights, and to the base's where they have none."""
     if any(attached.saved for attached in state.adapters.values()):  # most have none: skip the walk over all modules
-        saved.use(model, name)
+        saved.use(model, [n for n in names if state.adapters[n].saved])

@@ -21,8 +21,10 @@ from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
 from ..layers.targets import find_targets, module_names, shortest_endings, with_head
 from ..layers.updates.update import LiveUpdate, live
+from . import save_pretrained
 from .activate import set_active, use_saved
 from .fit import check_base, fresh_saved, modules_for, saved_for
+from .sharded import check_whole
 from .state import (
     STATE,
     Attached,
@@ -48,13 +50,15 @@ def attach(
     *,
     strict: bool = True,
     force: bool = False,
+    activate: bool = True,
 ) -> nn.Module:
     """Attach an adapter to the model in place and make it the active one. Returns the model.
 
-    A config gives a new adapter (ΔW = 0) that is trainable, and freezes the base. An `Adapter` keeps its values and is
-    frozen unless `trainable=True`. `strict=False` skips updates for modules the model lacks (`summary` lists them);
-    `force=True` skips the check that the base is the one the adapter was trained on. Raises TargetError, AdapterError
-    or StateError; after an error the model is unchanged.
+    A config gives a new adapter (ΔW = 0) that is trainable. An `Adapter` keeps its values and is frozen unless
+    `trainable=True`. Either freezes the base, whose `requires_grad` flags `detach` gives back. `strict=False` skips
+    what the model lacks, an adapter's updates or a config's targets (`summary` lists them); `force=True` skips the
+    check that the base is the one the adapter was trained on; `activate=False` leaves the active adapters as they are.
+    Raises TargetError, AdapterError or StateError; after an error the model is unchanged.
     """
     if not isinstance(adapter, LoraConfig | Adapter):
         raise AdapterError(
@@ -70,18 +74,26 @@ def attach(
         )
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
-    for module_name, module in quantized(model).items():
+    check_whole(model)
+    packed = quantized(model)
+    for module_name, module in packed.items():
         base_of(module).check(module, module_name)
-    plan = _fresh(model, adapter) if isinstance(adapter, LoraConfig) else _loaded(model, adapter, strict, force)
+    if isinstance(adapter, LoraConfig):
+        plan = _fresh(model, adapter if strict else adapter.replace(strict_targets=False))
+    else:
+        plan = _loaded(model, adapter, strict, force)
     updates = _build(model, plan, child_name(name), trainable)
     # From here on nothing can fail.
     if not state.adapters:
         state.required_grad = {n for n, p in base_parameters(model) if p.requires_grad}
-    if trainable and not any(a.trainable for a in state.adapters.values()):
+    if not state.adapters or (trainable and not any(a.trainable for a in state.adapters.values())):
+        # An optimizer over model.parameters() would train it otherwise, also beside a frozen adapter.
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
     _register(model, state, name, plan, updates, trainable)
-    set_active(model, state, {name: 1.0})
+    for module in packed.values():
+        base_of(module).prepare(module)
+    set_active(model, state, {name: 1.0} if activate else state.active)
     return model
 
 
@@ -159,21 +171,24 @@ def _register(
     child = child_name(name)
     for m, module in plan.modules.items():
         add_update(module, child, updates[m].train(module.training))
-    use_saved(model, state, None)
+    use_saved(model, state, ())
     _add_saved(model, name, plan.saved, trainable)
     fastpath.close(model)
-    for module in quantized(model).values():
-        base_of(module).prepare(module)
     fused.adopt(model)
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention
     config = plan.config
     if plan.modules:
         config = config.replace(
-            targets=shortest_endings(list(plan.modules), list(module_names(model))), exclude=None, layers=None
+            targets=shortest_endings(list(plan.modules), list(module_names(model))),
+            exclude=None,
+            layers=None,
+            layers_pattern=[],
         )
     if state.routes is not None:
         state.routes.attached(child, {layer_at(model, m): m for m in plan.modules})
+    if not state.adapters:
+        save_pretrained.adopt(model)
     state.adapters[name] = Attached(
         config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped
     )
@@ -190,8 +205,9 @@ def _add_saved(model: nn.Module, name: str, values: Mapping[str, Tensor], traina
         assert own is not None
         # Tied weights stay tied: names that share the base's weight and the value share the copy.
         kept = next((p for o, v, p in copies if o is own and (v is value or torch.equal(v, value))), None)
+        tied = kept is not None
         if kept is None:
             # In the base's precision, since the module's own forward gets activations of that precision.
             kept = nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=trainable)
             copies.append((own, value, kept))
-        saved.keep(name, module, last, kept)
+        saved.keep(name, module, last, kept, tied)

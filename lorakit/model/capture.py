@@ -8,31 +8,33 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.update import Update
-from ..layers import saved
 from ..layers.layer import child_name
 from ..layers.updates.update import LiveUpdate
-from .state import attached_of, layer_at, state_of
+from .sharded import check_captured
+from .state import attached_of, layer_at, saved_parameters, state_of
 
 
 def capture(model: nn.Module, name: str | None = None) -> Adapter:
     """Return an attached adapter as a value: copies of its updates and saved weights, on the CPU.
 
-    `name` may be omitted if only one is attached. Raises StateError if none is, or none of that name.
+    `name` may be omitted if only one is attached. Raises StateError if none is, or none of that name, and if its
+    parameters are sharded over processes.
     """
     state = state_of(model)
     attached = attached_of(state, name)
     name = name or next(iter(state.adapters))
+    own = child_name(name)
+    check_captured(
+        (f"{m}.{own}.{n}", p) for m in attached.modules for n, p in layer_at(model, m)._modules[own].named_parameters()
+    )
     updates: dict[str, Update] = {}
     for m in attached.modules:
         layer = layer_at(model, m)
-        child: LiveUpdate = layer._modules[child_name(name)]
+        child: LiveUpdate = layer._modules[own]
         updates[m] = child.value(layer).map(lambda _, t: _copy(t))
-    kept = {}
-    for full in attached.saved:
-        module_name, _, last = full.rpartition(".")
-        child_saved = saved.saved_of(model.get_submodule(module_name))
-        assert child_saved is not None
-        kept[full] = _copy(child_saved.get(name)[last])
+    kept = dict(saved_parameters(model, state, name))
+    check_captured(kept.items())
+    kept = {full: _copy(parameter) for full, parameter in kept.items()}
     return Adapter(attached.config, updates, kept, copy.deepcopy(dict(attached.metadata)))
 
 

@@ -12,6 +12,7 @@ from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import COUNT, child_name, remove_update
 from ..layers.swap import release
+from . import save_pretrained
 from .activate import set_active
 from .merge import unmerge
 from .state import STATE, State, attached_of, check_not_routed, layer_at, names_of, state_of
@@ -21,30 +22,30 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     """Remove one adapter, or all of them (None). Returns the model.
 
     Without adapters the model has its own classes, parameter names, `requires_grad` flags and weights again, bit for
-    bit. While an adapter is merged, `merged` says what to do: "keep" leaves ΔW (and saved weights) in the base, giving
-    a plain merged model; "undo" restores the base first. Raises StateError for an unknown name, inside `route`, and
-    when `merged` is needed but not given.
+    bit. Where a merged adapter is removed, `merged` says what to do: "keep" leaves ΔW (and saved weights) in the base,
+    giving a plain merged model; "undo" restores the base first. Raises StateError for an unknown name, inside `route`,
+    and when `merged` is needed but not given.
     """
     state = state_of(model)
     check_not_routed(state, "detach")
     if merged not in (None, "keep", "undo"):
         raise StateError(f"detach(model, merged={merged!r}): expected 'keep' or 'undo'")
+    removed = list(state.adapters) if name is None else [name]
+    for n in removed:
+        attached_of(state, n)
     if state.merged is not None:
-        if merged is None:
+        if merged is None and not state.merged.keys().isdisjoint(removed):
             raise StateError(
                 f"{names_of(state.merged)} is merged\n"
                 "  call detach(model, merged='keep') for a plain merged model, or merged='undo' for the base"
             )
         if merged == "undo":
             unmerge(model)
-        elif name is not None:
+        elif merged == "keep" and name is not None:
             raise StateError("merged='keep' removes all adapters, so it takes no `name`\n  omit `name`")
     keep = state.active if merged == "keep" and state.merged is not None else {}
-    removed = list(state.adapters) if name is None else [name]
     if name is None:
         state.routes = None
-    for n in removed:
-        attached_of(state, n)
     for n in removed:
         _remove(model, state, n, keep_saved=n in keep)
     if not state.adapters:
@@ -57,6 +58,7 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     if state.adapters:
         fused.adopt(model)  # the removed adapter may have kept a block from being fused
     else:
+        save_pretrained.release(model)
         fused.release(model)
         attention.leave(model)
         for module in quantized(model).values():

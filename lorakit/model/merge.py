@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 from torch import nn
 
 from ..errors import StateError, listing
+from ..layers import saved
 from ..layers.layer import LoraLayer
-from ..layers.merge import merge_module, unmerge_module
+from ..layers.merge import check_finite, merge_module, unmerge_module
 from ..layers.walk import base_modules
-from .state import check_not_routed, layers_of, names_of, state_of
+from .state import Untied, check_not_routed, layers_of, names_of, saved_parameters, state_of
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, *, untie: bool = False) -> None:
     """Add the active adapters' ΔW to the base's weights. `unmerge` restores every bit.
 
-    That takes a quarter to one byte of memory per merged weight. Raises StateError if an adapter is merged already or
-    none is active, and for weights that cannot be merged: tied to another module's, quantized, or offloaded. After an
+    That takes a quarter to one byte of memory per merged weight. `untie`: give an adapted module that shares its weight
+    with another (a tied embedding) a copy of it first, and say so in the model's config; `unmerge` ties them again.
+    Raises StateError if an adapter is merged already or none is active, for weights that cannot be merged (tied to
+    another module's, quantized, offloaded), and for factors that are not finite or make a weight infinite. After an
     error nothing is merged.
     """
     state = state_of(model)
@@ -29,17 +33,24 @@ def merge(model: nn.Module) -> None:
             "no adapter is active, so there is nothing to merge\n  call lorakit.activate(model, name) first"
         )
     layers = {m: layer for m, layer in layers_of(model) if layer.lora_in_use()}
-    check_tied(model, layers)
+    shared = shared_weights(model, layers)
+    if shared and not untie:
+        _raise_tied(shared)
     done: list[LoraLayer] = []
+    untied = _untie(model, layers, shared)
     try:
+        for name in state.active:
+            for full, parameter in saved_parameters(model, state, name):
+                check_finite(parameter, f"'{full}' of adapter '{name}'")
         for m, layer in layers.items():
             merge_module(layer, m)
             done.append(layer)
     except Exception:
         for layer in done:
             unmerge_module(layer, "a module")
+        _tie(model, untied)
         raise
-    state.merged = dict(state.active)
+    state.merged, state.untied = dict(state.active), untied
 
 
 def unmerge(model: nn.Module) -> None:
@@ -51,20 +62,58 @@ def unmerge(model: nn.Module) -> None:
         if layer.lora_merged is not None:
             unmerge_module(layer, m)
     state.merged = None
+    if state.untied is not None:
+        _tie(model, state.untied)
+        state.untied = None
 
 
-def check_tied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Raise StateError if an adapted layer shares its weight with another module: merging would change both."""
+def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
+    """Return the adapted layers that share their weight with other modules, by name: merging would change those too."""
     users: dict[int, list[str]] = {}
     for name, module in base_modules(model):
         for own, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
-    for m, layer in layers.items():
-        others = [n for n in users.get(id(layer.weight), []) if n != m]
-        if others:
+    found = {m: [n for n in users.get(id(layer.weight), []) if n != m] for m, layer in layers.items()}
+    return {m: others for m, others in found.items() if others}
+
+
+def _raise_tied(shared: Mapping[str, list[str]]) -> NoReturn:
+    module, others = next(iter(shared.items()))
+    raise StateError(
+        f"'{module}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"
+        "  merge(model, untie=True) gives it a weight of its own; or keep the adapter unmerged"
+    )
+
+
+def _untie(model: nn.Module, layers: Mapping[str, LoraLayer], shared: Iterable[str]) -> Untied | None:
+    """Give these layers copies of their weights, and say in the model's config that its embeddings are not tied."""
+    untied = Untied({}, [])
+    for m in shared:
+        weight = layers[m].weight
+        if saved.saved_of(layers[m]) is not None or type(weight) is not nn.Parameter:
+            _tie(model, untied)
             raise StateError(
-                f"'{m}' shares its weight with {listing(others)} (tied weights), so merging would change both\n"
-                "  keep the adapter unmerged, or give the module a weight of its own first:\n"
-                "  module.weight = torch.nn.Parameter(module.weight.detach().clone()), and config.tie_word_embeddings "
-                "= False"
+                f"'{m}' shares its weight with another module and cannot be given one of its own, since an adapter "
+                "replaces it or it is quantized\n"
+                "  keep the adapter unmerged"
             )
+        untied.weights[m] = weight
+        layers[m]._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if not untied.weights:
+        return None
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    for each in (config, text):
+        if getattr(each, "tie_word_embeddings", False):
+            each.tie_word_embeddings = False
+            untied.configs.append(each)
+    return untied
+
+
+def _tie(model: nn.Module, untied: Untied | None) -> None:
+    """Undo `_untie`."""
+    if untied is not None:
+        for m, weight in untied.weights.items():
+            model.get_submodule(m)._parameters["weight"] = weight
+        for config in untied.configs:
+            config.tie_word_embeddings = True

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 from torch import nn
 
-from ..errors import StateError, listing
-from ..layers import saved
-from ..layers.batched.routes import Choice, Chosen, Routes
+from ..errors import StateError
+from ..layers.batched.routes import Choice, Chosen, Routes, Routing
+from ..layers.batched.saved_rows import routed
 from ..layers.layer import child_name
+from .activate import check_saved, use_saved
 from .state import State, attached_of, check_not_routed, layer_at, names_of, state_of
 
 Which = str | Mapping[str, float] | None
@@ -36,8 +37,10 @@ def route(
     `per="token"`: one choice per token of a packed batch [1, tokens], as serving engines and packed training rows use;
     the model still decides which tokens attend to which (`position_ids`, or a mask). On exit, also after an exception,
     the adapters that were active before are active again. With gradient checkpointing, call backward inside the
-    context, since it runs the forward again. Raises StateError for an unknown name, while an adapter is merged, and for
-    adapters with saved weights; inside the context, for a batch with another number of rows or tokens.
+    context, since it runs the forward again. A module that an adapter holds whole, such as a classifier's head, runs
+    once for each version of its weights, on the rows that use it. Raises StateError for an unknown name, while an
+    adapter is merged, and for a choice that scales saved weights or names the same twice; inside the context, for a
+    batch with another number of rows or tokens.
     """
     state = state_of(model)
     check_not_routed(state, "route")
@@ -67,20 +70,36 @@ def route(
         state.routes = Routes({layer_at(model, m): m for m in adapted})
     routes = state.routes
     routing = routes.routing(Chosen(chosen, repeat, per == "token"))
-    with_saved = next((n for n in state.active if state.adapters[n].saved), None)
-    if with_saved is not None:
-        saved.use(model, None)
+    use_saved(model, state, ())
     state.routing = routing
     for layer in routes.names:
         layer.__dict__["lora_route"] = routing
     try:
-        yield
+        with _rows_of_saved(model, state, routing, choices):
+            yield
     finally:
         for layer in routes.names:
             layer.__dict__.pop("lora_route", None)
         state.routing = None
-        if with_saved is not None:
-            saved.use(model, with_saved)
+        use_saved(model, state, state.active)
+
+
+def _rows_of_saved(
+    model: nn.Module, state: State, routing: Routing, choices: Sequence[Which]
+) -> AbstractContextManager[None]:
+    """Return a context in which modules that adapters of the batch hold whole use each row's own parameters."""
+    with_saved = {n for n, attached in state.adapters.items() if attached.saved}
+    if not with_saved:
+        return nullcontext()
+    adapters = [tuple(n for n, weight in _weights(choice).items() if weight and n in with_saved) for choice in choices]
+    names = dict.fromkeys(
+        full.rpartition(".")[0] for own in set(adapters) for n in own for full in state.adapters[n].saved
+    )
+    return routed([(name, model.get_submodule(name)) for name in names], routing, adapters)
+
+
+def _weights(choice: Which) -> Mapping[str, float]:
+    return {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
 
 
 def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice]) -> Choice:
@@ -100,13 +119,8 @@ def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice
             f"  expected a name, None, or names with weights such as {{'a': 0.7}}"
         )
     for name, weight in choice.items():
-        attached = attached_of(state, name)
-        if attached.saved:
-            raise StateError(
-                f"adapter '{name}' ({where}) replaces weights of the base ({listing(attached.saved, 3)}), which apply "
-                "to the entire batch\n"
-                "  run its rows in a batch of their own, after lorakit.activate(model, name)"
-            )
+        attached_of(state, name)
         if isinstance(weight, bool) or not (isinstance(weight, int | float) and math.isfinite(weight)):
             raise StateError(f"the weight of adapter '{name}' ({where}) is {weight!r}; expected a finite number")
+    check_saved(state, {name: weight for name, weight in choice.items() if weight}, f" ({where})")
     return tuple((child_name(name), float(weight)) for name, weight in choice.items() if weight)

@@ -34,12 +34,21 @@ class Attached:
 
 
 @dataclass
+class Untied:
+    """What `merge(untie=True)` changed: shared weights, by the module that got a copy, and configs that said tied."""
+
+    weights: dict[str, nn.Parameter]
+    configs: list[Any]
+
+
+@dataclass
 class State:
     """All that lorakit knows of a model, stored as its attribute `_lorakit`."""
 
     adapters: dict[str, Attached] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] | None = None
+    untied: Untied | None = None  # while merged
     required_grad: set[str] = field(default_factory=set)  # base parameters with requires_grad before the first attach
     routing: Routing | None = None  # set inside `route`
     routes: Routes | None = None  # cached by `route` between batches
@@ -117,6 +126,15 @@ def layer_at(model: nn.Module, name: str) -> LoraLayer:
     layer = model.get_submodule(name)
     assert isinstance(layer, LoraLayer)
     return layer
+
+
+def saved_parameters(model: nn.Module, state: State, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that an adapter holds in full, with the names of the base's own."""
+    for full in state.adapters[name].saved:
+        module, _, last = full.rpartition(".")
+        child = saved.saved_of(model.get_submodule(module))
+        assert child is not None
+        yield full, child.get(name)[last]
 
 
 def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Parameter]]:

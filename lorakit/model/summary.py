@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..layers import saved
-from ..layers.bases import base_of, elements, quantized
+from ..layers.bases import base_of, parameter_count
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
+from ..layers.unreached import Unreached, unreached
 from ..layers.updates.update import LiveUpdate
-from .state import layer_at, names_of, state_of
+from .state import layer_at, names_of, saved_parameters, state_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is attached to a model; print it. `trainable` and `total`: elements of the model's parameters."""
+    """What is attached to a model; print it. `trainable` and `total`: elements of the model's parameters.
+
+    `skipped`: module -> why it is not adapted. `unreached`: weights that no adapter can reach, such as the experts of a
+    mixture of experts; None if they are less than a hundredth of the base.
+    """
 
     trainable: int
     total: int
@@ -37,6 +41,7 @@ class Summary:
     active: dict[str, float]
     skipped: dict[str, str]
     fused: list[Fused]
+    unreached: Unreached | None = None
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
@@ -51,7 +56,8 @@ class Summary:
         for (adapter, last, shape, rank), counts in groups.items():
             kind = f"rank {rank}" if rank else "saved"
             lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {kind:<9} {sum(counts):>12,}")
-        lines += [f"  skipped: {module} ({why})" for module, why in self.skipped.items()]
+        lines += [f"  skipped: {line}" for line in _by_ending(self.skipped)]
+        lines += [f"  not reached: {self.unreached}"] if self.unreached else []
         lines += [f"  {row}" for row in self.fused]
         return "\n".join(lines)
 
@@ -68,22 +74,26 @@ def summary(model: nn.Module) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            rows.append(
-                Row(
-                    name, m, _shape(base_of(layer).shape(layer)), child.rank, sum(p.numel() for p in child.parameters())
-                )
-            )
-        for full in attached.saved:
-            module, _, last = full.rpartition(".")
-            holder = saved.saved_of(model.get_submodule(module))
-            assert holder is not None
-            parameter = holder.get(name)[last]
+            shape = _shape(base_of(layer).shape(layer))
+            rows.append(Row(name, m, shape, child.rank, sum(p.numel() for p in child.parameters())))
+        for full, parameter in saved_parameters(model, state, name):
             rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
-    every = {id(p): p for p in model.parameters()}
-    packed = {id(m._parameters["weight"]): elements(m) for m in quantized(model).values()}
-    trainable = sum(p.numel() for p in every.values() if p.requires_grad)
-    total = sum(packed.get(key, p.numel()) for key, p in every.items())
-    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved_names = {full for attached in state.adapters.values() for full in attached.saved}
+    missed = unreached(model, saved_names)
+    total = parameter_count(model)
+    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model), missed)
+
+
+def _by_ending(skipped: dict[str, str]) -> list[str]:
+    """One line for all modules of an ending that were skipped for one reason; the full name of a single one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for module, why in skipped.items():
+        groups.setdefault((module.rsplit(".", 1)[-1], why), []).append(module)
+    return [
+        f"{modules[0]} ({why})" if len(modules) == 1 else f"{len(modules)} x {ending} ({why}), first {modules[0]}"
+        for (ending, why), modules in groups.items()
+    ]
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .shapes import Weightless, flat
+from .weightless import Weightless, flat
 
 _aten = torch.ops.aten
 
@@ -31,9 +31,16 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, 
     return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
 
 
-# torch's registry has matrix products and the GPU's attention; add the CPU's attention.
+def _grouped(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Each row of a is multiplied by the matrix of its group; where b is 2-D, the groups share its columns or rows."""
+    shared = a.shape[-2] if a.dim() == b.dim() == 2 else a.shape[-1]
+    return 2 * (a.numel() * b.shape[-1] if a.dim() == 2 or b.dim() == 3 else shared * a.shape[-2] * b.shape[-1])
+
+
+# torch's registry has matrix products and the GPU's attention; add the CPU's attention and the products of experts.
 _FLOPS = {
     **flop_registry,
+    _aten._grouped_mm: _grouped,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -23,9 +23,9 @@ from ..tasks.task import Task
 from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
-from .shapes import MOST_TOKENS
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
+from .weightless import MOST_TOKENS
 
 # Blocks below glibc's largest mmap threshold (32 MiB) are allocated on one heap, which fragments and never shrinks. Its
 # size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).
@@ -137,7 +137,8 @@ class Planner:
         resting = self._resting()
         key = (rows, length, accumulating)
         if key not in self._traced:
-            self._traced[key] = training_step(shell, self._batch(rows, length), self._loss, accumulating)
+            batch = self._batch(rows, length, packed=settings.task.packs(settings.config))
+            self._traced[key] = training_step(shell, batch, self._loss, accumulating)
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
@@ -166,8 +167,8 @@ class Planner:
             self._evaluations[length] = evaluation(self.shell, self._batch(rows, length), self.settings.task.losses)
         return self._evaluations[length].stretches if rows else {}
 
-    def _batch(self, rows: int, length: int) -> dict[str, Tensor]:
-        return self.settings.task.example(rows, length, self.settings.share)
+    def _batch(self, rows: int, length: int, packed: bool = False) -> dict[str, Tensor]:
+        return self.settings.task.example(rows, length, self.settings.share, packed)
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return self.settings.task.losses(model, batch).sum()

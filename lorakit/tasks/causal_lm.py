@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ..config import RunSettings, Strict, part
 from ..errors import TrainError
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.dataset import Dataset, Item
+    from ..data.templates import ChatOptions
 
 DEFAULT_PROMPTS = 2
 
 
 class Writing(Strict):
-    rows: ClassVar = {"template", "train_on"}
+    rows: ClassVar = {"template", "train_on", "turns", "chat_template", "chat_template_kwargs", "date"}
+    free: ClassVar = {"chat_template", "date"}  # a resumed run compares the resulting rows by hash
 
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
@@ -32,16 +34,57 @@ class Writing(Strict):
     train_on: Literal["completion", "all"] = Field(
         "completion", description="train on the answers only, or on all tokens"
     )
+    turns: Literal["all", "last"] = Field(
+        "all", description="train every answer of a conversation, or only the last one"
+    )
+    chat_template: str | None = Field(
+        None, description="a file with the chat template (Jinja) to use instead of the model's; saved with the adapter"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further variables of the chat template: {enable_thinking: false}"
+    )
+    date: str | None = Field(
+        None, description="the date that chat templates write, YYYY-MM-DD; default: the day on which the run began"
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _date(cls, value: Any) -> Any:
+        from ..data.templates import parsed_date
+
+        if value is None:
+            return None
+        return parsed_date(value if isinstance(value, str) else str(value)).isoformat()  # YAML reads dates itself
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from ..data.templates import check_kwargs
+
+        check_kwargs(value, "chat_template_kwargs")
+        return value
 
 
 class CausalSettings(Lengths, Writing, Columns):
     free: ClassVar = {"sample_prompts", "sample_tokens"}
+
+    packing: bool = Field(
+        False,
+        description="put several rows of a batch into one sequence, each with its own positions and attention: the "
+        "same result with less padding",
+    )
 
     sample_prompts: list[str] = Field(
         default_factory=list,
         description="prompts answered at each evaluation by base and adapter; default: two held-out rows",
     )
     sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
+
+    @model_validator(mode="after")
+    def _not_compiled(self) -> CausalSettings:
+        if self.packing and getattr(self, "compile", False):
+            raise ValueError("packing is not tested with compile; remove one of the two")
+        return self
 
 
 settings = CausalSettings
@@ -66,20 +109,27 @@ def processor(config: RunSettings) -> Any:
 
 
 def data(config: RunSettings, processor: Any) -> Data:
+    from ..bases.load import end_tokens
+    from ..data.chat_record import TEMPLATE_FILE, record
     from ..data.dataset import build, held_out_of
     from ..data.read import read_rows
 
     own = part(config, CausalSettings)
+    tokenizer, options = _tokenizer(own, processor), _options(own)
+    ends = end_tokens(config.model, config.revision, config.trust_remote_code)
 
     def read(source: str, split: str | None, max_length: int | Literal["auto"]) -> Dataset:
         return build(
             read_rows(source, split),
-            processor,
+            tokenizer,
             columns=own.columns or None,
             template=own.template,
             train_on=own.train_on,
             max_length=max_length,
             on_long=own.on_long,
+            turns=own.turns,
+            options=options,
+            ends=ends,
         )
 
     dataset = read(config.data, config.split, own.max_length)
@@ -91,6 +141,7 @@ def data(config: RunSettings, processor: Any) -> Data:
             notes[f"of {config.validation} are longer than {dataset.max_length} tokens and are not evaluated"] = (
                 validation.dropped
             )
+        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
     long_rows = "".join(
@@ -99,7 +150,23 @@ def data(config: RunSettings, processor: Any) -> Data:
         if count
     )
     length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
-    return Data(train, held_out, dataset.shape, length, {"template": dataset.style}, notes)
+    about = record(dataset, tokenizer, options, own.chat_template is not None)
+    files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
+    return Data(train, held_out, dataset.shape, length, about, notes, files)
+
+
+def _tokenizer(own: CausalSettings, processor: Any) -> Any:
+    """Return the tokenizer with the run's chat template."""
+    from ..data.templates import read_template, with_template
+
+    path = own.chat_template
+    return processor if path is None else with_template(processor, read_template(path), path)
+
+
+def _options(own: CausalSettings) -> ChatOptions:
+    from ..data.templates import ChatOptions
+
+    return ChatOptions(own.chat_template_kwargs, own.date)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -110,9 +177,11 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 
 def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
-    from ..bases.load import load_model
+    from ..bases.load import load_model, stop_at
 
-    return load_model(config.model, dtype, device, config.revision, config.trust_remote_code)
+    model = load_model(config.model, dtype, device, config.revision, config.trust_remote_code)
+    stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))
+    return model
 
 
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
@@ -122,6 +191,7 @@ def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
 
 
 def check(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
+    from .text.packed import check_packing
     from .text.positions import check_positions
 
     if model.config.is_encoder_decoder:
@@ -130,6 +200,8 @@ def check(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
             "  choose another base (--model)"
         )
     check_positions(config, model, items)
+    if packs(config):
+        check_packing(model)
 
 
 def check_together(model: Any) -> None:
@@ -151,14 +223,25 @@ def alone(config: RunSettings) -> str | None:
 # ------------------------------------------------------------------------------------- batches and losses
 
 
-def collate(items: Sequence[Item], base: Base) -> dict[str, Tensor]:
+def packs(config: RunSettings) -> bool:
+    return part(config, CausalSettings).packing
+
+
+def saved_padding(batches: Sequence[Sequence[Item]]) -> str:
+    from .text.packed import saved_padding
+
+    return saved_padding([[item.size for item in batch] for batch in batches])
+
+
+def collate(items: Sequence[Item], base: Base, packed: bool = False) -> dict[str, Tensor]:
     from ..data.batches import collate, pad_id
+    from ..data.packing import collate_packed
 
-    return collate(items, pad_id(base.processor))
+    return (collate_packed if packed else collate)(items, pad_id(base.processor))
 
 
-def example(rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
-    """Return rows of token 0, of which the last `share` is trained."""
+def example(rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
+    """Return rows of token 0, of which the last `share` is trained; packed: two of them in each sequence."""
     import torch
 
     from ..ops import IGNORE_INDEX
@@ -166,7 +249,15 @@ def example(rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
     ids = torch.zeros(rows, size, dtype=torch.long)
     labels = ids.clone()
     labels[:, : min(size - 1, round((1 - share) * size))] = IGNORE_INDEX
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if not packed:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    row = torch.arange(rows)[:, None].expand(rows, size)
+    positions = torch.arange(size).repeat(rows, 1)
+    pairs = rows if rows == 1 else 2  # `data.packing.sequences` makes none that cost more than such pairs
+    whole = -(-rows // pairs) * pairs
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "row": row}
+    batch = {name: each[torch.arange(whole) % rows].reshape(-1, pairs * size) for name, each in batch.items()}
+    return batch | {"sizes": torch.full((rows,), size)}
 
 
 def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -198,7 +289,8 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
     if own.sample_tokens == 0:
         return []
     if own.sample_prompts:
-        ids = [question_ids(text, base.processor, data.about["template"]) for text in own.sample_prompts]
+        tokenizer, options = _tokenizer(own, base.processor), _options(own)
+        ids = [question_ids(text, tokenizer, data.about["template"], options) for text in own.sample_prompts]
         check_prompts(base.model, ids, own.sample_tokens, [f"sample prompt {text!r}" for text in own.sample_prompts])
         return [Prompt(text, i) for text, i in zip(own.sample_prompts, ids, strict=True)]
     positions = positions_of(base.model)

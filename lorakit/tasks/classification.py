@@ -83,7 +83,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
     names = dataset.names
     shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
-    return Data(train, held_out, shape, length, {"labels": names})
+    return Data(train, held_out, shape, length, {"labels": names}, dataset.notes)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -152,14 +152,22 @@ def alone(config: RunSettings) -> str | None:
 # ------------------------------------------------------------------------------------- batches and losses
 
 
-def collate(items: Sequence[LabelledItem], base: Base) -> dict[str, Tensor]:
+def packs(config: RunSettings) -> bool:
+    return False
+
+
+def saved_padding(batches: Sequence[Sequence[LabelledItem]]) -> str:
+    raise TrainError("classification does not pack rows: a decoder's head reads the last token of a sequence")
+
+
+def collate(items: Sequence[LabelledItem], base: Base, packed: bool = False) -> dict[str, Tensor]:
     from ..data.batches import pad_id
     from ..data.labelled import collate_labelled
 
     return collate_labelled(items, pad_id(base.processor))
 
 
-def example(rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
+def example(rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
     import torch
 
     ids = torch.ones(rows, size, dtype=torch.long)

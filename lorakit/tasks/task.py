@@ -57,7 +57,7 @@ class Data:
     """A run's items, in training and held-out parts.
 
     `shape`, `length`: descriptions for the start panel; `about`: stored in the result's metadata; `notes`: message ->
-    number of rows it concerns.
+    number of rows it concerns; `files`: file name -> text to write into the result's folder.
     """
 
     train: list[Any]
@@ -66,6 +66,7 @@ class Data:
     length: str
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -103,14 +104,20 @@ class Task(Protocol):
     def alone(self, config: RunSettings) -> str | None:
         """Return a sweep's error message if runs of this task cannot train together; None if they can."""
 
-    def collate(self, items: Sequence[Any], base: Base) -> dict[str, Tensor]:
-        """Pad items into a batch, on the CPU."""
+    def packs(self, config: RunSettings) -> bool:
+        """Whether a batch has several items in one sequence, where the model allows it (`check` raises if not)."""
 
-    def example(self, rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
+    def saved_padding(self, batches: Sequence[Sequence[Any]]) -> str:
+        """Describe what packing saves, for the start panel. `batches`: the items that are computed at once."""
+
+    def collate(self, items: Sequence[Any], base: Base, packed: bool = False) -> dict[str, Tensor]:
+        """Pad items into a batch, or pack them, on the CPU."""
+
+    def example(self, rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
         """Return a batch of dummy values, as `collate` builds it. `size`: per item; `share`: weight / size."""
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Return the summed loss of each row: [rows], float32. Training and evaluation use this same loss.
+        """Return the summed loss of each item: [items], float32. Training and evaluation use this same loss.
 
         Random numbers must come from torch's default generator, which the loop seeds by run and step.
         """

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bases.device import choose_device, peak_memory
+from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
+from ..model.summary import summary
 from . import defaults
 
 if TYPE_CHECKING:
@@ -89,6 +91,10 @@ class Progress:
                 f"           tuned  {_short(tuned)}"
             )
 
+    def note(self, text: str) -> None:
+        """Say what the user should know, on stderr, also if all else is quiet."""
+        Console(stderr=True).print(Text(f"lorakit: {text}"), soft_wrap=True)
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
@@ -102,7 +108,7 @@ class Progress:
 def _facts(job: Job, step: int) -> Table:
     config, data = job.config, job.data
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in job.model.parameters())
+    total = parameter_count(job.model)
     device = job.parallel.device
     processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
@@ -115,23 +121,40 @@ def _facts(job: Job, step: int) -> Table:
             f"{device} ({_why(device)}), {processes} process{'es' if processes > 1 else ''}, {threads_of(device)}",
         ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
+        *_unreached(job),
         (
             "data",
             f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
         ),
         ("length", data.length),
+        *(
+            [("date", f"{data.about['date']}, written by the chat template and saved with the run")]
+            if "date" in data.about
+            else []
+        ),
+        *(
+            [
+                (
+                    "ends with",
+                    f"{', '.join(data.about['end_tokens'])}, as the chat template writes; generation stops there",
+                )
+            ]
+            if "end_tokens" in data.about
+            else []
+        ),
         (
             "batch",
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
             f"({job.micro_batch.reason})",
         ),
+        *([("packing", job.packed)] if job.packed else []),
         *([("memory", job.memory.reason)] if job.memory else []),
         *([("compiled", job.compiled)] if job.compiled else []),
         *_fused(job),
         (
             "steps",
             f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
-            "over the data)",
+            "over the data)" + (f", longer than the {job.steps_before:,} planned before" if job.steps_before else ""),
         ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", resuming at step {step}" if step else "")),
@@ -141,6 +164,14 @@ def _facts(job: Job, step: int) -> Table:
     for note, count in data.notes.items():
         table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
     return table
+
+
+def _unreached(job: Job) -> list[tuple[str, str]]:
+    """Say which share of the base no target reaches (experts), if training leaves it as it is."""
+    if not job.method.keeps_base:
+        return []
+    found = summary(job.model).unreached
+    return [("not reached", str(found))] if found else []
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:

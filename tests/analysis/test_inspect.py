@@ -10,11 +10,12 @@ import pytest
 import tiny
 import tiny_lm
 import torch
+from architectures import causal_lm
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.analysis.inspect import describe_adapter, describe_model, is_model, norm
 from lorakit.analysis.training_notes import training
@@ -151,6 +152,26 @@ def test_a_models_modules_are_listed_without_its_weights(tmp_path, capsys):
     assert "model.layers.1.mlp.gate_proj" in capsys.readouterr().out
 
 
+def test_what_no_adapter_reaches_or_would_be_heard_from_is_said(tmp_path, capsys):
+    mixtral = tmp_path / "mixtral"
+    causal_lm("mixtral").save_pretrained(mixtral)
+    facts = describe_model(str(mixtral))
+    assert set(facts.unreached) == {
+        "model.layers.*.mlp.experts.gate_up_proj",
+        "model.layers.*.mlp.experts.down_proj",
+        "model.layers.*.mlp.gate.weight",
+    }
+    assert 0.5 < facts.unreached_share < 1
+    facts.show()
+    assert f"not reached by any adapter: {100 * facts.unreached_share:.3g} % of the weights" in capsys.readouterr().out
+    mamba = tmp_path / "mamba"
+    causal_lm("mamba").save_pretrained(mamba)
+    facts = describe_model(str(mamba))
+    assert not {name for name, *_ in facts.modules if name.endswith(("conv1d", "dt_proj"))}
+    facts.show()
+    assert "left out of 'all-linear': backbone.layers.0.mixer.x_proj" in capsys.readouterr().out
+
+
 def test_gpt2s_transposed_layers_are_listed(tmp_path):
     facts = describe_model(str(tiny_lm.save(tmp_path / "m", tiny_lm.gpt2())))
     assert ("transformer.h.0.attn.c_attn", "Conv1D", [32, 96], True) in facts.modules
@@ -181,7 +202,7 @@ def test_effective_rank_and_dead_modules_of_every_kind():
     A, B = torch.linalg.qr(random(9, 9))[0][:3], torch.linalg.qr(random(6, 6))[0][:, :3]
     even = Factors(A, B, alpha=3.0)
     one = Factors(A, B * torch.tensor([1.0, 0, 0]), alpha=3.0)
-    loha = Hadamard(random(30, 2), random(2, 20), random(30, 2), random(2, 20), alpha=4.0)
+    loha = Loha(random(30, 2), random(2, 20), random(30, 2), random(2, 20), alpha=4.0)
     bias = Dense(None, bias=torch.ones(6))
     made = lk.Adapter(
         lk.LoraConfig(),
@@ -200,9 +221,10 @@ def test_effective_rank_and_dead_modules_of_every_kind():
     assert by_name["even"].effective_rank == pytest.approx(3, rel=1e-5)
     assert by_name["one"].effective_rank == pytest.approx(1, rel=1e-5)
     assert by_name["one"].stable_rank == pytest.approx(1, rel=1e-5)
-    assert (by_name["loha"].kind, by_name["loha"].size_in, by_name["loha"].size_out) == ("hadamard", 20, 30)
+    assert (by_name["loha"].kind, by_name["loha"].size_in, by_name["loha"].size_out) == ("loha", 20, 30)
     assert by_name["loha"].norm == pytest.approx(float(loha.delta().norm()), rel=1e-5)
     assert by_name["dora"].dora
+    assert (by_name["dora"].kind, by_name["dora"].alpha) == ("linear", 3.0)
     assert facts.dead == ["dead", "dead too"]  # a DoRA with B = 0 may still change norms, and a bias change counts
     facts.show(every_module=True)
     json.dumps(facts.to_dict(), allow_nan=False)

@@ -430,7 +430,7 @@ A, B = torch.ones(2, 4), torch.ones(6, 2)
         (
             {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, "elsewhere.lora_A.weight": A},
             {},
-            "does not tell its model",
+            "does not name its model",
         ),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_adapter_metadata": "{"}, "not JSON"),
         (
@@ -480,9 +480,9 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     lines = diffusers.losses(adapter)
     for said in (
         "all modules of a component DoRA or none",
-        "by a component in front",
+        "with a component in front",
         "per output only",
-        "saved whole",
+        "no saved weights",
         "<s1>",
         "low-rank factors only",
     ):

@@ -113,7 +113,7 @@ def test_a_pair_beside_a_bias_is_resized_scaled_and_combined_without_losing_it(t
     both = (adapter + adapter).updates[DOTTED]
     torch.testing.assert_close(both.delta(), 2 * update.delta())
     torch.testing.assert_close(both.tensors()["bias"], 2 * bias)
-    for format in ("peft", "mlx"):
+    for format in ("loralib", "mlx", "cloneofsimo"):
         assert formats.losses(adapter, format)
 
 

@@ -94,16 +94,38 @@ def test_only_the_adapter_takes_gradients_and_every_factor_gets_one(tiny_llama):
     assert all((p.grad is not None and p.grad.any()) == ("lora_" in n) for n, p in tiny_llama.named_parameters())
 
 
-def test_an_inference_adapter_changes_no_gradient_flag(tiny_llama):
+def test_an_inference_adapter_freezes_the_base_too_and_detach_gives_the_flags_back(tiny_llama):
     adapter = value_of(tiny.llama, LLAMA, 1)
     next(tiny_llama.parameters()).requires_grad_(False)
     before = tiny.picture(tiny_llama)["gradients"]
     lk.attach(tiny_llama, adapter)
+    optimizer = torch.optim.SGD(tiny_llama.parameters(), lr=1.0)  # what it is given takes no gradient
+    bits = tiny.bits(tiny_llama)
+    assert not any(tiny.picture(tiny_llama)["gradients"].values())
+    lk.attach(tiny_llama, LLAMA, "trained")
+    tiny_llama(**tiny.example(tiny_llama)).logits.square().sum().backward()
+    optimizer.step()
+    assert tiny.same_bits(tiny.bits(tiny_llama), bits)
     lk.activate(tiny_llama, None)
     lk.activate(tiny_llama, "default")
-    after = tiny.picture(tiny_llama)["gradients"]
-    assert {n: g for n, g in after.items() if "lora_" not in n} == before
-    assert not any(g for n, g in after.items() if "lora_" in n)
+    lk.detach(tiny_llama)
+    assert tiny.picture(tiny_llama)["gradients"] == before
+
+
+def test_attach_can_leave_the_active_adapters_as_they_are(tiny_llama):
+    base = tiny.logits(tiny_llama)
+    lk.attach(tiny_llama, value_of(tiny.llama, LLAMA, 1), "a", activate=False)
+    assert lk.active(tiny_llama) == {}
+    assert torch.equal(tiny.logits(tiny_llama), base)
+    lk.activate(tiny_llama, {"a": 0.5})
+    with_a = tiny.logits(tiny_llama)
+    saving = LLAMA.replace(save_modules=["norm"])
+    lk.attach(tiny_llama, value_of(tiny.llama, saving, 2), "b", activate=False)
+    assert lk.active(tiny_llama) == {"a": 0.5}
+    assert torch.equal(tiny.logits(tiny_llama), with_a)
+    lk.activate(tiny_llama, "b")
+    plain = tiny.llama()
+    assert torch.equal(tiny.logits(tiny_llama), tiny.logits(lk.attach(plain, value_of(tiny.llama, saving, 2))))
 
 
 def test_a_loaded_adapter_can_be_attached_trainable(tiny_llama):

@@ -225,13 +225,13 @@ def test_merged_is_an_error(model):
         pass
 
 
-def test_an_adapter_with_whole_weights_is_an_error_that_names_them():
+def test_an_adapter_with_whole_weights_cannot_be_scaled_in_a_row():
     model = tiny.bert()
     lk.attach(model, lk.LoraConfig(rank=2, targets=["query"], save_modules=["classifier"]), name="whole")
     lk.attach(model, lk.LoraConfig(rank=2, targets=["query"]), name="plain")
     with (
         pytest.raises(StateError, match=r"adapter 'whole' \(row 1\) replaces weights of the base \(classifier"),
-        lk.route(model, ["plain", "whole"]),
+        lk.route(model, ["plain", {"whole": 0.5}]),
     ):
         pass
 

@@ -37,6 +37,7 @@ _INDEXING = {
     _aten._unsafe_index_put.default,
 }
 _BOOLEAN = (torch.bool, torch.uint8)
+_GROUPED = getattr(_aten._grouped_mm, "default", None) if hasattr(_aten, "_grouped_mm") else None
 
 
 class Weightless(Tensor):
@@ -154,12 +155,28 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: It
         return next(metas) if isinstance(value, Tensor) else value
 
     args, kwargs = _swap(args, down), {name: _each(value, down) for name, value in kwargs.items()}
+    if func is _GROUPED:
+        return _grouped(*args, **kwargs)
     if _takes_device(func):
         kwargs["device"] = _META
     for name in ("generator", "pin_memory"):
         if kwargs.get(name) is not None:
             kwargs[name] = None
     return func(*args, **kwargs)
+
+
+def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """The result of the grouped product that MoE experts use, a[i] @ b[i] of each group i.
+
+    torch's meta kernel asks for what GPUs do, bfloat16 and aligned rows; its CPU kernel takes all dtypes. A dimension
+    that the groups share between them (2-D argument) has no axis of its own.
+    """
+    if a.dim() == 2 and b.dim() == 2:  # the sum over rows is split: the gradient of the weights
+        assert offsets is not None
+        size: tuple[int, ...] = (offsets.shape[0], a.shape[0], b.shape[1])
+    else:
+        size = (*a.shape[:-1], b.shape[-1]) if a.dim() == 2 or b.dim() == 3 else (a.shape[1], b.shape[1])
+    return torch.empty(size, dtype=out_dtype or a.dtype, device=_META)
 
 
 def _meta_of(tensor: Tensor) -> Tensor:
