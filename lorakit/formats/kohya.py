@@ -33,7 +33,7 @@ from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .native import contradicting
 from .peft_config import checked
 from .spellings import is_spelling
-from .telling import misspelt, size_of, tell
+from .telling import disagreement, misspelt, size_of, tell
 from .unheld import beside_updates
 
 OTHER = "other"  # a model that lorakit is told not to know
@@ -231,7 +231,10 @@ def written_for(adapter: Adapter) -> str | None:
     said = adapter.metadata.get("model")
     if said in names.KNOWN and all(module in names.shapes(said) for module in adapter.updates):
         return said
-    return names.model_of(adapter.updates, {m: u.sizes for m, u in adapter.updates.items()})
+    sizes = {m: u.sizes for m, u in adapter.updates.items()}
+    candidates = names.candidates(adapter.updates) if adapter.updates else []
+    agreeing = [model for model in candidates if not disagreement(model, sizes)]
+    return names.likeliest(agreeing or candidates, sizes)
 
 
 def _no_model(adapter: Adapter) -> str:
