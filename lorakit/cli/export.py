@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError, listing
 from .shared.files import base_folder, output_path, read
-from .shared.options import Force
+from .shared.options import Force, ModelType
 from .shared.output import say
 from .shared.starting import starting
 
@@ -49,6 +49,7 @@ def export(
     force_base: Annotated[
         bool, typer.Option("--force-base", help="accept a --base that the adapter was not trained on")
     ] = False,
+    model_type: ModelType = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
@@ -73,7 +74,7 @@ def export(
             if receiver == "ollama" and out.suffix != ".gguf":
                 out = out / "adapter.gguf"
             out = output_path(out, RECEIVERS[receiver].format, force)
-        adapter = read(source, alpha, folder, force_base)
+        adapter = read(source, alpha, folder, force_base, model_type)
         if not merged:
             result = exported(
                 adapter,
@@ -103,6 +104,8 @@ def export(
         say(f"logits through {through}: {result.logits}")
     if result.no_logits is not None:
         say(f"logits not compared: {result.no_logits}")
+    if result.unchecked is not None:
+        say(f"not checked: {result.unchecked}")
     served = result.base or folder  # a path: other programs do not know 'embedded'
     print(f"next: {_next(receiver, result.files[0], str(served) if served else None)}")
 

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, read_checked
+from .shared.options import ModelType
 from .shared.output import output
 from .shared.starting import starting
 
@@ -31,6 +32,7 @@ def inspect(
         typer.Option(help="what the heat map shows; default: relative with --base, otherwise norm"),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="write the heat map to a file (.png or .svg)")] = None,
+    model_type: ModelType = None,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Show what an adapter contains (format, base, ranks, scales, norms, training), or which modules a model has."""
@@ -52,7 +54,7 @@ def inspect(
             contents = describe_model(source)
         else:
             folder = base_folder(base)
-            facts = describe_adapter(read_checked(source, alpha, folder), source, folder, format_of(source))
+            facts = describe_adapter(read_checked(source, alpha, folder, model_type), source, folder, format_of(source))
             if plot is not None and facts.modules:
                 draw(facts.grids(shown), plot, source)
     if model:
