@@ -94,7 +94,7 @@ def evaluate(
         _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
         return
     console = output()
-    with console.status("loading") as status:
+    with console.status("evaluating") as status:
         report = evaluate_items(
             base,
             tokenizer,
