@@ -58,7 +58,7 @@ def inspect(
             if plot is not None and facts.modules:
                 draw(facts.grids(shown), plot, source)
     if model:
-        print(json.dumps(contents.to_dict())) if json_output else contents.show(modules)
+        print(json.dumps(contents.to_dict())) if json_output else contents.show(modules, output())
         return
     if json_output:
         print(json.dumps(facts.to_dict()))
