@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from typing import Any
 
 
 def main(args: list[str] | None = None) -> None:
@@ -15,7 +17,21 @@ def main(args: list[str] | None = None) -> None:
     # on a busy machine; sleeping at once makes a training step of the embedded model 1.3 times as long on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _show_own_warnings_as_notes()
     sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def _show_own_warnings_as_notes() -> None:
+    """Print lorakit's warnings without the file and the line of code that Python puts in front."""
+    from ..errors import LorakitWarning
+
+    formatted = warnings.formatwarning
+
+    def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        own = issubclass(category, LorakitWarning)
+        return f"lorakit: note: {message}\n" if own else formatted(message, category, *where, **more)
+
+    warnings.formatwarning = note
 
 
 def run(args: list[str]) -> int:

@@ -6,10 +6,11 @@ executed: safetensors, GGUF, or pickles through torch's `weights_only=True`.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import AdapterError, did_you_mean
+from ..errors import AdapterError, LorakitWarning, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +77,10 @@ def save(
 
     dtype: the precision to write it in (by default as it is); "q8_0", blocks of 8 bits, for "gguf" alone. base: the
     base's folder or config, for "gguf". AdapterError, with all of it, where the format cannot hold something of the
-    adapter (see `losses`). Returns the path written.
+    adapter (see `losses`); LorakitWarning where PEFT itself would not load all of it. Returns the path written.
     """
     from ..adapter.algebra.edit import cast
+    from .peft_experts import misread, note
 
     path, blocks = Path(path).expanduser(), "q8_0" if dtype == "q8_0" else None
     if blocks is not None and format != "gguf":
@@ -86,6 +88,8 @@ def save(
     if isinstance(dtype, str) and blocks is None:
         raise AdapterError(f"dtype is '{dtype}'; expected a torch dtype, or 'q8_0' for gguf")
     adapter = adapter if dtype is None or isinstance(dtype, str) else cast(adapter, dtype)
+    if format == "peft" and (said := note(misread(adapter), len(adapter.updates))) is not None:
+        warnings.warn(f"{path}: {said}", LorakitWarning, stacklevel=2)
     return (
         _module(format).write(adapter, path, base, blocks) if format == "gguf" else _module(format).write(adapter, path)
     )
