@@ -1,4 +1,4 @@
-"""What PEFT's loading would drop of an adapter for a mixture of experts is named; the rest loads with the same logits."""
+"""What PEFT would drop of an adapter for a mixture of experts is named; the rest loads with the same logits."""
 
 from __future__ import annotations
 
