@@ -69,8 +69,8 @@ class Strict(BaseModel):
             raise ConfigError(explain(type(self), error)) from None
 
     def replace(self, **changes: Any):
-        """Return a copy with some fields changed, validated again."""
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+        """Return a copy with some fields changed, validated again. Fields that were not given are still not given."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:

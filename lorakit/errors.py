@@ -6,7 +6,23 @@ Every error a user can cause is a `LorakitError`; the command line prints it wit
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+_GIT_LFS = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/")
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|\?xml)\b", re.I | re.S)
+# What servers answer instead of a file, as plain text.
+_ANSWERS = (
+    b"Entry not found",
+    b"404: Not Found",
+    b"Not Found",
+    b"Repository not found",
+    b"Access to model",
+    b"Access denied",
+    b"Invalid username or password",
+    b"Unauthorized",
+)
 
 
 class LorakitError(Exception):
@@ -66,3 +82,31 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def not_the_file(path: Path) -> str | None:
+    """Say what stands in a file's place, with the fix: a git-lfs pointer, a web page, a server's answer; else None."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError:
+        return None
+    again = (
+        "\n  download the file itself: its page's download link (on the hub: resolve/, not blob/), or give OWNER/NAME"
+    )
+    if _GIT_LFS.match(head):
+        size = re.search(rb"\nsize (\d+)", head)
+        of = f" of {int(size[1]):,} bytes" if size else ""
+        return (
+            f"{path} is a git-lfs pointer: it only says which file{of} belongs here\n"
+            "  fetch the file: git lfs install, then git lfs pull in its repository; or download it from the hub"
+        )
+    if head.startswith((b"/annex/objects/", b".git/annex/objects/")):
+        return f"{path} is a git-annex pointer, not the file itself\n  fetch the file: git annex get {path.name}"
+    if _PAGE.match(head):
+        kind = "an XML page, a server's answer" if b"?xml" in head[:64].lower() else "a web page (HTML)"
+        return f"{path} is {kind}, not the file itself{again}"
+    if head.strip().startswith(_ANSWERS) and len(head) < 512:
+        text = head.decode("utf8", "replace").strip().splitlines()[0][:80]
+        return f"{path} holds a server's answer, '{text}', not the file itself{again}"
+    return None

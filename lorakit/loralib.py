@@ -46,7 +46,7 @@ _MERGED = "lora_merged"  # in a state dict's metadata: its weight holds ΔW
 
 
 class LoRALayer:
-    """What every layer has, and what a layer of your own may inherit to count as one: settings, no computation."""
+    """The settings that every LoRA layer has. A layer of your own may inherit them to count as one."""
 
     r = 0
     merged = False
@@ -63,19 +63,17 @@ class LoRALayer:
 
 
 class _MergingLayer(LoRALayer, nn.Module):
-    """`train` and `eval` that take ΔW out of the weight and put it in,
-    and what else has to know whether it is there.
-    """
+    """A layer whose `eval` adds ΔW to the weight and whose `train` subtracts it; state dicts and `to` follow."""
 
     scaling: float
     _undo: Undo | None = None
     _loading = (False, False)
 
-    def _add_factors(self, base: nn.Module, shape_a: tuple[int, int], shape_b: tuple[int, int]) -> None:
-        self.lora_A = nn.Parameter(base.weight.new_zeros(shape_a))  # type: ignore[operator, union-attr]
-        self.lora_B = nn.Parameter(base.weight.new_zeros(shape_b))  # type: ignore[operator, union-attr]
+    def _add_factors(self, shape_a: tuple[int, int], shape_b: tuple[int, int]) -> None:
+        self.lora_A = nn.Parameter(self._weight.new_zeros(shape_a))
+        self.lora_B = nn.Parameter(self._weight.new_zeros(shape_b))
         self.scaling = self.lora_alpha / self.r
-        base.weight.requires_grad = False  # type: ignore[union-attr]
+        self._weight.requires_grad = False
         self.register_load_state_dict_post_hook(_after_load)
 
     @property
@@ -83,7 +81,7 @@ class _MergingLayer(LoRALayer, nn.Module):
         return "lora_A" in self._parameters
 
     def _delta_rows(self) -> Callable[[slice], Tensor]:
-        """ΔW's rows as [rows, -1]."""
+        """Return a function of a slice of rows that gives those rows of ΔW as [rows, -1]."""
         raise NotImplementedError(f"{type(self).__name__} does not say what ΔW is")
 
     def train(self, mode: bool = True):
@@ -110,8 +108,8 @@ class _MergingLayer(LoRALayer, nn.Module):
         self.merged = False
 
     @property
-    def _weight(self) -> Tensor:
-        return self.weight  # type: ignore[return-value]
+    def _weight(self) -> nn.Parameter:
+        return self.get_parameter("weight")
 
     def _apply(self, fn, recurse=True):
         # A change of device or precision concerns the base and the factors, not their sum.
@@ -130,14 +128,10 @@ class _MergingLayer(LoRALayer, nn.Module):
         if self._undo is not None and hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]][_MERGED] = True
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         self._loading = self.merged, bool(local_metadata.get(_MERGED))
         self._unmerge()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 @torch.no_grad()
@@ -168,9 +162,13 @@ class Linear(_MergingLayer, nn.Linear):
     ):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        self._finish(fan_in_fan_out, r, out_features)
+
+    def _finish(self, fan_in_fan_out: bool, ranks: int, rows: int) -> None:
+        """Add A [ranks, in] and B [rows, r] unless they are empty, initialise all, and store the weight as asked."""
         self.fan_in_fan_out = fan_in_fan_out
-        if r > 0:
-            self._add_factors(self, (r, in_features), (out_features, r))
+        if ranks > 0:
+            self._add_factors((ranks, self.in_features), (rows, self.r))
         self.reset_parameters()
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T.contiguous()
@@ -196,9 +194,7 @@ class Linear(_MergingLayer, nn.Linear):
 
 
 class MergedLinear(Linear):
-    """One linear that holds several projections of equal size (q, k, v), those with `enable_lora` adapted, each with
-    rank r.
-    """
+    """A linear of several projections of equal size (q, k, v); each with `enable_lora` has an update of rank r."""
 
     def __init__(
         self,
@@ -220,13 +216,8 @@ class MergedLinear(Linear):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.enable_lora = [bool(enabled) for enabled in enable_lora]
-        self.fan_in_fan_out = fan_in_fan_out
         enabled = sum(self.enable_lora)
-        if r > 0 and enabled:
-            self._add_factors(self, (r * enabled, in_features), (out_features // len(enable_lora) * enabled, r))
-        self.reset_parameters()
-        if fan_in_fan_out:
-            self.weight.data = self.weight.data.T.contiguous()
+        self._finish(fan_in_fan_out, r * enabled, out_features // len(enable_lora) * enabled)
 
     def _add_update(self, y: Tensor, x: Tensor) -> Tensor:
         return add_packed(y, x, self.lora_A, self._blocks(), self.scaling, tuple(self.enable_lora))
@@ -256,7 +247,7 @@ class Embedding(_MergingLayer, nn.Embedding):
         # With max_norm each lookup rescales rows of the weight in place; what was merged could not be taken out again.
         LoRALayer.__init__(self, r, lora_alpha, 0, merge_weights and self.max_norm is None)
         if r > 0:
-            self._add_factors(self, (r, num_embeddings), (embedding_dim, r))
+            self._add_factors((r, num_embeddings), (embedding_dim, r))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -270,10 +261,8 @@ class Embedding(_MergingLayer, nn.Embedding):
         y = nn.Embedding.forward(self, x)
         if self.merged or not self._adapted:
             return y
-        # [..., r]
-        rows = F.embedding(
-            x, self.lora_A.T, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse
-        )
+        options = self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse
+        rows = F.embedding(x, self.lora_A.T, *options)  # [..., r]
         return torch.add(y, F.linear(rows, self.lora_B), alpha=self.scaling)
 
     def _delta_rows(self) -> Callable[[slice], Tensor]:
@@ -281,9 +270,7 @@ class Embedding(_MergingLayer, nn.Embedding):
 
 
 class ConvLoRA(_MergingLayer):
-    """A convolution `conv` with an update of its weight. As in loralib, `lora_dropout` is accepted and has no effect
-    here.
-    """
+    """A convolution `conv` with an update of its weight. As in loralib, `lora_dropout` is accepted without effect."""
 
     conv_class: type[nn.Module]
     conv: Any
@@ -306,9 +293,9 @@ class ConvLoRA(_MergingLayer):
             kernel, per_group = self.conv.kernel_size, out_channels // self.conv.groups
             side = kernel[0]
             if kernel == (side, side):
-                self._add_factors(self.conv, (r * side, in_channels * side), (per_group * side, r * side))
+                self._add_factors((r * side, in_channels * side), (per_group * side, r * side))
             else:
-                self._add_factors(self.conv, (r, in_channels * math.prod(kernel)), (per_group, r))
+                self._add_factors((r, in_channels * math.prod(kernel)), (per_group, r))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -328,12 +315,10 @@ class ConvLoRA(_MergingLayer):
             up = _CONV[weight.dim() - 2](down, B.view(*B.shape, *(1 for _ in weight.shape[2:])))
             return torch.add(self.conv(x), up, alpha=self.scaling)
         # The rows of a k×k kernel's B A cut across its channels and kernel rows. Only with in % k = 0 are they two
-        # convolutions (k groups, then 1x1), and that was slower than building ΔW as often as faster: 8.4 against 10.9
-        # ms forward and backward for 96 channels of 16x16, 157 against 141 ms for 192 channels of 32x32 (k = 3, one CPU
-        # thread).
-        return self.conv._conv_forward(
-            x, torch.add(weight, (B @ A).view(weight.shape), alpha=self.scaling), self.conv.bias
-        )
+        # convolutions (k groups, then 1x1), and that was no faster than building ΔW: 8.4 against 10.9 ms forward and
+        # backward for 96 channels of 16x16, but 157 against 141 ms for 192 of 32x32 (k = 3, one CPU thread).
+        changed = torch.add(weight, (B @ A).view(weight.shape), alpha=self.scaling)
+        return self.conv._conv_forward(x, changed, self.conv.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -348,9 +333,7 @@ class ConvLoRA(_MergingLayer):
         change = delta(self.lora_A, self.lora_B, self.scaling, self.conv.weight.shape).flatten(1)
         return lambda rows: change[rows]
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # A plain model's checkpoint has `weight`, loralib 0.1.2's `conv.weight`, that of its repository both, for one
         # parameter.
         for name in ("weight", "bias"):
@@ -358,13 +341,10 @@ class ConvLoRA(_MergingLayer):
             if plain in state_dict:
                 value = state_dict.pop(plain)
                 if own in state_dict and not torch.equal(value, state_dict[own]):
-                    error_msgs.append(
-                        f"the checkpoint holds two values for one parameter: '{plain}' and '{own}' differ"
-                    )
+                    errors = args[-1]  # load_state_dict raises one error with all of these
+                    errors.append(f"the checkpoint holds two values for one parameter: '{plain}' and '{own}' differ")
                 state_dict.setdefault(own, value)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class Conv1d(ConvLoRA):
@@ -380,8 +360,9 @@ class Conv3d(ConvLoRA):
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze every parameter without "lora_" in its name. Biases stay trainable as `bias` says: "none", "all",
-    "lora_only".
+    """Freeze every parameter without "lora_" in its name, but not the biases that `bias` names.
+
+    bias: "none", "all" or "lora_only" (of the layers with LoRA). Raises ConfigError for any other.
     """
     _check_bias(bias)
     for name, parameter in model.named_parameters():
@@ -399,7 +380,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The state dict's part that `mark_only_lora_as_trainable(model, bias)` left trainable."""
+    """Return the part of the state dict that `mark_only_lora_as_trainable(model, bias)` leaves trainable."""
     _check_bias(bias)
     state = model.state_dict()
     chosen = {key for key in state if "lora_" in key}

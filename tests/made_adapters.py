@@ -7,8 +7,8 @@ from torch import Tensor
 
 import lorakit as lk
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,8 +40,8 @@ def packed(rank: int = 2, alpha: float = 6.0, seed: int = 0) -> lk.Factors:
     return lk.Factors(numbers(2 * rank, 9, seed=seed), B, alpha, parts=(True, False, True))
 
 
-def hadamard(seed: int = 0) -> Hadamard:
-    return Hadamard(
+def hadamard(seed: int = 0) -> Loha:
+    return Loha(
         numbers(20, 2, seed=seed),
         numbers(2, 18, seed=seed),
         numbers(20, 2, seed=seed + 1),
@@ -50,8 +50,8 @@ def hadamard(seed: int = 0) -> Hadamard:
     )
 
 
-def kronecker(seed: int = 0) -> Kronecker:
-    return Kronecker(3.0, w1=numbers(4, 3, seed=seed), w2a=numbers(5, 2, seed=seed), w2b=numbers(2, 6, seed=seed))
+def kronecker(seed: int = 0) -> Lokr:
+    return Lokr(3.0, w1=numbers(4, 3, seed=seed), w2a=numbers(5, 2, seed=seed), w2b=numbers(2, 6, seed=seed))
 
 
 def adapter(seed: int = 0, rank: int = 4, others: bool = False, rslora: bool = False) -> lk.Adapter:

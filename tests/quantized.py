@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_lm
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ def int8_by_hand(weight: Tensor) -> Tensor:
     return (half * (127 / absmax)).round().double() * absmax.double() / 127
 
 
-def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+def llama(dtype: torch.dtype = torch.float32, vocabulary: int = tiny.VOCAB, positions: int = 32) -> nn.Module:
     """Like `tiny.llama`, of sizes that are whole blocks of 64: with other rows the library's kernel for CPUs with
     AVX512 takes absmax from the wrong block.
     """
@@ -83,13 +84,13 @@ def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tiny.VOCAB,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=32,
+        max_position_embeddings=positions,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -116,3 +117,13 @@ def in_4_bits(folder: Path, double: bool = False, kind: str = "nf4", **options) 
 
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, **options)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how).eval()
+
+
+def save(folder: Path) -> tuple[Path, Path]:
+    """A language model of bytes with its tokenizer, like `tiny_lm`'s: its folder, and that of the same in 4 bits."""
+    dense, packed = folder / "dense", folder / "packed"
+    llama(vocabulary=258, positions=tiny_lm.POSITIONS).save_pretrained(dense)
+    in_4_bits(dense, bnb_4bit_compute_dtype=torch.float32).save_pretrained(packed)
+    for each in (dense, packed):
+        tiny_lm.tokenizer().save_pretrained(each)
+    return dense, packed

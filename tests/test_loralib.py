@@ -349,7 +349,7 @@ def test_factors_changed_while_merged_are_told_and_nothing_is_lost():
     layer = random_net(lora).out.eval()
     merged = layer.weight.clone()
     layer.lora_B.data += 1
-    with pytest.raises(StateError, match="factors changed since the merge"):
+    with pytest.raises(StateError, match="factors have changed since the merge"):
         layer.train()
     assert torch.equal(layer.weight, merged)
     layer.lora_B.data -= 1

@@ -1,7 +1,8 @@
-"""`Adapter`: a config plus, for each target module, its update, plus any weights saved whole, plus metadata."""
+"""`Adapter`: a config, one update for each target module, saved weights, textual-inversion embeddings, metadata."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,13 +22,13 @@ from .update import Update
 class Adapter:
     """An adapter as a value. It needs no model.
 
-    `updates`: module name -> its update of whatever kind, `Factors` for a LoRA (`adapter.update` lists the kinds).
-    `saved`: parameter name -> its trained value (biases, saved modules), as the base names it. `embeddings`: a learned
-    token -> its vectors [n, dim] or [dim] (textual inversion). `metadata`: plain data that travels along
-    (`fingerprint`, `recipe`, `data`, `metrics`, `header`: a file's own header...).
+    `updates`: module name -> its update; `adapter.update` lists the kinds, a LoRA is a `Factors`.
+    `saved`: parameter name -> its trained value (biases, PEFT's modules_to_save), under the base's name.
+    `embeddings`: token -> its textual-inversion vectors, [n, dim] or [dim].
+    `metadata`: plain data kept with the adapter (`fingerprint`, `recipe`, `data`, `metrics`, `header`: a file's own).
 
-    The modules of a diffusion pipeline have the component's name in front, as diffusers has it: "unet.",
-    "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.".
+    Module names in a diffusion pipeline start with the component, named as in diffusers: "unet.", "transformer.",
+    "text_encoder.", "text_encoder_2.", "text_encoder_3.".
     """
 
     config: LoraConfig
@@ -37,9 +38,9 @@ class Adapter:
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self) -> Adapter:
-        """Itself, or AdapterError if any part of it is malformed."""
+        """Return the adapter itself; AdapterError if it is empty, or an update or a tensor is malformed."""
         if not self.updates and not self.saved and not self.embeddings:
-            raise AdapterError("the adapter is empty: it holds no factors and no saved weights")
+            raise AdapterError("the adapter is empty: it holds no updates, no saved weights and no embeddings")
         for module, update in self.updates.items():
             update.check(module)
         for name, tensor in (*self.saved.items(), *self.embeddings.items()):
@@ -54,24 +55,33 @@ class Adapter:
 
     @cached_property
     def factors(self) -> Mapping[str, Factors]:
-        """module -> the low-rank factors of its update (`Update.factors`): of a LoRA and of a DoRA. To read, not to
-        write back: a DoRA is more than its factors.
+        """module -> the low-rank factors of its update (`Update.factors`), for LoRA and DoRA. A view to read from: a
+        DoRA is more than its factors.
         """
         return factors_of(self.updates)
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module's low-rank factors (0 for an adapter of saved weights alone)."""
+        """The largest rank of any module's low-rank factors; 0 if no module has any."""
         return max((f.rank for f in self.factors.values()), default=0)
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds; of packed projections not the zeros between their blocks."""
+        """The number of elements it holds, without the zeros of packed projections."""
         beside = sum(t.numel() for t in (*self.saved.values(), *self.embeddings.values()))
         return sum(u.parameters for u in self.updates.values()) + beside
 
+    def digest(self) -> str:
+        """The SHA-256 of all its values, by name: of the numbers, whatever format they were read from."""
+        hashed = hashlib.sha256()
+        named = {f"{m}.{field}": t for m, u in self.updates.items() for field, t in u.tensors().items()}
+        for name, tensor in sorted({**named, **self.saved, **self.embeddings}.items()):
+            hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return hashed.hexdigest()
+
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
-        """The same adapter in another precision or on another device."""
+        """A copy in another precision or on another device. Integer tensors keep their dtype."""
 
         def move(t: Tensor) -> Tensor:
             return t.to(device, dtype if t.is_floating_point() else None)
@@ -85,13 +95,13 @@ class Adapter:
 
     def __repr__(self) -> str:
         saved = f", {len(self.saved)} saved weights" if self.saved else ""
-        tokens = f", {len(self.embeddings)} learned tokens" if self.embeddings else ""
+        tokens = f", {len(self.embeddings)} embeddings" if self.embeddings else ""
         return f"Adapter(rank {self.rank}, {len(self.updates)} modules, {self.parameters:,} parameters{saved}{tokens})"
 
-    # Arithmetic on ΔW. What it does is in combine.py, edit.py and resize.py, which know this class.
+    # Arithmetic on ΔW, implemented in algebra/: combine.py, edit.py and resize.py.
 
     def __mul__(self, weight: float) -> Adapter:
-        """Every ΔW times a number."""
+        """Every ΔW times `weight`. Errors as `algebra.edit.scale` raises them."""
         from .algebra.edit import scale
 
         return scale(self, weight) if isinstance(weight, int | float) else NotImplemented
@@ -102,7 +112,7 @@ class Adapter:
         return self * -1.0
 
     def __add__(self, other: Adapter) -> Adapter:
-        """The exact sum: the ranks add up (`lorakit.combine` has weights and other ways)."""
+        """The exact sum, whose ranks add up. `lorakit.combine` takes weights and other methods."""
         from .algebra.combine import combine
 
         return combine([self, other]) if isinstance(other, Adapter) else NotImplemented
@@ -113,39 +123,36 @@ class Adapter:
         return combine([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
 
     def resize(self, rank: int | None = None, **options: Any) -> Adapter:
-        """At a lower rank: a number, or by keep=0.99 of the energy, or error=0.1 (see `lorakit.adapter.algebra.resize`,
-        which tells what it cost).
+        """At a lower rank: `rank`, or keep=0.99 of the energy, or error=0.1. `lorakit.adapter.algebra.resize` has the
+        options, and also returns the error of each module.
         """
         from .algebra.resize import resize
 
         return resize(self, rank, **options).adapter
 
     def prune(self, drop: str | list[str]) -> Adapter:
-        """Without the modules whose names end so, or match one regular expression."""
+        """Without the modules that `drop` names: name endings, or one regular expression for full names."""
         from .algebra.edit import prune
 
         return prune(self, drop)
 
     def select(self, keep: str | list[str]) -> Adapter:
-        """With these modules alone."""
+        """With only the modules that `keep` names: name endings, or one regular expression for full names."""
         from .algebra.edit import select
 
         return select(self, keep)
 
     def rename(self, names: Mapping[str, str]) -> Adapter:
-        """Modules under other names: a name, or what some begin with -> what it becomes."""
+        """With other module names. `names`: a full name or a prefix -> what replaces it."""
         from .algebra.edit import rename
 
         return rename(self, names)
 
-    # Files: the one place where the adapter looks up, to `formats`, so that `Adapter.load(...)` is where one looks for
-    # it.
+    # Files: the one import from above (`formats`), because `Adapter.load(...)` is where a reader looks for it.
 
     @classmethod
     def load(cls, source: str | Path, **options: Any) -> Adapter:
-        """Read an adapter from a folder, a file or a hub id,
-        in any format lorakit knows (see `lorakit.formats.load`).
-        """
+        """Read an adapter from a folder, a file or a hub id, in any known format (see `lorakit.formats.load`)."""
         from ..formats import load
 
         return load(source, **options)

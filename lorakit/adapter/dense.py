@@ -1,4 +1,4 @@
-"""A whole ΔW of one module, as a value: LyCORIS' "diff", with the bias's change where there is one."""
+"""A dense update of one module, as a value: ΔW itself, and the bias's change if there is one (LyCORIS' "diff")."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import check_tensors, multiplied, wide
-from .lora import Form
+from .lora import FactorShapes
 from .update import Read, Rows, Update, as_matrix_shape
 
 
 @dataclass(frozen=True)
 class Dense(Update):
-    """`weight`: ΔW in the weight's own shape (also of a norm, [dim]). `bias`: the bias's change."""
+    """`weight`: ΔW in the weight's own shape; [dim] for a norm. `bias`: the bias's change, [out]."""
 
     weight: Tensor | None
     bias: Tensor | None = None
@@ -26,7 +26,7 @@ class Dense(Update):
 
     @property
     def rank(self) -> int:
-        """The most that a matrix of this shape can have."""
+        """The largest rank that a matrix of this shape can have."""
         return min(self.weight.flatten(1).shape) if self.weight is not None and self.weight.dim() > 1 else 1
 
     @property
@@ -53,7 +53,7 @@ class Dense(Update):
 
     def check(self, module: str) -> None:
         if not self.tensors():
-            raise AdapterError(f"adapter factors of '{module}': a whole update without a tensor")
+            raise AdapterError(f"adapter factors of '{module}': a dense update without a tensor")
         check_tensors(module, self.tensors(), 1)
 
     def is_zero(self) -> bool:
@@ -69,7 +69,7 @@ class Dense(Update):
         return wide(self._weight).reshape(shape or self._weight.shape).clone()
 
     def matrix(self, transposed: bool = False) -> Tensor:
-        """Of a vector one column; of a bias alone a single zero."""
+        """A norm's ΔW is one column [dim, 1]; without a ΔW (a bias alone) a single zero [1, 1]."""
         full = wide(self.weight) if self.weight is not None else torch.zeros(1, 1)
         full = full.flatten(1) if full.dim() > 1 else full[:, None]
         return full.T if transposed else full
@@ -77,16 +77,14 @@ class Dense(Update):
     def output_tensors(self) -> dict[str, Tensor]:
         return self.tensors()
 
-    def form(self, module: str) -> Form:
+    def factor_shapes(self, module: str) -> FactorShapes:
         if not self.is_matrix:
             what = "a bias" if self.weight is None else f"a vector of {self.weight.numel()}"
             raise AdapterError(f"'{module}' changes {what}, which has no low-rank factors")
-        return Form.of_shape(self.weight_shape())
+        return FactorShapes.of_shape(self.weight_shape())
 
     def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        """As the module's weight is laid out, a Conv1D's too:
-        other than the stored one only where the file turns it.
-        """
+        """ΔW has the layout of the module's weight, for a Conv1D too, so only a file can store it transposed."""
         own = self.weight_shape()
         if turned and shape == own[::-1]:
             return True

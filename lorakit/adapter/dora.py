@@ -1,4 +1,4 @@
-"""DoRA's update of one module, as a value (Liu et al. 2024, equation 5): direction and length of W are learnt apart.
+"""DoRA's update of one module, as a value (Liu et al. 2024, equation 5): it learns W's magnitude and direction apart.
 
     W' = m (W + D) / ‖W + D‖        D: the update it is built on, s · B A of a LoRA
     ΔW = W' - W
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import check_tensors
-from .lora import Factors, Form
+from .lora import Factors, FactorShapes
 from .update import Read, Rows, Update
 
 
@@ -77,7 +77,7 @@ class Dora(Update):
         return replace(self, inner=self.inner.map_factors(change))
 
     def check(self, module: str) -> None:
-        """D itself, and the shape, dtype and elements of m."""
+        """AdapterError unless D is sound and m is a finite [out, 1] or [1, in·k]."""
         self.inner.check(module)
         check_tensors(module, {"magnitude": self.magnitude})
         out = self.sizes[0]
@@ -92,7 +92,7 @@ class Dora(Update):
         return self.inner.unmergeable()
 
     def is_zero(self) -> bool:
-        """Never for sure: m may change the weight where D is zero."""
+        """Never certain: m may change the weight where D is zero."""
         return False
 
     def times(self, weight: float, module: str) -> Dora:
@@ -111,7 +111,7 @@ class Dora(Update):
     def without_base(self) -> Update:
         return self.inner
 
-    def form(self, module: str) -> Form:
+    def factor_shapes(self, module: str) -> FactorShapes:
         raise AdapterError(
             f"'{module}' is a DoRA: its change depends on the base's weight, so it cannot be added or cut by itself\n"
             "  merge it into its base first, then extract the change from the result: lorakit merge, lorakit extract"
@@ -125,10 +125,10 @@ class Dora(Update):
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """ΔW by blocks of rows of the stored weight. `weight` scales D; it is 1 where ΔW itself must not be scaled.
+        """ΔW, block by block. `weight` scales D only; callers that need a multiple of ΔW must refuse a DoRA.
 
-        A norm that runs across the blocks (of the outputs of a weight stored as [in, out], or of inputs) takes one more
-        reading of the weight, `read`.
+        Where a norm spans several blocks (outputs of a weight stored as [in, out], or inputs), the weight is read again
+        through `read` to add it up.
         """
         change = self.inner.rows(shape, transposed, weight)
         m = self.magnitude.detach().double().flatten()

@@ -107,7 +107,8 @@ def is_sound(value: Any) -> bool:
         isinstance(value, Mapping)
         and isinstance(value.get("parameters"), int)
         and _are_rows(value.get("samples"))
-        and _are_rows(value.get("rounding", {}))
+        and _are_rows(rounding := value.get("rounding", {}))
+        and all(0 <= n < math.inf for row in rounding.values() for n in row)
     )
 
 

@@ -1,10 +1,10 @@
-"""LoHa's factors of one module, as a value (Hyeon-Woo et al. 2022, FedPara; LyCORIS, Yeh et al. 2024, section 4).
+"""LoHa's update of one module, as a value (Hyeon-Woo et al. 2022, FedPara; LyCORIS, Yeh et al. 2024, section 4).
 
     ΔW = s · (W1a W1b) ∘ (W2a W2b)        W1a, W2a: [out, r]   W1b, W2b: [r, in·k...]   s = alpha / r
 
-The product of two matrices of rank r, element by element, has a rank of up to r²:
+The element-wise (Hadamard) product of two matrices of rank r has a rank of up to r²:
 
-    (L₁ R₁) ∘ (L₂ R₂) = (L₁ ⊙ L₂) (R₁ ⊙ R₂)        rows of L, and columns of R, multiplied each with each (Khatri-Rao)
+    (L₁ R₁) ∘ (L₂ R₂) = (L₁ ⊙ L₂) (R₁ ⊙ R₂)        ⊙: the Khatri-Rao product, of the rows of L and the columns of R
 
 In Tucker form (convolutions) each of the two is T ×₁ Wa ×₂ Wb with T [r, r, *k], Wa [r, out], Wb [r, in].
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import check_alpha, check_tensors
-from .lora import Form
+from .lora import FactorShapes
 from .tucker import factors_of, wide_product
 from .update import LowRank, Read, Rows, Update
 
 
 @dataclass(frozen=True)
-class Hadamard(Update):
+class Loha(Update):
     w1a: Tensor
     w1b: Tensor
     w2a: Tensor
@@ -32,7 +32,7 @@ class Hadamard(Update):
     alpha: float
     t1: Tensor | None = None
     t2: Tensor | None = None
-    shape: tuple[int, ...] | None = None  # of the weight, if it is known to be other than [out, in]
+    shape: tuple[int, ...] | None = None  # the weight's, where it differs from what the tensors show (kernels)
 
     @property
     def variant(self) -> str:
@@ -60,8 +60,8 @@ class Hadamard(Update):
                     "not fit together"
                 )
 
-    def times(self, weight: float, module: str) -> Hadamard:
-        """The strength in alpha, so that no element changes but for the sign."""
+    def times(self, weight: float, module: str) -> Loha:
+        """|weight| goes into alpha and the sign into W1a, so that no element is rounded."""
         sign, size = math.copysign(1.0, weight), abs(weight)
         return replace(self, w1a=self.w1a * (sign if size else 0.0), alpha=self.alpha * (size or 1.0))
 
@@ -87,8 +87,8 @@ class Hadamard(Update):
         right = (r1[:, None, :] * r2[None, :, :]).flatten(0, 1)  # [r1·r2, in·k]
         return LowRank(left * self.scale, right)
 
-    def form(self, module: str) -> Form:
-        return Form.of_shape(self.weight_shape())
+    def factor_shapes(self, module: str) -> FactorShapes:
+        return FactorShapes.of_shape(self.weight_shape())
 
     def output_tensors(self) -> dict[str, Tensor] | None:
         return None if self.t1 is not None else {"w1a": self.w1a, "w2a": self.w2a}
@@ -109,7 +109,7 @@ class Hadamard(Update):
 
     @staticmethod
     def _part(a: Tensor, b: Tensor, t: Tensor | None, rows: slice, transposed: bool) -> Tensor:
-        """The rows (`transposed`: the columns) of one of the two products, [out, in·k]."""
+        """Some rows (`transposed`: columns) of one of the two products, [out, in·k]."""
         if transposed:
             b = b[:, rows]
         else:

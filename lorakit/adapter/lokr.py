@@ -1,11 +1,11 @@
-"""LoKr's factors of one module, as a value (LyCORIS, Yeh et al. 2024, section 4).
+"""LoKr's update of one module, as a value (LyCORIS, Yeh et al. 2024, section 4).
 
     ΔW = s · W1 ⊗ W2        W1: [o1, i1]   W2: [o2, i2, *k]   out = o1·o2, in = i1·i2
 
     (L₁ R₁) ⊗ (L₂ R₂) = (L₁ ⊗ L₂) (R₁ ⊗ R₂)        and the SVD of W1 ⊗ W2 is the Kronecker product of their SVDs
 
-Either may itself be a product, W1a W1b or W2a W2b of rank r (W2 in Tucker form: T ×₁ W2a ×₂ W2b). s = alpha / r, and 1
-if neither is.
+W1 and W2 are each given as a matrix, or as a product of rank r: W1a W1b, W2a W2b (in Tucker form T ×₁ W2a ×₂ W2b).
+s = alpha / r, or 1 if neither is a product.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from ..errors import AdapterError
 from .algebra.svd import Svd, matrix_svd, needed, product_svd
 from .checks import check_alpha, check_tensors, multiplied, wide
-from .lora import Factors, Form
+from .lora import Factors, FactorShapes
 from .tucker import factors_of, size_of, wide_product
 from .update import LowRank, Read, Rows, Update
 
-Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # W whole, or Wa, Wb and perhaps the core
+Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # W; or Wa, Wb and in Tucker form the core
 
 
 @dataclass(frozen=True)
-class Kronecker(Update):
+class Lokr(Update):
     alpha: float
     w1: Tensor | None = None
     w1a: Tensor | None = None
@@ -37,7 +37,7 @@ class Kronecker(Update):
     w2a: Tensor | None = None
     w2b: Tensor | None = None
     t2: Tensor | None = None
-    shape: tuple[int, ...] | None = None  # of the weight, if it is known to be other than [out, in]
+    shape: tuple[int, ...] | None = None  # the weight's, where it differs from what the tensors show (kernels)
 
     @property
     def variant(self) -> str:
@@ -45,7 +45,7 @@ class Kronecker(Update):
 
     @property
     def rank(self) -> int:
-        """r; the smaller side of W1 where nothing is a product."""
+        """r; the smaller side of W1 if neither W1 nor W2 is a product."""
         half = self.w1b if self.w1b is not None else self.w2b
         if half is not None:
             return half.shape[0]
@@ -58,8 +58,8 @@ class Kronecker(Update):
     def check(self, module: str) -> None:
         check_alpha(module, self.alpha)
         check_tensors(module, self.tensors())
-        for name, whole, a, b in (("w1", self.w1, self.w1a, self.w1b), ("w2", self.w2, self.w2a, self.w2b)):
-            if (whole is None) == (a is None or b is None) or (a is None) != (b is None):
+        for name, full, a, b in (("w1", self.w1, self.w1a, self.w1b), ("w2", self.w2, self.w2a, self.w2b)):
+            if (full is None) == (a is None or b is None) or (a is None) != (b is None):
                 raise AdapterError(
                     f"adapter factors of '{module}': expected lokr_{name}, or lokr_{name}_a with lokr_{name}_b"
                 )
@@ -70,8 +70,8 @@ class Kronecker(Update):
                     "together"
                 )
 
-    def times(self, weight: float, module: str) -> Kronecker:
-        """The strength in alpha where that counts, else in W1."""
+    def times(self, weight: float, module: str) -> Lokr:
+        """|weight| goes into alpha where the scale depends on it, else into W1; the sign goes into W1."""
         sign, size = math.copysign(1.0, weight), abs(weight)
         in_alpha = bool(size) and (self.w1b is not None or self.w2b is not None)
         name = "w1" if self.w1 is not None else "w1a"
@@ -86,8 +86,8 @@ class Kronecker(Update):
         return (o1 * out, i1 * inner, *k)
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        first, second = _whole(self._first), _whole(self._second)
-        # As matrices: [o1, i1] ⊗ [o2, i2·k] has the order of numbers that the convolution's [o1·o2, i1·i2, *k] has.
+        first, second = _matrix(self._first), _matrix(self._second)
+        # As matrices: [o1, i1] ⊗ [o2, i2·k] has its elements in the order of the convolution's [o1·o2, i1·i2, *k].
         full = torch.kron(first, second.flatten(1)).mul_(self.scale)
         shape = shape or self.shape
         if shape is None and second.dim() > 2:
@@ -101,38 +101,36 @@ class Kronecker(Update):
         return LowRank(torch.kron(l1, l2) * self.scale, torch.kron(r1, r2))
 
     def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
-        """Every product σ1 σ2 is one, with the Kronecker products of the vectors; the largest of them."""
+        """The largest of the products σ1 σ2, whose vectors are the Kronecker products of W1's and W2's."""
         first, second = _svd(self._first), _svd(self._second)
         values, order = torch.outer(first.S, second.S).flatten().mul(self.scale).sort(descending=True)
         total = first.total * second.total * self.scale**2
-        wanted = order[: min(rank or len(order), needed(values, total, keep) if keep is not None else len(order))]
-        i, j = wanted // len(second.S), wanted % len(second.S)
+        kept = order[: min(rank or len(order), needed(values, total, keep) if keep is not None else len(order))]
+        i, j = kept // len(second.S), kept % len(second.S)
         U = torch.einsum("ar,br->abr", first.U[:, i], second.U[:, j]).flatten(0, 1)
         Vt = torch.einsum("ra,rb->rab", first.Vt[i], second.Vt[j]).flatten(1)
-        return [Svd(U, values[: len(wanted)], Vt, total)]
+        return [Svd(U, values[: len(kept)], Vt, total)]
 
-    def form(self, module: str) -> Form:
-        return Form.of_shape(self.weight_shape())
+    def factor_shapes(self, module: str) -> FactorShapes:
+        return FactorShapes.of_shape(self.weight_shape())
 
     def output_tensors(self) -> dict[str, Tensor]:
-        """One row of W1 stands for the o2 outputs of W2."""
+        """W1: each of its rows covers the o2 outputs of W2."""
         return {name: t for name, t in (("w1", self.w1), ("w1a", self.w1a)) if t is not None}
 
     def as_factors(self) -> Factors | None:
-        """W1 ⊗ (W2a W2b) = (W1 ⊗ W2a) (I ⊗ W2b), of rank i1 · r; None if W2 is no product of two matrices."""
+        """W1 ⊗ (W2a W2b) = (W1 ⊗ W2a) (I ⊗ W2b), of rank i1 · r; None if W2 is not a product of two matrices."""
         if self.w2a is None or self.w2b is None or self.t2 is not None:
             return None
-        first = _whole(self._first)
+        first = _matrix(self._first)
         A = torch.kron(torch.eye(first.shape[1], dtype=first.dtype), wide(self.w2b))
         return Factors(A, torch.kron(first, wide(self.w2a)), self.scale * A.shape[0])
 
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """Row i of W1 ⊗ W2 is made of row i // o2 of W1 and row i % o2 of W2; of the transposed weight columns
-        likewise.
-        """
-        first, second, scale = _whole(self._first), _whole(self._second).flatten(1), self.scale * weight
+        """Row i of W1 ⊗ W2 is row i // o2 of W1 times row i % o2 of W2; for a transposed weight columns likewise."""
+        first, second, scale = _matrix(self._first), _matrix(self._second).flatten(1), self.scale * weight
         first, second = (first.T, second.T) if transposed else (first, second)
 
         def change(rows: slice, _: Tensor) -> Tensor:
@@ -150,30 +148,30 @@ class Kronecker(Update):
         return self.w2, self.w2a, self.w2b, self.t2
 
 
-def _whole(side: Side) -> Tensor:
+def _matrix(side: Side) -> Tensor:
     """W1 or W2, in float32 (float64 stays)."""
-    whole, a, b, core = side
-    return wide(whole) if whole is not None else wide_product(*_pair(a, b), core)
+    full, a, b, core = side
+    return wide(full) if full is not None else wide_product(*_pair(a, b), core)
 
 
 def _shape(side: Side) -> tuple[int, ...]:
-    whole, a, b, core = side
-    return tuple(whole.shape) if whole is not None else size_of(*_pair(a, b), core)
+    full, a, b, core = side
+    return tuple(full.shape) if full is not None else size_of(*_pair(a, b), core)
 
 
 def _svd(side: Side) -> Svd:
-    whole, a, b, core = side
-    return matrix_svd(whole.double().flatten(1)) if whole is not None else product_svd(*factors_of(*_pair(a, b), core))
+    full, a, b, core = side
+    return matrix_svd(full.double().flatten(1)) if full is not None else product_svd(*factors_of(*_pair(a, b), core))
 
 
 def _halves(side: Side) -> tuple[Tensor, Tensor]:
-    """[out, r] and [r, in·k], in float64; of a whole matrix itself and the identity."""
-    whole, a, b, core = side
-    if whole is None:
+    """W1 or W2 as a product [out, r] [r, in·k], in float64; of a matrix one factor is the identity."""
+    full, a, b, core = side
+    if full is None:
         return factors_of(*_pair(a, b), core)
-    M = whole.detach().double().flatten(1)
-    one = torch.eye(min(M.shape), dtype=M.dtype)
-    return (one, M) if M.shape[0] <= M.shape[1] else (M, one)
+    M = full.detach().double().flatten(1)
+    identity = torch.eye(min(M.shape), dtype=M.dtype)
+    return (identity, M) if M.shape[0] <= M.shape[1] else (M, identity)
 
 
 def _pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:

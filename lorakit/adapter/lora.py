@@ -1,6 +1,6 @@
-"""The low-rank factors of one target module, as a value.
+"""LoRA's update of one module, as a value (Hu et al. 2021, section 4.1): ΔW = s · B A, s = alpha / r.
 
-linear     A [r, in]          B [out, r]              (a packed projection: r = n·rank, B zero outside its n blocks)
+linear     A [r, in]          B [out, r]              (packed projection: r = n·rank, B is zero outside its n blocks)
 embedding  A [r, vocab]       B [dim, r]
 conv       A [r, in/g, *k]    B [out, r, 1...]        (or PEFT's grouped form: A [r, in, *k], B [out, r/g, 1...])
 
@@ -27,9 +27,9 @@ Kind = Literal["linear", "embedding", "conv"]
 
 
 @dataclass(frozen=True)
-class Form:
-    """What low-rank factors of a module are like, but for their rank and numbers. `inner`: A's axes after the rank;
-    `axes`: B's.
+class FactorShapes:
+    """The shapes of a module's low-rank factors, except for their rank. `inner`: the sizes of A's axes after the rank;
+    `axes`: the number of B's axes.
     """
 
     kind: Kind
@@ -40,17 +40,17 @@ class Form:
     parts: tuple[bool, ...] | None = None
 
     @classmethod
-    def of_shape(cls, shape: tuple[int, ...]) -> Form:
-        """Of a weight [out, in] or [out, in, *k]."""
+    def of_shape(cls, shape: tuple[int, ...]) -> FactorShapes:
+        """The factor shapes for a linear's weight [out, in] or a convolution's [out, in, *k]."""
         return cls("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
 
     @property
-    def across(self) -> bool:
+    def weight_transposed(self) -> bool:
         """Whether the weight is stored as [in, out]."""
         return self.transposed or self.kind == "embedding"
 
     def factors(self, B: Tensor, A: Tensor, alpha: float, rslora: bool = False) -> Factors:
-        """B [out, r] and A [r, -1] in this form."""
+        """Factors of these shapes out of the matrices B [out, r] and A [r, -1]."""
         A, B = A.reshape(A.shape[0], *self.inner), B.reshape(*B.shape, *(1,) * (self.axes - 2))
         return Factors(
             A.contiguous(), B.contiguous(), alpha, self.kind, rslora, self.transposed, self.groups, self.parts
@@ -59,7 +59,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Factors(Update):
-    """ΔW = scale · B A of one module, scale = alpha / rank (or alpha / √rank)."""
+    """ΔW = scale · B A of one module; scale = alpha / rank, with `rslora` alpha / √rank (Kalajdzievski 2023)."""
 
     A: Tensor
     B: Tensor
@@ -77,7 +77,7 @@ class Factors(Update):
 
     @property
     def rank(self) -> int:
-        """The rank of one part: A's rows, shared among the adapted parts of a packed projection."""
+        """The rank of one part: the rows of A over the number of adapted parts of a packed projection."""
         return self.A.shape[0] // (sum(self.parts) if self.parts else 1)
 
     @property
@@ -85,13 +85,13 @@ class Factors(Update):
         return scale_of(self.alpha, self.rank, self.rslora)
 
     @property
-    def across(self) -> bool:
+    def weight_transposed(self) -> bool:
         """Whether the weight is stored as [in, out]."""
         return self.transposed or self.kind == "embedding"
 
     @property
     def parameters(self) -> int:
-        """How many elements it holds; not the zeros of a packed B outside its blocks."""
+        """The number of elements, without the zeros of a packed B outside its blocks."""
         held = self.B.numel() // (len(self.parts) if self.parts else 1)  # n blocks [out / parts, r] of [out, n·r]
         return self.A.numel() + held
 
@@ -107,7 +107,7 @@ class Factors(Update):
         return change(self)
 
     def check(self, module: str) -> None:
-        """Shapes, ranks, dtypes, alpha; no NaN or infinity."""
+        """AdapterError unless shapes, rank, dtypes and alpha are sound and all values finite."""
 
         def wrong(what: str) -> AdapterError:
             return AdapterError(f"adapter factors of '{module}': {what}")
@@ -135,7 +135,7 @@ class Factors(Update):
         )
 
     def times(self, weight: float, module: str) -> Factors:
-        """The strength in alpha, so that no element changes; the sign in B."""
+        """|weight| goes into alpha and the sign into B, so that no element is rounded."""
         if not weight:
             return replace(self, B=torch.zeros_like(self.B))
         return replace(self, B=self.B if weight > 0 else -self.B, alpha=self.alpha * abs(weight))
@@ -144,12 +144,13 @@ class Factors(Update):
 
     def weight_shape(self) -> tuple[int, ...]:
         out, first = self.B.shape[0], self.A.shape[1]
-        return (first, out) if self.across else (out, first, *self.A.shape[2:])
+        return (first, out) if self.weight_transposed else (out, first, *self.A.shape[2:])
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32, in the weight's own layout: [out, in], [in, out] if transposed, [vocab, dim], [out, in/g, *k].
+        """ΔW in float32 (float64 stays), in the weight's layout: [out, in], or [in, out] if transposed, [vocab, dim],
+        [out, in/g, *k].
 
-        AdapterError for PEFT's grouped convolution factors that no change of the weight can express.
+        AdapterError for PEFT's grouped convolution factors, which no change of the weight can express.
         """
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
@@ -157,16 +158,18 @@ class Factors(Update):
                 "the weight does the same\n"
                 "  keep this adapter unmerged"
             )
-        return delta(self.A, self.B, self.scale, self.weight_shape() if shape is None else shape, self.across)
+        return delta(
+            self.A, self.B, self.scale, self.weight_shape() if shape is None else shape, self.weight_transposed
+        )
 
     def matrix(self, transposed: bool = False) -> Tensor:
-        """s · B A as [out, in·k], whichever way round the weight is stored."""
+        """s · B A as [out, in·k], however the weight is stored."""
         A, B = as_matrices(self.A, self.B)
         return (B * self.scale) @ A
 
     def low_rank(self) -> LowRank:
         A, B = self.A.detach().double().flatten(1), self.B.detach().double().flatten(1)
-        if A.shape[0] != B.shape[1]:  # PEFT's grouped convolution: each group of outputs reads its own rows of A
+        if A.shape[0] != B.shape[1]:  # PEFT's grouped convolution: each group of outputs has rows of A of its own
             B = torch.block_diag(*B.chunk(self.groups))
         return LowRank(B * self.scale, A)
 
@@ -174,7 +177,7 @@ class Factors(Update):
         return [product_svd(B * self.scale, A) for A, B in self.blocks()]
 
     def blocks(self) -> list[tuple[Tensor, Tensor]]:
-        """(A [r, in·k], B [rows, r]) as matrices: of each adapted part of a packed projection, else one pair."""
+        """(A [r, in·k], B [rows, r]) as matrices: one pair, or one for each adapted part of a packed projection."""
         A, B = as_matrices(self.A, self.B)
         if not self.parts:
             return [(A, B)]
@@ -184,7 +187,7 @@ class Factors(Update):
             (A[j * r : (j + 1) * r], B[i * size : (i + 1) * size, j * r : (j + 1) * r]) for j, i in enumerate(adapted)
         ]
 
-    def form(self, module: str) -> Form:
+    def factor_shapes(self, module: str) -> FactorShapes:
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"'{module}' is a grouped convolution in PEFT's form, whose A {list(self.A.shape)} reads across the "
@@ -193,18 +196,18 @@ class Factors(Update):
                 f"  leave it out: lorakit.adapter.algebra.edit.prune(adapter, ['{module}']) (lorakit edit IN OUT "
                 f"--drop {module})"
             )
-        return Form(self.kind, tuple(self.A.shape[1:]), self.B.dim(), self.transposed, self.groups, self.parts)
+        return FactorShapes(self.kind, tuple(self.A.shape[1:]), self.B.dim(), self.transposed, self.groups, self.parts)
 
     # ΔW on a stored weight
 
     def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        """By the shape, and where that fits both ways by what is known of the module."""
+        """By the shape; where both layouts fit, by the kind of the module."""
         out, first = self.B.shape[0], self.A.shape[1]
-        plain, across = (out, first, *self.A.shape[2:]), (first, out)
+        plain, transposed = (out, first, *self.A.shape[2:]), (first, out)
         fits = as_matrix_shape(shape) == as_matrix_shape(plain)
-        if self.kind == "linear" and shape == plain == across:
+        if self.kind == "linear" and shape == plain == transposed:
             return self.transposed or turned or conv1d
-        if self.kind != "conv" and shape == across and (self.kind == "embedding" or not fits):
+        if self.kind != "conv" and shape == transposed and (self.kind == "embedding" or not fits):
             return True
         return False if fits and self.kind != "embedding" else None
 
@@ -224,7 +227,7 @@ class Factors(Update):
 
 
 def factors_of(updates: Mapping[str, Update]) -> dict[str, Factors]:
-    """module -> the low-rank factors that its update is built on (`Update.factors`), of those that are built on such.
+    """module -> the low-rank factors of its update (`Update.factors`), for the updates that have any.
 
     For reading only: a DoRA is more than its factors.
     """

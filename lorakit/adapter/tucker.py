@@ -1,4 +1,4 @@
-"""One of the two matrices within a LoHa or a LoKr: a product A B of rank r, of a kernel also in Tucker form.
+"""One of the two matrices of a LoHa or LoKr: a product A B of rank r, for convolutions also in Tucker form.
 
 A B             A [out, r]    B [r, in·k...]
 T ×₁ A ×₂ B     A [r, out]    B [r, in]         T [r, r, *k]
@@ -13,19 +13,19 @@ from .checks import wide
 
 
 def product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """[out, in·k], or [out, in, *k] where the tensors tell the kernel."""
+    """A B as [out, in·k], or as [out, in, *k] where the tensors show the kernel's size."""
     if core is not None:
         return torch.einsum("ij...,ip,jr->pr...", core, a, b)
     return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
 
 
 def wide_product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """The same without gradients, in float32 (float64 stays)."""
+    """`product` without gradients, in float32 (float64 stays)."""
     return product(wide(a), wide(b), None if core is None else wide(core))
 
 
 def factors_of(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[out, r] and [r, in·k], in float64."""
+    """The two factors as matrices [out, r] and [r, in·k], in float64; the core goes into the second."""
     a, b = a.detach().double(), b.detach().double()
     if core is None:
         return a.flatten(1), b.flatten(1)

@@ -1,4 +1,4 @@
-"""What every kind of update answers: how the weight of one module is changed, as a value.
+"""`Update`: how the weight of one module is changed, as a value. The interface of all kinds.
 
     LoRA    ΔW = s · B A                                    lora.py
     DoRA    ΔW = m (W + D) / ‖W + D‖ - W                    dora.py; D = s · B A: the update that it is built on
@@ -28,10 +28,10 @@ from torch import Tensor
 from .algebra.svd import Svd, matrix_svd, product_svd
 
 if TYPE_CHECKING:
-    from .lora import Factors, Form
+    from .lora import Factors, FactorShapes
 
-Rows = Callable[[slice, Tensor], Tensor]  # (rows, W[rows]) -> ΔW[rows], both [rows, -1]; float32, or float64
-Read = Callable[[], Iterable[tuple[slice, Tensor]]]  # the stored weight once more, block by block
+Rows = Callable[[slice, Tensor], Tensor]  # (rows, W[rows]) -> ΔW[rows], both [rows, -1], in float32 or float64
+Read = Callable[[], Iterable[tuple[slice, Tensor]]]  # reads the stored weight again: (rows, W[rows]) block by block
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Update(ABC):
-    """One module's update. `variant`: what the kind is called, as in `LoraConfig.variant` where it can be trained."""
+    """One module's update. `variant` names the kind, as `LoraConfig.variant` does for those that can be trained."""
 
     @property
     @abstractmethod
@@ -60,12 +60,12 @@ class Update(ABC):
 
     @property
     def parameters(self) -> int:
-        """How many elements it holds."""
+        """The number of elements of its tensors."""
         return sum(t.numel() for t in self.tensors().values())
 
     @property
     def parts(self) -> tuple[bool, ...] | None:
-        """The adapted parts of a packed projection."""
+        """Which parts of a packed projection are adapted; None for other modules."""
         return None
 
     @property
@@ -75,13 +75,12 @@ class Update(ABC):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether ΔW is of a matrix or a kernel: low-rank factors can stand for it. Else it is of a norm or a bias
-        alone.
-        """
+        """Whether ΔW is a matrix or a kernel, which has low-rank factors; False for a norm or a bias alone."""
         return True
 
     @property
     def changes_weight(self) -> bool:
+        """Whether there is a ΔW; a dense update may change the bias alone."""
         return True
 
     @property
@@ -95,51 +94,51 @@ class Update(ABC):
         return out, inner
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by the names of their fields."""
+        """Its tensors by field name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
-        """The same update with `change(name, tensor)` in place of each tensor."""
+        """A copy with `change(name, tensor)` in place of each tensor."""
         changed: dict[str, Any] = {name: change(name, t) for name, t in self.tensors().items()}
         return replace(self, **changed)
 
     @property
     def factors(self) -> Factors | None:
-        """The low-rank factors A and B that it is built on: a LoRA itself, a DoRA's; None for other kinds."""
+        """The low-rank factors A and B: a LoRA itself, or those that a DoRA is built on; None for other kinds."""
         return None
 
     def map_factors(self, change: Callable[[Factors], Factors]) -> Update:
-        """The same update with `change(factors)` in place of its low-rank factors; itself if it has none."""
+        """A copy with `change(factors)` in place of the low-rank factors; the update itself if it has none."""
         return self
 
     @abstractmethod
     def check(self, module: str) -> None:
-        """Raise AdapterError if this cannot be an update."""
+        """Raise AdapterError, naming the module, if the tensors or alpha are malformed."""
 
     def unmergeable(self) -> str | None:
-        """Why no change of a weight does the same, or None."""
+        """Why no change of a weight has the same effect; None if one has."""
         return None
 
     def is_zero(self) -> bool:
-        """Whether it changes nothing, whatever the weight. Of a product every factor counts."""
+        """Whether ΔW is zero for every weight: one factor of a product is all zeros."""
         return not all(bool(t.any()) for t in self.tensors().values())
 
     @abstractmethod
     def times(self, weight: float, module: str) -> Self:
-        """`weight` · ΔW, of the same kind. AdapterError, naming the module, where that is no such update or too large
-        for its precision.
+        """`weight` · ΔW, of the same kind. AdapterError, naming the module, if the kind has no such multiple or its
+        dtype cannot hold the values.
         """
 
     # ΔW by itself
 
     @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:
-        """The weight's shape, as far as the update's own tensors tell it (a kernel may be flat)."""
+        """The weight's shape as far as the update's own tensors show it (a kernel may be flattened)."""
 
     @abstractmethod
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32 (float64 stays), in the weight's layout.
-        AdapterError where there is none without the weight.
+        """ΔW in float32 (float64 stays), in the weight's layout. `shape`: the weight's, if it is known.
+        AdapterError if ΔW depends on the weight.
         """
 
     def matrix(self, transposed: bool = False) -> Tensor:
@@ -148,34 +147,32 @@ class Update(ABC):
         return full.T if transposed else full
 
     def without_base(self) -> Update:
-        """The part that does not depend on W: all of it, or a DoRA's low-rank part."""
+        """The part that does not depend on W: the update itself, or the one that a DoRA is built on."""
         return self
 
     def low_rank(self) -> LowRank | None:
-        """The exact L and R in float64; None where the rank of such a product is no smaller than the matrix, or ΔW
-        depends on W.
-        """
+        """ΔW = L R exactly, in float64; None if such a product has full rank, or ΔW depends on W."""
         return None
 
     def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
-        """One SVD of ΔW, or one for each adapted part of a packed projection.
+        """The SVD of ΔW, or one for each adapted part of a packed projection.
 
-        `rank`, `keep`: how much of it is wanted, for those kinds where a part is cheaper than the whole (more may
-        come).
+        rank: the number of singular values that the caller needs; keep: the share of their energy. Kinds for which a
+        partial SVD is cheaper stop there; others return more.
         """
-        found = self.low_rank()
-        return [product_svd(found.left, found.right) if found is not None else matrix_svd(self.matrix(), rank, keep)]
+        low = self.low_rank()
+        return [product_svd(low.left, low.right) if low is not None else matrix_svd(self.matrix(), rank, keep)]
 
     @abstractmethod
-    def form(self, module: str) -> Form:
-        """What low-rank factors of this module are like. AdapterError if no such factors can say the same."""
+    def factor_shapes(self, module: str) -> FactorShapes:
+        """The shapes that low-rank factors of this module have. AdapterError if no factors have the same effect."""
 
     # ΔW on a stored weight
 
     def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        """Whether a weight of this shape is stored transposed; None if the update is not for such a weight.
+        """Whether a weight of this shape is stored transposed, [in, out]; None if the update does not fit it.
 
-        turned: the file has this weight the other way round than the module. conv1d: it is a Conv1D's, whose weight is
+        turned: the file stores the transpose of the module's weight. conv1d: the module is a Conv1D, whose weight is
         [in, out].
         """
         own = self.weight_shape()
@@ -187,10 +184,9 @@ class Update(ABC):
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """`weight` · ΔW by blocks of rows of a weight stored in this shape.
+        """`weight` · ΔW, block by block, of a weight stored in this shape (`transposed`: as [in, out]).
 
-        read: where ΔW depends on W in a way that runs across the rows, the stored weight is read once more before the
-        first block.
+        read: reads the stored weight again; called before the first block if ΔW of a row depends on other rows.
         """
 
     # Some outputs of a module: the parts of a fused projection, the shift and scale of an adaptive norm
@@ -203,20 +199,20 @@ class Update(ABC):
 
     @property
     def output_block(self) -> int:
-        """How many outputs one row of `output_tensors` stands for, at most: outputs are cut at multiples of it."""
+        """The number of outputs that one row of `output_tensors` covers, at most: outputs are cut at its multiples."""
         return max((self.sizes[0] // t.shape[0] for t in (self.output_tensors() or {}).values()), default=1)
 
     @property
     def outputs_independent(self) -> bool:
-        """Whether the ΔW of some outputs depends on no other outputs of W."""
+        """Whether ΔW of an output depends on no other outputs of W."""
         return True
 
     def as_factors(self) -> Factors | None:
-        """Low-rank factors with exactly this ΔW, whose outputs can be cut anywhere; None if the kind has none."""
+        """Low-rank factors with exactly this ΔW, so that outputs can be cut anywhere; None if the kind has none."""
         return None
 
     def halves_swapped(self) -> Update:
-        """The same update of a weight whose rows' second half comes first."""
+        """The same update for a weight stored with the second half of its rows first."""
         from .dense import Dense
 
         outputs = self.output_tensors()
@@ -226,10 +222,10 @@ class Update(ABC):
 
 
 def halves_swapped(rows: Tensor) -> Tensor:
-    """The second half of the rows before the first."""
+    """The rows with their second half first."""
     return torch.cat(rows.chunk(2)[::-1])
 
 
 def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A convolution of 1x1 is a matrix: some files of one model have it so, others so."""
+    """The shape of a 1x1 convolution as a matrix: files of one model store either."""
     return shape[:2] if len(shape) > 2 and set(shape[2:]) == {1} else shape

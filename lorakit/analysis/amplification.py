@@ -32,7 +32,7 @@ def relative_norms(
     for module, update in adapter.updates.items():
         if on_module:
             on_module(module)
-        weights.across(module, update)  # raises if the base is a different one
+        weights.transposed(module, update)  # raises if the base is a different one
         size = weights.norm(module)
         if size == 0:
             continue

@@ -91,9 +91,9 @@ def tables(c: Comparison, every_module: bool = False, most: int = 8) -> Iterator
         heads = ["module", "", "r", "|W|", "|ΔW|", "W in ΔW", "in W", "in random", "factor"]
         rows = []
         for pairs in zip(*c.amplifications, strict=True):
-            for name, one in zip("AB", pairs, strict=True):
-                figures = (one.norm_w, one.norm_delta, one.in_delta, one.in_w, one.in_random, one.factor)
-                rows.append([one.module, name, str(one.rank), *(mean([figure], ".3g") for figure in figures)])
+            for name, a in zip("AB", pairs, strict=True):
+                figures = (a.norm_w, a.norm_delta, a.in_delta, a.in_w, a.in_random, a.factor)
+                rows.append([a.module, name, str(a.rank), *(mean([figure], ".3g") for figure in figures)])
         yield Table("W in the directions of ΔW (Hu et al. 2021, Table 7)", heads, rows, _AMPLIFICATION)
 
 

@@ -130,8 +130,8 @@ class Grid:
         ax.set_title(literal(self.title), loc="left", fontsize=8 if small else 10)
         for (row, layer), value in self.known.items() if not small and len(self.layers) <= 16 else ():
             ink = "white" if is_dark(*colour(value, lowest, highest)) else "black"
-            at = self.layers.index(layer), self.rows.index(row)
-            ax.text(*at, short(value), ha="center", va="center", fontsize=7, color=ink)
+            x, y = self.layers.index(layer), self.rows.index(row)
+            ax.text(x, y, short(value), ha="center", va="center", fontsize=7, color=ink)
 
 
 def grids(values: Mapping[str, float | None], what: str, limits: tuple[float, float] | None = None) -> list[Grid]:

@@ -34,6 +34,8 @@ __all__ = [
     "not_finite",
 ]
 
+# Kinds of update that are not LoRA, as one calls them.
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -48,7 +50,7 @@ class ModuleFacts:
     """One adapted module. `norm`: Frobenius norm of ΔW (for a DoRA, of s · B A). `relative`: ‖change‖ / ‖W‖.
 
     `dead`: changes nothing.
-    `kind`: linear, embedding or conv; hadamard (LoHa), kronecker (LoKr) or dense. `adapter.algebra.spectrum` defines
+    `kind`: linear, embedding or conv; loha, lokr or dense. `adapter.algebra.spectrum` defines
     the effective and the stable rank.
     """
 
@@ -157,7 +159,7 @@ class AdapterFacts:
         rows = []
         for (name, *_), group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
-            kind = {"hadamard": " LoHa", "kronecker": " LoKr", "dense": " dense"}.get(first.kind, "")
+            kind = f" {KINDS[first.kind]}" if first.kind in KINDS else ""
             sizes = [len(group), first.size_in, first.size_out, first.rank]
             row = [f"{name}{kind}{' DoRA' if first.dora else ''}", *map(str, sizes)]
             row += [f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"]
@@ -222,15 +224,15 @@ def describe_adapter(adapter: Adapter, source: str, base: Path | None = None, fo
 
 def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     found = spectrum(update)
-    tensors = update.tensors()
+    tensors, own = update.tensors(), update.without_base()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(update, "kind", type(update).__name__.lower()),
+        getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
-        getattr(update, "alpha", float(update.rank)),
+        getattr(own, "alpha", float(update.rank)),
         update.scale,
         found.norm,
         dtype,
@@ -349,7 +351,7 @@ def describe_model(source: str) -> ModelFacts:
     linear, missed, names = found.modules, unreached(model), module_names(model)
     without_effect = called_by_weight(names)
     rows = [
-        (name, type(m).__name__, list(m.weight.shape), name in linear)  # type: ignore[union-attr, arg-type]
+        (name, type(m).__name__, list(m.get_parameter("weight").shape), name in linear)
         for name, m in names.items()
         if mixin_for(m) is not None and name not in without_effect
     ]

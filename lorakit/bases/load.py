@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorakitError, did_you_mean, listing
+from ..errors import LorakitError, did_you_mean, listing, not_the_file
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
+GENERATION_CONFIG = "generation_config.json"
 _TOKENIZERS = ("tokenizer.json", "tekken.json")
 
 
@@ -78,6 +80,33 @@ def is_four_bit(config: Any) -> bool:
     """Whether a base's transformers config says that bitsandbytes has quantized its linear weights to 4 bits."""
     how = getattr(config, "quantization_config", None)
     return bool(how.get("load_in_4bit") if isinstance(how, dict) else getattr(how, "load_in_4bit", False))
+
+
+def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
+    """Return the ids that end the model's generation: its generation config's or, without one, its config's."""
+    path = Path(model_path(name))
+    try:
+        if not path.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(name, GENERATION_CONFIG, revision=revision)).parent
+        found = json.loads((path / GENERATION_CONFIG).read_text(encoding="utf8")).get("eos_token_id")
+    # The file is optional, and unreachable where only the hub's cache is at hand.
+    except (OSError, ValueError, AttributeError):
+        config = load_config(name, revision, trust_remote_code)
+        found = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    found = found if isinstance(found, list) else [found]
+    return [token for token in found if isinstance(token, int)]
+
+
+def stop_at(model: Any, tokens: Sequence[int]) -> None:
+    """Let the model's generation end at these tokens too."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None or not tokens:
+        return
+    own = settings.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    settings.eos_token_id = [*dict.fromkeys([*(token for token in own if token is not None), *tokens])]
 
 
 def load_model(
@@ -153,6 +182,9 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             return auto_class.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
     # tokenizers raises bare Exceptions, damaged files cause KeyError, TypeError, AttributeError
     except Exception as error:
+        stands_in = next(filter(None, map(not_the_file, sorted(Path(path).iterdir()))), None) if local else None
+        if stands_in is not None:
+            raise LorakitError(f"cannot load '{name}' with {auto_class.__name__}: {stands_in}") from error
         reason = next(iter(str(error).strip().splitlines()), "")
         readable = isinstance(error, OSError | ValueError | RuntimeError | ImportError) or type(error) is Exception
         if not (readable and reason):

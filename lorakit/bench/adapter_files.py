@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from ..adapter.algebra.combine import combined
 from ..adapter.algebra.resize import resize
 from ..analysis.inspect import describe_adapter
 from ..formats.convert import convert
+from .measure import in_turn
 
 HIDDEN, MLP, KV, LAYERS, RANK = 4096, 14336, 1024, 32, 16
 SHAPES = {  # [out, in] of Llama 3.1 8B
@@ -58,16 +58,6 @@ def make(seed: int) -> lk.Adapter:
     return lk.Adapter(lk.LoraConfig(rank=RANK, alpha=32, targets=endings), factors)
 
 
-def timed(rounds: int, run) -> float:
-    """Return the median of `rounds` runs, in seconds."""
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def full_svd(f: lk.Factors, rank: int) -> None:
     """Resize one module by an SVD of its full ΔW."""
     U, S, Vt = torch.linalg.svd(f.matrix(), full_matrices=False)
@@ -97,12 +87,13 @@ def main() -> None:
             "convert to mlx": lambda: convert(lk.Adapter.load(paths[0]), Path(folder) / "mlx", "mlx"),
         }
         for what, run in runs.items():
-            print(f"{what:<30} {timed(rounds, run):7.2f} s")
+            print(f"{what:<30} {in_turn({what: run}, rounds, warm=0)[what]:7.2f} s")
     print(f"\n{'one module, to rank 8':<30}  resize   full SVD   ratio")
     for name in ("self_attn.k_proj", "self_attn.q_proj", "mlp.down_proj"):
         f = a.factors[f"model.layers.0.{name}"]
         one = lk.Adapter(lk.LoraConfig(rank=RANK, targets=["m"]), {"m": f})
-        ours, theirs = timed(5 * rounds, lambda one=one: resize(one, 8)), timed(1, lambda f=f: full_svd(f, 8))
+        ours = in_turn({"": partial(resize, one, 8)}, 5 * rounds, warm=0)[""]
+        theirs = in_turn({"": partial(full_svd, f, 8)}, 1, warm=0)[""]
         out, inner = SHAPES[name]
         print(f"{name:<18} {out:>5} x {inner:<5} {ours:7.4f} s {theirs:8.2f} s {theirs / ours:7.0f}")
 

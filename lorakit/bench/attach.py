@@ -11,7 +11,6 @@ would be charged to whichever side happens to trigger it.
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from torch import nn
 
 import lorakit as lk
 
+from .measure import seconds
 from .suite import Row, need
 
 TITLE = (
@@ -76,12 +76,10 @@ def _attach(what: str, build: Callable[[], nn.Module], rounds: int) -> Row:
     ours, theirs = [], []
     for _ in range(rounds + 1):  # the first round warms up
         model = build()
-        ours.append(_seconds(lk.attach, model, lk.LoraConfig(rank=16, targets=TARGETS)))
+        ours.append(seconds(lk.attach, model, lk.LoraConfig(rank=16, targets=TARGETS)))
         del model
         model = build()
-        theirs.append(
-            _seconds(peft.get_peft_model, model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
-        )
+        theirs.append(seconds(peft.get_peft_model, model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)))
         del model
     return _row(what, median(ours[1:]), median(theirs[1:]))
 
@@ -119,7 +117,7 @@ def _several(layers: int, counts: tuple[int, ...], repeats: int) -> list[Row]:
                 pass
 
         for n in range(1, max(counts) + 1):
-            load_seconds = [_seconds(load, f"a{n}") for load in (load_ours, load_theirs)]
+            load_seconds = [seconds(load, f"a{n}") for load in (load_ours, load_theirs)]
             if n not in counts:
                 continue
             targets = f"{layers} layers x 7"
@@ -170,20 +168,8 @@ def plot(rows: list[Row], axes: Any) -> None:
 
 def _each(names: list[str], ours: Callable[[str], None], theirs: Callable[[str], None]) -> tuple[float, float]:
     """Return both sides' median seconds over the names, interleaved."""
-    both = [(_seconds(ours, name), _seconds(theirs, name)) for name in names]
+    both = [(seconds(ours, name), seconds(theirs, name)) for name in names]
     return median(a for a, _ in both), median(b for _, b in both)
-
-
-def _seconds(call: Callable[..., object], *args: Any) -> float:
-    """Time a call, without garbage collection."""
-    gc.collect()
-    gc.disable()
-    try:
-        began = time.perf_counter()
-        call(*args)
-        return time.perf_counter() - began
-    finally:
-        gc.enable()
 
 
 def _row(what: str, ours: float, theirs: float | None) -> Row:

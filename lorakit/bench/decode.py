@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
-from statistics import median
+from functools import partial
 
 import torch
 
@@ -23,6 +22,7 @@ from ..bases.load import EMBEDDED, load_model, load_tokenizer
 from ..generate.decode import pad_rows
 from ..generate.generate import generate
 from ..reproduce.demo import ASSETS, LONGEST_ANSWER
+from .measure import in_turn
 
 
 def main() -> None:
@@ -42,24 +42,18 @@ def main() -> None:
     prompts.sort(key=len, reverse=True)  # lorakit sorts them so too
     print("rows a batch   lorakit s   transformers s   ratio   equal texts")
     for size in (16, 64, 210):
-        times: dict[str, list[float]] = {"lorakit": [], "transformers": []}
         texts: dict[str, list[str]] = {}
-        for _ in range(args.rounds):
-            for name, decode in {"lorakit": by_lorakit, "transformers": by_transformers}.items():
-                texts[name], seconds = timed(decode, model, tokenizer, prompts, size)
-                times[name].append(seconds)
-        ours, theirs = median(times["lorakit"]), median(times["transformers"])
+
+        def run(name: str, size: int = size, texts: dict[str, list[str]] = texts) -> None:
+            texts[name] = SIDES[name](model, tokenizer, prompts, size)
+
+        times = in_turn({name: partial(run, name) for name in SIDES}, args.rounds, 0, time.process_time)
+        ours, theirs = times["lorakit"], times["transformers"]
         equal = sum(a == b for a, b in zip(texts["lorakit"], texts["transformers"], strict=True))
         print(
             f"{size:>12}   {ours:>9.2f}   {theirs:>14.2f}   {ours / theirs:>5.2f}   {equal} of {len(prompts)}",
             flush=True,
         )
-
-
-def timed(decode: Callable[..., list[str]], *args: object) -> tuple[list[str], float]:
-    """Return the texts and the CPU seconds."""
-    began = time.process_time()
-    return decode(*args), time.process_time() - began
 
 
 def by_lorakit(model, tokenizer, prompts, size) -> list[str]:
@@ -75,6 +69,9 @@ def by_transformers(model, tokenizer, prompts, size) -> list[str]:
         output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         texts += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
+
+
+SIDES = {"lorakit": by_lorakit, "transformers": by_transformers}
 
 
 if __name__ == "__main__":

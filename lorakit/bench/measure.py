@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +14,39 @@ from torch import Tensor, nn
 PRECISIONS = (torch.float32, torch.bfloat16)  # for the tables that measure in several
 
 
-def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int = 7, warm: int = 2) -> dict[str, float]:
+def in_turn(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    warm: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Return each side's median seconds over `rounds`, after `warm` warm-up rounds. A round runs every side once.
 
-    Interleaving spreads a slow phase of the machine over all sides.
+    Interleaving spreads a slow phase of the machine over all sides. clock: time.process_time for CPU time, which other
+    processes disturb less.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + warm):
         for name, run in sides.items():
             _synchronize()
-            began = time.perf_counter()
+            began = clock()
             run()
             _synchronize()
             if turn >= warm:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     return {name: median(seconds) for name, seconds in times.items()}
+
+
+def seconds(call: Callable[..., object], *args: Any) -> float:
+    """Time a call without garbage collection, which would be charged to whichever side triggers it."""
+    gc.collect()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        call(*args)
+        return time.perf_counter() - began
+    finally:
+        gc.enable()
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

@@ -120,13 +120,13 @@ def merge_with_peft(base: str, adapter: str, out: str) -> None:
 SIDES = {"lorakit": merge_with_lorakit, "PEFT": merge_with_peft}
 
 
-def status(pid: int | str, key: str) -> int:
-    """Return a line of /proc/<pid>/status in bytes, 0 if there is none."""
+def anonymous_bytes(pid: int) -> int:
+    """Return a process's resident bytes that are not backed by files, 0 if they are not known."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def measure(side: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
@@ -144,7 +144,7 @@ def measure(side: str, base: Path, adapter: Path, out: Path) -> dict[str, float]
     began, anonymous = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         while child.poll() is None:
-            anonymous = max(anonymous, status(child.pid, "RssAnon"))
+            anonymous = max(anonymous, anonymous_bytes(child.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - began
         stdout, stderr = child.communicate()
@@ -181,8 +181,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         side, *paths = options.child
+        from ..bases.device import peak_memory
+
         SIDES[side](*paths)
-        print(status("self", "VmHWM"))
+        print(peak_memory())
         return
 
     import peft

@@ -12,7 +12,6 @@ neighbouring rows use different adapters. `route` is entered at every step, as a
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 
-from .measure import in_turn
+from .measure import in_turn, seconds
 from .suite import Row
 from .train_step import PROJECTIONS, Shape, llama
 
@@ -135,18 +134,6 @@ def attach_one(model: nn.Module, name: str, rank: int) -> None:
     lk.attach(model, lk.LoraConfig(rank=rank, targets=PROJECTIONS), name=name, trainable=False)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Time a call without garbage collection, which would be charged to whichever side triggers it."""
-    gc.collect()
-    gc.disable()
-    try:
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    finally:
-        gc.enable()
-
-
 def against_peft(shape: Shape, dtype: torch.dtype, counts: Sequence[int], rounds: int) -> list[Row]:
     """Return a row for each number of adapters. Raises RuntimeError if the two sides' logits differ."""
     names = [f"adapter{i}" for i in range(max(counts))]
@@ -167,20 +154,20 @@ def against_peft(shape: Shape, dtype: torch.dtype, counts: Sequence[int], rounds
 
         with torch.inference_mode():
             difference = (routed() - peft()).abs().max().item() / peft().abs().max().item()
-            seconds = in_turn(
+            times = in_turn(
                 {"base": lambda: base(input_ids=ids, use_cache=False), "lorakit": routed, "PEFT": peft}, rounds
             )
         if difference > (0.1 if dtype == torch.bfloat16 else 1e-3):
             raise RuntimeError(
                 f"lorakit and PEFT differ by {difference:.2g} of the largest logit, so their times cannot be compared"
             )
-        overhead = {name: 1e3 * (seconds[name] - seconds["base"]) for name in ("lorakit", "PEFT")}
+        overhead = {name: 1e3 * (times[name] - times["base"]) for name in ("lorakit", "PEFT")}
         rows.append(
             {
                 "model": f"{shape.hidden} x {shape.layers}",
                 "precision": str(dtype).removeprefix("torch."),
                 "adapters": count,
-                "base ms": round(1e3 * seconds["base"], 1),
+                "base ms": round(1e3 * times["base"], 1),
                 "overhead ms": round(overhead["lorakit"], 2),
                 "PEFT's overhead ms": round(overhead["PEFT"], 2),
                 "over PEFT": round(overhead["lorakit"] / overhead["PEFT"], 2),

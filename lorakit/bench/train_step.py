@@ -129,7 +129,8 @@ COMPILED: dict[str, Callable[[Shape, torch.dtype, float], nn.Module]] = {
 def step(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     """Return a forward that gives the loss. For the floor, the embeddings require a gradient: backward reaches them."""
     trains = any(p.requires_grad for p in model.parameters())
-    embeddings = model.get_input_embeddings()(ids).detach()  # type: ignore[operator]
+    floor: Any = model  # transformers' model; PEFT's wrapper has the same methods
+    embeddings = floor.get_input_embeddings()(ids).detach()
 
     def forward() -> Tensor:
         if trains:

@@ -1,26 +1,27 @@
-"""Adapters meet checkpoint files: merging into a model on disk, and taking a change out of it, without building the
+"""Adapters and checkpoint files: merge into a model on disk, or extract an adapter from one, without building the
 model.
 
-base.py      a folder or a single file, opened but not read
-parts.py     what is merged into: a folder, a pipeline's components, a single file
-names.py     the adapter's module names and the files' tensor names
-where.py     where each module's weight lies
-ties.py      weights that the files hold once and the model uses twice
-weights.py   the base's weights of some modules, one at a time
-same_base.py whether it is the base that an adapter was trained on
-residual.py  PiSSA and OLoRA as plain LoRA of their base
+base.py          opens a folder or a single file; reads headers only
+parts.py         the parts of a base: a folder, a pipeline's components, a single file
+names.py         maps an adapter's names to the files' tensor names
+where.py         finds each module's weight in the files
+single_file.py   the layout of diffusion models' single files
+tied_weights.py  weights that are stored once and used twice
+weights.py       reads the base's weights of some modules, one at a time
+same_base.py     compares a base with an adapter's fingerprint
+residual.py      PiSSA and OLoRA as plain LoRA of their base
 
-update.py    what one weight gains, of each kind of update
-changes.py   what several adapters together do to the tensors
-plan.py      what OUT will hold: each tensor, and what is done to it
-tensors.py   writing that, block by block, and reading it back
-out.py       the place that is written to: whole, or not there at all
-merge.py     `merge_checkpoint`: all of it
-report.py    `MergeReport`: what was merged, as measured on what was written
+update.py        one update applied to one stored weight
+changes.py       the changes of all adapters, by tensor
+plan.py          what OUT will hold: each tensor, and how it is made
+tensors.py       writes the tensors block by block and reads them back
+out.py           checks OUT, and puts the result in place atomically
+merge.py         `merge_checkpoint`: all of that
+report.py        `MergeReport`: what was merged, measured on the written files
 
-modules.py   which module each tensor is the weight of
-pairs.py     the tensors of two checkpoints, side by side
-extract.py   a LoRA out of two checkpoints
+modules.py       which module each tensor is the weight of
+pairs.py         the tensors of two checkpoints, side by side
+extract.py       a LoRA out of two checkpoints
 """
 
 from .merge import merge_checkpoint

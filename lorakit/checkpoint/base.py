@@ -1,4 +1,4 @@
-"""A checkpoint, opened but not read: its config, and where in its safetensors files each tensor lies.
+"""Open a checkpoint: its config, and where each tensor lies in its safetensors files. No weights are read.
 
 transformers' folder       config.json, model.safetensors or model.safetensors.index.json and its shards
 a diffusers component      the same, called diffusion_pytorch_model; either may have a variant in its name
@@ -28,11 +28,11 @@ _STEMS = ("model", "diffusion_pytorch_model")
 
 @dataclass(frozen=True)
 class Base:
-    """`folder`: or the single file. `shards`: file name -> its header's metadata. `index`: the index file of a sharded
-    checkpoint, and its name.
+    """An open checkpoint.
 
-    `single_file`: which diffusion model a single file holds ("sd1", "flux": `lorakit.formats.names.MODELS`), or
-    nothing. `component`: the name of a part of a diffusers pipeline, or nothing.
+    `folder`: its path, also of a single file. `shards`: file name -> the metadata in its header. `index`, `index_name`:
+    the index file of a sharded checkpoint. `single_file`: the diffusion model that a single file holds ("sd1", "flux":
+    `lorakit.formats.names.MODELS`), else "". `component`: the component's name within a diffusers pipeline, else "".
     """
 
     folder: Path
@@ -46,6 +46,7 @@ class Base:
 
     @property
     def architecture(self) -> str | None:
+        """transformers' class name, as the config states it."""
         return next(iter(self.config.get("architectures") or ()), None)
 
     @property
@@ -54,11 +55,12 @@ class Base:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
         return {name: slot.shape for name, slot in self.tensors.items()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype that holds most of its bytes."""
+        """The floating-point dtype of most of its bytes; float32 if it has none."""
         total: dict[torch.dtype, int] = {}
         for slot in self.tensors.values():
             if slot.dtype in MERGEABLE and slot.torch_dtype is not None:
@@ -67,9 +69,7 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. LorakitError for what is no checkpoint, is quantized, or is stored as
-    pickles.
-    """
+    """Read a folder's config and headers. LorakitError if it is no checkpoint, is quantized, or stored as pickles."""
     if not folder.exists():
         here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise LorakitError(
@@ -122,8 +122,8 @@ def open_single_file(path: Path) -> Base:
 
 
 def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | None]:
-    """(the file with all weights, or None; the index of several, or None). LorakitError where there are several
-    variants to choose from.
+    """(file with all weights or None, index of several files or None). LorakitError if the folder has several variants
+    (fp16, ...).
     """
     for stem in stems:
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
@@ -142,7 +142,7 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | N
 
 
 def without_variant(file: str) -> str:
-    """model.fp16.safetensors as model.safetensors; shards and indices likewise."""
+    """The file name without its variant: model.fp16.safetensors -> model.safetensors; shards and indices likewise."""
     stem, _, rest = file.partition(".safetensors")
     name = next((s for s in _STEMS if stem.startswith((f"{s}.", f"{s}-"))), None)
     if name is None:
@@ -170,10 +170,10 @@ def _open_sharded(folder: Path, config: Mapping[str, Any], name: str) -> Base:
         if twice:
             raise LorakitError(f"{folder}: tensor '{twice[0]}' is in {tensors[twice[0]].path.name} and in {file}")
         tensors |= slots
-    lost = [tensor for tensor in weight_map if tensor not in tensors]
-    if lost:
+    missing = [tensor for tensor in weight_map if tensor not in tensors]
+    if missing:
         raise LorakitError(
-            f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(lost, 3)}"
+            f"{folder} is incomplete: {name} lists tensors that its files do not hold: {listing(missing, 3)}"
         )
     return Base(folder, config, tensors, shards, index, name)
 
@@ -205,5 +205,5 @@ def _no_safetensors(folder: Path) -> LorakitError:
             "  and copy its tokenizer files beside it"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.gguf"))
-    there = f"; it holds {listing(others, 3)}" if others else ""
-    return LorakitError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there{there}")
+    found = f"; it holds {listing(others, 3)}" if others else ""
+    return LorakitError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there{found}")

@@ -1,4 +1,4 @@
-"""What several adapters together do to a base's tensors: updates add up, whole weights replace, and the two do not mix.
+"""The changes that several adapters make to a base's tensors: updates add up, saved weights replace, and never both.
 
 W' = W + Σ wᵢ ΔWᵢ
 """
@@ -14,13 +14,13 @@ from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .names import Renaming
 from .update import Change, bias_for, update_for
-from .where import Place, Places, bias_place, slot_at
+from .where import Places, WeightRows, bias_place, slot_at
 
 
 @dataclass
 class Changes:
-    """By the files' names: `updates` of rows (start, stop) of a tensor, `values` in its place, those `added` that the
-    files lack.
+    """Under the files' names. `updates`: tensor -> (start, stop) rows -> updates of these rows. `values`: tensor -> the
+    saved weight that replaces it. `added`: those of `values` that the files do not have.
     """
 
     base: Base
@@ -30,42 +30,42 @@ class Changes:
 
     @property
     def touched(self) -> list[str]:
+        """All changed tensors."""
         return [*self.updates, *(n for n in self.values if n not in self.updates)]
 
     def add(self, weight: float, adapter: Adapter, places: Places) -> None:
-        """One adapter, with its weight. Raises TargetError or AdapterError for what does not fit."""
-        seen: set[tuple[str, int]] = set()  # by this adapter
+        """Add one adapter's changes. TargetError or AdapterError for a module or saved weight that does not fit."""
+        seen: set[tuple[str, int]] = set()  # rows that this adapter changes
 
-        def once(place: Place, own: str) -> None:
+        def only_once(place: WeightRows, own: str) -> None:
             if (place.tensor, place.start) in seen:
                 raise AdapterError(
                     f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n"
-                    "  expected one change a weight"
+                    "  expected one change for each weight"
                 )
             seen.add((place.tensor, place.start))
 
         for module, update in adapter.updates.items():
             place = places.modules[module]
             if update.changes_weight:
-                once(place, f"{module}.weight")
+                only_once(place, f"{module}.weight")
                 slot = slot_at(self.base, place, places.ties)
                 self._put(place, update_for(module, update, slot, self.base.model_type, weight, place))
             if update.changes_bias:
                 at = bias_place(self.base, module, places)
-                once(at, f"{module}.bias")
+                only_once(at, f"{module}.bias")
                 self._put(at, bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
         for own, value in adapter.saved.items():
             name = self._place_of(own, value, places)
-            once(Place(name, 0, 0), own)
+            only_once(WeightRows(name, 0, 0), own)
             self._replace(name, own, value)
 
     def check(self) -> None:
-        """AdapterError for what cannot be had together."""
+        """AdapterError for changes that cannot be combined."""
         for name in self.values:
             if name in self.updates:
                 raise AdapterError(
-                    f"the adapters change '{name}' twice: one saved it whole, another one adds to it\n"
-                    "  merge one of them"
+                    f"the adapters change '{name}' twice: one replaces it, another one adds to it\n  merge one of them"
                 )
         for places in self.updates.values():
             for updates in places.values():
@@ -76,14 +76,14 @@ class Changes:
                         "  merge that adapter first, and the others into the result"
                     )
 
-    def _put(self, place: Place, update: Change) -> None:
+    def _put(self, place: WeightRows, update: Change) -> None:
         self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
 
     def _replace(self, at: str, own: str, value: Tensor) -> None:
         if at in self.values and not (self.values[at].shape == value.shape and self.values[at].equal(value)):
             raise AdapterError(
-                f"the adapters hold different values of the whole weight '{own}', and two values have no sum\n"
-                "  lorakit combine --saved mean takes their mean; merge what it gives"
+                f"the adapters hold different values of the saved weight '{own}', and two values have no sum\n"
+                "  lorakit combine --saved mean takes their mean; merge its result"
             )
         self.values[at] = value
 
@@ -96,28 +96,28 @@ class Changes:
                 _check_new(own, base, rename)
                 self.added.append(at)
             return at
-        there = base.tensors[at if at in base.tensors else ties[at]].shape
-        if value.shape != there:
+        expected = base.tensors[at if at in base.tensors else ties[at]].shape
+        if value.shape != expected:
             raise AdapterError(
-                f"saved weight '{own}' has shape {list(value.shape)}; the base's has {list(there)}\n"
+                f"saved weight '{own}' has shape {list(value.shape)}; the base's has {list(expected)}\n"
                 "  was its vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
             )
         return at
 
 
-def check_something(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
-    """Warnings of what cannot be merged; AdapterError where an adapter changes no weight at all, or has none that can
-    be weighted.
+def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
+    """Warnings for what a merge leaves out. AdapterError if the adapter changes no weight, or has saved weights that
+    would have to be scaled. `called`: its name in messages.
     """
     tokens = listing(adapter.embeddings, 3)
     if adapter.embeddings and not adapter.updates and not adapter.saved:
         raise AdapterError(
-            f"{called} holds learned tokens alone ({tokens}), which are no change of a weight: there is nothing to "
+            f"{called} holds only textual-inversion embeddings ({tokens}), which change no weight: there is nothing to "
             "merge"
         )
     if adapter.saved and weight != 1:
         raise AdapterError(
-            f"{called} replaces whole weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is "
+            f"{called} has saved weights ({listing(adapter.saved, 3)}), which cannot be scaled; its weight is "
             f"{weight:g}\n"
             "  merge it with weight 1"
         )
@@ -128,22 +128,22 @@ def check_something(weight: float, adapter: Adapter, called: str = "the adapter"
         )
     if adapter.embeddings:
         return [
-            f"learned tokens ({tokens}) are no change of a weight: they are not in OUT, give them to the program "
-            "beside it"
+            f"textual-inversion embeddings ({tokens}) change no weight and are not in OUT: give them to the program "
+            "as separate files"
         ]
     return []
 
 
 def _check_new(name: str, base: Base, rename: Renaming) -> None:
-    """A saved weight that the base lacks may be a fresh head, but not a part of something that the base has."""
+    """TargetError unless a saved weight that the base lacks is a new head: part of no module that the base has."""
     renamed = rename(name)
     module = renamed.rpartition(".")[0]
-    beside = [t for t in base.tensors if t.rpartition(".")[0] == module]
+    siblings = [t for t in base.tensors if t.rpartition(".")[0] == module]
     alike = [t for t in base.tensors if t.endswith(f".{name}") or name.endswith(f".{t}")]
-    if beside or alike or base.single_file:
+    if siblings or alike or base.single_file:
         what = (
-            f"its '{module}' has only {listing(beside, 3)}"
-            if beside
+            f"its '{module}' has only {listing(siblings, 3)}"
+            if siblings
             else f"it has {listing(alike or list(base.tensors), 3)}"
         )
         raise TargetError(

@@ -1,10 +1,9 @@
-"""A LoRA out of a fine-tuned checkpoint and its base: the first singular values of each ΔW = W_tuned - W_base.
+"""Extract a LoRA from a fine-tuned checkpoint and its base: the first singular values of each ΔW = W_tuned - W_base.
 
 Both are folders of a language model, diffusers pipelines, or single files of a diffusion model. One tensor is in memory
-at a time, as float32, with its singular vectors. Large ones are decomposed at random (Halko et al. 2011,
-`lorakit.adapter.algebra.svd`), and how far the factors are from ΔW is measured on ΔW itself. What has no low-rank
-factors, biases and norms, is left out or kept whole: of a language model the trained value, of a diffusion model its
-change (a "diff" of LyCORIS).
+at a time, as float32, with its singular vectors. Large ones get a randomized SVD (Halko et al. 2011,
+`lorakit.adapter.algebra.svd`); the error is measured on ΔW itself. Biases and norms have no low-rank factors: they are
+left out, or kept as saved weights (language models) or dense updates (diffusion models, LyCORIS' "diff").
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..adapter.algebra.compose import compose
 from ..adapter.algebra.reform import describing
 from ..adapter.algebra.svd import distance, matrix_svd, norm_squared
 from ..adapter.dense import Dense
-from ..adapter.lora import Factors, Form
+from ..adapter.lora import Factors, FactorShapes
 from ..config import LoraConfig
 from ..errors import ConfigError, LorakitError, TargetError, listing
 from ..io.stream import Slot
@@ -36,7 +35,7 @@ from .tied_weights import declared, find_ties
 
 @dataclass(frozen=True)
 class ModuleExtract:
-    """One changed weight: ‖ΔW‖ / ‖W‖, the rank it got, and ‖ΔW - ΔW'‖ / ‖ΔW‖ as measured."""
+    """One changed weight. `change`: ‖ΔW‖ / ‖W‖; `norm`: ‖ΔW‖_F; `error`: ‖ΔW - ΔW'‖ / ‖ΔW‖, measured."""
 
     module: str
     shape: tuple[int, ...]
@@ -47,14 +46,14 @@ class ModuleExtract:
 
     @property
     def captured(self) -> float:
-        """The share of ‖ΔW‖² that the factors hold."""
+        """The share of ‖ΔW‖² that the factors capture."""
         return max(0.0, 1 - self.error**2)
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """`rest`: what changed and has no factors, with ‖change‖; those of it that are `kept` are in the adapter whole, if
-    that was asked for.
+    """The extracted adapter. `rest`: changed parameters without factors -> ‖change‖; `kept`: those of them that the
+    adapter holds as saved weights or dense updates.
     """
 
     adapter: Adapter
@@ -66,10 +65,10 @@ class Extracted:
 
     @property
     def captured(self) -> float:
-        """The share of the squared change of all weights that the adapter holds."""
+        """The share of Σ‖ΔW‖² over all weights that the adapter captures."""
         left_out = sum(norm**2 for name, norm in self.rest.items() if name not in self.kept)
-        whole = sum(m.norm**2 for m in self.modules) + sum(n**2 for n in self.rest.values())
-        return max(0.0, 1 - (sum((m.error * m.norm) ** 2 for m in self.modules) + left_out) / whole)
+        total = sum(m.norm**2 for m in self.modules) + sum(n**2 for n in self.rest.values())
+        return max(0.0, 1 - (sum((m.error * m.norm) ** 2 for m in self.modules) + left_out) / total)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -95,16 +94,20 @@ def extract(
     seed: int = 0,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Extracted:
-    """The adapter that makes BASE (nearly) TUNED. `rank`: of each module, at most; `keep`: the share of each ‖ΔW‖² to
-    hold.
+    """The adapter that turns BASE into (nearly) TUNED.
 
-    targets: only these modules (name endings, or a regular expression) get factors. save_rest: keep all else that
-    changed whole. Raises LorakitError where the two have other tensors or shapes, or nothing changed.
+    rank: the maximum rank of each module. keep: the share of each ‖ΔW‖² to capture.
+    targets: only these modules get factors (name endings, or a regular expression).
+    save_rest: keep all other changed parameters too, as saved weights or dense updates.
+    seed: of the randomized SVDs. on_tensor(name, done, total): called after each tensor.
+
+    Raises ConfigError for a wrong rank or keep, TargetError if no target changed, LorakitError if the tensors or shapes
+    differ, or nothing changed.
     """
     if (rank is None and keep is None) or (rank is not None and rank < 1) or (keep is not None and not 0 < keep <= 1):
         raise ConfigError(
-            f"extract needs a rank of at least 1, or keep, the share of the change to hold, up to 1 (got rank {rank}, "
-            f"keep {keep})\n"
+            "extract needs a rank of at least 1, or keep, the share of the change to capture, up to 1 "
+            f"(got rank {rank}, keep {keep})\n"
             "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
         )
     paths = Path(base).expanduser(), Path(tuned).expanduser()
@@ -113,7 +116,7 @@ def extract(
         pairs, layout = model_pairs(*(open_base(path) for path in paths))
     factors: dict[str, Factors] = {}
     saved: dict[str, Tensor] = {}
-    whole: dict[str, dict[str, Tensor]] = {}
+    dense: dict[str, dict[str, Tensor]] = {}
     reports, rest, unchanged = [], {}, 0
     for done, pair in enumerate(pairs, start=1):
         delta, size = pair.change()
@@ -121,64 +124,72 @@ def extract(
         module, _, last = pair.name.rpartition(".")
         if norm == 0:
             unchanged += 1
-        elif pair.form is not None and pair.adaptable and (targets is None or matches(module, targets)):
-            factors[module], report = _factors(module, delta, pair.form, rank, keep, seed, norm, size)
+        elif pair.factor_shapes is not None and pair.adaptable and (targets is None or matches(module, targets)):
+            factors[module], report = _factors(module, delta, pair.factor_shapes, rank, keep, seed, norm, size)
             reports.append(report)
         else:
             rest[pair.name] = norm
             if save_rest and layout is not None:
-                saved[pair.name] = _whole(pair.after)
+                saved[pair.name] = _read(pair.after)
             elif save_rest and pair.adaptable:
-                whole.setdefault(module, {})[last] = delta.reshape(pair.before.shape)
+                dense.setdefault(module, {})[last] = delta.reshape(pair.before.shape)
         del delta
         if on_tensor is not None:
             on_tensor(pair.name, done, len(pairs))
-    others = {m: Dense(changes.get("weight"), changes.get("bias")) for m, changes in whole.items() if m not in factors}
+    others = {m: Dense(changes.get("weight"), changes.get("bias")) for m, changes in dense.items() if m not in factors}
     kept = (*saved, *(f"{m}.{what}" for m, update in others.items() for what in update.tensors()))
     if not factors and not rest:
         raise LorakitError(f"nothing differs between {base} and {tuned}: there is no change to extract")
     if not factors and not kept:
-        asked = f"the targets {targets}" if targets else "a matrix"
+        expected = f"the targets {targets}" if targets else "a matrix"
         raise TargetError(
-            f"no weight of {asked} changed; what did: {listing(rest)}\n  save_rest=True (--save-rest) keeps that whole"
+            f"no weight of {expected} changed, but these did: {listing(rest)}\n"
+            "  save_rest=True (--save-rest) keeps them"
         )
-    print_ = None
+    fingerprint = None
     if layout is not None:
         factors |= _heads(layout, factors)
-        print_ = layout.fingerprint()
+        fingerprint = layout.fingerprint()
     config = _config(str(base), factors, saved, others)
-    adapter = Adapter(config, {**factors, **others}, saved, {"fingerprint": print_} if print_ else {})
+    adapter = Adapter(config, {**factors, **others}, saved, {"fingerprint": fingerprint} if fingerprint else {})
     return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged, tuple(_doubts(reports, pairs)))
 
 
 def _doubts(reports: list[ModuleExtract], pairs: list[Pair]) -> list[str]:
-    """What speaks against a change that training made."""
+    """Warnings for changes that fine-tuning would hardly make."""
     doubts = []
     if reports and sorted(r.change for r in reports)[len(reports) // 2] > 1:
-        doubts.append("most weights changed by more than they were: the one seems not to be tuned from the other")
+        doubts.append("most weights changed by more than their norm: TUNED does not seem to be fine-tuned from BASE")
     kinds = sorted({(p.before.dtype, p.after.dtype) for p in pairs if p.before.dtype != p.after.dtype})
     if kinds:
-        doubts.append(f"stored as {kinds[0][0]} and as {kinds[0][1]}: what rounding did counts as change")
+        doubts.append(f"stored as {kinds[0][0]} and as {kinds[0][1]}: the rounding counts as change")
     return doubts
 
 
 def _factors(
-    module: str, delta: Tensor, form: Form, rank: int | None, keep: float | None, seed: int, norm: float, size: float
+    module: str,
+    delta: Tensor,
+    shapes: FactorShapes,
+    rank: int | None,
+    keep: float | None,
+    seed: int,
+    norm: float,
+    size: float,
 ) -> tuple[Factors, ModuleExtract]:
-    W = delta.T if form.across else delta  # [out, in·k]
+    W = delta.T if shapes.weight_transposed else delta  # [out, in·k]
     svd = matrix_svd(W, rank, keep, seed=seed)
-    made = compose(form, [svd], max(1, min(len(svd.S), svd.rank)))
+    made = compose(shapes, [svd], max(1, min(len(svd.S), svd.rank)))
     error = math.sqrt(distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1))) / norm
-    shape = (W.shape[1], W.shape[0]) if form.across else (W.shape[0], *form.inner)
+    shape = (W.shape[1], W.shape[0]) if shapes.weight_transposed else (W.shape[0], *shapes.inner)
     return made, ModuleExtract(module, shape, norm / size if size else math.inf, norm, made.rank, error)
 
 
-def _whole(slot: Slot) -> Tensor:
+def _read(slot: Slot) -> Tensor:
     return torch.cat([block for _, block in slot.rows()]).reshape(slot.shape)
 
 
 def _heads(layout: Layout, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """The same change for a head that is tied to a changed embedding and stored with it: ΔW [vocab, dim] = Aᵀ Bᵀ."""
+    """Factors for heads that are tied to a changed embedding and stored with it: the same ΔW [vocab, dim] = Aᵀ Bᵀ."""
     embeddings = [m for m, f in factors.items() if f.kind == "embedding"]
     if not embeddings:
         return {}

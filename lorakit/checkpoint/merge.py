@@ -1,7 +1,7 @@
-"""`merge_checkpoint`: a checkpoint on disk and adapters into a new checkpoint, without building the model.
+"""`merge_checkpoint`: merge adapters into a checkpoint on disk, block by block, without building the model.
 
-OUT is written under a temporary name beside it, synced, read back, and only then renamed: there is the whole of it or
-nothing. The base is only read.
+OUT is written under a temporary name beside it, synced, read back, and only then renamed, so it is complete or absent.
+The base is never written to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ..io.atomic import write_text
 from ..io.stream import MERGEABLE, NAMES
 from ..version import VERSION
 from .base import CONFIG, Base
-from .changes import check_something
+from .changes import check_mergeable
+from .conversation import keep_conversation
 from .names import Renaming
 from .out import NOTE, check_out, check_space, copy, leftovers, other_files, put_in_place
 from .parts import Part, open_parts
@@ -55,13 +56,17 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write BASE + Σ weight · ADAPTER as a plain checkpoint OUT. Memory: a few blocks of a tensor, and the adapters.
 
-    base: a transformers folder, a diffusers pipeline's, or a diffusion model's single .safetensors file; OUT is of the
-    same kind. adapter: one or several, with a weight each (1 unless said), of any kind: LoRA, LoHa, LoKr, whole ΔW,
-    DoRA. alpha: for adapters' files that do not hold it (loralib, old MLX). dtype: the precision to write (the base's,
-    by default). untie: give tied weights that the adapter changes a tensor each. force: replace an existing OUT.
-    force_base: merge although the base is not the one the adapter was trained on. on_tensor(name, done, total): called
-    after each tensor; each counts twice, written and read back. Raises LorakitError (TargetError, AdapterError) for
-    whatever does not fit, and then leaves nothing behind.
+    base: a transformers folder, a diffusers pipeline, or a diffusion model's single .safetensors file; OUT is of the
+    same kind.
+    adapter: one or several, of any kind: LoRA, LoHa, LoKr, dense ΔW, DoRA. weights: one for each; default 1.
+    alpha: for adapter files that do not hold it (loralib, old MLX).
+    dtype: the precision to write; default the base's.
+    untie: give tied weights that the adapter changes separate tensors.
+    force: replace an existing OUT. force_base: merge even if the adapter was trained on another base.
+    on_tensor(name, done, total): called after each tensor, once when it is written and once when it is read back.
+
+    Raises ConfigError for wrong weights, LorakitError (TargetError, AdapterError) for adapters that do not fit the
+    base; nothing is left behind then.
     """
     began = time.monotonic()
     if dtype is not None and NAMES.get(dtype) not in MERGEABLE:
@@ -83,8 +88,8 @@ def merge_checkpoint(
     size = sum(e.nbytes for _, plan in plans for e in plan.entries)
     check_space(target, size + sum(p.stat().st_size for p in copies.values()))
 
-    # What travels with the weights names nobody's folders.
-    short = _told([s if isinstance(s, Adapter) else Path(s).name for s in sources], factors)
+    # Notes in the checkpoint must not reveal the user's folders.
+    short = _description([s if isinstance(s, Adapter) else Path(s).name for s in sources], factors)
     note = {"lorakit": VERSION, "base": path.name, "adapter": short}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
@@ -92,15 +97,16 @@ def merge_checkpoint(
         temporary.mkdir()
         for name, file in copies.items():
             copy(file, temporary / name)
+        warnings += keep_conversation(temporary, values)
         with _one_thread():
             reports = _write_tensors(plans, temporary, dtype is not None, note if path.is_file() else {}, on_tensor)
-        warnings += _lost(reports, plans)
+        warnings += _check_changed(reports, plans)
         for part, plan in plans:
             _write_config(part, plan, temporary / part.name, dtype)
         first = next((part.base for part, plan in plans if any(e.updates for e in plan.entries)), plans[0][0].base)
         report = MergeReport(
             base=str(base),
-            adapter=_told(sources, factors),
+            adapter=_description(sources, factors),
             out=str(out),
             dtype=str(dtype or first.dtype).removeprefix("torch."),
             converted=dtype is not None and dtype != first.dtype,
@@ -127,7 +133,7 @@ def merge_checkpoint(
 
 
 def _read_only(sources: Sequence[Source]) -> list[Path]:
-    """Where the adapters lie, as named and as found (a run's folder, and its adapter within)."""
+    """The adapters' paths: as given, and of the adapter found inside (a run's folder, and its adapter/)."""
     named = [Path(s).expanduser() for s in sources if not isinstance(s, Adapter)]
     found = [find(s) for s in sources if not isinstance(s, Adapter)]
     return [p.resolve() for p in (*named, *found) if p.exists()]
@@ -136,7 +142,7 @@ def _read_only(sources: Sequence[Source]) -> list[Path]:
 def _values(
     sources: Sequence[Source], weights: Sequence[float], base: Path, alpha: float | None, force_base: bool
 ) -> tuple[list[Adapter], list[str]]:
-    """The adapters, and warnings."""
+    """Read the adapters. Returns them and warnings."""
     values, warnings = [], []
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True), start=1):
         where = "" if isinstance(source, Adapter) else f" ({source})"
@@ -144,10 +150,10 @@ def _values(
         start = None if isinstance(source, Adapter) else started_as(source)
         value = source if isinstance(source, Adapter) else load_on(source, base, alpha, force_base)
         values.append(value.check())
-        warnings += check_something(weight, value, called)
+        warnings += check_mergeable(weight, value, called)
         if start:
             warnings.append(
-                f"{Path(str(source)).name} was started as {start}: made a plain LoRA of the base, of twice the rank"
+                f"{Path(str(source)).name} was initialized as {start}: converted to a plain LoRA of twice the rank"
             )
     return values, warnings
 
@@ -163,12 +169,12 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return found
 
 
-def _told(sources: Sequence[Source], weights: Sequence[float]) -> str:
+def _description(sources: Sequence[Source], weights: Sequence[float]) -> str:
     return ", ".join(f"{'' if w == 1 else f'{w:g} x '}{s!s}" for s, w in zip(sources, weights, strict=True))
 
 
 def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
-    """Warnings; AdapterError if the adapter's fingerprint speaks of another base."""
+    """AdapterError if the adapter's fingerprint is of another base. Returns warnings."""
     lines = compare_with_files(base, adapter, rename)
     if lines:
         raise AdapterError(
@@ -193,7 +199,7 @@ def _write_tensors(
     note: Mapping[str, str],
     on_tensor: Progress | None,
 ) -> list[TargetReport]:
-    """Write every file and read it back. `note`: for the files' headers, where there is no folder to hold it."""
+    """Write every file and read it back. `note`: metadata for the files' headers."""
     total, count = 2 * sum(len(plan.entries) for _, plan in plans), 0
 
     def done(name: str) -> None:
@@ -221,13 +227,13 @@ def _write_tensors(
 
 
 def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | None) -> None:
-    """What of a part's config and index is no longer as it was."""
+    """Write a part's config and index if they changed."""
     base = part.base
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
     if dtype is not None and config:
-        # a pipeline's component may not say it, a transformers model always does
-        says = part.name or "torch_dtype" in config
-        config = _with_dtype(config if says else {"dtype": "", **config}, str(dtype).removeprefix("torch."))
+        # A pipeline's component may leave out its dtype, a transformers model never does.
+        has_dtype = part.name or "torch_dtype" in config
+        config = _with_dtype(config if has_dtype else {"dtype": "", **config}, str(dtype).removeprefix("torch."))
     if config != base.config:
         write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if base.index is not None:
@@ -236,7 +242,7 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config with its precision changed, and that of the configs within it."""
+    """A config with its dtype changed, and the dtype of nested configs."""
     inner = {
         key: _with_dtype(value, dtype)
         for key, value in config.items()
@@ -247,8 +253,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 @contextmanager
 def _one_thread():
-    """Reading, adding and writing small blocks waits for memory and disk, not for arithmetic: threads only wait for
-    each other.
+    """Use one thread: small blocks are bound by memory and disk, and threads only wait for each other.
 
     0.47 GB on two busy cores took 2.5 s with one thread and 24 s with two.
     """
@@ -277,19 +282,20 @@ def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:
     return tuple(part.called(name) for part, plan in plans for name in getattr(plan, what))
 
 
-def _lost(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -> list[str]:
-    """Warnings for updates below the precision. LorakitError if that is all of them: OUT would be the base."""
-    lost = [r for r in reports if r.lost]
+def _check_changed(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -> list[str]:
+    """Warnings for updates below the weights' precision. LorakitError if no weight changed at all."""
+    vanished = [r for r in reports if r.lost]
     if not any(r.changed for r in reports) and not any(p.replaced or p.added for _, p in plans):
-        if not lost:
+        if not vanished:
             raise LorakitError(
                 "no weight changed: the adapters cancel each other, or change nothing\n  there is nothing to merge"
             )
         raise LorakitError(
-            f"no weight changed: the largest |ΔW|, {max(r.asked for r in lost):.3g}, is below the precision of the "
-            "base's weights\n"
+            f"no weight changed: the largest |ΔW|, {max(r.asked for r in vanished):.3g}, is below the precision of "
+            "the base's weights\n"
             "  write more digits: dtype=torch.float32 (--dtype fp32); or keep the adapter unmerged"
         )
     return [
-        f"'{r.module}' did not change: its largest |ΔW|, {r.asked:.3g}, is below its weight's precision" for r in lost
+        f"'{r.module}' did not change: its largest |ΔW|, {r.asked:.3g}, is below its weight's precision"
+        for r in vanished
     ]

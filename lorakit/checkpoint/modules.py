@@ -1,9 +1,8 @@
-"""Which module each tensor of a checkpoint is the weight of, and of what kind: from the model built without its
-numbers.
+"""Which module each tensor of a checkpoint is the weight of, and of what kind: from the model built without weights.
 
-transformers builds the architecture on the meta device from the folder's config, which takes no memory and runs no code
-of the folder. Where it does not know the architecture, the files' own names are taken for the modules', and matrices
-for linears.
+transformers builds the architecture on the meta device from the folder's config, which takes no memory and runs none of
+the folder's code. For architectures that it does not know, the files' names are taken as module names and matrices as
+linears.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.fingerprint import fingerprint
-from ..adapter.lora import Form
+from ..adapter.lora import FactorShapes
 from ..errors import TargetError
 from .base import Base
 from .names import Renaming, find_renaming
@@ -27,8 +26,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Layout:
-    """`modules`: the model's, by their own names, or nothing where the architecture is not known. `rename`: own names
-    to the files'.
+    """`modules`, `parameters`: the model's, by name; empty if the architecture is not known. `rename`: from the model's
+    names to the files'.
     """
 
     base: Base
@@ -37,36 +36,32 @@ class Layout:
     rename: Renaming
 
     def own(self, name: str) -> str:
-        """The model's name of a tensor of the files."""
+        """The model's name of one of the files' tensors."""
         old, new = self.rename.old, self.rename.new
         candidate = old + name[len(new) :] if name.startswith(new) else name
         return candidate if candidate in self.parameters or not self.parameters else name
 
-    def form(self, name: str, shape: tuple[int, ...]) -> Form | None:
-        """What low-rank factors of this weight look like; None if it has none."""
+    def factor_shapes(self, name: str, shape: tuple[int, ...]) -> FactorShapes | None:
+        """The shapes of low-rank factors for this weight; None if it has none (a norm, a bias)."""
         module = name.removesuffix(".weight")
         if len(shape) < 2 or 0 in shape:
             return None
         if not self.modules:
             embedding = module.rpartition(".")[2] in _EMBEDDINGS
-            return (
-                Form("embedding", shape[:1])
-                if embedding
-                else Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
-            )
+            return FactorShapes("embedding", shape[:1]) if embedding else FactorShapes.of_shape(shape)
         kind = self.modules.get(module)
         if isinstance(kind, nn.Embedding):
-            return Form("embedding", shape[:1])
+            return FactorShapes("embedding", shape[:1])
         if isinstance(kind, _CONVOLUTIONS):
-            return Form("conv", shape[1:], len(shape), groups=kind.groups)
+            return FactorShapes("conv", shape[1:], len(shape), groups=kind.groups)
         if isinstance(kind, nn.Linear):
-            return Form("linear", shape[1:])
+            return FactorShapes("linear", shape[1:])
         if type(kind).__name__ == "Conv1D" and len(shape) == 2:  # transformers', stored as [in, out]
-            return Form("linear", shape[:1], transposed=True)
+            return FactorShapes("linear", shape[:1], transposed=True)
         return None
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """As of the live model; None where the architecture is not known."""
+        """The live model's fingerprint; None if the architecture is not known."""
         if not self.parameters:
             return None
         architecture = self.base.architecture or ""
@@ -74,9 +69,7 @@ class Layout:
 
 
 class _Stored(dict):
-    """The model's parameters for their shapes; one that is asked for by name is read, so that only those few are in
-    memory.
-    """
+    """The model's parameters on the meta device, for their shapes; `[name]` reads that parameter from its file."""
 
     def __init__(self, parameters: Mapping[str, Tensor], layout: Layout) -> None:
         super().__init__(parameters)
@@ -98,7 +91,7 @@ def layout_of(base: Base) -> Layout:
     numbered = [n for n in parameters if any(part.isdigit() for part in n.split("."))]
     try:
         rename = find_renaming(numbered or list(parameters), base.tensors, base.folder)
-    except TargetError:  # files whose tensors are not the model's parameters (fused experts): by their own names, then
+    except TargetError:  # the tensors are not the model's parameters (fused experts): use the files' names
         return Layout(base, {}, {}, Renaming())
     return Layout(base, dict(model.named_modules()), parameters, rename)
 

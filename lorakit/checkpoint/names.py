@@ -1,9 +1,8 @@
-"""The adapter's names and the files': the same names, or the same but for what they begin with.
+"""Map an adapter's names to the files' tensor names, which may differ in their prefix.
 
-A module knows its weight as `transformer.h.0.attn.c_attn.weight`; GPT-2's file says `h.0.attn.c_attn.weight`, a model
-wrapped once more says `model.` before it, a multimodal checkpoint `language_model.model.` instead of
-`model.language_model.`. One beginning is exchanged for one other, the same for all targets, and only if that is the one
-way to find them all.
+A model calls a weight `transformer.h.0.attn.c_attn.weight`; GPT-2's file has `h.0.attn.c_attn.weight`, a wrapped model
+adds `model.`, a multimodal checkpoint has `language_model.model.` instead of `model.language_model.`. One prefix is
+replaced by another, the same for all targets, and only if exactly one replacement finds all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ..errors import TargetError, listing
 
 @dataclass(frozen=True)
 class Renaming:
-    """From the adapter's names to the files': `old` at the beginning becomes `new`; other names stay."""
+    """Replaces the prefix `old` of an adapter's name by the files' `new`; other names stay."""
 
     old: str = ""
     new: str = ""
@@ -27,20 +26,20 @@ class Renaming:
 
 
 def find_renaming(
-    wanted: Collection[str], tensors: Collection[str], where: object, allowed: Collection[Renaming] | None = None
+    names: Collection[str], tensors: Collection[str], where: object, allowed: Collection[Renaming] | None = None
 ) -> Renaming:
-    """The renaming under which every wanted name is among the tensors'. TargetError if there is none, or more than one.
+    """The renaming under which every one of `names` is one of `tensors`. TargetError if there is none, or several.
 
-    allowed: the only ones to try, beside the names as they are.
+    where: the checkpoint, for errors. allowed: the only renamings to try, besides none.
     """
     same = Renaming()
-    if all(name in tensors for name in wanted):
+    if all(name in tensors for name in names):
         return same
-    # A name within a numbered layer says most; one such as "embed_tokens.weight" could end many others.
-    anchor = next((name for name in wanted if _stem(name) is not None and name not in tensors), next(iter(wanted)))
+    # A name within a numbered layer is the least ambiguous; "embed_tokens.weight" could be the end of many others.
+    anchor = next((name for name in names if _stem(name) is not None and name not in tensors), next(iter(names)))
     found: dict[tuple[str, ...], Renaming] = {}
     for renaming in _candidates(anchor, tensors) if allowed is None else allowed:
-        mapped = tuple(renaming(name) for name in wanted)
+        mapped = tuple(renaming(name) for name in names)
         if all(name in tensors for name in mapped):
             found.setdefault(mapped, renaming)
     if len(found) == 1:
@@ -48,18 +47,18 @@ def find_renaming(
     if found:
         ways = "\n".join(f"  as {mapped[0]}" for mapped in found)
         raise TargetError(
-            f"the adapter's '{_module(next(iter(wanted)))}' could be several tensors of {where}:\n"
+            f"the adapter's '{_module(next(iter(names)))}' could be several tensors of {where}:\n"
             f"{ways}\n"
             "  is it the right base?"
         )
-    raise _missing(wanted, tensors, where)
+    raise _missing(names, tensors, where)
 
 
 def _candidates(name: str, tensors: Iterable[str]) -> Iterable[Renaming]:
-    """Every exchange of beginnings that makes one of the tensors' names out of `name`."""
+    """Every replacement of a prefix that turns `name` into the name of a tensor."""
     parts = name.split(".")
     stem = _stem(name)
-    # Without a layer number only adding to the name, or taking the first parts away, is sure enough.
+    # Without a layer number only adding or removing a prefix is safe.
     last = stem if stem is not None else len(parts) - 2
     for cut in range(max(last, 0) + 1):
         old, rest = "".join(f"{p}." for p in parts[:cut]), ".".join(parts[cut:])
@@ -71,18 +70,18 @@ def _candidates(name: str, tensors: Iterable[str]) -> Iterable[Renaming]:
 
 
 def _stem(name: str) -> int | None:
-    """Where the part before the first number is: 1 in `model.layers.3.mlp.up_proj.weight`."""
+    """The index of the part before the first number: 1 in `model.layers.3.mlp.up_proj.weight`."""
     parts = name.split(".")
     return next((max(i - 1, 0) for i, part in enumerate(parts) if part.isdigit()), None)
 
 
-def _missing(wanted: Collection[str], tensors: Collection[str], where: object) -> TargetError:
-    lost = [name for name in wanted if name not in tensors]
-    alike = difflib.get_close_matches(lost[0], [t for t in tensors if t.endswith(".weight")], n=3, cutoff=0.5)
+def _missing(names: Collection[str], tensors: Collection[str], where: object) -> TargetError:
+    missing = [name for name in names if name not in tensors]
+    alike = difflib.get_close_matches(missing[0], [t for t in tensors if t.endswith(".weight")], n=3, cutoff=0.5)
     near = f"\n  the nearest tensors are {', '.join(alike)}" if alike else f"\n  its tensors are {listing(tensors, 5)}"
     return TargetError(
-        f"{len(lost)} of the adapter's {len(wanted)} weights are not in {where}: "
-        f"{listing([_module(n) for n in lost], 3)}{near}\n"
+        f"{len(missing)} of the adapter's {len(names)} weights are not in {where}: "
+        f"{listing([_module(n) for n in missing], 3)}{near}\n"
         "  is it an adapter for another model?"
     )
 

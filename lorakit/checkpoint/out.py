@@ -1,4 +1,4 @@
-"""The place that a merge writes to: never the base or the adapter, whole or not there at all."""
+"""OUT, the path a merge writes to: never the base or an adapter, and complete or absent."""
 
 from __future__ import annotations
 
@@ -33,50 +33,50 @@ SLACK = 1 << 20  # for headers and what the file system adds
 
 
 def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> None:
-    """LorakitError if OUT is in the way, or if writing it would touch what is only read."""
+    """LorakitError if OUT exists (unless `force`), is no sensible path for this base, or would overwrite an input."""
     for what, path in (("base", base), *(("adapter", a) for a in adapters)):
         if path == out or out in path.parents:
             raise LorakitError(
                 f"OUT {out} {'is' if path == out else 'holds'} the {what} itself\n"
-                f"  give another place: the {what} is only read"
+                f"  give another path: the {what} is only read"
             )
     if base in out.parents:
-        raise LorakitError(f"OUT {out} is inside the base's folder\n  give a place elsewhere: the base is only read")
+        raise LorakitError(f"OUT {out} is inside the base's folder\n  give a path elsewhere: the base is only read")
     if base.is_file() and out.suffix != ".safetensors":
         raise LorakitError(
-            f"OUT {out}: the base is a single file, and so is what is written\n  give a name that ends in .safetensors"
+            f"OUT {out}: the base is a single file, so the output is one too\n  give a name that ends in .safetensors"
         )
     if base.is_dir() and out.suffix in WEIGHTS:
         raise LorakitError(
-            f"OUT {out}: the base is a folder, and so is what is written\n  give a name without '{out.suffix}'"
+            f"OUT {out}: the base is a folder, so the output is one too\n  give a name without '{out.suffix}'"
         )
     if not out.exists():
         return
     if not force:
-        raise LorakitError(f"OUT {out} exists\n  give another place, or replace it with force=True (--force)")
+        raise LorakitError(f"OUT {out} exists\n  give another path, or replace it with force=True (--force)")
     if out.is_dir() == base.is_file() or not (out.is_dir() or out.is_file()):
-        there, wanted = "a folder" if out.is_dir() else "a file", "a single file" if base.is_file() else "a folder"
+        existing, expected = "a folder" if out.is_dir() else "a file", "a single file" if base.is_file() else "a folder"
         raise LorakitError(
-            f"OUT {out} is {there}; the base is {wanted}, and so is what is written\n  give another place"
+            f"OUT {out} is {existing}; the base is {expected}, so the output is one too\n  give another path"
         )
     if out.is_dir() and any(out.iterdir()) and not _is_checkpoint(out):
         raise LorakitError(
             f"OUT {out} holds no checkpoint, but {listing(sorted(p.name for p in out.iterdir()), 3)}; force would "
             "delete that\n"
-            "  give another place"
+            "  give another path"
         )
     here = Path.cwd()
     if out in (here, *here.parents, Path.home(), *Path.home().parents):
         raise LorakitError(
-            f"OUT {out} is a folder that this program, or you, live in; force would delete it\n  give another folder"
+            f"OUT {out} is your home or working folder, or one above; force would delete it\n  give another folder"
         )
 
 
 def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], list[str]]:
-    """({name within the folder: path} to copy, names left out): all but weights of the parts, adapters and what hides
-    behind a dot.
+    """({name within the folder: path} of files to copy, names of files left out).
 
-    A pipeline's other components are copied whole.
+    Copied is everything except the parts' weights, other models and adapters, and hidden files. A pipeline's other
+    components are copied completely.
     """
     written = {Path(part.name, name) for part in parts for name in (*part.base.shards, part.base.index_name)}
     touched = {part.name for part in parts}
@@ -91,7 +91,7 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
         if pipeline and component and component not in touched and (folder / component / CONFIG).is_file():
             copies[str(name)] = path
             continue
-        own = 1 if pipeline and component in touched else 0  # a component's folder is a model, and is no stranger here
+        own = 1 if pipeline and component in touched else 0  # the component's own folder is a model, and belongs here
         folders = [folder.joinpath(*name.parts[:i]) for i in range(1 + own, len(name.parts))]
         if (
             _is_weights(path)
@@ -105,7 +105,7 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """All files, also in folders that are links (a cache's); LorakitError for a link that leads back to where it is."""
+    """All files, also in linked folders (a cache has links). LorakitError for a link to a folder that contains it."""
     for where, folders, files in os.walk(folder, followlinks=True):
         here = Path(where)
         above = {p.resolve() for p in (here, *here.parents) if p.is_relative_to(folder)}
@@ -118,7 +118,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def check_space(out: Path, need: int) -> None:
-    """LorakitError if the disk has not that many bytes left."""
+    """LorakitError if the disk has fewer than `need` bytes free."""
     there = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
@@ -129,15 +129,15 @@ def check_space(out: Path, need: int) -> None:
 
 
 def leftovers(out: Path) -> list[str]:
-    """What runs that were killed have left beside OUT, as a line or none."""
+    """A line that lists what killed runs left beside OUT; empty if there is nothing."""
     patterns = (f".{out.name}.tmp-*", f".{out.name}.*.tmp", f".{out.name}.old-*")
     found = sorted(p.name for pattern in patterns for p in out.parent.glob(pattern)) if out.parent.is_dir() else []
     last = " (.old is the last OUT, moved aside)" if any(".old-" in name for name in found) else ""
-    return [f"left over from runs that were killed, and yours to delete: {listing(found)}{last}"] if found else []
+    return [f"left over from killed runs, safe to delete: {listing(found)}{last}"] if found else []
 
 
 def copy(path: Path, to: Path) -> None:
-    """Copy a file, down to the disk."""
+    """Copy a file and sync it to the disk."""
     to.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, to)
     with open(to, "rb+") as file:
@@ -145,7 +145,9 @@ def copy(path: Path, to: Path) -> None:
 
 
 def put_in_place(temporary: Path, out: Path) -> None:
-    """Rename into place. A folder that was there is moved aside first and deleted last: no call replaces a full one."""
+    """Rename `temporary` to `out`. An existing folder is moved aside first and deleted last, because no system call
+    replaces a folder that is not empty.
+    """
     for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())] if temporary.is_dir() else []:
         sync_folder(folder)
     old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}") if out.is_dir() else None

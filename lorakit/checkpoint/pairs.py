@@ -1,9 +1,8 @@
-"""The tensors of a checkpoint and of one tuned from it, side by side, under the names that an adapter has for them.
+"""The tensors of a checkpoint and of one fine-tuned from it, side by side, under an adapter's names.
 
-transformers folders    tensor by tensor, named and told apart by the model's architecture
+transformers folders    tensor by tensor; the architecture gives their names and kinds
 diffusers pipelines     component by component, the component's name in front
-single files            module by module (`formats.single_file`), then what is no module of the denoiser or of a text
-                        encoder
+single files            module by module (`single_file`), then the tensors that belong to no denoiser or text encoder
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.algebra.svd import norm_squared
-from ..adapter.lora import Form
+from ..adapter.lora import FactorShapes
 from ..adapter.update import halves_swapped
 from ..errors import LorakitError, listing
 from ..formats import names
@@ -25,7 +24,7 @@ from ..io.stream import MERGEABLE, Slot
 from .base import Base
 from .modules import Layout, layout_of
 from .parts import PIPELINE, Part, open_parts
-from .single_file import Place, bias_place, places
+from .single_file import WeightRows, bias_place, places
 from .tied_weights import declared
 
 _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for which there are no adapters
@@ -33,19 +32,23 @@ _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for 
 
 @dataclass(frozen=True)
 class Pair:
-    """A parameter as it was and as it is. `form`: of its low-rank factors, None if it has none. `adaptable`: an adapter
-    can hold its change.
+    """A parameter in both checkpoints.
+
+    factor_shapes: those of its low-rank factors; None if it has none. adaptable: whether an adapter can hold its
+    change. swapped: the file stores the second half of its rows first.
     """
 
     name: str
     before: Slot
     after: Slot
-    form: Form | None
+    factor_shapes: FactorShapes | None
     adaptable: bool = True
     swapped: bool = False
 
     def change(self) -> tuple[Tensor, float]:
-        """(ΔW [first axis, -1], ‖W‖), in float32 (float64 stays). Zero for what is not a float."""
+        """(ΔW [first axis, -1] in float32 (float64 stays), ‖W‖_F). Zeros for integer tensors. LorakitError for NaN or
+        infinity.
+        """
         before, after = self.before, self.after
         if before.dtype not in MERGEABLE:
             return torch.zeros(1, 1), 0.0
@@ -65,8 +68,8 @@ class Pair:
 
 
 def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
-    """Of two checkpoints of a diffusion model; None if BASE is a language model's folder. LorakitError if they do not
-    go together.
+    """The pairs of a diffusion model's two checkpoints; None if they are folders of a language model. LorakitError if
+    they are of different kinds, or of different models.
     """
     kinds = [_kind(path) for path in (base, tuned)]
     if kinds == ["folder", "folder"]:
@@ -79,7 +82,7 @@ def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
 
 
 def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
-    """Of two checkpoint folders of a language model."""
+    """The pairs of a language model's two checkpoint folders, and its layout. LorakitError as `common` raises it."""
     layout = layout_of(before)
     slots = {name: (before.tensors[name], after.tensors[name]) for name in common(before, after)} | _once_tied(
         before, after
@@ -87,13 +90,15 @@ def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
     pairs = []
     for name, (old, new) in slots.items():
         own = layout.own(name)
-        form = layout.form(own, old.shape) if own.endswith(".weight") else None
-        pairs.append(Pair(own, old, new, form))
+        shapes = layout.factor_shapes(own, old.shape) if own.endswith(".weight") else None
+        pairs.append(Pair(own, old, new, shapes))
     return pairs, layout
 
 
 def common(before: Base, after: Base) -> list[str]:
-    """The tensors of both. LorakitError if one has what the other lacks, beside tied weights (`_once_tied`)."""
+    """The names of the tensors that both have. LorakitError if one lacks a tensor of the other, except for tied weights
+    (`_once_tied`), or if shapes differ.
+    """
     known = _once_tied(before, after)
     lone = {
         n: b
@@ -102,9 +107,9 @@ def common(before: Base, after: Base) -> list[str]:
         if n not in other.tensors and n not in known
     }
     if lone:
-        told = [f"'{n}' is only in {b.folder}" for n, b in lone.items()]
+        lines = [f"'{n}' is only in {b.folder}" for n, b in lone.items()]
         raise LorakitError(
-            f"the two checkpoints hold other tensors, {len(lone)} in all: {listing(told, 3)}\n"
+            f"the two checkpoints hold different tensors, {len(lone)} in all: {listing(lines, 3)}\n"
             "  is one of them the base of the other?"
         )
     names = [n for n in before.tensors if n in after.tensors]
@@ -114,7 +119,7 @@ def common(before: Base, after: Base) -> list[str]:
 
 
 def _once_tied(before: Base, after: Base) -> dict[str, tuple[Slot, Slot]]:
-    """Weights that one of the two stores as its own and the other as one with another weight: before and after."""
+    """Weights that one checkpoint stores separately and the other tied to another weight: (before, after) by name."""
     lone = [n for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors]
     if not lone:
         return {}
@@ -135,23 +140,21 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
         raise LorakitError(
             f"only one of {base} and {tuned} has the component '{lone[0]}'\n  is one of them the base of the other?"
         )
-    found = []
+    slots = []
     for name, part in parts[0].items():
         for tensor in common(part.base, parts[1][name].base):
             old, new = (p[name].base.tensors[tensor] for p in parts)
-            found.append((part.called(_with_level(part, tensor)), old, new))
-    model = _model_of({own: old.shape for own, old, _ in found})
-    for own, old, new in found:
+            slots.append((part.called(_with_level(part, tensor)), old, new))
+    model = _model_of({own: old.shape for own, old, _ in slots})
+    for own, old, new in slots:
         module, component = own.rpartition(".")[0], own.partition(".")[0]
-        # Adapters of a known model change the modules of its lists: no tables of tokens and positions.
+        # Adapters of a known model change the modules of its lists, which have no token or position embeddings.
         adaptable = module in names.shapes(model) if model is not None else component not in _OTHER_PARTS
-        yield Pair(own, old, new, _form(own, old.shape), adaptable)
+        yield Pair(own, old, new, _factor_shapes(own, old.shape), adaptable)
 
 
 def _model_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Which diffusion model these parameters are of. By widths too: SD1 and SD2 share their UNet's names, and their
-    text encoders differ.
-    """
+    """The diffusion model of these parameters, by names and widths: SD1 and SD2 share the UNet's names."""
     sizes = {
         n.rpartition(".")[0]: s for n, s in shapes.items() if n.startswith(("unet.", "transformer.")) and len(s) > 1
     }
@@ -180,29 +183,29 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             _check_alike(at.tensor, before.tensors[at.tensor], after.tensors[at.tensor])
             seen.add(at.tensor)
             old, new = (_rows(b, at) for b in (before, after))
-            yield Pair(own, old, new, _form(own, old.shape), swapped=at.swapped)
-    for name, slot in before.tensors.items():  # EMA weights and the like may be in one of them only
+            yield Pair(own, old, new, _factor_shapes(own, old.shape), swapped=at.swapped)
+    for name, slot in before.tensors.items():  # EMA weights, say, may be in only one of them
         if name not in seen and name in after.tensors:
             _check_alike(name, slot, after.tensors[name])
             yield Pair(name, slot, after.tensors[name], None, adaptable=False)
 
 
-def _rows(base: Base, place: Place) -> Slot:
+def _rows(base: Base, place: WeightRows) -> Slot:
     return base.tensors[place.tensor].part(place.start, place.stop)
 
 
 def _with_level(part: Part, tensor: str) -> str:
-    """CLIP's names with the level `text_model.`, which files of late versions of transformers do not have."""
+    """CLIP's names with the level `text_model.`, which files of late versions of transformers lack."""
     is_clip = (part.base.architecture or "").startswith("CLIP")
     return f"text_model.{tensor}" if is_clip and not tensor.startswith(("text_model.", "text_projection.")) else tensor
 
 
-def _form(name: str, shape: tuple[int, ...]) -> Form | None:
+def _factor_shapes(name: str, shape: tuple[int, ...]) -> FactorShapes | None:
     if not name.endswith(".weight") or len(shape) < 2 or 0 in shape:
         return None
     if "embedding.weight" in name and name.startswith("text_encoder"):
-        return Form("embedding", shape[:1])
-    return Form("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
+        return FactorShapes("embedding", shape[:1])
+    return FactorShapes.of_shape(shape)
 
 
 def _kind(path: Path) -> str:
@@ -210,7 +213,7 @@ def _kind(path: Path) -> str:
 
 
 def _check_alike(name: str, a: Slot, b: Slot) -> None:
-    """LorakitError where the two are no float tensors of one shape, unless they are the same bytes."""
+    """LorakitError unless the two are float tensors of the same shape, or have the same bytes."""
     if a.shape != b.shape:
         raise LorakitError(
             f"'{name}' has shape {list(a.shape)} in {a.path.parent} and {list(b.shape)} in {b.path.parent}\n"
@@ -218,8 +221,7 @@ def _check_alike(name: str, a: Slot, b: Slot) -> None:
         )
     if (a.dtype not in MERGEABLE or b.dtype not in MERGEABLE) and (a.dtype != b.dtype or not _same(a, b)):
         raise LorakitError(
-            f"'{name}' is stored as {a.dtype} and as {b.dtype}, and differs: no change of a weight\n"
-            "  expected float tensors"
+            f"'{name}' is stored as {a.dtype} and as {b.dtype}, with different values; expected float tensors"
         )
 
 

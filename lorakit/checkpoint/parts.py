@@ -1,9 +1,9 @@
-"""What an adapter can be merged into, as a list of parts, each with weights of its own.
+"""The parts of a base that an adapter can be merged into, each with weights of its own.
 
 a transformers folder      one part, without a name
-a diffusers pipeline       a folder with model_index.json: its components (unet/, text_encoder/...), whose names begin
-                           an adapter's modules
-a single file              of a diffusion model: one part
+a diffusers pipeline       a folder with model_index.json; a part for each component (unet/, text_encoder/...), whose
+                           name is the first part of an adapter's module names
+a single file              a diffusion model's: one part
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PIPELINE = "model_index.json"
 
 @dataclass(frozen=True)
 class Part:
-    """`name`: of the component, which is its folder's too; empty for what is no pipeline."""
+    """`name`: the component's and its folder's name; "" unless the base is a pipeline."""
 
     name: str
     base: Base
 
     def own(self, adapter: Adapter) -> Adapter | None:
-        """What of an adapter is for this part, under the part's own names; None if nothing is."""
+        """The part of an adapter that is for this component, with names within it; None if there is none."""
         if not self.name:
             return adapter
         updates = _within(self.name, adapter.updates)
@@ -39,17 +39,18 @@ class Part:
         return replace(adapter, updates=updates, saved=saved, metadata=_fingerprint_within(self.name, adapter.metadata))
 
     def file(self, name: str, converted: bool) -> str:
-        """What a file of weights is called in OUT. A variant (fp16) is one of a pipeline, and of its own precision."""
+        """The name of a weights file in OUT. Only pipelines keep a variant (fp16), and only if the dtype stays."""
         return name if self.name and not converted else without_variant(name) if not self.base.single_file else name
 
     def called(self, name: str) -> str:
-        """A module's or a tensor's name, with the component in front; of no name, what all of them begin with."""
+        """A module's or tensor's full name, with the component in front; of "" the prefix that all share."""
         return f"{self.name}.{name}" if self.name else name
 
 
 def open_parts(path: Path, names: Collection[str], everything: bool = False) -> list[Part]:
-    """The parts that hold these modules or weights, or (`everything`) all that have weights. LorakitError for what is
-    no checkpoint.
+    """The parts that have these modules or weights; with `everything` all that have weights.
+
+    LorakitError if the path is no checkpoint, TargetError for a name outside all components.
     """
     if path.is_file():
         return [Part("", open_single_file(path))]
@@ -63,15 +64,15 @@ def open_parts(path: Path, names: Collection[str], everything: bool = False) -> 
         and Path(name).name == name
         and (path / name / "config.json").is_file()
     ]
-    strange = [n for n in names if n.partition(".")[0] not in components]
-    if strange:
+    unknown = [n for n in names if n.partition(".")[0] not in components]
+    if unknown:
         raise TargetError(
-            f"the adapter changes '{strange[0]}', which is in no component of {path} (it has {listing(components)})\n"
+            f"the adapter changes '{unknown[0]}', which is in no component of {path} (it has {listing(components)})\n"
             "  is it an adapter for another model?"
         )
     touched = {n.partition(".")[0] for n in names}
-    wanted = [c for c in components if c in touched or (everything and any((path / c).glob("*.safetensors")))]
-    return [Part(name, replace(open_base(path / name), component=name)) for name in wanted]
+    chosen = [c for c in components if c in touched or (everything and any((path / c).glob("*.safetensors")))]
+    return [Part(name, replace(open_base(path / name), component=name)) for name in chosen]
 
 
 def _within(component: str, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _within(component: str, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint_within(component: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with, of the fingerprint, the numbers that are of this component."""
+    """The metadata with only this component's samples in its fingerprint."""
     known = metadata.get("fingerprint")
     if not isinstance(known, Mapping) or not isinstance(known.get("samples"), Mapping):
         return dict(metadata)

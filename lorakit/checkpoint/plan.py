@@ -1,9 +1,9 @@
-"""What OUT will hold, decided before a byte is written: each tensor, where it comes from, and what is done to it.
+"""Plan OUT before a byte is written: each tensor, where it comes from and how it is made.
 
-copied      its bytes, as they are
-updated     W + Σ wᵢ ΔWᵢ, for the target of updates; of a tensor that several modules share, some of its rows
-replaced    a weight that an adapter saved whole, in place of the base's; or added, where the base has none
-untied      a tensor of its own for a weight that was stored once and used twice
+copied      the base's bytes
+updated     W + Σ wᵢ ΔWᵢ; only some rows of a tensor that several modules share
+replaced    an adapter's saved weight instead of the base's; added, if the base has none
+untied      a separate tensor for a weight that was stored once and used twice
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .where import find_places
 
 
 @dataclass(frozen=True)
-class Placed:
-    """The updates of some rows of a tensor, of one module by one adapter or more."""
+class RowUpdates:
+    """The updates of rows [start, stop) of a tensor: one module's, by one or more adapters."""
 
     start: int
     stop: int
@@ -40,25 +40,27 @@ class Placed:
 
     @property
     def rank(self) -> int:
-        """Of all of them together."""
+        """The sum of their ranks."""
         return sum(u.rank for u in self.updates)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of OUT."""
+    """One tensor of OUT. `source`: the base's tensor that it starts from. `updates`: by rows, in order. `value`: what
+    replaces it instead.
+    """
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
-    source: Slot | None = None  # what it starts from
-    updates: tuple[Placed, ...] = ()  # in the order of their rows
-    value: Tensor | None = None  # what it is instead
+    source: Slot | None = None
+    updates: tuple[RowUpdates, ...] = ()
+    value: Tensor | None = None
 
     @property
     def slot(self) -> Slot:
-        """`source`, of an entry that has one: every entry without a `value`."""
+        """`source`, which every entry without a `value` has."""
         assert self.source is not None
         return self.source
 
@@ -68,10 +70,11 @@ class Entry:
 
     @property
     def copied(self) -> bool:
+        """Whether the base's values stay (possibly in another dtype)."""
         return not self.updates and self.value is None
 
-    def pieces(self) -> Iterator[tuple[Slot, Placed | None]]:
-        """Its source in pieces of rows, each with what changes it."""
+    def pieces(self) -> Iterator[tuple[Slot, RowUpdates | None]]:
+        """The source in blocks of rows, each with its updates or None."""
         at, slot = 0, self.slot
         for placed in self.updates:
             if placed.start > at:
@@ -84,7 +87,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """`renames`: of each adapter, from its names to the files'."""
+    """All of OUT. `renames`: one for each adapter, from its names to the files'."""
 
     base: Base
     files: Mapping[str, list[Entry]]
@@ -99,8 +102,9 @@ class Plan:
 
 
 def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torch.dtype | None, untie: bool) -> Plan:
-    """Of adapters with their weights. TargetError or AdapterError for whatever does not fit the base; nothing is left
-    out in silence.
+    """Plan the merge of adapters with their weights. `untie`: separate tied weights that change.
+
+    TargetError or AdapterError for every part of an adapter that does not fit the base.
     """
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
@@ -120,7 +124,7 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
     for name, slot in sources.items():
         stored = NAMES[dtype] if dtype is not None and slot.dtype in MERGEABLE else slot.dtype
         placed = tuple(
-            Placed(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items())
+            RowUpdates(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items())
         )
         files[slot.path.name].append(
             Entry(name, slot.path.name, stored, slot.shape, slot, placed, changes.values.get(name))
@@ -135,8 +139,8 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
 
 
 def _same_change(changes: Changes, group: list[str]) -> bool:
-    """Whether all of a group of tied weights gain the same low-rank update: a head the transposed factors of its
-    embedding.
+    """Whether a group of tied weights all get the same low-rank update (a head's factors are its embedding's,
+    transposed).
     """
     found = [change for n in group for changed in changes.updates.get(n, {}).values() for change in changed]
     if len(found) != len(group) or any(n in changes.values for n in group):
@@ -154,9 +158,7 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
 
 
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
-    """Weights that stay one can only change as one: TargetError unless the adapter saved the same whole weight for all
-    of them.
-    """
+    """TargetError unless weights that stay tied get the same update or the same saved weight."""
     values = changes.values
     for holder in dict.fromkeys(ties.values()):
         group = [holder, *(user for user, h in ties.items() if h == holder)]

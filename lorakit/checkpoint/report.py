@@ -1,4 +1,4 @@
-"""What a merge did, as measured on the files it wrote."""
+"""`MergeReport`: what a merge changed, measured on the files it wrote."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """One target: `rank`, of all its updates together; `asked`, the largest |ΔW|; `applied`, the largest |written -
-    base|; `changed`, the share of its numbers that differ.
+    """One target. `rank`: the sum of its updates' ranks; `asked`: the largest |ΔW|; `applied`: the largest |written -
+    base|; `changed`: the share of its elements that differ.
     """
 
     module: str
@@ -26,7 +26,7 @@ class TargetReport:
     changed: float
 
     def within(self, component: str) -> TargetReport:
-        """The same, with a pipeline's component in front of the names."""
+        """A copy with a pipeline's component in front of the names."""
         return (
             replace(self, module=f"{component}.{self.module}", tensor=f"{component}.{self.tensor}")
             if component
@@ -35,7 +35,7 @@ class TargetReport:
 
     @property
     def lost(self) -> bool:
-        """Whether its whole update was below the precision it was written in."""
+        """Whether all of its ΔW was below the precision it was written in."""
         return self.asked > 0 and self.changed == 0
 
 
@@ -44,13 +44,13 @@ class MergeReport:
     base: str
     adapter: str
     out: str
-    dtype: str  # what most of the weights are written as
+    dtype: str  # of most of the written weights
     converted: bool  # whether that differs from the base
     targets: tuple[TargetReport, ...]
-    replaced: tuple[str, ...]  # weights that the adapter saved whole
-    added: tuple[str, ...]  # such weights that the base did not have
-    untied: tuple[str, ...]  # weights that were one and are now apart
-    untouched: int  # tensors that are the base's own: to the byte, or rounded to `dtype`
+    replaced: tuple[str, ...]  # by the adapter's saved weights
+    added: tuple[str, ...]  # saved weights that the base did not have
+    untied: tuple[str, ...]  # tied weights that are now separate
+    untouched: int  # tensors with the base's values: to the byte, or rounded to `dtype`
     tensors: int
     bytes: int  # of all tensors
     left_out: tuple[str, ...]  # files of the base that were not copied: other weights, adapters
@@ -63,7 +63,7 @@ class MergeReport:
         return max((t.applied for t in self.targets), default=0.0)
 
     def headline(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
         parts += [
             f"{len(names)} weights {what}"
@@ -78,7 +78,7 @@ class MergeReport:
         return {**asdict(self), "largest": self.largest, "headline": self.headline()}
 
     def table(self) -> Table:
-        """A row per target and the warnings below, for rich."""
+        """A rich table: a row for each target, the warnings below."""
         from rich import box
         from rich.table import Table
 

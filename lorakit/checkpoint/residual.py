@@ -1,12 +1,12 @@
-"""Adapters that PEFT started from the base's own weights, as plain LoRA of that base.
+"""Adapters that PEFT initialized from the base's weights, converted to a plain LoRA of that base.
 
     PiSSA (Meng et al. 2024)          s · B₀ A₀ = the r largest singular values of W
     OLoRA (Büyükakyüz 2024)           B₀ A₀ = the first r columns of Q and rows of R, W = Q R
 
-Training went on from W - s · B₀ A₀, so what the adapter adds to W is s · B A - s · B₀ A₀, of rank 2r. B₀ A₀ are made
-again from W, which must be the very base; of PiSSA as well as an SVD in float32 tells the r-th singular vector from the
-next. Starts that took data, random projections or rounded weights (CorDA, LoRA-GA, `pissa_niter_*`, LoftQ) cannot be
-made again.
+Training started from W - s · B₀ A₀, so the adapter adds s · B A - s · B₀ A₀ to W, of rank 2r. B₀ A₀ are recomputed from
+W, which must be the same base; for PiSSA up to the accuracy with which an SVD in float32 separates the r-th singular
+vector from the next. Initializations that used data, random projections or quantized weights (CorDA, LoRA-GA,
+`pissa_niter_*`, LoftQ) cannot be recomputed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ EXACT = ("pissa", "olora")
 
 
 def load_on(source: str | Path, base: Path | None, alpha: float | None = None, force_base: bool = False) -> Adapter:
-    """Read an adapter that may need its base: a GGUF of a Llama, or one that was started from the base's weights.
+    """Read an adapter that may need its base: a GGUF of a Llama, or one that was initialized from the base's weights.
 
-    alpha: for formats that do not hold it; others pass over it, so that adapters of several formats may be named
-    together.
+    alpha: for formats that do not hold it; ignored for others, so that one alpha can be given for adapters of several
+    formats. Raises AdapterError as `formats.load` and `plain` do.
     """
     if base is not None and started_as(source):
         return plain(find(source), base, force_base)
@@ -40,28 +40,28 @@ def load_on(source: str | Path, base: Path | None, alpha: float | None = None, f
 
 
 def started_as(source: str | Path) -> str | None:
-    """ "pissa", "olora"... of one that PEFT started from the base's weights."""
+    """PEFT's initialization from the base's weights, "pissa", "olora"...; None for other adapters."""
     path = find(source)
     return peft.start_of(path) if peft.is_peft(path) else None
 
 
 def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
-    """PEFT's folder of a PiSSA or an OLoRA as a plain LoRA of `base`. AdapterError for another start, and for what
-    looks like another base.
+    """A PiSSA or OLoRA folder of PEFT as a plain LoRA of `base`.
 
-    Nothing in the folder tells its base for sure. What training started from is still most of what it ended with: where
-    taking the start of `base` away makes all modules larger, it was another start (`force_base`: take it all the same).
+    The folder does not identify its base. But a trained adapter is still close to its initialization, so if subtracting
+    the initialization computed from `base` makes every module larger, it was another base: AdapterError, unless
+    `force_base`. AdapterError for other initializations too.
     """
     start = str(peft.start_of(path))
     if start not in EXACT:
         raise AdapterError(
-            f"{path}: it was started as {start!r}, which cannot be made again from the base's weights\n"
+            f"{path}: it was initialized as {start!r}, which cannot be recomputed from the base's weights\n"
             "  save it again with PEFT as a plain LoRA: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
     adapter = peft.read(path, started=True)
-    # On Conv1D PEFT's OLoRA decomposes the matrix the wrong way round, where that is possible at all.
-    strange = [
+    # On Conv1D PEFT's OLoRA decomposes the transposed matrix, if that is possible at all.
+    unsupported = [
         m
         for m, u in adapter.updates.items()
         if (f := u.factors) is None
@@ -70,19 +70,19 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         or f.parts
         or (f.transposed and start == "olora")
     ]
-    if strange:
-        raise AdapterError(f"{path}: '{strange[0]}' is no plain linear, as a start of {start!r} has it")
+    if unsupported:
+        raise AdapterError(f"{path}: '{unsupported[0]}' is no plain linear, which {start!r} is for")
     weights = open_weights(base, adapter.factors)
-    made, strangers = {}, 0
+    made, grown = {}, 0
     for module, f in adapter.factors.items():
         W = weights.read(module, f)
         first = _start(start, W, f)
         made[module] = exact_sum(module, [(1.0, f), (-1.0, first)])
-        strangers += norm(made[module]) > norm(f)
-    if strangers == len(made) and not force_base:
+        grown += norm(made[module]) > norm(f)
+    if grown == len(made) and not force_base:
         raise AdapterError(
-            f"{path}: it was started as {start!r}, but from other weights than {base} has, as no module is like what "
-            "it would have started from\n"
+            f"{path}: it was initialized as {start!r} from other weights than those of {base}: no module is close to "
+            "the initialization that this base would give\n"
             "  give the base that it was trained on; force_base=True (--force-base of merge and export) if you know "
             "better"
         )
@@ -90,7 +90,7 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
 
 
 def _start(start: str, W: Tensor, f: Factors) -> Factors:
-    """s · B₀ A₀ of W [out, in], as factors of the form and strength of `f`."""
+    """s · B₀ A₀ of W [out, in], as factors with the rank, alpha and kind of `f`."""
     r = f.rank
     if start == "olora":
         Q, R = torch.linalg.qr(W)
@@ -105,7 +105,7 @@ def _start(start: str, W: Tensor, f: Factors) -> Factors:
 
 
 def _largest(W: Tensor, r: int) -> Tensor:
-    """The first r left singular vectors of W [m, n], m <= n, from W Wᵀ in float64: m x m, where an SVD takes several
-    times as long.
+    """The first r left singular vectors of W [m, n], m <= n, from the eigenvectors of W Wᵀ [m, m] in float64, which is
+    several times as fast as an SVD.
     """
     return torch.linalg.eigh(W @ W.T)[1][:, -r:]

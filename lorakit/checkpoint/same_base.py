@@ -1,7 +1,7 @@
-"""Whether a checkpoint is the base that an adapter was trained on: the few numbers of its fingerprint, read from the
-files.
+"""Whether a checkpoint is the base that an adapter was trained on: compare the samples of the fingerprint.
 
-The rest of a fingerprint speaks of a model, with heads and ties as its class has them; of files only the numbers count.
+The fingerprint's other entries describe a model, with the heads and ties of its class; files are compared by the
+samples only.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from .where import find_places
 
 
 def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str]) -> list[str]:
-    """What tells this base from the one fingerprinted; empty if nothing does, or the adapter has no fingerprint.
-
-    `rename`: from the adapter's names of parameters to the files'.
+    """The differences between this base and the adapter's fingerprint, one line each; empty if there are none, or the
+    adapter has no fingerprint. `rename`: from the adapter's parameter names to the files'.
     """
     expected = adapter.metadata.get("fingerprint")
     if not expected or base.single_file:
@@ -30,18 +29,18 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
     samples, found = {}, {}
     for name, numbers in expected["samples"].items():
         slot = base.tensors.get(rename(name))
-        replaced = name in adapter.saved  # a fresh head is not the base's
+        replaced = name in adapter.saved  # a new head is not the base's
         if slot is not None and slot.nbytes and slot.torch_dtype is not None and not replaced:
             samples[name] = numbers
-            # Where a fingerprint looks, and no more than that: of these few numbers it takes each.
+            # Read only the elements that a fingerprint samples; of a tensor this small it then samples all.
             found[name] = slot.numbers(places(math.prod(slot.shape)))
     rounding = {"rounding": expected["rounding"]} if "rounding" in expected else {}
     return differences({**fingerprint(found, ""), "samples": samples, **rounding}, found, "")
 
 
 def compare_with_base(path: Path, adapter: Adapter) -> list[str]:
-    """The same for a checkpoint's folder, a pipeline's or a single file. LorakitError if it lacks one of the adapter's
-    modules.
+    """`compare_with_files` for a checkpoint folder, a pipeline or a single file. LorakitError if it lacks one of the
+    adapter's modules.
     """
     lines = []
     for part in open_parts(path, list(adapter.updates)):

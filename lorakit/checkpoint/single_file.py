@@ -1,4 +1,4 @@
-"""Where each module's weight lies in a diffusion checkpoint of one file, as the model's original code names it ("ldm").
+"""Where each module's weight lies in a diffusion model's single file, which has the original code's names ("ldm").
 
     denoiser           model.diffusion_model.    the "ldm" names of names/*.json; or the bare denoiser, without the
                                                  prefix
@@ -9,11 +9,11 @@
                        sd3, flux                                    text_encoders.{clip_l,clip_g,t5xxl}.transformer.,
                                                                     transformers' names
 
-Several modules can share one tensor, row after row: q, k, v as `attn.qkv` or OpenCLIP's `attn.in_proj_weight`, with the
-feed-forward as Flux's `linear1`. The rows are shared out as in the published sizes (thirds; 1:1:1:4), so other widths
-are read too. A 1x1 convolution may be stored as [out, in, 1, 1] or as [out, in] (SD2's `proj_in`): its place is the
-same. What a pipeline does not use has no place: EMA weights (`model_ema.`), the projection and the last layer of SD2's
-text encoder.
+Several modules can share the rows of one tensor: q, k, v in `attn.qkv` or OpenCLIP's `attn.in_proj_weight`, with the
+feed-forward in Flux's `linear1`. The rows are divided in the proportions of the published sizes (thirds; 1:1:1:4), so
+other widths are read too. A 1x1 convolution may be stored as [out, in, 1, 1] or as [out, in] (SD2's `proj_in`).
+Weights that a pipeline does not use are not listed: EMA weights (`model_ema.`), the projection and the last layer of
+SD2's text encoder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 DENOISER = ("model.diffusion_model.", "diffusion_model.", "")
 TRANSFORMERS, OPEN_CLIP = "transformers", "open_clip"
-# model -> text encoder -> (prefix, naming), all that are in use.
+# model -> text encoder -> every (prefix, naming) in use.
 TEXT_ENCODERS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "sd1": {"text_encoder": (("cond_stage_model.transformer.", TRANSFORMERS),)},
     "sd2": {"text_encoder": (("cond_stage_model.model.", OPEN_CLIP), ("cond_stage_model.transformer.", TRANSFORMERS))},
@@ -61,7 +61,7 @@ _IN_LAYER = {
 # Norms that give a shift and a scale: the original code has the shift first, diffusers the scale.
 _CONTINUOUS_NORMS = ("norm_out.linear", "norm1_context.linear")
 
-# What only these have, after the denoiser's prefix.
+# Names that only these models have, after the denoiser's prefix.
 _SIGNS = {
     "flux": ("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_mod.lin.weight", "txt_in.weight"),
     "sd3": ("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight", "context_embedder.weight"),
@@ -113,10 +113,8 @@ _OTHERS = {
 _DIFFUSERS = ("down_blocks.0.", "single_transformer_blocks.0.", "transformer_blocks.0.attn.to_q")
 
 
-class Place(NamedTuple):
-    """The rows [start, stop) of a file's tensor that are one module's weight, and how they differ from the module's
-    own.
-    """
+class WeightRows(NamedTuple):
+    """The rows [start, stop) of a file's tensor that are one module's weight, and how their layout differs from it."""
 
     tensor: str
     start: int
@@ -126,8 +124,8 @@ class Place(NamedTuple):
 
 
 def model_of_file(shapes: Shapes) -> str:
-    """Which of `names.MODELS` a file's tensors (name -> shape) are.
-    LorakitError, saying what they look like, if none.
+    """The model of `names.MODELS` that a file's tensors (name -> shape) belong to. LorakitError, with what the file
+    looks like, if it is none of them.
     """
     for prefix in DENOISER:
         for family, signs in _SIGNS.items():
@@ -141,22 +139,21 @@ def model_of_file(shapes: Shapes) -> str:
     )
 
 
-def places(model: str, shapes: Shapes) -> dict[str, Place]:
-    """lorakit's name of a module ("unet.conv_in", "text_encoder_2.text_projection") -> its place, of all that the file
-    holds.
+def places(model: str, shapes: Shapes) -> dict[str, WeightRows]:
+    """Module name ("unet.conv_in", "text_encoder_2.text_projection") -> its rows, for all modules in the file.
 
-    LorakitError for a tensor that its modules do not share out evenly.
+    LorakitError for a shared tensor whose rows cannot be divided among its modules.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, WeightRows] = {}
     for component in PIPELINES[model]:
         for name, place in _places_of(model, component, shapes):
             found.setdefault(f"{component}.{name}", place)
     return found
 
 
-def bias_place(model: str, module: str, shapes: Shapes) -> Place | None:
-    """Where a module's bias lies: the rows of its weight, in another tensor. None if the file does not hold the module
-    or has no bias of it.
+def bias_place(model: str, module: str, shapes: Shapes) -> WeightRows | None:
+    """The rows of a module's bias: those of its weight, in another tensor. None if the file lacks the module or its
+    bias. LorakitError if the bias does not fit the weight.
     """
     component, _, name = module.partition(".")
     place = (
@@ -174,15 +171,15 @@ def bias_place(model: str, module: str, shapes: Shapes) -> Place | None:
     return place._replace(tensor=tensor)
 
 
-def _places_of(model: str, component: str, shapes: Shapes, only: str | None = None) -> Iterator[tuple[str, Place]]:
-    """Of a component's modules, by their names within it; or of one of them. What comes first is meant."""
+def _places_of(model: str, component: str, shapes: Shapes, only: str | None = None) -> Iterator[tuple[str, WeightRows]]:
+    """(name within the component, rows) of all modules, or of `only` one. The first pair of a name counts."""
     listed = module_list(PIPELINES[model][component].listed)
     if component not in TEXT_ENCODERS[model]:
         yield from _denoiser_places(listed, shapes, only)
         return
-    wanted = [name for name in listed["modules"] if only in (None, name)]
+    modules = [name for name in listed["modules"] if only in (None, name)]
     for prefix, naming in TEXT_ENCODERS[model][component]:
-        for name in wanted:
+        for name in modules:
             place = (
                 _in_transformers(prefix, name, shapes)
                 if naming == TRANSFORMERS
@@ -192,7 +189,9 @@ def _places_of(model: str, component: str, shapes: Shapes, only: str | None = No
                 yield name, place
 
 
-def _denoiser_places(listed: Mapping[str, Mapping], shapes: Shapes, only: str | None) -> Iterator[tuple[str, Place]]:
+def _denoiser_places(
+    listed: Mapping[str, Mapping], shapes: Shapes, only: str | None
+) -> Iterator[tuple[str, WeightRows]]:
     prefix = next((p for p in DENOISER if any(f"{p}{name}.weight" in shapes for name in listed["ldm"])), None)
     if prefix is None:
         return
@@ -201,30 +200,30 @@ def _denoiser_places(listed: Mapping[str, Mapping], shapes: Shapes, only: str | 
         if tensor not in shapes or (only is not None and only not in modules):
             continue
         parts = [listed["modules"][module][0] for module in modules]
-        whole, unit = _rows(tensor, shapes), sum(parts)
-        if any(whole * part % unit for part in parts):
+        rows, unit = _rows(tensor, shapes), sum(parts)
+        if any(rows * part % unit for part in parts):
             raise LorakitError(
-                f"'{tensor}' has {whole} rows; {listing(modules)} cannot share them as {':'.join(map(str, parts))}"
+                f"'{tensor}' has {rows} rows; {listing(modules)} cannot share them as {':'.join(map(str, parts))}"
             )
         start = 0
         for module, part in zip(modules, parts, strict=True):
-            stop = start + whole * part // unit
-            # Of these norms those with six parts are of another kind.
-            swapped = module.endswith(_CONTINUOUS_NORMS) and shapes[tensor][1:] == (whole // 2,)
+            stop = start + rows * part // unit
+            # Those of these norms that have six parts are of another kind.
+            swapped = module.endswith(_CONTINUOUS_NORMS) and shapes[tensor][1:] == (rows // 2,)
             if only in (None, module):
-                yield module, Place(tensor, start, stop, swapped)
+                yield module, WeightRows(tensor, start, stop, swapped)
             start = stop
 
 
-def _in_transformers(prefix: str, name: str, shapes: Shapes) -> Place | None:
-    """Also without the level `text_model.`, which early and late versions of transformers do not have."""
+def _in_transformers(prefix: str, name: str, shapes: Shapes) -> WeightRows | None:
+    """With or without the level `text_model.`, which early and late versions of transformers do not have."""
     for tensor in (f"{prefix}{name}.weight", f"{prefix}{name.removeprefix('text_model.')}.weight"):
         if tensor in shapes:
-            return Place(tensor, 0, _rows(tensor, shapes))
+            return WeightRows(tensor, 0, _rows(tensor, shapes))
     return None
 
 
-def _in_open_clip(model: str, prefix: str, name: str, shapes: Shapes) -> Place | None:
+def _in_open_clip(model: str, prefix: str, name: str, shapes: Shapes) -> WeightRows | None:
     if name == "text_projection":
         return _projection(prefix, shapes) if model != "sd2" else None
     part, of = 0, 1
@@ -240,30 +239,30 @@ def _in_open_clip(model: str, prefix: str, name: str, shapes: Shapes) -> Place |
         return None
     rows, uneven = divmod(_rows(tensor, shapes), of)
     if uneven:
-        raise LorakitError(f"'{tensor}' has {shapes[tensor][0]} rows; expected q, k and v, of as many rows each")
-    return Place(tensor, part * rows, (part + 1) * rows)
+        raise LorakitError(f"'{tensor}' has {shapes[tensor][0]} rows; expected q, k and v with equal rows")
+    return WeightRows(tensor, part * rows, (part + 1) * rows)
 
 
-def _projection(prefix: str, shapes: Shapes) -> Place | None:
+def _projection(prefix: str, shapes: Shapes) -> WeightRows | None:
     for tensor, transposed in ((f"{prefix}text_projection", True), (f"{prefix}text_projection.weight", False)):
         if tensor in shapes:
-            return Place(tensor, 0, _rows(tensor, shapes), transposed=transposed)
+            return WeightRows(tensor, 0, _rows(tensor, shapes), transposed=transposed)
     return None
 
 
 def _rows(tensor: str, shapes: Shapes) -> int:
     if not shapes[tensor]:
-        raise LorakitError(f"'{tensor}' is a single number; expected a weight")
+        raise LorakitError(f"'{tensor}' is a scalar; expected a weight")
     return shapes[tensor][0]
 
 
 def _unet_of(shapes: Shapes, prefix: str) -> str:
-    """ "sdxl" has three levels and an embedding of its sizes; SD1 and SD2 share their names and differ in text encoder
-    and widths.
+    """ "sd1", "sd2" or "sdxl". SDXL has three levels and an embedding of sizes; SD1 and SD2 share their names, and
+    differ in the text encoder and widths. LorakitError for other UNets.
     """
     if any("time_stack." in name for name in shapes):
         raise LorakitError(
-            f"no diffusion checkpoint that an adapter can be merged into: it is {_OTHERS['time_stack.']}"
+            f"not a diffusion checkpoint that an adapter can be merged into: it is {_OTHERS['time_stack.']}"
         )
     four_levels = f"{prefix}input_blocks.9.0.op.weight" in shapes
     if not four_levels and f"{prefix}label_emb.0.0.weight" in shapes:

@@ -1,8 +1,8 @@
-"""Writing the planned tensors block by block, and reading them back to see what was really written.
+"""Write the planned tensors block by block, then read them back and compare with the base.
 
     W' = round(W + Σ ΔW)        added in float32 (float64 stays), rounded once
 
-Memory: a few blocks, whatever the tensors' size; and the adapter's own factors.
+Memory: a few blocks, independent of the tensors' size, and the adapter's factors.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 
 from ..errors import LorakitError
 from ..io.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
-from .plan import Entry, Placed
+from .plan import Entry, RowUpdates
 from .report import TargetReport
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What was written of an updated tensor: the largest |ΔW| of each of its updates, and a checksum of its bytes."""
+class WrittenTensor:
+    """An updated tensor as written. `largest`: the largest |ΔW| of each of its updates; `crc`: CRC-32 of its bytes."""
 
     largest: list[float]
     crc: int
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """As a file should hold them: wide dtypes first, so that each tensor starts at a multiple of its width."""
+    """The order in a file: wide dtypes first, so that each tensor starts at a multiple of its element size."""
 
     def width(entry: Entry) -> int:
         dtype = DTYPES.get(entry.dtype)
@@ -43,9 +43,12 @@ def in_order(entries: Sequence[Entry]) -> list[Entry]:
 
 def write_file(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], done: Callable[[str], None]
-) -> dict[str, Asked]:
-    """Write one safetensors file. Returns what was written of each updated tensor."""
-    asked: dict[str, Asked] = {}
+) -> dict[str, WrittenTensor]:
+    """Write one safetensors file; `done(name)` is called after each tensor. Returns the updated tensors.
+
+    LorakitError if a value is too large for the dtype.
+    """
+    written: dict[str, WrittenTensor] = {}
     with StreamWriter(path, {e.name: (e.dtype, e.shape, e.nbytes) for e in entries}, metadata) as out:
         for entry in entries:
             if entry.value is not None:
@@ -67,18 +70,18 @@ def write_file(
                         crc = out.write(_rounded(entry, _sum(block, change), block), crc)
                     if placed is not None:
                         largest.append(most)
-                asked[entry.name] = Asked(largest, crc)
+                written[entry.name] = WrittenTensor(largest, crc)
             done(entry.name)
-    return asked
+    return written
 
 
 def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows [n, -1] of a tensor as it is to be, not yet rounded: W + ΔW in at least float32; W as stored, or
-    what replaces it.
+    """The merged tensor in blocks of rows [n, -1], not rounded: W + ΔW in float32 (float64 stays); unchanged tensors
+    and replaced ones in their own dtype.
     """
     if entry.value is not None:
-        whole = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
-        yield slice(0, whole.shape[0]), whole
+        value = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
+        yield slice(0, value.shape[0]), value
         return
     start = 0
     for slot, placed in entry.pieces() if entry.updates else iter([(entry.slot, None)]):
@@ -87,8 +90,8 @@ def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
         start += slot.shape[0] if slot.shape else 1
 
 
-def _changes(slot: Slot, placed: Placed | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Blocks of rows: which, W's, and what is added to them."""
+def _changes(slot: Slot, placed: RowUpdates | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Blocks of rows: (rows, W[rows], ΔW[rows] or None)."""
     made = [update.on(slot) for update in placed.updates] if placed is not None else []
     for rows, block in slot.rows():
         changes = [change(rows, block) for change in made]
@@ -108,10 +111,11 @@ def _rounded(entry: Entry, new: Tensor, old: Tensor) -> Tensor:
 
 
 def read_back(
-    path: Path, entries: Sequence[Entry], asked: Mapping[str, Asked], done: Callable[[str], None]
+    path: Path, entries: Sequence[Entry], written: Mapping[str, WrittenTensor], done: Callable[[str], None]
 ) -> list[TargetReport]:
-    """Compare a written file with the base: what each update changed, and that nothing else did. LorakitError if
-    something else did.
+    """Compare a written file with the base. Returns what each update changed.
+
+    LorakitError if anything else differs, or an updated tensor's checksum does.
     """
     slots, _ = read_header(path)
     if list(slots) != [e.name for e in entries]:
@@ -122,7 +126,7 @@ def read_back(
         if (slot.dtype, slot.shape) != (entry.dtype, entry.shape):
             raise _unlike(path, f"'{entry.name}'")
         if entry.updates:
-            reports += _measure(path, entry, slot, asked[entry.name])
+            reports += _measure(path, entry, slot, written[entry.name])
         elif entry.value is not None:
             value = entry.value.to(DTYPES[entry.dtype]).reshape((*slot.shape[:1], -1) if slot.shape else (1, 1))
             if not all(same_bytes(block, value[rows]) for rows, block in slot.rows()):
@@ -138,10 +142,10 @@ def read_back(
     return reports
 
 
-def _measure(path: Path, entry: Entry, slot: Slot, asked: Asked) -> list[TargetReport]:
-    """|written - base| of each update of a tensor, the base in the precision it was written in."""
+def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> list[TargetReport]:
+    """|written - base| for each update of a tensor, with the base rounded to the written dtype."""
     reports, crc, start = [], 0, 0
-    largest = iter(asked.largest)
+    largest = iter(updated.largest)
     for source, placed in entry.pieces():
         applied, changed = 0.0, 0
         written = slot.part(start, start + source.shape[0])
@@ -159,7 +163,7 @@ def _measure(path: Path, entry: Entry, slot: Slot, asked: Asked) -> list[TargetR
             reports.append(
                 TargetReport(placed.module, entry.name, source.shape, placed.rank, next(largest), applied, share)
             )
-    if crc != asked.crc:
+    if crc != updated.crc:
         raise _unlike(path, f"'{entry.name}'")
     return reports
 
@@ -169,7 +173,7 @@ def _as_is(entry: Entry) -> bool:
 
 
 def _largest(block: Tensor) -> float:
-    """max |x|, in one pass and without a copy; not finite if a number is not."""
+    """max |x| in one pass without a copy; not finite if any element is not."""
     if not block.numel():
         return 0.0
     low, high = torch.aminmax(block)
@@ -187,5 +191,5 @@ def _check_finite(entry: Entry, new: Tensor, old: Tensor) -> None:
 def _unlike(path: Path, what: str) -> LorakitError:
     return LorakitError(
         f"{path.name}: {what} does not read back as it was written\n"
-        "  the disk, the memory or the base is changing underneath; nothing was kept"
+        "  the disk or memory is faulty, or the base changed meanwhile; nothing was kept"
     )

@@ -1,8 +1,7 @@
-"""Tied weights: a tensor that the files hold once and the model uses twice (the embedding that is also the output
-head).
+"""Tied weights: a tensor that is stored once and used twice (an embedding that is also the output head).
 
-Which ones, the architecture says (transformers' `_tied_weights_keys`, user -> holder), if the config has them tied. ΔW
-for one of the users cannot go into the one tensor: the users must first get tensors of their own ("untied").
+The architecture declares them (transformers' `_tied_weights_keys`, user -> holder) if the config ties them. ΔW of one
+user must not change the other, so the users first get separate tensors ("untied").
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from ..errors import LorakitError
 from .base import Base
 from .names import Renaming
 
-# For architectures that transformers does not know (remote code): the head's name, and how its embedding's name may
-# end.
+# For architectures that transformers does not know (remote code): the head's name, and its embedding's name endings.
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = (
     "embed_tokens.weight",
@@ -27,7 +25,7 @@ _EMBEDDINGS = (
 
 
 def declared(base: Base) -> dict[str, str]:
-    """User -> holder as the architecture names them, or nothing if the config says that nothing is tied."""
+    """User -> holder under the architecture's names; empty if the config unties them."""
     if _stated(base.config) is False:
         return {}
     cls = _class(base)
@@ -38,27 +36,25 @@ def declared(base: Base) -> dict[str, str]:
 
 
 def find_ties(base: Base, pairs: Mapping[str, str], rename: Renaming) -> dict[str, str]:
-    """Those of the declared pairs that hold in these files, in the files' names: stored once, or twice with equal
-    bytes.
-    """
+    """The declared pairs that are tied in these files, by the files' names: stored once, or twice with equal bytes."""
     prefix = f"{getattr(_class(base), 'base_model_prefix', '')}." if pairs else ""
     ties = {}
     for pair in pairs.items():
         user, holder = (_among(base, rename, prefix, name) for name in pair)
         if user in base.tensors and holder not in base.tensors:
-            user, holder = holder, user  # transformers ties to whichever is there
+            user, holder = holder, user  # transformers ties to whichever is stored
         if holder in base.tensors and (user not in base.tensors or _equal(base, user, holder)):
             ties[user] = holder
     return ties
 
 
 def untied(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """The config of the same model with nothing tied. LorakitError for a model that cannot be untied."""
+    """The model's config with untied embeddings. LorakitError for encoder-decoder models, which cannot be untied."""
     changed: dict[str, Any] = {**config, "tie_word_embeddings": False}
     text = config.get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
         changed["text_config"] = {**text, "tie_word_embeddings": False}
-    # T5 and its kin scale the head's input by whether it is tied, or tie whatever the config says.
+    # T5 and related models scale the head's input depending on the tie, or tie regardless of the config.
     if config.get("is_encoder_decoder"):
         raise LorakitError(
             f"{where}: the weights of an encoder-decoder model ({config.get('model_type')}) cannot be untied without "
@@ -69,7 +65,7 @@ def untied(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 
 def _among(base: Base, rename: Renaming, prefix: str, name: str) -> str:
-    """A model's own name as the files have it."""
+    """The files' name of one of the model's parameters."""
     for here in (name, rename(name), name.removeprefix(prefix)):
         if here in base.tensors:
             return here
@@ -77,7 +73,7 @@ def _among(base: Base, rename: Renaming, prefix: str, name: str) -> str:
 
 
 def _stated(config: Mapping[str, Any]) -> bool | None:
-    """What the config says of tied word embeddings, if anything (each model has a default of its own)."""
+    """The config's tie_word_embeddings; None if it is not set (each model has its own default)."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     return config.get("tie_word_embeddings", inner)

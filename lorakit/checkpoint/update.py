@@ -1,7 +1,7 @@
-"""What one stored weight gains: an update on the weight as the file has it, with its strength.
+"""One update applied to one stored weight, in the layout of the file and with the adapter's weight.
 
-`on(slot)` gives a function (rows, W[rows]) -> ΔW[rows], both [rows, -1] as the weight is stored. What ΔW is, each kind
-of update says itself (`adapter.update`); here is decided whether it fits the stored weight, and which way round.
+`on(slot)` gives a function (rows, W[rows]) -> ΔW[rows], both [rows, -1] as the weight is stored. Each kind of update
+computes ΔW itself (`adapter.update`); this file checks that it fits the stored weight, and in which layout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..adapter.dense import Dense
 from ..adapter.update import Rows, Update
 from ..errors import AdapterError, LorakitError
 from ..io.stream import MERGEABLE, Slot
-from .single_file import Place
+from .single_file import WeightRows
 
 # transformers' models with Conv1D, a linear stored as [in, out], and what those layers are called.
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
@@ -21,8 +21,8 @@ CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 @dataclass(frozen=True)
 class Change:
-    """`weight` · ΔW of a module (or of its bias).
-    `swapped`: the stored rows have their two halves the other way round.
+    """`weight` · ΔW of a module (or of its bias). `transposed`: the weight is stored as [in, out]. `swapped`: the
+    second half of its rows is stored first.
     """
 
     module: str
@@ -36,17 +36,19 @@ class Change:
         return self.update.rank
 
     def on(self, slot: Slot) -> Rows:
+        """ΔW by blocks of rows of this stored weight."""
         update = self.update.halves_swapped() if self.swapped else self.update
         return update.rows(slot.shape, self.transposed, self.weight, slot.rows)
 
 
 def update_for(
-    module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, place: Place | None = None
+    module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, place: WeightRows | None = None
 ) -> Change:
-    """An update of a stored weight. AdapterError where their shapes do not meet.
+    """The change of a module's stored weight. `place`: how its layout in the file differs from the module's
+    (transposed, or its halves swapped: shift and scale of some norms).
 
-    place: says where the weight is stored otherwise than the module has it (transposed; its halves swapped, shift and
-    scale of some norms).
+    AdapterError if the shapes do not fit, for a DoRA with a weight other than 1, and for updates that cannot be merged;
+    LorakitError if the weight is quantized.
     """
     _check_stored(module, slot)
     swapped, turned = (place.swapped, place.transposed) if place is not None else (False, False)
@@ -63,14 +65,13 @@ def update_for(
         )
     if update.needs_base and weight != 1:
         raise AdapterError(
-            f"'{module}' is a DoRA, which has one strength, that of its training; its weight is {weight:g}\n"
-            "  merge it with weight 1"
+            f"'{module}' is a DoRA, which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"
         )
     return Change(module, update, weight, transposed, swapped)
 
 
 def bias_for(module: str, update: Update, slot: Slot, weight: float = 1.0, swapped: bool = False) -> Change:
-    """What an update adds to the bias. AdapterError where their shapes do not meet."""
+    """The change of a module's bias. AdapterError if the shapes differ, LorakitError if the bias is quantized."""
     _check_stored(f"{module}.bias", slot)
     bias = update.tensors()["bias"]
     if bias.numel() != slot.shape[0] or len(slot.shape) != 1:

@@ -1,4 +1,4 @@
-"""The base's weights of some modules, read one at a time from a checkpoint of any kind."""
+"""Read the base's weights of some modules, one at a time, from a checkpoint of any kind."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from ..adapter.update import Update, halves_swapped
 from ..io.stream import Slot
 from .base import Base
 from .parts import open_parts
-from .single_file import Place
+from .single_file import WeightRows
 from .update import update_for
 from .where import find_places, slot_at
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a base holds a module's weight, and how: `place` says what is other than the module has it."""
+    """Where a base stores a module's weight. `place`: the rows, and how their layout differs from the module's."""
 
     base: Base
     slot: Slot
-    place: Place
+    place: WeightRows
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of an adapter's modules, in the base's files."""
+    """The stored weights of an adapter's modules, by module name."""
 
-    found: Mapping[str, Weight]
+    stored: Mapping[str, Weight]
 
     def norm(self, module: str) -> float:
         """‖W‖_F, block by block."""
         total = 0.0
-        for _, block in self.found[module].slot.rows():
+        for _, block in self.stored[module].slot.rows():
             total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
         return total**0.5
 
-    def across(self, module: str, update: Update) -> bool:
-        """Whether the weight is stored as [in, out]. AdapterError where the update does not fit it at all."""
-        weight = self.found[module]
+    def transposed(self, module: str, update: Update) -> bool:
+        """Whether the weight is stored as [in, out]. AdapterError if the update does not fit it."""
+        weight = self.stored[module]
         return update_for(module, update, weight.slot, weight.base.model_type, place=weight.place).transposed
 
     def read(self, module: str, update: Update) -> Tensor:
-        """W in float32 as [out, in], the same way round as the update's matrix."""
-        across, weight = self.across(module, update), self.found[module]
+        """W in float32 as [out, in·k], like the update's matrix. AdapterError if the update does not fit it."""
+        transposed, weight = self.transposed(module, update), self.stored[module]
         W = torch.cat([block.float() for _, block in weight.slot.rows()])
         W = halves_swapped(W) if weight.place.swapped else W
-        return W.T if across else W
+        return W.T if transposed else W
 
 
 def open_weights(path: Path, modules: Collection[str]) -> Weights:
-    """Of a transformers folder, a diffusers pipeline's, a diffusion model's single file. TargetError if it lacks one of
-    the modules.
+    """The weights of these modules in a transformers folder, a diffusers pipeline or a single file. TargetError if the
+    base lacks one.
     """
-    found: dict[str, Weight] = {}
+    stored: dict[str, Weight] = {}
     for part in open_parts(path, modules):
         own = {module.removeprefix(part.called("")): module for module in modules if module.startswith(part.called(""))}
         places = find_places(part.base, own)
-        found |= {
+        stored |= {
             own[m]: Weight(part.base, slot_at(part.base, place, places.ties), place)
             for m, place in places.modules.items()
         }
-    return Weights(found)
+    return Weights(stored)

@@ -1,7 +1,6 @@
-"""Where the weights that an adapter names lie in a base's files.
+"""Find the weights that an adapter names in a base's files.
 
-transformers and diffusers folders     a tensor each, under the model's own name or one that begins otherwise
-                                       (`names.py`)
+transformers and diffusers folders     a tensor each, under the model's own name or with another prefix (`names.py`)
 single files of a diffusion model      the original code's names; one tensor may hold the rows of several modules
                                        (attn.qkv)
 """
@@ -16,49 +15,49 @@ from ..formats import names
 from ..io.stream import Slot
 from .base import Base
 from .names import Renaming, find_renaming
-from .single_file import Place, places
+from .single_file import WeightRows, places
 from .single_file import bias_place as bias_in_single_file
 from .tied_weights import declared, find_ties
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where each of an adapter's modules has its weight, by its own name; and how the files call other parameters."""
+    """The rows of each module's weight, by module name. `rename`: to the files' names, for other parameters."""
 
-    modules: Mapping[str, Place]
+    modules: Mapping[str, WeightRows]
     rename: Renaming = field(default_factory=Renaming)
     ties: Mapping[str, str] = field(default_factory=dict)  # user -> holder, in the files' names
 
 
-# Modules of a diffusers component have the names of its files, but for the level of CLIP's that only some versions of
+# A diffusers component's files have its module names, except for a level in CLIP that only some versions of
 # transformers write.
 _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
 def find_places(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Places:
-    """Of all these modules; TargetError where one is not there. `saved`: whole weights' names, which tell the renaming
-    if nothing else does.
+    """Find all these modules. TargetError if the base lacks one. `saved`: names of saved weights, used to find the
+    renaming if there are no modules.
     """
     if base.single_file:
         return _in_single_file(base, modules)
     targets = [f"{module}.weight" for module in modules]
-    wanted = targets or [n for n in saved if numbered(n)]
-    # Only what lies outside the numbered layers can be tied; asking which are takes transformers.
+    lookups = targets or [n for n in saved if numbered(n)]
+    # Only weights outside the numbered layers can be tied; transformers, a slow import, knows which are.
     pairs = {} if all(map(numbered, (*targets, *saved))) else declared(base)
-    held = [pairs.get(n, n) if n not in base.tensors else n for n in wanted]
-    rename = find_renaming(held, base.tensors, base.folder, _LEVELS if base.component else None)
+    stored = [pairs.get(n, n) if n not in base.tensors else n for n in lookups]
+    rename = find_renaming(stored, base.tensors, base.folder, _LEVELS if base.component else None)
     ties = find_ties(base, pairs, rename)
     found = {}
     for module in modules:
         own = f"{module}.weight"
         at = next(n for n in (rename(own), own) if n in base.tensors or n in ties)
         slot = base.tensors.get(at) or base.tensors[ties[at]]
-        found[module] = Place(at, 0, slot.shape[0] if slot.shape else 1)
+        found[module] = WeightRows(at, 0, slot.shape[0] if slot.shape else 1)
     return Places(found, rename, ties)
 
 
-def bias_place(base: Base, module: str, places: Places) -> Place:
-    """Where a module's bias lies. TargetError if it has none."""
+def bias_place(base: Base, module: str, places: Places) -> WeightRows:
+    """The rows of a module's bias. TargetError if it has none."""
     here = places.modules[module]
     if base.single_file:
         found = bias_in_single_file(base.single_file, module, base.shapes)
@@ -67,15 +66,15 @@ def bias_place(base: Base, module: str, places: Places) -> Place:
     else:
         at = here.tensor.removesuffix("weight") + "bias"
         if at in base.tensors:
-            return Place(at, 0, base.tensors[at].shape[0])
+            return WeightRows(at, 0, base.tensors[at].shape[0])
     raise TargetError(
         f"the adapter changes the bias of '{module}', which has none in {base.folder}\n"
         "  is it an adapter for another model?"
     )
 
 
-def slot_at(base: Base, place: Place, ties: Mapping[str, str]) -> Slot:
-    """The rows of a place, where the files hold them."""
+def slot_at(base: Base, place: WeightRows, ties: Mapping[str, str]) -> Slot:
+    """These rows as a slot of the file that stores them, also for tied weights."""
     slot = base.tensors[place.tensor if place.tensor in base.tensors else ties[place.tensor]]
     return slot.part(place.start, place.stop) if slot.shape else slot
 
@@ -87,17 +86,17 @@ def numbered(name: str) -> bool:
 
 def _in_single_file(base: Base, modules: Collection[str]) -> Places:
     known = places(base.single_file, base.shapes)
-    lost = [m for m in modules if m not in known]
-    if lost:
-        held = sorted({m.partition(".")[0] for m in known})
-        strange = [m for m in lost if m not in names.shapes(base.single_file)]
+    missing = [m for m in modules if m not in known]
+    if missing:
+        components = sorted({m.partition(".")[0] for m in known})
+        unknown = [m for m in missing if m not in names.shapes(base.single_file)]
         why = (
-            f"{lost[0]!r} is no module of {base.single_file}{did_you_mean(lost[0], known)}"
-            if strange
-            else f"it holds {listing(held)} of {base.single_file}"
+            f"{missing[0]!r} is no module of {base.single_file}{did_you_mean(missing[0], known)}"
+            if unknown
+            else f"it holds {listing(components)} of {base.single_file}"
         )
         raise TargetError(
-            f"{len(lost)} of the adapter's {len(modules)} weights are not in {base.folder}: {listing(lost, 3)}\n"
+            f"{len(missing)} of the adapter's {len(modules)} weights are not in {base.folder}: {listing(missing, 3)}\n"
             f"  {why}\n"
             "  is it an adapter for another model?"
         )

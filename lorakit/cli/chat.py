@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .shared.loading import load
-from .shared.options import Model, Precision, TopP
+from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.starting import starting
 
 _HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit exits"
@@ -23,6 +23,8 @@ def chat(
         Literal["auto", "chat", "plain", "none"],
         typer.Option(help="chat, plain: a conversation; none: each line is completed on its own; auto: as in training"),
     ] = "auto",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum answer length in tokens")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="sampling temperature; 0 is greedy")] = 0.7,
     top_p: TopP = 0.95,
@@ -35,7 +37,7 @@ def chat(
         from ..errors import LorakitError
         from ..generate.generate import stream
 
-    loaded = load(model, adapter or [], precision)
+    loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)
     has_turns = style != "none"
     print(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
@@ -57,7 +59,7 @@ def chat(
                 if not has_turns:
                     history = []
                 history.append({"role": "user", "content": line.replace("\\n", "\n") if not has_turns else line})
-                ids = question_ids(history, tokenizer, style)
+                ids = question_ids(history, tokenizer, style, loaded.options)
                 answer = ""
                 for piece in stream(
                     base, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed

@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from .shared.options import Columns, DataTemplate, Split, pairs
+from .shared.options import (
+    ChatTemplate,
+    ChatTemplateKwargs,
+    Columns,
+    DataTemplate,
+    Date,
+    Split,
+    Turns,
+    pairs,
+    template_kwargs,
+)
 from .shared.starting import starting
 
 
@@ -18,6 +28,10 @@ def show(
     split: Split = None,
     columns: Columns = None,
     template: DataTemplate = "auto",
+    turns: Turns = "all",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    date: Date = None,
     train_on: Annotated[Literal["completion", "all"], typer.Option(help="which tokens are trained")] = "completion",
     max_length: Annotated[
         int | None, typer.Option(help="maximum row length in tokens; default: the data's 99th percentile")
@@ -30,14 +44,18 @@ def show(
 ) -> None:
     """Print rows with the trained tokens marked, a length histogram, duplicates, and the effect of the length limit."""
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    kwargs = template_kwargs(chat_template_kwargs)
     with starting(f"reading {data}"):
-        from ..bases.load import load_tokenizer
+        from ..bases.load import end_tokens, load_tokenizer
         from ..data.dataset import build
         from ..data.read import read_rows
         from ..data.show import report
         from ..data.show import show as print_rows
+        from ..data.templates import ChatOptions, read_template, with_template
 
     tokenizer = load_tokenizer(model)
+    if chat_template is not None:
+        tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
     dataset = build(
         read_rows(data, split),
         tokenizer,
@@ -46,11 +64,22 @@ def show(
         train_on=train_on,
         max_length="auto" if max_length is None else max_length,
         on_long=on_long,
+        turns=turns,
+        options=ChatOptions(kwargs, date),
+        ends=end_tokens(model),
     )
     if json_output:
         print(json.dumps(report(dataset)))
         return
     print_rows(dataset, tokenizer, rows)
-    options = {"--split": split, "--columns": columns, "--template": template if template != "auto" else None}
+    options = {
+        "--split": split,
+        "--columns": columns,
+        "--template": template if template != "auto" else None,
+        "--turns": turns if turns != "all" else None,
+        "--chat-template": chat_template,
+        "--chat-template-kwargs": chat_template_kwargs,
+        "--date": date,
+    }
     flags = "".join(f" {flag} {quote(value)}" for flag, value in options.items() if value)
     print(f"\nnext: lorakit train --data {quote(data)} --model {quote(model)}{flags}")

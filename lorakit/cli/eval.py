@@ -12,7 +12,19 @@ import typer
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
-from .shared.options import Columns, DataTemplate, Model, Precision, Split, pairs
+from .shared.options import (
+    ChatTemplate,
+    ChatTemplateKwargs,
+    Columns,
+    DataTemplate,
+    Date,
+    Model,
+    Precision,
+    Split,
+    Turns,
+    pairs,
+    template_kwargs,
+)
 from .shared.starting import starting
 
 if TYPE_CHECKING:
@@ -33,6 +45,10 @@ def evaluate(
     split: Split = None,
     columns: Columns = None,
     template: DataTemplate = "auto",
+    turns: Turns = "all",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    date: Date = None,
     limit: Annotated[int | None, typer.Option(min=1, help="evaluate only the first N rows")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum answer length in tokens")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per batch")] = 32,
@@ -50,7 +66,9 @@ def evaluate(
     from rich.console import Console
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    kwargs = template_kwargs(chat_template_kwargs)
     with starting(f"reading the rows and the base {model}"):
+        from ..bases.load import end_tokens
         from ..data.dataset import build
         from ..data.read import read_rows
         from ..evaluate.evaluate import evaluate as evaluate_items
@@ -61,11 +79,20 @@ def evaluate(
     if name != DEFAULT:
         _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
         return
-    loaded = attached(model, values, precision)
+    loaded = attached(model, values, precision, chat_template, kwargs, date)
     base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
     longest = positions_of(base) or _NO_LIMIT
     rows = read_rows(data, split, limit)
-    dataset = build(rows, tokenizer, columns=renamed, template=template, max_length=longest)
+    dataset = build(
+        rows,
+        tokenizer,
+        columns=renamed,
+        template=template,
+        max_length=longest,
+        turns=turns,
+        options=loaded.options,
+        ends=end_tokens(model),
+    )
     console = Console()
     with console.status("loading") as status:
         report = evaluate_items(
@@ -156,5 +183,5 @@ def _task_metrics(
     if json_output:
         print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
         return
-    Console().print(table(results))
+    Console().print(table(results, f"{len(items):,} rows"))
     print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.loading import load
-from .shared.options import Model, Precision, TopP
+from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.starting import starting
 
 
@@ -24,6 +24,8 @@ def generate(
         Literal["auto", "chat", "plain", "none"],
         typer.Option(help="chat, plain: the prompt is a user turn; none: raw text; auto: as in training"),
     ] = "auto",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum answer length in tokens")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="sampling temperature; 0 is greedy")] = 0.0,
     top_p: TopP = 1.0,
@@ -39,8 +41,8 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt.replace("\\n", "\n")
     if not text:
         raise ConfigError("the prompt is empty; expected at least one character")
-    loaded = load(model, adapter or [], precision)
-    ids = question_ids(text, loaded.tokenizer, loaded.style_for(template))
+    loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
+    ids = question_ids(text, loaded.tokenizer, loaded.style_for(template), loaded.options)
     pieces = stream(
         loaded.model,
         loaded.tokenizer,

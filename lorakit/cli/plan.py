@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The settings that affect memory. A --config file may have the others too.
 _SETTINGS = (
+    "adapter",
     "rank",
     "dropout",
     "bias",
@@ -69,6 +70,9 @@ def _plan(
     settings = TrainConfig(**{"data": "-"} | (read_config(config) if config else {}) | flags)
 
     with starting("reading the base's config"):
+        from ..train.start import resolved
+
+        settings = resolved(settings)
         import torch
         from rich.console import Console
         from transformers.utils import logging

@@ -40,7 +40,10 @@ def _train(
 
     with starting("reading the base and the data", quiet or os.environ.get("RANK", "0") != "0"):
         from ..train.progress import Progress
+        from ..train.start import resolved
         from ..train.train import train as run
+
+        settings = resolved(settings)
 
     result = run(settings, Progress(quiet=quiet or json_output))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints

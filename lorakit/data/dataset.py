@@ -30,6 +30,7 @@ MULTIPLE = 8
 # A book is one document: without this cap its length would be the limit. Splitting into shorter chunks loses no tokens.
 TEXT_LENGTH = 1024
 SPLIT_SEED = 0
+LEFT_OUT = "weight 0, so they are left out"
 # Tokenizers without a limit report a model_max_length of 10^30.
 LARGEST_MODEL_MAX_LENGTH = 10_000_000
 
@@ -190,13 +191,19 @@ def _notes(rows: Sequence[Row], examples: Sequence[Example], of_examples: Sequen
     if EACH_ANSWER in notes:
         made = sum(len(several) for several in of_examples if len(several) > 1)
         notes[f"{EACH_ANSWER} ({made:,} rows)"] = notes.pop(EACH_ANSWER)
-    unused = Counter(column for example in examples for column in example.unused)
-    if unused:
-        names = ", ".join(f"{column} ({count:,})" if len(unused) > 1 else column for column, count in unused.items())
-        notes[f"columns that are not used: {names}"] = sum(bool(example.unused) for example in examples)
+    notes.update(unused_columns([example.unused for example in examples]))
     if len(examples) < len(rows):
-        notes["weight 0, so they are left out"] = len(rows) - len(examples)
+        notes[LEFT_OUT] = len(rows) - len(examples)
     return dict(notes)
+
+
+def unused_columns(of_rows: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Return a note on the columns of each row that nothing reads, and how many rows have one."""
+    counts = Counter(column for columns in of_rows for column in columns)
+    if not counts:
+        return {}
+    names = ", ".join(f"{column} ({count:,})" if len(counts) > 1 else column for column, count in counts.items())
+    return {f"columns that are not used: {names}": sum(bool(columns) for columns in of_rows)}
 
 
 def length_limit(

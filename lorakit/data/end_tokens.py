@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that stand for a marker rather than for text."""
+    try:
+        added = tokenizer.get_added_vocab().values()
+    except (NotImplementedError, AttributeError):  # Mistral's own tokenizers have special tokens only
+        added = ()
+    return {*added, *tokenizer.all_special_ids}
+
+
 class EndTokens:
     """The tokens that end an answer of one template (None: texts without a template)."""
 
@@ -57,7 +66,7 @@ class EndTokens:
         ids = self._tokenizer.encode(suffix, add_special_tokens=False, verbose=False)
         if self.own & set(ids):
             return None
-        added = {*self._tokenizer.get_added_vocab().values(), *self._tokenizer.all_special_ids}
+        added = added_tokens(self._tokenizer)
         for token in reversed(ids):
             if token in added:
                 return token

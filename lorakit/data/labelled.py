@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import ConfigError, DataError, did_you_mean, listing
-from .dataset import length_limit
+from .dataset import LEFT_OUT, length_limit, unused_columns
 from .parse import Row
+from .shapes import WEIGHT, weighs
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,7 @@ class Labelled:
     max_length_reason: str
     cut: int
     dropped: int
+    notes: dict[str, int]
 
 
 def read_labelled(
@@ -84,6 +86,12 @@ def read_labelled(
     """
     if on_long == "split":
         raise ConfigError("on_long: split would leave pieces of a text with the label of all of it\n  use cut or drop")
+    notes = _unused(rows, dict(columns or {}))
+    all_rows, rows = rows, [row for row in rows if WEIGHT in (columns or {}).values() or weighs(dict(row.values), row)]
+    if not rows:
+        raise DataError(f"{all_rows[0].file}: every row has {WEIGHT} 0, so there is nothing to train on")
+    if len(rows) < len(all_rows):
+        notes[LEFT_OUT] = len(all_rows) - len(rows)
     values = [_values(row, dict(columns or {})) for row in rows]
     found = [_label(row, value) for row, value in zip(rows, values, strict=True)]
     names = list(names) or _ordered(found)
@@ -110,7 +118,9 @@ def read_labelled(
             f"{rows[0].file}: every row is longer than max_length {limit} ({reason})\n"
             "  raise max_length, or use on_long: cut"
         )
-    return Labelled(items, names, "text, text_pair, label" if pair else "text, label", limit, reason, cut, dropped)
+    return Labelled(
+        items, names, "text, text_pair, label" if pair else "text, label", limit, reason, cut, dropped, notes
+    )
 
 
 def collate_labelled(items: Sequence[LabelledItem], pad_id: int, multiple_of: int = 8) -> dict[str, torch.Tensor]:
@@ -133,6 +143,13 @@ def collate_labelled(items: Sequence[LabelledItem], pad_id: int, multiple_of: in
         if item.segments is not None:
             batch["token_type_ids"][place, : item.size] = torch.tensor(item.segments)
     return batch
+
+
+def _unused(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, int]:
+    """The note on columns that nothing reads, and how many rows have one."""
+    read = {*(name for name in COLUMNS if name not in columns), *columns.values(), WEIGHT}
+    found = [[name for name, value in row.values.items() if value is not None and name not in read] for row in rows]
+    return unused_columns(found)
 
 
 def _values(row: Row, columns: dict[str, str]) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lorakit.data import parse
 from lorakit.data.parse import Row
-from lorakit.errors import DataError, did_you_mean, listing
+from lorakit.errors import DataError, did_you_mean, listing, not_the_file
 
 TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TYPES = (*TEXT_TYPES, ".parquet")
@@ -56,6 +57,9 @@ def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
     if not file_type:
         suffix = path.suffix or path.name
         raise DataError(f"{path}: unknown file type '{suffix}'{did_you_mean(suffix, TYPES)}\n  {ACCEPTED}")
+    problem = not_the_file(path) if file_type != ".txt" else None  # prose may begin with anything
+    if problem is not None:
+        raise DataError(problem)
     if file_type == ".parquet":
         return _parquet(path, limit)
     try:
@@ -98,7 +102,7 @@ def _parquet(path: Path, limit: int | None) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=min(limit or 8192, 8192)):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(values, str(path), number)
+                    yield Row(_without_filler(values), str(path), number)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
@@ -143,7 +147,24 @@ def _hub(name: str, path: Path, split: str | None, limit: int | None) -> list[Ro
             f"tried as a dataset on the hub (split {chosen}): {reason}\n"
             "  name an existing file or folder, or a hub dataset as OWNER/NAME or OWNER/NAME:CONFIG"
         ) from error
-    return [Row(dict(values), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)]
+    return [
+        Row(_without_filler(dict(values)), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)
+    ]
+
+
+def _without_filler(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without the nulls inside its columns.
+
+    Arrow gives all objects of a column the same keys, and fills in nulls: without this, each call of a tool would have
+    the arguments of all the others.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(each) for key, each in value.items() if each is not None}
+        return [kept(each) for each in value] if isinstance(value, list) else value
+
+    return {name: kept(value) for name, value in values.items()}
 
 
 def _neighbour(path: Path) -> str:

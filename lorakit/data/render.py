@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.data.end_tokens import EndTokens
+from lorakit.data.end_tokens import EndTokens, added_tokens
 from lorakit.data.parse import Row
 from lorakit.data.shapes import Example
 from lorakit.data.templates import ChatOptions, ChatTemplate, Style, Template, Writer, plain_writer, style_for
@@ -107,7 +107,10 @@ class Renderer:
         self.tokenizer, self.template, self.train_on, self.turns = tokenizer, template, train_on, turns
         self._behaviour = TokenizerBehaviour.of(tokenizer)
         self._chat = ChatTemplate(tokenizer, options or ChatOptions())
-        self._own_ends = [token for token in (tokenizer.eos_token_id, *ends) if token is not None]
+        # A config's end token may be the default of its class, which is an ordinary token of this tokenizer.
+        added = added_tokens(tokenizer)
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._own_ends = [*own, *(token for token in ends if token in added)]
         self._ends: dict[tuple[Style, bool], EndTokens] = {}
         self._unshown: dict[Style, Unshown] = {}
 

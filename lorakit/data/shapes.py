@@ -91,7 +91,7 @@ def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
 
 def weighs(values: dict[str, Any], row: Row) -> bool:
     """Whether a row is trained; takes its weight out of `values`. Raises DataError for a weight other than 0 or 1."""
-    return WEIGHT not in values or turns.on_or_off(values.pop(WEIGHT), WEIGHT, row)
+    return values.get(WEIGHT) is None or turns.on_or_off(values.pop(WEIGHT), WEIGHT, row)
 
 
 def _check_columns(columns: Mapping[str, str], first: Row) -> None:

@@ -4,6 +4,7 @@
     arguments    an object, or JSON text           of a tool call; the wrong one is rejected or quoted twice
     tools        with or without the "function" level
     no content   the key left out, or ""           of a turn that only calls tools
+    ids          of calls and results              Mistral's templates reject calls without
 
 A form is tried on a small conversation, and taken if the template writes its text. So no list of model families has to
 be right, and data in either form trains on what the template writes for the form it knows.
@@ -19,13 +20,15 @@ from typing import Any
 from lorakit.data.turns import Message
 from lorakit.errors import DataError
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what data calls a turn's reasoning
 Write = Callable[[Sequence[dict[str, Any]], bool, Sequence[dict[str, Any]]], str]  # turns, generation prompt?, tools
 
 QUESTION, ANSWER, RESULT = "How is the weather?", "It rains today.", "Warm and dry."
 ARGUMENTS = {"city": "Rome"}
 CALL_ID = "call12345"  # nine letters and digits, as Mistral's templates demand
+NAME = "find_weather"
 FUNCTION = {
-    "name": "find_weather",
+    "name": NAME,
     "description": "Finds out how it is outside.",
     "parameters": {
         "type": "object",
@@ -58,11 +61,30 @@ class TemplateForms:
                 turn["content"] = message.content
         elif turn.get("tool_calls") and not self._takes_no_content:
             turn["content"] = self._as_content("")
+        reasoning = next((turn[key] for key in REASONING if key in turn), None)
+        if reasoning is not None:  # as transformers does since 5.24: templates read the first or the second name
+            turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
         if turn.get("tool_calls"):
             turn["tool_calls"] = [
                 self._call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(turn["tool_calls"])
             ]
         return turn
+
+    def with_ids(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return turns whose calls and results have ids, if the template rejects calls without."""
+        if not any(turn.get("tool_calls") for turn in turns) or not self._needs_ids:
+            return turns
+        found, waiting, number = [], list[str](), 0
+        for turn in turns:
+            calls = []
+            for call in turn.get("tool_calls", ()):
+                number += 1
+                calls.append(call if "id" in call else {"id": f"call{number:05d}", **call})
+            waiting += [call["id"] for call in calls]
+            if turn["role"] == "tool" and waiting:
+                turn = {"tool_call_id": waiting.pop(0), **turn}
+            found.append({**turn, "tool_calls": calls} if calls else turn)
+        return found
 
     def tools(self, tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return tool descriptions, with their "function" level where the template needs it."""
@@ -103,7 +125,7 @@ class TemplateForms:
     @cached_property
     def next_result(self) -> str:
         """What it writes after a tool call, up to the tool's result."""
-        result = {"role": "tool", "tool_call_id": CALL_ID, "name": FUNCTION["name"], "content": RESULT}
+        result = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": RESULT}
         return self._between([self._user, self._calling(ARGUMENTS)], result)
 
     def _between(self, turns: list[dict[str, Any]], following: dict[str, Any]) -> str:
@@ -139,6 +161,12 @@ class TemplateForms:
         return text is not None and given in text
 
     @cached_property
+    def _needs_ids(self) -> bool:
+        turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
+        without = {**turn, "tool_calls": [{k: v for k, v in turn["tool_calls"][0].items() if k != "id"}]}
+        return self._try([self._user, without], [TOOL]) is None and self._try([self._user, turn], [TOOL]) is not None
+
+    @cached_property
     def _takes_no_content(self) -> bool:
         turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
         del turn["content"]
@@ -148,7 +176,7 @@ class TemplateForms:
     @cached_property
     def _takes_bare_tools(self) -> bool:
         text = self._try([self._user], [FUNCTION])
-        return text is not None and FUNCTION["name"] in text
+        return text is not None and NAME in text
 
     @property
     def _user(self) -> dict[str, Any]:
@@ -163,7 +191,7 @@ class TemplateForms:
 
     @staticmethod
     def _calling(arguments: object) -> dict[str, Any]:
-        call = {"id": CALL_ID, "type": "function", "function": {"name": FUNCTION["name"], "arguments": arguments}}
+        call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def _try(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str | None:

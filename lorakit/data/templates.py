@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
@@ -82,7 +83,10 @@ def source_of(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> s
     """Return the template's text, "" without one. Some tokenizers have another for rows with tools."""
     if not tokenizer.chat_template:
         return ""
-    return str(tokenizer.get_chat_template(None, [{}] if with_tools else None))
+    try:
+        return str(tokenizer.get_chat_template(None, [{}] if with_tools else None))
+    except ValueError:  # several templates by name, none of them the default: rows that need one say so
+        return ""
 
 
 def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -102,18 +106,21 @@ def dated(source: str, date: str) -> str:
     return f"{{%- macro {CLOCK}(format) %}}{{{{ format{filters} }}}}{{% endmacro +%}}{source}"
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, source: str, where: str) -> None:
-    """Give the tokenizer another chat template. Raises ConfigError where it is not one."""
+def with_template(tokenizer: Any, source: str | None, where: str = "chat_template") -> Any:
+    """Return the tokenizer with another chat template; itself for None. Raises ConfigError for what is no template."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if source is None:
+        return tokenizer
     try:
         render_jinja_template(conversations=[], chat_template=source)
     except TemplateError as error:
         line = getattr(error, "lineno", None)
-        at = f", line {line}" if line else ""
-        raise ConfigError(f"{where}{at}: not a Jinja template: {error}") from error
-    tokenizer.chat_template = source
+        raise ConfigError(f"{where}{f', line {line}' if line else ''}: not a chat template (Jinja): {error}") from error
+    other = copy(tokenizer)
+    other.chat_template = source
+    return other
 
 
 def read_template(path: str) -> str:
@@ -198,7 +205,7 @@ class ChatTemplate:
                     f"{where}: nothing precedes the assistant's turn\n"
                     "  a chat template needs a user or system turn first"
                 )
-            turns = [forms.turn(message, where) for message in messages]
+            turns = forms.with_ids([forms.turn(message, where) for message in messages])
             try:
                 return self._apply(forms.source, turns, prompt, tools, kwargs, example.documents)
             # A chat template is a program and may raise anything to reject a conversation.

@@ -16,6 +16,7 @@ from lorakit.data.templates import Writer
 from lorakit.data.turns import Message
 from lorakit.errors import DataError
 
+PROMPT_END = 40  # characters
 AFTER_LAST = "turns after the last trained answer are not used"
 CHANGED = "the chat template leaves out part of an answer's content"
 CALL_ALONE = "the chat template writes the tool calls of a turn without its content"
@@ -59,7 +60,8 @@ class Unshown:
             return []  # nothing of it is trained, which is an error of its own
         for key in _further_keys(message):
             value = message.turn[key]
-            if isinstance(value, str) and value.strip() and value.strip() in answer.text:
+            text = value.strip() if isinstance(value, str) else ""
+            if text and text in answer.text and text not in message.content:
                 continue
             if _is_same(write, (*messages[:-1], _without(message, key)), answer.rendered):
                 notes.append(_hidden(key, "assistant", where))
@@ -69,7 +71,8 @@ class Unshown:
         ):
             raise DataError(f"{where}: the chat template writes only some of a turn's {len(calls)} tool_calls\n{FIX}")
         self._check_parts(messages, len(messages) - 1, write, answer.rendered, where)
-        if not has_all(answer.text, message.content):
+        # A generation prompt may hold the beginning of the content, as one that ends with "<think>" does.
+        if not has_all(answer.context[-PROMPT_END:] + answer.text, message.content):
             hidden = _is_same(write, (*messages[:-1], _emptied(message)), answer.rendered)
             if hidden and not calls:
                 raise DataError(f"{where}: the chat template does not show the content of the assistant's turn\n{FIX}")
@@ -106,7 +109,9 @@ class Unshown:
     def _check_parts(self, messages: Sequence[Message], index: int, write: Writer, rendered: str, where: str) -> None:
         """Raise DataError for a part of a content, other than text, that is not shown."""
         content = messages[index].turn.get("content")
-        for at, part in enumerate(content if isinstance(content, list) else ()):
+        if not isinstance(content, list):
+            return
+        for at, part in enumerate(content):
             if isinstance(part, str) or "text" in part:
                 continue
             fewer = _with(messages[index], "content", [p for i, p in enumerate(content) if i != at])

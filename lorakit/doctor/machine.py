@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bases.device import choose_device, choose_dtype, multiplies_bf16
-from ..plan.machine import cpu_limit, memory_of
+from ..bases.limits import cpu_limit, memory_of
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,4 @@
-"""Judging a model and its adapters: loss and perplexity, generated text against references.
+"""Evaluate a model and its adapters: loss and perplexity, generated text against references.
 
-`evaluate` puts the base and its adapters side by side and uses the rest: `tasks.text.perplexity` runs the model,
-`metrics` only reads text.
+`evaluate` compares the base and its adapters; `figures` is about any task's own measures, `metrics` about texts.
 """

@@ -1,11 +1,11 @@
-"""The same rows judged with the base alone and with each adapter, side by side.
+"""Evaluate the base alone and each adapter on the same rows, side by side.
 
     report = evaluate(model, tokenizer, items, [None, "sql"], generate=True)
     rich.print(report.table());  json.dumps(report.to_dict())
 
-Loss and perplexity are over the trained positions. Text is made greedily from each distinct prompt once; the answers of
-all rows with that prompt, and what their `references` column lists, are its references. In a conversation the first
-trained answer is the one asked for.
+Loss and perplexity are over the trained positions. Text is generated greedily, once for each distinct prompt. Its
+references are the answers of all rows with that prompt, and those in their `references` column. In a conversation the
+first trained answer counts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..errors import ConfigError, DataError, StateError, did_you_mean, listing
 from ..generate.generate import check_prompts
 from ..generate.generate import generate as write
 from ..tasks.text.perplexity import Loss, perplexity
+from .figures import table
 from .metrics import Scores, score
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A distinct prompt and every right answer to it. `where`: its first row."""
+    """A distinct prompt and the right answers to it. where: its first row."""
 
     ids: tuple[int, ...]
     text: str
@@ -43,9 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Judged:
-    """One adapter's result, None being the base. `texts` answer the report's prompts, in their order; without
-    generation, none.
-    """
+    """The result of one adapter, or of the base (None). texts: its answers to the report's prompts, if generated."""
 
     adapter: str | None
     loss: Loss
@@ -59,33 +58,23 @@ class Judged:
 
 @dataclass(frozen=True)
 class Report:
-    """All results over the same rows; `samples` are the indices of the prompts to show."""
+    """All results on the same rows. samples: indices of the prompts to show."""
 
     judged: tuple[Judged, ...]
     prompts: tuple[Prompt, ...] = ()
     samples: tuple[int, ...] = ()
 
     def table(self) -> Table:
-        """One line for each adapter."""
-        from rich.table import Table
-
+        """A line for each adapter."""
         first = self.judged[0].loss
-        scored = self.judged[0].scores is not None
-        title = f"{first.rows:,} rows, {first.tokens:,} trained tokens" + (
-            f"; text from {len(self.prompts):,} prompts" if scored else ""
-        )
-        table = Table(title=title)
-        table.add_column("")
-        for name in ("loss", "perplexity", *(("BLEU", "chrF", "ROUGE-L", "exact match") if scored else ())):
-            table.add_column(name, justify="right")
-        for one in self.judged:
-            s = one.scores
-            text = [f"{value:.1f}" for value in (s.bleu, s.chrf, s.rouge_l, s.exact_match)] if s else []
-            table.add_row(one.label, f"{one.loss.loss:.4f}", f"{one.loss.perplexity:,.2f}", *text)
-        return table
+        title = f"{first.rows:,} rows, {first.tokens:,} trained tokens"
+        title += f"; text from {len(self.prompts):,} prompts" if self.judged[0].scores is not None else ""
+        losses = [{"adapter": a.adapter, "loss": a.loss.loss, "perplexity": a.loss.perplexity} for a in self.judged]
+        scores = [one.scores.to_dict() if one.scores else {} for one in self.judged]
+        return table([loss | score for loss, score in zip(losses, scores)], title, BASE)
 
     def sample_table(self) -> Table | None:
-        """A few prompts with their first reference and every adapter's text; None without generation."""
+        """A few prompts with their first reference and each adapter's text; None without generation."""
         from rich.table import Table
         from rich.text import Text
 
@@ -97,11 +86,11 @@ class Report:
         for i in self.samples:
             prompt = self.prompts[i]
             cells = (prompt.text, prompt.references[0], *(one.texts[i] for one in self.judged))
-            table.add_row(*map(Text, cells))  # Text: square brackets in the data are no markup
+            table.add_row(*map(Text, cells))  # Text: square brackets in the data are not markup
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A JSON-serializable dict."""
         return {
             "results": [
                 {"adapter": one.adapter, **one.loss.to_dict(), "scores": one.scores.to_dict() if one.scores else None}
@@ -133,22 +122,26 @@ def evaluate(
     references_column: str = "references",
     on_rows: Callable[[str, int], None] | None = None,
 ) -> Report:
-    """Judge the base (None) and the named adapters on `items`; the adapters active before are active again afterwards.
+    """Evaluate the base (None) and the named adapters on `items`; what was active before is active again afterwards.
 
-    `max_prompts` bounds the prompts that text is made from, taken evenly from all. `on_rows` hears what is being done
-    ("base: loss", "sql: text") and how many rows were just finished.
+    generate: also generate text, up to `max_new_tokens` or a text in `stop`, and score it. max_prompts: generate for at
+    most this many prompts, evenly spaced. samples: the number of prompts to show. on_rows(what, rows): called after
+    each batch, with what was computed ("base: loss", "sql: text") and its number of rows.
+
+    Raises ConfigError without an adapter to evaluate, StateError for one that is not attached, DataError for a row
+    without a prompt or one too long to generate from.
     """
-    wanted = list(dict.fromkeys(adapters))
-    _check_adapters(model, wanted)
+    requested = list(dict.fromkeys(adapters))
+    _check_adapters(model, requested)
     prompts = _spread(prompts_of(items, tokenizer, references_column), max_prompts) if generate else []
     check_prompts(model, [p.ids for p in prompts], max_new_tokens, [p.where for p in prompts])
     pad = pad_id(tokenizer)
     judged = []
     with _adapters_restored(model):
-        for name in wanted:
+        for name in requested:
             _use(model, name)
             label = BASE if name is None else name
-            loss = perplexity(model, items, pad, batch_size, _told(on_rows, f"{label}: loss"))
+            loss = perplexity(model, items, pad, batch_size, _reporting(on_rows, f"{label}: loss"))
             if not prompts:
                 judged.append(Judged(name, loss))
                 continue
@@ -159,7 +152,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 stop=stop,
-                on_batch=_told(on_rows, f"{label}: text"),
+                on_batch=_reporting(on_rows, f"{label}: text"),
             )
             texts = [text.strip() for text in texts]
             judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts)))
@@ -169,16 +162,16 @@ def evaluate(
 def prompts_of(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, references_column: str = "references"
 ) -> list[Prompt]:
-    """The distinct prompts of `items` in order of appearance, each with all answers that its rows give, without
-    repeats.
+    """Return the distinct prompts in order of appearance, each with the distinct answers in its rows.
+
+    Raises DataError for a row without a prompt.
     """
     groups: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         start = item.prompt_length
         if start == 0:
             raise DataError(
-                f"{item.row.where}: the row has no prompt to generate from (plain text is trained from its first "
-                "token)\n"
+                f"{item.row.where}: the row has no prompt to generate from; all of a plain text is trained\n"
                 "  leave generation out, or give rows with prompt and completion"
             )
         groups.setdefault(tuple(item.ids[:start]), []).append(item)
@@ -204,26 +197,26 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _spread(things: Sequence[Any], most: int | None) -> list[Any]:
-    """At most so many of the things, evenly from the first on."""
+    """Return at most `most` of `things`, evenly spaced, beginning with the first."""
     if most is None or len(things) <= most:
         return list(things)
     return [things[i * len(things) // most] for i in range(most)]
 
 
-def _told(on_rows: Callable[[str, int], None] | None, what: str) -> Callable[[int], None] | None:
+def _reporting(on_rows: Callable[[str, int], None] | None, what: str) -> Callable[[int], None] | None:
     return None if on_rows is None else lambda rows: on_rows(what, rows)
 
 
 # ------------------------------------------------------------------------------------------ adapters
 
 
-def _check_adapters(model: PreTrainedModel, wanted: Sequence[str | None]) -> None:
+def _check_adapters(model: PreTrainedModel, requested: Sequence[str | None]) -> None:
     from ..model.activate import adapters
 
     attached = adapters(model)
-    if not wanted:
-        raise ConfigError("no adapter to judge\n  expected names of attached adapters, or None for the base")
-    for name in wanted:
+    if not requested:
+        raise ConfigError("no adapter to evaluate\n  expected names of attached adapters, or None for the base")
+    for name in requested:
         if name is not None and name not in attached:
             known = listing(attached) if attached else "none"
             raise StateError(
@@ -234,7 +227,7 @@ def _check_adapters(model: PreTrainedModel, wanted: Sequence[str | None]) -> Non
 def _use(model: PreTrainedModel, which: str | Mapping[str, float] | None) -> None:
     from ..model.activate import activate, adapters
 
-    if adapters(model):  # a model without adapters is its base already
+    if adapters(model):  # without adapters the model is its base
         activate(model, which)
 
 

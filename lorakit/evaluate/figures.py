@@ -1,8 +1,9 @@
-"""A task's own figures (loss, accuracy, ...) on the same rows, of each adapter."""
+"""Measures: their names and how they are shown; a task's own (loss, accuracy, ...) of each adapter on the same rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..model.activate import activate
@@ -12,31 +13,50 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MODEL = "model"
+# A measure's key -> its name, digits after the point.
+MEASURES = {
+    "loss": ("loss", 4),
+    "perplexity": ("perplexity", 2),
+    "accuracy": ("accuracy", 4),
+    "macro_f1": ("macro f1", 4),
+    "bleu": ("BLEU", 1),
+    "chrf": ("chrF", 1),
+    "rouge_l": ("ROUGE-L", 1),
+    "exact_match": ("exact match", 1),
+}
 
 
 def figures(
     task: Task, base: Base, items: Sequence[Item], adapters: Sequence[str], batch_size: int
 ) -> list[dict[str, Any]]:
-    """One row of figures for each adapter, or for the model where there is none: a base without an adapter has no
-    trained head.
-    """
-    found = []
+    """Return the measures of each adapter, or of the model if there is none: a base alone has no trained head."""
+    results = []
     for name in adapters:
         activate(base.model, name)
-        found.append({"adapter": name, **task.evaluate(base, items, batch_size), "rows": len(items)})
-    return found or [{"adapter": None, **task.evaluate(base, items, batch_size), "rows": len(items)}]
+        results.append({"adapter": name, **task.evaluate(base, items, batch_size), "rows": len(items)})
+    return results or [{"adapter": None, **task.evaluate(base, items, batch_size), "rows": len(items)}]
 
 
-def table(found: Sequence[dict[str, Any]]) -> Table:
-    """For a console."""
+def table(results: Sequence[Mapping[str, Any]], title: str, unnamed: str = MODEL) -> Table:
+    """Return a line for each adapter and a column for each measure. unnamed: the label where `adapter` is None."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    names = [name for name in found[0] if name not in ("adapter", "rows")]
-    made = RichTable(title=f"{found[0]['rows']:,} rows")
-    made.add_column("")
-    for name in names:
-        made.add_column(name.replace("_", " "), justify="right")
-    for row in found:
-        made.add_row(Text(row["adapter"] or MODEL), *(f"{row[name]:.4f}" for name in names))
-    return made
+    keys = measured(results)
+    lines = RichTable("", title=title)
+    for key in keys:
+        lines.add_column(MEASURES[key][0], justify="right")
+    for row in results:
+        lines.add_row(Text(row["adapter"] or unnamed), *(show(key, row.get(key)) for key in keys))
+    return lines
+
+
+def measured(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of the measures that at least one result has."""
+    return [key for key in MEASURES if any(show(key, row.get(key)) for row in results)]
+
+
+def show(key: str, value: Any) -> str:
+    """Format a measure; "" for what is not a number, as in an untrusted file."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return f"{value:,.{MEASURES[key][1]}f}" if is_number else ""

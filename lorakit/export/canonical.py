@@ -15,7 +15,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..errors import AdapterError
-from ..formats.strength import folded
+from ..formats.scale import folded
 
 
 def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:

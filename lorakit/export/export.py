@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
+from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
 from ..formats import save
 from ..io.atomic import write_text
@@ -105,15 +106,19 @@ def export(
                 "Ollama's Modelfile needs a model to start FROM\n  name one: --model llama3.2, or a GGUF file"
             )
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
-        model_file = check_modelfile(path, modelfile(path, model), force)
+        model_file = check_modelfile(path, modelfile(path, model, adapter), force)
     if verify or parts is not None:
         written, check = write_staged(adapter, ready, path, target.format, base, verify, parts)
     else:
         written, check = save(ready, path, target.format, base=base), Readback()
     files = [written]
     if model_file is not None:
-        write_text(model_file, modelfile(path, model))
+        write_text(model_file, modelfile(path, model, adapter))
         files.append(model_file)
+    template = ChatRecord.of(adapter.metadata).template
+    if template is not None and written.is_dir():
+        write_text(written / TEMPLATE_FILE, template)
+        files.append(written / TEMPLATE_FILE)
     copy = parts.copy if parts is not None else None
     return Exported(receiver, target.format, files, fixes, check.differences, check.logits, check.no_logits, copy)
 

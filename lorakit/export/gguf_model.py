@@ -154,9 +154,9 @@ def _check_complete(tensors: dict[str, GgufTensor], architecture: Architecture, 
         )
 
 
-def _order(name: str) -> tuple[int, str]:
+def _order(name: str) -> tuple[float, str]:
     """Sort key for llama.cpp's loading order: embeddings, layers by number, the rest."""
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer:
         return int(layer[1]), name
-    return (-1 if name.startswith(("token_embd", "position_embd")) else math.inf), name  # type: ignore[return-value]
+    return (-1 if name.startswith(("token_embd", "position_embd")) else math.inf), name

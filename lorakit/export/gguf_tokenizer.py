@@ -219,7 +219,9 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
 
 
 def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
-    return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in model["merges"]]  # type: ignore[misc]
+    """Return the merges, which newer files write as pairs and older ones as one text with a space between."""
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(first, second) for first, second in pairs]
 
 
 def _inexact(model: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
+from ..bases.limits import memory_of, resident
 from ..bases.load import load_config, load_model
 from ..checkpoint.base import open_base
 from ..errors import AdapterError, LorakitError
@@ -226,7 +227,6 @@ def _bytes_in_float32(weights: list[Path]) -> int:
 
 
 def _free_memory() -> int | None:
-    """Available memory in bytes on Linux; None elsewhere."""
-    meminfo = Path("/proc/meminfo")
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines()) if meminfo.is_file() else {}
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    """Return the bytes of memory that this process can still allocate; None if they are not known."""
+    memory = memory_of(torch.device("cpu"))
+    return memory.free - resident() if memory is not None else None

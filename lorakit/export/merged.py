@@ -19,10 +19,12 @@ import numpy as np
 from ..adapter.adapter import Adapter
 from ..bases.load import load_config, load_tokenizer
 from ..checkpoint.base import Base, open_base
-from ..checkpoint.changes import check_something
+from ..checkpoint.changes import check_mergeable
 from ..checkpoint.merge import check_base
 from ..checkpoint.out import check_space
 from ..checkpoint.plan import make_plan
+from ..data.chat_record import ChatRecord
+from ..data.templates import with_template
 from ..errors import ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
@@ -93,7 +95,7 @@ def export_merged(
     path = model_path(out, receiver)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file name for the GGUF model")
-    model_file = check_modelfile(path, modelfile(path), force) if receiver == "ollama" else None
+    model_file = check_modelfile(path, modelfile(path, adapter=adapter), force) if receiver == "ollama" else None
     gguf = package()
     opened = open_base(Path(base).expanduser())
     check_supported(opened.model_type)
@@ -105,7 +107,7 @@ def export_merged(
     if plan.untied:
         config.tie_word_embeddings = False
     name = opened.folder.resolve().name + (" with adapter" if adapter is not None else "")
-    pairs, extra, warnings = _pairs(opened, config, dtype, name)
+    pairs, extra, warnings = _pairs(opened, config, dtype, name, adapter)
     tensors = gguf_tensors(plan.entries, config, dtype)
     check_space(path.resolve(), sum(bytes_in(t.shape, t.kind) for t in tensors) + PAIRS_BYTES)
     verification = None
@@ -116,7 +118,7 @@ def export_merged(
     files = [path]
     if model_file is not None:
         files.append(model_file)
-        write_text(model_file, modelfile(path))
+        write_text(model_file, modelfile(path, adapter=adapter))
     other = [t.name for t in tensors if len(t.shape) == 2 and t.kind not in (dtype, F32)]
     return Merged(
         receiver, dtype, files, len(tensors) + len(extra), path.stat().st_size, other, notes + warnings, verification
@@ -125,7 +127,7 @@ def export_merged(
 
 def _left_out(adapter: Adapter) -> list[str]:
     """Notes on what merging leaves out. AdapterError if the adapter changes no weight at all."""
-    check_something(1.0, adapter)
+    check_mergeable(1.0, adapter)
     if not adapter.embeddings:
         return []
     return [
@@ -148,11 +150,16 @@ def model_path(out: str | Path, receiver: str) -> Path:
     return path / "model.gguf" if receiver == "ollama" and path.suffix != ".gguf" else path
 
 
-def _pairs(base: Base, config: Any, dtype: str, title: str) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
+def _pairs(
+    base: Base, config: Any, dtype: str, title: str, adapter: Adapter | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
     """(key-value pairs, tensors computed from hyper-parameters, warnings)."""
     params = parameters(config)
     eos = config.eos_token_id
-    vocab = vocabulary(load_tokenizer(str(base.folder)), config.vocab_size, eos[0] if isinstance(eos, list) else eos)
+    record = ChatRecord() if adapter is None else ChatRecord.of(adapter.metadata)
+    tokenizer = with_template(load_tokenizer(str(base.folder)), record.template)
+    vocab = vocabulary(tokenizer, config.vocab_size, eos[0] if isinstance(eos, list) else eos)
+    ends = tokenizer.convert_tokens_to_ids(list(record.end_tokens))
     name = ARCHITECTURES[config.model_type].name
     values = {
         "general.type": "model",
@@ -161,6 +168,8 @@ def _pairs(base: Base, config: Any, dtype: str, title: str) -> tuple[dict[str, A
         "general.quantization_version": 2,
         **{f"{name}.{key}": value for key, value in params.pairs.items()},
         **vocab.pairs,
+        # llama.cpp ends generation at this one too.
+        **({"tokenizer.ggml.eot_token_id": int(ends[0])} if ends and ends[0] is not None else {}),
     }
     extra = {} if params.rope_freqs is None else {"rope_freqs.weight": params.rope_freqs.numpy()}
     return values, extra, params.warnings + vocab.warnings

@@ -6,16 +6,24 @@ ADAPTER ./adapter.gguf
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from ..adapter.adapter import Adapter
+from ..data.chat_record import ChatRecord
 from ..errors import ConfigError
 
 NAME = "Modelfile"
 
 
-def modelfile(gguf: Path, model: str | None = None) -> str:
-    """The text of a Modelfile: `gguf` as an adapter of `model`, or as a complete model if `model` is None."""
-    return f"FROM ./{gguf.name}\n" if model is None else f"FROM {model}\nADAPTER ./{gguf.name}\n"
+def modelfile(gguf: Path, model: str | None = None, adapter: Adapter | None = None) -> str:
+    """The text of a Modelfile: `gguf` as an adapter of `model`, or as a complete model if `model` is None.
+
+    Generation stops at the end tokens that `adapter` learned besides the model's own.
+    """
+    source = f"FROM ./{gguf.name}\n" if model is None else f"FROM {model}\nADAPTER ./{gguf.name}\n"
+    ends = ChatRecord.of(adapter.metadata).end_tokens if adapter is not None else ()
+    return source + "".join(f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}\n" for token in ends)
 
 
 def check_modelfile(gguf: Path, text: str, force: bool) -> Path:

@@ -1,7 +1,7 @@
-"""How an adapter is written: one file per format, each with `read`, `losses` and `write`; here, which one a path holds.
+"""Read and write adapters: one file for each format, with `read`, `losses` and `write`. This file detects the format.
 
-The format is told by content: a file's first bytes, its tensors' names, a folder's config. Nothing that is read is
-executed: safetensors, GGUF, or pickles through torch's `weights_only=True`.
+The format is detected from the content: a file's first bytes, its tensors' names, a folder's config. Nothing that is
+read is executed: safetensors, GGUF, or pickles through torch's `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
 
 FORMATS = ("peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf")
-FOLDERS = ("peft", "mlx")  # written as a folder: a config and the tensors; the others are one file
-TAKES_ALPHA = ("loralib", "mlx")  # read with an alpha that is given: loralib's files hold none, old ones of MLX neither
+FOLDERS = ("peft", "mlx")  # written as a folder with a config and the tensors; the others are one file
+TAKES_ALPHA = ("loralib", "mlx")  # loralib's files, and old ones of MLX, do not hold alpha: the caller gives it
 
 
 def load(
@@ -33,9 +33,11 @@ def load(
 ) -> Adapter:
     """Read an adapter in any of `FORMATS`.
 
-    source: a folder, a file, or a hub id. `alpha` must be given where the file does not hold it (always for loralib,
-    for MLX without its config), `packed` for a MergedLinear of loralib, `base` (the base's folder or config) for a GGUF
-    of a Llama. Raises AdapterError for anything that is not a sound adapter; nothing is built before sizes are checked.
+    source: a folder, a file, or a hub id (`revision`: its branch, tag or commit).
+    alpha: required if the file does not hold it (always for loralib; for MLX without its config).
+    packed: the adapted parts of loralib's MergedLinear. base: the base's folder or config, for the GGUF of a Llama.
+
+    Raises AdapterError for anything that is not a valid adapter; sizes are checked before memory is allocated.
     """
     from ..io.tensors import read_tensors
 
@@ -45,12 +47,10 @@ def load(
     format = format or format_of(path)
     reader = _module(format)
     if alpha is not None and format not in TAKES_ALPHA:
-        raise AdapterError(
-            f"{path} is a {format} adapter, which says itself what alpha is\n  leave alpha (--alpha) out"
-        )
+        raise AdapterError(f"{path} is a {format} adapter, which holds its alpha\n  leave out alpha (--alpha)")
     if packed is not None and format != "loralib":
         raise AdapterError(
-            f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave packed out"
+            f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave out packed"
         )
     if format == "peft":
         return reader.read(path)
@@ -73,11 +73,13 @@ def save(
     dtype: torch.dtype | Literal["q8_0"] | None = None,
     base: Any = None,
 ) -> Path:
-    """Write an adapter: "peft" and "mlx" are folders, the others files.
+    """Write an adapter and return the path: "peft" and "mlx" are folders, the others files.
 
-    dtype: the precision to write it in (by default as it is); "q8_0", blocks of 8 bits, for "gguf" alone. base: the
-    base's folder or config, for "gguf". AdapterError, with all of it, where the format cannot hold something of the
-    adapter (see `losses`); LorakitWarning where PEFT itself would not load all of it. Returns the path written.
+    dtype: the precision to write (default: unchanged); "q8_0", blocks of 8 bits, is for "gguf" only.
+    base: the base's folder or config, for "gguf".
+
+    AdapterError listing everything that the format cannot hold (see `losses`); nothing is written then.
+    LorakitWarning where PEFT itself would not load all of it.
     """
     from ..adapter.algebra.edit import cast
     from .peft_experts import misread, note
@@ -96,14 +98,14 @@ def save(
 
 
 def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:
-    """What of this adapter the format cannot hold, one line each. `path`: where it would be written, as endings differ
-    in that.
+    """What the format cannot hold of this adapter, one line each. `path`: where it would be written; cloneofsimo's .pt
+    holds less than its .safetensors.
     """
     return _module(format).losses(adapter, path) if format == "cloneofsimo" else _module(format).losses(adapter)
 
 
 def format_of(source: str | Path) -> str:
-    """Which of `FORMATS` a path holds. AdapterError if none."""
+    """The format of `FORMATS` that a path holds. AdapterError if it holds no adapter."""
     from . import peft
 
     path = find(source)
@@ -120,7 +122,7 @@ def format_of(source: str | Path) -> str:
             return "mlx"
         if (path / diffusers.FILE).is_file():
             return "diffusers"
-        return "mlx"  # its config alone, and reading says that the tensors are missing
+        return "mlx"  # a config alone: reading it reports the missing tensors
     if is_gguf(path):
         return "gguf"
     if cloneofsimo.is_pickle_of_it(path):
@@ -135,7 +137,9 @@ def format_of(source: str | Path) -> str:
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
-    """The path of an adapter's file or folder: as given, inside the folder given, or of a hub id's files."""
+    """The path of an adapter's file or folder: as given, inside the given folder, or downloaded from the hub.
+    AdapterError if there is none, or several.
+    """
     from .hub import fetch
     from .inside import adapter_in
 
@@ -145,7 +149,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
 
 
 def weights_of(path: Path) -> Path | None:
-    """The file with an adapter's tensors, of the folder or file that `find` gives; None if it is not there."""
+    """The file with an adapter's tensors. `path`: a result of `find`. None if the file is missing."""
     from . import diffusers, mlx, peft
 
     names = (peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, diffusers.FILE)
@@ -153,7 +157,7 @@ def weights_of(path: Path) -> Path | None:
 
 
 def _inside(path: Path, format: str) -> Path:
-    """The file with the tensors, where `path` is its folder."""
+    """The file with the tensors, if `path` is a folder."""
     from . import diffusers, mlx
 
     return path / (mlx.WEIGHTS if format == "mlx" else diffusers.FILE) if path.is_dir() else path

@@ -1,20 +1,20 @@
-"""cloneofsimo's files (the first LoRA of Stable Diffusion, 2022): numbers instead of names, scale 1, learned tokens
-beside the factors.
+"""cloneofsimo's files (the first LoRA of Stable Diffusion, 2022): numbers instead of names, scale 1, textual-inversion
+embeddings beside the factors.
 
-    .safetensors   "unet:<i>:up" [out, r], "unet:<i>:down" [r, in], "text_encoder:<i>:up", ...; a learned token "<s1>"
+    .safetensors   "unet:<i>:up" [out, r], "unet:<i>:down" [r, in], "text_encoder:<i>:up", ...; an embedding "<s1>"
                    [dim]
                    header: "unet": the adapted classes in JSON, "unet:<i>:rank", "<s1>": "<embed>"
     .pt            the pickled list [up0, down0, up1, down1, ...] of a UNet; `x.text_encoder.pt` that of a text encoder,
                    `x.ti.pt`
                    {"<token>": [dim]}; the three of one name are one adapter
 
-The number is a module's place in the order in which diffusers' and transformers' classes of the time made them. UNet of
-SD1 and SD2: the down blocks, the up blocks, the middle; in a transformer block attn1 (q, k, v, out), ff.net.0.proj,
-attn2 (q, k, v, out); the oldest files have no ff. Later classes make attn2 before ff; the shapes tell which it is. Text
-encoder: layer by layer k, v, q, out.
+The number is a module's index in the order in which diffusers' and transformers' classes of the time created them. UNet
+of SD1 and SD2: the down blocks, the up blocks, the middle; in a transformer block attn1 (q, k, v, out), ff.net.0.proj,
+attn2 (q, k, v, out); the oldest files have no ff. Later classes create attn2 before ff; the shapes show which it is.
+Text encoder: layer by layer k, v, q, out.
 
-The reader of these files gives every adapted module of the model its pair, so a module that an adapter lacks is written
-as zeros, and a pair of zeros is read as no update.
+Programs that read these files expect a pair for every adaptable module of the model, so modules that an adapter lacks
+are written as zeros, and a pair of zeros is read as no update.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..io.json_object import parse_json
 from ..io.tensors import read_pickled, read_tensors, write_tensors
 from . import names
 from .diffusers import with_alpha_as_rank
-from .strength import config_of
+from .scale import config_of
 
 EMBED = "<embed>"
 SIDE_TEXT, SIDE_TOKENS = ".text_encoder.pt", ".ti.pt"
@@ -63,12 +63,12 @@ _CLASSES = {144: ["CrossAttention", "Attention", "GEGLU"], 128: ["CrossAttention
 
 
 def text_order(layers: int) -> list[str]:
-    """The modules of a CLIP text encoder in their order."""
+    """The modules of a CLIP text encoder with this many layers, in the files' order."""
     return [f"text_model.encoder.layers.{i}.self_attn.{x}_proj" for i in range(layers) for x in ("k", "v", "q", "out")]
 
 
 def fits(keys: Iterable[str]) -> bool:
-    """Whether these are the keys of its `.safetensors`, or of its dict of learned tokens."""
+    """Whether these are the keys of a `.safetensors` of this format, or of a dict of embeddings."""
     keys = list(keys)
     return any(_KEY.fullmatch(key) for key in keys) or (bool(keys) and all(_TOKEN.fullmatch(key) for key in keys))
 
@@ -81,7 +81,7 @@ def is_pickle_of_it(path: Path) -> bool:
 
 
 def load(path: Path) -> Adapter:
-    """Read a file of any of these kinds, a `.pt` with those beside it."""
+    """Read a file of this format; a `.pt` with the files that belong to it. AdapterError naming the file at fault."""
     if not is_pickle_of_it(path):
         return read(path, *read_tensors(path))
     beside = [path.with_name(path.name.removesuffix(".pt") + side) for side in (SIDE_TEXT, SIDE_TOKENS)]
@@ -98,7 +98,9 @@ def load(path: Path) -> Adapter:
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """The adapter that the tensors of a `.safetensors`, or a dict of learned tokens, are."""
+    """The adapter of a `.safetensors`, or of a dict of embeddings. AdapterError naming the file and the key at
+    fault.
+    """
     halves: dict[str, dict[int, dict[str, Tensor]]] = {"unet": {}, "text_encoder": {}}
     embeddings: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -109,7 +111,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
             embeddings[key] = tensor
         else:
             raise AdapterError(
-                f"{path}: key '{key}' is none of this format's\n"
+                f"{path}: key '{key}' is not in this format\n"
                 "  expected unet:<i>:up, text_encoder:<i>:down or a token <s1>"
             )
     found: dict[str, Pair] = {}
@@ -127,8 +129,8 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
 
 
 def losses(adapter: Adapter, path: Path | None = None) -> list[str]:
-    """What this format cannot hold of an adapter, one line each.
-    `path`: where it is to be written; a `.pt` holds less.
+    """What this format cannot hold of an adapter, one line each. `path`: where it will be written; a `.pt` holds
+    less.
     """
     known = {f"unet.{name}" for name in UNET_ORDERS[0]} | {
         f"text_encoder.{name}" for name in text_order(_layers(adapter))
@@ -137,23 +139,23 @@ def losses(adapter: Adapter, path: Path | None = None) -> list[str]:
     lines = [f"cloneofsimo's order has no place for {len(nowhere)} modules: {listing(nowhere, 3)}"] if nowhere else []
     others = [module for module in adapter.updates if module not in adapter.factors]
     if others:
-        lines.append(f"it holds low-rank factors only (`resize` makes them of any update): {listing(others, 3)}")
+        lines.append(f"it holds low-rank factors only (`resize` converts any update): {listing(others, 3)}")
     dora = [module for module, u in adapter.updates.items() if u.variant == "dora"]
     lines += [f"it has no DoRA magnitudes: {listing(dora, 3)}"] if dora else []
     blocks = [m for m, f in adapter.factors.items() if m in known and (f.kind != "linear" or f.transposed)]
     lines += [f"it has pairs of matrices only, for linear layers: {listing(blocks, 3)}"] if blocks else []
     if adapter.saved:
-        lines.append(f"it holds no weights saved whole: {listing(adapter.saved, 3)}")
+        lines.append(f"it holds no saved weights: {listing(adapter.saved, 3)}")
     if path is not None and path.suffix == ".pt" and not any(m.startswith("unet.") for m in adapter.factors):
         lines.append(
-            "its .pt begins with the UNet's modules, and the adapter has none: a .safetensors can do without them"
+            "its .pt starts with the UNet's modules, of which the adapter has none; a .safetensors does not need them"
         )
     return lines or _unfillable(adapter)
 
 
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and `.ti.pt` beside it. AdapterError if anything would be
-    lost.
+    """Write `.safetensors`, or `.pt` with `.text_encoder.pt` and `.ti.pt` beside it, and return the path. AdapterError,
+    and nothing written, if the format cannot hold all of the adapter.
     """
     lost = losses(adapter.check(), path)
     if lost:
@@ -203,13 +205,13 @@ def _from_list(path: Path, value: Sequence[Tensor] | Mapping[str, Tensor]) -> di
     if isinstance(value, Mapping) or len(value) % 2 or not value:
         raise AdapterError(f"{path} holds {len(value)} tensors; expected a list of pairs, up and down")
     pairs = [(value[at + 1], value[at]) for at in range(0, len(value), 2)]
-    # A text encoder's layers are all square and of one size; a UNet's are not.
+    # A text encoder's layers are all square and of the same size; a UNet's are not.
     text = len({(*up.shape[:1], *down.shape[1:]) for down, up in pairs}) == 1
     return _named(path, "text_encoder" if text else "unet", pairs)
 
 
 def _named(path: Path, component: str, pairs: Sequence[Pair]) -> dict[str, Pair]:
-    """The pairs by their modules' names. AdapterError where their shapes cannot be those of that order."""
+    """The pairs by module name. AdapterError if their number or shapes do not fit the format's order."""
     for at, (down, up) in enumerate(pairs):
         for half, tensor in (("down", down), ("up", up)):
             if (
@@ -226,12 +228,12 @@ def _named(path: Path, component: str, pairs: Sequence[Pair]) -> dict[str, Pair]
                 )
     if component == "text_encoder":
         orders = [text_order(len(pairs) // 4)] if len(pairs) % 4 == 0 else []
-        told = "four for each layer"
+        expected = "four for each layer"
     else:
         orders = [order for order in UNET_ORDERS if len(order) == len(pairs)]
-        told = "144, or 128 of attentions alone, in a UNet of SD1 or SD2"
+        expected = "144, or 128 without feed-forwards, in a UNet of SD1 or SD2"
     if not orders:
-        raise AdapterError(f"{path}: {len(pairs)} modules numbered as {component}; expected {told}")
+        raise AdapterError(f"{path}: {len(pairs)} modules numbered as {component}; expected {expected}")
     wrong = [_misfit(order, pairs) for order in orders]
     if None not in wrong:
         first = wrong[0] or 0
@@ -245,8 +247,9 @@ def _named(path: Path, component: str, pairs: Sequence[Pair]) -> dict[str, Pair]
 
 
 def _misfit(order: Sequence[str], pairs: Sequence[Pair]) -> int | None:
-    """The first number whose shape disagrees with those before it, or None. Of a block of width C: all [C, C], but ff
-    [8 C, C] and attn2's k, v [C, D] with the text encoder's D, the same everywhere."""
+    """The first index whose shape contradicts those before it, or None. In a block of width C all are [C, C], except ff
+    [8 C, C] and attn2's k and v [C, D], where D is the text encoder's width.
+    """
     widths: dict[str, int] = {}
     for at, (name, (down, up)) in enumerate(zip(order, pairs)):
         size = (up.shape[0], down.shape[1])
@@ -262,7 +265,7 @@ def _misfit(order: Sequence[str], pairs: Sequence[Pair]) -> int | None:
 
 
 def _layers(adapter: Adapter) -> int:
-    """How many layers of the text encoder are numbered: the model's, or as many as the adapter has."""
+    """The number of text encoder layers in the file's order: the model's, or those that the adapter has."""
     found = [
         int(m.split(".")[4]) + 1
         for m in adapter.factors
@@ -278,7 +281,7 @@ def _layers(adapter: Adapter) -> int:
 
 
 def _model(adapter: Adapter) -> str | None:
-    """Which of the two models' widths are the adapter's; at a tie the one it says it is for."""
+    """The model, "sd1" or "sd2", by the adapter's widths; in a tie by its metadata. None if neither fits."""
     sizes = {m: (f.B.shape[0], f.A.shape[1]) for m, f in adapter.factors.items()}
     fit = [
         model
@@ -290,7 +293,7 @@ def _model(adapter: Adapter) -> str | None:
 
 
 def _order(adapter: Adapter, component: str) -> list[str]:
-    """The full names that are numbered, [] if the adapter has none of this component."""
+    """The full names in the file's order; [] if the adapter has no module of this component."""
     mine = [m for m in adapter.factors if m.startswith(f"{component}.")]
     if not mine:
         return []
@@ -302,7 +305,7 @@ def _order(adapter: Adapter, component: str) -> list[str]:
 
 
 def _unfillable(adapter: Adapter) -> list[str]:
-    """Modules that need zeros, where the model's widths are not known."""
+    """A line for modules that must be written as zeros, if their widths are not known."""
     lacking = [
         m for component in ("unet", "text_encoder") for m in _order(adapter, component) if m not in adapter.factors
     ]
@@ -315,7 +318,7 @@ def _unfillable(adapter: Adapter) -> list[str]:
 
 
 def _numbered(adapter: Adapter, component: str) -> list[Pair]:
-    """The pairs in their order at scale 1, zeros of rank 1 for modules that the adapter lacks."""
+    """The pairs in the file's order with scale 1; zeros of rank 1 for modules that the adapter lacks."""
     model = _model(adapter)
     dtype = next((f.A.dtype for f in adapter.factors.values()), torch.float32)
     pairs = []
@@ -344,5 +347,5 @@ def _write_pickles(path: Path, pairs: Mapping[str, Sequence[Pair]], embeddings: 
             with replacing(file) as temporary:
                 torch.save(value, temporary)
         else:
-            file.unlink(missing_ok=True)  # of an older adapter: it would be read as a part of this one
+            file.unlink(missing_ok=True)  # an older adapter's, which would be read as part of this one
     return path

@@ -1,4 +1,4 @@
-"""From one format to another: what the other cannot hold is named, and left out only if that is allowed."""
+"""Convert an adapter to another format: what that cannot hold is an error, or is left out with `allow_loss`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import AdapterError
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written, and what was left out of it."""
+    """What was written. `lost`: what was left out, one line each."""
 
     path: Path
     format: str
@@ -23,7 +23,7 @@ class Converted:
     lost: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain data, for JSON."""
         return {
             "to": self.format,
             "path": str(self.path),
@@ -42,15 +42,16 @@ def convert(
     dtype: torch.dtype | Literal["q8_0"] | None = None,
     allow_loss: bool = False,
 ) -> Converted:
-    """Write `adapter` in the format `to`. AdapterError lists what it cannot hold; with `allow_loss` that is left out
-    and returned.
+    """Write `adapter` to `out` in the format `to`. `base`, `dtype`: as in `save`.
+
+    AdapterError lists what the format cannot hold; with `allow_loss` that is left out and listed in the result.
     """
     from . import losses, save
 
     lost = losses(adapter, to)
-    here = [line for line in losses(adapter, to, Path(out)) if line not in lost]
-    if here:  # the place's doing: leaving something out would not help
-        raise AdapterError(f"{out} cannot hold this adapter:\n  " + "\n  ".join(here))
+    of_path = [line for line in losses(adapter, to, Path(out)) if line not in lost]
+    if of_path:  # because of the file's ending: leaving something out would not help
+        raise AdapterError(f"{out} cannot hold this adapter:\n  " + "\n  ".join(of_path))
     if lost and not allow_loss:
         raise AdapterError(
             f"{to} cannot hold all of this adapter:\n  "
@@ -62,7 +63,9 @@ def convert(
 
 
 def without_losses(adapter: Adapter, losses: Callable[[Adapter], list[str]]) -> Adapter:
-    """The adapter without the parts that `losses` objects to, each looked at by itself."""
+    """The adapter without the updates, saved weights and embeddings that `losses` objects to, each judged by itself.
+    AdapterError if nothing is left, or the rest still cannot be held.
+    """
     alone = replace(adapter, updates={}, saved={}, embeddings={})
     left = replace(
         adapter,
@@ -71,13 +74,13 @@ def without_losses(adapter: Adapter, losses: Callable[[Adapter], list[str]]) -> 
         embeddings={n: t for n, t in adapter.embeddings.items() if not losses(replace(alone, embeddings={n: t}))},
     )
     if not (left.updates or left.saved or left.embeddings):
-        raise AdapterError("nothing of this adapter can be held by that format")
+        raise AdapterError("the format cannot hold any part of this adapter")
     low_rank = {m: u for m, u in left.updates.items() if u.factors is not None}
     if low_rank and len(low_rank) < len(left.updates) and losses(left):
         left = replace(left, updates=low_rank)  # each fits by itself, and the format holds one kind a file
     still = losses(left)
     if still:
         raise AdapterError(
-            "what the format cannot hold is no single part that could be left out:\n  " + "\n  ".join(still)
+            "what the format cannot hold is not a single part that could be left out:\n  " + "\n  ".join(still)
         )
     return left

@@ -1,4 +1,4 @@
-"""diffusers' `pytorch_lora_weights.safetensors`: read in all its spellings (`spellings.py`), written as diffusers 0.42
+"""diffusers' `pytorch_lora_weights.safetensors`: read in all spellings (`spellings.py`), written so that diffusers 0.42
 loads it exactly.
 
     <component>.<module>.lora_A.weight, .lora_B.weight     linear [r, in], [out, r]; conv [r, in, *k], [out, r, 1, 1]
@@ -6,10 +6,9 @@ loads it exactly.
     header "lora_adapter_metadata": JSON {"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {...},
     "text_encoder.r": ...}
 
-The keys hold no alpha. Without the header alpha is the rank of each module (diffusers' rule); with it, diffusers hands
-each component's entries to `peft.LoraConfig` as they are, so its patterns are PEFT's. The prefix "text_encoder." is
-diffusers', and `text_model.` below it is always written: transformers 5 has lost that level, and diffusers removes it
-where it is not wanted.
+The keys hold no alpha. Without the header alpha is each module's rank (diffusers' rule); with it, diffusers passes each
+component's entries to `peft.LoraConfig`, so its patterns are PEFT's. The level `text_model.` below "text_encoder." is
+always written: transformers 5 has dropped it, and diffusers removes it if needed.
 """
 
 from __future__ import annotations
@@ -31,28 +30,28 @@ from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
 from . import kohya, lycoris, names
-from .diffusers_header import KEY, Strengths, describe
+from .diffusers_header import KEY, HeaderAlphas, describe
 from .peft_config import checked
+from .scale import clean, config_of, folded
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse
-from .strength import clean, config_of, folded
 
 FILE = "pytorch_lora_weights.safetensors"
-# Without one of these diffusers' reader of text encoders does not tell PEFT's spelling from older ones, and raises.
+# Without one of these, diffusers cannot tell PEFT's spelling of a text encoder from older ones, and raises.
 _ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
 def fits(keys: Iterable[str]) -> bool:
-    """Whether these are the keys of a diffusion model's LoRA with dotted module paths."""
+    """Whether these are keys of a diffusion model's LoRA with dotted module paths."""
     return any(map(is_spelling, keys))
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """The adapter that these tensors are. AdapterError naming the key at fault."""
+    """The adapter of these tensors and this header. AdapterError naming the file and the key at fault."""
     flat = _native(tensors)
     if flat is not None:
         return kohya.read(path, flat, {key: value for key, value in header.items() if key != "format"})
-    strengths = Strengths(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
-    updates = {module: _update(path, module, parts, strengths) for module, parts in _sort(path, tensors).items()}
+    alphas = HeaderAlphas(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
+    updates = {module: _update(path, module, parts, alphas) for module, parts in _sort(path, tensors).items()}
     metadata = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     rest = {key: value for key, value in header.items() if key not in (KEY, "lorakit", "format")}
     metadata = metadata | ({"header": rest} if rest else {})
@@ -61,7 +60,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
 
 
 def losses(adapter: Adapter) -> list[str]:
-    """What this format cannot hold of an adapter, one line each."""
+    """What diffusers' format cannot hold of this adapter, one line each."""
     reasons: dict[str, list[str]] = {}
     for module in adapter.updates:
         reason = _unheld(adapter, module)
@@ -69,17 +68,17 @@ def losses(adapter: Adapter) -> list[str]:
             reasons.setdefault(reason, []).append(module)
     lines = [f"{reason}: {listing(modules, 3)}" for reason, modules in reasons.items()]
     if adapter.saved:
-        lines.append(f"diffusers' LoRA files hold no weights saved whole: {listing(adapter.saved, 3)}")
+        lines.append(f"diffusers' LoRA files hold no saved weights: {listing(adapter.saved, 3)}")
     if adapter.embeddings:
-        lines.append(f"diffusers' LoRA files hold no learned tokens: {listing(adapter.embeddings, 3)}")
+        lines.append(f"diffusers' LoRA files hold no textual-inversion embeddings: {listing(adapter.embeddings, 3)}")
     return lines
 
 
 def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
-    """Write a `.safetensors` file; into a folder, under diffusers' own name for it. AdapterError if anything of the
-    adapter would be lost.
+    """Write a `.safetensors` file, or into a folder under diffusers' file name, and return its path. AdapterError, and
+    nothing written, if the format cannot hold all of the adapter.
 
-    fold: multiply each module's strength into its up matrix (alpha = rank), for receivers that do not read the header.
+    fold: multiply each module's scale into its up matrix (alpha = rank), for programs that do not read the header.
     """
     lost = losses(adapter)
     if lost:
@@ -100,8 +99,7 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
             key, own = f"{component}.{module}", update.tensors()
             tensors[key + down], tensors[key + up] = own["A"], own["B"]
             if "magnitude" in own:
-                # transformers reads a text encoder's tensors by their full names, PEFT a denoiser's by its own without
-                # ".weight".
+                # transformers reads a text encoder's magnitude with ".weight" in its name, PEFT a denoiser's without.
                 axes = own["A"].dim()
                 shaped = own["magnitude"].reshape((1, -1, *[1] * (axes - 2)) if axes > 2 else (-1,))
                 tensors[f"{key}.{MAGNITUDE}" + (".weight" if text else "")] = shaped
@@ -114,7 +112,7 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
 
 
 def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{module: {kohya's suffix: tensor}}, the modules with their component in front."""
+    """{module with its component in front: {kohya's suffix: tensor}}. AdapterError for unknown or repeated keys."""
     found: dict[str, Name] = {}
     for key in tensors:
         name = parse(key)
@@ -125,13 +123,13 @@ def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
                 ".lora_magnitude_vector"
             )
         found[key] = name
-    told = {name.component for name in found.values() if not name.prefixed} - {None}
+    unprefixed = {name.component for name in found.values() if not name.prefixed} - {None}
     modules: dict[str, dict[str, Tensor]] = {}
     for key, name in found.items():
-        component = name.component or (next(iter(told)) if len(told) == 1 else None)
+        component = name.component or (next(iter(unprefixed)) if len(unprefixed) == 1 else None)
         if component is None:
             raise AdapterError(
-                f"{where}: key '{key}' does not tell its model\n  expected one of {', '.join(COMPONENTS)} in front"
+                f"{where}: key '{key}' does not name its model\n  expected one of {', '.join(COMPONENTS)} in front"
             )
         parts = modules.setdefault(f"{component}.{name.path}", {})
         if name.suffix in parts:
@@ -140,14 +138,14 @@ def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return modules
 
 
-def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Strengths) -> Update:
-    """One module's update."""
+def _update(where: Path, module: str, parts: dict[str, Tensor], alphas: HeaderAlphas) -> Update:
+    """One module's update. AdapterError naming the file and the key at fault."""
     down, up, mid = (parts.get(f"lora_{which}.weight") for which in ("down", "up", "mid"))
     rslora = False
     if down is None or up is None:
         shape = next(
             (names.shapes(model)[module] for model in names.candidates([module])), (0, 0)
-        )  # LyCORIS' kinds may not tell the kernel
+        )  # the tensors of LyCORIS' kinds may not show the kernel
     elif down.dim() < 2 or up.dim() < 2:
         raise AdapterError(
             f"{where}: '{module}' has a down of shape {list(down.shape)} and an up of {list(up.shape)}; expected "
@@ -156,7 +154,7 @@ def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Stren
     else:
         shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
         if "alpha" not in parts:
-            alpha, rslora = strengths.of(module, up.shape[1])
+            alpha, rslora = alphas.of(module, up.shape[1])
             parts = parts | {"alpha": torch.tensor(alpha, dtype=torch.float64)}
     if MAGNITUDE in parts:
         parts = {s: t for s, t in parts.items() if s != MAGNITUDE} | {"dora_scale": parts[MAGNITUDE].reshape(-1, 1)}
@@ -169,10 +167,9 @@ def _update(where: Path, module: str, parts: dict[str, Tensor], strengths: Stren
 
 
 def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """ComfyUI's paths are the original code's, which kohya's files have with underscores: the same tensors as such a
-    file.
+    """ComfyUI's tensors under kohya's keys: both use the original code's names, kohya with underscores.
 
-    None if they are not all of one model whose names are known.
+    None if they are not all of one known model.
     """
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -186,15 +183,15 @@ def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def _unheld(adapter: Adapter, module: str) -> str | None:
-    """Why this format does not hold a module's update, or None if it does."""
+    """Why diffusers' format cannot hold a module's update; None if it can."""
     if module.split(".")[0] not in COMPONENTS:
         return (
-            f"diffusers' files know modules by a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "
+            f"diffusers' files name modules with a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "
             "which these lack"
         )
     update, f = adapter.updates[module], adapter.updates[module].factors
     if f is None:
-        return "diffusers' LoRA files hold low-rank factors only (`resize` makes them of any update)"
+        return "diffusers' LoRA files hold low-rank factors only (`resize` converts any update)"
     if f.kind == "embedding" or f.groups > 1 or f.transposed:
         return "no model of diffusers has an adapted embedding, grouped convolution or transposed linear"
     if update.variant == "lora":
@@ -208,14 +205,16 @@ def _unheld(adapter: Adapter, module: str) -> str | None:
 
 
 def _plain(f: Factors) -> Factors:
-    """A and B as they are, alpha for the scale alpha / rank: a packed projection has the rank of all its parts."""
+    """The factors with a scale of alpha / rows of A: without rsLoRA, and with a packed projection's parts written
+    out.
+    """
     if not f.rslora and not f.parts:
         return f
     return Factors(f.A, f.B, clean(f.scale * f.A.shape[0]), f.kind)
 
 
 def with_alpha_as_rank(f: Factors) -> Factors:
-    """The same update at scale 1, which is multiplied into B; in float32 (A too) where B's precision would round it."""
+    """The factors with their scale folded into B (alpha = rank); in float32 if B's dtype would round it."""
     B = folded(f.B, f.scale)
     return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind)
 

@@ -3,8 +3,8 @@
     {"unet.r": 8, "unet.lora_alpha": 16, "unet.rank_pattern": {"^mid_block...to_q": 4}, "unet.alpha_pattern": {...},
     "text_encoder.r": ...}
 
-diffusers cuts off the component and makes `peft.LoraConfig` of the rest, so names and patterns are PEFT's: a key fits a
-module's name by `re.match(rf"(.*\\.)?({key})$", name)`, and the first that fits counts. Files of one model
+diffusers removes the component and passes the rest to `peft.LoraConfig`, so names and patterns are PEFT's: a key
+matches a module's name by `re.match(rf"(.*\\.)?({key})$", name)`, and the first match counts. Files of one model
 (`save_lora_adapter`) have no component.
 """
 
@@ -23,22 +23,22 @@ from ..errors import AdapterError
 
 KEY = "lora_adapter_metadata"
 _PLAIN = re.compile(r"(?:[\w-]|\\?\.)+")
-# A regular expression from a file must not run for hours: no repeated group, few repetitions. Names one by one are no
-# regex here.
+# A regular expression from a file must not run for hours: no repeated groups, few repetitions. Plain names are looked
+# up instead.
 _LONGEST_REGEX, _MOST_REPETITIONS = 1000, 4
 _REPEATED_GROUP, _REPETITION = re.compile(r"\)[*+?{]|\\[1-9]|\(\?(?!:)"), re.compile(r"[*+{]")
 
 
-class Strengths:
-    """What a file's header says of its components' alphas. Asked once per module."""
+class HeaderAlphas:
+    """The alphas of a file's modules, from its header."""
 
     def __init__(self, where: Path, described: Mapping[str, Any]) -> None:
         self._where, self._described = where, described
         self._patterns: dict[str, _Pattern] = {}
 
     def of(self, module: str, rank: int) -> tuple[float, bool]:
-        """(alpha, rslora) of a module, its component in front: alpha is the rank where the header says nothing of that
-        component.
+        """(alpha, rslora) of a module with its component in front. alpha is `rank` if the header has no alpha for that
+        component. AdapterError for a wrong value.
         """
         component, _, name = module.partition(".")
         prefix = f"{component}." if any(key.startswith(f"{component}.") for key in self._described) else ""
@@ -46,7 +46,7 @@ class Strengths:
             self._patterns[prefix] = _Pattern(
                 f"{self._where}, its header's {prefix}alpha_pattern", self._described.get(f"{prefix}alpha_pattern")
             )
-        # transformers 5 has no `text_model`, so that the file's patterns may have been made for names without it.
+        # transformers 5 has no level `text_model`, so the file's patterns may be for names without it.
         names = dict.fromkeys((name, name.removeprefix("text_model.")))
         alpha = self._patterns[prefix].first(names, self._described.get(f"{prefix}lora_alpha", rank))
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not (math.isfinite(alpha) and alpha > 0):
@@ -57,7 +57,7 @@ class Strengths:
 
 
 class _Pattern:
-    """PEFT's alpha_pattern, looked up by name: a file may have as many keys as modules."""
+    """PEFT's alpha_pattern, indexed by name because a file may have as many keys as modules."""
 
     def __init__(self, where: str, pattern: Any) -> None:
         if not isinstance(pattern or {}, Mapping):
@@ -83,7 +83,7 @@ class _Pattern:
                 ) from error
 
     def first(self, names: Mapping[str, Any], default: Any) -> Any:
-        """The value of the first key that fits any of a module's names."""
+        """The value of the first key that matches any of a module's names."""
         hits = []
         for name in names:
             parts = name.split(".")
@@ -109,8 +109,9 @@ def describe(updates: Mapping[str, Update]) -> dict[str, Any]:
 
 
 def _anchored(name: str) -> str:
-    """A pattern's key for this module alone. "^": or "proj_out" would fit all names that end so. A text encoder's may
-    or may not have the level `text_model` in the receiver, so they are left open in front."""
+    """A pattern's key that matches only this module: without "^", "proj_out" would match all names that end so. A text
+    encoder's key has no "^", because the level `text_model` may be missing in the reading program.
+    """
     return name.removeprefix("text_model.") if name.startswith("text_model.") else f"^{name}"
 
 

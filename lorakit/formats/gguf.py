@@ -4,11 +4,11 @@
     <GGUF's tensor>.lora_a  [r, in]       of token_embd [vocab, r]
     <GGUF's tensor>.lora_b  [out, r]      rows of q and k permuted where the base's are (`gguf_names`)
 
-llama.cpp scales a module by alpha / r with its own r and the file's one alpha (0: by 1). rsLoRA and alphas of a
-module's own are in B. In F32, F16 or BF16, as the factors are; or in Q8_0 where a tensor's rows are whole blocks of 32
-numbers: lora_a of most linears, lora_b where the rank is a multiple of 32. The others are then in F16, as llama.cpp's
-converter has them. Packed projections and what lorakit knows of the training travel in the pair `lorakit.metadata`,
-which others pass over.
+llama.cpp scales a module by alpha / r, with the module's r and the file's only alpha (alpha 0: by 1). rsLoRA and other
+alphas are folded into B. Tensors are written in F32, F16 or BF16 like the factors; or in Q8_0 if their rows are
+multiples of 32 elements: lora_a of most linears, lora_b if the rank is a multiple of 32. The others are then in F16, as
+in llama.cpp's converter. lorakit's metadata, with the parts of packed projections, is in the pair `lorakit.metadata`,
+which other programs ignore.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from .gguf_names import (
 )
 from .gguf_types import BF16, BLOCK, F16, F16_MOST, F32, Q8_0, encode, type_of
 from .packed import parts_of
-from .strength import clean, commonest, config_of, folded
-from .unheld import convolutions, learned_tokens, other_kinds
+from .scale import clean, commonest, config_of, folded
+from .unheld import convolutions, embeddings, other_kinds
 
 __all__ = ["losses", "names_of", "read", "rows_of", "write"]
 METADATA = "lorakit.metadata"
@@ -53,21 +53,23 @@ _UNREAD = {"adapter.alora.invocation_tokens": "aLoRA, which is active after its 
 
 
 def losses(adapter: Adapter) -> list[str]:
-    """What a GGUF adapter cannot hold of this one, one line each."""
+    """What a GGUF adapter cannot hold of this adapter, one line each."""
     lost = []
     if adapter.saved:
         lost.append(
-            f"{len(adapter.saved)} weights saved whole ({listing(adapter.saved, 2)}): GGUF adapters hold low-rank "
-            "factors alone"
+            f"{len(adapter.saved)} saved weights ({listing(adapter.saved, 2)}): GGUF adapters hold only factors"
         )
-    return lost + other_kinds(adapter, "lora") + learned_tokens(adapter) + convolutions(adapter)
+    return lost + other_kinds(adapter, "lora") + embeddings(adapter) + convolutions(adapter)
 
 
 def write(adapter: Adapter, path: Path, base: Any = None, kind: str | None = None) -> Path:
-    """Write a GGUF adapter. `base`: the folder of its base (with config.json), or a transformers config; else the
-    adapter's own.
+    """Write a GGUF adapter and return the path.
 
-    `kind`: "q8_0" for tensors in blocks of 8 bits; else each is as it is.
+    base: its base's folder (with config.json) or a transformers config; default: the folder in the adapter's config.
+    kind: "q8_0" for blocks of 8 bits; default: each tensor's own precision.
+
+    AdapterError, and nothing written, if the format cannot hold all of the adapter, or the base's architecture is not
+    known or does not have the modules.
     """
     assert kind in (None, Q8_0), kind
     adapter.check()
@@ -109,8 +111,8 @@ def write(adapter: Adapter, path: Path, base: Any = None, kind: str | None = Non
 
 
 def read(path: Path, base: Any = None) -> Adapter:
-    """Read a GGUF adapter, with transformers' names. `base` as in `write`, needed where the rows of q and k are
-    permuted.
+    """Read a GGUF adapter, with transformers' module names. `base`: as in `write`; required if the architecture
+    permutes the rows of q and k. AdapterError if the file is no such adapter.
     """
     pairs, tensors = read_gguf(path)
     kind = pairs.get("general.type")
@@ -139,13 +141,13 @@ def read(path: Path, base: Any = None) -> Adapter:
 
 
 def names_of(adapter: Adapter, base: Any = None) -> dict[str, str]:
-    """module -> the tensor of the base's GGUF that its factors belong to."""
+    """module -> the tensor of the base's GGUF that it adapts. AdapterError as in `write`."""
     values = _base(adapter, base)
     return _names(adapter, of_model(values.get("model_type"), "the base"), values)
 
 
 def rows_of(module: str, delta: Any, base: Any) -> Any:
-    """A module's ΔW [out, in] (torch or numpy) with its rows in the GGUF's order."""
+    """A module's ΔW [out, in], torch or numpy, with its rows in GGUF's order."""
     values = base_config(base)
     architecture = of_model(values.get("model_type"), "the base")
     tensor = tensor_names(architecture, layer_count([module])).get(module)
@@ -188,7 +190,7 @@ def _unfit(A: Tensor | None, B: Tensor | None, architecture: Architecture) -> st
 
 
 def _names(adapter: Adapter, architecture: Architecture, base: Mapping[str, Any]) -> dict[str, str]:
-    """module -> GGUF's tensor, of the adapter's modules."""
+    """module -> GGUF's tensor, for the adapter's modules. AdapterError for modules that the base's GGUF lacks."""
     known = tensor_names(architecture, layer_count(adapter.factors))
     tied = base.get("tie_word_embeddings") is True
     for m in adapter.factors:
@@ -197,10 +199,10 @@ def _names(adapter: Adapter, architecture: Architecture, base: Mapping[str, Any]
                 f"the base's '{m}' is its token embedding, and its GGUF has no {OUTPUT} to adapt\n"
                 "  leave that module out of the adapter"
             )
-    lost = [m for m in adapter.factors if m not in known]
-    if lost:
+    unknown = [m for m in adapter.factors if m not in known]
+    if unknown:
         raise AdapterError(
-            f"{len(lost)} modules are not of the base's architecture '{architecture.name}': {listing(lost, 3)}\n"
+            f"{len(unknown)} modules are not in the base's architecture '{architecture.name}': {listing(unknown, 3)}\n"
             f"  it has {listing(architecture.modules, 20).replace('{}', 'N')}"
         )
     names = {m: known[m] for m in adapter.factors}
@@ -218,12 +220,12 @@ def _base(adapter: Adapter, base: Any) -> dict[str, Any]:
 
 
 def _alpha(f: Factors) -> float:
-    """What the file's alpha would be with this module alone."""
+    """The file's alpha if this were its only module."""
     return clean(f.scale * f.A.shape[0])
 
 
 def _read_alpha(value: Any, path: Path) -> float:
-    """The shortest number that is this f32."""
+    """The shortest decimal number that rounds to this f32. AdapterError if it is no number."""
     import numpy
 
     if not isinstance(value, float):
@@ -232,9 +234,9 @@ def _read_alpha(value: Any, path: Path) -> float:
 
 
 def _add(writer: Any, name: str, tensor: Tensor, kind: str | None) -> None:
-    """In `kind`, or as it is: float64, which llama.cpp does not take, in float32."""
-    numbers = tensor.detach().float().cpu().contiguous().numpy()
-    if kind is not None and numbers.shape[-1] % BLOCK:
-        kind = F16 if np.abs(numbers).max() <= F16_MOST else F32
+    """Add a tensor in `kind`, or in its own dtype; float64, which llama.cpp does not read, becomes float32."""
+    values = tensor.detach().float().cpu().contiguous().numpy()
+    if kind is not None and values.shape[-1] % BLOCK:
+        kind = F16 if np.abs(values).max() <= F16_MOST else F32
     kind = kind or {torch.bfloat16: BF16, torch.float16: F16}.get(tensor.dtype, F32)
-    writer.add_tensor(name, encode(numbers, kind, name), raw_dtype=type_of(kind))
+    writer.add_tensor(name, encode(values, kind, name), raw_dtype=type_of(kind))

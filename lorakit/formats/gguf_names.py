@@ -1,7 +1,7 @@
-"""Which tensor of a GGUF model is which module of transformers, and the rows that llama.cpp keeps in another order.
+"""Map transformers' modules to the tensors of a GGUF model, and permute the rows that llama.cpp orders differently.
 
-The tensors' names come from the `gguf` package's own map; here stands, for each `model_type`, GGUF's architecture and
-the modules that its base has, which makes the map invertible (it knows many names for one tensor).
+Tensor names come from the `gguf` package's map. It knows many names for one tensor; the modules listed here for each
+`model_type` make it invertible.
 
 llama.cpp rotates neighbouring pairs of a head's rows where transformers rotates its two halves, so for some
 architectures the rows of q and k are permuted, head by head: row i of half h becomes row 2i + h (llama.cpp,
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import AdapterError, did_you_mean
 from ..io.json_object import read_json
 
-MAX_LAYERS = 1024  # no model is near it; a name with a number beyond would make the map huge
+MAX_LAYERS = 1024  # far above any model; a larger number in a name would make the map huge
 _ENDS = ("model.embed_tokens", "lm_head")
 _ATTENTION = tuple(f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkvo")
 _GATED = (*_ENDS, *_ATTENTION, *(f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")))
@@ -40,8 +40,8 @@ TOKENS, OUTPUT = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class Architecture:
-    """`name`: GGUF's. `modules`: transformers' names, {} for the layer's number.
-    `permuted`: the rows of q and k are.
+    """`name`: GGUF's name. `modules`: transformers' names, with {} for the layer number. `permuted`: whether the rows
+    of q and k are permuted.
     """
 
     name: str
@@ -68,7 +68,7 @@ ARCHITECTURES = {
 
 
 def of_model(model_type: Any, where: str) -> Architecture:
-    """The architecture of a transformers `model_type`, or AdapterError listing those known."""
+    """The architecture of a transformers `model_type`. AdapterError listing the known ones."""
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         near = did_you_mean(str(model_type), ARCHITECTURES)
         raise AdapterError(
@@ -78,7 +78,7 @@ def of_model(model_type: Any, where: str) -> Architecture:
 
 
 def of_file(name: Any, where: Path) -> Architecture:
-    """The architecture that a GGUF file names, or AdapterError listing those known."""
+    """The architecture that a GGUF file names. AdapterError listing the known ones."""
     for architecture in ARCHITECTURES.values():
         if architecture.name == name:
             return architecture
@@ -98,7 +98,7 @@ def tensor_names(architecture: Architecture, layers: int) -> dict[str, str]:
 
 
 def layer_count(names: Iterable[str]) -> int:
-    """One more than the largest number in names of modules or tensors."""
+    """The number of layers: one more than the largest number in these names. AdapterError above `MAX_LAYERS`."""
     count = 1 + max((int(n[:9]) for name in names for n in re.findall(r"\.(\d+)\.", name)), default=0)
     if count > MAX_LAYERS:
         raise AdapterError(f"a tensor is of layer {count - 1:,}; no model has that many")
@@ -106,7 +106,9 @@ def layer_count(names: Iterable[str]) -> int:
 
 
 def heads(tensor: str, base: Mapping[str, Any] | None) -> int | None:
-    """How many heads the rows of a permuted architecture's tensor belong to; None if it is neither q nor k."""
+    """The number of heads in the rows of a permuted architecture's tensor; None unless it is q or k. AdapterError if
+    the base's config is missing or wrong.
+    """
     key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(tensor.split(".")[-2])
     if key is None:
         return None
@@ -122,26 +124,30 @@ def heads(tensor: str, base: Mapping[str, Any] | None) -> int | None:
 
 
 def permute(B: Rows, count: int, module: str) -> Rows:
-    """transformers' rows in llama.cpp's order: [heads, 2, d/2] to [heads, d/2, 2]. Of torch or numpy."""
+    """Rows from transformers' order to llama.cpp's: [heads, 2, d/2] to [heads, d/2, 2]; torch or numpy. `count`: heads.
+    AdapterError if they do not divide the rows.
+    """
     return _swap(B, count, module, (2, -1))
 
 
 def unpermute(B: Rows, count: int, module: str) -> Rows:
-    """The reverse."""
+    """The inverse of `permute`."""
     return _swap(B, count, module, (-1, 2))
 
 
 def _swap(B: Rows, count: int, module: str, split: tuple[int, int]) -> Rows:
     if B.shape[0] % (2 * count):
         raise AdapterError(
-            f"'{module}' has {B.shape[0]} output rows, which {count} heads of an even size cannot share: is it another "
-            "base?"
+            f"'{module}' has {B.shape[0]} output rows, not a multiple of {count} heads of even size\n"
+            "  is it another base?"
         )
     return B.reshape(count, *split, B.shape[1]).swapaxes(1, 2).reshape(B.shape)
 
 
 def base_config(base: Any) -> dict[str, Any]:
-    """A base's configuration as plain data: from its folder (or config.json), a transformers config, or a mapping."""
+    """A base's config as plain data: from its folder or config.json, a transformers config, or a mapping. AdapterError
+    if there is none.
+    """
     if base is None:
         raise AdapterError(
             "a GGUF adapter names its base's architecture, and some have the rows of q and k permuted head by head\n"
@@ -159,7 +165,7 @@ def base_config(base: Any) -> dict[str, Any]:
 
 
 def package() -> Any:
-    """The `gguf` package, an extra."""
+    """The `gguf` package. AdapterError if this extra is not installed."""
     try:
         import gguf
     except ImportError as error:

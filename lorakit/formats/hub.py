@@ -1,12 +1,12 @@
-"""Adapters on the Hugging Face hub: which repository, revision and file a name means, and which files are fetched.
+"""Adapters on the Hugging Face hub: parse a name into repository, revision and file, and download the adapter's files.
 
     OWNER/NAME                          PEFT's or MLX's folder at the top, else the one file that can be an adapter
     OWNER/NAME@REVISION                 of a branch, tag or commit (a slash in a branch's name is written %2F)
     OWNER/NAME/path/file.safetensors    that file (kohya's and GGUF adapters are single files)
-    hf://OWNER/NAME/path                a folder inside, or any of these where a local folder has the same name
+    hf://OWNER/NAME/path                a folder inside, or any of these if a local folder has the same name
 
-The repository's files are listed first, and only the adapter's own are fetched: no weights of a model that may lie
-beside it. Without a connection, or with HF_HUB_OFFLINE, what was fetched before is taken from huggingface_hub's cache.
+The repository's files are listed first, and only the adapter's are downloaded, not a model's beside it. Offline, or
+with HF_HUB_OFFLINE, earlier downloads are taken from huggingface_hub's cache.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from . import diffusers, mlx, peft
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SECONDS = 10.0  # until an answer to the first question counts as none
-# A single file that nobody named is not fetched beyond this: it is rather a model. (Rank 256 on every layer of Flux is
-# 2 GB.)
+SECONDS = 10.0  # timeout of the first request
+# A larger single file is downloaded only if the caller named it: it is probably a model. (Rank 256 on every layer of
+# Flux is 2 GB.)
 MOST_BYTES = 3 << 30
 
 _NAME = re.compile(
@@ -53,7 +53,7 @@ class HubName(NamedTuple):
 
 
 def endpoint() -> str:
-    """The hub's address, as HF_ENDPOINT says now."""
+    """The hub's address: HF_ENDPOINT, or huggingface_hub's default."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
@@ -66,7 +66,7 @@ def api() -> HfApi:
 
 
 def hub_name(text: str) -> HubName | None:
-    """What of the hub a text names; None for what looks like a local path."""
+    """Parse a hub name; None if the text looks like a local path."""
     found = _NAME.fullmatch(text)
     if found is None:
         return None
@@ -80,8 +80,8 @@ def hub_name(text: str) -> HubName | None:
 
 
 def fetch(source: str, revision: str | None = None) -> Path:
-    """The local copy of a hub id's adapter: a folder or a file. AdapterError if the hub has none by that name, or does
-    not give it.
+    """Download a hub id's adapter (or take it from the cache) and return its local folder or file. `revision`: a
+    branch, tag or commit. AdapterError if it does not exist or cannot be downloaded.
     """
     here = Path(source).expanduser().parent
     alike = did_you_mean(Path(source).name, [p.name for p in here.iterdir()]) if here.is_dir() else ""
@@ -98,15 +98,15 @@ def fetch(source: str, revision: str | None = None) -> Path:
         if found is None:
             return _cached(name)
         files, commit = found
-        wanted, opened = choose(files, name)
+        chosen, opened = choose(files, name)
         here_already = _snapshot(name)
         if (
             here_already is not None
             and here_already.name == commit
-            and all((here_already / file).is_file() for file in wanted)
+            and all((here_already / file).is_file() for file in chosen)
         ):
             return here_already / opened
-        patterns = [re.sub(r"([*?\[])", r"[\1]", file) for file in wanted]  # they are globs
+        patterns = [re.sub(r"([*?\[])", r"[\1]", file) for file in chosen]  # they are globs
         folder = snapshot_download(
             name.repository, revision=name.revision, allow_patterns=patterns, endpoint=endpoint()
         )
@@ -121,9 +121,7 @@ def fetch(source: str, revision: str | None = None) -> Path:
 
 
 def _files(name: HubName) -> tuple[dict[str, int | None], str | None] | None:
-    """The repository's files with their bytes, and its commit; None if the hub cannot be reached and some of it is
-    cached.
-    """
+    """({file: bytes}, commit) of the repository; None if the hub cannot be reached and the cache has files of it."""
     try:
         info = api().model_info(name.repository, revision=name.revision, files_metadata=True, timeout=SECONDS)
     except Exception as error:
@@ -136,7 +134,7 @@ def _files(name: HubName) -> tuple[dict[str, int | None], str | None] | None:
 
 
 def _snapshot(name: HubName) -> Path | None:
-    """The folder in the cache that has what was fetched of this revision, if any."""
+    """The cache's folder for this revision; None if nothing of it was downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -161,7 +159,9 @@ def _cached(name: HubName) -> Path:
 
 
 def choose(files: Mapping[str, int | None], name: HubName) -> tuple[list[str], str]:
-    """(the files to fetch, which of them or which folder to open) of a repository's files and their bytes."""
+    """(files to download, the file or folder to open). `files`: the repository's, with their bytes. AdapterError if
+    none can be the adapter, or several can.
+    """
     folder = ""
     if name.inside is not None:
         if name.inside in files:
@@ -193,7 +193,7 @@ def choose(files: Mapping[str, int | None], name: HubName) -> tuple[list[str], s
 
 
 def _single(at: Mapping[str, int | None], all_files: Collection[str], where: str) -> str:
-    """The one file of a folder that can be an adapter."""
+    """The only file of a folder that can be an adapter. AdapterError if there are several or none."""
     for suffixes in (_SUFFIXES, _PICKLES):
         found = [f for f in at if PurePosixPath(f).suffix in suffixes and not _OTHERS.fullmatch(f)]
         if len(found) > 1:

@@ -1,8 +1,7 @@
-"""What a folder holds: the adapter that is meant, several of them, or a model; and what a file holds that is no
-adapter.
+"""Find the adapter in a folder, and say what a folder or file holds instead.
 
-A folder that has one adapter in it means that one: a run's folder its `adapter/`, a download the one file that is an
-adapter. Where there are several, or a model, the error names them.
+A folder with one adapter in it stands for that adapter: a run's folder for its `adapter/`, a download for its only
+adapter file. If there are several, or a model, the error names them.
 """
 
 from __future__ import annotations
@@ -10,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import AdapterError, listing
+from ..errors import AdapterError, listing, not_the_file
 
 ADAPTER_CONFIG, DIFFUSERS_FILE = "adapter_config.json", "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
 _SIDES = (".text_encoder.pt", ".ti.pt")  # belong to the file that is named like them
-# how their names begin, shards' and indices' too
+# prefixes of their names, also for shards and indices
 _MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
 _RUN = "config.yaml"  # a training run's or, beside it, a sweep's
-MOST_OPENED = 50  # of a folder's files; those of more are named, not looked into
+MOST_OPENED = 50  # files: in larger folders every candidate counts as an adapter, unopened
 _ADAPTER_MARKS = ("lora", "hada_", "lokr_", "oft_", "ia3_", "boft_", "vera_")
 _LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 
 
 def adapter_in(folder: Path) -> Path:
-    """The adapter that a folder is or holds: itself, a folder in it or a file in it. AdapterError if there are several
+    """The path of a folder's adapter: the folder itself, or a folder or file in it. AdapterError if there are several
     or none.
     """
     if (folder / ADAPTER_CONFIG).is_file() or (folder / DIFFUSERS_FILE).is_file():
@@ -46,14 +45,18 @@ def adapter_in(folder: Path) -> Path:
         )
     if (folder / _RUN).is_file() and (folder / "checkpoints").is_dir():
         raise AdapterError(
-            f"{folder} is the folder of a run that has not ended: there is no adapter/ in it yet\n"
-            "  let it end; one that was stopped goes on by the command that started it"
+            f"{folder} is the folder of a run that has not finished: it has no adapter/ yet\n"
+            "  let it finish; to resume a stopped run, repeat the command that started it"
         )
     if any((folder / name).is_file() for name in _PEFT_WEIGHTS):
         raise AdapterError(
             f"{folder} holds PEFT's weights without their {ADAPTER_CONFIG}, which says alpha and more\n"
             "  put that file beside them"
         )
+    for file in sorted(p for p in folder.iterdir() if p.is_file())[:MOST_OPENED]:
+        stands_in = not_the_file(file)
+        if stands_in is not None:
+            raise AdapterError(stands_in)
     there = sorted(p.name for p in folder.iterdir())
     raise AdapterError(
         f"{folder} is no adapter: the folder has no {ADAPTER_CONFIG}, and none of its files is an adapter"
@@ -62,16 +65,14 @@ def adapter_in(folder: Path) -> Path:
 
 
 def not_adapter(keys: Sequence[str], path: Path) -> str:
-    """What to say of a file with these tensors, which are those of no known format: it may be a model."""
+    """The error message for a file whose tensors are in no known format: often a model."""
     if any(mark in key for key in keys for mark in _ADAPTER_MARKS) or any(
         key.endswith((".diff", ".diff_b")) for key in keys
     ):
         if path.name in _PEFT_WEIGHTS:
-            return f"{path} is without its {ADAPTER_CONFIG}, which says alpha and more\n  put that file beside it"
+            return f"{path} is without its {ADAPTER_CONFIG}, which holds alpha and more\n  put that file beside it"
     elif any(key.startswith(_LDM) for key in keys):
-        return (
-            f"{path} is a whole diffusion model (it has {listing(keys, 2)}), not an adapter\n  give a LoRA made for it"
-        )
+        return f"{path} is a diffusion model (it has {listing(keys, 2)}), not an adapter\n  give a LoRA made for it"
     elif len(keys) > 1 and 2 * sum(key.endswith((".weight", ".bias")) for key in keys) > len(keys):
         known = (path.parent / "config.json").is_file()
         todo = _NEXT.format(folder=path.parent) if known else "  give a LoRA made for that model"
@@ -98,8 +99,8 @@ def _model_folder(folder: Path, config: str, adapters: Sequence[Path]) -> str:
 
 
 def _model_config(folder: Path) -> str | None:
-    """The config of the model or pipeline that a folder holds; None if it holds none (LoRA files too may have a
-    config.json beside them).
+    """The name of the config if a folder holds a model or pipeline; None if not. A config.json alone does not count:
+    LoRA files may have one beside them.
     """
     if (folder / "model_index.json").is_file():
         return "model_index.json"

@@ -5,11 +5,11 @@ underscores>.<suffix>`.
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight        [out, r]
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha                 a number
 
-`names.py` says which module a key is, `lycoris.py` which update its suffixes are, `kohya_parts.py` how SD3's and Flux'
-fused weights are split into diffusers' modules (qkv in three, linear1 into q, k, v and mlp; the down is shared, rank
-and alpha stay) and fused again. Files are read in either naming of a UNet and written in the one that kohya writes for
-the model. Textual inversions that came along (`bundle_emb.<token>.string_to_param.*`) are read; no program but A1111
-looks for them, so they are not written.
+`names.py` maps keys to modules, `lycoris.py` suffixes to updates, and `kohya_parts.py` splits the fused weights of SD3
+and Flux into diffusers' modules (qkv in three, linear1 into q, k, v and mlp; they share the down, rank and alpha stay)
+and fuses them again. Both namings of a UNet are read; the one that kohya uses for the model is written. Bundled
+textual-inversion embeddings (`bundle_emb.<token>.string_to_param.*`) are read, but not written: only A1111 looks for
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json
 from . import lycoris, names
-from .kohya_metadata import metadata, model_said, write_hashed
+from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .peft_config import checked
 
@@ -36,15 +36,15 @@ _EMBEDDING = "bundle_emb."
 
 
 def fits(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is kohya's."""
+    """Whether a file with these keys is in kohya's format."""
     return any(key.startswith(names.PREFIXES) and "." in key for key in keys)
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """Read a kohya file's tensors and header. AdapterError naming the file, and the key where one is at fault.
+    """The adapter of a kohya file's tensors and header. AdapterError naming the file and the key at fault.
 
-    Which model it is for is told from its keys, where several fit from its widths, then from its metadata; it is in
-    `Adapter.metadata["model"]`, and the header in `["header"]`.
+    The model is found from the keys; if several fit, from the widths, then from the metadata. It is in
+    `Adapter.metadata["model"]`, the header in `["header"]`.
     """
     keys, embeddings = _sort(tensors, path)
     model = _model(keys, header, path)
@@ -91,8 +91,8 @@ def losses(adapter: Adapter) -> list[str]:
             )
             lines.append(f"'{module}': kohya's files hold no update of {what}")
     lines += [
-        f"'{place.key}': kohya has one update for {listing(place.modules)}, and the adapter's updates of them are no "
-        "one update"
+        f"'{place.key}': kohya has one update for {listing(place.modules)}, and the adapter's updates of them cannot "
+        "be fused"
         for place, found in grouped.items()
         if _fused(place, found, model) is None
     ]
@@ -100,10 +100,10 @@ def losses(adapter: Adapter) -> list[str]:
 
 
 def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
-    """Write a kohya file. AdapterError, and nothing written, if it cannot hold all of the adapter (see `losses`).
+    """Write a kohya file and return its path. AdapterError, and nothing written, if it cannot hold all of the adapter.
 
-    bake_alpha: alpha = r everywhere (said by leaving it out), the scale multiplied into the ups and rounded there: for
-    programs that lose alphas which differ by module, as diffusers 0.42 does.
+    bake_alpha: multiply the scales into the ups, rounded to their dtype, and leave alpha out, which means alpha = r:
+    for programs that mix up alphas which differ by module, as diffusers 0.42 does.
     """
     adapter.check()
     lost = losses(adapter)
@@ -124,7 +124,7 @@ def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
 
 
 def _sort(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Full keys into {key: {suffix: tensor}}, and the textual inversions."""
+    """({key: {suffix: tensor}}, token -> textual-inversion embedding). AdapterError for a key of another format."""
     keys: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
@@ -167,7 +167,7 @@ def _model(keys: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str], 
         modules = names.modules_of(models[0])[key]
         if down is not None and up is not None and down.dim() > 1 and up.dim() > 1 and len(modules) == 1:
             sizes[modules[0]] = (up.shape[0], down.shape[1])
-    model = names.likeliest(models, sizes, model_said(header))
+    model = names.likeliest(models, sizes, stated_model(header))
     assert model is not None
     return model
 
@@ -175,7 +175,7 @@ def _model(keys: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str], 
 def _split(
     key: str, parts: Mapping[str, Tensor], modules: tuple[str, ...], model: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Update | None]:
-    """A key's update as one of each of its modules (or none), the halves of its rows in diffusers' order."""
+    """A key's update as an update (or None) for each of its modules, with its rows in diffusers' order."""
     stored = [shapes[module][0] for module in modules]
     if len(modules) == 1:
         update = lycoris.update(key, parts, shapes[modules[0]])
@@ -187,7 +187,7 @@ def _split(
 
 
 def _config(updates: Mapping[str, Update]) -> LoraConfig:
-    """The commonest rank and alpha, and one entry a module for the others."""
+    """A config with the most common rank and alpha, and patterns for the other modules."""
     low_rank = factors_of(updates)
     ranks, alphas = {m: f.rank for m, f in low_rank.items()}, {m: f.alpha for m, f in low_rank.items()}
     targets = sorted({module.rpartition(".")[2] for module in updates})
@@ -204,8 +204,8 @@ def _config(updates: Mapping[str, Update]) -> LoraConfig:
 
 
 def _written_for(adapter: Adapter) -> str | None:
-    """The model it is written for: the one it says, if that has any of its modules, else the one its names and widths
-    fit.
+    """The model to write for: the one in the adapter's metadata if it has all modules, else the one that fits their
+    names and widths; None if none does.
     """
     said = adapter.metadata.get("model")
     if said in names.MODELS and all(module in names.shapes(said) for module in adapter.updates):
@@ -227,15 +227,15 @@ def _no_model(adapter: Adapter) -> str:
 def _beside(adapter: Adapter) -> list[str]:
     lines = []
     if adapter.saved:
-        lines.append(f"{len(adapter.saved)} weights saved whole: {listing(adapter.saved)}")
+        lines.append(f"{len(adapter.saved)} saved weights: {listing(adapter.saved)}")
     if adapter.embeddings:
-        lines.append(f"{len(adapter.embeddings)} learned tokens: {listing(adapter.embeddings)}")
+        lines.append(f"{len(adapter.embeddings)} textual-inversion embeddings: {listing(adapter.embeddings)}")
     return lines
 
 
-def _grouped(adapter: Adapter, model: str) -> dict[names.Place, dict[str, Update]]:
-    """The updates by the key that they are written under."""
-    grouped: dict[names.Place, dict[str, Update]] = {}
+def _grouped(adapter: Adapter, model: str) -> dict[names.KohyaKey, dict[str, Update]]:
+    """The updates, grouped by the key that they are written under."""
+    grouped: dict[names.KohyaKey, dict[str, Update]] = {}
     places = names.places(model)
     for module, update in adapter.updates.items():
         if module in places:
@@ -243,8 +243,8 @@ def _grouped(adapter: Adapter, model: str) -> dict[names.Place, dict[str, Update
     return grouped
 
 
-def _fused(place: names.Place, found: Mapping[str, Update], model: str) -> Update | None:
-    """The one update of a key, the halves of its rows in the ldm order; None if there is no such update."""
+def _fused(place: names.KohyaKey, found: Mapping[str, Update], model: str) -> Update | None:
+    """The update of a key, with its rows in the ldm order; None if its modules' updates cannot be fused."""
     if len(place.modules) > 1:
         return fuse(found, place.modules, [names.shapes(model)[m][0] for m in place.modules])
     module, update = next(iter(found.items()))
@@ -252,8 +252,8 @@ def _fused(place: names.Place, found: Mapping[str, Update], model: str) -> Updat
 
 
 def _swapped(model: str, key: str, module: str, update: Update) -> bool:
-    """Whether the key has the halves of the module's rows the other way round. A bias alone does not tell its weight's
-    width: the list does.
+    """Whether the key has the halves of the module's rows swapped. The width of a bias's weight is looked up in the
+    model's list.
     """
     out, width = update.sizes
     if not update.changes_weight:

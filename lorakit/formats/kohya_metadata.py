@@ -1,14 +1,14 @@
 """The metadata of a kohya file: `ss_*` (how it was trained), `modelspec.*` (Stability's ModelSpec 1.0.1), `sshs_*`
 (hashes).
 
-Programs tell the base by it (any metadata without `ss_v2` and without "sdxl" is taken for SD1), and sites find a file
-by its hash:
+Programs identify the base by it (metadata without `ss_v2` and without "sdxl" means SD1), and sites find a file by its
+hash:
 
     sshs_model_hash    sha256 of all bytes after the safetensors header; its first 12 digits are CivitAI's AutoV3
     sshs_legacy_hash   the first 8 digits of the sha256 of the file's bytes 0x100000 to 0x110000; e3b0c442, of nothing,
                        under 1 MiB
 
-What a file said when it was read (`Adapter.metadata["header"]`) stays, except what the tensors now say otherwise.
+The metadata of the file that was read (`Adapter.metadata["header"]`) is kept, except for what describes the tensors.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ..io.stream import NAMES, StreamWriter
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 ALGORITHMS = {"lora": "locon", "loha": "loha", "lokr": "lokr"}  # LyCORIS' names of the kinds
-LEGACY_BYTES = (0x100000, 0x10000)  # from, and how many
+LEGACY_BYTES = (0x100000, 0x10000)  # (offset, length)
 
 
 class Base(NamedTuple):
-    """How the metadata names a base model."""
+    """A base model's names in the metadata."""
 
     version: str
     architecture: str
@@ -56,8 +56,8 @@ BASES = {
 }
 
 
-def model_said(header: Mapping[str, str]) -> str | None:
-    """Which model a file's metadata says it is for, if it says."""
+def stated_model(header: Mapping[str, str]) -> str | None:
+    """The model of `names.MODELS` that a file's metadata states; None if it states none."""
     version, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
     starts = (
         ("sdxl", "stable-diffusion-xl", "sdxl"),
@@ -75,26 +75,28 @@ def model_said(header: Mapping[str, str]) -> str | None:
 def metadata(
     adapter: Adapter, model: str, written: Mapping[str, tuple[Update, Tensor | None]], title: str
 ) -> dict[str, str]:
-    """The metadata to write, without the hashes. `written`: key -> (what is written under it, its alpha as written)."""
+    """The metadata to write, without the hashes. `model`: of `names.MODELS`; `written`: key -> (its update, its alpha
+    as written or None).
+    """
     base = BASES[model]
     header = {str(k): str(v) for k, v in _plain(adapter.metadata.get("header")).items()}
-    gone = {MODEL_HASH, LEGACY_HASH, "modelspec.hash_sha256", "lorakit"}
-    # Another format's header speaks of that format's tensors; only a trainer's facts are true here too.
+    outdated = {MODEL_HASH, LEGACY_HASH, "modelspec.hash_sha256", "lorakit"}
+    # Another format's header describes that format's tensors; what a trainer wrote, and ModelSpec, hold here too.
     trainers = any(k.startswith("ss_") for k in header)
-    kept = {k: v for k, v in header.items() if k not in gone and (trainers or k.startswith("modelspec."))}
-    said = kept if model_said(header) == model else {}  # of another base nothing about the base holds
+    kept = {k: v for k, v in header.items() if k not in outdated and (trainers or k.startswith("modelspec."))}
+    stated = kept if stated_model(header) == model else {}  # nothing about another base holds
     found = kept | {
         "format": "pt",
-        "ss_base_model_version": said.get("ss_base_model_version", base.version),
+        "ss_base_model_version": stated.get("ss_base_model_version", base.version),
         "ss_v2": str(model == "sd2"),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": said.get("modelspec.architecture", f"{base.architecture}/lora"),
-        "modelspec.implementation": said.get("modelspec.implementation", base.implementation),
+        "modelspec.architecture": stated.get("modelspec.architecture", f"{base.architecture}/lora"),
+        "modelspec.implementation": stated.get("modelspec.implementation", base.implementation),
     }
     found.setdefault("modelspec.title", found.get("ss_output_name", title))
     found.setdefault("modelspec.resolution", base.resolution)
     found.setdefault("ss_output_name", title)
-    found |= _network(said, base, written)
+    found |= _network(stated, base, written)
     ours = {k: v for k, v in adapter.metadata.items() if k not in ("header", "model")}
     return found | ({"lorakit": json.dumps(ours, sort_keys=True)} if ours else {})
 
@@ -102,7 +104,7 @@ def metadata(
 def _network(
     header: Mapping[str, str], base: Base, written: Mapping[str, tuple[Update, Tensor | None]]
 ) -> dict[str, str]:
-    """ss_network_*: ranks and alphas, "Dynamic" where they differ. Convolutions with a kernel have their own, in the
+    """ss_network_*: rank and alpha, "Dynamic" if modules differ. Those of convolutions with a kernel are in the
     arguments.
     """
     updates = [update for update, _ in written.values()]
@@ -111,7 +113,7 @@ def _network(
     linear = [written[key] for key in written if key not in kernels] or [written[key] for key in kernels]
     arguments = _arguments(header)
     arguments.pop("algo", None)
-    if all(u.factors is not None for u in updates):  # of the other kinds only the file's own words tell these
+    if all(u.factors is not None for u in updates):  # other kinds keep what the file stated
         for name in ("conv_dim", "conv_alpha", "conv_rank"):
             arguments.pop(name, None)
     if kernels:
@@ -138,7 +140,7 @@ def _arguments(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _common(values: Iterable[float]) -> str:
-    """The one value as text, as kohya writes it, or "Dynamic"."""
+    """The only value as text, like kohya writes it; "Dynamic" if there are several."""
     found = set(values)
     return "Dynamic" if len(found) != 1 else str(found.pop())
 
@@ -157,17 +159,17 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 def write_hashed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write a safetensors file with its own two hashes in its header; whole or not at all.
+    """Write a safetensors file with its own two hashes in its header, atomically.
 
-    The hashes have a fixed length, so that putting them into the header moves nothing. Tensors lie in order of their
-    dtype's size, then of their names, as the safetensors library has them.
+    The hashes have a fixed length, so that inserting them moves nothing. Tensors are sorted by the size of their dtype,
+    then by name, as the safetensors library sorts them.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     ready = {name: tensors[name].detach().cpu().contiguous() for name in order}
     empty = {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
     layout = {name: (NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in ready.items()}
     with replacing(path) as temporary:
-        # The hashes come first: were they past 1 MiB, behind long metadata, the second would be of itself.
+        # The hashes come first: past 1 MiB, behind long metadata, the second one would cover itself.
         with StreamWriter(temporary, layout, empty | dict(sorted(header.items()))) as out:
             for tensor in ready.values():
                 out.write(tensor)

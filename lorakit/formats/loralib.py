@@ -1,8 +1,8 @@
-"""loralib's checkpoint: a state dict with `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r], and whole weights.
+"""loralib's checkpoint: a state dict with `<module>.lora_A` [r, in], `<module>.lora_B` [out, r] and saved weights.
 
-The file holds no config: alpha must be given to read it, and which parts of a MergedLinear are adapted (`packed`). A
-MergedLinear has A [n·r, in] and B [n·out/parts, r]. Convolutions are read by `lorakit.loralib` modules only: loralib's
-factors of a convolution need the weight's shape to mean anything.
+The file has no config: to read it, alpha must be given, and for a MergedLinear which parts are adapted (`packed`). A
+MergedLinear has A [n·r, in] and B [n·out/parts, r]. Convolutions are read by `lorakit.loralib` modules only, because
+loralib's factors of a convolution depend on the weight's shape.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from ..errors import AdapterError
 from ..io.atomic import replacing
 from ..io.tensors import read_tensors, write_tensors
 from ..ops.packed import compact_packed, expand_packed
-from .strength import clean, commonest, folded
-from .unheld import convolutions, learned_tokens, other_kinds
+from .scale import clean, commonest, folded
+from .unheld import convolutions, embeddings, other_kinds
 
 
 def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
-    """Read a loralib state dict. AdapterError without `alpha`, or where the file is not one."""
+    """Read a loralib state dict. `packed`: name ending -> which parts of a MergedLinear are adapted.
+
+    AdapterError without `alpha`, or if the file is no such state dict.
+    """
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; loralib's checkpoint is one file\n  give the file")
     tensors, _ = read_tensors(path)
@@ -54,18 +57,21 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
 
 def losses(adapter: Adapter) -> list[str]:
     """What a loralib state dict cannot hold of this adapter, one line each."""
-    conv = convolutions(adapter, ", whose updates loralib factors in another way")
-    return other_kinds(adapter, "lora") + learned_tokens(adapter) + conv
+    conv = convolutions(adapter, ", whose updates loralib factors differently")
+    return other_kinds(adapter, "lora") + embeddings(adapter) + conv
 
 
 def alpha_of(adapter: Adapter) -> float:
-    """The alpha that a file of this adapter has to be read with: the commonest of its modules'."""
+    """The alpha that a file of this adapter must be read with: the most common one."""
     return commonest(clean(f.scale * f.rank) for f in adapter.factors.values()) if adapter.factors else 1.0
 
 
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write a loralib state dict (`.safetensors` by name, else torch's pickle). It holds no alpha: where the modules'
-    differ, all get the commonest, and the rest of their strength is folded into B."""
+    """Write a loralib state dict: safetensors if the name ends so, else torch's pickle. Returns the path.
+
+    It holds no alpha: all modules get the most common one, and the rest of their scales is folded into B. AdapterError,
+    and nothing written, if the format cannot hold all of the adapter.
+    """
     lost = losses(adapter.check())
     if lost:
         raise AdapterError(f"{path}: a loralib checkpoint cannot hold all of this adapter\n  " + "\n  ".join(lost))
@@ -76,9 +82,7 @@ def write(adapter: Adapter, path: Path) -> Path:
         if f.parts:
             compact = compact_packed(B, f.parts)
             if compact is None:
-                raise AdapterError(
-                    f"'{module}' is said to be packed as {list(f.parts)}, and its B does not have that form"
-                )
+                raise AdapterError(f"'{module}' is packed as {list(f.parts)} according to its config, but its B is not")
             B = compact.flatten(0, 1)
         tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = f.A, B
     if path.suffix == ".safetensors":

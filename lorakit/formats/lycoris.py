@@ -1,4 +1,4 @@
-"""One module's tensors in a kohya file, by their suffixes, and the update they are (LyCORIS, Yeh et al. 2024).
+"""Convert one module's tensors in a kohya file, by suffix, to an update and back (LyCORIS, Yeh et al. 2024).
 
     LoRA, LoCon   lora_down.weight [r, in, *k]   lora_up.weight [out, r, 1...]   ΔW = alpha / r · up down
                   no alpha: alpha = r
@@ -7,9 +7,9 @@
     LoHa          hada_w1_a [out, r]   hada_w1_b [r, in·k]   hada_w2_a   hada_w2_b
                   (Tucker: hada_t1, hada_t2 [r, r, *k])
     LoKr          lokr_w1, or lokr_w1_a and lokr_w1_b;   lokr_w2, or lokr_w2_a and lokr_w2_b (and lokr_t2)
-    whole         diff, diff_b (of a norm also w_norm, b_norm): ΔW and the bias's change
+    dense         diff, diff_b (of a norm also w_norm, b_norm): ΔW and the bias's change
 
-alpha is a number without axes. A Tucker LoCon is read as the plain one that it equals: A = mid ×₂ down.
+alpha is a scalar tensor. A Tucker LoCon is read as the equal plain one: A = mid ×₂ down.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..adapter.dense import Dense
 from ..adapter.dora import Dora
-from ..adapter.loha import Hadamard
-from ..adapter.lokr import Kronecker
+from ..adapter.loha import Loha
+from ..adapter.lokr import Lokr
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
 from ..errors import AdapterError, did_you_mean
@@ -47,25 +47,24 @@ LOKR = {
     "lokr_w2_b": "w2b",
     "lokr_t2": "t2",
 }
-WHOLE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
-SUFFIXES = (*LORA, *LOHA, *LOKR, *WHOLE, "alpha")
+DENSE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
+SUFFIXES = (*LORA, *LOHA, *LOKR, *DENSE, "alpha")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Update:
-    """The update that a key's tensors, by suffix, are. `shape`: the real weight's, for its kernel and as the largest ΔW
-    to believe.
+    """The update of a key's tensors, by suffix. `shape`: the weight's in the real model, for its kernel and as a bound
+    for ΔW. AdapterError for unknown, missing or malformed tensors.
     """
     unknown = next((s for s in tensors if s not in SUFFIXES), None)
     if unknown is not None:
         raise AdapterError(
-            f"key '{key}.{unknown}': no kind of update that lorakit reads has a "
-            f"'{unknown}'{did_you_mean(unknown, SUFFIXES)}\n"
+            f"key '{key}.{unknown}': lorakit reads no update with a '{unknown}'{did_you_mean(unknown, SUFFIXES)}\n"
             f"  it reads {', '.join(SUFFIXES)}"
         )
-    # Numbers of 8 bits are held in 16: those hold each of them.
+    # 8-bit floats are converted to fp16, which represents all of them.
     parts = {s: t.to(torch.float16) if t.dtype in _FLOAT8 else t for s, t in tensors.items() if s != "alpha"}
-    kinds = [kind for kind in (LORA, LOHA, LOKR, WHOLE) if any(s in kind for s in parts)]
+    kinds = [kind for kind in (LORA, LOHA, LOKR, DENSE) if any(s in kind for s in parts)]
     if LORA in kinds and kinds != [LORA] and set(parts) - set(LORA) == {"diff_b"}:
         return _with_bias(key, parts, tensors.get("alpha"), shape)
     if len(kinds) != 1:
@@ -82,16 +81,16 @@ def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> U
     if kinds[0] is LOKR:
         return _lokr(key, named, alpha, shape)
     if len(named) < len(parts):
-        raise AdapterError(f"key '{key}': its {', '.join(parts)} say the same thing twice")
-    return _whole(key, named, shape)
+        raise AdapterError(f"key '{key}': its {', '.join(parts)} are the same tensor twice")
+    return _dense(key, named, shape)
 
 
 def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: bool = False) -> dict[str, Tensor]:
-    """The reverse: an update's tensors by full key. `bake_alpha`: a low-rank update's scale is in its up, and it has no
-    alpha.
+    """An update's tensors by full key, the inverse of `update`. `shape`: the weight's in the real model. AdapterError
+    for a kind that kohya's files cannot hold.
 
-    Every reader takes a missing alpha for the rank; one that is there diffusers 0.42 still gives to the wrong modules
-    if ranks differ.
+    bake_alpha: multiply a low-rank update's scale into its up and leave out alpha. Every reader takes a missing alpha
+    for the rank; diffusers 0.42 gives alphas to the wrong modules if ranks differ.
     """
     return {f"{key}.{suffix}": t for suffix, t in _by_suffix(update, shape, bake_alpha).items()}
 
@@ -105,9 +104,7 @@ def _by_suffix(update: Update, shape: tuple[int, ...], bake_alpha: bool) -> dict
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """A number without axes in the weights' dtype, or in the first wider one that holds it: readers take it as a Python
-    number.
-    """
+    """A scalar tensor in `dtype`, or in the first wider one that holds the value exactly."""
     candidates = [torch.tensor(value, dtype=d) for d in (dtype, torch.float32, torch.float64)]
     return next((c for c in candidates if c.item() == value), candidates[-1])
 
@@ -118,7 +115,7 @@ def _(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]
     alpha = f.alpha if not (f.rslora or f.parts) else f.scale * rank  # the alpha of a scale alpha / r
     if bake_alpha:
         B = (B.double() * (alpha / rank)).to(B.dtype)
-    # a 1x1 convolution, whose factors were held as matrices
+    # a 1x1 convolution whose factors are matrices
     if A.dim() == 2 and len(shape) > 2 and math.prod(shape[2:]) == 1:
         A = A.reshape(*A.shape, *shape[2:])
     ones = (1,) * (A.dim() - 2)
@@ -135,12 +132,12 @@ def _(dora: Dora, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]
 
 
 @_by_suffix.register
-def _(loha: Hadamard, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+def _(loha: Loha, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
     return _named(loha.tensors(), LOHA, loha.alpha)
 
 
 @_by_suffix.register
-def _(lokr: Kronecker, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+def _(lokr: Lokr, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
     return _named(lokr.tensors(), LOKR, lokr.alpha)
 
 
@@ -167,14 +164,14 @@ def _alpha(key: str, tensor: Tensor) -> float:
 
 
 def _kernel(key: str, columns: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The weight's own shape [in, *k] of `columns` numbers in a row."""
+    """The shape [in, *k] of a weight's row of `columns` elements. AdapterError if the kernel does not divide it."""
     kernel = shape[2:]
     if columns % math.prod(kernel):
-        raise AdapterError(f"key '{key}': rows of {columns} numbers; the module is a convolution of {list(kernel)}")
+        raise AdapterError(f"key '{key}': rows of {columns} elements; the module is a convolution of {list(kernel)}")
     return (columns // math.prod(kernel), *kernel)
 
 
-def _need(key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], *needed: str) -> None:
+def _require(key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], *needed: str) -> None:
     for name in needed:
         if name not in named:
             missing = next(suffix for suffix, n in suffixes.items() if n == name)
@@ -196,7 +193,7 @@ def _need(key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], *n
 
 def _low_rank(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Update:
     """A LoRA, or a DoRA where there is a dora_scale."""
-    _need(key, named, LORA, "down", "up")
+    _require(key, named, LORA, "down", "up")
     down, up, mid = named["down"], named["up"], named.get("mid")
     out, rank = up.shape[:2]
     if math.prod(up.shape[2:]) != 1 or (mid is None and down.shape[0] != rank):
@@ -239,7 +236,7 @@ def _folded(key: str, mid: Tensor, down: Tensor, rank: int) -> Tensor:
 
 
 def _magnitude(key: str, tensor: Tensor, out: int, down: Tensor) -> Tensor:
-    """[out, 1] or [1, in], told by the shape."""
+    """dora_scale as a magnitude [out, 1] or [1, in], depending on its shape. AdapterError for another shape."""
     inputs = down.shape[1]
     if tensor.numel() == out and (tensor.dim() < 2 or tensor.shape[0] == out):
         return tensor.reshape(out, 1)
@@ -253,9 +250,9 @@ def _magnitude(key: str, tensor: Tensor, out: int, down: Tensor) -> Tensor:
     raise AdapterError(f"key '{key}.dora_scale' has shape {list(tensor.shape)}; expected [{out}, 1] or [1, {inputs}]")
 
 
-def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Hadamard:
+def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Loha:
     tucker = "t1" in named or "t2" in named
-    _need(key, named, LOHA, "w1a", "w1b", "w2a", "w2b", *(("t1", "t2") if tucker else ()))
+    _require(key, named, LOHA, "w1a", "w1b", "w2a", "w2b", *(("t1", "t2") if tucker else ()))
     named = _one_precision(key, named, LOHA, flat=("w1a", "w1b", "w2a", "w2b"))
     halves = [(_outer(named, side, tucker), named[f"t{side[1]}"].shape[2:] if tucker else ()) for side in ("w1", "w2")]
     if halves[0] != halves[1]:
@@ -266,26 +263,26 @@ def _loha(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[
     rank, full = named["w1b"].shape[0], None
     if len(shape) > 2 and "t1" not in named:
         full = (named["w1a"].shape[0], *_kernel(key, named["w1b"].shape[1], shape))
-    return Hadamard(**named, alpha=float(rank) if alpha is None else alpha, shape=full)
+    return Loha(**named, alpha=float(rank) if alpha is None else alpha, shape=full)
 
 
-def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Kronecker:
-    _need(key, named, LOKR, *(side for side in ("w1", "w2") if side + "a" not in named and side + "b" not in named))
+def _lokr(key: str, named: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...]) -> Lokr:
+    _require(key, named, LOKR, *(side for side in ("w1", "w2") if side + "a" not in named and side + "b" not in named))
     for side in ("w1", "w2"):
         if side not in named:
-            _need(key, named, LOKR, side + "a", side + "b")
+            _require(key, named, LOKR, side + "a", side + "b")
     named = _one_precision(key, named, LOKR, flat=("w1", "w1a", "w1b", "w2a", *(("w2b",) if "t2" in named else ())))
     half = named.get("w1b", named.get("w2b"))
     if half is None and (alpha is None or not (alpha > 0 and math.isfinite(alpha))):
-        alpha = 1.0  # of two full factors the scale is 1 whatever alpha is; trainers leave anything there
+        alpha = 1.0  # with two full matrices the scale is always 1; trainers write any alpha
     w2 = named.get("w2", named.get("w2b"))
     full = None
-    # Without a kernel of its own the second factor is of [in·k] cut in two; the product has the weight's order of
-    # numbers all the same.
+    # Without a kernel of its own the second factor has part of the axis [in·k]; the product still has its elements in
+    # the weight's order.
     if len(shape) > 2 and w2 is not None and w2.dim() == 2 and "t2" not in named:
         first, second = _outer(named, "w1"), _outer(named, "w2")
         full = (first[0] * second[0], *_kernel(key, first[1] * second[1], shape))
-    return Kronecker(
+    return Lokr(
         **named, alpha=alpha if alpha is not None else float(half.shape[0] if half is not None else 1), shape=full
     )
 
@@ -300,7 +297,7 @@ def _outer(named: Mapping[str, Tensor], side: str, tucker: bool = False) -> tupl
 def _one_precision(
     key: str, named: Mapping[str, Tensor], suffixes: Mapping[str, str], flat: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """All in double precision if one is; those in `flat` are matrices."""
+    """The tensors, all in float64 if one is. AdapterError unless those in `flat` are matrices."""
     for suffix, name in suffixes.items():
         if name in named and name in flat and named[name].dim() != 2:
             raise AdapterError(f"key '{key}.{suffix}' has shape {list(named[name].shape)}; expected a matrix")
@@ -308,10 +305,10 @@ def _one_precision(
     return {name: t.double() if double else t for name, t in named.items()}
 
 
-def _whole(key: str, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> Dense:
+def _dense(key: str, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> Dense:
     weight, bias = named.get("weight"), named.get("bias")
     if weight is not None and weight.dim() != len(shape):
-        # else a 1x1 convolution, or was one
+        # unless one of them is the matrix of a 1x1 convolution
         if {weight.dim(), len(shape)} != {2, 4} or math.prod((*weight.shape[2:], *shape[2:])) != 1:
             raise AdapterError(
                 f"key '{key}.diff' has shape {list(weight.shape)}; the module's weight has {len(shape)} axes"
@@ -323,15 +320,15 @@ def _whole(key: str, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> Den
 
 
 def _with_bias(key: str, parts: Mapping[str, Tensor], alpha: Tensor | None, shape: tuple[int, ...]) -> Dense:
-    """Low-rank factors with a change of the bias, as programs that extract them write: the change whole, there being no
-    kind for both.
+    """Low-rank factors with a bias's change, which programs that extract LoRAs write: as a dense update, because no
+    other kind has both.
     """
     low_rank = {s: t for s, t in parts.items() if s in LORA} | ({"alpha": alpha} if alpha is not None else {})
     factors = update(key, low_rank, shape)
     claimed = math.prod(factors.weight_shape())
     if claimed > math.prod(shape):
         raise AdapterError(
-            f"key '{key}': its factors claim a weight of {claimed:,} numbers; the module has {math.prod(shape):,}"
+            f"key '{key}': its factors are for a weight of {claimed:,} elements; the module has {math.prod(shape):,}"
         )
     factors.check(key)
-    return _whole(key, {"weight": factors.delta(), "bias": parts["diff_b"]}, shape)
+    return _dense(key, {"weight": factors.delta(), "bias": parts["diff_b"]}, shape)

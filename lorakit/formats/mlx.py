@@ -5,9 +5,9 @@
 
     y = x Wᵀ + scale · (x a) b        scale stands in the config as it is, so alpha = scale · r
 
-One scale for all modules: those of another have the rest in lora_b. Ranks may differ. The modules' names are those of
-mlx-lm's models, which for the llama-like are transformers'. `adapter_config.json` is also PEFT's name: its content
-tells. What lorakit knows of the training travels in the header of the safetensors file.
+All modules have one scale: where a module's differs, the rest goes into its lora_b. Ranks may differ. Modules have the
+names of mlx-lm's models, which for Llama-like models are transformers'. PEFT calls its config `adapter_config.json`
+too; the content tells them apart. lorakit's own metadata is in the header of the safetensors file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from .packed import parts_of
-from .strength import clean, commonest, config_of, folded
-from .unheld import convolutions, learned_tokens, other_kinds, part_dora
+from .scale import clean, commonest, config_of, folded
+from .unheld import convolutions, embeddings, other_kinds, part_dora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
-OURS = ("packed", "transposed", "embeddings")  # in our part of the header, beside the adapter's metadata
-# The last names of token embeddings in mlx-lm's models: the shapes alone do not tell them from linears.
+OURS = ("packed", "transposed", "embeddings")  # in lorakit's part of the header, beside the adapter's metadata
+# The last names of token embeddings in mlx-lm's models, whose shapes alone could be a linear's.
 EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "embeddings", "embedding"}
 )
@@ -58,8 +58,10 @@ def is_mlx(folder: Path) -> bool:
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], alpha: float | None = None) -> Adapter:
-    """Read what the file `path` held. Its scale is in the config beside it;
-    `alpha` must be given where there is none.
+    """The adapter of these tensors and this header, read from the file `path`.
+
+    The scale is in the config beside the file; without one, `alpha` must be given. AdapterError if neither is there, or
+    the tensors are malformed.
     """
     beside = path.parent / CONFIG
     values = read_json(beside) if beside.is_file() else {}
@@ -99,7 +101,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
 
 def losses(adapter: Adapter) -> list[str]:
     """What MLX's format cannot hold of this adapter, one line each."""
-    lost = other_kinds(adapter, "lora", "dora") + learned_tokens(adapter)
+    lost = other_kinds(adapter, "lora", "dora") + embeddings(adapter)
     lost += convolutions(adapter, ": mlx-lm adapts linear layers and embeddings")
     matrices = {m: adapter.updates[m] for m, f in adapter.factors.items() if f.kind != "conv"}
     lost += part_dora(matrices, "MLX")
@@ -121,7 +123,7 @@ def losses(adapter: Adapter) -> list[str]:
 
 
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write MLX's folder."""
+    """Write MLX's folder and return it. AdapterError, and nothing written, if it cannot hold all of the adapter."""
     adapter.check()
     lost = losses(adapter)
     if not adapter.factors:
@@ -150,7 +152,7 @@ def write(adapter: Adapter, path: Path) -> Path:
     }
     values = {
         "fine_tune_type": "dora" if any(u.variant == "dora" for u in adapter.updates.values()) else "lora",
-        "num_layers": -1,  # all: where the file has nothing, the update that mlx-lm makes is zero
+        "num_layers": -1,  # all: layers that the file lacks get updates of zero
         "lora_parameters": {
             "rank": commonest(f.A.shape[0] for f in adapter.factors.values()),
             "scale": scale,
@@ -165,15 +167,15 @@ def write(adapter: Adapter, path: Path) -> Path:
 
 
 def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float:
-    """The config's scale; AdapterError if it has none, or is no LoRA's."""
-    kind = values.get("fine_tune_type", "lora")
+    """The config's scale. AdapterError if it has none, is not a LoRA's, or `alpha` was given too."""
+    kind = values.get("fine_tune_type") or "lora"
     if kind not in ("lora", "dora"):
         raise AdapterError(
             f"{where}: fine_tune_type is {kind!r}; lorakit reads lora and dora\n"
-            "  of whole trained weights, lorakit extract makes an adapter"
+            "  for fully fine-tuned weights, lorakit extract makes an adapter"
         )
     if alpha is not None:
-        raise AdapterError(f"{where} says what the scale is\n  leave alpha out")
+        raise AdapterError(f"{where} holds the scale\n  leave out alpha")
     parameters = values.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, Mapping) else None
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not (scale > 0 and math.isfinite(scale)):
@@ -200,8 +202,8 @@ def _factors(
         )
     A, B = a.T.contiguous(), b.T.contiguous()
     parts = parts_of(ours.get("packed"), module, A, B, path)
-    told, turned = ours.get("embeddings"), ours.get("transposed")
-    embedding = module in told if isinstance(told, list) else module.rsplit(".", 1)[-1] in EMBEDDINGS
+    listed, turned = ours.get("embeddings"), ours.get("transposed")
+    embedding = module in listed if isinstance(listed, list) else module.rsplit(".", 1)[-1] in EMBEDDINGS
     rank = A.shape[0] // (sum(parts) if parts else 1)
     return Factors(
         A,
@@ -221,11 +223,11 @@ def _dora(module: str, f: Factors, m: Tensor, path: Path) -> Dora:
 
 
 def _inside(module: str, factors: Mapping[str, Factors]) -> bool:
-    """Whether this is the base's layer inside an adapted one, as mlx-lm nests them."""
+    """Whether this is the base's layer inside an adapted one, as mlx-lm nests it."""
     outer, _, last = module.rpartition(".")
     return last in ("linear", "embedding") and outer in factors
 
 
 def _within_layer(module: str) -> str:
-    """mlx-lm's key: the name inside a layer, or the whole name outside of all."""
+    """mlx-lm's key: the name within a layer, or the full name outside all layers."""
     return re.sub(r"^.*?\.\d+\.", "", module)

@@ -1,10 +1,9 @@
-"""Real module names of the diffusion models, and which key of a kohya file stands for which of them.
+"""Module names of the diffusion models, and the key of a kohya file for each of them.
 
-kohya's key is a module's name with its dots made underscores, in front of it the component. What that name was cannot
-be told by splitting ("to_out_0", "proj_in"), so every key is looked up in `names/*.json`: the module names of
-diffusers' and transformers' classes with their weights' shapes ("modules"), and the names the model's original code has
-for the same weights ("ldm": one such name may stand for several modules in order, as "attn.qkv" does).
-scripts/make_name_lists.py makes them.
+A kohya key is the component's prefix and a module's name with underscores for dots. The name cannot be recovered by
+splitting ("to_out_0", "proj_in"), so keys are looked up in `names/*.json`: the module names of diffusers' and
+transformers' classes with their weights' shapes ("modules"), and the original code's names for the same weights ("ldm";
+one such name, like "attn.qkv", may stand for several modules in order). scripts/make_name_lists.py writes these files.
 
     model   denoiser, as written                     text encoders, as written
     sd1     lora_unet_ + diffusers' names            lora_te_   CLIP-L
@@ -13,7 +12,7 @@ scripts/make_name_lists.py makes them.
     sd3     lora_unet_ + ldm names                   lora_te1_  CLIP-L, lora_te2_ CLIP-G, lora_te3_ T5
     flux    lora_unet_ + ldm names                   lora_te1_  CLIP-L, lora_te3_ T5
 
-Read are both namings of every denoiser, under any of the prefixes in use.
+Both namings of every denoiser are read, with any prefix in use.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ UNET, TRANSFORMER = ("lora_unet_", "lycoris_"), ("lora_unet_", "lora_transformer
 
 
 class Component(NamedTuple):
-    """A part of a pipeline: its list of names, the prefixes its keys have (the first is written), and whether ldm names
-    are written.
+    """A pipeline's component. `listed`: its file in names/; `prefixes`: of its keys, the first is written; `ldm`:
+    whether ldm names are written.
     """
 
     listed: str
@@ -39,8 +38,8 @@ class Component(NamedTuple):
     ldm: bool = False
 
 
-class Place(NamedTuple):
-    """Where a module is in a kohya file: under which key, and all modules, in order, that the key stands for."""
+class KohyaKey(NamedTuple):
+    """A key of a kohya file, and the modules that it stands for, in order."""
 
     key: str
     modules: tuple[str, ...]
@@ -74,7 +73,7 @@ PREFIXES = tuple(
     sorted({prefix for parts in PIPELINES.values() for part in parts.values() for prefix in part.prefixes})
 )
 
-# Modules whose weight's two halves, shift and scale, the original code has in the other order.
+# Modules whose weight has two halves, shift and scale, which the original code stores in the other order.
 _CONTINUOUS_NORMS = {
     "flux": ("norm_out.linear",),
     "sd3": ("norm_out.linear", *(f"transformer_blocks.{i}.norm1_context.linear" for i in (23, 37))),
@@ -89,7 +88,7 @@ def module_list(name: str) -> dict[str, dict]:
 
 @cache
 def shapes(model: str) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each module's weight, by the module's name with its component in front ("unet.conv_in")."""
+    """Module name with its component in front ("unet.conv_in") -> its weight's shape. `model`: one of `MODELS`."""
     return {
         f"{component}.{name}": tuple(shape)
         for component, part in PIPELINES[model].items()
@@ -99,7 +98,7 @@ def shapes(model: str) -> Mapping[str, tuple[int, ...]]:
 
 @cache
 def modules_of(model: str) -> Mapping[str, tuple[str, ...]]:
-    """A kohya key, without its suffix -> the modules it stands for, for every prefix and naming in use."""
+    """Kohya key without suffix -> the modules it stands for, for every prefix and naming in use."""
     found: dict[str, tuple[str, ...]] = {}
     for component, part in PIPELINES[model].items():
         listed = module_list(part.listed)
@@ -115,24 +114,23 @@ def modules_of(model: str) -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
-def places(model: str) -> Mapping[str, Place]:
-    """A module's name -> where it is written. A module that has no ldm name where those are written has no place."""
-    found: dict[str, Place] = {}
+def places(model: str) -> Mapping[str, KohyaKey]:
+    """Module name -> the key it is written under. Modules without an ldm name are missing if ldm names are written."""
+    found: dict[str, KohyaKey] = {}
     for component, part in PIPELINES[model].items():
         listed = module_list(part.listed)
         keys = listed["ldm"] if part.ldm else {name: [name] for name in listed["modules"]}
         for name, modules in keys.items():
             full = tuple(f"{component}.{module}" for module in modules)
-            found |= dict.fromkeys(full, Place(part.prefixes[0] + _flat(name), full))
+            found |= dict.fromkeys(full, KohyaKey(part.prefixes[0] + _flat(name), full))
     return found
 
 
 def swaps_halves(model: str, key: str, module: str, size: tuple[int, int]) -> bool:
-    """Whether under this key the rows of a module's weight [out, in] have their halves the other way round than in
-    diffusers.
+    """Whether the rows of a module's weight [out, in] have their halves swapped under this key, against diffusers.
 
-    Those norms give a shift and a scale; a block that gives more than these two (out > 2·in) is another kind of norm. A
-    key that is diffusers' own name for the module has diffusers' order.
+    These norms compute a shift and a scale; one with more outputs (out > 2·in) is another kind of norm. A key with
+    diffusers' own name of the module has diffusers' order.
     """
     name = module.partition(".")[2]
     return name in _CONTINUOUS_NORMS.get(model, ()) and size[0] == 2 * size[1] and not key.endswith(_flat(name))
@@ -145,18 +143,18 @@ def candidates(modules: Iterable[str]) -> list[str]:
 
 
 def model_of(modules: Iterable[str], sizes: Mapping[str, tuple[int, int]] | None = None) -> str | None:
-    """Which diffusion model's modules these are: "sd1", "sd2", "sdxl", "sd3", "flux" or None.
+    """The diffusion model that has all these modules: "sd1", "sd2", "sdxl", "sd3", "flux" or None.
 
-    SD1 and SD2 share their names and SDXL shares some of them: where several models fit, the one whose widths agree
-    with most of `sizes` (module -> (out, in)), then the first of `MODELS`.
+    SD1 and SD2 share their names and SDXL shares some of them. If several models fit, the one whose widths agree with
+    most of `sizes` (module -> (out, in)), then the first of `MODELS`.
     """
     modules = list(modules)
     return likeliest(candidates(modules), sizes or {}) if modules else None
 
 
 def likeliest(models: list[str], sizes: Mapping[str, tuple[int, int]], said: str | None = None) -> str | None:
-    """Of some models the one whose widths agree with most sizes;
-    at a tie `said` (by a file's metadata), or the first.
+    """The model whose widths agree with most of `sizes`; in a tie `said` (from a file's metadata), else the first. None
+    if `models` is empty.
     """
     votes = Counter(
         {

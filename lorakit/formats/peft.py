@@ -5,11 +5,11 @@
     base_model.model.<module>.lora_embedding_A, _B                     [r, vocab], [dim, r]
     base_model.model.<module>.lora_magnitude_vector                    DoRA's: [out]; conv [1, out, 1...]
     base_model.model.<module>.base_layer.bias, <other>.bias            trained biases
-    base_model.model.<module>.<parameter>                              modules saved whole
+    base_model.model.<module>.<parameter>                              modules_to_save
 
-Packed projections and shared grouped convolutions are written as the plain update that they are (exactly: rank and
-alpha grow together), and come back compact. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n parts,
-r, 1], loralib's form) is read as the packed projection that it is. LoHa and LoKr: see `peft_lycoris`.
+Packed projections and shared grouped convolutions are written as plain factors of a larger rank (exactly: alpha grows
+with it), and read back in their compact shapes. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n
+parts, r, 1], as in loralib) is read as a packed projection. LoHa and LoKr: see `peft_lycoris`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_lycoris
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
-from .unheld import learned_tokens, other_kinds, part_dora
+from .unheld import embeddings, other_kinds, part_dora
 
 CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
 PREFIX = "base_model.model."
@@ -57,17 +57,15 @@ def is_peft(path: Path) -> bool:
 
 
 def start_of(path: Path) -> str | None:
-    """How PEFT's folder was started, if that was from the base's own weights, which it changed ("pissa",
-    "olora"...).
-    """
+    """The initialization of PEFT's folder if it changed the base's weights ("pissa", "olora"...), else None."""
     start = read_json(_folder(path) / CONFIG).get("init_lora_weights")
     return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else None
 
 
 def read(path: Path, started: bool = False) -> Adapter:
-    """Read PEFT's folder. Raises AdapterError naming the file and key at fault.
+    """Read PEFT's folder. AdapterError naming the file and key at fault.
 
-    started: also one that was started from the base's weights, whose factors are no update of that base.
+    started: accept an adapter that was initialized from the base's weights, whose factors are no update of that base.
     """
     folder = _folder(path)
     where = folder / CONFIG
@@ -87,7 +85,7 @@ def read(path: Path, started: bool = False) -> Adapter:
         if (folder / OURS).exists()
         else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
     )
-    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", {})))
+    config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
     if lycoris:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         updates, saved = peft_lycoris.updates(kind, plain, config, weights)
@@ -112,9 +110,9 @@ def read(path: Path, started: bool = False) -> Adapter:
 def losses(adapter: Adapter) -> list[str]:
     """What PEFT's folder cannot hold of this adapter, one line each."""
     if peft_lycoris.is_loha(adapter):
-        return learned_tokens(adapter) + peft_lycoris.losses(adapter)
+        return embeddings(adapter) + peft_lycoris.losses(adapter)
     low_rank = {m: adapter.updates[m] for m in adapter.factors}
-    lost = other_kinds(adapter, "lora", "dora") + learned_tokens(adapter) + part_dora(low_rank, "PEFT")
+    lost = other_kinds(adapter, "lora", "dora") + embeddings(adapter) + part_dora(low_rank, "PEFT")
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
     if by_input:
         lost.append(
@@ -124,7 +122,7 @@ def losses(adapter: Adapter) -> list[str]:
 
 
 def write(adapter: Adapter, path: Path) -> Path:
-    """Write PEFT's folder."""
+    """Write PEFT's folder and return it. AdapterError, and nothing written, if it cannot hold all of the adapter."""
     adapter.check()
     lost = losses(adapter)
     if lost:
@@ -144,18 +142,18 @@ def write(adapter: Adapter, path: Path) -> Path:
     write_text(path / CONFIG, dumps(peft_lycoris.to_loha(values, adapter) if loha else values))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
     if (path / PICKLE).exists():
-        (path / PICKLE).unlink()  # else a reader that prefers it would get the old weights
+        (path / PICKLE).unlink()  # readers that prefer it would get the old weights
     return path
 
 
 def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:
-    """The factors by PEFT's keys, and the ranks and alphas of the modules as PEFT counts them."""
+    """The tensors by PEFT's keys, and each module's rank and alpha in PEFT's terms."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, f in adapter.factors.items():
         A, B, alpha = _plain_pair(f)
-        if f.rslora != adapter.config.rslora:  # one rule for the whole file
+        if f.rslora != adapter.config.rslora:  # PEFT's config has one rule for all modules
             alpha = f.scale * (math.sqrt(A.shape[0]) if adapter.config.rslora else A.shape[0])
         ranks[module], alphas[module] = A.shape[0], alpha
         infix, suffix = ("lora_embedding_", "") if f.kind == "embedding" else ("lora_", ".weight")
@@ -169,7 +167,7 @@ def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], di
 
 
 def _save_modules(adapter: Adapter) -> list[str]:
-    """The config's, and what else holds weights saved whole (the other end of a tied weight), biases apart."""
+    """The config's save_modules, and other modules with saved weights (the other end of a tied weight); no biases."""
     named = list(adapter.config.save_modules)
     for name in adapter.saved:
         module, _, last = name.rpartition(".")
@@ -185,8 +183,8 @@ def _folder(path: Path) -> Path:
 def _sort(
     tensors: dict[str, Tensor], where: Path, dora: bool
 ) -> tuple[dict[str, tuple[Kind, dict[str, Tensor]]], dict[str, Tensor]]:
-    """Keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and whole weights.
-    The kind is told by A's axes.
+    """Sort the keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and saved weights. The kind follows from
+    the key and the axes of A. AdapterError for unknown or missing keys.
     """
     halves: dict[str, tuple[Kind, dict[str, Tensor]]] = {}
     saved: dict[str, Tensor] = {}
@@ -269,7 +267,7 @@ def _factors(
         if parts is not None:
             if compact_packed(B, parts) is None:
                 raise AdapterError(
-                    f"{where}: '{module}' is said to be packed as {list(parts)}, and its B does not have that form"
+                    f"{where}: '{module}' is packed as {list(parts)} according to its metadata, but its B is not"
                 )
             alpha /= _growth(sum(parts), config.rslora)
         across = transposed and kind == "linear"
@@ -282,7 +280,7 @@ def _factors(
 
 
 def _magnitude(module: str, pair: dict[str, Tensor], where: Path) -> Tensor:
-    """DoRA's, [out, 1] of PEFT's [out] or [1, out, 1...]."""
+    """DoRA's magnitude [out, 1] from PEFT's [out] or [1, out, 1...]. AdapterError for another shape."""
     magnitude = pair["magnitude"]
     out, conv = pair["B"].shape[0], pair["A"].dim() > 2
     if magnitude.numel() != out or list(magnitude.shape) != ([1, out, *[1] * (pair["A"].dim() - 2)] if conv else [out]):
@@ -296,9 +294,9 @@ def _magnitude(module: str, pair: dict[str, Tensor], where: Path) -> Tensor:
 def _merged_linear(
     module: str, pair: dict[str, Tensor], config: LoraConfig, parts: tuple[bool, ...], where: Path
 ) -> Factors:
-    """PEFT 0.2's: rank and alpha are those of one part, B holds the adapted parts one below the other.
+    """PEFT 0.2's MergedLinear: rank and alpha are those of one part, B has the adapted parts below each other.
 
-    `fan_in_fan_out` tells nothing here: that version left it true for linears of both layouts.
+    `fan_in_fan_out` is not used: that version left it true for linears of both layouts.
     """
     A, B = pair["A"], pair["B"]
     n, rank = sum(parts), config.rank_of(module)
@@ -319,7 +317,7 @@ def _merged_linear(
 
 
 def _plain_pair(f: Factors) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) with the same ΔW in PEFT's own, blockless terms."""
+    """(A, B, alpha) with the same ΔW as plain factors, without packed parts or shared groups."""
     if f.parts:
         return f.A, f.B, f.alpha * _growth(sum(f.parts), f.rslora)
     if f.groups > 1 and f.A.shape[0] == f.B.shape[1]:
@@ -328,5 +326,5 @@ def _plain_pair(f: Factors) -> tuple[Tensor, Tensor, float]:
 
 
 def _growth(blocks: int, rslora: bool) -> float:
-    """What alpha is multiplied by so that the scale stays when the rank grows `blocks` times."""
+    """The factor for alpha that keeps the scale when the rank grows `blocks` times."""
     return math.sqrt(blocks) if rslora else blocks

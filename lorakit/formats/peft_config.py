@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json` and our `LoraConfig`, both ways (peft 0.21)."""
+"""Convert PEFT's `adapter_config.json` to `LoraConfig` and back (peft 0.21)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import PEFT_NAMES, LoraConfig
 from ..errors import AdapterError, ConfigError
 from ..module_names import matches
 
-# Settings that change what the adapter computes and that lorakit does not have: refused unless they hold these values.
+# Settings that change what the adapter computes and that lorakit does not have: refused unless false or empty.
 _UNSUPPORTED = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
@@ -27,12 +27,12 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
 }
 
-# Starts that take something out of the base's weights, which a reader would have to do again.
+# Initializations that subtract something from the base's weights, which a reader would have to repeat.
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
-# What else PEFT calls an adapter, and what its users can do.
+# PEFT's other kinds of adapter, and what their users can do.
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
-_PROMPT = "it adds inputs and changes no weight, so no LoRA does the same: use it with PEFT"
+_PROMPT = "it adds inputs and changes no weight, so no LoRA has the same effect: use it with PEFT"
 _OTHERS = {
     "IA3": ("IA3 rescales activations", _MERGE),
     "VERA": ("VeRA shares random matrices that lie in its base's file", _MERGE),
@@ -51,9 +51,9 @@ _OTHERS = {
 
 
 def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = False) -> tuple[LoraConfig, bool]:
-    """(our config, fan_in_fan_out). Raises AdapterError for another kind of adapter or an unsupported variant.
+    """(our config, fan_in_fan_out). AdapterError for another kind of adapter, an unsupported setting or a wrong value.
 
-    started: let starts from the base's weights pass.
+    where: the file, for errors. started: accept initializations from the base's weights.
     """
     kind = values.get("peft_type")
     if kind != "LORA":
@@ -71,14 +71,13 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) and not started:
         raise AdapterError(
-            f"{where}: init_lora_weights is {start!r}: it was started from the base's own weights, which that changed, "
-            "so its factors alone are "
-            "another update\n"
-            "  PiSSA and OLoRA become a plain LoRA with the base at hand: lorakit convert ADAPTER OUT --to peft --base "
-            "FOLDER\n"
+            f"{where}: init_lora_weights is {start!r}: it was initialized from the base's weights, which that changed, "
+            "so its factors alone are another update\n"
+            "  PiSSA and OLoRA can be converted to a plain LoRA with their base: lorakit convert ADAPTER OUT --to peft "
+            "--base FOLDER\n"
             "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if values.get(theirs) is not None}
+    ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if given(values.get(theirs))}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)
     if isinstance(ours.get("layers"), int):
@@ -92,10 +91,17 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     return checked(where, lambda: LoraConfig(**ours)), bool(values.get("fan_in_fan_out", False))
 
 
+def given(value: Any) -> bool:
+    """Whether a field says anything. None, false, "", [] and {} mean "not given", as in PEFT; 0 is a number."""
+    return bool(value) or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def enabled_parts(values: Mapping[str, Any], where: Path | str) -> tuple[bool, ...] | None:
-    """PEFT 0.2's `enable_lora`: which equal parts of each target are adapted; None if it says nothing."""
+    """PEFT 0.2's `enable_lora`: which equal parts of each target are adapted; None if it is not set. AdapterError if it
+    is malformed.
+    """
     parts = values.get("enable_lora")
-    if parts is None:
+    if not given(parts):
         return None
     if not isinstance(parts, list) or not all(isinstance(p, bool) for p in parts) or not any(parts):
         raise AdapterError(f"{where}: enable_lora is {parts!r}; expected a list of true and false, one true at least")
@@ -103,7 +109,7 @@ def enabled_parts(values: Mapping[str, Any], where: Path | str) -> tuple[bool, .
 
 
 def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
-    """A config made from a file's values; AdapterError naming the file if they are wrong."""
+    """The result of `make`, a config out of a file's values. AdapterError naming the file if they are wrong."""
     try:
         return make()
     except ConfigError as error:
@@ -113,7 +119,7 @@ def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
 def to_peft(
     config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float], transposed: bool, dora: bool = False
 ) -> dict[str, Any]:
-    """PEFT's fields. `ranks`, `alphas`: module -> value as the file's tensors have them, the last word on both."""
+    """PEFT's fields. `ranks`, `alphas`: module -> value of the written tensors, which overrule the config's."""
     modules = list(ranks)
     targets = config.targets
     if (
@@ -153,21 +159,21 @@ def to_peft(
 
 
 def dumps(values: Mapping[str, Any]) -> str:
-    """As PEFT writes it: sorted keys, indent 2."""
+    """JSON as PEFT writes it: sorted keys, indent 2."""
     return json.dumps(values, indent=2, sort_keys=True)
 
 
 def _pattern(
-    found: Mapping[str, Any], default: Any, pattern: Mapping[str, Any], expected
+    values: Mapping[str, Any], default: Any, pattern: Mapping[str, Any], of: Callable[[str], Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The config's own default and pattern if they say what the tensors say; else the commonest value and one key a
-    module.
+    """The config's own default and pattern if they agree with `values`; else the most common value and a key for each
+    other module. `of`: the config's value of a module.
     """
-    if all(expected(module) == value for module, value in found.items()):
+    if all(of(module) == value for module, value in values.items()):
         return default, dict(pattern)
-    common = Counter(found.values()).most_common(1)[0][0]
+    common = Counter(values.values()).most_common(1)[0][0]
     # "^" keeps the key from matching a longer name that ends in this one.
-    return common, {f"^{module}": value for module, value in found.items() if value != common}
+    return common, {f"^{module}": value for module, value in values.items() if value != common}
 
 
 def _plain(value: float) -> float | int:

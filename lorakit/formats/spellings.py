@@ -1,4 +1,4 @@
-"""How the tensors of a LoRA are spelled in files that keep a module's dotted path.
+"""Parse the keys of a LoRA in files with dotted module paths, in all spellings.
 
     <path>.lora_A.weight, .lora_B.weight                            PEFT; diffusers, ai-toolkit, SimpleTuner, ComfyUI
                                                                     today
@@ -10,8 +10,8 @@
     <path>.alpha  ·  .dora_scale, .lora_magnitude_vector            and LyCORIS' suffixes: .hada_w1_a, .lokr_w1, .diff,
                                                                     ...
 
-A path begins with the pipeline's component ("unet.", "transformer.", "text_encoder."...), or, in the files of one
-model, with nothing, with PEFT's "base_model.model." or with ComfyUI's "diffusion_model."; then its first part tells the
+A path starts with the pipeline's component ("unet.", "transformer.", "text_encoder."...). Files of a single model have
+no prefix, PEFT's "base_model.model." or ComfyUI's "diffusion_model."; then the first part of the path identifies the
 model.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .lycoris import LOHA, LOKR, WHOLE
+from .lycoris import DENSE, LOHA, LOKR
 
 COMPONENTS = (
     "unet",
@@ -36,7 +36,7 @@ COMPONENTS = (
 MAGNITUDE = "lora_magnitude_vector"
 NATIVE = "diffusion_model"  # ComfyUI's: paths as the model's first publisher named its modules
 
-# The first part of a module's path, by the diffusers model that alone has it.
+# First parts of module paths that only one diffusers model has.
 _FIRST = {
     "unet": ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding"),
     "transformer": (
@@ -49,7 +49,7 @@ _FIRST = {
     "text_encoder": ("text_model",),
 }
 _COMPONENT_OF = {first: component for component, names in _FIRST.items() for first in names}
-# Language models that call their trunk "transformer" too.
+# Language models whose trunk is also called "transformer".
 _LANGUAGE_MODEL = re.compile(r"transformer\.(h\.|wte|wpe|word_embeddings|encoder\.layers\.|layers\.)")
 
 _KEY = re.compile(
@@ -59,25 +59,25 @@ _KEY = re.compile(
     r"|\.lora_(?P<kohya>down|up|mid)(?:\.[^.]+)?\.weight"
     r"|(?:[._]lora|\.lora_linear_layer)?\.(?P<alpha>alpha)"
     r"|\.(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|dora_scale)"
-    rf"|\.(?P<lycoris>{'|'.join((*LOHA, *LOKR, *WHOLE))})"
+    rf"|\.(?P<lycoris>{'|'.join((*LOHA, *LOKR, *DENSE))})"
     r")"
 )
 _OLD_TEXT_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# CLIP's layers as transformers 5 names them; before, and in files, they are below a `text_model`.
+# CLIP's layers in transformers 5; in earlier versions, and in files, they are below `text_model`.
 _CLIP_LAYER = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp|layer_norm\d)\b")
 
 
 class Name(NamedTuple):
-    """What a key means: which tensor of which module's update. `component` is None where the key does not tell."""
+    """A parsed key: the tensor, its module, and the component (None if the key does not identify it)."""
 
     component: str | None
     path: str
     suffix: str  # as kohya spells it: "lora_down.weight" (`lycoris.SUFFIXES`), or MAGNITUDE
-    prefixed: bool  # whether the key says the component, or the path's first part gave it away
+    prefixed: bool  # whether the key names the component; else it follows from the path's first part
 
 
 def parse(key: str) -> Name | None:
-    """What a key means, or None if it is no spelling of a LoRA's tensor."""
+    """Parse a key; None if it is no LoRA's tensor in a known spelling."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -99,7 +99,7 @@ def is_spelling(key: str) -> bool:
 
 
 def _component(path: str) -> tuple[str | None, str, bool]:
-    """(component, path in it, whether the component was written)."""
+    """(component, path within it, whether the key names the component)."""
     first, _, rest = path.partition(".")
     if _LANGUAGE_MODEL.match(path):
         return None, path, False

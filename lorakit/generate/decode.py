@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerationMixin
 
-# transformers 5.24 renamed `past_key_values` to `cache`, both as an argument and in the output. Remote code may still
-# use the old name with a new release.
+# transformers 5.24 renamed `past_key_values` to `cache`, as an argument and in the output. Remote code may still use
+# the old name with a new release.
 CACHE_NAMES = ("cache", "past_key_values")
 
 

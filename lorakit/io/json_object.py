@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, not_the_file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -15,6 +15,9 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
+    problem = not_the_file(path)
+    if problem is not None:
+        raise AdapterError(problem)
     return parse_json(text, str(path))
 
 

@@ -18,13 +18,14 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..errors import LorakitError
+from ..errors import LorakitError, not_the_file
 from ..ops.delta import row_blocks
 
 DTYPES = {
@@ -105,6 +106,9 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
             f"{path} is not a sound safetensors file: {what}\n  was the download or copy interrupted? fetch it again"
         )
 
+    problem = not_the_file(path)
+    if problem is not None:
+        raise LorakitError(problem)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -112,9 +116,6 @@ def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
             raise broken(f"it has {size} bytes")
         length = struct.unpack("<Q", start)[0]
         if length > min(MAX_HEADER, size - 8):
-            head = start.decode("ascii", "replace")
-            if head.startswith("version"):
-                raise broken("it is a Git LFS pointer, not the file itself")
             raise broken(f"its header would have {length:,} bytes")
         try:
             header = json.loads(file.read(length))
@@ -186,12 +187,12 @@ class StreamWriter:
             view = view[self._file.write(view) :]
 
 
-def _read(file: BinaryIO, path: Path, start: int, count: int) -> Tensor:
+def _read(file: FileIO, path: Path, start: int, count: int) -> Tensor:
     buffer = torch.empty(count, dtype=torch.uint8)
     view = bytes_of(buffer)
     file.seek(start)
     while len(view):
-        count_read = file.readinto(view)  # type: ignore[attr-defined]
+        count_read = file.readinto(view)
         if not count_read:
             raise LorakitError(f"{path} ended {len(view):,} bytes early: it changed while being read\n  try again")
         view = view[count_read:]
@@ -200,7 +201,7 @@ def _read(file: BinaryIO, path: Path, start: int, count: int) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return a tensor's memory, without a copy if it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

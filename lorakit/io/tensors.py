@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, not_the_file
 from .atomic import replacing
 
 MAX_TENSORS = 1_000_000
@@ -39,8 +39,19 @@ def keys_of(path: Path) -> list[str]:
         raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def refuse_placeholder(path: Path) -> None:
+    """Raise AdapterError if a git-lfs pointer or a web page lies in the file's place."""
+    problem = not_the_file(path)
+    if problem is not None:
+        raise AdapterError(problem)
+
+
 def _is_safetensors(path: Path) -> bool:
-    """Decide by the first 9 bytes: a length and "{", or the start of a pickle. If neither, the suffix decides."""
+    """Decide by the first 9 bytes: a length and "{", or the start of a pickle. If neither, the suffix decides.
+
+    AdapterError for what only stands in a file's place.
+    """
+    refuse_placeholder(path)
     try:
         with open(path, "rb") as file:
             head = file.read(9)

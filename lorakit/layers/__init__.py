@@ -1,1 +1,1 @@
-"""What an adapted module computes: one mixin per kind of module, put under the module's own class by `swap`."""
+"""Adapted modules: one mixin per kind of module, which `swap` puts in front of the module's own class."""

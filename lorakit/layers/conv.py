@@ -2,9 +2,9 @@
 
     y = conv(x, W) + s · conv₁(conv(x, A), B)        W: [out, in/g, *k]   A: [r, in/g, *k]   B: [out, r, 1...]
 
-ΔW = s · B A is a rank-r update of the weight read as a matrix [out, in/g · k]; with g groups all of them share A.
-PEFT's grouped form is read too: A [r, in, *k] over all inputs and B [out, r/g, 1...], grouped. It is more general than
-a change of the weight can be, so only such factors that have the form above (blocks along the groups) can be merged.
+ΔW = s · B A is a rank-r update of the weight, read as a matrix [out, in/g · k]; all g groups share A. PEFT's grouped
+form is supported too: A [r, in, *k] over all inputs and a grouped B [out, r/g, 1...]. It is more general than any
+change of the weight, so only factors with the form above (blocks along the groups) can be merged.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvLayer(LoraLayer):
+    """The mixin for convolutions."""
+
     lora_kind = "conv"
     in_channels: int
     groups: int

@@ -1,8 +1,8 @@
-"""An adapted embedding.
+"""Adapted embeddings.
 
     y[i] = W[i] + s · B A[:, i]        W: [vocab, dim]   A: [r, vocab]   B: [dim, r]
 
-A starts at zero and B normal, as in loralib and PEFT: still ΔW = 0, and rows never looked up never change.
+A is initialized to zero and B is normal, as in loralib and PEFT: ΔW = 0, and rows never looked up never change.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from .updates.update import Pair
 
 
 class EmbeddingLayer(LoraLayer):
+    """The mixin for embeddings."""
+
     lora_kind = "embedding"
     num_embeddings: int
     embedding_dim: int
@@ -40,6 +42,6 @@ class EmbeddingLayer(LoraLayer):
         return self._times_scale(F.linear(rows.to(like.dtype), pair.B.to(like.dtype)))
 
     def _times_scale(self, update: Tensor) -> Tensor:
-        # Gemma's embedding multiplies its output; the update is part of the weight, so it is multiplied too.
+        # Gemma's embedding scales its output. The update is part of the weight, so it is scaled too.
         factor = getattr(self, "embed_scale", None)
         return update if factor is None else update * torch.as_tensor(factor).to(update)

@@ -1,6 +1,4 @@
-"""Which linears are just x Wᵀ + b with a weight that stays as it is,
-so that base and updates may be one autograd node.
-"""
+"""Recognize linears that compute just x Wᵀ + b with a frozen weight, so that one node can add an update to them."""
 
 from __future__ import annotations
 
@@ -13,15 +11,16 @@ Plain = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out]
 
 
 def frozen_linear(module: nn.Module, x: Tensor) -> Plain | None:
-    """Weight and bias, if they are frozen plain tensors, the weight of x's dtype, and nothing is cast; else None. The
-    forward must be nn.Linear's own.
+    """Return weight and bias if they are frozen plain tensors, in x's dtype and without autocast; None otherwise.
+
+    The caller must know that the module's forward is nn.Linear's own.
     """
-    found = plain_weight(module)
-    return found if found is not None and x.dtype == found[0].dtype and not is_casting(x) else None
+    plain = plain_weight(module)
+    return plain if plain is not None and x.dtype == plain[0].dtype and not is_casting(x) else None
 
 
 def plain_weight(module: nn.Module) -> Plain | None:
-    """Weight and bias, if they are frozen plain tensors: not quantized, sharded, or computed by a parametrization."""
+    """Return weight and bias if they are frozen plain tensors; None if they are quantized, sharded or parametrized."""
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if (
@@ -36,7 +35,7 @@ def plain_weight(module: nn.Module) -> Plain | None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something waits for the module's own call: hooks, or accelerate's forward."""
+    """Whether the module must be called itself, for its hooks or for accelerate's replacement of its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,11 +1,10 @@
-"""What every adapted module has: its adapters' updates as children, and which of them are active.
+"""What all adapted modules share: their adapters' updates as children, and which of them are active.
 
 A module `q_proj` with adapters "default" and "sql" has the children `q_proj.lora_default` and `q_proj.lora_sql`, each
-with parameters of its own (of a LoRA A and B). Nothing else about the module changes: its own parameters keep their
-names.
+with its own parameters (A and B for LoRA). The module's own parameters keep their names.
 
-What a child computes is its own matter (`updates.update`); the layer knows how to apply a pair of thin matrices, or a
-weight of its own shape, to what it is given.
+What a child computes is up to its kind (`updates.update`). The layer can apply a pair of low-rank matrices, or a weight
+of its own shape, to its input.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
     from .updates.update import LiveUpdate, Pair
 
 PREFIX = "lora_"
-COUNT = "_lora_children"  # an adapted module's attribute: how many adapters' updates it has
+COUNT = "_lora_children"  # the attribute of an adapted module that counts its updates
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of A and of B
 
-# What an adapted module has of its own under the prefix.
-_TAKEN = frozenset(
+# Names with this prefix that an adapted module itself uses.
+_RESERVED = frozenset(
     {
         "saved",
         "active",
@@ -56,23 +55,23 @@ _TAKEN = frozenset(
 
 
 def child_name(adapter: str) -> str:
-    """The child's name for an adapter. Dots, which torch forbids there, become U+2219;
-    a name that is taken gets a "_".
-    """
-    taken = adapter.rstrip("_") in _TAKEN  # so "full" becomes "full_", and "full_" "full__"
-    return PREFIX + adapter.replace(".", "∙") + ("_" if taken else "")
+    """Return the child's name for an adapter. Dots, which torch forbids, become U+2219; reserved names get a "_"."""
+    reserved = adapter.rstrip("_") in _RESERVED  # so "full" becomes "full_", and "full_" becomes "full__"
+    return PREFIX + adapter.replace(".", "∙") + ("_" if reserved else "")
 
 
 class Own(nn.Module):
-    """A child that lorakit adds to a module, none of the base's own."""
+    """A child that lorakit adds to a module, as opposed to the base's own."""
 
 
 def add_update(layer: Any, child: str, update: LiveUpdate) -> None:
+    """Register an adapter's update as a child of an adapted module."""
     layer.add_module(child, update)
     layer.__dict__[COUNT] = layer.__dict__.get(COUNT, 0) + 1
 
 
 def remove_update(layer: Any, child: str) -> LiveUpdate:
+    """Remove an adapter's update from an adapted module, and return it."""
     update: LiveUpdate = layer._modules.pop(child)
     layer.__dict__[COUNT] -= 1
     return update
@@ -108,40 +107,42 @@ class Swapped(_Module):
 
 
 def adapted_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
-    """The class of modules with this mixin in front of their own class: made once, as torch's parametrizations do."""
-    made = _adapted.get((mixin, base))
-    if made is None:
+    """Return the class with this mixin in front of a module's own class. It is created once, as torch's
+    parametrizations do.
+    """
+    cls = _adapted.get((mixin, base))
+    if cls is None:
         names = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_probed": base.forward}
-        made = _adapted[mixin, base] = type(
+        cls = _adapted[mixin, base] = type(
             "Lora" + base.__name__, (mixin, base), names | mixin.lora_class_attributes(base)
         )
-    return made
+    return cls
 
 
 _adapted: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
 
 
 def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
-    """What `adapted_class` was made of."""
+    """Return the mixin and the base class of an adapted class."""
     mixin, base = cls.__bases__
     return mixin, base
 
 
 def rebuild(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
-    """An empty instance of an adapted class; used by pickle."""
+    """Create an empty instance of an adapted class, for pickle."""
     cls = adapted_class(mixin, base)
     return cls.__new__(cls)
 
 
 class LoraLayer(Swapped):
-    """The mixin's state. `lora_active` is a tuple of (child's name, weight); `lora_merged` tells that ΔW is in the
-    weight now.
+    """The base of all mixins. `lora_active`: (child's name, weight) of the active updates; `lora_merged`: the undo data
+    of a merge, None if nothing is merged.
     """
 
     weight: Tensor
     bias: Tensor | None
     _modules: dict[str, Any]  # the updates among them
-    lora_kind: Kind  # how A and B are to be read
+    lora_kind: Kind  # how A and B relate to the weight
     lora_transposed = False  # the weight is [in, out]
     lora_active: tuple[tuple[str, float], ...]
     lora_merged: Any
@@ -155,14 +156,14 @@ class LoraLayer(Swapped):
         return self.lora_updated(y, x, active) if active else y
 
     def lora_in_use(self) -> list[tuple[LiveUpdate, float]]:
-        """The updates that the forward has to add, each with its weight."""
+        """Return the updates that the forward must add, each with its weight."""
         if self.lora_merged is not None:
             return []
         children = self._modules
         return [(children[name], weight) for name, weight in self.lora_active if weight != 0]
 
     def lora_updated(self, y0: Tensor, x: Tensor, active: list[tuple[LiveUpdate, float]]) -> Tensor:
-        """The base's output with these updates added."""
+        """Return the base's output y0 with these updates added. x: the layer's input."""
         y, pairs = y0, []
         for update, weight in active:
             pair = update.pair()
@@ -170,32 +171,32 @@ class LoraLayer(Swapped):
                 y = y + update.change(self, x, y0) * weight
             else:
                 pairs.append((pair, pair.scale * weight))
-        for pair, scale in pairs:  # last, as they may be added in place
+        for pair, scale in pairs:  # last, since they may be added in place
             y = self.lora_add(y, x, pair, scale)
         return y
 
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
-        """y + scale · B A x."""
+        """Return y + scale · B A x; may write into y."""
         return y + self.lora_branch(x, pair, y) * scale
 
     def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
-        """B A x with the pair's dropout, in the dtype of the base's output `like`."""
+        """Return B A x with the pair's dropout, in the shape and dtype of the base's output `like`."""
         raise NotImplementedError
 
     def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
-        """What the layer makes of x with this weight, of its own one's shape, and without bias. In W's dtype."""
+        """Apply the layer to x with the weight W, of the same shape as its own, and without bias. In W's dtype."""
         raise NotImplementedError
 
     def lora_sizes(self) -> tuple[int, int]:
-        """(in, out) of a linear."""
+        """Return (in, out) of a linear."""
         raise NotImplementedError
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
-        """The shapes of a fresh A and B. `parts`: the adapted parts of a packed projection."""
+        """Return the shapes of a new A and B. `parts`: the adapted parts of a packed projection."""
         raise NotImplementedError
 
     def lora_fits(self, A: Tensor, B: Tensor) -> str | None:
-        """Why these factors do not fit this module, or None."""
+        """Say why these factors do not fit this module; None if they do."""
         expected = self.lora_shapes(A.shape[0])
         if tuple(A.shape) == expected[0] and tuple(B.shape) == expected[1]:
             return None
@@ -207,18 +208,18 @@ class LoraLayer(Swapped):
     def lora_fresh(
         self, shapes: Shapes, rank: int, init: str, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """A fresh A and B of these shapes with ΔW = 0."""
+        """Initialize a new A and B of these shapes with ΔW = 0."""
         A, B = torch.empty(shapes[0], dtype=dtype, device=device), torch.zeros(shapes[1], dtype=dtype, device=device)
         init_a(A, init, rank)
         return A, B
 
     def lora_full(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """A and B as files and the adapter value hold them."""
+        """Return A and B as they are stored in files and in an adapter value."""
         return pair.A.detach(), pair.B.detach()
 
 
 def init_a(A: Tensor, init: str, rank: int) -> None:
-    """A's start, in place: kaiming-uniform(√5) as in loralib, or gaussian with deviation 1 / rank."""
+    """Initialize A in place: kaiming-uniform(√5) as in loralib, or gaussian with standard deviation 1 / rank."""
     if A.is_meta:
         return
     with torch.no_grad():

@@ -2,9 +2,9 @@
 
     y = base(x) + s · (dropout(x) Aᵀ) Bᵀ        A: [r, in]   B: [out, r]
 
-A packed projection is one linear whose output is several equal parts (q, k, v); with n of them adapted (loralib's
-MergedLinear) A is [n·r, in] and B is [n, out/parts, r], each part with a low-rank update of its own. As files hold it,
-that is one update of rank n·r whose B [out, n·r] is zero outside n blocks.
+A packed projection is one linear whose output has several equal parts (q, k, v). With n of them adapted (loralib's
+MergedLinear), A is [n·r, in] and B is [n, out/parts, r]: each part has its own low-rank update. In files, this is one
+update of rank n·r whose B [out, n·r] is zero outside n blocks.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from .updates.update import LiveUpdate, Pair
 
 
 class LinearLayer(LoraLayer):
+    """The mixin for linears."""
+
     lora_kind = "linear"
     in_features: int
     out_features: int
-    lora_plain = False  # the base computes just x Wᵀ + b
-    lora_fresh_output = False  # nothing else keeps the base's output. A subclass with a forward of its own may keep it
+    lora_plain = False  # whether the base computes just x Wᵀ + b
+    lora_fresh_output = False  # whether nothing else references the base's output; a custom forward may keep it
 
     @classmethod
     def lora_class_attributes(cls, base: type[nn.Module]) -> dict[str, object]:
@@ -51,9 +53,9 @@ class LinearLayer(LoraLayer):
         active = self.lora_in_use() if self.lora_route is None else []
         if not active and self.lora_route is None:
             return super(LoraLayer, self).forward(x, *args, **kwargs)
-        whole = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None
-        if whole is not None:
-            projection, dropout = whole
+        fusible = projection_of(self, x) if makes_gradients(self) and not args and not kwargs else None
+        if fusible is not None:
+            projection, dropout = fusible
             return project(x, projection, mask_for(x, dropout, self) if dropout else None)
         if self.lora_route is not None:
             return routes.linear(self, super(LoraLayer, self).forward, x, *args, **kwargs)
@@ -62,7 +64,7 @@ class LinearLayer(LoraLayer):
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
         dropped = self.training and pair.dropout
         mask = mask_for(x, pair.dropout, self) if dropped and not needs_plain() else None
-        if dropped and mask is None:  # the compiler makes masks itself
+        if dropped and mask is None:  # torch.compile draws its own masks
             return y + reference(F.dropout(x, pair.dropout).to(y.dtype), pair.A, pair.B, scale)
         return add_low_rank(y, x, pair.A, pair.B, scale, mask, into=self.lora_fresh_output)
 
@@ -74,11 +76,10 @@ class LinearLayer(LoraLayer):
 
 
 def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | None:
-    """A linear and its update as what one autograd node can compute, and the update's dropout; None if it is more than
-    that.
+    """Return a linear and its update as one node can compute them, and the update's dropout; None if it cannot.
 
-    That is: a frozen weight of x's dtype, no forward of a subclass, one active adapter at most (or one for each group
-    of rows) whose update is a pair of matrices, no casting by autocast.
+    It can for a frozen weight in x's dtype, nn.Linear's own forward, at most one active adapter (or one for each group
+    of rows) whose update is a pair of matrices, and no autocast.
     """
     if type(module) is not nn.Linear and not (isinstance(module, LinearLayer) and module.lora_plain):
         return None
@@ -89,10 +90,10 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
     active: list[tuple[LiveUpdate, float]] = []
     if isinstance(module, LinearLayer):
         if module.lora_route is not None:
-            together = group(module, x)
-            if together is None:
+            grouped = group(module, x)
+            if grouped is None:
                 return None
-            return Projection(weight, bias, together.A, together.B, together.scale), together.dropout
+            return Projection(weight, bias, grouped.A, grouped.B, grouped.scale), grouped.dropout
         active = module.lora_in_use()
     if len(active) > 1:
         return None
@@ -106,13 +107,13 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
 
 
 def makes_gradients(module: nn.Module) -> bool:
-    """Where gradients are made. And in training mode throughout: the first run of (reentrant) gradient checkpointing
-    makes none, and has to draw the dropout that the second one draws."""
+    """Whether gradients may be needed: if they are enabled, and always in training mode. The first run of (reentrant)
+    gradient checkpointing has none enabled, but must draw the same dropout as the second."""
     return torch.is_grad_enabled() or module.training
 
 
 class Conv1DLayer(LinearLayer):
-    """transformers' Conv1D (GPT-2): a linear with its weight as [in, out]."""
+    """The mixin for transformers' Conv1D (GPT-2): a linear whose weight is [in, out]."""
 
     lora_transposed = True
 

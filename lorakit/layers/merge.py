@@ -1,4 +1,4 @@
-"""Adding a module's active ΔW into its weight, and taking it out again to the last bit (see `ops.exact`)."""
+"""Add a module's active ΔW to its weight, and remove it again bit for bit (see `ops.exact`)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from .layer import LoraLayer
 
 
 def merge_module(layer: LoraLayer, name: str) -> None:
-    """W += Σ weight · ΔW, in place. StateError for a weight that cannot hold it (quantized, offloaded), and for an
-    update that is not finite.
+    """Add Σ weight · ΔW to the module's weight in place. `name`: the module's, for errors.
+
+    Raises StateError for a weight or an update that cannot be merged (quantized, offloaded, ...), and for an update
+    that is not finite.
     """
     weight = base_of(layer).writable(layer, name)
     for update, _ in layer.lora_in_use():
@@ -40,9 +42,9 @@ def check_finite(tensor: Tensor, where: str) -> None:
 
 
 def unmerge_module(layer: LoraLayer, name: str) -> None:
-    """Restore the weight's original bits."""
+    """Restore the weight's original bits. Raises StateError, and changes nothing, if that is not possible."""
     undo: Undo = layer.lora_merged
-    layer.lora_merged = None  # so that lora_in_use tells what was merged
+    layer.lora_merged = None  # so that lora_in_use returns the merged updates
     try:
         with torch.no_grad():
             weight = base_of(layer).writable(layer, name)
@@ -53,7 +55,7 @@ def unmerge_module(layer: LoraLayer, name: str) -> None:
 
 
 def _rows(layer: LoraLayer, weight: Tensor) -> Callable[[slice], Tensor]:
-    """Σ share · ΔW of what is in use, by blocks of the weight's rows."""
+    """Return a function of a slice of rows: Σ share · ΔW of the updates in use, for these rows of the weight."""
     changes = [update.rows(layer, share) for update, share in layer.lora_in_use()]
 
     def total(rows: slice) -> Tensor:

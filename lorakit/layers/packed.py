@@ -1,4 +1,4 @@
-"""A linear that holds several projections side by side (GPT-2's c_attn, Phi-3's qkv_proj), some of them adapted."""
+"""Linears that pack several projections (GPT-2's c_attn, Phi-3's qkv_proj), some of which are adapted."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from .updates.update import Pair
 
 
 def packed_shapes(sizes: tuple[int, int], parts: tuple[bool, ...], rank: int) -> Shapes:
-    """A [n·r, in] and B [n, out/parts, r] of a packed projection."""
+    """Return the shapes of A [n·r, in] and B [n, out/parts, r]. `sizes`: (in, out); `parts`: which are adapted."""
     size_in, size_out = sizes
     return (sum(parts) * rank, size_in), (sum(parts), size_out // len(parts), rank)
 
 
 class PackedLayer(LinearLayer):
-    """One linear that holds several projections, some of them adapted.
-    `lora_parts` is set when the class is swapped.
-    """
+    """The mixin for packed linears."""
 
-    lora_parts: tuple[bool, ...]
+    lora_parts: tuple[bool, ...]  # which parts are adapted; set by the class swap
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
-        """Without `parts`, of an adapter that is not packed, beside one that is."""
+        """Return the shapes of a packed adapter's factors, or of another one's on the same module (`parts` None)."""
         return super().lora_shapes(rank) if parts is None else packed_shapes(self.lora_sizes(), parts, rank)
 
     def lora_fits(self, A: Tensor, B: Tensor) -> str | None:
@@ -40,7 +38,7 @@ class PackedLayer(LinearLayer):
         )
 
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
-        if pair.B.dim() == 2:  # another adapter on this module, not packed
+        if pair.B.dim() == 2:  # another adapter on this module, which is not packed
             return super().lora_add(y, x, pair, scale)
         x = F.dropout(x, pair.dropout, self.training) if pair.dropout else x
         return add_packed(y, x, pair.A, pair.B, scale, self.lora_parts, into=self.lora_fresh_output)
@@ -51,4 +49,4 @@ class PackedLayer(LinearLayer):
 
 
 class PackedConv1DLayer(PackedLayer, Conv1DLayer):
-    """A packed projection stored as [in, out], as GPT-2's c_attn."""
+    """The mixin for packed linears stored as [in, out], such as GPT-2's c_attn."""

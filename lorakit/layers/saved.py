@@ -1,4 +1,4 @@
-"""Parameters that an adapter trains and saves whole: `save_modules`, and biases (PEFT's modules_to_save and bias).
+"""Parameters that an adapter trains and saves in full: `save_modules` and biases (PEFT's modules_to_save and bias).
 
 The module keeps its class. While the adapter is active, its copies stand where the module's own parameters stood; the
 originals wait in a child `lora_saved`, registered there so that they move and are freed with the model.
@@ -31,26 +31,30 @@ class SavedParameters(Own):
         self.hooks: list[Any] = []  # handles of the module's state-dict hooks
 
     def put(self, version: str, parameters: dict[str, nn.Parameter]) -> None:
+        """Register a version's parameters, replacing earlier ones."""
         holder = nn.Module()
         for name, parameter in parameters.items():
             holder.register_parameter(name, parameter)
         self.versions[_key(version)] = holder
 
     def get(self, version: str) -> dict[str, nn.Parameter]:
+        """Return a version's parameters by name; empty if there is none."""
         holder = self.versions[_key(version)] if _key(version) in self.versions else None
         return dict(holder.named_parameters(recurse=False)) if holder is not None else {}
 
     def drop(self, version: str) -> None:
+        """Remove a version, if there is one."""
         if _key(version) in self.versions:
             del self.versions[_key(version)]
 
     def adapters(self) -> list[str]:
+        """List the adapters that have a version."""
         return [k[1:] for k in self.versions if k != _key(BASE)]
 
 
 def _key(version: str) -> str:
-    # ModuleDict refuses names of its own methods ("keys", "items") and dots; the leading "=" sets adapters apart from
-    # the base.
+    # ModuleDict refuses dots and the names of its own methods ("keys", "items"). The leading "=" distinguishes an
+    # adapter named "base" from the base.
     return version if version == BASE else "=" + version.replace(".", "∙")
 
 
@@ -89,7 +93,7 @@ def put(module: nn.Module, child: SavedParameters, adapters: Iterable[str]) -> N
 
 
 def adopt_as_base(model: nn.Module, adapter: str) -> None:
-    """Make an adapter's versions the base's own (what merging means for whole weights)."""
+    """Make an adapter's versions the base's own, which is what merging does with saved weights."""
     for _, module in base_modules(model):
         child = saved_of(module)
         if child is not None:
@@ -97,7 +101,7 @@ def adopt_as_base(model: nn.Module, adapter: str) -> None:
 
 
 def forget(model: nn.Module, adapter: str) -> None:
-    """Remove an adapter's versions (put back the base's first). The child goes with the last of them."""
+    """Remove an adapter's versions. They must not be in use. The child is removed with the last of them."""
     for _, module in base_modules(model):
         child = saved_of(module)
         if child is None:
@@ -113,6 +117,7 @@ def forget(model: nn.Module, adapter: str) -> None:
 
 
 def saved_of(module: nn.Module) -> SavedParameters | None:
+    """Return the module's child of saved parameters, None if it has none."""
     child = module._modules.get(CHILD)
     return child if isinstance(child, SavedParameters) else None
 

@@ -1,8 +1,7 @@
-"""The class swap: a targeted module keeps its identity and gets a subclass of its own class, with the right mixin in
-front.
+"""The class swap: a targeted module stays the same object, but becomes an instance of a subclass of its own class.
 
-`LoraLinear = type("LoraLinear", (LinearLayer, nn.Linear))` is made once per base class, as torch's parametrizations do.
-`release` gives the class back.
+The subclass has the module's mixin in front: `LoraLinear = type("LoraLinear", (LinearLayer, nn.Linear))`, created once
+per base class, as torch's parametrizations do. `release` restores the module's own class.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _PACKED: dict[type[LoraLayer], type[PackedLayer]] = {LinearLayer: PackedLayer, C
 
 
 def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
-    """The mixin that adapts this module, or None if no low-rank update of it is defined."""
+    """Return the mixin that adapts this module, None if no low-rank update is defined for it."""
     if isinstance(module, LoraLayer):
         return mixin_and_base(type(module))[0]
     if isinstance(module, nn.Linear):
@@ -29,7 +28,7 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     if isinstance(module, nn.Embedding) and (
         type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     ):
-        return EmbeddingLayer  # not one whose forward makes its own indices (positions, say) of what it is given
+        return EmbeddingLayer  # other forwards may compute indices (positions, say) from their input
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(
         module, nn.modules.conv._ConvTransposeNd
     ):
@@ -40,13 +39,15 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether 'all-linear' means this module."""
+    """Whether 'all-linear' includes this module."""
     mixin = mixin_for(module)
     return mixin is not None and issubclass(mixin, LinearLayer)
 
 
 def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
-    """Give the module its adapted class, if it has not got it. `parts`: the adapted parts of a packed projection."""
+    """Give the module its adapted class, if it does not have it yet. `parts`: which of a packed projection's parts are
+    adapted.
+    """
     if isinstance(module, LoraLayer):
         return
     mixin = mixin_for(module)
@@ -64,7 +65,7 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Give the module its own class back. Its factors must have been removed."""
+    """Restore the module's own class. Its updates must have been removed."""
     if not isinstance(module, LoraLayer):
         return
     _set_class(module, mixin_and_base(type(module))[1])
@@ -74,8 +75,9 @@ def release(module: nn.Module) -> None:
 
 
 def rebind_hooked_forward(module: nn.Module) -> None:
-    # accelerate's hooks (device maps, offload) sit in the instance's `forward` and call `_old_forward`, a method bound
-    # when the hook was added. The adapted forward goes underneath, so that it too sees weights that are in place.
+    """Make accelerate's hooks call the forward of the module's current class."""
+    # The hooks (device maps, offload) replace the instance's `forward` and call `_old_forward`, a method that was bound
+    # when the hook was added. The adapted forward must run inside the hook, where the weights are loaded.
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 

@@ -1,4 +1,4 @@
-"""From a config's target names to a model's modules, with an error for every name that fits nothing."""
+"""Resolve a config's target names to a model's modules, with an error for every name that matches nothing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .weight_reads import reads_of
 
 @dataclass
 class Targets:
-    """`modules`: full name -> module, in the model's order. `skipped`: why 'all-linear' left out a module; also targets
-    that no module matches (with `strict_targets=False`).
+    """`modules`: full name -> module, in the model's order; `skipped`: full name -> why it is not adapted, and targets
+    that match no module (with `strict_targets=False`).
     """
 
     modules: dict[str, nn.Module]
@@ -30,7 +30,7 @@ class Targets:
 
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Every name of every module (one registered twice has two), without lorakit's own children."""
+    """Map all module names to modules (one registered twice has two names), without lorakit's own children."""
     return {name: module for name, module in base_modules(model, every_name=True) if name}
 
 
@@ -68,9 +68,12 @@ def _in_layers(chosen: dict[str, nn.Module], config: LoraConfig) -> dict[str, nn
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
-    """The modules that `config` adapts. Raises TargetError for a name, pattern or layer that matches nothing."""
+    """Find the modules that `config` adapts.
+
+    Raises TargetError for a name, pattern or layer that matches nothing, and for a module that cannot be adapted.
+    """
     names = module_names(model)
-    unseen = called_by_weight(names) | _bypassed_in_training(names)
+    not_called = called_by_weight(names) | _bypassed_in_training(names)
     skipped: dict[str, str] = {}
     if config.targets == ALL_LINEAR:
         head = _output_head(model)
@@ -80,8 +83,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
                 continue
             if module is head:
                 skipped[name] = "the output head"
-            elif name in unseen:
-                skipped[name] = unseen[name]
+            elif name in not_called:
+                skipped[name] = not_called[name]
             else:
                 chosen[name] = module
         if not chosen and not skipped:
@@ -96,8 +99,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         elif isinstance(config.targets, list):
             missed = [t for t in config.targets if not any(ends_with(name, t) for name in names)]
             skipped |= dict.fromkeys(missed, "no module matches this target")
-    # What is trained whole needs no update beside (PEFT's rule too).
-    skipped |= {name: "saved whole" for name in chosen if _within(name, config.save_modules)}
+    # A module that is trained in full needs no update (as in PEFT).
+    skipped |= {name: "in save_modules" for name in chosen if _within(name, config.save_modules)}
     chosen = {name: module for name, module in chosen.items() if name not in skipped}
     if config.exclude is not None:
         _check_each_matches(list(names), config.exclude, "exclude")
@@ -105,7 +108,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
     if config.layers is not None:
         chosen = _in_layers(chosen, config)
     if not chosen:
-        raise TargetError("nothing is left to adapt: LoraConfig.exclude, layers and save_modules remove every target")
+        raise TargetError(
+            "nothing is left to adapt: LoraConfig.exclude, layers and save_modules exclude every target\n"
+            "  give fewer of these, or more targets"
+        )
     check_adaptable(names, chosen)
     chosen = _once_each(chosen)
     for field_name in ("rank_pattern", "alpha_pattern"):
@@ -124,20 +130,18 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
 
 
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """For a classification or question-answering task: with the fresh head among the modules saved whole, as PEFT has
-    it.
-    """
+    """Return the config with the head in `save_modules` for classification and question answering, as in PEFT."""
     heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
     if config.task not in heads:
         return config
     names = module_names(model)
-    found = [h for h in heads[config.task] if any(ends_with(n, h) for n in names)]
-    added = [h for h in found if h not in config.save_modules]
+    present = [h for h in heads[config.task] if any(ends_with(n, h) for n in names)]
+    added = [h for h in present if h not in config.save_modules]
     return config.replace(save_modules=[*config.save_modules, *added]) if added else config
 
 
 def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The modules of `config.save_modules`, by full name."""
+    """Find the modules of `config.save_modules`, by full name. Raises TargetError for an entry that matches none."""
     if not config.save_modules:
         return {}
     names = module_names(model)
@@ -148,14 +152,14 @@ def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 
 
 def _within(name: str, endings: list[str]) -> bool:
-    """Whether a module's name, or that of a module around it, ends so."""
+    """Whether a module's name, or that of a parent module, has one of these endings."""
     return any(f".{ending}." in f".{name}." for ending in endings)
 
 
 def shortest_endings(chosen: list[str], every: list[str]) -> list[str]:
-    """The fewest last names that match just `chosen` among `every` name; full names if the last names match more."""
+    """Shorten module names to their last parts if these match only `chosen` among all names (`every`)."""
     endings = {_last(name) for name in chosen}
-    # A bare number ("0" in a Sequential) would match far too much in any other model.
+    # A bare number ("0" in a Sequential) would match far too much in another model.
     if not any(e.isdigit() for e in endings) and {n for n in every if _last(n) in endings} == set(chosen):
         return sorted(endings)
     return sorted(chosen)
@@ -166,9 +170,7 @@ def _last(name: str) -> str:
 
 
 def _once_each(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """A module registered under several names is adapted once, under the first of them;
-    all its names see the update.
-    """
+    """Keep only the first name of each module: one registered under several names is adapted once, for all of them."""
     seen: dict[int, str] = {}
     for name, module in chosen.items():
         seen.setdefault(id(module), name)
@@ -220,15 +222,16 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -> None:
-    """TargetError for a chosen module that has no low-rank update, or whose update would have no effect. `names`: all
-    modules.
+    """Raise TargetError for a module without a low-rank update, or whose update would have no effect.
+
+    `names`: all modules of the model; `chosen`: those to check.
     """
-    unseen = called_by_weight(names)
+    not_called = called_by_weight(names)
     for name, module in chosen.items():
-        if name in unseen:
+        if name in not_called:
             raise TargetError(
-                f"'{name}' cannot be adapted: {unseen[name]}, so an update there would have no effect\n"
-                "  leave it out (LoraConfig.exclude), or adapt the feed-forward layers around it"
+                f"'{name}' cannot be adapted: {not_called[name]}, so an update there would have no effect\n"
+                "  exclude it (LoraConfig.exclude), or adapt the feed-forward layers next to it"
             )
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             raise TargetError(
@@ -236,7 +239,7 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
             )
         if mixin_for(module) is None:
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
-            fix = f"\n  it holds {listing(inside, 3)}" if inside else ""
+            fix = f"\n  it contains {listing(inside, 3)}" if inside else ""
             raise TargetError(
                 f"'{name}' is a {type(module).__name__}, which has no low-rank update\n"
                 f"  expected a Linear, Conv1D, Embedding or Conv1d/2d/3d{fix}"
@@ -244,32 +247,35 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
 
 
 def check_packed(name: str, module: nn.Module, parts: int) -> None:
-    """TargetError if the module cannot be read as so many equal parts."""
+    """Raise TargetError if the module is not a linear, or cannot be divided into `parts` equal parts."""
     if not is_linear(module):
         raise TargetError(f"'{name}' is a {type(module).__name__}; only a linear can be packed (LoraConfig.packed)")
     mixin = mixin_for(module)
     size_out = base_of(module).shape(module)[1 if mixin is not None and mixin.lora_transposed else 0]
     if size_out % parts:
-        raise TargetError(f"'{name}' has {size_out} outputs, which is not {parts} equal parts (LoraConfig.packed)")
+        raise TargetError(
+            f"'{name}' has {size_out} outputs, which cannot be divided into {parts} equal parts (LoraConfig.packed)"
+        )
 
 
-def _check_each_matches(names: list[str], wanted: str | list[str], setting: str) -> None:
-    if isinstance(wanted, str):
-        if not any(matches(name, wanted) for name in names):
-            ends = sum(ends_with(name, wanted) for name in names)
-            if ends:
+def _check_each_matches(names: list[str], targets: str | list[str], setting: str) -> None:
+    """Raise TargetError for a pattern or name ending that matches none of `names`. `setting`: the config's field."""
+    if isinstance(targets, str):
+        if not any(matches(name, targets) for name in names):
+            count = sum(ends_with(name, targets) for name in names)
+            if count:
                 hint = (
                     "\n"
-                    f"  a string is a regular expression for whole names; ['{wanted}'] or '.*{wanted}' is for the "
-                    f"{ends} that end so"
+                    f"  a string is a regular expression for full names; use ['{targets}'] or '.*{targets}' for the "
+                    f"{count} modules with this ending"
                 )
-            elif re.fullmatch(r"[\w.-]+", wanted):
-                hint = did_you_mean(wanted, [ALL_LINEAR]) or _suggestion(wanted, names)
+            elif re.fullmatch(r"[\w.-]+", targets):
+                hint = did_you_mean(targets, [ALL_LINEAR]) or _suggestion(targets, names)
             else:
-                hint = "\n  a string is a regular expression for whole names"
-            raise TargetError(f"no module matches the pattern '{wanted}' (LoraConfig.{setting}){hint}")
+                hint = "\n  a string is a regular expression for full names"
+            raise TargetError(f"no module matches the pattern '{targets}' (LoraConfig.{setting}){hint}")
         return
-    missing = [entry for entry in wanted if not any(ends_with(name, entry) for name in names)]
+    missing = [entry for entry in targets if not any(ends_with(name, entry) for name in names)]
     if missing:
         raise TargetError(
             "\n".join(
@@ -281,22 +287,22 @@ def _check_each_matches(names: list[str], wanted: str | list[str], setting: str)
 
 
 def _suggestion(entry: str, names: list[str]) -> str:
-    """The nearest ending of any module's name, with how many modules end so."""
+    """Suggest the nearest ending of any module's name, and say how many modules have it."""
     if entry in names or any(ends_with(name, entry) for name in names):
-        alike: str | None = entry
+        ending: str | None = entry
     else:
         depth = entry.count(".") + 1
-        alike = nearest(
+        ending = nearest(
             entry, {".".join(name.split(".")[-depth:]) for name in names if not name.rsplit(".", 1)[-1].isdigit()}
         )
-    if alike is None:
+    if ending is None:
         lasts = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
         return (
             f"\n  names in this model end in: {listing(lasts, 20)}"
             if lasts
             else f"\n  names in this model: {listing(names, 10)}"
         )
-    ends = [name for name in names if ends_with(name, alike)]
-    if len(ends) == 1:
-        return f"\n  did you mean '{alike}'? one module ends so: {ends[0]}"
-    return f"\n  did you mean '{alike}'? {len(ends)} modules end so, for example {ends[0]}"
+    modules = [name for name in names if ends_with(name, ending)]
+    if len(modules) == 1:
+        return f"\n  did you mean '{ending}'? one module has this ending: {modules[0]}"
+    return f"\n  did you mean '{ending}'? {len(modules)} modules have this ending, for example {modules[0]}"

@@ -6,6 +6,8 @@ transformers holds the experts of a mixture of experts as 3-D parameters of one 
 
 from __future__ import annotations
 
+import math
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import listing
-from .bases import base_of, elements
+from .bases import base_of
 from .saved import BASE, saved_of
 from .swap import mixin_for
 from .walk import base_modules
@@ -50,7 +52,7 @@ def unreached(model: nn.Module, saved: Collection[str] = ()) -> Unreached | None
                 continue
             seen.add(id(parameter))
             quantized = last == "weight" and adaptable and base_of(module).quantization is not None
-            size = elements(module) if quantized else parameter.numel()
+            size = math.prod(base_of(module).shape(module)) if quantized else parameter.numel()
             total += size
             full = f"{module_name}.{last}" if module_name else last
             # A vector that broadcasts, such as a class token [1, 1, d], is no matrix.

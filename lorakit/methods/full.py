@@ -27,6 +27,15 @@ result = "model"
 keeps_base = False
 
 
+def start(config: RunSettings) -> None:
+    """Return None. Raises ConfigError if an adapter is given, which full fine-tuning cannot go on from."""
+    if (adapter := getattr(config, "adapter", None)) is not None:
+        raise ConfigError(
+            f"adapter: {adapter}: method: full trains the base's own weights, not an adapter\n"
+            "  merge it into the base first (lorakit merge), and train the result; or use method: lora"
+        )
+
+
 def precision(config: RunSettings, device: torch.device) -> Choice:
     import torch
 

@@ -1,20 +1,44 @@
-"""LoRA: train low-rank updates of frozen weights and save an adapter (Hu et al. 2021)."""
+"""LoRA: train low-rank updates of frozen weights and save an adapter (Hu et al. 2021).
+
+A run may start from an earlier adapter: from its factors and its saved modules, with a new optimizer. What an adapter
+is (rank, targets, ...) comes from it then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from ..config import Choice, LoraConfig, LoraSettings, RunSettings, part
+from ..errors import AdapterError
+from .method import Start
 
 if TYPE_CHECKING:
     import torch
 
-settings = LoraSettings
+    from ..adapter.adapter import Adapter
+
+
+class LoraRunSettings(LoraSettings):
+    adapter: str | None = Field(
+        None,
+        description="an adapter to start from (a folder, a file or a hub id), with a new optimizer; it decides rank, "
+        "targets and the like",
+    )
+
+
+# What an adapter leaves open: dropout acts in training only.
+_OPEN = {"dropout", "adapter"}
+# Settings of the run that made an adapter, which the adapter itself has as the modules that they led to.
+_SPELLED = {"targets", "exclude", "layers", "save_modules", "rank_pattern", "alpha_pattern", "init"}
+
+settings = LoraRunSettings
 title = "LoRA"
 summary = "train an adapter"
 result = "adapter"
@@ -28,6 +52,40 @@ def adapter_config(config: RunSettings, task_type: str) -> LoraConfig:
     )
 
 
+def start(config: RunSettings) -> Start | None:
+    source = part(config, LoraRunSettings).adapter
+    if source is None:
+        return None
+    adapter = _load(source)
+    fixed = {name: getattr(adapter.config, name) for name in LoraSettings.model_fields if name not in _OPEN}
+    kinds = {update.variant for update in adapter.updates.values()}
+    if len(kinds) == 1:
+        fixed["variant"] = kinds.pop()
+    recipe = adapter.metadata.get("recipe")
+    spellings = {}
+    if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
+        for name in _SPELLED:
+            default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
+            spellings[name] = recipe.get(name, default)
+    about = adapter.metadata.get("data")
+    own = adapter.config
+    return Start(
+        source, fixed, spellings, own.task, own.base, own.revision, about if isinstance(about, Mapping) else {}
+    )
+
+
+def _load(source: str) -> Adapter:
+    from ..adapter.adapter import Adapter
+
+    adapter = Adapter.load(source)
+    if adapter.embeddings:
+        raise AdapterError(
+            f"{source}: it has textual-inversion embeddings ({', '.join(list(adapter.embeddings)[:3])}), which this "
+            "training cannot go on with"
+        )
+    return adapter
+
+
 def precision(config: RunSettings, device: torch.device) -> Choice:
     from ..bases.device import choose_dtype
 
@@ -39,9 +97,27 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
+    from ..adapter.fingerprint import fingerprint
     from ..model.attach import attach
+    from ..model.state import architecture_of, base_weights
 
-    attach(model, adapter_config(config, task_type), name)
+    own = part(config, LoraRunSettings)
+    if own.adapter is None:
+        attach(model, adapter_config(config, task_type), name)
+        return
+    earlier = _load(own.adapter)
+    mine = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
+    known = earlier.metadata.get("fingerprint") or fingerprint(base_weights(model), architecture_of(model))
+    metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
+    attach(model, replace(earlier, config=mine, metadata=metadata), name, trainable=True)
+
+
+def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
+    """What an adapter's metadata says of the one it started from: its name, a hash of its values, and its own data,
+    metrics and lineage.
+    """
+    kept = {name: adapter.metadata[name] for name in ("data", "metrics", "started_from") if name in adapter.metadata}
+    return {"adapter": Path(source).name, "sha256": adapter.digest(), **kept}
 
 
 def activate(model: Any, name: str) -> None:
@@ -70,8 +146,9 @@ def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str
 
 
 def trained(config: RunSettings) -> str:
-    own = part(config, LoraSettings)
-    return f"rank {own.rank}, alpha {own.alpha:g}"
+    own = part(config, LoraRunSettings)
+    start = f", starting from {own.adapter}" if own.adapter else ""
+    return f"rank {own.rank}, alpha {own.alpha:g}{start}"
 
 
 def note_together(config: RunSettings) -> str | None:

@@ -5,7 +5,9 @@ Such a file imports torch inside its functions only, so that `lorakit --help` st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +15,24 @@ from ..config import Choice, RunSettings, Strict
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Start:
+    """An earlier result that a run starts from.
+
+    `source`: its path or id; `settings`: the run's settings that it fixes; `spellings`: setting -> another value that
+    means the same; `task`: PEFT's task_type; `base`, `revision`: what it was trained on; `about`: what its run stored
+    of its data (`Data.about`). None where the result does not say.
+    """
+
+    source: str
+    settings: Mapping[str, Any]
+    spellings: Mapping[str, Any]
+    task: str | None
+    base: str | None
+    revision: str | None
+    about: Mapping[str, Any]
 
 
 class Method(Protocol):
@@ -23,6 +43,9 @@ class Method(Protocol):
     summary: str  # in the help of --method
     result: str  # what is saved, "adapter" or "model"; also its folder inside the run folder
     keeps_base: bool  # whether the unchanged base is still available during and after training
+
+    def start(self, config: RunSettings) -> Start | None:
+        """Read the earlier result that the run starts from; None for a run that starts anew. Raises LorakitError."""
 
     def precision(self, config: RunSettings, device: torch.device) -> Choice:
         """Choose the dtype in which the base is loaded, and say why."""

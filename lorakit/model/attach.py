@@ -75,7 +75,8 @@ def attach(
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
     check_whole(model)
-    for module_name, module in quantized(model).items():
+    packed = quantized(model)
+    for module_name, module in packed.items():
         base_of(module).check(module, module_name)
     if isinstance(adapter, LoraConfig):
         plan = _fresh(model, adapter if strict else adapter.replace(strict_targets=False))
@@ -90,6 +91,8 @@ def attach(
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
     _register(model, state, name, plan, updates, trainable)
+    for module in packed.values():
+        base_of(module).prepare(module)
     set_active(model, state, {name: 1.0} if activate else state.active)
     return model
 
@@ -171,8 +174,6 @@ def _register(
     use_saved(model, state, ())
     _add_saved(model, name, plan.saved, trainable)
     fastpath.close(model)
-    for module in quantized(model).values():
-        base_of(module).prepare(module)
     fused.adopt(model)
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention

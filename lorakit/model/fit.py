@@ -156,8 +156,5 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
             raise AdapterError(
                 "the adapter was trained on another base:\n  "
                 + "\n  ".join(lines)
-                + (
-                    "\n"
-                    "  load that base, or skip this check: attach(..., force=True), or --force-base on the command line"
-                )
+                + ("\n  load that base, or skip this check: attach(..., force=True); lorakit export: --force-base")
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..formats.peft_experts import dropped, note
-from ..layers.bases import base_of, elements, quantized
+from ..layers.bases import base_of, parameter_count
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
@@ -77,19 +77,14 @@ def summary(model: nn.Module) -> Summary:
         for m in attached.modules:
             layer = layer_at(model, m)
             child: LiveUpdate = layer._modules[child_name(name)]
-            rows.append(
-                Row(
-                    name, m, _shape(base_of(layer).shape(layer)), child.rank, sum(p.numel() for p in child.parameters())
-                )
-            )
+            shape = _shape(base_of(layer).shape(layer))
+            rows.append(Row(name, m, shape, child.rank, sum(p.numel() for p in child.parameters())))
         for full, parameter in saved_parameters(model, state, name):
             rows.append(Row(name, full, _shape(parameter.shape), None, parameter.numel()))
-    every = {id(p): p for p in model.parameters()}
-    packed = {id(m._parameters["weight"]): elements(m) for m in quantized(model).values()}
-    trainable = sum(p.numel() for p in every.values() if p.requires_grad)
-    total = sum(packed.get(key, p.numel()) for key, p in every.items())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved_names = {full for attached in state.adapters.values() for full in attached.saved}
     missed = unreached(model, saved_names)
+    total = parameter_count(model)
     notes = [text for a in state.adapters.values() if (text := _note(model, a)) is not None]
     return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model), missed, notes)
 

@@ -1,3 +1,3 @@
-"""The maths on tensors: a reference of a few plain lines, and the fast form that tests hold equal to it."""
+"""The maths on tensors: each operation as a `reference` of a few plain lines, and in a fast form tested against it."""
 
-IGNORE_INDEX = -100  # the label of a token that no loss counts, as in torch and transformers
+IGNORE_INDEX = -100  # the label of a token without a loss, as in torch and transformers

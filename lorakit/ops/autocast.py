@@ -1,4 +1,4 @@
-"""Whether autocast is on, and backward in the precision of its forward, whatever autocast is on when it runs."""
+"""Detect autocast, and run a backward without it, in the precision that its forward chose."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 def is_casting(x: torch.Tensor) -> bool:
-    """Whether autocast is on for x's device (it does not know of "meta")."""
+    """Whether autocast is enabled for x's device ("meta" has none)."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def without_autocast(backward: Callable[..., Any]) -> Any:  # torch declares backward in its own way
-    """An autograd function's backward with autocast off: what was saved has the dtypes that the forward chose."""
+    """Disable autocast inside an autograd function's backward: saved tensors have the dtypes that the forward chose."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: torch.Tensor) -> Any:

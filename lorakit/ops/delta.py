@@ -1,12 +1,11 @@
-"""ΔW as a matrix: what a low-rank update adds to each kind of weight, computed where it is needed and in blocks of
-rows.
+"""Compute a low-rank update's ΔW for each kind of weight, in full or in blocks of rows.
 
     linear     weight [out, in]        ΔW = s · B A                      A [r, in]          B [out, r]
     Conv1D     weight [in, out]        ΔW = s · (B A)ᵀ                   (transformers' transposed linear)
     embedding  weight [vocab, dim]     ΔW = s · (B A)ᵀ                   A [r, vocab]       B [dim, r]
     conv       weight [out, in/g, *k]  ΔW = s · (B A) reshaped           A [r, in/g, *k]    B [out, r, 1...]
 
-All in float32 (float64 stays float64), so that rounding happens once, when ΔW is added to the weight.
+All in float32 (or float64), so that rounding happens once, when ΔW is added to the weight.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from torch import Tensor
 
 
 def as_matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A: [r, -1] and B: [out, r] as contiguous matrices of at least float32."""
+    """Return A as [r, -1] and B as [out, r]: contiguous matrices of at least float32, without gradients."""
     wide = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
     return A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
 
 
 def delta(A: Tensor, B: Tensor, scale: float, shape: torch.Size | tuple[int, ...], transposed: bool = False) -> Tensor:
-    """ΔW in the weight's shape."""
+    """Return ΔW = scale · B A in the weight's shape. `transposed`: for weights stored as [in, out]."""
     down, up = as_matrices(A, B)
     full = down.T @ (up.T * scale) if transposed else (up * scale) @ down
     return full.reshape(shape)
 
 
 def delta_rows(A: Tensor, B: Tensor, scale: float, rows: slice, transposed: bool = False) -> Tensor:
-    """Some rows of ΔW, flattened to [rows, -1]: the weight's first axis is out, or in (vocab) when transposed."""
+    """Return some rows of ΔW, flattened to [rows, -1]. The weight's first axis is out, or in (vocab) if transposed."""
     down, up = as_matrices(A, B)
     if transposed:
         return down.T[rows] @ (up.T * scale)
@@ -37,7 +36,7 @@ def delta_rows(A: Tensor, B: Tensor, scale: float, rows: slice, transposed: bool
 
 
 def row_blocks(shape: torch.Size | tuple[int, ...], most: int = 1 << 22) -> list[slice]:
-    """Slices over the first axis that hold about `most` (4 Mi) elements each, so that a temporary stays near 16 MB."""
+    """Divide the first axis into slices of about `most` (4 Mi) elements each, so that temporaries stay near 16 MB."""
     if len(shape) == 0 or 0 in shape:
         return []
     per_row = 1

@@ -1,12 +1,12 @@
-"""Adding ΔW to a weight so that every bit comes back.
+"""Add ΔW to a weight so that every bit can be restored.
 
-Rounding makes (W + ΔW) − ΔW differ from W by a few units in the last place. `add_` keeps just that difference: per
-block of rows, two, four or eight bits a weight (whichever is smallest), code 0 marking the rare weight whose difference
-does not fit and whose value is kept whole. With |ΔW| below |W| that is a quarter to half a byte a weight; only when ΔW
-dwarfs W (so that the sum no longer contains W) can it grow beyond one byte.
+Rounding makes (W + ΔW) − ΔW differ from W by a few units in the last place. `add_` stores only that difference: per
+block of rows, with two, four or eight bits per weight (whichever is smallest). Code 0 marks the rare weight whose
+difference does not fit; its value is stored in full. With |ΔW| below |W| this takes a quarter to half a byte per
+weight. It can exceed one byte only if ΔW is much larger than W, so that the sum no longer contains W.
 
-Distances between floats are taken on their bit patterns: flipping the low bits of negative values makes the patterns of
-neighbouring floats neighbouring integers.
+Differences are taken between the floats' bit patterns, as integers: flipping the low bits of negative values makes the
+patterns of adjacent floats adjacent integers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _BITS = {
 
 @dataclass
 class Block:
-    """One block's differences: `codes` packed `8 // width` to a byte, `patterns` the bits of weights kept whole, in
-    order.
+    """One block's differences: `codes` of `width` bits, packed into bytes; `patterns`: the bit patterns of the weights
+    with code 0, in order.
     """
 
     rows: slice
@@ -42,7 +42,7 @@ class Block:
 
 @dataclass
 class Undo:
-    """What `subtract_` needs to give the original back."""
+    """What `subtract_` needs to restore the weight. `checksum`: of the original bits."""
 
     checksum: int
     blocks: list[Block] = field(default_factory=list)
@@ -79,8 +79,9 @@ def add_(weight: Tensor, delta_rows: Callable[[slice], Tensor], where: str | Non
 
 
 def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo, where: str) -> None:
-    """Undo `add_`: afterwards weight has its original bits. Raises StateError, with the weight as it was, if it would
-    not.
+    """Undo `add_`: restore the weight's original bits. `where`: the module, for the error.
+
+    Raises StateError, and leaves the weight unchanged, if the bits would differ.
     """
     weight = weight.detach()
     restored = []
@@ -90,10 +91,9 @@ def subtract_(weight: Tensor, delta_rows: Callable[[slice], Tensor], undo: Undo,
         restored.append(_decode(block, back))
     if sum(_checksum(values) for values in restored) != undo.checksum:
         raise StateError(
-            f"unmerge of {where} would not restore the base's bits: its weight or the adapter's factors changed since "
-            "the merge, "
-            "or the merge ran on another device or thread count\n"
-            "move the model back to where it was merged, or load the base again"
+            f"unmerge of {where} would not restore the base's bits: the weight or the adapter's factors have changed "
+            "since the merge, or the merge ran on another device or with another thread count\n"
+            "  move the model back to where it was merged, or load the base again"
         )
     for block, values in zip(undo.blocks, restored, strict=True):
         weight[block.rows] = values.view(weight[block.rows].shape)

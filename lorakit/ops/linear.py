@@ -1,10 +1,10 @@
-"""The low-rank update added to a linear layer's output (Hu et al. 2021, section 4.1).
+"""Add a low-rank update to a linear layer's output (Hu et al. 2021, section 4.1).
 
     y + s · (drop(x) Aᵀ) Bᵀ        y: [..., out]   x: [..., in]   A: [r, in]   B: [out, r]   s = alpha / r
 
-For bases of which only the output is at hand (quantized, hooked, transposed weights). `reference` is that line for the
-update, `add_low_rank` the same as one autograd node that writes into y; a plain frozen linear is a node with its
-update, see `projections`.
+For bases of which only the output is available (quantized, hooked or transposed weights). `reference` is that line for
+the update, `add_low_rank` the same as one autograd node that writes into y. A plain frozen linear and its update are
+one node together, see `projections`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from .groups import add_product, gradient_of_B, groups, product
 
 
 def reference(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """s · (x Aᵀ) Bᵀ; x: [..., in] -> [..., out], in x's dtype."""
-    # s on the narrow product: on the wide one, backward would make a scaled copy of the output's gradient.
+    """Return s · (x Aᵀ) Bᵀ: [..., out], in x's dtype. x: [..., in]."""
+    # Scale the narrow product: on the wide one, backward would make a scaled copy of the output's gradient.
     return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
 
 def add_low_rank(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, mask: Mask | None = None, into: bool = True
 ) -> Tensor:
-    """y + s · (drop(x) Aᵀ) Bᵀ; y: [..., out]. `into`: y is a fresh tensor that nothing else keeps, and may be written
-    into.
+    """Return y + s · (drop(x) Aᵀ) Bᵀ, [..., out].
 
-    A [G, r, in] and B [G, out, r] are those of groups of rows, see `projections`.
+    `into`: y is a new tensor that nothing else references, so it may be written into. A [G, r, in] and B [G, out, r]
+    are for groups of rows, see `projections`.
     """
     x = x.to(y.dtype)
-    # Autocast casts the operands of products, but not of those in place.
+    # Autocast casts the operands of products, but not of in-place products.
     if not into or is_casting(x) or needs_plain() or y.dim() < 2 or (y.requires_grad and y.is_leaf):
         return y + reference(scaled(x, mask) if mask else x, A, B, scale)
-    # In decoding an autograd node's own cost would show.
+    # When decoding, an autograd node's own cost would be noticeable.
     if not (mask or torch.is_grad_enabled()) and y.is_contiguous() and A.dim() == 2:
         down = product(x.reshape(-1, x.shape[-1]), A.to(y.dtype).T, scale)
         y.view(-1, y.shape[-1]).addmm_(down, B.to(y.dtype).T)
@@ -46,8 +46,8 @@ def add_low_rank(
 
 
 def needs_plain() -> bool:
-    """Whether only plain operations will do: the compiler fuses them itself,
-    and torch.func cannot look into our nodes.
+    """Whether only plain operations may be used: torch.compile fuses them itself, and torch.func cannot transform our
+    nodes.
     """
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -55,8 +55,9 @@ def needs_plain() -> bool:
 def add_packed(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, parts: tuple[bool, ...], into: bool = False
 ) -> Tensor:
-    """y + s · (each adapted part's own update); y: [..., out], A: [n·r, in], B: [n, out/parts, r]. `into`: see
-    `add_low_rank`.
+    """Return y plus the update of each adapted part of a packed projection, [..., out].
+
+    A: [n·r, in], B: [n, out/parts, r], `parts`: which are adapted; `into`: see `add_low_rank`.
     """
     x = x.to(y.dtype)
     down = F.linear(x, A.to(y.dtype)).unflatten(-1, (B.shape[0], -1))  # [..., n, r]

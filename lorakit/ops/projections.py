@@ -1,16 +1,15 @@
-"""Frozen linears that read the same input, each with a low-rank update, as one autograd node (Hu et al. 2021, section
-4.1).
+"""Frozen linears of one input, each with a low-rank update, as one autograd node (Hu et al. 2021, section 4.1).
 
     y_i = x W_iᵀ + b_i + s_i · (drop(x) A_iᵀ) B_iᵀ        x: [..., in]   W_i: [out_i, in]
                                                           A_i: [r_i, in]   B_i: [out_i, r_i]
 
-One linear alone (`project`), or gate with up (in `fused.gated_mlp`). All A are one matrix for the product with x and
-for the gradients that go through it; the input gradient of all is summed in one buffer. Kept for backward: x, once, the
-[N, r] products, and the packed dropout mask. The float32 master factors are cast to x's dtype for the matmuls;
-activations are never upcast.
+A single linear (`project`), or gate and up together (in `fused.gated_mlp`). All A are concatenated for the product with
+x and for their gradients, and all input gradients are summed in one buffer. Saved for backward: x (once), the [N, r]
+products, and the packed dropout mask. The float32 master factors are cast to x's dtype for the matmuls; activations are
+never upcast.
 
-Of a batch that trains G adapters at once (see `lorakit.route`) each has the same number of rows, one adapter's after
-the other's; A is then [G, r, in], B [G, out, r], and every low-rank product a batched one over `groups` of rows.
+In a batch that trains G adapters at once (see `lorakit.route`), with equally many rows each, adapter by adapter, A is
+[G, r, in], B is [G, out, r], and every low-rank product is a batched one over `groups` of rows.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from .groups import add_product, gradient_of_B, groups, product
 
 
 class Projection(NamedTuple):
-    """One frozen linear and its update; A and B are None where it has none, and of three axes for groups of rows."""
+    """One frozen linear and its update. A and B are None without an update, and have three axes for groups of rows."""
 
     W: Tensor
     bias: Tensor | None
@@ -38,13 +37,13 @@ class Projection(NamedTuple):
     scale: float
 
 
-Tensors = tuple[Tensor | None, ...]  # W, bias, A, B of each projection, one after the other
+Tensors = tuple[Tensor | None, ...]  # W, bias, A, B of each projection in turn
 
 
 def reference(
     x: Tensor, projections: Sequence[Projection], keep: Tensor | None = None, share: float = 1.0
 ) -> tuple[Tensor, ...]:
-    """The equation, with a given mask (1 kept, 0 dropped) and the share that is kept."""
+    """Compute the equation. `keep`: the dropout mask (1 kept, 0 dropped); `share`: the share of elements kept."""
     dropped = x if keep is None else x * keep / share
     return tuple(
         F.linear(x, p.W, p.bias)
@@ -54,9 +53,7 @@ def reference(
 
 
 def project(x: Tensor, projection: Projection, mask: Mask | None = None) -> Tensor:
-    """One projection of x: [..., in] -> [..., out];
-    its weight and bias take no gradient. `mask`: the update's dropout.
-    """
+    """Compute one projection of x [..., in]: [..., out]. `mask`: the update's dropout. W and bias get no gradient."""
     return _Project.apply(x, mask.p if mask else 0.0, mask.state if mask else None, projection.scale, *projection[:4])
 
 
@@ -65,7 +62,7 @@ def flat(projections: Sequence[Projection]) -> Tensors:
 
 
 def unflat(tensors: Sequence[Tensor | None], scales: Sequence[float], dropout: float = 0.0) -> list[Projection]:
-    """The projections; with dropout, what is kept counts for more, which their scales take on."""
+    """Rebuild the projections; their scales include dropout's division by the kept share."""
     share, found = kept_share(dropout), []
     for i, scale in enumerate(scales):
         W, bias, A, B = tensors[4 * i : 4 * i + 4]
@@ -75,7 +72,7 @@ def unflat(tensors: Sequence[Tensor | None], scales: Sequence[float], dropout: f
 
 
 def forward(x: Tensor, dropped: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs [N, out_i] and the low-rank products side by side, [N, Σ r]. x and dropped: [N, in]."""
+    """Return the outputs [N, out_i] and the low-rank products, concatenated to [N, Σ r]. x and dropped: [N, in]."""
     outs = [F.linear(x, p.W, p.bias) for p in projections]
     factors = _stacked(projections, x.dtype)
     if factors is None:
@@ -88,7 +85,7 @@ def forward(x: Tensor, dropped: Tensor, projections: Sequence[Projection]) -> tu
 
 
 class Wanted(NamedTuple):
-    """Which gradients are asked for: that of x, and of each projection's A and B."""
+    """Which gradients are needed: of x, and of each projection's A and B."""
 
     x: bool
     A: list[bool]
@@ -96,7 +93,7 @@ class Wanted(NamedTuple):
 
     @classmethod
     def of(cls, x: bool, needs: Sequence[bool]) -> Wanted:
-        """From autograd's flags for W, bias, A, B of each projection."""
+        """Read autograd's flags for W, bias, A, B of each projection."""
         return cls(x, list(needs[2::4]), list(needs[3::4]))
 
 
@@ -109,7 +106,10 @@ def backward(
     projections: Sequence[Projection],
     wanted: Wanted,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of x, and those of W, bias, A, B of each projection (None for W and bias). grads: [N, out_i]."""
+    """Return the gradient of x, and those of W, bias, A, B of each projection (None for W and bias).
+
+    grads: [N, out_i], dropped: x after dropout, down: the low-rank products of `forward`.
+    """
     dtype = grads[0].dtype
     inner = None
     if wanted.x or any(wanted.A):
@@ -132,7 +132,7 @@ def backward(
         gradients += [None, None, of_A, of_B]
     if not wanted.x:
         return None, gradients
-    dx = grads[0] @ projections[0].W  # [N, in]: one buffer for all that follows
+    dx = grads[0] @ projections[0].W  # [N, in]; later terms are added to this buffer
     for g, p in zip(grads[1:], projections[1:]):
         dx.addmm_(g, p.W)
     if inner is not None:
@@ -146,13 +146,13 @@ def backward(
 
 
 def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
-    """All A, [Σ r, in]."""
+    """Concatenate all A to [Σ r, in]; None if there are none."""
     factors = [p.A.to(dtype) for p in projections if p.A is not None]
     return factors[0] if len(factors) == 1 else torch.cat(factors, dim=-2) if factors else None
 
 
 def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int = -1) -> list[Tensor | None]:
-    """Each projection's part of what stands side by side, None for those without an update."""
+    """Split a concatenation into the projections' parts, None for those without an update."""
     if stacked is None:
         return [None] * len(projections)
     pieces = iter(stacked.split([p.A.shape[-2] for p in projections if p.A is not None], dim))
@@ -160,9 +160,7 @@ def _parts(stacked: Tensor | None, projections: Sequence[Projection], dim: int =
 
 
 class _Project(torch.autograd.Function):
-    """One projection, written out: this runs for every adapted linear, and lists would be a tenth of what it adds to
-    the base's time.
-    """
+    """One projection, without lists: it runs for every adapted linear, and lists would be a tenth of its overhead."""
 
     @staticmethod
     def forward(ctx, x: Tensor, p: float, state: Tensor | None, scale: float, W, bias, A, B) -> Tensor:
@@ -180,7 +178,7 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(
             x2 if needs_A else None, state if needs_mask else None, down if needs_B else None, W, A, B
         )
-        # Not a view: callers may change a linear's output in place, and autograd refuses that for views made by a node.
+        # Not a view: callers may modify a linear's output in place, which autograd refuses for a node's views.
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
@@ -191,7 +189,7 @@ class _Project(torch.autograd.Function):
         needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         g = g.reshape(-1, g.shape[-1])
         mask = None if state is None else Mask(ctx.p, state)
-        dx = g @ W if needs_x else None  # [N, in]: one buffer for all that follows
+        dx = g @ W if needs_x else None  # [N, in]; later terms are added to this buffer
         dA = dB = None
         if B is not None and (needs_x or needs_A):
             inner = groups(g, B) @ B.to(g.dtype)  # [N, r]

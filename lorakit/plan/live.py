@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .shapes import Weightless, flat
+from .weightless import Weightless, flat
 
 _aten = torch.ops.aten
 

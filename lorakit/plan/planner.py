@@ -23,9 +23,9 @@ from ..tasks.task import Task
 from .estimate import FOUR_BIT, Estimate
 from .largest import largest
 from .live import SMALL
-from .shapes import MOST_TOKENS
 from .shell import Shell
 from .step import Parts, Traced, evaluation, training_step
+from .weightless import MOST_TOKENS
 
 # Blocks below glibc's largest mmap threshold (32 MiB) are allocated on one heap, which fragments and never shrinks. Its
 # size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).

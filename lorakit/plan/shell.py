@@ -18,7 +18,7 @@ from ..errors import LorakitError
 from ..layers.fused import attention
 from ..layers.layer import LoraLayer
 from ..layers.targets import is_linear
-from .shapes import Shapes
+from .weightless import Shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

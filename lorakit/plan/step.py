@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .live import Live
-from .shapes import without_memory
 from .shell import Shell, plan_errors
+from .weightless import without_memory
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 Parts = dict[str, int]  # bytes by purpose: gradients, activations, loss, working

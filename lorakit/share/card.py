@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from ..bases.load import EMBEDDED
 from ..errors import ConfigError
+from ..evaluate.figures import MEASURES
 from ..io.atomic import write_text
 from .markdown import line
-from .page import MEASURES, PLACEHOLDER, base_text, page
+from .page import PLACEHOLDER, TASKS, base_text, page
 from .paths import hub_id, is_hub_name, last_name, without_paths
 from .record import AdapterRecord, Given, number, read_record
 
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
 
 _MARK = re.compile(r"<!-- Written by lorakit card, sha256 ([0-9a-f]{64}) -->\s*\Z")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_TASKS = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
 _LIBRARIES = {"peft": "peft", "diffusers": "diffusers", "kohya": "diffusers", "mlx": "mlx", "gguf": "gguf"}
 
 
@@ -142,7 +136,7 @@ def _metadata(record: AdapterRecord, name: str) -> str:
         base_model_relation="adapter" if base else None,
         library_name=None if is_pipeline else _LIBRARIES.get(record.format),
         license=record.given.license,
-        pipeline_tag="text-to-image" if record.image else _TASKS.get(str(record.facts.task)),
+        pipeline_tag="text-to-image" if record.image else _hub_task(record),
         datasets=[dataset] if dataset else None,
         tags=[*tags, *(["text-to-image"] if record.image else [])],
         instance_prompt=line(triggers[0]) if triggers else None,
@@ -152,11 +146,15 @@ def _metadata(record: AdapterRecord, name: str) -> str:
     return card_data.to_yaml()
 
 
+def _hub_task(record: AdapterRecord) -> str | None:
+    return TASKS.get(str(record.facts.task), (None, None))[1]
+
+
 def _eval_results(record: AdapterRecord, dataset: str | None) -> list[EvalResult]:
     """Return results on datasets of the hub; results on local files appear on the page only."""
     from huggingface_hub import EvalResult
 
-    task, evaluated_on = _TASKS.get(str(record.facts.task)), hub_id(record.given.evaluated_on)
+    task, evaluated_on = _hub_task(record), hub_id(record.given.evaluated_on)
     scored = {key: name for key, (name, _) in MEASURES.items()}
     held_out = {key: f"{key} on rows held out from training" for key in ("loss", "perplexity")}
     measured = [(evaluated_on, scored, row) for row in record.eval_results if row.get("adapter") is not None]

@@ -12,7 +12,9 @@ from importlib.resources import files
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.inspect import KINDS
 from ..bases.load import EMBEDDED
+from ..evaluate.figures import MEASURES, measured, show
 from ..formats.diffusers import FILE
 from ..version import VERSION
 from .markdown import Markdown, cell, code, codes, fence, line, plain, rows, section, table
@@ -23,27 +25,15 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 PLACEHOLDER = "OWNER/NAME"  # stands for the repository until it is known
-# PEFT's task_type -> transformers' class.
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
+# PEFT's task_type -> transformers' class, the hub's task.
+TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),  # translation, summarization, ...: which is not recorded
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
-# A measure's key -> its name, digits after the point.
-MEASURES = {
-    "loss": ("loss", 4),
-    "perplexity": ("perplexity", 2),
-    "accuracy": ("accuracy", 4),
-    "macro_f1": ("macro f1", 4),
-    "bleu": ("BLEU", 1),
-    "chrf": ("chrF", 1),
-    "rouge_l": ("ROUGE-L", 1),
-    "exact_match": ("exact match", 1),
-}
-_KINDS = {"hadamard": "LoHa", "kronecker": "LoKr", "dense": "dense updates"}
 _STYLES = {
     "none": "given in the data",
     "chat": "the base's chat template",
@@ -56,7 +46,7 @@ MAX_SAMPLE_LENGTH = 600  # characters of a prompt or an answer
 def page(record: AdapterRecord, title: str) -> str:
     """Return the Markdown below the metadata."""
     f, on = record.facts, record.given.evaluated_on
-    kinds = {_KINDS[m.kind] for m in f.modules if m.kind in _KINDS} | {"DoRA" for m in f.modules if m.dora}
+    kinds = {KINDS[m.kind] for m in f.modules if m.kind in KINDS} | {"DoRA" for m in f.modules if m.dora}
     if f.modules:
         kind = f"An adapter ({', '.join(sorted(kinds))})" if kinds else "A LoRA adapter"
     else:
@@ -85,7 +75,7 @@ def page(record: AdapterRecord, title: str) -> str:
         repository=record.given.repository or PLACEHOLDER,
         base_note=Markdown(note),
         embedded=embedded,
-        model_class=CLASSES.get(str(f.task)),
+        model_class=TASKS.get(str(f.task), (None, None))[0],
         diffusers_file=FILE,
         fingerprint=Markdown(", ".join(filter(None, marks))),
         data=data_text(record, record.given.data),
@@ -114,7 +104,7 @@ def _template() -> Template:
         "fence": lambda text, language: Markdown(f"\n{fence(text, language)}\n\n"),
         "markdown": lambda text: Markdown(text.rstrip("\n")),
         "py": lambda value: Markdown(json.dumps(line(value), ensure_ascii=False)),
-        "rounded": _rounded,
+        "measure": lambda value, key: show(key, value),
         "sh": lambda value: Markdown(quote(line(value))),
         "thousands": _thousands,
     }
@@ -164,8 +154,8 @@ def _settings(record: AdapterRecord) -> list[tuple[str, Any]]:
 
 def _measured(title: str, results: Mapping[str, Mapping[str, Any]]) -> Markdown:
     """Return a table with a row for each result and a column for each measure that at least one of them has."""
-    keys = [key for key in MEASURES if any(number(row.get(key)) is not None for row in results.values())]
-    cells = [[name, *(_rounded(row.get(key), MEASURES[key][1]) for key in keys)] for name, row in results.items()]
+    keys = measured(list(results.values()))
+    cells = [[name, *(show(key, row.get(key)) for key in keys)] for name, row in results.items()]
     return table(cells, [title, *(MEASURES[key][0] for key in keys)], "---:")
 
 
@@ -179,7 +169,3 @@ def _counted(counts: Mapping[str, int]) -> str:
 def _thousands(value: Any, unit: str = "") -> str:
     """Return a number with its unit; "" for anything else."""
     return f"{value:,}{unit}" if number(value) is not None else ""
-
-
-def _rounded(value: Any, digits: int) -> str:
-    return f"{value:,.{digits}f}" if number(value) is not None else ""

@@ -87,16 +87,16 @@ def push(
     path = find(source)
     form = format_of(path)
     files = files_of(path, form)
-    reading = {"alpha": alpha, "base": base}
     with ExitStack() as stack:
-        check(files, path, form, **reading)
+        check(files, path, form, alpha, base)
         files, mended, left = without_local_paths(files, base_model, stack)
         if mended:
-            check(files, path, form, **reading)
+            check(files, path, form, alpha, base)
         existing = {} if dry_run else _existing(repository, revision, private)
         kind, page = "none", None
         if card:
-            kind, page = _page(path, form, repository, existing, license, base_model=base_model, **reading)
+            options = {"base_model": base_model, "alpha": alpha, "base": base}
+            kind, page = _page(path, form, repository, existing, license, options)
         sizes = {name: file.stat().st_size for name, file in files.items()} | ({CARD: len(page)} if page else {})
         planned = Pushed(
             repository,
@@ -143,7 +143,7 @@ def _existing(repository: str, revision: str | None, private: bool) -> dict[str,
 
 
 def _page(
-    path: Path, form: str, repository: str, existing: Mapping[str, Any], license: str | None, **options: Any
+    path: Path, form: str, repository: str, existing: Mapping[str, Any], license: str | None, options: Mapping[str, Any]
 ) -> tuple[str, bytes | None]:
     """Return (`Pushed.card`, the card's bytes to upload, if any). options: of `card_of`."""
     home = path if path.is_dir() else path.parent

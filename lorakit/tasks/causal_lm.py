@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..config import RunSettings, Strict, part
 from ..errors import TrainError
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data.dataset import Dataset, Item
+    from ..data.templates import ChatOptions
 
 DEFAULT_PROMPTS = 2
 
 
 class Writing(Strict):
-    rows: ClassVar = {"template", "train_on"}
+    rows: ClassVar = {"template", "train_on", "turns", "chat_template", "chat_template_kwargs", "date"}
+    free: ClassVar = {"chat_template", "date"}  # a resumed run compares the resulting rows by hash
 
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="chat: the tokenizer's template; plain: ours; auto: chat if there is one"
@@ -32,6 +34,35 @@ class Writing(Strict):
     train_on: Literal["completion", "all"] = Field(
         "completion", description="train on the answers only, or on all tokens"
     )
+    turns: Literal["all", "last"] = Field(
+        "all", description="train every answer of a conversation, or only the last one"
+    )
+    chat_template: str | None = Field(
+        None, description="a file with the chat template (Jinja) to use instead of the model's; saved with the adapter"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further variables of the chat template: {enable_thinking: false}"
+    )
+    date: str | None = Field(
+        None, description="the date that chat templates write, YYYY-MM-DD; default: the day on which the run began"
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _date(cls, value: Any) -> Any:
+        from ..data.templates import parsed_date
+
+        if value is None:
+            return None
+        return parsed_date(value if isinstance(value, str) else str(value)).isoformat()  # YAML reads dates itself
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from ..data.templates import check_kwargs
+
+        check_kwargs(value, "chat_template_kwargs")
+        return value
 
 
 class CausalSettings(Lengths, Writing, Columns):
@@ -66,20 +97,27 @@ def processor(config: RunSettings) -> Any:
 
 
 def data(config: RunSettings, processor: Any) -> Data:
+    from ..bases.load import end_tokens
+    from ..data.chat_record import TEMPLATE_FILE, record
     from ..data.dataset import build, held_out_of
     from ..data.read import read_rows
 
     own = part(config, CausalSettings)
+    tokenizer, options = _tokenizer(own, processor), _options(own)
+    ends = end_tokens(config.model, config.revision, config.trust_remote_code)
 
     def read(source: str, split: str | None, max_length: int | Literal["auto"]) -> Dataset:
         return build(
             read_rows(source, split),
-            processor,
+            tokenizer,
             columns=own.columns or None,
             template=own.template,
             train_on=own.train_on,
             max_length=max_length,
             on_long=own.on_long,
+            turns=own.turns,
+            options=options,
+            ends=ends,
         )
 
     dataset = read(config.data, config.split, own.max_length)
@@ -91,6 +129,7 @@ def data(config: RunSettings, processor: Any) -> Data:
             notes[f"of {config.validation} are longer than {dataset.max_length} tokens and are not evaluated"] = (
                 validation.dropped
             )
+        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
     long_rows = "".join(
@@ -99,7 +138,23 @@ def data(config: RunSettings, processor: Any) -> Data:
         if count
     )
     length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
-    return Data(train, held_out, dataset.shape, length, {"template": dataset.style}, notes)
+    about = record(dataset, tokenizer, options, own.chat_template is not None)
+    files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
+    return Data(train, held_out, dataset.shape, length, about, notes, files)
+
+
+def _tokenizer(own: CausalSettings, processor: Any) -> Any:
+    """Return the tokenizer with the run's chat template."""
+    from ..data.templates import read_template, with_template
+
+    path = own.chat_template
+    return processor if path is None else with_template(processor, read_template(path), path)
+
+
+def _options(own: CausalSettings) -> ChatOptions:
+    from ..data.templates import ChatOptions
+
+    return ChatOptions(own.chat_template_kwargs, own.date)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -110,9 +165,11 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 
 def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
-    from ..bases.load import load_model
+    from ..bases.load import load_model, stop_at
 
-    return load_model(config.model, dtype, device, config.revision, config.trust_remote_code)
+    model = load_model(config.model, dtype, device, config.revision, config.trust_remote_code)
+    stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))
+    return model
 
 
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
@@ -198,7 +255,8 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
     if own.sample_tokens == 0:
         return []
     if own.sample_prompts:
-        ids = [question_ids(text, base.processor, data.about["template"]) for text in own.sample_prompts]
+        tokenizer, options = _tokenizer(own, base.processor), _options(own)
+        ids = [question_ids(text, tokenizer, data.about["template"], options) for text in own.sample_prompts]
         check_prompts(base.model, ids, own.sample_tokens, [f"sample prompt {text!r}" for text in own.sample_prompts])
         return [Prompt(text, i) for text, i in zip(own.sample_prompts, ids, strict=True)]
     positions = positions_of(base.model)

@@ -83,7 +83,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
     names = dataset.names
     shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
-    return Data(train, held_out, shape, length, {"labels": names})
+    return Data(train, held_out, shape, length, {"labels": names}, dataset.notes)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Data:
     """A run's items, in training and held-out parts.
 
     `shape`, `length`: descriptions for the start panel; `about`: stored in the result's metadata; `notes`: message ->
-    number of rows it concerns.
+    number of rows it concerns; `files`: file name -> text to write into the result's folder.
     """
 
     train: list[Any]
@@ -66,6 +66,7 @@ class Data:
     length: str
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -11,13 +11,14 @@ from functools import partial
 
 import torch
 
+from ..bases.limits import Memory, memory_of, resident
 from ..bases.load import is_four_bit, load_config
 from ..config import Choice
 from ..errors import TrainError
 from ..methods import method_of
 from ..model.attach import DEFAULT
 from ..plan.estimate import Estimate
-from ..plan.machine import Memory, memory_of, overhead, resident
+from ..plan.machine import overhead
 from ..plan.planner import Planner, PlanSettings
 from ..plan.shell import PlanError
 from ..plan.units import parse_bytes, show_bytes

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bases.device import choose_device, peak_memory
+from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
 from ..model.summary import summary
 from . import defaults
@@ -103,7 +104,7 @@ class Progress:
 def _facts(job: Job, step: int) -> Table:
     config, data = job.config, job.data
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in job.model.parameters())
+    total = parameter_count(job.model)
     device = job.parallel.device
     processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
@@ -122,6 +123,21 @@ def _facts(job: Job, step: int) -> Table:
             f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
         ),
         ("length", data.length),
+        *(
+            [("date", f"{data.about['date']}, written by the chat template and saved with the run")]
+            if "date" in data.about
+            else []
+        ),
+        *(
+            [
+                (
+                    "ends with",
+                    f"{', '.join(data.about['end_tokens'])}, as the chat template writes; generation stops there",
+                )
+            ]
+            if "end_tokens" in data.about
+            else []
+        ),
         (
             "batch",
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
@@ -133,7 +149,7 @@ def _facts(job: Job, step: int) -> Table:
         (
             "steps",
             f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
-            "over the data)",
+            "over the data)" + (f", longer than the {job.steps_before:,} planned before" if job.steps_before else ""),
         ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", resuming at step {step}" if step else "")),

@@ -115,6 +115,15 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(n) for n in names if n.isdigit())
 
 
+def newest_state(folder: Path) -> dict[str, Any]:
+    """Read the newest checkpoint's state.json; empty if there is no checkpoint."""
+    steps = steps_in(folder)
+    if not steps:
+        return {}
+    state: dict[str, Any] = json.loads((folder / f"{PREFIX}{steps[-1]}" / "state.json").read_text(encoding="utf8"))
+    return state
+
+
 def load_newest(folder: Path) -> Loaded | None:
     """Read the newest checkpoint; None if there is none. Deletes what interrupted writes left behind."""
     if folder.is_dir():

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..errors import TrainError, listing
+from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
@@ -63,6 +64,7 @@ class Run:
         self.step, self.elapsed = 0, 0.0
         self.loss: float | None = None
         self.failed: str | None = None  # why it cannot continue
+        self.lengthened: list[dict[str, int]] = []  # {"at": step, "steps": the total planned until then}
         self._resume()
         self.trackers = Trackers(self.config) if job.parallel.is_first else None
         self.prompts = job.task.prompts(self.config, job.base, job.data) if job.method.keeps_base else []
@@ -159,6 +161,7 @@ class Run:
         job = self.job
         state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
         state |= {"together": True} if together else {}
+        state |= {"lengthened": self.lengthened} if self.lengthened else {}
         keep = self.config.keep + together
         resume.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
 
@@ -177,6 +180,10 @@ class Run:
         self.best, self.step, self.elapsed = loaded.best, loaded.state["step"], loaded.state["seconds"]
         self.loss = loaded.state["loss"]
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
+        self.lengthened = list(loaded.state.get("lengthened", []))
+        if loaded.state["steps"] < job.steps:
+            job.steps_before = loaded.state["steps"]
+            self.lengthened.append({"at": self.step, "steps": loaded.state["steps"]})
         if job.parallel.is_first:
             job.folder.rewind(self.step)
             self.prune()  # the run may have been killed before it could
@@ -189,6 +196,8 @@ class Run:
         if self.best:
             resume.put(self.best, self.parameters)
         job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
+        for name, text in job.data.files.items():
+            write_text(job.result / name, text)
         write_report(job.folder, self.config)
 
     def _metadata(self) -> dict[str, Any]:
@@ -203,6 +212,7 @@ class Run:
                 **job.data.about,
             },
             "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
+            **({"lengthened": self.lengthened} if self.lengthened else {}),
         }
 
     def result(self, interrupted: str | None = None) -> Result:

@@ -17,7 +17,8 @@ import yaml
 from ..errors import ConfigError, TrainError
 from ..io.atomic import replacing, write_text
 from .config import TrainConfig
-from .resume import steps_in
+from .longer import LENGTH, why_not
+from .resume import newest_state, steps_in
 
 # Settings that do not affect the result, so that they may differ when a run resumes.
 FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free", ())}
@@ -38,8 +39,8 @@ class RunFolder:
         self.model = self.path / "model"
         self.report = self.path / "report.html"
 
-    def open(self, config: TrainConfig, rows_hash: str) -> None:
-        """Create the folder, or check that it belongs to this run.
+    def open(self, config: TrainConfig, rows_hash: str, steps: int | None = None) -> None:
+        """Create the folder, or check that it belongs to this run. `steps`: the run's total, if it may grow.
 
         Raises TrainError, listing the settings that differ, if it belongs to another run. A run without a checkpoint
         has nothing to resume, so it starts over with any settings.
@@ -54,17 +55,24 @@ class RunFolder:
             for leftover in self.path.rglob(TEMPORARY):
                 leftover.unlink(missing_ok=True)
             if steps_in(self.checkpoints):
-                self._check_same(config.model_dump(), rows_hash)
+                if not self._check_same(config.model_dump(), rows_hash, steps):
+                    self._write_config(config)  # longer than before
                 return
         # This file first: it marks the folder as a run's, even if the run is killed before it writes anything else.
         write_text(self.rows_hash, rows_hash + "\n")
+        self._write_config(config)
+
+    def _write_config(self, config: TrainConfig) -> None:
         text = (
             "# All settings of this run, 'auto' included. Written by lorakit; run the same command again to resume.\n"
         )
         write_text(self.config, text + yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
 
-    def _check_same(self, now: dict[str, Any], rows_now: str) -> None:
-        """Raise TrainError if the settings (`now`) or the rows' hash differ from those the run was started with."""
+    def _check_same(self, now: dict[str, Any], rows_now: str, steps: int | None) -> bool:
+        """Return whether the settings (`now`) are those the run was started with; False if it is only made longer.
+
+        Raises TrainError if they or the rows' hash differ otherwise.
+        """
         rows_then = self.rows_hash.read_text(encoding="utf8").strip()
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))
@@ -77,12 +85,29 @@ class RunFolder:
         lines = [f"  {k}: was {then.get(k)!r}, is now {now.get(k)!r}" for k in changed]
         if rows_then != rows_now:
             lines.append(f"  the tokenized rows: SHA-256 was {rows_then[:12]}, is now {rows_now[:12]}")
+        if changed and steps is not None and LENGTH.issuperset(changed) and rows_then == rows_now:
+            reason = why_not(newest_state(self.checkpoints), then["patience"], now["patience"], steps)
+            if reason is None:
+                return False
+            lines.append(f"  {reason}")
         if lines:
             raise TrainError(
                 f"{self.path} contains a run with other settings, so it cannot be resumed with these:\n"
                 + "\n".join(lines)
                 + "\n  give another folder (--out), or the same settings to resume"
             )
+        return True
+
+    def begun_on(self) -> str | None:
+        """Return the date that the chat template writes in the run to resume; None without a run or a date."""
+        if not steps_in(self.checkpoints):
+            return None
+        try:
+            then = yaml.safe_load(self.config.read_text(encoding="utf8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None  # `open` will raise the error
+        date = then.get("date") if isinstance(then, dict) else None
+        return None if date is None else str(date)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

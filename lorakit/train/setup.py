@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from ..config import Choice
 from ..data.batches import batch_order
 from ..data.dataset import fingerprint
+from ..data.templates import read_template, reads_date, with_template
+from ..errors import ConfigError
 from ..layers.fused import attention
 from ..methods import method_of
 from ..methods.method import Method
@@ -27,6 +30,7 @@ from .config import TrainConfig
 from .memory import check
 from .parallel import Parallel
 from .run_folder import RunFolder
+from .start import resolved
 from .trackers import check_trackers
 
 # The settings that determine the training and held-out items.
@@ -56,6 +60,7 @@ class Job:
     data_hash: str
     memory: Choice | None = None  # the estimate; None in a sweep
     compiled: str | None = None  # what torch.compile compiled, for the start panel
+    steps_before: int | None = None  # of a resumed run that is longer now: the steps planned before
     _epoch: int = -1  # the epoch of `_order`
     _order: list[list[int]] = field(default_factory=list)
 
@@ -96,6 +101,7 @@ def set_up(config: TrainConfig) -> Job:
 
 def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used."""
+    configs = {name: resolved(each) for name, each in configs.items()}
     config = next(iter(configs.values()))
     for each in configs.values():
         check_trackers(each)
@@ -103,11 +109,15 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
         torch.set_num_threads(int(config.threads))
     task, method, alone = task_of(config.task), method_of(config.method), list(configs) == [DEFAULT]
     processor = task.processor(config)
+    configs = {name: dated(each, processor) for name, each in configs.items()}
+    config = next(iter(configs.values()))
     data = _data_of(configs, task, processor)
     parallel = Parallel()
     device = parallel.device
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))
+    if not alone and (why := next((why for each in configs.values() if (why := method.alone(each))), None)):
+        raise ConfigError(why[1])  # known only now: an adapter to start from may have saved modules
     dtype = method.precision(config, device)
     # Check the memory before anything is written or loaded. (That of a sweep is not estimated.)
     memory = None
@@ -117,7 +127,7 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     hashes = {name: fingerprint([*each.train, *each.held_out]) for name, each in data.items()}
     if parallel.is_first:
         for name, each in configs.items():
-            folders[name].open(each, hashes[name])
+            folders[name].open(each, hashes[name], defaults.total_steps(each, len(data[name].train)))
     parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)
     for name, each in configs.items():
@@ -171,6 +181,17 @@ def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> 
             by_settings[key] = task.data(config, processor)
         data[name] = by_settings[key]
     return data
+
+
+def dated(config: TrainConfig, processor: Any) -> TrainConfig:
+    """Return the config with the date that its chat template writes: as given, or the day on which the run began."""
+    given = config.model_dump(include={"date", "chat_template"} & task_of(config.task).settings.model_fields.keys())
+    if "date" not in given or given["date"] is not None:
+        return config
+    path = given["chat_template"]
+    if not reads_date(processor if path is None else with_template(processor, read_template(path), path)):
+        return config
+    return config.replace(date=RunFolder(config.out).begun_on() or Date.today().isoformat())
 
 
 def _width(model: Any) -> int | None:

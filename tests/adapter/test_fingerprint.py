@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import lorakit as lk
+from lorakit.adapter.fingerprint import Quantized, differences, fingerprint
 from lorakit.errors import AdapterError
 
 CONFIG = lk.LoraConfig(rank=2, targets=["q_proj"])
@@ -75,3 +76,40 @@ def test_a_fingerprint_survives_a_copy_and_does_not_share_it(value):
     got = lk.capture(model).metadata
     got["fingerprint"]["architecture"] = "changed"
     assert value.metadata["fingerprint"]["architecture"] == "LlamaForCausalLM"
+
+
+def rounded(weight: torch.Tensor, step: float) -> Quantized:
+    """The weight, quantized to multiples of `step`."""
+    flat = weight.flatten()
+    values = (flat / step).round() * step
+    return Quantized(tuple(weight.shape), lambda at: (values[at], torch.full((len(at),), step / 2)))
+
+
+def test_no_more_than_the_rounding_of_a_quantized_weight_is_allowed():
+    exact = {"a": torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), "b": torch.ones(4, 4)}
+    quantized = exact | {"a": rounded(exact["a"], 0.5)}
+    for then, now in ((exact, quantized), (quantized, exact), (quantized, quantized)):
+        assert differences(fingerprint(then, "Net"), now, "Net") == []
+    for name in ("a", "b"):  # of b, which is not quantized, nothing but a percent
+        other = exact | {name: exact[name] + (0.4 if name == "a" else 0.1)}
+        line = [f"weights: {name} holds other values"]
+        assert differences(fingerprint(quantized, "Net"), other, "Net") == line
+        assert differences(fingerprint(other, "Net"), quantized, "Net") == line
+
+
+def test_a_fingerprint_written_before_there_were_quantized_weights_is_read():
+    exact = {"a": torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}
+    old = fingerprint(exact, "Net")
+    assert set(old) == {"architecture", "parameters", "shapes", "samples"}
+    assert differences(old, {"a": rounded(exact["a"], 0.5)}, "Net") == []
+
+
+@pytest.mark.parametrize(
+    "rounding", ["x", {"a": "x"}, {"a": [None] * 16}, {"a": [-1] * 16}, {"a": [float("inf")] * 16}]
+)
+def test_an_unsound_rounding_from_a_file_is_no_licence(rounding):
+    exact = {"a": torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}
+    found = {**fingerprint(exact, "Net"), "rounding": rounding}
+    assert differences(found, exact, "Net") == ["the adapter's fingerprint of its base is damaged"]
+    short = {**found, "rounding": {"a": [9.0]}}
+    assert differences(short, exact, "Net") == ["weights: a holds other values"]

@@ -11,8 +11,8 @@ from torch import Tensor
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.errors import AdapterError
 
 
@@ -20,8 +20,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def loha(**changes) -> Hadamard:
-    return replace(Hadamard(randn(6, 2), randn(2, 4, seed=1), randn(6, 2, seed=2), randn(2, 4, seed=3), 3.0), **changes)
+def loha(**changes) -> Loha:
+    return replace(Loha(randn(6, 2), randn(2, 4, seed=1), randn(6, 2, seed=2), randn(2, 4, seed=3), 3.0), **changes)
 
 
 def test_a_loha_is_the_product_number_by_number():
@@ -44,7 +44,7 @@ def test_a_loha_in_tucker_form_is_pefts():
     }
     order = ("t1", "w1a", "w1b", "t2", "w2a", "w2b")
     expected = HadaWeightCP.apply(*(parts[n] for n in order), torch.tensor(1.5, dtype=torch.float64))
-    h = Hadamard(alpha=3.0, **parts)
+    h = Loha(alpha=3.0, **parts)
     h.check("m")
     torch.testing.assert_close(h.delta(), expected)
     assert h.delta().shape == (6, 4, 3, 3)
@@ -96,7 +96,7 @@ def test_a_lokr_is_pefts(kind):
         second = parts["w2a"] @ parts["w2b"]
     scale = 1.0 if "w1b" not in parts and "w2b" not in parts else 3.0 / 2
     expected = make_kron(first, second, scale)
-    k = Kronecker(3.0, **parts)
+    k = Lokr(3.0, **parts)
     k.check("m")
     torch.testing.assert_close(k.delta(), expected.reshape(parts.get("shape", expected.shape)))
 
@@ -117,10 +117,10 @@ def test_a_whole_update_is_itself_and_a_copy():
         (loha(w1b=randn(3, 4)), "w1_a .* do not fit"),
         (loha(t1=randn(2, 2, 3)), "do not fit"),
         (loha(w2a=randn(6, 2) * float("nan")), "w2a holds 12 values that are not finite"),
-        (Kronecker(1.0, w1=WHOLE["w1"]), "expected lokr_w2"),
-        (Kronecker(1.0, **WHOLE, w2a=randn(4, 2), w2b=randn(2, 5)), "expected lokr_w2"),
-        (Kronecker(1.0, w1=WHOLE["w1"], w2a=randn(4, 2), w2b=randn(3, 5)), "do not fit"),
-        (Kronecker(1.0, w1=WHOLE["w1"], w2=torch.ones(2, 2, dtype=torch.int8)), "dtype torch.int8"),
+        (Lokr(1.0, w1=WHOLE["w1"]), "expected lokr_w2"),
+        (Lokr(1.0, **WHOLE, w2a=randn(4, 2), w2b=randn(2, 5)), "expected lokr_w2"),
+        (Lokr(1.0, w1=WHOLE["w1"], w2a=randn(4, 2), w2b=randn(3, 5)), "do not fit"),
+        (Lokr(1.0, w1=WHOLE["w1"], w2=torch.ones(2, 2, dtype=torch.int8)), "dtype torch.int8"),
         (Dense(torch.full((2, 2), float("inf"))), "not finite"),
         (Dense(None), "without a tensor"),
     ],
@@ -134,12 +134,7 @@ def test_what_cannot_be_an_update_is_refused_with_its_module(update, said):
 def test_the_adapter_counts_moves_and_names_them_all():
     adapter = lk.Adapter(
         lk.LoraConfig(),
-        {
-            "a": lk.Factors(randn(2, 4), randn(3, 2), 2.0),
-            "b": loha(),
-            "c": Kronecker(1.0, **WHOLE),
-            "d": Dense(randn(2, 2)),
-        },
+        {"a": lk.Factors(randn(2, 4), randn(3, 2), 2.0), "b": loha(), "c": Lokr(1.0, **WHOLE), "d": Dense(randn(2, 2))},
         embeddings={"<s1>": randn(8)},
     )
     assert list(adapter.updates) == ["a", "b", "c", "d"]
@@ -153,8 +148,8 @@ def test_models_and_checkpoints_do_not_take_them_in_silence(tmp_path):
     import tiny
 
     model = tiny.mlp()
-    adapter = lk.Adapter(lk.LoraConfig(), {"lin0": Kronecker(1.0, **WHOLE)})
-    with pytest.raises(AdapterError, match=r"Kronecker update.*\n.*resize"):
+    adapter = lk.Adapter(lk.LoraConfig(), {"lin0": Lokr(1.0, **WHOLE)})
+    with pytest.raises(AdapterError, match=r"Lokr update.*\n.*resize"):
         lk.attach(model, adapter)
     dora = Dora(lk.Factors(torch.ones(1, 10), torch.ones(20, 1), 1.0), torch.ones(20, 1))
     with pytest.raises(AdapterError, match="DoRA"):

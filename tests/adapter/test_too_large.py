@@ -11,7 +11,7 @@ import lorakit as lk
 from lorakit.adapter.algebra.edit import cast
 from lorakit.adapter.dense import Dense
 from lorakit.errors import AdapterError
-from lorakit.formats.strength import folded
+from lorakit.formats.scale import folded
 
 FP16 = torch.float16
 
@@ -23,7 +23,7 @@ def large(size: float, alpha: float = 2.0, dtype=torch.float32) -> lk.Adapter:
 
 def test_casting_names_the_module_and_a_wider_precision(tmp_path):
     with pytest.raises(
-        AdapterError, match=r"(?s)'l\.0\.q', B: numbers up to 7e\+04 are too large for float16.*\(--dtype bf16\)"
+        AdapterError, match=r"(?s)'l\.0\.q', B: values up to 7e\+04 are too large for float16.*\(--dtype bf16\)"
     ):
         cast(large(7e4), FP16)
     with pytest.raises(AdapterError, match="too large for float16"):
@@ -36,7 +36,7 @@ def test_casting_checks_saved_weights_and_tokens_too():
     with pytest.raises(AdapterError, match=r"saved weight 'head\.weight'.*too large for float16"):
         cast(held, FP16)
     token = lk.Adapter(lk.LoraConfig(targets=["q"]), {}, embeddings={"<s1>": torch.full((2,), 1e5)})
-    with pytest.raises(AdapterError, match=r"learned token '<s1>'.*too large for float16"):
+    with pytest.raises(AdapterError, match=r"embedding '<s1>'.*too large for float16"):
         cast(token, FP16)
 
 
@@ -45,14 +45,13 @@ def test_folding_widens_fp16_and_refuses_what_no_float32_holds():
     assert wide.dtype == torch.float32
     assert wide[0, 0] == 3 * torch.tensor(6e4, dtype=FP16).float()
     with pytest.raises(
-        AdapterError,
-        match=r"(?s)a strength of 1e\+38, folded into B: .*too large for float32.*alpha or a weight mistyped",
+        AdapterError, match=r"(?s)a scale of 1e\+38, folded into B: .*too large for float32.*alpha or a weight mistyped"
     ):
         folded(torch.full((2, 2), 1e3), 1e38)
 
 
 def test_sums_and_cuts_that_overflow_say_so():
-    with pytest.raises(AdapterError, match=r"weight and strength, 1e\+38: .*too large for float32"):
+    with pytest.raises(AdapterError, match=r"weight and scale, 1e\+38: .*too large for float32"):
         lk.combine([large(1e3), large(1.0)], [1e38, 1.0])
     whole = lk.Adapter(lk.LoraConfig(targets=["q"]), {"l.0.q": Dense(torch.full((2, 2), 6e4, dtype=FP16))})
     with pytest.raises(AdapterError, match=r"'l\.0\.q' times 2: .*too large for float16"):
@@ -60,7 +59,7 @@ def test_sums_and_cuts_that_overflow_say_so():
 
 
 def test_infinities_of_an_fp16_file_are_told_from_a_training_that_diverged():
-    with pytest.raises(AdapterError, match="numbers beyond 65504 were written in fp16"):
+    with pytest.raises(AdapterError, match="values beyond 65504 were written in fp16"):
         large(float("inf"), dtype=FP16).check()
     for value, dtype in ((float("nan"), FP16), (float("inf"), torch.float32)):
         with pytest.raises(AdapterError, match="the training diverged or the file is damaged"):

@@ -15,7 +15,7 @@ import lorakit as lk
 from lorakit.adapter.algebra.spectrum import spectrum
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.analysis.amplification import amplification, relative_norms
 from lorakit.analysis.compare import compare, interference, principal_angles, similarity
@@ -182,7 +182,7 @@ def test_adapters_of_different_modules_do_not_interfere():
 
 
 def test_adapters_of_different_kinds_can_be_compared():
-    loha = Hadamard(random(OUT, 2), random(2, IN), random(OUT, 2, seed=3), random(2, IN, seed=3), alpha=2.0)
+    loha = Loha(random(OUT, 2), random(2, IN), random(OUT, 2, seed=3), random(2, IN, seed=3), alpha=2.0)
     whole = Dense(loha.delta())
     found = compare(adapter(m=loha, n=A), adapter(m=whole, n=Dense(A.scale * A.B @ A.A)))
     assert [p.cosine for p in found.pairs] == pytest.approx([1, 1])

@@ -15,7 +15,7 @@ from architectures import causal_lm
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.analysis.inspect import describe_adapter, describe_model, is_model, norm
 from lorakit.analysis.training_notes import training
@@ -202,7 +202,7 @@ def test_effective_rank_and_dead_modules_of_every_kind():
     A, B = torch.linalg.qr(random(9, 9))[0][:3], torch.linalg.qr(random(6, 6))[0][:, :3]
     even = Factors(A, B, alpha=3.0)
     one = Factors(A, B * torch.tensor([1.0, 0, 0]), alpha=3.0)
-    loha = Hadamard(random(30, 2), random(2, 20), random(30, 2), random(2, 20), alpha=4.0)
+    loha = Loha(random(30, 2), random(2, 20), random(30, 2), random(2, 20), alpha=4.0)
     bias = Dense(None, bias=torch.ones(6))
     made = lk.Adapter(
         lk.LoraConfig(),
@@ -221,9 +221,10 @@ def test_effective_rank_and_dead_modules_of_every_kind():
     assert by_name["even"].effective_rank == pytest.approx(3, rel=1e-5)
     assert by_name["one"].effective_rank == pytest.approx(1, rel=1e-5)
     assert by_name["one"].stable_rank == pytest.approx(1, rel=1e-5)
-    assert (by_name["loha"].kind, by_name["loha"].size_in, by_name["loha"].size_out) == ("hadamard", 20, 30)
+    assert (by_name["loha"].kind, by_name["loha"].size_in, by_name["loha"].size_out) == ("loha", 20, 30)
     assert by_name["loha"].norm == pytest.approx(float(loha.delta().norm()), rel=1e-5)
     assert by_name["dora"].dora
+    assert (by_name["dora"].kind, by_name["dora"].alpha) == ("linear", 3.0)
     assert facts.dead == ["dead", "dead too"]  # a DoRA with B = 0 may still change norms, and a bias change counts
     facts.show(every_module=True)
     json.dumps(facts.to_dict(), allow_nan=False)

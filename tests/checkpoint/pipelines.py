@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 
 STRENGTHS = ((2, 1.0), (3, 4.0), (4, 6.5), (1, 1.0), (4, 4.0))  # rank and alpha, mixed over the modules
@@ -218,12 +218,12 @@ def of_other_kinds(weights: dict[str, Tensor]) -> lk.Adapter:
     for i, (name, weight) in enumerate(weights.items()):
         out, flat = weight.shape[0], weight[0].numel()
         if i % 3 == 0:
-            others[name] = Hadamard(
+            others[name] = Loha(
                 SIZE * random(out, 2), random(2, flat), random(out, 2), random(2, flat), 3.0, shape=tuple(weight.shape)
             )
         elif i % 3 == 1:
             half = 2 if out % 2 == 0 and weight.shape[1] % 2 == 0 else 1
-            others[name] = Kronecker(
+            others[name] = Lokr(
                 1.0, w1=SIZE * random(half, half), w2=random(out // half, weight.shape[1] // half, *weight.shape[2:])
             )
         else:
@@ -236,10 +236,10 @@ def exact(update, weight: Tensor) -> Tensor:
     W = weight.double()
     if isinstance(update, Dense):
         return update.weight.double().reshape(W.shape)
-    if isinstance(update, Hadamard):
+    if isinstance(update, Loha):
         first, second = update.w1a.double() @ update.w1b.double(), update.w2a.double() @ update.w2b.double()
         return (update.alpha / 2 * first * second).reshape(W.shape)
-    if isinstance(update, Kronecker):
+    if isinstance(update, Lokr):
         return torch.kron(update.w1.double(), update.w2.double().flatten(1)).reshape(W.shape)
     if not isinstance(update, Dora):
         low = (

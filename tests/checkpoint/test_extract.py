@@ -133,7 +133,7 @@ def test_unchanged_modules_are_skipped_and_targets_chosen(tmp_path):
     some = extract(base, new, rank=2, targets=["q_proj", "v_proj"])
     assert set(some.adapter.factors) == {f"model.layers.1.self_attn.{n}_proj" for n in "qv"}
     assert len(some.rest) == 5
-    with pytest.raises(TargetError, match=r"no weight of the targets \['x'\] changed; what did: model"):
+    with pytest.raises(TargetError, match=r"no weight of the targets \['x'\] changed, but these did: model"):
         extract(base, new, rank=2, targets=["x"])
 
 
@@ -197,7 +197,7 @@ def change(folder: Path, edit) -> None:
     [
         (
             lambda t: t.pop("model.norm.weight"),
-            r"hold other tensors, 1 in all: 'model\.norm\.weight' is only in .*base",
+            r"hold different tensors, 1 in all: 'model\.norm\.weight' is only in .*base",
         ),
         (lambda t: t.update(extra=torch.ones(2)), "'extra' is only in .*tuned"),
         (
@@ -227,7 +227,7 @@ def test_only_a_norm_changed_needs_save_rest(tmp_path):
         save(tiny.llama(), tmp_path / "base"),
         save(tuned(tiny.llama, only=lambda n: n == "model.norm.weight"), tmp_path / "tuned"),
     )
-    with pytest.raises(TargetError, match=r"no weight of a matrix changed; what did: model\.norm\.weight"):
+    with pytest.raises(TargetError, match=r"no weight of a matrix changed, but these did: model\.norm\.weight"):
         extract(base, new, rank=2)
     assert set(extract(base, new, rank=2, save_rest=True).adapter.saved) == {"model.norm.weight"}
 
@@ -264,7 +264,7 @@ def test_doubts_are_said(tmp_path):
         for p in other.parameters():
             p.copy_(torch.randn_like(p))
     save(other, tmp_path / "other")
-    assert any("seems not to be tuned" in w for w in extract(base, tmp_path / "other", 2).warnings)
+    assert any("does not seem to be fine-tuned" in w for w in extract(base, tmp_path / "other", 2).warnings)
     assert any("stored as F32 and as BF16" in w for w in extract(base, tmp_path / "rounded", 2).warnings)
     assert not extract(base, save(tuned(tiny.llama), tmp_path / "tuned"), 2).warnings
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.checkpoint import merge_checkpoint
 from lorakit.errors import AdapterError, TargetError
@@ -126,8 +126,8 @@ def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, mon
     monkeypatch.setattr(stream, "BLOCK", 30)  # a few rows at a time
     base = on_disk(tiny.mlp(), tmp_path / "base")
     others = {
-        "lin0": Hadamard(random(20, 2), random(2, 10), random(20, 2), random(2, 10), 3.0),
-        "lin1": Kronecker(2.0, w1=random(3, 4), w2=random(4, 5)),
+        "lin0": Loha(random(20, 2), random(2, 10), random(20, 2), random(2, 10), 3.0),
+        "lin1": Lokr(2.0, w1=random(3, 4), w2=random(4, 5)),
         "head": Dense(random(4, 12)),
         "norm": Dense(random(12), bias=random(12)),
     }
@@ -144,8 +144,8 @@ def test_every_kind_changes_its_weight_by_its_delta_in_every_block(tmp_path, mon
 def test_an_untrained_lokr_or_loha_is_said_to_be_one(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
     for zero in (
-        Kronecker(1.0, w1=random(2, 2), w2=torch.zeros(10, 5)),
-        Hadamard(random(20, 2), random(2, 10), torch.zeros(20, 2), random(2, 10), 1.0),
+        Lokr(1.0, w1=random(2, 2), w2=torch.zeros(10, 5)),
+        Loha(random(20, 2), random(2, 10), torch.zeros(20, 2), random(2, 10), 1.0),
     ):
         with pytest.raises(AdapterError, match="saved before training"):
             merge_checkpoint(base, lk.Adapter(CONFIG, {"lin0": zero}), tmp_path / "out")
@@ -155,7 +155,7 @@ def test_a_bias_that_the_base_lacks_and_other_sizes_are_refused(tmp_path):
     base = on_disk(tiny.mlp(), tmp_path / "base")
     with pytest.raises(TargetError, match="bias of 'head', which has none"):
         merge_checkpoint(base, lk.Adapter(CONFIG, {"head": Dense(None, bias=random(4))}), tmp_path / "out")
-    for wrong in (Dense(random(4, 11)), Hadamard(random(5, 2), random(2, 12), random(5, 2), random(2, 12), 1.0)):
+    for wrong in (Dense(random(4, 11)), Loha(random(5, 2), random(2, 12), random(5, 2), random(2, 12), 1.0)):
         with pytest.raises(AdapterError, match=r"'head' has a weight of \[4, 12\]"):
             merge_checkpoint(base, lk.Adapter(CONFIG, {"head": wrong}), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -78,7 +78,7 @@ def refused(base, tmp_path, adapters, **options) -> str:
 def test_two_values_of_one_whole_weight_are_refused(base, tmp_path):
     values = [{"model.norm.weight": torch.full((16,), v)} for v in (1.5, 2.0)]
     message = refused(base, tmp_path, [replace(adapter(n), saved=v) for n, v in enumerate(values)])
-    assert "different values of the whole weight 'model.norm.weight'" in message
+    assert "different values of the saved weight 'model.norm.weight'" in message
     assert "--saved mean" in message
 
 
@@ -86,7 +86,7 @@ def test_two_values_of_one_whole_weight_are_refused(base, tmp_path):
 def test_a_whole_weight_has_no_other_weight_than_one(weight, base, tmp_path):
     whole = replace(adapter(1), saved={"model.norm.weight": torch.full((16,), 1.5)})
     message = refused(base, tmp_path, [adapter(2), whole], weights=[1.0, weight])
-    assert "adapter 2 replaces whole weights (model.norm.weight), which cannot be scaled" in message
+    assert "adapter 2 has saved weights (model.norm.weight), which cannot be scaled" in message
 
 
 def test_adapters_that_cancel_each_other_are_no_merge(base, tmp_path):

@@ -89,7 +89,7 @@ def test_a_start_that_cannot_be_made_again_is_refused(start, tmp_path):
     trained("llama", "pissa", tmp_path)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
-    with pytest.raises(AdapterError, match=f"started as '{start}', which cannot be made again"):
+    with pytest.raises(AdapterError, match=f"initialized as '{start}', which cannot be recomputed"):
         load_on(tmp_path / "adapter", tmp_path / "base")
 
 

@@ -108,7 +108,7 @@ def shapes_of(file: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in file.items()}
 
 
-def at(place: single_file.Place, file: dict[str, torch.Tensor]) -> torch.Tensor:
+def at(place: single_file.WeightRows, file: dict[str, torch.Tensor]) -> torch.Tensor:
     rows = file[place.tensor][place.start : place.stop]
     rows = torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
     return rows.T if place.transposed else rows
@@ -283,7 +283,7 @@ def test_rows_that_cannot_be_shared_out_are_refused():
         places("flux", {"double_blocks.0.img_attn.qkv.weight": (10, 3)})
     with pytest.raises(LorakitError, match="expected q, k and v"):
         places("sdxl", {"conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (10, 3)})
-    with pytest.raises(LorakitError, match="single number"):
+    with pytest.raises(LorakitError, match="is a scalar"):
         places("sd1", {"input_blocks.0.0.weight": ()})
 
 

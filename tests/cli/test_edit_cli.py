@@ -69,7 +69,7 @@ def test_the_next_command_gives_the_alpha_that_loralib_files_lack(lorakit, adapt
         ((), 2, "nothing to change"),
         (("--drop", "k_proj"), 1, "no module of this adapter matches 'k_proj'; did you mean"),
         (("--rename", "model"), 2, "'model' is not of the form OLD=NEW"),
-        (("--rename", "modle=m"), 1, "no module is named 'modle'"),
+        (("--rename", "modle=m"), 1, "no module's name is or starts with 'modle'"),
         (("--scale", "0"), 2, "would leave nothing"),
         (("--scale", "nan"), 2, "cannot be scaled by nan"),
         (("--scale", "2", "--to", "keft"), 2, "no such format"),

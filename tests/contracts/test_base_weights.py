@@ -19,7 +19,7 @@ import lorakit as lk
 from lorakit.adapter.fingerprint import differences, fingerprint
 from lorakit.config import variants
 from lorakit.errors import StateError
-from lorakit.layers.bases import base_of, elements, fingerprinted
+from lorakit.layers.bases import base_of, fingerprinted, parameter_count
 from lorakit.layers.updates.update import device_of, master_dtype
 
 OUT, IN = 32, 64
@@ -114,7 +114,7 @@ def test_the_dense_weight_is_what_the_equations_say(name):
     dense = base.dense(module)
     original = W.T if base.is_turned(module) else W
     assert base.shape(module) == tuple(dense.shape) == tuple(original.shape)
-    assert elements(module) == W.numel()
+    assert parameter_count(module) == W.numel() + OUT
     assert (base.quantization is not None) is stored.quantized
     assert base.device(module) == torch.device("cpu") == device_of(module)
     assert base.dtype(module).is_floating_point

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.adapter.update import Update
 from lorakit.config import variants
@@ -64,7 +64,7 @@ def hadamard(u, W):
 
 
 LOW = Factors(randn(3, 10), randn(8, 3), 6.0)
-LOHA = Hadamard(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 3.0)
+LOHA = Loha(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 3.0)
 VALUES = {
     "lora": Value(LOW, (8, 10), product),
     "lora of a convolution": Value(Factors(randn(3, 4, 2, 3), randn(8, 3, 1, 1), 6.0, "conv"), (8, 4, 2, 3), product),
@@ -78,18 +78,18 @@ VALUES = {
     ),
     "dora over a loha": Value(Dora(LOHA, randn(8, 1).abs()), (8, 10), dora(1, hadamard)),
     "dora over a lokr": Value(
-        Dora(Kronecker(9.0, w1=randn(2, 5), w2=randn(4, 2)), randn(8, 1).abs()),
+        Dora(Lokr(9.0, w1=randn(2, 5), w2=randn(4, 2)), randn(8, 1).abs()),
         (8, 10),
         dora(1, lambda u, W: torch.kron(u.w1, u.w2)),
     ),
     "loha": Value(LOHA, (8, 10), hadamard),
     "loha of a convolution": Value(
-        Hadamard(randn(8, 2), randn(2, 24), randn(8, 2, seed=1), randn(2, 24, seed=1), 3.0, shape=(8, 4, 2, 3)),
+        Loha(randn(8, 2), randn(2, 24), randn(8, 2, seed=1), randn(2, 24, seed=1), 3.0, shape=(8, 4, 2, 3)),
         (8, 4, 2, 3),
         hadamard,
     ),
     "loha in Tucker form": Value(
-        Hadamard(
+        Loha(
             randn(2, 8),
             randn(2, 4),
             randn(2, 8, seed=1),
@@ -101,14 +101,14 @@ VALUES = {
         (8, 4, 2, 3),
         lambda u, W: 1.5 * tucker(u.t1, u.w1a, u.w1b) * tucker(u.t2, u.w2a, u.w2b),
     ),
-    "lokr": Value(Kronecker(9.0, w1=randn(2, 5), w2=randn(4, 2)), (8, 10), lambda u, W: torch.kron(u.w1, u.w2)),
+    "lokr": Value(Lokr(9.0, w1=randn(2, 5), w2=randn(4, 2)), (8, 10), lambda u, W: torch.kron(u.w1, u.w2)),
     "lokr of products": Value(
-        Kronecker(9.0, w1a=randn(2, 3), w1b=randn(3, 5), w2a=randn(4, 3), w2b=randn(3, 2)),
+        Lokr(9.0, w1a=randn(2, 3), w1b=randn(3, 5), w2a=randn(4, 3), w2b=randn(3, 2)),
         (8, 10),
         lambda u, W: 3 * torch.kron(u.w1a @ u.w1b, u.w2a @ u.w2b),
     ),
     "lokr in Tucker form": Value(
-        Kronecker(2.0, w1=randn(2, 2), w2a=randn(2, 4), w2b=randn(2, 2), t2=randn(2, 2, 2, 3)),
+        Lokr(2.0, w1=randn(2, 2), w2a=randn(2, 4), w2b=randn(2, 2), t2=randn(2, 2, 2, 3)),
         (8, 4, 2, 3),
         lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
     ),
@@ -197,7 +197,7 @@ def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
         torch.testing.assert_close(found.left @ found.right, wanted, rtol=1e-5, atol=1e-5)
     S = torch.cat([svd.S.double() for svd in value.update.singular_values()])
     torch.testing.assert_close(S.square().sum().sqrt(), wanted.norm(), rtol=1e-5, atol=1e-5)
-    form = value.update.form("m")
+    form = value.update.factor_shapes("m")
     assert (form.inner, form.axes) == (value.shape[1:], len(value.shape))
 
 

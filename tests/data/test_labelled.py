@@ -133,3 +133,20 @@ def test_what_cannot_be_read_is_named(bytes_tokenizer, values, options, message)
 def test_columns_may_have_other_names(bytes_tokenizer):
     data = rows({"sentence": "a", "class": "x"}, {"sentence": "b", "class": "y"})
     assert read_labelled(data, bytes_tokenizer, columns={"text": "sentence", "label": "class"}).names == ["x", "y"]
+
+
+def test_columns_that_nothing_reads_and_rows_of_weight_0_are_counted(bytes_tokenizer):
+    values = [{"text": "a", "label": "x", "id": 1}, {"text": "b", "label": "y", "id": None}]
+    found = read_labelled(rows(*values, values[0] | {"weight": 0}, values[1] | {"weight": 1.0}), bytes_tokenizer)
+    assert [item.row.number for item in found.items] == [1, 2, 4]
+    assert found.notes == {"columns that are not used: id": 2, "weight 0, so they are left out": 1}
+    with pytest.raises(DataError, match=r"row 1: weight is 0\.5"):
+        read_labelled(rows(values[0] | {"weight": 0.5}), bytes_tokenizer)
+    with pytest.raises(DataError, match="every row has weight 0"):
+        read_labelled(rows(values[0] | {"weight": 0}), bytes_tokenizer)
+
+
+def test_a_weight_that_is_mapped_is_a_column_like_others(bytes_tokenizer):
+    values = [{"text": "a", "weight": "heavy"}, {"text": "b", "weight": "light"}]
+    found = read_labelled(rows(*values), bytes_tokenizer, columns={"label": "weight"})
+    assert (found.names, found.notes) == (["heavy", "light"], {})

@@ -264,3 +264,17 @@ def test_the_error_names_both_the_missing_file_and_the_hubs_reason(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     refused("owner/name", "owner/name: no such file or folder", "hub (split train): Couldn't reach the Hub")
+
+
+def test_arrows_nulls_inside_columns_are_no_keys(tmp_path):
+    """Arrow gives all objects of a column the same keys."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def messages(**arguments):
+        call = {"function": {"name": "add", "arguments": arguments}}
+        return [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+
+    values = [{"messages": messages(a=1), "id": None}, {"messages": messages(b=[2]), "id": 2}]
+    parquet.write_table(pa.Table.from_pylist(values), tmp_path / "rows.parquet")
+    assert [row.values for row in read_rows(tmp_path / "rows.parquet")] == values

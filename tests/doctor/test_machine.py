@@ -1,4 +1,4 @@
-"""Facts about the machine: container limits, thread counts that do not suit it, what a compiler needs."""
+"""Facts about the machine: thread counts that do not suit it, what a compiler needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from lorakit.bases.device import choose_device, choose_dtype
 from lorakit.doctor import machine
-from lorakit.plan import machine as plan_machine
 
 
 def test_the_device_marked_as_used_is_the_chosen_one():
@@ -48,50 +47,6 @@ def test_a_thread_count_that_does_not_suit_the_cores_gets_a_fix(count, available
     notes = machine.thread_notes(count, available, limit, variables)
     assert len(notes) == (fix is not None)
     assert all(fix in note for note in notes)
-
-
-def groups(tmp_path, monkeypatch, lines, files):
-    """Make plan.machine read these cgroup files."""
-    real = plan_machine.Path
-
-    def path(*parts):
-        joined = "/".join(map(str, parts))
-        return (
-            real(tmp_path / joined.lstrip("/"))
-            if joined.startswith(("/sys/fs/cgroup", "/proc/self/cgroup"))
-            else real(*parts)
-        )
-
-    for name, text in {"/proc/self/cgroup": lines, **files}.items():
-        file = tmp_path / name.lstrip("/")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    monkeypatch.setattr(plan_machine, "Path", path)
-
-
-def test_the_lowest_limit_of_nested_cgroups_counts(tmp_path, monkeypatch):
-    files = {"/sys/fs/cgroup/a/cpu.max": "400000 100000\n", "/sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}
-    groups(tmp_path, monkeypatch, "0::/a/b\n", files | {"/sys/fs/cgroup/a/memory.max": "1000\n"})
-    assert plan_machine.cpu_limit() == 4.0
-    memory = plan_machine.memory_of(torch.device("cpu"))
-    if memory is not None:
-        assert memory.total == 1000
-
-
-def test_cgroup_v1_is_read_and_minus_one_is_no_limit(tmp_path, monkeypatch):
-    lines = "4:cpu,cpuacct:/box\n3:memory:/box\n"
-    groups(
-        tmp_path,
-        monkeypatch,
-        lines,
-        {"/sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "150000\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"},
-    )
-    assert plan_machine.cpu_limit() == 1.5
-
-
-def test_cgroup_max_is_no_limit(tmp_path, monkeypatch):
-    groups(tmp_path, monkeypatch, "0::/\n", {"/sys/fs/cgroup/cpu.max": "max 100000\n"})
-    assert plan_machine.cpu_limit() is None
 
 
 def test_a_missing_compiler_is_reported_with_a_fix(monkeypatch):

@@ -172,7 +172,7 @@ def test_an_unknown_adapter_is_refused_with_the_nearest_name_before_anything_run
 
 
 def test_no_adapters_and_plain_text_rows_are_refused(llama, tokenizer, make_item):
-    with pytest.raises(ConfigError, match="no adapter to judge"):
+    with pytest.raises(ConfigError, match="no adapter to evaluate"):
         evaluate(llama, tokenizer, [make_item("a", "b")], [])
     with pytest.raises(DataError, match=r"row 5: the row has no prompt to generate from"):
         evaluate(llama, tokenizer, [make_item("", "plain text", 5)], generate=True)

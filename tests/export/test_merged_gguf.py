@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit as lk
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.bases.load import embedded_folder
 from lorakit.errors import ConfigError, LorakitError
 from lorakit.export import gguf_model
@@ -116,7 +116,7 @@ def test_dora_and_loha_are_merged(tmp_path):
     base, adapter, live = base_adapter_model(tmp_path, model_of("llama"))
     lk.detach(live)
     w = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(0))
-    loha = Hadamard(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
+    loha = Loha(w[0].T.contiguous(), w[1], w[2].T.contiguous(), w[3], 4.0)
     name = "model.layers.0.self_attn.o_proj"
     dora = Dora(adapter.factors[name], torch.rand(32, 1) + 0.5)
     odd = replace(adapter, updates={name: dora, "model.layers.1.self_attn.o_proj": loha})
@@ -355,7 +355,7 @@ def test_invalid_calls_are_errors(tmp_path):
         export_merged(adapter, None, tmp_path / "x.gguf")
     with pytest.raises(ConfigError, match="dtype 'q8' is not supported; did you mean 'q8_0'"):
         export_merged(adapter, base, tmp_path / "x.gguf", dtype="q8")
-    with pytest.raises(LorakitError, match="learned tokens alone"):
+    with pytest.raises(LorakitError, match="only textual-inversion embeddings"):
         export_merged(replace(adapter, updates={}, embeddings={"<x>": torch.ones(32)}), base, tmp_path / "x.gguf")
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()

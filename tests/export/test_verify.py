@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import lorakit as lk
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.errors import AdapterError
 from lorakit.export import export
 from lorakit.formats import save
@@ -59,12 +59,12 @@ HEADED = adapter(
 DORA = adapter({Q: dora(), V: dora()})
 IMAGE = adapter(
     {
-        UNET + "to_q": Hadamard(random(320, 2), random(2, 320), random(320, 2), random(2, 320), 3.0),
-        UNET + "to_k": Kronecker(3.0, w1=random(4, 4), w2a=random(80, 2), w2b=random(2, 80)),
-        UNET + "to_v": Kronecker(1.0, w1=random(4, 4), w2=random(80, 80)),
+        UNET + "to_q": Loha(random(320, 2), random(2, 320), random(320, 2), random(2, 320), 3.0),
+        UNET + "to_k": Lokr(3.0, w1=random(4, 4), w2a=random(80, 2), w2b=random(2, 80)),
+        UNET + "to_v": Lokr(1.0, w1=random(4, 4), w2=random(80, 80)),
         UNET + "to_out.0": Dense(random(320, 320), random(320)),
-        CONV: Hadamard(TUCKER[1], TUCKER[2], random(2, 320), random(2, 4), 2.0, TUCKER[0], random(2, 2, 3, 3)),
-        "unet.down_blocks.0.resnets.0.conv1": Kronecker(
+        CONV: Loha(TUCKER[1], TUCKER[2], random(2, 320), random(2, 4), 2.0, TUCKER[0], random(2, 2, 3, 3)),
+        "unet.down_blocks.0.resnets.0.conv1": Lokr(
             4.0, w1=random(4, 4), w2a=random(2, 80), w2b=random(2, 80), t2=random(2, 2, 3, 3)
         ),
         NORM: Dense(random(320), random(320)),
@@ -411,7 +411,7 @@ def test_shift_and_scale_are_swapped_for_fluxs_last_norm(tmp_path):
 def test_fused_keys_of_other_kinds_are_compared(tmp_path):
     attention = "transformer.transformer_blocks.0.attn."
     shared = {"w2": random(6, 4)}
-    lokr = {attention + n: Kronecker(1.0, w1=random(2, 2), **shared) for n in ("to_q", "to_k", "to_v")}
+    lokr = {attention + n: Lokr(1.0, w1=random(2, 2), **shared) for n in ("to_q", "to_k", "to_v")}
     value = replace(adapter(lokr), metadata={"model": "flux"})
     assert export(value, tmp_path / "x.safetensors", "comfyui", verify=True).difference < 1e-6
     two = {attention + n: low_rank(2, 3) for n in ("to_q", "to_v")}

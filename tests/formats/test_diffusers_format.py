@@ -392,7 +392,7 @@ def test_the_native_paths_of_an_unknown_model_stay_as_they_are(tmp_path):
     )
     adapter = lk.Adapter.load(tmp_path / "x.safetensors")
     assert list(adapter.factors) == ["diffusion_model.blocks.0.x.q"]
-    assert "by a component in front" in diffusers.losses(adapter)[0]
+    assert "with a component in front" in diffusers.losses(adapter)[0]
 
 
 def test_a_language_models_keys_are_not_taken_for_a_pipelines():
@@ -426,7 +426,7 @@ A, B = torch.ones(2, 4), torch.ones(6, 2)
         (
             {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, "elsewhere.lora_A.weight": A},
             {},
-            "does not tell its model",
+            "does not name its model",
         ),
         ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}, {"lora_adapter_metadata": "{"}, "not JSON"),
         (
@@ -476,9 +476,9 @@ def test_what_it_cannot_hold_is_listed_and_not_written(tmp_path):
     lines = diffusers.losses(adapter)
     for said in (
         "all modules of a component DoRA or none",
-        "by a component in front",
+        "with a component in front",
         "per output only",
-        "saved whole",
+        "no saved weights",
         "<s1>",
         "low-rank factors only",
     ):

@@ -21,7 +21,7 @@ import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import gguf
@@ -288,16 +288,16 @@ def test_what_a_gguf_adapter_cannot_hold_is_listed_and_not_written(tmp_path):
         {
             LAYER(0, "mlp.up_proj"): Dora(factors(1), torch.ones(32, 1)),
             "c": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
-            "x": Hadamard(ones, ones, ones, ones, 1.0),
+            "x": Loha(ones, ones, ones, ones, 1.0),
         },
         embeddings={"<s>": torch.ones(3)},
         saved={"model.norm.weight": torch.ones(2)},
     )
     lost = "\n".join(gguf.losses(value))
     for said in (
-        "1 weights saved whole",
+        "1 saved weights",
         "another kind (x)",
-        "1 learned tokens",
+        "1 textual-inversion embeddings",
         "1 convolutions (c)",
         "DoRA's magnitude",
     ):
@@ -323,12 +323,12 @@ def test_what_a_gguf_adapter_cannot_hold_is_listed_and_not_written(tmp_path):
             LLAMA | {"num_attention_heads": "4"},
             "num_attention_heads is '4'",
         ),
-        ("model.layers.0.self_attn.q_proj", factors(1, out=18), LLAMA, "18 output rows, which 4 heads"),
+        ("model.layers.0.self_attn.q_proj", factors(1, out=18), LLAMA, "18 output rows, not a multiple of 4 heads"),
         (
             "model.layers.0.self_attn.query",
             factors(1),
             LLAMA,
-            "not of the base's architecture 'llama': model.layers.0.self_attn.query",
+            "not in the base's architecture 'llama': model.layers.0.self_attn.query",
         ),
         ("model.layers.99999.self_attn.q_proj", factors(1), LLAMA, "layer 99,999; no model has that many"),
         ("lm_head", factors(1), LLAMA | {"tie_word_embeddings": True}, "has no output.weight to adapt"),
@@ -431,7 +431,7 @@ def test_false_claims_are_refused_before_memory_is_taken(content, said, tmp_path
         ("adapter.lora.alpha", float("nan"), "alpha is nan"),
         ("adapter.alora.invocation_tokens", 1, "aLoRA"),
         ("lorakit.metadata", "{", "key 'lorakit.metadata', line 1"),
-        ("lorakit.metadata", '{"packed": {"model.layers.0.mlp.up_proj": [true, false]}}', "said to be packed"),
+        ("lorakit.metadata", '{"packed": {"model.layers.0.mlp.up_proj": [true, false]}}', "is packed as"),
     ],
 )
 def test_a_wrong_pair_is_refused_by_its_key(key, value, said, tmp_path):

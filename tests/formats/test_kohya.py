@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.errors import AdapterError
@@ -317,7 +317,7 @@ def test_the_parts_of_a_fused_lycoris_update_come_back_as_one(kind, tmp_path):
     made = {f"{key}.{suffix}": t for suffix, t in parts.items()} | alpha
     adapter = kohya.read("made", made, {})
     assert [m.rsplit(".", 1)[1] for m in adapter.updates] == ["to_q", "to_k", "to_v"]
-    whole = {"loha": Hadamard, "lokr": Kronecker, "diff": Dense}[kind]
+    whole = {"loha": Loha, "lokr": Lokr, "diff": Dense}[kind]
     fused = lycoris.update("k", {k.split(".", 1)[1]: t for k, t in made.items()}, (12, 4))
     assert isinstance(fused, whole)
     torch.testing.assert_close(torch.cat([u.delta() for u in adapter.updates.values()]), fused.delta())

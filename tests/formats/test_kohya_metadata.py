@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.config import LoraConfig
 from lorakit.formats import kohya
-from lorakit.formats.kohya_metadata import model_said
+from lorakit.formats.kohya_metadata import stated_model
 from lorakit.io.tensors import read_tensors
 
 CONFIG = LoraConfig(rank=4, alpha=4, targets=["to_q"])
@@ -90,7 +90,7 @@ def test_one_rank_and_alpha_are_named_and_mixed_ones_are_dynamic(tmp_path):
 
 
 def test_lycoris_updates_are_announced_as_such(tmp_path):
-    update = Kronecker(1.0, w1=torch.ones(2, 2), w2=torch.ones(4, 4))
+    update = Lokr(1.0, w1=torch.ones(2, 2), w2=torch.ones(4, 4))
     header = written(made({LINEAR[0]: update}), tmp_path / "a.safetensors")
     assert header["ss_network_module"] == "lycoris.kohya"
     assert json.loads(header["ss_network_args"])["algo"] == "lokr"
@@ -114,8 +114,8 @@ def test_the_base_is_named_so_that_programs_know_it(model, module, version, v2, 
     assert header["ss_network_module"] == network
     assert header["modelspec.sai_model_spec"] == "1.0.1"
     assert header["modelspec.title"] == "my_style"
-    assert model_said(header) == model
-    assert model_said({k: v for k, v in header.items() if k.startswith("modelspec.")}) == model
+    assert stated_model(header) == model
+    assert stated_model({k: v for k, v in header.items() if k.startswith("modelspec.")}) == model
 
 
 def test_what_a_file_said_of_its_training_stays_and_what_is_no_longer_true_goes(tmp_path):

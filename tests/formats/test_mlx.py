@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.adapter.update import Update
 from lorakit.errors import AdapterError
@@ -178,7 +178,7 @@ def test_what_mlx_cannot_hold_is_listed_and_not_written(tmp_path):
             Q: Dora(factors(1), torch.ones(1, 5)),
             V: factors(2),
             "conv": Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0, "conv"),
-            "x": Hadamard(ones, ones, ones, ones, 1.0),
+            "x": Loha(ones, ones, ones, ones, 1.0),
         },
         embeddings={"<s>": torch.ones(3)},
         saved={"c.weight": torch.ones(1, 1, 2)},
@@ -186,9 +186,9 @@ def test_what_mlx_cannot_hold_is_listed_and_not_written(tmp_path):
     lost = "\n".join(mlx.losses(value))
     for said in (
         "another kind (x)",
-        "1 learned tokens",
+        "1 textual-inversion embeddings",
         "1 convolutions (conv)",
-        "all modules have one",
+        "all modules are DoRA or none",
         "each column",
         "c.weight",
     ):
@@ -225,7 +225,7 @@ def test_a_header_of_ours_that_holds_other_things_does_no_harm(tmp_path):
         save_file(tensors, path, {"lorakit": json.dumps(told)})
         assert read(tmp_path).rank == 3
     save_file(tensors, path, {"lorakit": json.dumps({"packed": {Q: [True, True]}})})
-    with pytest.raises(AdapterError, match="is said to be packed as"):
+    with pytest.raises(AdapterError, match="is packed as"):
         read(tmp_path)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.adapter.lora import Factors
 from lorakit.errors import AdapterError
 from lorakit.formats import peft as ours
@@ -216,11 +216,11 @@ def test_what_pefts_format_cannot_hold_is_listed_and_not_written(tmp_path):
     across = Dora(plain, torch.ones(1, 2))
     adapter = Adapter(
         lk.LoraConfig(rank=2),
-        {"a": plain, "b": across, "x": Hadamard(ones, ones, ones, ones, 1.0)},
+        {"a": plain, "b": across, "x": Loha(ones, ones, ones, ones, 1.0)},
         embeddings={"<s>": ones},
     )
     lost = "\n".join(ours.losses(adapter))
-    for said in ("another kind (x)", "learned tokens (<s>)", "all modules have one", "this one for each input"):
+    for said in ("another kind (x)", "embeddings (<s>)", "all modules are DoRA or none", "this one for each input"):
         assert said in lost
     with pytest.raises(AdapterError, match="cannot hold all"):
         adapter.save(tmp_path / "out")

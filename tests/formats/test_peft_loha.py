@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.errors import AdapterError
 from lorakit.formats import losses
 from lorakit.formats.convert import convert
@@ -79,7 +79,7 @@ def test_trained_in_peft_it_gives_the_same_here_and_comes_back_the_same(case, ef
     theirs = peft.get_peft_model(make(), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     adapter = lk.Adapter.load(tmp_path / "theirs")
-    assert {type(u) for u in adapter.updates.values()} == {Hadamard}
+    assert {type(u) for u in adapter.updates.values()} == {Loha}
     assert adapter.config.variant == "loha"
     model = lk.attach(make(), adapter).eval()
     torch.testing.assert_close(tiny.logits(model), tiny.logits(theirs), **TIGHT)
@@ -108,7 +108,7 @@ def test_what_the_folder_cannot_hold_is_listed(tmp_path):
         adapter.save(tmp_path / "out")
     low = lk.Factors(torch.ones(1, 4), torch.ones(4, 1), 1.0)
     w = torch.ones(4, 2)
-    mixed = lk.Adapter(lk.LoraConfig(targets=["a", "b"]), {"a": low, "b": Hadamard(w, w.T, w, w.T, 1.0)})
+    mixed = lk.Adapter(lk.LoraConfig(targets=["a", "b"]), {"a": low, "b": Loha(w, w.T, w, w.T, 1.0)})
     done = convert(mixed, tmp_path / "out", "peft", allow_loss=True)
     assert list(done.adapter.updates) == ["a"]
 
@@ -117,7 +117,7 @@ def test_kohyas_and_pefts_files_of_a_diffusion_model_hold_the_same(tmp_path):
     name = "unet.down_blocks.0.resnets.0.conv1"
     w = [torch.randn(*shape) for shape in ((320, 2), (2, 320 * 9), (320, 2), (2, 320 * 9))]
     value = lk.Adapter(
-        lk.LoraConfig(variant="loha", rank=2, targets=["conv1"]), {name: Hadamard(*w, 1.0, shape=(320, 320, 3, 3))}
+        lk.LoraConfig(variant="loha", rank=2, targets=["conv1"]), {name: Loha(*w, 1.0, shape=(320, 320, 3, 3))}
     )
     kohya = lk.Adapter.load(value.save(tmp_path / "x.safetensors", "kohya"))
     back = lk.Adapter.load(kohya.save(tmp_path / "peft"))

@@ -319,5 +319,5 @@ def test_a_folder_with_one_adapter_inside_loads_it(folder):
 
 
 def test_alpha_for_a_peft_folder_is_an_error(folder):
-    with pytest.raises(AdapterError, match="says itself what alpha is"):
+    with pytest.raises(AdapterError, match="which holds its alpha"):
         lk.Adapter.load(folder, alpha=4)

@@ -105,7 +105,7 @@ def test_packed_values_go_beside_any_other_adapter():
 def test_another_packing_of_the_same_module_is_refused_and_changes_nothing():
     model = packed([True, False, True])
     before = tiny.picture(model)
-    with pytest.raises(StateError, match="carries another adapter already"):
+    with pytest.raises(StateError, match="already has another adapter"):
         lk.attach(model, lk.LoraConfig(targets=["0"], packed={"0": [True, True]}), name="b")
     assert tiny.picture(model) == before
 
@@ -114,7 +114,10 @@ def test_another_packing_of_the_same_module_is_refused_and_changes_nothing():
     "config, said",
     [
         ({"packed": {"nope": [True]}}, "no adapted module matches 'nope'"),
-        ({"packed": {"0": [True, False, False, False, True]}}, "12 outputs, which is not 5 equal parts"),
+        (
+            {"packed": {"0": [True, False, False, False, True]}},
+            "12 outputs, which cannot be divided into 5 equal parts",
+        ),
     ],
 )
 def test_a_packing_that_cannot_be_is_refused(config, said):

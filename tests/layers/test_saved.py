@@ -109,7 +109,7 @@ def test_a_saved_container_is_trained_with_all_that_is_in_it(tiny_llama):
 def test_all_linear_leaves_saved_modules_to_their_saving(tiny_bert):
     lk.attach(tiny_bert, lk.LoraConfig(rank=2, save_modules=["classifier"]))
     assert "classifier" not in lk.capture(tiny_bert).factors
-    assert lk.summary(tiny_bert).skipped["classifier"] == "saved whole"
+    assert lk.summary(tiny_bert).skipped["classifier"] == "in save_modules"
 
 
 def test_saved_modules_keep_the_precision_of_the_base():
@@ -153,7 +153,7 @@ def test_what_is_saved_whole_is_not_adapted_beside(tiny_bert):
     lk.attach(tiny_bert, lk.LoraConfig(targets=["query", "dense"], save_modules=["layer.0.output"]))
     assert "bert.encoder.layer.0.output.dense" not in lk.capture(tiny_bert).factors
     assert "bert.encoder.layer.1.output.dense" in lk.capture(tiny_bert).factors
-    assert lk.summary(tiny_bert).skipped["bert.encoder.layer.0.output.dense"] == "saved whole"
+    assert lk.summary(tiny_bert).skipped["bert.encoder.layer.0.output.dense"] == "in save_modules"
     with pytest.raises(TargetError, match="nothing is left to adapt"):
         lk.attach(tiny_bert, lk.LoraConfig(targets=["classifier"], save_modules=["classifier"]), name="b")
 

@@ -51,17 +51,17 @@ def test_layers_and_exclude_narrow_the_choice(tiny_llama, tiny_t5):
         (
             {"targets": ["q_pro", "v_proj"]},
             r"target 'q_pro' \(LoraConfig.targets\)\n"
-            r"  did you mean 'q_proj'\? 2 modules end so, for example model.layers.0.self",
+            r"  did you mean 'q_proj'\? 2 modules have this ending, for example model.layers.0.self",
         ),
         ({"targets": ["q_proj", "zzz"]}, r"target 'zzz'.*\n  names in this model end in: .*q_proj"),
         ({"targets": ["attn.q_proj"]}, "did you mean 'self_attn.q_proj'"),
         (
             {"targets": "q_proj"},
             r"pattern 'q_proj'.*\n"
-            r"  a string is a regular expression.*\['q_proj'\] or '\.\*q_proj' is for the 2 that end so",
+            r"  a string is a regular expression.*\['q_proj'\] or '\.\*q_proj' for the 2 modules with this ending",
         ),
         ({"targets": "all-linaer"}, r"did you mean 'all-linear'\?"),
-        ({"targets": r".*\.w_q"}, "a string is a regular expression for whole names"),
+        ({"targets": r".*\.w_q"}, "a string is a regular expression for full names"),
         (
             {"targets": ["q_proj"], "exclude": ["k_porj"]},
             r"matches exclude 'k_porj' \(LoraConfig.exclude\)\n  did you mean 'k_proj'",
@@ -83,7 +83,7 @@ def test_layers_and_exclude_narrow_the_choice(tiny_llama, tiny_t5):
         ),
         (
             {"targets": ["self_attn"]},
-            r"'model.layers.0.self_attn' is a LlamaAttention.*\n.*\n  it holds model.layers.0.self_attn.q_proj",
+            r"'model.layers.0.self_attn' is a LlamaAttention.*\n.*\n  it contains model.layers.0.self_attn.q_proj",
         ),
     ],
 )

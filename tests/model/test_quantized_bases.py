@@ -188,7 +188,7 @@ def test_a_quantized_weight_cannot_be_trained_whole(model):
     with pytest.raises(TargetError, match=r"'model.layers.0.mlp' is quantized(.|\n)*LoraConfig.save_modules"):
         lk.attach(model, lk.LoraConfig(targets=["q_proj"], save_modules=["mlp"]))
     adapter = lk.capture(lk.attach(quantized.llama(), lk.LoraConfig(targets=["q_proj"], save_modules=["down_proj"])))
-    with pytest.raises(AdapterError, match=r"saved the weight of 'model.layers.0.mlp.down_proj' whole, and this base"):
+    with pytest.raises(AdapterError, match=r"for 'model.layers.0.mlp.down_proj', which this base holds quantized"):
         lk.attach(model, adapter, force=True)
     assert tiny.picture(model) == before
     lk.attach(model, lk.LoraConfig(targets=["q_proj"], save_modules=["lm_head"]))  # which is not quantized
@@ -227,14 +227,23 @@ def test_evaluation_cannot_repack_the_weights_while_adapters_are_attached(folder
 def test_weights_that_were_repacked_are_refused(folder):
     model = quantized.in_4_bits(folder)
     module = model.model.layers[1].mlp.up_proj
-    module.support_avx512bf16_for_cpu = True
-    with torch.no_grad():
-        module(torch.randn(1, 64))
-    assert module.weight.quant_state.packing_format_for_cpu
+    module.weight.quant_state.packing_format_for_cpu = True  # as the library marks it
     before = {n: type(m) for n, m in model.named_modules()}
     with pytest.raises(StateError, match=r"'model.layers.1.mlp.up_proj' was repacked(.|\n)*load the base again"):
         lk.attach(model, CONFIG)
     assert {n: type(m) for n, m in model.named_modules()} == before
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX512-BF16")
+def test_an_evaluation_before_attaching_repacks_and_one_after_does_not(folder):
+    model = quantized.in_4_bits(folder)
+    lk.attach(model, CONFIG)
+    tiny.logits(model)
+    lk.attach(model, CONFIG, name="second")
+    lk.detach(model)
+    tiny.logits(model)
+    with pytest.raises(StateError, match="was repacked"):
+        lk.attach(model, CONFIG)
 
 
 def test_nothing_imports_the_library_unasked():

@@ -175,7 +175,7 @@ def test_a_tensor_that_is_read_in_thousands_of_passes_takes_bounded_memory():
         mask_for(x, 0.5, Q)
     (readers,) = views_of(x).values()
     assert len(readers.seeds) == REMEMBERED
-    assert len(readers.came) == 1
+    assert len(readers.modules) == 1
 
 
 def test_a_tensor_that_is_written_into_between_thousands_of_passes_takes_bounded_memory():

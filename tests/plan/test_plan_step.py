@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorakit.bases.limits import resident
 from lorakit.config import LoraConfig
 from lorakit.model.attach import attach
 from lorakit.ops import IGNORE_INDEX
 from lorakit.plan import step as step_file
 from lorakit.plan.live import Live
-from lorakit.plan.machine import resident
 from lorakit.plan.shell import PlanError, Shell
 from lorakit.plan.step import evaluation, training_step
 from lorakit.tasks import causal_lm

@@ -9,8 +9,8 @@ import tiny_lm
 import torch
 
 from lorakit.bases import load as load_file
+from lorakit.bases.limits import Memory
 from lorakit.errors import ConfigError, TrainError
-from lorakit.plan.machine import Memory
 from lorakit.train import memory as memory_file
 from lorakit.train.memory import check
 from lorakit.train.progress import Progress

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorakit.plan.shapes import LARGEST_REAL, Shapes, Weightless
+from lorakit.plan.weightless import LARGEST_REAL, Shapes, Weightless
 
 
 def pair(*size, dtype=torch.float32):

@@ -17,10 +17,11 @@ from markdown_it import MarkdownIt
 
 import lorakit as lk
 from lorakit import formats
-from lorakit.adapter.loha import Hadamard
+from lorakit.adapter.loha import Loha
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.share import card_of, ours, write
 from lorakit.share.markdown import MAX_CHARACTERS, cell, code, line, plain
+from lorakit.share.page import _template
 
 EVIL = [
     "a\n---\nlicense: mit\n---\n# owned",
@@ -316,7 +317,7 @@ def test_code_that_cannot_work_is_not_shown(tmp_path):
     formats.save(adapter(), tmp_path / "mlx", "mlx")
     assert "mlx_lm.generate --model Qwen/Qwen3-0.6B" in card_of(tmp_path / "mlx", base_model="Qwen/Qwen3-0.6B").text
     value = image()
-    loha = Hadamard(torch.randn(320, 2), torch.randn(2, 320), torch.randn(320, 2), torch.randn(2, 320), 1.0)
+    loha = Loha(torch.randn(320, 2), torch.randn(2, 320), torch.randn(320, 2), torch.randn(2, 320), 1.0)
     value = lk.Adapter(value.config, {next(iter(value.factors)): loha})
     file = formats.save(value, tmp_path / "loha.safetensors", "kohya")
     text = card_of(file).text
@@ -426,6 +427,11 @@ def test_escaped_text_renders_as_the_original(evil):
     assert not re.search(r"://|www\.", plain(evil)), "GitHub makes links of bare addresses"
     assert len(line(evil)) <= MAX_CHARACTERS
     assert len(cell(evil, 600)) < 2000
+
+
+def test_the_template_escapes_what_no_filter_names():
+    line_ = _template().environment.from_string("{{ x }} {{ none }}").render(x="*a* <b>\n# c", none=None)
+    assert line_ == "\\*a\\* \\<b\\> # c "
 
 
 # ------------------------------------------------------------------------------------------ writing it

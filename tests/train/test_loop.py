@@ -78,7 +78,8 @@ def test_accumulating_1x8_and_8x1_ends_with_the_same_parameters(make_config, tmp
         ends.append((checkpoint_of(config, 4)[0], rows_of(config)))
     (a, rows_a), (b, rows_b) = ends
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-5)
+        # By norms: where a gradient is nearly zero, Adam divides rounding by rounding.
+        assert (a[name] - b[name]).norm() <= 5e-4 * a[name].norm(), name
     for one, other in zip(rows_a, rows_b, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
@@ -371,7 +372,8 @@ def test_rows_longer_than_the_models_positions_are_refused_before_the_first_step
 
 
 def test_held_out_rows_longer_than_the_training_rows_may_be_are_left_out_and_counted(make_config, tmp_path):
-    held = tiny_lm.write_rows(tmp_path / "held.jsonl", [*tiny_lm.rows(4), {"prompt": "p" * 40, "completion": "c" * 40}])
+    long = {"prompt": "p" * 40, "completion": " " + "c" * 40}
+    held = tiny_lm.write_rows(tmp_path / "held.jsonl", [*tiny_lm.rows(4), long])
     job = set_up(make_config(validation=str(held)))
     assert len(job.held_out) == 4
     assert job.data.notes == {f"of {held} are longer than 48 tokens and are not evaluated": 1}

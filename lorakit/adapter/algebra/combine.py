@@ -1,14 +1,15 @@
-"""Several adapters as one: what each adds to a weight, combined.
+"""Several adapters combined into one, module by module.
 
 linear, cat       Σ wᵢ ΔWᵢ by concatenation: exact, the ranks add up           (task arithmetic, Ilharco et al. 2023)
-svd               the same, cut to its first singular values
-ties              Yadav et al. 2023: trim, elect signs, mean of those that agree
+svd               the same, truncated to its first singular values
+ties              Yadav et al. 2023: trim, elect signs, mean of the elements that agree
 dare_linear       Yu et al. 2024: drop at random, rescale, add
 dare_ties         Yu et al. 2024: drop at random, rescale, then TIES' election
 magnitude_prune   trim each, add
 
-All on ΔW, never on A and B apart. What the last four give has full rank: it is cut to `rank` singular values, by
-default the largest rank among the adapters. How PEFT's methods of these names differ: docs/algebra.md.
+All act on ΔW, never on A and B separately. The last four give a matrix of full rank, which is truncated to `rank`
+singular values, by default the largest rank of the adapters. docs/algebra.md says how PEFT's methods of the same names
+differ.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import Tensor
 from ...errors import AdapterError, ConfigError, did_you_mean
 from ..adapter import Adapter
 from ..dense import Dense
-from ..lora import Factors, Form
+from ..lora import Factors, FactorShapes
 from ..update import Update
-from .compatible import Saved, check_same_base, whole_values
+from .compatible import Saved, check_same_base, combine_values
 from .compose import compose, relative
-from .concatenate import Piece, common_form, exact_sum
+from .concatenate import WeightedUpdate, common_factor_shapes, exact_sum
 from .dare import dare_linear, dare_ties, drop
 from .product import norm
 from .reform import with_updates
@@ -43,7 +44,7 @@ EXACT = ("linear", "cat", "svd")
 def combine(
     adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: Method = "linear", **options
 ) -> Adapter:
-    """The weighted combination of adapters (each 1, unless said) as one adapter; options as `combined` has them."""
+    """The combination of adapters as one adapter. Default weight: 1 each. Options and errors: see `combined`."""
     return combined(adapters, weights, method, **options).adapter
 
 
@@ -61,19 +62,21 @@ def combined(
     force: bool = False,
     on_module: Callable[[str, int, int], None] | None = None,
 ) -> Resized:
-    """The combination, and how far it is from the ΔW that the method asks for (nothing, for an exact sum that was not
-    cut).
+    """The combination, and its distance from the method's ΔW (0 for an exact sum that was not truncated).
 
-    rank, keep: cut each module to so many singular values, or to those that hold this share of the energy. density:
-    what ties, dare and magnitude_prune leave, between 0 and 1. saved: weights that the adapters hold whole must be
-    equal, or "mean". force: they may be of different bases. A module that only some adapters have is combined among
-    those. Raises AdapterError, ConfigError.
+    rank, keep: truncate each module to `rank` singular values, or to those that hold the share `keep` of the energy.
+    density: the share of elements that ties, dare and magnitude_prune keep, in (0, 1].
+    saved: saved weights and embeddings must be "equal", or their weighted "mean" is taken.
+    force: combine adapters of different bases. on_module(name, done, total): called after each module.
+
+    A module that only some adapters have is combined among those. Raises ConfigError for options that make no sense,
+    AdapterError for different bases or shapes, for differing saved weights, and for a DoRA.
     """
     weights = _checked(adapters, weights, method, rank, keep, density)
     if not force:
         check_same_base(adapters)
-    whole = whole_values("saved weight", [a.saved for a in adapters], weights, saved)
-    tokens = whole_values("learned token", [a.embeddings for a in adapters], weights, saved)
+    saved_weights = combine_values("saved weight", [a.saved for a in adapters], weights, saved)
+    embeddings = combine_values("embedding", [a.embeddings for a in adapters], weights, saved)
     parts = [a.updates for a in adapters]
     modules = list(dict.fromkeys(m for updates in parts for m in updates))
     result: dict[str, Update] = {}
@@ -84,22 +87,25 @@ def combined(
             for i, (w, updates) in enumerate(zip(weights, parts, strict=True))
             if module in updates
         ]
-        pieces: list[Piece] = [(w, u) for _, w, u in placed]
+        weighted: list[WeightedUpdate] = [(w, u) for _, w, u in placed]
         if method in EXACT:
-            total = exact_sum(module, pieces)
-            most = _largest(pieces) if method == "svd" and rank is None and keep is None else rank
+            total = exact_sum(module, weighted)
+            most = _largest(weighted) if method == "svd" and rank is None and keep is None else rank
             result[module], report = (
-                _cut(module, total, pieces, most, keep) if most or keep else (total, _untouched(module, total))
+                _truncated(module, total, weighted, most, keep) if most or keep else (total, _untouched(module, total))
             )
         else:
             places = [i for i, _, _ in placed]
 
             def mix(
-                deltas: list[Tensor], module: str = module, pieces: list[Piece] = pieces, places: list[int] = places
+                deltas: list[Tensor],
+                module: str = module,
+                weighted: list[WeightedUpdate] = weighted,
+                places: list[int] = places,
             ) -> Tensor:
-                return _mix(method, deltas, [w for w, _ in pieces], places, module, density or 1.0, majority, seed)
+                return _mix(method, deltas, [w for w, _ in weighted], places, module, density or 1.0, majority, seed)
 
-            result[module], report = _mixed(module, pieces, mix, rank, keep)
+            result[module], report = _mixed(module, weighted, mix, rank, keep)
         reports.append(report)
         if on_module is not None:
             on_module(module, done, len(modules))
@@ -113,7 +119,7 @@ def combined(
     prints = [a.metadata["fingerprint"] for a in adapters if a.metadata.get("fingerprint")]
     if prints:
         metadata["fingerprint"] = prints[0]
-    first = replace(adapters[0], saved=whole, embeddings=tokens, metadata=metadata)
+    first = replace(adapters[0], saved=saved_weights, embeddings=embeddings, metadata=metadata)
     config = first.config.replace(save_modules=list(dict.fromkeys(s for a in adapters for s in a.config.save_modules)))
     return Resized(with_updates(first, result, config=config).check(), tuple(reports))
 
@@ -126,7 +132,7 @@ def _checked(
     keep: float | None,
     density: float | None,
 ) -> list[float]:
-    """The weights, or ConfigError for whatever makes no sense."""
+    """The weights as floats. ConfigError for an unknown method, or options that do not fit it."""
     if method not in get_args(Method):
         known = ", ".join(get_args(Method))
         raise ConfigError(
@@ -147,11 +153,11 @@ def _checked(
     if method in EXACT and density is not None:
         raise ConfigError(
             f"'{method}' drops nothing, so it has no density\n"
-            "  leave density (--density) out: it is for ties, dare_linear, dare_ties, magnitude_prune"
+            "  leave out density (--density); it is for ties, dare_linear, dare_ties, magnitude_prune"
         )
     if method not in EXACT and (density is None or not 0 < density <= 1):
         raise ConfigError(
-            f"'{method}' needs a density, the share of each ΔW that is left, more than 0 and at most 1 (got "
+            f"'{method}' needs a density, the share of each ΔW to keep, more than 0 and at most 1 (got "
             f"{density})\n"
             "  for example density=0.5 (--density 0.5)"
         )
@@ -177,64 +183,70 @@ def _mix(
 
 
 def _mixed(
-    module: str, pieces: list[Piece], mix: Callable[[list[Tensor]], Tensor], rank: int | None, keep: float | None
+    module: str,
+    weighted: list[WeightedUpdate],
+    mix: Callable[[list[Tensor]], Tensor],
+    rank: int | None,
+    keep: float | None,
 ) -> tuple[Update, ModuleResize]:
-    """The method's ΔW as low-rank factors; a change of a vector, which has none, as it is."""
-    if not any(u.is_matrix for _, u in pieces):
-        vectors = [[u.tensors()[name] for _, u in pieces if name in u.tensors()] for name in ("weight", "bias")]
-        if any(len(v) not in (0, len(pieces)) for v in vectors):
+    """The method's ΔW as low-rank factors; a norm's or bias's change, which has none, as it is."""
+    if not any(u.is_matrix for _, u in weighted):
+        vectors = [[u.tensors()[name] for _, u in weighted if name in u.tensors()] for name in ("weight", "bias")]
+        if any(len(v) not in (0, len(weighted)) for v in vectors):
             raise AdapterError(
                 f"'{module}' changes its bias in some of the adapters and its weight in others\n"
-                "  only method='linear' (--method linear) adds such"
+                "  only method='linear' (--method linear) can add them"
             )
         weight, bias = (mix([t.float() for t in v]) if v else None for v in vectors)
         return Dense(weight, bias), _untouched(module, Dense(weight, bias))
-    _refuse_biases(module, pieces)
-    form = common_form(module, pieces)
-    W = mix([u.matrix(form.across) for _, u in pieces])
-    most = rank or (None if keep is not None else _largest(pieces))
-    cuts = [matrix_svd(rows, most, keep) for rows in _rows(W, form)]
-    return _composed(module, form, cuts, most, keep, W)
+    _refuse_biases(module, weighted)
+    shapes = common_factor_shapes(module, weighted)
+    W = mix([u.matrix(shapes.weight_transposed) for _, u in weighted])
+    most = rank or (None if keep is not None else _largest(weighted))
+    svds = [matrix_svd(rows, most, keep) for rows in _rows(W, shapes)]
+    return _composed(module, shapes, svds, most, keep, W)
 
 
 def _composed(
-    module: str, form: Form, cuts: list[Svd], rank: int | None, keep: float | None, W: Tensor
+    module: str, shapes: FactorShapes, svds: list[Svd], rank: int | None, keep: float | None, W: Tensor
 ) -> tuple[Factors, ModuleResize]:
-    count = max(min(rank or len(c.S), len(c.S) if keep is None else needed(c.S, c.total, keep)) for c in cuts)
-    made = compose(form, cuts, max(count, 1))
-    lost, size = distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1)), norm_squared(W)
-    return made, ModuleResize(module, min(W.shape), made.rank, math.sqrt(lost / size) if size else 0.0, math.sqrt(size))
+    count = max(min(rank or len(c.S), len(c.S) if keep is None else needed(c.S, c.total, keep)) for c in svds)
+    made = compose(shapes, svds, max(count, 1))
+    error, size = distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1)), norm_squared(W)
+    return made, ModuleResize(
+        module, min(W.shape), made.rank, math.sqrt(error / size) if size else 0.0, math.sqrt(size)
+    )
 
 
-def _cut(
-    module: str, total: Update, pieces: list[Piece], rank: int | None, keep: float | None
+def _truncated(
+    module: str, total: Update, weighted: list[WeightedUpdate], rank: int | None, keep: float | None
 ) -> tuple[Update, ModuleResize]:
-    """An exact sum at a lower rank; a change of a vector as it is."""
+    """An exact sum truncated to a lower rank; a norm's or bias's change as it is."""
     if not total.is_matrix:
         return total, _untouched(module, total)
     factors = total.factors
     if factors is None:
-        _refuse_biases(module, pieces)
-        form = common_form(module, pieces)
-        W = total.matrix(form.across)
-        return _composed(module, form, [matrix_svd(W, rank, keep)], rank, keep, W)
+        _refuse_biases(module, weighted)
+        shapes = common_factor_shapes(module, weighted)
+        W = total.matrix(shapes.weight_transposed)
+        return _composed(module, shapes, [matrix_svd(W, rank, keep)], rank, keep, W)
     svds = total.singular_values()
     count = max(min(rank or len(s.S), len(s.S) if keep is None else needed(s.S, s.total, keep)) for s in svds)
     if count >= total.rank:
         return total, _untouched(module, total)
-    made = compose(total.form(module), svds, max(count, 1), total.scale, dtype=factors.A.dtype)
+    made = compose(total.factor_shapes(module), svds, max(count, 1), total.scale, dtype=factors.A.dtype)
     return made, ModuleResize(module, total.rank, made.rank, *relative(total, made))
 
 
-def _rows(W: Tensor, form: Form) -> list[Tensor]:
-    """W, or its rows of each adapted part of a packed projection."""
-    if not form.parts:
+def _rows(W: Tensor, shapes: FactorShapes) -> list[Tensor]:
+    """[W], or the rows of each adapted part of a packed projection."""
+    if not shapes.parts:
         return [W]
-    return [rows for rows, adapted in zip(W.chunk(len(form.parts)), form.parts, strict=True) if adapted]
+    return [rows for rows, adapted in zip(W.chunk(len(shapes.parts)), shapes.parts, strict=True) if adapted]
 
 
-def _largest(pieces: list[Piece]) -> int:
-    return max(u.rank for _, u in pieces)
+def _largest(weighted: list[WeightedUpdate]) -> int:
+    return max(u.rank for _, u in weighted)
 
 
 def _untouched(module: str, update: Update) -> ModuleResize:
@@ -242,8 +254,8 @@ def _untouched(module: str, update: Update) -> ModuleResize:
     return ModuleResize(module, update.rank, update.rank, 0.0, math.hypot(norm(update), float(bias.norm())))
 
 
-def _refuse_biases(module: str, pieces: list[Piece]) -> None:
-    if any(u.changes_bias for _, u in pieces):
+def _refuse_biases(module: str, weighted: list[WeightedUpdate]) -> None:
+    if any(u.changes_bias for _, u in weighted):
         raise AdapterError(
             f"'{module}' changes its bias too, which low-rank factors cannot hold\n"
             "  method='linear' (--method linear) without "

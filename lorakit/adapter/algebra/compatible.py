@@ -1,9 +1,7 @@
-"""What adapters must agree on before they can be added: their base, and all that is a value rather than a change of
-one.
+"""What adapters must agree on before they can be added: their base, their saved weights and their embeddings.
 
-A weight saved whole (a new head, a trained bias) and the vector of a learned token replace what was there. Two of them
-have no sum: they are taken over where all adapters that have one have the same, or as their weighted mean where that is
-asked for.
+A saved weight (a new head, a trained bias) and a textual-inversion embedding replace the base's value, so two of them
+have no sum. They are kept if all adapters that have one have the same, or replaced by their weighted mean on request.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from ..fingerprint import alike
 
 Saved = Literal["equal", "mean"]
 
-# The components of a diffusion pipeline, and what they are found beside: no pipeline has both a UNet and a transformer.
+# Components of diffusion pipelines and the pipelines that have them: none has both a UNet and a transformer.
 _PIPELINES = {
     "unet.": {"a pipeline with a UNet"},
     "transformer.transformer_blocks": {"a pipeline with a transformer"},
@@ -33,8 +31,8 @@ _PIPELINES = {
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """AdapterError if two adapters are of different bases: by their fingerprints, or, where one has none, by their
-    modules' names.
+    """AdapterError if two adapters were trained on different bases, by their fingerprints; by their module names where
+    one has none.
     """
     for (i, first), (j, second) in combinations(enumerate(adapters, start=1), 2):
         lines = base_differences(first, second)
@@ -47,34 +45,32 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
 
 
 def base_differences(first: Adapter, second: Adapter) -> list[str]:
-    """What tells the bases of two adapters apart; empty if nothing does."""
+    """The differences between the bases of two adapters, one line each; empty if none are known."""
     prints = first.metadata.get("fingerprint"), second.metadata.get("fingerprint")
     if all(prints):
         return _unlike(*prints)
     ours, theirs = first.updates, second.updates
-    places = _places(ours), _places(theirs)
-    # A module outside the numbered layers (an output layer alone, say) tells nothing of the model.
-    if any(module in theirs for module in ours) or not all(places) or places[0] & places[1]:
+    stacks = _layer_stacks(ours), _layer_stacks(theirs)
+    # Modules outside the numbered layers (an output layer, say) do not identify a model.
+    if any(module in theirs for module in ours) or not all(stacks) or stacks[0] & stacks[1]:
         return []
     return [
-        "they have no module and no stack of layers in common, and not both have a fingerprint that would say that "
-        "their base is one",
+        "they have no module and no stack of layers in common, and not both have a fingerprint to show that their base "
+        "is the same",
         f"the first changes {listing(ours, 2)}",
         f"the second changes {listing(theirs, 2)}",
     ]
 
 
-def _places(modules: Iterable[str]) -> set[str]:
-    """Which stacks of numbered layers these modules are in (`model.layers`), and which pipelines have such components
-    side by side.
-    """
+def _layer_stacks(modules: Iterable[str]) -> set[str]:
+    """The stacks of numbered layers of these modules (`model.layers`), and the pipelines that have such components."""
     stacks = {found[1] for module in modules if (found := re.match(r"(.+?)\.\d+\.", module))}
     return stacks | {
-        what
+        pipeline
         for stack in stacks
-        for begins, pipelines in _PIPELINES.items()
-        if stack.startswith(begins)
-        for what in pipelines
+        for prefix, pipelines in _PIPELINES.items()
+        if stack.startswith(prefix)
+        for pipeline in pipelines
     }
 
 
@@ -99,10 +95,14 @@ def _unlike(first: Any, second: Any) -> list[str]:
     return lines
 
 
-def whole_values(
+def combine_values(
     what: str, held: Sequence[Mapping[str, Tensor]], weights: Sequence[float], how: Saved
 ) -> dict[str, Tensor]:
-    """One value of each name. AdapterError naming those that differ, unless `how` is "mean"."""
+    """One value for each name, of the adapters' values `held` by name. `what` names them in errors.
+
+    AdapterError listing the names whose values differ, unless `how` is "mean"; then if shapes differ or the weights do
+    not have a positive sum.
+    """
     names = dict.fromkeys(name for values in held for name in values)
     result, differing = {}, []
     for name in names:

@@ -1,7 +1,7 @@
-"""DARE (Yu et al. 2024): each number of ΔW is dropped with probability 1 - density, the others are divided by density.
+"""DARE (Yu et al. 2024): drop each element of ΔW with probability 1 - density, divide the others by density.
 
 The expected ΔW stays the same. dare_linear then adds them with their weights, dare_ties elects signs as TIES does. What
-is dropped depends on the seed, the module's name and the adapter's place in the list, and on nothing else.
+is dropped depends only on the seed, the module's name and the adapter's place in the list.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .ties_merging import Majority, elect_and_merge
 
 
 def drop(delta: Tensor, density: float, seed: int, module: str, place: int) -> Tensor:
-    """Drop and rescale."""
+    """ΔW with elements dropped and the others rescaled. `place`: the adapter's index in the list."""
     if density >= 1:
         return delta
     own = zlib.crc32(f"{seed}/{place}/{module}".encode())
@@ -26,10 +26,10 @@ def drop(delta: Tensor, density: float, seed: int, module: str, place: int) -> T
 
 
 def dare_linear(sparse: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ wᵢ drop(ΔWᵢ), of deltas that `drop` gave."""
+    """Σ wᵢ ΔWᵢ. `sparse`: results of `drop`."""
     return sum((w * d for w, d in zip(weights, sparse, strict=True)), torch.zeros(()))
 
 
 def dare_ties(sparse: Sequence[Tensor], weights: Sequence[float], majority: Majority = "total") -> Tensor:
-    """TIES' election of signs, of deltas that `drop` gave."""
+    """TIES' election of signs and merge. `sparse`: results of `drop`."""
     return elect_and_merge(sparse, weights, majority)

@@ -1,14 +1,13 @@
-"""Small changes of an adapter, each a new one: stronger or weaker, turned around, in another precision, fewer modules,
-other names.
+"""Small changes of an adapter, each returned as a new adapter: scale, negate, cast, prune, select, rename.
 
-w · ΔW     in alpha where w > 0, so that no factor changes; the sign goes into B
+w · ΔW     |w| goes into alpha and its sign into B, so that no element is rounded
            (negation: task arithmetic, Ilharco et al. 2023)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,16 +24,16 @@ T = TypeVar("T")
 
 
 def scale(adapter: Adapter, weight: float) -> Adapter:
-    """Every ΔW times `weight`. AdapterError with weights saved whole, and for a DoRA: neither is a change that could be
-    scaled.
+    """Every ΔW times `weight`. AdapterError if the adapter has saved weights or a DoRA, which cannot be scaled;
+    ConfigError if `weight` is not finite.
     """
     if not math.isfinite(weight):
-        raise ConfigError(f"an adapter cannot be scaled by {weight}")
+        raise ConfigError(f"an adapter cannot be scaled by {weight}; expected a finite number")
     if weight == 1:
         return adapter
     if adapter.saved:
         raise AdapterError(
-            f"this adapter holds weights whole ({listing(adapter.saved, 3)}): they are values, not changes, and cannot "
+            f"this adapter has saved weights ({listing(adapter.saved, 3)}): they are values, not changes, and cannot "
             "be scaled\n"
             "  lorakit.combine([a, b], [0.7, 0.3], saved='mean') (lorakit combine --weights 0.7,0.3 --saved mean) "
             "takes their mean; "
@@ -44,43 +43,42 @@ def scale(adapter: Adapter, weight: float) -> Adapter:
 
 
 def negate(adapter: Adapter) -> Adapter:
-    """The adapter that undoes this one."""
+    """The adapter with -ΔW. Errors as `scale` raises them."""
     return scale(adapter, -1.0)
 
 
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """In another precision. AdapterError, naming the module, where a number is too large for it."""
+    """The adapter in another dtype. AdapterError, naming the tensor, if a value is too large for it."""
 
-    def moved(m: str, update: Update) -> Update:
+    def converted(m: str, update: Update) -> Update:
         return update.map(lambda name, t: narrowed(t, dtype, f"'{m}', {name}"))
 
     return replace(
         adapter,
-        updates={m: moved(m, u) for m, u in adapter.updates.items()},
+        updates={m: converted(m, u) for m, u in adapter.updates.items()},
         saved={n: narrowed(t, dtype, f"saved weight '{n}'") for n, t in adapter.saved.items()},
-        embeddings={n: narrowed(t, dtype, f"learned token '{n}'") for n, t in adapter.embeddings.items()},
+        embeddings={n: narrowed(t, dtype, f"embedding '{n}'") for n, t in adapter.embeddings.items()},
     )
 
 
 def prune(adapter: Adapter, drop: str | list[str]) -> Adapter:
-    """Without the modules that `drop` names (name endings, or one regular expression for whole names), and what they
-    saved whole.
+    """Without the modules that `drop` names and their saved weights. `drop`: name endings, or one regular expression
+    for full names. TargetError if an ending matches no module, or no module is left.
     """
-    gone = _named(adapter, drop)
-    return _only(adapter, lambda m: m not in gone)
+    dropped = _named(adapter, drop)
+    return _only(adapter, lambda m: m not in dropped)
 
 
 def select(adapter: Adapter, keep: str | list[str]) -> Adapter:
-    """With only the modules that `keep` names."""
+    """With only the modules that `keep` names, as `prune` reads names. TargetError as there."""
     kept = _named(adapter, keep)
     return _only(adapter, lambda m: m in kept)
 
 
 def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """Modules under other names. `names`: a module's name, or what some begin with (whole parts, or "" for all) -> what
-    it becomes.
+    """With other module names. `names`: a full name or a prefix, cut at a dot ("" matches all) -> its replacement.
 
-    The longest that fits counts. AdapterError if two modules would get one name; TargetError for an entry that fits
+    The longest match counts. AdapterError if two modules would get the same name; TargetError for an entry that matches
     none.
     """
     used: set[str] = set()
@@ -98,16 +96,14 @@ def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     idle = next((o for o in names if o not in used), None)
     if idle is not None:
         raise TargetError(
-            f"no module is named '{idle}' or begins so{did_you_mean(idle, adapter.updates)}\n"
+            f"no module's name is or starts with '{idle}'{did_you_mean(idle, adapter.updates)}\n"
             f"  modules: {listing(adapter.updates, 3)}"
         )
     return with_updates(adapter, updates, saved=saved)
 
 
 def _named(adapter: Adapter, names: str | list[str]) -> set[str]:
-    """The modules that a list of endings or an expression names; TargetError for an ending, or the expression, that
-    names none.
-    """
+    """The modules that match the endings or the regular expression. TargetError for one that matches none."""
     known = set(adapter.updates) | {n.rpartition(".")[0] for n in adapter.saved}
     for pattern in [names] if isinstance(names, str) else [[n] for n in names]:
         if not any(matches(m, pattern) for m in known):
@@ -119,9 +115,9 @@ def _named(adapter: Adapter, names: str | list[str]) -> set[str]:
     return {m for m in known if matches(m, names)}
 
 
-def _only(adapter: Adapter, wanted) -> Adapter:
-    saved = {n: t for n, t in adapter.saved.items() if wanted(n.rpartition(".")[0])}
-    updates = {m: u for m, u in adapter.updates.items() if wanted(m)}
+def _only(adapter: Adapter, keeps: Callable[[str], bool]) -> Adapter:
+    saved = {n: t for n, t in adapter.saved.items() if keeps(n.rpartition(".")[0])}
+    updates = {m: u for m, u in adapter.updates.items() if keeps(m)}
     if not updates and not saved and not adapter.embeddings:
         raise TargetError(f"nothing would be left of this adapter's {len(adapter.updates)} modules")
     left = [s for s in adapter.config.save_modules if any(f".{s}." in f".{n}" for n in saved)]
@@ -135,7 +131,7 @@ def _unique(new: Mapping[str, str], values: Mapping[str, T]) -> dict[str, T]:
         if name in result or not name:
             twin = next((o for o, n in new.items() if n == name and o != old), old)
             raise AdapterError(
-                f"'{old}' would be named '{name}'" + (f", as '{twin}' is" if name else ", which is no name")
+                f"'{old}' would be named '{name}'" + (f", the name of '{twin}'" if name else ", an empty name")
             )
         result[name] = values[old]
     return result

@@ -1,8 +1,8 @@
-"""ΔW as the product of two thin matrices, L R with L [out, r] and R [r, in], where it is one; else the matrix itself.
+"""ΔW as a product of two thin matrices L [out, r] and R [r, in], or as a matrix where it has no such factors.
 
-ΔW is meant as the layer uses it: outputs in rows, inputs in columns (a convolution's [out, in/g·k], an embedding's
-[dim, vocab]). Where the rank of such a product is no smaller than the matrix, and for a whole ΔW, the matrix itself is
-taken. Of a DoRA this is s · B A.
+Outputs are rows and inputs columns, as the layer uses ΔW: a convolution's is [out, in/g·k], an embedding's [dim,
+vocab]. Dense updates, and those whose factors have full rank, are given as a matrix. For a DoRA this is the update it
+is built on.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from torch import Tensor
 from ..update import LowRank, Update
 from .svd import product_core
 
-# A whole matrix up to here is in float64, a larger one in float32, for memory.
+# Matrices of up to this many elements are in float64, larger ones in float32 to save memory.
 DOUBLE = 1 << 22
 
 
 def matrix(update: Update) -> LowRank | Tensor:
-    """ΔW as the product of two thin matrices where it is one, else whole."""
+    """ΔW as a product of two thin matrices in float64, or as a matrix."""
     own = update.without_base()
-    found = own.low_rank()
-    if found is not None:
-        return found
+    low = own.low_rank()
+    if low is not None:
+        return low
     full = own.map(lambda _, t: t.detach().double()).matrix()
     return full if full.numel() <= DOUBLE else full.float()
 
 
 def norm(update: Update) -> float:
     """‖ΔW‖_F."""
-    found = matrix(update)
-    if isinstance(found, LowRank):
-        return float(torch.linalg.matrix_norm(product_core(found.left, found.right)[1]))
-    return float(torch.linalg.vector_norm(found, dtype=torch.float64))
+    delta = matrix(update)
+    if isinstance(delta, LowRank):
+        return float(torch.linalg.matrix_norm(product_core(delta.left, delta.right)[1]))
+    return float(torch.linalg.vector_norm(delta, dtype=torch.float64))
 
 
 def inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:
-    """⟨a, b⟩ = Σ a·b over all elements; of two products through r x r matrices."""
+    """⟨a, b⟩ = Σ a·b over all elements; for two products from r x r matrices, without forming them."""
     if isinstance(a, LowRank):
         if isinstance(b, LowRank):
             return float(((a.left.T @ b.left) * (a.right @ b.right.T)).sum())
@@ -46,8 +46,8 @@ def inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:
     return float(sum((x.double() * y.double()).sum() for x, y in zip(a.split(256), b.split(256), strict=True)))
 
 
-def size_of(found: LowRank | Tensor) -> tuple[int, int]:
+def size_of(delta: LowRank | Tensor) -> tuple[int, int]:
     """(out, in)."""
     return (
-        (found.left.shape[0], found.right.shape[1]) if isinstance(found, LowRank) else (found.shape[0], found.shape[1])
+        (delta.left.shape[0], delta.right.shape[1]) if isinstance(delta, LowRank) else (delta.shape[0], delta.shape[1])
     )

@@ -1,4 +1,4 @@
-"""The same adapter with other updates: its config says again which modules there are, and of what rank and strength."""
+"""An adapter with other updates, and the config that describes them: targets, ranks, alphas, packed parts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from ..update import Update
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any) -> Adapter:
-    """`adapter` with these updates in place of its own, and a config that describes them. `changes`: other fields of
-    it.
-    """
+    """`adapter` with these updates instead of its own, and a config that describes them. `changes`: other fields."""
     # A config has one rule for all modules: alpha / rank can express every scale.
     if len({f.rslora for f in factors_of(updates).values()}) > 1:
         updates = {m: u.map_factors(_scaled_by_rank) for m, u in updates.items()}
@@ -34,7 +32,10 @@ def _scaled_by_rank(f: Factors) -> Factors:
 
 
 def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list[str]) -> LoraConfig:
-    """`config` with the targets, ranks and alphas that these modules have; as it is where it says so already."""
+    """`config` with the targets, ranks and alphas of these modules, changed only where it does not describe them yet.
+
+    `modules`: all adapted modules, also those without factors.
+    """
     ranks = {m: f.rank for m, f in factors.items()}
     alphas = {m: float(f"{f.alpha:.12g}") for m, f in factors.items()}  # 2 · 0.7 · 49 / 49 is not quite 1.4
     changes: dict[str, Any] = {}
@@ -57,7 +58,7 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list
     return config.replace(rslora=rslora if factors else config.rslora, **changes)
 
 
-def _pattern(found: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the commonest value, one key for each module that has another)."""
-    common = Counter(found.values()).most_common(1)[0][0]
-    return common, {f"^{re.escape(m)}": value for m, value in found.items() if value != common}
+def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the most common value, a pattern for each module that has another)."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {f"^{re.escape(m)}": value for m, value in values.items() if value != common}

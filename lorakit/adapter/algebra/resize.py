@@ -1,14 +1,13 @@
-"""An adapter at another rank: the first singular values of each ΔW (Eckart and Young 1936: nothing of that rank is
-nearer).
+"""An adapter at another rank: each ΔW is truncated to its first singular values, the best approximation of that rank
+(Eckart and Young 1936).
 
-rank=8            eight of each module
+rank=8            eight singular values of each module
 keep=0.99         as many as hold 99 % of the energy Σσ² of each module; overall=True: of all modules together, by one
-                  threshold for
-                  all singular values, so that modules that changed more keep more
-error=0.1         the same as keep = 1 - error², the relative error being ‖ΔW - ΔW'‖ / ‖ΔW‖ (Frobenius)
+                  threshold for all singular values, so that modules that changed more keep more
+error=0.1         the same as keep = 1 - error², where the relative error is ‖ΔW - ΔW'‖ / ‖ΔW‖ (Frobenius)
 
-LoHa, LoKr and whole updates become low-rank factors. ΔW of a LoRA is never formed: QR of its halves, and an SVD of r x
-r.
+LoHa, LoKr and dense updates become low-rank factors. ΔW of a LoRA is never formed: a QR of B and Aᵀ, then the SVD of an
+r x r matrix.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ from .svd import Svd, needed
 
 @dataclass(frozen=True)
 class ModuleResize:
-    """One module: `before` is the rank it had (of a LoHa or LoKr what it calls so), `error` ‖ΔW - ΔW'‖ / ‖ΔW‖, `norm`
-    ‖ΔW‖.
-    """
+    """One module. `before`, `after`: ranks (a LoHa's or LoKr's own r); `error`: ‖ΔW - ΔW'‖ / ‖ΔW‖; `norm`: ‖ΔW‖_F."""
 
     module: str
     before: int
@@ -49,7 +46,7 @@ class ModuleResize:
 
 @dataclass(frozen=True)
 class Resized:
-    """An adapter at another rank, and what that cost."""
+    """An adapter at another rank, and the approximation error of each module."""
 
     adapter: Adapter
     modules: tuple[ModuleResize, ...]
@@ -57,15 +54,17 @@ class Resized:
     @property
     def error(self) -> float:
         """‖ΔW - ΔW'‖ / ‖ΔW‖ over all modules."""
-        whole = sum(m.norm**2 for m in self.modules)
-        return math.sqrt(sum((m.error * m.norm) ** 2 for m in self.modules) / whole) if whole else 0.0
+        total = sum(m.norm**2 for m in self.modules)
+        return math.sqrt(sum((m.error * m.norm) ** 2 for m in self.modules) / total) if total else 0.0
 
     @property
     def energy(self) -> float:
+        """The share of Σσ² over all modules that is kept."""
         return max(0.0, 1 - self.error**2)
 
     @property
     def worst(self) -> ModuleResize | None:
+        """The module with the largest relative error."""
         return max(self.modules, key=lambda m: m.error, default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,43 +86,47 @@ def resize(
     drop_bias: bool = False,
     on_module: Callable[[str, int, int], None] | None = None,
 ) -> Resized:
-    """The adapter at a rank of at most `rank`, or as low as `keep` or `error` allow, or both (then `rank` is the most).
+    """The adapter at rank `rank`, or at the lowest rank that `keep` or `error` allow; with both, `rank` is the maximum.
 
-    A module already that small stays as it is. drop_bias: leave out the bias's change of a whole update, which low-rank
-    factors cannot hold. on_module(name, done, total) is called after each. Raises AdapterError for a DoRA, whose ΔW
-    depends on its base.
+    Modules whose rank is low enough keep their factors. drop_bias: drop the bias's change of a dense update, which
+    low-rank factors cannot hold. on_module(name, done, total) is called after each module.
+
+    Raises ConfigError for options that contradict each other; AdapterError for a DoRA, whose ΔW depends on its base,
+    and for a dense update with a bias unless `drop_bias`.
     """
     keep = _share(rank, keep, error, overall)
-    updates, others = dict(adapter.updates), _kept_whole(adapter, drop_bias)
-    forms = {m: u.form(m) for m, u in updates.items() if m not in others}
-    # The other kinds tell their singular values only as far as they are asked to: a little further than each needs by
-    # itself.
+    updates, others = dict(adapter.updates), _without_matrix(adapter, drop_bias)
+    shapes_of = {m: u.factor_shapes(m) for m, u in updates.items() if m not in others}
+    # Kinds other than LoRA compute only as many singular values as are asked for: ask for a little more than each
+    # module needs by itself.
     ahead = keep if keep is None or not overall else 1 - (1 - keep) / 10
     spectra, reports = {}, []
     resized: dict[str, Update] = {}
     threshold = None
     if overall and keep is not None:
-        spectra = {m: updates[m].singular_values(rank, ahead) for m in forms}
+        spectra = {m: updates[m].singular_values(rank, ahead) for m in shapes_of}
         threshold = _threshold(spectra, keep)
-        # Where the last value told is still above the threshold, more of that module may have to stay, and less of the
-        # others.
-        asked = {m for m in forms if updates[m].factors is not None}
-        while short := [m for m in forms if m not in asked and any(float(svd.S[-1]) > threshold for svd in spectra[m])]:
+        # Where the last computed value is still above the threshold, that module may have to keep more, and the others
+        # less.
+        complete = {m for m in shapes_of if updates[m].factors is not None}
+        while short := [
+            m for m in shapes_of if m not in complete and any(float(svd.S[-1]) > threshold for svd in spectra[m])
+        ]:
             spectra |= {m: updates[m].singular_values(rank) for m in short}
-            asked |= set(short)
+            complete |= set(short)
             threshold = _threshold(spectra, keep)
     for done, (m, update) in enumerate(updates.items(), start=1):
         if m in others:
             resized[m] = update
             continue
         svds = spectra.pop(m, None) or update.singular_values(rank, ahead)
-        wanted = max(_rank(svd, rank, keep, threshold) for svd in svds)
+        new_rank = max(_rank(svd, rank, keep, threshold) for svd in svds)
         f = update.factors
-        if f is not None and wanted >= f.rank:
+        if f is not None and new_rank >= f.rank:
             after = f
         else:
             scale, rslora = (f.scale, f.rslora) if f is not None else (1.0, False)
-            after = compose(forms[m], svds, wanted, scale, rslora, next(iter(update.tensors().values())).dtype)
+            after = compose(shapes_of[m], svds, new_rank, scale, rslora, next(iter(update.tensors().values())).dtype)
         resized[m] = after
         error, size = relative(update, after) if after is not update else (0.0, norm(after))
         reports.append(ModuleResize(m, update.rank, after.rank, error, size))
@@ -133,7 +136,7 @@ def resize(
 
 
 def _share(rank: int | None, keep: float | None, error: float | None, overall: bool) -> float | None:
-    """How much of the energy is to be kept, out of what was asked. ConfigError if that makes no sense."""
+    """The share of the energy to keep, from `keep` or `error`. ConfigError if the options contradict each other."""
     if rank is None and keep is None and error is None:
         raise ConfigError(
             "resize needs a rank, a share of the energy to keep, or the largest error\n"
@@ -154,34 +157,34 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
     return keep if error is None else 1 - error**2
 
 
-def _kept_whole(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
-    """The updates that stay as they are: changes of norms and biases alone. AdapterError for a matrix with a bias,
-    unless dropped.
+def _without_matrix(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
+    """The updates of norms and of biases alone, which stay unchanged. AdapterError for a matrix with a bias, unless
+    `drop_bias`.
     """
-    whole = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
+    others = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
     for m, update in adapter.updates.items():
-        if m not in whole and update.changes_bias and not drop_bias:
+        if m not in others and update.changes_bias and not drop_bias:
             raise AdapterError(
                 f"'{m}' changes its bias too, which low-rank factors cannot hold\n"
                 "  drop_bias=True (--drop-bias) leaves the bias's change out"
             )
-    return whole
+    return others
 
 
 def _rank(svd: Svd, rank: int | None, keep: float | None, threshold: float | None) -> int:
-    """How many singular values of this one stay; at least one."""
+    """The number of singular values to keep; at least one."""
     most = len(svd.S) if rank is None else min(rank, len(svd.S))
     if threshold is not None:
         most = min(most, int((svd.S.double() >= threshold).sum()))
     elif keep is not None:
         most = min(most, needed(svd.S, svd.total, keep))
     else:
-        return most  # even where some are zero: one rank for all modules is what was asked for
+        return most  # even if some are zero: the caller asked for one rank in all modules
     return max(1, min(most, svd.rank))
 
 
 def _threshold(spectra: Mapping[str, Sequence[Svd]], keep: float) -> float:
-    """The smallest singular value, of all modules', that has to stay."""
+    """The smallest singular value to keep, over all modules."""
     svds = [svd for own in spectra.values() for svd in own]
     values = torch.cat([svd.S.double() for svd in svds]).sort(descending=True).values
     return float(values[needed(values, sum(svd.total for svd in svds), keep) - 1])

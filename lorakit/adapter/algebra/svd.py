@@ -1,14 +1,11 @@
-"""Singular value decompositions of updates: of a low-rank product without forming it, and of a big matrix by random
-projection.
+"""Singular value decompositions of updates: of a low-rank product without forming it, of a large matrix randomized.
 
-    product    B A = (Qb Rb)(Qa Ra)ᵀ = Qb (Rb Raᵀ) Qaᵀ           QR of B [m, r] and Aᵀ [n, r], SVD of an r x r matrix (r
-                                                                 ≤ m, n)
-    random     Y = W Ω,  Q = orth(Y),  W ≈ Q (Qᵀ W)              Halko, Martinsson and Tropp 2011, algorithms 4.4 and
-                                                                 5.1
+    product    B A = (Qb Rb)(Qa Ra)ᵀ = Qb (Rb Raᵀ) Qaᵀ    QR of B [m, r] and Aᵀ [n, r], SVD of an r x r matrix
+    random     Y = W Ω,  Q = orth(Y),  W ≈ Q (Qᵀ W)       Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1
 
-Cost: (m + n) r² + r³ for the product, where the SVD of the m x n matrix takes m n min(m, n). Everything in float64 for
-products. A random one is repeated (subspace iteration) until one more pass over W adds almost nothing; how far it is
-from W is then measured, not estimated (`distance`).
+Cost: (m + n) r² + r³ for the product, against m n min(m, n) for the SVD of the m x n matrix. Products are computed in
+float64. The randomized SVD repeats (subspace iteration) until another pass over W adds almost nothing; `distance` then
+measures its error on W.
 """
 
 from __future__ import annotations
@@ -20,21 +17,21 @@ from torch import Tensor
 
 from ..checks import wide
 
-# Extra random columns. Halko et al. (section 1.3) call 5 or 10 enough; 10 make the first pass good to a factor of √(1 +
-# k/9).
+# Extra random columns. Halko et al. (section 1.3): 5 or 10 are enough. With 10 the error of the first pass is within a
+# factor of √(1 + k/9) of the best.
 OVERSAMPLE = 10
-# Stop when one more pass takes away less than this share of ‖W - W'‖². With it, ranks 4 to 64 of low rank with noise,
-# of a slow decay and of plain noise are within 0.2 % of the best error (tests/adapter/test_svd.py). A decaying spectrum
-# needs two or three passes.
+# Stop when another pass reduces ‖W - W'‖² by less than this share. Ranks 4 to 64 are then within 0.2 % of the best
+# error for low rank with noise, a slow decay and plain noise (tests/adapter/algebra/test_svd.py); a decaying spectrum
+# takes two or three passes.
 ACCURACY = 5e-4
 MOST_PASSES = 12
-# Up to this side the full SVD is faster than random passes, and exact.
+# Up to this size (smaller side) the full SVD is faster than random passes, and exact.
 SMALL = 192
 
 
 @dataclass(frozen=True)
 class Svd:
-    """U [m, k] · diag(S [k]) · Vt [k, n], singular values falling. `total`: ‖W‖² of the whole, of which ΣS² is held."""
+    """U [m, k] · diag(S [k]) · Vt [k, n], S descending. `total`: ‖W‖²_F, of which ΣS² is in these k values."""
 
     U: Tensor
     S: Tensor
@@ -43,18 +40,18 @@ class Svd:
 
     @property
     def rank(self) -> int:
-        """How many singular values are above the rounding of the arithmetic."""
+        """The number of singular values above the rounding of the arithmetic."""
         if not self.S.numel() or not self.S[0] > 0:
             return 0
         rounding = torch.finfo(self.S.dtype).eps * max(self.U.shape[0], self.Vt.shape[1])
         return int((self.S / self.S[0] > rounding).sum())
 
     def cut(self, rank: int) -> Svd:
-        """The first `rank` of them: the best approximation of that rank (Eckart and Young 1936)."""
+        """The first `rank` singular values: the best approximation of that rank (Eckart and Young 1936)."""
         return Svd(self.U[:, :rank], self.S[:rank], self.Vt[:rank], self.total)
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """(B [m, k], A [k, n]) of equal size, B A = W: √S on both sides keeps either half within the range of fp16."""
+        """(B [m, k], A [k, n]) with B A = W. √S on both sides keeps both within the range of fp16."""
         root = self.S.sqrt()
         return self.U * root, root[:, None] * self.Vt
 
@@ -67,7 +64,7 @@ def product_core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def product_svd(B: Tensor, A: Tensor) -> Svd:
-    """The SVD of B A, with B [m, r] and A [r, n], from QR of the halves. In float64."""
+    """The SVD of B A, with B [m, r] and A [r, n], from a QR of B and Aᵀ. In float64."""
     left, core, right = product_core(B, A)
     U, S, Vt = torch.linalg.svd(core, full_matrices=False)
     return Svd(left @ U, S, Vt @ right.T, float(S.square().sum()))
@@ -76,33 +73,33 @@ def product_svd(B: Tensor, A: Tensor) -> Svd:
 def matrix_svd(
     W: Tensor, rank: int | None = None, keep: float | None = None, *, accuracy: float = ACCURACY, seed: int = 0
 ) -> Svd:
-    """The first singular values of W [m, n]: `rank` of them, or as many as hold the share `keep` of ΣS²; all if neither
-    is said.
+    """The first singular values of W [m, n]: at most `rank`, and as many as hold the share `keep` of ΣS²; all if
+    neither is given.
 
-    Small matrices, and ranks near the full one, by the full SVD; others at random, to `accuracy`.
+    Small matrices, and ranks near the full one, by the full SVD; others by the randomized SVD, to `accuracy`.
     """
     W = wide(W)
     side = min(W.shape)
-    wanted = side if rank is None and keep is None else min(rank or side, side)
-    if side <= SMALL or (keep is None and wanted + OVERSAMPLE > side // 3):
-        return _enough(full_svd(W), wanted, keep)
-    guess = wanted if keep is None else min(wanted, 32)
+    most = side if rank is None and keep is None else min(rank or side, side)
+    if side <= SMALL or (keep is None and most + OVERSAMPLE > side // 3):
+        return _enough(full_svd(W), most, keep)
+    guess = most if keep is None else min(most, 32)
     while guess + OVERSAMPLE <= side // 3:
         found = random_svd(W, guess, accuracy=accuracy, seed=seed)
-        if keep is None or guess == wanted or float(found.S.double().square().sum()) >= keep * found.total:
-            return _enough(found, wanted, keep)
-        guess = min(2 * guess, wanted)
-    return _enough(full_svd(W), wanted, keep)
+        if keep is None or guess == most or float(found.S.double().square().sum()) >= keep * found.total:
+            return _enough(found, most, keep)
+        guess = min(2 * guess, most)
+    return _enough(full_svd(W), most, keep)
 
 
 def full_svd(W: Tensor) -> Svd:
-    """By LAPACK."""
+    """All singular values, by LAPACK."""
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     return Svd(U, S, Vt, norm_squared(W))
 
 
 def random_svd(W: Tensor, rank: int, *, accuracy: float = ACCURACY, oversample: int = OVERSAMPLE, seed: int = 0) -> Svd:
-    """The first `rank` singular values of W by subspace iteration from a random start."""
+    """The first `rank` singular values of W, by subspace iteration from a random start (`seed`)."""
     made = torch.Generator(device=W.device).manual_seed(seed)
     columns = min(rank + oversample, *W.shape)
     Q = torch.linalg.qr(W @ torch.randn(W.shape[1], columns, generator=made, dtype=W.dtype, device=W.device))[0]
@@ -114,7 +111,7 @@ def random_svd(W: Tensor, rank: int, *, accuracy: float = ACCURACY, oversample: 
         if now - held <= max(accuracy * (total - now), torch.finfo(W.dtype).eps * total):
             break
         held = now
-        # The best of what this pass found, before the next pass replaces Q.
+        # The result of this pass, before the next one replaces Q.
         best = Svd(Q @ U[:, :rank], S[:rank], Vt[:rank] @ right.T, total)
         Q = torch.linalg.qr(W @ right)[0]
     else:
@@ -123,22 +120,22 @@ def random_svd(W: Tensor, rank: int, *, accuracy: float = ACCURACY, oversample: 
 
 
 def needed(S: Tensor, total: float, keep: float) -> int:
-    """How many of the singular values hold the share `keep` of `total`; at least one, and all if they never do."""
+    """How many of the singular values hold the share `keep` of `total`; at least one, and all if none suffice."""
     held = S.double().square().cumsum(0)
-    # keep=1 must not ask for what rounding alone has taken away.
+    # keep=1: rounding alone may leave Σσ² below the total.
     enough = held >= keep * total * (1 - 1e-14) if keep < 1 else held >= float(held[-1])
     return int(enough.int().argmax()) + 1 if bool(enough.any()) else len(S)
 
 
 def distance(W: Tensor, B: Tensor, A: Tensor, block: int = 1024) -> float:
-    """‖W - B A‖² (Frobenius), some rows at a time, without the cancellation that ‖W‖² - ΣS² has."""
+    """‖W - B A‖² (Frobenius), `block` rows at a time; ‖W‖² - ΣS² would suffer from cancellation."""
     rows = range(0, W.shape[0], block)
     return sum(norm_squared(wide(W[i : i + block]) - (B[i : i + block] @ A).to(wide(W[:1]).dtype)) for i in rows)
 
 
 def norm_squared(W: Tensor) -> float:
-    """‖W‖² (Frobenius), row by row and then in float64: within 1e-8 of it, and a hundred times faster than all in
-    float64.
+    """‖W‖² (Frobenius): row norms in W's dtype, added up in float64. Within 1e-8, and a hundred times as fast as all of
+    it in float64.
     """
     W = wide(W.flatten(1) if W.dim() > 1 else W[None])
     return float(torch.linalg.vector_norm(W if W.is_contiguous() else W.T, dim=1).double().square().sum())

@@ -1,12 +1,10 @@
 """TIES merging (Yadav et al. 2023, algorithm 1) and magnitude pruning, on ΔW.
 
-    trim       of each ΔW keep the share `density` with the largest magnitudes, the rest becomes 0
-    elect      for each number, the sign with the larger total magnitude (or, "frequency", the one that more of them
-               have)
-    merge      the mean of the numbers that have that sign, each times its adapter's weight
+    trim       keep the share `density` of each ΔW with the largest magnitudes, set the rest to 0
+    elect      for each element, the sign with the larger total magnitude ("frequency": the more frequent sign)
+    merge      the mean of the elements that have that sign, each times its adapter's weight
 
-magnitude_prune is the trimming alone, and the weighted sum. With weights below 0 the signs are elected as they would be
-added.
+magnitude_prune is trimming alone, then the weighted sum. A negative weight flips the signs before the election.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ Majority = Literal["total", "frequency"]
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """The share `density` of its numbers with the largest magnitudes (and those equal to the last of them); zero
+    """Keep the share `density` of the elements with the largest magnitudes (and ties with the last of them); zeros
     elsewhere.
     """
     keep = int(density * delta.numel())
@@ -31,7 +29,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
     if keep == 0:
         return torch.zeros_like(delta)
     size = delta.abs()
-    # Selecting one number is several times faster than sorting them (topk).
+    # Selecting one element is several times as fast as sorting them (topk).
     least = size.flatten().kthvalue(delta.numel() - keep + 1).values
     return torch.where(size >= least, delta, 0.0)
 
@@ -42,11 +40,12 @@ def magnitude_prune(deltas: Sequence[Tensor], weights: Sequence[float], density:
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float, majority: Majority = "total") -> Tensor:
+    """Trim, elect and merge. `deltas`: [out, in] each."""
     return elect_and_merge([trim(d, density) for d in deltas], weights, majority)
 
 
 def elect_and_merge(deltas: Sequence[Tensor], weights: Sequence[float], majority: Majority = "total") -> Tensor:
-    """The last two steps, of deltas that are sparse already. A tie goes to the positive sign, and a zero has none."""
+    """The last two steps, for deltas that are sparse already. A tie goes to the positive sign; zeros do not vote."""
     signed = [d * math.copysign(1.0, w) for w, d in zip(weights, deltas, strict=True)]
     votes = sum((s if majority == "total" else s.sign() for s in signed), torch.zeros(()))
     positive = votes >= 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from ...adapter.adapter import Adapter
-    from ...data.templates import Style
+    from ...data.templates import ChatOptions, Style
 
 
 def named(adapters: list[str]) -> dict[str, str]:
@@ -33,12 +33,13 @@ def named(adapters: list[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base with adapters. `style`: how the last adapter's training data was formatted, if recorded."""
+    """A base with adapters. `style`, `options`: how the last adapter's training data was formatted, if recorded."""
 
     model: Any
     tokenizer: Any
     names: list[str]
     style: Style | None
+    options: ChatOptions
 
     def style_for(self, template: Style | Literal["auto"]) -> Style:
         """Choose how to format a prompt. "auto": as in training, else with the chat template if there is one.
@@ -69,21 +70,47 @@ def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
     }
 
 
-def load(model: str, adapters: list[str], precision: str = "auto") -> Loaded:
+def load(
+    model: str,
+    adapters: list[str],
+    precision: str = "auto",
+    chat_template: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Load the base and attach the adapters; the last one is active."""
-    return attached(model, read(model, adapters), precision)  # adapters first, to fail early
+    return attached(model, read(model, adapters), precision, chat_template, kwargs)  # adapters first, to fail early
 
 
-def attached(model: str, values: Mapping[str, Adapter], precision: str = "auto") -> Loaded:
-    """Load the base and attach adapters that have been read."""
+def attached(
+    model: str,
+    values: Mapping[str, Adapter],
+    precision: str = "auto",
+    chat_template: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    date: str | None = None,
+) -> Loaded:
+    """Load the base and attach adapters that have been read.
+
+    Conversations are formatted as in the last adapter's training, with its chat template, template variables and date,
+    unless others are given (`chat_template`: a file, `kwargs`, `date`). Generation also stops at the end tokens that
+    any of the adapters has learned.
+    """
     from ...bases.device import choose_device, choose_dtype
-    from ...bases.load import load_model, load_tokenizer
+    from ...bases.load import load_model, load_tokenizer, stop_at
+    from ...data.chat_record import ChatRecord
+    from ...data.templates import ChatOptions, read_template, with_template
     from ...model.attach import attach
 
+    template = None if chat_template is None else read_template(chat_template)
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
-    style = None
+    tokenizer = load_tokenizer(model)
+    record = ChatRecord()
     for name, value in values.items():
         attach(base, value, name)
-        style = (value.metadata.get("data") or {}).get("template")
-    return Loaded(base, load_tokenizer(model), list(values), style if style in ("none", "chat", "plain") else None)
+        record = ChatRecord.of(value.metadata)
+        ends = tokenizer.convert_tokens_to_ids(list(record.end_tokens))
+        stop_at(base, [token for token in ends if token is not None])
+    tokenizer = with_template(tokenizer, template or record.template, chat_template or "chat_template")
+    options = ChatOptions({**record.options.kwargs, **(kwargs or {})}, record.options.date if date is None else date)
+    return Loaded(base, tokenizer, list(values), record.style, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,17 @@ Split = Annotated[str | None, typer.Option(help="the data's split, if it has sev
 Columns = Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
 DataTemplate = Annotated[Literal["auto", "chat", "plain"], typer.Option(help="how conversations are formatted")]
+Turns = Annotated[
+    Literal["all", "last"], typer.Option(help="train every answer of a conversation, or only the last one")
+]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="a file with the chat template (Jinja) to use instead of the model's")
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(metavar="NAME=VALUE,...", help="further variables of the chat template: enable_thinking=false"),
+]
+Date = Annotated[str | None, typer.Option(help="the date that the chat template writes, YYYY-MM-DD")]
 
 
 def pairs(text: str | None, what: str) -> dict[str, str]:
@@ -25,3 +36,16 @@ def pairs(text: str | None, what: str) -> dict[str, str]:
     if not all(sep for _, sep, _ in parts):
         raise ConfigError(f"{what}: expected NAME=VALUE,... (got '{text}')")
     return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def template_kwargs(text: str | None) -> dict[str, Any]:
+    """Parse --chat-template-kwargs: `a=b,c=d` or {a: b}, with YAML values. Raises ConfigError for anything else."""
+    import yaml
+
+    what = "--chat-template-kwargs"
+    try:
+        if text and text.lstrip().startswith("{"):
+            return dict(yaml.safe_load(text))
+        return {name: yaml.safe_load(value) for name, value in pairs(text, what).items()}
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: expected NAME=VALUE,... (got '{text}')") from error

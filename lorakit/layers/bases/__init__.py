@@ -1,4 +1,4 @@
-"""How a base's weight is stored (see `base_weight`): a file for each library, found by asking all of them."""
+"""Ways of storing a base's weight (see `base_weight`): one file per library, which says what modules it owns."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ _PROTOCOL, _LAST = "base_weight", "dense"
 
 
 def base_of(module: nn.Module) -> BaseWeight:
-    """How this module's weight is stored."""
+    """Return the way in which this module's weight is stored."""
     return next(kind for kind in _kinds() if kind.owns(module))
 
 
 def quantized(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules with a quantized weight, by their names."""
-    return {name: module for name, module in base_modules(model) if base_of(module).quantization is not None}
+    """Return the modules with a quantized weight, by name."""
+    kinds = [kind for kind in _kinds() if kind.quantization is not None]
+    return {name: module for name, module in base_modules(model) if any(kind.owns(module) for kind in kinds)}
 
 
 def fingerprinted(module: nn.Module) -> Quantized:
-    """A quantized weight as a base's fingerprint takes it: in the shape and order of the weight that was quantized."""
+    """Describe a quantized weight for a fingerprint: in the shape and order of the weight before quantization."""
     base = base_of(module)
     shape, is_meta = base.shape(module), base.device(module).type == "meta"
     if not base.is_turned(module):
@@ -40,14 +41,15 @@ def fingerprinted(module: nn.Module) -> Quantized:
     return Quantized((columns, rows), turned, is_meta)
 
 
-def elements(module: nn.Module) -> int:
-    """How many elements the dense weight has."""
-    return math.prod(base_of(module).shape(module))
+def parameter_count(model: nn.Module) -> int:
+    """Count a model's parameters, including adapters'; a quantized weight counts as its dense one."""
+    packed = {id(m._parameters["weight"]): math.prod(base_of(m).shape(m)) for m in quantized(model).values()}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
 
 @cache
 def _kinds() -> tuple[BaseWeight, ...]:
-    """Those of every file. Dense is asked last: it owns what no other does."""
+    """Load the objects of all files. Dense is last: it owns what no other does."""
     names = {file.name for file in iter_modules(__path__)} - {_PROTOCOL}
     files = [import_module(f".{name}", __name__) for name in sorted(names, key=lambda name: name == _LAST)]
     return tuple(kind for file in files for kind in file.KINDS)

@@ -1,14 +1,14 @@
-"""What a way of storing a base's weight offers: as an ordinary tensor, or quantized by some library.
+"""The interface to a base's weight, whether it is an ordinary tensor or quantized by some library.
 
-Whatever reads or writes that weight as a matrix of numbers asks the file that owns the module: the shape and device of
-fresh factors, merging, the fingerprint, the summary. Computing does not: an adapted module calls its own class's
-forward, which knows its storage, and adds its updates to the output.
+All code that reads or writes the weight's elements uses this interface: the shape and device of new factors, merging,
+the fingerprint, the summary. The forward does not: an adapted module calls its own class's forward, which knows the
+storage, and adds its updates to the output.
 
 "The dense weight" is the one that the module computes with, in the layout of its class: [out, in] of a linear, [in,
 out] of transformers' Conv1D, [out, in/groups, *k] of a convolution, [vocab, dim] of an embedding.
 
-A way of storing is an object in a file's `KINDS`. No file imports the library that it is for: a
-module of that library exists only in a process that has imported it already.
+Each way of storing a weight is an object in a file's `KINDS`. No file imports its library: a module of that library
+exists only in a process that has already imported it.
 """
 
 from __future__ import annotations
@@ -22,41 +22,42 @@ from torch import Tensor, nn
 class BaseWeight(Protocol):
     """One way of storing a weight. It holds no state: everything is read from the module it is given."""
 
-    quantization: ClassVar[str | None]  # what it is called in messages; None where nothing is quantized
+    quantization: ClassVar[str | None]  # its name in messages; None if the weight is not quantized
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this module's weight is stored in this way."""
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
-        """The dense weight's shape."""
+        """Return the dense weight's shape."""
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dense weight's dtype; of a quantized one that of what was quantized, as far as it is known."""
+        """Return the dense weight's dtype; for a quantized one, the dtype before quantization, if it is known."""
 
     def device(self, module: nn.Module) -> torch.device:
-        """Where the weight lies."""
+        """Return the weight's device."""
 
     def dense(self, module: nn.Module) -> Tensor:
-        """The dense weight, detached. Of an unquantized base it is the weight itself and no copy.
-        StateError where the storage cannot be read.
+        """Return the dense weight, detached; for an unquantized base without a copy.
+
+        Raises StateError if the storage cannot be read.
         """
 
     def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
-        """The dense weight's elements at flat positions `at` [n], and how far each may lie from the element that was
-        quantized [n]. Both float32.
+        """Return the dense weight's elements at flat positions `at` [n], and the largest error of each due to
+        quantization: both [n], float32.
         """
 
     def is_turned(self, module: nn.Module) -> bool:
-        """Whether the module that was quantized stores its weight the other way round (a Conv1D, made a linear)."""
+        """Whether the module had a transposed weight before quantization (a Conv1D that became a linear)."""
 
     def writable(self, module: nn.Module, name: str) -> Tensor:
-        """The tensor that ΔW may be added to in place. `name`: the module's. StateError where there is none."""
+        """Return the tensor to add ΔW to in place. `name`: the module's. Raises StateError if there is none."""
 
     def check(self, module: nn.Module, name: str) -> None:
-        """StateError if this module cannot carry or pass gradients to an update any more. `name`: the module's."""
+        """Raise StateError if this module can no longer be adapted or pass gradients on. `name`: the module's."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Keep the module's own forward from changing how the weight is stored, while adapters are on the model."""
+        """Keep the module's own forward from changing the storage while adapters are attached."""
 
     def restore(self, module: nn.Module) -> None:
         """Undo `prepare`."""

@@ -1,10 +1,10 @@
-"""Weights that bitsandbytes has quantized: NF4 and FP4 in blocks (Dettmers et al. 2023), int8 by rows (2022).
+"""Weights quantized by bitsandbytes: NF4 and FP4 in blocks (Dettmers et al. 2023), int8 by rows (2022).
 
-    4 bits    W ≈ code[index] · absmax of the block of 64        code: 16 values in [-1, 1]; packed two indices a byte
+    4 bits    W ≈ code[index] · absmax of the block of 64        code: 16 values in [-1, 1]; two indices per byte
               with double quantization: absmax ≈ code₂[index] · absmax₂ of 256 blocks + offset
     8 bits    W ≈ index · absmax of the row / 127                index: int8 [out, in]
 
-Each element was rounded to the nearest code, so the unquantized one lies within half the distance to the next code.
+Each element was rounded to the nearest code, so its error is at most half the distance to the next code.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from ...errors import StateError
 from .base_weight import BaseWeight
 
-_REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' own switch, see `FourBit.prepare`
-_KEPT = "_lora_repacks"  # marks a module whose switch was on
-_MERGE = (
-    "  keep the adapter unmerged (lorakit.detach takes it off), or merge it into the unquantized base: lorakit merge "
-    "BASE ADAPTER OUT"
-)
+_REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag, see `FourBit.check`
+_ORIGINAL = "_lora_repacks"  # marks a module whose flag was set
+_MERGE = "  keep the adapter unmerged, or merge it into the unquantized base: lorakit merge BASE ADAPTER OUT"
 
 
 class FourBit:
@@ -32,7 +29,7 @@ class FourBit:
     quantization: ClassVar[str | None] = "bitsandbytes, 4 bits"
 
     def owns(self, module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
+        weight: Any = module._parameters.get("weight")
         return _is(weight, "Params4bit") and weight.quant_state is not None  # without a state it is not quantized yet
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
@@ -69,39 +66,39 @@ class FourBit:
 
     def writable(self, module: nn.Module, name: str) -> Tensor:
         raise StateError(
-            f"'{name}' is quantized ({self.quantization}): with ΔW it would have to be rounded to 16 values a block "
-            f"again, and most of ΔW would be lost\n{_MERGE}"
+            f"'{name}' is quantized ({self.quantization}): merging would round it to 16 values per block again, and "
+            f"lose most of ΔW\n{_MERGE}"
         )
 
     def check(self, module: nn.Module, name: str) -> None:
-        """bitsandbytes repacks a weight for good in the first evaluation on a CPU with AVX512-BF16: absmax loses half
-        of its digits, and what the module computes has no gradients any more.
+        """Raise StateError for a repacked weight. In the first evaluation on a CPU with AVX512-BF16, bitsandbytes
+        repacks a weight permanently: absmax loses half of its digits, and the module passes no gradients on.
         """
         if getattr(_state(module), "packing_format_for_cpu", False):
             raise StateError(
-                f"'{name}' was repacked by bitsandbytes when the model was evaluated, and passes no gradients now\n"
-                "  load the base again, and attach before it is called"
+                f"'{name}' was repacked by bitsandbytes when the model was evaluated, and no longer passes gradients\n"
+                "  load the base again, and attach the adapter before calling the model"
             )
 
     def prepare(self, module: nn.Module) -> None:
         if getattr(module, _REPACKS, False):
-            module.__dict__[_KEPT] = True
+            module.__dict__[_ORIGINAL] = True
             setattr(module, _REPACKS, False)
 
     def restore(self, module: nn.Module) -> None:
-        if module.__dict__.pop(_KEPT, False):
+        if module.__dict__.pop(_ORIGINAL, False):
             setattr(module, _REPACKS, True)
 
 
 class EightBit:
-    """LLM.int8(): an `Int8Params` of int8, its rows' absmax beside it; bitsandbytes moves that from the weight to the
+    """LLM.int8(): an `Int8Params` of int8 with its rows' absmax, which bitsandbytes moves from the weight to the
     module's state in the first forward.
     """
 
     quantization: ClassVar[str | None] = "bitsandbytes, 8 bits"
 
     def owns(self, module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
+        weight: Any = module._parameters.get("weight")
         return _is(weight, "Int8Params") and weight.dtype == torch.int8
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
@@ -126,21 +123,20 @@ class EightBit:
 
     def writable(self, module: nn.Module, name: str) -> Tensor:
         raise StateError(
-            f"'{name}' is quantized ({self.quantization}): with ΔW it would have to be rounded again, and part of ΔW "
-            f"would be lost\n{_MERGE}"
+            f"'{name}' is quantized ({self.quantization}): merging would round it again, and lose part of ΔW\n{_MERGE}"
         )
 
     def check(self, module: nn.Module, name: str) -> None:
-        """Nothing can be wrong."""
+        """Do nothing: it can always be adapted."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Nothing changes it."""
+        """Do nothing: its forward does not change the storage."""
 
     def restore(self, module: nn.Module) -> None:
-        """Nothing was prepared."""
+        """Do nothing, as `prepare`."""
 
     def _steps(self, module: nn.Module) -> Tensor:
-        """The distance of two codes in each row, [out, 1], float32."""
+        """Return the distance between adjacent codes in each row: [out, 1], float32."""
         own = getattr(_weight(module), "SCB", None)
         state: Any = module.state
         absmax: Tensor = own if own is not None else state.SCB
@@ -165,7 +161,7 @@ def _functional() -> Any:
 
 
 def _was_conv1d(module: nn.Module) -> bool:
-    """transformers quantizes GPT-2's Conv1D as a linear of the transposed weight, and notes the class."""
+    """Whether this linear was GPT-2's Conv1D: transformers quantizes its transposed weight, and records the class."""
     return getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
 
 

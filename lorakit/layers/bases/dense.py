@@ -1,4 +1,4 @@
-"""An ordinary weight: a tensor of floating-point numbers, whatever module holds it."""
+"""An ordinary weight: a floating-point tensor, in any module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Dense:
-    """The weight is the module's `weight`; of a parametrized module the one computed from its parameters."""
+    """The module's `weight`; in a parametrized module, the one computed from its parameters."""
 
     quantization: ClassVar[str | None] = None
 
@@ -44,9 +44,9 @@ class Dense:
         weight = _weight(module)
         if "weight" not in module._parameters:
             raise StateError(
-                f"the weight of '{name}' is computed from others (a parametrization such as weight_norm), so nothing "
-                "can be added to it\n"
-                "  keep the adapter unmerged, or take the parametrization off: "
+                f"the weight of '{name}' is computed from other parameters (a parametrization such as weight_norm), so "
+                "ΔW cannot be added to it\n"
+                "  keep the adapter unmerged, or remove the parametrization: "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
         if weight.is_meta:
@@ -56,19 +56,19 @@ class Dense:
             )
         if weight.dtype not in _FLOATS:
             raise StateError(
-                f"'{name}' holds {weight.dtype} (quantized?), which cannot be merged in place\n"
+                f"'{name}' has a weight of {weight.dtype} (quantized?), which cannot be merged in place\n"
                 "  merge into the unquantized base"
             )
         return weight
 
     def check(self, module: nn.Module, name: str) -> None:
-        """Nothing can be wrong."""
+        """Do nothing: it can always be adapted."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Nothing changes it."""
+        """Do nothing: its forward does not change the storage."""
 
     def restore(self, module: nn.Module) -> None:
-        """Nothing was prepared."""
+        """Do nothing, as `prepare`."""
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -1,1 +1,1 @@
-"""Batches whose rows have adapters of their own: which adapter each row uses, and factors stacked for few products."""
+"""Batches that mix adapters: which adapter each row uses, and stacked factors for few matrix products."""

@@ -1,4 +1,4 @@
-"""A batch that trains several adapters with equally many rows each: their updates as one, batched over row groups."""
+"""Batch the updates of several adapters that train together with equally many rows each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """The update of an adapter for each group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`). None: none
-    has one there.
-    """
+    """One update per group of rows: A [G, r, in], B [G, out, r] (see `ops.projections`); None if no adapter has one."""
 
     A: Tensor | None
     B: Tensor | None
@@ -27,38 +25,41 @@ class Group(NamedTuple):
 
 
 def group(layer: LoraLayer, x: Tensor) -> Group | None:
-    """The batch's adapters on this layer as one, for training; None if they differ in more than rank and scale."""
+    """Batch the adapters' updates of this layer for training; None if they differ in more than rank and scale.
+
+    x: the layer's input, [rows, ..., in].
+    """
     routing = layer.lora_route
     assert routing is not None
     modules = layer._modules
     children = [modules[c].pair() if c in modules else None for c, _ in routing.groups]
     weights = [w for _, w in routing.groups]
-    used: list[Pair] = [f for f in children if f is not None]
+    pairs: list[Pair] = [f for f in children if f is not None]
     if not routing.groups or not routing.tokens(layer, x) or routing.unpaired(layer):
         return None
-    if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in used):
-        return None  # no gradient: `_stacked` is faster
-    if not used:
+    if not layer.training and not x.requires_grad and not any(f.A.requires_grad or f.B.requires_grad for f in pairs):
+        return None  # without gradients, `routes._stacked` is faster
+    if not pairs:
         return Group(None, None, 1.0, 0.0)
-    first = used[0]
-    dropouts = {f.dropout if layer.training else 0.0 for f in used}
-    ranks = [f.B.shape[-1] for f in used]
+    first = pairs[0]
+    dropouts = {f.dropout if layer.training else 0.0 for f in pairs}
+    ranks = [f.B.shape[-1] for f in pairs]
     if (
         len(dropouts) > 1
-        or any(f.B.dim() == 3 or f.A.dtype != first.A.dtype for f in used)
+        or any(f.B.dim() == 3 or f.A.dtype != first.A.dtype for f in pairs)
         or max(ranks) * len(children) > EXCESS * sum(ranks)
     ):
         return None
     scales = [0.0 if f is None else f.scale * w for f, w in zip(children, weights, strict=True)]
-    A = torch.stack([_filled(None if f is None else f.A, first.A, 0, max(ranks)) for f in children])
-    B = torch.stack([_filled(None if f is None else f.B, first.B, 1, max(ranks)) for f in children])
+    A = torch.stack([_padded(None if f is None else f.A, first.A, 0, max(ranks)) for f in children])
+    B = torch.stack([_padded(None if f is None else f.B, first.B, 1, max(ranks)) for f in children])
     if len(set(scales)) > 1:
         scales, B = [1.0], B * torch.tensor(scales, dtype=B.dtype, device=B.device).view(-1, 1, 1)
     return Group(A, B, scales[0], dropouts.pop())
 
 
-def _filled(factor: Tensor | None, like: Tensor, axis: int, rank: int) -> Tensor:
-    """A factor with zeros up to this rank on `axis`; for one that is missing zeros, like another."""
+def _padded(factor: Tensor | None, like: Tensor, axis: int, rank: int) -> Tensor:
+    """Pad a factor with zeros to this rank on `axis`; None gives zeros of the shape of `like`."""
     if factor is None:
         return like.new_zeros([rank if i == axis else size for i, size in enumerate(like.shape)])
     missing = rank - factor.shape[axis]

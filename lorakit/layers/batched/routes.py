@@ -1,11 +1,10 @@
-"""What an adapted module computes while each row of the batch, or each token, has an adapter of its own
-(`lorakit.route`).
+"""The forward of adapted modules inside `lorakit.route`, where each row of the batch, or each token, has its adapter.
 
     y[n] = base(x)[n] + Σ_k w[n, k] · update_k(x[n])        w: [rows, adapters], a row of zeros for the base alone
 
-`Routing` holds one batch's choices, and what the layers derive from them once and share. `Routes` holds what outlives a
-batch: the layers, their stacks (see `stacks`), and the last batches' routings. Where choices are for tokens, each token
-is a row here.
+`Routing` has one batch's choices, and what layers derive from them once and share. `Routes` has what outlives a batch:
+the layers, their stacks (see `stacks`), and the last batches' routings. With choices per token, each token is a row
+here.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Choice = tuple[tuple[str, float], ...]  # (a child's name, its weight), ...; () 
 
 
 class Chosen(NamedTuple):
-    """Choices, one for each row or token. `repeat`: each stands for so many rows."""
+    """A batch's choices, one per row or token. `repeat`: consecutive rows per choice."""
 
     choices: tuple[Choice, ...]
     repeat: int = 1
@@ -44,7 +43,7 @@ class Chosen(NamedTuple):
 
 
 class Routes:
-    """What a model keeps between batches."""
+    """What `route` caches on a model between batches. `names`: layer -> full name."""
 
     def __init__(self, names: dict[LoraLayer, str]):
         self.names = names
@@ -52,37 +51,40 @@ class Routes:
         self.last: dict[Chosen, Routing] = {}
 
     def __reduce__(self):
-        return type(None), ()  # a copy of a model makes its own
+        return type(None), ()  # a copy of the model builds its own
 
     def routing(self, chosen: Chosen) -> Routing:
-        """The routing of such a batch; a server asks for the same one at every step."""
-        found = self.last.get(chosen)
-        if found is None:
+        """Return the routing for these choices. The last ones are cached, as a server repeats one at every step."""
+        routing = self.last.get(chosen)
+        if routing is None:
             while len(self.last) >= 8:
                 del self.last[next(iter(self.last))]
-            found = self.last[chosen] = Routing(self, chosen)
-        self.stacks.begin(found.children)
-        return found
+            routing = self.last[chosen] = Routing(self, chosen)
+        self.stacks.begin(routing.children)
+        return routing
 
     def attached(self, child: str, names: Mapping[LoraLayer, str]) -> None:
-        """An adapter was attached to these layers."""
+        """Note that an adapter was attached to these layers. `names`: layer -> full name."""
         for layer, name in names.items():
             self.names.setdefault(layer, name)
             self.stacks.joined(layer, layer._modules[child].width)
 
-    def detached(self, child: str, ranks: Mapping[LoraLayer, int], left: set[LoraLayer]) -> None:
-        """An adapter was detached from these layers; on those of `left` others are. Keeps nothing of it."""
+    def detached(self, child: str, ranks: Mapping[LoraLayer, int], still_adapted: set[LoraLayer]) -> None:
+        """Drop all that is cached of an adapter that was detached from these layers, of these ranks.
+
+        `still_adapted`: the layers that have other adapters.
+        """
         self.last = {chosen: routing for chosen, routing in self.last.items() if child not in routing.children}
         for layer, rank in ranks.items():
-            self.stacks.forget(layer, child, rank, last=layer not in left)
-            if layer not in left:
+            self.stacks.forget(layer, child, rank, last=layer not in still_adapted)
+            if layer not in still_adapted:
                 del self.names[layer]
                 for routing in self.last.values():
                     routing.forget(layer)
 
 
 class Routing:
-    """A batch's choices, and what the layers derive from them once and share."""
+    """One batch's choices, and what layers derive from them once and share."""
 
     def __init__(self, routes: Routes, chosen: Chosen):
         self.routes = routes
@@ -94,71 +96,71 @@ class Routing:
         self._unpaired: dict[LoraLayer, list[str]] = {}
 
     def __reduce__(self):
-        return type(None), ()  # a copy of a model is not inside `route`
+        return type(None), ()  # a copy of the model is not inside `route`
 
     def forget(self, layer: LoraLayer) -> None:
+        """Drop what is cached for a layer."""
         self._uses.pop(layer, None)
         self._unpaired.pop(layer, None)
 
     def unpaired(self, layer: LoraLayer) -> list[str]:
-        """The adapters whose update of this layer is no pair of matrices."""
-        found = self._unpaired.get(layer)
-        if found is None:
+        """Return the adapters whose update of this layer is not a pair of matrices."""
+        children = self._unpaired.get(layer)
+        if children is None:
             modules = layer._modules
-            found = self._unpaired[layer] = [c for c in self.children if c in modules and modules[c].pair() is None]
-        return found
+            children = self._unpaired[layer] = [c for c in self.children if c in modules and modules[c].pair() is None]
+        return children
 
     def tokens(self, layer: LoraLayer, x: Tensor) -> int:
-        """Tokens (positions) of x: [rows, ..., in] that each choice stands for. StateError if x has another number of
-        rows.
+        """Return the number of tokens (positions) of x [rows, ..., in] per choice.
+
+        Raises StateError if x has another number of rows or tokens than there are choices.
         """
-        wanted = len(self.choices)
+        count = len(self.choices)
         if self.per_token:
             self._check_tokens(layer, x.shape[:-1])
-            return 1 if wanted else 0
+            return 1 if count else 0
         rows = x.shape[0] if x.dim() > 1 else 0
-        # As many rows as choices, whatever `repeat`: an encoder runs before rows are repeated for beams.
-        if rows in (wanted * self.repeat, wanted):
-            return x.numel() // (x.shape[-1] * wanted) if wanted and x.numel() else 0
+        # Rows without `repeat` are accepted too: an encoder runs before rows are repeated for beams.
+        if rows in (count * self.repeat, count):
+            return x.numel() // (x.shape[-1] * count) if count and x.numel() else 0
         raise self._wrong(layer, rows)
 
     def _check_tokens(self, layer: LoraLayer, shape: Sequence[int]) -> None:
-        """StateError unless `shape`, of what a layer is given without its features, is one axis of as many tokens as
-        there are choices.
-        """
-        wanted = len(self.choices)
+        """Raise StateError unless `shape`, the input's without features, is one axis with a token for each choice."""
+        expected = len(self.choices)
         long = [size for size in shape if size != 1] or [1]
-        if shape and long == [wanted]:
+        if shape and long == [expected]:
             return
         name, count = self._name(layer), torch.Size(shape).numel()
-        if shape and count == wanted and len(long) > 1:
+        if shape and count == expected and len(long) > 1:
             raise StateError(
                 f"'{name}' was given {' x '.join(map(str, shape))} tokens inside lorakit.route(per='token'); expected "
-                f"one row of {wanted}\n"
-                "  put the rows behind each other as [1, tokens], or choose per row: lorakit.route(model, choices) "
-                "without `per`"
+                f"one row of {expected}\n"
+                "  concatenate the rows to [1, tokens], or choose per row: lorakit.route(model, choices) without `per`"
             )
         hint = (
-            f"each of the {count} tokens needs its choice, also the prompt's and padding"
-            if count > wanted
+            f"each of the {count} tokens needs a choice, including the prompt's and padding"
+            if count > expected
             else (
-                "every adapted module must be given all tokens; leave those that see some of them (pooled, routed to "
-                "experts) without adapter"
+                "every adapted module must get all tokens; do not adapt modules that see only some of them (pooled, "
+                "routed to experts)"
             )
         )
         raise StateError(
-            f"'{name}' was given {count} tokens inside lorakit.route(per='token'); expected {wanted}, one per choice\n"
-            f"  {hint}"
+            f"'{name}' was given {count} tokens inside lorakit.route(per='token'); expected {expected}, one per "
+            f"choice\n  {hint}"
         )
 
     def _wrong(self, layer: LoraLayer, rows: int) -> StateError:
-        wanted = len(self.choices)
-        expected = f"{wanted} x repeat={self.repeat}" if self.repeat > 1 else f"{wanted}, one per choice"
+        """Build the error for an input with another number of rows than there are choices."""
+        count = len(self.choices)
+        expected = f"{count} x repeat={self.repeat}" if self.repeat > 1 else f"{count}, one per choice"
         hint = (
-            f"each row seems to come {rows // wanted} times, as with beams: lorakit.route(model, choices, "
-            f"repeat={rows // wanted})"
-            if wanted and rows > wanted and rows % wanted == 0
-            else "the first axis of what an adapted module is given must be the batch's rows"
+            f"each row seems to occur {rows // count} times, as with beams: lorakit.route(model, choices, "
+            f"repeat={rows // count})"
+            if count and rows > count and rows % count == 0
+            else "the first axis of an adapted module's input must be the batch's rows"
         )
         return StateError(
             f"'{self._name(layer)}' was given {rows} rows inside lorakit.route; expected {expected}\n  {hint}"
@@ -168,23 +170,21 @@ class Routing:
         return self.routes.names.get(layer, type(layer).__name__)
 
     def as_rows(self, layer: LoraLayer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer is given and what its base makes of it, with an axis of rows first: as they are, or one row for
-        each token.
-        """
+        """Return the base's output y and the input x with an axis of rows first; with choices per token, of tokens."""
         if not self.per_token:
             return y, x
         if layer.lora_kind == "conv":
             raise StateError(
-                f"'{self._name(layer)}' is a convolution, which mixes neighbouring tokens, so they cannot have "
-                "adapters of their own\n"
-                "  give each adapter's tokens a row of their own: lorakit.route(model, choices) without `per`"
+                f"'{self._name(layer)}' is a convolution, which mixes neighbouring tokens, so its adapters cannot be "
+                "chosen per token\n"
+                "  put each adapter's tokens into a separate row: lorakit.route(model, choices) without `per`"
             )
         axes = y.dim() - 1  # all but the features; an embedding's ids have none
         self._check_tokens(layer, x.shape[:axes])
         return y.reshape(-1, y.shape[-1]), x.reshape(-1, *x.shape[axes:])
 
     def share(self, layer: LoraLayer, child: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of x that use an adapter, and their weights."""
+        """Return the indices of the rows of x that use an adapter, and their weights."""
         if x.shape[0] not in (len(self.choices) * self.repeat, len(self.choices)):
             raise self._wrong(layer, x.shape[0])
         times = x.shape[0] // max(len(self.choices), 1)
@@ -201,12 +201,11 @@ class Routing:
     def add_updates(
         self, layer: LoraLayer, y: Tensor, x: Tensor, children: Sequence[str] | None = None, y0: Tensor | None = None
     ) -> Tensor:
-        """y plus each row's updates, one adapter after the other: for every kind of layer and update, with whatever
-        autograd makes of it.
+        """Return y plus each row's updates, one adapter after the other, for any kind of layer and update.
 
-        `children`: of these adapters alone. `y0`: the base's output, if y holds more already.
+        `children`: only these adapters; `y0`: the base's output, if y already includes updates.
         """
-        whole = y
+        original = y
         y0 = self.as_rows(layer, y if y0 is None else y0, x)[0]
         y, x = self.as_rows(layer, y, x)
         for child in self.children if children is None else children:
@@ -221,10 +220,10 @@ class Routing:
                 change = update.change(layer, x.index_select(0, rows), y0.index_select(0, rows))
             weights = weights.to(change.dtype).view(-1, *(1 for _ in change.shape[1:]))
             y = y.index_add(0, rows, (change * weights).to(y.dtype))
-        return y.view_as(whole)
+        return y.view_as(original)
 
     def stack(self, layer: LoraLayer, y: Tensor) -> Stack | None:
-        """The layer's stack with all that this batch names, or None if it names none that is on this layer."""
+        """Return the layer's stack with all adapters of this batch in it; None if none of them is on this layer."""
         uses, stacks = self._uses.get(layer), self.routes.stacks
         if uses is not None and uses.stack is stacks.of.get(layer) and uses.stack.fits(y) and uses.valid():
             return uses.stack
@@ -236,20 +235,20 @@ class Routing:
         return uses.stack
 
     def add(self, stack: Stack, tokens: int, y: Tensor, x: Tensor) -> None:
-        """Write the updates into y: [N, out], contiguous, for x: [N, in]; `tokens` of each row."""
+        """Add the updates to y in place. y: [N, out], contiguous, x: [N, in]; `tokens`: of each row."""
         size = x.shape[1] + y.shape[1]
         key = (stack.layout, tokens, size, y.dtype, y.device)
         if key not in self._shared:
-            self._shared[key] = self._how(stack, tokens, size, y)
-        how, order = self._shared[key]
-        if isinstance(how, Pattern):
-            add_sampled(y, x, stack.A, stack.Bt, how)
+            self._shared[key] = self._plan(stack, tokens, size, y)
+        plan, order = self._shared[key]
+        if isinstance(plan, Pattern):
+            add_sampled(y, x, stack.A, stack.Bt, plan)
         else:
-            stacked.add_stacked(y, x, stack.pieces(how, order), how)
+            stacked.add_stacked(y, x, stack.pieces(plan, order), plan)
 
-    def _how(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
-        """How the updates are computed, and of which adapters side by side; None for those of the stack wherever they
-        lie.
+    def _plan(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
+        """Plan how to compute the updates. Returns the order in which adapters must be adjacent, None if it does not
+        matter.
         """
         layout = stack.layout
         children = [c for c in self.children if c in layout.places]
@@ -268,34 +267,35 @@ class Routing:
         rows = self._rows({c: (k, 1.0) for k, c in enumerate(order.children)})
         return schedule_rows(rows, order.ranks, tokens, size, y), order
 
-    def segments(self, place: Mapping[str, tuple[int, float]], tokens: int, x: Tensor) -> Segments:
-        key = (tuple(place.items()), tokens, x.dtype, x.device)
+    def segments(self, adapters: Mapping[str, tuple[int, float]], tokens: int, x: Tensor) -> Segments:
+        """Divide the batch into segments. `adapters`: see `_rows`; `tokens`: of each row."""
+        key = (tuple(adapters.items()), tokens, x.dtype, x.device)
         if key not in self._shared:
-            self._shared[key] = segments(self._rows(place), tokens, x)
+            self._shared[key] = segments(self._rows(adapters), tokens, x)
         return self._shared[key]
 
-    def _rows(self, place: Mapping[str, tuple[int, float]]) -> list[Row]:
-        """`place`: of each adapter on the layer its number and scale."""
-        read: dict[Choice, Row] = {}
+    def _rows(self, adapters: Mapping[str, tuple[int, float]]) -> list[Row]:
+        """Return each row's adapters. `adapters`: child -> (index, scale) of those on the layer."""
+        resolved: dict[Choice, Row] = {}
         for choice in self.choices:
-            if choice not in read:
-                read[choice] = tuple(sorted((place[c][0], place[c][1] * w) for c, w in choice if c in place))
-        return [read[choice] for choice in self.choices]
+            if choice not in resolved:
+                resolved[choice] = tuple(
+                    sorted((adapters[c][0], adapters[c][1] * w) for c, w in choice if c in adapters)
+                )
+        return [resolved[choice] for choice in self.choices]
 
 
 def _groups(choices: tuple[Choice, ...]) -> Choice:
-    """The adapters with their weights, if each has as many rows as the others, all side by side, and one adapter only;
-    else ().
-    """
+    """Return the adapters with their weights if each has equally many, adjacent rows of its own; else ()."""
     runs = [(choice, len(list(same))) for choice, same in itertools.groupby(choices)]
-    alone = all(len(choice) == 1 for choice, _ in runs)
-    if not alone or len({rows for _, rows in runs}) > 1 or len({choice[0][0] for choice, _ in runs}) < len(runs):
+    single = all(len(choice) == 1 for choice, _ in runs)
+    if not single or len({rows for _, rows in runs}) > 1 or len({choice[0][0] for choice, _ in runs}) < len(runs):
         return ()
     return tuple(choice[0] for choice, _ in runs)
 
 
 def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
-    """A linear layer's output. `base`: its own forward."""
+    """Compute a routed linear's output. `base`: the module's own forward."""
     routing = layer.lora_route
     assert routing is not None
     tokens = routing.tokens(layer, x)
@@ -305,55 +305,56 @@ def linear(layer: LoraLayer, base: Callable[..., Tensor], x: Tensor, *args, **kw
     if not unpaired:
         return _pairs(layer, routing, tokens, base, x, *args, **kwargs)
     y0 = base(x, *args, **kwargs)
-    y = _pairs(layer, routing, tokens, lambda *_, **__: y0.clone(), x, *args, **kwargs)  # it may be written into
+    y = _pairs(layer, routing, tokens, lambda *_, **__: y0.clone(), x, *args, **kwargs)  # a clone, to be written into
     return routing.add_updates(layer, y, x, unpaired, y0)
 
 
 def _pairs(
     layer: LoraLayer, routing: Routing, tokens: int, base: Callable[..., Tensor], x: Tensor, *args, **kwargs
 ) -> Tensor:
-    """The output with those updates that are pairs of matrices."""
+    """Compute the output with the updates that are pairs of matrices."""
     plain = needs_plain()
     if not (plain or layer.training or torch.is_grad_enabled()):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
     modules = layer._modules
-    used: dict[str, Pair] = {
+    pairs: dict[str, Pair] = {
         c: pair for c in routing.children if c in modules and (pair := modules[c].pair()) is not None
     }
-    if not used:
+    if not pairs:
         return base(x, *args, **kwargs)
-    together = None if plain else group(layer, x)
-    if together is not None and together.A is not None and together.B is not None:
-        mask = mask_for(x, together.dropout, layer) if together.dropout else None
-        return add_low_rank(_own(layer, base(x, *args, **kwargs)), x, together.A, together.B, together.scale, mask)
-    if plain or (layer.training and any(f.dropout for f in used.values())):
-        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
+    grouped = None if plain else group(layer, x)
+    if grouped is not None and grouped.A is not None and grouped.B is not None:
+        mask = mask_for(x, grouped.dropout, layer) if grouped.dropout else None
+        return add_low_rank(_writable(layer, base(x, *args, **kwargs)), x, grouped.A, grouped.B, grouped.scale, mask)
+    if plain or (layer.training and any(f.dropout for f in pairs.values())):
+        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(pairs))
     if not (
         torch.is_grad_enabled()
-        and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in used.values()))
+        and (x.requires_grad or any(f.A.requires_grad or f.B.requires_grad for f in pairs.values()))
     ):
         return _stacked(layer, routing, tokens, base(x, *args, **kwargs), x)
-    if any(f.B.dim() == 3 for f in used.values()):  # packed
-        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(used))
-    how = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(used.items())}, tokens, x)
-    factors = [(f.A, f.B) for f in used.values()]
-    own = frozen_linear(layer, x) if not args and not kwargs and layer.lora_plain else None
-    if own is not None:
-        return add_segments(None, x, *own, how, factors)
-    return add_segments(_own(layer, base(x, *args, **kwargs)), x, None, None, how, factors)
+    if any(f.B.dim() == 3 for f in pairs.values()):  # packed
+        return routing.add_updates(layer, base(x, *args, **kwargs), x, list(pairs))
+    parts = routing.segments({c: (k, f.scale) for k, (c, f) in enumerate(pairs.items())}, tokens, x)
+    factors = [(f.A, f.B) for f in pairs.values()]
+    frozen = frozen_linear(layer, x) if not args and not kwargs and layer.lora_plain else None
+    if frozen is not None:
+        return add_segments(None, x, *frozen, parts, factors)
+    return add_segments(_writable(layer, base(x, *args, **kwargs)), x, None, None, parts, factors)
 
 
 def _stacked(layer: LoraLayer, routing: Routing, tokens: int, y: Tensor, x: Tensor) -> Tensor:
+    """Add the updates from the layer's stack, without gradients."""
     stack = routing.stack(layer, y)
     if stack is None:
         return y
-    y = _own(layer, y)
+    y = _writable(layer, y)
     with torch.no_grad():
         routing.add(stack, tokens, y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype))
     return y
 
 
-def _own(layer: LoraLayer, y: Tensor) -> Tensor:
-    """y as a contiguous tensor that may be written into."""
+def _writable(layer: LoraLayer, y: Tensor) -> Tensor:
+    """Return y as a contiguous tensor that may be written into."""
     fresh = layer.lora_fresh_output and not (y.requires_grad and y.is_leaf)
     return y.contiguous() if fresh else y.clone(memory_format=torch.contiguous_format)

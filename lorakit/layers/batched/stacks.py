@@ -1,9 +1,9 @@
-"""Factors of many adapters stacked, one stack for each routed layer, for batches that need no gradients (see `routes`).
+"""Stack the factors of many adapters, one stack per routed layer, for batches that need no gradients (see `routes`).
 
-A stack is a buffer with spare room: A [capacity, in] and s · Bᵀ [capacity, out], in the activations' precision. An
-adapter that a batch names for the first time is written into a gap, which copies its own factors and no others. It
-stays there, so that a mix that changes costs nothing while all that it names are in. When a stack may not grow any
-more, the adapters that were named least recently make room.
+A stack is a buffer with spare room: A [capacity, in] and s · Bᵀ [capacity, out], in the activations' precision. When a
+batch uses an adapter for the first time, its factors are copied into a gap, and no others are moved. It stays there, so
+changing the mix costs nothing while all its adapters are in the stack. When a stack may not grow further, the least
+recently used adapters are evicted.
 """
 
 from __future__ import annotations
@@ -25,32 +25,31 @@ from ..updates.update import LiveUpdate
 if TYPE_CHECKING:
     from ..layer import LoraLayer
 
-# All stacks of a model together hold at most this many bytes, or EXCESS times what one batch needs, if that is more;
-# and no more than SPARE times what is attached. Writing an adapter in takes longer than a step's use of it (512 -> 512,
-# rank 24, fp32, one EPYC core: 82 µs a layer against 207 for 28 rows of four adapters), so the adapters that take turns
-# should all fit: 400 of ranks 4 to 64 on eight layers of width 512 (`lorakit bench mixed`) are 3.1 GB.
+# All stacks of a model together take at most this many bytes, or EXCESS times what one batch needs, if that is more;
+# and at most SPARE times what is attached. Writing an adapter takes longer than its use in a step (512 -> 512, rank 24,
+# fp32, one EPYC core: 82 µs per layer against 207 for 28 rows of four adapters), so all adapters in use should fit: 400
+# of ranks 4 to 64 on eight layers of width 512 (`lorakit bench mixed`) are 3.1 GB.
 STACK_BYTES = 4 << 30
 EXCESS = 2
-# A stack is made with room for this many times the ranks attached to its layer. On a CPU, memory that was never written
-# to is not taken from the machine; and one in three adapters attached finds room without the others being written
-# again.
+# A stack has room for this many times the ranks attached to its layer, so that half as many again can be attached
+# without writing the others again. On a CPU, memory that was never written to is not allocated.
 SPARE = 1.5
 
-Places = dict[str, tuple[int, int]]  # child -> (its first rank, the one after its last)
+Places = dict[str, tuple[int, int]]  # child -> (its first rank, one past its last)
 
 _version = operator.attrgetter("_version")
 
 
 class Layout:
-    """Where adapters lie in a stack. Never changed; layers whose stacks are alike hold the same one, so that it need
-    not be compared.
+    """The positions of adapters in a stack. Immutable, and shared by layers with equal stacks, so that identity
+    suffices for comparing.
     """
 
     def __init__(self, capacity: int, places: Places):
         self.capacity, self.places = capacity, places
 
     def gap(self, rank: int) -> int | None:
-        """Where so many ranks fit: the first gap, so that the buffer's end stays untouched for long."""
+        """Return the start of the first gap of `rank` ranks, which keeps the buffer's end unused; None without one."""
         end = 0
         for start, stop in sorted(self.places.values()):
             if start - end >= rank:
@@ -59,41 +58,37 @@ class Layout:
         return end if self.capacity - end >= rank else None
 
 
-class Held:
-    """One adapter's pair as a stack holds it, and what tells whether the parameters it is made of still are what they
-    were then.
-    """
+class Snapshot:
+    """The parameters of an adapter's pair when it was written into a stack, to detect whether they have changed."""
 
     __slots__ = ("addresses", "counts", "parameters", "registered", "versions")
 
     def __init__(self, update: LiveUpdate):
         self.registered = update._parameters
-        self.parameters = cast("list[Tensor]", list(update._parameters.values()))  # a pair has all of its parameters
-        # Not believed twice: inference tensors, which do not count their changes, and what is trained, as some
-        # optimizers write without counting.
+        self.parameters = cast("list[Tensor]", list(update._parameters.values()))  # none of a pair's is None
+        # Never trusted: inference tensors, which have no version counter, and trained parameters, since some optimizers
+        # write without increasing it.
         self.counts = not any(p.is_inference() or p.requires_grad for p in self.parameters)
         self.versions = list(map(_version, self.parameters)) if self.counts else []
         self.addresses = list(map(Tensor.data_ptr, self.parameters))
 
 
 class Uses:
-    """Some adapters of a stack, and whether it holds them as they are now. All at once: asking one by one takes five
-    times as long.
-    """
+    """Adapters of a stack that one batch uses. They are checked all at once: one by one takes five times as long."""
 
-    def __init__(self, stack: Stack, held: Sequence[Held]):
+    def __init__(self, stack: Stack, snapshots: Sequence[Snapshot]):
         def joined(lists: Iterable[list]) -> list:
             return list(itertools.chain.from_iterable(lists))
 
         self.stack, self.layout = stack, stack.layout
-        self.counts = all(h.counts for h in held)
-        self.registered = [h.registered for h in held]
-        self.parameters: list[Tensor] = joined(h.parameters for h in held)
-        self.versions = joined(h.versions for h in held)
-        self.addresses = joined(h.addresses for h in held)
+        self.counts = all(s.counts for s in snapshots)
+        self.registered = [s.registered for s in snapshots]
+        self.parameters: list[Tensor] = joined(s.parameters for s in snapshots)
+        self.versions = joined(s.versions for s in snapshots)
+        self.addresses = joined(s.addresses for s in snapshots)
 
     def valid(self) -> bool:
-        """Whether they still have their places, and are the same parameters, not written to, not moved."""
+        """Whether the stack still has these adapters in the same places with the current values of their parameters."""
         return (
             self.counts
             and self.stack.layout is self.layout
@@ -106,72 +101,69 @@ class Uses:
 
 
 class Order:
-    """Adapters side by side for matrix products, those of equal rank next to each other (see
-    `ops.batched.schedule`).
-    """
+    """An order of adapters for matrix products, with equal ranks adjacent (see `ops.batched.schedule`)."""
 
     def __init__(self, layout: Layout, children: Iterable[str], device: torch.device):
         places = layout.places
         self.children = sorted(children, key=lambda c: (places[c][1] - places[c][0], places[c][0]))
         spans = [places[c] for c in self.children]
         self.ranks = [stop - start for start, stop in spans]
-        adjoin = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
-        self.take: slice | Tensor = slice(spans[0][0], spans[-1][1])
-        if not adjoin:
+        contiguous = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+        self.take: slice | Tensor = slice(spans[0][0], spans[-1][1])  # the ranks to take from the buffer
+        if not contiguous:
             self.take = torch.tensor([j for span in spans for j in range(*span)], device=device)
 
 
 class Stack:
-    """One layer's buffer. Plain tensors, without gradients."""
+    """One layer's buffer: plain tensors without gradients."""
 
     def __init__(self, layout: Layout, size_in: int, size_out: int, like: Tensor):
-        with torch.inference_mode(False):  # it outlives the mode of the batch that makes it
+        with torch.inference_mode(False):  # it outlives the batch, which may run in inference mode
             self.A = torch.empty(layout.capacity, size_in, dtype=like.dtype, device=like.device)
             self.Bt = torch.empty(layout.capacity, size_out, dtype=like.dtype, device=like.device)
-        self.layout, self.detached = layout, 0  # `detached`: ranks that were detached since, less those attached
-        self.held: dict[str, Held] = {}
+        self.layout, self.detached = layout, 0  # `detached`: ranks detached since, minus those attached
+        self.snapshots: dict[str, Snapshot] = {}
         self._ordered: tuple[Order, Tensor, Tensor] | None = None
         self._pieces: tuple[Schedule, list[stacked.Piece]] | None = None
 
     def fits(self, y: Tensor) -> bool:
+        """Whether it has y's dtype and device."""
         return self.A.dtype == y.dtype and self.A.device == y.device
 
     def stale(self, children: Iterable[str]) -> list[str]:
-        """Those whose factors are not in it, or have changed since."""
-        return [c for c in children if c not in self.held or not Uses(self, [self.held[c]]).valid()]
+        """Return the adapters whose factors are missing or have changed since they were written."""
+        return [c for c in children if c not in self.snapshots or not Uses(self, [self.snapshots[c]]).valid()]
 
     def write(self, child: str, update: LiveUpdate, parts: tuple[bool, ...]) -> None:
-        """Copy an adapter's pair to its place. `parts`: the layer's, where B is packed."""
+        """Copy an adapter's pair into the buffer. `parts`: the layer's, for a packed B."""
         place, pair = slice(*self.layout.places[child]), update.pair()
         assert pair is not None
         with torch.no_grad():
             B = expand_packed(pair.B, parts) if pair.B.dim() == 3 else pair.B
             self.A[place] = pair.A
             self.Bt[place] = B.T * pair.scale
-        self.held[child] = Held(update)
+        self.snapshots[child] = Snapshot(update)
         self._ordered = self._pieces = None
 
     def move(self, layout: Layout) -> None:
-        """Forget the adapters that this layout has no more, or elsewhere."""
+        """Change the layout, and forget the adapters that it lacks or has in another place."""
         before = self.layout.places
-        self.held = {c: held for c, held in self.held.items() if layout.places.get(c) == before[c]}
+        self.snapshots = {c: s for c, s in self.snapshots.items() if layout.places.get(c) == before[c]}
         self.layout, self._ordered, self._pieces = layout, None, None
 
     def ordered(self, order: Order) -> tuple[Tensor, Tensor]:
-        """A and s · Bᵀ of these adapters, side by side: a part of the buffer,
-        or a copy that is kept for the next step.
-        """
+        """Return A and s · Bᵀ of these adapters in this order: a view of the buffer, or a cached copy."""
         if self._ordered is None or self._ordered[0] is not order:
             take = order.take
             A, Bt = (t[take] if isinstance(take, slice) else t.index_select(0, take) for t in (self.A, self.Bt))
             self._ordered = order, A, Bt
         return self._ordered[1:]
 
-    def pieces(self, how: Schedule, order: Order | None) -> list[stacked.Piece]:
-        """Each chunk's factors, from the buffer as it is or from adapters side by side."""
-        if self._pieces is None or self._pieces[0] is not how:
+    def pieces(self, schedule: Schedule, order: Order | None) -> list[stacked.Piece]:
+        """Return each chunk's factors, from the buffer or, with an order, from `ordered`."""
+        if self._pieces is None or self._pieces[0] is not schedule:
             A, Bt = (self.A, self.Bt) if order is None else self.ordered(order)
-            self._pieces = how, stacked.pieces(A, Bt, how)
+            self._pieces = schedule, stacked.pieces(A, Bt, schedule)
         return self._pieces[1]
 
 
@@ -181,43 +173,40 @@ class Stacks:
     def __init__(self) -> None:
         self.of: dict[LoraLayer, Stack] = {}
         self._layouts: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
-        self._named: dict[str, None] = {}  # children, that of the oldest batch first
-        # what a layer worked out for this batch, for the next one with the same stack
-        self._moves: dict[tuple, Layout | None] = {}
-        self._width: int | None = None  # in + out of all routed layers together
+        self._named: dict[str, None] = {}  # children, least recently used first
+        self._moves: dict[tuple, Layout | None] = {}  # layouts computed for this batch, shared by equal layers
+        self._width: int | None = None  # Σ (in + out) over all routed layers
 
     def begin(self, children: Iterable[str]) -> None:
-        """A batch that names these adapters."""
+        """Begin a batch that uses these adapters."""
         self._moves.clear()
         for child in children:
             self._named.pop(child, None)
             self._named[child] = None
 
     def uses(self, layer: LoraLayer, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]) -> Uses:
-        """The layer's stack, with these adapters in it as they are now.
-        `layers`: all that are routed, for the bound.
-        """
+        """Return the layer's stack with these adapters' current values. `layers`: all routed ones, for the bound."""
         stack = self.of.get(layer)
         if stack is not None and not stack.fits(y):
             stack = None
-        held = [] if stack is None else [stack.held[c] for c in children if c in stack.held]
-        if stack is not None and len(held) == len(children):
-            uses = Uses(stack, held)
+        snapshots = [] if stack is None else [stack.snapshots[c] for c in children if c in stack.snapshots]
+        if stack is not None and len(snapshots) == len(children):
+            uses = Uses(stack, snapshots)
             if uses.valid():
                 return uses
-        stack = self._filled(layer, stack, children, y, layers)
-        return Uses(stack, [stack.held[c] for c in children])
+        stack = self._updated(layer, stack, children, y, layers)
+        return Uses(stack, [stack.snapshots[c] for c in children])
 
-    def _filled(
+    def _updated(
         self, layer: LoraLayer, stack: Stack | None, children: Sequence[str], y: Tensor, layers: Iterable[LoraLayer]
     ) -> Stack:
-        """The stack, or a new one, after what is missing or has changed was written."""
+        """Write missing and changed adapters into the stack, or into a new one. Returns it."""
         modules: Mapping[str, LiveUpdate] = layer._modules
         stale = list(children) if stack is None else stack.stale(children)
         ranks = {c: modules[c].width for c in stale}
         layout = self._with_room(layer, stack.layout, ranks, children, y, layers) if stack is not None else None
         if stack is None or layout is None:
-            self.of.pop(layer, None)  # freed before the next one is made
+            self.of.pop(layer, None)  # free the old one before allocating the new one
             stale, ranks = list(children), {c: modules[c].width for c in children}
             layout = self._fresh(self._capacity(layer, sum(ranks.values()), y, layers), ranks)
             stack = self.of[layer] = Stack(layout, *_sizes(layer), y)
@@ -228,7 +217,7 @@ class Stacks:
         return stack
 
     def forget(self, layer: LoraLayer, child: str, rank: int, last: bool) -> None:
-        """An adapter was detached from the layer. `last`: no other is left there."""
+        """Note that an adapter was detached from the layer. `last`: whether it was the last one there."""
         self._named.pop(child, None)
         self._width = None
         stack = self.of.get(layer)
@@ -236,7 +225,7 @@ class Stacks:
             return
         stack.detached += rank
         if last or 2 * stack.detached > stack.layout.capacity:
-            del self.of[layer]  # most of it is room for adapters that are gone
+            del self.of[layer]  # most of its room was for adapters that are now detached
         elif child in stack.layout.places:
             key = (stack.layout, child)
             if key not in self._moves:
@@ -248,7 +237,7 @@ class Stacks:
             stack.move(moved)
 
     def joined(self, layer: LoraLayer, rank: int) -> None:
-        """An adapter was attached to the layer."""
+        """Note that an adapter was attached to the layer."""
         self._width = None
         if layer in self.of:
             self.of[layer].detached -= rank
@@ -262,8 +251,8 @@ class Stacks:
         y: Tensor,
         layers: Iterable[LoraLayer],
     ) -> Layout | None:
-        """The layout with places for these as well; others may have to go, but none of `children`. None if that gives
-        no room.
+        """Return the layout with places for `ranks` too, evicting others but none of `children`; None if there is no
+        room.
         """
         key = (layout, tuple(ranks.items()), tuple(children))
         if key not in self._moves:
@@ -290,7 +279,7 @@ class Stacks:
             if start is None and layout.capacity < self._capacity(
                 layer, sum(modules[c].width for c in children), y, layers
             ):
-                return None  # more is attached than when it was made
+                return None  # more is attached than when it was created
             while start is None and oldest:
                 del planned.places[oldest.pop(0)]
                 start = planned.gap(rank)
@@ -301,7 +290,7 @@ class Stacks:
 
     def _fresh(self, capacity: int, ranks: Mapping[str, int]) -> Layout:
         places, end = {}, 0
-        for child in sorted(ranks, key=ranks.__getitem__):  # equal ranks side by side, see `Order`
+        for child in sorted(ranks, key=ranks.__getitem__):  # equal ranks adjacent, see `Order`
             places[child] = (end, end + ranks[child])
             end += ranks[child]
         return self._shared(capacity, places)
@@ -311,7 +300,7 @@ class Stacks:
         return self._layouts.setdefault((capacity, frozenset(places.items())), layout)
 
     def _capacity(self, layer: LoraLayer, needed: int, y: Tensor, layers: Iterable[LoraLayer]) -> int:
-        """How many ranks a new stack of this layer may hold, for a batch that needs so many."""
+        """Return the number of ranks for a new stack of this layer, for a batch that needs `needed`."""
         children: Iterable[object] = layer._modules.values()
         attached = sum([u.width for u in children if isinstance(u, LiveUpdate)])
         if self._width is None:
@@ -321,5 +310,5 @@ class Stacks:
 
 
 def _sizes(layer: LoraLayer) -> tuple[int, int]:
-    """(in, out)"""
+    """Return (in, out)."""
     return layer.lora_sizes()

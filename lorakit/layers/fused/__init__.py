@@ -1,3 +1,4 @@
-"""Modules of the base computed as one autograd node: RMSNorm, gated MLP; and attention's backward. Found by what they
-compute.
+"""Modules of the base that run as one autograd node: RMSNorm, gated MLP, and attention's backward.
+
+They are recognized by what they compute, not by their class.
 """

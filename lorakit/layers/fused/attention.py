@@ -1,9 +1,8 @@
-"""Attention's own backward for 16 bits on a CPU (see `ops.fused.attention`), through transformers' public attention
-interface.
+"""Plug our attention backward for 16 bits on a CPU (see `ops.fused.attention`) into transformers' attention interface.
 
-`use` gives a model the implementation named below in place of "sdpa", `leave` gives "sdpa" back. Wherever our backward
-does not apply, the implementation calls "sdpa" itself. It is registered as a mask function too: without that,
-transformers passes no mask and padding is ignored.
+`use` switches a model from "sdpa" to the implementation named below, `leave` switches it back. Where our backward does
+not apply, the implementation calls "sdpa". It is registered as a mask function too: otherwise transformers would pass
+no mask, and padding would be attended to.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _HARMLESS = {
 
 
 def register() -> None:
-    """Make the name known to transformers. Needed once a process."""
+    """Register the implementation with transformers, once per process."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -40,7 +39,7 @@ def register() -> None:
 
 
 def use(model: nn.Module) -> bool:
-    """Switch a transformers model from "sdpa" to our backward, if that may apply. Whether it did."""
+    """Switch a transformers model from "sdpa" to our backward, if that can apply. Returns whether it did."""
     if why_not(model) is not None:
         return False
     register()
@@ -55,25 +54,26 @@ def leave(model: nn.Module) -> None:
 
 
 def _switch(model: Any, implementation: str) -> None:
-    """`model`: of transformers."""
+    """Set a transformers model's attention implementation."""
     model.set_attn_implementation(implementation)
 
 
 def is_used(model: nn.Module) -> bool:
+    """Whether the model uses our implementation."""
     return NAME in _implementations(model)
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why our backward cannot be used in this model; None if it can."""
+    """Say why our backward cannot be used in this model; None if it can."""
     if not _implementations(model):
-        return "the model has no attention interface of transformers"
+        return "the model does not use transformers' attention interface"
     if is_used(model):
         return None
     if _implementations(model) != {"sdpa"}:
         return f"the attention is {', '.join(sorted(map(str, _implementations(model))))}; expected sdpa"
     if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
-        return f"{type(model).__name__} does not leave attention to transformers' interface"
-    # Of any device: a model may be planned on the meta device.
+        return f"{type(model).__name__} does not support transformers' attention interface"
+    # "meta" is accepted, for `lorakit plan`.
     parameter = next((p for p in model.parameters() if p.dtype.is_floating_point), None)
     if parameter is None or parameter.device.type not in ("cpu", "meta"):
         return "only for CPUs"
@@ -81,8 +81,8 @@ def why_not(model: nn.Module) -> str | None:
         return "only for 16 bits; in float32 torch's own backward is as fast"
     if not any(getattr(m, "is_causal", False) for m in model.modules()):
         return "its attention is not causal"
-    odd = next((found for m in model.modules() if (found := _unknown_child(m)) is not None), None)
-    return None if odd is None else f"its attention holds {odd}, which the fused form does not know"
+    unknown = next((child for m in model.modules() if (child := _unknown_child(m)) is not None), None)
+    return None if unknown is None else f"its attention contains {unknown}, which the fused form does not support"
 
 
 def forward(
@@ -96,8 +96,8 @@ def forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' interface: query [rows, heads, length, size], rotated -> [rows, length, heads, size], and no
-    weights.
+    """Implement transformers' interface. query: [rows, heads, length, size], rotated. Returns the output [rows, length,
+    heads, size], and no attention weights.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -118,7 +118,7 @@ def _applies(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, kwargs: dict[str, Any]
 ) -> bool:
     return (
-        mask is None  # a real window, padding and packed rows come as an explicit mask
+        mask is None  # sliding windows, padding and packed rows have an explicit mask
         and causal
         and not dropout
         and q.device.type == "cpu"
@@ -128,14 +128,14 @@ def _applies(
         and torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad)
         and all(name in _HARMLESS or value is None for name, value in kwargs.items())
-        and torch.backends.cuda.flash_sdp_enabled()  # `sdpa_kernel` may ask for another, on a CPU too
+        and torch.backends.cuda.flash_sdp_enabled()  # `sdpa_kernel` may select another one, on a CPU too
         and not torch.is_autocast_enabled("cpu")
         and not needs_plain()
     )
 
 
 def _implementations(model: nn.Module) -> set[str | None]:
-    """The attention of a transformers model and of all models in it; empty for any other model."""
+    """Return the attention implementations of a transformers model and all models in it; empty for other models."""
     if not hasattr(model, "set_attn_implementation"):
         return set()
     configs = [getattr(m, "config", None) for m in model.modules() if hasattr(m, "set_attn_implementation")]
@@ -143,8 +143,8 @@ def _implementations(model: nn.Module) -> set[str | None]:
 
 
 def _unknown_child(module: nn.Module) -> str | None:
-    """What an attention holds besides linears, norms and dropout. An indexer of keys, say, is only right with the names
-    it knows.
+    """Find a child of an attention module other than linears, norms and dropout. An indexer of keys, for instance,
+    works only with implementation names that it knows.
     """
     if not hasattr(module, "is_causal") or not any(isinstance(child, nn.Linear) for child in module.children()):
         return None

@@ -1,10 +1,10 @@
-"""Whether a module computes what a fused node computes: its own forward is run on small random inputs, and values and
-gradients compared.
+"""Test whether a module computes what a fused node computes: run its own forward on small random inputs, and compare
+values and gradients.
 
-No source text, class name or release is known. A probe sees what runs, not what could run, so it is made hard to be
-fooled: in train mode (a dropout shows), at three sizes (a clamp shows), on a twin of the module with small weights of
-its own (nothing of the user's is touched, and a model on the meta device can be probed too), and a module is refused
-before that if it holds anything that the node does not know.
+This needs no list of class names or releases. A probe sees only the code that runs, so it is designed to be hard to
+fool: it runs in train mode (which reveals dropout) and in eval mode, with inputs of three magnitudes (which reveals
+clamping), on a twin of the module with small weights (which leaves the user's module alone, and works on the meta
+device). A module with any attribute that the node does not support is rejected before that.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from ..layer import Swapped
 
 SIZES = (1e-3, 1.0, 1e3)
-MODES = (True, False)  # of training: a dropout shows in the first, a shortcut for evaluation in the second
+MODES = (True, False)  # `training`: True reveals dropout, False a shortcut for evaluation
 RUNS = len(SIZES) * len(MODES)  # of a module's forward in one probe
 
 Run = Callable[[Tensor], Tensor]
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-# What libraries note on modules and no forward reads.
+# Attributes that libraries set on modules and no forward reads.
 _HARMLESS = frozenset({"config", "_is_hf_initialized", "layer_idx"})
 
 
 def is_as_probed(module: Swapped) -> bool:
-    """Whether a fused module's own class still has the forward that was probed; it may have been patched since."""
+    """Whether a fused module's own class still has the forward that was probed, which may have been patched since."""
     cls = type(module)
     own: Any = cls.__bases__[1]
     return own.forward is cls.lora_probed
 
 
-Configs = dict[int, tuple]  # by id, of one model: what a config holds, read once and not for each module that has it
+Configs = dict[int, tuple]  # id -> contents of one model's configs, read once rather than for each module
 
 
 def settings(module: nn.Module, configs: Configs | None = None) -> tuple:
-    """All that may steer its forward."""
+    """Return a key of all attributes of a module that its forward may depend on."""
     configs = {} if configs is None else configs
     own = tuple(
         (k, _known(k, v, configs))
@@ -56,22 +56,20 @@ def settings(module: nn.Module, configs: Configs | None = None) -> tuple:
 
 
 class Identity(NamedTuple):
-    """Stands for an object that only its identity tells from others. It may be reused once the object is gone."""
+    """Stands for an object that is compared by identity. The id may be reused once the object is freed."""
 
     id: int
 
 
 def outlives_its_module(settings: object) -> bool:
-    """Whether settings tell modules apart even after the one they were read from is gone."""
+    """Whether settings remain valid after the module they were read from is freed."""
     if isinstance(settings, tuple):
         return not isinstance(settings, Identity) and all(map(outlives_its_module, settings))
     return True
 
 
 def _known(name: str, value: object, configs: Configs) -> object:
-    """What tells a value from another one: plain values and configs by what they hold,
-    all else by being that object.
-    """
+    """Return a key of an attribute's value: plain values and configs by their contents, all else by identity."""
     if isinstance(value, functools.partial):
         return value.func, repr(value.args), repr(value.keywords)
     if isinstance(value, _FUNCTIONS):
@@ -84,7 +82,7 @@ def _known(name: str, value: object, configs: Configs) -> object:
 
 
 def unknown_attribute(module: nn.Module, known: Iterable[object]) -> str | None:
-    """The name of an attribute that may steer the forward and is none of the `known` values, or None."""
+    """Return the name of an attribute that the forward may depend on and is none of the `known` values, or None."""
     values = list(known)
     for name, value in module.__dict__.items():
         if (
@@ -98,21 +96,21 @@ def unknown_attribute(module: nn.Module, known: Iterable[object]) -> str | None:
 
 
 def twin(module: nn.Module, parameters: Mapping[str, nn.Parameter], children: Mapping[str, nn.Module]) -> nn.Module:
-    """A module of the same class and attributes, in train mode, without hooks, with these parameters and children."""
-    made = module.__class__.__new__(module.__class__)
-    made.__dict__.update(nn.Module().__dict__ | {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE})
-    made.__dict__.update(_parameters=OrderedDict(parameters), _modules=OrderedDict(children), training=True)
-    return made
+    """Copy a module's class and attributes, with other parameters and children, in train mode and without hooks."""
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(nn.Module().__dict__ | {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE})
+    copy.__dict__.update(_parameters=OrderedDict(parameters), _modules=OrderedDict(children), training=True)
+    return copy
 
 
 def misfit(
     module: nn.Module, fused: Run, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, of_gradients: float
 ) -> str | None:
-    """Why `fused` is not what the module (a twin) computes, or None if it is.
+    """Say how `fused` differs from what the module (a twin) computes; None if it does not.
 
-    `tolerance` of the values and `of_gradients`: the largest relative norm of the difference; 0: equal bits.
+    `tolerance` (of values), `of_gradients`: the largest relative norm of the difference; 0: bits must be equal.
     """
-    module.training = MODES[-1]  # which the last run leaves
+    module.training = MODES[-1]  # as after the last run, for `_state`
     before = _state(module)
     generator = torch.Generator().manual_seed(0)
 
@@ -127,13 +125,13 @@ def misfit(
             try:
                 theirs = _value_and_gradient(own, x, weights)
             except Exception as error:  # the class's own code, on inputs of our choice: anything may be raised
-                return f"its forward does not run on a probe ({type(error).__name__})"
+                return f"its forward fails on a probe ({type(error).__name__})"
             ours = _value_and_gradient(fused, x, weights)
-            for what, a, b, allowed in zip(
+            for quantity, a, b, allowed in zip(
                 ("values", "gradients"), ours, theirs, (tolerance, of_gradients), strict=True
             ):
                 if not _close(a, b, allowed):
-                    return f"its {what} differ at inputs of size {size:g}"
+                    return f"its {quantity} differ at inputs of size {size:g}"
     return None if _state(module) == before else "its forward changes the module"
 
 
@@ -156,7 +154,7 @@ def _close(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def _state(module: nn.Module) -> dict[str, int]:
-    """Which object stands under each name, and how often tensors were written into."""
+    """Return the identity of every attribute, and the version of every tensor, to detect changes."""
     return {name: id(value) for name, value in module.__dict__.items()} | {
         f"{name} {i}": p._version
         for name in ("_parameters", "_buffers")

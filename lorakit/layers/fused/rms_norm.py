@@ -1,6 +1,4 @@
-"""RMSNorm with a frozen weight, as one node (see `ops.fused.rms_norm`): it keeps x as it is for backward, not a float32
-copy of it.
-"""
+"""RMSNorm with a frozen weight as one node, which saves x in its own dtype for backward (see `ops.fused.rms_norm`)."""
 
 from __future__ import annotations
 
@@ -18,15 +16,15 @@ from .probe import is_as_probed, misfit, twin, unknown_attribute
 
 
 class FusedRmsNorm(Swapped):
-    """In front of the norm's own class, whose forward is called wherever the node does not apply."""
+    """The mixin in front of the norm's own class, whose forward is called if the node does not apply."""
 
     weight: Tensor
-    lora_form: tuple[Form, str]  # and the name of epsilon
+    lora_form: tuple[Form, str]  # and the name of the attribute epsilon
 
     @staticmethod
-    def lora_settings(module: nn.Module, found: Any) -> dict[str, object]:
-        """What to set on a module that `match` says can be fused."""
-        return {"lora_form": found}
+    def lora_settings(module: nn.Module, match: Any) -> dict[str, object]:
+        """Return the attributes to set on a module that can be fused. `match`: what `match` returned."""
+        return {"lora_form": match}
 
     def forward(self, *args, **kwargs) -> Tensor:
         weight = self.weight
@@ -48,8 +46,8 @@ class FusedRmsNorm(Swapped):
 
 
 def match(module: nn.Module) -> tuple[Form, str] | str | None:
-    """The form and epsilon's name if a module can be fused; why it cannot, if it looks like an RMSNorm; None if it does
-    not.
+    """Return the form and epsilon's name if a module can be fused, a string why not if it resembles an RMSNorm, else
+    None.
     """
     weight = module._parameters.get("weight")
     if (
@@ -64,28 +62,27 @@ def match(module: nn.Module) -> tuple[Form, str] | str | None:
     if len(epsilons) != 1:
         return None
     width = weight.shape[0]
-    odd = unknown_attribute(module, [module.__dict__[epsilons[0]], width, (width,), True])
-    if odd is not None:
-        return f"has an attribute '{odd}' that the fused form does not know"
+    attribute = unknown_attribute(module, [module.__dict__[epsilons[0]], width, (width,), True])
+    if attribute is not None:
+        return f"it has an attribute '{attribute}' that the fused form does not support"
     why: str | None = None
     for form in Form:
         why = _misfit(module, form, epsilons[0], width)
         if why is None:
             return form, epsilons[0]
-    return why if "rms" in type(module).__name__.lower() else None  # a LayerNorm is no RMSNorm that failed
+    return why if "rms" in type(module).__name__.lower() else None  # not to report every LayerNorm
 
 
 def _misfit(module: nn.Module, form: Form, epsilon: str, width: int) -> str | None:
-    """Bits must be equal where B is zero, in 16 bits too: there the forms differ."""
+    """Say how the node differs from the module; None if outputs are equal bit for bit, also in bf16 (forms differ)."""
     eps = module.__dict__[epsilon]
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator().manual_seed(1)
         own = nn.Parameter(torch.randn(width, generator=generator, device="cpu").to(dtype), requires_grad=False)
-        made = twin(module, {"weight": own}, {})
-        gradients_only = 0.02 if dtype == torch.bfloat16 else 1e-4
-        why = misfit(
-            made, functools.partial(rms_norm, weight=own, eps=eps, form=form), (3, width), dtype, 0.0, gradients_only
-        )
+        norm_twin = twin(module, {"weight": own}, {})
+        of_gradients = 0.02 if dtype == torch.bfloat16 else 1e-4
+        node = functools.partial(rms_norm, weight=own, eps=eps, form=form)
+        why = misfit(norm_twin, node, (3, width), dtype, 0.0, of_gradients)
         if why is not None:
             return why
     return None

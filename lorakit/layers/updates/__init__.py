@@ -1,1 +1,1 @@
-"""An update on a live module: a file for each kind, named as `LoraConfig.variant` names it."""
+"""Updates on live modules: one file per kind, with the name that `LoraConfig.variant` uses."""

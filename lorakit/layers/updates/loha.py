@@ -3,9 +3,9 @@
     y = base(x) + ΔW x        ΔW = s · (W1a W1b) ∘ (W2a W2b)        s = alpha / r
     W1a, W2a: [out, r]   W1b, W2b: [r, in·k]
 
-W2b starts at zero, the others as LoRA's A does. No pair of thin matrices is the same, so ΔW is formed in each forward,
-as PEFT and LyCORIS do: r more multiplications for each weight, little beside a batch of many tokens, much beside one.
-`merge` before generating. For backward x and the factors are kept; ΔW is formed again.
+W2b is initialized to zero, the others as LoRA's A. There is no equivalent pair of low-rank matrices, so ΔW is computed
+in each forward, as PEFT and LyCORIS do: r multiplications per weight element, which is little for a batch of many
+tokens and much for a single one. `merge` before generating. x and the factors are saved for backward; ΔW is recomputed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...adapter.loha import Hadamard
+from ...adapter.loha import Loha
 from ...adapter.tucker import product
 from ...config import LoraConfig
 from ...errors import AdapterError, TargetError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class LohaFactors(LiveUpdate):
-    """One adapter's factors of one linear or convolution. `t1`, `t2`: of a loaded one in Tucker form."""
+    """One adapter's LoHa factors on one linear or convolution. `t1`, `t2`: of a loaded adapter in Tucker form."""
 
     w1a: Tensor
     w1b: Tensor
@@ -49,7 +49,7 @@ class LohaFactors(LiveUpdate):
         dropout: float,
         trainable: bool,
     ):
-        """`shape`: the layer's dense weight's."""
+        """`factors`: by name, w1a to t2; `shape`: of the layer's dense weight."""
         super().__init__()
         for name in ("w1a", "w1b", "w2a", "w2b", "t1", "t2"):
             value = factors.get(name)
@@ -61,7 +61,7 @@ class LohaFactors(LiveUpdate):
         _check_layer(layer, name)
         if config.parts_of(name) is not None:
             raise TargetError(
-                f"'{name}' is a packed projection, and LoHa has no form for parts of one\n  leave it out of `packed`"
+                f"'{name}' is a packed projection, and LoHa cannot adapt parts of one\n  remove it from `packed`"
             )
         out, size_in = _matrix_shape(layer)
         rank, dtype, device = config.rank_of(name), master_dtype(layer), device_of(layer)
@@ -69,12 +69,12 @@ class LohaFactors(LiveUpdate):
         factors = {half: torch.zeros(shape, dtype=dtype, device=device) for half, shape in shapes.items()}
         for half in ("w1a", "w1b", "w2a"):
             init_a(factors[half], config.init, rank)
-        # LoHa's files know alpha / r alone.
+        # LoHa's files have no rsLoRA: the scale is always alpha / r.
         alpha = config.alpha_of(name) * (math.sqrt(rank) if config.rslora else 1)
         return cls(factors, base_of(layer).shape(layer), rank, alpha, config.dropout, trainable)
 
     @classmethod
-    def of(cls, layer: LoraLayer, name: str, value: Hadamard, dropout: float, trainable: bool) -> Self:
+    def of(cls, layer: LoraLayer, name: str, value: Loha, dropout: float, trainable: bool) -> Self:
         _check_layer(layer, name)
         shape = base_of(layer).shape(layer)
         if value.layout(shape, conv1d=layer.lora_transposed) is not layer.lora_transposed:
@@ -86,10 +86,10 @@ class LohaFactors(LiveUpdate):
         factors = {half: t.detach().to(device, dtype, copy=True) for half, t in value.tensors().items()}
         return cls(factors, shape, value.rank, value.alpha, dropout, trainable)
 
-    def value(self, layer: LoraLayer) -> Hadamard:
+    def value(self, layer: LoraLayer) -> Loha:
         factors = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         kernel = len(self.shape) > 2 and self.t1 is None
-        return Hadamard(**factors, alpha=self.alpha, shape=self.shape if kernel else None)
+        return Loha(**factors, alpha=self.alpha, shape=self.shape if kernel else None)
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -111,7 +111,7 @@ Live = LohaFactors
 
 
 def _matrix_shape(layer: LoraLayer) -> tuple[int, int]:
-    """[out, in·k]."""
+    """Return (out, in·k)."""
     out, *sizes = base_of(layer).shape(layer)
     size_in = math.prod(sizes)
     return (size_in, out) if layer.lora_transposed else (out, size_in)
@@ -120,6 +120,6 @@ def _matrix_shape(layer: LoraLayer) -> tuple[int, int]:
 def _check_layer(layer: LoraLayer, name: str) -> None:
     if layer.lora_kind == "embedding":
         raise TargetError(
-            f"'{name}' is an embedding, for which there is no LoHa, in PEFT neither\n"
-            "  leave it out of the targets, or use variant='lora'"
+            f"'{name}' is an embedding, for which LoHa is not defined (nor is it in PEFT)\n"
+            "  remove it from the targets, or use variant='lora'"
         )

@@ -1,6 +1,4 @@
-"""LoRA on a live module: A and B as parameters, which the layer computes with (`pair`). Their shapes: see the layer's
-file.
-"""
+"""LoRA on a live module: A and B as parameters, which the layer uses (`pair`). Each layer's file gives their shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LoraFactors(LiveUpdate):
-    """One adapter's A and B on one module, with what is needed to use them."""
+    """One adapter's A and B on one module, with their scale and dropout."""
 
     def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
         super().__init__()
@@ -35,8 +33,8 @@ class LoraFactors(LiveUpdate):
         parts = config.parts_of(name)
         if parts is not None and getattr(layer, "lora_parts", None) != parts:
             raise StateError(
-                f"'{name}' carries another adapter already and cannot now become a packed projection of {len(parts)} "
-                "parts"
+                f"'{name}' already has another adapter, so it cannot become a packed projection of {len(parts)} parts\n"
+                "  attach the packed adapter first"
             )
         rank = config.rank_of(name)
         A, B = layer.lora_fresh(
@@ -51,7 +49,7 @@ class LoraFactors(LiveUpdate):
             compact = compact_packed(B, value.parts) if getattr(layer, "lora_parts", None) == value.parts else None
             if compact is not None:
                 B = compact
-            else:  # beside an adapter that is not packed: as the plain update of rank n·r that it is
+            else:  # another adapter on the module is not packed: use the equivalent plain update of rank n·r
                 plain = replace(value, parts=None)
                 alpha = alpha * value.scale / plain.scale
         why = layer.lora_fits(A, B)
@@ -82,7 +80,7 @@ class LoraFactors(LiveUpdate):
 
     @property
     def is_packed(self) -> bool:
-        """B [n, out/parts, r] of a packed projection; a convolution's B has as many axes as its A."""
+        """Whether B is [n, out/parts, r]; a convolution's B has as many axes as its A."""
         return self.B.dim() == 3 and self.A.dim() == 2
 
     @property

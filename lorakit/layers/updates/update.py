@@ -1,12 +1,12 @@
-"""What an adapted module asks of an update that it carries. The child module is the strategy: the layers know no kind.
+"""The interface of an update on an adapted module. The update is a child of the module; layers know no kinds.
 
     y = base(x) + Σ weight · change(x, base(x))
 
-An update that is a pair of thin matrices gives it as `pair`, and the layers compute s · B A x themselves: fused with
-the base, for many adapters of a batch at once, in place. Any other computes its own `change`. What merging adds is
-asked of its value (`adapter.update`).
+An update that is a pair of low-rank matrices returns it from `pair`, and the layers compute s · B A x themselves: fused
+with the base, for many adapters of a batch at once, in place. Any other kind computes its own `change`. Merging uses
+the update's value (`adapter.update`).
 
-A kind is a file beside this one, named as `LoraConfig.variant` and the value's `variant` name it, whose class is
+Each kind is a file in this folder, with the name that `LoraConfig.variant` and the value's `variant` use; its class is
 `Live`.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Pair(Protocol):
-    """s · B A, with dropout on its input. Of the layer's own shapes: a packed B is [n, out/parts, r]."""
+    """s · B A, with dropout on its input. A and B have the layer's shapes: a packed B is [n, out/parts, r]."""
 
     @property
     def A(self) -> Tensor: ...
@@ -44,32 +44,32 @@ class LiveUpdate(Own):
     """One adapter's update of one module, with its parameters."""
 
     rank: int
-    width = 0  # how many ranks its pair takes in a stack of adapters; 0 without a pair
+    width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
-        """With ΔW = 0, for the layer called `name`."""
+        """Create an update with ΔW = 0 for the layer `name`. Raises TargetError or StateError if it cannot have one."""
         raise NotImplementedError
 
     @classmethod
     def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
-        """A value's update, copied to the layer's device. AdapterError if it does not fit the layer."""
+        """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
         raise NotImplementedError
 
     def value(self, layer: LoraLayer) -> Update:
-        """The value that this is, of its own tensors, detached: no copies."""
+        """Return the update as a value, with its own tensors, detached and not copied."""
         raise NotImplementedError
 
     def pair(self) -> Pair | None:
-        """The pair of matrices that it is, or None."""
+        """Return the update as a pair of matrices; None if it is not one."""
         return None
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
-        """What it adds to the base's output y0, of y0's dtype. Asked only where there is no pair."""
+        """Return what to add to the base's output y0, in y0's dtype. Called only if there is no pair."""
         raise NotImplementedError
 
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
-        """`weight` · ΔW by blocks of rows of the layer's weight, on its device."""
+        """Return `weight` · ΔW by blocks of rows of the layer's weight, on its device."""
         base = base_of(layer)
         device = base.device(layer)
         value = self.value(layer).map(lambda _, t: t.to(device))
@@ -77,19 +77,17 @@ class LiveUpdate(Own):
 
 
 def live(variant: str) -> type[LiveUpdate]:
-    """The class of a kind that `config.variants` lists."""
+    """Return the class of a kind. `variant`: one of `config.variants()`."""
     return importlib.import_module(f".{variant}", __package__).Live
 
 
 def master_dtype(layer: LoraLayer) -> torch.dtype:
-    """Of what is trained: float32 (float64 over a float64 base)."""
+    """Return the dtype of trained factors: float32 (float64 for a float64 base)."""
     return torch.float64 if base_of(layer).dtype(layer) == torch.float64 else torch.float32
 
 
 def device_of(layer: LoraLayer) -> torch.device:
-    """The layer's device, where accelerate's offload leaves its weight on "meta" between calls the
-    one it is called on.
-    """
+    """Return the device the layer computes on. With accelerate's offload, its weight is on "meta" between calls."""
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else base_of(layer).device(layer)

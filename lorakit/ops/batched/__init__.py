@@ -1,1 +1,1 @@
-"""Batches whose rows have adapters of their own: which rows share a product, and the products."""
+"""Batches that mix adapters: schedule which rows share a matrix product, and compute the products."""

@@ -1,14 +1,13 @@
-"""In which few products a batch is computed whose rows have adapters of their own (see `stacked`).
+"""Schedule the matrix products for a batch that mixes adapters, so that they are few (see `stacked`).
 
-The factors of all adapters lie stacked, A as [ΣR, in] and Bᵀ as [ΣR, out], neighbours of equal rank side by side. A
-chunk is some of the rows with a range of the stack's ranks, in one of two ways:
+The factors of all adapters are stacked, A as [ΣR, in] and Bᵀ as [ΣR, out], with adapters of equal rank adjacent. A
+chunk computes some of the rows with a range of the stack's ranks, in one of two ways:
 
-    batched    adapters of equal rank as one batched product: A [G, r, in], x [G, n, in]. An adapter with fewer than n
-               rows
-               gets one of them again, times zero
-    masked     all its rows with all its ranks, then times a mask that is zero where a row does not use a rank
+    batched    adapters of equal rank as one batched product: A [G, r, in], x [G, n, in]; an adapter with fewer than n
+               rows has one of them repeated, times zero
+    masked     all rows times all ranks, then times a mask that is zero where a row does not use a rank
 
-The first wastes little, the second needs fewer calls. What is cheaper depends on sizes and on what a call costs.
+The first wastes little work, the second needs fewer calls. Which is cheaper depends on the sizes and a call's cost.
 """
 
 from __future__ import annotations
@@ -23,22 +22,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# what a row uses: ((which adapter, s), ...), each once, in rising order; () is the base
+# the adapters of a row: ((adapter's index, s), ...), each once, in ascending order; () is the base
 Row = tuple[tuple[int, float], ...]
-Span = tuple[int, int]  # an adapter's ranks in a stack: the first, and the one after the last
-Use = tuple[int, int, float]  # (which adapter, which row, s)
+Span = tuple[int, int]  # an adapter's ranks in a stack: the first, and one past the last
+Use = tuple[int, int, float]  # (adapter's index, row's index, s)
 
-# What a chunk's two calls cost, in multiply-adds that the same core does meanwhile. Found by trying, on one Zen 4 core,
-# for 32 rows with 8 and 32 adapters of rank 4 to 64 at widths 512 and 2048: a bf16 call costs at least 15 µs, an fp32
-# call 2.5 µs, and both do about 45 G multiply-adds a second.
+# The cost of a chunk's two calls, in the multiply-adds that a core does in that time. Tuned on one Zen 4 core for 32
+# rows with 8 and 32 adapters of rank 4 to 64 at widths 512 and 2048: a bf16 call costs at least 15 µs, an fp32 call
+# 2.5 µs, and both do about 45 G multiply-adds per second.
 CALL = {torch.bfloat16: 5_000_000, torch.float16: 5_000_000, torch.float32: 200_000, torch.float64: 100_000}
-CALL_ELSEWHERE = 200_000_000  # on an accelerator: few large calls (an estimate, not measured)
-# Rows that alternate between adapters are brought together, which copies x and the update, unless runs of equal rows
-# have this many tokens on average.
+CALL_ELSEWHERE = 200_000_000  # on an accelerator, which prefers few large calls (an estimate, not measured)
+# Rows of the same adapter are gathered, which copies x and the update, unless runs of equal rows already have this many
+# tokens on average.
 GATHER_BELOW = 64
 
 
 class Chunk(NamedTuple):
+    """A range of tokens times a range of ranks."""
+
     tokens: slice
     ranks: slice  # of the stack
     adapters: int  # G of a batched product, else 1
@@ -46,9 +47,7 @@ class Chunk(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """`order`: which rows to bring together first; None if the chunks take them where they are, and may then take some
-    twice.
-    """
+    """`order`: the rows to gather first; None if chunks read x in place, where they may overlap."""
 
     order: Tensor | None
     chunks: list[Chunk]
@@ -56,10 +55,10 @@ class Schedule(NamedTuple):
 
 @dataclass
 class _Block:
-    """A chunk in the making: the uses of each of its adapters."""
+    """A chunk being built: the uses of each of its adapters."""
 
     users: list[list[Use]]
-    starts: Sequence[int]  # where each adapter's ranks start in the stack
+    starts: Sequence[int]  # the first rank of each adapter in the stack
     batched: bool = True
 
     @property
@@ -73,16 +72,16 @@ class _Block:
         if not self.batched:
             return sum(map(len, self.users)) * width
         adapters = [users[0][0] for users in self.users]
-        alike = {self.starts[k + 1] - self.starts[k] for k in adapters} == {width // len(adapters)}
-        neighbours = adapters[-1] - adapters[0] + 1 == len(adapters)
-        return max(map(len, self.users)) * width if alike and neighbours else math.inf
+        equal_ranks = {self.starts[k + 1] - self.starts[k] for k in adapters} == {width // len(adapters)}
+        adjacent = adapters[-1] - adapters[0] + 1 == len(adapters)
+        return max(map(len, self.users)) * width if equal_ranks and adjacent else math.inf
 
     def uses(self) -> list[Use]:
         longest = max(map(len, self.users)) if self.batched else 0
         return [use for users in self.users for use in users + [(*users[0][:2], 0.0)] * (longest - len(users))]
 
     def scales(self, rows: Sequence[Row], like: Tensor) -> float | Tensor:
-        """s for rows that use what `rows` says."""
+        """Return s for these rows."""
         if self.batched:
             column = [sum(s for _, s in row) for row in rows]
             return (
@@ -98,8 +97,9 @@ class _Block:
 
 
 def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: int, like: Tensor) -> Schedule:
-    """Chunks for rows of so many tokens each. `ranks` of the stack's adapters; `size`: in + out of the layer; scales
-    are made `like`.
+    """Schedule rows of `tokens` tokens each.
+
+    `ranks`: of each adapter in the stack; `size`: in + out of the layer; `like`: the dtype and device of the products.
     """
     starts = [0, *itertools.accumulate(ranks)]
     if in_place(rows, tokens):
@@ -112,19 +112,20 @@ def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: 
     for batched in (True, False):
         blocks = _merged(blocks, batched, call)
     if len(blocks) == 1 and (len(blocks[0].users) == 1 or not blocks[0].batched):
-        # All rows from the first to the last as they stand; those of the base among them have zeros.
-        numbers = [n for users in blocks[0].users for _, n, _ in users]
-        first, last = min(numbers), max(numbers) + 1
+        # All rows from the first to the last in place; the base's rows among them have zeros.
+        used_rows = [n for users in blocks[0].users for _, n, _ in users]
+        first, last = min(used_rows), max(used_rows) + 1
         scale = blocks[0].scales(rows[first:last], like)
         return Schedule(None, [Chunk(slice(first * tokens, last * tokens), blocks[0].ranks, 1, scale)])
     order: list[int] = []
     chunks = []
     for block in blocks:
-        taken = block.uses()
-        place = slice(len(order) * tokens, (len(order) + len(taken)) * tokens)
+        uses_of_block = block.uses()
+        position = slice(len(order) * tokens, (len(order) + len(uses_of_block)) * tokens)
         adapters = len(block.users) if block.batched else 1
-        chunks.append(Chunk(place, block.ranks, adapters, block.scales([((k, s),) for k, _, s in taken], like)))
-        order += [n for _, n, _ in taken]
+        scales = block.scales([((k, s),) for k, _, s in uses_of_block], like)
+        chunks.append(Chunk(position, block.ranks, adapters, scales))
+        order += [n for _, n, _ in uses_of_block]
     return (
         Schedule(torch.tensor(order, device=like.device), chunks)
         if order != list(range(len(order)))
@@ -133,31 +134,29 @@ def schedule_rows(rows: Sequence[Row], ranks: Sequence[int], tokens: int, size: 
 
 
 def _merged(blocks: Sequence[_Block], batched: bool, call: float) -> list[_Block]:
-    """Neighbours as one where that wastes less than a chunk's calls cost."""
-    done: list[_Block] = []
+    """Merge adjacent blocks if that wastes less work than a chunk's calls cost."""
+    merged: list[_Block] = []
     for block in blocks:
-        if done:
-            both = _Block([*done[-1].users, *block.users], block.starts, batched)
-            if both.work <= done[-1].work + block.work + call:
-                done[-1] = both
+        if merged:
+            both = _Block([*merged[-1].users, *block.users], block.starts, batched)
+            if both.work <= merged[-1].work + block.work + call:
+                merged[-1] = both
                 continue
-        done.append(block)
-    return done
+        merged.append(block)
+    return merged
 
 
 def in_place(rows: Sequence[Row], tokens: int) -> bool:
-    """Whether runs of equal rows are so long that each is best taken where it stands. `tokens` of each row."""
+    """Whether runs of equal rows are long enough to compute each in place. `tokens`: of each row."""
     return len(rows) * tokens >= GATHER_BELOW * sum(1 for _ in itertools.groupby(rows))
 
 
 def runs(rows: Sequence[Row], spans: Sequence[Span], tokens: int) -> Schedule:
-    """Each run of equal rows where it is, one adapter after the other. `spans`: each adapter's ranks in the stack,
-    anywhere.
-    """
-    chunks, place = [], 0
+    """Schedule each run of equal rows in place, one adapter at a time. `spans`: each adapter's ranks in the stack."""
+    chunks, start = [], 0
     for row, run in itertools.groupby(rows):
         length = sum(1 for _ in run)
-        where = slice(place * tokens, (place + length) * tokens)
-        chunks += [Chunk(where, slice(*spans[k]), 1, s) for k, s in row]
-        place += length
+        tokens_of_run = slice(start * tokens, (start + length) * tokens)
+        chunks += [Chunk(tokens_of_run, slice(*spans[k]), 1, s) for k, s in row]
+        start += length
     return Schedule(None, chunks)

@@ -1,1 +1,1 @@
-"""Parts of a model as one autograd node each, which keeps less for backward than the operations one by one."""
+"""Parts of a model as one autograd node each, which saves less for backward than their separate operations."""

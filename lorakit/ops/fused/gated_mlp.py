@@ -2,8 +2,8 @@
 
     y = down(act(gate(x)) · up(x))        x: [..., in]   gate(x), up(x): [..., ffn]
 
-Kept for backward: x, gate(x), up(x) and the [N, r] products. act(gate) and act(gate) · up, which autograd would keep
-too, are made again: elementwise work only.
+Saved for backward: x, gate(x), up(x) and the [N, r] products. act(gate) and act(gate) · up, which autograd would save
+too, are recomputed: elementwise work only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..projections import Projection, Wanted
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function and its backward, (gradient, input) -> gradient, which may write into the gradient."""
+    """An elementwise function and its backward (gradient, input) -> gradient, which may overwrite the gradient."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -46,9 +46,9 @@ ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
 
 def reference(x: Tensor, gate_up: Sequence[Projection], down: Projection, act: Activation) -> Tensor:
-    """The equation. `gate_up`: gate and up, or one projection whose outputs are gate's and then up's."""
-    gated, lifted = _halves(p.reference(x, gate_up))
-    return p.reference(act.forward(gated) * lifted, [down])[0]
+    """Compute the equation. `gate_up`: gate and up, or one projection with the outputs of both, gate's first."""
+    gate, up = _halves(p.reference(x, gate_up))
+    return p.reference(act.forward(gate) * up, [down])[0]
 
 
 def gated_mlp(
@@ -59,15 +59,15 @@ def gated_mlp(
     mask: Mask | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """down(act(gate(x)) · up(x)); `gate_up`: as in `reference`.
+    """Compute down(act(gate(x)) · up(x)): [..., out]. `gate_up`: as in `reference`.
 
-    `dropout`: of the updates. `mask`: for x, where gate or up have one; that of down's is drawn here, as nobody else
-    reads h.
+    `dropout`: the updates' probability; `mask`: of x, if gate or up have an update. That of down's input is drawn here,
+    as no other module reads it.
     """
-    every = [*gate_up, down]
+    projections = [*gate_up, down]
     seed = draw_seed() if dropout and down.A is not None else None
     return _GatedMlp.apply(
-        x, act, dropout, mask.state if mask else None, seed, [t.scale for t in every], *p.flat(every)
+        x, act, dropout, mask.state if mask else None, seed, [t.scale for t in projections], *p.flat(projections)
     )
 
 
@@ -90,8 +90,8 @@ class _GatedMlp(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         *gate_up, down = p.unflat(tensors, scales, dropout)
         outs, low = p.forward(x2, _dropped(x2, dropout, state), gate_up)
-        gated, lifted = _halves(outs)
-        h = act.forward(gated).mul_(lifted)  # [N, ffn]
+        gate, up = _halves(outs)
+        h = act.forward(gate).mul_(up)  # [N, ffn]
         state_of_h = draw_mask(h, dropout, seed).state if seed is not None else None
         (out,), low_down = p.forward(h, _dropped(h, dropout, state_of_h), [down])
         needs = ctx.needs_input_grad[6:]
@@ -105,23 +105,23 @@ class _GatedMlp(torch.autograd.Function):
     @without_autocast
     @once_differentiable
     def backward(ctx, g: Tensor):
-        x, low, low_down, state, state_of_h, *kept = ctx.saved_tensors
-        many = len(ctx.scales) - 1
-        outs, (*gate_up, down) = kept[:many], p.unflat(kept[many:], ctx.scales, ctx.dropout)
-        gated, lifted = _halves(outs)
-        a = ctx.act.forward(gated)
-        h = a * lifted
+        x, low, low_down, state, state_of_h, *saved = ctx.saved_tensors
+        count = len(ctx.scales) - 1  # of gate and up: 2, or 1 if packed
+        outs, (*gate_up, down) = saved[:count], p.unflat(saved[count:], ctx.scales, ctx.dropout)
+        gate, up = _halves(outs)
+        a = ctx.act.forward(gate)
+        h = a * up
         mask = None if state_of_h is None else Mask(ctx.dropout, state_of_h)
         dropped = _dropped(h, ctx.dropout, state_of_h)
         dh, gradients_down = p.backward(
             [g.reshape(-1, g.shape[-1])], h, dropped, mask, low_down, [down], ctx.wanted_down
         )
         if dh is None:
-            return (None, None, None, None, None, None, *[None] * (4 * many), *gradients_down)
+            return (None, None, None, None, None, None, *[None] * (4 * count), *gradients_down)
         del h, dropped
-        d_lifted = a.mul_(dh)
-        d_gated = ctx.act.backward(dh.mul_(lifted), gated)
-        grads = [d_gated, d_lifted] if many == 2 else [torch.cat([d_gated, d_lifted], dim=-1)]
+        d_up = a.mul_(dh)
+        d_gate = ctx.act.backward(dh.mul_(up), gate)
+        grads = [d_gate, d_up] if count == 2 else [torch.cat([d_gate, d_up], dim=-1)]
         mask = None if state is None else Mask(ctx.dropout, state)
         dx, gradients = p.backward(grads, x, _dropped(x, ctx.dropout, state), mask, low, gate_up, ctx.wanted)
         return (

@@ -2,7 +2,7 @@
 
     y = (o + w) · x / √(mean(x²) + ε)        x: [..., width], the mean over the last axis, in float32
 
-Kept for backward: x as it came and one number a row, where plain autograd keeps a float32 copy of x.
+Saved for backward: x in its own dtype and one float per row; plain autograd saves a float32 copy of x.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..autocast import without_autocast
 
 
 class Form(Enum):
-    """How models write it: what is added to the weight (o), and whether the result is rounded to x's dtype before the
-    weight or after.
+    """The variants in models: the offset o, and whether the result is rounded to x's dtype before or after multiplying
+    by the weight.
     """
 
     ROUNDED_FIRST = (0, False)  # Llama: w · (x̂ rounded)
@@ -35,7 +35,7 @@ class Form(Enum):
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_FIRST) -> Tensor:
-    """The equation, rounded where the form says."""
+    """Compute the equation in plain operations, rounded as `form` says."""
     wide = x.to(_wide(x))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (
@@ -44,7 +44,7 @@ def reference(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_F
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_FIRST) -> Tensor:
-    """The same bits; `weight` takes no gradient."""
+    """Compute RMSNorm, with the same bits as `reference`. `weight`: [width], gets no gradient."""
     return _RmsNorm.apply(x, weight, eps, form)
 
 

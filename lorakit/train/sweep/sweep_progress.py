@@ -126,12 +126,11 @@ class SweepProgress:
 
 def _shared(runs: Sequence[Run], folder: str) -> Table:
     """List what all runs have in common."""
+    from ...layers.bases import parameter_count
     from ..progress import dtype_name, threads_of
 
     job = runs[0].job
-    base = sum(p.numel() for p in job.model.parameters()) - sum(
-        p.numel() for p in job.model.parameters() if p.requires_grad
-    )
+    base = parameter_count(job.model) - sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     data = dict.fromkeys((r.config.data, len(r.job.train), len(r.job.held_out)) for r in runs)
     table = Table.grid(padding=(0, 2))
     rows = [

@@ -322,13 +322,13 @@ def test_weights_saved_whole_are_kept_where_equal_and_refused_by_name_where_not(
         lk.combine([with_saved(1.0), with_saved(2.0)], [1, -1], saved="mean")
 
 
-def test_learned_tokens_are_taken_over():
+def test_embeddings_are_taken_over():
     a, b = (
         lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors()}, embeddings={name: numbers(2, 8)})
         for name in ("<cat>", "<dog>")
     )
     assert set((a + b).embeddings) == {"<cat>", "<dog>"}
-    with pytest.raises(AdapterError, match="different values of 1 learned tokens: <cat>"):
+    with pytest.raises(AdapterError, match="different values of 1 embeddings: <cat>"):
         lk.combine([a, replace(a, embeddings={"<cat>": numbers(2, 8) + 1})])
 
 
@@ -385,7 +385,7 @@ def test_a_unet_and_a_transformer_are_of_different_pipelines():
 def test_modules_of_other_shapes_are_refused_by_name():
     a = lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": factors()})
     for other in (lk.Factors(numbers(4, 14), numbers(12, 4), 1.0), factors("conv"), factors("embedding")):
-        with pytest.raises(AdapterError, match="'q' is of different shapes"):
+        with pytest.raises(AdapterError, match="'q' has different shapes"):
             a + lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": other})
     with pytest.raises(AdapterError, match="'q' is a DoRA"):
         a + lk.Adapter(lk.LoraConfig(targets=["q"]), {"q": Dora(factors(), torch.ones(12, 1))})

@@ -13,8 +13,8 @@ from lorakit.adapter.algebra.spectrum import decompose, spectrum
 from lorakit.adapter.algebra.svd import random_svd
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.adapter.update import LowRank
 
@@ -31,9 +31,9 @@ KINDS = {
     "embedding": Factors(random(3, 20), random(6, 3), alpha=1.0, kind="embedding"),
     "conv": Factors(random(3, 4, 3, 2), random(5, 3, 1, 1), alpha=2.0, kind="conv"),
     "grouped conv": Factors(random(4, 2, 3), random(6, 4, 1), alpha=2.0, kind="conv", groups=2),
-    "loha": Hadamard(random(30, 2), random(2, 20), random(30, 3), random(3, 20), alpha=1.0),
-    "loha of full rank": Hadamard(random(9, 4), random(4, 8), random(9, 4), random(4, 8), alpha=1.0),
-    "loha tucker": Hadamard(
+    "loha": Loha(random(30, 2), random(2, 20), random(30, 3), random(3, 20), alpha=1.0),
+    "loha of full rank": Loha(random(9, 4), random(4, 8), random(9, 4), random(4, 8), alpha=1.0),
+    "loha tucker": Loha(
         random(2, 30),
         random(2, 6),
         random(2, 30),
@@ -42,14 +42,12 @@ KINDS = {
         t1=random(2, 2, 3, 3),
         t2=random(2, 2, 3, 3),
     ),
-    "lokr": Kronecker(alpha=2.0, w1=random(4, 2), w2a=random(9, 2), w2b=random(2, 12)),
-    "lokr of two products": Kronecker(
-        alpha=2.0, w1a=random(5, 2), w1b=random(2, 5), w2a=random(6, 2), w2b=random(2, 7)
-    ),
-    "lokr of two matrices": Kronecker(alpha=2.0, w1=random(4, 3), w2=random(5, 6)),
-    "lokr tall": Kronecker(alpha=2.0, w1=random(12, 2), w2=random(10, 2)),
-    "lokr tucker": Kronecker(alpha=2.0, w1=random(2, 3), w2a=random(2, 12), w2b=random(2, 7), t2=random(2, 2, 3, 3)),
-    "lokr conv": Kronecker(alpha=2.0, w1=random(2, 3), w2=random(4, 5, 3, 3)),
+    "lokr": Lokr(alpha=2.0, w1=random(4, 2), w2a=random(9, 2), w2b=random(2, 12)),
+    "lokr of two products": Lokr(alpha=2.0, w1a=random(5, 2), w1b=random(2, 5), w2a=random(6, 2), w2b=random(2, 7)),
+    "lokr of two matrices": Lokr(alpha=2.0, w1=random(4, 3), w2=random(5, 6)),
+    "lokr tall": Lokr(alpha=2.0, w1=random(12, 2), w2=random(10, 2)),
+    "lokr tucker": Lokr(alpha=2.0, w1=random(2, 3), w2a=random(2, 12), w2b=random(2, 7), t2=random(2, 2, 3, 3)),
+    "lokr conv": Lokr(alpha=2.0, w1=random(2, 3), w2=random(4, 5, 3, 3)),
     "whole": Dense(random(12, 9)),
     "whole conv": Dense(random(6, 3, 3, 3)),
     "norm": Dense(random(7)),

@@ -8,8 +8,8 @@ from made_adapters import exact, factors, hadamard, kronecker, numbers, packed
 
 from lorakit.adapter.algebra.svd import distance, full_svd, matrix_svd, needed, product_svd, random_svd
 from lorakit.adapter.dense import Dense
-from lorakit.adapter.loha import Hadamard
-from lorakit.adapter.lokr import Kronecker
+from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 
 
 @pytest.mark.parametrize("m, r, n", [(40, 5, 30), (6, 9, 30), (40, 9, 7), (3, 1, 1)])
@@ -63,7 +63,7 @@ def test_needed_never_gives_none_and_never_too_few():
 
 
 def tucker():
-    return Hadamard(
+    return Loha(
         numbers(2, 20),
         numbers(2, 18),
         numbers(2, 20, seed=1),
@@ -83,13 +83,11 @@ KINDS = {
     "LoHa": hadamard(),
     "LoHa, Tucker": tucker(),
     "LoKr": kronecker(),
-    "LoHa of a high rank": Hadamard(
-        numbers(20, 5), numbers(5, 18), numbers(20, 5, seed=1), numbers(5, 18, seed=1), 1.0
-    ),
-    "LoKr, conv, Tucker": Kronecker(
+    "LoHa of a high rank": Loha(numbers(20, 5), numbers(5, 18), numbers(20, 5, seed=1), numbers(5, 18, seed=1), 1.0),
+    "LoKr, conv, Tucker": Lokr(
         2.0, w1a=numbers(4, 2), w1b=numbers(2, 3), w2a=numbers(2, 5), w2b=numbers(2, 6), t2=numbers(2, 2, 3, 3)
     ),
-    "LoKr, conv": Kronecker(2.0, w1=numbers(4, 3), w2=numbers(5, 6, 3, 3)),
+    "LoKr, conv": Lokr(2.0, w1=numbers(4, 3), w2=numbers(5, 6, 3, 3)),
     "whole": Dense(numbers(11, 4, 3, 3)),
 }
 
@@ -99,8 +97,8 @@ def test_an_update_of_any_kind_has_the_singular_values_of_its_matrix(kind):
     update = KINDS[kind]
     (found,) = update.singular_values()
     W = exact(update)
-    form = update.form("m")
-    matrix = (W.T if form.across else W).flatten(1)
+    shapes = update.factor_shapes("m")
+    matrix = (W.T if shapes.weight_transposed else W).flatten(1)
     torch.testing.assert_close(update.matrix().double(), matrix, rtol=1e-5, atol=1e-5)
     full = torch.linalg.svdvals(matrix)
     count = min(len(full), len(found.S))

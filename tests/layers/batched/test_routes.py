@@ -379,7 +379,7 @@ def test_dropout_of_tokens_is_for_training():
         ),
         ((1, 6, 8), r"'0' was given 6 tokens .*; expected 4, one per choice\n  each of the 6 tokens"),
         ((3, 8), r"'0' was given 3 tokens .*; expected 4"),
-        ((2, 2, 8), r"'0' was given 2 x 2 tokens .*; expected one row of 4\n  put the rows behind each other"),
+        ((2, 2, 8), r"'0' was given 2 x 2 tokens .*; expected one row of 4\n  concatenate the rows to "),
         ((4, 2, 8), r"'0' was given 8 tokens .*; expected 4"),
         ((8,), r"'0' was given 1 tokens .*; expected 4"),
     ],

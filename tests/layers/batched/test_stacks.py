@@ -63,7 +63,7 @@ def stack(model: nn.Module) -> Stack:
 
 
 def inside(model: nn.Module) -> set[str]:
-    return {child.removeprefix("lora_") for child in stack(model).held}
+    return {child.removeprefix("lora_") for child in stack(model).snapshots}
 
 
 # What is copied
@@ -335,7 +335,7 @@ def test_any_order_of_mixes_stays_right_and_within_the_bound(monkeypatch, ranks)
         check(model, x, choices)
         places = sorted(stack(model).layout.places.values())
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
-        assert set(stack(model).held) == set(stack(model).layout.places)
+        assert set(stack(model).snapshots) == set(stack(model).layout.places)
         assert places[-1][1] <= stack(model).layout.capacity
         assert stack(model).layout.capacity <= max(ranks, 2 * 3 * 3)
 

@@ -333,7 +333,7 @@ def test_merged_weights_saved_by_transformers_load_without_lorakit(tmp_path):
 def test_models_without_transformers_interface_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4)).to(BF16)
     lk.attach(model, lk.LoraConfig(rank=2, targets=["0"]))
-    assert "no attention interface" in attention.why_not(model)
+    assert "does not use transformers' attention interface" in attention.why_not(model)
     assert not any(row.kind == fused.ATTENTION for row in fused.report(model))
 
 

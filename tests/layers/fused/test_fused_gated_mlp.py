@@ -267,7 +267,7 @@ REASONS = {
     OwnBuffer: "'scale'",
     OtherActivation: "'act' (ReLU)",
     EvalOnly: "values",
-    ReadsThePackedWeight: "does not call 'gate_up'",
+    ReadsThePackedWeight: "the weight of 'gate_up' without calling it",
     Upcast: "values",
 }
 

@@ -105,7 +105,7 @@ def of_image(model: nn.Module) -> Tensor:
     return model(image, time, text).sample
 
 
-NO_INTERFACE = ("attention's backward", "", 1, "does not leave attention")
+NO_INTERFACE = ("attention's backward", "", 1, "does not support transformers' attention")
 IN_32_BITS = ("attention's backward", "", 1, "only for 16 bits")
 # Kind, class, how many, and a part of why they are not fused.
 Row = tuple[str, str, int, str | None]

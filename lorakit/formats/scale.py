@@ -1,4 +1,4 @@
-"""One strength for a whole file, where the format has no other: the rest of each module's own goes into its B.
+"""One scale for all modules of a file, for formats that have no other: the rest of a module's scale goes into its B.
 
 s · B A  =  s₀ · (s/s₀ · B) A
 """
@@ -18,31 +18,31 @@ from ..config import LoraConfig
 
 
 def clean(value: float) -> float:
-    """Without the noise of a division and its reverse: 32 / 49 · 49 is not quite 32."""
+    """`value` without the rounding of a division and its inverse: 32 / 49 · 49 is not quite 32."""
     return float(f"{value:.12g}")
 
 
 def commonest(values: Iterable[float]) -> float:
-    """The value that most modules have; the first of these."""
+    """The most frequent value; the first of several."""
     return Counter(values).most_common(1)[0][0]
 
 
 def folded(B: Tensor, ratio: float) -> Tensor:
-    """`ratio` · B: in B's precision if every number of it can be held there, in float32 (or wider) otherwise.
-    AdapterError if not even there.
+    """`ratio` · B: in B's dtype if that holds every element exactly, else in float32 (or wider).
+    AdapterError if a value is too large for that too.
     """
     if ratio == 1:
         return B
     exact = B.double() * ratio
-    here = exact.to(B.dtype)
-    if torch.equal(here.double(), exact):
-        return here
-    return narrowed(exact, torch.promote_types(B.dtype, torch.float32), f"a strength of {ratio:.3g}, folded into B")
+    rounded = exact.to(B.dtype)
+    if torch.equal(rounded.double(), exact):
+        return rounded
+    return narrowed(exact, torch.promote_types(B.dtype, torch.float32), f"a scale of {ratio:.3g}, folded into B")
 
 
 def config_of(factors: Mapping[str, Factors], **known: Any) -> LoraConfig:
-    """The `LoraConfig` that factors imply: the commonest rank and alpha, patterns for the others, targets by name
-    ending. AdapterError if one is malformed.
+    """The `LoraConfig` of these factors: the most common rank and alpha, patterns for the others, targets by name
+    ending. `known`: other fields of the config. AdapterError if factors are malformed.
     """
     for module, f in factors.items():
         f.check(module)

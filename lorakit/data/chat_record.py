@@ -1,0 +1,62 @@
+"""What an adapter keeps of how its conversations were written, in `lorakit.json` under `data`.
+
+template               none, chat or plain
+chat_template          the template's text, where it is not the model's own (also beside it, as chat_template.jinja)
+chat_template_kwargs   what the template read besides the conversation
+date                   the date that the template wrote
+end_tokens             tokens that end answers although the model's generation does not end with them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+from lorakit.data.templates import ChatOptions, Style, reads_date
+
+if TYPE_CHECKING:
+    from lorakit.data.dataset import Dataset
+
+TEMPLATE_FILE = "chat_template.jinja"  # transformers' name for it
+
+
+@dataclass(frozen=True)
+class ChatRecord:
+    """style: None if not recorded. template: None if it is the model's own."""
+
+    style: Style | None = None
+    template: str | None = None
+    options: ChatOptions = field(default_factory=ChatOptions)
+    end_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> ChatRecord:
+        """Read an adapter's metadata. What is not as we write it (anybody may have written the file) is left out."""
+        about = metadata.get("data")
+        about = about if isinstance(about, dict) else {}
+        style, template, kwargs, date, ends = (
+            about.get(name) for name in ("template", "chat_template", "chat_template_kwargs", "date", "end_tokens")
+        )
+        return cls(
+            style if style in get_args(Style) else None,
+            template if isinstance(template, str) else None,
+            ChatOptions(kwargs if isinstance(kwargs, dict) else {}, date if isinstance(date, str) else None),
+            tuple(token for token in ends if isinstance(token, str)) if isinstance(ends, list) else (),
+        )
+
+
+def record(dataset: Dataset, tokenizer: Any, options: ChatOptions, own_template: bool) -> dict[str, Any]:
+    """Return the record of a dataset. own_template: the chat template is the run's, not the model's."""
+    about: dict[str, Any] = {"template": dataset.style}
+    if dataset.style != "chat":
+        return about
+    if own_template:
+        about["chat_template"] = tokenizer.chat_template
+    if options.kwargs:
+        about["chat_template_kwargs"] = dict(options.kwargs)
+    if options.date is not None and reads_date(tokenizer):
+        about["date"] = options.date
+    if dataset.end_tokens:
+        about["end_tokens"] = tokenizer.convert_ids_to_tokens(dataset.end_tokens)
+    return about
