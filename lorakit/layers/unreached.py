@@ -7,7 +7,6 @@ transformers holds the experts of a mixture of experts as 3-D parameters of one 
 from __future__ import annotations
 
 import math
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
