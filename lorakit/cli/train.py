@@ -15,11 +15,12 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import DEFAULT
 from ..train.config import TrainConfig
+from ..train.launch import asked_for, command
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
 if TYPE_CHECKING:
-    from ..train.loop import Result
+    from ..train.run import Result
 
 _SKIP = ("base",)
 
@@ -55,7 +56,7 @@ def _train(
 def _outcome(result: Result, settings: TrainConfig) -> str:
     """Say how the run ended, and which command comes next."""
     if result.adapter is None:
-        resume = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
+        resume = command(asked_for(), settings.out)
         return (
             f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
             f"next: {resume}   # resumes there"
