@@ -29,6 +29,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
+from ..module_names import is_language_trunk
 from . import kohya, lycoris, names
 from .diffusers_header import KEY, HeaderAlphas, describe
 from .peft_config import checked
@@ -184,6 +185,8 @@ def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 def _unheld(adapter: Adapter, module: str) -> str | None:
     """Why diffusers' format cannot hold a module's update; None if it can."""
+    if is_language_trunk(module):
+        return "these are modules of a language model, whose trunk is called transformer, and of no pipeline"
     if module.split(".")[0] not in COMPONENTS:
         return (
             f"diffusers' files name modules with a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "

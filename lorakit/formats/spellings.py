@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ..module_names import is_language_trunk
 from .lycoris import DENSE, LOHA, LOKR
 
 COMPONENTS = (
@@ -101,7 +102,7 @@ def is_spelling(key: str) -> bool:
 def _component(path: str) -> tuple[str | None, str, bool]:
     """(component, path within it, whether the key names the component)."""
     first, _, rest = path.partition(".")
-    if _LANGUAGE_MODEL.match(path):
+    if _LANGUAGE_MODEL.match(path) or is_language_trunk(path):
         return None, path, False
     if first in COMPONENTS and rest:
         return first, rest, True
