@@ -46,10 +46,12 @@ def check_launch(world: int, environment: Mapping[str, str] = os.environ) -> Non
             )
     asked = asked_for(environment)
     if asked != world:
+        name = next(name for name in SIZES if environment.get(name) == str(asked))
         raise TrainError(
             f"{asked} processes were started, and this one runs "
             f"{'alone' if world == 1 else f'as one of {world}'}: they would not train together\n"
-            f"  start them with: torchrun --nproc-per-node {asked} -m lorakit train ..."
+            f"  start them with: torchrun --nproc-per-node {asked} -m lorakit train ...\n"
+            f"  (for runs that are meant to be separate, each with its own --out: unset {name})"
         )
     # accelerate launch sets an address to meet at when it is asked for several processes. On a CPU it starts one.
     alone = not any(name in environment for name in _RANKS)
