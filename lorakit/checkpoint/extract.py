@@ -9,7 +9,7 @@ left out, or kept as saved weights (language models) or dense updates (diffusion
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Extracted:
         return max(0.0, 1 - (sum((m.error * m.norm) ** 2 for m in self.modules) + left_out) / total)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         modules = [{**asdict(m), "captured": m.captured} for m in self.modules]
         return {
             "captured": self.captured,
@@ -99,7 +99,7 @@ def extract(
     seed: int = 0,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Extracted:
-    """The adapter that turns BASE into (nearly) TUNED.
+    """Extract the adapter that turns BASE into (nearly) TUNED.
 
     rank: the maximum rank of each module. keep: the share of each ‖ΔW‖² to capture.
     targets: only these modules get factors (name endings, or a regular expression).
@@ -109,12 +109,7 @@ def extract(
     Raises ConfigError for a wrong rank or keep, TargetError if no target changed, LorakitError if the tensors or shapes
     differ, or nothing changed.
     """
-    if (rank is None and keep is None) or (rank is not None and rank < 1) or (keep is not None and not 0 < keep <= 1):
-        raise ConfigError(
-            "extract needs a rank of at least 1, or keep, the share of the change to capture, up to 1 "
-            f"(got rank {rank}, keep {keep})\n"
-            "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
-        )
+    _check_options(rank, keep)
     paths = Path(base).expanduser(), Path(tuned).expanduser()
     pairs, layout = image_pairs(*paths), None
     if pairs is None:
@@ -147,11 +142,7 @@ def extract(
     if not factors and not rest:
         raise LorakitError(f"nothing differs between {base} and {tuned}: there is no change to extract")
     if not factors and not kept:
-        expected = f"the targets {targets}" if targets else "a matrix"
-        raise TargetError(
-            f"no weight of {expected} changed, but these did: {listing(rest)}\n"
-            "  save_rest=True (--save-rest) keeps them"
-        )
+        raise _no_target_changed(targets, rest)
     fingerprint = None
     if layout is not None:
         factors |= _heads(layout, factors)
@@ -161,8 +152,26 @@ def extract(
     return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged, tuple(_doubts(reports, pairs)))
 
 
+def _check_options(rank: int | None, keep: float | None) -> None:
+    """Raise ConfigError unless there is a rank of at least 1, or a share to keep."""
+    if (rank is None and keep is None) or (rank is not None and rank < 1) or (keep is not None and not 0 < keep <= 1):
+        raise ConfigError(
+            "extract needs a rank of at least 1, or keep, the share of the change to capture, up to 1 "
+            f"(got rank {rank}, keep {keep})\n"
+            "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
+        )
+
+
+def _no_target_changed(targets: str | list[str] | None, rest: Iterable[str]) -> TargetError:
+    """Build the error for checkpoints that differ only in parameters without factors. `rest`: their names."""
+    expected = f"the targets {targets}" if targets else "a matrix"
+    return TargetError(
+        f"no weight of {expected} changed, but these did: {listing(rest)}\n  save_rest=True (--save-rest) keeps them"
+    )
+
+
 def _doubts(reports: list[ModuleExtract], pairs: list[Pair]) -> list[str]:
-    """Warnings for changes that fine-tuning would hardly make."""
+    """Return warnings for changes that fine-tuning would hardly make."""
     doubts = []
     if reports and sorted(r.change for r in reports)[len(reports) // 2] > 1:
         doubts.append("most weights changed by more than their norm: TUNED does not seem to be fine-tuned from BASE")
@@ -197,6 +206,7 @@ def _factors(
     size: float,
     edge: float | None,
 ) -> tuple[Factors, ModuleExtract]:
+    """Truncate one module's ΔW to low-rank factors. `delta`: as stored; `norm`: ‖ΔW‖_F; `size`: ‖W‖_F."""
     W = delta.T if shapes.weight_transposed else delta  # [out, in·k]
     svd = matrix_svd(W, rank, keep, seed=seed)
     made = compose(shapes, [svd], max(1, min(len(svd.S), svd.rank)))
@@ -211,7 +221,9 @@ def _read(slot: Slot) -> Tensor:
 
 
 def _heads(layout: Layout, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Factors for heads that are tied to a changed embedding and stored with it: the same ΔW [vocab, dim] = Aᵀ Bᵀ."""
+    """Build factors for heads that are tied to a changed embedding and stored with it: the same ΔW [vocab, dim] = Aᵀ
+    Bᵀ.
+    """
     embeddings = [m for m, f in factors.items() if f.kind == "embedding"]
     if not embeddings:
         return {}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-import shutil
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,20 +21,21 @@ from ..adapter.adapter import Adapter
 from ..errors import AdapterError, ConfigError, LorakitError
 from ..formats import find
 from ..io.atomic import write_text
+from ..io.staging import resolved, staged
 from ..io.stream import MERGEABLE, NAMES
 from ..version import VERSION
 from .base import CONFIG, Base
 from .changes import check_mergeable
 from .conversation import keep_conversation
-from .names import Renaming
-from .out import NOTE, check_out, check_space, copy, leftovers, other_files, put_in_place
+from .merge_plan import Plan, make_plan
+from .merge_report import MergeReport, TargetReport
+from .out import NOTE, check_out, check_space, copy, other_files
 from .parts import Part, open_parts
-from .plan import Plan, make_plan
-from .report import MergeReport, TargetReport
+from .renaming import Renaming
 from .residual import load_on, started_as
 from .same_base import compare_with_files
-from .tensors import in_order, read_back, write_file
 from .tied_weights import untied
+from .write import in_order, read_back, write_file
 
 Source = Adapter | Path | str
 Progress = Callable[[str, int, int], None]
@@ -71,10 +71,10 @@ def merge_checkpoint(
     began = time.monotonic()
     if dtype is not None and NAMES.get(dtype) not in MERGEABLE:
         raise LorakitError(f"dtype is {dtype}; expected torch.bfloat16, torch.float16, torch.float32 or torch.float64")
-    path, target = Path(base).expanduser(), Path(out).expanduser().resolve()
+    path, target = Path(base).expanduser(), resolved(out)
     sources = [adapter] if isinstance(adapter, Adapter | Path | str) else list(adapter)
     factors = _weights(weights, len(sources))
-    check_out(path.resolve(), _read_only(sources), target, force)
+    check_out(resolved(path), _read_only(sources), target, force)
     values, warnings = _values(sources, factors, path, alpha, force_base)
     plans: list[tuple[Part, Plan]] = []
     names = [n for a in values for n in (*a.updates, *a.saved)]
@@ -83,26 +83,24 @@ def merge_checkpoint(
         plans.append((part, make_plan(part.base, own, dtype, untie)))
         for (_, mine), rename in zip(own, plans[-1][1].renames, strict=True):
             warnings += [] if force_base else check_base(part.base, mine, rename)
-    warnings += leftovers(target)
     copies, left_out = other_files(path, [part for part, _ in plans]) if path.is_dir() else ({}, [])
     size = sum(e.nbytes for _, plan in plans for e in plan.entries)
-    check_space(target, size + sum(p.stat().st_size for p in copies.values()))
-
-    # Notes in the checkpoint must not reveal the user's folders.
+    # Notes in the checkpoint must not reveal the user's folders. They have no times: equal merges write equal files.
     short = _description([s if isinstance(s, Adapter) else Path(s).name for s in sources], factors)
-    note = {"lorakit": VERSION, "base": path.name, "adapter": short}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir()
+    note = {"lorakit": VERSION, "base": resolved(path).name, "adapter": short}
+    with staged(target, fresh=True) as temporary:
+        check_out(resolved(path), _read_only(sources), target, force)  # another merge may have written it meanwhile
+        check_space(temporary, size + sum(p.stat().st_size for p in copies.values()))
+        folder = temporary.parent if path.is_file() else temporary
+        folder.mkdir(exist_ok=True)
         for name, file in copies.items():
-            copy(file, temporary / name)
-        warnings += keep_conversation(temporary, values)
+            copy(file, folder / name)
+        warnings += keep_conversation(folder, values)
         with _one_thread():
-            reports = _write_tensors(plans, temporary, dtype is not None, note if path.is_file() else {}, on_tensor)
+            reports = _write_tensors(plans, folder, dtype is not None, note if path.is_file() else {}, on_tensor)
         warnings += _check_changed(reports, plans)
         for part, plan in plans:
-            _write_config(part, plan, temporary / part.name, dtype)
+            _write_config(part, plan, folder / part.name, dtype)
         first = next((part.base for part, plan in plans if any(e.updates for e in plan.entries)), plans[0][0].base)
         report = MergeReport(
             base=str(base),
@@ -122,21 +120,18 @@ def merge_checkpoint(
             seconds=time.monotonic() - began,
         )
         if path.is_file():
-            put_in_place(temporary / path.name, target)
+            os.rename(folder / path.name, temporary)
         else:
-            whole = {**note, "merged": report.headline(), "warnings": warnings}
-            write_text(temporary / NOTE, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-            put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+            merged = {**note, "merged": report.outcome(), "warnings": warnings}
+            write_text(folder / NOTE, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
     return report
 
 
 def _read_only(sources: Sequence[Source]) -> list[Path]:
-    """The adapters' paths: as given, and of the adapter found inside (a run's folder, and its adapter/)."""
+    """Return the adapters' paths: as given, and of the adapter found inside (a run's folder, and its adapter/)."""
     named = [Path(s).expanduser() for s in sources if not isinstance(s, Adapter)]
     found = [find(s) for s in sources if not isinstance(s, Adapter)]
-    return [p.resolve() for p in (*named, *found) if p.exists()]
+    return [resolved(p) for p in (*named, *found) if p.exists()]
 
 
 def _values(
@@ -145,7 +140,7 @@ def _values(
     """Read the adapters. Returns them and warnings."""
     values, warnings = [], []
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True), start=1):
-        where = "" if isinstance(source, Adapter) else f" ({source})"
+        where = "" if isinstance(source, Adapter) else f" ({Path(source).name})"
         called = f"adapter {number}{where}" if len(sources) > 1 else "the adapter"
         start = None if isinstance(source, Adapter) else started_as(source)
         value = source if isinstance(source, Adapter) else load_on(source, base, alpha, force_base)
@@ -174,7 +169,7 @@ def _description(sources: Sequence[Source], weights: Sequence[float]) -> str:
 
 
 def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
-    """AdapterError if the adapter's fingerprint is of another base. Returns warnings."""
+    """Raise AdapterError if the adapter's fingerprint is of another base. Returns warnings."""
     lines = compare_with_files(base, adapter, rename)
     if lines:
         raise AdapterError(
@@ -242,7 +237,7 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config with its dtype changed, and the dtype of nested configs."""
+    """Return a config with its dtype changed, and the dtype of nested configs."""
     inner = {
         key: _with_dtype(value, dtype)
         for key, value in config.items()
@@ -283,8 +278,8 @@ def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:
 
 
 def _check_changed(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -> list[str]:
-    """Warnings for updates below the weights' precision. LorakitError if no weight changed at all."""
-    vanished = [r for r in reports if r.lost]
+    """Return warnings for updates below the weights' precision. Raises LorakitError if no weight changed at all."""
+    vanished = [r for r in reports if r.below_precision]
     if not any(r.changed for r in reports) and not any(p.replaced or p.added for _, p in plans):
         if not vanished:
             raise LorakitError(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import LorakitError, listing
-from ..io.atomic import sync_folder
 from .base import CONFIG
 from .parts import PIPELINE, Part
 
@@ -33,7 +31,9 @@ SLACK = 1 << 20  # for headers and what the file system adds
 
 
 def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> None:
-    """LorakitError if OUT exists (unless `force`), is no sensible path for this base, or would overwrite an input."""
+    """Raise LorakitError if OUT exists (unless `force`), is not a sensible path for this base, or would overwrite an
+    input.
+    """
     for what, path in (("base", base), *(("adapter", a) for a in adapters)):
         if path == out or out in path.parents:
             raise LorakitError(
@@ -73,7 +73,7 @@ def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> N
 
 
 def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], list[str]]:
-    """({name within the folder: path} of files to copy, names of files left out).
+    """Return ({name within the folder: path} of files to copy, names of files left out).
 
     Copied is everything except the parts' weights, other models and adapters, and hidden files. A pipeline's other
     components are copied completely.
@@ -105,7 +105,9 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """All files, also in linked folders (a cache has links). LorakitError for a link to a folder that contains it."""
+    """Yield all files, also in linked folders (a cache has links). Raises LorakitError for a link to a folder that
+    contains it.
+    """
     for where, folders, files in os.walk(folder, followlinks=True):
         here = Path(where)
         above = {p.resolve() for p in (here, *here.parents) if p.is_relative_to(folder)}
@@ -118,22 +120,14 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def check_space(out: Path, need: int) -> None:
-    """LorakitError if the disk has fewer than `need` bytes free."""
+    """Raise LorakitError if the disk has fewer than `need` bytes free."""
     there = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < need + SLACK:
-        hint = "".join(f"\n  {line}" for line in leftovers(out))
         raise LorakitError(
-            f"{there} has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB{hint}"
+            f"the disk has {free / 1e9:,.2f} GB free; the merged checkpoint takes {need / 1e9:,.2f} GB\n"
+            "  free some space, or give an OUT on another disk"
         )
-
-
-def leftovers(out: Path) -> list[str]:
-    """A line that lists what killed runs left beside OUT; empty if there is nothing."""
-    patterns = (f".{out.name}.tmp-*", f".{out.name}.*.tmp", f".{out.name}.old-*")
-    found = sorted(p.name for pattern in patterns for p in out.parent.glob(pattern)) if out.parent.is_dir() else []
-    last = " (.old is the last OUT, moved aside)" if any(".old-" in name for name in found) else ""
-    return [f"left over from killed runs, safe to delete: {listing(found)}{last}"] if found else []
 
 
 def copy(path: Path, to: Path) -> None:
@@ -142,26 +136,6 @@ def copy(path: Path, to: Path) -> None:
     shutil.copyfile(path, to)
     with open(to, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def put_in_place(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`. An existing folder is moved aside first and deleted last, because no system call
-    replaces a folder that is not empty.
-    """
-    for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())] if temporary.is_dir() else []:
-        sync_folder(folder)
-    old = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}") if out.is_dir() else None
-    if old is not None:
-        os.rename(out, old)
-    try:
-        os.replace(temporary, out)
-    except BaseException:
-        if old is not None:
-            os.rename(old, out)
-        raise
-    sync_folder(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _is_weights(path: Path) -> bool:

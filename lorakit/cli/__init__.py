@@ -10,6 +10,8 @@ import sys
 import warnings
 from typing import Any
 
+INTERRUPTED = 130  # the shells' code for a process that Ctrl-C ended
+
 
 def main(args: list[str] | None = None) -> None:
     """Run `lorakit ARGS` and exit with `run`'s code."""
@@ -35,7 +37,7 @@ def _show_own_warnings_as_notes() -> None:
 
 
 def run(args: list[str]) -> int:
-    """Run `lorakit ARGS` and return the exit code: 0 success, 1 the job failed, 2 a usage error (ConfigError)."""
+    """Run `lorakit ARGS`. Exit code: 0 success, 1 the job failed, 2 a usage error (ConfigError), 130 Ctrl-C."""
     from ..errors import ConfigError, LorakitError
 
     try:
@@ -52,13 +54,15 @@ def run(args: list[str]) -> int:
     try:
         app(args, prog_name="lorakit")  # typer prints usage errors itself, with the nearest option, and exits with 2
     except SystemExit as stop:
-        if stop.code == 130:  # typer's for Ctrl-C
+        if stop.code == INTERRUPTED:  # typer's for Ctrl-C
             print("lorakit: stopped", file=sys.stderr)
-            return 1
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
         print(f"lorakit: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("lorakit: stopped", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

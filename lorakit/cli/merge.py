@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import ConfigError
-from .shared.files import base_folder, dtype_of, parse_weights
+from .shared.files import base_folder, dtype_of, parse_weights, say_if_unfinished
 from .shared.starting import starting
 
 
@@ -47,6 +47,8 @@ def merge(
     *sources, out = adapters
     folder = base_folder(base)
     assert folder is not None
+    for source in sources:
+        say_if_unfinished(source)
     console = Console()
     with console.status("merging") as status:
         report = merge_checkpoint(

@@ -44,6 +44,7 @@ _SETTINGS = (
     "method",
     "batch_size",
     "micro_batch",
+    "packing",
     "precision",
     "gradient_checkpointing",
     "memory",

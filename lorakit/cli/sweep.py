@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
+from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -55,7 +56,7 @@ def _sweep(
     else:
         _print_outcome(outcome, plan, quiet)
     if not outcome.winners:
-        raise typer.Exit(1)
+        raise typer.Exit(exit_code(outcome.stopped))
 
 
 def spread(name: str, value: Any) -> Any:

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..tasks import DEFAULT
 from ..train.config import TrainConfig
+from ..train.interrupt import exit_code
 from ..train.launch import asked_for, command
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -50,7 +51,7 @@ def _train(
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
         print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings))
     if result.adapter is None:
-        raise typer.Exit(1)
+        raise typer.Exit(exit_code(result.stopped))
 
 
 def _outcome(result: Result, settings: TrainConfig) -> str:

@@ -53,6 +53,7 @@ class Judged:
 
     @property
     def label(self) -> str:
+        """The adapter's name, or "base"."""
         return BASE if self.adapter is None else self.adapter
 
 
@@ -65,7 +66,7 @@ class Report:
     samples: tuple[int, ...] = ()
 
     def table(self) -> Table:
-        """A line for each adapter."""
+        """Return a table with a line for each adapter."""
         first = self.judged[0].loss
         title = f"{first.rows:,} rows, {first.tokens:,} trained tokens"
         title += f"; text from {len(self.prompts):,} prompts" if self.judged[0].scores is not None else ""
@@ -74,7 +75,7 @@ class Report:
         return table([loss | score for loss, score in zip(losses, scores)], title, BASE)
 
     def sample_table(self) -> Table | None:
-        """A few prompts with their first reference and each adapter's text; None without generation."""
+        """Return a table of a few prompts: first reference and each adapter's text. None without generation."""
         from rich.table import Table
         from rich.text import Text
 
@@ -90,7 +91,7 @@ class Report:
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serializable dict."""
+        """Return plain data, for JSON."""
         return {
             "results": [
                 {"adapter": one.adapter, **one.loss.to_dict(), "scores": one.scores.to_dict() if one.scores else None}

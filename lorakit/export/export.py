@@ -9,13 +9,11 @@ from typing import Any
 from ..adapter.adapter import Adapter
 from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
-from ..formats import save
-from ..io.atomic import write_text
 from .into_base import split
 from .logits import Logits
 from .modelfile import check_modelfile, modelfile
 from .rules import RECEIVERS, Finding, findings
-from .staging import Readback, write_staged
+from .staging import write_staged
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Exported:
         return max(self.differences.values()) if self.differences else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain data, for JSON."""
         return {
             "receiver": self.receiver,
             "format": self.format,
@@ -79,8 +77,9 @@ def export(
     force: replace an existing OUT-base and a Modelfile next to OUT, but never a folder that contains `source`.
     source: the path the adapter was read from.
 
-    AdapterError lists everything the receiver does not accept, each with a way out, or what is wrong in the written
-    file. ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an error.
+    Raises AdapterError, which lists everything the receiver does not accept, each with a way out, or what is wrong in
+    the written file. Raises ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an
+    error.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(
@@ -99,7 +98,7 @@ def export(
     if parts is not None:
         count = len(parts.part.updates) + len(parts.part.saved)
         fixes.insert(0, f"{count} modules and weights that {receiver} does not accept: merged into {parts.copy}")
-    model_file = None
+    model_file, beside = None, {}
     if receiver == "ollama":
         if model is None:
             raise ConfigError(
@@ -107,18 +106,12 @@ def export(
             )
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
         model_file = check_modelfile(path, modelfile(path, model, adapter), force)
-    if verify or parts is not None:
-        written, check = write_staged(adapter, ready, path, target.format, base, verify, parts)
-    else:
-        written, check = save(ready, path, target.format, base=base), Readback()
-    files = [written]
-    if model_file is not None:
-        write_text(model_file, modelfile(path, model, adapter))
-        files.append(model_file)
+        beside = {model_file.name: modelfile(path, model, adapter)}
     template = ChatRecord.of(adapter.metadata).template
-    if template is not None and written.is_dir():
-        write_text(written / TEMPLATE_FILE, template)
-        files.append(written / TEMPLATE_FILE)
+    inside = {} if template is None else {TEMPLATE_FILE: template}
+    written, check = write_staged(adapter, ready, path, target.format, base, verify, parts, beside, inside)
+    files = [written, *([model_file] if model_file is not None else [])]
+    files += [written / name for name in inside if written.is_dir()]
     copy = parts.copy if parts is not None else None
     return Exported(receiver, target.format, files, fixes, check.differences, check.logits, check.no_logits, copy)
 

@@ -17,6 +17,7 @@ from ..checkpoint.modules import layout_of
 from ..checkpoint.out import check_out
 from ..checkpoint.parts import PIPELINE
 from ..errors import AdapterError
+from ..io.staging import resolved
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def split(
     """
     copy = out.with_name(f"{out.stem}-base.safetensors" if base.is_file() else f"{out.name}-base")
     part, rest = divide(adapter, names)
-    check_out(base.resolve(), [source.resolve()] if source is not None else [], copy.resolve(), force)
+    check_out(resolved(base), [resolved(source)] if source is not None else [], resolved(copy), force)
     return Split(adapter, part, rest, base, copy)
 
 
 def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
-    """Split into (modules and saved weights in `names`, the rest). AdapterError if the rest changes no module."""
+    """Split into (modules and saved weights in `names`, the rest). Raises AdapterError if the rest has no module."""
 
     def part_of(inside: bool) -> Adapter:
         saved = {n: t for n, t in adapter.saved.items() if (n in names) == inside}

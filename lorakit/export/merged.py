@@ -3,7 +3,7 @@
     header, key-value pairs (hyper-parameters, tokenizer), names and offsets of all tensors | each tensor's data, block
     by block
 
-The file is written under a temporary name, synced and renamed. Updates that a GGUF adapter cannot hold (DoRA, LoHa,
+The file is written beside OUT, synced and renamed (`io.staging`). Updates that a GGUF adapter cannot hold (DoRA, LoHa,
 LoKr, saved modules) become part of the merged weights.
 """
 
@@ -21,14 +21,15 @@ from ..bases.load import load_config, load_tokenizer
 from ..checkpoint.base import Base, open_base
 from ..checkpoint.changes import check_mergeable
 from ..checkpoint.merge import check_base
+from ..checkpoint.merge_plan import make_plan
 from ..checkpoint.out import check_space
-from ..checkpoint.plan import make_plan
 from ..data.chat_record import ChatRecord
 from ..data.templates import with_template
 from ..errors import ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
-from ..io.atomic import replacing, write_text
+from ..io.atomic import write_text
+from ..io.staging import staged
 from .gguf_model import GgufTensor, gguf_tensors
 from .gguf_parameters import check_supported, parameters
 from .gguf_tokenizer import vocabulary
@@ -54,7 +55,7 @@ class Merged:
     verified: Verified | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain data, for JSON."""
         return {**asdict(self), "format": "gguf", "merged": True, "files": [str(f) for f in self.files]}
 
 
@@ -109,16 +110,15 @@ def export_merged(
     name = opened.folder.resolve().name + (" with adapter" if adapter is not None else "")
     pairs, extra, warnings = _pairs(opened, config, dtype, name, adapter)
     tensors = gguf_tensors(plan.entries, config, dtype)
-    check_space(path.resolve(), sum(bytes_in(t.shape, t.kind) for t in tensors) + PAIRS_BYTES)
     verification = None
-    with replacing(path) as temporary:
+    with staged(path) as temporary:
+        check_space(temporary, sum(bytes_in(t.shape, t.kind) for t in tensors) + PAIRS_BYTES)
         _write(gguf, temporary, ARCHITECTURES[config.model_type].name, pairs, extra, tensors, on_tensor)
         if verify:
             verification = verified(temporary, tensors, extra, adapter, opened.folder, config, dtype)
-    files = [path]
-    if model_file is not None:
-        files.append(model_file)
-        write_text(model_file, modelfile(path, adapter=adapter))
+        if model_file is not None:
+            write_text(temporary.with_name(model_file.name), modelfile(path, adapter=adapter))
+    files = [path, *([model_file] if model_file is not None else [])]
     other = [t.name for t in tensors if len(t.shape) == 2 and t.kind not in (dtype, F32)]
     return Merged(
         receiver, dtype, files, len(tensors) + len(extra), path.stat().st_size, other, notes + warnings, verification
@@ -126,7 +126,7 @@ def export_merged(
 
 
 def _left_out(adapter: Adapter) -> list[str]:
-    """Notes on what merging leaves out. AdapterError if the adapter changes no weight at all."""
+    """Return notes on what merging leaves out. Raises AdapterError if the adapter changes no weight at all."""
     check_mergeable(1.0, adapter)
     if not adapter.embeddings:
         return []
@@ -137,9 +137,9 @@ def _left_out(adapter: Adapter) -> list[str]:
 
 
 def model_path(out: str | Path, receiver: str) -> Path:
-    """The path of the GGUF model: `out`, or model.gguf in it if `out` is Ollama's folder.
+    """Return the path of the GGUF model: `out`, or model.gguf in it if `out` is Ollama's folder.
 
-    ConfigError for a receiver without GGUF.
+    Raises ConfigError for a receiver without GGUF.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(
@@ -153,7 +153,7 @@ def model_path(out: str | Path, receiver: str) -> Path:
 def _pairs(
     base: Base, config: Any, dtype: str, title: str, adapter: Adapter | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
-    """(key-value pairs, tensors computed from hyper-parameters, warnings)."""
+    """Return (key-value pairs, tensors computed from hyper-parameters, warnings)."""
     params = parameters(config)
     eos = config.eos_token_id
     record = ChatRecord() if adapter is None else ChatRecord.of(adapter.metadata)

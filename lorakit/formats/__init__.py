@@ -82,6 +82,7 @@ def save(
     LorakitWarning where PEFT itself would not load all of it.
     """
     from ..adapter.algebra.edit import cast
+    from ..io.staging import staged
     from .peft_experts import misread, note
 
     path, blocks = Path(path).expanduser(), "q8_0" if dtype == "q8_0" else None
@@ -92,9 +93,17 @@ def save(
     adapter = adapter if dtype is None or isinstance(dtype, str) else cast(adapter, dtype)
     if format == "peft" and (said := note(misread(adapter), len(adapter.updates))) is not None:
         warnings.warn(f"{path}: {said}", LorakitWarning, stacklevel=2)
-    return (
-        _module(format).write(adapter, path, base, blocks) if format == "gguf" else _module(format).write(adapter, path)
-    )
+    module = _module(format)
+    with staged(path, stale(format, path)) as target:
+        written = module.write(adapter, target, base, blocks) if format == "gguf" else module.write(adapter, target)
+    return path / written.relative_to(target)
+
+
+def stale(format: str, path: Path) -> list[str]:
+    """The names of an older adapter's files, in the folder or beside the file `path`, that `save` deletes unless it
+    writes them.
+    """
+    return _module(format).stale(path) if format in ("peft", "cloneofsimo") else []
 
 
 def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:

@@ -84,10 +84,9 @@ def load(path: Path) -> Adapter:
     """Read a file of this format; a `.pt` with the files that belong to it. AdapterError naming the file at fault."""
     if not is_pickle_of_it(path):
         return read(path, *read_tensors(path))
-    beside = [path.with_name(path.name.removesuffix(".pt") + side) for side in (SIDE_TEXT, SIDE_TOKENS)]
     found = _from_list(path, read_pickled(path))
     embeddings: dict[str, Tensor] = {}
-    for other in beside if path.suffix == ".pt" else []:
+    for other in sides(path):
         if other.is_file():
             value = read_pickled(other)
             if isinstance(value, list):
@@ -95,6 +94,12 @@ def load(path: Path) -> Adapter:
             else:
                 embeddings = value
     return _adapter(path, found, embeddings, {})
+
+
+def sides(path: Path) -> list[Path]:
+    """The files beside a `.pt` that belong to it: the text encoder's factors, and the textual-inversion embeddings."""
+    stem = path.name.removesuffix(".pt")
+    return [path.with_name(stem + side) for side in (SIDE_TEXT, SIDE_TOKENS)] if path.suffix == ".pt" else []
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
@@ -334,18 +339,19 @@ def _numbered(adapter: Adapter, component: str) -> list[Pair]:
 
 
 def _write_pickles(path: Path, pairs: Mapping[str, Sequence[Pair]], embeddings: Mapping[str, Tensor]) -> Path:
-    stem = path.name.removesuffix(".pt")
+    text, tokens = sides(path)
     lists: dict[Path, Any] = {
         path: [t.detach().cpu().clone() for down, up in pairs["unet"] for t in (up, down)],
-        path.with_name(stem + SIDE_TEXT): [
-            t.detach().cpu().clone() for down, up in pairs["text_encoder"] for t in (up, down)
-        ],
-        path.with_name(stem + SIDE_TOKENS): {token: t.detach().cpu().clone() for token, t in embeddings.items()},
+        text: [t.detach().cpu().clone() for down, up in pairs["text_encoder"] for t in (up, down)],
+        tokens: {token: t.detach().cpu().clone() for token, t in embeddings.items()},
     }
     for file, value in lists.items():
         if value:
             with replacing(file) as temporary:
                 torch.save(value, temporary)
-        else:
-            file.unlink(missing_ok=True)  # an older adapter's, which would be read as part of this one
     return path
+
+
+def stale(path: Path) -> list[str]:
+    """Files of an older adapter beside the one that `write` replaces: they would be read as parts of the new one."""
+    return [side.name for side in sides(path)]

@@ -1,7 +1,7 @@
 """Find the adapter in a folder, and say what a folder or file holds instead.
 
-A folder with one adapter in it stands for that adapter: a run's folder for its `adapter/`, a download for its only
-adapter file. If there are several, or a model, the error names them.
+A folder with one adapter in it stands for that adapter: a run's folder for its `adapter/` (or its newest checkpoint, if
+it has not finished), a download for its only adapter file. If there are several, or a model, the error names them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _SIDES = (".text_encoder.pt", ".ti.pt")  # belong to the file that is named like
 # prefixes of their names, also for shards and indices
 _MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
 _RUN = "config.yaml"  # a training run's or, beside it, a sweep's
+_STEP = "step-"  # a run's checkpoint
 MOST_OPENED = 50  # files: in larger folders every candidate counts as an adapter, unopened
 _ADAPTER_MARKS = ("lora", "hada_", "lokr_", "oft_", "ia3_", "boft_", "vera_")
 _LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
@@ -31,6 +32,9 @@ def adapter_in(folder: Path) -> Path:
         return folder
     if (folder / _RUN).is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
         return folder / "adapter"
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        return newest
     folders = sorted(p.parent for p in folder.glob(f"*/{ADAPTER_CONFIG}"))
     config = _model_config(folder)
     if config is not None:
@@ -45,7 +49,7 @@ def adapter_in(folder: Path) -> Path:
         )
     if (folder / _RUN).is_file() and (folder / "checkpoints").is_dir():
         raise AdapterError(
-            f"{folder} is the folder of a run that has not finished: it has no adapter/ yet\n"
+            f"{folder} is the folder of a run that has not finished: it has no adapter/ and no checkpoint yet\n"
             "  let it finish; to resume a stopped run, repeat the command that started it"
         )
     if any((folder / name).is_file() for name in _PEFT_WEIGHTS):
@@ -62,6 +66,18 @@ def adapter_in(folder: Path) -> Path:
         f"{folder} is no adapter: the folder has no {ADAPTER_CONFIG}, and none of its files is an adapter"
         + (f"; it holds {listing(there, 5)}" if there else "; it is empty")
     )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is an adapter, of a run's folder without a result; None for any other folder."""
+    if not (folder / _RUN).is_file() or (folder / "adapter").is_dir() or (folder / "model").is_dir():
+        return None
+    steps = {
+        int(path.parent.name.removeprefix(_STEP)): path.parent
+        for path in folder.glob(f"checkpoints/{_STEP}*/{ADAPTER_CONFIG}")
+        if path.parent.name.removeprefix(_STEP).isdigit()
+    }
+    return steps[max(steps)] if steps else None
 
 
 def not_adapter(keys: Sequence[str], path: Path) -> str:

@@ -141,9 +141,12 @@ def write(adapter: Adapter, path: Path) -> Path:
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
     write_text(path / CONFIG, dumps(peft_lycoris.to_loha(values, adapter) if loha else values))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
-    if (path / PICKLE).exists():
-        (path / PICKLE).unlink()  # readers that prefer it would get the old weights
     return path
+
+
+def stale(path: Path) -> list[str]:
+    """Files of an older adapter in the folder that `write` replaces: a reader may prefer them."""
+    return [PICKLE]
 
 
 def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:

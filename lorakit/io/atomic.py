@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _FULL = 1 << 20  # bytes: a disk with less free space than this counts as full
 
 
 @contextmanager
-def replacing(path: Path):
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; rename it to `path` after fsync if the block succeeds, else remove it.
 
     Raises WriteError where it cannot be written: no folder, no permission, no space, or `path` is a device.
@@ -26,24 +27,32 @@ def replacing(path: Path):
         raise WriteError(f"{path} is not a regular file (a device or a pipe) and is not replaced\n  give another name")
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write `path` inside the block into a WriteError."""
+    try:
+        yield
     except Exception as error:
         write_error = refused_write(path, error)
         if write_error is None:
             raise
         raise write_error from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def refused_write(path: Path, error: Exception) -> LorakitError | None:
@@ -57,7 +66,7 @@ def refused_write(path: Path, error: Exception) -> LorakitError | None:
     blocking = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if blocking is not None:
         why, fix = f"{blocking} is a file, not a folder", "give another path"
-    elif path.is_dir():
+    elif path.is_dir() and code in (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
         why, fix = "a folder has that name", "give another name"
     elif code in (errno.EACCES, errno.EPERM):
         why, fix = f"no permission to write in {folder}", "give a folder that you may write to"

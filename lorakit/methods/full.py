@@ -69,8 +69,11 @@ def base_alone(model: Any) -> AbstractContextManager[None]:
 
 
 def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    from ..io.staging import staged
+
+    with staged(folder) as path:
+        model.save_pretrained(path)
+        processor.save_pretrained(path)
 
 
 def trained(config: RunSettings) -> str:

@@ -62,7 +62,7 @@ def _check_live(module: str, update: Update) -> None:
             "  merge it into the base's files (lorakit merge), or use it in the library that trained it"
         )
     raise AdapterError(
-        f"'{module}' has a {type(update).__name__} update, which cannot be attached to a live model yet\n"
+        f"'{module}' has an update of kind '{update.variant}', which cannot be attached to a live model yet\n"
         "  adapter.resize(rank=...) approximates it by low-rank factors and reports the error"
     )
 

@@ -30,7 +30,7 @@ from .weightless import MOST_TOKENS
 # Blocks below glibc's largest mmap threshold (32 MiB) are allocated on one heap, which fragments and never shrinks. Its
 # size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).
 HEAP = 1.47
-HEAP_CHECKPOINTING = 2.3  # kept tensors lie scattered between a layer's temporary ones; 2.4 was measured
+HEAP_CHECKPOINTING = 2.3  # kept tensors are scattered between a layer's temporary ones; 2.4 was measured
 # NF4 with double quantization: 4 bits per weight, an 8-bit scale per 64 weights and a 32-bit one per 256 scales
 # (Dettmers et al. 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -137,7 +137,8 @@ class Planner:
         resting = self._resting()
         key = (rows, length, accumulating)
         if key not in self._traced:
-            self._traced[key] = training_step(shell, self._batch(rows, length), self._loss, accumulating)
+            batch = self._batch(rows, length, packed=settings.task.packs(settings.config))
+            self._traced[key] = training_step(shell, batch, self._loss, accumulating)
         step = self._traced[key]
         held_out = self._evaluation(length)
         stretches = [*step.stretches.values(), *held_out.values()]
@@ -166,8 +167,8 @@ class Planner:
             self._evaluations[length] = evaluation(self.shell, self._batch(rows, length), self.settings.task.losses)
         return self._evaluations[length].stretches if rows else {}
 
-    def _batch(self, rows: int, length: int) -> dict[str, Tensor]:
-        return self.settings.task.example(rows, length, self.settings.share)
+    def _batch(self, rows: int, length: int, packed: bool = False) -> dict[str, Tensor]:
+        return self.settings.task.example(rows, length, self.settings.share, packed)
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return self.settings.task.losses(model, batch).sum()

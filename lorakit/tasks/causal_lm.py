@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..config import RunSettings, Strict, part
 from ..errors import TrainError
@@ -68,11 +68,23 @@ class Writing(Strict):
 class CausalSettings(Lengths, Writing, Columns):
     free: ClassVar = {"sample_prompts", "sample_tokens"}
 
+    packing: bool = Field(
+        False,
+        description="put several rows of a batch into one sequence, each with its own positions and attention: the "
+        "same result with less padding",
+    )
+
     sample_prompts: list[str] = Field(
         default_factory=list,
         description="prompts answered at each evaluation by base and adapter; default: two held-out rows",
     )
     sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
+
+    @model_validator(mode="after")
+    def _not_compiled(self) -> CausalSettings:
+        if self.packing and getattr(self, "compile", False):
+            raise ValueError("packing is not tested with compile; remove one of the two")
+        return self
 
 
 settings = CausalSettings
@@ -179,6 +191,7 @@ def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
 
 
 def check(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
+    from .text.packed import check_packing
     from .text.positions import check_positions
 
     if model.config.is_encoder_decoder:
@@ -187,6 +200,8 @@ def check(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
             "  choose another base (--model)"
         )
     check_positions(config, model, items)
+    if packs(config):
+        check_packing(model)
 
 
 def check_together(model: Any) -> None:
@@ -208,14 +223,25 @@ def alone(config: RunSettings) -> str | None:
 # ------------------------------------------------------------------------------------- batches and losses
 
 
-def collate(items: Sequence[Item], base: Base) -> dict[str, Tensor]:
+def packs(config: RunSettings) -> bool:
+    return part(config, CausalSettings).packing
+
+
+def saved_padding(batches: Sequence[Sequence[Item]]) -> str:
+    from .text.packed import saved_padding
+
+    return saved_padding([[item.size for item in batch] for batch in batches])
+
+
+def collate(items: Sequence[Item], base: Base, packed: bool = False) -> dict[str, Tensor]:
     from ..data.batches import collate, pad_id
+    from ..data.packing import collate_packed
 
-    return collate(items, pad_id(base.processor))
+    return (collate_packed if packed else collate)(items, pad_id(base.processor))
 
 
-def example(rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
-    """Return rows of token 0, of which the last `share` is trained."""
+def example(rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
+    """Return rows of token 0, of which the last `share` is trained; packed: two of them in each sequence."""
     import torch
 
     from ..ops import IGNORE_INDEX
@@ -223,7 +249,15 @@ def example(rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
     ids = torch.zeros(rows, size, dtype=torch.long)
     labels = ids.clone()
     labels[:, : min(size - 1, round((1 - share) * size))] = IGNORE_INDEX
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if not packed:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    row = torch.arange(rows)[:, None].expand(rows, size)
+    positions = torch.arange(size).repeat(rows, 1)
+    pairs = rows if rows == 1 else 2  # `data.packing.sequences` makes none that cost more than such pairs
+    whole = -(-rows // pairs) * pairs
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "row": row}
+    batch = {name: each[torch.arange(whole) % rows].reshape(-1, pairs * size) for name, each in batch.items()}
+    return batch | {"sizes": torch.full((rows,), size)}
 
 
 def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:

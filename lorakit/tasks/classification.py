@@ -152,14 +152,22 @@ def alone(config: RunSettings) -> str | None:
 # ------------------------------------------------------------------------------------- batches and losses
 
 
-def collate(items: Sequence[LabelledItem], base: Base) -> dict[str, Tensor]:
+def packs(config: RunSettings) -> bool:
+    return False
+
+
+def saved_padding(batches: Sequence[Sequence[LabelledItem]]) -> str:
+    raise TrainError("classification does not pack rows: a decoder's head reads the last token of a sequence")
+
+
+def collate(items: Sequence[LabelledItem], base: Base, packed: bool = False) -> dict[str, Tensor]:
     from ..data.batches import pad_id
     from ..data.labelled import collate_labelled
 
     return collate_labelled(items, pad_id(base.processor))
 
 
-def example(rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
+def example(rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
     import torch
 
     ids = torch.ones(rows, size, dtype=torch.long)

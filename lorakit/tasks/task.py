@@ -34,7 +34,7 @@ class Item(Protocol):
         """Its file and row, for error messages."""
 
     def digest(self) -> bytes:
-        """A digest of all that affects training, to tell whether two runs see the same rows."""
+        """Return a digest of all that affects training, to tell whether two runs see the same rows."""
 
 
 class Prompt(Protocol):
@@ -104,14 +104,20 @@ class Task(Protocol):
     def alone(self, config: RunSettings) -> str | None:
         """Return a sweep's error message if runs of this task cannot train together; None if they can."""
 
-    def collate(self, items: Sequence[Any], base: Base) -> dict[str, Tensor]:
-        """Pad items into a batch, on the CPU."""
+    def packs(self, config: RunSettings) -> bool:
+        """Whether a batch has several items in one sequence, where the model allows it (`check` raises if not)."""
 
-    def example(self, rows: int, size: int, share: float = 1.0) -> dict[str, Tensor]:
+    def saved_padding(self, batches: Sequence[Sequence[Any]]) -> str:
+        """Describe what packing saves, for the start panel. `batches`: the items that are computed at once."""
+
+    def collate(self, items: Sequence[Any], base: Base, packed: bool = False) -> dict[str, Tensor]:
+        """Pad items into a batch, or pack them, on the CPU."""
+
+    def example(self, rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
         """Return a batch of dummy values, as `collate` builds it. `size`: per item; `share`: weight / size."""
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Return the summed loss of each row: [rows], float32. Training and evaluation use this same loss.
+        """Return the summed loss of each item: [items], float32. Training and evaluation use this same loss.
 
         Random numbers must come from torch's default generator, which the loop seeds by run and step.
         """

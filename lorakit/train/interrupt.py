@@ -17,6 +17,12 @@ class Interrupt:
     signal: str | None = None
 
 
+def exit_code(stopped: str | None) -> int:
+    """Return the exit code of a process that a signal stopped, as shells have it (130 for Ctrl-C); 1 without one."""
+    known = stopped in signal.Signals.__members__
+    return 128 + signal.Signals[stopped] if stopped is not None and known else 1
+
+
 @contextmanager
 def catching_signals() -> Iterator[Interrupt]:
     """Catch SIGINT and SIGTERM inside the block, and restore the previous handlers after it.

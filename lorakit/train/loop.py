@@ -121,7 +121,8 @@ class Loop:
         parts = micro_batches(mine, limit_for([run.job for run in active_runs]))
         totals = [torch.zeros((), device=parallel.device) for _ in active_runs]
         for i, part in enumerate(parts):
-            batch = {k: v.to(parallel.device) for k, v in self.task.collate(part.items, self.base).items()}
+            collated = self.task.collate(part.items, self.base, packed=first.job.packed is not None)
+            batch = {k: v.to(parallel.device) for k, v in collated.items()}
             weight = torch.tensor([weights[run] for run in part.runs], device=parallel.device)  # [rows]
             with (
                 self._routed([active_runs[run].job.adapter for run in part.runs]),

@@ -91,6 +91,10 @@ class Progress:
                 f"           tuned  {_short(tuned)}"
             )
 
+    def note(self, text: str) -> None:
+        """Say what the user should know, on stderr, also if all else is quiet."""
+        Console(stderr=True).print(Text(f"lorakit: {text}"), soft_wrap=True)
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
@@ -143,6 +147,7 @@ def _facts(job: Job, step: int) -> Table:
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "
             f"({job.micro_batch.reason})",
         ),
+        *([("packing", job.packed)] if job.packed else []),
         *([("memory", job.memory.reason)] if job.memory else []),
         *([("compiled", job.compiled)] if job.compiled else []),
         *_fused(job),

@@ -63,9 +63,12 @@ def _samples(folder: RunFolder) -> str:
     files = folder.sampled()
     if not files:
         return "<p>There are no samples.</p>"
-    rows = json.loads(files[-1][1].read_text(encoding="utf8"))
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(row[k])}</td>" for k in ("prompt", "base", "tuned")) + "</tr>"
-        for row in rows
-    )
+    try:
+        rows = json.loads(files[-1][1].read_bytes())
+        cells = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(row[k])}</td>" for k in ("prompt", "base", "tuned")) + "</tr>"
+            for row in rows
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"<p>{html.escape(files[-1][1].name)} is damaged.</p>"
     return f"<table><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{cells}</table>"

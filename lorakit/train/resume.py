@@ -4,6 +4,7 @@
                          optimizer.safetensors   AdamW's averages, `<parameter>.exp_avg`, ...
                          best.safetensors        the parameters at the best held-out loss, if there is one
                          state.json              step, early stopping, training time
+                         adapter_config.json ... the adapter as it is at this step, as in PEFT's folder
 
 A folder is written under a temporary name, synced and renamed, so an existing one is complete. No random state is
 stored: batches and dropout are functions of (seed, step).
@@ -11,11 +12,12 @@ stored: batches and dropout are functions of (seed, step).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainError
-from ..io.atomic import sync_folder
+from ..errors import AdapterError, TrainError
+from ..io.atomic import sync_folder, write_errors
+from ..io.json_object import read_json
 from ..io.tensors import read_tensors
 from ..layers.layer import child_name
 from ..model.attach import DEFAULT
@@ -63,34 +66,65 @@ def save(
     state: Mapping[str, Any],
     keep: int,
     adapter: str = DEFAULT,
+    result: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `folder/step-N`, then delete all but the newest `keep` checkpoints. Returns its path."""
+    """Write `folder/step-N`, then delete all but the newest `keep` checkpoints. Returns its path.
+
+    `result`: writes the adapter as it is now into a folder, so that the checkpoint can be used like one. Raises
+    WriteError if it cannot be written; the older ones are still there then.
+    """
+    parameters = trainable(model, adapter)
+    final = folder / f"{PREFIX}{step}"
+    with write_errors(final):
+        _write(folder, final, parameters, optimizer, best, {"step": step, **state}, result)
+        prune(folder, keep)
+    return final
+
+
+def _write(
+    folder: Path,
+    final: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    result: Callable[[Path], None] | None,
+) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = trainable(model, adapter)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    temporary = folder / f"{TEMPORARY}{secrets.token_hex(4)}"
+    old = folder / f"{TEMPORARY}old"
     try:
+        temporary.mkdir()
+        if result is not None:
+            result(temporary / "result")
+            for file in (temporary / "result").iterdir():
+                file.rename(temporary / file.name)
+            (temporary / "result").rmdir()
         save_file(
             {n: p.detach().cpu().contiguous() for n, p in parameters.items()}, temporary / "trainable.safetensors"
         )
         save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
         if best:
             save_file({n: t.contiguous() for n, t in best.items()}, temporary / "best.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf8")
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf8")
         for file in temporary.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
         sync_folder(temporary)
-        final = folder / f"{PREFIX}{step}"
         if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
+            final.rename(old)
+        try:
+            temporary.rename(final)
+        except BaseException:
+            if old.exists():
+                old.rename(final)
+            raise
         sync_folder(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    prune(folder, keep)
-    return final
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def drop_after(folder: Path, step: int) -> None:
@@ -124,22 +158,63 @@ def newest_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_newest(folder: Path) -> Loaded | None:
-    """Read the newest checkpoint; None if there is none. Deletes what interrupted writes left behind."""
+def load_newest(folder: Path, damaged: Callable[[str], None] = lambda note: None) -> Loaded | None:
+    """Read the newest checkpoint that can be read; None if there is none. Deletes what interrupted writes left behind.
+
+    `damaged`: called for each newer one that cannot be read, which is then renamed to `damaged-step-N`. Raises
+    TrainError if there are checkpoints and none can be read.
+    """
     if folder.is_dir():
         for leftover in folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)  # another process of this run may be deleting it too
-    steps = steps_in(folder)
-    if not steps:
-        return None
-    at = folder / f"{PREFIX}{steps[-1]}"
-    best = at / "best.safetensors"
-    return Loaded(
-        read_tensors(at / "trainable.safetensors")[0],
-        read_tensors(at / "optimizer.safetensors")[0],
-        read_tensors(best)[0] if best.exists() else {},
-        json.loads((at / "state.json").read_text(encoding="utf8")),
-    )
+    broken = []
+    for step in reversed(steps_in(folder)):
+        at = folder / f"{PREFIX}{step}"
+        try:
+            loaded = read(at)
+        except TrainError as error:
+            broken.append((at, str(error)))
+            continue
+        for other, why in broken:
+            aside = _set_aside(other)
+            damaged(f"the checkpoint is damaged: {why}; kept as {aside.name}, resuming from {at.name}")
+        return loaded
+    if broken:
+        lines = "".join(f"\n  {why}" for _, why in broken)
+        raise TrainError(
+            f"no checkpoint of {folder} can be read:{lines}\n  delete {folder} to start the run over, or give another "
+            "folder (--out)"
+        )
+    return None
+
+
+def read(at: Path) -> Loaded:
+    """Read one checkpoint. Raises TrainError, naming the file, if any of it is missing or damaged."""
+    try:
+        state = read_json(at / "state.json")
+        best = at / "best.safetensors"
+        # best.safetensors exists from the first evaluation on held-out rows on.
+        has_best = best.exists() or (state.get("early_stop") or {}).get("best_loss") is not None
+        if state.get("step") != int(at.name.removeprefix(PREFIX)):
+            raise TrainError(f"{at / 'state.json'} is not of this step: it says {state.get('step')}")
+        return Loaded(
+            read_tensors(at / "trainable.safetensors")[0],
+            read_tensors(at / "optimizer.safetensors")[0],
+            read_tensors(best)[0] if has_best else {},
+            state,
+        )
+    except AdapterError as error:
+        raise TrainError(str(error).splitlines()[0]) from error
+
+
+def _set_aside(at: Path) -> Path:
+    """Rename a damaged checkpoint, so that it does not count among those to keep."""
+    to = at.with_name(f"damaged-{at.name}")
+    with contextlib.suppress(FileNotFoundError):  # another process of this run was faster
+        if to.exists():
+            shutil.rmtree(to)
+        at.rename(to)
+    return to
 
 
 def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer, adapter: str = DEFAULT) -> None:

@@ -51,6 +51,9 @@ class Display(Protocol):
     def sample(self, prompt: str, base: str, tuned: str) -> None:
         """Show a prompt with the answers of the base and of the tuned model."""
 
+    def note(self, text: str) -> None:
+        """Say what the user should know, also if all else is quiet."""
+
 
 class Run:
     """A run at some step, resumed from its newest checkpoint if there is one. It knows nothing of other runs."""
@@ -159,11 +162,27 @@ class Run:
         `together`: in a sweep, all runs save at this point, and each keeps its previous checkpoint until `prune`.
         """
         job = self.job
-        state = {"early_stop": self.early.state(), "loss": self.loss, "seconds": self.elapsed, "steps": job.steps}
+        state: dict[str, Any] = {
+            "early_stop": self.early.state(),
+            "loss": self.loss,
+            "seconds": self.elapsed,
+            "steps": job.steps,
+        }
         state |= {"together": True} if together else {}
         state |= {"lengthened": self.lengthened} if self.lengthened else {}
         keep = self.config.keep + together
-        resume.save(job.folder.checkpoints, self.step, job.model, self.optimizer, self.best, state, keep, job.adapter)
+        resume.save(
+            job.folder.checkpoints,
+            self.step,
+            job.model,
+            self.optimizer,
+            self.best,
+            state,
+            keep,
+            job.adapter,
+            self._save_result if job.method.keeps_base else None,  # else it would be the trained parameters once more
+        )
+        write_report(job.folder, self.config)  # also of a run that is killed later
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints."""
@@ -171,7 +190,8 @@ class Run:
 
     def _resume(self) -> None:
         job = self.job
-        loaded = resume.load_newest(job.folder.checkpoints)
+        note = self.display.note if job.parallel.is_first else lambda text: None
+        loaded = resume.load_newest(job.folder.checkpoints, note)
         if loaded is None:
             if job.parallel.is_first:
                 job.folder.rewind(0)
@@ -185,7 +205,8 @@ class Run:
             job.steps_before = loaded.state["steps"]
             self.lengthened.append({"at": self.step, "steps": loaded.state["steps"]})
         if job.parallel.is_first:
-            job.folder.rewind(self.step)
+            for lost in job.folder.rewind(self.step):
+                note(lost)
             self.prune()  # the run may have been killed before it could
 
     def finish(self) -> None:
@@ -195,14 +216,26 @@ class Run:
             return
         if self.best:
             resume.put(self.best, self.parameters)
-        job.method.save(job.model, job.base.processor, job.adapter, job.result, self._metadata())
-        for name, text in job.data.files.items():
-            write_text(job.result / name, text)
+        self._save_result(job.result, self.early.best_step if self.best else self.step)
         write_report(job.folder, self.config)
 
-    def _metadata(self) -> dict[str, Any]:
-        """Return the adapter's metadata. It has nothing that depends on the clock, so equal runs write equal files."""
+    def _save_result(self, folder: Path, step: int | None = None) -> None:
+        """Write the current adapter (or model) into `folder`. `step`: whose parameters it has; None: this one's."""
         job = self.job
+        metadata = self._metadata(self.step if step is None else step)
+        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)
+        for name, text in job.data.files.items():
+            write_text(folder / name, text)
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """Return the adapter's metadata; its metrics are those of `step`.
+
+        It has nothing that depends on the clock, so equal runs write equal files.
+        """
+        job = self.job
+        logged = {k: v for row in job.folder.rows() if row["step"] == step for k, v in row.items()}
+        loss = self.loss if step == self.step else logged.get("loss")
+        held_out = self.early.best_loss if step == self.early.best_step else logged.get("held_out_loss")
         return {
             "recipe": {k: v for k, v in self.config.model_dump(exclude_defaults=True).items() if k not in FREE},
             "data": {
@@ -211,7 +244,7 @@ class Run:
                 "rows": len(job.train),
                 **job.data.about,
             },
-            "metrics": {"steps": self.step, "loss": self.loss, "held_out_loss": self.early.best_loss},
+            "metrics": {"step": step, "loss": loss, "held_out_loss": held_out, "steps": self.step},
             **({"lengthened": self.lengthened} if self.lengthened else {}),
         }
 

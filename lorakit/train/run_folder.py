@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, TrainError
-from ..io.atomic import replacing, write_text
+from ..errors import ConfigError, TrainError, listing
+from ..io.atomic import replacing, write_errors, write_text
+from ..io.lock import locked
+from ..io.staging import resolved
 from .config import TrainConfig
 from .longer import LENGTH, why_not
 from .resume import newest_state, steps_in
@@ -23,6 +26,32 @@ from .resume import newest_state, steps_in
 # Settings that do not affect the result, so that they may differ when a run resumes.
 FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free", ())}
 TEMPORARY = ".*.tmp"  # how `io.atomic.replacing` names a file while it is written
+LOCK = ".lorakit.lock"  # held by the process that is writing the folder
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file may be in a folder that a process has only just begun to use as a run's or a sweep's."""
+    return path.name == LOCK or path.match(TEMPORARY)
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a run's or a sweep's folder and hold its lock. Raises TrainError if it is a file, WriteError if another
+    process is writing it or it cannot be written.
+    """
+    path = resolved(path)
+    if path.exists() and not path.is_dir():
+        raise TrainError(f"{path} is a file\n  give a folder (--out)")
+    made = not path.exists()
+    try:
+        with write_errors(path / LOCK):
+            path.mkdir(parents=True, exist_ok=True)
+        with locked(path / LOCK, str(path), "give another folder (--out)"):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: the run has begun
+                path.rmdir()
 
 
 class RunFolder:
@@ -48,7 +77,13 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
         if not self.rows_hash.exists():
-            if self.path.is_dir() and not all(p.match(TEMPORARY) for p in self.path.iterdir()):
+            if self.config.exists() and (self.metrics.exists() or steps_in(self.checkpoints)):
+                raise TrainError(
+                    f"{self.rows_hash} is missing: it says which rows this run is trained on\n"
+                    f"  the SHA-256 of the rows given now is {rows_hash}\n"
+                    "  if they are the same, write that into the file; otherwise give another folder (--out)"
+                )
+            if self.path.is_dir() and not all(map(is_ours, self.path.iterdir())):
                 raise TrainError(f"{self.path} is not empty and contains no run\n  give another folder (--out)")
         else:
             # Delete what interrupted writes left behind; no file of a run has such a name.
@@ -73,7 +108,13 @@ class RunFolder:
 
         Raises TrainError if they or the rows' hash differ otherwise.
         """
-        rows_then = self.rows_hash.read_text(encoding="utf8").strip()
+        rows_then = self.rows_hash.read_bytes().decode("utf8", "replace").strip()
+        if re.fullmatch("[0-9a-f]{64}", rows_then) is None:
+            raise TrainError(
+                f"{self.rows_hash} is damaged: expected the SHA-256 of the run's rows\n"
+                f"  if the rows given now are the same, write theirs into it: {rows_now}; otherwise give another "
+                "folder (--out)"
+            )
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -110,30 +151,46 @@ class RunFolder:
         return None if date is None else str(date)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf8") as file:
+        """Append a line to metrics.jsonl. Raises WriteError if it cannot be written."""
+        with write_errors(self.metrics), self.metrics.open("a", encoding="utf8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, except a last line that a crash cut off."""
+        """Read metrics.jsonl, except lines that a crash cut off."""
+        return [row for _, row in self._lines() if row is not None]
+
+    def _lines(self) -> list[tuple[int, dict[str, Any] | None]]:
+        """Read metrics.jsonl: (line number, row), or None where the line is damaged."""
         if not self.metrics.exists():
             return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf8").splitlines():
+        lines = []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            lines.append((number, row if isinstance(row, dict) and isinstance(row.get("step"), int) else None))
+        return lines
 
-    def rewind(self, step: int) -> None:
-        """Delete the metrics and samples after `step`, where the run resumes."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+    def rewind(self, step: int) -> list[str]:
+        """Delete the metrics and samples after `step`, where the run resumes. Returns notes on what was lost before."""
+        lines = self._lines()
+        kept = [row for _, row in lines if row is not None and row["step"] <= step]
         with replacing(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf8")
         for at, sample in self.sampled():
             if at > step:
                 sample.unlink()
+        missing = sorted(set(range(1, step + 1)) - {row["step"] for row in kept if "loss" in row})
+        damaged = [str(number) for number, row in lines if row is None]
+        if not missing and damaged == [str(len(lines))]:
+            damaged = []  # the run was killed while it wrote the last line, of a step that is taken again
+        notes = []
+        if damaged:
+            notes.append(f"{self.metrics}: line {listing(damaged)} was damaged and is left out")
+        if missing:
+            notes.append(f"{self.metrics} has no row of step {listing(map(str, missing))}; training is not affected")
+        return notes
 
     def sampled(self) -> list[tuple[int, Path]]:
         """List the sample files as (step, path), in order."""

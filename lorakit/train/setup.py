@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date as Date
 from pathlib import Path
@@ -29,8 +30,9 @@ from . import compile, defaults
 from .config import TrainConfig
 from .launch import command, peers
 from .memory import check
+from .micro import limit_for, micro_batches
 from .parallel import Parallel
-from .run_folder import RunFolder
+from .run_folder import RunFolder, locked_folder
 from .start import resolved
 from .trackers import check_trackers
 
@@ -40,6 +42,8 @@ DATA_SETTINGS = tuple(
     for name in TrainConfig.model_fields
     if any(name in cls.__dict__.get("rows", ()) for cls in TrainConfig.__mro__)
 )
+
+PADDING_STEPS = 1000  # at most; enough to say what packing saves
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Job:
     data_hash: str
     memory: Choice | None = None  # the estimate; None in a sweep
     compiled: str | None = None  # what torch.compile compiled, for the start panel
+    packed: str | None = None  # what packing saves, for the start panel; None: rows are not packed
     steps_before: int | None = None  # of a resumed run that is longer now: the steps planned before
     _epoch: int = -1  # the epoch of `_order`
     _order: list[list[int]] = field(default_factory=list)
@@ -95,13 +100,19 @@ class Job:
         return [self.train[i] for i in self._order[index]]
 
 
-def set_up(config: TrainConfig) -> Job:
-    """Prepare a run up to its first step. Raises LorakitError for bad settings or data, or a base that cannot load."""
-    return set_up_together({DEFAULT: config})[0]
+def set_up(config: TrainConfig, held: ExitStack | None = None) -> Job:
+    """Prepare a run up to its first step. Raises LorakitError for bad settings or data, or a base that cannot load.
+
+    `held`: takes the lock of the run's folder, and holds it until it is closed; None: the folder is not locked.
+    """
+    return set_up_together({DEFAULT: config}, held)[0]
 
 
-def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
-    """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used."""
+def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None = None) -> list[Job]:
+    """Prepare several runs on one base. `configs`: by adapter name; the first one's base and device are used.
+
+    `held`: as for `set_up`.
+    """
     configs = {name: resolved(each) for name, each in configs.items()}
     config = next(iter(configs.values()))
     for each in configs.values():
@@ -128,6 +139,8 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
     hashes = {name: fingerprint([*each.train, *each.held_out]) for name, each in data.items()}
     if parallel.is_first:
         for name, each in configs.items():
+            if held is not None:
+                held.enter_context(locked_folder(folders[name].path))
             folders[name].open(each, hashes[name], defaults.total_steps(each, len(data[name].train)))
     with peers(parallel.world, command(parallel.world, config.out)):
         parallel.wait()
@@ -170,7 +183,17 @@ def set_up_together(configs: Mapping[str, TrainConfig]) -> list[Job]:
                 compiled=compiled,
             )
         )
+    if alone and task.packs(config):
+        jobs[0].packed = task.saved_padding(_at_once(jobs[0]))
     return jobs
+
+
+def _at_once(job: Job) -> list[list[Item]]:
+    """Return the items that a process computes at once, in the first epoch."""
+    steps = min(job.steps, defaults.steps_per_epoch(job.config, len(job.train)), PADDING_STEPS)
+    limit = limit_for([job])
+    shares = (job.parallel.share(job.batch(step)) for step in range(steps))
+    return [part.items for share in shares for part in micro_batches([share], limit)]
 
 
 def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> dict[str, Data]:

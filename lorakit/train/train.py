@@ -14,7 +14,10 @@ from .setup import set_up
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Result:
-    """Train one adapter, or resume its run. After a LorakitError the last good checkpoint is still there."""
+    """Train one adapter, or resume its run. After a LorakitError the last good checkpoint is still there.
+
+    Raises WriteError if another process is training in the same folder.
+    """
     progress = progress or Progress()
     search = None
     if config.find_lr:
@@ -22,11 +25,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
 
         search = find(config, progress)
         config = config.replace(learning_rate=search.rate, find_lr=False)
-    job = set_up(config)
-    if search is not None:
-        job.rate = Choice(job.rate.value, "found by find_lr")
-        search.keep(job.folder)
-    loop = Loop([Run(job, progress)])
-    with contextlib.closing(loop), contextlib.closing(progress), catching_signals() as interrupt:
-        progress.start(job, loop.runs[0].step)
-        return loop.go(interrupt)[0]
+    with contextlib.ExitStack() as held:
+        job = set_up(config, held)
+        if search is not None:
+            job.rate = Choice(job.rate.value, "found by find_lr")
+            search.keep(job.folder)
+        loop = Loop([Run(job, progress)])
+        with contextlib.closing(loop), contextlib.closing(progress), catching_signals() as interrupt:
+            progress.start(job, loop.runs[0].step)
+            return loop.go(interrupt)[0]

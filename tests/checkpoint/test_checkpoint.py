@@ -336,7 +336,7 @@ def test_update_below_the_precision_is_a_warning_and_all_of_them_an_error(tmp_pa
     adapter = trained(model, targets=["q_proj", "v_proj"])
     small = {m: replace(f, B=f.B * 1e-4) if "q_proj" in m else f for m, f in adapter.factors.items()}
     report = merge_checkpoint(tmp_path / "base", replace(adapter, updates=small), tmp_path / "out")
-    assert [t.module for t in report.targets if t.lost] == [
+    assert [t.module for t in report.targets if t.below_precision] == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
     ]

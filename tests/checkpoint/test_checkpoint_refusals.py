@@ -159,19 +159,34 @@ def test_killed_merge_leaves_no_out_and_the_next_one_works(at, base, adapter, tm
     assert snapshot(base) == before
     merge_checkpoint(base, adapter, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").exists()
-
-
-def test_what_killed_runs_left_is_named(base, adapter, tmp_path):
-    (tmp_path / ".out.old-12345678").mkdir()
-    (warning,) = merge_checkpoint(base, adapter, tmp_path / "out").warnings
-    assert ".out.old-12345678" in warning
-    assert "the last OUT, moved aside" in warning
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
 def test_full_disk_is_noticed_before_anything_is_written(base, adapter, tmp_path, monkeypatch):
-    (tmp_path / ".out.tmp-0badcafe").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
-    refused(LorakitError, r"GB free(.|\n)*\.out\.tmp-0badcafe", base, adapter, tmp_path / "out")
+    refused(LorakitError, r"the disk has 0.00 GB free; .*\n  free some space", base, adapter, tmp_path / "out")
+
+
+def test_a_second_merge_into_the_same_out_is_refused(base, adapter, tmp_path):
+    said = []
+
+    def second(name, done, total):
+        if done == 3:
+            with pytest.raises(LorakitError, match=r"/out is being written by process \d+\n  wait until") as error:
+                merge_checkpoint(base, adapter, tmp_path / "out")
+            said.append(error)
+
+    merge_checkpoint(base, adapter, tmp_path / "out", on_tensor=second)
+    assert said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_equal_merges_write_equal_files(base, adapter, tmp_path):
+    for name in ("a", "b"):
+        adapter.save(tmp_path / name / "adapter")
+        merge_checkpoint(base, [tmp_path / name / "adapter"] * 2, tmp_path / name / "out", weights=[0.5, 1])
+    assert snapshot(tmp_path / "a" / "out") == snapshot(tmp_path / "b" / "out")
+    assert str(tmp_path) not in (tmp_path / "a" / "out" / "lorakit_merge.json").read_text()
 
 
 # ---------------------------------------------------------------------------------- the base
@@ -411,7 +426,9 @@ def test_damage_between_writing_and_reading_back_is_noticed(name, dtype, base, a
 
     def flip(_, done, total):
         if done == total // 2:
-            found = [s[name] for f in tmp_path.glob(".out.tmp-*/*.safetensors") if name in (s := read_header(f)[0])]
+            found = [
+                s[name] for f in tmp_path.glob(".out.writing/new/out/*.safetensors") if name in (s := read_header(f)[0])
+            ]
             with open(found[0].path, "rb+") as file:
                 file.seek(found[0].start + found[0].nbytes - 1)  # the last number's sign and exponent
                 last = file.read(1)[0]

@@ -112,7 +112,7 @@ def test_the_dense_weight_is_what_the_equations_say(name):
     stored, W, module = own(name)
     base = base_of(module)
     dense = base.dense(module)
-    original = W.T if base.is_turned(module) else W
+    original = W.T if base.was_transposed(module) else W
     assert base.shape(module) == tuple(dense.shape) == tuple(original.shape)
     assert parameter_count(module) == W.numel() + OUT
     assert (base.quantization is not None) is stored.quantized
@@ -121,7 +121,7 @@ def test_the_dense_weight_is_what_the_equations_say(name):
     assert (dense.double() - original).abs().max() <= stored.near * original.abs().max()
     if stored.exact is not None:
         exact = stored.exact(W)
-        exact = exact.T if base.is_turned(module) else exact
+        exact = exact.T if base.was_transposed(module) else exact
         torch.testing.assert_close(dense.double(), exact, atol=1e-8, rtol=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_the_dense_weight_is_what_the_equations_say(name):
 def test_the_unquantized_weight_lies_within_what_a_sample_says(name):
     stored, W, module = own(name)
     base, original = base_of(module), W
-    original = original.T if base.is_turned(module) else original
+    original = original.T if base.was_transposed(module) else original
     at = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(3))
     values, errors = base.sample(module, at)
     assert values.dtype == errors.dtype == torch.float32

@@ -258,7 +258,7 @@ def test_it_knows_the_weights_that_it_is_for(value):
     assert value.update.layout((9, *value.shape[1:])) is None
     assert value.update.unmergeable() is None
     if len(value.shape) == 2:
-        assert value.update.layout(value.shape[::-1], turned=True) is True
+        assert value.update.layout(value.shape[::-1], file_transposed=True) is True
 
 
 # ---------------------------------------------------------------------------------- on a live module

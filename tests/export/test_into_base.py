@@ -159,12 +159,14 @@ def test_format_errors_come_before_the_base_is_copied(base, adapter, tmp_path, m
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize("where", ["save", "compare", "_move_into_place"])
+@pytest.mark.parametrize("where", ["save", "compare", "write_text", "_move"])
 def test_an_error_at_any_point_leaves_existing_files_unchanged(base, adapter, tmp_path, monkeypatch, where):
     def fails(*_, **more):
         raise LorakitError("the disk is full")
 
-    staging = sys.modules["lorakit.export.staging"]
+    staging = sys.modules["lorakit.io.staging" if where == "_move" else "lorakit.export.staging"]
+    if where == "write_text":
+        staging, where = sys.modules["lorakit.formats.peft"], "write_text"
     options = {"fix": True, "verify": True, "base": base, "force": True}
     with monkeypatch.context() as patched:
         patched.setattr(staging, where, fails)
@@ -239,7 +241,7 @@ def test_a_blocked_file_name_is_reported_before_anything_is_replaced(base, adapt
     (tmp_path / "out" / "lorakit.json").unlink()
     (tmp_path / "out" / "lorakit.json").mkdir()
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(LorakitError, match="is not a file"):
+    with pytest.raises(LorakitError, match="a folder has that name"):
         export(
             2.0 * replace(adapter, saved={}, updates=plain(adapter)),
             tmp_path / "out",

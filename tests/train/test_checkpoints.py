@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.errors import LorakitError, TrainError
+from lorakit.errors import LorakitError, TrainError, WriteError
 from lorakit.train import resume
 
 
@@ -76,7 +76,7 @@ def test_a_write_that_failed_leaves_the_old_checkpoint_and_nothing_else(trained,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match="no space left"):
         save(tmp_path, 2, model, optimizer)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["step-1"]
@@ -134,3 +134,50 @@ def test_old_ones_whose_removal_was_killed_go_at_the_next_start(trained, tmp_pat
     (tmp_path / "step-1" / "state.json").unlink()
     resume.prune(tmp_path, 2)
     assert resume.steps_in(tmp_path) == [2, 3]
+
+
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(trained, tmp_path, name, damage):
+    model, optimizer = trained()
+    best = {"0.weight": torch.randn(4, 3)}
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer, best, early_stop={"best_loss": 1.0})
+    DAMAGE[damage](tmp_path / "step-2" / name)
+    notes = []
+    assert resume.load_newest(tmp_path, notes.append).state["step"] == 1
+    (note,) = notes
+    assert f"step-2/{name}" in note
+    assert note.endswith("kept as damaged-step-2, resuming from step-1")
+    assert sorted(os.listdir(tmp_path)) == ["damaged-step-2", "step-1"]
+    assert resume.load_newest(tmp_path, pytest.fail).state["step"] == 1
+    DAMAGE[damage](tmp_path / "step-1" / name)
+    with pytest.raises(TrainError, match=rf"(?s)no checkpoint of .* can be read:.*step-1/{name}.*\n  delete"):
+        resume.load_newest(tmp_path)
+    assert (tmp_path / "step-1").exists()
+
+
+def test_a_rename_that_fails_leaves_the_checkpoint_of_the_same_step(trained, tmp_path, monkeypatch):
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer, note="old")
+    real, calls = os.rename, []
+
+    def rename(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(WriteError):
+        save(tmp_path, 1, model, optimizer, note="new")
+    assert os.listdir(tmp_path) == ["step-1"]
+    assert resume.load_newest(tmp_path).state["note"] == "old"

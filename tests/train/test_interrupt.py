@@ -109,7 +109,7 @@ def test_ctrl_c_at_the_command_line_prints_the_command_that_goes_on(make_config,
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 1, error
+    assert process.returncode == 130, error
     assert "Traceback" not in error
     step = steps_in(folder.checkpoints)[-1]
     assert 1 <= step < 120

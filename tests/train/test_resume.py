@@ -14,7 +14,7 @@ import pytest
 import tiny_lm
 import yaml
 
-from lorakit.errors import TrainError
+from lorakit.errors import TrainError, WriteError
 from lorakit.train import resume
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
@@ -180,8 +180,8 @@ def test_going_on_with_other_settings_is_refused_and_changes_nothing(make_config
     config = make_config(steps=2)
     train(config, QUIET)
     before = {p: p.read_bytes() for p in RunFolder(config.out).path.rglob("*") if p.is_file()}
-    with pytest.raises(TrainError, match=r"steps: was 2, is now 9"):
-        train(config.replace(steps=9), QUIET)
+    with pytest.raises(TrainError, match=r"rank: was 4, is now 9"):
+        train(config.replace(rank=9), QUIET)
     assert {p: p.read_bytes() for p in RunFolder(config.out).path.rglob("*") if p.is_file()} == before
 
 
@@ -212,3 +212,19 @@ def test_full_fine_tuning_goes_on_exactly_too(make_config, tmp_path, monkeypatch
     again = train(config, QUIET)
     files = [r.adapter / "model.safetensors" for r in (again, undisturbed)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_second_training_into_the_same_folder_is_refused_while_the_first_lives(make_config):
+    config = make_config(steps=4)
+    said = []
+
+    class Second(Progress):
+        def row(self, row):
+            if not said:
+                with pytest.raises(WriteError, match=r"is being written by process \d+"):
+                    train(config, QUIET)
+                said.append(row)
+
+    train(config, Second(quiet=True))
+    assert said
+    assert train(config, QUIET).step == 4

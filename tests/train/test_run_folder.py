@@ -8,9 +8,9 @@ import os
 import pytest
 import yaml
 
-from lorakit.errors import TrainError
+from lorakit.errors import TrainError, WriteError
 from lorakit.train.config import TrainConfig
-from lorakit.train.run_folder import FREE, RunFolder
+from lorakit.train.run_folder import FREE, RunFolder, locked_folder
 
 
 @pytest.fixture
@@ -152,3 +152,45 @@ def test_a_folder_without_metrics_has_no_rows(begun):
     assert begun.rows() == []
     begun.rewind(0)
     assert begun.metrics.read_text() == ""
+
+
+def test_a_folder_that_another_run_is_writing_is_refused_and_left_as_it_is(config):
+    with locked_folder(RunFolder(config.out).path):
+        before = sorted(RunFolder(config.out).path.iterdir())
+        with (
+            pytest.raises(WriteError, match=r"/run is being written by process \d+\n.*another folder \(--out\)"),
+            locked_folder(RunFolder(config.out).path),
+        ):
+            pytest.fail("both hold it")
+        assert sorted(RunFolder(config.out).path.iterdir()) == before
+    assert not RunFolder(config.out).path.exists()
+
+
+def test_lines_of_the_metrics_that_are_damaged_or_gone_are_named(begun):
+    for step in (1, 2, 3, 4):
+        begun.log({"step": step, "loss": 1.0})
+    lines = begun.metrics.read_text().splitlines()
+    begun.metrics.write_text("\n".join([lines[0], lines[1][:9], lines[3]]) + "\n")
+    assert begun.rewind(4) == [
+        f"{begun.metrics}: line 2 was damaged and is left out",
+        f"{begun.metrics} has no row of step 2, 3; training is not affected",
+    ]
+    assert [row["step"] for row in begun.rows()] == [1, 4]
+
+
+def test_a_last_line_that_a_kill_cut_is_no_damage(begun):
+    begun.log({"step": 1, "loss": 1.0})
+    with begun.metrics.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert begun.rewind(1) == []
+
+
+def test_a_missing_or_damaged_hash_of_the_rows_is_named_with_the_way_out(begun, config):
+    begun.rows_hash.write_text("")
+    with pytest.raises(TrainError, match=rf"rows\.sha256 is damaged.*\n.*{'a' * 64}"):
+        begun.open(config, "a" * 64)
+    begun.rows_hash.unlink()
+    with pytest.raises(TrainError, match=rf"rows\.sha256 is missing.*\n.*{'a' * 64}"):
+        begun.open(config, "a" * 64)
+    begun.rows_hash.write_text("a" * 64)
+    begun.open(config, "a" * 64)

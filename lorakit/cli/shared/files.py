@@ -28,12 +28,23 @@ def read(source: str, alpha: float | None = None, base: Path | None = None, forc
     """Load an adapter (see `load_on`), with a note on stderr if a PiSSA or OLoRA becomes a plain LoRA of `base`."""
     from ...checkpoint.residual import load_on, started_as
 
+    say_if_unfinished(source)
     adapter = load_on(source, base, alpha, force_base)
     init = started_as(source) if base is not None else None
     if init:
         note = f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank"
         print(note, file=sys.stderr)
     return adapter
+
+
+def say_if_unfinished(source: str) -> None:
+    """Say on stderr which checkpoint is used, if the source is a run that has not ended."""
+    from ...formats.inside import newest_checkpoint
+
+    path = Path(source).expanduser()
+    newest = newest_checkpoint(path) if path.is_dir() else None
+    if newest is not None:
+        print(f"lorakit: {source} has not ended; using its newest checkpoint, {newest.name}", file=sys.stderr)
 
 
 def read_checked(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:

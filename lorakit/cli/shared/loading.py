@@ -63,10 +63,14 @@ def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
     from ...adapter.adapter import Adapter
     from ...bases.load import load_config
     from ...formats import format_of
+    from .files import say_if_unfinished
 
+    paths = named(adapters)
+    for path in paths.values():
+        say_if_unfinished(path)
     return {
         name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
-        for name, path in named(adapters).items()
+        for name, path in paths.items()
     }
 
 

@@ -44,9 +44,12 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def row_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the same sum per row: [rows], float32."""
+    """Return the same sum per row: [rows], float32. The batch may be packed (`data.packing.collate_packed`)."""
     selected = _selected(batch)
     losses = _losses(model, batch, selected)
+    if "row" in batch:
+        of_row = F.one_hot(batch["row"][:, 1:][selected], len(batch["sizes"]))  # [N, rows]
+        return (of_row * losses[:, None]).sum(0)
     return losses.new_zeros(selected.shape).masked_scatter(selected, losses).sum(1)
 
 
@@ -75,8 +78,9 @@ def _losses(model: nn.Module, batch: dict[str, Tensor], selected: Tensor) -> Ten
     handle = layer.register_forward_pre_hook(select)
     try:
         # Without an attention mask the faster, plain causal kernel runs: no token attends to padding on its right. The
-        # last position has no label, so it is not computed.
-        logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
+        # last position has no label, so it is not computed. Packed rows are told by their positions.
+        positions = {"position_ids": batch["position_ids"][:, :-1]} if "position_ids" in batch else {}
+        logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False, **positions).logits
     finally:
         handle.remove()
     if select.hidden is None:

@@ -66,7 +66,13 @@ def find(config: TrainConfig, progress: Progress) -> Search:
     """
     earlier = RunFolder(config.out).path / FILE
     if earlier.exists():
-        return Search(float(json.loads(earlier.read_text(encoding="utf8"))["learning_rate"]), [])
+        try:
+            return Search(float(json.loads(earlier.read_bytes())["learning_rate"]), [])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainError(
+                f"{earlier} is damaged: it holds the learning rate that was found when the run began\n"
+                "  put it back, or give another folder (--out)"
+            ) from error
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(
             "find_lr works in one process only\n"

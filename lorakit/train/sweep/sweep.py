@@ -21,6 +21,7 @@ from ...io.atomic import write_text
 from ..interrupt import catching_signals
 from ..loop import Loop
 from ..run import Run
+from ..run_folder import locked_folder
 from ..setup import set_up_together
 from . import leaderboard, sweep_plot
 from .leaderboard import Entry
@@ -59,18 +60,24 @@ class Outcome:
 def sweep(plan: Sweep, progress: SweepProgress | None = None) -> Outcome:
     """Train all runs of a sweep, or resume it in its folder. Finished runs are not trained again.
 
-    Raises TrainError for several processes, a folder with another sweep, or a base whose rows cannot share a batch.
+    Raises TrainError for several processes, a folder with another sweep, or a base whose rows cannot share a batch;
+    WriteError if another process is at work in the folder.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(
             "a sweep runs in one process; accelerate launch and torchrun are for training one adapter\n"
             "  start lorakit sweep without them"
         )
+    with contextlib.ExitStack() as held:
+        folder = SweepFolder(plan.out)
+        held.enter_context(locked_folder(folder.path))
+        folder.open(plan)
+        return _train(plan, folder, progress or SweepProgress(), held)
+
+
+def _train(plan: Sweep, folder: SweepFolder, progress: SweepProgress, held: contextlib.ExitStack) -> Outcome:
     began = time.perf_counter()
-    progress = progress or SweepProgress()
-    folder = SweepFolder(plan.out)
-    folder.open(plan)
-    jobs = set_up_together(plan.runs)
+    jobs = set_up_together(plan.runs, held)
     jobs[0].task.check_together(jobs[0].model)
     failed = folder.rewind(jobs)
     runs = [Run(job, progress.display_of(job.adapter)) for job in jobs]

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ...errors import TrainError
+from ...errors import AdapterError, TrainError
 from ...io.atomic import write_text
+from ...io.json_object import read_json
 from .. import resume
-from ..run_folder import FREE, TEMPORARY, with_defaults
+from ..run_folder import FREE, is_ours, with_defaults
 from .sweep_config import Sweep
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class SweepFolder:
         if self.path.exists() and not self.path.is_dir():
             raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
         if not self.settings.exists():
-            if self.path.is_dir() and not all(p.match(TEMPORARY) for p in self.path.iterdir()):
+            if self.path.is_dir() and not all(map(is_ours, self.path.iterdir())):
                 raise TrainError(f"{self.path} is not empty and contains no sweep\n  give another folder (--out)")
         elif any(resume.steps_in(run / "checkpoints") for run in self.runs.glob("*")):
             self._check_same(sweep)
@@ -120,5 +121,8 @@ class SweepFolder:
 
     @staticmethod
     def _together(at: Path) -> bool:
-        """Whether a checkpoint was written by a sweep, together with those of the other runs."""
-        return bool(json.loads((at / "state.json").read_text(encoding="utf8")).get("together"))
+        """Whether a checkpoint was written by a sweep, together with those of the other runs; a damaged one counts."""
+        try:
+            return bool(read_json(at / "state.json").get("together"))
+        except AdapterError:
+            return True

@@ -32,6 +32,10 @@ class RunDisplay:
     def sample(self, prompt: str, base: str, tuned: str) -> None:
         """Show nothing: samples are in the run's folder."""
 
+    def note(self, text: str) -> None:
+        """Say what the user should know of this run, on stderr."""
+        Console(stderr=True).print(Text(f"lorakit: {self.name}: {text}"), soft_wrap=True)
+
 
 class SweepProgress:
     """Displays a sweep on a console. `quiet`: display nothing."""
@@ -140,6 +144,8 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
         ("runs", f"{len(runs)}, trained together on one base, {sum(r.job.steps for r in runs):,} steps in all"),
         ("folder", folder),
     ]
+    if any(run.job.task.packs(run.config) for run in runs):
+        rows.append(("note", "rows are not packed in a sweep, where rows of several runs share a batch; same results"))
     rows += [("note", note) for note in dict.fromkeys(run.job.method.note_together(run.config) for run in runs) if note]
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))

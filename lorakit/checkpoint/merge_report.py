@@ -26,7 +26,7 @@ class TargetReport:
     changed: float
 
     def within(self, component: str) -> TargetReport:
-        """A copy with a pipeline's component in front of the names."""
+        """Return a copy with a pipeline's component in front of the names."""
         return (
             replace(self, module=f"{component}.{self.module}", tensor=f"{component}.{self.tensor}")
             if component
@@ -34,7 +34,7 @@ class TargetReport:
         )
 
     @property
-    def lost(self) -> bool:
+    def below_precision(self) -> bool:
         """Whether all of its ΔW was below the precision it was written in."""
         return self.asked > 0 and self.changed == 0
 
@@ -63,7 +63,11 @@ class MergeReport:
         return max((t.applied for t in self.targets), default=0.0)
 
     def headline(self) -> str:
-        """The result in one sentence."""
+        """Return the result in one sentence, with the time it took."""
+        return f"{self.outcome()} in {self.seconds:.1f} s"
+
+    def outcome(self) -> str:
+        """Return the result in one sentence."""
         parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
         parts += [
             f"{len(names)} weights {what}"
@@ -71,14 +75,14 @@ class MergeReport:
             if names
         ]
         same = f"{self.untouched} other tensors {f'rounded to {self.dtype}' if self.converted else 'byte-identical'}"
-        return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"])
+        return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {**asdict(self), "largest": self.largest, "headline": self.headline()}
 
     def table(self) -> Table:
-        """A rich table: a row for each target, the warnings below."""
+        """Build a rich table: a row for each target, the warnings below."""
         from rich import box
         from rich.table import Table
 
@@ -101,7 +105,7 @@ class MergeReport:
         for column in ("shape", "rank", "largest |ΔW|", "written", "changed"):
             table.add_column(column, justify="right")
         for t in self.targets:
-            style = "yellow" if t.lost else None
+            style = "yellow" if t.below_precision else None
             shape = "x".join(map(str, t.shape))
             table.add_row(
                 t.module, shape, str(t.rank), f"{t.asked:.3g}", f"{t.applied:.3g}", f"{t.changed:.1%}", style=style
