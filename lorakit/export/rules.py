@@ -81,19 +81,22 @@ Rule = Callable[[Adapter], Iterator[Finding]]
 
 def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
     """No LoHa, LoKr or dense updates."""
-    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None}
+    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.variant != "tokens"}
     if others:
         yield Finding(
             f"{len(others)} modules have updates of other kinds ({', '.join(sorted(set(others.values())))})",
             "lorakit resize approximates them by low-rank factors",
             into_base=tuple(others),
         )
+    tokens = tuple(m for m, u in adapter.updates.items() if u.variant == "tokens")
+    if tokens:
+        yield Finding(f"trained tokens of {listing(tokens, 2)}", MERGE, into_base=tokens)
 
 
 def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
     """No LoHa, LoKr or dense updates, and no DoRA."""
     yield from no_other_kinds(adapter)
-    dora = [m for m, u in adapter.updates.items() if u.needs_base]
+    dora = [m for m, u in adapter.updates.items() if u.variant == "dora"]
     if dora:
         yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", MERGE, into_base=tuple(dora))
 

@@ -31,6 +31,8 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
     for m in attached.modules:
         layer = layer_at(model, m)
         child: LiveUpdate = layer._modules[own]
+        if child.tied:
+            continue
         updates[m] = child.value(layer).map(lambda _, t: _copy(t))
     own_saved = dict(saved_parameters(model, state, name))
     check_captured(own_saved.items())

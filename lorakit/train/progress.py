@@ -158,7 +158,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
         *_fused(job),
         (
             "steps",
-            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
+            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, job.data.rows))} passes "
             "over the data)" + (f", longer than the {job.steps_before:,} planned before" if job.steps_before else ""),
         ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
