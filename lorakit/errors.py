@@ -69,6 +69,10 @@ class NotFiniteError(LorakitError, RuntimeError):
     """A loss is NaN or infinite."""
 
 
+class LorakitWarning(UserWarning):
+    """Something that was done as asked and may surprise. The command line prints it as one note on stderr."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most similar to `name`, None if none is similar enough."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # Kinds of update that are not LoRA, as one calls them.
-KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense"}
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense", "tokens": "tokens"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -142,6 +142,9 @@ class AdapterFacts:
             if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
                 facts = (f"{k} {_brief(v)}" for k, v in self.metadata[section].items())
                 say(printable(f"{section}: {', '.join(facts)}"))
+        start = self.metadata.get("started_from")
+        if isinstance(start, Mapping):
+            say(printable(f"started from: {start.get('adapter')}, SHA-256 {str(start.get('sha256'))[:12]}"))
         for key, value in self.training.items():
             text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, dict) else value
             say(printable(f"{key}: {', '.join(text) if isinstance(text, list) else text}"))
@@ -245,7 +248,7 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(own, "kind", own.variant),
+        update.variant if update.variant == "tokens" else getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
@@ -256,7 +259,7 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
         found.effective_rank,
         found.stable_rank,
         relative,
-        update.needs_base,
+        update.variant == "dora",
         dead=found.norm == 0 and not update.needs_base and not update.changes_bias,
     )
 

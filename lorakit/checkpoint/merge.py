@@ -35,6 +35,7 @@ from .renaming import Renaming
 from .residual import load_on, started_as
 from .same_base import compare_with_files
 from .tied_weights import untied
+from .vocabulary import keep_tokens, with_vocabulary
 from .write import in_order, read_back, write_file
 
 Source = Adapter | Path | str
@@ -98,6 +99,7 @@ def merge_checkpoint(
         for name, file in copies.items():
             copy(file, folder / name)
         warnings += keep_conversation(folder, values)
+        keep_tokens(folder, values)
         with _one_thread():
             reports = _write_tensors(plans, folder, dtype is not None, note if path.is_file() else {}, on_tensor)
         warnings += _check_changed(reports, plans)
@@ -232,6 +234,8 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
     """Write a part's config and index if they changed."""
     base = part.base
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
+    if plan.grown is not None:
+        config = with_vocabulary(config, *plan.grown)
     if dtype is not None and config:
         # A pipeline's component may leave out its dtype, a transformers model never does.
         has_dtype = part.name or "torch_dtype" in config

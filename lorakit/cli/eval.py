@@ -159,6 +159,7 @@ def _task_metrics(
 
     from ..bases.device import choose_device, choose_dtype
     from ..bases.load import load_config
+    from ..bases.vocabulary import recorded_tokens
     from ..evaluate.figures import figures, table
     from ..model.attach import attach
     from ..tasks.task import Base
@@ -181,6 +182,9 @@ def _task_metrics(
             max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
         )
     config = config.replace(**(settings[0] if settings else task.remembered({}, base_config)))
+    for value in values.values():
+        if added := recorded_tokens(value.metadata):
+            config = config.replace(add_tokens=sorted(added, key=lambda token: added[token]))
     processor = task.processor(config)
     rows = task.data(config, processor)
     items, device = rows.train[:limit], choose_device().value

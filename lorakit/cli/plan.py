@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..config import part
+from ..config import LoraSettings, part
 from ..errors import ConfigError
 from ..methods import method_of
+from ..tasks import task_of
 from ..tasks.text.settings import Lengths
 from ..train.config import METHODS, TrainConfig
 from .shared.output import say
@@ -36,6 +37,8 @@ _SETTINGS = (
     "rank_pattern",
     "save_modules",
     "packed",
+    "trainable_tokens",
+    "add_tokens",
     "task",
     "labels",
     "revision",
@@ -73,8 +76,11 @@ def _plan(
 
     with starting("reading the base's config"):
         from ..train.start import resolved
+        from ..train.token_ids import with_token_ids
 
         settings = resolved(settings)
+        if part(settings, LoraSettings).trainable_tokens or settings.add_tokens:
+            settings = with_token_ids(settings, task_of(settings.task).processor(settings))
         import torch
         from rich.console import Console
         from transformers.utils import logging

@@ -15,13 +15,14 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
-from .shared.next import after_training, command
+from ..train.launch import asked_for, command
+from .shared.next import after_training
 from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
 if TYPE_CHECKING:
-    from ..train.loop import Result
+    from ..train.run import Result
 
 _SKIP = ("base",)
 
@@ -63,7 +64,7 @@ def _show(result: Result, settings: TrainConfig, quiet: bool) -> None:
     from ..train.run_folder import RunFolder
 
     if result.adapter is None:
-        resume = command("train", config=f"{settings.out}/config.yaml", quiet=quiet)
+        resume = command(asked_for(), settings.out) + (" --quiet" if quiet else "")
         say(f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved")
         print(f"next: {resume}   # resumes there")
         return

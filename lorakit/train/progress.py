@@ -158,7 +158,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
         *_fused(job),
         (
             "steps",
-            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
+            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, job.data.rows))} passes "
             "over the data)" + (f", longer than the {job.steps_before:,} planned before" if job.steps_before else ""),
         ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
@@ -168,11 +168,12 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
 
 
 def _unreached(job: Job) -> list[tuple[str, str]]:
-    """Say which share of the base no target reaches (experts), if training leaves it as it is."""
+    """Say which share of the base no target reaches (experts), and what other programs would not load."""
     if not job.method.keeps_base:
         return []
-    found = summary(job.model).unreached
-    return [("not reached", str(found))] if found else []
+    found = summary(job.model)
+    rows = [("not reached", str(found.unreached))] if found.unreached else []
+    return [*rows, *(("note", text) for text in dict.fromkeys(found.notes))]
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:

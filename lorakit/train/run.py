@@ -231,6 +231,8 @@ class Run:
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
         job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)
+        if self.config.add_tokens:  # readers of PEFT's folders find the tokenizer there
+            job.base.processor.save_pretrained(folder)
         for name, text in job.data.files.items():
             write_text(folder / name, text)
 
@@ -252,8 +254,13 @@ class Run:
                 **job.data.about,
             },
             "metrics": {"step": step, "loss": loss, "held_out_loss": held_out, "steps": self.step},
+            **({"added_tokens": self._added_tokens()} if self.config.add_tokens else {}),
             **({"lengthened": self.lengthened} if self.lengthened else {}),
         }
+
+    def _added_tokens(self) -> dict[str, int]:
+        tokenizer = self.job.base.processor
+        return {token: tokenizer.convert_tokens_to_ids(token) for token in self.config.add_tokens}
 
     def result(self, interrupted: str | None = None) -> Result:
         """Return how the run ended. `interrupted`: the signal's name if one stopped it."""

@@ -106,6 +106,7 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
     )
     configs = {f"x{factor:g}": short.replace(out=str(folder / f"x{factor:g}")) for factor in FACTORS}
     jobs = set_up_together(configs)
+    jobs[0].task.check_together(jobs[0].model)
     for job, factor in zip(jobs, FACTORS, strict=True):
         job.rate = Choice(float(f"{job.rate.value * factor:.2g}"), f"{factor:g} times {job.rate.reason}")
         job.steps = min(job.steps, STEPS, max(LEAST, job.steps // SHARE))
