@@ -150,7 +150,7 @@ def as_read(
     low_rank = f"{name}.lora_up.weight" in own
     if spelling.get("alpha" if low_rank else "alphas"):
         return own, False
-    plain = update.map_factors(_with_alpha_as_rank)
+    plain = update.with_weight(update.weight_alone.map_factors(_with_alpha_as_rank))
     return lycoris.tensors_of(name, plain, shape), plain.scale == 1
 
 
