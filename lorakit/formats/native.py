@@ -82,7 +82,7 @@ def flattened(
         text = path.startswith(names.PREFIXES) or _COMFYUI_TEXT.match(path) or _COMPONENT_TEXT.match(path)
         (beside if text else denoiser).setdefault(path, {})[suffix] = tensor
     if not denoiser:
-        return None
+        return _text_encoders_alone(tensors, beside)
     flat_keys = [path for path in beside if path.startswith(names.PREFIXES)]
     front, told = _told(denoiser, flat_keys, stated_model(header), model)
     if told is not None and told.contradiction:
@@ -98,6 +98,18 @@ def flattened(
         flat[place] = parts
     named = {f"{key}.{suffix}": tensor for key, parts in flat.items() for suffix, tensor in parts.items()}
     return Native(named, told.model, spelled(tensors) | {"front": front, "original": original, "text": _text(beside)})
+
+
+def _text_encoders_alone(tensors: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]]) -> Native | None:
+    """ComfyUI's text encoders without a denoiser, of the first pipeline that has them all; None for other spellings."""
+    if not all(map(_COMFYUI_TEXT.fullmatch, beside)):
+        return None
+    for model in ("flux", "sdxl", "sd3"):
+        keys = [_beside(path, model) for path in beside]
+        if all(key in names.modules_of(model) for key in keys):
+            named = {f"{key}.{s}": t for key, parts in zip(keys, beside.values()) for s, t in parts.items()}
+            return Native(named, model, spelled(tensors) | {"front": "", "original": True, "text": "comfyui"})
+    return None
 
 
 def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

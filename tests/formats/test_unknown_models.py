@@ -192,6 +192,9 @@ def test_text_encoders_beside_a_dit_in_every_spelling_are_one_adapter(tmp_path):
     mixed |= {f"lora_te1_{layer.replace('.', '_')}.{s}": t for s, t in clip.items()}
     comfy = {f"{native}.{s}": t for s, t in pair.items()}
     comfy |= {f"{clip_l}.{s}": t for s, t in clip.items()}
+    alone = {key: t for key, t in comfy.items() if key.startswith("text_encoders.")}
+    save_file(alone, tmp_path / "te.safetensors")
+    assert list(lk.Adapter.load(tmp_path / "te.safetensors").updates) == [f"text_encoder.{layer}"]
     for tensors in (mixed, comfy):
         save_file(tensors, tmp_path / "f.safetensors")
         adapter = lk.Adapter.load(tmp_path / "f.safetensors")
