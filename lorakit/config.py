@@ -23,6 +23,7 @@ from .module_names import Patterns, ends_with, plain
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536  # beyond any sensible rank
 Auto = Literal["auto"]
+Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
 
 
 # PEFT's names of settings with the same values.
@@ -35,6 +36,7 @@ PEFT_NAMES = {
     "exclude_modules": "exclude",
     "layers_to_transform": "layers",
     "layers_pattern": "layers_pattern",
+    "trainable_token_indices": "trainable_tokens",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "use_rslora": "rslora",
@@ -173,6 +175,10 @@ class LoraSettings(Strict):
     save_modules: list[str] = Field(
         default_factory=list, description="modules to train and save in full (PEFT's modules_to_save)"
     )
+    trainable_tokens: Tokens | dict[str, Tokens] = Field(
+        default_factory=list,
+        description="tokens whose rows of the embedding are trained: ids or tokens, or {name ending: tokens}",
+    )
     packed: dict[str, list[bool]] = Field(
         default_factory=dict,
         description="packed projections: {name ending: which of its equal parts to adapt}, e.g. c_attn: [true, false, "
@@ -288,9 +294,7 @@ class Source(Strict):
     task: str = Field("causal_lm", description="the task")
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
-    model: str = Field(
-        "embedded", description="the base: 'embedded', a model folder, or a hub id such as Qwen/Qwen3-0.6B"
-    )
+    model: str = Field("embedded", description="the base: 'embedded', a folder, or a hub id such as Qwen/Qwen3-0.6B")
     data: str = Field(..., description="training data: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")
     split: str | None = Field(None, description="the data's split, if it has several")
 
@@ -299,13 +303,14 @@ class RunSettings(Source):
     """The settings of a training run that do not depend on the method or the task."""
 
     free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
-    rows: ClassVar = {"validation"}
+    rows: ClassVar = {"validation", "add_tokens"}
 
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
 
     method: str = Field("lora", description="how to fine-tune")
-    out: str = Field(
-        "runs/default", description="the run's folder; a run started on its own folder resumes where it stopped"
+    out: str = Field("runs/default", description="the run's folder; started on its own folder, a run resumes")
+    add_tokens: list[str] = Field(
+        default_factory=list, description="new tokens, or a file of them: learnt by the tokenizer, their rows trained"
     )
     epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
@@ -335,9 +340,7 @@ class RunSettings(Source):
         False, description="recompute activations in backward: less memory, a third more time"
     )
     compile: bool = Field(
-        False,
-        description="compile the layers with torch.compile before the first step (needs a C++ compiler on a CPU; "
-        "worthwhile for long runs)",
+        False, description="compile the layers with torch.compile first (for long runs; a CPU needs a C++ compiler)"
     )
     seed: int = Field(0, ge=0, lt=1 << 31, description="seed of the factors, the data order and dropout")
     threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
@@ -350,16 +353,12 @@ class RunSettings(Source):
     )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
-    track: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="also log to these, if installed"
-    )
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="also log to these")
     memory: str = Field(
         "auto",
         description="memory the run may use, such as 24GB; auto: what the device has; unchecked: start in any case",
     )
-    trust_remote_code: bool = Field(
-        False, description="run code from a hub model's repository (only for models you trust)"
-    )
+    trust_remote_code: bool = Field(False, description="run code from a hub model's repository, which you trust")
 
     @model_validator(mode="before")
     @classmethod

@@ -53,12 +53,24 @@ class TrainError(LorakitError, RuntimeError):
     """A training run cannot start or continue."""
 
 
+class StoppedError(TrainError):
+    """A signal stopped the work. `signal`: its name, such as "SIGINT"."""
+
+    def __init__(self, message: str, signal: str):
+        super().__init__(message)
+        self.signal = signal
+
+
 class WriteError(LorakitError, OSError):
     """A file or folder cannot be written: the path is taken, permission is denied or the disk is full."""
 
 
 class NotFiniteError(LorakitError, RuntimeError):
     """A loss is NaN or infinite."""
+
+
+class LorakitWarning(UserWarning):
+    """Something that was done as asked and may surprise. The command line prints it as one note on stderr."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

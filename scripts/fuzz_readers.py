@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 import lorakit as lk
 from lorakit.checkpoint.parts import open_parts
-from lorakit.checkpoint.single_file import places
+from lorakit.checkpoint.single_file import module_rows
 from lorakit.errors import LorakitError
 
 MEMORY = 3 << 30  # bytes of address space beyond what is there at the start
@@ -95,7 +95,7 @@ def read(path: Path, folder: Path) -> None:
     if path.name in ("base_file.safetensors", "model.safetensors"):
         (part,) = open_parts(path if path.name == "base_file.safetensors" else path.parent, ())
         if part.base.single_file:
-            places(part.base.single_file, part.base.shapes)
+            module_rows(part.base.single_file, part.base.shapes)
         for slot in part.base.tensors.values():
             for _ in slot.copied():
                 pass

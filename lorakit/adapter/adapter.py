@@ -50,7 +50,8 @@ class Adapter:
                 and not tensor.is_meta
                 and not torch.isfinite(tensor).all()
             ):
-                raise AdapterError(f"saved weight '{name}' holds values that are not finite (NaN or infinity)")
+                what = "saved weight" if name in self.saved else "embedding"
+                raise AdapterError(f"{what} '{name}' holds values that are not finite (NaN or infinity)")
         return self
 
     @cached_property
@@ -67,21 +68,23 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """The number of elements it holds, without the zeros of packed projections."""
-        beside = sum(t.numel() for t in (*self.saved.values(), *self.embeddings.values()))
-        return sum(u.parameters for u in self.updates.values()) + beside
+        """The number of elements of all tensors, without the zeros of packed projections."""
+        others = sum(t.numel() for t in (*self.saved.values(), *self.embeddings.values()))
+        return sum(u.parameters for u in self.updates.values()) + others
 
     def digest(self) -> str:
-        """The SHA-256 of all its values, by name: of the numbers, whatever format they were read from."""
-        hashed = hashlib.sha256()
+        """Return the SHA-256 of the names, dtypes, shapes and values of all tensors. It does not depend on the file
+        format.
+        """
+        sha256 = hashlib.sha256()
         named = {f"{m}.{field}": t for m, u in self.updates.items() for field, t in u.tensors().items()}
         for name, tensor in sorted({**named, **self.saved, **self.embeddings}.items()):
-            hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-            hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return hashed.hexdigest()
+            sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return sha256.hexdigest()
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
-        """A copy in another precision or on another device. Integer tensors keep their dtype."""
+        """Return a copy in another precision or on another device. Integer tensors keep their dtype."""
 
         def move(t: Tensor) -> Tensor:
             return t.to(device, dtype if t.is_floating_point() else None)
@@ -101,7 +104,10 @@ class Adapter:
     # Arithmetic on ΔW, implemented in algebra/: combine.py, edit.py and resize.py.
 
     def __mul__(self, weight: float) -> Adapter:
-        """Every ΔW times `weight`. Errors as `algebra.edit.scale` raises them."""
+        """Multiply every ΔW by `weight`.
+
+        Raises AdapterError if the adapter has saved weights or a DoRA; ConfigError if `weight` is not finite.
+        """
         from .algebra.edit import scale
 
         return scale(self, weight) if isinstance(weight, int | float) else NotImplemented
@@ -109,41 +115,59 @@ class Adapter:
     __rmul__ = __mul__
 
     def __neg__(self) -> Adapter:
+        """Negate every ΔW. Errors as for multiplication."""
         return self * -1.0
 
     def __add__(self, other: Adapter) -> Adapter:
-        """The exact sum, whose ranks add up. `lorakit.combine` takes weights and other methods."""
+        """Add ΔW exactly; the ranks add up. `lorakit.combine` has weights and other methods.
+
+        Raises AdapterError for different bases, shapes or saved weights, and for a DoRA.
+        """
         from .algebra.combine import combine
 
         return combine([self, other]) if isinstance(other, Adapter) else NotImplemented
 
     def __sub__(self, other: Adapter) -> Adapter:
+        """Subtract ΔW exactly. Errors as for addition."""
         from .algebra.combine import combine
 
         return combine([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
 
     def resize(self, rank: int | None = None, **options: Any) -> Adapter:
-        """At a lower rank: `rank`, or keep=0.99 of the energy, or error=0.1. `lorakit.adapter.algebra.resize` has the
-        options, and also returns the error of each module.
+        """Approximate every ΔW at a lower rank as well as possible: `rank`, or keep=0.99 of the energy, or error=0.1.
+
+        `lorakit.adapter.algebra.resize` explains the options, and also returns the error of each module. ConfigError
+        for options that contradict each other; AdapterError for a DoRA, and for a bias's change unless drop_bias=True.
         """
         from .algebra.resize import resize
 
         return resize(self, rank, **options).adapter
 
     def prune(self, drop: str | list[str]) -> Adapter:
-        """Without the modules that `drop` names: name endings, or one regular expression for full names."""
+        """Return the adapter without the modules that `drop` names: name endings, or one regular expression for full
+        names.
+
+        Raises TargetError if an ending matches no module, or no module is left.
+        """
         from .algebra.edit import prune
 
         return prune(self, drop)
 
     def select(self, keep: str | list[str]) -> Adapter:
-        """With only the modules that `keep` names: name endings, or one regular expression for full names."""
+        """Return the adapter with only the modules that `keep` names: name endings, or one regular expression for full
+        names.
+
+        Raises TargetError as for `prune`.
+        """
         from .algebra.edit import select
 
         return select(self, keep)
 
     def rename(self, names: Mapping[str, str]) -> Adapter:
-        """With other module names. `names`: a full name or a prefix -> what replaces it."""
+        """Return the adapter with other module names. `names`: a full name or a prefix -> what replaces it.
+
+        Raises AdapterError if two modules would get the same name; TargetError for an entry that matches none.
+        """
         from .algebra.edit import rename
 
         return rename(self, names)
@@ -152,13 +176,19 @@ class Adapter:
 
     @classmethod
     def load(cls, source: str | Path, **options: Any) -> Adapter:
-        """Read an adapter from a folder, a file or a hub id, in any known format (see `lorakit.formats.load`)."""
+        """Read an adapter from a folder, a file or a hub id, in any known format. Options: `lorakit.formats.load`.
+
+        Raises AdapterError for anything that is not a valid adapter.
+        """
         from ..formats import load
 
         return load(source, **options)
 
     def save(self, path: str | Path, format: str = "peft", **options: Any) -> Path:
-        """Write it; PEFT's folder by default (see `lorakit.formats.save`). Returns the path written."""
+        """Write the adapter; PEFT's folder by default. Returns the path written. Options: `lorakit.formats.save`.
+
+        Raises AdapterError if the format cannot hold it.
+        """
         from ..formats import save
 
         return save(self, path, format, **options)

@@ -12,13 +12,13 @@ from ..errors import AdapterError
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor without gradients, in float32 (float64 stays)."""
+    """Return the tensor without gradients, in float32 (float64 stays)."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
-    """The tensor in `dtype` (None: unchanged). AdapterError if a finite value is too large for it; `what` names the
-    tensor in that error.
+    """Return the tensor in `dtype` (None: unchanged). Raises AdapterError if a finite value is too large for it; `what`
+    names the tensor in that error.
     """
     if dtype is None or not tensor.is_floating_point():
         return tensor
@@ -29,8 +29,8 @@ def narrowed(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
 
 
 def multiplied(tensor: Tensor, weight: float, module: str) -> Tensor:
-    """`weight` · tensor, computed in float32 (float64 stays) and cast back to the tensor's dtype. AdapterError as in
-    `narrowed`.
+    """Return `weight` · tensor, computed in float32 (float64 stays) and cast back to the tensor's dtype. Raises
+    AdapterError as in `narrowed`.
     """
     return narrowed(wide(tensor) * weight, tensor.dtype, f"'{module}' times {weight:g}")
 
@@ -50,14 +50,14 @@ def _too_large(what: str, largest: float, dtype: torch.dtype) -> AdapterError:
 
 
 def check_alpha(module: str, alpha: float) -> None:
-    """AdapterError unless alpha is a positive, finite number."""
+    """Raise AdapterError unless alpha is a positive, finite number."""
     if not (alpha > 0 and math.isfinite(alpha)):
         raise AdapterError(f"adapter factors of '{module}': alpha is {alpha}; expected a positive number")
 
 
 def check_tensors(module: str, tensors: Mapping[str, Tensor], axes: int = 2) -> None:
-    """AdapterError unless all tensors are floating point with 16 bits or more, have at least `axes` axes, none of them
-    empty, and no NaN or infinity.
+    """Raise AdapterError unless all tensors are floating point with 16 bits or more, have at least `axes` axes, none of
+    them empty, and no NaN or infinity.
     """
     for name, tensor in tensors.items():
         where = f"adapter factors of '{module}': {name}"

@@ -69,7 +69,7 @@ class Dense(Update):
         return wide(self._weight).reshape(shape or self._weight.shape).clone()
 
     def matrix(self, transposed: bool = False) -> Tensor:
-        """A norm's ΔW is one column [dim, 1]; without a ΔW (a bias alone) a single zero [1, 1]."""
+        """Return ΔW as a matrix: a norm's is one column [dim, 1]; without a ΔW (a bias alone) a single zero [1, 1]."""
         full = wide(self.weight) if self.weight is not None else torch.zeros(1, 1)
         full = full.flatten(1) if full.dim() > 1 else full[:, None]
         return full.T if transposed else full
@@ -83,10 +83,10 @@ class Dense(Update):
             raise AdapterError(f"'{module}' changes {what}, which has no low-rank factors")
         return FactorShapes.of_shape(self.weight_shape())
 
-    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        """ΔW has the layout of the module's weight, for a Conv1D too, so only a file can store it transposed."""
+    def layout(self, shape: tuple[int, ...], file_transposed: bool = False, conv1d: bool = False) -> bool | None:
+        """Return True only if the file stores the transpose: ΔW has the module's own layout, also of a Conv1D."""
         own = self.weight_shape()
-        if turned and shape == own[::-1]:
+        if file_transposed and shape == own[::-1]:
             return True
         return False if as_matrix_shape(own) == as_matrix_shape(shape) else None
 

@@ -63,7 +63,7 @@ class Dora(Update):
         return tuple(self.magnitude.shape) == (self.sizes[0], 1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those of D, and `magnitude`."""
+        """Return D's tensors and `magnitude`."""
         return {**self.inner.tensors(), "magnitude": self.magnitude}
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Dora:
@@ -77,7 +77,7 @@ class Dora(Update):
         return replace(self, inner=self.inner.map_factors(change))
 
     def check(self, module: str) -> None:
-        """AdapterError unless D is sound and m is a finite [out, 1] or [1, in·k]."""
+        """Raise AdapterError unless D is sound and m is a finite [out, 1] or [1, in·k]."""
         self.inner.check(module)
         check_tensors(module, {"magnitude": self.magnitude})
         out = self.sizes[0]
@@ -92,12 +92,12 @@ class Dora(Update):
         return self.inner.unmergeable()
 
     def is_zero(self) -> bool:
-        """Never certain: m may change the weight where D is zero."""
+        """Return False: m may change the weight where D is zero."""
         return False
 
     def times(self, weight: float, module: str) -> Dora:
         raise AdapterError(
-            f"'{module}' is a DoRA: its change is no multiple of anything\n  activate it with a weight instead"
+            f"'{module}' is a DoRA, whose change cannot be multiplied by a weight\n  activate it with a weight instead"
         )
 
     # ΔW by itself
@@ -119,13 +119,13 @@ class Dora(Update):
 
     # ΔW on a stored weight
 
-    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        return self.inner.layout(shape, turned, conv1d)
+    def layout(self, shape: tuple[int, ...], file_transposed: bool = False, conv1d: bool = False) -> bool | None:
+        return self.inner.layout(shape, file_transposed, conv1d)
 
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """ΔW, block by block. `weight` scales D only; callers that need a multiple of ΔW must refuse a DoRA.
+        """Compute ΔW block by block. `weight` scales D only; callers that need a multiple of ΔW must refuse a DoRA.
 
         Where a norm spans several blocks (outputs of a weight stored as [in, out], or inputs), the weight is read again
         through `read` to add it up.
@@ -159,5 +159,5 @@ class Dora(Update):
 
 
 def _ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / ‖W + D‖; 0 for a row of zeros, which has no direction and stays zero."""
+    """Return m / ‖W + D‖; 0 for a row of zeros, which has no direction and stays zero."""
     return torch.where(norm > 0, magnitude / norm, 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from .checks import check_alpha, check_tensors
 from .lora import FactorShapes
-from .tucker import factors_of, wide_product
+from .tucker import matrix_factors, wide_product
 from .update import LowRank, Read, Rows, Update
 
 
@@ -61,7 +61,7 @@ class Loha(Update):
                 )
 
     def times(self, weight: float, module: str) -> Loha:
-        """|weight| goes into alpha and the sign into W1a, so that no element is rounded."""
+        """Multiply ΔW: |weight| goes into alpha and the sign into W1a, so that no element is rounded."""
         sign, size = math.copysign(1.0, weight), abs(weight)
         return replace(self, w1a=self.w1a * (sign if size else 0.0), alpha=self.alpha * (size or 1.0))
 
@@ -80,7 +80,7 @@ class Loha(Update):
         return full.reshape(shape) if shape else full
 
     def low_rank(self) -> LowRank | None:
-        (l1, r1), (l2, r2) = factors_of(self.w1a, self.w1b, self.t1), factors_of(self.w2a, self.w2b, self.t2)
+        (l1, r1), (l2, r2) = matrix_factors(self.w1a, self.w1b, self.t1), matrix_factors(self.w2a, self.w2b, self.t2)
         if l1.shape[1] * l2.shape[1] >= min(l1.shape[0], r1.shape[1]):
             return None
         left = (l1[:, :, None] * l2[:, None, :]).flatten(1)  # [out, r1·r2]
@@ -109,7 +109,7 @@ class Loha(Update):
 
     @staticmethod
     def _part(a: Tensor, b: Tensor, t: Tensor | None, rows: slice, transposed: bool) -> Tensor:
-        """Some rows (`transposed`: columns) of one of the two products, [out, in·k]."""
+        """Return some rows (`transposed`: columns) of one of the two products, [out, in·k]."""
         if transposed:
             b = b[:, rows]
         else:

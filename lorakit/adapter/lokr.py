@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from .algebra.svd import Svd, matrix_svd, needed, product_svd
 from .checks import check_alpha, check_tensors, multiplied, wide
 from .lora import Factors, FactorShapes
-from .tucker import factors_of, size_of, wide_product
+from .tucker import matrix_factors, product_shape, wide_product
 from .update import LowRank, Read, Rows, Update
 
 Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # W; or Wa, Wb and in Tucker form the core
@@ -71,7 +71,7 @@ class Lokr(Update):
                 )
 
     def times(self, weight: float, module: str) -> Lokr:
-        """|weight| goes into alpha where the scale depends on it, else into W1; the sign goes into W1."""
+        """Multiply ΔW: |weight| goes into alpha where the scale depends on it, else into W1; the sign goes into W1."""
         sign, size = math.copysign(1.0, weight), abs(weight)
         in_alpha = bool(size) and (self.w1b is not None or self.w2b is not None)
         name = "w1" if self.w1 is not None else "w1a"
@@ -101,7 +101,7 @@ class Lokr(Update):
         return LowRank(torch.kron(l1, l2) * self.scale, torch.kron(r1, r2))
 
     def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
-        """The largest of the products σ1 σ2, whose vectors are the Kronecker products of W1's and W2's."""
+        """Return the largest of the products σ1 σ2, whose vectors are the Kronecker products of W1's and W2's."""
         first, second = _svd(self._first), _svd(self._second)
         values, order = torch.outer(first.S, second.S).flatten().mul(self.scale).sort(descending=True)
         total = first.total * second.total * self.scale**2
@@ -115,11 +115,11 @@ class Lokr(Update):
         return FactorShapes.of_shape(self.weight_shape())
 
     def output_tensors(self) -> dict[str, Tensor]:
-        """W1: each of its rows covers the o2 outputs of W2."""
+        """Return W1: each of its rows covers the o2 outputs of W2."""
         return {name: t for name, t in (("w1", self.w1), ("w1a", self.w1a)) if t is not None}
 
     def as_factors(self) -> Factors | None:
-        """W1 ⊗ (W2a W2b) = (W1 ⊗ W2a) (I ⊗ W2b), of rank i1 · r; None if W2 is not a product of two matrices."""
+        """Return W1 ⊗ (W2a W2b) = (W1 ⊗ W2a) (I ⊗ W2b), of rank i1 · r; None if W2 is not a product of two matrices."""
         if self.w2a is None or self.w2b is None or self.t2 is not None:
             return None
         first = _matrix(self._first)
@@ -129,7 +129,9 @@ class Lokr(Update):
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """Row i of W1 ⊗ W2 is row i // o2 of W1 times row i % o2 of W2; for a transposed weight columns likewise."""
+        """Compute ΔW by rows: row i of W1 ⊗ W2 is row i // o2 of W1 times row i % o2 of W2; for a transposed weight
+        columns likewise.
+        """
         first, second, scale = _matrix(self._first), _matrix(self._second).flatten(1), self.scale * weight
         first, second = (first.T, second.T) if transposed else (first, second)
 
@@ -149,26 +151,28 @@ class Lokr(Update):
 
 
 def _matrix(side: Side) -> Tensor:
-    """W1 or W2, in float32 (float64 stays)."""
+    """Return W1 or W2, in float32 (float64 stays)."""
     full, a, b, core = side
     return wide(full) if full is not None else wide_product(*_pair(a, b), core)
 
 
 def _shape(side: Side) -> tuple[int, ...]:
     full, a, b, core = side
-    return tuple(full.shape) if full is not None else size_of(*_pair(a, b), core)
+    return tuple(full.shape) if full is not None else product_shape(*_pair(a, b), core)
 
 
 def _svd(side: Side) -> Svd:
     full, a, b, core = side
-    return matrix_svd(full.double().flatten(1)) if full is not None else product_svd(*factors_of(*_pair(a, b), core))
+    if full is not None:
+        return matrix_svd(full.double().flatten(1))
+    return product_svd(*matrix_factors(*_pair(a, b), core))
 
 
 def _halves(side: Side) -> tuple[Tensor, Tensor]:
-    """W1 or W2 as a product [out, r] [r, in·k], in float64; of a matrix one factor is the identity."""
+    """Return W1 or W2 as a product [out, r] [r, in·k], in float64; of a matrix one factor is the identity."""
     full, a, b, core = side
     if full is None:
-        return factors_of(*_pair(a, b), core)
+        return matrix_factors(*_pair(a, b), core)
     M = full.detach().double().flatten(1)
     identity = torch.eye(min(M.shape), dtype=M.dtype)
     return (identity, M) if M.shape[0] <= M.shape[1] else (M, identity)

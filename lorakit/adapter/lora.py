@@ -41,7 +41,7 @@ class FactorShapes:
 
     @classmethod
     def of_shape(cls, shape: tuple[int, ...]) -> FactorShapes:
-        """The factor shapes for a linear's weight [out, in] or a convolution's [out, in, *k]."""
+        """Return the factor shapes for a linear's weight [out, in] or a convolution's [out, in, *k]."""
         return cls("conv" if len(shape) > 2 else "linear", shape[1:], len(shape))
 
     @property
@@ -50,7 +50,7 @@ class FactorShapes:
         return self.transposed or self.kind == "embedding"
 
     def factors(self, B: Tensor, A: Tensor, alpha: float, rslora: bool = False) -> Factors:
-        """Factors of these shapes out of the matrices B [out, r] and A [r, -1]."""
+        """Build factors of these shapes from the matrices B [out, r] and A [r, -1]."""
         A, B = A.reshape(A.shape[0], *self.inner), B.reshape(*B.shape, *(1,) * (self.axes - 2))
         return Factors(
             A.contiguous(), B.contiguous(), alpha, self.kind, rslora, self.transposed, self.groups, self.parts
@@ -107,7 +107,7 @@ class Factors(Update):
         return change(self)
 
     def check(self, module: str) -> None:
-        """AdapterError unless shapes, rank, dtypes and alpha are sound and all values finite."""
+        """Raise AdapterError unless shapes, rank, dtypes and alpha are sound and all values finite."""
 
         def wrong(what: str) -> AdapterError:
             return AdapterError(f"adapter factors of '{module}': {what}")
@@ -135,7 +135,7 @@ class Factors(Update):
         )
 
     def times(self, weight: float, module: str) -> Factors:
-        """|weight| goes into alpha and the sign into B, so that no element is rounded."""
+        """Multiply ΔW: |weight| goes into alpha and the sign into B, so that no element is rounded."""
         if not weight:
             return replace(self, B=torch.zeros_like(self.B))
         return replace(self, B=self.B if weight > 0 else -self.B, alpha=self.alpha * abs(weight))
@@ -147,10 +147,10 @@ class Factors(Update):
         return (first, out) if self.weight_transposed else (out, first, *self.A.shape[2:])
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32 (float64 stays), in the weight's layout: [out, in], or [in, out] if transposed, [vocab, dim],
-        [out, in/g, *k].
+        """Return ΔW in float32 (float64 stays), in the weight's layout: [out, in], or [in, out] if transposed, [vocab,
+        dim], [out, in/g, *k].
 
-        AdapterError for PEFT's grouped convolution factors, which no change of the weight can express.
+        Raises AdapterError for PEFT's grouped convolution factors, which no change of the weight can express.
         """
         if self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
@@ -163,7 +163,7 @@ class Factors(Update):
         )
 
     def matrix(self, transposed: bool = False) -> Tensor:
-        """s · B A as [out, in·k], however the weight is stored."""
+        """Return s · B A as [out, in·k], however the weight is stored."""
         A, B = as_matrices(self.A, self.B)
         return (B * self.scale) @ A
 
@@ -177,7 +177,7 @@ class Factors(Update):
         return [product_svd(B * self.scale, A) for A, B in self.blocks()]
 
     def blocks(self) -> list[tuple[Tensor, Tensor]]:
-        """(A [r, in·k], B [rows, r]) as matrices: one pair, or one for each adapted part of a packed projection."""
+        """Return the pairs of matrices A [r, in·k], B [rows, r]: one, or one for each adapted part if packed."""
         A, B = as_matrices(self.A, self.B)
         if not self.parts:
             return [(A, B)]
@@ -200,13 +200,13 @@ class Factors(Update):
 
     # ΔW on a stored weight
 
-    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        """By the shape; where both layouts fit, by the kind of the module."""
+    def layout(self, shape: tuple[int, ...], file_transposed: bool = False, conv1d: bool = False) -> bool | None:
+        """Decide by the shape; if both layouts fit, by the kind of the module."""
         out, first = self.B.shape[0], self.A.shape[1]
         plain, transposed = (out, first, *self.A.shape[2:]), (first, out)
         fits = as_matrix_shape(shape) == as_matrix_shape(plain)
         if self.kind == "linear" and shape == plain == transposed:
-            return self.transposed or turned or conv1d
+            return self.transposed or file_transposed or conv1d
         if self.kind != "conv" and shape == transposed and (self.kind == "embedding" or not fits):
             return True
         return False if fits and self.kind != "embedding" else None
@@ -227,7 +227,7 @@ class Factors(Update):
 
 
 def factors_of(updates: Mapping[str, Update]) -> dict[str, Factors]:
-    """module -> the low-rank factors of its update (`Update.factors`), for the updates that have any.
+    """Return the low-rank factors (`Update.factors`) of each update that has any, by module.
 
     For reading only: a DoRA is more than its factors.
     """

@@ -6,8 +6,8 @@
     LoKr    ΔW = s · W1 ⊗ W2                                lokr.py
     dense   ΔW itself                                       dense.py
 
-A kind is a frozen dataclass of tensors and numbers in a file of its own. The methods implemented in this file are the
-same for all kinds, unless a kind overrides them.
+A kind is a frozen dataclass in a file of its own. The methods implemented in this file are the same for all kinds,
+unless a kind overrides them.
 
 A weight is stored as [out, in·k...], or transposed as [in, out] (transformers' Conv1D, embeddings). `rows` is the one
 method that computes ΔW for some rows of the stored weight: live merge, checkpoint merge, analysis and export all use
@@ -48,15 +48,18 @@ class Update(ABC):
 
     @property
     @abstractmethod
-    def variant(self) -> str: ...
+    def variant(self) -> str:
+        """The kind's name: "lora", "dora", "loha", "lokr" or "dense"."""
 
     @property
     @abstractmethod
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The rank of its factors, r. That of ΔW may be higher (LoHa, LoKr)."""
 
     @property
     @abstractmethod
-    def scale(self) -> float: ...
+    def scale(self) -> float:
+        """The factor s in ΔW, alpha / r; 1 for kinds without one."""
 
     @property
     def parameters(self) -> int:
@@ -85,6 +88,7 @@ class Update(ABC):
 
     @property
     def changes_bias(self) -> bool:
+        """Whether it changes the module's bias too, by `tensors()["bias"]` [out]."""
         return False
 
     @property
@@ -94,11 +98,11 @@ class Update(ABC):
         return out, inner
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by field name."""
+        """Return its tensors by field name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
-        """A copy with `change(name, tensor)` in place of each tensor."""
+        """Return a copy with `change(name, tensor)` in place of each tensor."""
         changed: dict[str, Any] = {name: change(name, t) for name, t in self.tensors().items()}
         return replace(self, **changed)
 
@@ -108,7 +112,7 @@ class Update(ABC):
         return None
 
     def map_factors(self, change: Callable[[Factors], Factors]) -> Update:
-        """A copy with `change(factors)` in place of the low-rank factors; the update itself if it has none."""
+        """Return a copy with `change(factors)` in place of the low-rank factors; the update itself if it has none."""
         return self
 
     @abstractmethod
@@ -116,7 +120,7 @@ class Update(ABC):
         """Raise AdapterError, naming the module, if the tensors or alpha are malformed."""
 
     def unmergeable(self) -> str | None:
-        """Why no change of a weight has the same effect; None if one has."""
+        """Say why no change of a weight has the same effect; None if one has."""
         return None
 
     def is_zero(self) -> bool:
@@ -125,24 +129,24 @@ class Update(ABC):
 
     @abstractmethod
     def times(self, weight: float, module: str) -> Self:
-        """`weight` · ΔW, of the same kind. AdapterError, naming the module, if the kind has no such multiple or its
-        dtype cannot hold the values.
+        """Return `weight` · ΔW, of the same kind. Raises AdapterError, naming the module, if the kind has no such
+        multiple or its dtype cannot hold the values.
         """
 
     # ΔW by itself
 
     @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:
-        """The weight's shape as far as the update's own tensors show it (a kernel may be flattened)."""
+        """Return the weight's shape as far as the update's own tensors show it (a kernel may be flattened)."""
 
     @abstractmethod
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """ΔW in float32 (float64 stays), in the weight's layout. `shape`: the weight's, if it is known.
-        AdapterError if ΔW depends on the weight.
+        """Return ΔW in float32 (float64 stays), in the weight's layout. `shape`: the weight's, if it is known.
+        Raises AdapterError if ΔW depends on the weight.
         """
 
     def matrix(self, transposed: bool = False) -> Tensor:
-        """ΔW as [out, in·k], in float32 (float64 stays). `transposed`: the weight is stored as [in, out]."""
+        """Return ΔW as [out, in·k], in float32 (float64 stays). `transposed`: the weight is stored as [in, out]."""
         full = self.delta().reshape(self.weight_shape()).flatten(1)
         return full.T if transposed else full
 
@@ -161,15 +165,15 @@ class Update(ABC):
         return after
 
     def without_base(self) -> Update:
-        """The part that does not depend on W: the update itself, or the one that a DoRA is built on."""
+        """Return the part that does not depend on W: the update itself, or the one that a DoRA is built on."""
         return self
 
     def low_rank(self) -> LowRank | None:
-        """ΔW = L R exactly, in float64; None if such a product has full rank, or ΔW depends on W."""
+        """Return ΔW = L R exactly, in float64; None if such a product has full rank, or ΔW depends on W."""
         return None
 
     def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
-        """The SVD of ΔW, or one for each adapted part of a packed projection.
+        """Return the SVD of ΔW, or one for each adapted part of a packed projection.
 
         rank: the number of singular values that the caller needs; keep: the share of their energy. Kinds for which a
         partial SVD is cheaper stop there; others return more.
@@ -179,18 +183,20 @@ class Update(ABC):
 
     @abstractmethod
     def factor_shapes(self, module: str) -> FactorShapes:
-        """The shapes that low-rank factors of this module have. AdapterError if no factors have the same effect."""
+        """Return the shapes that low-rank factors of this module have. Raises AdapterError if no factors have the same
+        effect.
+        """
 
     # ΔW on a stored weight
 
-    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
+    def layout(self, shape: tuple[int, ...], file_transposed: bool = False, conv1d: bool = False) -> bool | None:
         """Whether a weight of this shape is stored transposed, [in, out]; None if the update does not fit it.
 
-        turned: the file stores the transpose of the module's weight. conv1d: the module is a Conv1D, whose weight is
-        [in, out].
+        file_transposed: the file stores the transpose of the module's weight.
+        conv1d: the module is a Conv1D, whose weight is [in, out].
         """
         own = self.weight_shape()
-        if (turned or conv1d) and shape == own[::-1]:
+        if (file_transposed or conv1d) and shape == own[::-1]:
             return True
         return False if (own[0], math.prod(own[1:])) == (shape[0], math.prod(shape[1:])) else None
 
@@ -198,7 +204,7 @@ class Update(ABC):
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
-        """`weight` · ΔW, block by block, of a weight stored in this shape (`transposed`: as [in, out]).
+        """Compute `weight` · ΔW block by block, of a weight stored in this shape (`transposed`: as [in, out]).
 
         read: reads the stored weight again; called before the first block if ΔW of a row depends on other rows.
         """
@@ -206,8 +212,8 @@ class Update(ABC):
     # Some outputs of a module: the parts of a fused projection, the shift and scale of an adaptive norm
 
     def output_tensors(self) -> dict[str, Tensor] | None:
-        """The tensors whose first axis runs over the outputs, or over blocks of outputs (LoKr); all outputs share the
-        other tensors. None if no tensor has the outputs first (a kernel in Tucker form).
+        """Return the tensors whose first axis runs over the outputs, or over blocks of outputs (LoKr); all outputs
+        share the other tensors. None if no tensor has the outputs first (a kernel in Tucker form).
         """
         return None
 
@@ -222,11 +228,11 @@ class Update(ABC):
         return True
 
     def as_factors(self) -> Factors | None:
-        """Low-rank factors with exactly this ΔW, so that outputs can be cut anywhere; None if the kind has none."""
+        """Return low-rank factors with exactly this ΔW, which can be cut at any output; None if the kind has none."""
         return None
 
     def halves_swapped(self) -> Update:
-        """The same update for a weight stored with the second half of its rows first."""
+        """Return the same update for a weight stored with the second half of its rows first."""
         from .dense import Dense
 
         outputs = self.output_tensors()
@@ -236,10 +242,10 @@ class Update(ABC):
 
 
 def halves_swapped(rows: Tensor) -> Tensor:
-    """The rows with their second half first."""
+    """Return the rows with their second half first."""
     return torch.cat(rows.chunk(2)[::-1])
 
 
 def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a 1x1 convolution as a matrix: files of one model store either."""
+    """Return the shape of a 1x1 convolution as a matrix: files of one model store either."""
     return shape[:2] if len(shape) > 2 and set(shape[2:]) == {1} else shape

@@ -3,21 +3,22 @@ model.
 
 base.py          opens a folder or a single file; reads headers only
 parts.py         the parts of a base: a folder, a pipeline's components, a single file
-names.py         maps an adapter's names to the files' tensor names
-where.py         finds each module's weight in the files
+renaming.py      maps an adapter's names to the files' tensor names
+locate.py        finds each module's weight in the files
 single_file.py   the layout of diffusion models' single files
 tied_weights.py  weights that are stored once and used twice
 weights.py       reads the base's weights of some modules, one at a time
 same_base.py     compares a base with an adapter's fingerprint
 residual.py      PiSSA and OLoRA as plain LoRA of their base
 
-update.py        one update applied to one stored weight
+change.py        one update applied to one stored weight
 changes.py       the changes of all adapters, by tensor
-plan.py          what OUT will hold: each tensor, and how it is made
-tensors.py       writes the tensors block by block and reads them back
+merge_plan.py    what OUT will hold: each tensor, and how it is made
+write.py         writes the tensors block by block and reads them back
 out.py           checks OUT, and puts the result in place atomically
+conversation.py  the chat template and the end tokens of a merged language model
 merge.py         `merge_checkpoint`: all of that
-report.py        `MergeReport`: what was merged, measured on the written files
+merge_report.py  `MergeReport`: what was merged, measured on the written files
 
 modules.py       which module each tensor is the weight of
 pairs.py         the tensors of two checkpoints, side by side
@@ -25,6 +26,6 @@ extract.py       a LoRA out of two checkpoints
 """
 
 from .merge import merge_checkpoint
-from .report import MergeReport, TargetReport
+from .merge_report import MergeReport, TargetReport
 
 __all__ = ["MergeReport", "TargetReport", "merge_checkpoint"]

@@ -1,4 +1,4 @@
-"""Open a checkpoint: its config, and where each tensor lies in its safetensors files. No weights are read.
+"""Open a checkpoint: its config, and the position of each tensor in its safetensors files. No weights are read.
 
 transformers' folder       config.json, model.safetensors or model.safetensors.index.json and its shards
 a diffusers component      the same, called diffusion_pytorch_model; either may have a variant in its name
@@ -51,6 +51,7 @@ class Base:
 
     @property
     def model_type(self) -> str:
+        """transformers' name of the architecture's family ("llama"); "" if the config has none."""
         return str(self.config.get("model_type", ""))
 
     @cached_property
@@ -69,7 +70,9 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    """Read a folder's config and headers. LorakitError if it is no checkpoint, is quantized, or stored as pickles."""
+    """Read a folder's config and headers. Raises LorakitError if it is not a checkpoint, is quantized, or stored as
+    pickles.
+    """
     if not folder.exists():
         here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise LorakitError(
@@ -84,7 +87,7 @@ def open_base(folder: Path) -> Base:
             if (folder / "adapter_config.json").exists()
             else ""
         )
-        raise LorakitError(f"{folder} is no checkpoint folder: {CONFIG} is missing{hint}")
+        raise LorakitError(f"{folder} is not a checkpoint folder: {CONFIG} is missing{hint}")
     config = read_json(folder / CONFIG)
     _refuse_quantized(folder, config)
     # the latter: diffusers' own config
@@ -98,7 +101,7 @@ def open_base(folder: Path) -> Base:
 
 
 def open_single_file(path: Path) -> Base:
-    """Read the header of a diffusion model's single file. LorakitError for anything else."""
+    """Read the header of a diffusion model's single file. Raises LorakitError for anything else."""
     from .single_file import model_of_file
 
     with open(path, "rb") as file:
@@ -110,8 +113,8 @@ def open_single_file(path: Path) -> Base:
             )
     if path.suffix != ".safetensors":
         raise LorakitError(
-            f"{path} is no safetensors file; expected a checkpoint folder, or a diffusion model's single .safetensors "
-            "file"
+            f"{path} is not a safetensors file; expected a checkpoint folder, or a diffusion model's single "
+            ".safetensors file"
         )
     slots, metadata = read_header(path)
     try:
@@ -122,8 +125,8 @@ def open_single_file(path: Path) -> Base:
 
 
 def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | None]:
-    """(file with all weights or None, index of several files or None). LorakitError if the folder has several variants
-    (fp16, ...).
+    """Return (file with all weights or None, index of several files or None). Raises LorakitError if the folder has
+    several variants (fp16, ...).
     """
     for stem in stems:
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
@@ -142,7 +145,9 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> tuple[str | None, str | N
 
 
 def without_variant(file: str) -> str:
-    """The file name without its variant: model.fp16.safetensors -> model.safetensors; shards and indices likewise."""
+    """Return the file name without its variant: model.fp16.safetensors -> model.safetensors; shards and indices
+    likewise.
+    """
     stem, _, rest = file.partition(".safetensors")
     name = next((s for s in _STEMS if stem.startswith((f"{s}.", f"{s}-"))), None)
     if name is None:
@@ -202,7 +207,7 @@ def _no_safetensors(folder: Path) -> LorakitError:
             '  python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained({json.dumps(str(folder))[1:-1]!r}, dtype='auto')"
             ".save_pretrained('converted')\"\n"
-            "  and copy its tokenizer files beside it"
+            "  and copy its tokenizer files there too"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.gguf"))
     found = f"; it holds {listing(others, 3)}" if others else ""

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.tokens import Tokens
+from ..adapter.update import Update
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
-from .names import Renaming
-from .update import Change, bias_for, update_for
-from .where import Places, WeightRows, bias_place, slot_at
+from .change import Change, bias_for, update_for
+from .locate import Locations, WeightRows, locate_bias, slot_at
+from .renaming import Renaming
+from .vocabulary import check_heads, grown
 
 
 @dataclass
@@ -33,51 +36,58 @@ class Changes:
         """All changed tensors."""
         return [*self.updates, *(n for n in self.values if n not in self.updates)]
 
-    def add(self, weight: float, adapter: Adapter, places: Places) -> None:
-        """Add one adapter's changes. TargetError or AdapterError for a module or saved weight that does not fit."""
+    def add(self, weight: float, adapter: Adapter, locations: Locations) -> None:
+        """Add one adapter's changes. Raises TargetError or AdapterError for a module or value that does not fit."""
         seen: set[tuple[str, int]] = set()  # rows that this adapter changes
 
-        def only_once(place: WeightRows, own: str) -> None:
-            if (place.tensor, place.start) in seen:
+        def only_once(rows: WeightRows, own: str) -> None:
+            if (rows.tensor, rows.start) in seen:
                 raise AdapterError(
-                    f"the adapter changes the base's '{place.tensor}' twice, the second time as '{own}'\n"
+                    f"the adapter changes the base's '{rows.tensor}' twice, the second time as '{own}'\n"
                     "  expected one change for each weight"
                 )
-            seen.add((place.tensor, place.start))
+            seen.add((rows.tensor, rows.start))
 
         for module, update in adapter.updates.items():
-            place = places.modules[module]
+            rows = locations.modules[module]
             if update.changes_weight:
-                only_once(place, f"{module}.weight")
-                slot = slot_at(self.base, place, places.ties)
-                self._put(place, update_for(module, update, slot, self.base.model_type, weight, place))
+                only_once(rows, f"{module}.weight")
+                slot = slot_at(self.base, rows, locations.ties)
+                weight_grown = grown(update, slot)
+                for at in _tied(update, rows, adapter, locations):
+                    if weight_grown is not None:
+                        self._replace(at.tensor, f"{module}.weight", weight_grown)
+                    else:
+                        self._put(at, update_for(module, update, slot, self.base.model_type, weight, rows))
             if update.changes_bias:
-                at = bias_place(self.base, module, places)
+                at = locate_bias(self.base, module, locations)
                 only_once(at, f"{module}.bias")
-                self._put(at, bias_for(module, update, slot_at(self.base, at, places.ties), weight, at.swapped))
+                self._put(at, bias_for(module, update, slot_at(self.base, at, locations.ties), weight, at.swapped))
         for own, value in adapter.saved.items():
-            name = self._place_of(own, value, places)
+            name = self._tensor_of(own, value, locations)
             only_once(WeightRows(name, 0, 0), own)
             self._replace(name, own, value)
 
     def check(self) -> None:
-        """AdapterError for changes that cannot be combined."""
+        """Raise AdapterError for changes that cannot be combined."""
+        check_heads(self.base, self.values)
         for name in self.values:
             if name in self.updates:
                 raise AdapterError(
                     f"the adapters change '{name}' twice: one replaces it, another one adds to it\n  merge one of them"
                 )
-        for places in self.updates.values():
-            for updates in places.values():
+        for by_rows in self.updates.values():
+            for updates in by_rows.values():
                 if len(updates) > 1 and any(change.update.needs_base for change in updates):
+                    kind = "has trained tokens" if any(c.update.variant == "tokens" for c in updates) else "is a DoRA"
                     raise AdapterError(
-                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight "
+                        f"'{updates[0].module}' {kind} in one of the adapters, whose change depends on the weight "
                         "it is added to\n"
                         "  merge that adapter first, and the others into the result"
                     )
 
-    def _put(self, place: WeightRows, update: Change) -> None:
-        self.updates.setdefault(place.tensor, {}).setdefault((place.start, place.stop), []).append(update)
+    def _put(self, rows: WeightRows, update: Change) -> None:
+        self.updates.setdefault(rows.tensor, {}).setdefault((rows.start, rows.stop), []).append(update)
 
     def _replace(self, at: str, own: str, value: Tensor) -> None:
         if at in self.values and not (self.values[at].shape == value.shape and self.values[at].equal(value)):
@@ -87,8 +97,8 @@ class Changes:
             )
         self.values[at] = value
 
-    def _place_of(self, own: str, value: Tensor, places: Places) -> str:
-        base, rename, ties = self.base, places.rename, places.ties
+    def _tensor_of(self, own: str, value: Tensor, locations: Locations) -> str:
+        base, rename, ties = self.base, locations.rename, locations.ties
         at = next((n for n in (rename(own), own) if n in base.tensors or n in ties), None)
         if at is None:
             at = rename(own) if rename.old else own
@@ -100,14 +110,27 @@ class Changes:
         if value.shape != expected:
             raise AdapterError(
                 f"saved weight '{own}' has shape {list(value.shape)}; the base's has {list(expected)}\n"
-                "  was its vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
+                "  was its vocabulary resized? resize the base in the same way (model.resize_token_embeddings), and "
+                "save it first"
             )
         return at
 
 
+def _tied(update: Update, rows: WeightRows, adapter: Adapter, locations: Locations) -> list[WeightRows]:
+    """The rows that an update changes: its module's and, for trained tokens, those of a weight tied to it, unless the
+    adapter has tokens for that one too.
+    """
+    if not isinstance(update, Tokens):
+        return [rows]
+    holder = locations.ties.get(rows.tensor, rows.tensor)
+    group = [holder, *(user for user, h in locations.ties.items() if h == holder)]
+    own = {locations.modules[m].tensor for m in adapter.updates}
+    return [rows, *(rows._replace(tensor=n) for n in group if n not in own)]
+
+
 def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:
-    """Warnings for what a merge leaves out. AdapterError if the adapter changes no weight, or has saved weights that
-    would have to be scaled. `called`: its name in messages.
+    """Return warnings for what a merge leaves out. Raises AdapterError if the adapter changes no weight, or has saved
+    weights that would have to be scaled. `called`: its name in messages.
     """
     tokens = listing(adapter.embeddings, 3)
     if adapter.embeddings and not adapter.updates and not adapter.saved:
@@ -135,7 +158,7 @@ def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter"
 
 
 def _check_new(name: str, base: Base, rename: Renaming) -> None:
-    """TargetError unless a saved weight that the base lacks is a new head: part of no module that the base has."""
+    """Raise TargetError unless a saved weight that the base lacks is a new head, part of no module of the base."""
     renamed = rename(name)
     module = renamed.rpartition(".")[0]
     siblings = [t for t in base.tensors if t.rpartition(".")[0] == module]

@@ -40,7 +40,7 @@ def keep_conversation(folder: Path, adapters: Iterable[Adapter]) -> list[str]:
 
 
 def _ids(file: Path) -> dict[str, int]:
-    """Token ids by text."""
+    """Return token ids by text."""
     tokenizer = _object(file)
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -49,7 +49,7 @@ def _ids(file: Path) -> dict[str, int]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
+    """Read a JSON object, empty if there is no such file."""
     if not file.is_file():
         return {}
     found = json.loads(file.read_text(encoding="utf8"))

@@ -9,7 +9,7 @@ left out, or kept as saved weights (language models) or dense updates (diffusion
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,16 @@ from ..module_names import matches
 from .base import open_base
 from .modules import Layout
 from .pairs import Pair, image_pairs, model_pairs
+from .rounding import STORED, noise_edge
 from .tied_weights import declared, find_ties
 
 
 @dataclass(frozen=True)
 class ModuleExtract:
-    """One changed weight. `change`: ‖ΔW‖ / ‖W‖; `norm`: ‖ΔW‖_F; `error`: ‖ΔW - ΔW'‖ / ‖ΔW‖, measured."""
+    """One changed weight. `change`: ‖ΔW‖ / ‖W‖; `norm`: ‖ΔW‖_F; `error`: ‖ΔW - ΔW'‖ / ‖ΔW‖, measured.
+
+    `noise`: how many of its ranks cannot be told from rounding to TUNED's 16 bits (see `rounding`).
+    """
 
     module: str
     shape: tuple[int, ...]
@@ -43,6 +47,7 @@ class ModuleExtract:
     norm: float
     rank: int
     error: float
+    noise: int = 0
 
     @property
     def captured(self) -> float:
@@ -71,7 +76,7 @@ class Extracted:
         return max(0.0, 1 - (sum((m.error * m.norm) ** 2 for m in self.modules) + left_out) / total)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         modules = [{**asdict(m), "captured": m.captured} for m in self.modules]
         return {
             "captured": self.captured,
@@ -94,7 +99,7 @@ def extract(
     seed: int = 0,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Extracted:
-    """The adapter that turns BASE into (nearly) TUNED.
+    """Extract the adapter that turns BASE into (nearly) TUNED.
 
     rank: the maximum rank of each module. keep: the share of each ‖ΔW‖² to capture.
     targets: only these modules get factors (name endings, or a regular expression).
@@ -104,12 +109,7 @@ def extract(
     Raises ConfigError for a wrong rank or keep, TargetError if no target changed, LorakitError if the tensors or shapes
     differ, or nothing changed.
     """
-    if (rank is None and keep is None) or (rank is not None and rank < 1) or (keep is not None and not 0 < keep <= 1):
-        raise ConfigError(
-            "extract needs a rank of at least 1, or keep, the share of the change to capture, up to 1 "
-            f"(got rank {rank}, keep {keep})\n"
-            "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
-        )
+    _check_options(rank, keep)
     paths = Path(base).expanduser(), Path(tuned).expanduser()
     pairs, layout = image_pairs(*paths), None
     if pairs is None:
@@ -125,7 +125,8 @@ def extract(
         if norm == 0:
             unchanged += 1
         elif pair.factor_shapes is not None and pair.adaptable and (targets is None or matches(module, targets)):
-            factors[module], report = _factors(module, delta, pair.factor_shapes, rank, keep, seed, norm, size)
+            edge = noise_edge(pair.after)
+            factors[module], report = _factors(module, delta, pair.factor_shapes, rank, keep, seed, norm, size, edge)
             reports.append(report)
         else:
             rest[pair.name] = norm
@@ -141,11 +142,7 @@ def extract(
     if not factors and not rest:
         raise LorakitError(f"nothing differs between {base} and {tuned}: there is no change to extract")
     if not factors and not kept:
-        expected = f"the targets {targets}" if targets else "a matrix"
-        raise TargetError(
-            f"no weight of {expected} changed, but these did: {listing(rest)}\n"
-            "  save_rest=True (--save-rest) keeps them"
-        )
+        raise _no_target_changed(targets, rest)
     fingerprint = None
     if layout is not None:
         factors |= _heads(layout, factors)
@@ -155,14 +152,46 @@ def extract(
     return Extracted(adapter.check(), tuple(reports), rest, kept, unchanged, tuple(_doubts(reports, pairs)))
 
 
+def _check_options(rank: int | None, keep: float | None) -> None:
+    """Raise ConfigError unless there is a rank of at least 1, or a share to keep."""
+    if (rank is None and keep is None) or (rank is not None and rank < 1) or (keep is not None and not 0 < keep <= 1):
+        raise ConfigError(
+            "extract needs a rank of at least 1, or keep, the share of the change to capture, up to 1 "
+            f"(got rank {rank}, keep {keep})\n"
+            "  for example rank=16 (--rank 16) or keep=0.95 (--keep 0.95)"
+        )
+
+
+def _no_target_changed(targets: str | list[str] | None, rest: Iterable[str]) -> TargetError:
+    """Build the error for checkpoints that differ only in parameters without factors. `rest`: their names."""
+    expected = f"the targets {targets}" if targets else "a matrix"
+    return TargetError(
+        f"no weight of {expected} changed, but these did: {listing(rest)}\n  save_rest=True (--save-rest) keeps them"
+    )
+
+
 def _doubts(reports: list[ModuleExtract], pairs: list[Pair]) -> list[str]:
-    """Warnings for changes that fine-tuning would hardly make."""
+    """Return warnings for changes that fine-tuning would hardly make."""
     doubts = []
     if reports and sorted(r.change for r in reports)[len(reports) // 2] > 1:
         doubts.append("most weights changed by more than their norm: TUNED does not seem to be fine-tuned from BASE")
     kinds = sorted({(p.before.dtype, p.after.dtype) for p in pairs if p.before.dtype != p.after.dtype})
     if kinds:
         doubts.append(f"stored as {kinds[0][0]} and as {kinds[0][1]}: the rounding counts as change")
+    noisy = [report for report in reports if report.noise]
+    if noisy:
+        stored = next(p.after.dtype for p in pairs if p.after.dtype in STORED)
+        real = max(report.rank - report.noise for report in reports)
+        doubts.append(
+            f"TUNED is stored as {stored}, and in {len(noisy)} of {len(reports)} modules some of the rank found is that"
+            f" of its rounding ({max(r.noise for r in noisy)} of {max(r.rank for r in noisy)} at most): "
+            + (
+                f"a rank of {real} holds all that can be told from it (rank={real}, --rank {real}); "
+                if real
+                else "nothing of the change can be told from it; "
+            )
+            + "for more, extract from a merge in float32 (lorakit merge --dtype fp32)"
+        )
     return doubts
 
 
@@ -175,13 +204,16 @@ def _factors(
     seed: int,
     norm: float,
     size: float,
+    edge: float | None,
 ) -> tuple[Factors, ModuleExtract]:
+    """Truncate one module's ΔW to low-rank factors. `delta`: as stored; `norm`: ‖ΔW‖_F; `size`: ‖W‖_F."""
     W = delta.T if shapes.weight_transposed else delta  # [out, in·k]
     svd = matrix_svd(W, rank, keep, seed=seed)
     made = compose(shapes, [svd], max(1, min(len(svd.S), svd.rank)))
     error = math.sqrt(distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1))) / norm
     shape = (W.shape[1], W.shape[0]) if shapes.weight_transposed else (W.shape[0], *shapes.inner)
-    return made, ModuleExtract(module, shape, norm / size if size else math.inf, norm, made.rank, error)
+    noise = 0 if edge is None else int((svd.S[: made.rank] <= edge).sum())
+    return made, ModuleExtract(module, shape, norm / size if size else math.inf, norm, made.rank, error, noise)
 
 
 def _read(slot: Slot) -> Tensor:
@@ -189,7 +221,9 @@ def _read(slot: Slot) -> Tensor:
 
 
 def _heads(layout: Layout, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Factors for heads that are tied to a changed embedding and stored with it: the same ΔW [vocab, dim] = Aᵀ Bᵀ."""
+    """Build factors for heads that are tied to a changed embedding and stored with it: the same ΔW [vocab, dim] = Aᵀ
+    Bᵀ.
+    """
     embeddings = [m for m, f in factors.items() if f.kind == "embedding"]
     if not embeddings:
         return {}

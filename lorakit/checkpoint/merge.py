@@ -27,15 +27,16 @@ from ..version import VERSION
 from .base import CONFIG, Base
 from .changes import check_mergeable
 from .conversation import keep_conversation
-from .names import Renaming
+from .merge_plan import Plan, make_plan
+from .merge_report import MergeReport, TargetReport
 from .out import NOTE, check_out, check_space, copy, other_files
 from .parts import Part, open_parts
-from .plan import Plan, make_plan
-from .report import MergeReport, TargetReport
+from .renaming import Renaming
 from .residual import load_on, started_as
 from .same_base import compare_with_files
-from .tensors import in_order, read_back, write_file
 from .tied_weights import untied
+from .vocabulary import keep_tokens, with_vocabulary
+from .write import in_order, read_back, write_file
 
 Source = Adapter | Path | str
 Progress = Callable[[str, int, int], None]
@@ -98,6 +99,7 @@ def merge_checkpoint(
         for name, file in copies.items():
             copy(file, folder / name)
         warnings += keep_conversation(folder, values)
+        keep_tokens(folder, values)
         with _one_thread():
             reports = _write_tensors(plans, folder, dtype is not None, note if path.is_file() else {}, on_tensor)
         warnings += _check_changed(reports, plans)
@@ -130,7 +132,7 @@ def merge_checkpoint(
 
 
 def _read_only(sources: Sequence[Source]) -> list[Path]:
-    """The adapters' paths: as given, and of the adapter found inside (a run's folder, and its adapter/)."""
+    """Return the adapters' paths: as given, and of the adapter found inside (a run's folder, and its adapter/)."""
     named = [Path(s).expanduser() for s in sources if not isinstance(s, Adapter)]
     found = [find(s) for s in sources if not isinstance(s, Adapter)]
     return [resolved(p) for p in (*named, *found) if p.exists()]
@@ -176,7 +178,7 @@ def _description(sources: Sequence[Source], weights: Sequence[float]) -> str:
 
 
 def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
-    """AdapterError if the adapter's fingerprint is of another base. Returns warnings."""
+    """Raise AdapterError if the adapter's fingerprint is of another base. Returns warnings."""
     lines = compare_with_files(base, adapter, rename)
     if lines:
         raise AdapterError(
@@ -232,6 +234,8 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
     """Write a part's config and index if they changed."""
     base = part.base
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
+    if plan.grown is not None:
+        config = with_vocabulary(config, *plan.grown)
     if dtype is not None and config:
         # A pipeline's component may leave out its dtype, a transformers model never does.
         has_dtype = part.name or "torch_dtype" in config
@@ -244,7 +248,7 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config with its dtype changed, and the dtype of nested configs."""
+    """Return a config with its dtype changed, and the dtype of nested configs."""
     inner = {
         key: _with_dtype(value, dtype)
         for key, value in config.items()
@@ -285,8 +289,8 @@ def _all(plans: Sequence[tuple[Part, Plan]], what: str) -> tuple[str, ...]:
 
 
 def _check_changed(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, Plan]]) -> list[str]:
-    """Warnings for updates below the weights' precision. LorakitError if no weight changed at all."""
-    vanished = [r for r in reports if r.lost]
+    """Return warnings for updates below the weights' precision. Raises LorakitError if no weight changed at all."""
+    vanished = [r for r in reports if r.below_precision]
     if not any(r.changed for r in reports) and not any(p.replaced or p.added for _, p in plans):
         if not vanished:
             raise LorakitError(

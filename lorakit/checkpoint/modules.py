@@ -18,7 +18,7 @@ from ..adapter.fingerprint import fingerprint
 from ..adapter.lora import FactorShapes
 from ..errors import TargetError
 from .base import Base
-from .names import Renaming, find_renaming
+from .renaming import Renaming, find_renaming
 
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "tok_embeddings", "embed_in")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -36,13 +36,13 @@ class Layout:
     rename: Renaming
 
     def own(self, name: str) -> str:
-        """The model's name of one of the files' tensors."""
+        """Return the model's name of one of the files' tensors."""
         old, new = self.rename.old, self.rename.new
         candidate = old + name[len(new) :] if name.startswith(new) else name
         return candidate if candidate in self.parameters or not self.parameters else name
 
     def factor_shapes(self, name: str, shape: tuple[int, ...]) -> FactorShapes | None:
-        """The shapes of low-rank factors for this weight; None if it has none (a norm, a bias)."""
+        """Return the shapes of low-rank factors for this weight; None if it has none (a norm, a bias)."""
         module = name.removesuffix(".weight")
         if len(shape) < 2 or 0 in shape:
             return None
@@ -61,7 +61,7 @@ class Layout:
         return None
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """The live model's fingerprint; None if the architecture is not known."""
+        """Return the live model's fingerprint; None if the architecture is not known."""
         if not self.parameters:
             return None
         architecture = self.base.architecture or ""
@@ -83,7 +83,7 @@ class _Stored(dict):
 
 
 def layout_of(base: Base) -> Layout:
-    """The layout of a checkpoint folder."""
+    """Find the layout of a checkpoint folder."""
     model = _empty_model(base)
     if model is None:
         return Layout(base, {}, {}, Renaming())

@@ -31,7 +31,9 @@ SLACK = 1 << 20  # for headers and what the file system adds
 
 
 def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> None:
-    """LorakitError if OUT exists (unless `force`), is no sensible path for this base, or would overwrite an input."""
+    """Raise LorakitError if OUT exists (unless `force`), is not a sensible path for this base, or would overwrite an
+    input.
+    """
     for what, path in (("base", base), *(("adapter", a) for a in adapters)):
         if path == out or out in path.parents:
             raise LorakitError(
@@ -71,7 +73,7 @@ def check_out(base: Path, adapters: Iterable[Path], out: Path, force: bool) -> N
 
 
 def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], list[str]]:
-    """({name within the folder: path} of files to copy, names of files left out).
+    """Return ({name within the folder: path} of files to copy, names of files left out).
 
     Copied is everything except the parts' weights, other models and adapters, and hidden files. A pipeline's other
     components are copied completely.
@@ -103,7 +105,9 @@ def other_files(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, Path], l
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """All files, also in linked folders (a cache has links). LorakitError for a link to a folder that contains it."""
+    """Yield all files, also in linked folders (a cache has links). Raises LorakitError for a link to a folder that
+    contains it.
+    """
     for where, folders, files in os.walk(folder, followlinks=True):
         here = Path(where)
         above = {p.resolve() for p in (here, *here.parents) if p.is_relative_to(folder)}
@@ -116,7 +120,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def check_space(out: Path, need: int) -> None:
-    """LorakitError if the disk has fewer than `need` bytes free."""
+    """Raise LorakitError if the disk has fewer than `need` bytes free."""
     there = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < need + SLACK:

@@ -24,7 +24,7 @@ from ..io.stream import MERGEABLE, Slot
 from .base import Base
 from .modules import Layout, layout_of
 from .parts import PIPELINE, Part, open_parts
-from .single_file import WeightRows, bias_place, places
+from .single_file import WeightRows, bias_rows, module_rows
 from .tied_weights import declared
 
 _OTHER_PARTS = ("vae", "safety_checker", "image_encoder")  # of a pipeline, for which there are no adapters
@@ -46,8 +46,8 @@ class Pair:
     swapped: bool = False
 
     def change(self) -> tuple[Tensor, float]:
-        """(ΔW [first axis, -1] in float32 (float64 stays), ‖W‖_F). Zeros for integer tensors. LorakitError for NaN or
-        infinity.
+        """Return (ΔW [first axis, -1] in float32 (float64 stays), ‖W‖_F). Zeros for integer tensors. Raises
+        LorakitError for NaN or infinity.
         """
         before, after = self.before, self.after
         if before.dtype not in MERGEABLE:
@@ -68,8 +68,9 @@ class Pair:
 
 
 def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
-    """The pairs of a diffusion model's two checkpoints; None if they are folders of a language model. LorakitError if
-    they are of different kinds, or of different models.
+    """Pair the tensors of a diffusion model's two checkpoints; None if they are folders of a language model.
+
+    Raises LorakitError if they are of different kinds, or of different models.
     """
     kinds = [_kind(path) for path in (base, tuned)]
     if kinds == ["folder", "folder"]:
@@ -82,7 +83,10 @@ def image_pairs(base: Path, tuned: Path) -> list[Pair] | None:
 
 
 def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
-    """The pairs of a language model's two checkpoint folders, and its layout. LorakitError as `common` raises it."""
+    """Pair the tensors of a language model's two checkpoint folders; return the pairs and the base's layout.
+
+    Raises LorakitError as `common` does.
+    """
     layout = layout_of(before)
     slots = {name: (before.tensors[name], after.tensors[name]) for name in common(before, after)} | _once_tied(
         before, after
@@ -96,8 +100,8 @@ def model_pairs(before: Base, after: Base) -> tuple[list[Pair], Layout]:
 
 
 def common(before: Base, after: Base) -> list[str]:
-    """The names of the tensors that both have. LorakitError if one lacks a tensor of the other, except for tied weights
-    (`_once_tied`), or if shapes differ.
+    """Return the names of the tensors that both have. Raises LorakitError if one lacks a tensor of the other, except
+    for tied weights (`_once_tied`), or if shapes differ.
     """
     known = _once_tied(before, after)
     lone = {
@@ -119,7 +123,7 @@ def common(before: Base, after: Base) -> list[str]:
 
 
 def _once_tied(before: Base, after: Base) -> dict[str, tuple[Slot, Slot]]:
-    """Weights that one checkpoint stores separately and the other tied to another weight: (before, after) by name."""
+    """Find weights that one checkpoint stores separately and the other tied to another: (before, after) by name."""
     lone = [n for b, other in ((before, after), (after, before)) for n in b.tensors if n not in other.tensors]
     if not lone:
         return {}
@@ -154,7 +158,7 @@ def _of_pipelines(base: Path, tuned: Path) -> Iterator[Pair]:
 
 
 def _model_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The diffusion model of these parameters, by names and widths: SD1 and SD2 share the UNet's names."""
+    """Return the diffusion model of these parameters, by names and widths: SD1 and SD2 share the UNet's names."""
     sizes = {
         n.rpartition(".")[0]: s for n, s in shapes.items() if n.startswith(("unet.", "transformer.")) and len(s) > 1
     }
@@ -167,7 +171,7 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             f"{before.folder} is a {before.single_file} and {after.folder} a {after.single_file}: one is not the base "
             "of the other"
         )
-    here, there = (places(b.single_file, b.shapes) for b in (before, after))
+    here, there = (module_rows(b.single_file, b.shapes) for b in (before, after))
     lone = sorted(here.keys() ^ there.keys())
     if lone:
         raise LorakitError(
@@ -175,14 +179,14 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             "  is one of them the base of the other?"
         )
     seen = set()
-    for module, place in here.items():
-        bias = bias_place(before.single_file, module, before.shapes)
-        for own, at in ((f"{module}.weight", place), (f"{module}.bias", bias)):
+    for module, rows in here.items():
+        bias = bias_rows(before.single_file, module, before.shapes)
+        for own, at in ((f"{module}.weight", rows), (f"{module}.bias", bias)):
             if at is None or at.tensor not in after.tensors or at.transposed:
                 continue
             _check_alike(at.tensor, before.tensors[at.tensor], after.tensors[at.tensor])
             seen.add(at.tensor)
-            old, new = (_rows(b, at) for b in (before, after))
+            old, new = (_slot(b, at) for b in (before, after))
             yield Pair(own, old, new, _factor_shapes(own, old.shape), swapped=at.swapped)
     for name, slot in before.tensors.items():  # EMA weights, say, may be in only one of them
         if name not in seen and name in after.tensors:
@@ -190,12 +194,12 @@ def _of_files(before: Base, after: Base) -> Iterator[Pair]:
             yield Pair(name, slot, after.tensors[name], None, adaptable=False)
 
 
-def _rows(base: Base, place: WeightRows) -> Slot:
-    return base.tensors[place.tensor].part(place.start, place.stop)
+def _slot(base: Base, rows: WeightRows) -> Slot:
+    return base.tensors[rows.tensor].part(rows.start, rows.stop)
 
 
 def _with_level(part: Part, tensor: str) -> str:
-    """CLIP's names with the level `text_model.`, which files of late versions of transformers lack."""
+    """Return CLIP's names with the level `text_model.`, which files of late versions of transformers lack."""
     is_clip = (part.base.architecture or "").startswith("CLIP")
     return f"text_model.{tensor}" if is_clip and not tensor.startswith(("text_model.", "text_projection.")) else tensor
 
@@ -213,11 +217,12 @@ def _kind(path: Path) -> str:
 
 
 def _check_alike(name: str, a: Slot, b: Slot) -> None:
-    """LorakitError unless the two are float tensors of the same shape, or have the same bytes."""
+    """Raise LorakitError unless the two are float tensors of the same shape, or have the same bytes."""
     if a.shape != b.shape:
         raise LorakitError(
             f"'{name}' has shape {list(a.shape)} in {a.path.parent} and {list(b.shape)} in {b.path.parent}\n"
-            "  was a vocabulary resized? resize the base alike (model.resize_token_embeddings) and save it first"
+            "  was a vocabulary resized? resize the base in the same way (model.resize_token_embeddings), and save "
+            "it first"
         )
     if (a.dtype not in MERGEABLE or b.dtype not in MERGEABLE) and (a.dtype != b.dtype or not _same(a, b)):
         raise LorakitError(

@@ -29,7 +29,7 @@ class Part:
     base: Base
 
     def own(self, adapter: Adapter) -> Adapter | None:
-        """The part of an adapter that is for this component, with names within it; None if there is none."""
+        """Return the part of an adapter that is for this component, with names within it; None if there is none."""
         if not self.name:
             return adapter
         updates = _within(self.name, adapter.updates)
@@ -39,18 +39,18 @@ class Part:
         return replace(adapter, updates=updates, saved=saved, metadata=_fingerprint_within(self.name, adapter.metadata))
 
     def file(self, name: str, converted: bool) -> str:
-        """The name of a weights file in OUT. Only pipelines keep a variant (fp16), and only if the dtype stays."""
+        """Return the name of a weights file in OUT. Only pipelines keep a variant (fp16), if the dtype stays."""
         return name if self.name and not converted else without_variant(name) if not self.base.single_file else name
 
     def called(self, name: str) -> str:
-        """A module's or tensor's full name, with the component in front; of "" the prefix that all share."""
+        """Return a module's or tensor's full name, with the component in front; of "" the prefix that all share."""
         return f"{self.name}.{name}" if self.name else name
 
 
 def open_parts(path: Path, names: Collection[str], everything: bool = False) -> list[Part]:
-    """The parts that have these modules or weights; with `everything` all that have weights.
+    """Open the parts that have these modules or weights; with `everything` all that have weights.
 
-    LorakitError if the path is no checkpoint, TargetError for a name outside all components.
+    Raises LorakitError if the path is not a checkpoint, TargetError for a name outside all components.
     """
     if path.is_file():
         return [Part("", open_single_file(path))]
@@ -81,7 +81,7 @@ def _within(component: str, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint_within(component: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with only this component's samples in its fingerprint."""
+    """Return the metadata with only this component's samples in its fingerprint."""
     known = metadata.get("fingerprint")
     if not isinstance(known, Mapping) or not isinstance(known.get("samples"), Mapping):
         return dict(metadata)

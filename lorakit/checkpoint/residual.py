@@ -52,17 +52,17 @@ def load_on(
 
 
 def started_as(source: str | Path) -> str | None:
-    """PEFT's initialization from the base's weights, "pissa", "olora"...; None for other adapters."""
+    """Return PEFT's initialization from the base's weights, "pissa", "olora"...; None for other adapters."""
     path = find(source)
     return peft.start_of(path) if peft.is_peft(path) else None
 
 
 def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
-    """A PiSSA or OLoRA folder of PEFT as a plain LoRA of `base`.
+    """Convert a PiSSA or OLoRA folder of PEFT to a plain LoRA of `base`.
 
     The folder does not identify its base. But a trained adapter is still close to its initialization, so if subtracting
     the initialization computed from `base` makes every module larger, it was another base: AdapterError, unless
-    `force_base`. AdapterError for other initializations too.
+    `force_base`. Raises AdapterError for other initializations too.
     """
     start = str(peft.start_of(path))
     if start not in EXACT:
@@ -83,7 +83,9 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         or (f.transposed and start == "olora")
     ]
     if unsupported:
-        raise AdapterError(f"{path}: '{unsupported[0]}' is no plain linear, which {start!r} is for")
+        raise AdapterError(
+            f"{path}: '{unsupported[0]}' is not a plain linear, the only module that {start!r} is defined for"
+        )
     weights = open_weights(base, adapter.factors)
     made, grown = {}, 0
     for module, f in adapter.factors.items():
@@ -102,7 +104,7 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
 
 
 def _start(start: str, W: Tensor, f: Factors) -> Factors:
-    """s · B₀ A₀ of W [out, in], as factors with the rank, alpha and kind of `f`."""
+    """Return s · B₀ A₀ of W [out, in], as factors with the rank, alpha and kind of `f`."""
     r = f.rank
     if start == "olora":
         Q, R = torch.linalg.qr(W)
@@ -117,7 +119,7 @@ def _start(start: str, W: Tensor, f: Factors) -> Factors:
 
 
 def _largest(W: Tensor, r: int) -> Tensor:
-    """The first r left singular vectors of W [m, n], m <= n, from the eigenvectors of W Wᵀ [m, m] in float64, which is
-    several times as fast as an SVD.
+    """Return the first r left singular vectors of W [m, n], m <= n, from the eigenvectors of W Wᵀ [m, m] in float64,
+    which is several times as fast as an SVD.
     """
     return torch.linalg.eigh(W @ W.T)[1][:, -r:]

@@ -1,4 +1,4 @@
-"""Where each module's weight lies in a diffusion model's single file, which has the original code's names ("ldm").
+"""Find each module's weight in a diffusion model's single file, which has the original code's names ("ldm").
 
     denoiser           model.diffusion_model.    the "ldm" names of names/*.json; or the bare denoiser, without the
                                                  prefix
@@ -124,8 +124,8 @@ class WeightRows(NamedTuple):
 
 
 def model_of_file(shapes: Shapes) -> str:
-    """The model of `names.MODELS` that a file's tensors (name -> shape) belong to. LorakitError, with what the file
-    looks like, if it is none of them.
+    """Find the model of `names.MODELS` that a file's tensors (name -> shape) belong to. Raises LorakitError, with what
+    the file looks like, if it is none of them.
     """
     for prefix in DENOISER:
         for family, signs in _SIGNS.items():
@@ -139,59 +139,59 @@ def model_of_file(shapes: Shapes) -> str:
     )
 
 
-def places(model: str, shapes: Shapes) -> dict[str, WeightRows]:
-    """Module name ("unet.conv_in", "text_encoder_2.text_projection") -> its rows, for all modules in the file.
+def module_rows(model: str, shapes: Shapes) -> dict[str, WeightRows]:
+    """Find the rows of all modules in the file, by name ("unet.conv_in", "text_encoder_2.text_projection").
 
-    LorakitError for a shared tensor whose rows cannot be divided among its modules.
+    Raises LorakitError for a shared tensor whose rows cannot be divided among its modules.
     """
     found: dict[str, WeightRows] = {}
     for component in PIPELINES[model]:
-        for name, place in _places_of(model, component, shapes):
-            found.setdefault(f"{component}.{name}", place)
+        for name, rows in _rows_by_name(model, component, shapes):
+            found.setdefault(f"{component}.{name}", rows)
     return found
 
 
-def bias_place(model: str, module: str, shapes: Shapes) -> WeightRows | None:
-    """The rows of a module's bias: those of its weight, in another tensor. None if the file lacks the module or its
-    bias. LorakitError if the bias does not fit the weight.
+def bias_rows(model: str, module: str, shapes: Shapes) -> WeightRows | None:
+    """Return the rows of a module's bias: those of its weight, in another tensor. None if the file lacks the module or
+    its bias. Raises LorakitError if the bias does not fit the weight.
     """
     component, _, name = module.partition(".")
-    place = (
-        next((p for _, p in _places_of(model, component, shapes, name)), None)
+    rows = (
+        next((p for _, p in _rows_by_name(model, component, shapes, name)), None)
         if component in PIPELINES[model]
         else None
     )
-    if place is None or not place.tensor.endswith("weight"):
+    if rows is None or not rows.tensor.endswith("weight"):
         return None
-    tensor = f"{place.tensor.removesuffix('weight')}bias"  # weight -> bias, in_proj_weight -> in_proj_bias
+    tensor = f"{rows.tensor.removesuffix('weight')}bias"  # weight -> bias, in_proj_weight -> in_proj_bias
     if tensor not in shapes:
         return None
-    if shapes[tensor] != shapes[place.tensor][:1]:
-        raise LorakitError(f"'{tensor}' has shape {list(shapes[tensor])}; its weight has {list(shapes[place.tensor])}")
-    return place._replace(tensor=tensor)
+    if shapes[tensor] != shapes[rows.tensor][:1]:
+        raise LorakitError(f"'{tensor}' has shape {list(shapes[tensor])}; its weight has {list(shapes[rows.tensor])}")
+    return rows._replace(tensor=tensor)
 
 
-def _places_of(model: str, component: str, shapes: Shapes, only: str | None = None) -> Iterator[tuple[str, WeightRows]]:
-    """(name within the component, rows) of all modules, or of `only` one. The first pair of a name counts."""
+def _rows_by_name(
+    model: str, component: str, shapes: Shapes, only: str | None = None
+) -> Iterator[tuple[str, WeightRows]]:
+    """Yield (name within the component, rows) of all modules, or of `only` one. The first pair of a name counts."""
     listed = module_list(PIPELINES[model][component].listed)
     if component not in TEXT_ENCODERS[model]:
-        yield from _denoiser_places(listed, shapes, only)
+        yield from _denoiser_rows(listed, shapes, only)
         return
     modules = [name for name in listed["modules"] if only in (None, name)]
     for prefix, naming in TEXT_ENCODERS[model][component]:
         for name in modules:
-            place = (
+            rows = (
                 _in_transformers(prefix, name, shapes)
                 if naming == TRANSFORMERS
                 else _in_open_clip(model, prefix, name, shapes)
             )
-            if place is not None:
-                yield name, place
+            if rows is not None:
+                yield name, rows
 
 
-def _denoiser_places(
-    listed: Mapping[str, Mapping], shapes: Shapes, only: str | None
-) -> Iterator[tuple[str, WeightRows]]:
+def _denoiser_rows(listed: Mapping[str, Mapping], shapes: Shapes, only: str | None) -> Iterator[tuple[str, WeightRows]]:
     prefix = next((p for p in DENOISER if any(f"{p}{name}.weight" in shapes for name in listed["ldm"])), None)
     if prefix is None:
         return
@@ -216,7 +216,9 @@ def _denoiser_places(
 
 
 def _in_transformers(prefix: str, name: str, shapes: Shapes) -> WeightRows | None:
-    """With or without the level `text_model.`, which early and late versions of transformers do not have."""
+    """Find the rows, with or without the level `text_model.`, which early and late versions of transformers do not
+    have.
+    """
     for tensor in (f"{prefix}{name}.weight", f"{prefix}{name.removeprefix('text_model.')}.weight"):
         if tensor in shapes:
             return WeightRows(tensor, 0, _rows(tensor, shapes))
@@ -257,8 +259,8 @@ def _rows(tensor: str, shapes: Shapes) -> int:
 
 
 def _unet_of(shapes: Shapes, prefix: str) -> str:
-    """ "sd1", "sd2" or "sdxl". SDXL has three levels and an embedding of sizes; SD1 and SD2 share their names, and
-    differ in the text encoder and widths. LorakitError for other UNets.
+    """Tell "sd1", "sd2" and "sdxl" apart. SDXL has three levels and an embedding of sizes; SD1 and SD2 share their
+    names, and differ in the text encoder and widths. Raises LorakitError for other UNets.
     """
     if any("time_stack." in name for name in shapes):
         raise LorakitError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LorakitError
 from .base import Base
-from .names import Renaming
+from .renaming import Renaming
 
 # For architectures that transformers does not know (remote code): the head's name, and its embedding's name endings.
 _HEAD = "lm_head.weight"
@@ -25,7 +25,7 @@ _EMBEDDINGS = (
 
 
 def declared(base: Base) -> dict[str, str]:
-    """User -> holder under the architecture's names; empty if the config unties them."""
+    """Return the declared ties, user -> holder, by the architecture's names; empty if the config unties them."""
     if _stated(base.config) is False:
         return {}
     cls = _class(base)
@@ -36,7 +36,9 @@ def declared(base: Base) -> dict[str, str]:
 
 
 def find_ties(base: Base, pairs: Mapping[str, str], rename: Renaming) -> dict[str, str]:
-    """The declared pairs that are tied in these files, by the files' names: stored once, or twice with equal bytes."""
+    """Return the declared pairs that are tied in these files, by the files' names: stored once, or twice with equal
+    bytes.
+    """
     prefix = f"{getattr(_class(base), 'base_model_prefix', '')}." if pairs else ""
     ties = {}
     for pair in pairs.items():
@@ -49,7 +51,9 @@ def find_ties(base: Base, pairs: Mapping[str, str], rename: Renaming) -> dict[st
 
 
 def untied(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """The model's config with untied embeddings. LorakitError for encoder-decoder models, which cannot be untied."""
+    """Return the model's config with untied embeddings. Raises LorakitError for encoder-decoder models, which cannot be
+    untied.
+    """
     changed: dict[str, Any] = {**config, "tie_word_embeddings": False}
     text = config.get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
@@ -65,7 +69,7 @@ def untied(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 
 def _among(base: Base, rename: Renaming, prefix: str, name: str) -> str:
-    """The files' name of one of the model's parameters."""
+    """Return the files' name of one of the model's parameters."""
     for here in (name, rename(name), name.removeprefix(prefix)):
         if here in base.tensors:
             return here
@@ -73,7 +77,7 @@ def _among(base: Base, rename: Renaming, prefix: str, name: str) -> str:
 
 
 def _stated(config: Mapping[str, Any]) -> bool | None:
-    """The config's tie_word_embeddings; None if it is not set (each model has its own default)."""
+    """Return the config's tie_word_embeddings; None if it is not set (each model has its own default)."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     return config.get("tie_word_embeddings", inner)

@@ -8,6 +8,7 @@ import typer
 
 from .shared.loading import load
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
+from .shared.output import say
 from .shared.starting import starting
 
 _HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit exits"
@@ -37,12 +38,12 @@ def chat(
         from ..errors import LorakitError
         from ..generate.generate import stream
 
-    loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
+        loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)
     has_turns = style != "none"
-    print(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
+    say(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
     if not has_turns:
-        print("No chat template: each line is completed on its own (\\n is a newline).")
+        say("No chat template: each line is completed on its own (\\n is a newline).")
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -84,5 +85,5 @@ def _command(base: Any, names: list[str], line: str, history: list[dict[str, str
     elif word == "/reset":
         return [m for m in history if m["role"] == "system"]
     else:
-        print(_HELP)
+        say(_HELP)
     return history

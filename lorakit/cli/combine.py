@@ -53,9 +53,9 @@ def combine(
     with starting("reading the adapters"):
         from ..adapter.algebra.combine import combined
 
-    format = format_for(to, adapters[0], out)
-    out = output_path(out, format, force)
-    values = [read(source, alpha, base_folder(base), model_type=model_type) for source in adapters]
+        format = format_for(to, adapters[0], out)
+        out = output_path(out, format, force)
+        values = [read(source, alpha, base_folder(base), model_type=model_type) for source in adapters]
     started = time.monotonic()
     with progress("combining") as on_module:
         result = combined(

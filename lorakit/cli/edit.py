@@ -12,6 +12,7 @@ import typer
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, inspect_call, output_path, read
 from .shared.options import ModelType
+from .shared.output import say
 from .shared.starting import starting
 
 
@@ -47,20 +48,20 @@ def edit(
         from ..adapter.algebra import edit as edits
         from ..formats import format_of, save, save_as_read
 
-    started = time.monotonic()
-    format, folder = to or format_of(source), base_folder(base)
-    out = output_path(out, format, force)
-    adapter = before = read(source, alpha, folder, model_type=model_type)
-    if only:
-        adapter = edits.select(adapter, only)
-    if drop:
-        adapter = edits.prune(adapter, drop)
-    if rename:
-        adapter = edits.rename(adapter, _pairs(rename))
-    if scale is not None:
-        adapter = edits.scale(adapter, scale)
-    write = save if to else save_as_read
-    path = write(adapter, out, format, dtype=dtype_of(dtype), base=folder)
+        started = time.monotonic()
+        format, folder = to or format_of(source), base_folder(base)
+        out = output_path(out, format, force)
+        adapter = before = read(source, alpha, folder, model_type=model_type)
+        if only:
+            adapter = edits.select(adapter, only)
+        if drop:
+            adapter = edits.prune(adapter, drop)
+        if rename:
+            adapter = edits.rename(adapter, _pairs(rename))
+        if scale is not None:
+            adapter = edits.scale(adapter, scale)
+        write = save if to else save_as_read
+        path = write(adapter, out, format, dtype=dtype_of(dtype), base=folder)
     if json_output:
         print(
             json.dumps(
@@ -68,7 +69,7 @@ def edit(
             )
         )
         return
-    print(
+    say(
         f"{len(before.updates)} modules -> {len(adapter.updates)}, {before.parameters:,} parameters -> "
         f"{adapter.parameters:,}, "
         f"{time.monotonic() - started:.1f} s"

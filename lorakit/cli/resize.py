@@ -38,9 +38,9 @@ def resize(
     with starting("reading the adapter"):
         from ..adapter.algebra.resize import resize as resize_adapter
 
-    format = format_for(to, adapter, out)
-    out = output_path(out, format, force)
-    value = read(adapter, alpha, base_folder(base), model_type=model_type)
+        format = format_for(to, adapter, out)
+        out = output_path(out, format, force)
+        value = read(adapter, alpha, base_folder(base), model_type=model_type)
     started = time.monotonic()
     with progress("resizing") as on_module:
         result = resize_adapter(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.tables import Table
 from ..data.batches import pad_id
 from ..errors import ConfigError, DataError, StateError, did_you_mean, listing
 from ..generate.generate import check_prompts
@@ -24,7 +25,7 @@ from .figures import table
 from .metrics import Scores, score
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..data.dataset import Item
@@ -53,6 +54,7 @@ class Judged:
 
     @property
     def label(self) -> str:
+        """The adapter's name, or "base"."""
         return BASE if self.adapter is None else self.adapter
 
 
@@ -65,7 +67,7 @@ class Report:
     samples: tuple[int, ...] = ()
 
     def table(self) -> Table:
-        """A line for each adapter."""
+        """Return a table with a line for each adapter."""
         first = self.judged[0].loss
         title = f"{first.rows:,} rows, {first.tokens:,} trained tokens"
         title += f"; text from {len(self.prompts):,} prompts" if self.judged[0].scores is not None else ""
@@ -73,24 +75,25 @@ class Report:
         scores = [one.scores.to_dict() if one.scores else {} for one in self.judged]
         return table([loss | score for loss, score in zip(losses, scores)], title, BASE)
 
-    def sample_table(self) -> Table | None:
-        """A few prompts with their first reference and each adapter's text; None without generation."""
-        from rich.table import Table
+    def sample_table(self) -> RichTable | None:
+        """Return a few prompts: first reference and each adapter's text below. None without generation."""
+        from rich.table import Table as RichTable
         from rich.text import Text
 
         if not self.samples:
             return None
-        table = Table(show_lines=True)
-        for name in ("prompt", "reference", *(one.label for one in self.judged)):
-            table.add_column(Text(name), overflow="fold")
+        table = RichTable.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, style="bold")
         for i in self.samples:
             prompt = self.prompts[i]
-            cells = (prompt.text, prompt.references[0], *(one.texts[i] for one in self.judged))
-            table.add_row(*map(Text, cells))  # Text: square brackets in the data are not markup
+            rows = [("prompt", prompt.text), ("reference", prompt.references[0])]
+            for name, text in [*rows, *((one.label, one.texts[i]) for one in self.judged)]:
+                table.add_row(Text(name), Text(text))  # Text: square brackets in the data are not markup
+            table.add_row()
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serializable dict."""
+        """Return plain data, for JSON."""
         return {
             "results": [
                 {"adapter": one.adapter, **one.loss.to_dict(), "scores": one.scores.to_dict() if one.scores else None}

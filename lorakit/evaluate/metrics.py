@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorakit.errors import DataError
+from ..errors import DataError
 
 _NOT_A_WORD = re.compile(r"[^a-z0-9]+")
 
@@ -33,6 +33,7 @@ class Scores:
     rows: int
 
     def to_dict(self) -> dict[str, float | int]:
+        """Return plain data, for JSON."""
         return asdict(self)
 
 

@@ -32,7 +32,7 @@ _TYPES = {
 
 
 def _e4m3() -> np.ndarray:
-    """The 256 values of float8 E4M3 (4 exponent bits, 3 mantissa bits; Micikevicius et al.
+    """Return the 256 values of float8 E4M3 (4 exponent bits, 3 mantissa bits; Micikevicius et al.
 
     2022), which has no infinity. [256]
     """
@@ -51,7 +51,7 @@ _DECODE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The parsed JSON header. ValueError if it claims to be longer than the file."""
+    """Parse the JSON header. Raises ValueError if it claims to be longer than the file."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -62,7 +62,7 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
-    """All tensors by name. ValueError for an unknown dtype."""
+    """Return all tensors by name. Raises ValueError for an unknown dtype."""
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
     content = np.memmap(path, dtype=np.uint8, mode="r")

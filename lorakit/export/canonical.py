@@ -19,9 +19,9 @@ from ..formats.scale import folded
 
 
 def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
-    """The same adapter with alpha = rank = `rank` in every module (default: its largest rank).
+    """Return the same adapter with alpha = rank = `rank` in every module (default: its largest rank).
 
-    AdapterError for updates other than LoRA, and if `rank` is too small.
+    Raises AdapterError for updates other than LoRA, and if `rank` is too small.
     """
     plain = {module: _plain(module, update) for module, update in adapter.updates.items()}
     largest = max((f.A.shape[0] for f in plain.values()), default=0)
@@ -46,7 +46,9 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
 
 
 def _plain(module: str, update: Update) -> Factors:
-    """The factors with the scale folded into B and packed parts written out. AdapterError for other kinds than LoRA."""
+    """Return the factors with the scale folded into B and packed parts written out. Raises AdapterError for other kinds
+    than LoRA.
+    """
     f = update.factors
     if f is None:
         raise AdapterError(
@@ -60,9 +62,9 @@ def _plain(module: str, update: Update) -> Factors:
 
 
 def _padded(f: Factors, rank: int) -> Factors:
-    """The factors zero-padded to `rank`.
+    """Return the factors zero-padded to `rank`.
 
-    AdapterError for PEFT's grouped convolutions, whose B is [out, rank / groups].
+    Raises AdapterError for PEFT's grouped convolutions, whose B is [out, rank / groups].
     """
     missing = rank - f.A.shape[0]
     if not missing:

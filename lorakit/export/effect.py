@@ -37,7 +37,9 @@ class Content:
 
 
 def low_rank(B: np.ndarray, A: np.ndarray, scale: float) -> np.ndarray:
-    """s · B A, [out, in·k]. For a grouped convolution B is [out, r/g]: block j of B's rows multiplies block j of A."""
+    """Return s · B A, [out, in·k]. For a grouped convolution B is [out, r/g]: block j of B's rows multiplies block j of
+    A.
+    """
     A, B = _matrix(A), scale * _matrix(B)
     groups = A.shape[0] // B.shape[1]
     if groups == 1:
@@ -46,13 +48,13 @@ def low_rank(B: np.ndarray, A: np.ndarray, scale: float) -> np.ndarray:
 
 
 def hadamard(parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-    """ΔW of a LoHa. `parts`: w1a, w1b, w2a, w2b, and t1, t2 in Tucker form."""
+    """Return ΔW of a LoHa. `parts`: w1a, w1b, w2a, w2b, and t1, t2 in Tucker form."""
     first, second = (_product(parts[f"w{i}a"], parts[f"w{i}b"], parts.get(f"t{i}")) for i in (1, 2))
     return scale * first * second
 
 
 def kronecker(parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-    """ΔW of a LoKr. `parts`: w1 or w1a and w1b; w2 or w2a and w2b, and t2 in Tucker form."""
+    """Return ΔW of a LoKr. `parts`: w1 or w1a and w1b; w2 or w2a and w2b, and t2 in Tucker form."""
     first = _matrix(parts["w1"]) if "w1" in parts else _product(parts["w1a"], parts["w1b"])
     second = _matrix(parts["w2"]) if "w2" in parts else _product(parts["w2a"], parts["w2b"], parts.get("t2"))
     return scale * np.kron(first, second)

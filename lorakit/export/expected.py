@@ -21,7 +21,7 @@ from .effect import Content, Effect, low_rank
 
 
 def expected(adapter: Adapter, format: str) -> Content:
-    """What the adapter does to the base, under the names of `format`."""
+    """Compute what the adapter does to the base, under the names of `format`."""
     if format == "kohya":
         return Content(_by_kohyas_keys(adapter))
     return Content(
@@ -30,7 +30,7 @@ def expected(adapter: Adapter, format: str) -> Content:
 
 
 def effect_of(update: Update) -> Effect:
-    """The effect of one update.
+    """Compute the effect of one update.
 
     For LoHa, LoKr and dense updates ΔW is lorakit's own, in float64; `effect` has the equations to check it.
     """
@@ -77,7 +77,9 @@ def _by_kohyas_keys(adapter: Adapter) -> dict[str, Effect]:
 
 
 def _concatenated(parts: list[Effect | None], sizes: list[tuple[int, ...]]) -> Effect:
-    """The effect of the modules of one key, rows concatenated; zeros for modules that the adapter does not change."""
+    """Return the effect of the modules of one key, rows concatenated; zeros for modules that the adapter does not
+    change.
+    """
 
     def delta() -> np.ndarray:
         rows = [e.delta() if e is not None and e.delta is not None else None for e in parts]
@@ -94,7 +96,7 @@ def _concatenated(parts: list[Effect | None], sizes: list[tuple[int, ...]]) -> E
 
 
 def _swapped(e: Effect) -> Effect:
-    """The effect with the two halves of the rows swapped."""
+    """Return the effect with the two halves of the rows swapped."""
 
     def swap(rows: np.ndarray) -> np.ndarray:
         return np.concatenate(np.split(rows, 2)[::-1])

@@ -41,7 +41,7 @@ class Exported:
         return max(self.differences.values()) if self.differences else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain data, for JSON."""
         return {
             "receiver": self.receiver,
             "format": self.format,
@@ -79,8 +79,9 @@ def export(
     force: replace an existing OUT-base and a Modelfile next to OUT, but never a folder that contains `source`.
     source: the path the adapter was read from.
 
-    AdapterError lists everything the receiver does not accept, each with a way out, or what is wrong in the written
-    file. ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an error.
+    Raises AdapterError, which lists everything the receiver does not accept, each with a way out, or what is wrong in
+    the written file. Raises ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an
+    error.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(

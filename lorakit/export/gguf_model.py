@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint.plan import Entry
-from ..checkpoint.tensors import merged_rows
+from ..checkpoint.merge_plan import Entry
+from ..checkpoint.write import merged_rows
 from ..errors import LorakitError, listing
 from ..formats.gguf_names import ARCHITECTURES, Architecture, heads, package, permute
 from ..formats.gguf_types import BLOCK, F16, F32, Q8_0
@@ -73,9 +73,9 @@ class GgufTensor:
 
 
 def gguf_tensors(entries: Iterable[Entry], config: Any, kind: str) -> list[GgufTensor]:
-    """The GGUF's tensors, in layer order. `kind`: the type for matrices.
+    """Return the GGUF's tensors, in layer order. `kind`: the type for matrices.
 
-    LorakitError for tensors without a GGUF name, and for missing ones.
+    Raises LorakitError for tensors without a GGUF name, and for missing ones.
     """
     architecture = ARCHITECTURES[config.model_type]
     gguf = package()
@@ -108,7 +108,7 @@ def gguf_tensors(entries: Iterable[Entry], config: Any, kind: str) -> list[GgufT
 
 
 def _name(known: Any, name: str) -> str | None:
-    """The GGUF name of a tensor, or None. Some files omit the prefix model. or transformer."""
+    """Return the GGUF name of a tensor, or None. Some files omit the prefix model. or transformer."""
     stem, _, end = name.rpartition(".")
     gguf_stem = next(
         (f for prefix in ("", "model.", "transformer.") if (f := known.get_name(prefix + stem)) is not None), None
@@ -129,7 +129,7 @@ def _gguf_tensor(name: str, entry: Entry, architecture: Architecture, config: An
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The type a tensor is stored in, given the type requested for matrices."""
+    """Return the type a tensor is stored in, given the type requested for matrices."""
     if len(shape) < 2 or name == "position_embd.weight":
         return F32
     return F16 if kind == Q8_0 and shape[-1] % BLOCK else kind
@@ -155,7 +155,7 @@ def _check_complete(tensors: dict[str, GgufTensor], architecture: Architecture, 
 
 
 def _order(name: str) -> tuple[float, str]:
-    """Sort key for llama.cpp's loading order: embeddings, layers by number, the rest."""
+    """Return the sort key for llama.cpp's loading order: embeddings, layers by number, the rest."""
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer:
         return int(layer[1]), name

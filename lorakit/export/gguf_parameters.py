@@ -53,7 +53,9 @@ class Parameters:
 
 
 def parameters(config: Any) -> Parameters:
-    """The parameters of a transformers config. LorakitError for a model that llama.cpp would compute differently."""
+    """Read the parameters of a transformers config. Raises LorakitError for a model that llama.cpp would compute
+    differently.
+    """
     kind = config.model_type
     check_supported(kind)
     for key, allowed in _ONLY[kind].items():
@@ -90,7 +92,7 @@ def parameters(config: Any) -> Parameters:
 
 
 def check_supported(kind: Any) -> None:
-    """LorakitError if lorakit cannot write this model_type as a GGUF model."""
+    """Raise LorakitError if lorakit cannot write this model_type as a GGUF model."""
     if kind not in SUPPORTED:
         raise LorakitError(
             f"lorakit writes GGUF models of {', '.join(SUPPORTED)}; the base is a {kind}\n"
@@ -138,7 +140,7 @@ def _rope(config: Any, dim: int) -> tuple[dict[str, Any], Tensor | None]:
 
 
 def llama3_factors(rope: dict[str, Any], theta: float, dim: int) -> Tensor:
-    """The factors [dim / 2] by which llama.cpp divides the rotary frequencies.
+    """Return the factors [dim / 2] by which llama.cpp divides the rotary frequencies.
 
     `theta`: their base; `dim`: the head size.
     """
@@ -167,7 +169,7 @@ def _number(rope: dict[str, Any], key: str) -> float:
 
 
 def _window(config: Any) -> list[str]:
-    """A warning for sliding-window attention, which llama.cpp does not support for these architectures."""
+    """Return a warning for sliding-window attention, which llama.cpp does not support for these architectures."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False or not window or window >= config.max_position_embeddings:
         return []

@@ -49,7 +49,7 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, size: int, eos: int | None = None) -> Vocabulary:
-    """The vocabulary of a transformers tokenizer.
+    """Read the vocabulary of a transformers tokenizer.
 
     size: rows of the embedding; the vocabulary is padded to it. eos: the model's end token, used if the tokenizer has
         none.
@@ -121,7 +121,7 @@ def chat_template(templates: Any) -> tuple[str, str]:
 
 
 def pre_name(definition: dict[str, Any]) -> str:
-    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer. LorakitError if it has none."""
+    """Return llama.cpp's name of a byte-level tokenizer's pre-tokenizer. Raises LorakitError if it has none."""
     steps, parts = [], definition.get("pre_tokenizer") or {}
     for part in parts.get("pretokenizers", [parts] if parts else []):
         steps.append(_step(part))
@@ -137,7 +137,7 @@ def pre_name(definition: dict[str, Any]) -> str:
 
 
 def _step(part: dict[str, Any]) -> str:
-    """A step as written in `_NAMES`: a regular expression, "digit", or "" for bytes;
+    """Spell a step as in `_NAMES`: a regular expression, "digit", or "" for bytes;
     else its JSON, which matches none.
     """
     kind = part.get("type")
@@ -186,7 +186,7 @@ def _sentencepiece(definition: dict[str, Any], warnings: list[str]) -> dict[str,
 
 
 def _prefix(definition: dict[str, Any]) -> bool:
-    """Whether a space is added before the text. LorakitError if llama.cpp cannot treat spaces the same way."""
+    """Whether a space is added before the text. Raises LorakitError if llama.cpp cannot treat spaces the same way."""
     normalizer, pre_tokenizer = definition.get("normalizer"), definition.get("pre_tokenizer")
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
     metaspace = pre_tokenizer if pre_tokenizer and pre_tokenizer.get("type") == "Metaspace" else None
@@ -208,7 +208,7 @@ def _prefix(definition: dict[str, Any]) -> bool:
 
 
 def _scores(model: dict[str, Any]) -> dict[str, float]:
-    """Scores of merged tokens: minus the position of the first merge that produces each, from -1 down.
+    """Return the scores of merged tokens: minus the position of the first merge that produces each, from -1 down.
 
     Others have 0.
     """
@@ -225,7 +225,7 @@ def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _inexact(model: dict[str, Any]) -> list[str]:
-    """Tokens that SentencePiece would merge from two others where these merges do not, or in a different order."""
+    """Find tokens that SentencePiece would merge from two others where these merges do not, or in a different order."""
     vocab, pairs = model["vocab"], _pairs(model)
     known, inexact, seen, last = set(pairs), [], set(), None
     for a, b in pairs:
@@ -244,7 +244,7 @@ def _inexact(model: dict[str, Any]) -> list[str]:
 
 
 def _tokens(definition: dict[str, Any], size: int, unknown: int | None, spm: bool) -> tuple[list[str], list[int]]:
-    """(texts, types), indexed by token id and padded to `size`. `unknown`: id of the unknown token."""
+    """Return (texts, types), indexed by token id and padded to `size`. `unknown`: id of the unknown token."""
     by_id = {token_id: (text, NORMAL) for text, token_id in definition["model"]["vocab"].items()}
     if spm:
         by_id |= {n: (t, BYTE) for n, (t, _) in by_id.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", t)}

@@ -55,7 +55,7 @@ def split(
 
 
 def divide(adapter: Adapter, names: Collection[str]) -> tuple[Adapter, Adapter]:
-    """Split into (modules and saved weights in `names`, the rest). AdapterError if the rest changes no module."""
+    """Split into (modules and saved weights in `names`, the rest). Raises AdapterError if the rest has no module."""
 
     def part_of(inside: bool) -> Adapter:
         saved = {n: t for n, t in adapter.saved.items() if (n in names) == inside}

@@ -71,7 +71,9 @@ class Logits:
 
 
 def why_not(adapter: Adapter, base: Any) -> str | None:
-    """Why logits cannot be compared through this base; None if they can."""
+    """Say why logits cannot be compared through this base; None if they can."""
+    if any(update.variant == "tokens" for update in adapter.updates.values()):
+        return "the adapter has trained tokens, whose rows are compared by themselves"
     if base is None:
         return "no base was given (--base FOLDER)"
     folder = Path(base).expanduser() if isinstance(base, str | Path) else None
@@ -98,7 +100,9 @@ def why_not(adapter: Adapter, base: Any) -> str | None:
 
 
 def tolerance(copy: Path | None) -> float:
-    """The largest accepted difference, relative to the largest |logit|. `copy`: the copy of the base used, if any."""
+    """Return the largest accepted difference, relative to the largest |logit|. `copy`: the copy of the base used, if
+    any.
+    """
     return TOLERANCE if copy is None else ROUNDED.get(open_base(copy).dtype, TOLERANCE)
 
 
@@ -106,7 +110,7 @@ def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, co
     """Compare the logits of base + adapter with those of `base`, or its `copy`, changed as the file says (`stored`).
 
     intended: what the adapter does, the reference if it cannot be attached. Returns the reason instead if the base is
-        no language model. AdapterError if the adapter is not for this base.
+        no language model. Raises AdapterError if the adapter is not for this base.
     """
     try:
         model = _load(base)
@@ -149,7 +153,7 @@ def compare(adapter: Adapter, stored: Content, intended: Content, base: Path, co
 def apply(model: nn.Module, content: Content) -> None:
     """Apply `content` to the model's weights in place.
 
-    AdapterError for a module or shape that the model does not have.
+    Raises AdapterError for a module or shape that the model does not have.
     """
     for name, value in content.saved.items():
         module, last = _module(model, name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -168,7 +172,7 @@ def apply(model: nn.Module, content: Content) -> None:
 
 
 def _changed(name: str, module: nn.Module, weight: Tensor, effect: Effect) -> Tensor:
-    """W' of one module, in the layout of its stored weight. AdapterError for a shape that does not fit."""
+    """Compute W' of one module, as its weight is stored. Raises AdapterError for a shape that does not fit."""
     embedding = isinstance(module, nn.Embedding)
     transposed = embedding or type(module).__name__ == "Conv1D"  # stored as [vocabulary, dim], [in, out]
     W = (weight.T if transposed else weight).flatten(1)  # [out, in·k]
@@ -207,7 +211,7 @@ def _load(base: Path) -> nn.Module:
 
 @torch.no_grad()
 def logits_of(model: Any) -> Tensor:
-    """Float64 logits [2, 12, vocabulary] for fixed tokens spread over the vocabulary."""
+    """Compute float64 logits [2, 12, vocabulary] for fixed tokens spread over the vocabulary."""
     config = model.config.get_text_config()
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     ids = ((torch.arange(2 * length) * 7919 + 5) % config.vocab_size).reshape(2, length)
@@ -216,7 +220,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def _bytes_in_float32(weights: list[Path]) -> int:
-    """Size of the files' parameters in float32, assuming that pickles hold 16-bit weights."""
+    """Return the size of the files' parameters in float32, assuming that pickles hold 16-bit weights."""
     total = 0
     for path in weights:
         if path.suffix == ".safetensors":

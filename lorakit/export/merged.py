@@ -21,11 +21,11 @@ from ..bases.load import load_config, load_tokenizer
 from ..checkpoint.base import Base, open_base
 from ..checkpoint.changes import check_mergeable
 from ..checkpoint.merge import check_base
+from ..checkpoint.merge_plan import make_plan
 from ..checkpoint.out import check_space
-from ..checkpoint.plan import make_plan
 from ..data.chat_record import ChatRecord
 from ..data.templates import with_template
-from ..errors import ConfigError, did_you_mean, listing
+from ..errors import AdapterError, ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
 from ..io.atomic import write_text
@@ -55,7 +55,7 @@ class Merged:
     verified: Verified | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain data, for JSON."""
         return {**asdict(self), "format": "gguf", "merged": True, "files": [str(f) for f in self.files]}
 
 
@@ -101,6 +101,12 @@ def export_merged(
     opened = open_base(Path(base).expanduser())
     check_supported(opened.model_type)
     plan = make_plan(opened, [] if adapter is None else [(1.0, adapter.check())], None, untie=True)
+    if plan.grown is not None:
+        raise AdapterError(
+            f"the adapter has tokens that {opened.folder} has no row for\n"
+            "  merge it first, which gives the model these rows and its tokenizer the tokens (lorakit merge); then "
+            "export the result"
+        )
     notes = [] if adapter is None else _left_out(adapter)
     if adapter is not None and not force_base:
         notes += check_base(opened, adapter, plan.renames[0])
@@ -126,7 +132,7 @@ def export_merged(
 
 
 def _left_out(adapter: Adapter) -> list[str]:
-    """Notes on what merging leaves out. AdapterError if the adapter changes no weight at all."""
+    """Return notes on what merging leaves out. Raises AdapterError if the adapter changes no weight at all."""
     check_mergeable(1.0, adapter)
     if not adapter.embeddings:
         return []
@@ -137,9 +143,9 @@ def _left_out(adapter: Adapter) -> list[str]:
 
 
 def model_path(out: str | Path, receiver: str) -> Path:
-    """The path of the GGUF model: `out`, or model.gguf in it if `out` is Ollama's folder.
+    """Return the path of the GGUF model: `out`, or model.gguf in it if `out` is Ollama's folder.
 
-    ConfigError for a receiver without GGUF.
+    Raises ConfigError for a receiver without GGUF.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(
@@ -153,7 +159,7 @@ def model_path(out: str | Path, receiver: str) -> Path:
 def _pairs(
     base: Base, config: Any, dtype: str, title: str, adapter: Adapter | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
-    """(key-value pairs, tensors computed from hyper-parameters, warnings)."""
+    """Return (key-value pairs, tensors computed from hyper-parameters, warnings)."""
     params = parameters(config)
     eos = config.eos_token_id
     record = ChatRecord() if adapter is None else ChatRecord.of(adapter.metadata)

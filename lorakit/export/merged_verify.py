@@ -21,7 +21,7 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..bases.load import load_model
-from ..checkpoint.tensors import merged_rows
+from ..checkpoint.write import merged_rows
 from ..errors import LorakitError
 from ..formats.gguf_types import ROUNDING, SMALLEST, encode, type_of
 from ..model.attach import attach
@@ -63,7 +63,7 @@ def verified(
     config: Any,
     dtype: str,
 ) -> Verified:
-    """Compare the file with what was to be written. LorakitError if they differ beyond rounding."""
+    """Compare the file with what was to be written. Raises LorakitError if they differ beyond rounding."""
     largest, name = tensors_differ(path, tensors, extra)
     if config.model_type not in LOADABLE:
         return Verified(largest, name, None, f"transformers does not read a {config.model_type} from a GGUF")
@@ -87,9 +87,9 @@ def verified(
 
 
 def tensors_differ(path: Path, tensors: Sequence[GgufTensor], extra: Mapping[str, np.ndarray]) -> tuple[float, str]:
-    """(the largest difference relative to its tensor's largest element, that tensor's name).
+    """Return (the largest difference relative to its tensor's largest element, that tensor's name).
 
-    LorakitError beyond rounding.
+    Raises LorakitError beyond rounding.
     """
     from gguf import GGUFReader, dequantize
 
@@ -117,7 +117,7 @@ def tensors_differ(path: Path, tensors: Sequence[GgufTensor], extra: Mapping[str
 
 
 def unread(config: Any) -> str:
-    """The hyper-parameter that transformers ignores when it loads this model from a GGUF, or ""."""
+    """Find the hyper-parameter that transformers ignores when it loads this model from a GGUF, or ""."""
     kind = config.model_type
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
         return "rotary scaling"
@@ -135,7 +135,7 @@ def unread(config: Any) -> str:
 def logits_differ(
     path: Path, tensors: Sequence[GgufTensor], adapter: Adapter | None, base: Path, config: Any = None
 ) -> tuple[float, float]:
-    """Differences over the largest logit: from base + adapter, and from base + adapter rounded as in the file.
+    """Return differences over the largest logit: from base + adapter, and from base + adapter rounded as in the file.
 
     config: overrides the file's own hyper-parameters.
     """

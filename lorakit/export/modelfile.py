@@ -17,7 +17,7 @@ NAME = "Modelfile"
 
 
 def modelfile(gguf: Path, model: str | None = None, adapter: Adapter | None = None) -> str:
-    """The text of a Modelfile: `gguf` as an adapter of `model`, or as a complete model if `model` is None.
+    """Write the text of a Modelfile: `gguf` as an adapter of `model`, or as a complete model if `model` is None.
 
     Generation stops at the end tokens that `adapter` learned besides the model's own.
     """
@@ -27,7 +27,9 @@ def modelfile(gguf: Path, model: str | None = None, adapter: Adapter | None = No
 
 
 def check_modelfile(gguf: Path, text: str, force: bool) -> Path:
-    """The Modelfile's path. ConfigError if one with other content exists: it may hold the user's own settings."""
+    """Return the Modelfile's path. Raises ConfigError if one with other content exists: it may hold the user's own
+    settings.
+    """
     path = gguf.parent / NAME
     if path.is_dir():
         raise ConfigError(

@@ -48,7 +48,7 @@ def write_staged(
     """Write `ready` to `path`. `check`: compare the file with `adapter`, from which `ready` was made, before moving it.
 
     parts: also write the copy of the base. beside: texts of files beside `path`; inside: of files in it, if it is a
-    folder. AdapterError if the file does not match, or something else is in the way.
+    folder. Raises AdapterError if the file does not match, or something else is in the way.
     """
     _check_kind(path, format)
     with staged(path, stale(format, path)) as target:

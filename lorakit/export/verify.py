@@ -31,9 +31,9 @@ DELTA, MAGNITUDE, BIAS, SAVED = "ΔW", "DoRA's magnitudes", "changes of biases",
 
 
 def contents(path: Path, format: str, adapter: Adapter, base: Any = None) -> tuple[Content, Content]:
-    """(what the file does, what it should do). `base`: for GGUF, the base's folder or config.
+    """Read (what the file does, what it should do). `base`: for GGUF, the base's folder or config.
 
-    AdapterError if the file is malformed.
+    Raises AdapterError if the file is malformed.
     """
     intended = expected(adapter, format)
     config = base_config(base or adapter.config.base) if format == "gguf" else None
@@ -44,9 +44,9 @@ def contents(path: Path, format: str, adapter: Adapter, base: Any = None) -> tup
 
 
 def differences(stored: Content, intended: Content, where: Path | str) -> dict[str, float]:
-    """The largest relative difference of each quantity: ΔW, magnitudes, bias changes, saved weights.
+    """Measure the largest relative difference of each quantity: ΔW, magnitudes, bias changes, saved weights.
 
-    AdapterError, naming `where`, if the two hold different quantities or shapes.
+    Raises AdapterError, naming `where`, if the two hold different quantities or shapes.
     """
     theirs, ours = _quantities(stored), _quantities(intended)
     for keys, problem in (
@@ -72,7 +72,7 @@ def differences(stored: Content, intended: Content, where: Path | str) -> dict[s
 
 
 def _quantities(content: Content) -> dict[tuple[str, str], Callable[[], np.ndarray]]:
-    """All arrays (lazily), keyed by quantity and module or weight."""
+    """Return all arrays (lazily), keyed by quantity and module or weight."""
     arrays: dict[tuple[str, str], Callable[[], np.ndarray]] = {}
     for name, effect in content.effects.items():
         if effect.delta is not None:
@@ -84,7 +84,7 @@ def _quantities(content: Content) -> dict[tuple[str, str], Callable[[], np.ndarr
 
 
 def _error(kind: str, theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
-    """(the largest difference, the largest intended element)."""
+    """Return (the largest difference, the largest intended element)."""
     if kind == MAGNITUDE and theirs.ndim == 1:  # MLX's file does not say whether it is per output or per token
         ours = ours.flatten()
     if ours.shape != theirs.shape:
@@ -96,7 +96,7 @@ def _error(kind: str, theirs: np.ndarray, ours: np.ndarray) -> tuple[float, floa
 
 
 def _largest(array: np.ndarray) -> float:
-    """The largest absolute value; NaN if any element is NaN."""
+    """Return the largest absolute value; NaN if any element is NaN."""
     return float(max(float(array.max()), -float(array.min()), key=abs))
 
 

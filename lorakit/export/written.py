@@ -30,9 +30,9 @@ Arrays = dict[str, np.ndarray]
 
 
 def read(path: Path, format: str, modules: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> Content:
-    """What a file does to a base. For GGUF, `modules`: the names to look up; `base`: the base's config.
+    """Read what a file does to a base. For GGUF, `modules`: the names to look up; `base`: the base's config.
 
-    ValueError, KeyError or the like if the file is malformed.
+    Raises ValueError, KeyError or the like if the file is malformed.
     """
     if format == "gguf":
         return gguf(path, modules, base or {})
@@ -50,9 +50,25 @@ def peft(folder: Path) -> Content:
     ]:
         m = _magnitude(name, tensors.pop(f"{name}.lora_magnitude_vector", None), config)
         effects[name] = _effect(B, A, _scale(name, A, config), m)
+    for key in [key for key in tensors if key.endswith(".trainable_tokens_delta")]:
+        module, rows = key.removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter"), tensors.pop(key)
+        effects[module] = _token_rows(module, rows, config)
     if unpaired := [key for key in tensors if ".lora_" in key]:
         raise ValueError(f"'{unpaired[0]}' has no counterpart")
     return Content(effects, {key.replace(".base_layer.", "."): t for key, t in tensors.items()})
+
+
+def _token_rows(module: str, rows: np.ndarray, config: Mapping[str, Any]) -> Effect:
+    """Rows that replace those of `trainable_token_indices`, in the order of the ids. ValueError if their number
+    differs.
+    """
+    indices = config.get("trainable_token_indices") or config["token_indices"]
+    if isinstance(indices, dict):
+        indices = next(ids for ending, ids in indices.items() if f".{module}".endswith(f".{ending}"))
+    if len(indices) != len(rows):
+        raise ValueError(f"'{module}' has {len(rows)} rows for {len(indices)} tokens")
+    order = np.argsort(indices)
+    return Effect(lambda: rows[order].astype(np.float64))
 
 
 def diffusers(path: Path) -> Content:
@@ -95,7 +111,7 @@ def kohya(path: Path) -> Content:
 
 
 def _lycoris(key: str, parts: Arrays) -> Effect:
-    """The update of one key; the suffixes of its tensors determine the kind."""
+    """Read the update of one key; the suffixes of its tensors determine the kind."""
     alpha = parts.pop("alpha", None)
 
     def scale(rank: int) -> float:
@@ -158,9 +174,9 @@ def gguf(path: Path, modules: Iterable[str], base: Mapping[str, Any]) -> Content
 
 
 def _magnitude(name: str, m: np.ndarray | None, config: Mapping[str, Any]) -> np.ndarray | None:
-    """PEFT's magnitude, one per output: [out], for convolutions [1, out, 1...].
+    """Return PEFT's magnitude, one per output: [out], for convolutions [1, out, 1...].
 
-    ValueError unless present exactly if use_dora is set.
+    Raises ValueError unless present exactly if use_dora is set.
     """
     if (m is not None) != bool(config.get("use_dora")):
         raise ValueError(
@@ -171,7 +187,7 @@ def _magnitude(name: str, m: np.ndarray | None, config: Mapping[str, Any]) -> np
 
 
 def _scale(name: str, A: np.ndarray, config: Mapping[str, Any]) -> float:
-    """PEFT's scale: alpha / r, or alpha / √r with rsLoRA. ValueError if A's rank is not the config's."""
+    """Return PEFT's scale: alpha / r, or alpha / √r with rsLoRA. Raises ValueError if A's rank is not the config's."""
     rank, alpha = (
         _by_pattern(config.get(f"{of}_pattern") or {}, name, config[default])
         for of, default in (("rank", "r"), ("alpha", "lora_alpha"))
@@ -182,7 +198,7 @@ def _scale(name: str, A: np.ndarray, config: Mapping[str, Any]) -> float:
 
 
 def _by_pattern(pattern: Mapping[str, Any], name: str, default: float) -> float:
-    """PEFT's rule: the first key, in file order, that matches the full name or its end."""
+    """Apply PEFT's rule: the first key, in file order, that matches the full name or its end."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
@@ -191,7 +207,7 @@ def _effect(B: np.ndarray, A: np.ndarray, scale: float, magnitude: np.ndarray | 
 
 
 def _pairs(tensors: Arrays, down: str, up: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(module, A, B) for all keys that end in `down`, removed from `tensors`. KeyError if B is missing."""
+    """Remove all keys that end in `down` from `tensors`: (module, A, B) of each. Raises KeyError if B is missing."""
     names = [key.removesuffix(down) for key in tensors if key.endswith(down)]
     return [(name, tensors.pop(name + down), tensors.pop(name + up)) for name in names]
 

@@ -6,10 +6,11 @@ read is executed: safetensors, GGUF, or pickles through torch's `weights_only=Tr
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import AdapterError, did_you_mean
+from ..errors import AdapterError, LorakitWarning, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +92,11 @@ def save(
     base: the base's folder or config, for "gguf".
 
     AdapterError listing everything that the format cannot hold (see `losses`); nothing is written then.
+    LorakitWarning where PEFT itself would not load all of it.
     """
     from ..adapter.algebra.edit import cast
     from ..io.staging import staged
+    from .peft_experts import misread, note
 
     path, blocks = Path(path).expanduser(), "q8_0" if dtype == "q8_0" else None
     if blocks is not None and format != "gguf":
@@ -101,6 +104,8 @@ def save(
     if isinstance(dtype, str) and blocks is None:
         raise AdapterError(f"dtype is '{dtype}'; expected a torch dtype, or 'q8_0' for gguf")
     adapter = adapter if dtype is None or isinstance(dtype, str) else cast(adapter, dtype)
+    if format == "peft" and (said := note(misread(adapter), len(adapter.updates))) is not None:
+        warnings.warn(f"{path}: {said}", LorakitWarning, stacklevel=2)
     module = _module(format)
     with staged(path, stale(format, path)) as target:
         written = module.write(adapter, target, base, blocks) if format == "gguf" else module.write(adapter, target)

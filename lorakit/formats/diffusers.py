@@ -30,6 +30,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
+from ..module_names import is_language_trunk
 from . import flux_variants, kohya, lycoris, names
 from .diffusers_header import KEY, HeaderAlphas, describe
 from .families import family_of
@@ -232,6 +233,8 @@ def _unheld(adapter: Adapter, module: str) -> str | None:
     component = module.split(".")[0]
     if component == NATIVE and not kohya.unholdable(replace(adapter, updates={module: adapter.updates[module]})):
         return None
+    if is_language_trunk(module):
+        return "these are modules of a language model, whose trunk is called transformer, and of no pipeline"
     if component not in COMPONENTS:
         return (
             f"diffusers' files name modules with a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "

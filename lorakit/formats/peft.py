@@ -34,7 +34,7 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_adalora, peft_lycoris
+from . import peft_adalora, peft_lycoris, peft_tokens
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
 from .peft_shards import PICKLE, WEIGHTS, read_weights
@@ -48,7 +48,7 @@ _FACTOR = re.compile(
 )
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
 _BIAS = re.compile(r"(?P<module>.+?)\.lora_B(?:\.[^.]+)?\.bias")  # PEFT's lora_bias: y += s · (B A x + bias)
-_UNSUPPORTED = {".trainable_tokens_delta": "trained tokens", ".lora_E": "AdaLoRA"}
+_UNSUPPORTED = {".lora_E": "AdaLoRA"}
 
 
 def is_peft(path: Path) -> bool:
@@ -77,7 +77,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     where = folder / CONFIG
     if not where.exists():
         raise AdapterError(f"{folder} is no PEFT adapter: {CONFIG} is missing")
-    values = read_json(where)
+    values = peft_tokens.as_lora(read_json(where))
     kind = str(values.get("peft_type"))
     lycoris = kind in peft_lycoris.KINDS
     adalora = kind == peft_adalora.KIND
@@ -104,6 +104,8 @@ def read(path: Path, started: bool = False) -> Adapter:
         }
         return Adapter(config_of(low_rank, **known), low_rank, saved, ours).check()
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
+    tokens = peft_tokens.take(tensors, values, PREFIX, weights)
+    config = peft_tokens.resolved(config, tokens)
     halves, saved = _sort(tensors, weights, bool(values.get("use_dora")), bool(values.get("lora_bias")))
     if enabled is not None:
         factors = {
@@ -113,11 +115,11 @@ def read(path: Path, started: bool = False) -> Adapter:
         return Adapter(
             config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
         ).check()
-    updates = {
+    low_rank = {
         module: _update(module, kind, pair, config, transposed, packed.get(module), weights)
         for module, (kind, pair) in halves.items()
     }
-    return Adapter(config, updates, saved, ours).check()
+    return Adapter(config, {**low_rank, **tokens}, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -126,7 +128,8 @@ def losses(adapter: Adapter) -> list[str]:
         return embeddings(adapter) + peft_lycoris.losses(adapter)
     unbiased, biases = _without_biases(adapter)
     low_rank = {m: unbiased.updates[m] for m in unbiased.factors}
-    lost = other_kinds(unbiased, "lora", "dora") + embeddings(adapter) + part_dora(low_rank, "PEFT")
+    lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora") + embeddings(adapter)
+    lost += part_dora(low_rank, "PEFT") + peft_tokens.losses(adapter)
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
     strange = [m for m in biases if unbiased.updates[m].variant != "lora" or unbiased.factors[m].kind == "embedding"]
     if strange:
@@ -154,6 +157,7 @@ def write(adapter: Adapter, path: Path) -> Path:
         module, _, last = name.rpartition(".")
         adapted_bias = last == "bias" and module in adapter.factors
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
+    tensors |= peft_tokens.tensors_of(adapter, PREFIX)
     transposed = any(f.transposed for f in adapter.factors.values())
     dora = any(u.variant == "dora" for u in adapter.updates.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
@@ -161,7 +165,8 @@ def write(adapter: Adapter, path: Path) -> Path:
     values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
     values["lora_bias"] = bool(biases)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    write_text(path / CONFIG, dumps(peft_lycoris.to_loha(values, adapter) if loha else values))
+    values = peft_lycoris.to_loha(values, adapter) if loha else peft_tokens.to_peft(values, adapter)
+    write_text(path / CONFIG, dumps(values))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
     return path
 

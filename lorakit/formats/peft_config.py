@@ -20,7 +20,6 @@ _UNSUPPORTED = {
     "arrow_config": "Arrow",
     "layer_replication": "layer replication",
     "target_parameters": "adapted parameters (MoE experts)",
-    "trainable_token_indices": "trained tokens",
     "velora_config": "VeLoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
@@ -57,7 +56,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA and LOKR"
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA, LOKR and TRAINABLE_TOKENS"
             + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():

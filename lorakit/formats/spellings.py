@@ -21,6 +21,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
+from ..module_names import is_language_trunk
 from . import names
 from .lycoris import DENSE, LOHA, LOKR
 
@@ -109,7 +110,7 @@ def is_spelling(key: str) -> bool:
 def _component(path: str) -> tuple[str | None, str, bool]:
     """(component, path within it, whether the key names the component)."""
     first, _, rest = path.partition(".")
-    if _LANGUAGE_MODEL.match(path) and path not in _listed():
+    if (_LANGUAGE_MODEL.match(path) or is_language_trunk(path)) and path not in _listed():
         return None, path, False
     if first in COMPONENTS and rest:
         return first, rest, True

@@ -90,12 +90,12 @@ class Slot:
                 block = _read(file, self.path, self.start + rows.start * size, (rows.stop - rows.start) * size)
                 yield rows, block.view(dtype).view(rows.stop - rows.start, -1)
 
-    def numbers(self, at: Sequence[int]) -> Tensor:
+    def elements(self, at: Sequence[int]) -> Tensor:
         """Return the elements at the given indices of the flattened tensor, [len(at)]."""
         dtype = DTYPES[self.dtype]
         with open(self.path, "rb", buffering=0) as file:
-            elements = [_read(file, self.path, self.start + i * dtype.itemsize, dtype.itemsize).view(dtype) for i in at]
-        return torch.cat(elements) if elements else torch.empty(0, dtype=dtype)
+            read = [_read(file, self.path, self.start + i * dtype.itemsize, dtype.itemsize).view(dtype) for i in at]
+        return torch.cat(read) if read else torch.empty(0, dtype=dtype)
 
 
 def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:

@@ -46,7 +46,7 @@ def keys_of(path: Path) -> list[str]:
 
 
 def refuse_placeholder(path: Path) -> None:
-    """Raise AdapterError if a git-lfs pointer or a web page lies in the file's place."""
+    """Raise AdapterError if a git-lfs pointer or a web page is there instead of the file."""
     problem = not_the_file(path)
     if problem is not None:
         raise AdapterError(problem)
@@ -55,7 +55,7 @@ def refuse_placeholder(path: Path) -> None:
 def _is_safetensors(path: Path) -> bool:
     """Decide by the first 9 bytes: a length and "{", or the start of a pickle. If neither, the suffix decides.
 
-    AdapterError for what only stands in a file's place.
+    Raises AdapterError for what only stands in a file's place.
     """
     refuse_placeholder(path)
     try:

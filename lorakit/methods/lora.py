@@ -33,10 +33,19 @@ class LoraRunSettings(LoraSettings):
     )
 
 
-# What an adapter leaves open: dropout acts in training only.
-_OPEN = {"dropout", "adapter"}
-# Settings of the run that made an adapter, which the adapter itself has as the modules that they led to.
-_SPELLED = {"targets", "exclude", "layers", "save_modules", "rank_pattern", "alpha_pattern", "init"}
+# Settings that an adapter does not fix: dropout acts in training only.
+_NOT_FIXED = {"dropout", "adapter"}
+# Settings that an adapter holds resolved to the modules of its base. Its recipe has them as the run gave them.
+_RESOLVED = {
+    "targets",
+    "exclude",
+    "layers",
+    "save_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "init",
+    "trainable_tokens",
+}
 
 settings = LoraRunSettings
 title = "LoRA"
@@ -56,17 +65,22 @@ def start(config: RunSettings) -> Start | None:
     source = part(config, LoraRunSettings).adapter
     if source is None:
         return None
+    from ..bases.vocabulary import recorded_tokens
+
     adapter = _load(source)
-    fixed = {name: getattr(adapter.config, name) for name in LoraSettings.model_fields if name not in _OPEN}
+    fixed = {name: getattr(adapter.config, name) for name in LoraSettings.model_fields if name not in _NOT_FIXED}
     kinds = {update.variant for update in adapter.updates.values()}
+    kinds -= {"tokens"} if len(kinds) > 1 else set()  # beside the others
     if len(kinds) == 1:
         fixed["variant"] = kinds.pop()
     recipe = adapter.metadata.get("recipe")
     spellings = {}
     if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
-        for name in _SPELLED:
+        for name in _RESOLVED:
             default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
+    if added := recorded_tokens(adapter.metadata):
+        fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
     about = adapter.metadata.get("data")
     own = adapter.config
     return Start(
@@ -106,15 +120,15 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
         attach(model, adapter_config(config, task_type), name)
         return
     earlier = _load(own.adapter)
-    mine = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
+    continued = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or fingerprint(base_weights(model), architecture_of(model))
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
-    attach(model, replace(earlier, config=mine, metadata=metadata), name, trainable=True)
+    attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 
 
 def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
-    """What an adapter's metadata says of the one it started from: its name, a hash of its values, and its own data,
-    metrics and lineage.
+    """Describe the adapter that a run starts from, for the result's metadata: its name, a hash of its values, and its
+    own data, metrics and lineage.
     """
     kept = {name: adapter.metadata[name] for name in ("data", "metrics", "started_from") if name in adapter.metadata}
     return {"adapter": Path(source).name, "sha256": adapter.digest(), **kept}
@@ -164,8 +178,7 @@ def alone(config: RunSettings) -> tuple[str, str] | None:
         value = getattr(config, name)
         if value != empty:
             return name, (
-                f"{name}: {value}: trained copies of base weights apply to every row, so runs cannot share a forward "
-                "pass\n"
+                f"{name}: {value}: a sweep does not train copies of base weights side by side in one forward pass yet\n"
                 f"  omit {name}, or start these runs one by one with lorakit train"
             )
     return None

@@ -151,9 +151,9 @@ def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tupl
 
 
 def base_weights(model: nn.Module) -> dict[str, Weight]:
-    """The same as the base's fingerprint takes them: a quantized weight as the one that was quantized."""
+    """Return the base's weights for its fingerprint, by name. A quantized one has its shape before quantization."""
     weights: dict[str, Weight] = dict(base_parameters(model))
-    once: dict[int, Weight] = {}  # a weight that is shared stays one
+    once: dict[int, Weight] = {}  # a shared weight stays one object
     for name, module in quantized(model).items():
         full = f"{name}.weight" if name else "weight"
         weights[full] = once.setdefault(id(weights[full]), fingerprinted(module))

@@ -44,7 +44,7 @@ def kept_share(p: float) -> float:
 
 def draw_mask(x: Tensor, p: float, seed: int) -> Mask:
     """Draw the mask for an input of x's shape. It depends on the shape, p and the seed only."""
-    if planned(x):
+    if has_no_values(x):
         return Mask(p, x.new_empty(-(-x.numel() // 8), dtype=torch.uint8))
     if x.device.type != "cpu":
         return Mask(p, torch.tensor(seed, device="cpu"))
@@ -58,7 +58,7 @@ def draw_mask(x: Tensor, p: float, seed: int) -> Mask:
 
 def masked(x: Tensor, mask: Mask) -> Tensor:
     """Return a copy of x with dropped elements set to zero, without gradients."""
-    if x.device.type == "cpu" or planned(x):
+    if x.device.type == "cpu" or has_no_values(x):
         return (x.view(_INTEGERS[x.element_size()]) & _wide(x, mask)).view(x.dtype)  # keeps all bits of an element or 0
     generator = torch.Generator(x.device).manual_seed(int(mask.state))
     return (
@@ -70,7 +70,7 @@ def masked_input(x: Tensor, mask: Mask | None) -> Tensor:
     """Return `masked(x, mask)`, or x without a mask. Do not modify it: linears that read one input share the result."""
     if mask is None:
         return x
-    if planned(x) or x.is_inference() or mask.state.is_inference() or x.device.type != "cpu":
+    if has_no_values(x) or x.is_inference() or mask.state.is_inference() or x.device.type != "cpu":
         return masked(x, mask)
     return _latest_inputs.of(x, mask, masked)
 
@@ -119,7 +119,7 @@ def scaled(x: Tensor, mask: Mask) -> Tensor:
 def _wide(x: Tensor, mask: Mask) -> Tensor:
     """Return -1 (kept) or 0 in x's shape, as integers of the size of x's elements."""
     integer = _INTEGERS[x.element_size()]
-    if planned(x):
+    if has_no_values(x):
         return x.new_empty(x.shape, dtype=integer)
     if mask.state.is_inference():
         return _unpacked(mask, x.numel()).to(integer).view(x.shape)
@@ -139,6 +139,6 @@ def _rounded(p: float) -> tuple[int, int]:
     return min(round(p * steps), steps - 1), steps
 
 
-def planned(x: Tensor) -> bool:
+def has_no_values(x: Tensor) -> bool:
     """Whether x has a shape but no values: it is on the meta device, or a fake tensor."""
     return x.is_meta or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__

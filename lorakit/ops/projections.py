@@ -58,6 +58,7 @@ def project(x: Tensor, projection: Projection, mask: Mask | None = None) -> Tens
 
 
 def flat(projections: Sequence[Projection]) -> Tensors:
+    """List the projections' tensors, as autograd functions take them."""
     return tuple(t for p in projections for t in p[:4])
 
 
@@ -84,7 +85,7 @@ def forward(x: Tensor, dropped: Tensor, projections: Sequence[Projection]) -> tu
     return outs, down
 
 
-class Wanted(NamedTuple):
+class NeedsGrad(NamedTuple):
     """Which gradients are needed: of x, and of each projection's A and B."""
 
     x: bool
@@ -92,7 +93,7 @@ class Wanted(NamedTuple):
     B: list[bool]
 
     @classmethod
-    def of(cls, x: bool, needs: Sequence[bool]) -> Wanted:
+    def of(cls, x: bool, needs: Sequence[bool]) -> NeedsGrad:
         """Read autograd's flags for W, bias, A, B of each projection."""
         return cls(x, list(needs[2::4]), list(needs[3::4]))
 
@@ -104,7 +105,7 @@ def backward(
     mask: Mask | None,
     down: Tensor | None,
     projections: Sequence[Projection],
-    wanted: Wanted,
+    needs: NeedsGrad,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of x, and those of W, bias, A, B of each projection (None for W and bias).
 
@@ -112,16 +113,16 @@ def backward(
     """
     dtype = grads[0].dtype
     inner = None
-    if wanted.x or any(wanted.A):
+    if needs.x or any(needs.A):
         inners = [
             product(groups(g, p.B), p.B.to(dtype), p.scale) for g, p in zip(grads, projections) if p.B is not None
         ]
         inner = inners[0] if len(inners) == 1 else torch.cat(inners, dim=-1) if inners else None  # [N, Σ r]
     # [Σ r, in]
-    dA = inner.mT @ groups(dropped, inner) if inner is not None and dropped is not None and any(wanted.A) else None
+    dA = inner.mT @ groups(dropped, inner) if inner is not None and dropped is not None and any(needs.A) else None
     gradients: list[Tensor | None] = []
     parts = zip(
-        _parts(dA, projections, dim=-2), _parts(down, projections), grads, projections, wanted.A, wanted.B, strict=True
+        _parts(dA, projections, dim=-2), _parts(down, projections), grads, projections, needs.A, needs.B, strict=True
     )
     for dA_part, down_part, g, p, needs_A, needs_B in parts:
         of_A = of_B = None
@@ -130,7 +131,7 @@ def backward(
         if needs_B and down_part is not None and p.B is not None:
             of_B = gradient_of_B(down_part, g, p.B.dtype).mul_(p.scale)
         gradients += [None, None, of_A, of_B]
-    if not wanted.x:
+    if not needs.x:
         return None, gradients
     dx = grads[0] @ projections[0].W  # [N, in]; later terms are added to this buffer
     for g, p in zip(grads[1:], projections[1:]):

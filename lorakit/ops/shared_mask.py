@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .dropout import Mask, draw_mask, draw_seed, planned
+from .dropout import Mask, draw_mask, draw_seed, has_no_values
 
 # Seeds remembered for a tensor that is read in many passes (all rows of a small data set, say): far more than there are
 # graphs alive at once.
@@ -53,7 +53,7 @@ _inputs = _Inputs()
 def mask_for(x: Tensor, p: float, reader: object) -> Mask:
     """Return the dropout mask with which `reader` (a module) reads its input x."""
     drawn = draw_seed()
-    if planned(x):  # it has no storage to identify it by
+    if has_no_values(x):  # it has no storage to identify it by
         return draw_mask(x, p, drawn)
     with _inputs.lock:
         return _shared(x, p, reader, drawn)

@@ -32,7 +32,7 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, 
 
 
 def _grouped(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Each row of a is multiplied by the matrix of its group; where b is 2-D, the groups share its columns or rows."""
+    """Count each row of a times the matrix of its group. If b is 2-D, the groups share its columns or rows."""
     shared = a.shape[-2] if a.dim() == b.dim() == 2 else a.shape[-1]
     return 2 * (a.numel() * b.shape[-1] if a.dim() == 2 or b.dim() == 3 else shared * a.shape[-2] * b.shape[-1])
 

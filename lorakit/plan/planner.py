@@ -30,7 +30,7 @@ from .weightless import MOST_TOKENS
 # Blocks below glibc's largest mmap threshold (32 MiB) are allocated on one heap, which fragments and never shrinks. Its
 # size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).
 HEAP = 1.47
-HEAP_CHECKPOINTING = 2.3  # kept tensors lie scattered between a layer's temporary ones; 2.4 was measured
+HEAP_CHECKPOINTING = 2.3  # kept tensors are scattered between a layer's temporary ones; 2.4 was measured
 # NF4 with double quantization: 4 bits per weight, an 8-bit scale per 64 weights and a 32-bit one per 256 scales
 # (Dettmers et al. 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8

@@ -166,7 +166,7 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: It
 
 
 def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """The result of the grouped product that MoE experts use, a[i] @ b[i] of each group i.
+    """Return the result, on meta, of the grouped product that MoE experts use: a[i] @ b[i] of each group i.
 
     torch's meta kernel asks for what GPUs do, bfloat16 and aligned rows; its CPU kernel takes all dtypes. A dimension
     that the groups share between them (2-D argument) has no axis of its own.

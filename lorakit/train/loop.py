@@ -20,6 +20,7 @@ from ..errors import NotFiniteError
 from ..model.route import route
 from ..tasks.task import Item, weight_of
 from .interrupt import Interrupt
+from .launch import command, peers
 from .micro import limit_for, micro_batches
 from .run import Result, Run
 
@@ -46,7 +47,14 @@ class Loop:
         """Train all runs to their end, or until a signal arrives; that step is finished and saved first.
 
         Raises TrainError or NotFiniteError if a single run's loss is not finite; in a sweep, only that run fails.
+        Raises TrainError if another process of the run is gone.
         """
+        world, config = self.parallel.world, self.runs[0].config
+        with peers(world, command(world, config.out) if len(self.runs) == 1 else "the same command again"):
+            return self._go(interrupt)
+
+    def _go(self, interrupt: Interrupt) -> list[Result]:
+        """The same, with torch's own error for a lost process."""
         self.model.train()
         self._finish(self.runs)  # resumed runs may have ended already
         stopped = None

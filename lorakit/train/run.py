@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
 from . import compile, defaults, optimizer, resume, samples
 from .early_stop import EarlyStop
+from .progress import facts
 from .report import write_report
 from .run_folder import FREE
 from .setup import Job
@@ -182,7 +184,7 @@ class Run:
             job.adapter,
             self._save_result if job.method.keeps_base else None,  # else it would be the trained parameters once more
         )
-        write_report(job.folder, self.config)  # also of a run that is killed later
+        write_report(job.folder, self.config, self._facts)  # also of a run that is killed later
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints."""
@@ -217,13 +219,20 @@ class Run:
         if self.best:
             resume.put(self.best, self.parameters)
         self._save_result(job.result, self.early.best_step if self.best else self.step)
-        write_report(job.folder, self.config)
+        write_report(job.folder, self.config, self._facts)
+
+    @functools.cached_property
+    def _facts(self) -> list[tuple[str, str]]:
+        """What was chosen for the run and why, for its report."""
+        return facts(self.job)
 
     def _save_result(self, folder: Path, step: int | None = None) -> None:
         """Write the current adapter (or model) into `folder`. `step`: whose parameters it has; None: this one's."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
         job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)
+        if self.config.add_tokens:  # readers of PEFT's folders find the tokenizer there
+            job.base.processor.save_pretrained(folder)
         for name, text in job.data.files.items():
             write_text(folder / name, text)
 
@@ -245,8 +254,13 @@ class Run:
                 **job.data.about,
             },
             "metrics": {"step": step, "loss": loss, "held_out_loss": held_out, "steps": self.step},
+            **({"added_tokens": self._added_tokens()} if self.config.add_tokens else {}),
             **({"lengthened": self.lengthened} if self.lengthened else {}),
         }
+
+    def _added_tokens(self) -> dict[str, int]:
+        tokenizer = self.job.base.processor
+        return {token: tokenizer.convert_tokens_to_ids(token) for token in self.config.add_tokens}
 
     def result(self, interrupted: str | None = None) -> Result:
         """Return how the run ended. `interrupted`: the signal's name if one stopped it."""

@@ -149,7 +149,7 @@ def test_models_and_checkpoints_do_not_take_them_in_silence(tmp_path):
 
     model = tiny.mlp()
     adapter = lk.Adapter(lk.LoraConfig(), {"lin0": Lokr(1.0, **WHOLE)})
-    with pytest.raises(AdapterError, match=r"Lokr update.*\n.*resize"):
+    with pytest.raises(AdapterError, match=r"an update of kind 'lokr'.*\n.*resize"):
         lk.attach(model, adapter)
     dora = Dora(lk.Factors(torch.ones(1, 10), torch.ones(20, 1), 1.0), torch.ones(20, 1))
     with pytest.raises(AdapterError, match="DoRA"):

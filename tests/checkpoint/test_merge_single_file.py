@@ -317,7 +317,7 @@ def test_what_is_no_diffusion_checkpoint_is_refused_with_what_it_looks_like(tmp_
     assert "not a sound safetensors file" in refused(base, adapter, out)
     pickle = tmp_path / "base.ckpt"
     torch.save({"state_dict": {}}, pickle)
-    assert "no safetensors file" in refused(pickle, adapter, out)
+    assert "is not a safetensors file" in refused(pickle, adapter, out)
 
 
 def test_fp8_weights_are_refused_where_the_adapter_changes_them_and_carried_along_elsewhere(tmp_path):

@@ -111,7 +111,7 @@ def test_pefts_olora_of_a_square_conv1d_is_refused(tmp_path):
     tiny.gpt2().save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=3, target_modules=["attn.c_proj"], init_lora_weights="olora", fan_in_fan_out=True)
     peft.get_peft_model(tiny.gpt2(), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="is no plain linear"):
+    with pytest.raises(AdapterError, match="is not a plain linear"):
         plain(tmp_path / "adapter", tmp_path / "base")
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.checkpoint import single_file
-from lorakit.checkpoint.single_file import bias_place, model_of_file, places
+from lorakit.checkpoint.single_file import bias_rows, model_of_file, module_rows
 from lorakit.errors import LorakitError
 from lorakit.formats import names
 
@@ -119,13 +119,15 @@ def check(model: str, component: str, file: dict[str, torch.Tensor], converted: 
     shapes = shapes_of(file)
     assert model_of_file(shapes) == model
     ours = {
-        m.removeprefix(f"{component}."): p for m, p in places(model, shapes).items() if m.startswith(f"{component}.")
+        m.removeprefix(f"{component}."): p
+        for m, p in module_rows(model, shapes).items()
+        if m.startswith(f"{component}.")
     }
     known = {n.removeprefix(f"{component}.") for n in names.shapes(model)}
     assert set(ours) == {key.removesuffix(".weight") for key in converted if key.endswith(".weight")} & known
     for module, place in ours.items():
         assert torch.equal(at(place, file), converted[f"{module}.weight"]), module
-        bias = bias_place(model, f"{component}.{module}", shapes)
+        bias = bias_rows(model, f"{component}.{module}", shapes)
         assert (bias is not None) == (f"{module}.bias" in converted), module
         if bias is not None:
             assert torch.equal(at(bias, file), converted[f"{module}.bias"]), module
@@ -147,7 +149,7 @@ def test_a_unets_modules_are_where_diffusers_converter_finds_them(model, modules
         file["cond_stage_model.model.ln_final.weight"] = torch.zeros(1)
     converted = theirs.convert_ldm_unet_checkpoint(dict(file), config)
     check(model, "unet", file, converted)
-    assert sum(name.startswith("unet.") for name in places(model, shapes_of(file))) == modules
+    assert sum(name.startswith("unet.") for name in module_rows(model, shapes_of(file))) == modules
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_fluxs_modules_are_where_diffusers_converter_finds_them():
     }
     converted = theirs.convert_flux_transformer_checkpoint_to_diffusers({**file, **scales})
     check("flux", "transformer", file, converted)
-    assert len(places("flux", shapes_of(file))) == 504
+    assert len(module_rows("flux", shapes_of(file))) == 504
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_text_encoders_under_transformers_names_are_where_diffusers_converter_fi
         converted = theirs.convert_ldm_clip_checkpoint(dict(file), prefix)
     check(model, component, file, converted)
     assert {f"{component}.{name}" for name in listed(model, component)["modules"]} <= set(
-        places(model, shapes_of(file))
+        module_rows(model, shapes_of(file))
     )
 
 
@@ -212,7 +214,7 @@ def test_open_clips_packed_rows_are_where_diffusers_converter_finds_them(model, 
     shell = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
     converted = theirs.convert_open_clip_checkpoint(shell, dict(file), prefix=prefix)
     check(model, component, file, converted)
-    found = {name.partition(".")[2] for name in places(model, shapes_of(file)) if name.startswith(f"{component}.")}
+    found = {name.partition(".")[2] for name in module_rows(model, shapes_of(file)) if name.startswith(f"{component}.")}
     assert found == set(listed(model, component)["modules"]) - ({"text_projection"} if model == "sd2" else set())
 
 
@@ -238,7 +240,7 @@ def test_at_the_published_sizes_each_place_has_its_modules_shape(model):
         f"{name}.weight": (sum(known["modules"][m][0] for m in modules), *known["modules"][modules[0]][1:])
         for name, modules in known["ldm"].items()
     }
-    found = places(model, shapes)
+    found = module_rows(model, shapes)
     assert set(found) == {f"{component}.{name}" for name in known["modules"]}
     for module, place in found.items():
         shape = names.shapes(model)[module]
@@ -253,8 +255,8 @@ def test_a_bare_denoiser_and_one_without_text_encoders_are_read(model):
     if model == "sd1":  # nothing but its widths tells it from SD2
         bare["input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = (320, 768)
     assert model_of_file(bare) == model
-    assert {name: DENOISER + place.tensor for name, place in places(model, bare).items()} == {
-        name: place.tensor for name, place in places(model, full).items()
+    assert {name: DENOISER + place.tensor for name, place in module_rows(model, bare).items()} == {
+        name: place.tensor for name, place in module_rows(model, full).items()
     }
 
 
@@ -272,7 +274,7 @@ def test_a_text_encoder_without_the_level_text_model_is_found():
         "cond_stage_model.transformer.encoder.layers.3.mlp.fc1.weight": (8, 2),
         "cond_stage_model.transformer.encoder.layers.3.mlp.fc1.bias": (8,),
     }
-    found = places("sd1", file)
+    found = module_rows("sd1", file)
     place = found["text_encoder.text_model.encoder.layers.3.mlp.fc1"]
     assert place == ("cond_stage_model.transformer.encoder.layers.3.mlp.fc1.weight", 0, 8, False, False)
     assert len(found) == 1
@@ -280,18 +282,18 @@ def test_a_text_encoder_without_the_level_text_model_is_found():
 
 def test_rows_that_cannot_be_shared_out_are_refused():
     with pytest.raises(LorakitError, match=r"'double_blocks.0.img_attn.qkv.weight' has 10 rows"):
-        places("flux", {"double_blocks.0.img_attn.qkv.weight": (10, 3)})
+        module_rows("flux", {"double_blocks.0.img_attn.qkv.weight": (10, 3)})
     with pytest.raises(LorakitError, match="expected q, k and v"):
-        places("sdxl", {"conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (10, 3)})
+        module_rows("sdxl", {"conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (10, 3)})
     with pytest.raises(LorakitError, match="is a scalar"):
-        places("sd1", {"input_blocks.0.0.weight": ()})
+        module_rows("sd1", {"input_blocks.0.0.weight": ()})
 
 
 def test_a_bias_of_other_rows_is_refused_and_a_missing_one_is_none():
     weight = {"img_in.weight": (8, 4)}
-    assert bias_place("flux", "transformer.x_embedder", weight) is None
-    assert bias_place("flux", "transformer.x_embedder", {"img_in.bias": (8,), "txt_in.weight": (8, 4)}) is None
-    assert bias_place("flux", "transformer.x_embedder", weight | {"img_in.bias": (8,)}) == (
+    assert bias_rows("flux", "transformer.x_embedder", weight) is None
+    assert bias_rows("flux", "transformer.x_embedder", {"img_in.bias": (8,), "txt_in.weight": (8, 4)}) is None
+    assert bias_rows("flux", "transformer.x_embedder", weight | {"img_in.bias": (8,)}) == (
         "img_in.bias",
         0,
         8,
@@ -299,7 +301,7 @@ def test_a_bias_of_other_rows_is_refused_and_a_missing_one_is_none():
         False,
     )
     with pytest.raises(LorakitError, match=r"'img_in.bias' has shape \[7\]"):
-        bias_place("flux", "transformer.x_embedder", weight | {"img_in.bias": (7,)})
+        bias_rows("flux", "transformer.x_embedder", weight | {"img_in.bias": (7,)})
 
 
 @pytest.mark.parametrize(
@@ -386,7 +388,7 @@ ENDINGS = sorted(
 )
 def test_whatever_the_shapes_places_lie_within_their_tensors_and_never_overlap(model, shapes):
     try:
-        found = places(model, shapes)
+        found = module_rows(model, shapes)
     except LorakitError:
         return
     taken: dict[str, list[tuple[int, int]]] = {}
@@ -399,6 +401,6 @@ def test_whatever_the_shapes_places_lie_within_their_tensors_and_never_overlap(m
         assert (rows[0][0], rows[-1][1]) == (0, sum(stop - start for start, stop in rows))
     for module in found:
         try:
-            bias_place(model, module, shapes)
+            bias_rows(model, module, shapes)
         except LorakitError:
             continue

@@ -219,10 +219,12 @@ def test_train_prints_its_result_and_the_next_command(lorakit, model, data, tmp_
     out = tmp_path / "a run"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, *tiny_lm.FLAGS)
     assert code == 0
-    *_, result, after = told.splitlines()
+    *_, result, use, judge = told.splitlines()
     assert result.startswith("6 steps in ")
-    assert result.endswith(f"adapter: {out}/adapter")
-    assert after == f"next: lorakit eval {data} --model {model} --adapter '{out}/adapter'"
+    assert result.endswith(f"report: {out}/report.html; adapter: {out}/adapter")
+    where = f"--model {model} --adapter '{out}/adapter' --precision fp32"
+    assert use == f"next: lorakit generate 'your prompt' {where}"
+    assert judge == f"next: lorakit eval TEST.jsonl {where}   # rows it was not trained on"
 
 
 def test_train_as_json_prints_only_json(lorakit, trained):
@@ -236,7 +238,9 @@ def test_full_fine_tuning_writes_a_model_not_an_adapter(lorakit, model, data, tm
     out = tmp_path / "full"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, "--method", "full", *tiny_lm.FLAGS)
     assert code == 0
-    assert told.splitlines()[-1] == f"next: lorakit eval {data} --model {out}/model"
+    *_, use, judge = told.splitlines()
+    assert use == f"next: lorakit chat --model {out}/model --precision fp32"
+    assert judge == f"next: lorakit eval TEST.jsonl --model {out}/model --precision fp32   # rows it was not trained on"
     assert lorakit("eval", data, "--model", out / "model", "--no-text")[0] == 0
 
 
@@ -264,11 +268,12 @@ def test_eval_compares_base_and_adapter(lorakit, model, data, trained):
     assert code == 0
     assert "perplexity" in out
     assert "BLEU" in out
-    assert out.splitlines()[-1] == f"next: lorakit chat --model {model} --adapter mine={trained}/adapter"
+    chat = f"lorakit chat --model {model} --adapter mine={trained}/adapter --precision fp32"
+    assert out.splitlines()[-1] == f"next: {chat}"
     code, out, _ = lorakit("eval", data, "--model", model, "--no-text")
     assert code == 0
     assert "BLEU" not in out
-    assert out.splitlines()[-1] == f"next: lorakit train --data {data} --model {model}"
+    assert out.splitlines()[-1] == f"next: lorakit train --data YOUR.jsonl --model {model}"
 
 
 def test_generate_with_and_without_the_adapter(lorakit, model, trained):

@@ -148,7 +148,7 @@ def test_a_run_on_a_full_disk_stops_with_one_message_and_can_be_resumed(lorakit,
             assert len(err.splitlines()) <= 2, (n, err)
         assert lorakit(*before, out, *after)[0] == 0, n
         assert contents(out / "adapter")["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
-        assert not [p for p in out.rglob(".*")], n
+        assert not list(out.rglob(".*")), n
         shutil.rmtree(out)
         n += step
     assert n > 20

@@ -102,10 +102,11 @@ def test_it_says_what_came_out_and_what_is_next(lorakit, swept):
     assert "trained together on one base" in out
     assert "finished" in out
     lines = out.splitlines()
-    assert lines[-1].startswith("next: lorakit eval ")
-    assert lines[-1].endswith(f"--adapter {swept}/adapter")
-    assert lines[-2].startswith("winner: rank=")
-    assert f"leaderboard: {swept}/leaderboard.json" in lines[-3]
+    assert lines[-1].startswith("next: lorakit eval TEST.jsonl ")
+    assert lines[-2].startswith("next: lorakit generate 'your prompt' ")
+    assert f"--adapter {swept}/adapter" in lines[-1]
+    assert lines[-3].startswith("winner: rank=")
+    assert f"leaderboard: {swept}/leaderboard.json" in lines[-4]
     assert "held-out loss" in out
 
 
@@ -179,7 +180,7 @@ def test_the_config_file_of_train_with_lists_in_it(lorakit, model, data, tmp_pat
     )
     code, out, error = lorakit("sweep", "--config", path, "--quiet")
     assert code == 0, error
-    assert [line.partition(":")[0].partition(" ")[0] for line in out.splitlines()] == ["2", "winner", "next"]
+    assert [line.partition(":")[0].partition(" ")[0] for line in out.splitlines()] == ["2", "winner", "next", "next"]
     code, _, error = lorakit("train", "--config", path)
     assert code == 2
     assert "TrainConfig.rank" in error

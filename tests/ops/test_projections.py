@@ -17,7 +17,7 @@ from torch.autograd import gradcheck
 
 from lorakit.ops import projections as parts
 from lorakit.ops.dropout import kept_share, masked
-from lorakit.ops.projections import Projection, Wanted, project, reference
+from lorakit.ops.projections import NeedsGrad, Projection, project, reference
 
 
 def several(size_in: int, ranks: tuple[int | None, ...], bias: bool = True) -> list[Projection]:
@@ -86,7 +86,7 @@ def test_several_projections_of_one_input_give_the_plain_lines_outputs_and_gradi
     with torch.no_grad():
         dropped = masked(x, mask) if mask else x
         outs, down = parts.forward(x, dropped, scaled)
-        asked = Wanted(needs_x, [a for a, _ in needs], [b for _, b in needs])
+        asked = NeedsGrad(needs_x, [a for a, _ in needs], [b for _, b in needs])
         dx, found = parts.backward(grads, x, dropped, mask, down, scaled, asked)
     for a, e in zip(outs, plain, strict=True):
         torch.testing.assert_close(a, e)

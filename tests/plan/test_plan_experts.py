@@ -11,9 +11,9 @@ from lorakit.model.attach import attach
 from lorakit.ops import IGNORE_INDEX
 from lorakit.plan import step as step_file
 from lorakit.plan.live import Live
-from lorakit.plan.shapes import Shapes, Weightless
 from lorakit.plan.shell import Shell
 from lorakit.plan.step import training_step
+from lorakit.plan.weightless import Shapes, Weightless
 from lorakit.tasks import causal_lm as task
 from lorakit.tasks.text.causal_loss import summed_loss
 from lorakit.train.config import TrainConfig

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from lorakit.train import progress as progress_module
+from lorakit.train.bar import fitting
 from lorakit.train.progress import Progress
 from lorakit.train.train import train
 
@@ -101,6 +102,37 @@ def test_a_terminal_gets_a_bar(make_config):
     assert "3/3" in text
     assert "held-out loss" in text
     assert "trained tokens/s" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_step_and_time_are_on_one_line_at_any_width(make_config, width):
+    text = shown(make_config(steps=3), terminal=True, width=width)
+    lines = [line for line in re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", text).splitlines() if line.startswith("step ")]
+    last = [line for line in lines if " left " in line][-1]
+    assert re.search(r"3/3 .*\d:\d\d:\d\d left [\d-]:[\d-]+:[\d-]+$", last.rstrip())
+    assert "…" not in last
+    assert ("loss" in last) == (width >= 60)
+
+
+def test_facts_that_do_not_fit_are_left_out_from_the_end():
+    assert fitting(["loss 1.0", "5 tokens/s", "1 GiB"], 20) == "loss 1.0  5 tokens/s"
+    assert fitting(["loss 1.0", "5 tokens/s", "1 GiB"], 7) == ""
+
+
+def test_the_bases_answer_is_shown_once():
+    console = Console(file=io.StringIO(), width=60)
+    progress = Progress(console)
+    progress.sample("a prompt " * 12, "base", "first")
+    progress.sample("a prompt " * 12, "base", "second")
+    progress.sample("another", "base", "third")
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[0] for line in lines if line[11:12].strip()] == ["prompt", "base", "tuned"] * 1 + [
+        "tuned",
+        "prompt",
+        "base",
+        "tuned",
+    ]
+    assert re.match(r" {18}\w", lines[1])  # wrapped below its own text
 
 
 def test_a_narrow_terminal_does_not_break_it(make_config):

@@ -1,1 +1,1 @@
-"""Adapters calculated with: added, scaled, resized, merged by TIES and DARE. Values in, a new value out."""
+"""Arithmetic on adapters: add, scale, resize, merge by TIES or DARE, edit. Each function returns a new adapter."""

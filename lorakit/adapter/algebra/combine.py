@@ -15,8 +15,8 @@ differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -41,10 +41,22 @@ Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "ma
 EXACT = ("linear", "cat", "svd")
 
 
+@dataclass(frozen=True)
+class _Options:
+    """The options of `combined` that concern each module's ΔW."""
+
+    method: Method
+    rank: int | None
+    keep: float | None
+    density: float
+    majority: Majority
+    seed: int
+
+
 def combine(
     adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: Method = "linear", **options
 ) -> Adapter:
-    """The combination of adapters as one adapter. Default weight: 1 each. Options and errors: see `combined`."""
+    """Combine adapters into one. Default weight: 1 each. Options and errors: see `combined`."""
     return combined(adapters, weights, method, **options).adapter
 
 
@@ -62,10 +74,12 @@ def combined(
     force: bool = False,
     on_module: Callable[[str, int, int], None] | None = None,
 ) -> Resized:
-    """The combination, and its distance from the method's ΔW (0 for an exact sum that was not truncated).
+    """Combine adapters; return the result and its distance from the method's ΔW (0 for an exact sum that was not
+    truncated).
 
     rank, keep: truncate each module to `rank` singular values, or to those that hold the share `keep` of the energy.
     density: the share of elements that ties, dare and magnitude_prune keep, in (0, 1].
+    majority: TIES elects signs by "total" magnitude or by "frequency". seed: of DARE's random masks.
     saved: saved weights and embeddings must be "equal", or their weighted "mean" is taken.
     force: combine adapters of different bases. on_module(name, done, total): called after each module.
 
@@ -73,39 +87,21 @@ def combined(
     AdapterError for different bases or shapes, for differing saved weights, and for a DoRA.
     """
     weights = _checked(adapters, weights, method, rank, keep, density)
+    options = _Options(method, rank, keep, density or 1.0, majority, seed)
     if not force:
         check_same_base(adapters)
     saved_weights = combine_values("saved weight", [a.saved for a in adapters], weights, saved)
     embeddings = combine_values("embedding", [a.embeddings for a in adapters], weights, saved)
-    parts = [a.updates for a in adapters]
-    modules = list(dict.fromkeys(m for updates in parts for m in updates))
+    modules = list(dict.fromkeys(m for a in adapters for m in a.updates))
     result: dict[str, Update] = {}
     reports = []
     for done, module in enumerate(modules, start=1):
-        placed = [
-            (i, w, updates[module])
-            for i, (w, updates) in enumerate(zip(weights, parts, strict=True))
-            if module in updates
-        ]
-        weighted: list[WeightedUpdate] = [(w, u) for _, w, u in placed]
-        if method in EXACT:
-            total = exact_sum(module, weighted)
-            most = _largest(weighted) if method == "svd" and rank is None and keep is None else rank
-            result[module], report = (
-                _truncated(module, total, weighted, most, keep) if most or keep else (total, _untouched(module, total))
-            )
-        else:
-            places = [i for i, _, _ in placed]
-
-            def mix(
-                deltas: list[Tensor],
-                module: str = module,
-                weighted: list[WeightedUpdate] = weighted,
-                places: list[int] = places,
-            ) -> Tensor:
-                return _mix(method, deltas, [w for w, _ in weighted], places, module, density or 1.0, majority, seed)
-
-            result[module], report = _mixed(module, weighted, mix, rank, keep)
+        weighted = {
+            i: (w, a.updates[module])
+            for i, (w, a) in enumerate(zip(weights, adapters, strict=True))
+            if module in a.updates
+        }
+        result[module], report = _combine_module(module, weighted, options)
         reports.append(report)
         if on_module is not None:
             on_module(module, done, len(modules))
@@ -136,7 +132,9 @@ def _checked(
     keep: float | None,
     density: float | None,
 ) -> list[float]:
-    """The weights as floats. ConfigError for an unknown method, or options that do not fit it."""
+    """Check the options; return the weights as floats. Raises ConfigError for an unknown method, or options that do not
+    fit it.
+    """
     if method not in get_args(Method):
         known = ", ".join(get_args(Method))
         raise ConfigError(
@@ -168,32 +166,51 @@ def _checked(
     return weights
 
 
-def _mix(
-    method: str,
-    deltas: list[Tensor],
-    weights: list[float],
-    places: list[int],
-    module: str,
-    density: float,
-    majority: Majority,
-    seed: int,
-) -> Tensor:
-    if method == "ties":
-        return ties(deltas, weights, density, majority)
-    if method == "magnitude_prune":
-        return magnitude_prune(deltas, weights, density)
-    sparse = [drop(d, density, seed, module, place) for d, place in zip(deltas, places, strict=True)]
-    return dare_linear(sparse, weights) if method == "dare_linear" else dare_ties(sparse, weights, majority)
+def _combine_module(
+    module: str, by_adapter: Mapping[int, WeightedUpdate], options: _Options
+) -> tuple[Update, ModuleResize]:
+    """Combine one module's updates. `by_adapter`: the adapter's index -> its weight and update."""
+    weighted = list(by_adapter.values())
+    if options.method not in EXACT:
+        return _merged(
+            module, weighted, lambda deltas: _merge(deltas, module, by_adapter, options), options.rank, options.keep
+        )
+    total = exact_sum(module, weighted)
+    rank = (
+        _largest(weighted)
+        if options.method == "svd" and options.rank is None and options.keep is None
+        else options.rank
+    )
+    if not (rank or options.keep):
+        return total, _unchanged(module, total)
+    return _truncated(module, total, weighted, rank, options.keep)
 
 
-def _mixed(
+def _merge(deltas: list[Tensor], module: str, by_adapter: Mapping[int, WeightedUpdate], options: _Options) -> Tensor:
+    """Merge ΔW by `ties`, `magnitude_prune`, `dare_linear` or `dare_ties`. `deltas`: one per adapter, of one shape."""
+    weights = [weight for weight, _ in by_adapter.values()]
+    if options.method == "ties":
+        return ties(deltas, weights, options.density, options.majority)
+    if options.method == "magnitude_prune":
+        return magnitude_prune(deltas, weights, options.density)
+    sparse = [
+        drop(delta, options.density, options.seed, module, i) for delta, i in zip(deltas, by_adapter, strict=True)
+    ]
+    return (
+        dare_linear(sparse, weights)
+        if options.method == "dare_linear"
+        else dare_ties(sparse, weights, options.majority)
+    )
+
+
+def _merged(
     module: str,
     weighted: list[WeightedUpdate],
-    mix: Callable[[list[Tensor]], Tensor],
+    merge: Callable[[list[Tensor]], Tensor],
     rank: int | None,
     keep: float | None,
 ) -> tuple[Update, ModuleResize]:
-    """The method's ΔW as low-rank factors; a norm's or bias's change, which has none, as it is."""
+    """Return the method's ΔW as low-rank factors. A norm's or a bias's change has none and stays dense."""
     if not any(u.is_matrix for _, u in weighted):
         vectors = [[u.tensors()[name] for _, u in weighted if name in u.tensors()] for name in ("weight", "bias")]
         if any(len(v) not in (0, len(weighted)) for v in vectors):
@@ -201,11 +218,11 @@ def _mixed(
                 f"'{module}' changes its bias in some of the adapters and its weight in others\n"
                 "  only method='linear' (--method linear) can add them"
             )
-        weight, bias = (mix([t.float() for t in v]) if v else None for v in vectors)
-        return Dense(weight, bias), _untouched(module, Dense(weight, bias))
+        weight, bias = (merge([t.float() for t in v]) if v else None for v in vectors)
+        return Dense(weight, bias), _unchanged(module, Dense(weight, bias))
     _refuse_biases(module, weighted)
     shapes = common_factor_shapes(module, weighted)
-    W = mix([u.matrix(shapes.weight_transposed) for _, u in weighted])
+    W = merge([u.matrix(shapes.weight_transposed) for _, u in weighted])
     most = rank or (None if keep is not None else _largest(weighted))
     svds = [matrix_svd(rows, most, keep) for rows in _rows(W, shapes)]
     return _composed(module, shapes, svds, most, keep, W)
@@ -214,6 +231,7 @@ def _mixed(
 def _composed(
     module: str, shapes: FactorShapes, svds: list[Svd], rank: int | None, keep: float | None, W: Tensor
 ) -> tuple[Factors, ModuleResize]:
+    """Return low-rank factors of W [out, in·k], from its SVDs, and their error."""
     count = max(min(rank or len(c.S), len(c.S) if keep is None else needed(c.S, c.total, keep)) for c in svds)
     made = compose(shapes, svds, max(count, 1))
     error, size = distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1)), norm_squared(W)
@@ -225,9 +243,9 @@ def _composed(
 def _truncated(
     module: str, total: Update, weighted: list[WeightedUpdate], rank: int | None, keep: float | None
 ) -> tuple[Update, ModuleResize]:
-    """An exact sum truncated to a lower rank; a norm's or bias's change as it is."""
+    """Truncate an exact sum to a lower rank. A norm's or a bias's change stays dense."""
     if not total.is_matrix:
-        return total, _untouched(module, total)
+        return total, _unchanged(module, total)
     factors = total.factors
     if factors is None:
         _refuse_biases(module, weighted)
@@ -237,13 +255,13 @@ def _truncated(
     svds = total.singular_values()
     count = max(min(rank or len(s.S), len(s.S) if keep is None else needed(s.S, s.total, keep)) for s in svds)
     if count >= total.rank:
-        return total, _untouched(module, total)
+        return total, _unchanged(module, total)
     made = compose(total.factor_shapes(module), svds, max(count, 1), total.scale, dtype=factors.A.dtype)
     return made, ModuleResize(module, total.rank, made.rank, *relative(total, made))
 
 
 def _rows(W: Tensor, shapes: FactorShapes) -> list[Tensor]:
-    """[W], or the rows of each adapted part of a packed projection."""
+    """Return [W], or the rows of each adapted part of a packed projection."""
     if not shapes.parts:
         return [W]
     return [rows for rows, adapted in zip(W.chunk(len(shapes.parts)), shapes.parts, strict=True) if adapted]
@@ -253,7 +271,8 @@ def _largest(weighted: list[WeightedUpdate]) -> int:
     return max(u.rank for _, u in weighted)
 
 
-def _untouched(module: str, update: Update) -> ModuleResize:
+def _unchanged(module: str, update: Update) -> ModuleResize:
+    """Return the report on an update that was not truncated."""
     bias = update.tensors()["bias"].double() if update.changes_bias else torch.zeros(1)
     return ModuleResize(module, update.rank, update.rank, 0.0, math.hypot(norm(update), float(bias.norm())))
 

@@ -31,8 +31,8 @@ _PIPELINES = {
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """AdapterError if two adapters were trained on different bases, by their fingerprints; by their module names where
-    one has none.
+    """Raise AdapterError if two adapters were trained on different bases, by their fingerprints; by their module names
+    where one has none.
     """
     for (i, first), (j, second) in combinations(enumerate(adapters, start=1), 2):
         lines = base_differences(first, second)
@@ -45,7 +45,7 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
 
 
 def base_differences(first: Adapter, second: Adapter) -> list[str]:
-    """The differences between the bases of two adapters, one line each; empty if none are known."""
+    """Return the differences between the bases of two adapters, one line each; empty if none are known."""
     prints = first.metadata.get("fingerprint"), second.metadata.get("fingerprint")
     if all(prints):
         return _unlike(*prints)
@@ -63,7 +63,9 @@ def base_differences(first: Adapter, second: Adapter) -> list[str]:
 
 
 def _layer_stacks(modules: Iterable[str]) -> set[str]:
-    """The stacks of numbered layers of these modules (`model.layers`), and the pipelines that have such components."""
+    """Return the stacks of numbered layers of these modules (`model.layers`), and the pipelines that have such
+    components.
+    """
     stacks = {found[1] for module in modules if (found := re.match(r"(.+?)\.\d+\.", module))}
     return stacks | {
         pipeline
@@ -75,6 +77,7 @@ def _layer_stacks(modules: Iterable[str]) -> set[str]:
 
 
 def _unlike(first: Any, second: Any) -> list[str]:
+    """Return the differences between two fingerprints, which come from files and may be damaged."""
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
         return ["a fingerprint is damaged"]
     lines = [
@@ -96,17 +99,18 @@ def _unlike(first: Any, second: Any) -> list[str]:
 
 
 def combine_values(
-    what: str, held: Sequence[Mapping[str, Tensor]], weights: Sequence[float], how: Saved
+    what: str, values: Sequence[Mapping[str, Tensor]], weights: Sequence[float], how: Saved
 ) -> dict[str, Tensor]:
-    """One value for each name, of the adapters' values `held` by name. `what` names them in errors.
+    """Combine saved weights or embeddings: one value for each name. `values`: of each adapter, by name; `what`: what
+    they are, for errors.
 
-    AdapterError listing the names whose values differ, unless `how` is "mean"; then if shapes differ or the weights do
-    not have a positive sum.
+    Raises AdapterError listing the names whose values differ, unless `how` is "mean"; then if shapes differ or the
+    weights do not have a positive sum.
     """
-    names = dict.fromkeys(name for values in held for name in values)
+    names = dict.fromkeys(name for own in values for name in own)
     result, differing = {}, []
     for name in names:
-        versions = [(w, values[name]) for w, values in zip(weights, held, strict=True) if name in values]
+        versions = [(w, own[name]) for w, own in zip(weights, values, strict=True) if name in own]
         first = versions[0][1]
         if all(v.shape == first.shape and torch.equal(v, first) for _, v in versions):
             result[name] = first

@@ -28,9 +28,10 @@ def compose(
     rslora: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Factors:
-    """Factors of rank `rank` out of one SVD, or one for each adapted part; shorter SVDs are zero-padded.
+    """Build factors of rank `rank` from one SVD, or one for each adapted part; shorter SVDs are zero-padded.
 
-    scale: the alpha / rank of the result (with rslora alpha / √rank). AdapterError if `dtype` cannot hold the values.
+    scale: the alpha / rank of the result (with rslora alpha / √rank). Raises AdapterError if `dtype` cannot hold the
+    values.
     """
     pairs = [_padded(*svd.cut(rank).halves(), rank) for svd in svds]
     root = 1 / math.sqrt(scale)
@@ -41,7 +42,7 @@ def compose(
 
 
 def difference(before: Update, after: Factors) -> float:
-    """‖ΔW - ΔW'‖ (Frobenius), from a QR of the factors where ΔW has any, else from ΔW itself."""
+    """Return ‖ΔW - ΔW'‖ (Frobenius), from a QR of the factors where ΔW has any, else from ΔW itself."""
     A, B = as_matrices(after.A, after.B)
     low = before.low_rank()
     if low is None:
@@ -54,7 +55,7 @@ def difference(before: Update, after: Factors) -> float:
 
 
 def relative(before: Update, after: Factors) -> tuple[float, float]:
-    """(‖ΔW - ΔW'‖ / ‖ΔW‖, ‖ΔW‖), both Frobenius; the first is 0 if ΔW = 0."""
+    """Return (‖ΔW - ΔW'‖ / ‖ΔW‖, ‖ΔW‖), both Frobenius; the first is 0 if ΔW = 0."""
     size = norm(before)
     return (difference(before, after) / size if size else 0.0), size
 

@@ -26,9 +26,9 @@ WeightedUpdate = tuple[float, Update]
 
 
 def exact_sum(module: str, weighted: Sequence[WeightedUpdate]) -> Update:
-    """Σ wᵢ ΔWᵢ of one module; dense if any of several updates has no low-rank factors.
+    """Return Σ wᵢ ΔWᵢ of one module; dense if any of several updates has no low-rank factors.
 
-    AdapterError if the shapes differ, for a DoRA, and if a dtype cannot hold the result.
+    Raises AdapterError if the shapes differ, for a DoRA, and if a dtype cannot hold the result.
     """
     if len(weighted) == 1:
         return weighted[0][1].times(weighted[0][0], module)
@@ -39,7 +39,7 @@ def exact_sum(module: str, weighted: Sequence[WeightedUpdate]) -> Update:
 
 
 def concatenate(shapes: FactorShapes, weighted: Sequence[tuple[float, Factors]]) -> Factors:
-    """The factors side by side, as in the module's docstring. AdapterError if a scaled B is too large for its dtype."""
+    """Concatenate the factors, as in the equation above. Raises AdapterError if its dtype cannot hold a scaled B."""
     scales = [w * f.scale for w, f in weighted]
     kept = scales[0] if scales[0] > 0 and all(s == scales[0] for s in scales) else None
     dtype = reduce(
@@ -63,7 +63,7 @@ def concatenate(shapes: FactorShapes, weighted: Sequence[tuple[float, Factors]])
 
 
 def common_factor_shapes(module: str, weighted: Sequence[WeightedUpdate]) -> FactorShapes:
-    """The factor shapes that all share. AdapterError if their weights have different shapes or kinds."""
+    """Return the factor shapes that all share. Raises AdapterError if their weights have different shapes or kinds."""
     pairs = [(u.factor_shapes(module), u) for _, u in weighted]
     factors = [(s, f) for s, u in pairs if (f := u.factors) is not None]
     first = factors[0][0] if factors else pairs[0][0]
@@ -80,7 +80,7 @@ def common_factor_shapes(module: str, weighted: Sequence[WeightedUpdate]) -> Fac
 
 
 def _total(weighted: Sequence[WeightedUpdate], module: str) -> Tensor | None:
-    """Σ wᵢ ΔWᵢ in the weight's own layout, in float32."""
+    """Return Σ wᵢ ΔWᵢ in the weight's own layout, in float32."""
     if not weighted:
         return None
     if any(u.is_matrix for _, u in weighted):

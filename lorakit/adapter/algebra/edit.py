@@ -1,4 +1,4 @@
-"""Small changes of an adapter, each returned as a new adapter: scale, negate, cast, prune, select, rename.
+"""Edit an adapter: scale, negate, cast, prune, select, rename. Each function returns a new adapter.
 
 w · ΔW     |w| goes into alpha and its sign into B, so that no element is rounded
            (negation: task arithmetic, Ilharco et al. 2023)
@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 
 def scale(adapter: Adapter, weight: float) -> Adapter:
-    """Every ΔW times `weight`. AdapterError if the adapter has saved weights or a DoRA, which cannot be scaled;
-    ConfigError if `weight` is not finite.
+    """Multiply every ΔW by `weight`. Raises AdapterError if the adapter has saved weights or a DoRA, which cannot be
+    scaled; ConfigError if `weight` is not finite.
     """
     if not math.isfinite(weight):
         raise ConfigError(f"an adapter cannot be scaled by {weight}; expected a finite number")
@@ -43,12 +43,12 @@ def scale(adapter: Adapter, weight: float) -> Adapter:
 
 
 def negate(adapter: Adapter) -> Adapter:
-    """The adapter with -ΔW. Errors as `scale` raises them."""
+    """Negate every ΔW. Errors as `scale` raises them."""
     return scale(adapter, -1.0)
 
 
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter in another dtype. AdapterError, naming the tensor, if a value is too large for it."""
+    """Return the adapter in another dtype. Raises AdapterError, naming the tensor, if a value is too large for it."""
 
     def converted(m: str, update: Update) -> Update:
         return update.map(lambda name, t: narrowed(t, dtype, f"'{m}', {name}"))
@@ -62,24 +62,25 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def prune(adapter: Adapter, drop: str | list[str]) -> Adapter:
-    """Without the modules that `drop` names and their saved weights. `drop`: name endings, or one regular expression
-    for full names. TargetError if an ending matches no module, or no module is left.
+    """Return the adapter without the modules that `drop` names and their saved weights. `drop`: name endings, or one
+    regular expression for full names. Raises TargetError if an ending matches no module, or no module is left.
     """
     dropped = _named(adapter, drop)
     return _only(adapter, lambda m: m not in dropped)
 
 
 def select(adapter: Adapter, keep: str | list[str]) -> Adapter:
-    """With only the modules that `keep` names, as `prune` reads names. TargetError as there."""
+    """Return the adapter with only the modules that `keep` names. Names and errors are as in `prune`."""
     kept = _named(adapter, keep)
     return _only(adapter, lambda m: m in kept)
 
 
 def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """With other module names. `names`: a full name or a prefix, cut at a dot ("" matches all) -> its replacement.
+    """Return the adapter with other module names. `names`: a full name or a prefix, cut at a dot ("" matches all) ->
+    its replacement.
 
-    The longest match counts. AdapterError if two modules would get the same name; TargetError for an entry that matches
-    none.
+    The longest match counts. Raises AdapterError if two modules would get the same name; TargetError for an entry that
+    matches none.
     """
     used: set[str] = set()
 
@@ -103,7 +104,9 @@ def rename(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 def _named(adapter: Adapter, names: str | list[str]) -> set[str]:
-    """The modules that match the endings or the regular expression. TargetError for one that matches none."""
+    """Return the modules that match the endings or the regular expression. Raises TargetError for one that matches
+    none.
+    """
     known = set(adapter.updates) | {n.rpartition(".")[0] for n in adapter.saved}
     for pattern in [names] if isinstance(names, str) else [[n] for n in names]:
         if not any(matches(m, pattern) for m in known):
@@ -125,7 +128,7 @@ def _only(adapter: Adapter, keeps: Callable[[str], bool]) -> Adapter:
 
 
 def _unique(new: Mapping[str, str], values: Mapping[str, T]) -> dict[str, T]:
-    """The values under their new names."""
+    """Return the values under their new names."""
     result: dict[str, T] = {}
     for old, name in new.items():
         if name in result or not name:

@@ -14,21 +14,21 @@ from ..update import LowRank, Update
 from .svd import product_core
 
 # Matrices of up to this many elements are in float64, larger ones in float32 to save memory.
-DOUBLE = 1 << 22
+FLOAT64_MAX_ELEMENTS = 1 << 22
 
 
 def matrix(update: Update) -> LowRank | Tensor:
-    """ΔW as a product of two thin matrices in float64, or as a matrix."""
+    """Return ΔW as a product of two thin matrices in float64, or as a matrix [out, in·k]."""
     own = update.without_base()
     low = own.low_rank()
     if low is not None:
         return low
     full = own.map(lambda _, t: t.detach().double()).matrix()
-    return full if full.numel() <= DOUBLE else full.float()
+    return full if full.numel() <= FLOAT64_MAX_ELEMENTS else full.float()
 
 
 def norm(update: Update) -> float:
-    """‖ΔW‖_F."""
+    """Return ‖ΔW‖_F of an update, without forming ΔW where it is a product of thin matrices."""
     delta = matrix(update)
     if isinstance(delta, LowRank):
         return float(torch.linalg.matrix_norm(product_core(delta.left, delta.right)[1]))
@@ -36,7 +36,7 @@ def norm(update: Update) -> float:
 
 
 def inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:
-    """⟨a, b⟩ = Σ a·b over all elements; for two products from r x r matrices, without forming them."""
+    """Return ⟨a, b⟩ = Σ a·b over all elements; for two products from r x r matrices, without forming them."""
     if isinstance(a, LowRank):
         if isinstance(b, LowRank):
             return float(((a.left.T @ b.left) * (a.right @ b.right.T)).sum())
@@ -47,7 +47,7 @@ def inner(a: LowRank | Tensor, b: LowRank | Tensor) -> float:
 
 
 def size_of(delta: LowRank | Tensor) -> tuple[int, int]:
-    """(out, in)."""
+    """Return (out, in·k)."""
     return (
         (delta.left.shape[0], delta.right.shape[1]) if isinstance(delta, LowRank) else (delta.shape[0], delta.shape[1])
     )

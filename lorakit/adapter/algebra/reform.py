@@ -16,7 +16,9 @@ from ..update import Update
 
 
 def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any) -> Adapter:
-    """`adapter` with these updates instead of its own, and a config that describes them. `changes`: other fields."""
+    """Return `adapter` with these updates instead of its own, and a config that describes them. `changes`: other
+    fields.
+    """
     # A config has one rule for all modules: alpha / rank can express every scale.
     if len({f.rslora for f in factors_of(updates).values()}) > 1:
         updates = {m: u.map_factors(_scaled_by_rank) for m, u in updates.items()}
@@ -27,12 +29,13 @@ def with_updates(adapter: Adapter, updates: Mapping[str, Update], **changes: Any
 
 
 def _scaled_by_rank(f: Factors) -> Factors:
-    """The same factors with a scale alpha / rank in place of rsLoRA's alpha / √rank."""
+    """Return the same factors with a scale alpha / rank in place of rsLoRA's alpha / √rank."""
     return replace(f, alpha=f.scale * f.rank, rslora=False) if f.rslora else f
 
 
 def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list[str]) -> LoraConfig:
-    """`config` with the targets, ranks and alphas of these modules, changed only where it does not describe them yet.
+    """Return `config` with the targets, ranks and alphas of these modules, changed only where it does not describe them
+    yet.
 
     `modules`: all adapted modules, also those without factors.
     """
@@ -59,6 +62,6 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors], modules: list
 
 
 def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the most common value, a pattern for each module that has another)."""
+    """Return (the most common value, a pattern for each module that has another)."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {f"^{re.escape(m)}": value for m, value in values.items() if value != common}

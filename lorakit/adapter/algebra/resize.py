@@ -21,6 +21,7 @@ import torch
 
 from ...errors import AdapterError, ConfigError
 from ..adapter import Adapter
+from ..lora import Factors, FactorShapes
 from ..update import Update
 from .compose import compose, relative
 from .product import norm
@@ -68,7 +69,7 @@ class Resized:
         return max(self.modules, key=lambda m: m.error, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "error": self.error,
             "energy": self.energy,
@@ -86,7 +87,8 @@ def resize(
     drop_bias: bool = False,
     on_module: Callable[[str, int, int], None] | None = None,
 ) -> Resized:
-    """The adapter at rank `rank`, or at the lowest rank that `keep` or `error` allow; with both, `rank` is the maximum.
+    """Return the adapter at rank `rank`, or at the lowest rank that `keep` or `error` allow; with both, `rank` is the
+    maximum.
 
     Modules whose rank is low enough keep their factors. drop_bias: drop the bias's change of a dense update, which
     low-rank factors cannot hold. on_module(name, done, total) is called after each module.
@@ -95,48 +97,54 @@ def resize(
     and for a dense update with a bias unless `drop_bias`.
     """
     keep = _share(rank, keep, error, overall)
-    updates, others = dict(adapter.updates), _without_matrix(adapter, drop_bias)
-    shapes_of = {m: u.factor_shapes(m) for m, u in updates.items() if m not in others}
-    # Kinds other than LoRA compute only as many singular values as are asked for: ask for a little more than each
-    # module needs by itself.
-    ahead = keep if keep is None or not overall else 1 - (1 - keep) / 10
-    spectra, reports = {}, []
-    resized: dict[str, Update] = {}
-    threshold = None
-    if overall and keep is not None:
-        spectra = {m: updates[m].singular_values(rank, ahead) for m in shapes_of}
-        threshold = _threshold(spectra, keep)
-        # Where the last computed value is still above the threshold, that module may have to keep more, and the others
-        # less.
-        complete = {m for m in shapes_of if updates[m].factors is not None}
-        while short := [
-            m for m in shapes_of if m not in complete and any(float(svd.S[-1]) > threshold for svd in spectra[m])
-        ]:
-            spectra |= {m: updates[m].singular_values(rank) for m in short}
-            complete |= set(short)
-            threshold = _threshold(spectra, keep)
-    for done, (m, update) in enumerate(updates.items(), start=1):
-        if m in others:
-            resized[m] = update
+    vectors = _without_matrix(adapter, drop_bias)
+    matrices = {m: u for m, u in adapter.updates.items() if m not in vectors}
+    shapes = {m: u.factor_shapes(m) for m, u in matrices.items()}
+    spectra, threshold = _overall(matrices, rank, keep) if overall and keep is not None else ({}, None)
+    resized, reports = dict(adapter.updates), []
+    for done, (m, update) in enumerate(adapter.updates.items(), start=1):
+        if m in vectors:
             continue
-        svds = spectra.pop(m, None) or update.singular_values(rank, ahead)
-        new_rank = max(_rank(svd, rank, keep, threshold) for svd in svds)
-        f = update.factors
-        if f is not None and new_rank >= f.rank:
-            after = f
-        else:
-            scale, rslora = (f.scale, f.rslora) if f is not None else (1.0, False)
-            after = compose(shapes_of[m], svds, new_rank, scale, rslora, next(iter(update.tensors().values())).dtype)
+        svds = spectra.pop(m, None) or update.singular_values(rank, keep)
+        after = _truncated(update, shapes[m], svds, max(_rank(svd, rank, keep, threshold) for svd in svds))
         resized[m] = after if drop_bias else update.with_weight(after)
-        error, size = relative(update, after) if after is not update else (0.0, norm(after))
-        reports.append(ModuleResize(m, update.rank, after.rank, error, size))
+        relative_error, size = relative(update, after) if after is not update else (0.0, norm(after))
+        reports.append(ModuleResize(m, update.rank, after.rank, relative_error, size))
         if on_module is not None:
-            on_module(m, done, len(updates))
+            on_module(m, done, len(adapter.updates))
     return Resized(with_updates(adapter, resized).check(), tuple(reports))
 
 
+def _truncated(update: Update, shapes: FactorShapes, svds: Sequence[Svd], rank: int) -> Factors:
+    """Return the update at this rank; its own factors if their rank is as low. `svds`: one, or one for each packed
+    part.
+    """
+    f = update.factors
+    if f is not None and rank >= f.rank:
+        return f
+    scale, rslora = (f.scale, f.rslora) if f is not None else (1.0, False)
+    return compose(shapes, svds, rank, scale, rslora, next(iter(update.tensors().values())).dtype)
+
+
+def _overall(updates: Mapping[str, Update], rank: int | None, keep: float) -> tuple[dict[str, list[Svd]], float]:
+    """Return each module's singular values, and the smallest to keep so that the share `keep` of all energy stays."""
+    # Kinds other than LoRA compute only as many singular values as are asked for. A module may have to keep more than
+    # it would by itself, so ask for a little more.
+    spectra = {m: u.singular_values(rank, 1 - (1 - keep) / 10) for m, u in updates.items()}
+    threshold = _threshold(spectra, keep)
+    # A module whose last computed value is above the threshold may have to keep even more, and the others less.
+    complete = {m for m, u in updates.items() if u.factors is not None}
+    while short := [m for m in updates if m not in complete and any(float(s.S[-1]) > threshold for s in spectra[m])]:
+        spectra |= {m: updates[m].singular_values(rank) for m in short}
+        complete |= set(short)
+        threshold = _threshold(spectra, keep)
+    return spectra, threshold
+
+
 def _share(rank: int | None, keep: float | None, error: float | None, overall: bool) -> float | None:
-    """The share of the energy to keep, from `keep` or `error`. ConfigError if the options contradict each other."""
+    """Return the share of the energy to keep, from `keep` or `error`. Raises ConfigError if the options contradict each
+    other.
+    """
     if rank is None and keep is None and error is None:
         raise ConfigError(
             "resize needs a rank, a share of the energy to keep, or the largest error\n"
@@ -158,8 +166,8 @@ def _share(rank: int | None, keep: float | None, error: float | None, overall: b
 
 
 def _without_matrix(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
-    """The updates of norms and of biases alone, which stay unchanged. AdapterError for a matrix with a bias, unless
-    `drop_bias`.
+    """Return the updates of norms and of biases alone, which stay unchanged. Raises AdapterError for a matrix with a
+    bias, unless `drop_bias`.
     """
     others = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
     for m, update in adapter.updates.items():
@@ -172,7 +180,7 @@ def _without_matrix(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
 
 
 def _rank(svd: Svd, rank: int | None, keep: float | None, threshold: float | None) -> int:
-    """The number of singular values to keep; at least one."""
+    """Return the number of singular values to keep; at least one."""
     most = len(svd.S) if rank is None else min(rank, len(svd.S))
     if threshold is not None:
         most = min(most, int((svd.S.double() >= threshold).sum()))
@@ -184,7 +192,7 @@ def _rank(svd: Svd, rank: int | None, keep: float | None, threshold: float | Non
 
 
 def _threshold(spectra: Mapping[str, Sequence[Svd]], keep: float) -> float:
-    """The smallest singular value to keep, over all modules."""
+    """Return the smallest singular value to keep, over all modules."""
     svds = [svd for own in spectra.values() for svd in own]
     values = torch.cat([svd.S.double() for svd in svds]).sort(descending=True).values
     return float(values[needed(values, sum(svd.total for svd in svds), keep) - 1])

@@ -22,8 +22,9 @@ from .svd import full_svd, norm_squared, product_svd, random_svd
 
 # Singular values below this share of the largest count as zero: float32 arithmetic leaves that much of a zero one.
 ZERO = 1e-6
-# Up to this size (smaller side) a matrix gets a full SVD, about a second; of larger ones the first STRONGEST values.
-WHOLE, STRONGEST = 1024, 64
+# Up to this size (smaller side) a matrix gets a full SVD, which takes about a second; a larger one only its
+# LARGEST_VALUES largest singular values.
+FULL_SVD_MAX_SIZE, LARGEST_VALUES = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,22 @@ class Spectrum:
         return (self.norm / float(self.S[0])) ** 2 if self.norm > 0 else 0.0
 
     def strongest(self, rank: int | None = None) -> Spectrum:
-        """The first directions: those above rounding, at most `rank`."""
+        """Return the first directions: those above rounding, at most `rank`."""
         n = min(self.rank, rank if rank is not None else self.rank)
         return Spectrum(self.U[:, :n], self.S[:n], self.V[:, :n], self.norm, self.complete)
 
 
 def spectrum(update: Update) -> Spectrum:
-    """The singular values and directions of one module's update."""
+    """Return the singular values and directions of one module's update."""
     return decompose(matrix(update))
 
 
 def decompose(delta: LowRank | Tensor) -> Spectrum:
-    """U, S, V of a product of two thin matrices, or of a matrix."""
+    """Decompose a product of two thin matrices, or a matrix [out, in·k], into U, S and V, in float64."""
     if isinstance(delta, LowRank):
         svd = product_svd(delta.left, delta.right)
         return Spectrum(svd.U, svd.S, svd.Vt.T, math.sqrt(svd.total))
     norm = math.sqrt(norm_squared(delta))
-    complete = min(delta.shape) <= WHOLE
-    svd = full_svd(delta) if complete else random_svd(delta, STRONGEST)
+    complete = min(delta.shape) <= FULL_SVD_MAX_SIZE
+    svd = full_svd(delta) if complete else random_svd(delta, LARGEST_VALUES)
     return Spectrum(svd.U.double(), svd.S.double(), svd.Vt.T.double(), norm, complete)

@@ -35,17 +35,17 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
 
 def magnitude_prune(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Σ wᵢ trim(ΔWᵢ)."""
+    """Return Σ wᵢ trim(ΔWᵢ). `deltas`: of equal shapes; `density`: the share of elements to keep, 0 to 1."""
     return sum((w * trim(d, density) for w, d in zip(weights, deltas, strict=True)), torch.zeros(()))
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float, majority: Majority = "total") -> Tensor:
-    """Trim, elect and merge. `deltas`: [out, in] each."""
+    """Trim, elect and merge. `deltas`: of equal shapes; `density`: the share of elements to keep, 0 to 1."""
     return elect_and_merge([trim(d, density) for d in deltas], weights, majority)
 
 
 def elect_and_merge(deltas: Sequence[Tensor], weights: Sequence[float], majority: Majority = "total") -> Tensor:
-    """The last two steps, for deltas that are sparse already. A tie goes to the positive sign; zeros do not vote."""
+    """Elect signs and merge deltas that are sparse already. A tie goes to the positive sign; zeros do not vote."""
     signed = [d * math.copysign(1.0, w) for w, d in zip(weights, deltas, strict=True)]
     votes = sum((s if majority == "total" else s.sign() for s in signed), torch.zeros(()))
     positive = votes >= 0

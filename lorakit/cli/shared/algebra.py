@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .files import base_folder, dtype_of, inspect_call
+from .output import output, say
 
 if TYPE_CHECKING:
     from ...adapter.adapter import Adapter
@@ -69,17 +70,17 @@ def report(
         print(json.dumps(facts | result.to_dict()))
         return
     if modules:
-        for m in result.modules:
-            print(f"  {m.module}  rank {m.before} -> {m.after}  error {m.error:.3g}")
+        from ...analysis.tables import Table
+
+        rows = [[m.module, str(m.before), str(m.after), f"{m.error:.3g}"] for m in result.modules]
+        output().print(Table("", ["module", "rank\nbefore", "after", "error"], rows))
     ranks = sorted({f.rank for f in result.adapter.factors.values()})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "dense updates"
-    print(
-        f"{what}: {len(result.modules)} modules, {rank}; {before:,} parameters -> {after:,}, {seconds_since(started)}"
-    )
+    say(f"{what}: {len(result.modules)} modules, {rank}; {before:,} parameters -> {after:,}, {seconds_since(started)}")
     worst = result.worst
     if worst is not None and worst.error > 0:
         kept = f"{result.energy:.2%} of the energy kept"
-        print(f"relative error {result.error:.3g} ({kept}); largest: {worst.module}, {worst.error:.3g}")
+        say(f"relative error {result.error:.3g} ({kept}); largest: {worst.module}, {worst.error:.3g}")
     else:
         print("exact")
     print(f"next: {next_command}")

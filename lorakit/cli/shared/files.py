@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterError, ConfigError, did_you_mean
+from .starting import notice
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,7 @@ def read(
     adapter = load_on(source, base, alpha, force_base, model_type)
     init = started_as(source) if base is not None else None
     if init:
-        note = f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank"
-        print(note, file=sys.stderr)
+        notice(f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank")
     return adapter
 
 
@@ -51,7 +50,7 @@ def say_if_unfinished(source: str) -> None:
     path = Path(source).expanduser()
     newest = newest_checkpoint(path) if path.is_dir() else None
     if newest is not None:
-        print(f"lorakit: {source} has not ended; using its newest checkpoint, {newest.name}", file=sys.stderr)
+        notice(f"lorakit: {source} has not ended; using its newest checkpoint, {newest.name}")
 
 
 def read_checked(

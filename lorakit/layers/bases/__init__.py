@@ -31,14 +31,14 @@ def fingerprinted(module: nn.Module) -> Quantized:
     """Describe a quantized weight for a fingerprint: in the shape and order of the weight before quantization."""
     base = base_of(module)
     shape, is_meta = base.shape(module), base.device(module).type == "meta"
-    if not base.is_turned(module):
+    if not base.was_transposed(module):
         return Quantized(shape, lambda at: base.sample(module, at), is_meta)
     rows, columns = shape
 
-    def turned(at: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_transposed(at: Tensor) -> tuple[Tensor, Tensor]:
         return base.sample(module, at % rows * columns + at // rows)
 
-    return Quantized((columns, rows), turned, is_meta)
+    return Quantized((columns, rows), sample_transposed, is_meta)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -47,7 +47,7 @@ class BaseWeight(Protocol):
         quantization: both [n], float32.
         """
 
-    def is_turned(self, module: nn.Module) -> bool:
+    def was_transposed(self, module: nn.Module) -> bool:
         """Whether the module had a transposed weight before quantization (a Conv1D that became a linear)."""
 
     def writable(self, module: nn.Module, name: str) -> Tensor:

@@ -61,7 +61,7 @@ class FourBit:
         nearest = (values / absmax.clamp_min(1e-30)).unsqueeze(-1).sub(codes).abs().argmin(-1)
         return values, half[nearest] * absmax + error
 
-    def is_turned(self, module: nn.Module) -> bool:
+    def was_transposed(self, module: nn.Module) -> bool:
         return _was_conv1d(module)
 
     def writable(self, module: nn.Module, name: str) -> Tensor:
@@ -118,7 +118,7 @@ class EightBit:
         step = self._steps(module).flatten()[at // weight.shape[1]]
         return weight.data.flatten()[at] * step, step / 2
 
-    def is_turned(self, module: nn.Module) -> bool:
+    def was_transposed(self, module: nn.Module) -> bool:
         return _was_conv1d(module)
 
     def writable(self, module: nn.Module, name: str) -> Tensor:

@@ -37,7 +37,7 @@ class Dense:
         values = self.dense(module).flatten()[at.to(self.device(module))].float()
         return values, torch.zeros_like(values)
 
-    def is_turned(self, module: nn.Module) -> bool:
+    def was_transposed(self, module: nn.Module) -> bool:
         return False
 
     def writable(self, module: nn.Module, name: str) -> Tensor:

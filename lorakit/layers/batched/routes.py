@@ -124,7 +124,7 @@ class Routing:
         # Rows without `repeat` are accepted too: an encoder runs before rows are repeated for beams.
         if rows in (count * self.repeat, count):
             return x.numel() // (x.shape[-1] * count) if count and x.numel() else 0
-        raise self._wrong(layer, rows)
+        raise self._wrong_rows(layer, rows)
 
     def _check_tokens(self, layer: LoraLayer, shape: Sequence[int]) -> None:
         """Raise StateError unless `shape`, the input's without features, is one axis with a token for each choice."""
@@ -152,7 +152,7 @@ class Routing:
             f"choice\n  {hint}"
         )
 
-    def _wrong(self, layer: LoraLayer, rows: int) -> StateError:
+    def _wrong_rows(self, layer: LoraLayer, rows: int) -> StateError:
         """Build the error for an input with another number of rows than there are choices."""
         count = len(self.choices)
         expected = f"{count} x repeat={self.repeat}" if self.repeat > 1 else f"{count}, one per choice"
@@ -183,12 +183,12 @@ class Routing:
         self._check_tokens(layer, x.shape[:axes])
         return y.reshape(-1, y.shape[-1]), x.reshape(-1, *x.shape[axes:])
 
-    def share(self, layer: LoraLayer, child: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of the rows of x that use an adapter, and their weights."""
+    def rows_using(self, child: str, layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices of the rows of x that use an adapter, and their weights: [n] each."""
         if x.shape[0] not in (len(self.choices) * self.repeat, len(self.choices)):
-            raise self._wrong(layer, x.shape[0])
+            raise self._wrong_rows(layer, x.shape[0])
         times = x.shape[0] // max(len(self.choices), 1)
-        key = ("share", child, times, x.device)
+        key = ("rows", child, times, x.device)
         if key not in self._shared:
             weights = [dict(choice).get(child, 0.0) for choice in self.choices for _ in range(times)]
             rows = [n for n, weight in enumerate(weights) if weight]
@@ -212,7 +212,7 @@ class Routing:
             update: LiveUpdate | None = layer._modules.get(child)
             if update is None:
                 continue
-            rows, weights = self.share(layer, child, x)
+            rows, weights = self.rows_using(child, layer, x)
             pair = update.pair()
             if pair is not None:
                 change, weights = layer.lora_branch(x.index_select(0, rows), pair, y), pair.scale * weights
@@ -244,15 +244,15 @@ class Routing:
         if isinstance(plan, Pattern):
             add_sampled(y, x, stack.A, stack.Bt, plan)
         else:
-            stacked.add_stacked(y, x, stack.pieces(plan, order), plan)
+            stacked.add_stacked(y, x, stack.chunk_factors(plan, order), plan)
 
     def _plan(self, stack: Stack, tokens: int, size: int, y: Tensor) -> tuple[Pattern | Schedule, Order | None]:
         """Plan how to compute the updates. Returns the order in which adapters must be adjacent, None if it does not
         matter.
         """
         layout = stack.layout
-        children = [c for c in self.children if c in layout.places]
-        rows, spans = self._rows({c: (k, 1.0) for k, c in enumerate(children)}), [layout.places[c] for c in children]
+        children = [c for c in self.children if c in layout.spans]
+        rows, spans = self._rows({c: (k, 1.0) for k, c in enumerate(children)}), [layout.spans[c] for c in children]
         if in_place(rows, tokens):
             return runs(rows, spans, tokens), None
         if sampled.pays(rows, tokens, y):

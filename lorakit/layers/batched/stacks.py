@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...ops.batched import stacked
-from ...ops.batched.schedule import Schedule
+from ...ops.batched.schedule import Schedule, Span
 from ...ops.packed import expand_packed
 from ..updates.update import LiveUpdate
 
@@ -35,23 +35,22 @@ EXCESS = 2
 # without writing the others again. On a CPU, memory that was never written to is not allocated.
 SPARE = 1.5
 
-Places = dict[str, tuple[int, int]]  # child -> (its first rank, one past its last)
-
 _version = operator.attrgetter("_version")
 
 
 class Layout:
-    """The positions of adapters in a stack. Immutable, and shared by layers with equal stacks, so that identity
-    suffices for comparing.
+    """Where each adapter is in a stack. `capacity`: in ranks; `spans`: child -> its ranks.
+
+    Immutable, and shared by layers with equal stacks, so that comparing identities is enough.
     """
 
-    def __init__(self, capacity: int, places: Places):
-        self.capacity, self.places = capacity, places
+    def __init__(self, capacity: int, spans: dict[str, Span]):
+        self.capacity, self.spans = capacity, spans
 
     def gap(self, rank: int) -> int | None:
         """Return the start of the first gap of `rank` ranks, which keeps the buffer's end unused; None without one."""
         end = 0
-        for start, stop in sorted(self.places.values()):
+        for start, stop in sorted(self.spans.values()):
             if start - end >= rank:
                 return end
             end = stop
@@ -88,7 +87,7 @@ class Uses:
         self.addresses = joined(s.addresses for s in snapshots)
 
     def valid(self) -> bool:
-        """Whether the stack still has these adapters in the same places with the current values of their parameters."""
+        """Whether the stack still has these adapters at the same ranks, with the current values of their parameters."""
         return (
             self.counts
             and self.stack.layout is self.layout
@@ -104,9 +103,12 @@ class Order:
     """An order of adapters for matrix products, with equal ranks adjacent (see `ops.batched.schedule`)."""
 
     def __init__(self, layout: Layout, children: Iterable[str], device: torch.device):
-        places = layout.places
-        self.children = sorted(children, key=lambda c: (places[c][1] - places[c][0], places[c][0]))
-        spans = [places[c] for c in self.children]
+        def rank_and_start(child: str) -> tuple[int, int]:
+            start, stop = layout.spans[child]
+            return stop - start, start
+
+        self.children = sorted(children, key=rank_and_start)
+        spans = [layout.spans[c] for c in self.children]
         self.ranks = [stop - start for start, stop in spans]
         contiguous = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         self.take: slice | Tensor = slice(spans[0][0], spans[-1][1])  # the ranks to take from the buffer
@@ -124,7 +126,7 @@ class Stack:
         self.layout, self.detached = layout, 0  # `detached`: ranks detached since, minus those attached
         self.snapshots: dict[str, Snapshot] = {}
         self._ordered: tuple[Order, Tensor, Tensor] | None = None
-        self._pieces: tuple[Schedule, list[stacked.Piece]] | None = None
+        self._chunk_factors: tuple[Schedule, list[stacked.ChunkFactors]] | None = None
 
     def fits(self, y: Tensor) -> bool:
         """Whether it has y's dtype and device."""
@@ -136,20 +138,20 @@ class Stack:
 
     def write(self, child: str, update: LiveUpdate, parts: tuple[bool, ...]) -> None:
         """Copy an adapter's pair into the buffer. `parts`: the layer's, for a packed B."""
-        place, pair = slice(*self.layout.places[child]), update.pair()
+        ranks, pair = slice(*self.layout.spans[child]), update.pair()
         assert pair is not None
         with torch.no_grad():
             B = expand_packed(pair.B, parts) if pair.B.dim() == 3 else pair.B
-            self.A[place] = pair.A
-            self.Bt[place] = B.T * pair.scale
+            self.A[ranks] = pair.A
+            self.Bt[ranks] = B.T * pair.scale
         self.snapshots[child] = Snapshot(update)
-        self._ordered = self._pieces = None
+        self._ordered = self._chunk_factors = None
 
     def move(self, layout: Layout) -> None:
-        """Change the layout, and forget the adapters that it lacks or has in another place."""
-        before = self.layout.places
-        self.snapshots = {c: s for c, s in self.snapshots.items() if layout.places.get(c) == before[c]}
-        self.layout, self._ordered, self._pieces = layout, None, None
+        """Change the layout, and forget the adapters that it lacks or has at other ranks."""
+        before = self.layout.spans
+        self.snapshots = {c: s for c, s in self.snapshots.items() if layout.spans.get(c) == before[c]}
+        self.layout, self._ordered, self._chunk_factors = layout, None, None
 
     def ordered(self, order: Order) -> tuple[Tensor, Tensor]:
         """Return A and s · Bᵀ of these adapters in this order: a view of the buffer, or a cached copy."""
@@ -159,12 +161,12 @@ class Stack:
             self._ordered = order, A, Bt
         return self._ordered[1:]
 
-    def pieces(self, schedule: Schedule, order: Order | None) -> list[stacked.Piece]:
+    def chunk_factors(self, schedule: Schedule, order: Order | None) -> list[stacked.ChunkFactors]:
         """Return each chunk's factors, from the buffer or, with an order, from `ordered`."""
-        if self._pieces is None or self._pieces[0] is not schedule:
+        if self._chunk_factors is None or self._chunk_factors[0] is not schedule:
             A, Bt = (self.A, self.Bt) if order is None else self.ordered(order)
-            self._pieces = schedule, stacked.pieces(A, Bt, schedule)
-        return self._pieces[1]
+            self._chunk_factors = schedule, stacked.chunk_factors(A, Bt, schedule)
+        return self._chunk_factors[1]
 
 
 class Stacks:
@@ -204,7 +206,12 @@ class Stacks:
         modules: Mapping[str, LiveUpdate] = layer._modules
         stale = list(children) if stack is None else stack.stale(children)
         ranks = {c: modules[c].width for c in stale}
-        layout = self._with_room(layer, stack.layout, ranks, children, y, layers) if stack is not None else None
+        layout = None
+        if stack is not None:
+            key = (stack.layout, tuple(ranks.items()), tuple(children))
+            if key not in self._moves:
+                self._moves[key] = self._with_room(layer, stack.layout, ranks, children, y, layers)
+            layout = self._moves[key]
         if stack is None or layout is None:
             self.of.pop(layer, None)  # free the old one before allocating the new one
             stale, ranks = list(children), {c: modules[c].width for c in children}
@@ -226,11 +233,11 @@ class Stacks:
         stack.detached += rank
         if last or 2 * stack.detached > stack.layout.capacity:
             del self.of[layer]  # most of its room was for adapters that are now detached
-        elif child in stack.layout.places:
+        elif child in stack.layout.spans:
             key = (stack.layout, child)
             if key not in self._moves:
                 self._moves[key] = self._shared(
-                    stack.layout.capacity, {c: p for c, p in stack.layout.places.items() if c != child}
+                    stack.layout.capacity, {c: span for c, span in stack.layout.spans.items() if c != child}
                 )
             moved = self._moves[key]
             assert moved is not None
@@ -251,26 +258,13 @@ class Stacks:
         y: Tensor,
         layers: Iterable[LoraLayer],
     ) -> Layout | None:
-        """Return the layout with places for `ranks` too, evicting others but none of `children`; None if there is no
-        room.
-        """
-        key = (layout, tuple(ranks.items()), tuple(children))
-        if key not in self._moves:
-            self._moves[key] = self._planned(layer, layout, ranks, children, y, layers)
-        return self._moves[key]
+        """Return the layout with room for adapters of these `ranks` (child -> rank) too; None if there is none.
 
-    def _planned(
-        self,
-        layer: LoraLayer,
-        layout: Layout,
-        ranks: Mapping[str, int],
-        children: Sequence[str],
-        y: Tensor,
-        layers: Iterable[LoraLayer],
-    ) -> Layout | None:
+        Other adapters may be evicted for it, but none of `children`.
+        """
         modules = layer._modules
         same = {
-            c: (start, stop) for c, (start, stop) in layout.places.items() if ranks.get(c, stop - start) == stop - start
+            c: (start, stop) for c, (start, stop) in layout.spans.items() if ranks.get(c, stop - start) == stop - start
         }
         planned, kept = Layout(layout.capacity, same), set(children)
         oldest = [c for c in self._named if c in same and c not in kept]
@@ -281,23 +275,23 @@ class Stacks:
             ):
                 return None  # more is attached than when it was created
             while start is None and oldest:
-                del planned.places[oldest.pop(0)]
+                del planned.spans[oldest.pop(0)]
                 start = planned.gap(rank)
             if start is None:
                 return None
-            planned.places[child] = (start, start + rank)
-        return layout if planned.places == layout.places else self._shared(planned.capacity, planned.places)
+            planned.spans[child] = (start, start + rank)
+        return layout if planned.spans == layout.spans else self._shared(planned.capacity, planned.spans)
 
     def _fresh(self, capacity: int, ranks: Mapping[str, int]) -> Layout:
-        places, end = {}, 0
+        spans, end = {}, 0
         for child in sorted(ranks, key=ranks.__getitem__):  # equal ranks adjacent, see `Order`
-            places[child] = (end, end + ranks[child])
+            spans[child] = (end, end + ranks[child])
             end += ranks[child]
-        return self._shared(capacity, places)
+        return self._shared(capacity, spans)
 
-    def _shared(self, capacity: int, places: Places) -> Layout:
-        layout = Layout(capacity, places)
-        return self._layouts.setdefault((capacity, frozenset(places.items())), layout)
+    def _shared(self, capacity: int, spans: dict[str, Span]) -> Layout:
+        layout = Layout(capacity, spans)
+        return self._layouts.setdefault((capacity, frozenset(spans.items())), layout)
 
     def _capacity(self, layer: LoraLayer, needed: int, y: Tensor, layers: Iterable[LoraLayer]) -> int:
         """Return the number of ranks for a new stack of this layer, for a batch that needs `needed`."""

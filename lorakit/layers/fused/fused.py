@@ -27,7 +27,8 @@ from .gated_mlp import FusedGatedMlp
 from .probe import Configs, outlives_its_module, settings
 from .rms_norm import FusedRmsNorm
 
-Match = Callable[[nn.Module], Any]  # module -> how it can be fused, or a string why it cannot, or None if it is no such
+# module -> how it can be fused, the reason why it cannot (a string), or None if it does not resemble this kind
+Match = Callable[[nn.Module], Any]
 Kind = type[FusedRmsNorm] | type[FusedGatedMlp]
 KINDS: dict[Kind, tuple[str, Match]] = {
     FusedRmsNorm: ("RMSNorm", rms_norm.match),
@@ -35,15 +36,15 @@ KINDS: dict[Kind, tuple[str, Match]] = {
 }
 ATTENTION, LINEAR = "attention's backward", "linear with its update"
 _OWN_FORWARD = "the instance has its own forward, or an adapter trains it in full"
-_OWN = ("lora_form", "lora_roles", "lora_act")
+_ATTRIBUTES = ("lora_norm_variant", "lora_roles", "lora_act")
 
-# The results of probes, by `_like`. A probe takes about 10 ms, and equal modules need only one.
+# The results of probes, by `_probe_key`. A probe takes about 10 ms, and equal modules need only one.
 _probed: dict[tuple, dict[Kind, Any]] = {}
-MOST_PROBED = 1000  # the entries reference classes, and some programs create classes without end
+MAX_PROBED = 1000  # the entries reference classes, and some programs create classes without end
 
 
-class _Seen(NamedTuple):
-    """Results for one model: how modules can be fused, by `_like`; and its configs."""
+class _ProbeResults(NamedTuple):
+    """Results for one model: how modules can be fused, by `_probe_key`; and its configs."""
 
     matches: dict[tuple, dict[Kind, Any]]
     configs: Configs
@@ -68,12 +69,12 @@ class Fused(NamedTuple):
 
 def adopt(model: nn.Module) -> None:
     """Fuse every module that can be, unless an adapter trains it, or a part of it, in full."""
-    seen = _Seen({}, {})
+    results = _ProbeResults({}, {})
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
             if isinstance(module, Swapped) or "forward" in module.__dict__:
                 continue
-            fitting = ((kind, match) for kind, match in _match(module, seen).items() if not isinstance(match, str))
+            fitting = ((kind, match) for kind, match in _match(module, results).items() if not isinstance(match, str))
             for kind, match in itertools.islice(fitting, 1):
                 module.__dict__.update(kind.lora_settings(module, match))
                 module.__class__ = adapted_class(kind, type(module))
@@ -84,7 +85,7 @@ def release(model: nn.Module) -> None:
     for _, module in base_modules(model):
         if type(module).__bases__[0] in KINDS:
             module.__class__ = mixin_and_base(type(module))[1]
-            for name in _OWN:
+            for name in _ATTRIBUTES:
                 module.__dict__.pop(name, None)
             rebind_hooked_forward(module)
 
@@ -92,7 +93,7 @@ def release(model: nn.Module) -> None:
 def report(model: nn.Module) -> list[Fused]:
     """Report what is fused in a model with adapters, and why the rest is not."""
     counts: Counter[tuple[str, str, str | None]] = Counter()
-    seen = _Seen({}, {})
+    results = _ProbeResults({}, {})
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for _, module in base_modules(model):
             cls = type(module)
@@ -102,7 +103,7 @@ def report(model: nn.Module) -> list[Fused]:
             elif isinstance(module, LinearLayer):
                 counts[LINEAR, mixin_and_base(cls)[1].__name__, _why_not_linear(module)] += 1
             elif not isinstance(module, LoraLayer):
-                for kind, match in _match(module, seen).items():
+                for kind, match in _match(module, results).items():
                     counts[KINDS[kind][0], cls.__name__, match if isinstance(match, str) else _OWN_FORWARD] += 1
     rows = [Fused(kind, cls, count, why) for (kind, cls, why), count in counts.items()]
     if hasattr(model, "set_attn_implementation"):
@@ -112,17 +113,17 @@ def report(model: nn.Module) -> list[Fused]:
     return rows
 
 
-def _match(module: nn.Module, seen: _Seen) -> dict[Kind, Any]:
+def _match(module: nn.Module, results: _ProbeResults) -> dict[Kind, Any]:
     """Return, for each kind that the module resembles, how it can be fused, or why it cannot."""
     if not _applicable(module):
         return {}
-    key = _like(module, seen.configs)
-    matches = seen.matches.get(key, _probed.get(key))
+    key = _probe_key(module, results.configs)
+    matches = results.matches.get(key, _probed.get(key))
     if matches is None:
         matches = {kind: fit for kind, (_, match) in KINDS.items() if (fit := match(module)) is not None}
-        if outlives_its_module(key) and len(_probed) < MOST_PROBED:
+        if outlives_its_module(key) and len(_probed) < MAX_PROBED:
             _probed[key] = matches
-    seen.matches[key] = matches
+    results.matches[key] = matches
     return matches
 
 
@@ -131,7 +132,7 @@ def _applicable(module: nn.Module) -> bool:
     return not module._modules or any(isinstance(child, LoraLayer) for child in module._modules.values())
 
 
-def _like(module: nn.Module, configs: Configs) -> tuple:
+def _probe_key(module: nn.Module, configs: Configs) -> tuple:
     """Return a key that is equal for modules of one class and config, which need only one probe."""
     children = tuple(
         (name, type(child), type(child).forward, _shapes(child), settings(child, configs))

@@ -19,7 +19,7 @@ from ..bases import base_of
 from ..frozen import is_hooked
 from ..layer import Swapped
 from ..linear import makes_gradients, projection_of
-from .probe import RUNS, is_as_probed, misfit, settings, twin, unknown_attribute
+from .probe import RUNS, is_as_probed, mismatch, settings, twin, unknown_attribute
 
 SIZE, FFN = 5, 7  # the widths of the twin that is probed: small, odd and unequal
 
@@ -128,10 +128,10 @@ def match(module: nn.Module) -> Roles | str | None:
     ((act, function),) = functions.items()
     for gate_up, down in possible:
         roles = Roles(gate_up, down, act, function, idle)
-        misfitting = _misfit(module, roles, linears)
-        if misfitting is None:
+        found = _mismatch(module, roles, linears)
+        if found is None:
             return roles
-        why = why or misfitting  # keep the reason for the usual order, which comes first
+        why = why or found  # keep the reason for the usual order, which comes first
     return why
 
 
@@ -160,21 +160,21 @@ def _function_of(child: nn.Module) -> str | None:
     """Return the name of the activation that a child without parameters computes, bit for bit; None if it is none."""
     child_twin = twin(child, {}, {})
     for name, act in ACTIVATIONS.items():
-        if misfit(child_twin, act.forward, (64,), torch.float32, 0.0, 1e-5) is None:
+        if mismatch(child_twin, act.forward, (64,), torch.float32, 0.0, 1e-5) is None:
             return name
     return None
 
 
-def _misfit(module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> str | None:
+def _mismatch(module: nn.Module, roles: Roles, linears: dict[str, nn.Linear]) -> str | None:
     # Compare values in float64 to the last digits, and in bf16 bit for bit, which reveals an upcast in between.
     for dtype, tolerance, of_gradients in ((torch.float64, 1e-12, 1e-12), (torch.bfloat16, 0.0, 0.05)):
-        why = _misfit_in(dtype, module, roles, linears, tolerance, of_gradients)
+        why = _mismatch_in(dtype, module, roles, linears, tolerance, of_gradients)
         if why is not None:
             return why
     return None
 
 
-def _misfit_in(
+def _mismatch_in(
     dtype: torch.dtype,
     module: nn.Module,
     roles: Roles,
@@ -199,7 +199,7 @@ def _misfit_in(
     calls = dict.fromkeys(small, 0)
     for name, child in small.items():
         child.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
-    why = misfit(
+    why = mismatch(
         mlp_twin,
         lambda x: gated_mlp(x, projections[:-1], projections[-1], act),
         (2, 3, SIZE),

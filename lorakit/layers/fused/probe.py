@@ -103,7 +103,7 @@ def twin(module: nn.Module, parameters: Mapping[str, nn.Parameter], children: Ma
     return copy
 
 
-def misfit(
+def mismatch(
     module: nn.Module, fused: Run, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, of_gradients: float
 ) -> str | None:
     """Say how `fused` differs from what the module (a twin) computes; None if it does not.

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.autocast import is_casting
-from ...ops.fused.rms_norm import Form, rms_norm
+from ...ops.fused.rms_norm import NormVariant, rms_norm
 from ...ops.linear import needs_plain
 from ..layer import Swapped
-from .probe import is_as_probed, misfit, twin, unknown_attribute
+from .probe import is_as_probed, mismatch, twin, unknown_attribute
 
 
 class FusedRmsNorm(Swapped):
     """The mixin in front of the norm's own class, whose forward is called if the node does not apply."""
 
     weight: Tensor
-    lora_form: tuple[Form, str]  # and the name of the attribute epsilon
+    lora_norm_variant: tuple[NormVariant, str]  # and the name of the attribute epsilon
 
     @staticmethod
     def lora_settings(module: nn.Module, match: Any) -> dict[str, object]:
         """Return the attributes to set on a module that can be fused. `match`: what `match` returned."""
-        return {"lora_form": match}
+        return {"lora_norm_variant": match}
 
     def forward(self, *args, **kwargs) -> Tensor:
         weight = self.weight
@@ -41,12 +41,12 @@ class FusedRmsNorm(Swapped):
             or needs_plain()
         ):
             return super().forward(*args, **kwargs)
-        form, epsilon = self.lora_form
-        return rms_norm(x, weight, getattr(self, epsilon), form)
+        variant, epsilon = self.lora_norm_variant
+        return rms_norm(x, weight, getattr(self, epsilon), variant)
 
 
-def match(module: nn.Module) -> tuple[Form, str] | str | None:
-    """Return the form and epsilon's name if a module can be fused, a string why not if it resembles an RMSNorm, else
+def match(module: nn.Module) -> tuple[NormVariant, str] | str | None:
+    """Return the variant and epsilon's name if a module can be fused, a string why not if it resembles an RMSNorm, else
     None.
     """
     weight = module._parameters.get("weight")
@@ -66,14 +66,14 @@ def match(module: nn.Module) -> tuple[Form, str] | str | None:
     if attribute is not None:
         return f"it has an attribute '{attribute}' that the fused form does not support"
     why: str | None = None
-    for form in Form:
-        why = _misfit(module, form, epsilons[0], width)
+    for variant in NormVariant:
+        why = _mismatch(module, variant, epsilons[0], width)
         if why is None:
-            return form, epsilons[0]
+            return variant, epsilons[0]
     return why if "rms" in type(module).__name__.lower() else None  # not to report every LayerNorm
 
 
-def _misfit(module: nn.Module, form: Form, epsilon: str, width: int) -> str | None:
+def _mismatch(module: nn.Module, variant: NormVariant, epsilon: str, width: int) -> str | None:
     """Say how the node differs from the module; None if outputs are equal bit for bit, also in bf16 (forms differ)."""
     eps = module.__dict__[epsilon]
     for dtype in (torch.float32, torch.bfloat16):
@@ -81,8 +81,8 @@ def _misfit(module: nn.Module, form: Form, epsilon: str, width: int) -> str | No
         own = nn.Parameter(torch.randn(width, generator=generator, device="cpu").to(dtype), requires_grad=False)
         norm_twin = twin(module, {"weight": own}, {})
         of_gradients = 0.02 if dtype == torch.bfloat16 else 1e-4
-        node = functools.partial(rms_norm, weight=own, eps=eps, form=form)
-        why = misfit(norm_twin, node, (3, width), dtype, 0.0, of_gradients)
+        node = functools.partial(rms_norm, weight=own, eps=eps, variant=variant)
+        why = mismatch(norm_twin, node, (3, width), dtype, 0.0, of_gradients)
         if why is not None:
             return why
     return None

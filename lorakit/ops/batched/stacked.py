@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .schedule import Row, Schedule
 
-Piece = tuple[Tensor, Tensor]  # Aᵀ [in, r] and Bᵀ [r, out] of a chunk; batched [G, in, r] and [G, r, out]
+ChunkFactors = tuple[Tensor, Tensor]  # Aᵀ [in, r] and Bᵀ [r, out] of a chunk; batched [G, in, r] and [G, r, out]
 
 
 def reference(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Row]) -> Tensor:
@@ -32,7 +32,7 @@ def reference(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], ro
     return torch.stack(outputs) if outputs else y
 
 
-def pieces(A: Tensor, Bt: Tensor, schedule: Schedule) -> list[Piece]:
+def chunk_factors(A: Tensor, Bt: Tensor, schedule: Schedule) -> list[ChunkFactors]:
     """Return each chunk's part of a stack A [ΣR, in], Bt [ΣR, out], as views.
 
     They are worth caching: creating them costs as much as a small product.
@@ -46,10 +46,10 @@ def pieces(A: Tensor, Bt: Tensor, schedule: Schedule) -> list[Piece]:
     return parts
 
 
-def add_stacked(y: Tensor, x: Tensor, parts: Sequence[Piece], schedule: Schedule) -> None:
+def add_stacked(y: Tensor, x: Tensor, parts: Sequence[ChunkFactors], schedule: Schedule) -> None:
     """Add the updates to y in place, without gradients.
 
-    y: [N, out], x: [N, in], both contiguous; `parts`: the `pieces` of this schedule.
+    y: [N, out], x: [N, in], both contiguous; `parts`: the `chunk_factors` of this schedule.
     """
     if schedule.order is None:
         for (tokens, _, adapters, scale), (At, Bt) in zip(schedule.chunks, parts, strict=True):

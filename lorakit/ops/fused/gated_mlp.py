@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .. import projections as p
 from ..autocast import without_autocast
 from ..dropout import Mask, draw_mask, draw_seed, masked
-from ..projections import Projection, Wanted
+from ..projections import NeedsGrad, Projection
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class _GatedMlp(torch.autograd.Function):
         state_of_h = draw_mask(h, dropout, seed).state if seed is not None else None
         (out,), low_down = p.forward(h, _dropped(h, dropout, state_of_h), [down])
         needs = ctx.needs_input_grad[6:]
-        ctx.wanted = Wanted.of(ctx.needs_input_grad[0], needs[:-4])
-        ctx.wanted_down = Wanted.of(ctx.wanted.x or any(needs[:-4]), needs[-4:])
+        ctx.needs = NeedsGrad.of(ctx.needs_input_grad[0], needs[:-4])
+        ctx.needs_down = NeedsGrad.of(ctx.needs.x or any(needs[:-4]), needs[-4:])
         ctx.act, ctx.dropout, ctx.scales, ctx.shape = act, dropout, scales, x.shape
         ctx.save_for_backward(x2, low, low_down, state, state_of_h, *outs, *tensors)
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))  # not a view, see `projections`
@@ -114,7 +114,7 @@ class _GatedMlp(torch.autograd.Function):
         mask = None if state_of_h is None else Mask(ctx.dropout, state_of_h)
         dropped = _dropped(h, ctx.dropout, state_of_h)
         dh, gradients_down = p.backward(
-            [g.reshape(-1, g.shape[-1])], h, dropped, mask, low_down, [down], ctx.wanted_down
+            [g.reshape(-1, g.shape[-1])], h, dropped, mask, low_down, [down], ctx.needs_down
         )
         if dh is None:
             return (None, None, None, None, None, None, *[None] * (4 * count), *gradients_down)
@@ -123,7 +123,7 @@ class _GatedMlp(torch.autograd.Function):
         d_gate = ctx.act.backward(dh.mul_(up), gate)
         grads = [d_gate, d_up] if count == 2 else [torch.cat([d_gate, d_up], dim=-1)]
         mask = None if state is None else Mask(ctx.dropout, state)
-        dx, gradients = p.backward(grads, x, _dropped(x, ctx.dropout, state), mask, low, gate_up, ctx.wanted)
+        dx, gradients = p.backward(grads, x, _dropped(x, ctx.dropout, state), mask, low, gate_up, ctx.needs)
         return (
             dx.view(ctx.shape) if dx is not None else None,
             None,

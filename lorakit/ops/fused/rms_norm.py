@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..autocast import without_autocast
 
 
-class Form(Enum):
+class NormVariant(Enum):
     """The variants in models: the offset o, and whether the result is rounded to x's dtype before or after multiplying
     by the weight.
     """
@@ -34,38 +34,38 @@ class Form(Enum):
         return self.value[1]
 
 
-def reference(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_FIRST) -> Tensor:
-    """Compute the equation in plain operations, rounded as `form` says."""
+def reference(x: Tensor, weight: Tensor, eps: float, variant: NormVariant = NormVariant.ROUNDED_FIRST) -> Tensor:
+    """Compute the equation in plain operations, rounded as `variant` says."""
     wide = x.to(_wide(x))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (
-        (normed * _factor(weight, form, wide.dtype)).to(x.dtype) if form.rounded_last else weight * normed.to(x.dtype)
-    )
+    if variant.rounded_last:
+        return (normed * _factor(weight, variant, wide.dtype)).to(x.dtype)
+    return weight * normed.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, form: Form = Form.ROUNDED_FIRST) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, variant: NormVariant = NormVariant.ROUNDED_FIRST) -> Tensor:
     """Compute RMSNorm, with the same bits as `reference`. `weight`: [width], gets no gradient."""
-    return _RmsNorm.apply(x, weight, eps, form)
+    return _RmsNorm.apply(x, weight, eps, variant)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _factor(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
-    return form.offset + weight.to(dtype) if form.offset else weight.to(dtype)
+def _factor(weight: Tensor, variant: NormVariant, dtype: torch.dtype) -> Tensor:
+    return variant.offset + weight.to(dtype) if variant.offset else weight.to(dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, variant: NormVariant) -> Tensor:
         wide = x.to(_wide(x))
         rate = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # [..., 1]
         ctx.save_for_backward(x, rate, weight)
-        ctx.form = form
+        ctx.variant = variant
         normed = wide * rate
-        if form.rounded_last:
-            return normed.mul_(_factor(weight, form, wide.dtype)).to(x.dtype)
+        if variant.rounded_last:
+            return normed.mul_(_factor(weight, variant, wide.dtype)).to(x.dtype)
         normed = normed.to(x.dtype)
         return weight * normed if weight.dtype != x.dtype else normed.mul_(weight)
 
@@ -76,8 +76,8 @@ class _RmsNorm(torch.autograd.Function):
         x, rate, weight = ctx.saved_tensors
         wide = x.to(_wide(x)) * rate  # x̂
         d = (
-            g.to(wide.dtype) * _factor(weight, ctx.form, wide.dtype)
-            if ctx.form.rounded_last
+            g.to(wide.dtype) * _factor(weight, ctx.variant, wide.dtype)
+            if ctx.variant.rounded_last
             else (g * weight).to(wide.dtype)
         )
         along = (d * wide).mean(-1, keepdim=True)

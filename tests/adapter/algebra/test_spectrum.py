@@ -130,8 +130,8 @@ def test_the_spectrum_of_a_dora_is_that_of_its_low_rank_part():
 
 
 def test_of_a_large_whole_update_the_strongest_directions_are_found(monkeypatch):
-    monkeypatch.setattr(sp, "WHOLE", 50)
-    monkeypatch.setattr(sp, "STRONGEST", 6)
+    monkeypatch.setattr(sp, "FULL_SVD_MAX_SIZE", 50)
+    monkeypatch.setattr(sp, "LARGEST_VALUES", 6)
     U, V = (torch.linalg.qr(random(side, 70))[0] for side in (90, 80))
     S = torch.tensor([0.9**i for i in range(70)], dtype=torch.float64)
     found = spectrum(Dense(U * S @ V.T))

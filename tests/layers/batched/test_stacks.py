@@ -333,10 +333,10 @@ def test_any_order_of_mixes_stays_right_and_within_the_bound(monkeypatch, ranks)
         count = int(torch.randint(1, 4, (), generator=made))
         choices = ["abcde"[int(k)] for k in torch.randint(0, 5, (count,), generator=made)]
         check(model, x, choices)
-        places = sorted(stack(model).layout.places.values())
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
-        assert set(stack(model).snapshots) == set(stack(model).layout.places)
-        assert places[-1][1] <= stack(model).layout.capacity
+        spans = sorted(stack(model).layout.spans.values())
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+        assert set(stack(model).snapshots) == set(stack(model).layout.spans)
+        assert spans[-1][1] <= stack(model).layout.capacity
         assert stack(model).layout.capacity <= max(ranks, 2 * 3 * 3)
 
 

@@ -277,7 +277,7 @@ def inside(model: nn.Module) -> dict:
         n: {
             k: (id(v), None if k == "_modules" else repr(v))
             for k, v in m.__dict__.items()
-            if k not in ("lora_roles", "lora_form", "lora_act")
+            if k not in ("lora_roles", "lora_norm_variant", "lora_act")
         }
         | {"class": type(m).__bases__[-1] if n in kinds(model) else type(m)}
         for n, m in model.named_modules()
@@ -311,7 +311,9 @@ def test_probing_leaves_the_generator_and_everything_of_the_model_as_it_was(mode
     assert all(p.grad is None for p in model.parameters())
     fused.release(model)
     assert kinds(model) == {}
-    assert not any(hasattr(m, name) for m in model.modules() for name in ("lora_roles", "lora_form", "lora_act"))
+    assert not any(
+        hasattr(m, name) for m in model.modules() for name in ("lora_roles", "lora_norm_variant", "lora_act")
+    )
 
 
 def test_a_model_made_in_inference_mode_is_fused_too():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.layers.fused import fused
-from lorakit.ops.fused.rms_norm import Form
+from lorakit.ops.fused.rms_norm import NormVariant
 
 
 class Norm(nn.Module):
@@ -84,14 +84,14 @@ class FromOne(Norm):
         return ((1.0 + self.weight.float()) * self.normed(x.float())).to(x.dtype)
 
 
-KNOWN = {Form.ROUNDED_FIRST: Norm, Form.ROUNDED_LAST: RoundedLast, Form.FROM_ONE: FromOne}
+KNOWN = {NormVariant.ROUNDED_FIRST: Norm, NormVariant.ROUNDED_LAST: RoundedLast, NormVariant.FROM_ONE: FromOne}
 
 
 @pytest.mark.parametrize("form", KNOWN, ids=lambda form: form.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_each_form_is_told_from_the_others_and_computed_with_its_bits(form, dtype, calls):
     net = Net(KNOWN[form], dtype)
-    assert net.norm.lora_form == (form, "eps")
+    assert net.norm.lora_norm_variant == (form, "eps")
     assert counts(calls, lambda: net(torch.randn(3, 16).to(dtype)))["rms_norm"] == 1
     compare(net)
 
@@ -291,5 +291,5 @@ def test_attach_leaves_the_generator_and_the_module_as_they_were():
     state, weight = torch.get_rng_state(), net.norm.weight.detach().clone()
     fused.adopt(net)
     assert torch.equal(torch.get_rng_state(), state)
-    assert {k: (id(v), repr(v)) for k, v in net.norm.__dict__.items() if k != "lora_form"} == before
+    assert {k: (id(v), repr(v)) for k, v in net.norm.__dict__.items() if k != "lora_norm_variant"} == before
     assert torch.equal(net.norm.weight, weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.fused.probe import misfit, twin, unknown_attribute
+from lorakit.layers.fused.probe import mismatch, twin, unknown_attribute
 
 
 class Doubled(nn.Module):
@@ -21,7 +21,7 @@ class Doubled(nn.Module):
 
 
 def probe(module: nn.Module, run=lambda x: 2 * x, tolerance: float = 1e-12, gradients: float = 1e-12) -> str | None:
-    return misfit(
+    return mismatch(
         twin(module, dict(module._parameters), dict(module._modules)), run, (4, 3), torch.float64, tolerance, gradients
     )
 
@@ -104,7 +104,7 @@ def test_a_forward_that_notes_something_on_the_module_is_a_misfit():
     counting = Counting()
     made = twin(counting, {}, {})
     made.__dict__["_buffers"] = dict(counting._buffers)
-    assert "changes the module" in misfit(made, lambda x: 2 * x, (4, 3), torch.float64, 0.0, 0.0)
+    assert "changes the module" in mismatch(made, lambda x: 2 * x, (4, 3), torch.float64, 0.0, 0.0)
 
 
 def test_bits_are_compared_where_no_tolerance_is_given():

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from lorakit.ops.batched import schedule as cut_module
 from lorakit.ops.batched.schedule import schedule_rows
 from lorakit.ops.batched.segments import add_segments, segments
-from lorakit.ops.batched.stacked import add_stacked, pieces, reference
+from lorakit.ops.batched.stacked import add_stacked, chunk_factors, reference
 
 RANKS = [1, 2, 2, 2, 3, 3]  # equal ranks side by side, as a stack has them
 SIZE_IN, SIZE_OUT = 4, 3
@@ -48,7 +48,7 @@ def stacked(rows: list, ranks: list[int], tokens: int, dtype: torch.dtype, call:
         patch.setitem(cut_module.CALL, dtype, call)
         patch.setattr(cut_module, "GATHER_BELOW", gather_below)
         how = schedule_rows(rows, ranks, tokens, SIZE_IN + SIZE_OUT, x)
-    parts = pieces(torch.cat([A for A, _ in factors]), torch.cat([B.T for _, B in factors]), how)
+    parts = chunk_factors(torch.cat([A for A, _ in factors]), torch.cat([B.T for _, B in factors]), how)
     done = y.clone()
     add_stacked(done.view(-1, SIZE_OUT), x.view(-1, SIZE_IN), parts, how)
     return done, how, reference(y, x, factors, rows)
@@ -112,7 +112,7 @@ def test_a_row_that_is_not_a_number_stays_alone():
             patch.setitem(cut_module.CALL, torch.float64, call)
             how = schedule_rows(rows, [2, 2], 1, SIZE_IN + SIZE_OUT, x)
         done = y.clone()
-        parts = pieces(torch.cat([A for A, _ in factors]), torch.cat([B.T for _, B in factors]), how)
+        parts = chunk_factors(torch.cat([A for A, _ in factors]), torch.cat([B.T for _, B in factors]), how)
         add_stacked(done.view(-1, SIZE_OUT), x.view(-1, SIZE_IN), parts, how)
         assert done.isnan().any(-1).flatten().tolist() == [False, True, False, False, False]
 

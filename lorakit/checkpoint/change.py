@@ -33,35 +33,37 @@ class Change:
 
     @property
     def rank(self) -> int:
+        """The rank of the update's factors."""
         return self.update.rank
 
     def on(self, slot: Slot) -> Rows:
-        """ΔW by blocks of rows of this stored weight."""
+        """Compute ΔW by blocks of rows of this stored weight."""
         update = self.update.halves_swapped() if self.swapped else self.update
         return update.rows(slot.shape, self.transposed, self.weight, slot.rows)
 
 
 def update_for(
-    module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, place: WeightRows | None = None
+    module: str, update: Update, slot: Slot, model_type: str = "", weight: float = 1.0, rows: WeightRows | None = None
 ) -> Change:
-    """The change of a module's stored weight. `place`: how its layout in the file differs from the module's
+    """Build the change of a module's stored weight. `rows`: how its layout in the file differs from the module's
     (transposed, or its halves swapped: shift and scale of some norms).
 
-    AdapterError if the shapes do not fit, for a DoRA with a weight other than 1, and for updates that cannot be merged;
-    LorakitError if the weight is quantized.
+    Raises AdapterError if the shapes do not fit, for a DoRA with a weight other than 1, and for updates that cannot be
+    merged; LorakitError if the weight is quantized.
     """
     _check_stored(module, slot)
-    swapped, turned = (place.swapped, place.transposed) if place is not None else (False, False)
+    swapped, file_transposed = (rows.swapped, rows.transposed) if rows is not None else (False, False)
     why = update.unmergeable()
     if why is not None:
         raise AdapterError(f"'{module}' {why}")
-    transposed = update.layout(slot.shape, turned, _is_conv1d(module, model_type))
+    transposed = update.layout(slot.shape, file_transposed, _is_conv1d(module, model_type))
     if transposed is None:
         own = update.weight_shape()
         held = ", ".join(f"{name} {list(t.shape)}" for name, t in update.tensors().items())
         raise AdapterError(
             f"'{module}' has a weight of {list(slot.shape)} in the base; the adapter's update ({held}) is for "
-            f"{list(own[::-1] if turned else own)}\n  is it an adapter for another model, or one of another size?"
+            f"{list(own[::-1] if file_transposed else own)}\n"
+            "  is it an adapter for another model, or one of another size?"
         )
     if update.needs_base and weight != 1:
         raise AdapterError(
@@ -71,7 +73,9 @@ def update_for(
 
 
 def bias_for(module: str, update: Update, slot: Slot, weight: float = 1.0, swapped: bool = False) -> Change:
-    """The change of a module's bias. AdapterError if the shapes differ, LorakitError if the bias is quantized."""
+    """Build the change of a module's bias. Raises AdapterError if the shapes differ, LorakitError if the bias is
+    quantized.
+    """
     _check_stored(f"{module}.bias", slot)
     bias = update.tensors()["bias"]
     if bias.numel() != slot.shape[0] or len(slot.shape) != 1:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-from ..errors import listing
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,7 +21,7 @@ class TargetReport:
     changed: float
 
     def within(self, component: str) -> TargetReport:
-        """A copy with a pipeline's component in front of the names."""
+        """Return a copy with a pipeline's component in front of the names."""
         return (
             replace(self, module=f"{component}.{self.module}", tensor=f"{component}.{self.tensor}")
             if component
@@ -34,7 +29,7 @@ class TargetReport:
         )
 
     @property
-    def lost(self) -> bool:
+    def below_precision(self) -> bool:
         """Whether all of its ΔW was below the precision it was written in."""
         return self.asked > 0 and self.changed == 0
 
@@ -63,11 +58,11 @@ class MergeReport:
         return max((t.applied for t in self.targets), default=0.0)
 
     def headline(self) -> str:
-        """The result in one sentence, with the time it took."""
+        """Return the result in one sentence, with the time it took."""
         return f"{self.outcome()} in {self.seconds:.1f} s"
 
     def outcome(self) -> str:
-        """The result in one sentence."""
+        """Return the result in one sentence."""
         parts = [f"{len(self.targets)} targets merged, largest |ΔW| {self.largest:.3g}"]
         parts += [
             f"{len(names)} weights {what}"
@@ -78,40 +73,5 @@ class MergeReport:
         return "; ".join([*parts, same, f"{self.bytes / 1e6:,.1f} MB"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {**asdict(self), "largest": self.largest, "headline": self.headline()}
-
-    def table(self) -> Table:
-        """A rich table: a row for each target, the warnings below."""
-        from rich import box
-        from rich.table import Table
-
-        notes = [
-            *self.warnings,
-            *(
-                [f"not copied, as other weights than those merged: {listing(self.left_out, 4)}"]
-                if self.left_out
-                else []
-            ),
-        ]
-        table = Table(
-            box=box.SIMPLE,
-            title=self.headline(),
-            title_justify="left",
-            caption="\n".join(notes) or None,
-            caption_justify="left",
-        )
-        table.add_column("target", overflow="fold")
-        for column in ("shape", "rank", "largest |ΔW|", "written", "changed"):
-            table.add_column(column, justify="right")
-        for t in self.targets:
-            style = "yellow" if t.lost else None
-            shape = "x".join(map(str, t.shape))
-            table.add_row(
-                t.module, shape, str(t.rank), f"{t.asked:.3g}", f"{t.applied:.3g}", f"{t.changed:.1%}", style=style
-            )
-        for name in self.replaced:
-            table.add_row(name, "", "", "", "replaced", "")
-        for name in self.added:
-            table.add_row(name, "", "", "", "added", "")
-        return table

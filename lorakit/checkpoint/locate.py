@@ -1,6 +1,6 @@
 """Find the weights that an adapter names in a base's files.
 
-transformers and diffusers folders     a tensor each, under the model's own name or with another prefix (`names.py`)
+transformers and diffusers folders     a tensor each, under the model's own name or with another prefix (`renaming.py`)
 single files of a diffusion model      the original code's names; one tensor may hold the rows of several modules
                                        (attn.qkv)
 """
@@ -14,14 +14,13 @@ from ..errors import TargetError, did_you_mean, listing
 from ..formats import names
 from ..io.stream import Slot
 from .base import Base
-from .names import Renaming, find_renaming
-from .single_file import WeightRows, places
-from .single_file import bias_place as bias_in_single_file
+from .renaming import Renaming, find_renaming
+from .single_file import WeightRows, bias_rows, module_rows
 from .tied_weights import declared, find_ties
 
 
 @dataclass(frozen=True)
-class Places:
+class Locations:
     """The rows of each module's weight, by module name. `rename`: to the files' names, for other parameters."""
 
     modules: Mapping[str, WeightRows]
@@ -34,9 +33,9 @@ class Places:
 _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
-def find_places(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Places:
-    """Find all these modules. TargetError if the base lacks one. `saved`: names of saved weights, used to find the
-    renaming if there are no modules.
+def locate(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Locations:
+    """Find all these modules. Raises TargetError if the base lacks one. `saved`: names of saved weights, used to find
+    the renaming if there are no modules.
     """
     if base.single_file:
         return _in_single_file(base, modules)
@@ -53,14 +52,14 @@ def find_places(base: Base, modules: Collection[str], saved: Collection[str] = (
         at = next(n for n in (rename(own), own) if n in base.tensors or n in ties)
         slot = base.tensors.get(at) or base.tensors[ties[at]]
         found[module] = WeightRows(at, 0, slot.shape[0] if slot.shape else 1)
-    return Places(found, rename, ties)
+    return Locations(found, rename, ties)
 
 
-def bias_place(base: Base, module: str, places: Places) -> WeightRows:
-    """The rows of a module's bias. TargetError if it has none."""
-    here = places.modules[module]
+def locate_bias(base: Base, module: str, locations: Locations) -> WeightRows:
+    """Return the rows of a module's bias. Raises TargetError if it has none."""
+    here = locations.modules[module]
     if base.single_file:
-        found = bias_in_single_file(base.single_file, module, base.shapes)
+        found = bias_rows(base.single_file, module, base.shapes)
         if found is not None:
             return found
     else:
@@ -73,10 +72,10 @@ def bias_place(base: Base, module: str, places: Places) -> WeightRows:
     )
 
 
-def slot_at(base: Base, place: WeightRows, ties: Mapping[str, str]) -> Slot:
-    """These rows as a slot of the file that stores them, also for tied weights."""
-    slot = base.tensors[place.tensor if place.tensor in base.tensors else ties[place.tensor]]
-    return slot.part(place.start, place.stop) if slot.shape else slot
+def slot_at(base: Base, rows: WeightRows, ties: Mapping[str, str]) -> Slot:
+    """Return these rows as a slot of the file that stores them, also for tied weights."""
+    slot = base.tensors[rows.tensor if rows.tensor in base.tensors else ties[rows.tensor]]
+    return slot.part(rows.start, rows.stop) if slot.shape else slot
 
 
 def numbered(name: str) -> bool:
@@ -84,14 +83,14 @@ def numbered(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-def _in_single_file(base: Base, modules: Collection[str]) -> Places:
-    known = places(base.single_file, base.shapes)
+def _in_single_file(base: Base, modules: Collection[str]) -> Locations:
+    known = module_rows(base.single_file, base.shapes)
     missing = [m for m in modules if m not in known]
     if missing:
         components = sorted({m.partition(".")[0] for m in known})
         unknown = [m for m in missing if m not in names.shapes(base.single_file)]
         why = (
-            f"{missing[0]!r} is no module of {base.single_file}{did_you_mean(missing[0], known)}"
+            f"{missing[0]!r} is not a module of {base.single_file}{did_you_mean(missing[0], known)}"
             if unknown
             else f"it holds {listing(components)} of {base.single_file}"
         )
@@ -100,4 +99,4 @@ def _in_single_file(base: Base, modules: Collection[str]) -> Places:
             f"  {why}\n"
             "  is it an adapter for another model?"
         )
-    return Places({m: known[m] for m in modules})
+    return Locations({m: known[m] for m in modules})

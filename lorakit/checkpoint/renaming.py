@@ -59,7 +59,8 @@ class Renaming:
 def find_renaming(
     names: Collection[str], tensors: Collection[str], where: object, allowed: Collection[Renaming] | None = None
 ) -> Renaming:
-    """The renaming under which every one of `names` is one of `tensors`. TargetError if there is none, or several.
+    """Find the renaming under which every one of `names` is one of `tensors`. Raises TargetError if there is none, or
+    several.
 
     where: the checkpoint, for errors. allowed: the only renamings to try, besides none.
     """
@@ -94,7 +95,7 @@ def find_renaming(
 
 
 def _candidates(name: str, tensors: Iterable[str]) -> Iterable[Renaming]:
-    """Every replacement of a prefix that turns `name` into the name of a tensor."""
+    """Yield every replacement of a prefix that turns `name` into the name of a tensor."""
     parts = name.split(".")
     stem = _stem(name)
     # Without a layer number only adding or removing a prefix is safe.
@@ -109,7 +110,7 @@ def _candidates(name: str, tensors: Iterable[str]) -> Iterable[Renaming]:
 
 
 def _stem(name: str) -> int | None:
-    """The index of the part before the first number: 1 in `model.layers.3.mlp.up_proj.weight`."""
+    """Return the index of the part before the first number: 1 in `model.layers.3.mlp.up_proj.weight`."""
     parts = name.split(".")
     return next((max(i - 1, 0) for i, part in enumerate(parts) if part.isdigit()), None)
 

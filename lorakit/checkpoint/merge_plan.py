@@ -20,10 +20,10 @@ from ..errors import TargetError, listing
 from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
 from ..ops.delta import as_matrices
 from .base import Base
+from .change import Change
 from .changes import Changes
-from .names import Renaming
-from .update import Change
-from .where import find_places
+from .locate import locate
+from .renaming import Renaming
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class RowUpdates:
 
     @property
     def module(self) -> str:
+        """The module that all of them change."""
         return self.updates[0].module
 
     @property
@@ -66,6 +67,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """The tensor's size in OUT, in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.dtype in DTYPES else self.slot.nbytes
 
     @property
@@ -74,13 +76,13 @@ class Entry:
         return not self.updates and self.value is None
 
     def pieces(self) -> Iterator[tuple[Slot, RowUpdates | None]]:
-        """The source in blocks of rows, each with its updates or None."""
+        """Yield the source in blocks of rows, each with its updates or None."""
         at, slot = 0, self.slot
-        for placed in self.updates:
-            if placed.start > at:
-                yield slot.part(at, placed.start), None
-            yield slot.part(placed.start, placed.stop), placed
-            at = placed.stop
+        for row_updates in self.updates:
+            if row_updates.start > at:
+                yield slot.part(at, row_updates.start), None
+            yield slot.part(row_updates.start, row_updates.stop), row_updates
+            at = row_updates.stop
         if at < slot.shape[0]:
             yield slot.part(at, slot.shape[0]), None
 
@@ -97,22 +99,31 @@ class Plan:
     untied: list[str]
 
     @property
+    def grown(self) -> tuple[int, int] | None:
+        """The rows of the embedding before and after, if it gets rows for tokens."""
+        sizes = [
+            (e.slot.shape[0], e.shape[0]) for e in self.entries if e.source is not None and e.shape != e.slot.shape
+        ]
+        return sizes[0] if sizes else None
+
+    @property
     def entries(self) -> list[Entry]:
+        """The tensors of all files."""
         return [entry for entries in self.files.values() for entry in entries]
 
 
 def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torch.dtype | None, untie: bool) -> Plan:
     """Plan the merge of adapters with their weights. `untie`: separate tied weights that change.
 
-    TargetError or AdapterError for every part of an adapter that does not fit the base.
+    Raises TargetError or AdapterError for every part of an adapter that does not fit the base.
     """
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
     for weight, adapter in adapters:
-        places = find_places(base, adapter.updates, adapter.saved)
-        changes.add(weight, adapter, places)
-        renames.append(places.rename)
-        ties |= places.ties
+        locations = locate(base, adapter.updates, adapter.saved)
+        changes.add(weight, adapter, locations)
+        renames.append(locations.rename)
+        ties |= locations.ties
     changes.check()
     tied = {*ties, *ties.values()}
     untying = untie and any(n in tied for n in changes.touched)
@@ -123,12 +134,12 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
     files: dict[str, list[Entry]] = {file: [] for file in base.shards}
     for name, slot in sources.items():
         stored = NAMES[dtype] if dtype is not None and slot.dtype in MERGEABLE else slot.dtype
-        placed = tuple(
+        row_updates = tuple(
             RowUpdates(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items())
         )
-        files[slot.path.name].append(
-            Entry(name, slot.path.name, stored, slot.shape, slot, placed, changes.values.get(name))
-        )
+        value = changes.values.get(name)
+        shape = slot.shape if value is None else tuple(value.shape)  # more rows, where tokens were added
+        files[slot.path.name].append(Entry(name, slot.path.name, stored, shape, slot, row_updates, value))
     last = list(files)[-1]
     for name in changes.added:
         value = changes.values[name]
@@ -145,6 +156,8 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
     found = [change for n in group for changed in changes.updates.get(n, {}).values() for change in changed]
     if len(found) != len(group) or any(n in changes.values for n in group):
         return False
+    if all(change.update is found[0].update and change.weight == found[0].weight for change in found):
+        return True  # trained tokens
     halves = []
     for change in found:
         f = change.update.factors
@@ -158,7 +171,7 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
 
 
 def _keep_tied(changes: Changes, ties: Mapping[str, str]) -> None:
-    """TargetError unless weights that stay tied get the same update or the same saved weight."""
+    """Raise TargetError unless weights that stay tied get the same update or the same saved weight."""
     values = changes.values
     for holder in dict.fromkeys(ties.values()):
         group = [holder, *(user for user, h in ties.items() if h == holder)]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import LorakitError
 from ..io.stream import DTYPES, MERGEABLE, Slot, StreamWriter, bytes_of, read_header, same_bytes
-from .plan import Entry, RowUpdates
-from .report import TargetReport
+from .merge_plan import Entry, RowUpdates
+from .merge_report import TargetReport
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class WrittenTensor:
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """The order in a file: wide dtypes first, so that each tensor starts at a multiple of its element size."""
+    """Sort tensors as a file holds them: wide dtypes first, so that each starts at a multiple of its element size."""
 
     def width(entry: Entry) -> int:
         dtype = DTYPES.get(entry.dtype)
@@ -46,7 +46,7 @@ def write_file(
 ) -> dict[str, WrittenTensor]:
     """Write one safetensors file; `done(name)` is called after each tensor. Returns the updated tensors.
 
-    LorakitError if a value is too large for the dtype.
+    Raises LorakitError if a value is too large for the dtype.
     """
     written: dict[str, WrittenTensor] = {}
     with StreamWriter(path, {e.name: (e.dtype, e.shape, e.nbytes) for e in entries}, metadata) as out:
@@ -63,12 +63,12 @@ def write_file(
                     out.write(_rounded(entry, block, block))
             else:
                 largest, crc = [], 0
-                for slot, placed in entry.pieces():
+                for slot, row_updates in entry.pieces():
                     most = 0.0
-                    for _, block, change in _changes(slot, placed):
+                    for _, block, change in _changes(slot, row_updates):
                         most = max(most, _largest(change)) if change is not None else most
                         crc = out.write(_rounded(entry, _sum(block, change), block), crc)
-                    if placed is not None:
+                    if row_updates is not None:
                         largest.append(most)
                 written[entry.name] = WrittenTensor(largest, crc)
             done(entry.name)
@@ -76,23 +76,23 @@ def write_file(
 
 
 def merged_rows(entry: Entry) -> Iterator[tuple[slice, Tensor]]:
-    """The merged tensor in blocks of rows [n, -1], not rounded: W + ΔW in float32 (float64 stays); unchanged tensors
-    and replaced ones in their own dtype.
+    """Yield the merged tensor in blocks of rows [n, -1], not rounded: W + ΔW in float32 (float64 stays); unchanged
+    tensors and replaced ones in their own dtype.
     """
     if entry.value is not None:
         value = entry.value.reshape((*entry.shape[:1], -1) if entry.shape else (1, 1))
         yield slice(0, value.shape[0]), value
         return
     start = 0
-    for slot, placed in entry.pieces() if entry.updates else iter([(entry.slot, None)]):
-        for rows, block, change in _changes(slot, placed):
+    for slot, row_updates in entry.pieces() if entry.updates else iter([(entry.slot, None)]):
+        for rows, block, change in _changes(slot, row_updates):
             yield slice(start + rows.start, start + rows.stop), _sum(block, change)
         start += slot.shape[0] if slot.shape else 1
 
 
-def _changes(slot: Slot, placed: RowUpdates | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Blocks of rows: (rows, W[rows], ΔW[rows] or None)."""
-    made = [update.on(slot) for update in placed.updates] if placed is not None else []
+def _changes(slot: Slot, row_updates: RowUpdates | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield blocks of rows: (rows, W[rows], ΔW[rows] or None)."""
+    made = [update.on(slot) for update in row_updates.updates] if row_updates is not None else []
     for rows, block in slot.rows():
         changes = [change(rows, block) for change in made]
         yield rows, block, reduce(torch.add, changes) if changes else None
@@ -115,7 +115,7 @@ def read_back(
 ) -> list[TargetReport]:
     """Compare a written file with the base. Returns what each update changed.
 
-    LorakitError if anything else differs, or an updated tensor's checksum does.
+    Raises LorakitError if anything else differs, or an updated tensor's checksum does.
     """
     slots, _ = read_header(path)
     if list(slots) != [e.name for e in entries]:
@@ -143,10 +143,10 @@ def read_back(
 
 
 def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> list[TargetReport]:
-    """|written - base| for each update of a tensor, with the base rounded to the written dtype."""
+    """Measure |written - base| for each update of a tensor, with the base rounded to the written dtype."""
     reports, crc, start = [], 0, 0
     largest = iter(updated.largest)
-    for source, placed in entry.pieces():
+    for source, row_updates in entry.pieces():
         applied, changed = 0.0, 0
         written = slot.part(start, start + source.shape[0])
         for (_, new), (_, old) in zip(written.rows(), source.rows(), strict=True):
@@ -156,12 +156,14 @@ def _measure(path: Path, entry: Entry, slot: Slot, updated: WrittenTensor) -> li
             wide = torch.promote_types(new.dtype, torch.float32)
             applied = max(applied, _largest(new.to(wide) - before.to(wide)))
         start += source.shape[0]
-        if placed is None and changed:
+        if row_updates is None and changed:
             raise _unlike(path, f"'{entry.name}'")
-        if placed is not None:
+        if row_updates is not None:
             share = changed / math.prod(source.shape)
             reports.append(
-                TargetReport(placed.module, entry.name, source.shape, placed.rank, next(largest), applied, share)
+                TargetReport(
+                    row_updates.module, entry.name, source.shape, row_updates.rank, next(largest), applied, share
+                )
             )
     if crc != updated.crc:
         raise _unlike(path, f"'{entry.name}'")
@@ -173,7 +175,7 @@ def _as_is(entry: Entry) -> bool:
 
 
 def _largest(block: Tensor) -> float:
-    """max |x| in one pass without a copy; not finite if any element is not."""
+    """Return max |x| in one pass without a copy; not finite if any element is not."""
     if not block.numel():
         return 0.0
     low, high = torch.aminmax(block)
