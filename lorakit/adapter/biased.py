@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .checks import check_tensors, multiplied
-from .lora import Factors, FactorShapes
+from .lora import FactorShapes
 from .update import LowRank, Read, Rows, Update
 
 
@@ -54,6 +54,10 @@ class Biased(Update):
     def bias_apart(self) -> bool:
         return True
 
+    @property
+    def weight_alone(self) -> Update:
+        return self.inner
+
     def with_weight(self, after: Update) -> Update:
         return Biased(after, self.bias)
 
@@ -67,9 +71,6 @@ class Biased(Update):
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Biased:
         return Biased(self.inner.map(change), change("bias", self.bias))
-
-    def map_factors(self, change: Callable[[Factors], Factors]) -> Biased:
-        return Biased(self.inner.map_factors(change), self.bias)
 
     def check(self, module: str) -> None:
         self.inner.check(module)

@@ -155,6 +155,11 @@ class Update(ABC):
         """Whether a change of the bias stands beside an update of the weight, which may be another (`with_weight`)."""
         return False
 
+    @property
+    def weight_alone(self) -> Update:
+        """The update of the weight, without a change of the bias that stands apart."""
+        return self
+
     def with_weight(self, after: Update) -> Update:
         """`after` as the update of the weight, beside this one's change of the bias, if it has one apart."""
         return after

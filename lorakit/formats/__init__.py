@@ -133,10 +133,14 @@ def save_as_read(
     from ..adapter.algebra.edit import cast
     from .comfyui import write_as_read
 
-    spelling = adapter.metadata.get("spelling") if format in ("diffusers", "comfyui") else None
-    if not spelling or isinstance(dtype, str):
+    spelling = adapter.metadata.get("spelling") if format in TELLS_MODEL else None
+    if not spelling or isinstance(dtype, str) or ("prefix" in spelling) != (format == "kohya"):
         return save(adapter, path, format, dtype=dtype, base=base)
     path = Path(path).expanduser()
+    if format == "kohya":
+        from .kohya import write
+
+        return write(adapter if dtype is None else cast(adapter, dtype), path, spelling=spelling)
     return write_as_read(adapter if dtype is None else cast(adapter, dtype), path, spelling)
 
 

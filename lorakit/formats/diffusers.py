@@ -51,7 +51,7 @@ def fits(keys: Iterable[str]) -> bool:
     LoRA's tensors do and are no language model's.
     """
     keys = list(keys)
-    if flux_variants.fits(keys):
+    if flux_variants.fits(keys) or any(key.startswith("text_encoders.") for key in keys):
         return True
     return any(map(is_spelling, keys)) or (bool(keys) and all(map(split, keys)) and family_of(keys) is None)
 

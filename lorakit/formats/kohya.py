@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from ..io.json_object import parse_json
 from . import lycoris, names
 from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
-from .native import contradicting
+from .native import as_read, contradicting
 from .peft_config import checked
 from .spellings import is_spelling
 from .telling import disagreement, misspelt, size_of, tell
@@ -75,12 +76,34 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], m
             updates[module], came_from[module] = update, key
     ours = parse_json(header["lorakit"], f"{path} (its header)") if "lorakit" in header else {}
     facts = ours | ({"model": model} if model is not None else {})
+    facts = {k: v for k, v in facts.items() if k != "spelling"} | _spelling(keys, model)
     facts |= {"header": {k: v for k, v in header.items() if k != "lorakit"}}
     try:
         config = checked(path, lambda: _config(updates))
         return Adapter(config, updates, metadata=facts, embeddings=embeddings).check()
     except AdapterError as error:
         raise error if str(error).startswith(str(path)) else AdapterError(f"{path}: {error}") from error
+
+
+def _spelling(keys: Mapping[str, Mapping[str, Tensor]], model: str | None) -> dict[str, Any]:
+    """How to write the file back as it was read: the denoiser's prefix and naming, and whether it has alphas."""
+    denoiser = [key for key in keys if key.startswith(names.TRANSFORMER)]
+    prefix = next((p for p in names.TRANSFORMER if denoiser and all(key.startswith(p) for key in denoiser)), None)
+    known = names.modules_of(model) if model is not None else {}
+    modules = {key: known[key] for key in denoiser if key in known}
+    original = any(
+        len(parts) > 1 or not key.endswith("_" + parts[0].partition(".")[2].replace(".", "_"))
+        for key, parts in modules.items()
+    )
+    low_rank = [parts for parts in keys.values() if "lora_up.weight" in parts]
+    return {
+        "spelling": {
+            "prefix": prefix,
+            "original": original,
+            "alpha": any("alpha" in parts for parts in low_rank),
+            "alphas": any("alpha" in parts for parts in keys.values()),
+        }
+    }
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -118,7 +141,7 @@ def unholdable(adapter: Adapter) -> list[str]:
     return lines
 
 
-def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
+def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False, spelling: Mapping[str, Any] | None = None) -> Path:
     """Write a kohya file and return its path. AdapterError, and nothing written, if it cannot hold all of the adapter.
 
     bake_alpha: multiply the scales into the ups, rounded to their dtype, and leave alpha out, which means alpha = r:
@@ -131,21 +154,29 @@ def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
     model = None if _own_names(adapter) else written_for(adapter)
     tensors: dict[str, Tensor] = {}
     written: dict[str, tuple[Update, Tensor | None]] = {}
-    for key, update, shape in _written(adapter, model):
-        parts = lycoris.tensors_of(key, update, shape, bake_alpha)
+    for key, update, shape in _written(adapter, model, spelling or {}):
+        if spelling is None:
+            parts = lycoris.tensors_of(key, update, shape, bake_alpha)
+        else:
+            parts, plain = as_read(key, update, shape, spelling)
+            parts = {name: t for name, t in parts.items() if not (plain and name == f"{key}.alpha")}
         tensors |= parts
         written[key] = update, parts.get(f"{key}.alpha")
     write_hashed(path, tensors, metadata(adapter, model, written, path.stem))
     return path
 
 
-def _written(adapter: Adapter, model: str | None) -> Iterator[tuple[str, Update, tuple[int, ...]]]:
+def _written(
+    adapter: Adapter, model: str | None, spelling: Mapping[str, Any]
+) -> Iterator[tuple[str, Update, tuple[int, ...]]]:
     """(key, its update, the weight's shape)."""
     if model is None:
         for key, update in adapter.updates.items():
             yield key, update, update.weight_shape() if update.changes_weight else ()
         return
-    for place, found in grouped(adapter, names.places(model))[0].items():
+    for place, found in grouped(adapter, names.places(model, spelling.get("prefix"), spelling.get("original")))[
+        0
+    ].items():
         whole = fused(place, found, model)
         assert whole is not None
         yield place.key, whole, names.shapes(model)[place.modules[0]]

@@ -74,37 +74,27 @@ PIPELINES = {
 }
 MODELS = tuple(PIPELINES)  # with text encoders, and as single files
 # Denoisers alone. ldm=False: trainers take diffusers' own classes, or the original names are the same.
-_DIFFUSERS_NAMES = (
-    "qwen_image",
-    "z_image",
-    "hidream",
-    "cogvideox",
-    "cogview4",
-    "mochi",
-    "sana",
-    "kandinsky5",
-    "ernie_image",
-    "fibo2",
-)
-_LDM_NAMES = (
-    "flux2",
-    "wan",
-    "hunyuan_video",
-    "chroma",
-    "ltx",
-    "ltx2",
-    "lumina2",
-    "cosmos",
-    "ideogram4",
-    "krea2",
-    "ace_step",
-    "minimax_h3",
-    "flux3",
-    "auraflow",
+_DIFFUSERS_NAMES = {
+    *(
+        "qwen_image",
+        "z_image",
+        "hidream",
+        "cogvideox",
+        "cogview4",
+        "mochi",
+        "sana",
+        "kandinsky5",
+        "ernie_image",
+        "fibo2",
+    )
+}
+_DENOISERS = (  # where names and widths fit several, the first counts
+    *("flux2", "wan", "qwen_image", "z_image", "hunyuan_video", "chroma", "ltx", "ltx2", "lumina2", "hidream"),
+    *("cosmos", "ideogram4", "krea2", "ace_step", "minimax_h3", "flux3", "auraflow", "cogvideox", "cogview4", "mochi"),
+    *("sana", "kandinsky5", "ernie_image", "fibo2"),
 )
 PIPELINES |= {
-    model: {"transformer": Component(model, TRANSFORMER, ldm=model in _LDM_NAMES)}
-    for model in (*_LDM_NAMES, *_DIFFUSERS_NAMES)
+    model: {"transformer": Component(model, TRANSFORMER, ldm=model not in _DIFFUSERS_NAMES)} for model in _DENOISERS
 }
 KNOWN = tuple(PIPELINES)
 _WIDTHS = {"flux": (3072,), "sd3": (1536, 2432)}  # of the other lists each has its own
@@ -179,15 +169,23 @@ def modules_of(model: str) -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
-def places(model: str) -> Mapping[str, KohyaKey]:
-    """Module name -> the key it is written under. Modules without an ldm name are missing if ldm names are written."""
+def places(model: str, prefix: str | None = None, original: bool | None = None) -> Mapping[str, KohyaKey]:
+    """Module name -> the key that it is written under. A module without an ldm name where those are written has none.
+
+    prefix, original: of the denoiser's keys in a file that is written back as it was read: its prefix, and whether it
+    had the original code's names; a module that has no such name is then written under diffusers'.
+    """
     found: dict[str, KohyaKey] = {}
-    for component, part in PIPELINES[model].items():
+    for number, (component, part) in enumerate(PIPELINES[model].items()):
         listed = module_list(part.listed)
-        keys = listed["ldm"] if part.ldm else {name: [name] for name in listed["modules"]}
+        own = {name: [name] for name in listed["modules"]}
+        keys = listed["ldm"] if part.ldm else own
+        front = part.prefixes[0]
+        if number == 0 and prefix is not None:
+            front, keys = prefix, (own | listed.get("ldm", {}) if original else own)
         for name, modules in keys.items():
             full = tuple(f"{component}.{module}" for module in modules)
-            found |= dict.fromkeys(full, KohyaKey(part.prefixes[0] + _flat(name), full))
+            found |= dict.fromkeys(full, KohyaKey(front + _flat(name), full))
     return found
 
 

@@ -44,7 +44,13 @@ FRONTS = (
     "",
 )
 UNET = "lora_unet_"
-COMFYUI: dict[str, Any] = {"front": f"{NATIVE}.", "original": True, "pair": "lora_A", "text": "kohya"}  # a spelling
+COMFYUI: dict[str, Any] = {  # a spelling
+    "front": f"{NATIVE}.",
+    "original": True,
+    "pair": "lora_A",
+    "alphas": True,
+    "text": "kohya",
+}
 # ComfyUI's names of the text encoders -> the component in each pipeline, the first that the model has counts.
 _TEXT = {"clip_l": ("text_encoder",), "clip_g": ("text_encoder_2",), "t5xxl": ("text_encoder_3", "text_encoder_2")}
 _COMFYUI_TEXT = re.compile(r"text_encoders\.(?P<name>\w+?)\.(?:transformer\.)?(?P<path>.+)")
@@ -76,7 +82,7 @@ def flattened(
         text = path.startswith(names.PREFIXES) or _COMFYUI_TEXT.match(path) or _COMPONENT_TEXT.match(path)
         (beside if text else denoiser).setdefault(path, {})[suffix] = tensor
     if not denoiser:
-        return None
+        return _text_encoders_alone(tensors, beside)
     flat_keys = [path for path in beside if path.startswith(names.PREFIXES)]
     front, told = _told(denoiser, flat_keys, stated_model(header), model)
     if told is not None and told.contradiction:
@@ -86,21 +92,35 @@ def flattened(
     flat = {UNET + _flat(path[len(front) :]): parts for path, parts in denoiser.items()}
     original = any(names.modules_of(told.model)[key] != (_diffusers(key, told.model),) for key in flat)
     for path, parts in beside.items():
-        key = _beside(path, told.model)
-        if key is None:
+        place = _beside(path, told.model)
+        if place is None:
             return None
-        flat[key] = parts
-    found = {f"{key}.{suffix}": tensor for key, parts in flat.items() for suffix, tensor in parts.items()}
-    return Native(found, told.model, spelled(tensors) | {"front": front, "original": original, "text": _text(beside)})
+        flat[place] = parts
+    named = {f"{key}.{suffix}": tensor for key, parts in flat.items() for suffix, tensor in parts.items()}
+    return Native(named, told.model, spelled(tensors) | {"front": front, "original": original, "text": _text(beside)})
+
+
+def _text_encoders_alone(tensors: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]]) -> Native | None:
+    """ComfyUI's text encoders without a denoiser, of the first pipeline that has them all; None for other spellings."""
+    if not all(map(_COMFYUI_TEXT.fullmatch, beside)):
+        return None
+    for model in ("flux", "sdxl", "sd3"):
+        keys = [_beside(path, model) for path in beside]
+        if all(key in names.modules_of(model) for key in keys):
+            named = {f"{key}.{s}": t for key, parts in zip(keys, beside.values()) for s, t in parts.items()}
+            return Native(named, model, spelled(tensors) | {"front": "", "original": True, "text": "comfyui"})
+    return None
 
 
 def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """How a file spells its tensors: which pair of names, and whether alphas, and what a norm's change is called."""
-    down = any(".lora_down." in key for key in tensors)
+    down = any(".lora_down." in key for key in tensors if not key.startswith(names.PREFIXES))
     spelling: dict[str, Any] = {"pair": "lora_down" if down else "lora_A"}
     low_rank = {path for key in tensors for path, suffix in [split(key) or ("", "")] if suffix == "lora_up.weight"}
     if any(f"{path}.alpha" in tensors for path in low_rank):
         spelling["alpha"] = True
+    if any(key.endswith(".alpha") for key in tensors):
+        spelling["alphas"] = True
     if any(key.endswith((".w_norm", ".b_norm")) for key in tensors):
         spelling["norm"] = True
     return spelling
@@ -121,19 +141,29 @@ def written(name: str, update: Update, shape: tuple[int, ...], spelling: Mapping
     pair = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     norm = {"w_norm": "diff", "b_norm": "diff_b"}
     found: dict[str, Tensor] = {}
-    plain = not flat and not spelling.get(
-        "alpha"
-    )  # every reader takes a missing alpha for the rank; some take no other
-    own = lycoris.tensors_of(name, update.map_factors(_with_alpha_as_rank) if plain else update, shape)
-    low_rank = f"{name}.lora_up.weight" in own
+    own, plain = (lycoris.tensors_of(name, update, shape), False) if flat else as_read(name, update, shape, spelling)
     for key, tensor in own.items():
         suffix = key.removeprefix(f"{name}.")
-        if suffix == "alpha" and plain and low_rank:
+        if suffix == "alpha" and plain:
             continue
         if not flat and spelling.get("pair") != "lora_down":
             suffix = pair.get(suffix, suffix)
         found[f"{name}.{suffix if spelling.get('norm') else norm.get(suffix, suffix)}"] = tensor
     return found
+
+
+def as_read(
+    name: str, update: Update, shape: tuple[int, ...], spelling: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], bool]:
+    """(an update's tensors by kohya's keys, whether its alpha is to be left out): where the file had none, the scale of
+    low-rank factors goes into B. Every reader takes a missing alpha for the rank, and some take no other.
+    """
+    own = lycoris.tensors_of(name, update, shape)
+    low_rank = f"{name}.lora_up.weight" in own
+    if spelling.get("alpha" if low_rank else "alphas"):
+        return own, False
+    plain = update.with_weight(update.weight_alone.map_factors(_with_alpha_as_rank))
+    return lycoris.tensors_of(name, plain, shape), plain.scale == 1
 
 
 def _with_alpha_as_rank(f: Factors) -> Factors:

@@ -31,14 +31,14 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]
         lies = renamed(folder, "adapter_model", (".safetensors", ".bin"))
         raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there{lies}")
     found: dict[str, Tensor] = {}
-    header: dict[str, str] = {}
+    headers: dict[str, str] = {}
     for shard in shards:
         tensors, more = read_unwrapped(shard)
         twice = next((key for key in tensors if key in found), None)
         if twice is not None:
             raise AdapterError(f"{shard}: key '{twice}' is in another shard too")
-        found, header = found | tensors, header | more
-    return found, header, shards[0]
+        found, headers = found | tensors, headers | more
+    return found, headers, shards[0]
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -68,11 +68,9 @@ def test_a_file_of_an_unknown_model_is_edited_resized_and_combined_under_its_own
         code, _, err = lorakit(*[str(out) if word == "OUT" else str(word) for word in call])
         assert code == 0, err
         written = load_file(out)
-        flat = spelling in ("kohya", "lycoris")  # in those every module has its alpha
         alphas = {f"{stem}.alpha" for stem in stems}
-        expected = tensors.keys() | alphas if flat else tensors.keys()
         # diffusers' own spelling has its alphas in the header
-        assert written.keys() == (expected - alphas if spelling == "a component" else expected)
+        assert written.keys() == (tensors.keys() - alphas if spelling == "a component" else tensors.keys())
         again = lk.Adapter.load(out)
         for stem in stems:
             torch.testing.assert_close(again.updates[stem].delta(), factor * adapter.updates[stem].delta())
@@ -194,6 +192,9 @@ def test_text_encoders_beside_a_dit_in_every_spelling_are_one_adapter(tmp_path):
     mixed |= {f"lora_te1_{layer.replace('.', '_')}.{s}": t for s, t in clip.items()}
     comfy = {f"{native}.{s}": t for s, t in pair.items()}
     comfy |= {f"{clip_l}.{s}": t for s, t in clip.items()}
+    alone = {key: t for key, t in comfy.items() if key.startswith("text_encoders.")}
+    save_file(alone, tmp_path / "te.safetensors")
+    assert list(lk.Adapter.load(tmp_path / "te.safetensors").updates) == [f"text_encoder.{layer}"]
     for tensors in (mixed, comfy):
         save_file(tensors, tmp_path / "f.safetensors")
         adapter = lk.Adapter.load(tmp_path / "f.safetensors")
