@@ -9,9 +9,8 @@ import shutil
 import pytest
 import tiny_lm
 from rich.console import Console
-from typer.testing import CliRunner
 
-from lorakit.cli.app import app
+from lorakit.cli import run
 from lorakit.errors import ConfigError, DataError
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
@@ -97,6 +96,5 @@ def test_what_cannot_be_mixed_is_an_error(make_config, others, tmp_path):
 def test_flags_name_sets_and_shares(model_folder, data_file, others, tmp_path):
     out = tmp_path / "flags"
     flags = ["train", "--data", str(data_file), "--model", str(model_folder), "--out", str(out), *tiny_lm.FLAGS]
-    done = CliRunner().invoke(app, [*flags, "--mix", f"{others}=0.25", "--streaming"])
-    assert done.exit_code == 0, done.output
+    assert run([*flags, "--mix", f"{others}=0.25", "--streaming"]) == 0
     assert json.loads((out / "adapter" / "lorakit.json").read_text())["recipe"]["mix"] == {str(others): 0.25}
