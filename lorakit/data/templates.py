@@ -41,6 +41,7 @@ Writer = Callable[[Sequence[Message], bool], str]
 
 HEADINGS = {"system": "", "user": "### Instruction:\n", "tool": "### Tool result:\n", "assistant": "### Response:\n"}
 CLOCK = "strftime_now"
+OTHER_IDS = "the chat template rejects the ids of tool calls, so they are numbered in the form that it takes"
 DIRECTIVES = "aAbBcdFHIjmMpSTuUVwWxXyYZ"  # what a format of strftime may hold; the hour is midnight's
 UNPADDED = "dmHIMSj"  # those that also come as "%-d", without a leading zero
 # Arguments of apply_chat_template that are not the template's.
@@ -172,8 +173,10 @@ class ChatTemplate:
                 )
 
     def unread(self, example: Example) -> list[str]:
-        """Notes on a row's own chat_template_kwargs that the template does not read."""
-        return [
+        """Notes on a row's own chat_template_kwargs that the template does not read, and on ids that it rejects."""
+        calls = [call for message in example.messages for call in message.turn.get("tool_calls", ())]
+        renamed = [OTHER_IDS] if calls and self.forms(bool(example.tools)).rejects_ids(calls) else []
+        return renamed + [
             f"the chat template does not read chat_template_kwargs.{name}"
             for name in example.template_kwargs
             if name not in self._words

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit.data.shapes import Example
 from lorakit.data.templates import Writer
-from lorakit.data.turns import Message
+from lorakit.data.turns import Message, is_text
 from lorakit.errors import DataError
 
 PROMPT_END = 40  # characters
@@ -44,6 +44,8 @@ class Unshown:
         """Return what to tell of an example. Raises DataError for what must not be left out."""
         messages, last = example.messages, answers[-1]
         notes = [message.note for message in messages if message.note]
+        if not any(answer.text for answer in answers):
+            return []  # nothing is trained, which is an error of its own
         for answer in answers:
             notes += self._of_answer(example, write, answer)
         answered = {answer.index for answer in answers}
@@ -56,8 +58,6 @@ class Unshown:
     def _of_answer(self, example: Example, write: Writer, answer: Answer) -> list[str]:
         messages, where = example.messages[: answer.index + 1], example.row.where
         message, notes = messages[-1], []
-        if not answer.text.strip():
-            return []  # nothing of it is trained, which is an error of its own
         for key in _further_keys(message):
             value = message.turn[key]
             text = value.strip() if isinstance(value, str) else ""
@@ -112,7 +112,7 @@ class Unshown:
         if not isinstance(content, list):
             return
         for at, part in enumerate(content):
-            if isinstance(part, str) or "text" in part:
+            if is_text(part):
                 continue
             fewer = _with(messages[index], "content", [p for i, p in enumerate(content) if i != at])
             if _is_same(write, [fewer if i == index else m for i, m in enumerate(messages)], rendered):
