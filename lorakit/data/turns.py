@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit.data import tool_calls
 from lorakit.data.parse import Row
-from lorakit.errors import DataError, did_you_mean
+from lorakit.errors import DataError, did_you_mean, listing
 
 ROLES = {
     "system": "system",
@@ -81,7 +81,8 @@ def _message(turn: object, key: str, row: Row) -> Message:
         raise DataError(
             f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}"
         )
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    openai = "from" not in turn or {"role", "content"} <= turn.keys()
+    role_key, content_key = ("role", "content") if openai else ("from", "value")
     given_role = turn.get(role_key)
     if not isinstance(given_role, str) or given_role not in ROLES:
         known = ", ".join(ROLES)
@@ -90,6 +91,11 @@ def _message(turn: object, key: str, row: Row) -> Message:
     role, content = ROLES[given_role], turn.get(content_key)
     # Parquet files and datasets fill every key that one turn of the data has with nulls in all the others.
     others = {name: value for name, value in turn.items() if value is not None and name not in (role_key, content_key)}
+    if not openai and others.keys() & {"role", "content"}:
+        raise DataError(
+            f"{row.where}: {key} has from and value, but also {listing(others.keys() & {'role', 'content'})}\n"
+            "  remove one of the two"
+        )
     trained = _is_trained(others, role, key, row)
     note = None
     if given_role in CALL_ROLES:

@@ -17,6 +17,7 @@ from lorakit.data.turns import Message, is_text
 from lorakit.errors import DataError
 
 PROMPT_END = 40  # characters
+OTHER_ID = "other0001"  # of a form that every template takes
 AFTER_LAST = "turns after the last trained answer are not used"
 CHANGED = "the chat template leaves out part of an answer's content"
 CALL_ALONE = "the chat template writes the tool calls of a turn without its content"
@@ -147,7 +148,12 @@ def _hidden(key: str, role: str, where: str) -> str:
 
 
 def _without(message: Message, key: str) -> Message:
-    """The turn without a key. One that only calls tools then has an empty content: it must have something."""
+    """The turn without a key. One that only calls tools then has an empty content: it must have something.
+
+    An id of a call is exchanged instead, as templates that need ids are given the missing ones.
+    """
+    if key == "tool_call_id":
+        return _with(message, key, OTHER_ID)
     rest = message.without(key)
     return rest if "content" in rest.given or key != "tool_calls" else _with(rest, "content", "")
 

@@ -200,6 +200,12 @@ def test_ids_of_a_form_that_the_template_rejects_are_numbered_anew_and_noted(row
         "assistant: world\n</s>"
     )
     assert row.notes == (OTHER_IDS,)
+    for call, result in zip(calls, reversed(results), strict=True):
+        call["id"] = result["tool_call_id"] = f"abcdef{call['id'][5:8]}"
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": calls}, *results, ANSWER]
+    (row,) = Renderer(t).rows(example_of(rows, messages))
+    assert "[sub abcdefsub]\ntool: sub=abcdefsub" in t.decode(row.ids)
+    assert row.notes == ()
 
 
 def test_a_call_that_leaves_nothing_but_an_end_to_train_is_an_error(rows, make_tokenizer):
@@ -323,6 +329,34 @@ def test_columns_that_nothing_reads_are_named_and_counted(rows, chatml_tokenizer
 def test_a_system_column_equal_to_the_turn_is_no_loss(rows, chatml_tokenizer):
     row = {"messages": [{"role": "system", "content": "own"}, USER, ANSWER], "system": "own"}
     assert build(rows(row), chatml_tokenizer).notes == {}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": [USER, ANSWER], "tools": [{"name": "add\ud83d"}]},
+        {"messages": [USER, ANSWER], "tools": '[{"name": "add\\ud83d"}]'},
+        {"messages": [USER, ANSWER | {"tool_calls": [{"name": "add", "arguments": {"a": "\ud83d"}}]}]},
+    ],
+)
+def test_half_a_surrogate_pair_anywhere_is_an_error_with_its_row(rows, make_tokenizer, plain_tokenizer, columns):
+    template = CALLS + "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    for tokenizer in (make_tokenizer(template=template), plain_tokenizer):
+        with pytest.raises(DataError, match=r"row 1: the template's text .* has half a surrogate pair"):
+            build(rows(columns), tokenizer)
+
+
+def test_turns_with_the_keys_of_both_forms(rows, chatml_tokenizer):
+    both = [USER | {"from": "web"}, ANSWER | {"from": "gpt", "value": "other"}]
+    data = build(rows({"messages": both}), chatml_tokenizer)
+    assert chatml_tokenizer.decode(data.items[0].ids).endswith("<|im_start|>assistant\nworld<|im_end|>\n")
+    assert sorted(data.notes) == [
+        f"the chat template does not show '{key}' of {role} turns"
+        for key, role in (("from", "assistant"), ("from", "user"), ("value", "assistant"))
+    ]
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "content": "c"}]
+    with pytest.raises(DataError, match=r"conversations\[1\] has from and value, but also content"):
+        read_examples(rows({"conversations": turns}))
 
 
 def test_developer_turns_keep_their_role_where_the_template_knows_it(rows, make_tokenizer, chatml_tokenizer):
