@@ -275,7 +275,7 @@ class Source(Strict):
 class RunSettings(Source):
     """The settings of a training run that do not depend on the method or the task."""
 
-    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
+    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory", "diverged"}
     rows: ClassVar = {"validation"}
 
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
@@ -324,6 +324,10 @@ class RunSettings(Source):
     )
     patience: int = Field(
         3, ge=0, description="stop after this many evaluations without a better held-out loss; 0: never"
+    )
+    diverged: Literal["stop", "continue"] = Field(
+        "stop",
+        description="what to do when the held-out loss is more than 0.5 above the base's, or the gradient exactly zero",
     )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")

@@ -21,8 +21,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> int:
-    """Run `lorakit ARGS` and return the exit code: 0 success, 1 the job failed, 2 a usage error (ConfigError), 130 Ctrl-C.
-    """
+    """Run `lorakit ARGS` and return the exit code: 0 success, 1 the job failed, 2 a usage error (ConfigError), 130 Ctrl-C."""
     from ..errors import ConfigError, LorakitError
 
     try:

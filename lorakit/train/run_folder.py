@@ -43,9 +43,10 @@ def locked_folder(path: Path) -> Iterator[None]:
         raise TrainError(f"{path} is a file\n  give a folder (--out)")
     made = not path.exists()
     try:
-        with write_errors(path / LOCK):
-            path.mkdir(parents=True, exist_ok=True)
-        with locked(path / LOCK, str(path), "give another folder (--out)"):
+        with contextlib.ExitStack() as stack:
+            with write_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path / LOCK, str(path), "give another folder (--out)"))
             yield
     finally:
         if made:

@@ -145,9 +145,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize(
-    "name", ["trainable.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"]
-)
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(trained, tmp_path, name, damage):
     model, optimizer = trained()
     best = {"0.weight": torch.randn(4, 3)}

@@ -75,6 +75,7 @@ def test_settings_that_change_nothing_that_is_computed_may_change(begun, config,
         "track": ["tensorboard"],
         "data": "moved.jsonl",
         "memory": "1TB",
+        "diverged": "continue",
     }
     assert changes.keys() == FREE
     RunFolder(changes["out"]).open(config.replace(**changes), "a" * 64)
