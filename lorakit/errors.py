@@ -6,7 +6,8 @@ Every error a user can cause is a `LorakitError`; the command line prints it wit
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class LorakitError(Exception):
@@ -62,3 +63,27 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "names with values",
+}
+
+
+def expectation(items: Sequence[Mapping[str, Any]]) -> str:
+    """Say what pydantic expected of a value. `items`: its errors for it, several for the members of a union."""
+    found = []
+    for item in items:
+        kind, _, problem = item["type"].partition("_")
+        if kind in _TYPES and problem in ("type", "parsing", "from_float"):
+            found.append(_TYPES[kind])
+        elif kind == "literal":
+            found.append(item["msg"].removeprefix("Input should be "))
+        else:
+            return f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"expected {' or '.join(dict.fromkeys(found))}"

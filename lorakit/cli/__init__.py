@@ -21,7 +21,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> int:
-    """Run `lorakit ARGS` and return the exit code: 0 success, 1 the job failed, 2 a usage error (ConfigError), 130 Ctrl-C."""
+    """Run `lorakit ARGS`. Returns 0 for success, 1 if the job failed, 2 for a usage error, 130 for Ctrl-C."""
     from ..errors import ConfigError, LorakitError
 
     try:
@@ -42,7 +42,10 @@ def run(args: list[str]) -> int:
             print("lorakit: stopped", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
-        print(f"lorakit: {error}", file=sys.stderr)
+        from ..train.config import TrainConfig
+        from .shared.spoken import in_flags
+
+        print(f"lorakit: {in_flags(str(error), TrainConfig.model_fields)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("lorakit: stopped", file=sys.stderr)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import typer
 
 from .shared.files import base_folder
+from .shared.next import command
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
 
@@ -65,4 +65,4 @@ def card(
         print("left out, because unknown:")
         for line in content.missing:
             print(f"  {line}")
-    print(f"next: lorakit push {quote(source)} {repository or 'OWNER/NAME'}")
+    print(f"next: {command('push', source, repository or 'OWNER/NAME', alpha=alpha, base=base)}")

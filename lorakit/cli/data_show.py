@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
+from .shared.next import command
 from .shared.options import Columns, DataTemplate, Split, pairs
 from .shared.starting import starting
 
@@ -51,6 +51,12 @@ def show(
         print(json.dumps(report(dataset)))
         return
     print_rows(dataset, tokenizer, rows)
-    options = {"--split": split, "--columns": columns, "--template": template if template != "auto" else None}
-    flags = "".join(f" {flag} {quote(value)}" for flag, value in options.items() if value)
-    print(f"\nnext: lorakit train --data {quote(data)} --model {quote(model)}{flags}")
+    options = {
+        "split": split,
+        "columns": columns,
+        "template": None if template == "auto" else template,
+        "train_on": None if train_on == "completion" else train_on,
+        "max_length": max_length,
+        "on_long": None if on_long == "auto" else on_long,
+    }
+    print(f"\nnext: {command('train', data=data, model=model, **options)}")

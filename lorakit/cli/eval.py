@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
+from .shared.next import command
 from .shared.options import Columns, DataTemplate, Model, Precision, Split, pairs
 from .shared.starting import starting
 
@@ -88,10 +88,12 @@ def evaluate(
     console.print(report.table())
     if dataset.dropped:
         print(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
+    given = {"precision": precision, "template": template}
+    kept = {name: value for name, value in given.items() if value != "auto"}
     if names:
-        print(f"next: lorakit chat --model {quote(model)} --adapter {quote((adapter or [''])[-1])}")
+        print(f"next: {command('chat', model=model, adapter=adapter, **kept)}")
     else:
-        print(f"next: lorakit train --data {quote(data)} --model {quote(model)}")
+        print(f"next: {command('train', data=data, model=model, split=split, columns=columns, **kept)}")
 
 
 def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
@@ -157,4 +159,5 @@ def _task_metrics(
         print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
         return
     Console().print(table(results))
-    print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")
+    kept = {"split": split, "columns": columns, "precision": None if precision == "auto" else precision}
+    print(f"next: {command('train', task=name, data=data, model=model, **kept)}")

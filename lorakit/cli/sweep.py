@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
+from .shared.next import after_training, command
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -104,7 +104,7 @@ def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
         console = Console()
         console.print()
         console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
-    resume = f"lorakit sweep --config {shlex.quote(f'{plan.out}/sweep.yaml')}"
+    resume = command("sweep", config=f"{plan.out}/sweep.yaml", quiet=quiet)
     if outcome.stopped:
         print(f"stopped by {outcome.stopped}; saved\nnext: {resume}   # resumes there")
         return
@@ -116,12 +116,7 @@ def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
     for group, adapter in outcome.winners.items():
         best = next(entry for entry in outcome.entries if entry.group == group)
         print(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
-    first = next(iter(outcome.winners.values()))
-    config = plan.runs[outcome.entries[0].name]
-    print(
-        f"next: lorakit eval {shlex.quote(config.data)} --model {shlex.quote(config.model)} --adapter "
-        f"{shlex.quote(str(first))}"
-    )
+    print(after_training(plan.runs[outcome.entries[0].name], next(iter(outcome.winners.values()))))
 
 
 sweep = with_flags(TrainConfig, _sweep, skip=_SKIP)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +12,9 @@ import typer
 
 from ..errors import ConfigError
 from ..methods import method_of
-from ..tasks import DEFAULT
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
+from .shared.next import after_training, command
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -45,15 +44,15 @@ def _train(
 
     result = run(settings, Progress(quiet=quiet or json_output))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
-        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings))
+        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings, quiet))
     if result.adapter is None:
         raise typer.Exit(exit_code(result.stopped))
 
 
-def _outcome(result: Result, settings: TrainConfig) -> str:
+def _outcome(result: Result, settings: TrainConfig, quiet: bool) -> str:
     """Say how the run ended, and which command comes next."""
     if result.adapter is None:
-        resume = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
+        resume = command("train", config=f"{settings.out}/config.yaml", quiet=quiet)
         return (
             f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
             f"next: {resume}   # resumes there"
@@ -62,10 +61,10 @@ def _outcome(result: Result, settings: TrainConfig) -> str:
     if result.stopped:
         end = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-    method = method_of(settings.method)
-    task = "" if settings.task == DEFAULT else f" --task {settings.task}"
-    evaluate = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
-    return f"{end} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {evaluate}"
+    what = method_of(settings.method).result
+    return (
+        f"{end} in {result.seconds:.0f} s{best}; {what}: {result.adapter}\n{after_training(settings, result.adapter)}"
+    )
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

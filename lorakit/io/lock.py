@@ -27,8 +27,9 @@ _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 def locked(file: Path, what: str, fix: str) -> Iterator[None]:
     """Hold a lock on `file`, which is created and, in the end, deleted.
 
-    Raises WriteError, naming the other process, if one holds it, OSError if the file cannot be written. `what`: what is written, `fix`: what else to do than
-    to wait, both for that message. Where the file system has no locks, the process id in the file decides.
+    Raises WriteError, naming the other process, if one holds it, and OSError if the file cannot be written. `what`,
+    `fix`: for that message, what is written and what else to do than to wait. Where the file system has no locks, the
+    process id in the file decides.
     """
     handle = _take(file, what, fix)
     try:

@@ -114,8 +114,9 @@ class Run:
         if self.config.diverged == "continue" or not divergence.is_dead(loss, norm):
             return None
         return TrainError(
-            f"the gradient is exactly zero at step {self.step + 1}, with a loss of {loss:.4f}: the run has diverged, or "
-            f"nothing that is trained affects the loss; nothing was updated, and {self._last_good()}\n  {self._advice()}"
+            f"the gradient is exactly zero at step {self.step + 1}, with a loss of {loss:.4f}: the run has diverged, "
+            f"or nothing that is trained affects the loss; nothing was updated, and {self._last_good()}\n"
+            f"  {self._advice()}"
         )
 
     def _check_divergence(self, loss: float) -> None:
@@ -269,7 +270,7 @@ class Run:
         write_report(job.folder, self.config)
 
     def _save_result(self, folder: Path, step: int | None = None) -> None:
-        """Write the adapter (or model) as it is now into `folder`. `step`: whose parameters it has; None: this one's."""
+        """Write the adapter (or model) as it is now into `folder`. `step`: that of its parameters; None: this one."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
         job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)

@@ -105,8 +105,8 @@ class RunFolder:
         if re.fullmatch("[0-9a-f]{64}", rows_then) is None:
             raise TrainError(
                 f"{self.rows_hash} is damaged: expected the SHA-256 of the run's rows\n"
-                f"  if the rows given now are the same, write theirs into it: {rows_now}; otherwise give another folder "
-                "(--out)"
+                f"  if the rows given now are the same, write theirs into it: {rows_now}\n"
+                "  otherwise give another folder (--out)"
             )
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))

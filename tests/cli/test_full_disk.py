@@ -14,12 +14,10 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tiny_lm
 import torch
 
 from lorakit.cli import run
 
-NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 TRAIN = ["--steps", "2", "--save-every", "1", "--eval-every", "1", "--validation", "0.1", "--sample-tokens", "1"]
 SHORT = [
     "--rank",
@@ -72,6 +70,14 @@ class FullDisk:
             return real(*args, **options)
 
         return call
+
+
+def _is_for_writing(file, mode="r", *_, **__):
+    return bool(set(mode) & set("wax+"))
+
+
+def _has_flags_for_writing(path, flags, *_, **__):
+    return bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
 _SAVE_FILE, _SAVE = safetensors.torch.save_file, torch.save

@@ -47,7 +47,7 @@ def test_verbs_take_a_checkpoint_and_an_interrupted_run(lorakit, model, data, in
         "merge": ["merge", model, source, tmp_path / "merged"],
     }
     for verb, args in calls.items():
-        code, out, err = lorakit(*args)
+        code, _, err = lorakit(*args)
         assert code == 0, (verb, err)
         assert ("has not ended; using its newest checkpoint, step-4" in err) == (where == ""), verb
     metrics = lk.Adapter.load(source).metadata["metrics"]
@@ -76,7 +76,7 @@ def test_an_interrupted_run_has_a_report(interrupted):
 def test_the_result_has_the_metrics_of_the_step_whose_parameters_it_has(lorakit, model, data, interrupted, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)
-    code, out, err = lorakit("train", "--model", model, "--data", data, "--out", folder, "--quiet", *FLAGS)
+    code, _, err = lorakit("train", "--model", model, "--data", data, "--out", folder, "--quiet", *FLAGS)
     assert code == 0, err
     metrics = lk.Adapter.load(folder).metadata["metrics"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
