@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from .shared.names import check_names
 from .shared.next import command
 from .shared.options import Columns, DataTemplate, Split, pairs
 from .shared.starting import starting
@@ -30,6 +31,7 @@ def show(
 ) -> None:
     """Print rows with the trained tokens marked, a length histogram, duplicates, and the effect of the length limit."""
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    check_names(model, data)
     with starting(f"reading {data}"):
         from ..bases.load import load_tokenizer
         from ..data.dataset import build

@@ -11,6 +11,7 @@ import typer
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
+from .shared.names import check_names
 from .shared.next import command
 from .shared.options import Columns, DataTemplate, Model, Precision, Split, pairs
 from .shared.starting import starting
@@ -50,6 +51,7 @@ def evaluate(
     from rich.console import Console
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    check_names(model, data, adapter or [])
     with starting(f"reading the rows and the base {model}"):
         from ..data.dataset import build
         from ..data.read import read_rows

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigError, listing
 from .shared.files import base_folder, output_path, read
+from .shared.names import check_names
 from .shared.options import Force
 from .shared.starting import starting
 
@@ -53,6 +54,7 @@ def export(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Check an adapter against what a program accepts, write it for that program, and verify its effect (--verify)."""
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..export import RECEIVERS
         from ..export import export as exported

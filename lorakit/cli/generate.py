@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.loading import load
+from .shared.names import check_names
 from .shared.options import Model, Precision, TopP
 from .shared.starting import starting
 
@@ -32,6 +33,7 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
 ) -> None:
     """Answer one prompt. `\\n` in the argument is a newline."""
+    check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..generate.generate import stream

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, read_checked
+from .shared.names import check_names
 from .shared.starting import starting
 
 
@@ -33,6 +34,7 @@ def inspect(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Show what an adapter contains (format, base, ranks, scales, norms, training), or which modules a model has."""
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..analysis.inspect import describe_adapter, describe_model, is_model
 

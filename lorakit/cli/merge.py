@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, parse_weights, say_if_unfinished
+from .shared.names import check_names
 from .shared.starting import starting
 
 
@@ -41,6 +42,7 @@ def merge(
 
     if len(adapters) < 2:
         raise ConfigError("merge expects BASE, one or several adapters, and OUT\n  lorakit merge BASE ADAPTER OUT")
+    check_names(adapters=adapters[:-1])
     with starting("reading the base and the adapters"):
         from ..checkpoint import merge_checkpoint
 

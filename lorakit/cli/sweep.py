@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
+from .shared.names import check_names
 from .shared.next import after_training, command
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -46,6 +47,8 @@ def _sweep(
         _list(plan, json_output)
         return
 
+    first = next(iter(plan.runs.values()))
+    check_names(first.model, first.data)
     with starting("reading the base and the data", quiet):
         from ..train.sweep.sweep import sweep as start
         from ..train.sweep.sweep_progress import SweepProgress

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
+from .shared.names import check_names
 from .shared.next import after_training, command
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
@@ -38,6 +39,7 @@ def _train(
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
     settings = TrainConfig(**values)
 
+    check_names(settings.model, settings.data)
     with starting("reading the base and the data", quiet or os.environ.get("RANK", "0") != "0"):
         from ..train.progress import Progress
         from ..train.train import train as run
