@@ -76,7 +76,10 @@ def run(args: list[str]) -> int:
             return _interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
-        complain(f"lorakit: {error}")
+        from ..train.config import TrainConfig
+        from .shared.spoken import in_flags
+
+        complain(f"lorakit: {in_flags(str(error), TrainConfig.model_fields)}")
         if isinstance(error, StoppedError):
             from ..train.interrupt import exit_code
 

@@ -10,6 +10,7 @@ import typer
 
 from .shared.algebra import Alpha, Base, Dtype, Force, Json, Keep, Modules, Rank, To, progress, report, write
 from .shared.files import base_folder, format_for, output_path, parse_weights, read
+from .shared.names import check_names
 from .shared.options import ModelType
 from .shared.starting import starting
 
@@ -50,6 +51,7 @@ def combine(
     json_output: Json = False,
 ) -> None:
     """Combine several adapters into one: the exact weighted sum of their updates, or TIES, DARE or pruning."""
+    check_names(adapters=adapters)
     with starting("reading the adapters"):
         from ..adapter.algebra.combine import combined
 

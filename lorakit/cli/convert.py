@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from .shared.files import base_folder, dtype_of, inspect_call, output_path, read
+from .shared.names import check_names
 from .shared.options import Force, ModelType
 from .shared.output import say
 from .shared.starting import starting
@@ -41,6 +42,7 @@ def convert(
 
     What that format cannot hold is an error; --allow-loss leaves it out and lists it.
     """
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..formats import format_of
         from ..formats.convert import convert as converted

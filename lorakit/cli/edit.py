@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, inspect_call, output_path, read
+from .shared.names import check_names
 from .shared.options import ModelType
 from .shared.output import say
 from .shared.starting import starting
@@ -44,6 +45,7 @@ def edit(
         )
     if scale == 0:
         raise ConfigError("--scale 0 would leave nothing of the adapter\n  give a scale other than 0")
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..adapter.algebra import edit as edits
         from ..formats import format_of, save, save_as_read

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigError, listing
 from .shared.files import base_folder, output_path, read
+from .shared.names import check_names
 from .shared.options import Force, ModelType
 from .shared.output import say
 from .shared.starting import starting
@@ -64,6 +65,7 @@ def export(
             "--dtype requires --merged, which writes a model\n"
             "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
         )
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..export import RECEIVERS
         from ..export import export as exported

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, read_checked
+from .shared.names import check_names
 from .shared.options import ModelType
 from .shared.output import output
 from .shared.starting import starting
@@ -39,6 +40,7 @@ def inspect(
     shown = quantity or ("relative" if base is not None else "norm")
     if shown == "relative" and base is None:
         raise ConfigError("--quantity relative compares with the base's weights\n  give their folder: --base FOLDER")
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..analysis.heatmap import kind_of
         from ..analysis.heatmap import plot as draw

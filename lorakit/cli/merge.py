@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, parse_weights, say_if_unfinished
+from .shared.names import check_names
 from .shared.options import ModelType
 from .shared.output import output, say
 from .shared.starting import starting
@@ -43,6 +44,7 @@ def merge(
     """Merge adapters into a checkpoint's files, one tensor in memory at a time, and verify the result."""
     if len(adapters) < 2:
         raise ConfigError("merge expects BASE, one or several adapters, and OUT\n  lorakit merge BASE ADAPTER OUT")
+    check_names(adapters=adapters[:-1])
     with starting("reading the base and the adapters"):
         from ..analysis.merge_tables import notes, tables
         from ..checkpoint import merge_checkpoint

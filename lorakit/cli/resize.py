@@ -9,6 +9,7 @@ import typer
 
 from .shared.algebra import Alpha, Base, Dtype, Force, Json, Keep, Modules, Out, Rank, To, progress, report, write
 from .shared.files import base_folder, format_for, output_path, read
+from .shared.names import check_names
 from .shared.options import ModelType
 from .shared.starting import starting
 
@@ -35,6 +36,7 @@ def resize(
     json_output: Json = False,
 ) -> None:
     """Lower an adapter's rank with the smallest possible error; LoHa, LoKr and dense updates become LoRA."""
+    check_names(adapters=[adapter])
     with starting("reading the adapter"):
         from ..adapter.algebra.resize import resize as resize_adapter
 

@@ -16,6 +16,7 @@ from ..methods import method_of
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.launch import asked_for, command
+from .shared.names import check_names
 from .shared.next import after_training
 from .shared.output import say
 from .shared.settings import read_config, with_flags
@@ -41,6 +42,7 @@ def _train(
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
     settings = TrainConfig(**values)
 
+    check_names(settings.model, settings.data)
     with ExitStack() as until_shown:
         what = f"loading the base and {settings.data}"
         until_shown.enter_context(starting(what, quiet or os.environ.get("RANK", "0") != "0"))

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.hub_errors import reason, unreachable
+from ..io.hub_reach import out_of_reach
 from ..version import VERSION
 from . import diffusers, mlx, peft
 from .peft_shards import SHARD
@@ -95,7 +96,14 @@ def fetch(source: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = _files(name)
+        why = out_of_reach()
+        if why is not None and _snapshot(name) is None:
+            raise AdapterError(
+                f"no adapter at '{source}': no such file or folder here{alike}\n"
+                f"  and the hub did not give it: it cannot be reached ({why})\n"
+                "  check the network, and HF_ENDPOINT if it is set"
+            )
+        found = None if why is not None else _files(name)
         if found is None:
             return _cached(name)
         files, commit = found
