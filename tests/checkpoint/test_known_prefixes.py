@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.checkpoint.names import Renaming, find_renaming
+from lorakit.checkpoint.renaming import Renaming, find_renaming
 from lorakit.errors import TargetError
 
 TARGET = "layers.0.self_attn.q_proj.weight"
