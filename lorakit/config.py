@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, expectation
 from .module_names import Patterns, ends_with, plain
 
 ALL_LINEAR = "all-linear"
@@ -76,10 +76,15 @@ class Strict(BaseModel):
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """Format a pydantic error as lines of `Class.field: what is wrong (got ...)`."""
-    lines = []
+    """Format a pydantic error as lines of `Class.field: what is wrong (got ...)`, one for each mistake."""
+    lines: list[str] = []
+    mistakes: dict[tuple[str, str], list[Any]] = {}  # a value that fits no member of a union has an error for each
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        mistakes.setdefault((str(item["loc"][:1]), repr(item.get("input"))), []).append(item)
+    for items in mistakes.values():
+        item = items[0]
+        union = len(items) > 1
+        where = ".".join(str(part) for part in (item["loc"][:1] if union else item["loc"])) or "settings"
         if item["type"] == "extra_forbidden":
             ours = PEFT_NAMES.get(where)
             hint = (
@@ -91,9 +96,7 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
         elif item["type"] == "value_error":
             lines.append(f"{cls.__name__}.{where}: {item['ctx']['error']!s}")
         else:
-            lines.append(
-                f"{cls.__name__}.{where}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})"
-            )
+            lines.append(f"{cls.__name__}.{where}: {expectation(items)} (got {item.get('input')!r})")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -302,7 +305,7 @@ class Source(Strict):
 class RunSettings(Source):
     """The settings of a training run that do not depend on the method or the task."""
 
-    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
+    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory", "diverged"}
     rows: ClassVar = {"validation", "add_tokens"}
 
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
@@ -350,6 +353,10 @@ class RunSettings(Source):
     )
     patience: int = Field(
         3, ge=0, description="stop after this many evaluations without a better held-out loss; 0: never"
+    )
+    diverged: Literal["stop", "continue"] = Field(
+        "stop",
+        description="what to do when the held-out loss is more than 0.5 above the base's, or the gradient exactly zero",
     )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..io.atomic import replacing
+from ..module_names import is_language_trunk
 from .fonts import fonts_for
 from .tables import printable
 
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
 
 # Name parts whose number counts layers. `to_out.0`, `net.2` and `experts.5` count something else.
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|\w*blocks?|h|resnets|attentions|\w*samplers)\.\d+(?=\.|$)")
-# GPT-2's names begin with "transformer.h."
-_PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.(?!h\.)")
+_PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.")
 # Dark to bright with even steps of lightness: readable in greyscale and with colour blindness.
 COLOURS = "inferno"
 GREY = "#d4d4d4"
+
+
+def _part(module: str) -> re.Match[str] | None:
+    """The component of a pipeline that a module's name begins with."""
+    return None if is_language_trunk(module) else _PARTS.match(module)
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,7 @@ class Grid:
 def grids(values: Mapping[str, float | None], what: str, limits: tuple[float, float] | None = None) -> list[Grid]:
     """Heat maps of module -> value, one per part of a pipeline. what: the quantity, for the titles."""
     split = {
-        module: (match[1], module[match.end() :]) if (match := _PARTS.match(module)) else ("", module)
-        for module in values
+        module: (match[1], module[match.end() :]) if (match := _part(module)) else ("", module) for module in values
     }
     counts = Counter((part, placed(name)) for part, name in split.values())
     parts: dict[str, dict[tuple[str, str], float | None]] = {}

@@ -310,8 +310,10 @@ class ModelFacts:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def show(self, every_module: bool = False) -> None:
+    def show(self, every_module: bool = False, console: Console | None = None) -> None:
         """Print the modules that can be adapted, grouped by name ending unless `every_module`."""
+        from rich.console import Console
+
         print(f"{self.source}: {self.architecture}, {self.parameters:,} parameters")
         print("modules that can be adapted (*: included in 'all-linear'):")
         groups: dict[tuple, int] = {}
@@ -323,9 +325,12 @@ class ModelFacts:
                 "*" if linear else " ",
             )
             groups[key] = groups.get(key, 0) + 1
-        width = max((len(k[0]) for k in groups), default=0)
-        for (name, kind, shape, mark), count in groups.items():
-            print(f" {mark} {name:<{width}}  {kind} {shape}" + (f"  x {count}" if count > 1 else ""))
+        heads = ["   module", "class", "weight", *([] if every_module else ["count"])]
+        rows = [
+            [f" {mark} {name}", kind, shape, *([] if every_module else [str(count)])]
+            for (name, kind, shape, mark), count in groups.items()
+        ]
+        (console or Console()).print(Table("", heads, rows))
         for why, names in _by_reason(self.skipped).items():
             print(f"left out of 'all-linear': {listing(names, 3)} ({why})")
         if self.unreached:

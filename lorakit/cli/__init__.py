@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
+from typing import Any
 
 INTERRUPTED = 130  # the shells' code for a process that Ctrl-C ended
 
@@ -18,6 +20,7 @@ def main(args: list[str] | None = None) -> None:
     # on a busy machine; sleeping at once makes a training step of the embedded model 1.3 times as long on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _show_own_warnings_as_notes()
     code = run(sys.argv[1:] if args is None else args)
     if code == INTERRUPTED:
         # Not sys.exit: Python ends itself by SIGINT, so with another code, if Ctrl-C came inside any exec() (as in the
@@ -27,6 +30,19 @@ def main(args: list[str] | None = None) -> None:
             sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _show_own_warnings_as_notes() -> None:
+    """Print lorakit's warnings without the file and the line of code that Python puts in front."""
+    from ..errors import LorakitWarning
+
+    formatted = warnings.formatwarning
+
+    def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        own = issubclass(category, LorakitWarning)
+        return f"lorakit: note: {message}\n" if own else formatted(message, category, *where, **more)
+
+    warnings.formatwarning = note
 
 
 def run(args: list[str]) -> int:
@@ -60,7 +76,10 @@ def run(args: list[str]) -> int:
             return _interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except LorakitError as error:
-        complain(f"lorakit: {error}")
+        from ..train.config import TrainConfig
+        from .shared.spoken import in_flags
+
+        complain(f"lorakit: {in_flags(str(error), TrainConfig.model_fields)}")
         if isinstance(error, StoppedError):
             from ..train.interrupt import exit_code
 

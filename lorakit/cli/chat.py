@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .shared.loading import load
+from .shared.names import check_names
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.output import say
 from .shared.starting import starting
@@ -33,6 +34,7 @@ def chat(
     precision: Precision = "auto",
 ) -> None:
     """Chat with a model in the terminal. A model without a chat template completes each line on its own."""
+    check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..errors import LorakitError

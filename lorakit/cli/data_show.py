@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from .shared.names import check_names
 from .shared.next import command
 from .shared.options import (
     ChatTemplate,
@@ -44,6 +45,7 @@ def show(
 ) -> None:
     """Print rows with the trained tokens marked, a length histogram, duplicates, and the effect of the length limit."""
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    check_names(model, data)
     kwargs = template_kwargs(chat_template_kwargs)
     with starting(f"reading {data}"):
         from ..bases.load import end_tokens, load_tokenizer

@@ -11,6 +11,7 @@ import typer
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
+from .shared.names import check_names
 from .shared.next import command
 from .shared.options import (
     ChatTemplate,
@@ -66,6 +67,7 @@ def evaluate(
     """
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    check_names(model, data, adapter or [])
     kwargs = template_kwargs(chat_template_kwargs)
     with starting(f"loading {model} and the rows"):
         from ..bases.load import end_tokens
@@ -94,7 +96,7 @@ def evaluate(
         _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
         return
     console = output()
-    with console.status("loading") as status:
+    with console.status("evaluating") as status:
         report = evaluate_items(
             base,
             tokenizer,

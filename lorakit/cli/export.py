@@ -11,7 +11,8 @@ import typer
 
 from ..errors import ConfigError, listing
 from .shared.files import base_folder, output_path, read
-from .shared.options import Force
+from .shared.names import check_names
+from .shared.options import Force, ModelType
 from .shared.output import say
 from .shared.starting import starting
 
@@ -49,6 +50,7 @@ def export(
     force_base: Annotated[
         bool, typer.Option("--force-base", help="accept a --base that the adapter was not trained on")
     ] = False,
+    model_type: ModelType = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
@@ -63,6 +65,7 @@ def export(
             "--dtype requires --merged, which writes a model\n"
             "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
         )
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..export import RECEIVERS
         from ..export import export as exported
@@ -73,7 +76,7 @@ def export(
             if receiver == "ollama" and out.suffix != ".gguf":
                 out = out / "adapter.gguf"
             out = output_path(out, RECEIVERS[receiver].format, force)
-        adapter = read(source, alpha, folder, force_base)
+        adapter = read(source, alpha, folder, force_base, model_type)
         if not merged:
             result = exported(
                 adapter,
@@ -103,6 +106,8 @@ def export(
         say(f"logits through {through}: {result.logits}")
     if result.no_logits is not None:
         say(f"logits not compared: {result.no_logits}")
+    if result.unchecked is not None:
+        say(f"not checked: {result.unchecked}")
     served = result.base or folder  # a path: other programs do not know 'embedded'
     print(f"next: {_next(receiver, result.files[0], str(served) if served else None)}")
 

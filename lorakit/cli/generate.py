@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.loading import load
+from .shared.names import check_names
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.starting import starting
 
@@ -41,6 +42,7 @@ def generate(
     if text == "":
         raise ConfigError("the prompt is empty; expected at least one character")
     kwargs = template_kwargs(chat_template_kwargs)
+    check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..generate.generate import stream

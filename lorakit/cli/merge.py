@@ -10,6 +10,8 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, parse_weights, say_if_unfinished
+from .shared.names import check_names
+from .shared.options import ModelType
 from .shared.output import output, say
 from .shared.starting import starting
 
@@ -36,11 +38,13 @@ def merge(
     ] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="list every merged module")] = False,
+    model_type: ModelType = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Merge adapters into a checkpoint's files, one tensor in memory at a time, and verify the result."""
     if len(adapters) < 2:
         raise ConfigError("merge expects BASE, one or several adapters, and OUT\n  lorakit merge BASE ADAPTER OUT")
+    check_names(adapters=adapters[:-1])
     with starting("reading the base and the adapters"):
         from ..analysis.merge_tables import notes, tables
         from ..checkpoint import merge_checkpoint
@@ -58,6 +62,7 @@ def merge(
             out,
             weights=parse_weights(weights),
             alpha=alpha,
+            model_type=model_type,
             force=force,
             dtype=dtype_of(dtype),
             untie=untie,

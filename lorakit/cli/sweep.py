@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
+from .shared.names import check_names
 from .shared.next import after_training, command
 from .shared.output import output, say
 from .shared.settings import read_config, with_flags
@@ -48,6 +49,8 @@ def _sweep(
         _list(plan, json_output)
         return
 
+    first = next(iter(plan.runs.values()))
+    check_names(first.model, first.data)
     with ExitStack() as until_shown:
         until_shown.enter_context(starting("loading the base and the data", quiet))
         from ..train.sweep.sweep import sweep as start

@@ -15,13 +15,15 @@ from ..errors import ConfigError
 from ..methods import method_of
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
-from .shared.next import after_training, command
+from ..train.launch import asked_for, command
+from .shared.names import check_names
+from .shared.next import after_training
 from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
 if TYPE_CHECKING:
-    from ..train.loop import Result
+    from ..train.run import Result
 
 _SKIP = ("base",)
 
@@ -40,6 +42,7 @@ def _train(
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
     settings = TrainConfig(**values)
 
+    check_names(settings.model, settings.data)
     with ExitStack() as until_shown:
         what = f"loading the base and {settings.data}"
         until_shown.enter_context(starting(what, quiet or os.environ.get("RANK", "0") != "0"))
@@ -63,7 +66,7 @@ def _show(result: Result, settings: TrainConfig, quiet: bool) -> None:
     from ..train.run_folder import RunFolder
 
     if result.adapter is None:
-        resume = command("train", config=f"{settings.out}/config.yaml", quiet=quiet)
+        resume = command(asked_for(), settings.out) + (" --quiet" if quiet else "")
         say(f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved")
         print(f"next: {resume}   # resumes there")
         return

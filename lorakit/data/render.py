@@ -229,7 +229,7 @@ class Renderer:
             # reasoning out of every finished turn: the answer follows the prompt as it is.
             rest = content.removeprefix(opened)
             end = self._chat.forms(bool(example.tools)).after_answer if style == "chat" else ""
-            return prompt, (rest.lstrip("\n") if prompt.endswith("\n") else rest) + end, False
+            return prompt, (rest.removeprefix("\n") if prompt.endswith("\n") else rest) + end, False
         return agreed, full[len(agreed) :], True
 
     def _at_token(self, agreed: str, prompt: str, full: str) -> str:

@@ -1,6 +1,6 @@
 """Work out from its columns what a row is: a prompt with its completion, a conversation, or plain text.
 
-    prompt/completion   (TRL)             prompt + completion, as texts or both as lists of messages
+    prompt/completion   (TRL)             prompt + completion, as texts or as messages
     alpaca              (Stanford)        instruction, input, output; LLaMA-Factory's system and history
     messages            (OpenAI)          messages: [{role, content}, ...]
     conversations       (ShareGPT)        conversations: [{from, value}, ...]
@@ -118,9 +118,11 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 
 def _shape_of(values: Mapping[str, Any], columns: Mapping[str, str], row: Row) -> str:
     if {"chosen", "rejected"} <= set(values) and not set(columns.values()) & {"chosen", "rejected"}:
+        prompt = next((name for name in (*PROMPTS, "conversations", "messages") if name in values), None)
+        fix = f"prompt: {prompt}, completion: chosen" if prompt else "messages: chosen"
         raise DataError(
             f"{row.where}: preference pairs (chosen, rejected), which supervised training cannot use\n"
-            "  to train on the chosen answers only, name them: columns: {prompt: prompt, completion: chosen}"
+            f"  to train on the chosen answers only, name them: columns: {{{fix}}}"
         )
     # Columns with a value decide. If none fit, null columns count too, so that a null completion is reported as such.
     with_nulls = (set(row.values) - set(columns.values())) | set(columns)
@@ -186,9 +188,13 @@ def _completion(values: dict[str, Any], row: Row) -> Example:
     references = _references(values, row)
     answer = _one_of(COMPLETIONS, values, row) if not references or set(COMPLETIONS) & set(values) else None
     rest = {name: value for name, value in values.items() if name not in (prompt, answer, "references")}
-    if isinstance(values.get(prompt), list) and answer and isinstance(values.get(answer), list):
+    if answer and isinstance(values.get(prompt), list):
         before = tuple(replace(m, trained=False) for m in turns.conversation(values[prompt], prompt, row))
-        return _chat(before + turns.conversation(values[answer], answer, row), rest, row, references)
+        after = values.get(answer)
+        if isinstance(after, str):  # the text of the assistant's turn
+            after = [{"role": "assistant", "content": _non_empty(values, answer, row)}]
+        after = [after] if isinstance(after, dict) else after
+        return _chat(before + turns.conversation(after, answer, row), rest, row, references)
     completion = _non_empty(values, answer, row) if answer else references[0]
     pair = (Message("user", _text(values, prompt, row), False), Message("assistant", completion, True))
     return Example("completion", pair, row, references, unused=tuple(rest))

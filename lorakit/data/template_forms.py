@@ -4,7 +4,8 @@
     arguments    an object, or JSON text           of a tool call; the wrong one is rejected or quoted twice
     tools        with or without the "function" level
     no content   the key left out, or ""           of a turn that only calls tools
-    ids          of calls and results              Mistral's templates reject calls without
+    ids          of calls and results              Mistral's templates reject calls without, and ids of other lengths
+    reasoning    a key, or a part of the content   the key is what most templates read
 
 A form is tried on a small conversation, and taken if the template writes its text. So no list of model families has to
 be right, and data in either form trains on what the template writes for the form it knows.
@@ -17,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from lorakit.data.turns import Message
+from lorakit.data.turns import Message, is_text, other_parts
 from lorakit.errors import DataError
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what data calls a turn's reasoning
+THOUGHTS = ("thinking", "reasoning")  # the types of its parts
 Write = Callable[[Sequence[dict[str, Any]], bool, Sequence[dict[str, Any]]], str]  # turns, generation prompt?, tools
 
 QUESTION, ANSWER, RESULT = "How is the weather?", "It rains today.", "Warm and dry."
@@ -44,6 +46,7 @@ class TemplateForms:
 
     def __init__(self, write: Write, source: str):
         self._write, self.source = write, source
+        self._seen: dict[tuple[object, ...], bool] = {}  # what trials have found of parts and ids
 
     # ---------------------------------------------------------------------------- for data
 
@@ -57,8 +60,7 @@ class TemplateForms:
             if not self._takes_text and self._takes_parts:
                 turn["content"] = [{"type": "text", "text": content}]
         elif isinstance(content, list):
-            if not self._takes_parts and not any(isinstance(p, dict) and "text" not in p for p in content):
-                turn["content"] = message.content
+            turn |= self._of_parts(message, content, where)
         elif turn.get("tool_calls") and not self._takes_no_content:
             turn["content"] = self._as_content("")
         reasoning = next((turn[key] for key in REASONING if key in turn), None)
@@ -70,19 +72,47 @@ class TemplateForms:
             ]
         return turn
 
+    def _of_parts(self, message: Message, parts: Sequence[Any], where: str) -> dict[str, Any]:
+        """Return what a turn gets whose content is a list of parts. Raises DataError for a part that needs a list."""
+        lifted = [part for part in other_parts(parts) if _thought(part) and not self._shows_thought(part)]
+        kept = [part for part in parts if part not in lifted]
+        found: dict[str, Any] = {"reasoning_content": "".join(map(_thought, lifted))} if lifted else {}
+        if self._takes_parts:
+            typed = [{**p, "type": "text"} if isinstance(p, dict) and is_text(p) else p for p in kept]
+            return found | {"content": typed}
+        if others := other_parts(kept):
+            raise DataError(
+                f"{where}: the chat template takes text only, but a turn of role {message.role} has a part of type "
+                f"{others[0].get('type')}\n  give a template that writes it (--chat-template FILE), or take it out of "
+                "the data"
+            )
+        return found | {"content": message.content}
+
+    def rejects_ids(self, calls: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the template rejects an id that one of some calls has."""
+        return any("id" in call and not self._takes_id(call["id"]) for call in calls)
+
     def with_ids(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return turns whose calls and results have ids, if the template rejects calls without."""
-        if not any(turn.get("tool_calls") for turn in turns) or not self._needs_ids:
+        """Return turns whose calls and results have ids, if the template rejects calls without, or with theirs."""
+        all_calls = [call for turn in turns for call in turn.get("tool_calls", ())]
+        if not all_calls or not (self._needs_ids or self.rejects_ids(all_calls)):
             return turns
-        found, waiting, number = [], list[str](), 0
+        found, waiting, renamed, number = [], list[str](), dict[str, str](), 0
         for turn in turns:
             calls = []
             for call in turn.get("tool_calls", ()):
                 number += 1
-                calls.append(call if "id" in call else {"id": f"call{number:05d}", **call})
+                own = call.get("id")
+                if own is None or not self._takes_id(own):
+                    call = {**call, "id": f"call{number:05d}"}
+                    renamed[str(own)] = call["id"]
+                calls.append(call)
             waiting += [call["id"] for call in calls]
             if turn["role"] == "tool" and waiting:
-                turn = {"tool_call_id": waiting.pop(0), **turn}
+                own = turn.get("tool_call_id")
+                answered = waiting[0] if own is None else renamed.get(str(own), own)
+                waiting = [other for other in waiting if other != answered]
+                turn = {**turn, "tool_call_id": answered}
             found.append({**turn, "tool_calls": calls} if calls else turn)
         return found
 
@@ -160,6 +190,26 @@ class TemplateForms:
         text = self._try([self._user, self._calling(given)], [TOOL])
         return text is not None and given in text
 
+    def _shows_thought(self, part: Mapping[str, Any]) -> bool:
+        """Whether the template writes a part of reasoning, given as this one is."""
+        key = ("thought", part.get("type"), *part)
+        if key not in self._seen:
+            like = {**part, **{name: RESULT for name in (*THOUGHTS, "text") if part.get(name)}}
+            content = [like, {"type": "text", "text": ANSWER}]
+            text = self._try([self._user, {"role": "assistant", "content": content}])
+            self._seen[key] = text is not None and RESULT in text and str(like) not in text
+        return self._seen[key]
+
+    def _takes_id(self, given: object) -> bool:
+        """Whether the template takes a call's id. Those that reject one ask for a length, and letters and digits."""
+        key = ("id", len(str(given)), str(given).isalnum())
+        if key not in self._seen:
+            turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
+            other = {**turn, "tool_calls": [{**turn["tool_calls"][0], "id": given}]}
+            takes_ours = self._try([self._user, turn], [TOOL]) is not None
+            self._seen[key] = not takes_ours or self._try([self._user, other], [TOOL]) is not None
+        return self._seen[key]
+
     @cached_property
     def _needs_ids(self) -> bool:
         turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
@@ -201,3 +251,13 @@ class TemplateForms:
         # A chat template is a program and may raise anything to reject a conversation.
         except Exception:
             return None
+
+
+def _thought(part: Mapping[str, Any]) -> str:
+    """Return the text of a part of reasoning, which may be a list of parts itself; "" for another part."""
+    if part.get("type") not in THOUGHTS:
+        return ""
+    text = next((part[name] for name in (*THOUGHTS, "text") if part.get(name)), "")
+    if isinstance(text, list):
+        return "".join(str(each.get("text", "")) if isinstance(each, dict) else str(each) for each in text)
+    return str(text)

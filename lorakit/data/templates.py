@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.data.shapes import Example
 from lorakit.data.template_forms import TemplateForms
-from lorakit.data.turns import Message
+from lorakit.data.turns import Message, string
 from lorakit.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ Style = Literal["none", "chat", "plain"]
 Writer = Callable[[Sequence[Message], bool], str]
 
 HEADINGS = {"system": "", "user": "### Instruction:\n", "tool": "### Tool result:\n", "assistant": "### Response:\n"}
+WRITTEN = "the template's text (its tools, documents and keys of turns included)"
 CLOCK = "strftime_now"
+OTHER_IDS = "the chat template rejects the ids of tool calls, so they are numbered in the form that it takes"
 DIRECTIVES = "aAbBcdFHIjmMpSTuUVwWxXyYZ"  # what a format of strftime may hold; the hour is midnight's
 UNPADDED = "dmHIMSj"  # those that also come as "%-d", without a leading zero
 # Arguments of apply_chat_template that are not the template's.
@@ -172,8 +174,10 @@ class ChatTemplate:
                 )
 
     def unread(self, example: Example) -> list[str]:
-        """Notes on a row's own chat_template_kwargs that the template does not read."""
-        return [
+        """Notes on a row's own chat_template_kwargs that the template does not read, and on ids that it rejects."""
+        calls = [call for message in example.messages for call in message.turn.get("tool_calls", ())]
+        renamed = [OTHER_IDS] if calls and self.forms(bool(example.tools)).rejects_ids(calls) else []
+        return renamed + [
             f"the chat template does not read chat_template_kwargs.{name}"
             for name in example.template_kwargs
             if name not in self._words
@@ -207,7 +211,7 @@ class ChatTemplate:
                 )
             turns = forms.with_ids([forms.turn(message, where) for message in messages])
             try:
-                return self._apply(forms.source, turns, prompt, tools, kwargs, example.documents)
+                text = self._apply(forms.source, turns, prompt, tools, kwargs, example.documents)
             # A chat template is a program and may raise anything to reject a conversation.
             except Exception as error:
                 roles = ", ".join(m.role for m in messages)
@@ -216,6 +220,7 @@ class ChatTemplate:
                     "  change the data (for example, move the system text into the first user turn), give another "
                     "template (--chat-template FILE), or use template plain"
                 ) from error
+            return string(text, WRITTEN, example.row)
 
         return write
 
@@ -240,7 +245,12 @@ class ChatTemplate:
 
 def plain_writer(tokenizer: PreTrainedTokenizerBase, example: Example) -> Writer:
     """Return the plain template's writer of an example."""
-    return lambda messages, prompt: plain_template(messages, prompt, str(tokenizer.eos_token), example.tools)
+
+    def write(messages: Sequence[Message], prompt: bool) -> str:
+        text = plain_template(messages, prompt, str(tokenizer.eos_token), example.tools)
+        return string(text, WRITTEN, example.row)
+
+    return write
 
 
 def plain_template(messages: Sequence[Message], prompt: bool, end: str, tools: Sequence[dict[str, Any]] = ()) -> str:

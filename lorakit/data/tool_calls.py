@@ -91,15 +91,21 @@ def tools(value: object, row: Row, column: str = "tools") -> tuple[dict[str, Any
 
 
 def objects(value: object, row: Row, column: str) -> list[dict[str, Any]]:
-    """Return a column that holds a list of objects, or such a list as JSON text. Raises DataError."""
+    """Return a column that holds a list of objects, or one of them, or either as JSON text. Raises DataError."""
     if isinstance(value, str):
         value = loaded(value, column, row) if value.strip() else []
     value = [] if value is None else value
-    if isinstance(value, list):
-        value = [loaded(each, column, row) if isinstance(each, str) else each for each in value]
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise DataError(f"{row.where}: {column} is expected to be a list of objects, or such a list as JSON text")
-    return value
+    found = []
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, str) and each.lstrip().startswith("{"):
+            each = loaded(each, column, row)
+        if not isinstance(each, dict):
+            what = f"has {type(each).__name__} {str(each)[:40]!r}" if isinstance(value, list) else f"is {value!r}"
+            raise DataError(
+                f"{row.where}: {column} is expected to be a list of objects, or such a list as JSON text, but {what}"
+            )
+        found.append(each)
+    return found
 
 
 def mapping(value: object, row: Row, column: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit.data import tool_calls
 from lorakit.data.parse import Row
-from lorakit.errors import DataError, did_you_mean
+from lorakit.errors import DataError, did_you_mean, listing
 
 ROLES = {
     "system": "system",
@@ -22,6 +22,8 @@ ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
@@ -32,6 +34,7 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's: the turn's text is the call, as JSON
 SWITCHES = ("train", "training", "loss")  # axolotl's and ms-swift's: false keeps a turn out of the loss
+TEXT_PARTS = ("text", "input_text", "output_text")  # the later two in OpenAI's Responses
 MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio", "file")
 NOT_A_CALL = "a function_call turn is not a call as JSON, so it is trained as plain text"
 
@@ -78,7 +81,8 @@ def _message(turn: object, key: str, row: Row) -> Message:
         raise DataError(
             f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}"
         )
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    openai = "from" not in turn or {"role", "content"} <= turn.keys()
+    role_key, content_key = ("role", "content") if openai else ("from", "value")
     given_role = turn.get(role_key)
     if not isinstance(given_role, str) or given_role not in ROLES:
         known = ", ".join(ROLES)
@@ -87,6 +91,11 @@ def _message(turn: object, key: str, row: Row) -> Message:
     role, content = ROLES[given_role], turn.get(content_key)
     # Parquet files and datasets fill every key that one turn of the data has with nulls in all the others.
     others = {name: value for name, value in turn.items() if value is not None and name not in (role_key, content_key)}
+    if not openai and others.keys() & {"role", "content"}:
+        raise DataError(
+            f"{row.where}: {key} has from and value, but also {listing(others.keys() & {'role', 'content'})}\n"
+            "  remove one of the two"
+        )
     trained = _is_trained(others, role, key, row)
     note = None
     if given_role in CALL_ROLES:
@@ -97,7 +106,7 @@ def _message(turn: object, key: str, row: Row) -> Message:
             others, content = others | {"tool_calls": calls}, None
     others = tool_calls.checked(others, role, key, row)
     text = "" if content is None and others.get("tool_calls") else _text_of(content, f"{key}.{content_key}", row)
-    if trained and not (text.strip() or others.get("tool_calls") or _has_other_parts(content)):
+    if trained and not (text.strip() or others.get("tool_calls") or other_parts(content)):
         raise DataError(
             f"{row.where}: {key}: the assistant's turn is empty, which would train the model to say nothing\n"
             "  remove the turn or the row, or give it an answer"
@@ -153,14 +162,21 @@ def _text_of(content: object, key: str, row: Row) -> str:
                 f"{row.where}: {key}[{index}] is {what}; {key} is expected to be text, or a list of parts of text\n"
                 "  this task trains text only: take the part out"
             )
-        if "text" in part:
+        if is_text(part):
             texts.append(string(part["text"], f"{key}[{index}].text", row))
     return "".join(texts)
 
 
-def _has_other_parts(content: object) -> bool:
-    """Whether a list of parts has one that is not text, such as reasoning."""
-    return isinstance(content, list) and any(isinstance(part, dict) and "text" not in part for part in content)
+def is_text(part: object) -> bool:
+    """Whether a part of a content is text of the turn; a part of reasoning may have a "text" too."""
+    if not isinstance(part, dict):
+        return isinstance(part, str)
+    return "text" in part and (part.get("type") or "text") in TEXT_PARTS
+
+
+def other_parts(content: object) -> list[dict[str, Any]]:
+    """Return the parts of a content that are not its text, such as reasoning; none where it is a text."""
+    return [part for part in content if not is_text(part)] if isinstance(content, list) else []
 
 
 def string(value: object, key: str, row: Row) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 
 from lorakit.data.shapes import Example
 from lorakit.data.templates import Writer
-from lorakit.data.turns import Message
+from lorakit.data.turns import Message, is_text
 from lorakit.errors import DataError
 
 PROMPT_END = 40  # characters
+OTHER_ID = "other0001"  # of a form that every template takes
 AFTER_LAST = "turns after the last trained answer are not used"
 CHANGED = "the chat template leaves out part of an answer's content"
 CALL_ALONE = "the chat template writes the tool calls of a turn without its content"
@@ -44,6 +45,8 @@ class Unshown:
         """Return what to tell of an example. Raises DataError for what must not be left out."""
         messages, last = example.messages, answers[-1]
         notes = [message.note for message in messages if message.note]
+        if not any(answer.text for answer in answers):
+            return []  # nothing is trained, which is an error of its own
         for answer in answers:
             notes += self._of_answer(example, write, answer)
         answered = {answer.index for answer in answers}
@@ -56,8 +59,6 @@ class Unshown:
     def _of_answer(self, example: Example, write: Writer, answer: Answer) -> list[str]:
         messages, where = example.messages[: answer.index + 1], example.row.where
         message, notes = messages[-1], []
-        if not answer.text.strip():
-            return []  # nothing of it is trained, which is an error of its own
         for key in _further_keys(message):
             value = message.turn[key]
             text = value.strip() if isinstance(value, str) else ""
@@ -112,7 +113,7 @@ class Unshown:
         if not isinstance(content, list):
             return
         for at, part in enumerate(content):
-            if isinstance(part, str) or "text" in part:
+            if is_text(part):
                 continue
             fewer = _with(messages[index], "content", [p for i, p in enumerate(content) if i != at])
             if _is_same(write, [fewer if i == index else m for i, m in enumerate(messages)], rendered):
@@ -147,7 +148,12 @@ def _hidden(key: str, role: str, where: str) -> str:
 
 
 def _without(message: Message, key: str) -> Message:
-    """The turn without a key. One that only calls tools then has an empty content: it must have something."""
+    """The turn without a key. One that only calls tools then has an empty content: it must have something.
+
+    An id of a call is exchanged instead, as templates that need ids are given the missing ones.
+    """
+    if key == "tool_call_id":
+        return _with(message, key, OTHER_ID)
     rest = message.without(key)
     return rest if "content" in rest.given or key != "tool_calls" else _with(rest, "content", "")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..adapter.adapter import Adapter
 from ..errors import listing
+from ..formats.peft_experts import misread
 from .canonical import canonical, is_canonical
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -143,6 +144,17 @@ def one_rank_and_scale(adapter: Adapter) -> Iterator[Finding]:
         yield from one_scale(adapter)
 
 
+def peft_experts(adapter: Adapter) -> Iterator[Finding]:
+    modules = misread(adapter)
+    if modules:
+        endings = sorted({m.rsplit(".", 1)[-1] for m in modules})
+        yield Finding(
+            f"PEFT takes {listing(endings)} of this model for experts and would drop {listing(modules, 3)}",
+            f"{MERGE}, or train with --exclude {','.join(endings)}",
+            into_base=tuple(modules),
+        )
+
+
 def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
     rank = max((f.A.shape[0] for f in adapter.factors.values()), default=0)
     if rank > VLLM_RANKS[-1]:
@@ -212,7 +224,7 @@ RECEIVERS = {
     "diffusers": Receiver(
         "diffusers", (no_other_kinds, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"
     ),
-    "peft": Receiver("peft", (no_embeddings,), "PEFT's from_pretrained"),
+    "peft": Receiver("peft", (no_embeddings, peft_experts), "PEFT's from_pretrained"),
     "mlx": Receiver("mlx", (no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
     "canonical": Receiver("peft", (low_rank_only, one_scale, no_embeddings), "any program that reads PEFT's folder"),
 }

@@ -49,3 +49,13 @@ def convolutions(adapter: Adapter, why: str = "") -> list[str]:
     """Low-rank updates of convolutions. `why`: the rest of the line."""
     modules = [m for m, f in adapter.factors.items() if f.kind == "conv"]
     return [f"{len(modules)} convolutions ({listing(modules, 2)}){why}"] if modules else []
+
+
+def beside_updates(adapter: Adapter) -> list[str]:
+    """Saved weights and textual-inversion embeddings, for formats that hold updates of modules alone."""
+    lines = []
+    if adapter.saved:
+        lines.append(f"{len(adapter.saved)} saved weights: {listing(adapter.saved)}")
+    if adapter.embeddings:
+        lines.append(f"{len(adapter.embeddings)} textual-inversion embeddings: {listing(adapter.embeddings)}")
+    return lines

@@ -178,8 +178,7 @@ def alone(config: RunSettings) -> tuple[str, str] | None:
         value = getattr(config, name)
         if value != empty:
             return name, (
-                f"{name}: {value}: trained copies of base weights apply to every row, so runs cannot share a forward "
-                "pass\n"
+                f"{name}: {value}: a sweep does not train copies of base weights side by side in one forward pass yet\n"
                 f"  omit {name}, or start these runs one by one with lorakit train"
             )
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -119,7 +119,7 @@ def _untie(model: nn.Module, layers: Mapping[str, LoraLayer], shared: Iterable[s
         layers[m]._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if not untied.weights:
         return None
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     for each in (config, text):
         if getattr(each, "tie_word_embeddings", False):

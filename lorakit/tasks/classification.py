@@ -154,7 +154,7 @@ def check_together(model: Any) -> None:
 
 def alone(config: RunSettings) -> str | None:
     return (
-        "task: classification trains a head in full, which applies to every row, so runs cannot share a forward pass\n"
+        "task: classification trains a head in full, and a sweep does not train several heads side by side yet\n"
         "  start these runs one by one with lorakit train"
     )
 

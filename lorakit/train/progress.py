@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,6 +25,25 @@ if TYPE_CHECKING:
 INDENT = 10  # of samples: below the text of the line with their step
 
 
+class Average:
+    """An exponential moving average of losses, mₜ = β mₜ₋₁ + (1 - β) lossₜ, as mₜ / (1 - βᵗ): without the bias towards
+    m₀ = 0 (Kingma and Ba 2015, section 3). About the last 10 steps count.
+    """
+
+    BETA = 0.9
+
+    def __init__(self, losses: Iterable[float] = ()):
+        self._sum, self._weight = 0.0, 0.0
+        for loss in losses:
+            self.add(loss)
+
+    def add(self, loss: float) -> float:
+        """Take in the next loss. Returns the average."""
+        self._sum = self.BETA * self._sum + (1 - self.BETA) * loss
+        self._weight = self.BETA * self._weight + (1 - self.BETA)
+        return self._sum / self._weight
+
+
 class Progress:
     """Displays a run on a console. `quiet`: display nothing; `before`: called before the first output."""
 
@@ -33,13 +52,14 @@ class Progress:
         self.quiet, self.before = quiet, before
         self._bar: Bar | None = None
         self._sampled: tuple[str, str] | None = None
-        self._loss: float | None = None
+        self._average = Average()
         self._done, self._unit, self._since, self._every = 0, "tokens", time.perf_counter(), 1
         self._steps = 0
 
     def start(self, job: Job, step: int) -> None:
         """Show the start panel and the bar. `step`: 0, or where the run resumes."""
         self._steps, self._every, self._unit = job.steps, max(1, job.steps // 20), job.task.unit
+        self._average = Average(row["loss"] for row in job.folder.rows() if "loss" in row)
         if self.quiet or not job.parallel.is_first:
             self.quiet = True
             return
@@ -59,16 +79,16 @@ class Progress:
                 f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items())
             )
             return
-        # smoothed, as the loss of single batches is noisy
-        self._loss = row["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * row["loss"]
+        average = self._average.add(row["loss"])
         self._done += row[self._unit]
         speed = self._done / max(1e-9, time.perf_counter() - self._since)
-        facts = [f"loss {self._loss:.3f}", f"{speed:,.0f} trained {self._unit}/s", _memory()]
+        loss, facts = f"loss {row['loss']:.3f}", [f"{speed:,.0f} trained {self._unit}/s", _memory()]
         if self._bar is not None:
-            self._bar.update(row["step"], facts)
+            self._bar.update(row["step"], [loss, f"average {average:.3f}", *facts])
         elif row["step"] % self._every == 0:
             left = (self._steps - row["step"]) * row["seconds"] / row["step"]
-            self._say(f"step {row['step']:>5}/{self._steps}  {'  '.join(facts)}  {left:.0f} s left")
+            line = "  ".join([f"{loss} (average {average:.3f})", *facts, f"{left:.0f} s left"])
+            self._say(f"step {row['step']:>5}/{self._steps}  {line}")
 
     def sample(self, prompt: str, base: str, tuned: str) -> None:
         """Show a prompt with both answers. Those that the base gave are not shown again at each evaluation."""
@@ -168,11 +188,12 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
 
 
 def _unreached(job: Job) -> list[tuple[str, str]]:
-    """Say which share of the base no target reaches (experts), if training leaves it as it is."""
+    """Say which share of the base no target reaches (experts), and what other programs would not load."""
     if not job.method.keeps_base:
         return []
-    found = summary(job.model).unreached
-    return [("not reached", str(found))] if found else []
+    found = summary(job.model)
+    rows = [("not reached", str(found.unreached))] if found.unreached else []
+    return [*rows, *(("note", text) for text in dict.fromkeys(found.notes))]
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:

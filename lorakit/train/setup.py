@@ -29,6 +29,7 @@ from ..tasks import task_of
 from ..tasks.task import Base, Data, Item, Task
 from . import compile, defaults
 from .config import TrainConfig
+from .launch import command, peers
 from .memory import check
 from .micro import limit_for, micro_batches
 from .parallel import Parallel
@@ -142,7 +143,8 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
             if held is not None:
                 held.enter_context(locked_folder(folders[name].path))
             folders[name].open(each, hashes[name], defaults.total_steps(each, data[name].rows))
-    parallel.wait()
+    with peers(parallel.world, command(parallel.world, config.out)):
+        parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)
     for name, each in configs.items():
         task.check(each, model, chain(data[name].train, data[name].held_out))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
+from lorakit.adapter.biased import Biased
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Loha
@@ -120,6 +121,7 @@ VALUES = {
         (8, 4, 2, 3),
         lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
     ),
+    "lora beside a bias": Value(Biased(LOW, randn(8)), (8, 10), lambda u, W: product(u.inner, W)),
     "trained tokens": Value(Tokens((1, 4, 9), randn(3, 8)), (8, 10), replaced),
     "whole": Value(Dense(randn(8, 10)), (8, 10), lambda u, W: u.weight),
 }

@@ -168,6 +168,27 @@ def test_preference_pairs_are_refused_with_a_way_to_train_on_the_chosen(rows):
     row = rows({"prompt": "2+2?", "chosen": "4", "rejected": "5"})
     refused(row, "preference pairs", "completion: chosen")
     assert turns(read_examples(row, {"prompt": "prompt", "completion": "chosen"})[1][0]) == PAIR
+    asking = [{"role": "user", "content": "2+2?"}]
+    answer = {"role": "assistant", "content": "4"}
+    refused(rows({"chosen": [*asking, answer], "rejected": []}), "columns: {messages: chosen}")
+    asked = {"conversations": [{"from": "human", "value": "2+2?"}], "chosen": {"from": "gpt", "value": "4"}}
+    row = rows(asked | {"rejected": {"from": "gpt", "value": "5"}})
+    refused(row, "columns: {prompt: conversations, completion: chosen}")
+    _, (example,) = read_examples(row, {"prompt": "conversations", "completion": "chosen"})
+    assert [(m.role, m.content, m.trained) for m in example.messages] == [
+        ("user", "2+2?", False),
+        ("assistant", "4", True),
+    ]
+
+
+@pytest.mark.parametrize("completion", ["4", {"role": "assistant", "content": "4"}])
+def test_a_prompt_of_messages_takes_a_completion_of_one_turn(rows, completion):
+    _, (example,) = read_examples(rows({"prompt": [{"role": "user", "content": "2+2?"}], "completion": completion}))
+    assert example.kind == "chat"
+    assert [(m.role, m.content, m.trained) for m in example.messages] == [
+        ("user", "2+2?", False),
+        ("assistant", "4", True),
+    ]
 
 
 @pytest.mark.parametrize("empty", ["", "  \n", None])

@@ -9,6 +9,7 @@ import pytest
 from lorakit.data.dataset import build
 from lorakit.data.render import Renderer
 from lorakit.data.shapes import read_examples
+from lorakit.data.templates import OTHER_IDS
 from lorakit.data.turns import NOT_A_CALL
 from lorakit.data.unshown import AFTER_LAST
 from lorakit.errors import DataError
@@ -180,6 +181,46 @@ def test_calls_get_ids_where_the_template_rejects_them_without(rows, make_tokeni
     assert "[add abcdefghi]" in t.decode(row.ids)
 
 
+def test_ids_of_a_form_that_the_template_rejects_are_numbered_anew_and_noted(rows, make_tokenizer):
+    """OpenAI's ids with Mistral's template: a result keeps to the call that it answers."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+        "{% if call.id|length != 9 %}{{ raise_exception('no id') }}{% endif %}[{{ call.function.name }} {{ call.id }}]"
+        "{% endfor %}{{ '=' + m.tool_call_id if m.role == 'tool' else '' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    t = make_tokenizer(template=template)
+    calls = [{"id": f"call_{name}_AbCdEf", "function": {"name": name, "arguments": {}}} for name in ("add", "sub")]
+    results = [{"role": "tool", "content": call["id"][5:8], "tool_call_id": call["id"]} for call in reversed(calls)]
+    (row,) = Renderer(t).rows(
+        example_of(rows, [USER, {"role": "assistant", "content": None, "tool_calls": calls}, *results, ANSWER])
+    )
+    assert t.decode(row.ids) == (
+        "user: hello\nassistant: [add call00001][sub call00002]\ntool: sub=call00002\ntool: add=call00001\n"
+        "assistant: world\n</s>"
+    )
+    assert row.notes == (OTHER_IDS,)
+    for call, result in zip(calls, reversed(results), strict=True):
+        call["id"] = result["tool_call_id"] = f"abcdef{call['id'][5:8]}"
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": calls}, *results, ANSWER]
+    (row,) = Renderer(t).rows(example_of(rows, messages))
+    assert "[sub abcdefsub]\ntool: sub=abcdefsub" in t.decode(row.ids)
+    assert row.notes == ()
+
+
+def test_a_call_that_leaves_nothing_but_an_end_to_train_is_an_error(rows, make_tokenizer):
+    """A template without calls writes an empty turn, to which the end token would be added."""
+    t = make_tokenizer(template="{% for m in messages %}{{ m.role }}: {{ m.content or '' }}\n{% endfor %}")
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    says_nothing = make_tokenizer(
+        template="{% for m in messages if m.content %}{{ m.role }}: {{ m.content or '' }}\n{% endfor %}"
+    )
+    talk = [USER, turn, {"role": "tool", "content": "1"}, LAST]
+    for tokenizer, messages in ((t, [USER, turn]), (t, talk), (says_nothing, talk)):
+        with pytest.raises(DataError, match="row 1: the chat template does not show tool_calls of a turn"):
+            Renderer(tokenizer).rows(example_of(rows, messages))
+
+
 @pytest.mark.parametrize(
     "calls, words",
     [
@@ -240,36 +281,6 @@ def test_a_system_turn_that_the_template_leaves_out_is_noted_and_a_question_is_a
         Renderer(t).rows(example_of(rows, [USER, ANSWER, {"role": "tool", "content": "3"}, LAST]))
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",  # would write the list itself
-        "{% for m in messages %}{{ m.role }}: {{ m.content if m.content is string else '' }}\n{% endfor %}",
-        "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{{ p.text }}{% endfor %}{{ '\\n' }}{% endfor %}",
-    ],
-)
-@pytest.mark.parametrize("form", ["text", "parts", "both"])
-def test_contents_are_written_whether_text_or_parts(rows, make_tokenizer, template, form):
-    parts = [{"type": "text", "text": "wor"}, {"type": "text", "text": "ld"}]
-    user = USER if form == "text" else USER | {"content": [{"type": "text", "text": "hello"}]}
-    t = make_tokenizer(template=template)
-    (row,) = Renderer(t).rows(example_of(rows, [user, ANSWER if form != "both" else ANSWER | {"content": parts}]))
-    assert t.decode(row.ids).startswith("user: hello\nassistant: world\n")
-    assert "world" in trained_texts(row, t)[0]
-
-
-def test_parts_of_reasoning_reach_a_template_that_writes_them_or_are_an_error(rows, make_tokenizer, chatml_tokenizer):
-    content = [{"type": "thinking", "thinking": "two"}, {"type": "text", "text": "world"}]
-    template = (
-        "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for p in m.content %}{{ p.text or '(' + p.thinking + ')' }}{% endfor %}{% endif %}\n{% endfor %}"
-    )
-    assert "(two)world" in trained_of(rows, make_tokenizer(template=template), [USER, ANSWER | {"content": content}])[0]
-    lacks = template.replace("'(' + p.thinking + ')'", "''")
-    with pytest.raises(DataError, match="does not show a part of type thinking of a assistant turn"):
-        trained_of(rows, make_tokenizer(template=lacks), [USER, ANSWER | {"content": content}])
-
-
 def test_documents_tools_and_arguments_of_a_row_reach_the_template(rows, make_tokenizer):
     template = (
         "{% for d in documents or [] %}<{{ d.text }}>{% endfor %}{% for t in tools or [] %}<{{ t.function.name }}>"
@@ -285,8 +296,11 @@ def test_documents_tools_and_arguments_of_a_row_reach_the_template(rows, make_to
     data = build(rows({"messages": [USER, ANSWER]} | columns), t)
     assert t.decode(data.items[0].ids).startswith("<paper><add><think>user: hello")
     assert data.notes == {"the chat template does not read chat_template_kwargs.depth": 1}
-    with pytest.raises(DataError, match="documents is expected to be a list of objects"):
-        build(rows({"messages": [USER, ANSWER], "documents": [3]}), t)
+    one = columns | {"documents": {"title": "t", "text": "paper"}, "functions": '{"name": "add"}'}
+    assert build(rows({"messages": [USER, ANSWER]} | one), t).items[0].ids == data.items[0].ids
+    for wrong in ([3], ["paper"], 3):
+        with pytest.raises(DataError, match="documents is expected to be a list of objects"):
+            build(rows({"messages": [USER, ANSWER], "documents": wrong}), t)
 
 
 def test_tools_and_documents_that_a_template_does_not_show_are_noted(rows, chatml_tokenizer):
@@ -315,6 +329,34 @@ def test_columns_that_nothing_reads_are_named_and_counted(rows, chatml_tokenizer
 def test_a_system_column_equal_to_the_turn_is_no_loss(rows, chatml_tokenizer):
     row = {"messages": [{"role": "system", "content": "own"}, USER, ANSWER], "system": "own"}
     assert build(rows(row), chatml_tokenizer).notes == {}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": [USER, ANSWER], "tools": [{"name": "add\ud83d"}]},
+        {"messages": [USER, ANSWER], "tools": '[{"name": "add\\ud83d"}]'},
+        {"messages": [USER, ANSWER | {"tool_calls": [{"name": "add", "arguments": {"a": "\ud83d"}}]}]},
+    ],
+)
+def test_half_a_surrogate_pair_anywhere_is_an_error_with_its_row(rows, make_tokenizer, plain_tokenizer, columns):
+    template = CALLS + "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    for tokenizer in (make_tokenizer(template=template), plain_tokenizer):
+        with pytest.raises(DataError, match=r"row 1: the template's text .* has half a surrogate pair"):
+            build(rows(columns), tokenizer)
+
+
+def test_turns_with_the_keys_of_both_forms(rows, chatml_tokenizer):
+    both = [USER | {"from": "web"}, ANSWER | {"from": "gpt", "value": "other"}]
+    data = build(rows({"messages": both}), chatml_tokenizer)
+    assert chatml_tokenizer.decode(data.items[0].ids).endswith("<|im_start|>assistant\nworld<|im_end|>\n")
+    assert sorted(data.notes) == [
+        f"the chat template does not show '{key}' of {role} turns"
+        for key, role in (("from", "assistant"), ("from", "user"), ("value", "assistant"))
+    ]
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "content": "c"}]
+    with pytest.raises(DataError, match=r"conversations\[1\] has from and value, but also content"):
+        read_examples(rows({"conversations": turns}))
 
 
 def test_developer_turns_keep_their_role_where_the_template_knows_it(rows, make_tokenizer, chatml_tokenizer):

@@ -13,6 +13,7 @@ from rich.console import Console
 from lorakit.train import progress as progress_module
 from lorakit.train.bar import fitting
 from lorakit.train.progress import Progress
+from lorakit.train.run_folder import RunFolder
 from lorakit.train.train import train
 
 
@@ -86,7 +87,9 @@ def test_without_a_terminal_there_are_plain_lines(make_config):
     assert "\x1b" not in text
     lines = text.splitlines()
     assert [line.split()[1] for line in lines if re.match(r"step +\d+/", line)] == ["1/4", "2/4", "3/4", "4/4"]
-    assert re.search(r"step +1/4  loss \d+\.\d{3}  [\d,]+ trained tokens/s  [\d.]+ GiB.*  \d+ s left", text)
+    assert re.search(
+        r"step +1/4  loss \d+\.\d{3} \(average \d+\.\d{3}\)  [\d,]+ trained tokens/s  [\d.]+ GiB.*  \d+ s left", text
+    )
     assert len(re.findall(r"held-out loss \d+\.\d{4}  perplexity \d+\.\d\d", text)) == 2
     assert text.count("tuned  ") == 2
 
@@ -171,3 +174,25 @@ def test_a_perplexity_beyond_floating_point_is_said_in_words():
 def test_long_texts_are_shortened():
     assert progress_module._short("a  b\n" * 100) == ("a b " * 100)[:109] + "…"
     assert progress_module._short(" short\n") == "short"
+
+
+def test_the_loss_shown_is_the_steps_own_and_the_average_survives_a_resume(make_config, monkeypatch):
+    config = make_config(steps=8, eval_every=4, sample_tokens=0, learning_rate=0.02)
+
+    def losses(text):
+        found = re.findall(r"step +(\d+)/8  loss (\d+\.\d{3}) \(average (\d+\.\d{3})\)", text)
+        return {int(step): (float(loss), float(average)) for step, loss, average in found}
+
+    interrupted = [1] * 5
+    monkeypatch.setattr(
+        "lorakit.train.loop.Loop._agreed", lambda *_: interrupted.pop() and None if len(interrupted) > 1 else "SIGINT"
+    )
+    first = losses(shown(config))
+    monkeypatch.undo()
+    both = first | losses(shown(config))
+    assert 1 < len(first) < len(both) == 8
+    logged = {row["step"]: row["loss"] for row in RunFolder(config.out).rows() if "loss" in row}
+    weighted, weights = 0.0, 0.0
+    for step in range(1, 9):
+        weighted, weights = 0.9 * weighted + logged[step], 0.9 * weights + 1
+        assert both[step] == (pytest.approx(logged[step], abs=6e-4), pytest.approx(weighted / weights, abs=6e-4)), step

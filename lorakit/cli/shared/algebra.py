@@ -23,7 +23,13 @@ Rank = Annotated[int | None, typer.Option(min=1, help="maximum rank of the resul
 Keep = Annotated[
     float | None, typer.Option(min=0, max=1, help="keep this share of the energy Σσ² of each module, e.g. 0.99")
 ]
-To = Annotated[str, typer.Option(help="format to write: any that `lorakit convert` writes")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        help="format to write: any that `lorakit convert` writes; default: that of the (first) adapter, in its own "
+        "spelling, where OUT can be such a file, else peft"
+    ),
+]
 Alpha = Annotated[float | None, typer.Option(help="for loralib files, which do not store it")]
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: that of the result")
@@ -80,11 +86,15 @@ def report(
     print(f"next: {next_command}")
 
 
-def write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None) -> tuple[Path, str]:
-    """Save the adapter. Returns the written path and the `lorakit inspect` command for it."""
-    from ...formats import save
+def write(
+    adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None, as_read: bool = False
+) -> tuple[Path, str]:
+    """Save the adapter (`as_read`: in the spelling of the file that it is from). Returns the written path and the
+    `lorakit inspect` command for it.
+    """
+    from ...formats import save, save_as_read
 
-    path = save(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
+    path = (save_as_read if as_read else save)(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
     return path, inspect_call(path, adapter, to, base)
 
 

@@ -102,7 +102,14 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
     """Train one short run per rate, in a temporary folder."""
     never = 1 << 30
     short = config.replace(
-        find_lr=False, eval_every=never, save_every=never, patience=0, sample_tokens=0, track=[], compile=False
+        find_lr=False,
+        eval_every=never,
+        save_every=never,
+        patience=0,
+        sample_tokens=0,
+        track=[],
+        compile=False,
+        diverged="continue",
     )
     configs = {f"x{factor:g}": short.replace(out=str(folder / f"x{factor:g}")) for factor in FACTORS}
     jobs = set_up_together(configs)

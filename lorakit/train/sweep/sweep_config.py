@@ -49,6 +49,7 @@ NOT_SWEPT = {
     "keep": _ONE_FOLDER,
     "save_every": _ONE_FOLDER,
     "track": _ONE_FOLDER,
+    "diverged": _ONE_FOLDER,
     "sample_prompts": _ONE_FOLDER,
     "sample_tokens": _ONE_FOLDER,
     "find_lr": "the sweep itself compares learning rates",
