@@ -125,12 +125,11 @@ def test_it_starts_from_an_earlier_adapter_or_says_why_not(make_config, method, 
     config = make_config(method=method, rank=3, steps=2, learning_rate=1e-2, out=tmp_path / "next").replace(
         adapter=str(first.adapter)
     )
-    try:
-        start = method_of(method).start(config)
-    except ConfigError as error:
-        assert "adapter" in str(error)
+    if method_of(method).result != "adapter":
+        with pytest.raises(ConfigError, match="adapter"):
+            method_of(method).start(config)
         return
-    assert start.settings["rank"] == 3
+    assert method_of(method).start(config).settings["rank"] == 3
     result = train(config, QUIET)
     assert lk.Adapter.load(result.adapter).metadata["started_from"]["sha256"] == lk.Adapter.load(first.adapter).digest()
 
