@@ -115,11 +115,11 @@ def read(path: Path, started: bool = False) -> Adapter:
         return Adapter(
             config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
         ).check()
-    low_rank = {
+    low: dict[str, Update] = {
         module: _update(module, kind, pair, config, transposed, packed.get(module), weights)
         for module, (kind, pair) in halves.items()
     }
-    return Adapter(config, {**low_rank, **tokens}, saved, ours).check()
+    return Adapter(config, {**low, **tokens}, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
