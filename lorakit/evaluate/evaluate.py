@@ -44,13 +44,14 @@ class Prompt:
 @dataclass(frozen=True)
 class Judged:
     """One adapter's result, None being the base. `texts` answer the report's prompts, in their order; without
-    generation, none.
+    generation, none. `cut`: how many of them the limit of new tokens ended.
     """
 
     adapter: str | None
     loss: Loss
     scores: Scores | None = None
     texts: tuple[str, ...] = ()
+    cut: int = 0
 
     @property
     def label(self) -> str:
@@ -76,12 +77,15 @@ class Report:
         )
         table = Table(title=title)
         table.add_column("")
-        for name in ("loss", "perplexity", *(("BLEU", "chrF", "ROUGE-L", "exact match") if scored else ())):
+        for name in ("loss", "perplexity", *(("BLEU", "chrF", "ROUGE-L", "exact match", "cut off") if scored else ())):
             table.add_column(name, justify="right")
         for one in self.judged:
             s = one.scores
             text = [f"{value:.1f}" for value in (s.bleu, s.chrf, s.rouge_l, s.exact_match)] if s else []
+            text += [f"{one.cut:,}"] if s else []
             table.add_row(one.label, f"{one.loss.loss:.4f}", f"{one.loss.perplexity:,.2f}", *text)
+        if any(one.cut for one in self.judged):
+            table.caption = "cut off: answers that reached --max-new-tokens before their end"
         return table
 
     def sample_table(self) -> Table | None:
@@ -104,7 +108,12 @@ class Report:
         """For JSON."""
         return {
             "results": [
-                {"adapter": one.adapter, **one.loss.to_dict(), "scores": one.scores.to_dict() if one.scores else None}
+                {
+                    "adapter": one.adapter,
+                    **one.loss.to_dict(),
+                    "scores": one.scores.to_dict() if one.scores else None,
+                    "cut": one.cut,
+                }
                 for one in self.judged
             ],
             "samples": [
@@ -152,6 +161,7 @@ def evaluate(
             if not prompts:
                 judged.append(Judged(name, loss))
                 continue
+            cut: list[int] = []
             texts = write(
                 model,
                 tokenizer,
@@ -160,9 +170,10 @@ def evaluate(
                 batch_size=batch_size,
                 stop=stop,
                 on_batch=_told(on_rows, f"{label}: text"),
+                on_cut=cut.append,
             )
             texts = [text.strip() for text in texts]
-            judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts)))
+            judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts), len(cut)))
     return Report(tuple(judged), tuple(prompts), tuple(_spread(range(len(prompts)), samples)))
 
 

@@ -68,8 +68,10 @@ def processor(config: RunSettings) -> Any:
 def data(config: RunSettings, processor: Any) -> Data:
     from ..data.dataset import build, held_out_of
     from ..data.read import read_rows
+    from .text.lengths import check_limit, described
 
     own = part(config, CausalSettings)
+    check_limit(config)
 
     def read(source: str, split: str | None, max_length: int | Literal["auto"]) -> Dataset:
         return build(
@@ -83,6 +85,8 @@ def data(config: RunSettings, processor: Any) -> Data:
         )
 
     dataset = read(config.data, config.split, own.max_length)
+    counts = {"dropped": dataset.dropped, "cut": dataset.cut, "split": dataset.split}
+    length = described(dataset.lengths, dataset.max_length, dataset.max_length_reason, counts, config)
     notes = dict(dataset.notes)
     if isinstance(config.validation, str):
         validation = read(config.validation, None, dataset.max_length)
@@ -93,12 +97,6 @@ def data(config: RunSettings, processor: Any) -> Data:
             )
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
-    long_rows = "".join(
-        f", {count} {action}"
-        for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut"), (dataset.split, "split"))
-        if count
-    )
-    length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
     return Data(train, held_out, dataset.shape, length, {"template": dataset.style}, notes)
 
 

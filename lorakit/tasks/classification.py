@@ -55,8 +55,10 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.dataset import held_out_of
     from ..data.labelled import read_labelled
     from ..data.read import read_rows
+    from .text.lengths import check_limit, described
 
     own = part(config, ClassificationSettings)
+    check_limit(config)
     dataset = read_labelled(
         read_rows(config.data, config.split),
         processor,
@@ -65,6 +67,8 @@ def data(config: RunSettings, processor: Any) -> Data:
         max_length=own.max_length,
         on_long=own.on_long,
     )
+    counts = {"dropped": dataset.dropped, "cut": dataset.cut}
+    length = described(dataset.lengths, dataset.max_length, dataset.max_length_reason, counts, config)
     if isinstance(config.validation, str):
         validation = read_labelled(
             read_rows(config.validation),
@@ -77,10 +81,6 @@ def data(config: RunSettings, processor: Any) -> Data:
         train, held_out = dataset.items, validation.items
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
-    long_rows = "".join(
-        f", {count} {action}" for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut")) if count
-    )
-    length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
     names = dataset.names
     shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
     return Data(train, held_out, shape, length, {"labels": names})

@@ -32,7 +32,9 @@ def test_a_name_that_is_nowhere_is_an_error_at_once(tmp_path):
     (tmp_path / "model").mkdir()
     started = time.monotonic()
     for name in ("foo/bar", "modell"):
-        with pytest.raises(LorakitError, match=f"there is no '{name}' here.* the hub cannot be reached: .*refused") as error:
+        with pytest.raises(
+            LorakitError, match=f"there is no '{name}' here.* the hub cannot be reached: .*refused"
+        ) as error:
             check_hub(name, "a model folder")
     assert "did you mean 'model'?" in str(error.value)
     assert "expected a model folder" in str(error.value)

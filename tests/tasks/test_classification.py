@@ -247,7 +247,8 @@ def test_train_and_eval_on_the_command_line(rows, model_folder, tmp_path, capsys
     assert "accuracy" in told
     assert (
         told.splitlines()[-1]
-        == f"next: lorakit eval {rows} --model {model_folder} --adapter {out}/adapter --task classification"
+        == f"next: lorakit eval TEST.jsonl --model {model_folder} --adapter {out}/adapter --precision fp32 "
+        "--task classification   # rows it was not trained on"
     )
     judge = ["eval", str(rows), "--model", str(model_folder), "--adapter", f"mine={out}/adapter", "--precision", "fp32"]
     assert run([*judge, "--json"]) == 0
