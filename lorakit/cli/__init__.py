@@ -23,9 +23,12 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """Run `lorakit ARGS`. Returns 0 for success, 1 if the job failed, 2 for a usage error, 130 for Ctrl-C."""
     from ..errors import ConfigError, LorakitError
+    from .shared.starting import starting
 
     try:
-        from .app import app
+        # On a terminal something appears at once, also where the imports take a second; elsewhere a verb says it.
+        with starting("loading", quiet=not sys.stderr.isatty()):
+            from .app import app
     except ModuleNotFoundError as error:  # an incomplete installation gets a message instead of a traceback
         name = (error.name or "").partition(".")[0]
         if name in ("", "lorakit"):
