@@ -349,7 +349,7 @@ class RunSettings(Source):
     )
     diverged: Literal["stop", "continue"] = Field(
         "stop",
-        description="what to do when the held-out loss is more than 0.5 above the base's, or the gradient exactly zero",
+        description="what to do when the held-out loss is more than 1.0 above the base's, or the gradient exactly zero",
     )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
