@@ -129,8 +129,6 @@ def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, json_
         print(json.dumps(result.to_dict()))
         return
     say(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
-    for note in result.notes:
-        say(f"note: {note}")
     say(f"merged model in {result.dtype}: {result.tensors} tensors, {result.bytes / 1e6:,.1f} MB")
     if result.other:
         say(f"in f16, because their row length is not a multiple of 32: {listing(result.other, 3)}")
