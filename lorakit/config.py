@@ -161,9 +161,7 @@ class LoraSettings(Strict):
         default_factory=list,
         description="with layers: the names before the layer's number, such as h or blocks (default: any)",
     )
-    strict_targets: bool = Field(
-        True, description="raise an error for a target that no module matches; false: list it and go on"
-    )
+    strict_targets: bool = Field(True, description="a target that no module matches is an error; false: list it")
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )
@@ -197,13 +195,6 @@ class LoraSettings(Strict):
             return sorted(dict.fromkeys(value))
         if isinstance(value, str) and value != ALL_LINEAR:
             _compile(value)
-        return value
-
-    @field_validator("layers_pattern")
-    @classmethod
-    def _patterns(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            _compile(pattern)
         return value
 
     @field_validator("variant")
@@ -243,6 +234,8 @@ class LoraSettings(Strict):
 
     @model_validator(mode="after")
     def _pattern_needs_layers(self):
+        for pattern in self.layers_pattern:
+            _compile(pattern)
         if self.layers_pattern and self.layers is None:
             raise ValueError("layers_pattern says where the numbers of layers are; give layers too")
         return self
@@ -356,7 +349,7 @@ class RunSettings(Source):
     )
     diverged: Literal["stop", "continue"] = Field(
         "stop",
-        description="what to do when the held-out loss is more than 0.5 above the base's, or the gradient exactly zero",
+        description="what to do when the held-out loss is more than 1.0 above the base's, or the gradient exactly zero",
     )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
-from ..io.hub_reach import check_hub, out_of_reach
+from .hub_reach import check_hub, out_of_reach
 
 if TYPE_CHECKING:
     import torch

@@ -183,6 +183,8 @@ def _task_metrics(
         config = config.replace(
             max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
         )
+    if "on_long" in task.settings.model_fields:
+        config = config.replace(on_long="cut")  # nothing is trained on what is missing
     config = config.replace(**(settings[0] if settings else task.remembered({}, base_config)))
     for value in values.values():
         if added := recorded_tokens(value.metadata):

@@ -67,6 +67,7 @@ def export(
         )
     check_names(adapters=[source])
     with starting(f"reading {source}"):
+        from ..data.chat_record import TEMPLATE_FILE
         from ..export import RECEIVERS
         from ..export import export as exported
         from ..formats import find
@@ -99,6 +100,8 @@ def export(
     for line in result.mended:
         say(f"fixed: {line}")
     say(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
+    for note in result.notes:
+        say(f"note: {note}")
     for what, value in (result.differences or {}).items():
         say(f"read back: {what} off by at most {value:.2g} of the largest element")
     if result.logits is not None:
@@ -109,7 +112,8 @@ def export(
     if result.unchecked is not None:
         say(f"not checked: {result.unchecked}")
     served = result.base or folder  # a path: other programs do not know 'embedded'
-    print(f"next: {_next(receiver, result.files[0], str(served) if served else None)}")
+    template = next((f for f in result.files if f.name == TEMPLATE_FILE), None)
+    print(f"next: {_next(receiver, result.files[0], str(served) if served else None, template)}")
 
 
 def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, json_output: bool, **options: Any) -> None:
@@ -136,11 +140,12 @@ def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, json_
     print(f"next: {_next(receiver, result.files[0], None) if receiver == 'ollama' else f'llama-server -m {where}'}")
 
 
-def _next(receiver: str, path: Path, base: str | None) -> str:
+def _next(receiver: str, path: Path, base: str | None, template: Path | None = None) -> str:
     where, of = quote(str(path)), quote(base or "BASE")
+    written = "" if template is None else f" --chat-template {quote(str(template))}"  # servers read the base's own
     return {
-        "vllm": f"vllm serve {of} --enable-lora --lora-modules mine={where}",
-        "sglang": f"python -m sglang.launch_server --model-path {of} --lora-paths mine={where}",
+        "vllm": f"vllm serve {of} --enable-lora --lora-modules mine={where}{written}",
+        "sglang": f"python -m sglang.launch_server --model-path {of} --lora-paths mine={where}{written}",
         "llama.cpp": f"llama-server -m base.gguf --lora {where}",
         "ollama": f"ollama create mine -f {quote(str(path.parent / 'Modelfile'))}",
         "comfyui": f"cp {where} ComfyUI/models/loras/",

@@ -9,6 +9,7 @@ end_tokens             tokens that end answers although the model's generation d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
@@ -44,6 +45,18 @@ class ChatRecord:
             ChatOptions(kwargs if isinstance(kwargs, dict) else {}, date if isinstance(date, str) else None),
             tuple(token for token in ends if isinstance(token, str)) if isinstance(ends, list) else (),
         )
+
+    def to_pass_on(self, with_template: bool) -> list[str]:
+        """Return what a program that serves the adapter must be given by hand. with_template: the files have it."""
+        lines = []
+        if self.template is not None and not with_template:
+            lines.append(
+                "trained with a chat template of its own, which this format does not hold: give it to the server"
+            )
+        if self.options.kwargs:
+            given = json.dumps(dict(self.options.kwargs), ensure_ascii=False)
+            lines.append(f"trained with chat_template_kwargs {given}: give them with every request")
+        return lines
 
 
 def record(dataset: Dataset, tokenizer: Any, options: ChatOptions, own_template: bool) -> dict[str, Any]:

@@ -234,7 +234,7 @@ class ChatTemplate:
         documents: Sequence[dict[str, Any]] = (),
     ) -> str:
         more: dict[str, Any] = {"documents": list(documents)} if documents else {}
-        if self.options.date is not None:
+        if self.options.date is not None and source:  # without a text, transformers says which templates there are
             more["chat_template"] = source
         return str(
             self.tokenizer.apply_chat_template(

@@ -115,7 +115,8 @@ class Unshown:
         for at, part in enumerate(content):
             if is_text(part):
                 continue
-            fewer = _with(messages[index], "content", [p for i, p in enumerate(content) if i != at])
+            nothing = {"type": "text", "text": ""}  # in its place, as templates may need a part
+            fewer = _with(messages[index], "content", [nothing if i == at else p for i, p in enumerate(content)])
             if _is_same(write, [fewer if i == index else m for i, m in enumerate(messages)], rendered):
                 raise DataError(
                     f"{where}: the chat template does not show a part of type {part.get('type')} of a "

@@ -45,12 +45,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Judged:
-    """The result of one adapter, or of the base (None). texts: its answers to the report's prompts, if generated."""
+    """The result of one adapter, or of the base (None).
+
+    texts: its answers to the report's prompts, if generated; cut: how many of them the limit of new tokens ended.
+    """
 
     adapter: str | None
     loss: Loss
     scores: Scores | None = None
     texts: tuple[str, ...] = ()
+    cut: int = 0
 
     @property
     def label(self) -> str:
@@ -72,7 +76,7 @@ class Report:
         title = f"{first.rows:,} rows, {first.tokens:,} trained tokens"
         title += f"; text from {len(self.prompts):,} prompts" if self.judged[0].scores is not None else ""
         losses = [{"adapter": a.adapter, "loss": a.loss.loss, "perplexity": a.loss.perplexity} for a in self.judged]
-        scores = [one.scores.to_dict() if one.scores else {} for one in self.judged]
+        scores = [one.scores.to_dict() | {"cut": one.cut} if one.scores else {} for one in self.judged]
         return table([loss | score for loss, score in zip(losses, scores)], title, BASE)
 
     def sample_table(self) -> RichTable | None:
@@ -96,7 +100,12 @@ class Report:
         """Return plain data, for JSON."""
         return {
             "results": [
-                {"adapter": one.adapter, **one.loss.to_dict(), "scores": one.scores.to_dict() if one.scores else None}
+                {
+                    "adapter": one.adapter,
+                    **one.loss.to_dict(),
+                    "scores": one.scores.to_dict() if one.scores else None,
+                    "cut": one.cut,
+                }
                 for one in self.judged
             ],
             "samples": [
@@ -148,6 +157,7 @@ def evaluate(
             if not prompts:
                 judged.append(Judged(name, loss))
                 continue
+            cut: list[int] = []
             texts = write(
                 model,
                 tokenizer,
@@ -156,9 +166,10 @@ def evaluate(
                 batch_size=batch_size,
                 stop=stop,
                 on_batch=_reporting(on_rows, f"{label}: text"),
+                on_cut=cut.append,
             )
             texts = [text.strip() for text in texts]
-            judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts)))
+            judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts), len(cut)))
     return Report(tuple(judged), tuple(prompts), tuple(_spread(range(len(prompts)), samples)))
 
 

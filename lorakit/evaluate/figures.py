@@ -21,6 +21,7 @@ MEASURES = {
     "chrf": ("chrF", 1),
     "rouge_l": ("ROUGE-L", 1),
     "exact_match": ("exact match", 1),
+    "cut": ("cut off", 0),  # answers that reached --max-new-tokens before their end
 }
 
 

@@ -20,7 +20,7 @@ from .staging import write_staged
 class Exported:
     """What was written and, if verified, how far it is from the adapter.
 
-    mended: the fixes applied.
+    mended: the fixes applied. notes: what the files do not hold, so that it must be given to the program.
     differences: the largest relative difference of ΔW, DoRA's magnitudes, changes of biases and saved weights, as far
         as the adapter has them (see `verify`); `difference` is the largest of these.
     logits: compared through the base, or no_logits: why they were not.
@@ -30,6 +30,7 @@ class Exported:
     format: str
     files: list[Path]
     mended: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     differences: dict[str, float] | None = None
     logits: Logits | None = None
     no_logits: str | None = None
@@ -47,6 +48,7 @@ class Exported:
             "format": self.format,
             "files": [str(f) for f in self.files],
             "mended": self.mended,
+            "notes": self.notes,
             "difference": self.difference,
             "differences": self.differences,
             "logits": {**asdict(self.logits), "relative": self.logits.relative} if self.logits else None,
@@ -109,15 +111,16 @@ def export(
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
         model_file = check_modelfile(path, modelfile(path, model, adapter), force)
         beside = {model_file.name: modelfile(path, model, adapter)}
-    template = ChatRecord.of(adapter.metadata).template
-    inside = {} if template is None else {TEMPLATE_FILE: template}
+    record = ChatRecord.of(adapter.metadata)
+    inside = {} if record.template is None else {TEMPLATE_FILE: record.template}
     written, check = write_staged(adapter, ready, path, target.format, base, verify, parts, beside, inside)
     files = [written, *([model_file] if model_file is not None else [])]
     files += [written / name for name in inside if written.is_dir()]
     copy = parts.copy if parts is not None else None
+    notes = record.to_pass_on(with_template=written.is_dir())
     unchecked = _unchecked(ready) if base is None else None
     return Exported(
-        receiver, target.format, files, fixes, check.differences, check.logits, check.no_logits, copy, unchecked
+        receiver, target.format, files, fixes, notes, check.differences, check.logits, check.no_logits, copy, unchecked
     )
 
 

@@ -178,7 +178,7 @@ def _pairs(
         **({"tokenizer.ggml.eot_token_id": int(ends[0])} if ends and ends[0] is not None else {}),
     }
     extra = {} if params.rope_freqs is None else {"rope_freqs.weight": params.rope_freqs.numpy()}
-    return values, extra, params.warnings + vocab.warnings
+    return values, extra, params.warnings + vocab.warnings + record.to_pass_on(with_template=True)
 
 
 def _write(

@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
+from ..bases.hub_reach import out_of_reach
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.hub_errors import reason, unreachable
-from ..io.hub_reach import out_of_reach
 from ..version import VERSION
 from . import diffusers, mlx, peft
 from .peft_shards import SHARD

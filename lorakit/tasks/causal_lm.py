@@ -114,9 +114,11 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..bases.load import end_tokens
     from ..data.chat_record import TEMPLATE_FILE, record
     from .text.causal_rows import read_data
+    from .text.lengths import check_limit
     from .text.vocabulary import check_vocabulary
 
     own = part(config, CausalSettings)
+    check_limit(config)
     tokenizer, options = _tokenizer(own, processor), _options(own)
     how = {
         "columns": own.columns or None,

@@ -55,12 +55,14 @@ def data(config: RunSettings, processor: Any) -> Data:
     from ..data.dataset import held_out_of
     from ..data.labelled import read_labelled
     from ..data.read import read_rows
+    from .text.lengths import check_limit, described
     from .text.vocabulary import check_vocabulary
 
     own = part(config, ClassificationSettings)
     for name in ("mix", "streaming"):
         if getattr(config, name, None):
             raise ConfigError(f"{name}: classification does not have it\n  remove {name}; one data set, in memory")
+    check_limit(config)
     dataset = read_labelled(
         read_rows(config.data, config.split),
         processor,
@@ -69,6 +71,8 @@ def data(config: RunSettings, processor: Any) -> Data:
         max_length=own.max_length,
         on_long=own.on_long,
     )
+    counts = {"dropped": dataset.dropped, "cut": dataset.cut}
+    length = described(dataset.lengths, dataset.max_length, dataset.max_length_reason, counts, config)
     if isinstance(config.validation, str):
         validation = read_labelled(
             read_rows(config.validation),
@@ -82,10 +86,6 @@ def data(config: RunSettings, processor: Any) -> Data:
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
     check_vocabulary(config, processor, [*train, *held_out])
-    long_rows = "".join(
-        f", {count} {action}" for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut")) if count
-    )
-    length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
     names = dataset.names
     shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
     return Data(train, held_out, shape, length, {"labels": names}, dataset.notes)

@@ -6,9 +6,10 @@ train on to its end: with a loss at ln(vocabulary), the loss of guessing, and a 
 
 from __future__ import annotations
 
-# Nats per token. A held-out loss this far above the base's is a perplexity 1.65 times as high. Overfitting gets there
-# only long after `patience` has stopped a run; rates that are too high get there within a few steps.
-MARGIN = 0.5
+# Nats. A held-out loss this far above the base's is a perplexity e times as high. Overfitting gets there only long
+# after `patience` has stopped a run, and a fresh classifier's first steps stay below; rates that are too high get there
+# within a few steps.
+MARGIN = 1.0
 # Up to this loss a gradient of exactly zero can come from a perfect fit: softmax rounds to one.
 FITTED = 0.01
 

@@ -21,6 +21,7 @@ MESSAGES = {
     "  rank: was 4, is now 8": "  --rank: was 4, is now 8",
     "rows.jsonl, row 3: prompt is empty": "rows.jsonl, row 3: prompt is empty",
     "runs/batch_size/config.yaml cannot be read": "runs/batch_size/config.yaml cannot be read",
+    "nothing can be held out for validation: all rows": "nothing can be held out for validation: all rows",
     "did you mean 'batch_size'?": "did you mean 'batch_size'?",
 }
 

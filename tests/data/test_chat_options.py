@@ -11,7 +11,7 @@ from lorakit.data.dataset import build, split
 from lorakit.data.render import EACH_ANSWER, Renderer, question_ids
 from lorakit.data.shapes import read_examples
 from lorakit.data.templates import ChatOptions, dated, read_template, reads_date, with_template
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, DataError
 
 TALK = [
     {"role": "user", "content": "hello"},
@@ -199,3 +199,12 @@ def test_rows_of_one_conversation_are_held_out_together_and_counted(rows, make_t
     assert len(held) == 4
     assert not {item.row.number for item in train} & {item.row.number for item in held}
     assert len(build(rows(*talks), t, turns="last").items) == 10
+
+
+@pytest.mark.parametrize("date", [None, "2025-03-04"])
+def test_named_templates_without_a_default_are_named(rows, make_tokenizer, templates, date):
+    tokenizer = make_tokenizer(template={"rag": templates["chatml"], "tool_use": templates["chatml"]}, end="<|im_end|>")
+    talk = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]}
+    assert build(rows(talk | {"tools": [{"name": "add"}]}), tokenizer, options=ChatOptions(date=date)).items
+    with pytest.raises(DataError, match=r"row 1: .*multiple chat templates with no default"):
+        build(rows(talk), tokenizer, options=ChatOptions(date=date))

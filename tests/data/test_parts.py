@@ -80,6 +80,15 @@ def test_parts_of_text_by_openais_later_names_are_text(rows, make_tokenizer):
     assert t.decode(row.ids).startswith("user: hello\nassistant: world\n")
 
 
+def test_a_turn_of_one_part_that_is_not_shown_is_an_error(rows, make_tokenizer):
+    t = make_tokenizer(  # as Idefics3's: it looks at the first part, and cannot take an empty list
+        template="{% for m in messages %}{{ m.role }}:{{ '' if m.content[0].type == 'image' else ' ' }}"
+        "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{{ '\\n' }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="row 1: the chat template does not show a part of type refusal"):
+        trained_of(rows, t, [USER, ANSWER | {"content": [{"type": "refusal", "refusal": "no"}]}])
+
+
 def test_a_part_that_a_template_of_texts_cannot_take_is_named(rows, chatml_tokenizer):
     content = [{"type": "text", "text": "world"}, {"type": "tool_use", "name": "add", "input": {}}]
     with pytest.raises(DataError, match=r"row 1: the chat template takes text only, .* a part of type tool_use"):

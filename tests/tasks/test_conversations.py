@@ -185,10 +185,12 @@ def test_full_fine_tuning_saves_a_model_with_template_and_ends(chatting):
 def test_exports_hold_the_template_and_the_end_tokens(chatting, tmp_path, receiver):
     from lorakit.export.export import export
 
-    config = chatting(steps=1)
+    config = chatting(steps=1, chat_template_kwargs={"mood": "!"})
     source = train(config, QUIET).adapter
     out = tmp_path / "out"
     result = export(lk.Adapter.load(source), out, receiver, base=config.model, model="tiny", fix=True)
+    assert result.notes[-1] == 'trained with chat_template_kwargs {"mood": "!"}: give them with every request'
+    assert ("a chat template of its own" in result.notes[0]) == (receiver == "ollama")
     if receiver == "ollama":
         assert (out / "Modelfile").read_text() == 'FROM tiny\nADAPTER ./adapter.gguf\nPARAMETER stop "<pad>"\n'
     else:
@@ -202,9 +204,11 @@ def test_a_merged_gguf_has_the_template_and_stops_at_the_end_tokens(chatting, tm
 
     from lorakit.export.merged import export_merged
 
-    config = chatting(steps=1)
+    config = chatting(steps=1, chat_template_kwargs={"mood": "!"})
     adapter = lk.Adapter.load(train(config, QUIET).adapter)
-    files = export_merged(adapter, config.model, tmp_path / "out", "ollama").files
+    made = export_merged(adapter, config.model, tmp_path / "out", "ollama")
+    files = made.files
+    assert 'trained with chat_template_kwargs {"mood": "!"}: give them with every request' in made.warnings
     assert 'PARAMETER stop "<pad>"' in files[1].read_text()
     fields = GGUFReader(files[0]).fields
     assert fields["tokenizer.chat_template"].contents() == TEMPLATE

@@ -22,8 +22,8 @@ def test_what_counts_as_diverged():
     assert divergence.is_dead(math.log(4096), 0.0)
     assert not divergence.is_dead(math.log(4096), 1e-30)
     assert not divergence.is_dead(0.0, 0.0)  # a perfect fit
-    assert divergence.is_worse(3.6, 3.0)
-    assert not divergence.is_worse(3.4, 3.0)
+    assert divergence.is_worse(4.1, 3.0)
+    assert not divergence.is_worse(3.9, 3.0)
 
 
 def test_a_rate_that_is_too_high_ends_in_guessing_and_is_reported(make_config):
@@ -62,7 +62,7 @@ def test_the_last_good_checkpoint_stays_however_many_were_written_since(make_con
 def test_a_run_that_was_never_better_says_that_there_is_no_good_checkpoint(make_config, sudden):
     sudden(2, 2)
     config = make_config(steps=4)
-    with pytest.raises(TrainError, match=r"more than 0.5 above the base's, 5\.\d+; no checkpoint from before that"):
+    with pytest.raises(TrainError, match=r"more than 1.0 above the base's, 5\.\d+; no checkpoint from before that"):
         train(config, QUIET)
     folder = RunFolder(config.out)
     assert folder.report.exists()

@@ -105,8 +105,7 @@ def test_plain_torchrun_trains_together_on_a_cpu(make_config, tmp_path):
     config = make_config(steps=2, eval_every=2)
     done = run([*TORCHRUN, *arguments(config, tmp_path)])
     assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stdout
-    assert len(re.findall(r"next: lorakit", done.stdout)) == 1, "only one of them speaks"
+    assert done.stdout.count("2 processes") == 1, "only one of them speaks"
     assert (RunFolder(config.out).adapter / "adapter_model.safetensors").exists()
 
 

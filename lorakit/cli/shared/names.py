@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...bases.hub_reach import check_hub
 from ...bases.load import EMBEDDED, EXPECTED
-from ...io.hub_reach import check_hub
 
 _DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from ...config import RunSettings, Strict
 from ...errors import DataError
 from ..task import Data
+from .lengths import described
 
 
 class Sources(Strict):
@@ -75,12 +76,8 @@ def read_data(
         shape += "; mixed with " + ", ".join(
             f"{source} ({share:.0%}: {drawn:,} rows an epoch, of {size:,})" for (source, share), drawn, size in parts
         )
-    long_rows = "".join(
-        f", {count} {action}"
-        for count, action in ((first.dropped, "dropped"), (first.cut, "cut"), (first.split, "split"))
-        if count
-    )
-    length = f"at most {first.max_length} tokens ({first.max_length_reason}){long_rows}"
+    counts = {"dropped": first.dropped, "cut": first.cut, "split": first.split}
+    length = described(first.lengths, first.max_length, first.max_length_reason, counts, config)
     return Data(train, held_out, shape, length, {}, notes, mixture=mixed), first
 
 

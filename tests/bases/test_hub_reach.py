@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from lorakit.bases import hub_reach
+from lorakit.bases.hub_reach import check_hub, out_of_reach
 from lorakit.errors import LorakitError
-from lorakit.io import hub_reach
-from lorakit.io.hub_reach import check_hub, out_of_reach
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,8 @@ def check_hub(name: str, expected: str, kind: str = "models") -> None:
     """
     path = Path(name).expanduser()
     found = _NAME.match(name)
+    if path.is_symlink() and not path.exists():
+        raise LorakitError(f"{name} is a link that leads nowhere, or in a circle\n  expected {expected}")
     if path.exists() or found is None or is_cached(found, kind):
         return
     why = out_of_reach()
