@@ -88,7 +88,7 @@ def _message(turn: object, key: str, row: Row) -> Message:
         known = ", ".join(ROLES)
         hint = did_you_mean(given_role, ROLES) if isinstance(given_role, str) else ""
         raise DataError(f"{row.where}: {key}: unknown {role_key} {given_role!r}{hint}\n  known: {known}")
-    role, content = ROLES[given_role], turn.get(content_key)
+    role, content = ROLES[given_role], _without_nulls(turn.get(content_key))
     # Parquet files and datasets fill every key that one turn of the data has with nulls in all the others.
     others = {name: value for name, value in turn.items() if value is not None and name not in (role_key, content_key)}
     if not openai and others.keys() & {"role", "content"}:
@@ -165,6 +165,18 @@ def _text_of(content: object, key: str, row: Row) -> str:
         if is_text(part):
             texts.append(string(part["text"], f"{key}[{index}].text", row))
     return "".join(texts)
+
+
+def _without_nulls(content: object) -> object:
+    """Return a content whose parts have no nulls: some templates take a part with the key "image_url" for an image."""
+    if not isinstance(content, list):
+        return content
+    return [
+        {name: value for name, value in part.items() if value is not None or (name == "text" and is_text(part))}
+        if isinstance(part, dict)
+        else part
+        for part in content
+    ]
 
 
 def is_text(part: object) -> bool:
