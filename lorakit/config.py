@@ -17,12 +17,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, expectation
 from .module_names import Patterns, ends_with, plain
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536  # beyond any sensible rank
 Auto = Literal["auto"]
+Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
 
 
 # PEFT's names of settings with the same values.
@@ -35,6 +36,7 @@ PEFT_NAMES = {
     "exclude_modules": "exclude",
     "layers_to_transform": "layers",
     "layers_pattern": "layers_pattern",
+    "trainable_token_indices": "trainable_tokens",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "use_rslora": "rslora",
@@ -74,10 +76,15 @@ class Strict(BaseModel):
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """Format a pydantic error as lines of `Class.field: what is wrong (got ...)`."""
-    lines = []
+    """Format a pydantic error as lines of `Class.field: what is wrong (got ...)`, one for each mistake."""
+    lines: list[str] = []
+    mistakes: dict[tuple[str, str], list[Any]] = {}  # a value that fits no member of a union has an error for each
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        mistakes.setdefault((str(item["loc"][:1]), repr(item.get("input"))), []).append(item)
+    for items in mistakes.values():
+        item = items[0]
+        union = len(items) > 1
+        where = ".".join(str(part) for part in (item["loc"][:1] if union else item["loc"])) or "settings"
         if item["type"] == "extra_forbidden":
             ours = PEFT_NAMES.get(where)
             hint = (
@@ -89,9 +96,7 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
         elif item["type"] == "value_error":
             lines.append(f"{cls.__name__}.{where}: {item['ctx']['error']!s}")
         else:
-            lines.append(
-                f"{cls.__name__}.{where}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})"
-            )
+            lines.append(f"{cls.__name__}.{where}: {expectation(items)} (got {item.get('input')!r})")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -156,9 +161,7 @@ class LoraSettings(Strict):
         default_factory=list,
         description="with layers: the names before the layer's number, such as h or blocks (default: any)",
     )
-    strict_targets: bool = Field(
-        True, description="raise an error for a target that no module matches; false: list it and go on"
-    )
+    strict_targets: bool = Field(True, description="a target that no module matches is an error; false: list it")
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
     )
@@ -172,6 +175,10 @@ class LoraSettings(Strict):
     )
     save_modules: list[str] = Field(
         default_factory=list, description="modules to train and save in full (PEFT's modules_to_save)"
+    )
+    trainable_tokens: Tokens | dict[str, Tokens] = Field(
+        default_factory=list,
+        description="tokens whose rows of the embedding are trained: ids or tokens, or {name ending: tokens}",
     )
     packed: dict[str, list[bool]] = Field(
         default_factory=dict,
@@ -188,13 +195,6 @@ class LoraSettings(Strict):
             return sorted(dict.fromkeys(value))
         if isinstance(value, str) and value != ALL_LINEAR:
             _compile(value)
-        return value
-
-    @field_validator("layers_pattern")
-    @classmethod
-    def _patterns(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            _compile(pattern)
         return value
 
     @field_validator("variant")
@@ -234,6 +234,8 @@ class LoraSettings(Strict):
 
     @model_validator(mode="after")
     def _pattern_needs_layers(self):
+        for pattern in self.layers_pattern:
+            _compile(pattern)
         if self.layers_pattern and self.layers is None:
             raise ValueError("layers_pattern says where the numbers of layers are; give layers too")
         return self
@@ -288,9 +290,7 @@ class Source(Strict):
     task: str = Field("causal_lm", description="the task")
     base: str | None = Field(None, description="the base model's hub id or folder")
     revision: str | None = Field(None, description="the base model's revision on the hub")
-    model: str = Field(
-        "embedded", description="the base: 'embedded', a model folder, or a hub id such as Qwen/Qwen3-0.6B"
-    )
+    model: str = Field("embedded", description="the base: 'embedded', a folder, or a hub id such as Qwen/Qwen3-0.6B")
     data: str = Field(..., description="training data: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")
     split: str | None = Field(None, description="the data's split, if it has several")
 
@@ -298,14 +298,15 @@ class Source(Strict):
 class RunSettings(Source):
     """The settings of a training run that do not depend on the method or the task."""
 
-    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory"}
-    rows: ClassVar = {"validation"}
+    free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory", "diverged"}
+    rows: ClassVar = {"validation", "add_tokens"}
 
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
 
     method: str = Field("lora", description="how to fine-tune")
-    out: str = Field(
-        "runs/default", description="the run's folder; a run started on its own folder resumes where it stopped"
+    out: str = Field("runs/default", description="the run's folder; started on its own folder, a run resumes")
+    add_tokens: list[str] = Field(
+        default_factory=list, description="new tokens, or a file of them: learnt by the tokenizer, their rows trained"
     )
     epochs: float = Field(3.0, gt=0, allow_inf_nan=False, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
@@ -335,9 +336,7 @@ class RunSettings(Source):
         False, description="recompute activations in backward: less memory, a third more time"
     )
     compile: bool = Field(
-        False,
-        description="compile the layers with torch.compile before the first step (needs a C++ compiler on a CPU; "
-        "worthwhile for long runs)",
+        False, description="compile the layers with torch.compile first (for long runs; a CPU needs a C++ compiler)"
     )
     seed: int = Field(0, ge=0, lt=1 << 31, description="seed of the factors, the data order and dropout")
     threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
@@ -348,18 +347,18 @@ class RunSettings(Source):
     patience: int = Field(
         3, ge=0, description="stop after this many evaluations without a better held-out loss; 0: never"
     )
+    diverged: Literal["stop", "continue"] = Field(
+        "stop",
+        description="what to do when the held-out loss is more than 1.0 above the base's, or the gradient exactly zero",
+    )
     save_every: int | Auto = Field("auto", description="steps between checkpoints; auto: at each evaluation")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
-    track: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="also log to these, if installed"
-    )
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="also log to these")
     memory: str = Field(
         "auto",
         description="memory the run may use, such as 24GB; auto: what the device has; unchecked: start in any case",
     )
-    trust_remote_code: bool = Field(
-        False, description="run code from a hub model's repository (only for models you trust)"
-    )
+    trust_remote_code: bool = Field(False, description="run code from a hub model's repository, which you trust")
 
     @model_validator(mode="before")
     @classmethod

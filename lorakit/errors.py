@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _GIT_LFS = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/")
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|\?xml)\b", re.I | re.S)
@@ -53,12 +54,24 @@ class TrainError(LorakitError, RuntimeError):
     """A training run cannot start or continue."""
 
 
+class StoppedError(TrainError):
+    """A signal stopped the work. `signal`: its name, such as "SIGINT"."""
+
+    def __init__(self, message: str, signal: str):
+        super().__init__(message)
+        self.signal = signal
+
+
 class WriteError(LorakitError, OSError):
     """A file or folder cannot be written: the path is taken, permission is denied or the disk is full."""
 
 
 class NotFiniteError(LorakitError, RuntimeError):
     """A loss is NaN or infinite."""
+
+
+class LorakitWarning(UserWarning):
+    """Something that was done as asked and may surprise. The command line prints it as one note on stderr."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -106,3 +119,27 @@ def not_the_file(path: Path) -> str | None:
         text = head.decode("utf8", "replace").strip().splitlines()[0][:80]
         return f"{path} holds a server's answer, '{text}', not the file itself{again}"
     return None
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "names with values",
+}
+
+
+def expectation(items: Sequence[Mapping[str, Any]]) -> str:
+    """Say what pydantic expected of a value. `items`: its errors for it, several for the members of a union."""
+    found = []
+    for item in items:
+        kind, _, problem = item["type"].partition("_")
+        if kind in _TYPES and problem in ("type", "parsing", "from_float"):
+            found.append(_TYPES[kind])
+        elif kind == "literal":
+            found.append(item["msg"].removeprefix("Input should be "))
+        else:
+            return f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"expected {' or '.join(dict.fromkeys(found))}"

@@ -15,7 +15,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# What follows "transformer." in language models with such a trunk (GPT-2, GPT-J, BLOOM, Falcon, MPT, ChatGLM, XLNet,
+# ...). A diffusion pipeline's component of that name has transformer_blocks, blocks.N.attn1 and the like.
+_LANGUAGE_TRUNK = re.compile(
+    r"transformer\.(h|wte|wpe|word_embeddings(_layernorm)?|embedding|ln_f|norm_f|output_layer|layer\.\d+|encoder\.layers"
+    r"|blocks\.\d+\.((attn\.(Wqkv|out_proj)|ffn\.(up|down)_proj|norm_[12])$|norm_attn_norm))(\.|$)"
+)
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?\.|\\?-)+")
+
+
+def is_language_trunk(module: str) -> bool:
+    """Whether a name that begins with "transformer." is a language model's, not a diffusion pipeline's."""
+    return _LANGUAGE_TRUNK.match(module) is not None
 
 
 def compiled(key: str) -> re.Pattern[str]:

@@ -5,7 +5,8 @@
 The names and shapes of `modules` are those of diffusers' and transformers' own classes, built from the published
 configurations on the meta device (no weights). `ldm` says how the original code of the model names the same weights,
 and which of diffusers' modules, in order, share one of them (kohya's names of SDXL, SD3 and Flux come from there).
-tests/formats/test_names.py holds both against diffusers' checkpoint converters.
+tests/formats/test_names.py holds both against diffusers' checkpoint converters. The other diffusion transformers are in
+`dit_names.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 
 import torch
+from dit_names import TRANSFORMERS, counted, originals, shapes_of
 from torch import nn
 
 FOLDER = Path(__file__).parents[1] / "lorakit" / "formats" / "names"
@@ -187,13 +189,18 @@ def flux_ldm(names: dict[str, list[int]]) -> dict[str, list[str]]:
     return found
 
 
-def save(name: str, shapes: dict[str, list[int]], ldm: dict[str, list[str]] | None = None) -> None:
+def save(
+    name: str, shapes: dict[str, list[int]], ldm: dict[str, list[str]] | None = None, **more: list[int] | list[str]
+) -> None:
     """One line a module: a difference between two versions can be read."""
     lines = [f"  {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in shapes.items()]
     text = '{"modules": {\n' + ",\n".join(lines) + "\n}"
     if ldm:
         lines = [f"  {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in ldm.items()]
         text += ',\n"ldm": {\n' + ",\n".join(lines) + "\n}"
+    for key, values in more.items():
+        if values:
+            text += f",\n{json.dumps(key)}: {json.dumps(values)}"
     (FOLDER / f"{name}.json").write_text(text + "}\n", encoding="utf8")
     print(f"{name}: {len(shapes)} modules, {len(ldm or {})} ldm names")
 
@@ -233,6 +240,10 @@ def main() -> None:
         for name, values in (("clip_l", CLIP_L), ("clip_g", CLIP_G), ("clip_h", CLIP_H)):
             save(name, clip(values))
         save("t5", modules(T5EncoderModel(T5Config(**T5))))
+    for name, transformer in TRANSFORMERS.items():
+        listed = counted(shapes_of(transformer))
+        more = {"widths": list(transformer.widths), "swapped": list(transformer.swapped)}
+        save(name, listed, originals(listed, transformer), **more)
 
 
 if __name__ == "__main__":

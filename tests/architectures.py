@@ -51,6 +51,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "glm4_moe": {
+        **_ATTENTION,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "qwen2_moe": {
+        **_ATTENTION,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "qwen3_next": {
         **_ATTENTION,
         "head_dim": 8,
@@ -82,7 +100,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rwkv": {**_COMMON, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64},
 }
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "jamba")
-MOE = ("mixtral", "gpt_oss", "deepseek_v3", "qwen3_next")
+MOE = ("mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_next")
 
 
 def config_of(architecture: str) -> Any:

@@ -86,6 +86,7 @@ def test_others_data_and_weights_are_named_in_the_notice():
     for path in (
         "lorakit/assets/e2e/",
         "lorakit/assets/tiny-lm/",
+        "lorakit/assets/twemoji/",
         "tests/fixtures/peft_0.6.1/",
         "tests/fixtures/loralib_roberta_mnli/",
     ):

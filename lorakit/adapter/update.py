@@ -150,6 +150,20 @@ class Update(ABC):
         full = self.delta().reshape(self.weight_shape()).flatten(1)
         return full.T if transposed else full
 
+    @property
+    def bias_apart(self) -> bool:
+        """Whether a change of the bias stands beside an update of the weight, which may be another (`with_weight`)."""
+        return False
+
+    @property
+    def weight_alone(self) -> Update:
+        """The update of the weight, without a change of the bias that stands apart."""
+        return self
+
+    def with_weight(self, after: Update) -> Update:
+        """`after` as the update of the weight, beside this one's change of the bias, if it has one apart."""
+        return after
+
     def without_base(self) -> Update:
         """Return the part that does not depend on W: the update itself, or the one that a DoRA is built on."""
         return self

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..io.atomic import replacing
+from ..module_names import is_language_trunk
+from .fonts import fonts_for
 from .tables import printable
 
 if TYPE_CHECKING:
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
 
 # Name parts whose number counts layers. `to_out.0`, `net.2` and `experts.5` count something else.
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|\w*blocks?|h|resnets|attentions|\w*samplers)\.\d+(?=\.|$)")
-# GPT-2's names begin with "transformer.h."
-_PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.(?!h\.)")
+_PARTS = re.compile(r"(unet|transformer|text_encoder(?:_[23])?|prior|vae)\.")
 # Dark to bright with even steps of lightness: readable in greyscale and with colour blindness.
 COLOURS = "inferno"
 GREY = "#d4d4d4"
+
+
+def _part(module: str) -> re.Match[str] | None:
+    """The component of a pipeline that a module's name begins with."""
+    return None if is_language_trunk(module) else _PARTS.match(module)
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,7 @@ class Grid:
 def grids(values: Mapping[str, float | None], what: str, limits: tuple[float, float] | None = None) -> list[Grid]:
     """Heat maps of module -> value, one per part of a pipeline. what: the quantity, for the titles."""
     split = {
-        module: (match[1], module[match.end() :]) if (match := _PARTS.match(module)) else ("", module)
-        for module in values
+        module: (match[1], module[match.end() :]) if (match := _part(module)) else ("", module) for module in values
     }
     counts = Counter((part, placed(name)) for part, name in split.values())
     parts: dict[str, dict[tuple[str, str], float | None]] = {}
@@ -167,6 +172,12 @@ def placed(module: str) -> tuple[str, str]:
     numbers = ".".join(part for part in within.split(".") if part.isdigit())
     stack = re.search(r"(?:^|\.)(\w+?)_blocks?(?=\.|$)", within)  # "down" of down_blocks
     return row, f"{stack[1]} {numbers}" if stack else numbers
+
+
+def kind_of_module(module: str) -> str:
+    """Return a module's name within its layer, after the part of the pipeline it belongs to, if any."""
+    part = _PARTS.match(module)
+    return f"{part[1]}.{placed(module[part.end() :])[0]}" if part else placed(module)[0]
 
 
 def _natural(label: str) -> list[tuple[int, str]]:
@@ -224,15 +235,19 @@ def plot(panels: Sequence[Grid], path: Path, title: str) -> Path:
             rows.append([panel])
     heights = [row[0].height for row in rows] or [1.0]
     width = min(20.0, max([5.0, *(sum(panel.width for panel in row) for row in rows)]))
-    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
-    for part, row in zip(parts.flat, rows):
-        for ax, panel in zip(part.subplots(1, len(row), squeeze=False).flat, row):
-            panel.draw(ax)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format=kind)
+    texts = [title, *(text for panel in panels for text in (panel.title, *panel.rows, *panel.layers))]
+    with fonts_for(texts) as missing:
+        figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11)
+        if missing:
+            figure.supxlabel(missing, x=0.01, ha="left", fontsize=7)
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        for part, row in zip(parts.flat, rows):
+            for ax, panel in zip(part.subplots(1, len(row), squeeze=False).flat, row):
+                panel.draw(ax)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130, format=kind)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from .tables import Table, mean, printable
 from .training_notes import training
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from ..adapter.adapter import Adapter
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 # Kinds of update that are not LoRA, as one calls them.
-KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense"}
+KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense", "tokens": "tokens"}
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -107,37 +109,45 @@ class AdapterFacts:
         """Heat maps of a quantity (a key of `QUANTITIES`) over all modules."""
         return grids({m.name: getattr(m, quantity) for m in self.modules}, QUANTITIES[quantity])
 
-    def show(self, every_module: bool = False) -> None:
+    def show(self, every_module: bool = False, console: Console | None = None) -> None:
         """Print the facts. Modules with the same ending and shape share a line, unless `every_module`."""
         from rich.console import Console
+        from rich.text import Text
+
+        console = console or Console()
+
+        def say(line: str) -> None:
+            console.print(Text(line), soft_wrap=not console.is_terminal)
 
         source, base = printable(self.source), printable(self.base or "not stated")
-        print(
-            f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}"
-        )
-        print("; ".join(self._file()))
+        say(f"{source}: rank {self.rank}, {self.parameters:,} parameters in {len(self.modules)} modules; base: {base}")
+        say("; ".join(self._file()))
         if self.unlike_base:
-            print(
+            say(
                 "trained on a different base than the one given, so figures relative to it mean little: "
                 + "; ".join(map(printable, self.unlike_base))
             )
         if self.packed:
-            print(f"{self.packed} packed projections: the zeros between their blocks are not counted as parameters")
+            say(f"{self.packed} packed projections: the zeros between their blocks are not counted as parameters")
         if self.modules:
-            Console().print(self._table(every_module))
+            console.print(self._table(every_module))
         if self.dead:
             names = printable(listing(self.dead, 3))
-            print(f"{len(self.dead)} of {len(self.modules)} modules have ΔW = 0 and no effect ({names})")
+            say(f"{len(self.dead)} of {len(self.modules)} modules have ΔW = 0 and no effect ({names})")
         for name, shape in self.saved.items():
-            print(f"saved weight: {printable(name)} {shape}")
+            say(f"saved weight: {printable(name)} {shape}")
         for token, shape in self.embeddings.items():
-            print(f"textual-inversion embedding: {printable(token)} {shape}")
+            say(f"textual-inversion embedding: {printable(token)} {shape}")
         for section in ("recipe", "data", "metrics"):
             if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
-                print(printable(f"{section}: " + ", ".join(f"{k} {v}" for k, v in self.metadata[section].items())))
+                facts = (f"{k} {_brief(v)}" for k, v in self.metadata[section].items())
+                say(printable(f"{section}: {', '.join(facts)}"))
+        start = self.metadata.get("started_from")
+        if isinstance(start, Mapping):
+            say(printable(f"started from: {start.get('adapter')}, SHA-256 {str(start.get('sha256'))[:12]}"))
         for key, value in self.training.items():
             text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, dict) else value
-            print(printable(f"{key}: {', '.join(text) if isinstance(text, list) else text}"))
+            say(printable(f"{key}: {', '.join(text) if isinstance(text, list) else text}"))
 
     def _file(self) -> list[str]:
         """Facts about the file, and the base's fingerprint."""
@@ -155,14 +165,17 @@ class AdapterFacts:
     def _table(self, every_module: bool) -> Table:
         relative = any(m.relative is not None for m in self.modules)
         heads = ["module", "count", "in", "out", "rank", "alpha", "scale", "|ΔW|\nmin", "max"]
+        if every_module:
+            heads = ["module", "in", "out", "rank", "alpha", "scale", "|ΔW|"]
         heads += ["effect.\nrank", "stable\nrank", *(["|ΔW| /\n|W|"] if relative else [])]
         rows = []
         for (name, *_), group in self._groups(every_module).items():
             first, norms = group[0], [m.norm for m in group]
             kind = f" {KINDS[first.kind]}" if first.kind in KINDS else ""
-            sizes = [len(group), first.size_in, first.size_out, first.rank]
+            sizes = [*([] if every_module else [len(group)]), first.size_in, first.size_out, first.rank]
             row = [f"{name}{kind}{' DoRA' if first.dora else ''}", *map(str, sizes)]
-            row += [f"{first.alpha:g}", f"{first.scale:g}", f"{min(norms):.3g}", f"{max(norms):.3g}"]
+            row += [f"{first.alpha:g}", f"{first.scale:g}"]
+            row += [f"{norm:.3g}" for norm in (norms if every_module else (min(norms), max(norms)))]
             row += [mean((m.effective_rank for m in group), ".1f"), mean((m.stable_rank for m in group), ".1f")]
             rows.append([*row, mean((m.relative for m in group), ".2g")] if relative else row)
         return Table("", heads, rows)
@@ -173,6 +186,13 @@ class AdapterFacts:
             name = m.name if every_module else ending(m.name)
             groups.setdefault((name, m.size_in, m.size_out, m.rank, m.alpha, m.kind, m.dora), []).append(m)
         return groups
+
+
+def _brief(value: Any) -> str:
+    """Format a value for reading: numbers with six digits, a hash by its beginning. `--json` has all of it."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
 def ending(module: str) -> str:
@@ -228,7 +248,7 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return ModuleFacts(
         name,
-        getattr(own, "kind", own.variant),
+        update.variant if update.variant == "tokens" else getattr(own, "kind", own.variant),
         found.V.shape[0],
         found.U.shape[0],
         update.rank,
@@ -239,7 +259,7 @@ def _module(name: str, update: Update, relative: float | None) -> ModuleFacts:
         found.effective_rank,
         found.stable_rank,
         relative,
-        update.needs_base,
+        update.variant == "dora",
         dead=found.norm == 0 and not update.needs_base and not update.changes_bias,
     )
 
@@ -290,10 +310,12 @@ class ModelFacts:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def show(self, every_module: bool = False) -> None:
+    def show(self, every_module: bool = False, console: Console | None = None) -> None:
         """Print the modules that can be adapted, grouped by name ending unless `every_module`."""
-        model = f"{self.source}: {self.architecture}, {self.parameters:,} parameters"
-        print(f"{model}; modules that can be adapted (*: included in 'all-linear'):")
+        from rich.console import Console
+
+        print(f"{self.source}: {self.architecture}, {self.parameters:,} parameters")
+        print("modules that can be adapted (*: included in 'all-linear'):")
         groups: dict[tuple, int] = {}
         for name, kind, shape, linear in self.modules:
             key = (
@@ -303,9 +325,12 @@ class ModelFacts:
                 "*" if linear else " ",
             )
             groups[key] = groups.get(key, 0) + 1
-        width = max((len(k[0]) for k in groups), default=0)
-        for (name, kind, shape, mark), count in groups.items():
-            print(f" {mark} {name:<{width}}  {kind} {shape}" + (f"  x {count}" if count > 1 else ""))
+        heads = ["   module", "class", "weight", *([] if every_module else ["count"])]
+        rows = [
+            [f" {mark} {name}", kind, shape, *([] if every_module else [str(count)])]
+            for (name, kind, shape, mark), count in groups.items()
+        ]
+        (console or Console()).print(Table("", heads, rows))
         for why, names in _by_reason(self.skipped).items():
             print(f"left out of 'all-linear': {listing(names, 3)} ({why})")
         if self.unreached:

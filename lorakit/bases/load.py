@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
+from .hub_reach import check_hub, out_of_reach
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
+EXPECTED = f"a model folder, a hub id, or '{EMBEDDED}'"
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZERS = ("tokenizer.json", "tekken.json")
@@ -177,6 +179,10 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     local = Path(path).is_dir()
     if local:
         options |= {"local_files_only": True, "revision": None}
+    else:
+        check_hub(name, EXPECTED)
+    if not local and out_of_reach() is not None:
+        options |= {"local_files_only": True}  # from the cache; the library would retry for half a minute
     try:
         with _quietly(local):
             return auto_class.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})

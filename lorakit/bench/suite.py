@@ -20,7 +20,8 @@ from ..errors import ConfigError, LorakitError, did_you_mean, listing
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
+
+    from ..analysis.tables import Table
 
 NAMES = {
     "train-step": "one training step: time, and bytes kept for backward",
@@ -145,18 +146,15 @@ def machine_line(facts: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Return rows as a rich table: text aligned left, numbers right."""
-    from rich.table import Table
+    """Return rows as a table; a column's name wraps above its figures."""
+    import textwrap
+
+    from ..analysis.tables import Table
 
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in names if not any(isinstance(row.get(name), list) for row in rows)]
-    grid = Table()
-    for column in columns:
-        has_text = any(isinstance(row.get(column), str) for row in rows)
-        grid.add_column(column, justify="left" if has_text else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*(_text(row.get(column)) for column in columns))
-    return grid
+    cells = [[_text(row.get(column)) for column in columns] for row in rows]
+    return Table("", [textwrap.fill(column, 9) for column in columns], cells)
 
 
 def save_plot(name: str, rows: Sequence[Row], folder: Path) -> Path | None:

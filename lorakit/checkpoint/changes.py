@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.tokens import Tokens
+from ..adapter.update import Update
 from ..errors import AdapterError, TargetError, listing
 from .base import Base
 from .change import Change, bias_for, update_for
 from .locate import Locations, WeightRows, locate_bias, slot_at
 from .renaming import Renaming
+from .vocabulary import check_heads, grown
 
 
 @dataclass
@@ -50,7 +53,12 @@ class Changes:
             if update.changes_weight:
                 only_once(rows, f"{module}.weight")
                 slot = slot_at(self.base, rows, locations.ties)
-                self._put(rows, update_for(module, update, slot, self.base.model_type, weight, rows))
+                weight_grown = grown(update, slot)
+                for at in _tied(update, rows, adapter, locations):
+                    if weight_grown is not None:
+                        self._replace(at.tensor, f"{module}.weight", weight_grown)
+                    else:
+                        self._put(at, update_for(module, update, slot, self.base.model_type, weight, rows))
             if update.changes_bias:
                 at = locate_bias(self.base, module, locations)
                 only_once(at, f"{module}.bias")
@@ -62,6 +70,7 @@ class Changes:
 
     def check(self) -> None:
         """Raise AdapterError for changes that cannot be combined."""
+        check_heads(self.base, self.values)
         for name in self.values:
             if name in self.updates:
                 raise AdapterError(
@@ -70,8 +79,9 @@ class Changes:
         for by_rows in self.updates.values():
             for updates in by_rows.values():
                 if len(updates) > 1 and any(change.update.needs_base for change in updates):
+                    kind = "has trained tokens" if any(c.update.variant == "tokens" for c in updates) else "is a DoRA"
                     raise AdapterError(
-                        f"'{updates[0].module}' is a DoRA in one of the adapters, whose change depends on the weight "
+                        f"'{updates[0].module}' {kind} in one of the adapters, whose change depends on the weight "
                         "it is added to\n"
                         "  merge that adapter first, and the others into the result"
                     )
@@ -104,6 +114,18 @@ class Changes:
                 "save it first"
             )
         return at
+
+
+def _tied(update: Update, rows: WeightRows, adapter: Adapter, locations: Locations) -> list[WeightRows]:
+    """The rows that an update changes: its module's and, for trained tokens, those of a weight tied to it, unless the
+    adapter has tokens for that one too.
+    """
+    if not isinstance(update, Tokens):
+        return [rows]
+    holder = locations.ties.get(rows.tensor, rows.tensor)
+    group = [holder, *(user for user, h in locations.ties.items() if h == holder)]
+    own = {locations.modules[m].tensor for m in adapter.updates}
+    return [rows, *(rows._replace(tensor=n) for n in group if n not in own)]
 
 
 def check_mergeable(weight: float, adapter: Adapter, called: str = "the adapter") -> list[str]:

@@ -30,12 +30,16 @@ from ..module_names import matches
 from .base import open_base
 from .modules import Layout
 from .pairs import Pair, image_pairs, model_pairs
+from .rounding import STORED, noise_edge
 from .tied_weights import declared, find_ties
 
 
 @dataclass(frozen=True)
 class ModuleExtract:
-    """One changed weight. `change`: ‖ΔW‖ / ‖W‖; `norm`: ‖ΔW‖_F; `error`: ‖ΔW - ΔW'‖ / ‖ΔW‖, measured."""
+    """One changed weight. `change`: ‖ΔW‖ / ‖W‖; `norm`: ‖ΔW‖_F; `error`: ‖ΔW - ΔW'‖ / ‖ΔW‖, measured.
+
+    `noise`: how many of its ranks cannot be told from rounding to TUNED's 16 bits (see `rounding`).
+    """
 
     module: str
     shape: tuple[int, ...]
@@ -43,6 +47,7 @@ class ModuleExtract:
     norm: float
     rank: int
     error: float
+    noise: int = 0
 
     @property
     def captured(self) -> float:
@@ -120,7 +125,8 @@ def extract(
         if norm == 0:
             unchanged += 1
         elif pair.factor_shapes is not None and pair.adaptable and (targets is None or matches(module, targets)):
-            factors[module], report = _factors(module, delta, pair.factor_shapes, rank, keep, seed, norm, size)
+            edge = noise_edge(pair.after)
+            factors[module], report = _factors(module, delta, pair.factor_shapes, rank, keep, seed, norm, size, edge)
             reports.append(report)
         else:
             rest[pair.name] = norm
@@ -172,6 +178,20 @@ def _doubts(reports: list[ModuleExtract], pairs: list[Pair]) -> list[str]:
     kinds = sorted({(p.before.dtype, p.after.dtype) for p in pairs if p.before.dtype != p.after.dtype})
     if kinds:
         doubts.append(f"stored as {kinds[0][0]} and as {kinds[0][1]}: the rounding counts as change")
+    noisy = [report for report in reports if report.noise]
+    if noisy:
+        stored = next(p.after.dtype for p in pairs if p.after.dtype in STORED)
+        real = max(report.rank - report.noise for report in reports)
+        doubts.append(
+            f"TUNED is stored as {stored}, and in {len(noisy)} of {len(reports)} modules some of the rank found is that"
+            f" of its rounding ({max(r.noise for r in noisy)} of {max(r.rank for r in noisy)} at most): "
+            + (
+                f"a rank of {real} holds all that can be told from it (rank={real}, --rank {real}); "
+                if real
+                else "nothing of the change can be told from it; "
+            )
+            + "for more, extract from a merge in float32 (lorakit merge --dtype fp32)"
+        )
     return doubts
 
 
@@ -184,6 +204,7 @@ def _factors(
     seed: int,
     norm: float,
     size: float,
+    edge: float | None,
 ) -> tuple[Factors, ModuleExtract]:
     """Truncate one module's ΔW to low-rank factors. `delta`: as stored; `norm`: ‖ΔW‖_F; `size`: ‖W‖_F."""
     W = delta.T if shapes.weight_transposed else delta  # [out, in·k]
@@ -191,7 +212,8 @@ def _factors(
     made = compose(shapes, [svd], max(1, min(len(svd.S), svd.rank)))
     error = math.sqrt(distance(W, made.B.flatten(1) * made.scale, made.A.flatten(1))) / norm
     shape = (W.shape[1], W.shape[0]) if shapes.weight_transposed else (W.shape[0], *shapes.inner)
-    return made, ModuleExtract(module, shape, norm / size if size else math.inf, norm, made.rank, error)
+    noise = 0 if edge is None else int((svd.S[: made.rank] <= edge).sum())
+    return made, ModuleExtract(module, shape, norm / size if size else math.inf, norm, made.rank, error, noise)
 
 
 def _read(slot: Slot) -> Tensor:

@@ -35,6 +35,7 @@ from .renaming import Renaming
 from .residual import load_on, started_as
 from .same_base import compare_with_files
 from .tied_weights import untied
+from .vocabulary import keep_tokens, with_vocabulary
 from .write import in_order, read_back, write_file
 
 Source = Adapter | Path | str
@@ -52,6 +53,7 @@ def merge_checkpoint(
     dtype: torch.dtype | None = None,
     untie: bool = False,
     force_base: bool = False,
+    model_type: str | None = None,
     on_tensor: Progress | None = None,
 ) -> MergeReport:
     """Write BASE + Σ weight · ADAPTER as a plain checkpoint OUT. Memory: a few blocks of a tensor, and the adapters.
@@ -63,6 +65,7 @@ def merge_checkpoint(
     dtype: the precision to write; default the base's.
     untie: give tied weights that the adapter changes separate tensors.
     force: replace an existing OUT. force_base: merge even if the adapter was trained on another base.
+    model_type: which diffusion model an adapter's file is for, where it does not tell (`formats.load`).
     on_tensor(name, done, total): called after each tensor, once when it is written and once when it is read back.
 
     Raises ConfigError for wrong weights, LorakitError (TargetError, AdapterError) for adapters that do not fit the
@@ -75,7 +78,7 @@ def merge_checkpoint(
     sources = [adapter] if isinstance(adapter, Adapter | Path | str) else list(adapter)
     factors = _weights(weights, len(sources))
     check_out(resolved(path), _read_only(sources), target, force)
-    values, warnings = _values(sources, factors, path, alpha, force_base)
+    values, warnings = _values(sources, factors, path, alpha, force_base, model_type)
     plans: list[tuple[Part, Plan]] = []
     names = [n for a in values for n in (*a.updates, *a.saved)]
     for part in open_parts(path, names, everything=dtype is not None):
@@ -96,6 +99,7 @@ def merge_checkpoint(
         for name, file in copies.items():
             copy(file, folder / name)
         warnings += keep_conversation(folder, values)
+        keep_tokens(folder, values)
         with _one_thread():
             reports = _write_tensors(plans, folder, dtype is not None, note if path.is_file() else {}, on_tensor)
         warnings += _check_changed(reports, plans)
@@ -135,7 +139,12 @@ def _read_only(sources: Sequence[Source]) -> list[Path]:
 
 
 def _values(
-    sources: Sequence[Source], weights: Sequence[float], base: Path, alpha: float | None, force_base: bool
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    base: Path,
+    alpha: float | None,
+    force_base: bool,
+    model_type: str | None,
 ) -> tuple[list[Adapter], list[str]]:
     """Read the adapters. Returns them and warnings."""
     values, warnings = [], []
@@ -143,7 +152,7 @@ def _values(
         where = "" if isinstance(source, Adapter) else f" ({Path(source).name})"
         called = f"adapter {number}{where}" if len(sources) > 1 else "the adapter"
         start = None if isinstance(source, Adapter) else started_as(source)
-        value = source if isinstance(source, Adapter) else load_on(source, base, alpha, force_base)
+        value = source if isinstance(source, Adapter) else load_on(source, base, alpha, force_base, model_type)
         values.append(value.check())
         warnings += check_mergeable(weight, value, called)
         if start:
@@ -225,6 +234,8 @@ def _write_config(part: Part, plan: Plan, folder: Path, dtype: torch.dtype | Non
     """Write a part's config and index if they changed."""
     base = part.base
     config = untied(base.config, base.folder) if plan.untied else dict(base.config)
+    if plan.grown is not None:
+        config = with_vocabulary(config, *plan.grown)
     if dtype is not None and config:
         # A pipeline's component may leave out its dtype, a transformers model never does.
         has_dtype = part.name or "torch_dtype" in config

@@ -99,6 +99,14 @@ class Plan:
     untied: list[str]
 
     @property
+    def grown(self) -> tuple[int, int] | None:
+        """The rows of the embedding before and after, if it gets rows for tokens."""
+        sizes = [
+            (e.slot.shape[0], e.shape[0]) for e in self.entries if e.source is not None and e.shape != e.slot.shape
+        ]
+        return sizes[0] if sizes else None
+
+    @property
     def entries(self) -> list[Entry]:
         """The tensors of all files."""
         return [entry for entries in self.files.values() for entry in entries]
@@ -129,9 +137,9 @@ def make_plan(base: Base, adapters: Sequence[tuple[float, Adapter]], dtype: torc
         row_updates = tuple(
             RowUpdates(start, stop, tuple(us)) for (start, stop), us in sorted(changes.updates.get(name, {}).items())
         )
-        files[slot.path.name].append(
-            Entry(name, slot.path.name, stored, slot.shape, slot, row_updates, changes.values.get(name))
-        )
+        value = changes.values.get(name)
+        shape = slot.shape if value is None else tuple(value.shape)  # more rows, where tokens were added
+        files[slot.path.name].append(Entry(name, slot.path.name, stored, shape, slot, row_updates, value))
     last = list(files)[-1]
     for name in changes.added:
         value = changes.values[name]
@@ -148,6 +156,8 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
     found = [change for n in group for changed in changes.updates.get(n, {}).values() for change in changed]
     if len(found) != len(group) or any(n in changes.values for n in group):
         return False
+    if all(change.update is found[0].update and change.weight == found[0].weight for change in found):
+        return True  # trained tokens
     halves = []
     for change in found:
         f = change.update.factors

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-from ..errors import listing
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -80,38 +75,3 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
         return {**asdict(self), "largest": self.largest, "headline": self.headline()}
-
-    def table(self) -> Table:
-        """Build a rich table: a row for each target, the warnings below."""
-        from rich import box
-        from rich.table import Table
-
-        notes = [
-            *self.warnings,
-            *(
-                [f"not copied, as other weights than those merged: {listing(self.left_out, 4)}"]
-                if self.left_out
-                else []
-            ),
-        ]
-        table = Table(
-            box=box.SIMPLE,
-            title=self.headline(),
-            title_justify="left",
-            caption="\n".join(notes) or None,
-            caption_justify="left",
-        )
-        table.add_column("target", overflow="fold")
-        for column in ("shape", "rank", "largest |ΔW|", "written", "changed"):
-            table.add_column(column, justify="right")
-        for t in self.targets:
-            style = "yellow" if t.below_precision else None
-            shape = "x".join(map(str, t.shape))
-            table.add_row(
-                t.module, shape, str(t.rank), f"{t.asked:.3g}", f"{t.applied:.3g}", f"{t.changed:.1%}", style=style
-            )
-        for name in self.replaced:
-            table.add_row(name, "", "", "", "replaced", "")
-        for name in self.added:
-            table.add_row(name, "", "", "", "added", "")
-        return table

@@ -2,7 +2,8 @@
 
 A model calls a weight `transformer.h.0.attn.c_attn.weight`; GPT-2's file has `h.0.attn.c_attn.weight`, a wrapped model
 adds `model.`, a multimodal checkpoint has `language_model.model.` instead of `model.language_model.`. One prefix is
-replaced by another, the same for all targets, and only if exactly one replacement finds all of them.
+replaced by another, the same for all targets, and only if exactly one replacement finds all of them. Both must be names
+that models are known to be wrapped in (`LEVELS`): behind any other prefix, as in `vision.layers.0`, is another module.
 """
 
 from __future__ import annotations
@@ -12,6 +13,31 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..errors import TargetError, listing
+
+# The names that transformers' classes, and those around them, give the model within.
+LEVELS = frozenset(
+    {
+        "model",
+        "transformer",
+        "language_model",
+        "text_model",
+        "base_model",
+        "gpt_neox",
+        "backbone",
+        "bert",
+        "roberta",
+        "distilbert",
+        "electra",
+        "albert",
+        "deberta",
+        "mpnet",
+        "esm",
+        "rwkv",
+        "biogpt",
+        "llm",
+        "thinker",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +49,11 @@ class Renaming:
 
     def __call__(self, name: str) -> str:
         return self.new + name[len(self.old) :] if name.startswith(self.old) else name
+
+    @property
+    def known(self) -> bool:
+        """Whether both beginnings are names that models are known to be wrapped in."""
+        return {part for side in (self.old, self.new) for part in side.split(".") if part} <= LEVELS
 
 
 def find_renaming(
@@ -43,8 +74,16 @@ def find_renaming(
         mapped = tuple(renaming(name) for name in names)
         if all(name in tensors for name in mapped):
             found.setdefault(mapped, renaming)
+    sure = [renaming for renaming in found.values() if renaming.known or allowed is not None]
+    if len(sure) == 1:
+        return sure[0]
     if len(found) == 1:
-        return next(iter(found.values()))
+        mapped, renaming = next(iter(found.items()))
+        raise TargetError(
+            f"the adapter's '{_module(next(iter(names)))}' is not in {where}; '{_module(mapped[0])}' is, and what "
+            f"stands before it ('{renaming.new or renaming.old}') is no name that models are known to be wrapped in\n"
+            f"  if that module is meant: lorakit edit ADAPTER OUT --rename '{_rename_option(renaming, mapped)}'"
+        )
     if found:
         ways = "\n".join(f"  as {mapped[0]}" for mapped in found)
         raise TargetError(
@@ -85,6 +124,15 @@ def _missing(names: Collection[str], tensors: Collection[str], where: object) ->
         f"{listing([_module(n) for n in missing], 3)}{near}\n"
         "  is it an adapter for another model?"
     )
+
+
+def _rename_option(renaming: Renaming, mapped: tuple[str, ...]) -> str:
+    """OLD=NEW for `lorakit edit`, which renames what names begin with."""
+    old, new = renaming.old.rstrip("."), renaming.new.rstrip(".")
+    if old and new:
+        return f"{old}={new}"
+    first = mapped[0][len(renaming.new) :].split(".")[0]
+    return f"{old}.{first}={first}" if old else f"{first}={new}.{first}"
 
 
 def _module(tensor: str) -> str:

@@ -22,21 +22,33 @@ from ..adapter.algebra.product import norm
 from ..adapter.algebra.reform import with_updates
 from ..adapter.lora import Factors
 from ..errors import AdapterError
-from ..formats import TAKES_ALPHA, find, format_of, load, peft
+from ..formats import TAKES_ALPHA, TELLS_MODEL, find, format_of, load, peft
 from .weights import open_weights
 
 EXACT = ("pissa", "olora")
 
 
-def load_on(source: str | Path, base: Path | None, alpha: float | None = None, force_base: bool = False) -> Adapter:
+def load_on(
+    source: str | Path,
+    base: Path | None,
+    alpha: float | None = None,
+    force_base: bool = False,
+    model_type: str | None = None,
+) -> Adapter:
     """Read an adapter that may need its base: a GGUF of a Llama, or one that was initialized from the base's weights.
 
-    alpha: for formats that do not hold it; ignored for others, so that one alpha can be given for adapters of several
-    formats. Raises AdapterError as `formats.load` and `plain` do.
+    alpha: for formats that do not hold it; model_type: for files of diffusion models. Both are ignored for others, so
+    that one value can be given for adapters of several formats. Raises AdapterError as `formats.load` and `plain` do.
     """
     if base is not None and started_as(source):
         return plain(find(source), base, force_base)
-    return load(source, alpha=alpha if format_of(source) in TAKES_ALPHA else None, base=base)
+    format = format_of(source)
+    return load(
+        source,
+        alpha=alpha if format in TAKES_ALPHA else None,
+        base=base,
+        model_type=model_type if format in TELLS_MODEL else None,
+    )
 
 
 def started_as(source: str | Path) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import differences, fingerprint, sample_positions
+from ..adapter.tokens import Tokens
 from .base import Base
 from .locate import locate
 from .parts import open_parts
@@ -27,9 +28,10 @@ def compare_with_files(base: Base, adapter: Adapter, rename: Callable[[str], str
     if not isinstance(expected, Mapping) or not isinstance(expected.get("samples"), Mapping):
         return ["the adapter's fingerprint of its base is damaged"]
     expected_samples, stored = {}, {}
+    tokens = {f"{m}.weight" for m, update in adapter.updates.items() if isinstance(update, Tokens)}
     for name, samples in expected["samples"].items():
         slot = base.tensors.get(rename(name))
-        replaced = name in adapter.saved  # a new head is not the base's
+        replaced = name in adapter.saved or name in tokens  # a new head, or rows for new tokens, are not the base's
         if slot is not None and slot.nbytes and slot.torch_dtype is not None and not replaced:
             expected_samples[name] = samples
             # Read only the elements that a fingerprint samples. It samples every element of a tensor this small.

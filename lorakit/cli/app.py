@@ -1,46 +1,82 @@
-"""Every command, in the order a user meets them."""
+"""Every command, in the order a user meets them.
+
+Only the module of the command that is called is imported, so that its first line is printed at once.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, NamedTuple
 
 import typer
 
 from ..version import VERSION
-from . import (
-    bench,
-    card,
-    chat,
-    combine,
-    compare,
-    convert,
-    data_show,
-    demo,
-    doctor,
-    edit,
-    eval,
-    export,
-    extract,
-    generate,
-    init,
-    inspect,
-    merge,
-    plan,
-    push,
-    resize,
-    sweep,
-    train,
-)
 
-app = typer.Typer(
-    name="lorakit",
-    help="Low-rank adaptation (LoRA): from a dataset to a trained, checked, merged adapter.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+class Command(NamedTuple):
+    """Where a command's function is in this folder, and what `lorakit --help` says of it."""
+
+    module: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Command("demo", "demo", "train, evaluate and merge in a few minutes, on the embedded model"),
+    "init": Command("init", "init", "write a commented config file"),
+    "data show": Command("data_show", "show", "print rows with the trained tokens marked"),
+    "plan": Command("plan", "plan", "estimate a run's memory and time before it starts"),
+    "doctor": Command("doctor", "doctor", "show what this machine supports: versions, devices, precisions, a compiler"),
+    "train": Command("train", "train", "train one adapter, or resume a run"),
+    "sweep": Command("sweep", "sweep", "train many adapters at once, and compare them"),
+    "eval": Command("eval", "evaluate", "evaluate base and adapters side by side"),
+    "generate": Command("generate", "generate", "answer one prompt"),
+    "chat": Command("chat", "chat", "chat with a model"),
+    "inspect": Command("inspect", "inspect", "show what an adapter or a model contains"),
+    "compare": Command("compare", "compare", "compare two adapters"),
+    "combine": Command("combine", "combine", "combine several adapters into one"),
+    "resize": Command("resize", "resize", "lower an adapter's rank"),
+    "edit": Command("edit", "edit", "scale, negate, prune or rename an adapter"),
+    "extract": Command("extract", "extract", "extract a LoRA from a fine-tuned checkpoint"),
+    "merge": Command("merge", "merge", "merge an adapter into a checkpoint"),
+    "convert": Command("convert", "convert", "convert an adapter to another format"),
+    "export": Command("export", "export", "write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified"),
+    "card": Command("card", "card", "write a model card for an adapter"),
+    "push": Command("push", "push", "upload an adapter to the Hugging Face hub"),
+    "bench": Command("bench", "bench", "benchmark lorakit and its peers on your machine"),
+}
+GROUPS = {"data": "show data as the model sees it"}  # the first word of commands of two
+
+
+def app_for(args: Sequence[str]) -> typer.Typer:
+    """Build the command line for a call: the command it names, or all of them if its first word names none."""
+    first = next((arg for arg in args if not arg.startswith("-")), "")
+    named = {name: command for name, command in COMMANDS.items() if name.split()[0] == first}
+    app = typer.Typer(
+        name="lorakit",
+        help="Low-rank adaptation (LoRA): from a dataset to a trained, checked, merged adapter.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_main)
+    groups: dict[str, typer.Typer] = {}
+    for name, command in (named or COMMANDS).items():
+        *group, verb = name.split()
+        parent = app
+        if group:
+            parent = groups.get(group[0]) or typer.Typer(
+                help=GROUPS[group[0]], no_args_is_help=True, rich_markup_mode=None
+            )
+            if group[0] not in groups:
+                app.add_typer(parent, name=group[0])
+                groups[group[0]] = parent
+        function = getattr(import_module(f".{command.module}", __package__), command.function)
+        parent.command(verb, short_help=command.help)(function)
+    return app
 
 
 def _version(requested: bool) -> None:
@@ -49,41 +85,9 @@ def _version(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     pass
-
-
-data_app = typer.Typer(help="show data as the model sees it", no_args_is_help=True, rich_markup_mode=None)
-data_app.command("show", short_help="print rows with the trained tokens marked")(data_show.show)
-
-app.command("demo", short_help="train, evaluate and merge in a few minutes, on the embedded model")(demo.demo)
-app.command("init", short_help="write a commented config file")(init.init)
-app.add_typer(data_app, name="data")
-app.command("plan", short_help="estimate a run's memory and time before it starts")(plan.plan)
-app.command("doctor", short_help="show what this machine supports: versions, devices, precisions, a compiler")(
-    doctor.doctor
-)
-app.command("train", short_help="train one adapter, or resume a run")(train.train)
-app.command("sweep", short_help="train many adapters at once, and compare them")(sweep.sweep)
-app.command("eval", short_help="evaluate base and adapters side by side")(eval.evaluate)
-app.command("generate", short_help="answer one prompt")(generate.generate)
-app.command("chat", short_help="chat with a model")(chat.chat)
-app.command("inspect", short_help="show what an adapter or a model contains")(inspect.inspect)
-app.command("compare", short_help="compare two adapters")(compare.compare)
-app.command("combine", short_help="combine several adapters into one")(combine.combine)
-app.command("resize", short_help="lower an adapter's rank")(resize.resize)
-app.command("edit", short_help="scale, negate, prune or rename an adapter")(edit.edit)
-app.command("extract", short_help="extract a LoRA from a fine-tuned checkpoint")(extract.extract)
-app.command("merge", short_help="merge an adapter into a checkpoint")(merge.merge)
-app.command("convert", short_help="convert an adapter to another format")(convert.convert)
-app.command("export", short_help="write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified")(
-    export.export
-)
-app.command("card", short_help="write a model card for an adapter")(card.card)
-app.command("push", short_help="upload an adapter to the Hugging Face hub")(push.push)
-app.command("bench", short_help="benchmark lorakit and its peers on your machine")(bench.bench)

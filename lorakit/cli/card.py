@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import typer
 
 from .shared.files import base_folder
+from .shared.next import command
+from .shared.output import say
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
 
@@ -40,19 +41,19 @@ def card(
         from ..errors import ConfigError
         from ..share import card_of, write
 
-    content = card_of(
-        source,
-        title=title,
-        description=description,
-        license=license,
-        base_model=base_model,
-        data=data,
-        repository=repository,
-        evaluation=evaluation,
-        evaluated_on=evaluated_on,
-        alpha=alpha,
-        base=base_folder(base),
-    )
+        content = card_of(
+            source,
+            title=title,
+            description=description,
+            license=license,
+            base_model=base_model,
+            data=data,
+            repository=repository,
+            evaluation=evaluation,
+            evaluated_on=evaluated_on,
+            alpha=alpha,
+            base=base_folder(base),
+        )
     if out is None and not Path(source).expanduser().exists():
         raise ConfigError(f"{source} is not a local path\n  give a file for its card: --out README.md")
     path = out.expanduser() if out is not None else content.path
@@ -64,5 +65,5 @@ def card(
     if content.missing:
         print("left out, because unknown:")
         for line in content.missing:
-            print(f"  {line}")
-    print(f"next: lorakit push {quote(source)} {repository or 'OWNER/NAME'}")
+            say(f"  {line}")
+    print(f"next: {command('push', source, repository or 'OWNER/NAME', alpha=alpha, base=base)}")

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .shared.loading import load
+from .shared.names import check_names
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
+from .shared.output import say
 from .shared.starting import starting
 
 _HELP = "/adapter NAME switches to an adapter, /base to the base alone, /reset clears the conversation, /quit exits"
@@ -32,17 +34,18 @@ def chat(
     precision: Precision = "auto",
 ) -> None:
     """Chat with a model in the terminal. A model without a chat template completes each line on its own."""
+    check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..errors import LorakitError
         from ..generate.generate import stream
 
-    loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
+        loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)
     has_turns = style != "none"
-    print(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
+    say(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")
     if not has_turns:
-        print("No chat template: each line is completed on its own (\\n is a newline).")
+        say("No chat template: each line is completed on its own (\\n is a newline).")
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -84,5 +87,5 @@ def _command(base: Any, names: list[str], line: str, history: list[dict[str, str
     elif word == "/reset":
         return [m for m in history if m["role"] == "system"]
     else:
-        print(_HELP)
+        say(_HELP)
     return history

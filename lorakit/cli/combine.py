@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from .shared.algebra import Alpha, Base, Dtype, Force, Json, Keep, Modules, Rank, To, progress, report, write
-from .shared.files import base_folder, output_path, parse_weights, read
+from .shared.files import base_folder, format_for, output_path, parse_weights, read
+from .shared.names import check_names
+from .shared.options import ModelType
 from .shared.starting import starting
 
 if TYPE_CHECKING:
@@ -37,9 +39,10 @@ def combine(
         Literal["equal", "mean"], typer.Option(help="saved modules and embeddings must be equal, or are averaged")
     ] = "equal",
     alpha: Alpha = None,
-    to: To = "peft",
+    to: To = None,
     dtype: Dtype = None,
     base: Base = None,
+    model_type: ModelType = None,
     force: Force = False,
     force_base: Annotated[
         bool, typer.Option("--force-base", help="combine even if they were trained on different bases")
@@ -48,11 +51,13 @@ def combine(
     json_output: Json = False,
 ) -> None:
     """Combine several adapters into one: the exact weighted sum of their updates, or TIES, DARE or pruning."""
+    check_names(adapters=adapters)
     with starting("reading the adapters"):
         from ..adapter.algebra.combine import combined
 
-    out = output_path(out, to, force)
-    values = [read(source, alpha, base_folder(base)) for source in adapters]
+        format = format_for(to, adapters[0], out)
+        out = output_path(out, format, force)
+        values = [read(source, alpha, base_folder(base), model_type=model_type) for source in adapters]
     started = time.monotonic()
     with progress("combining") as on_module:
         result = combined(
@@ -72,7 +77,7 @@ def combine(
         f"combined {len(adapters)} adapters ({method})",
         values,
         result,
-        write(result.adapter, out, to, dtype, base),
+        write(result.adapter, out, format, dtype, base, as_read=to is None),
         started,
         modules,
         json_output,

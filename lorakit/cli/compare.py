@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
+from .shared.next import command
+from .shared.output import output, say
 from .shared.starting import starting
 
 
@@ -33,9 +34,9 @@ def compare(
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Compare two adapters of one base: cosine, angles and subspace similarity of their updates, and interference."""
-    from rich.console import Console
-
     with starting(f"reading {a} and {b}"):
+        from rich.console import Console
+
         from ..analysis.compare import compare as compare_adapters
         from ..analysis.compare_report import plot as draw
         from ..analysis.compare_report import summary, tables, write_html
@@ -43,12 +44,12 @@ def compare(
         from ..formats import TAKES_ALPHA, format_of
         from .shared.files import base_folder, read_checked
 
-    if plot is not None:
-        kind_of(plot)  # check the ending before the work
-    folder = base_folder(base)
-    # --alpha applies only to files that do not store it.
-    alphas = [alpha if alpha is not None and format_of(source) in TAKES_ALPHA else None for source in (a, b)]
-    first, second = (read_checked(source, own, folder) for source, own in zip((a, b), alphas, strict=True))
+        if plot is not None:
+            kind_of(plot)  # check the ending before the work
+        folder = base_folder(base)
+        # --alpha applies only to files that do not store it.
+        alphas = [alpha if alpha is not None and format_of(source) in TAKES_ALPHA else None for source in (a, b)]
+        first, second = (read_checked(source, own, folder) for source, own in zip((a, b), alphas, strict=True))
     with Console(stderr=True).status("comparing") as status:
         comparison = compare_adapters(
             first,
@@ -67,12 +68,15 @@ def compare(
         print(json.dumps(comparison.to_dict()))
         return
     for line in summary(comparison):
-        print(line)
-    console = Console()
+        say(line)
+    console = output()
     for table in tables(comparison, modules):
+        console.print()
         console.print(table)
+    console.print()
     for path in (plot, html):
         if path is not None:
             print(f"written: {path}")
     if html is None:
-        print(f"next: lorakit compare {quote(a)} {quote(b)} --html report.html")
+        options = {"base": base, "module": module, "of": None if of == "A" else of, "alpha": alpha}
+        print(f"next: {command('compare', a, b, **options, html='report.html')}")

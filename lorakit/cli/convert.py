@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import typer
 
 from .shared.files import base_folder, dtype_of, inspect_call, output_path, read
-from .shared.options import Force
+from .shared.names import check_names
+from .shared.options import Force, ModelType
+from .shared.output import say
 from .shared.starting import starting
 
 _KINDS = Annotated[
@@ -23,7 +25,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="an adapter in any format: folder, file or hub id")],
     out: Annotated[Path, typer.Argument(help="the output: a folder for peft and mlx, a file for the others")],
     to: Annotated[
-        Literal["peft", "loralib", "kohya", "diffusers", "cloneofsimo", "mlx", "gguf"],
+        Literal["peft", "loralib", "kohya", "diffusers", "comfyui", "cloneofsimo", "mlx", "gguf"],
         typer.Option(help="the format to write"),
     ],
     base: _BASE = None,
@@ -32,6 +34,7 @@ def convert(
     allow_loss: Annotated[
         bool, typer.Option("--allow-loss", help="leave out what the format cannot hold, and list it")
     ] = False,
+    model_type: ModelType = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
@@ -39,28 +42,29 @@ def convert(
 
     What that format cannot hold is an error; --allow-loss leaves it out and lists it.
     """
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..formats import format_of
         from ..formats.convert import convert as converted
 
-    out, folder, source_format = output_path(out, to, force), base_folder(base), format_of(source)
-    result = converted(
-        read(source, alpha, folder),
-        out,
-        to,
-        base=folder,
-        dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype),
-        allow_loss=allow_loss,
-    )
+        out, folder, source_format = output_path(out, to, force), base_folder(base), format_of(source)
+        result = converted(
+            read(source, alpha, folder, model_type=model_type),
+            out,
+            to,
+            base=folder,
+            dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype),
+            allow_loss=allow_loss,
+        )
     if json_output:
         print(json.dumps({"from": source_format, **result.to_dict()}))
         return
     for loss in result.lost:
-        print(f"left out: {loss}")
+        say(f"left out: {loss}")
     size = f"{len(result.adapter.updates)} modules, {result.adapter.parameters:,} parameters"
-    print(f"{source} ({source_format}) -> {result.path} ({to}): {size}")
+    say(f"{source} ({source_format}) -> {result.path} ({to}): {size}")
     if to == "loralib":
-        print("the file does not store alpha: pass it when reading, as below")
+        say("the file does not store alpha: pass it when reading, as below")
     if to == "kohya" and len({f.alpha for f in result.adapter.factors.values()}) > 1:
-        print("note: diffusers misreads per-module alphas in this format; use lorakit export --for diffusers")
+        say("note: diffusers misreads per-module alphas in this format; use lorakit export --for diffusers")
     print(f"next: {inspect_call(result.path, result.adapter, to, base)}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from shlex import quote
 from typing import Annotated, Literal
 
 import typer
 
+from .shared.names import check_names
+from .shared.next import command
 from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
@@ -44,6 +45,7 @@ def show(
 ) -> None:
     """Print rows with the trained tokens marked, a length histogram, duplicates, and the effect of the length limit."""
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    check_names(model, data)
     kwargs = template_kwargs(chat_template_kwargs)
     with starting(f"reading {data}"):
         from ..bases.load import end_tokens, load_tokenizer
@@ -53,33 +55,35 @@ def show(
         from ..data.show import show as print_rows
         from ..data.templates import ChatOptions, read_template, with_template
 
-    tokenizer = load_tokenizer(model)
-    if chat_template is not None:
-        tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
-    dataset = build(
-        read_rows(data, split),
-        tokenizer,
-        columns=renamed,
-        template=template,
-        train_on=train_on,
-        max_length="auto" if max_length is None else max_length,
-        on_long=on_long,
-        turns=turns,
-        options=ChatOptions(kwargs, date),
-        ends=end_tokens(model),
-    )
+        tokenizer = load_tokenizer(model)
+        if chat_template is not None:
+            tokenizer = with_template(tokenizer, read_template(chat_template), chat_template)
+        dataset = build(
+            read_rows(data, split),
+            tokenizer,
+            columns=renamed,
+            template=template,
+            train_on=train_on,
+            max_length="auto" if max_length is None else max_length,
+            on_long=on_long,
+            turns=turns,
+            options=ChatOptions(kwargs, date),
+            ends=end_tokens(model),
+        )
     if json_output:
         print(json.dumps(report(dataset)))
         return
     print_rows(dataset, tokenizer, rows)
     options = {
-        "--split": split,
-        "--columns": columns,
-        "--template": template if template != "auto" else None,
-        "--turns": turns if turns != "all" else None,
-        "--chat-template": chat_template,
-        "--chat-template-kwargs": chat_template_kwargs,
-        "--date": date,
+        "split": split,
+        "columns": columns,
+        "template": None if template == "auto" else template,
+        "turns": None if turns == "all" else turns,
+        "chat_template": chat_template,
+        "chat_template_kwargs": chat_template_kwargs,
+        "date": date,
+        "train_on": None if train_on == "completion" else train_on,
+        "max_length": max_length,
+        "on_long": None if on_long == "auto" else on_long,
     }
-    flags = "".join(f" {flag} {quote(value)}" for flag, value in options.items() if value)
-    print(f"\nnext: lorakit train --data {quote(data)} --model {quote(model)}{flags}")
+    print(f"\nnext: {command('train', data=data, model=model, **options)}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from .shared.output import say
 from .shared.starting import starting
 
 
@@ -64,7 +65,7 @@ def demo(
         table.add_row(s.name, f"{s.bleu:.1f}", f"{s.chrf:.1f}", f"{s.rouge_l:.1f}", f"{s.slot_errors:.1f} %", trained)
     console.print()
     console.print(table)
-    print(f"merged model and adapter: largest difference of the logits {outcome.merged_difference:.2g}")
-    print(f"adapter: {outcome.adapter}; merged model: {outcome.merged}; {outcome.seconds:.0f} s in all")
+    say(f"merged model and adapter: largest difference of the logits {outcome.merged_difference:.2g}")
+    say(f"adapter: {outcome.adapter}; merged model: {outcome.merged}; {outcome.seconds:.0f} s in all")
     print(f"next: lorakit generate 'name[Blue Spice], eatType[pub], area[riverside]\\n' --adapter {outcome.adapter}")
     print("      lorakit train --data YOUR.jsonl --model Qwen/Qwen3-0.6B     # your data, a larger base")

@@ -11,6 +11,9 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, inspect_call, output_path, read
+from .shared.names import check_names
+from .shared.options import ModelType
+from .shared.output import say
 from .shared.starting import starting
 
 
@@ -25,12 +28,13 @@ def edit(
     rename: Annotated[
         list[str] | None, typer.Option(metavar="OLD=NEW", help="replace this prefix of module names; repeatable")
     ] = None,
-    to: Annotated[str | None, typer.Option(help="format to write; default: the same")] = None,
+    to: Annotated[str | None, typer.Option(help="format to write; default: the same, in its own spelling")] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision of the tensors; default: the same")
     ] = None,
     base: Annotated[str | None, typer.Option(help="the base's folder, required for GGUF")] = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
+    model_type: ModelType = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
@@ -41,23 +45,25 @@ def edit(
         )
     if scale == 0:
         raise ConfigError("--scale 0 would leave nothing of the adapter\n  give a scale other than 0")
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..adapter.algebra import edit as edits
-        from ..formats import format_of, save
+        from ..formats import format_of, save, save_as_read
 
-    started = time.monotonic()
-    format, folder = to or format_of(source), base_folder(base)
-    out = output_path(out, format, force)
-    adapter = before = read(source, alpha, folder)
-    if only:
-        adapter = edits.select(adapter, only)
-    if drop:
-        adapter = edits.prune(adapter, drop)
-    if rename:
-        adapter = edits.rename(adapter, _pairs(rename))
-    if scale is not None:
-        adapter = edits.scale(adapter, scale)
-    path = save(adapter, out, format, dtype=dtype_of(dtype), base=folder)
+        started = time.monotonic()
+        format, folder = to or format_of(source), base_folder(base)
+        out = output_path(out, format, force)
+        adapter = before = read(source, alpha, folder, model_type=model_type)
+        if only:
+            adapter = edits.select(adapter, only)
+        if drop:
+            adapter = edits.prune(adapter, drop)
+        if rename:
+            adapter = edits.rename(adapter, _pairs(rename))
+        if scale is not None:
+            adapter = edits.scale(adapter, scale)
+        write = save if to else save_as_read
+        path = write(adapter, out, format, dtype=dtype_of(dtype), base=folder)
     if json_output:
         print(
             json.dumps(
@@ -65,7 +71,7 @@ def edit(
             )
         )
         return
-    print(
+    say(
         f"{len(before.updates)} modules -> {len(adapter.updates)}, {before.parameters:,} parameters -> "
         f"{adapter.parameters:,}, "
         f"{time.monotonic() - started:.1f} s"

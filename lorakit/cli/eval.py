@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +11,8 @@ import typer
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
+from .shared.names import check_names
+from .shared.next import command
 from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
@@ -25,6 +26,7 @@ from .shared.options import (
     pairs,
     template_kwargs,
 )
+from .shared.output import output, say
 from .shared.starting import starting
 
 if TYPE_CHECKING:
@@ -63,38 +65,38 @@ def evaluate(
 
     For classifiers: loss, accuracy and macro F1.
     """
-    from rich.console import Console
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    check_names(model, data, adapter or [])
     kwargs = template_kwargs(chat_template_kwargs)
-    with starting(f"reading the rows and the base {model}"):
+    with starting(f"loading {model} and the rows"):
         from ..bases.load import end_tokens
         from ..data.dataset import build
         from ..data.read import read_rows
         from ..evaluate.evaluate import evaluate as evaluate_items
         from ..generate.generate import positions_of
 
-    values = read(model, adapter or [])
-    name = _task_of(task, values)
+        values = read(model, adapter or [])
+        name = _task_of(task, values)
+        if name == DEFAULT:
+            loaded = attached(model, values, precision, chat_template, kwargs, date)
+            base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
+            longest = positions_of(base) or _NO_LIMIT
+            dataset = build(
+                read_rows(data, split, limit),
+                tokenizer,
+                columns=renamed,
+                template=template,
+                max_length=longest,
+                turns=turns,
+                options=loaded.options,
+                ends=end_tokens(model),
+            )
     if name != DEFAULT:
         _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
         return
-    loaded = attached(model, values, precision, chat_template, kwargs, date)
-    base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
-    longest = positions_of(base) or _NO_LIMIT
-    rows = read_rows(data, split, limit)
-    dataset = build(
-        rows,
-        tokenizer,
-        columns=renamed,
-        template=template,
-        max_length=longest,
-        turns=turns,
-        options=loaded.options,
-        ends=end_tokens(model),
-    )
-    console = Console()
-    with console.status("loading") as status:
+    console = output()
+    with console.status("evaluating") as status:
         report = evaluate_items(
             base,
             tokenizer,
@@ -114,11 +116,21 @@ def evaluate(
         console.print(table)
     console.print(report.table())
     if dataset.dropped:
-        print(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
+        say(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
+    given = {
+        "precision": None if precision == "auto" else precision,
+        "chat_template": chat_template,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
     if names:
-        print(f"next: lorakit chat --model {quote(model)} --adapter {quote((adapter or [''])[-1])}")
+        print(f"next: {command('chat', model=model, adapter=adapter, **given)}")
     else:
-        print(f"next: lorakit train --data {quote(data)} --model {quote(model)}")
+        rows = {
+            "columns": columns,
+            "template": None if template == "auto" else template,
+            "turns": None if turns == "all" else turns,
+        }
+        print(f"next: {command('train', data='YOUR.jsonl', model=model, **rows, **given, date=date)}")
 
 
 def _task_of(requested: str | None, values: Mapping[str, Adapter]) -> str:
@@ -146,10 +158,10 @@ def _task_metrics(
     json_output: bool,
 ) -> None:
     """Print a task's own metrics for each adapter, or for a fully fine-tuned model."""
-    from rich.console import Console
 
     from ..bases.device import choose_device, choose_dtype
     from ..bases.load import load_config
+    from ..bases.vocabulary import recorded_tokens
     from ..evaluate.figures import figures, table
     from ..model.attach import attach
     from ..tasks.task import Base
@@ -171,7 +183,12 @@ def _task_metrics(
         config = config.replace(
             max_length=getattr(base_config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
         )
+    if "on_long" in task.settings.model_fields:
+        config = config.replace(on_long="cut")  # nothing is trained on what is missing
     config = config.replace(**(settings[0] if settings else task.remembered({}, base_config)))
+    for value in values.values():
+        if added := recorded_tokens(value.metadata):
+            config = config.replace(add_tokens=sorted(added, key=lambda token: added[token]))
     processor = task.processor(config)
     rows = task.data(config, processor)
     items, device = rows.train[:limit], choose_device().value
@@ -183,5 +200,6 @@ def _task_metrics(
     if json_output:
         print(json.dumps({"task": name, "results": results}, ensure_ascii=False))
         return
-    Console().print(table(results, f"{len(items):,} rows"))
-    print(f"next: lorakit train --task {name} --data {quote(data)} --model {quote(model)}")
+    output().print(table(results, f"{len(items):,} rows"))
+    columns_given = ",".join(f"{key}={own}" for key, own in columns.items()) or None
+    print(f"next: {command('train', task=name, data='YOUR.jsonl', model=model, columns=columns_given)}")

@@ -11,7 +11,9 @@ import typer
 
 from ..errors import ConfigError, listing
 from .shared.files import base_folder, output_path, read
-from .shared.options import Force
+from .shared.names import check_names
+from .shared.options import Force, ModelType
+from .shared.output import say
 from .shared.starting import starting
 
 if TYPE_CHECKING:
@@ -48,60 +50,67 @@ def export(
     force_base: Annotated[
         bool, typer.Option("--force-base", help="accept a --base that the adapter was not trained on")
     ] = False,
+    model_type: ModelType = None,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Check an adapter against what a program accepts, write it for that program, and verify its effect (--verify)."""
+    if merged and model is not None:
+        raise ConfigError(
+            "--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model"
+        )
+    if dtype is not None and not merged:
+        raise ConfigError(
+            "--dtype requires --merged, which writes a model\n"
+            "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
+        )
+    check_names(adapters=[source])
     with starting(f"reading {source}"):
         from ..data.chat_record import TEMPLATE_FILE
         from ..export import RECEIVERS
         from ..export import export as exported
         from ..formats import find
 
-    folder = base_folder(base)
-    if merged:
-        if model is not None:
-            raise ConfigError(
-                "--model and --merged exclude each other: the Modelfile starts FROM the merged model\n  omit --model"
+        folder = base_folder(base)
+        if not merged:
+            if receiver == "ollama" and out.suffix != ".gguf":
+                out = out / "adapter.gguf"
+            out = output_path(out, RECEIVERS[receiver].format, force)
+        adapter = read(source, alpha, folder, force_base, model_type)
+        if not merged:
+            result = exported(
+                adapter,
+                out,
+                receiver,
+                fix=fix,
+                verify=verify,
+                base=folder,
+                model=model,
+                force=force,
+                source=find(source),
             )
+    if merged:
         options = {"dtype": dtype or "f16", "verify": verify, "force_base": force_base, "force": force}
-        _merged(read(source, alpha, folder, force_base), folder, out, receiver, json_output, **options)
+        _merged(adapter, folder, out, receiver, json_output, **options)
         return
-    if dtype is not None:
-        raise ConfigError(
-            "--dtype requires --merged, which writes a model\n"
-            "  to write the adapter in another precision: lorakit convert --to gguf --dtype"
-        )
-    if receiver == "ollama" and out.suffix != ".gguf":
-        out = out / "adapter.gguf"
-    out = output_path(out, RECEIVERS[receiver].format, force)
-    result = exported(
-        read(source, alpha, folder, force_base),
-        out,
-        receiver,
-        fix=fix,
-        verify=verify,
-        base=folder,
-        model=model,
-        force=force,
-        source=find(source),
-    )
     if json_output:
         print(json.dumps(result.to_dict()))
         return
     for line in result.mended:
-        print(f"fixed: {line}")
-    print(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
+        say(f"fixed: {line}")
+    say(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
     for note in result.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     for what, value in (result.differences or {}).items():
-        print(f"read back: {what} off by at most {value:.2g} of the largest element")
+        say(f"read back: {what} off by at most {value:.2g} of the largest element")
     if result.logits is not None:
         through = base if result.base is None else f"{result.base} with {out}, against {base} with the adapter"
-        print(f"logits through {through}: {result.logits}")
+        say(f"logits through {through}: {result.logits}")
     if result.no_logits is not None:
-        print(f"logits not compared: {result.no_logits}")
+        say(f"logits not compared: {result.no_logits}")
+    if result.unchecked is not None:
+        say(f"not checked: {result.unchecked}")
     served = result.base or folder  # a path: other programs do not know 'embedded'
     template = next((f for f in result.files if f.name == TEMPLATE_FILE), None)
     print(f"next: {_next(receiver, result.files[0], str(served) if served else None, template)}")
@@ -119,14 +128,14 @@ def _merged(adapter: Adapter, base: Path | None, out: Path, receiver: str, json_
     if json_output:
         print(json.dumps(result.to_dict()))
         return
-    print(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
-    print(f"merged model in {result.dtype}: {result.tensors} tensors, {result.bytes / 1e6:,.1f} MB")
+    say(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
+    say(f"merged model in {result.dtype}: {result.tensors} tensors, {result.bytes / 1e6:,.1f} MB")
     if result.other:
-        print(f"in f16, because their row length is not a multiple of 32: {listing(result.other, 3)}")
+        say(f"in f16, because their row length is not a multiple of 32: {listing(result.other, 3)}")
     for warning in result.warnings:
-        print(f"note: {warning}")
+        say(f"note: {warning}")
     if result.verified is not None:
-        print(f"read back: {result.verified}")
+        say(f"read back: {result.verified}")
     where = quote(str(result.files[0]))
     print(f"next: {_next(receiver, result.files[0], None) if receiver == 'ollama' else f'llama-server -m {where}'}")
 

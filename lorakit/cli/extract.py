@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from shlex import quote
 from typing import Annotated
 
 import typer
 
 from .shared.algebra import Dtype, Force, Json, Modules, Out, Rank, progress, seconds_since, write
 from .shared.files import base_folder, output_path
+from .shared.next import command
+from .shared.output import output, say
 from .shared.starting import starting
 
 
@@ -66,24 +67,24 @@ def extract(
         print(json.dumps({"out": str(path), "parameters": result.adapter.parameters, **result.to_dict()}))
         return
     if modules:
-        for m in result.modules:
-            print(
-                f"  {m.module}  {'x'.join(map(str, m.shape))}  changed {m.change:.3g}  rank {m.rank}  captured "
-                f"{m.captured:.1%}"
-            )
-    print(
+        from ..analysis.tables import Table
+
+        rows = [
+            [m.module, "x".join(map(str, m.shape)), f"{m.change:.3g}", str(m.rank), f"{m.captured:.1%}"]
+            for m in result.modules
+        ]
+        output().print(Table("", ["module", "shape", "changed", "rank", "captured"], rows))
+    say(
         f"{len(result.modules)} changed matrices, largest rank {result.adapter.rank}; {result.unchanged} tensors "
         "unchanged"
     )
     if result.rest:
         omitted = [name for name in result.rest if name not in result.kept]
         note = f", {len(omitted)} left out ({listing(omitted, 3)})" if omitted else ""
-        print(f"{len(result.rest)} other tensors changed: {len(result.kept)} saved in full{note}")
+        say(f"{len(result.rest)} other tensors changed: {len(result.kept)} saved in full{note}")
     size = f"{result.adapter.parameters:,} parameters, {seconds_since(started)}"
-    print(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
+    say(f"captured: {result.captured:.2%} of the change (squared norm); {size}")
     for warning in result.warnings:
-        print(f"note: {warning}")
-    command = (
-        inspect if image or to != "peft" else f"lorakit eval DATA --model {quote(base)} --adapter {quote(str(path))}"
-    )
-    print(f"next: {command}")
+        say(f"note: {warning}")
+    evaluate = command("eval", "TEST.jsonl", model=base, adapter=str(path))
+    print(f"next: {inspect if image or to != 'peft' else evaluate}")

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .shared.loading import load
+from .shared.names import check_names
 from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
 from .shared.starting import starting
 
@@ -34,14 +35,22 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
 ) -> None:
     """Answer one prompt. `\\n` in the argument is a newline."""
+    text = None if prompt is None else prompt.replace("\\n", "\n")
+    if text is None and sys.stdin.isatty():
+        print("lorakit: type the prompt, then Ctrl-D", file=sys.stderr)
+        text = sys.stdin.read()
+    if text == "":
+        raise ConfigError("the prompt is empty; expected at least one character")
+    kwargs = template_kwargs(chat_template_kwargs)
+    check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..generate.generate import stream
 
-    text = sys.stdin.read() if prompt is None else prompt.replace("\\n", "\n")
-    if not text:
-        raise ConfigError("the prompt is empty; expected at least one character")
-    loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
+        text = sys.stdin.read() if text is None else text
+        if not text:
+            raise ConfigError("the prompt on standard input is empty; expected at least one character")
+        loaded = load(model, adapter or [], precision, chat_template, kwargs)
     ids = question_ids(text, loaded.tokenizer, loaded.style_for(template), loaded.options)
     pieces = stream(
         loaded.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
+from .shared.next import command
 from .shared.settings import commented
 
 _SKIP = ("base",)
@@ -28,7 +28,5 @@ def init(
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; --force replaces it")
     write_text(path, _HEAD.format(name=path) + commented(TrainConfig, {"model": model, "data": data}, skip=_SKIP))
-    print(
-        f"wrote {path}\n"
-        f"next: lorakit data show {shlex.quote(data)}, then lorakit train --config {shlex.quote(str(path))}"
-    )
+    shown = command("data", "show", data, model=None if model == "embedded" else model)
+    print(f"wrote {path}\nnext: {shown}, then {command('train', config=str(path))}")

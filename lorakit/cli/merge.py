@@ -10,6 +10,9 @@ import typer
 
 from ..errors import ConfigError
 from .shared.files import base_folder, dtype_of, parse_weights, say_if_unfinished
+from .shared.names import check_names
+from .shared.options import ModelType
+from .shared.output import output, say
 from .shared.starting import starting
 
 
@@ -34,14 +37,16 @@ def merge(
         bool, typer.Option("--force-base", help="merge even if an adapter was trained on another base")
     ] = False,
     alpha: Annotated[float | None, typer.Option(help="for files that do not store it (loralib, old MLX)")] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="list every merged module")] = False,
+    model_type: ModelType = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Merge adapters into a checkpoint's files, one tensor in memory at a time, and verify the result."""
-    from rich.console import Console
-
     if len(adapters) < 2:
         raise ConfigError("merge expects BASE, one or several adapters, and OUT\n  lorakit merge BASE ADAPTER OUT")
+    check_names(adapters=adapters[:-1])
     with starting("reading the base and the adapters"):
+        from ..analysis.merge_tables import notes, tables
         from ..checkpoint import merge_checkpoint
 
     *sources, out = adapters
@@ -49,7 +54,7 @@ def merge(
     assert folder is not None
     for source in sources:
         say_if_unfinished(source)
-    console = Console()
+    console = output()
     with console.status("merging") as status:
         report = merge_checkpoint(
             folder,
@@ -57,6 +62,7 @@ def merge(
             out,
             weights=parse_weights(weights),
             alpha=alpha,
+            model_type=model_type,
             force=force,
             dtype=dtype_of(dtype),
             untie=untie,
@@ -66,7 +72,11 @@ def merge(
     if json_output:
         print(json.dumps(report.to_dict()))
         return
-    console.print(report.table())
+    for table in tables(report, modules):
+        console.print(table)
+    for note in notes(report):
+        say(f"note: {note}")
+    say(report.headline())
     if (folder / "config.json").is_file():
         print(f"next: lorakit generate 'Once upon a time' --model {quote(out)}")
     else:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..config import part
+from ..config import LoraSettings, part
 from ..errors import ConfigError
 from ..methods import method_of
+from ..tasks import task_of
 from ..tasks.text.settings import Lengths
 from ..train.config import METHODS, TrainConfig
+from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -35,6 +37,8 @@ _SETTINGS = (
     "rank_pattern",
     "save_modules",
     "packed",
+    "trainable_tokens",
+    "add_tokens",
     "task",
     "labels",
     "revision",
@@ -72,8 +76,11 @@ def _plan(
 
     with starting("reading the base's config"):
         from ..train.start import resolved
+        from ..train.token_ids import with_token_ids
 
         settings = resolved(settings)
+        if part(settings, LoraSettings).trainable_tokens or settings.add_tokens:
+            settings = with_token_ids(settings, task_of(settings.task).processor(settings))
         import torch
         from rich.console import Console
         from transformers.utils import logging
@@ -159,7 +166,7 @@ def _plan(
     )
     console.print(numbers(estimates, memory, fit_rows, fit_lengths, MOST_ROWS, own.positions))
     console.print()
-    console.print(bars(estimates, memory), end="", no_wrap=True, crop=False)
+    console.print(bars(estimates, memory, console.width), end="", no_wrap=True, crop=False)
     if limit is not None:
         console.print(
             f"\nlargest batches within {show_bytes(limit.total)} ({limit.source}), {settings.method}:",
@@ -167,8 +174,8 @@ def _plan(
             highlight=False,
         )
         console.print(grid(fitting, MOST_ROWS))
-    print(f"\n{_time(flops, seconds)}")
-    print("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
+    say(f"\n{_time(flops, seconds)}")
+    say("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
     print(_next(settings, config, flags, chosen.total <= memory if memory else True))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .shared.files import base_folder
+from .shared.next import command
+from .shared.output import say
 from .shared.share import Alpha, Base, BaseModel, Json, License
 from .shared.starting import starting
 
@@ -36,23 +39,28 @@ def push(
 
     The token is HF_TOKEN or that of `hf auth login`.
     """
-    with starting(f"reading {source}"):
+    with ExitStack() as until_announced:
+        until_announced.enter_context(starting(f"reading {source}"))
         from ..share.push import push as pushed
 
-    done = pushed(
-        source,
-        repository,
-        private=private,
-        revision=revision,
-        message=message,
-        card=with_card,
-        dry_run=dry_run,
-        base_model=base_model,
-        license=license,
-        alpha=alpha,
-        base=base_folder(base),
-        tell=None if json_output else lambda pushed: _announce(pushed, source),
-    )
+        def announce(what: Pushed) -> None:
+            until_announced.close()
+            _announce(what, source)
+
+        done = pushed(
+            source,
+            repository,
+            private=private,
+            revision=revision,
+            message=message,
+            card=with_card,
+            dry_run=dry_run,
+            base_model=base_model,
+            license=license,
+            alpha=alpha,
+            base=base_folder(base),
+            tell=None if json_output else announce,
+        )
     if json_output:
         print(json.dumps(done.to_dict() | {"dry_run": dry_run}))
         return
@@ -60,22 +68,16 @@ def push(
     if dry_run:
         print("nothing was sent")
         options = {
-            "--private": private,
-            "--revision": revision,
-            "--message": message,
-            "--no-card": not with_card,
-            "--base-model": base_model,
-            "--license": license,
-            "--alpha": alpha,
-            "--base": base,
+            "private": private,
+            "revision": revision,
+            "message": message,
+            "no_card": not with_card,
+            "base_model": base_model,
+            "license": license,
+            "alpha": alpha,
+            "base": base,
         }
-        words = [
-            w
-            for k, v in options.items()
-            if v is not None and v is not False
-            for w in ([k] if v is True else [k, quote(str(v))])
-        ]
-        print(f"next: {' '.join(['lorakit push', quote(source), repository, *words])}")
+        print(f"next: {command('push', source, repository, **options)}")
         return
     what = "created" if done.created else "updated" if done.changed else "unchanged, it has all of this already"
     print(f"{what}: {done.url}" + (f" (commit {done.commit[:8]})" if done.commit and done.changed else ""))
@@ -94,14 +96,14 @@ def _announce(pushed: Pushed, source: str) -> None:
     if pushed.not_on_card:
         options = " ".join(pushed.not_on_card)
         if pushed.card == "none":
-            print(f"{options} has no effect: no card is uploaded")
+            say(f"{options} has no effect: no card is uploaded")
         else:
-            print(f"{options} does not change the card, which stays {pushed.card}")
+            say(f"{options} does not change the card, which stays {pushed.card}")
             print(f"  edit it, or write one here: lorakit card {quote(source)} {options}")
     for line in _first(pushed.mended):
-        print(f"changed in the upload: {line}")
+        say(f"changed in the upload: {line}")
     for line in _first(pushed.left):
-        print(f"left unchanged: {line}")
+        say(f"left unchanged: {line}")
 
 
 def _first(lines: list[str], most: int = 20) -> list[str]:

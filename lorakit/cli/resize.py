@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from .shared.algebra import Alpha, Base, Dtype, Force, Json, Keep, Modules, Out, Rank, To, progress, report, write
-from .shared.files import base_folder, output_path, read
+from .shared.files import base_folder, format_for, output_path, read
+from .shared.names import check_names
+from .shared.options import ModelType
 from .shared.starting import starting
 
 
@@ -25,22 +27,26 @@ def resize(
     ] = False,
     drop_bias: Annotated[bool, typer.Option("--drop-bias", help="drop the bias changes of dense updates")] = False,
     alpha: Alpha = None,
-    to: To = "peft",
+    to: To = None,
     dtype: Dtype = None,
     base: Base = None,
+    model_type: ModelType = None,
     force: Force = False,
     modules: Modules = False,
     json_output: Json = False,
 ) -> None:
     """Lower an adapter's rank with the smallest possible error; LoHa, LoKr and dense updates become LoRA."""
+    check_names(adapters=[adapter])
     with starting("reading the adapter"):
         from ..adapter.algebra.resize import resize as resize_adapter
 
-    out = output_path(out, to, force)
-    value = read(adapter, alpha, base_folder(base))
+        format = format_for(to, adapter, out)
+        out = output_path(out, format, force)
+        value = read(adapter, alpha, base_folder(base), model_type=model_type)
     started = time.monotonic()
     with progress("resizing") as on_module:
         result = resize_adapter(
             value, rank, keep=keep, error=error, overall=overall, drop_bias=drop_bias, on_module=on_module
         )
-    report("resized", [value], result, write(result.adapter, out, to, dtype, base), started, modules, json_output)
+    written = write(result.adapter, out, format, dtype, base, as_read=to is None)
+    report("resized", [value], result, written, started, modules, json_output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,9 @@ from ..errors import ConfigError
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
 from ..train.sweep.sweep_config import MAX_RUNS, Sweep, expand
+from .shared.names import check_names
+from .shared.next import after_training, command
+from .shared.output import output, say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
@@ -46,11 +49,14 @@ def _sweep(
         _list(plan, json_output)
         return
 
-    with starting("reading the base and the data", quiet):
+    first = next(iter(plan.runs.values()))
+    check_names(first.model, first.data)
+    with ExitStack() as until_shown:
+        until_shown.enter_context(starting("loading the base and the data", quiet))
         from ..train.sweep.sweep import sweep as start
         from ..train.sweep.sweep_progress import SweepProgress
 
-    outcome = start(plan, SweepProgress(quiet=quiet or json_output))
+        outcome = start(plan, SweepProgress(quiet=quiet or json_output, before=until_shown.close))
     if json_output:
         print(json.dumps(outcome.to_dict()))
     else:
@@ -91,37 +97,30 @@ def _list(plan: Sweep, json_output: bool) -> None:
         return
     for name in runs:
         print(name)
-    print(f"{len(runs)} runs, to be written to {plan.out}/runs; remove --dry-run to train them")
+    say(f"{len(runs)} runs, to be written to {plan.out}/runs; remove --dry-run to train them")
 
 
 def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
     """Print the leaderboard, how the sweep ended, and the next command."""
-    from rich.console import Console
-
     from ..train.sweep.leaderboard import table
 
     if not quiet:
-        console = Console()
+        console = output()
         console.print()
         console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
-    resume = f"lorakit sweep --config {shlex.quote(f'{plan.out}/sweep.yaml')}"
+    resume = command("sweep", config=f"{plan.out}/sweep.yaml", quiet=quiet)
     if outcome.stopped:
         print(f"stopped by {outcome.stopped}; saved\nnext: {resume}   # resumes there")
         return
     if not outcome.winners:
-        print(f"every run failed; the errors are in {outcome.leaderboard}")
+        say(f"every run failed; the errors are in {outcome.leaderboard}")
         return
     plots = "".join(f"; plot: {plot}" for plot in outcome.plots)
-    print(f"{len(outcome.entries)} runs in {outcome.seconds:.0f} s; leaderboard: {outcome.leaderboard}{plots}")
+    say(f"{len(outcome.entries)} runs in {outcome.seconds:.0f} s; leaderboard: {outcome.leaderboard}{plots}")
     for group, adapter in outcome.winners.items():
         best = next(entry for entry in outcome.entries if entry.group == group)
-        print(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
-    first = next(iter(outcome.winners.values()))
-    config = plan.runs[outcome.entries[0].name]
-    print(
-        f"next: lorakit eval {shlex.quote(config.data)} --model {shlex.quote(config.model)} --adapter "
-        f"{shlex.quote(str(first))}"
-    )
+        say(f"winner{f' of {group}' if group else ''}: {best.name}, loss {best.score:.4f}; adapter: {adapter}")
+    print(after_training(plan.runs[outcome.entries[0].name], next(iter(outcome.winners.values()))))
 
 
 sweep = with_flags(TrainConfig, _sweep, skip=_SKIP)

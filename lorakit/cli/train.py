@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +13,17 @@ import typer
 
 from ..errors import ConfigError
 from ..methods import method_of
-from ..tasks import DEFAULT
 from ..train.config import TrainConfig
 from ..train.interrupt import exit_code
+from ..train.launch import asked_for, command
+from .shared.names import check_names
+from .shared.next import after_training
+from .shared.output import say
 from .shared.settings import read_config, with_flags
 from .shared.starting import starting
 
 if TYPE_CHECKING:
-    from ..train.loop import Result
+    from ..train.run import Result
 
 _SKIP = ("base",)
 
@@ -39,36 +42,41 @@ def _train(
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
     settings = TrainConfig(**values)
 
-    with starting("reading the base and the data", quiet or os.environ.get("RANK", "0") != "0"):
+    check_names(settings.model, settings.data)
+    with ExitStack() as until_shown:
+        what = f"loading the base and {settings.data}"
+        until_shown.enter_context(starting(what, quiet or os.environ.get("RANK", "0") != "0"))
         from ..train.progress import Progress
         from ..train.start import resolved
         from ..train.train import train as run
 
         settings = resolved(settings)
-
-    result = run(settings, Progress(quiet=quiet or json_output))
+        result = run(settings, Progress(quiet=quiet or json_output, before=until_shown.close))
     if os.environ.get("RANK", "0") == "0":  # of several processes (accelerate launch, torchrun) only the first prints
-        print(json.dumps(dataclasses.asdict(result), default=str) if json_output else _outcome(result, settings))
+        if json_output:
+            print(json.dumps(dataclasses.asdict(result), default=str))
+        else:
+            _show(result, settings, quiet)
     if result.adapter is None:
         raise typer.Exit(exit_code(result.stopped))
 
 
-def _outcome(result: Result, settings: TrainConfig) -> str:
-    """Say how the run ended, and which command comes next."""
+def _show(result: Result, settings: TrainConfig, quiet: bool) -> None:
+    """Print how the run ended, and which commands come next."""
+    from ..train.run_folder import RunFolder
+
     if result.adapter is None:
-        resume = f"lorakit train --config {shlex.quote(settings.out + '/config.yaml')}"
-        return (
-            f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved\n"
-            f"next: {resume}   # resumes there"
-        )
+        resume = command(asked_for(), settings.out) + (" --quiet" if quiet else "")
+        say(f"stopped by {result.stopped} after step {result.step} of {result.steps}; saved")
+        print(f"next: {resume}   # resumes there")
+        return
     end = f"{result.step} steps"
     if result.stopped:
         end = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
-    method = method_of(settings.method)
-    task = "" if settings.task == DEFAULT else f" --task {settings.task}"
-    evaluate = f"lorakit eval {shlex.quote(settings.data)} {method.flags(settings.model, str(result.adapter))}{task}"
-    return f"{end} in {result.seconds:.0f} s{best}; {method.result}: {result.adapter}\nnext: {evaluate}"
+    written = f"report: {RunFolder(settings.out).report}; {method_of(settings.method).result}: {result.adapter}"
+    say(f"{end} in {result.seconds:.0f} s{best}; {written}")
+    print(after_training(settings, result.adapter))
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

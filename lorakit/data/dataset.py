@@ -134,12 +134,7 @@ def build(
     that cannot be trained on, and ConfigError for settings that do not fit the data.
     """
     shape, examples = read_examples(rows, columns)
-    is_text = shape == "text"
-    policy = ("split" if is_text else "drop") if on_long == "auto" else on_long
-    if policy == "split" and not is_text:
-        raise ConfigError(
-            f"on_long: split is for plain text; rows of shape {shape} would lose their prompts\n  use drop or cut"
-        )
+    policy = policy_for(shape, on_long)
     renderer = Renderer(tokenizer, template, train_on, turns, options, ends)
     of_examples = [renderer.rows(example) for example in examples]
     rendered_rows = [(example.row, rendered) for example, several in zip(examples, of_examples) for rendered in several]
@@ -183,6 +178,17 @@ def build(
         notes=_notes(rows, examples, of_examples),
         end_tokens=renderer.written_ends(),
     )
+
+
+def policy_for(shape: str, on_long: OnLong) -> Literal["drop", "cut", "split"]:
+    """Return what to do with rows over the length limit. Raises ConfigError for splitting rows that have prompts."""
+    is_text = shape == "text"
+    policy = ("split" if is_text else "drop") if on_long == "auto" else on_long
+    if policy == "split" and not is_text:
+        raise ConfigError(
+            f"on_long: split is for plain text; rows of shape {shape} would lose their prompts\n  use drop or cut"
+        )
+    return policy
 
 
 def _notes(rows: Sequence[Row], examples: Sequence[Example], of_examples: Sequence[list[Rendered]]) -> dict[str, int]:
@@ -254,7 +260,7 @@ def _repeats(items: Sequence[Item]) -> tuple[int, int]:
     return duplicates, sum(counts.total() for counts in completions.values() if len(counts) > 1)
 
 
-def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[list[Any], list[Any]]:
+def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[Any, Any]:
     """Split `items` into (train, held out), both in their original order.
 
     Rows with the same prompt land on the same side, so no held-out prompt is trained on. Raises ConfigError for a
@@ -281,14 +287,26 @@ def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[lis
     if not held_out:
         smallest: list[int] = min(order, key=len)
         held_out.update(smallest)
-    return [item for i, item in enumerate(items) if i not in held_out], [items[i] for i in sorted(held_out)]
+    return select(items, (i for i in range(len(items)) if i not in held_out)), select(items, sorted(held_out))
 
 
-def held_out_of(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+def sizes_of(items: Sequence[Any]) -> Sequence[int]:
+    """Return the items' sizes, without reading stored ones."""
+    own = getattr(items, "sizes", None)
+    return [item.size for item in items] if own is None else own
+
+
+def select(items: Sequence[Any], indices: Iterable[int]) -> Any:
+    """Return the items with these indices; stored items (`stored.py`) stay in their file."""
+    own = getattr(items, "select", None)
+    return [items[i] for i in indices] if own is None else own(indices)
+
+
+def held_out_of(items: Sequence[Any], share: float) -> tuple[Any, Any]:
     """Split a run's rows into (train, held out). Runs that differ in their seeds are compared on the same held-out
     rows.
     """
-    return split(items, share, SPLIT_SEED) if share else (list(items), [])
+    return split(items, share, SPLIT_SEED) if share else (select(items, range(len(items))), [])
 
 
 def fingerprint(items: Iterable[Any]) -> str:

@@ -60,7 +60,7 @@ class LabelledItem:
 
 @dataclass(frozen=True)
 class Labelled:
-    """The items, and what happened on the way."""
+    """The items, and what happened on the way. `lengths`: tokens of each row, before the limit."""
 
     items: list[LabelledItem]
     names: list[str]
@@ -70,6 +70,7 @@ class Labelled:
     cut: int
     dropped: int
     notes: dict[str, int]
+    lengths: list[int]
 
 
 def read_labelled(
@@ -118,9 +119,8 @@ def read_labelled(
             f"{rows[0].file}: every row is longer than max_length {limit} ({reason})\n"
             "  raise max_length, or use on_long: cut"
         )
-    return Labelled(
-        items, names, "text, text_pair, label" if pair else "text, label", limit, reason, cut, dropped, notes
-    )
+    shape = "text, text_pair, label" if pair else "text, label"
+    return Labelled(items, names, shape, limit, reason, cut, dropped, notes, lengths)
 
 
 def collate_labelled(items: Sequence[LabelledItem], pad_id: int, multiple_of: int = 8) -> dict[str, torch.Tensor]:

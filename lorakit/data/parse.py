@@ -60,10 +60,10 @@ def decode(raw: bytes, file: str) -> str:
         ) from error
 
 
-def jsonl(text: str, file: str) -> Iterator[Row]:
-    """Yield one row per line, each a JSON object; skip blank lines. Raises DataError."""
+def jsonl(text: str, file: str, start: int = 1) -> Iterator[Row]:
+    """Yield one row per line, each a JSON object; skip blank lines. `start`: the first line's number. DataError."""
     # Not splitlines(): a JSON string may contain an unescaped U+2028 or U+0085.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=start):
         if not line.strip():
             continue
         try:

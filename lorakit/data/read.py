@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data import parse
+from lorakit.data.arrow import arrow_rows, is_arrow
 from lorakit.data.parse import Row
 from lorakit.errors import DataError, did_you_mean, listing, not_the_file
 
@@ -27,6 +28,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".bz2": bz2.decompress,
 }
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 ACCEPTED = "accepted: .jsonl, .json, .csv, .tsv, .txt (each also as .gz, .xz, .bz2) and .parquet"
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -40,16 +42,50 @@ def read_rows(source: str | Path, split: str | None = None, limit: int | None = 
     `split` picks the files of a folder whose names contain it, one of several lists in a JSON file, or the split of a
     hub dataset (default "train"). Other files ignore it. Raises DataError.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        rows = list(islice((row for file in _files_of(path, split) for row in _file(file, split, limit)), limit))
-    elif path.exists():
-        rows = list(islice(_file(path, split, limit), limit))
-    else:
-        rows = _hub(str(source), path, split, limit)
+    rows = list(islice(_rows(source, split, limit, _file), limit))
     if not rows:
         raise DataError(f"{source}: no rows; the file is empty or has only a header or blank lines")
     return rows
+
+
+def stream_rows(source: str | Path, split: str | None = None) -> Iterator[Row]:
+    """Yield the rows of `source` one by one, as `read_rows` returns them.
+
+    JSONL, Parquet, Arrow and hub data sets are never in memory as a whole; files of other types are, one at a time.
+    """
+    empty = True
+    for row in _rows(source, split, None, _streamed):
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{source}: no rows; the file is empty or has only a header or blank lines")
+
+
+def _rows(
+    source: str | Path, split: str | None, limit: int | None, read: Callable[..., Iterator[Row]]
+) -> Iterator[Row]:
+    path = Path(source).expanduser()
+    if is_arrow(path):
+        return (Row(_without_filler(row.values), row.file, row.number) for row in arrow_rows(path, split))
+    if path.is_dir():
+        return (row for file in _files_of(path, split) for row in read(file, split, limit))
+    return read(path, split, limit) if path.exists() else _hub(str(source), path, split, limit)
+
+
+def _streamed(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
+    file_type, compression = _file_type(path)
+    if file_type not in (".jsonl", ".ndjson") or not_the_file(path) is not None:
+        return _file(path, split, limit)
+    return _lines(path, compression)
+
+
+def _lines(path: Path, compression: str) -> Iterator[Row]:
+    try:
+        with (OPENERS[compression] if compression else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield from parse.jsonl(parse.decode(line, f"{path}, row {number}"), str(path), number)
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        raise DataError(f"{path}: cannot be read to its end: {error}") from error
 
 
 def _file(path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
@@ -130,7 +166,7 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     return files
 
 
-def _hub(name: str, path: Path, split: str | None, limit: int | None) -> list[Row]:
+def _hub(name: str, path: Path, split: str | None, limit: int | None) -> Iterator[Row]:
     hub_id = HUB_ID.fullmatch(name)
     if not hub_id or _file_type(path)[0]:
         raise DataError(f"{name}: no such file or folder{_neighbour(path)}")
@@ -147,9 +183,9 @@ def _hub(name: str, path: Path, split: str | None, limit: int | None) -> list[Ro
             f"tried as a dataset on the hub (split {chosen}): {reason}\n"
             "  name an existing file or folder, or a hub dataset as OWNER/NAME or OWNER/NAME:CONFIG"
         ) from error
-    return [
+    return (
         Row(_without_filler(dict(values)), f"{name} ({chosen})", number) for number, values in enumerate(data, start=1)
-    ]
+    )
 
 
 def _without_filler(values: dict[str, Any]) -> dict[str, Any]:

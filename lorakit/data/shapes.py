@@ -12,6 +12,7 @@ trained or not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -75,7 +76,15 @@ def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
     examples = []
     for row in rows:
         values = _renamed(row, columns)
-        row_shape = _shape_of(values, columns, row)
+        try:
+            row_shape = _shape_of(values, columns, row)
+        except DataError:
+            missing = _missing(row, rows)
+            if not missing:
+                raise
+            raise DataError(
+                f"{row.where}: no {listing(missing)}, which other rows have\n  complete the row, or remove it"
+            ) from None
         if shape and row_shape != shape:
             raise DataError(
                 f"{row.where}: its shape is {row_shape} ({listing(row.values)}), but the rows before it are {shape}; "
@@ -87,6 +96,12 @@ def read_examples(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
     if not examples:
         raise DataError(f"{rows[0].file}: every row has {WEIGHT} 0, so there is nothing to train on")
     return shape, examples
+
+
+def _missing(row: Row, rows: Sequence[Row]) -> list[str]:
+    """List the columns that most rows have and this one, which has some of them, lacks."""
+    usual, count = Counter(tuple(other.values) for other in rows).most_common(1)[0]
+    return [name for name in usual if name not in row.values] if count > 1 and set(usual) & set(row.values) else []
 
 
 def weighs(values: dict[str, Any], row: Row) -> bool:

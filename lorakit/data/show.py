@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from lorakit.data.dataset import Dataset, Item
@@ -34,13 +35,19 @@ def show(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3, co
     for item in dataset.items[:rows]:
         count = f"{len(item.ids):,} tokens, {sum(item.trained):,} trained"
         console.print(Text(f"\n{item.row.where} ({count})", style="bold"), soft_wrap=True)
-        console.print(marked(item, tokenizer, colour), soft_wrap=True)
+        console.print(marked(item, tokenizer, colour), soft_wrap=not console.is_terminal)
     console.print(Text("\nlength in tokens", style="bold"))
     for line in histogram(dataset.lengths, dataset.max_length):
         console.print(Text(line))
     console.print(Text("\nfacts", style="bold"))
     for name, value in facts(dataset):
-        console.print(Text(f"{name:<18}{value}"), soft_wrap=True)
+        if console.is_terminal:  # wrapped below its own text
+            fact = Table.grid(padding=0)
+            fact.add_column(width=18)
+            fact.add_row(Text(name), Text(value))
+            console.print(fact)
+        else:
+            console.print(Text(f"{name:<18}{value}"), soft_wrap=True)
 
 
 def report(dataset: Dataset) -> dict[str, Any]:

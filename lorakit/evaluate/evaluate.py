@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.tables import Table
 from ..data.batches import pad_id
 from ..errors import ConfigError, DataError, StateError, did_you_mean, listing
 from ..generate.generate import check_prompts
@@ -24,7 +25,7 @@ from .figures import table
 from .metrics import Scores, score
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..data.dataset import Item
@@ -44,12 +45,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Judged:
-    """The result of one adapter, or of the base (None). texts: its answers to the report's prompts, if generated."""
+    """The result of one adapter, or of the base (None).
+
+    texts: its answers to the report's prompts, if generated; cut: how many of them the limit of new tokens ended.
+    """
 
     adapter: str | None
     loss: Loss
     scores: Scores | None = None
     texts: tuple[str, ...] = ()
+    cut: int = 0
 
     @property
     def label(self) -> str:
@@ -71,30 +76,36 @@ class Report:
         title = f"{first.rows:,} rows, {first.tokens:,} trained tokens"
         title += f"; text from {len(self.prompts):,} prompts" if self.judged[0].scores is not None else ""
         losses = [{"adapter": a.adapter, "loss": a.loss.loss, "perplexity": a.loss.perplexity} for a in self.judged]
-        scores = [one.scores.to_dict() if one.scores else {} for one in self.judged]
+        scores = [one.scores.to_dict() | {"cut": one.cut} if one.scores else {} for one in self.judged]
         return table([loss | score for loss, score in zip(losses, scores)], title, BASE)
 
-    def sample_table(self) -> Table | None:
-        """Return a table of a few prompts: first reference and each adapter's text. None without generation."""
-        from rich.table import Table
+    def sample_table(self) -> RichTable | None:
+        """Return a few prompts: first reference and each adapter's text below. None without generation."""
+        from rich.table import Table as RichTable
         from rich.text import Text
 
         if not self.samples:
             return None
-        table = Table(show_lines=True)
-        for name in ("prompt", "reference", *(one.label for one in self.judged)):
-            table.add_column(Text(name), overflow="fold")
+        table = RichTable.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, style="bold")
         for i in self.samples:
             prompt = self.prompts[i]
-            cells = (prompt.text, prompt.references[0], *(one.texts[i] for one in self.judged))
-            table.add_row(*map(Text, cells))  # Text: square brackets in the data are not markup
+            rows = [("prompt", prompt.text), ("reference", prompt.references[0])]
+            for name, text in [*rows, *((one.label, one.texts[i]) for one in self.judged)]:
+                table.add_row(Text(name), Text(text))  # Text: square brackets in the data are not markup
+            table.add_row()
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
         return {
             "results": [
-                {"adapter": one.adapter, **one.loss.to_dict(), "scores": one.scores.to_dict() if one.scores else None}
+                {
+                    "adapter": one.adapter,
+                    **one.loss.to_dict(),
+                    "scores": one.scores.to_dict() if one.scores else None,
+                    "cut": one.cut,
+                }
                 for one in self.judged
             ],
             "samples": [
@@ -146,6 +157,7 @@ def evaluate(
             if not prompts:
                 judged.append(Judged(name, loss))
                 continue
+            cut: list[int] = []
             texts = write(
                 model,
                 tokenizer,
@@ -154,9 +166,10 @@ def evaluate(
                 batch_size=batch_size,
                 stop=stop,
                 on_batch=_reporting(on_rows, f"{label}: text"),
+                on_cut=cut.append,
             )
             texts = [text.strip() for text in texts]
-            judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts)))
+            judged.append(Judged(name, loss, score(texts, [p.references for p in prompts]), tuple(texts), len(cut)))
     return Report(tuple(judged), tuple(prompts), tuple(_spread(range(len(prompts)), samples)))
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..analysis.tables import Table
 from ..model.activate import activate
 from ..tasks.task import Base, Item, Task
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 MODEL = "model"
 # A measure's key -> its name, digits after the point.
@@ -23,6 +21,7 @@ MEASURES = {
     "chrf": ("chrF", 1),
     "rouge_l": ("ROUGE-L", 1),
     "exact_match": ("exact match", 1),
+    "cut": ("cut off", 0),  # answers that reached --max-new-tokens before their end
 }
 
 
@@ -39,16 +38,9 @@ def figures(
 
 def table(results: Sequence[Mapping[str, Any]], title: str, unnamed: str = MODEL) -> Table:
     """Return a line for each adapter and a column for each measure. unnamed: the label where `adapter` is None."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
     keys = measured(results)
-    lines = RichTable("", title=title)
-    for key in keys:
-        lines.add_column(MEASURES[key][0], justify="right")
-    for row in results:
-        lines.add_row(Text(row["adapter"] or unnamed), *(show(key, row.get(key)) for key in keys))
-    return lines
+    rows = [[row["adapter"] or unnamed, *(show(key, row.get(key)) for key in keys)] for row in results]
+    return Table(title, ["", *(MEASURES[key][0] for key in keys)], rows)
 
 
 def measured(results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,6 +16,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..formats import names
+from ..formats.kohya import written_for
 from .effect import Content, Effect, low_rank
 
 
@@ -57,9 +58,9 @@ def _low_rank(f: Factors) -> np.ndarray:
 
 
 def _by_kohyas_keys(adapter: Adapter) -> dict[str, Effect]:
-    recorded = adapter.metadata.get("model")
-    model = recorded if recorded in names.MODELS else names.model_of(adapter.updates)
-    assert model is not None, "the adapter has been written under these names"
+    model = written_for(adapter)
+    if model is None:  # a model that lorakit does not know: the adapter has the file's own names
+        return {key: effect_of(update) for key, update in adapter.updates.items()}
     updates, sizes = adapter.updates, names.shapes(model)
     effects: dict[str, Effect] = {}
     for place in {names.places(model)[m] for m in updates}:
@@ -70,7 +71,8 @@ def _by_kohyas_keys(adapter: Adapter) -> dict[str, Effect]:
         module, effect = parts[0]
         assert effect is not None
         swapped = names.swaps_halves(model, place.key, module, (2, 1))  # decided by name; the shape is checked below
-        effects[place.key] = _swapped(effect) if swapped and _shift_and_scale(updates[module]) else effect
+        swapped = swapped and (model not in names.MODELS or _shift_and_scale(updates[module]))
+        effects[place.key] = _swapped(effect) if swapped else effect
     return effects
 
 

@@ -35,6 +35,7 @@ class Exported:
     logits: Logits | None = None
     no_logits: str | None = None
     base: Path | None = None  # the copy of the base with what the receiver does not accept
+    unchecked: str | None = None  # what could not be checked without a base
 
     @property
     def difference(self) -> float | None:
@@ -53,6 +54,7 @@ class Exported:
             "logits": {**asdict(self.logits), "relative": self.logits.relative} if self.logits else None,
             "no_logits": self.no_logits,
             "base": str(self.base) if self.base else None,
+            "unchecked": self.unchecked,
         }
 
 
@@ -116,8 +118,18 @@ def export(
     files += [written / name for name in inside if written.is_dir()]
     copy = parts.copy if parts is not None else None
     notes = record.to_pass_on(with_template=written.is_dir())
+    unchecked = _unchecked(ready) if base is None else None
     return Exported(
-        receiver, target.format, files, fixes, notes, check.differences, check.logits, check.no_logits, copy
+        receiver, target.format, files, fixes, notes, check.differences, check.logits, check.no_logits, copy, unchecked
+    )
+
+
+def _unchecked(adapter: Adapter) -> str:
+    """What is not known of an adapter while its base is not at hand."""
+    some = next(iter(adapter.updates), next(iter(adapter.saved), "its modules"))
+    return (
+        f"without a base (--base) it was not checked that the model has the {len(adapter.updates)} modules by these "
+        f"names ('{some}'...), in these shapes: a receiver passes over a module that it does not find"
     )
 
 

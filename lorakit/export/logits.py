@@ -72,6 +72,8 @@ class Logits:
 
 def why_not(adapter: Adapter, base: Any) -> str | None:
     """Say why logits cannot be compared through this base; None if they can."""
+    if any(update.variant == "tokens" for update in adapter.updates.values()):
+        return "the adapter has trained tokens, whose rows are compared by themselves"
     if base is None:
         return "no base was given (--base FOLDER)"
     folder = Path(base).expanduser() if isinstance(base, str | Path) else None

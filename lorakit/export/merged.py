@@ -25,7 +25,7 @@ from ..checkpoint.merge_plan import make_plan
 from ..checkpoint.out import check_space
 from ..data.chat_record import ChatRecord
 from ..data.templates import with_template
-from ..errors import ConfigError, did_you_mean, listing
+from ..errors import AdapterError, ConfigError, did_you_mean, listing
 from ..formats.gguf_names import ARCHITECTURES, package
 from ..formats.gguf_types import F32, KINDS, bytes_in, encode, type_of
 from ..io.atomic import write_text
@@ -101,6 +101,12 @@ def export_merged(
     opened = open_base(Path(base).expanduser())
     check_supported(opened.model_type)
     plan = make_plan(opened, [] if adapter is None else [(1.0, adapter.check())], None, untie=True)
+    if plan.grown is not None:
+        raise AdapterError(
+            f"the adapter has tokens that {opened.folder} has no row for\n"
+            "  merge it first, which gives the model these rows and its tokenizer the tokens (lorakit merge); then "
+            "export the result"
+        )
     notes = [] if adapter is None else _left_out(adapter)
     if adapter is not None and not force_base:
         notes += check_base(opened, adapter, plan.renames[0])

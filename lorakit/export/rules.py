@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..adapter.adapter import Adapter
 from ..errors import listing
+from ..formats.peft_experts import misread
 from .canonical import canonical, is_canonical
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,19 +81,22 @@ Rule = Callable[[Adapter], Iterator[Finding]]
 
 def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
     """No LoHa, LoKr or dense updates."""
-    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None}
+    others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.variant != "tokens"}
     if others:
         yield Finding(
             f"{len(others)} modules have updates of other kinds ({', '.join(sorted(set(others.values())))})",
             "lorakit resize approximates them by low-rank factors",
             into_base=tuple(others),
         )
+    tokens = tuple(m for m, u in adapter.updates.items() if u.variant == "tokens")
+    if tokens:
+        yield Finding(f"trained tokens of {listing(tokens, 2)}", MERGE, into_base=tokens)
 
 
 def low_rank_only(adapter: Adapter) -> Iterator[Finding]:
     """No LoHa, LoKr or dense updates, and no DoRA."""
     yield from no_other_kinds(adapter)
-    dora = [m for m, u in adapter.updates.items() if u.needs_base]
+    dora = [m for m, u in adapter.updates.items() if u.variant == "dora"]
     if dora:
         yield Finding(f"{len(dora)} modules are DoRA ({listing(dora, 2)})", MERGE, into_base=tuple(dora))
 
@@ -138,6 +142,17 @@ def one_rank_and_scale(adapter: Adapter) -> Iterator[Finding]:
     same = len({(f.A.shape[0], f.scale, f.rslora) for f in fs}) <= 1 and not any(f.rslora or f.parts for f in fs)
     if not same and _plain(adapter):
         yield from one_scale(adapter)
+
+
+def peft_experts(adapter: Adapter) -> Iterator[Finding]:
+    modules = misread(adapter)
+    if modules:
+        endings = sorted({m.rsplit(".", 1)[-1] for m in modules})
+        yield Finding(
+            f"PEFT takes {listing(endings)} of this model for experts and would drop {listing(modules, 3)}",
+            f"{MERGE}, or train with --exclude {','.join(endings)}",
+            into_base=tuple(modules),
+        )
 
 
 def vllm_rank(adapter: Adapter) -> Iterator[Finding]:
@@ -209,7 +224,7 @@ RECEIVERS = {
     "diffusers": Receiver(
         "diffusers", (no_other_kinds, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"
     ),
-    "peft": Receiver("peft", (no_embeddings,), "PEFT's from_pretrained"),
+    "peft": Receiver("peft", (no_embeddings, peft_experts), "PEFT's from_pretrained"),
     "mlx": Receiver("mlx", (no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
     "canonical": Receiver("peft", (low_rank_only, one_scale, no_embeddings), "any program that reads PEFT's folder"),
 }

@@ -50,9 +50,25 @@ def peft(folder: Path) -> Content:
     ]:
         m = _magnitude(name, tensors.pop(f"{name}.lora_magnitude_vector", None), config)
         effects[name] = _effect(B, A, _scale(name, A, config), m)
+    for key in [key for key in tensors if key.endswith(".trainable_tokens_delta")]:
+        module, rows = key.removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter"), tensors.pop(key)
+        effects[module] = _token_rows(module, rows, config)
     if unpaired := [key for key in tensors if ".lora_" in key]:
         raise ValueError(f"'{unpaired[0]}' has no counterpart")
     return Content(effects, {key.replace(".base_layer.", "."): t for key, t in tensors.items()})
+
+
+def _token_rows(module: str, rows: np.ndarray, config: Mapping[str, Any]) -> Effect:
+    """Rows that replace those of `trainable_token_indices`, in the order of the ids. ValueError if their number
+    differs.
+    """
+    indices = config.get("trainable_token_indices") or config["token_indices"]
+    if isinstance(indices, dict):
+        indices = next(ids for ending, ids in indices.items() if f".{module}".endswith(f".{ending}"))
+    if len(indices) != len(rows):
+        raise ValueError(f"'{module}' has {len(rows)} rows for {len(indices)} tokens")
+    order = np.argsort(indices)
+    return Effect(lambda: rows[order].astype(np.float64))
 
 
 def diffusers(path: Path) -> Content:

@@ -77,7 +77,7 @@ def is_pickle_of_it(path: Path) -> bool:
     """Whether a file is a pickled list of tensors."""
     with open(path, "rb") as file:
         start = file.read(2)
-    return start in (b"PK", b"\x80\x02") and isinstance(read_pickled(path), list)
+    return start in (b"PK", b"\x80\x02") and path.suffix != ".npz" and isinstance(read_pickled(path), list)
 
 
 def load(path: Path) -> Adapter:

@@ -14,6 +14,7 @@ always written: transformers 5 has dropped it, and diffusers removes it if neede
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,34 +30,82 @@ from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
-from . import kohya, lycoris, names
+from ..module_names import is_language_trunk
+from . import flux_variants, kohya, lycoris, names
 from .diffusers_header import KEY, HeaderAlphas, describe
+from .families import family_of
+from .native import COMFYUI, flattened, spelled, written
 from .peft_config import checked
 from .scale import clean, config_of, folded
-from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse
+from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse, split
+from .telling import size_of
 
 FILE = "pytorch_lora_weights.safetensors"
+_COMPONENTS = tuple(f"{component}." for component in (*COMPONENTS, NATIVE, "base_model"))
 # Without one of these, diffusers cannot tell PEFT's spelling of a text encoder from older ones, and raises.
 _ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
 def fits(keys: Iterable[str]) -> bool:
-    """Whether these are keys of a diffusion model's LoRA with dotted module paths."""
-    return any(map(is_spelling, keys))
+    """Whether these are the keys of a diffusion model's LoRA with dotted module paths: one says so, or all end as a
+    LoRA's tensors do and are no language model's.
+    """
+    keys = list(keys)
+    if flux_variants.fits(keys) or any(key.startswith("text_encoders.") for key in keys):
+        return True
+    return any(map(is_spelling, keys)) or (bool(keys) and all(map(split, keys)) and family_of(keys) is None)
 
 
-def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """The adapter of these tensors and this header. AdapterError naming the file and the key at fault."""
-    flat = _native(tensors)
-    if flat is not None:
-        return kohya.read(path, flat, {key: value for key, value in header.items() if key != "format"})
+def read(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str], model: str | None = None) -> Adapter:
+    """The adapter that these tensors are. AdapterError naming the key at fault.
+
+    model: which of `names.KNOWN` it is for, where its names and widths do not tell; `kohya.OTHER` to keep its names.
+    """
+    saved: dict[str, Tensor] = {}
+    if flux_variants.fits(tensors):
+        tensors, saved = flux_variants.plain(path, tensors)
     alphas = HeaderAlphas(path, parse_json(header[KEY], f"{path}, {KEY} in its header") if KEY in header else {})
-    updates = {module: _update(path, module, parts, alphas) for module, parts in _sort(path, tensors).items()}
+    native = None
+    if model != kohya.OTHER:
+        native = flattened(path, tensors | _alphas(tensors, alphas) if KEY in header else tensors, header, model)
+    if native is not None:
+        rest = {key: value for key, value in header.items() if key not in ("format", KEY)}
+        adapter = kohya.read(path, native.tensors, rest, native.model)
+        return replace(adapter, saved=saved, metadata=dict(adapter.metadata) | {"spelling": native.spelling}).check()
+    if saved:
+        raise AdapterError(f"{path}: it has Flux' norms ({listing(saved, 2)}), and modules that are not Flux'")
+    modules = _sort(path, tensors, own=model == kohya.OTHER)
+    updates = {module: _update(path, module, parts, alphas) for module, parts in modules.items()}
     metadata = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
     rest = {key: value for key, value in header.items() if key not in (KEY, "lorakit", "format")}
-    metadata = metadata | ({"header": rest} if rest else {})
+    metadata = {k: v for k, v in metadata.items() if k != "spelling"} | ({"header": rest} if rest else {})
+    spelling = _spelling(tensors, updates)
+    metadata |= {"spelling": spelling} if spelling else {}
     config = checked(path, lambda: _config(updates))
     return Adapter(config, updates, metadata=metadata).check()
+
+
+def _alphas(tensors: Mapping[str, Tensor], alphas: HeaderAlphas) -> dict[str, Tensor]:
+    """What the header says of the alphas of a denoiser's pairs, as keys of their own; rsLoRA's as that of alpha / r."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path, suffix = split(key) or ("", "")
+        name = parse(key)
+        if suffix == "lora_up.weight" and tensor.dim() > 1 and name is not None and f"{path}.alpha" not in tensors:
+            rank = tensor.shape[1]
+            alpha, rslora = alphas.of(f"{name.component or 'transformer'}.{name.path}", rank)
+            found[f"{path}.alpha"] = torch.tensor(alpha * math.sqrt(rank) if rslora else alpha, dtype=torch.float64)
+    return found
+
+
+def _spelling(tensors: Mapping[str, Tensor], updates: Mapping[str, Update]) -> dict[str, Any]:
+    """How to write it back, where that is not diffusers' way: behind ComfyUI's component, or under its own names."""
+    if not all(module.split(".")[0] in COMPONENTS for module in updates):
+        return spelled(tensors) | {"own": True}
+    for front in (f"{NATIVE}.", ""):
+        if all(key.startswith(f"{NATIVE}.") if front else not key.startswith(_COMPONENTS) for key in tensors):
+            return spelled(tensors) | {"front": front, "original": False, "text": "kohya"}
+    return {}
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -86,6 +135,10 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
     path = path if path.suffix == ".safetensors" else path / FILE
     plain = {m: u.map_factors(with_alpha_as_rank if fold else _plain) for m, u in adapter.check().updates.items()}
     tensors: dict[str, Tensor] = {}
+    for module in [m for m in plain if m.startswith(f"{NATIVE}.")]:  # an unknown model's, as ComfyUI names them
+        update = plain.pop(module)
+        shape = update.weight_shape() if update.changes_weight else ()
+        tensors |= written(module, update, shape, adapter.metadata.get("spelling") or COMFYUI)
     described: dict[str, Any] = {}
     for component, modules in _by_component(plain).items():
         text = component.startswith("text_encoder")
@@ -104,19 +157,27 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
                 shaped = own["magnitude"].reshape((1, -1, *[1] * (axes - 2)) if axes > 2 else (-1,))
                 tensors[f"{key}.{MAGNITUDE}" + (".weight" if text else "")] = shaped
         described |= {f"{component}.{name}": value for name, value in describe(modules).items()}
-    header = {"format": "pt", KEY: json.dumps(described, sort_keys=True)}
-    if adapter.metadata:
-        header["lorakit"] = json.dumps(dict(adapter.metadata), sort_keys=True)
+    header = {"format": "pt"} | ({KEY: json.dumps(described, sort_keys=True)} if described else {})
+    ours = {key: value for key, value in adapter.metadata.items() if key != "spelling"}
+    if ours:
+        header["lorakit"] = json.dumps(ours, sort_keys=True)
     write_tensors(path, tensors, header)
     return path
 
 
-def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{module with its component in front: {kohya's suffix: tensor}}. AdapterError for unknown or repeated keys."""
+def _sort(where: Path, tensors: Mapping[str, Tensor], own: bool = False) -> dict[str, dict[str, Tensor]]:
+    """{module: {kohya's suffix: tensor}}, the modules with their component in front.
+
+    Where no key tells its component the model is one that lorakit does not know, and its modules keep their names
+    (`own`: even where one does).
+    """
     found: dict[str, Name] = {}
     for key in tensors:
         name = parse(key)
         if name is None:
+            what = next((w for n in (1, 2) if (w := lycoris.foreign(".".join(key.split(".")[-n:])))), None)
+            if what is not None:
+                raise AdapterError(f"{where}: key '{key}': {what}")
             raise AdapterError(
                 f"{where}: key '{key}' is no part of an adapter that lorakit knows\n"
                 "  expected <component>.<module>.lora_A.weight, .lora_B.weight, or another spelling of them, .alpha, "
@@ -124,67 +185,57 @@ def _sort(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
             )
         found[key] = name
     unprefixed = {name.component for name in found.values() if not name.prefixed} - {None}
+    own = own or not any(name.component for name in found.values())
     modules: dict[str, dict[str, Tensor]] = {}
     for key, name in found.items():
         component = name.component or (next(iter(unprefixed)) if len(unprefixed) == 1 else None)
-        if component is None:
+        if component is None and not own:
             raise AdapterError(
                 f"{where}: key '{key}' does not name its model\n  expected one of {', '.join(COMPONENTS)} in front"
             )
-        parts = modules.setdefault(f"{component}.{name.path}", {})
+        module = (split(key) or ("",))[0] if own else f"{component}.{name.path}"
+        parts = modules.setdefault(module, {})
         if name.suffix in parts:
-            raise AdapterError(f"{where}: key '{key}': a second {name.suffix} for '{component}.{name.path}'")
+            raise AdapterError(f"{where}: key '{key}': a second {name.suffix} for '{module}'")
         parts[name.suffix] = tensors[key]
     return modules
 
 
 def _update(where: Path, module: str, parts: dict[str, Tensor], alphas: HeaderAlphas) -> Update:
-    """One module's update. AdapterError naming the file and the key at fault."""
-    down, up, mid = (parts.get(f"lora_{which}.weight") for which in ("down", "up", "mid"))
+    """One module's update."""
+    down, up = (parts.get(f"lora_{which}.weight") for which in ("down", "up"))
     rslora = False
-    if down is None or up is None:
-        shape = next(
-            (names.shapes(model)[module] for model in names.candidates([module])), (0, 0)
-        )  # the tensors of LyCORIS' kinds may not show the kernel
-    elif down.dim() < 2 or up.dim() < 2:
-        raise AdapterError(
-            f"{where}: '{module}' has a down of shape {list(down.shape)} and an up of {list(up.shape)}; expected "
-            "matrices"
-        )
-    else:
-        shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
-        if "alpha" not in parts:
+    try:
+        if down is None or up is None:
+            known = (names.shapes(model)[module] for model in names.candidates([module]))
+            shape = next(known, None)  # LyCORIS' kinds may not tell the kernel
+            if shape is not None and size_of(parts) in (None, shape[:2]):
+                update = lycoris.update(module, parts, shape)
+                update.check(module)
+                return update
+        elif down.dim() < 2 or up.dim() < 2:
+            raise AdapterError(
+                f"'{module}' has a down of shape {list(down.shape)} and an up of {list(up.shape)}; expected matrices"
+            )
+        elif "alpha" not in parts:
             alpha, rslora = alphas.of(module, up.shape[1])
             parts = parts | {"alpha": torch.tensor(alpha, dtype=torch.float64)}
-    if MAGNITUDE in parts:
-        parts = {s: t for s, t in parts.items() if s != MAGNITUDE} | {"dora_scale": parts[MAGNITUDE].reshape(-1, 1)}
-    try:
-        update = lycoris.update(module, parts, shape)
-        update.check(module)
+        if MAGNITUDE in parts:
+            parts = {s: t for s, t in parts.items() if s != MAGNITUDE} | {"dora_scale": parts[MAGNITUDE].reshape(-1, 1)}
+        update = lycoris.own_update(module, parts)
     except AdapterError as error:
         raise AdapterError(f"{where}: {error}") from error
     return update.map_factors(lambda f: replace(f, rslora=True)) if rslora else update
 
 
-def _native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """ComfyUI's tensors under kohya's keys: both use the original code's names, kohya with underscores.
-
-    None if they are not all of one known model.
-    """
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = parse(key)
-        if name is None or name.component != NATIVE:
-            return None
-        found[f"lora_unet_{name.path.replace('.', '_')}.{name.suffix}"] = tensor
-    known = [set(names.modules_of(model)) for model in names.MODELS]
-    modules = {key.partition(".")[0] for key in found}
-    return found if len(found) == len(tensors) and any(modules <= one for one in known) else None
-
-
 def _unheld(adapter: Adapter, module: str) -> str | None:
-    """Why diffusers' format cannot hold a module's update; None if it can."""
-    if module.split(".")[0] not in COMPONENTS:
+    """Why this format does not hold a module's update, or None if it does."""
+    component = module.split(".")[0]
+    if component == NATIVE and not kohya.unholdable(replace(adapter, updates={module: adapter.updates[module]})):
+        return None
+    if is_language_trunk(module):
+        return "these are modules of a language model, whose trunk is called transformer, and of no pipeline"
+    if component not in COMPONENTS:
         return (
             f"diffusers' files name modules with a component in front ({', '.join(COMPONENTS[:2])}, text_encoder...), "
             "which these lack"

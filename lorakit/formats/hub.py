@@ -18,10 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
+from ..bases.hub_reach import out_of_reach
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.hub_errors import reason, unreachable
 from ..version import VERSION
 from . import diffusers, mlx, peft
+from .peft_shards import SHARD
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -36,8 +38,8 @@ _NAME = re.compile(
     re.ASCII,
 )
 _CONFIG, _OURS, _DIFFUSERS = peft.CONFIG, peft.OURS, diffusers.FILE
-_WEIGHTS = (peft.WEIGHTS, mlx.WEIGHTS, peft.PICKLE)  # beside a config (PEFT's and MLX's have one name)
-_SUFFIXES = (".safetensors", ".gguf")
+_WEIGHTS = (peft.WEIGHTS, mlx.WEIGHTS, mlx.NPZ, peft.PICKLE)  # beside a config (PEFT's and MLX's have one name)
+_SUFFIXES = (".safetensors", ".npz", ".gguf")
 _PICKLES = (".pt", ".pth", ".bin")
 # What models, trainers and optimizers call their files.
 _OTHERS = re.compile(
@@ -94,7 +96,14 @@ def fetch(source: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = _files(name)
+        why = out_of_reach()
+        if why is not None and _snapshot(name) is None:
+            raise AdapterError(
+                f"no adapter at '{source}': no such file or folder here{alike}\n"
+                f"  and the hub did not give it: it cannot be reached ({why})\n"
+                "  check the network, and HF_ENDPOINT if it is set"
+            )
+        found = None if why is not None else _files(name)
         if found is None:
             return _cached(name)
         files, commit = found
@@ -183,6 +192,9 @@ def choose(files: Mapping[str, int | None], name: HubName) -> tuple[list[str], s
     }
     if _CONFIG in at:
         weights = next((w for w in _WEIGHTS if w in at), None)
+        shards = [file for file in at if SHARD.fullmatch(file)]
+        if weights is None and shards:
+            return [folder + file for file in (_CONFIG, *shards, _OURS) if file in at], folder
         if weights is None:
             raise AdapterError(
                 f"{name.repository}/{folder} has an {_CONFIG} and no weights: none of {', '.join(_WEIGHTS)}"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from ..errors import AdapterError, listing, not_the_file
+from .families import family_of
 
 ADAPTER_CONFIG, DIFFUSERS_FILE = "adapter_config.json", "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
+_SUFFIXES = {".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
 _SIDES = (".text_encoder.pt", ".ti.pt")  # belong to the file that is named like them
 # prefixes of their names, also for shards and indices
 _MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
@@ -85,8 +87,23 @@ def not_adapter(keys: Sequence[str], path: Path) -> str:
     if any(mark in key for key in keys for mark in _ADAPTER_MARKS) or any(
         key.endswith((".diff", ".diff_b")) for key in keys
     ):
+        family = family_of(keys)
+        looks = f" (by its keys, {listing(keys, 1)}: PEFT's LoRA of {family})" if family else ""
         if path.name in _PEFT_WEIGHTS:
-            return f"{path} is without its {ADAPTER_CONFIG}, which holds alpha and more\n  put that file beside it"
+            return (
+                f"{path} is without its {ADAPTER_CONFIG}, which holds alpha and more{looks}\n  put that file beside it"
+            )
+        if family and (path.parent / ADAPTER_CONFIG).is_file():
+            return (
+                f"{path} has another name than PEFT's weights beside an {ADAPTER_CONFIG}{looks}\n"
+                f"  rename it: mv {quote(path.name)} adapter_model{path.suffix}, and give the folder"
+            )
+        if family:
+            return (
+                f"{path}: its keys ({listing(keys, 1)}) are those of PEFT's LoRA of {family}, whose alpha is in an "
+                f"{ADAPTER_CONFIG}\n  put that file beside it, call this one adapter_model{path.suffix}, and give the "
+                "folder"
+            )
     elif any(key.startswith(_LDM) for key in keys):
         return f"{path} is a diffusion model (it has {listing(keys, 2)}), not an adapter\n  give a LoRA made for it"
     elif len(keys) > 1 and 2 * sum(key.endswith((".weight", ".bias")) for key in keys) > len(keys):
@@ -94,6 +111,16 @@ def not_adapter(keys: Sequence[str], path: Path) -> str:
         todo = _NEXT.format(folder=path.parent) if known else "  give a LoRA made for that model"
         return f"{path} holds a model's weights ({listing(keys, 2)}), not an adapter\n{todo}"
     return f"{path} is no adapter in a format that lorakit knows: its tensors are {listing(keys, 3)}"
+
+
+def renamed(folder: Path, stem: str, suffixes: Sequence[str]) -> str:
+    """What to say where a folder lacks the weights `stem`: which file there can be them, under another name."""
+    there = sorted(p.name for p in folder.iterdir() if stem in p.name.lower() and p.suffix in suffixes)
+    if not there:
+        return ""
+    best = there[-1]  # of numbered ones the last
+    to = f"{stem}{Path(best).suffix}"
+    return f"\n  there is {listing(there, 3)}: rename it to {to} (mv {quote(best)} {to})"
 
 
 _NEXT = (

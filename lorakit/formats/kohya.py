@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -30,31 +31,41 @@ from ..io.json_object import parse_json
 from . import lycoris, names
 from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
+from .native import as_read, contradicting
 from .peft_config import checked
+from .spellings import is_spelling
+from .telling import disagreement, misspelt, size_of, tell
+from .unheld import beside_updates
 
+OTHER = "other"  # a model that lorakit is told not to know
 _EMBEDDING = "bundle_emb."
 
 
 def fits(keys: Iterable[str]) -> bool:
     """Whether a file with these keys is in kohya's format."""
-    return any(key.startswith(names.PREFIXES) and "." in key for key in keys)
+    keys = list(keys)
+    flat = [key for key in keys if key.startswith(names.PREFIXES) and "." in key]
+    return bool(flat) and not any(is_spelling(key) for key in keys if not key.startswith(names.PREFIXES))
 
 
-def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """The adapter of a kohya file's tensors and header. AdapterError naming the file and the key at fault.
+def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], model: str | None = None) -> Adapter:
+    """Read a kohya file's tensors and header. AdapterError naming the file, and the key where one is at fault.
 
-    The model is found from the keys; if several fit, from the widths, then from the metadata. It is in
-    `Adapter.metadata["model"]`, the header in `["header"]`.
+    Which model it is for is told from its keys, where several fit from its widths, then from its metadata, unless
+    `model` says it; it is in `Adapter.metadata["model"]`, and the header in `["header"]`. The modules of a model that
+    lorakit does not know keep the file's names.
     """
     keys, embeddings = _sort(tensors, path)
-    model = _model(keys, header, path)
-    known, shapes = names.modules_of(model), names.shapes(model)
+    model = _model(keys, header, path) if model is None else None if model == OTHER else model
+    known = names.modules_of(model) if model is not None else {}
     updates: dict[str, Update] = {}
     came_from: dict[str, str] = {}
     for key, parts in keys.items():
-        modules = known[key]
+        modules = known.get(key, (key,))
         try:
-            found = _split(key, parts, modules, model, shapes)
+            if model is not None and key not in known:
+                raise AdapterError(f"key '{key}' is no module of {model}{did_you_mean(key, known)}")
+            found = [lycoris.own_update(key, parts)] if model is None else _split(key, parts, modules, model)
         except AdapterError as error:
             raise AdapterError(f"{path}: {error}") from error
         for module, update in zip(modules, found):
@@ -64,7 +75,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
                 raise AdapterError(f"{path}: keys '{came_from[module]}' and '{key}' are both an update of '{module}'")
             updates[module], came_from[module] = update, key
     ours = parse_json(header["lorakit"], f"{path} (its header)") if "lorakit" in header else {}
-    facts = ours | {"model": model, "header": {k: v for k, v in header.items() if k != "lorakit"}}
+    facts = ours | ({"model": model} if model is not None else {})
+    facts = {k: v for k, v in facts.items() if k != "spelling"} | _spelling(keys, model)
+    facts |= {"header": {k: v for k, v in header.items() if k != "lorakit"}}
     try:
         config = checked(path, lambda: _config(updates))
         return Adapter(config, updates, metadata=facts, embeddings=embeddings).check()
@@ -72,14 +85,49 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
         raise error if str(error).startswith(str(path)) else AdapterError(f"{path}: {error}") from error
 
 
+def _spelling(keys: Mapping[str, Mapping[str, Tensor]], model: str | None) -> dict[str, Any]:
+    """How to write the file back as it was read: the denoiser's prefix and naming, and whether it has alphas."""
+    denoiser = [key for key in keys if key.startswith(names.TRANSFORMER)]
+    prefix = next((p for p in names.TRANSFORMER if denoiser and all(key.startswith(p) for key in denoiser)), None)
+    known = names.modules_of(model) if model is not None else {}
+    modules = {key: known[key] for key in denoiser if key in known}
+    original = any(
+        len(parts) > 1 or not key.endswith("_" + parts[0].partition(".")[2].replace(".", "_"))
+        for key, parts in modules.items()
+    )
+    low_rank = [parts for parts in keys.values() if "lora_up.weight" in parts]
+    return {
+        "spelling": {
+            "prefix": prefix,
+            "original": original,
+            "alpha": any("alpha" in parts for parts in low_rank),
+            "alphas": any("alpha" in parts for parts in keys.values()),
+        }
+    }
+
+
 def losses(adapter: Adapter) -> list[str]:
     """What a kohya file cannot hold of this adapter, one line each."""
-    model = _written_for(adapter)
+    if _own_names(adapter):
+        return unholdable(adapter) + beside_updates(adapter)
+    model = written_for(adapter)
     if model is None:
-        return [_no_model(adapter), *_beside(adapter)]
-    places, grouped = names.places(model), _grouped(adapter, model)
-    nowhere = [module for module in adapter.updates if module not in places]
+        return [_no_model(adapter), *beside_updates(adapter)]
+    found, nowhere = grouped(adapter, names.places(model))
     lines = [f"kohya has no name for {len(nowhere)} modules of {model}: {listing(nowhere)}"] if nowhere else []
+    lines += unholdable(adapter)
+    lines += [
+        f"'{place.key}': kohya has one update for {listing(place.modules)}, and the adapter's updates of them are no "
+        "one update"
+        for place, updates in found.items()
+        if fused(place, updates, model) is None
+    ]
+    return lines + beside_updates(adapter)
+
+
+def unholdable(adapter: Adapter) -> list[str]:
+    """Kinds of module that no file in LyCORIS' suffixes holds an update of."""
+    lines = []
     for module, f in adapter.factors.items():
         if f.kind == "embedding" or f.transposed or f.groups > 1:
             what = (
@@ -90,16 +138,10 @@ def losses(adapter: Adapter) -> list[str]:
                 else "a grouped convolution"
             )
             lines.append(f"'{module}': kohya's files hold no update of {what}")
-    lines += [
-        f"'{place.key}': kohya has one update for {listing(place.modules)}, and the adapter's updates of them cannot "
-        "be fused"
-        for place, found in grouped.items()
-        if _fused(place, found, model) is None
-    ]
-    return lines + _beside(adapter)
+    return lines
 
 
-def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
+def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False, spelling: Mapping[str, Any] | None = None) -> Path:
     """Write a kohya file and return its path. AdapterError, and nothing written, if it cannot hold all of the adapter.
 
     bake_alpha: multiply the scales into the ups, rounded to their dtype, and leave alpha out, which means alpha = r:
@@ -109,18 +151,35 @@ def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False) -> Path:
     lost = losses(adapter)
     if lost:
         raise AdapterError(f"{path}: kohya's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
-    model = _written_for(adapter)
-    assert model is not None
+    model = None if _own_names(adapter) else written_for(adapter)
     tensors: dict[str, Tensor] = {}
     written: dict[str, tuple[Update, Tensor | None]] = {}
-    for place, found in _grouped(adapter, model).items():
-        update = _fused(place, found, model)
-        assert update is not None
-        parts = lycoris.tensors_of(place.key, update, names.shapes(model)[place.modules[0]], bake_alpha)
+    for key, update, shape in _written(adapter, model, spelling or {}):
+        if spelling is None:
+            parts = lycoris.tensors_of(key, update, shape, bake_alpha)
+        else:
+            parts, plain = as_read(key, update, shape, spelling)
+            parts = {name: t for name, t in parts.items() if not (plain and name == f"{key}.alpha")}
         tensors |= parts
-        written[place.key] = update, parts.get(f"{place.key}.alpha")
+        written[key] = update, parts.get(f"{key}.alpha")
     write_hashed(path, tensors, metadata(adapter, model, written, path.stem))
     return path
+
+
+def _written(
+    adapter: Adapter, model: str | None, spelling: Mapping[str, Any]
+) -> Iterator[tuple[str, Update, tuple[int, ...]]]:
+    """(key, its update, the weight's shape)."""
+    if model is None:
+        for key, update in adapter.updates.items():
+            yield key, update, update.weight_shape() if update.changes_weight else ()
+        return
+    for place, found in grouped(adapter, names.places(model, spelling.get("prefix"), spelling.get("original")))[
+        0
+    ].items():
+        whole = fused(place, found, model)
+        assert whole is not None
+        yield place.key, whole, names.shapes(model)[place.modules[0]]
 
 
 def _sort(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -144,38 +203,31 @@ def _sort(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str
     return keys, embeddings
 
 
-def _model(keys: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str], path: Path) -> str:
-    unknown = {model: [key for key in keys if key not in names.modules_of(model)] for model in names.MODELS}
-    models = [model for model in names.MODELS if not unknown[model]]
-    if not models:
-        nearest = min(names.MODELS, key=lambda model: len(unknown[model]))
-        key, left = unknown[nearest][0], len(unknown[nearest])
-        suffix = next(iter(keys[key]))
-        raise AdapterError(
-            f"{path}: key '{key}.{suffix}' is no module of {nearest}, which fits "
-            f"best{did_you_mean(key, names.modules_of(nearest))}\n"
-            f"  {left} of {len(keys)} modules are not known; lorakit knows the modules of {', '.join(names.MODELS)}"
-        )
-    if len(models) == 1:
-        return models[0]
-    sizes = {}
-    for key, parts in keys.items():
-        down, up = (
-            parts.get("lora_down.weight", parts.get("hada_w1_b")),
-            parts.get("lora_up.weight", parts.get("hada_w1_a")),
-        )
-        modules = names.modules_of(models[0])[key]
-        if down is not None and up is not None and down.dim() > 1 and up.dim() > 1 and len(modules) == 1:
-            sizes[modules[0]] = (up.shape[0], down.shape[1])
-    model = names.likeliest(models, sizes, stated_model(header))
-    assert model is not None
-    return model
+def _model(keys: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str], path: Path) -> str | None:
+    """Which model it is; None for one that lorakit does not know. AdapterError where most keys are a known model's, and
+    for names of one model in the widths of none.
+    """
+    told = tell({key: size_of(parts) for key, parts in keys.items()}, stated_model(header))
+    if told.contradiction:
+        raise AdapterError(contradicting(path, told))
+    if told.model is not None:
+        return told.model
+    key, left = told.unknown[0], len(told.unknown)
+    near = misspelt(key, told.nearest)
+    if 2 * left > len(keys) and near is None:
+        return None
+    suffix = next(iter(keys[key]))
+    hint = f"; did you mean '{near}'?" if near else did_you_mean(key, names.modules_of(told.nearest))
+    raise AdapterError(
+        f"{path}: key '{key}.{suffix}' is no module of {told.nearest}, which fits best{hint}\n"
+        f"  {left} of {len(keys)} modules are not known; to keep the file's own names: --model-type other "
+        "(model_type='other')"
+    )
 
 
-def _split(
-    key: str, parts: Mapping[str, Tensor], modules: tuple[str, ...], model: str, shapes: Mapping[str, tuple[int, ...]]
-) -> list[Update | None]:
-    """A key's update as an update (or None) for each of its modules, with its rows in diffusers' order."""
+def _split(key: str, parts: Mapping[str, Tensor], modules: tuple[str, ...], model: str) -> list[Update | None]:
+    """A key's update as one of each of its modules (or none), the halves of its rows in diffusers' order."""
+    shapes = names.shapes(model)
     stored = [shapes[module][0] for module in modules]
     if len(modules) == 1:
         update = lycoris.update(key, parts, shapes[modules[0]])
@@ -203,20 +255,23 @@ def _config(updates: Mapping[str, Update]) -> LoraConfig:
     )
 
 
-def _written_for(adapter: Adapter) -> str | None:
-    """The model to write for: the one in the adapter's metadata if it has all modules, else the one that fits their
-    names and widths; None if none does.
+def written_for(adapter: Adapter) -> str | None:
+    """The model it is written for: the one it says, if that has any of its modules, else the one its names and widths
+    fit.
     """
     said = adapter.metadata.get("model")
-    if said in names.MODELS and all(module in names.shapes(said) for module in adapter.updates):
+    if said in names.KNOWN and all(module in names.shapes(said) for module in adapter.updates):
         return said
-    return names.model_of(adapter.updates, {m: u.sizes for m, u in adapter.updates.items()})
+    sizes = {m: u.sizes for m, u in adapter.updates.items()}
+    candidates = names.candidates(adapter.updates) if adapter.updates else []
+    agreeing = [model for model in candidates if not disagreement(model, sizes)]
+    return names.likeliest(agreeing or candidates, sizes)
 
 
 def _no_model(adapter: Adapter) -> str:
     if not adapter.updates:
         return "kohya's files hold updates of a diffusion model's modules, and the adapter has none"
-    best = min(names.MODELS, key=lambda model: sum(m not in names.shapes(model) for m in adapter.updates))
+    best = min(names.KNOWN, key=lambda model: sum(m not in names.shapes(model) for m in adapter.updates))
     module = next(m for m in adapter.updates if m not in names.shapes(best))
     return (
         f"'{module}' is no module of {best}, which fits best{did_you_mean(module, names.shapes(best))}: kohya has no "
@@ -224,27 +279,24 @@ def _no_model(adapter: Adapter) -> str:
     )
 
 
-def _beside(adapter: Adapter) -> list[str]:
-    lines = []
-    if adapter.saved:
-        lines.append(f"{len(adapter.saved)} saved weights: {listing(adapter.saved)}")
-    if adapter.embeddings:
-        lines.append(f"{len(adapter.embeddings)} textual-inversion embeddings: {listing(adapter.embeddings)}")
-    return lines
+def _own_names(adapter: Adapter) -> bool:
+    """Whether its modules have the names of a kohya file, of a model that lorakit does not know."""
+    return bool(adapter.updates) and all(module.startswith(names.PREFIXES) for module in adapter.updates)
 
 
-def _grouped(adapter: Adapter, model: str) -> dict[names.KohyaKey, dict[str, Update]]:
-    """The updates, grouped by the key that they are written under."""
-    grouped: dict[names.KohyaKey, dict[str, Update]] = {}
-    places = names.places(model)
+def grouped(
+    adapter: Adapter, places: Mapping[str, names.KohyaKey]
+) -> tuple[dict[names.KohyaKey, dict[str, Update]], list[str]]:
+    """(the updates by the place that they are written in, the modules that have none)."""
+    found: dict[names.KohyaKey, dict[str, Update]] = {}
     for module, update in adapter.updates.items():
         if module in places:
-            grouped.setdefault(places[module], {})[module] = update
-    return grouped
+            found.setdefault(places[module], {})[module] = update
+    return found, [module for module in adapter.updates if module not in places]
 
 
-def _fused(place: names.KohyaKey, found: Mapping[str, Update], model: str) -> Update | None:
-    """The update of a key, with its rows in the ldm order; None if its modules' updates cannot be fused."""
+def fused(place: names.KohyaKey, found: Mapping[str, Update], model: str) -> Update | None:
+    """The one update of a key, the halves of its rows in the ldm order; None if there is no such update."""
     if len(place.modules) > 1:
         return fuse(found, place.modules, [names.shapes(model)[m][0] for m in place.modules])
     module, update = next(iter(found.items()))

@@ -56,14 +56,37 @@ BASES = {
 }
 
 
+_MUSUBI = "https://github.com/kohya-ss/musubi-tuner"
+# model -> (the metadata's version, the module that trains it), as musubi-tuner and sd-scripts write them.
+_OTHERS = {
+    "flux2": ("flux_2", "networks.lora_flux_2"),
+    "wan": ("wan", "networks.lora_wan"),
+    "hunyuan_video": ("hunyuan_video", "networks.lora"),
+    "qwen_image": ("qwen_image", "networks.lora_qwen_image"),
+    "z_image": ("z_image", "networks.lora_zimage"),
+    "chroma": ("chroma", "networks.lora_flux"),
+    "lumina2": ("lumina2", "networks.lora_lumina"),
+    "kandinsky5": ("kandinsky5", "networks.lora_kandinsky"),
+}
+
+
+def base_of(model: str | None) -> Base:
+    """How the metadata names a model; one that is not known has no name."""
+    if model in BASES:
+        return BASES[str(model)]
+    version, module = _OTHERS.get(str(model), (model or "other", "networks.lora"))
+    return Base(version, version, _MUSUBI, module, "1024x1024")
+
+
 def stated_model(header: Mapping[str, str]) -> str | None:
-    """The model of `names.MODELS` that a file's metadata states; None if it states none."""
+    """The model of `names.KNOWN` that a file's metadata states; None if it states none."""
     version, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
     starts = (
         ("sdxl", "stable-diffusion-xl", "sdxl"),
         ("sd_v1", "stable-diffusion-v1", "sd1"),
         ("sd_v2", "stable-diffusion-v2", "sd2"),
         ("sd3", "stable-diffusion-3", "sd3"),
+        *((theirs, theirs, ours) for ours, (theirs, _) in _OTHERS.items()),  # flux_2 before flux
         ("flux", "flux-1", "flux"),
     )
     for theirs, spec, ours in starts:
@@ -73,18 +96,18 @@ def stated_model(header: Mapping[str, str]) -> str | None:
 
 
 def metadata(
-    adapter: Adapter, model: str, written: Mapping[str, tuple[Update, Tensor | None]], title: str
+    adapter: Adapter, model: str | None, written: Mapping[str, tuple[Update, Tensor | None]], title: str
 ) -> dict[str, str]:
-    """The metadata to write, without the hashes. `model`: of `names.MODELS`; `written`: key -> (its update, its alpha
-    as written or None).
+    """The metadata to write, without the hashes. `model`: one of `names.KNOWN`, None if lorakit does not know it.
+    `written`: key -> (its update, its alpha as written or None).
     """
-    base = BASES[model]
+    base = base_of(model)
     header = {str(k): str(v) for k, v in _plain(adapter.metadata.get("header")).items()}
     outdated = {MODEL_HASH, LEGACY_HASH, "modelspec.hash_sha256", "lorakit"}
     # Another format's header describes that format's tensors; what a trainer wrote, and ModelSpec, hold here too.
     trainers = any(k.startswith("ss_") for k in header)
     kept = {k: v for k, v in header.items() if k not in outdated and (trainers or k.startswith("modelspec."))}
-    stated = kept if stated_model(header) == model else {}  # nothing about another base holds
+    stated = kept if model is None or stated_model(header) == model else {}  # nothing about another base holds
     found = kept | {
         "format": "pt",
         "ss_base_model_version": stated.get("ss_base_model_version", base.version),
@@ -97,7 +120,7 @@ def metadata(
     found.setdefault("modelspec.resolution", base.resolution)
     found.setdefault("ss_output_name", title)
     found |= _network(stated, base, written)
-    ours = {k: v for k, v in adapter.metadata.items() if k not in ("header", "model")}
+    ours = {k: v for k, v in adapter.metadata.items() if k not in ("header", "model", "spelling")}
     return found | ({"lorakit": json.dumps(ours, sort_keys=True)} if ours else {})
 
 

@@ -1,8 +1,9 @@
 """loralib's checkpoint: a state dict with `<module>.lora_A` [r, in], `<module>.lora_B` [out, r] and saved weights.
 
-The file has no config: to read it, alpha must be given, and for a MergedLinear which parts are adapted (`packed`). A
-MergedLinear has A [n·r, in] and B [n·out/parts, r]. Convolutions are read by `lorakit.loralib` modules only, because
-loralib's factors of a convolution depend on the weight's shape.
+torchtune's own files (`<module>.lora_a.weight`, `.lora_b.weight`) and litgpt's, in `{"model": ...}`, are read too, with
+the names of their models' modules. The file has no config: to read it, alpha must be given, and for a MergedLinear
+which parts are adapted (`packed`). A MergedLinear has A [n·r, in] and B [n·out/parts, r]. Convolutions are read by
+`lorakit.loralib` modules only, because loralib's factors of a convolution depend on the weight's shape.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from ..adapter.lora import Factors
 from ..config import LoraConfig
 from ..errors import AdapterError
 from ..io.atomic import replacing
-from ..io.tensors import read_tensors, write_tensors
+from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed
 from .scale import clean, commonest, folded
 from .unheld import convolutions, embeddings, other_kinds
+from .wrappers import read_unwrapped
 
 
 def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] | None = None) -> Adapter:
@@ -30,7 +32,7 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
     """
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; loralib's checkpoint is one file\n  give the file")
-    tensors, _ = read_tensors(path)
+    tensors = _torchtune(read_unwrapped(path)[0], path)
     modules = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     if not modules:
         some = ", ".join(list(tensors)[:3])
@@ -53,6 +55,19 @@ def read(path: Path, alpha: float | None = None, packed: dict[str, list[bool]] |
     config = config.replace(rank=common, targets=endings, rank_pattern=patterns)
     saved = {key: value for key, value in tensors.items() if not key.endswith((".lora_A", ".lora_B"))}
     return Adapter(config, factors, saved).check()
+
+
+def _torchtune(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """torchtune's <module>.lora_a.weight, .lora_b.weight under loralib's names; others as they are."""
+    strange = next((key for key in tensors if key.endswith(".magnitude")), None)
+    if strange is not None and any(key.endswith(".lora_a.weight") for key in tensors):
+        raise AdapterError(
+            f"{where}: key '{strange}' is torchtune's DoRA, which lorakit does not read\n"
+            "  give the PEFT folder that torchtune writes beside it (adapter_config.json, adapter_model.safetensors)"
+        )
+    return {
+        key.replace(".lora_a.weight", ".lora_A").replace(".lora_b.weight", ".lora_B"): t for key, t in tensors.items()
+    }
 
 
 def losses(adapter: Adapter) -> list[str]:

@@ -21,6 +21,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from ..adapter.biased import Biased
 from ..adapter.dense import Dense
 from ..adapter.dora import Dora
 from ..adapter.loha import Loha
@@ -48,7 +49,29 @@ LOKR = {
     "lokr_t2": "t2",
 }
 DENSE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
-SUFFIXES = (*LORA, *LOHA, *LOKR, *DENSE, "alpha")
+SUFFIXES = (*LORA, *LOHA, *LOKR, *DENSE, "alpha", "scalar")
+_INSTEAD = "\n  merge it into its base with the program that made it; lorakit extract makes a LoRA of the change"
+# Suffixes of other methods that LyCORIS' and ComfyUI's files can hold -> what they are.
+_FOREIGN = {
+    **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), "LyCORIS' OFT or BOFT, which rotates the weight"),
+    "oft_R.weight": "PEFT's OFT, which rotates the weight",
+    **dict.fromkeys(
+        ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm1.weight", "bm2.weight", "a1", "a2", "b1", "b2"),
+        "GLoRA, whose change depends on the base's weight",
+    ),
+    "on_input": "LyCORIS' (IA)³, which rescales activations",
+    "rs_lora": "an rs_lora flag, of which it does not say whether alpha holds the root of the rank already",
+    **dict.fromkeys(("set_weight", "reshape_weight"), "ComfyUI's new weight or new shape in place of the base's"),
+    "lora_E": "AdaLoRA, which PEFT's folder with its config tells",
+}
+
+
+def foreign(suffix: str) -> str | None:
+    """What another method's suffix means, and what to do; None if it is none of those known."""
+    what = _FOREIGN.get(suffix)
+    return None if what is None else f"'{suffix}' is {what}: not supported{_INSTEAD}"
+
+
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -57,6 +80,8 @@ def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> U
     for ΔW. AdapterError for unknown, missing or malformed tensors.
     """
     unknown = next((s for s in tensors if s not in SUFFIXES), None)
+    if unknown is not None and (what := foreign(unknown)) is not None:
+        raise AdapterError(f"key '{key}.{unknown}': {what}")
     if unknown is not None:
         raise AdapterError(
             f"key '{key}.{unknown}': lorakit reads no update with a '{unknown}'{did_you_mean(unknown, SUFFIXES)}\n"
@@ -64,9 +89,15 @@ def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> U
         )
     # 8-bit floats are converted to fp16, which represents all of them.
     parts = {s: t.to(torch.float16) if t.dtype in _FLOAT8 else t for s, t in tensors.items() if s != "alpha"}
+    scalar_ = parts.pop("scalar", None)
+    if scalar_ is not None:
+        rest = {s: t for s, t in tensors.items() if s != "scalar"}
+        return update(key, rest, shape).times(_alpha(key, scalar_, "scalar"), key)
     kinds = [kind for kind in (LORA, LOHA, LOKR, DENSE) if any(s in kind for s in parts)]
-    if LORA in kinds and kinds != [LORA] and set(parts) - set(LORA) == {"diff_b"}:
-        return _with_bias(key, parts, tensors.get("alpha"), shape)
+    if "diff_b" in parts and kinds != [DENSE]:
+        return _with_bias(key, tensors, shape)
+    if "dora_scale" in parts and LORA in kinds and {s for s in parts if s in LORA} == {"dora_scale"}:
+        return _decomposed(key, tensors, shape)
     if len(kinds) != 1:
         found = ", ".join(tensors)
         raise AdapterError(
@@ -83,6 +114,20 @@ def update(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> U
     if len(named) < len(parts):
         raise AdapterError(f"key '{key}': its {', '.join(parts)} are the same tensor twice")
     return _dense(key, named, shape)
+
+
+def own_update(key: str, tensors: Mapping[str, Tensor]) -> Update:
+    """The same of a module that nothing is known of: the weight has the shape that its tensors tell. Checked."""
+    down, up, mid = (tensors.get(f"lora_{which}.weight") for which in ("down", "up", "mid"))
+    whole = next((tensors[s] for s, name in DENSE.items() if name == "weight" and s in tensors), None)
+    shape: tuple[int, ...] = (0, 0)  # LyCORIS' kinds may not tell the kernel
+    if down is not None and up is not None and down.dim() > 1 and up.dim() > 1:
+        shape = (up.shape[0], down.shape[1], *(down if mid is None else mid).shape[2:])
+    elif whole is not None:
+        shape = tuple(whole.shape)
+    found = update(key, tensors, shape)
+    found.check(key)
+    return found
 
 
 def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: bool = False) -> dict[str, Tensor]:
@@ -127,7 +172,7 @@ def _(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]
 @_by_suffix.register
 def _(dora: Dora, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
     inner, m = _by_suffix(dora.inner, shape, bake_alpha), dora.magnitude
-    axes = max(t.dim() for t in inner.values())
+    axes = max(len(shape), *(t.dim() for t in inner.values()))
     return inner | {"dora_scale": m.reshape(*m.shape, *(1,) * (axes - 2))}
 
 
@@ -155,10 +200,10 @@ def _named(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], alpha: fl
     return {suffix_of[name]: t for name, t in tensors.items()} | {"alpha": scalar(alpha, dtype)}
 
 
-def _alpha(key: str, tensor: Tensor) -> float:
+def _alpha(key: str, tensor: Tensor, suffix: str = "alpha") -> float:
     if tensor.numel() != 1 or tensor.is_complex():
         raise AdapterError(
-            f"key '{key}.alpha' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected one number"
+            f"key '{key}.{suffix}' has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected one number"
         )
     return float(tensor)
 
@@ -319,16 +364,27 @@ def _dense(key: str, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> Den
     return Dense(weight, bias)
 
 
-def _with_bias(key: str, parts: Mapping[str, Tensor], alpha: Tensor | None, shape: tuple[int, ...]) -> Dense:
-    """Low-rank factors with a bias's change, which programs that extract LoRAs write: as a dense update, because no
-    other kind has both.
-    """
-    low_rank = {s: t for s, t in parts.items() if s in LORA} | ({"alpha": alpha} if alpha is not None else {})
-    factors = update(key, low_rank, shape)
-    claimed = math.prod(factors.weight_shape())
-    if claimed > math.prod(shape):
+def _with_bias(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Biased:
+    """Factors with a change of the bias, as programs that extract them write."""
+    bias = tensors["diff_b"]
+    inner = update(key, {s: t for s, t in tensors.items() if s != "diff_b"}, shape)
+    inner.check(key)
+    claimed, most = math.prod(inner.weight_shape()), math.prod(shape)
+    if claimed > most > 0:
         raise AdapterError(
-            f"key '{key}': its factors are for a weight of {claimed:,} elements; the module has {math.prod(shape):,}"
+            f"key '{key}': its factors are for a weight of {claimed:,} elements; the module has {most:,}"
         )
-    factors.check(key)
-    return _dense(key, {"weight": factors.delta(), "bias": parts["diff_b"]}, shape)
+    return Biased(inner, bias.to(torch.float16) if bias.dtype in _FLOAT8 else bias)
+
+
+def _decomposed(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Dora:
+    """A LoHa or a LoKr with DoRA's magnitude: W' = m (W + ΔW) / ‖W + ΔW‖, as LyCORIS has it for all its kinds."""
+    inner = update(key, {s: t for s, t in tensors.items() if s != "dora_scale"}, shape)
+    inner.check(key)
+    out, *rest = inner.weight_shape()
+    return Dora(inner, _magnitude(key, tensors["dora_scale"], out, torch.empty(0, *rest, device="meta")))
+
+
+@_by_suffix.register
+def _(biased: Biased, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+    return _by_suffix(biased.inner, shape, bake_alpha) | {"diff_b": biased.bias}

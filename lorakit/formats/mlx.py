@@ -1,4 +1,5 @@
 """MLX's adapters (mlx-lm): a folder with `adapters.safetensors` and `adapter_config.json`, or the numbered file alone.
+Read too: numpy's `adapters.npz` of mlx-examples, and mlx-vlm's folder (`<module>.A`, `.B`, alpha as the scale).
 
     <module>.lora_a  [in, r]      <module>.lora_b  [r, out]      of an embedding [vocab, r], [r, dim]
     <module>.m       [out]        DoRA's magnitude; of an embedding [vocab]
@@ -33,7 +34,7 @@ from .packed import parts_of
 from .scale import clean, commonest, config_of, folded
 from .unheld import convolutions, embeddings, other_kinds, part_dora
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+CONFIG, WEIGHTS, NPZ = "adapter_config.json", "adapters.safetensors", "adapters.npz"
 OURS = ("packed", "transposed", "embeddings")  # in lorakit's part of the header, beside the adapter's metadata
 # The last names of token embeddings in mlx-lm's models, whose shapes alone could be a linear's.
 EMBEDDINGS = frozenset(
@@ -43,18 +44,26 @@ EMBEDDINGS = frozenset(
 
 def fits(keys: Iterable[str]) -> bool:
     """Whether a file's keys are MLX's."""
+    keys = list(keys)
     endings = {key.rsplit(".", 1)[-1] for key in keys}
-    return {"lora_a", "lora_b"} <= endings
+    return {"lora_a", "lora_b"} <= endings or (bool(keys) and endings == {"A", "B"})
 
 
 def is_mlx_config(values: Mapping[str, Any]) -> bool:
     """Whether an `adapter_config.json` is MLX's, and not PEFT's."""
-    return "peft_type" not in values and ("lora_parameters" in values or "fine_tune_type" in values)
+    return "peft_type" not in values and (
+        "lora_parameters" in values or "fine_tune_type" in values or {"rank", "alpha"} <= values.keys()
+    )
+
+
+def weights_in(folder: Path) -> Path:
+    """The tensors' file of MLX's folder; older ones are numpy's archives."""
+    return folder / NPZ if (folder / NPZ).is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
 def is_mlx(folder: Path) -> bool:
     """Whether a folder is MLX's."""
-    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file() and is_mlx_config(read_json(folder / CONFIG))
+    return weights_in(folder).is_file() and (folder / CONFIG).is_file() and is_mlx_config(read_json(folder / CONFIG))
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], alpha: float | None = None) -> Adapter:
@@ -74,6 +83,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], a
             "mlx-lm's own scale, 20"
         )
     ours = parse_json(header.get("lorakit", "{}"), f"{path} (its header)")
+    if not any(key.endswith(".lora_a") for key in tensors):  # mlx-vlm's: <module>.A, <module>.B
+        names = {"A": "lora_a", "B": "lora_b"}
+        tensors = {f"{m}.{names.get(last, last)}": t for (m, _, last), t in _parted(tensors)}
     modules = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
     factors: dict[str, Factors] = {}
     updates: dict[str, Update] = {}
@@ -176,11 +188,17 @@ def _scale(values: Mapping[str, Any], where: Path, alpha: float | None) -> float
         )
     if alpha is not None:
         raise AdapterError(f"{where} holds the scale\n  leave out alpha")
+    if "alpha" in values and "lora_parameters" not in values:  # mlx-vlm: y = x Wᵀ + alpha · (x A) B
+        values = {"lora_parameters": {"scale": values["alpha"]}}
     parameters = values.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, Mapping) else None
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not (scale > 0 and math.isfinite(scale)):
         raise AdapterError(f"{where}: lora_parameters.scale is {scale!r}; expected a positive number")
     return float(scale)
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, str, str], Tensor]]:
+    return [(key.rpartition("."), tensor) for key, tensor in tensors.items()]
 
 
 def _factors(

@@ -12,12 +12,16 @@ one such name, like "attn.qkv", may stand for several modules in order). scripts
     sd3     lora_unet_ + ldm names                   lora_te1_  CLIP-L, lora_te2_ CLIP-G, lora_te3_ T5
     flux    lora_unet_ + ldm names                   lora_te1_  CLIP-L, lora_te3_ T5
 
-Both namings of every denoiser are read, with any prefix in use.
+    others  lora_unet_ + ldm names, or diffusers' where trainers have those (`ldm=False`); denoiser alone
+
+Read are both namings of every denoiser, under any of the prefixes in use. In the lists of the others a name stands for
+all blocks: "blocks.{40}.attn1.to_q" for the numbers 0 to 39.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -68,7 +72,32 @@ PIPELINES = {
         "text_encoder_2": Component("t5", ("lora_te3_", "lora_te2_")),
     },
 }
-MODELS = tuple(PIPELINES)
+MODELS = tuple(PIPELINES)  # with text encoders, and as single files
+# Denoisers alone. ldm=False: trainers take diffusers' own classes, or the original names are the same.
+_DIFFUSERS_NAMES = {
+    *(
+        "qwen_image",
+        "z_image",
+        "hidream",
+        "cogvideox",
+        "cogview4",
+        "mochi",
+        "sana",
+        "kandinsky5",
+        "ernie_image",
+        "fibo2",
+    )
+}
+_DENOISERS = (  # where names and widths fit several, the first counts
+    *("flux2", "wan", "qwen_image", "z_image", "hunyuan_video", "chroma", "ltx", "ltx2", "lumina2", "hidream"),
+    *("cosmos", "ideogram4", "krea2", "ace_step", "minimax_h3", "flux3", "auraflow", "cogvideox", "cogview4", "mochi"),
+    *("sana", "kandinsky5", "ernie_image", "fibo2"),
+)
+PIPELINES |= {
+    model: {"transformer": Component(model, TRANSFORMER, ldm=model not in _DIFFUSERS_NAMES)} for model in _DENOISERS
+}
+KNOWN = tuple(PIPELINES)
+_WIDTHS = {"flux": (3072,), "sd3": (1536, 2432)}  # of the other lists each has its own
 PREFIXES = tuple(
     sorted({prefix for parts in PIPELINES.values() for part in parts.values() for prefix in part.prefixes})
 )
@@ -82,13 +111,39 @@ _CONTINUOUS_NORMS = {
 
 @cache
 def module_list(name: str) -> dict[str, dict]:
-    """One of the lists: {"modules": {name: shape}, "ldm": {the original code's name: modules}}."""
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf8"))
+    """One of the lists: {"modules": {name: shape}, "ldm": {the original code's name: modules}}, and of those in counted
+    form "widths": the hidden sizes of the published models, and "swapped": names of modules (see `swaps_halves`).
+    """
+    listed = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf8"))
+    modules = {each: shape for pattern, shape in listed["modules"].items() for each in _numbered(pattern)}
+    ldm: dict[str, list[str]] = {}
+    for pattern, parts in listed.get("ldm", {}).items():
+        ldm |= zip(_numbered(pattern), map(list, zip(*map(_numbered, parts), strict=True)), strict=True)
+    return listed | {"modules": modules} | ({"ldm": ldm} if ldm else {})
+
+
+_COUNT = re.compile(r"\{(\d+)\}")
+
+
+def _numbered(pattern: str) -> list[str]:
+    """ "blocks.{2}.norm" -> ["blocks.0.norm", "blocks.1.norm"]; a name without a count is itself."""
+    found = _COUNT.search(pattern)
+    return [pattern] if found is None else [_COUNT.sub(str(i), pattern) for i in range(int(found[1]))]
+
+
+@cache
+def widths(model: str) -> tuple[int, ...]:
+    """The hidden sizes of a transformer's published models, the listed one first; nothing for a UNet."""
+    if model in MODELS:
+        return _WIDTHS.get(model, ())
+    return tuple(module_list(PIPELINES[model]["transformer"].listed)["widths"])
 
 
 @cache
 def shapes(model: str) -> Mapping[str, tuple[int, ...]]:
-    """Module name with its component in front ("unet.conv_in") -> its weight's shape. `model`: one of `MODELS`."""
+    """The shape of each module's weight, by the module's name with its component in front ("unet.conv_in"): that of the
+    model whose width is the first of the list's `widths`.
+    """
     return {
         f"{component}.{name}": tuple(shape)
         for component, part in PIPELINES[model].items()
@@ -114,15 +169,23 @@ def modules_of(model: str) -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
-def places(model: str) -> Mapping[str, KohyaKey]:
-    """Module name -> the key it is written under. Modules without an ldm name are missing if ldm names are written."""
+def places(model: str, prefix: str | None = None, original: bool | None = None) -> Mapping[str, KohyaKey]:
+    """Module name -> the key that it is written under. A module without an ldm name where those are written has none.
+
+    prefix, original: of the denoiser's keys in a file that is written back as it was read: its prefix, and whether it
+    had the original code's names; a module that has no such name is then written under diffusers'.
+    """
     found: dict[str, KohyaKey] = {}
-    for component, part in PIPELINES[model].items():
+    for number, (component, part) in enumerate(PIPELINES[model].items()):
         listed = module_list(part.listed)
-        keys = listed["ldm"] if part.ldm else {name: [name] for name in listed["modules"]}
+        own = {name: [name] for name in listed["modules"]}
+        keys = listed["ldm"] if part.ldm else own
+        front = part.prefixes[0]
+        if number == 0 and prefix is not None:
+            front, keys = prefix, (own | listed.get("ldm", {}) if original else own)
         for name, modules in keys.items():
             full = tuple(f"{component}.{module}" for module in modules)
-            found |= dict.fromkeys(full, KohyaKey(part.prefixes[0] + _flat(name), full))
+            found |= dict.fromkeys(full, KohyaKey(front + _flat(name), full))
     return found
 
 
@@ -133,17 +196,22 @@ def swaps_halves(model: str, key: str, module: str, size: tuple[int, int]) -> bo
     diffusers' own name of the module has diffusers' order.
     """
     name = module.partition(".")[2]
-    return name in _CONTINUOUS_NORMS.get(model, ()) and size[0] == 2 * size[1] and not key.endswith(_flat(name))
+    if key.endswith(_flat(name)):
+        return False
+    if model not in MODELS:
+        swapped = module_list(PIPELINES[model]["transformer"].listed).get("swapped", ())
+        return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1) in swapped
+    return name in _CONTINUOUS_NORMS.get(model, ()) and size[0] == 2 * size[1]
 
 
 def candidates(modules: Iterable[str]) -> list[str]:
     """The models that have modules of all these names."""
     modules = list(modules)
-    return [model for model in MODELS if all(module in shapes(model) for module in modules)]
+    return [model for model in KNOWN if all(module in shapes(model) for module in modules)]
 
 
 def model_of(modules: Iterable[str], sizes: Mapping[str, tuple[int, int]] | None = None) -> str | None:
-    """The diffusion model that has all these modules: "sd1", "sd2", "sdxl", "sd3", "flux" or None.
+    """Which diffusion model's modules these are, one of `KNOWN`, or None.
 
     SD1 and SD2 share their names and SDXL shares some of them. If several models fit, the one whose widths agree with
     most of `sizes` (module -> (out, in)), then the first of `MODELS`.

@@ -17,11 +17,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.biased import Biased
 from ..adapter.dora import Dora
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
@@ -29,20 +32,23 @@ from ..config import LoraConfig
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
-from ..io.tensors import read_tensors, write_tensors
+from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_lycoris
+from . import peft_adalora, peft_lycoris, peft_tokens
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
+from .peft_shards import PICKLE, WEIGHTS, read_weights
+from .scale import config_of
 from .unheld import embeddings, other_kinds, part_dora
 
-CONFIG, WEIGHTS, PICKLE, OURS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lorakit.json"
+CONFIG, OURS = "adapter_config.json", "lorakit.json"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+?)\.lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
-_UNSUPPORTED = {".lora_B.bias": "a bias on B", ".trainable_tokens_delta": "trained tokens", ".lora_E": "AdaLoRA"}
+_BIAS = re.compile(r"(?P<module>.+?)\.lora_B(?:\.[^.]+)?\.bias")  # PEFT's lora_bias: y += s · (B A x + bias)
+_UNSUPPORTED = {".lora_E": "AdaLoRA"}
 
 
 def is_peft(path: Path) -> bool:
@@ -71,15 +77,14 @@ def read(path: Path, started: bool = False) -> Adapter:
     where = folder / CONFIG
     if not where.exists():
         raise AdapterError(f"{folder} is no PEFT adapter: {CONFIG} is missing")
-    values = read_json(where)
+    values = peft_tokens.as_lora(read_json(where))
     kind = str(values.get("peft_type"))
     lycoris = kind in peft_lycoris.KINDS
-    config, transposed = peft_lycoris.config(values, where) if lycoris else from_peft(values, where, started)
+    adalora = kind == peft_adalora.KIND
+    fields = peft_adalora.as_lora(values) if adalora else values
+    config, transposed = peft_lycoris.config(values, where) if lycoris else from_peft(fields, where, started)
     enabled = enabled_parts(values, where)
-    weights = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / PICKLE
-    if not weights.exists():
-        raise AdapterError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLE} is there")
-    tensors, header = read_tensors(weights)
+    tensors, header, weights = read_weights(folder)
     ours = (
         read_json(folder / OURS)
         if (folder / OURS).exists()
@@ -90,8 +95,18 @@ def read(path: Path, started: bool = False) -> Adapter:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         updates, saved = peft_lycoris.updates(kind, plain, config, weights)
         return Adapter(config, updates, saved, ours).check()
+    if adalora:
+        plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        low_rank, rest = peft_adalora.taken_apart(values, plain, weights)
+        _, saved = _sort(rest, weights, False)
+        known = {
+            name: getattr(config, name) for name in ("base", "revision", "task", "save_modules", "bias", "dropout")
+        }
+        return Adapter(config_of(low_rank, **known), low_rank, saved, ours).check()
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
-    halves, saved = _sort(tensors, weights, bool(values.get("use_dora")))
+    tokens = peft_tokens.take(tensors, values, PREFIX, weights)
+    config = peft_tokens.resolved(config, tokens)
+    halves, saved = _sort(tensors, weights, bool(values.get("use_dora")), bool(values.get("lora_bias")))
     if enabled is not None:
         factors = {
             module: _merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()
@@ -100,20 +115,25 @@ def read(path: Path, started: bool = False) -> Adapter:
         return Adapter(
             config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
         ).check()
-    updates = {
+    low: dict[str, Update] = {
         module: _update(module, kind, pair, config, transposed, packed.get(module), weights)
         for module, (kind, pair) in halves.items()
     }
-    return Adapter(config, updates, saved, ours).check()
+    return Adapter(config, {**low, **tokens}, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
     """What PEFT's folder cannot hold of this adapter, one line each."""
     if peft_lycoris.is_loha(adapter):
         return embeddings(adapter) + peft_lycoris.losses(adapter)
-    low_rank = {m: adapter.updates[m] for m in adapter.factors}
-    lost = other_kinds(adapter, "lora", "dora") + embeddings(adapter) + part_dora(low_rank, "PEFT")
+    unbiased, biases = _without_biases(adapter)
+    low_rank = {m: unbiased.updates[m] for m in unbiased.factors}
+    lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora") + embeddings(adapter)
+    lost += part_dora(low_rank, "PEFT") + peft_tokens.losses(adapter)
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
+    strange = [m for m in biases if unbiased.updates[m].variant != "lora" or unbiased.factors[m].kind == "embedding"]
+    if strange:
+        lost.append(f"the bias beside {listing(strange, 2)}: PEFT has lora_bias for plain LoRA of layers only")
     if by_input:
         lost.append(
             f"DoRA's magnitude of {listing(by_input, 2)}: PEFT has one number for each output, this one for each input"
@@ -127,21 +147,35 @@ def write(adapter: Adapter, path: Path) -> Path:
     lost = losses(adapter)
     if lost:
         raise AdapterError(f"{path}: PEFT's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
+    adapter, biases = _without_biases(adapter)
     loha = peft_lycoris.is_loha(adapter)
     tensors, ranks, alphas = peft_lycoris.tensors_of(adapter, PREFIX) if loha else _tensors_of(adapter)
+    for module, f in adapter.factors.items() if biases else ():  # all modules have one, or none has
+        bias = biases.get(module)
+        tensors[f"{PREFIX}{module}.lora_B.bias"] = torch.zeros(f.B.shape[0]) if bias is None else bias / f.scale
     for name, tensor in adapter.saved.items():
         module, _, last = name.rpartition(".")
         adapted_bias = last == "bias" and module in adapter.factors
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
+    tensors |= peft_tokens.tensors_of(adapter, PREFIX)
     transposed = any(f.transposed for f in adapter.factors.values())
     dora = any(u.variant == "dora" for u in adapter.updates.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
     values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
+    values["lora_bias"] = bool(biases)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    write_text(path / CONFIG, dumps(peft_lycoris.to_loha(values, adapter) if loha else values))
+    values = peft_lycoris.to_loha(values, adapter) if loha else peft_tokens.to_peft(values, adapter)
+    write_text(path / CONFIG, dumps(values))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def _without_biases(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
+    """(the adapter without the changes of biases beside low-rank factors, these): PEFT's lora_bias."""
+    biased = {m: u for m, u in adapter.updates.items() if isinstance(u, Biased) and u.inner.factors is not None}
+    updates = {m: biased[m].inner if m in biased else u for m, u in adapter.updates.items()}
+    return replace(adapter, updates=updates), {m: u.bias for m, u in biased.items()}
 
 
 def stale(path: Path) -> list[str]:
@@ -184,7 +218,7 @@ def _folder(path: Path) -> Path:
 
 
 def _sort(
-    tensors: dict[str, Tensor], where: Path, dora: bool
+    tensors: dict[str, Tensor], where: Path, dora: bool, biased: bool = False
 ) -> tuple[dict[str, tuple[Kind, dict[str, Tensor]]], dict[str, Tensor]]:
     """Sort the keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and saved weights. The kind follows from
     the key and the axes of A. AdapterError for unknown or missing keys.
@@ -192,6 +226,7 @@ def _sort(
     halves: dict[str, tuple[Kind, dict[str, Tensor]]] = {}
     saved: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         for mark, what in _UNSUPPORTED.items():
@@ -206,6 +241,12 @@ def _sort(
             if half in pair:
                 raise AdapterError(f"{where}: key '{key}': a second {half} for '{match['module']}'")
             pair[half] = tensor
+        elif found := _BIAS.fullmatch(name):
+            if not biased:
+                raise AdapterError(
+                    f"{where}: key '{key}': a bias on B is not supported unless {CONFIG} says lora_bias: true"
+                )
+            biases[found["module"]] = tensor
         elif found := _MAGNITUDE.fullmatch(name):
             if not dora:
                 raise AdapterError(
@@ -235,6 +276,16 @@ def _sort(
         if module not in halves:
             raise AdapterError(f"{where}: '{module}' has a lora_magnitude_vector and no lora_A")
         halves[module][1]["magnitude"] = magnitude
+    for module, bias in biases.items():
+        if module not in halves:
+            raise AdapterError(f"{where}: '{module}' has a lora_B.bias and no lora_A")
+        halves[module][1]["bias"] = bias
+    lacking = [module for module in halves if module not in biases] if biased else []
+    if lacking:
+        raise AdapterError(
+            f"{where}: {CONFIG} says lora_bias: true, and '{lacking[0]}' has no lora_B.bias\n"
+            "  a bias on B is not supported for some modules alone"
+        )
     return halves, saved
 
 
@@ -248,7 +299,8 @@ def _update(
     where: Path,
 ) -> Update:
     factors = _factors(module, kind, pair, config, transposed, parts, where)
-    return Dora(factors, _magnitude(module, pair, where)) if "magnitude" in pair else factors
+    update: Update = Dora(factors, _magnitude(module, pair, where)) if "magnitude" in pair else factors
+    return Biased(update, pair["bias"].float() * factors.scale) if "bias" in pair else update
 
 
 def _factors(

@@ -16,12 +16,10 @@ from ..module_names import matches
 _UNSUPPORTED = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
-    "lora_bias": "a bias on B",
     "alora_invocation_tokens": "aLoRA",
     "arrow_config": "Arrow",
     "layer_replication": "layer replication",
     "target_parameters": "adapted parameters (MoE experts)",
-    "trainable_token_indices": "trained tokens",
     "velora_config": "VeLoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
@@ -36,7 +34,6 @@ _PROMPT = "it adds inputs and changes no weight, so no LoRA has the same effect:
 _OTHERS = {
     "IA3": ("IA3 rescales activations", _MERGE),
     "VERA": ("VeRA shares random matrices that lie in its base's file", _MERGE),
-    "ADALORA": ("AdaLoRA gives each module its own rank and singular values", _MERGE),
     "OFT": ("OFT rotates weights", _MERGE),
     "BOFT": ("BOFT rotates weights", _MERGE),
     "HRA": ("HRA reflects weights", _MERGE),
@@ -59,7 +56,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, LOHA and LOKR"
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA, LOKR and TRAINABLE_TOKENS"
             + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():

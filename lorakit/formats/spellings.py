@@ -18,8 +18,11 @@ model.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import NamedTuple
 
+from ..module_names import is_language_trunk
+from . import names
 from .lycoris import DENSE, LOHA, LOKR
 
 COMPONENTS = (
@@ -59,7 +62,7 @@ _KEY = re.compile(
     r"|\.lora_(?P<kohya>down|up|mid)(?:\.[^.]+)?\.weight"
     r"|(?:[._]lora|\.lora_linear_layer)?\.(?P<alpha>alpha)"
     r"|\.(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?|dora_scale)"
-    rf"|\.(?P<lycoris>{'|'.join((*LOHA, *LOKR, *DENSE))})"
+    rf"|\.(?P<lycoris>{'|'.join((*LOHA, *LOKR, *DENSE, 'scalar'))})"
     r")"
 )
 _OLD_TEXT_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -74,6 +77,12 @@ class Name(NamedTuple):
     path: str
     suffix: str  # as kohya spells it: "lora_down.weight" (`lycoris.SUFFIXES`), or MAGNITUDE
     prefixed: bool  # whether the key names the component; else it follows from the path's first part
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """(path as it is written, suffix as kohya spells it), or None if it is no spelling of a LoRA's tensor."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else (match["path"], _suffix(match))
 
 
 def parse(key: str) -> Name | None:
@@ -101,13 +110,19 @@ def is_spelling(key: str) -> bool:
 def _component(path: str) -> tuple[str | None, str, bool]:
     """(component, path within it, whether the key names the component)."""
     first, _, rest = path.partition(".")
-    if _LANGUAGE_MODEL.match(path):
+    if (_LANGUAGE_MODEL.match(path) or is_language_trunk(path)) and path not in _listed():
         return None, path, False
     if first in COMPONENTS and rest:
         return first, rest, True
     if first == NATIVE and rest:
         return _COMPONENT_OF.get(rest.split(".")[0], NATIVE), rest, True
     return _COMPONENT_OF.get(first), path, False
+
+
+@cache
+def _listed() -> frozenset[str]:
+    """The modules of diffusion transformers whose blocks are called `layers`, as language models' are."""
+    return frozenset(m for model in names.KNOWN for m in names.shapes(model) if m.startswith("transformer.layers."))
 
 
 def _suffix(match: re.Match[str]) -> str:

@@ -14,8 +14,9 @@ def other_kinds(adapter: Adapter, *held: str) -> list[str]:
     its own and that of the update it is built on.
     """
     updates = {m: u for m, u in adapter.updates.items() if not {u.variant, u.without_base().variant} <= {*held}}
-    with_base = [m for m, u in updates.items() if u.needs_base]
-    others = [m for m in updates if m not in with_base]
+    tokens = [m for m, u in updates.items() if u.variant == "tokens"]
+    with_base = [m for m, u in updates.items() if u.needs_base and m not in tokens]
+    others = [m for m in updates if m not in with_base and m not in tokens]
     lines = []
     if others:
         lines.append(f"{len(others)} updates of another kind ({listing(others, 2)}): resize converts them to factors")
@@ -23,6 +24,8 @@ def other_kinds(adapter: Adapter, *held: str) -> list[str]:
         lines.append(
             f"DoRA's magnitude of {len(with_base)} modules ({listing(with_base, 2)}): merge it into its base instead"
         )
+    if tokens:
+        lines.append(f"trained tokens of {listing(tokens, 2)}: merge the adapter into its base instead")
     return lines
 
 
@@ -46,3 +49,13 @@ def convolutions(adapter: Adapter, why: str = "") -> list[str]:
     """Low-rank updates of convolutions. `why`: the rest of the line."""
     modules = [m for m, f in adapter.factors.items() if f.kind == "conv"]
     return [f"{len(modules)} convolutions ({listing(modules, 2)}){why}"] if modules else []
+
+
+def beside_updates(adapter: Adapter) -> list[str]:
+    """Saved weights and textual-inversion embeddings, for formats that hold updates of modules alone."""
+    lines = []
+    if adapter.saved:
+        lines.append(f"{len(adapter.saved)} saved weights: {listing(adapter.saved)}")
+    if adapter.embeddings:
+        lines.append(f"{len(adapter.embeddings)} textual-inversion embeddings: {listing(adapter.embeddings)}")
+    return lines

@@ -41,12 +41,14 @@ def generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
     on_batch: Callable[[int], None] | None = None,
+    on_cut: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Return one text for each prompt, in the prompts' order.
 
     prompts: token ids. top_p: probability mass to sample from. seed: samples repeatably and leaves torch's global
     random state unchanged; None samples from the global state. stop: texts to end at. on_batch: called after each batch
-    with the number of prompts in it.
+    with the number of prompts in it. on_cut: called with the index of each prompt whose text the limit of new tokens
+    ended, before its end token or a stop text.
 
     Rows of similar length share a batch. Greedy text does not depend on `batch_size`; sampled text does, as the rows of
     a batch draw from the same random generator. Raises ConfigError for a setting out of range, DataError for a prompt
@@ -70,7 +72,11 @@ def generate(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             for row, ids in zip(rows, decode_batch(model, tokenizer, [prompts[row] for row in rows], pad, stop)):
-                texts[row] = _until(_decode(tokenizer, _before_end(ids, ends)), stop)
+                text = _decode(tokenizer, _before_end(ids, ends))
+                texts[row] = _until(text, stop)
+                ended = any(token in ends for token in ids) or texts[row] != text or len(ids) < max_new_tokens
+                if on_cut is not None and not ended:
+                    on_cut(row)
             if on_batch is not None:
                 on_batch(len(rows))
     return texts

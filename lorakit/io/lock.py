@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import WriteError
-from .atomic import write_errors
 
 try:
     import fcntl
@@ -28,8 +27,9 @@ _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 def locked(file: Path, what: str, fix: str) -> Iterator[None]:
     """Hold a lock on `file`, which is created and, in the end, deleted.
 
-    Raises WriteError, naming the other process, if one holds it. `what`: what is written, `fix`: what else to do than
-    to wait, both for that message. Where the file system has no locks, the process id in the file decides.
+    Raises WriteError, naming the other process, if one holds it, and OSError if the file cannot be written. `what`,
+    `fix`: for that message, what is written and what else to do than to wait. Where the file system has no locks, the
+    process id in the file decides.
     """
     handle = _take(file, what, fix)
     try:
@@ -42,8 +42,7 @@ def locked(file: Path, what: str, fix: str) -> Iterator[None]:
 
 def _take(file: Path, what: str, fix: str) -> int:
     while True:
-        with write_errors(file):
-            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             owner = os.pread(handle, 200, 0).decode("utf8", "replace").split()
             if not _lock(handle, owner):

@@ -98,9 +98,8 @@ def _held(work: Path, out: Path) -> Iterator[None]:
             try:
                 stack.enter_context(locked(work / "lock", str(out), FIX))
                 break
-            except WriteError:
-                if work.is_dir():
-                    raise  # else the process that was at work here deleted the folder just now
+            except FileNotFoundError:  # the process that was at work here deleted the folder just now
+                continue
         try:
             yield
         finally:

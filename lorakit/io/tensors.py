@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, not_the_file
+from ..errors import AdapterError, listing, not_the_file
 from .atomic import replacing
 
+log = logging.getLogger(__name__)
 MAX_TENSORS = 1_000_000
+MAX_UNPACKED = 8  # times a compressed archive's size; weights hardly shrink
 MAX_ELEMENTS = 1 << 36  # per tensor, far above any adapter
 
 
@@ -23,13 +27,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises AdapterError, naming the file and, where one is at fault, the key. Sizes in the header are checked against
     the file's before memory is allocated.
     """
-    return _read_safetensors(path) if _is_safetensors(path) else (_read_pickle(path), {})
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    return _read_npz(path) if _is_npz(path) else _read_pickle(path), {}
 
 
 def keys_of(path: Path) -> list[str]:
     """Return the names of a file's tensors; a safetensors file's data is not read. Raises AdapterError."""
     if not _is_safetensors(path):
-        return list(_read_pickle(path))
+        return list(_read_npz(path) if _is_npz(path) else _read_pickle(path))
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -101,6 +107,7 @@ def read_pickled(path: Path) -> dict[str, Tensor] | list[Tensor]:
             f"{path} is not a state dict that can be read safely: {reason}\n"
             "  lorakit never runs code from an adapter; have its author save it as safetensors"
         ) from error
+    value = _unpacked(value)
     named = {f"[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else value
     if not isinstance(named, Mapping):
         named = None
@@ -113,6 +120,70 @@ def read_pickled(path: Path) -> dict[str, Tensor] | list[Tensor]:
         if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise AdapterError(f"{path}: '{name}' is not a plain tensor whose elements are all in the file")
     return list(value) if isinstance(value, list) else dict(named)
+
+
+# Where trainers keep the state dict in a checkpoint of more things: Lightning, litgpt, DeepSpeed, own loops.
+_CONTAINERS = (
+    "state_dict",
+    "model_state_dict",
+    "lora_state_dict",
+    "adapter_state_dict",
+    "model",
+    "module",
+    "lora",
+    "adapter",
+    "network",
+    "params",
+)
+
+
+def _unpacked(value: object) -> object:
+    """The state dict that a checkpoint holds beside a trainer's own state; anything else is itself."""
+    if not isinstance(value, Mapping) or any(isinstance(v, Tensor) and v.dim() for v in value.values()):
+        return value
+    for name in _CONTAINERS:
+        inner = value.get(name)
+        if isinstance(inner, Mapping) and inner:
+            beside = [str(key) for key in value if key != name]
+            if beside:
+                log.info("read the checkpoint's '%s'; left aside: %s", name, listing(beside))
+            return _unpacked(inner)
+    return value
+
+
+def _is_npz(path: Path) -> bool:
+    """Whether a file is numpy's archive of arrays (`numpy.savez`, MLX's older adapters)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, struct.error):
+        return False  # no archive, or a damaged one, of which the reader of pickles says more
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """Read numpy's archive without pickles; sizes are checked before memory is taken."""
+    import numpy as np
+
+    tensors: dict[str, Tensor] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+        if claimed > MAX_UNPACKED * max(path.stat().st_size, 1 << 20):
+            raise ValueError(f"it is compressed, and would unpack to {claimed:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                array = arrays[name]
+                if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # numpy has no bf16: raw bytes
+                    tensors[name] = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+                elif array.dtype.kind in "fiub":
+                    tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
+                else:
+                    raise ValueError(f"'{name}' has dtype {array.dtype}")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError, KeyError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AdapterError(f"{path} is not a readable archive of numpy arrays: {reason}") from error
+    return tensors
 
 
 def _check_claim(path: Path, name: str, shape: list[int]) -> None:

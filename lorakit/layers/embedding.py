@@ -33,15 +33,15 @@ class EmbeddingLayer(LoraLayer):
         return torch.zeros(shapes[0], dtype=dtype, device=device), torch.randn(shapes[1], dtype=dtype, device=device)
 
     def lora_apply(self, ids: Tensor, W: Tensor) -> Tensor:
-        return self._times_scale(F.embedding(ids, W, self.padding_idx))
+        return self.lora_times_scale(F.embedding(ids, W, self.padding_idx))
 
     def lora_branch(self, ids: Tensor, pair: Pair, like: Tensor) -> Tensor:
         rows = F.embedding(ids, pair.A.T, self.padding_idx)
         if pair.dropout:
             rows = F.dropout(rows, pair.dropout, self.training)
-        return self._times_scale(F.linear(rows.to(like.dtype), pair.B.to(like.dtype)))
+        return self.lora_times_scale(F.linear(rows.to(like.dtype), pair.B.to(like.dtype)))
 
-    def _times_scale(self, update: Tensor) -> Tensor:
+    def lora_times_scale(self, update: Tensor) -> Tensor:
         # Gemma's embedding scales its output. The update is part of the weight, so it is scaled too.
         factor = getattr(self, "embed_scale", None)
         return update if factor is None else update * torch.as_tensor(factor).to(update)

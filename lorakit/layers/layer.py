@@ -48,6 +48,7 @@ _RESERVED = frozenset(
         "plain",
         "class_attributes",
         "fresh_output",
+        "times_scale",
         "probed",
         "route",
     }
@@ -186,6 +187,10 @@ class LoraLayer(Swapped):
     def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
         """Apply the layer to x with the weight W, of the same shape as its own, and without bias. In W's dtype."""
         raise NotImplementedError
+
+    def lora_times_scale(self, update: Tensor) -> Tensor:
+        """Return an embedding's update times the factor that the module multiplies its output by, if it has one."""
+        return update
 
     def lora_sizes(self) -> tuple[int, int]:
         """Return (in, out) of a linear."""

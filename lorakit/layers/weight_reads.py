@@ -11,9 +11,9 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterator
-from functools import cache
 from types import CodeType
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -29,9 +29,18 @@ class Reads(NamedTuple):
     called: frozenset[str]
 
 
-@cache
+_known: WeakKeyDictionary[type, Reads] = WeakKeyDictionary()
+
+
 def reads_of(cls: type[nn.Module]) -> Reads:
     """Return what a class's forward reads and calls of its children. Nothing for torch's own classes."""
+    found = _known.get(cls)
+    if found is None:
+        found = _known[cls] = _reads(cls)
+    return found
+
+
+def _reads(cls: type[nn.Module]) -> Reads:
     read: set[str] = set()
     called: set[str] = set()
     seen: set[str] = set()
@@ -71,8 +80,10 @@ def _chains(code: CodeType) -> Iterator[list[str]]:
             continue
         if chain:
             yield chain
-        is_self = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and instruction.argval == "self"
-        chain = [] if is_self else None
+        chain = None
+        if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            names = instruction.argval  # from Python 3.13 on, one instruction may load two
+            chain = [] if (names[-1] if isinstance(names, tuple) else names) == "self" else None
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _chains(constant)

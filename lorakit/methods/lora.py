@@ -36,7 +36,16 @@ class LoraRunSettings(LoraSettings):
 # Settings that an adapter does not fix: dropout acts in training only.
 _NOT_FIXED = {"dropout", "adapter"}
 # Settings that an adapter holds resolved to the modules of its base. Its recipe has them as the run gave them.
-_RESOLVED = {"targets", "exclude", "layers", "save_modules", "rank_pattern", "alpha_pattern", "init"}
+_RESOLVED = {
+    "targets",
+    "exclude",
+    "layers",
+    "save_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "init",
+    "trainable_tokens",
+}
 
 settings = LoraRunSettings
 title = "LoRA"
@@ -56,9 +65,12 @@ def start(config: RunSettings) -> Start | None:
     source = part(config, LoraRunSettings).adapter
     if source is None:
         return None
+    from ..bases.vocabulary import recorded_tokens
+
     adapter = _load(source)
     fixed = {name: getattr(adapter.config, name) for name in LoraSettings.model_fields if name not in _NOT_FIXED}
     kinds = {update.variant for update in adapter.updates.values()}
+    kinds -= {"tokens"} if len(kinds) > 1 else set()  # beside the others
     if len(kinds) == 1:
         fixed["variant"] = kinds.pop()
     recipe = adapter.metadata.get("recipe")
@@ -67,6 +79,8 @@ def start(config: RunSettings) -> Start | None:
         for name in _RESOLVED:
             default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
+    if added := recorded_tokens(adapter.metadata):
+        fixed["add_tokens"] = sorted(added, key=lambda token: added[token])
     about = adapter.metadata.get("data")
     own = adapter.config
     return Start(
@@ -164,8 +178,7 @@ def alone(config: RunSettings) -> tuple[str, str] | None:
         value = getattr(config, name)
         if value != empty:
             return name, (
-                f"{name}: {value}: trained copies of base weights apply to every row, so runs cannot share a forward "
-                "pass\n"
+                f"{name}: {value}: a sweep does not train copies of base weights side by side in one forward pass yet\n"
                 f"  omit {name}, or start these runs one by one with lorakit train"
             )
     return None

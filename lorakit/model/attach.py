@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import fingerprint
+from ..adapter.tokens import Tokens
 from ..adapter.update import Update
 from ..config import LoraConfig
-from ..errors import AdapterError, StateError
+from ..errors import AdapterError, StateError, TargetError
 from ..layers import fastpath, saved
 from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
-from ..layers.targets import find_targets, module_names, shortest_endings, with_head
+from ..layers.targets import check_adaptable, find_targets, module_names, shortest_endings, with_head
+from ..layers.token_targets import sharing, token_modules, tokens_of, variant_of
 from ..layers.updates.update import LiveUpdate, live
 from . import save_pretrained
 from .activate import set_active, use_saved
@@ -99,7 +101,9 @@ def attach(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to attach where. `saved`: modules to save, as parameters by full name; `skipped`: module name -> reason."""
+    """What to attach where. `saved`: modules to save, as parameters by full name; `skipped`: module name -> reason.
+    `twins`: further modules that share the weight of one of `modules` and get the same update: name -> that module.
+    """
 
     config: LoraConfig
     metadata: Mapping[str, Any]
@@ -107,25 +111,42 @@ class _Plan:
     saved: Mapping[str, Tensor]
     skipped: Mapping[str, str]
     values: Mapping[str, Update] | None  # None: initialize new ones
+    twins: Mapping[str, str]
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Return which parts of a packed projection are adapted; None if the module is not packed."""
+        if module in self.twins:
+            return None
         return self.config.parts_of(module) if self.values is None else self.values[module].parts
 
     def update_of(self, module: nn.Module, name: str, trainable: bool) -> LiveUpdate:
         """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
-            return live(self.config.variant).fresh(module, name, self.config, trainable)
+            return live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
         value = self.values[name]
         return live(value.variant).of(module, name, value, self.config.dropout, trainable)
 
 
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     config = with_head(model, config)
+    tokens = token_modules(model, config)
+    if tokens:
+        config = config.replace(trainable_tokens={m: list(ids) for m, ids in tokens.items()})
     targets = find_targets(model, config)
+    own = targets.modules if config.variant != "tokens" else {}
+    both = [m for m in tokens if m in own or any(f".{s}." in f".{m}." for s in config.save_modules)]
+    if both:
+        raise TargetError(
+            f"'{both[0]}' has trainable_tokens, and is adapted or saved in full too (LoraConfig)\n"
+            "  name it in one of trainable_tokens, targets and save_modules"
+        )
+    names = module_names(model)
+    modules = {**targets.modules, **{m: names[m] for m in tokens}}
+    check_adaptable(names, {m: names[m] for m in tokens})
     metadata = {"fingerprint": fingerprint(base_weights(model), architecture_of(model))}
-    return _Plan(config, metadata, targets.modules, fresh_saved(model, config, targets.modules), targets.skipped, None)
+    saved_values = fresh_saved(model, config, targets.modules)
+    return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
 
 
 def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _Plan:
@@ -133,7 +154,14 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     check_base(model, adapter, force)
     modules, skipped = modules_for(model, adapter, strict)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
-    return _Plan(adapter.config, adapter.metadata, modules, values, skipped, adapter.updates)
+    rows = {m: list(u.ids) for m, u in adapter.updates.items() if isinstance(u, Tokens) and m in modules}
+    config = adapter.config.replace(trainable_tokens=rows)
+    twins = _twins(model, modules, config)
+    return _Plan(config, adapter.metadata, modules, values, skipped, adapter.updates, twins)
+
+
+def _twins(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
+    return sharing(model, modules, {m: None for m in modules if tokens_of(config, m)})
 
 
 def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[str, LiveUpdate]:
@@ -141,18 +169,20 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
 
     After an error the modules have their own class again.
     """
-    fresh = [module for module in plan.modules.values() if not isinstance(module, LoraLayer)]
+    every = {**plan.modules, **{name: model.get_submodule(name) for name in plan.twins}}
+    fresh = [module for module in every.values() if not isinstance(module, LoraLayer)]
     try:
-        for name, module in plan.modules.items():
+        for name, module in every.items():
             adopt(module, plan.parts_of(name))
         updates = {name: plan.update_of(module, name, trainable) for name, module in plan.modules.items()}
+        updates |= {name: updates[other].twin() for name, other in plan.twins.items()}
         for full in plan.saved:
             module = model.get_submodule(full.rpartition(".")[0])
             if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
                 raise StateError(
                     f"'{full}' is offloaded, so it cannot be replaced by a trained copy\n  keep this module in memory"
                 )
-        for name, module in plan.modules.items():
+        for name, module in every.items():
             if hasattr(module, child):
                 raise StateError(
                     f"'{name}' ({type(module).__name__}) already has an attribute '{child}'\n"
@@ -169,8 +199,9 @@ def _register(
     model: nn.Module, state: State, name: str, plan: _Plan, updates: Mapping[str, LiveUpdate], trainable: bool
 ) -> None:
     child = child_name(name)
-    for m, module in plan.modules.items():
-        add_update(module, child, updates[m].train(module.training))
+    for m, update in updates.items():
+        module = layer_at(model, m)
+        add_update(module, child, update.train(module.training))
     use_saved(model, state, ())
     _add_saved(model, name, plan.saved, trainable)
     fastpath.close(model)
@@ -178,20 +209,16 @@ def _register(
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention
     config = plan.config
-    if plan.modules:
+    targets = [m for m in plan.modules if variant_of(config, m) != "tokens" or config.variant == "tokens"]
+    if targets:
         config = config.replace(
-            targets=shortest_endings(list(plan.modules), list(module_names(model))),
-            exclude=None,
-            layers=None,
-            layers_pattern=[],
+            targets=shortest_endings(targets, list(module_names(model))), exclude=None, layers=None, layers_pattern=[]
         )
     if state.routes is not None:
-        state.routes.attached(child, {layer_at(model, m): m for m in plan.modules})
+        state.routes.attached(child, {layer_at(model, m): m for m in updates})
     if not state.adapters:
         save_pretrained.adopt(model)
-    state.adapters[name] = Attached(
-        config, list(plan.modules), list(plan.saved), trainable, plan.metadata, plan.skipped
-    )
+    state.adapters[name] = Attached(config, list(updates), list(plan.saved), trainable, plan.metadata, plan.skipped)
     model.__dict__[STATE] = state
 
 

@@ -31,10 +31,12 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
     for m in attached.modules:
         layer = layer_at(model, m)
         child: LiveUpdate = layer._modules[own]
+        if child.tied:
+            continue
         updates[m] = child.value(layer).map(lambda _, t: _copy(t))
-    kept = dict(saved_parameters(model, state, name))
-    check_captured(kept.items())
-    kept = {full: _copy(parameter) for full, parameter in kept.items()}
+    own_saved = dict(saved_parameters(model, state, name))
+    check_captured(own_saved.items())
+    kept = {full: _copy(parameter) for full, parameter in own_saved.items()}
     return Adapter(attached.config, updates, kept, copy.deepcopy(dict(attached.metadata)))
 
 

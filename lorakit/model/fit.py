@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.fingerprint import differences
+from ..adapter.tokens import Tokens
 from ..adapter.update import Update
 from ..config import LoraConfig, variants
 from ..errors import AdapterError, TargetError, did_you_mean, listing
@@ -146,11 +147,10 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
     expected = adapter.metadata.get("fingerprint")
     if expected and not force:
         if isinstance(expected, Mapping) and isinstance(expected.get("samples"), Mapping):
-            # Weights that the adapter replaces may differ: a new classification head is random in each process.
-            expected = {
-                **expected,
-                "samples": {n: row for n, row in expected["samples"].items() if n not in adapter.saved},
-            }
+            # Weights that the adapter replaces may differ: a new classification head and rows for new tokens are
+            # random in each process.
+            own = {*adapter.saved, *(f"{m}.weight" for m, u in adapter.updates.items() if isinstance(u, Tokens))}
+            expected = {**expected, "samples": {n: row for n, row in expected["samples"].items() if n not in own}}
         lines = differences(expected, base_weights(model), architecture_of(model))
         if lines:
             raise AdapterError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from ..layers import saved
 from ..layers.layer import LoraLayer
 from ..layers.merge import check_finite, merge_module, unmerge_module
 from ..layers.walk import base_modules
+from ..ops.exact import Undo
 from .state import Untied, check_not_routed, layers_of, names_of, saved_parameters, state_of
 
 
@@ -42,8 +43,12 @@ def merge(model: nn.Module, *, untie: bool = False) -> None:
         for name in state.active:
             for full, parameter in saved_parameters(model, state, name):
                 check_finite(parameter, f"'{full}' of adapter '{name}'")
+        held = {id(layer.weight) for layer in layers.values() if not _is_tied(layer)}
         for m, layer in layers.items():
-            merge_module(layer, m)
+            if _is_tied(layer) and id(layer.weight) in held:
+                layer.lora_merged = Undo(0)  # by the module whose weight it shares
+            else:
+                merge_module(layer, m)
             done.append(layer)
     except Exception:
         for layer in done:
@@ -67,13 +72,26 @@ def unmerge(model: nn.Module) -> None:
         state.untied = None
 
 
+def _is_tied(layer: LoraLayer) -> bool:
+    """Whether all its updates in use are those of another module, whose weight it shares."""
+    return all(update.tied for update, _ in layer.lora_in_use())
+
+
+def _together(layer: LoraLayer, other: LoraLayer | None) -> bool:
+    """Whether two modules that share a weight also share all updates in use, so that one merge is for both."""
+    return other is not None and layer.lora_active == other.lora_active and (_is_tied(layer) != _is_tied(other))
+
+
 def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, list[str]]:
     """Return the adapted layers that share their weight with other modules, by name: merging would change those too."""
     users: dict[int, list[str]] = {}
     for name, module in base_modules(model):
         for own, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
-    found = {m: [n for n in users.get(id(layer.weight), []) if n != m] for m, layer in layers.items()}
+    found = {
+        m: [n for n in users.get(id(layer.weight), []) if n != m and not _together(layer, layers.get(n))]
+        for m, layer in layers.items()
+    }
     return {m: others for m, others in found.items() if others}
 
 
@@ -101,7 +119,7 @@ def _untie(model: nn.Module, layers: Mapping[str, LoraLayer], shared: Iterable[s
         layers[m]._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if not untied.weights:
         return None
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     for each in (config, text):
         if getattr(each, "tie_word_embeddings", False):

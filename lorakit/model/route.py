@@ -64,37 +64,39 @@ def route(
             f"route(..., repeat={repeat}, per='token'): repeat is for rows only\n  give one choice per token"
         )
     resolved: dict[str, Choice] = {}
-    chosen = tuple(_resolve(state, f"{per} {n}", choice, resolved) for n, choice in enumerate(choices))
+    holders: set[str] = set()
+    chosen = tuple(_resolve(state, f"{per} {n}", choice, resolved, holders) for n, choice in enumerate(choices))
     if state.routes is None:
         adapted = dict.fromkeys(m for attached in state.adapters.values() for m in attached.modules)
         state.routes = Routes({layer_at(model, m): m for m in adapted})
     routes = state.routes
     routing = routes.routing(Chosen(chosen, repeat, per == "token"))
-    use_saved(model, state, ())
+    in_use = [n for n in state.active if state.adapters[n].saved]
+    if in_use:
+        use_saved(model, state, ())
     state.routing = routing
     for layer in routes.names:
         layer.__dict__["lora_route"] = routing
     try:
-        with _rows_of_saved(model, state, routing, choices):
+        with _rows_of_saved(model, state, routing, choices, holders) if holders else nullcontext():
             yield
     finally:
         for layer in routes.names:
             layer.__dict__.pop("lora_route", None)
         state.routing = None
-        use_saved(model, state, state.active)
+        if in_use:
+            use_saved(model, state, in_use)
 
 
 def _rows_of_saved(
-    model: nn.Module, state: State, routing: Routing, choices: Sequence[Which]
+    model: nn.Module, state: State, routing: Routing, choices: Sequence[Which], holders: set[str]
 ) -> AbstractContextManager[None]:
-    """Return a context in which modules that adapters of the batch hold whole use each row's own parameters."""
-    with_saved = {n for n, attached in state.adapters.items() if attached.saved}
-    if not with_saved:
-        return nullcontext()
-    adapters = [tuple(n for n, weight in _weights(choice).items() if weight and n in with_saved) for choice in choices]
-    names = dict.fromkeys(
-        full.rpartition(".")[0] for own in set(adapters) for n in own for full in state.adapters[n].saved
-    )
+    """Return a context in which modules that adapters of the batch hold whole use each row's own parameters.
+
+    `holders`: those adapters.
+    """
+    adapters = [tuple(n for n, weight in _weights(choice).items() if weight and n in holders) for choice in choices]
+    names = dict.fromkeys(full.rpartition(".")[0] for n in sorted(holders) for full in state.adapters[n].saved)
     return routed([(name, model.get_submodule(name)) for name in names], routing, adapters)
 
 
@@ -102,16 +104,17 @@ def _weights(choice: Which) -> Mapping[str, float]:
     return {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
 
 
-def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice]) -> Choice:
+def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice], holders: set[str]) -> Choice:
     """Check a choice and resolve it to children and weights. `where`: the row or token, for errors.
 
-    `resolved` caches by name, since a batch names few adapters many times.
+    `resolved` caches by name, since a batch names few adapters many times; `holders` collects the adapters that have
+    saved weights.
     """
     if choice is None:
         return ()
     if isinstance(choice, str):
         if choice not in resolved:
-            resolved[choice] = _resolve(state, where, {choice: 1.0}, resolved)
+            resolved[choice] = _resolve(state, where, {choice: 1.0}, resolved, holders)
         return resolved[choice]
     if not isinstance(choice, Mapping):
         raise StateError(
@@ -122,5 +125,8 @@ def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice
         attached_of(state, name)
         if isinstance(weight, bool) or not (isinstance(weight, int | float) and math.isfinite(weight)):
             raise StateError(f"the weight of adapter '{name}' ({where}) is {weight!r}; expected a finite number")
-    check_saved(state, {name: weight for name, weight in choice.items() if weight}, f" ({where})")
+        if weight and state.adapters[name].saved:
+            holders.add(name)
+    if holders:
+        check_saved(state, {name: weight for name, weight in choice.items() if weight}, f" ({where})")
     return tuple((child_name(name), float(weight)) for name, weight in choice.items() if weight)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..errors import AdapterError, StateError
+from ..errors import AdapterError, LorakitWarning, StateError
 from .capture import capture
 from .state import State, is_adapter_key, names_of, saved_parameters, state_of
 
@@ -94,6 +94,7 @@ def _adapters(model: Any, state: State, folder: Path) -> dict[Path, Adapter]:
         warnings.warn(
             f"{names_of(state.active)} is active, and transformers loads one adapter or none: from_pretrained({folder})"
             " will give the base alone, the adapters lie in folders of their own. Merge them first, or activate one.",
+            LorakitWarning,
             stacklevel=3,
         )
     base = getattr(model, "name_or_path", None) or None

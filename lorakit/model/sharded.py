@@ -46,7 +46,7 @@ def _wrapped(module: nn.Module) -> str | None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
         return "wrapped by FullyShardedDataParallel"
-    parallel = getattr(module, "_tp_size", None)  # transformers'
+    parallel = module.__dict__.get("_tp_size")  # transformers'
     return f"tensor-parallel over {parallel} processes" if isinstance(parallel, int) and parallel > 1 else None
 
 

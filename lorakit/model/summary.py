@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..formats.peft_experts import dropped, note
 from ..layers.bases import base_of, parameter_count
 from ..layers.fused import fused
 from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
 from ..layers.unreached import Unreached, unreached
 from ..layers.updates.update import LiveUpdate
-from .state import layer_at, names_of, saved_parameters, state_of
+from .state import Attached, architecture_of, layer_at, names_of, saved_parameters, state_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Summary:
     skipped: dict[str, str]
     fused: list[Fused]
     unreached: Unreached | None = None
+    notes: list[str] = field(default_factory=list)  # what else to know before the adapter is used elsewhere
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
@@ -59,6 +61,7 @@ class Summary:
         lines += [f"  skipped: {line}" for line in _by_ending(self.skipped)]
         lines += [f"  not reached: {self.unreached}"] if self.unreached else []
         lines += [f"  {row}" for row in self.fused]
+        lines += [f"  note: {text}" for text in self.notes]
         return "\n".join(lines)
 
 
@@ -82,7 +85,16 @@ def summary(model: nn.Module) -> Summary:
     saved_names = {full for attached in state.adapters.values() for full in attached.saved}
     missed = unreached(model, saved_names)
     total = parameter_count(model)
-    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model), missed)
+    notes = [text for a in state.adapters.values() if (text := _note(model, a)) is not None]
+    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model), missed, notes)
+
+
+def _note(model: nn.Module, attached: Attached) -> str | None:
+    """Say what PEFT would not load of an adapter."""
+    if attached.config.variant != "lora":
+        return None
+    names = dropped(architecture_of(model), attached.modules)
+    return note(names, len(attached.modules))
 
 
 def _by_ending(skipped: dict[str, str]) -> list[str]:

@@ -24,7 +24,8 @@ _MARKS = {
     "holes": ("h", "bright_black"),
     "overhead": ("o", "white"),
 }
-WIDTH = 64
+WIDTH = 64  # of the bars, where there is room
+_LABEL, _SIZE = 15, 8  # characters before and after a bar
 
 
 def numbers(
@@ -62,8 +63,12 @@ def numbers(
     return table
 
 
-def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
-    """Draw each estimate as a bar of its parts' letters, and a mark at the available memory (bytes)."""
+def bars(estimates: Sequence[Estimate], memory: int | None, columns: int = 120) -> Text:
+    """Draw each estimate as a bar of its parts' letters, and a mark at the available memory (bytes).
+
+    columns: of the terminal.
+    """
+    width = max(8, min(WIDTH, columns - _LABEL - _SIZE - 1))
     most = max(e.total for e in estimates)
     memory = None if memory is None or memory > most else memory  # no mark beyond the longest bar
     text = Text()
@@ -72,14 +77,14 @@ def bars(estimates: Sequence[Estimate], memory: int | None) -> Text:
         done, drawn = 0, 0
         for part, size in estimate.parts.items():
             done += size
-            upto = round(WIDTH * done / most)
+            upto = round(width * done / most)
             letter, colour = _MARKS[part]
             text.append(letter * (upto - drawn), style=colour)
             drawn = upto
-        text.append(" " * (WIDTH - drawn) + f" {show_bytes(estimate.total)}\n")
+        text.append(" " * (width - drawn) + f" {show_bytes(estimate.total)}\n")
     if memory is not None:
-        at = min(WIDTH - 1, round(WIDTH * memory / most))
-        text.append(f"{'memory':<14} " + " " * at + "|" + " " * (WIDTH - at - 1) + f" {show_bytes(memory)}\n")
+        at = min(width - 1, round(width * memory / most))
+        text.append(f"{'memory':<14} " + " " * at + "|" + " " * (width - at - 1) + f" {show_bytes(memory)}\n")
     return text
 
 

@@ -11,10 +11,13 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bases.load import EMBEDDED, embedded_folder
-from ..errors import TrainError
+from ..errors import StoppedError
+
+if TYPE_CHECKING:
+    from ..train.run import Result
 
 ASSETS = embedded_folder().parent / "e2e"
 # The learning rate is twice what `auto` picks: held-out loss 0.986 against 1.027 after 600 steps of 16 rows, rank 16. A
@@ -72,7 +75,7 @@ def run(
     """Run the demo in the folder `out`, resuming an interrupted one.
 
     compare: also train all weights for as many steps. rows: evaluate on the first `rows` test rows only. steps:
-    optimizer steps, SETTINGS' if None. say: prints a line. Raises TrainError if training is interrupted.
+    optimizer steps, SETTINGS' if None. say: prints a line. Raises StoppedError if training is interrupted.
     """
     import torch
 
@@ -94,13 +97,12 @@ def run(
 
     say("1. fine-tune: a LoRA adapter for the embedded 5.9-million-parameter model")
     result = train(config, Progress(console))
-    if result.adapter is None:
-        raise TrainError(f"stopped by {result.stopped} after step {result.step}\n  run lorakit demo again to resume")
+    trained = _trained(result, "lorakit demo")
 
     say(f"2. judge: {len(tests)} restaurants, all references, base and adapter")
     device = choose_device().value
     model, tokenizer = load_model(EMBEDDED, choose_dtype("auto", device).value, device), load_tokenizer(EMBEDDED)
-    adapter = Adapter.load(result.adapter)
+    adapter = Adapter.load(trained)
     attach(model, adapter)
     texts: dict[str, list[str]] = {}
     scores = []
@@ -112,18 +114,14 @@ def run(
         say(f"   and full fine-tuning, {result.steps} steps")
         full_config = config.replace(method="full", learning_rate=SETTINGS["learning_rate"] / 10, out=str(out / "full"))
         full = train(full_config, Progress(console))
-        if full.adapter is None:
-            raise TrainError(
-                f"stopped by {full.stopped} after step {full.step}\n  run lorakit demo --compare again to resume"
-            )
-        full_model = load_model(str(full.adapter), torch.float32, device)
+        full_model = load_model(str(_trained(full, "lorakit demo --compare")), torch.float32, device)
         texts["full"], score = judge(full_model, tokenizer, tests, "full fine-tuning", full.seconds)
         scores.append(score)
 
     say("3. merge: into the base's checkpoint files, and compare the logits")
     merged = out / "merged"
     # In float32, so that the logits' difference is not dominated by the rounding of the merged weights.
-    merge_checkpoint(embedded_folder(), result.adapter, merged, force=True, dtype=torch.float32)
+    merge_checkpoint(embedded_folder(), trained, merged, force=True, dtype=torch.float32)
     exact = load_model(EMBEDDED, torch.float32, device)
     attach(exact, adapter)
     difference = _largest_difference(exact, load_model(str(merged), torch.float32, device), tokenizer, tests)
@@ -132,7 +130,17 @@ def run(
         {"prompt": test["prompt"].strip()} | {name: answers[i] for name, answers in texts.items()}
         for i, test in list(enumerate(tests))[:: max(1, len(tests) // 3)][:3]
     ]
-    return Outcome(scores, samples, str(result.adapter), str(merged), difference, time.perf_counter() - began)
+    return Outcome(scores, samples, str(trained), str(merged), difference, time.perf_counter() - began)
+
+
+def _trained(result: Result, command: str) -> Path:
+    """Return the folder of a training's result. StoppedError, with the command to resume, if a signal stopped it."""
+    if result.adapter is None:
+        raise StoppedError(
+            f"stopped by {result.stopped} after step {result.step}\n  run {command} again to resume",
+            result.stopped or "",
+        )
+    return result.adapter
 
 
 def _write_rows(out: Path) -> Path:

@@ -24,6 +24,7 @@ from ..analysis.inspect import AdapterFacts, describe_adapter
 from ..errors import AdapterError, ConfigError
 from ..formats import FOLDERS, TAKES_ALPHA, find, format_of, load
 from ..io.json_object import read_json
+from ..module_names import is_language_trunk
 from ..tasks import task_for, task_names, task_of
 from ..train.run_folder import RunFolder
 from .paths import hub_id
@@ -78,7 +79,8 @@ class AdapterRecord:
     @property
     def image(self) -> bool:
         """Whether the base is an image model."""
-        return self.format == "cloneofsimo" or any(m.name.startswith(IMAGE_PARTS) for m in self.facts.modules)
+        names = [m.name for m in self.facts.modules if m.name.startswith(IMAGE_PARTS)]
+        return self.format == "cloneofsimo" or any(not is_language_trunk(name) for name in names)
 
     @property
     def plain_lora(self) -> bool:

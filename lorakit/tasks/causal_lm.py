@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,13 +13,14 @@ from pydantic import Field, field_validator, model_validator
 from ..config import RunSettings, Strict, part
 from ..errors import TrainError
 from .task import Base, Data
+from .text.causal_rows import Sources
 from .text.settings import Columns, Lengths
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..data.dataset import Dataset, Item
+    from ..data.dataset import Item
     from ..data.templates import ChatOptions
 
 DEFAULT_PROMPTS = 2
@@ -65,7 +67,7 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, Writing, Columns):
+class CausalSettings(Lengths, Writing, Columns, Sources):
     free: ClassVar = {"sample_prompts", "sample_tokens"}
 
     packing: bool = Field(
@@ -103,56 +105,35 @@ class Prompt:
 
 
 def processor(config: RunSettings) -> Any:
-    from ..bases.load import load_tokenizer
+    from .text.vocabulary import load_extended_tokenizer
 
-    return load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    return load_extended_tokenizer(config)
 
 
 def data(config: RunSettings, processor: Any) -> Data:
     from ..bases.load import end_tokens
     from ..data.chat_record import TEMPLATE_FILE, record
-    from ..data.dataset import build, held_out_of
-    from ..data.read import read_rows
+    from .text.causal_rows import read_data
+    from .text.lengths import check_limit
+    from .text.vocabulary import check_vocabulary
 
     own = part(config, CausalSettings)
+    check_limit(config)
     tokenizer, options = _tokenizer(own, processor), _options(own)
-    ends = end_tokens(config.model, config.revision, config.trust_remote_code)
-
-    def read(source: str, split: str | None, max_length: int | Literal["auto"]) -> Dataset:
-        return build(
-            read_rows(source, split),
-            tokenizer,
-            columns=own.columns or None,
-            template=own.template,
-            train_on=own.train_on,
-            max_length=max_length,
-            on_long=own.on_long,
-            turns=own.turns,
-            options=options,
-            ends=ends,
-        )
-
-    dataset = read(config.data, config.split, own.max_length)
-    notes = dict(dataset.notes)
-    if isinstance(config.validation, str):
-        validation = read(config.validation, None, dataset.max_length)
-        train, held_out = dataset.items, validation.items
-        if validation.dropped:
-            notes[f"of {config.validation} are longer than {dataset.max_length} tokens and are not evaluated"] = (
-                validation.dropped
-            )
-        notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
-    else:
-        train, held_out = held_out_of(dataset.items, config.validation)
-    long_rows = "".join(
-        f", {count} {action}"
-        for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut"), (dataset.split, "split"))
-        if count
-    )
-    length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
+    how = {
+        "columns": own.columns or None,
+        "template": own.template,
+        "train_on": own.train_on,
+        "on_long": own.on_long,
+        "turns": own.turns,
+        "options": options,
+        "ends": end_tokens(config.model, config.revision, config.trust_remote_code),
+    }
+    data, dataset = read_data(config, own, own.max_length, how, tokenizer)
+    check_vocabulary(config, processor, chain(data.train, data.held_out))
     about = record(dataset, tokenizer, options, own.chat_template is not None)
     files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
-    return Data(train, held_out, dataset.shape, length, about, notes, files)
+    return replace(data, about=about, files=files)
 
 
 def _tokenizer(own: CausalSettings, processor: Any) -> Any:
@@ -178,8 +159,10 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
     from ..bases.load import load_model, stop_at
+    from .text.vocabulary import grow_for
 
     model = load_model(config.model, dtype, device, config.revision, config.trust_remote_code)
+    grow_for(config, model, processor)
     stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))
     return model
 
@@ -187,10 +170,13 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from .text.vocabulary import grow_skeleton
+
+    grow_skeleton(config, base)
     return AutoModelForCausalLM.from_config(base, dtype=dtype, trust_remote_code=config.trust_remote_code)
 
 
-def check(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
+def check(config: RunSettings, model: Any, items: Iterable[Item]) -> None:
     from .text.packed import check_packing
     from .text.positions import check_positions
 

@@ -11,13 +11,13 @@ config (id2label).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from ..config import RunSettings, part
-from ..errors import NotFiniteError, TrainError
+from ..errors import ConfigError, NotFiniteError, TrainError
 from .task import Base, Data
 from .text.settings import Columns, Lengths
 
@@ -46,17 +46,23 @@ unit = "rows"
 
 
 def processor(config: RunSettings) -> Any:
-    from ..bases.load import load_tokenizer
+    from .text.vocabulary import load_extended_tokenizer
 
-    return load_tokenizer(config.model, config.revision, config.trust_remote_code)
+    return load_extended_tokenizer(config)
 
 
 def data(config: RunSettings, processor: Any) -> Data:
     from ..data.dataset import held_out_of
     from ..data.labelled import read_labelled
     from ..data.read import read_rows
+    from .text.lengths import check_limit, described
+    from .text.vocabulary import check_vocabulary
 
     own = part(config, ClassificationSettings)
+    for name in ("mix", "streaming"):
+        if getattr(config, name, None):
+            raise ConfigError(f"{name}: classification does not have it\n  remove {name}; one data set, in memory")
+    check_limit(config)
     dataset = read_labelled(
         read_rows(config.data, config.split),
         processor,
@@ -65,6 +71,8 @@ def data(config: RunSettings, processor: Any) -> Data:
         max_length=own.max_length,
         on_long=own.on_long,
     )
+    counts = {"dropped": dataset.dropped, "cut": dataset.cut}
+    length = described(dataset.lengths, dataset.max_length, dataset.max_length_reason, counts, config)
     if isinstance(config.validation, str):
         validation = read_labelled(
             read_rows(config.validation),
@@ -77,10 +85,7 @@ def data(config: RunSettings, processor: Any) -> Data:
         train, held_out = dataset.items, validation.items
     else:
         train, held_out = held_out_of(dataset.items, config.validation)
-    long_rows = "".join(
-        f", {count} {action}" for count, action in ((dataset.dropped, "dropped"), (dataset.cut, "cut")) if count
-    )
-    length = f"at most {dataset.max_length} tokens ({dataset.max_length_reason}){long_rows}"
+    check_vocabulary(config, processor, [*train, *held_out])
     names = dataset.names
     shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
     return Data(train, held_out, shape, length, {"labels": names}, dataset.notes)
@@ -99,6 +104,7 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
 
     from ..bases.load import load_classifier, load_config
     from ..data.batches import pad_id
+    from .text.vocabulary import grow_for
 
     base = load_config(config.model, config.revision, config.trust_remote_code)
     if base.is_encoder_decoder:
@@ -112,12 +118,16 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
     model = load_classifier(
         config.model, data.about["labels"], dtype, device, config.revision, config.trust_remote_code, trained
     )
+    grow_for(config, model, processor)
     return _configured(model, pad_id(processor))
 
 
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForSequenceClassification
 
+    from .text.vocabulary import grow_skeleton
+
+    grow_skeleton(config, base)
     base.num_labels = max(2, len(part(config, ClassificationSettings).labels))
     model = AutoModelForSequenceClassification.from_config(
         base, dtype=dtype, trust_remote_code=config.trust_remote_code
@@ -132,7 +142,7 @@ def _configured(model: Any, pad: int) -> Any:
     return model
 
 
-def check(config: RunSettings, model: Any, items: Sequence[LabelledItem]) -> None:
+def check(config: RunSettings, model: Any, items: Iterable[LabelledItem]) -> None:
     from .text.positions import check_positions
 
     check_positions(config, model, items)
@@ -144,7 +154,7 @@ def check_together(model: Any) -> None:
 
 def alone(config: RunSettings) -> str | None:
     return (
-        "task: classification trains a head in full, which applies to every row, so runs cannot share a forward pass\n"
+        "task: classification trains a head in full, and a sweep does not train several heads side by side yet\n"
         "  start these runs one by one with lorakit train"
     )
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..data.mixing import Mixture
+
 
 class Item(Protocol):
     """One training example, tokenized."""
@@ -67,6 +69,16 @@ class Data:
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    mixture: Mixture | None = None  # what an epoch has of several data sets; None: all training items
+
+    @property
+    def rows(self) -> int:
+        """Training items of an epoch."""
+        return len(self.train) if self.mixture is None else self.mixture.rows
+
+    def epoch(self, seed: int, epoch: int) -> Sequence[int]:
+        """Return the indices of an epoch's training items."""
+        return range(len(self.train)) if self.mixture is None else self.mixture.epoch(seed, epoch)
 
 
 class Task(Protocol):
@@ -95,7 +107,7 @@ class Task(Protocol):
     def skeleton(self, config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
         """Build the base model without loading weights, for `lorakit plan`. `base`: its transformers config."""
 
-    def check(self, config: RunSettings, model: Any, items: Sequence[Any]) -> None:
+    def check(self, config: RunSettings, model: Any, items: Iterable[Any]) -> None:
         """Raise TrainError for what would fail at the first batch or, later, at the first evaluation."""
 
     def check_together(self, model: Any) -> None:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import NotFiniteError
+from ..errors import NotFiniteError, TrainError
 from ..model.route import route
 from ..tasks.task import Item, weight_of
 from .interrupt import Interrupt
+from .launch import command, peers
 from .micro import limit_for, micro_batches
 from .run import Result, Run
 
@@ -45,8 +46,15 @@ class Loop:
     def go(self, interrupt: Interrupt) -> list[Result]:
         """Train all runs to their end, or until a signal arrives; that step is finished and saved first.
 
-        Raises TrainError or NotFiniteError if a single run's loss is not finite; in a sweep, only that run fails.
+        Raises TrainError or NotFiniteError if a single run's loss is not finite, or it has diverged; in a sweep, only
+        that run fails. Raises TrainError if another process of the run is gone.
         """
+        world, config = self.parallel.world, self.runs[0].config
+        with peers(world, command(world, config.out) if len(self.runs) == 1 else "the same command again"):
+            return self._go(interrupt)
+
+    def _go(self, interrupt: Interrupt) -> list[Result]:
+        """The same, with torch's own error for a lost process."""
         self.model.train()
         self._finish(self.runs)  # resumed runs may have ended already
         stopped = None
@@ -67,10 +75,14 @@ class Loop:
         batches = [run.batch() for run in active_runs]
         losses, norms = self._gradients(active_runs, batches)
         losses_and_norms = torch.stack([losses, norms]).tolist()  # one synchronization with the device
-        not_finite = self._not_finite(*losses_and_norms)
-        if not_finite:
-            for i, quantity, value in not_finite:
-                error = active_runs[i].not_finite(quantity, value, batches[i])
+        not_finite = {
+            i: active_runs[i].not_finite(quantity, value, batches[i])
+            for i, quantity, value in self._not_finite(*losses_and_norms)
+        }
+        dead = {i: run.dead(*figures) for i, (run, *figures) in enumerate(zip(active_runs, *losses_and_norms))}
+        errors = not_finite or {i: error for i, error in dead.items() if error is not None}
+        if errors:
+            for i, error in errors.items():
                 if len(self.runs) == 1:
                     raise error
                 active_runs[i].failed = str(error)
@@ -91,10 +103,10 @@ class Loop:
             run.log({"step": run.step, **row, "seconds": round(run.elapsed, 3)})
 
     def _evaluate(self, run: Run) -> None:
-        """Evaluate a run. If its held-out loss is not finite, the run fails; a single run raises NotFiniteError."""
+        """Evaluate a run. If its held-out loss is not finite or it has diverged, it fails; a single run raises that."""
         try:
             run.evaluate()
-        except NotFiniteError as error:
+        except (NotFiniteError, TrainError) as error:
             if len(self.runs) == 1:
                 raise
             run.failed = str(error)

@@ -6,6 +6,7 @@ start panel says so: that may change, and whether a run resumes must not depend 
 
 from __future__ import annotations
 
+import heapq
 import math
 from functools import partial
 
@@ -14,6 +15,7 @@ import torch
 from ..bases.limits import Memory, memory_of, resident
 from ..bases.load import is_four_bit, load_config
 from ..config import Choice
+from ..data.dataset import sizes_of
 from ..errors import TrainError
 from ..methods import method_of
 from ..model.attach import DEFAULT
@@ -85,9 +87,9 @@ def check(
     `rows`: the training rows; `held_out`: the number of held-out rows. Raises TrainError if the run needs more than it
     may use.
     """
-    ordered = sorted(rows, key=lambda item: -item.size)
-    at_once = defaults.micro_batch(config, ordered[0].size, device, processes).value
-    largest = ordered[:at_once]
+    longest = max(sizes_of(rows))
+    at_once = defaults.micro_batch(config, longest, device, processes).value
+    largest = heapq.nlargest(at_once, rows, key=lambda item: item.size)
     share = min(1.0, weight_of(largest) / sum(item.size for item in largest))
     try:
         planner = planner_for(
@@ -96,7 +98,7 @@ def check(
         if is_four_bit(planner.shell.model.config):
             planner = planner.four_bit()
         accumulating = at_once < math.ceil(config.batch_size / processes)
-        estimate = planner.estimate(at_once, ordered[0].size, accumulating)
+        estimate = planner.estimate(at_once, longest, accumulating)
     except PlanError as error:
         return Choice(None, f"unknown: {error}")
     limit = allowed(config, device)

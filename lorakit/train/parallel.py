@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..bases.device import choose_device
+from .launch import asked_for, check_launch
+
 _T = TypeVar("_T")
 
 
@@ -20,13 +23,17 @@ class Parallel:
     """One of `world` processes: its `rank` and `device`."""
 
     def __init__(self) -> None:
+        """Join the other processes, if there are some. Raises TrainError if they would not train together."""
         from accelerate import Accelerator
 
+        # Without an accelerator, accelerate joins processes only when it is told to use the CPU; torchrun does not.
+        on_cpu = asked_for() > 1 and choose_device().value.type == "cpu"
         # The base is loaded in its precision and factors are float32, so accelerate must not autocast.
-        self._accelerator: Any = Accelerator(mixed_precision="no")
+        self._accelerator: Any = Accelerator(mixed_precision="no", cpu=on_cpu)
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        check_launch(self.world)
 
     @property
     def is_first(self) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
@@ -17,48 +16,57 @@ from ..layers.bases import parameter_count
 from ..layers.fused.fused import ATTENTION, report
 from ..model.summary import summary
 from . import defaults
+from .bar import Bar
+from .resume import trainable
 
 if TYPE_CHECKING:
     from .setup import Job
 
+INDENT = 10  # of samples: below the text of the line with their step
 
-def training_bar(console: Console) -> RichProgress:
-    """Build a progress bar for one run or several. Its tasks have a field `facts`, the text beside the bar."""
-    return RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+
+class Average:
+    """An exponential moving average of losses, mₜ = β mₜ₋₁ + (1 - β) lossₜ, as mₜ / (1 - βᵗ): without the bias towards
+    m₀ = 0 (Kingma and Ba 2015, section 3). About the last 10 steps count.
+    """
+
+    BETA = 0.9
+
+    def __init__(self, losses: Iterable[float] = ()):
+        self._sum, self._weight = 0.0, 0.0
+        for loss in losses:
+            self.add(loss)
+
+    def add(self, loss: float) -> float:
+        """Take in the next loss. Returns the average."""
+        self._sum = self.BETA * self._sum + (1 - self.BETA) * loss
+        self._weight = self.BETA * self._weight + (1 - self.BETA)
+        return self._sum / self._weight
 
 
 class Progress:
-    """Displays a run on a console. `quiet`: display nothing."""
+    """Displays a run on a console. `quiet`: display nothing; `before`: called before the first output."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False):
+    def __init__(self, console: Console | None = None, quiet: bool = False, before: Callable[[], None] = lambda: None):
         self.console = console or Console(stderr=False)
-        self.quiet = quiet
-        self._bar: RichProgress | None = None
-        self._task: Any = None
-        self._loss: float | None = None
+        self.quiet, self.before = quiet, before
+        self._bar: Bar | None = None
+        self._sampled: tuple[str, str] | None = None
+        self._average = Average()
         self._done, self._unit, self._since, self._every = 0, "tokens", time.perf_counter(), 1
         self._steps = 0
 
     def start(self, job: Job, step: int) -> None:
         """Show the start panel and the bar. `step`: 0, or where the run resumes."""
         self._steps, self._every, self._unit = job.steps, max(1, job.steps // 20), job.task.unit
+        self._average = Average(row["loss"] for row in job.folder.rows() if "loss" in row)
         if self.quiet or not job.parallel.is_first:
             self.quiet = True
             return
-        self.console.print(Panel(_facts(job, step), title="lorakit train", title_align="left", expand=False))
+        self.before()
+        self.console.print(Panel(_panel(job, step), title="lorakit train", title_align="left", expand=False))
         if self.console.is_terminal:
-            self._bar = training_bar(self.console)
-            self._bar.start()
-            self._task = self._bar.add_task("training", total=job.steps, completed=step, facts="")
+            self._bar = Bar(self.console, "step", job.steps, step)
         self._since = time.perf_counter()
 
     def row(self, row: dict[str, Any]) -> None:
@@ -71,25 +79,26 @@ class Progress:
                 f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items())
             )
             return
-        # smoothed, as the loss of single batches is noisy
-        self._loss = row["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * row["loss"]
+        average = self._average.add(row["loss"])
         self._done += row[self._unit]
         speed = self._done / max(1e-9, time.perf_counter() - self._since)
-        facts = f"loss {self._loss:.3f}  {speed:,.0f} trained {self._unit}/s  {_memory()}"
+        loss, facts = f"loss {row['loss']:.3f}", [f"{speed:,.0f} trained {self._unit}/s", _memory()]
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], facts=facts)
+            self._bar.update(row["step"], [loss, f"average {average:.3f}", *facts])
         elif row["step"] % self._every == 0:
             left = (self._steps - row["step"]) * row["seconds"] / row["step"]
-            self._say(f"step {row['step']:>5}/{self._steps}  {facts}  {left:.0f} s left")
+            line = "  ".join([f"{loss} (average {average:.3f})", *facts, f"{left:.0f} s left"])
+            self._say(f"step {row['step']:>5}/{self._steps}  {line}")
 
     def sample(self, prompt: str, base: str, tuned: str) -> None:
-        """Show a prompt with both answers."""
-        if not self.quiet:
-            self._say(
-                f"           prompt {_short(prompt)}\n"
-                f"           base   {_short(base)}\n"
-                f"           tuned  {_short(tuned)}"
-            )
+        """Show a prompt with both answers. Those that the base gave are not shown again at each evaluation."""
+        if self.quiet:
+            return
+        table = Table.grid(padding=(0, 1, 0, 0))
+        again, self._sampled = self._sampled == (prompt, base), (prompt, base)
+        for name, text in [("tuned", tuned)] if again else [("prompt", prompt), ("base", base), ("tuned", tuned)]:
+            table.add_row(" " * INDENT, f"{name:<6}", Text(_short(text)))
+        self._console.print(table)
 
     def note(self, text: str) -> None:
         """Say what the user should know, on stderr, also if all else is quiet."""
@@ -102,18 +111,34 @@ class Progress:
             self._bar = None
 
     def _say(self, line: str) -> None:
-        (self._bar.console if self._bar else self.console).print(Text(line), soft_wrap=True)
+        self._console.print(Text(line), soft_wrap=True)
+
+    @property
+    def _console(self) -> Console:
+        """Prints above the bar, if there is one."""
+        return self._bar.console if self._bar else self.console
 
 
-def _facts(job: Job, step: int) -> Table:
+def _panel(job: Job, step: int) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts(job, step):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
+    """List what was chosen for a run and why, by name. `step`: where it resumes, 0 if it does not."""
     config, data = job.config, job.data
-    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trainable(job.model, job.adapter).values())
     total = parameter_count(job.model)
     device = job.parallel.device
     processes = job.parallel.world
     accumulate = -(-config.batch_size // (job.micro_batch.value * processes))
-    table = Table.grid(padding=(0, 2))
-    base = total - trained if job.method.keeps_base else total
+    if job.method.keeps_base:  # of a sweep's adapters, this one alone counts
+        base = total - sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        total = base + trained
+    else:
+        base = total
     rows = [
         ("model", f"{config.model}, {base:,} parameters, {dtype_name(job.dtype.value)} ({job.dtype.reason})"),
         (
@@ -153,25 +178,22 @@ def _facts(job: Job, step: int) -> Table:
         *_fused(job),
         (
             "steps",
-            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, len(job.train)))} passes "
+            f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, job.data.rows))} passes "
             "over the data)" + (f", longer than the {job.steps_before:,} planned before" if job.steps_before else ""),
         ),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", resuming at step {step}" if step else "")),
     ]
-    for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
-    for note, count in data.notes.items():
-        table.add_row(Text("note", style="bold"), Text(f"{count} rows: {note}"))
-    return table
+    return [*rows, *(("note", f"{count} rows: {note}") for note, count in data.notes.items())]
 
 
 def _unreached(job: Job) -> list[tuple[str, str]]:
-    """Say which share of the base no target reaches (experts), if training leaves it as it is."""
+    """Say which share of the base no target reaches (experts), and what other programs would not load."""
     if not job.method.keeps_base:
         return []
-    found = summary(job.model).unreached
-    return [("not reached", str(found))] if found else []
+    found = summary(job.model)
+    rows = [("not reached", str(found.unreached))] if found.unreached else []
+    return [*rows, *(("note", text) for text in dict.fromkeys(found.notes))]
 
 
 def _fused(job: Job) -> list[tuple[str, str]]:

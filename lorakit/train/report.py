@@ -1,74 +1,154 @@
-"""Write `report.html`: loss curves, samples of base and tuned model, and settings, on one page without scripts."""
+"""Write `report.html`: a run's figures, loss curves, samples of base and tuned model, data facts and settings.
+
+One page without scripts or external resources, for light and dark screens and for phones. report.html.jinja is its
+body, here is what goes into it.
+"""
 
 from __future__ import annotations
 
-import html
 import json
-from typing import Any
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..analysis.tables import Table, html_page, printable
 from ..io.atomic import write_text
+from ..tasks import task_of
+from ..version import VERSION
+from .chart import chart
 from .config import TrainConfig
 from .run_folder import RunFolder
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem "
-    ".6rem;text-align:left;vertical-align:top;white-space:pre-wrap}"
-    "svg{width:100%;height:auto}.train{stroke:#9ab;fill:none}.held{stroke:#c40;fill:none;stroke-width:2}text{font-size:12px;fill:#555}"
-)
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+MOST_EVALUATIONS = 30  # rows of their table: the last ones
+STYLE = """
+.lead { color: var(--muted); font-size: 1rem; margin-top: -.4rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
+.figures div { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
+dl, dd { margin: 0; } dt { color: var(--muted); font-size: .8rem; } dd { overflow-wrap: anywhere; }
+.figures dd { font-size: 1.25rem; font-weight: 600; }
+.figures .note { font-size: .8rem; font-weight: 400; color: var(--muted); }
+.legend { font-size: .85rem; color: var(--muted); } .legend span { margin-right: 1rem; white-space: nowrap; }
+.legend span::before { content: "━ "; color: var(--train); } .legend .held::before { color: var(--held); }
+.legend .best::before { content: "○ "; color: var(--held); font-weight: 700; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--muted); font-size: 14px; }
+svg .axis { fill: var(--text); } .grid, .tick { stroke: var(--line); }
+polyline { fill: none; stroke-linejoin: round; } polyline.train { stroke: var(--train); stroke-width: 1.5; }
+polyline.held { stroke: var(--held); stroke-width: 2.5; } circle.held { fill: var(--held); }
+circle.best { fill: none; stroke: var(--held); stroke-width: 2; }
+.sample { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 1rem; padding: .7rem 0; }
+.sample { border-top: 1px solid var(--line); } .sample dd { white-space: pre-wrap; font-size: .9rem; }
+.sample .tuned dt { color: var(--held); }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .15rem 1.2rem; font-size: .9rem; }
+footer { margin: 2.5rem 0 1rem; color: var(--muted); font-size: .8rem; }
+@media (max-width: 40rem) {
+  .sample { grid-template-columns: minmax(0, 1fr); gap: .5rem; } svg text { font-size: 27px; }
+  polyline.train { stroke-width: 2.5; } polyline.held { stroke-width: 4; } circle.held { r: 5px; }
+  .facts { grid-template-columns: minmax(0, 1fr); } .facts dd { margin-bottom: .4rem; }
+}
+"""
+
+Facts = Sequence[tuple[str, str]]
 
 
-def write_report(folder: RunFolder, config: TrainConfig) -> None:
-    """Write a run's report from its metrics.jsonl and newest samples."""
+def write_report(folder: RunFolder, config: TrainConfig, facts: Facts = ()) -> None:
+    """Write a run's report from its metrics.jsonl and newest samples. `facts`: what was chosen and why, by name."""
     rows = folder.rows()
-    changed = config.model_dump(exclude_defaults=True)
-    settings = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in changed.items())
-    page = (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(str(folder.path))}</title><style>{_STYLE}</style>"
-        f"<h1>{html.escape(folder.path.name)}</h1>{_chart(rows)}<h2>Samples</h2>{_samples(folder)}<h2>Settings that "
-        "differ from the defaults</h2>"
-        f"<table>{settings}</table>"
+    held = [row for row in rows if "held_out_loss" in row]
+    settings = [(name, str(value)) for name, value in config.model_dump(exclude_defaults=True).items()]
+    which, samples = _samples(folder)
+    drawn = chart(
+        [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None],
+        [(row["step"], row["held_out_loss"]) for row in held if row["held_out_loss"] is not None],
     )
-    write_text(folder.report, page)
-
-
-def _chart(rows: list[dict[str, Any]], width: int = 800, height: int = 300, edge: int = 45) -> str:
-    curves = {
-        "train": [(r["step"], r["loss"]) for r in rows if "loss" in r],
-        "held": [(r["step"], r["held_out_loss"]) for r in rows if "held_out_loss" in r],
-    }
-    points = [p for curve in curves.values() for p in curve]
-    if not points:
-        return "<p>Nothing was logged.</p>"
-    most_x = max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    span = (high - low) or 1.0
-
-    def place(x: float, y: float) -> str:
-        return f"{edge + (width - 2 * edge) * x / most_x:.1f},{edge + (height - 2 * edge) * (high - y) / span:.1f}"
-
-    lines = "".join(
-        f'<polyline class="{name}" points="{" ".join(place(x, y) for x, y in curve)}"/>'
-        for name, curve in curves.items()
+    body = _template().render(
+        lead=f"{config.model}, trained on {Path(config.data).name}",
+        figures=_figures(rows, held, task_of(config.task).unit),
+        chart=drawn,
+        samples=samples,
+        which_samples=which,
+        sections=[
+            (title, part)
+            for title, part in (("The run", facts), ("Settings that differ from the defaults", settings))
+            if part
+        ],
+        evaluations=_evaluations(held),
+        version=VERSION,
     )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss by step">{lines}'
-        f'<text x="4" y="{edge}">{high:.3g}</text><text x="4" y="{height - edge}">{low:.3g}</text>'
-        f'<text x="{width - edge}" y="{height - 15}" text-anchor="end">step {most_x}</text>'
-        f'<text x="{edge}" y="20">loss of each step (grey) and on held-out rows (red)</text></svg>'
-    )
+    write_text(folder.report, html_page(folder.path.resolve().name, [body], STYLE))
 
 
-def _samples(folder: RunFolder) -> str:
-    files = folder.sampled()
-    if not files:
-        return "<p>There are no samples.</p>"
+def _figures(rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]], unit: str) -> list[tuple[str, str, str]]:
+    """List what to read first: (name, value, note). `unit`: what the run's losses are means of, such as tokens."""
+    figures = []
+    if known := [row for row in held if row["held_out_loss"] is not None]:
+        best = min(known, key=lambda row: row["held_out_loss"])
+        figures.append(("best held-out loss", f"{best['held_out_loss']:.4f}", f"step {best['step']:,}"))
+        figures += [
+            (name, f"{best[key]:.4f}" if best[key] < 1 else f"{best[key]:.2f}", "on held-out rows")
+            for key, name in _measures(best).items()
+            if name != "loss" and best[key] is not None
+        ]
+    if trained := [row for row in rows if row.get("loss") is not None]:
+        last = trained[-1]
+        figures.append(("training loss", f"{last['loss']:.4f}", "the last step"))
+        figures.append(("steps", f"{last['step']:,}", ""))
+        if seconds := last.get("seconds"):
+            total = sum(row.get(unit, 0) for row in trained)
+            figures.append(("training time", duration(seconds), ""))
+            figures.append((f"trained {unit}", f"{total:,}", f"{total / seconds:,.0f} a second"))
+    return figures
+
+
+def _measures(row: dict[str, Any]) -> dict[str, str]:
+    """Return the held-out measures of an evaluation: key in metrics.jsonl -> name."""
+    prefix = "held_out_"
+    return {key: key.removeprefix(prefix).replace("_", " ") for key in row if key.startswith(prefix)}
+
+
+def _evaluations(held: Sequence[dict[str, Any]]) -> Any:
+    """Return a table of the evaluations as HTML; "" if there are less than two."""
+    from markupsafe import Markup
+
+    if len(held) < 2:
+        return ""
+    names = _measures(held[0])
+    cells = [
+        [f"{row['step']:,}", *("" if row.get(key) is None else f"{row[key]:.4f}" for key in names)]
+        for row in held[-MOST_EVALUATIONS:]
+    ]
+    note = f"The last {MOST_EVALUATIONS} of {len(held)}." if len(held) > MOST_EVALUATIONS else ""
+    table = Table("Evaluations on the held-out rows", ["step", *names.values()], cells, note)
+    return Markup(table.html())  # `html` escapes
+
+
+def _samples(folder: RunFolder) -> tuple[str, list[dict[str, str]]]:
+    """Return where the newest samples are from, or what is wrong with them, and the samples."""
+    sampled = folder.sampled()
+    if not sampled:
+        return "There are no samples.", []
+    step, path = sampled[-1]
     try:
-        rows = json.loads(files[-1][1].read_bytes())
-        cells = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(row[k])}</td>" for k in ("prompt", "base", "tuned")) + "</tr>"
-            for row in rows
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"<p>{html.escape(files[-1][1].name)} is damaged.</p>"
-    return f"<table><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{cells}</table>"
+        rows = json.loads(path.read_bytes())
+        return f"At step {step:,}.", [{name: str(row[name]) for name in ("prompt", "base", "tuned")} for row in rows]
+    except (ValueError, KeyError, TypeError):
+        return f"{path.name} is damaged.", []
+
+
+def _template() -> Template:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True)
+    environment.filters["text"] = lambda text: "\n".join(map(printable, str(text).split("\n")))
+    return environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf8"))
+
+
+def duration(seconds: float) -> str:
+    """Format a time: 34 s, 12 min, 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

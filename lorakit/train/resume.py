@@ -67,8 +67,9 @@ def save(
     keep: int,
     adapter: str = DEFAULT,
     result: Callable[[Path], None] | None = None,
+    good: int | None = None,
 ) -> Path:
-    """Write `folder/step-N`, then delete all but the newest `keep` checkpoints. Returns its path.
+    """Write `folder/step-N`, then delete old ones (see `prune`). Returns its path.
 
     `result`: writes the adapter as it is now into a folder, so that the checkpoint can be used like one. Raises
     WriteError if it cannot be written; the older ones are still there then.
@@ -77,7 +78,7 @@ def save(
     final = folder / f"{PREFIX}{step}"
     with write_errors(final):
         _write(folder, final, parameters, optimizer, best, {"step": step, **state}, result)
-        prune(folder, keep)
+        prune(folder, keep, good)
     return final
 
 
@@ -135,10 +136,16 @@ def drop_after(folder: Path, step: int) -> None:
             shutil.rmtree(folder / f"{PREFIX}{later}")
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for old in steps_in(folder)[:-keep]:
-        shutil.rmtree(folder / f"{PREFIX}{old}")
+def prune(folder: Path, keep: int, good: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, and the newest one up to step `good`.
+
+    `good`: the last step at which the run was known not to have diverged.
+    """
+    steps = steps_in(folder)
+    kept = {*steps[-keep:], *[step for step in steps if good is not None and step <= good][-1:]}
+    for old in steps:
+        if old not in kept:
+            shutil.rmtree(folder / f"{PREFIX}{old}")
 
 
 def steps_in(folder: Path) -> list[int]:

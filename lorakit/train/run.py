@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,9 @@ from torch import Tensor
 from ..errors import TrainError, listing
 from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
-from . import compile, defaults, optimizer, resume, samples
+from . import compile, defaults, divergence, optimizer, resume, samples
 from .early_stop import EarlyStop
+from .progress import facts
 from .report import write_report
 from .run_folder import FREE
 from .setup import Job
@@ -66,6 +68,10 @@ class Run:
         self.best: dict[str, Tensor] = {}
         self.step, self.elapsed = 0, 0.0
         self.loss: float | None = None
+        self.first_loss: float | None = None  # of the first step's batch: the base's
+        self.base_loss: float | None = None  # on the held-out rows, computed when it is needed
+        self.good_step: int | None = None  # of the last evaluation, if the run had not diverged
+        self.warned = False  # that it has diverged
         self.failed: str | None = None  # why it cannot continue
         self.lengthened: list[dict[str, int]] = []  # {"at": step, "steps": the total planned until then}
         self._resume()
@@ -95,6 +101,8 @@ class Run:
         optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
         self.loss = loss
+        if self.step == 1:
+            self.first_loss = loss
         return {
             "loss": round(loss, 5),
             "learning_rate": rate,
@@ -104,6 +112,57 @@ class Run:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def dead(self, loss: float, norm: float) -> TrainError | None:
+        """Return the error for a step whose gradient is exactly zero although there is something to learn."""
+        if self.config.diverged == "continue" or not divergence.is_dead(loss, norm):
+            return None
+        return TrainError(
+            f"the gradient is exactly zero at step {self.step + 1}, with a loss of {loss:.4f}: the run has diverged, "
+            f"or nothing that is trained affects the loss; nothing was updated, and {self._last_good()}\n"
+            f"  {self._advice()}"
+        )
+
+    def _check_divergence(self, loss: float) -> None:
+        """Raise TrainError if the held-out loss is far above the base's, unless `diverged` is "continue"."""
+        if divergence.may_be_worse(loss, self.first_loss):
+            if self.base_loss is None:
+                self.base_loss = self._held_out_loss_of_base()
+            if self.base_loss is not None and divergence.is_worse(loss, self.base_loss):
+                message = (
+                    f"the run has diverged: at step {self.step} the held-out loss is {loss:.4f}, more than "
+                    f"{divergence.MARGIN} above the base's, {self.base_loss:.4f}"
+                )
+                if self.config.diverged == "stop":
+                    if self.job.parallel.is_first:
+                        write_report(self.job.folder, self.config, self._facts)
+                    raise TrainError(f"{message}; {self._last_good()}\n  {self._advice()}")
+                if self.good_step is not None or not self.warned:
+                    self.display.note(message)
+                self.warned, self.good_step = True, None
+                return
+        self.good_step = self.step
+
+    def _held_out_loss_of_base(self) -> float | None:
+        job = self.job
+        if not job.method.keeps_base:
+            return self.first_loss  # on the first batch, before anything was trained
+        with job.method.base_alone(job.model):
+            return next(iter(job.task.evaluate(job.base, job.held_out, self.config.batch_size).values()))
+
+    def _last_good(self) -> str:
+        """Say which checkpoint is the last from before the run diverged."""
+        steps = resume.steps_in(self.job.folder.checkpoints)
+        good = [step for step in steps if self.good_step is None or step <= self.good_step]
+        if not good or (self.good_step is None and self.job.held_out):
+            return "no checkpoint from before that had been written yet"
+        return f"the last good checkpoint is {self.job.folder.checkpoints}/step-{good[-1]}"
+
+    def _advice(self) -> str:
+        return (
+            f"try a lower learning rate (now {self.job.rate.value:g}) in another folder; to train on regardless: "
+            "diverged=continue (--diverged continue)"
+        )
 
     def not_finite(self, quantity: str, value: float, items: list[Item]) -> TrainError:
         """Build the error for a "loss" or "gradient" that is not finite. `items`: the step's rows."""
@@ -139,11 +198,13 @@ class Run:
         self.job.method.activate(self.job.model, self.job.adapter)
         if self.job.held_out:
             measured = self.job.task.evaluate(self.job.base, self.job.held_out, self.config.batch_size)
-            if self.early.better(next(iter(measured.values())), self.step):
-                self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
             self.log(
                 {"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()}
             )
+            loss = next(iter(measured.values()))
+            self._check_divergence(loss)
+            if self.early.better(loss, self.step):
+                self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         if self.prompts and self.job.parallel.is_first:
             self._sample()
 
@@ -167,6 +228,8 @@ class Run:
             "loss": self.loss,
             "seconds": self.elapsed,
             "steps": job.steps,
+            "first_loss": self.first_loss,
+            "good_step": self.good_step,
         }
         state |= {"together": True} if together else {}
         state |= {"lengthened": self.lengthened} if self.lengthened else {}
@@ -181,12 +244,13 @@ class Run:
             keep,
             job.adapter,
             self._save_result if job.method.keeps_base else None,  # else it would be the trained parameters once more
+            self.good_step,
         )
-        write_report(job.folder, self.config)  # also of a run that is killed later
+        write_report(job.folder, self.config, self._facts)  # also of a run that is killed later
 
     def prune(self) -> None:
-        """Delete all but the newest `keep` checkpoints."""
-        resume.prune(self.job.folder.checkpoints, self.config.keep)
+        """Delete all but the newest `keep` checkpoints, and the last one that is known to be good."""
+        resume.prune(self.job.folder.checkpoints, self.config.keep, self.good_step)
 
     def _resume(self) -> None:
         job = self.job
@@ -199,6 +263,7 @@ class Run:
         resume.restore(loaded, job.model, self.optimizer, job.adapter)
         self.best, self.step, self.elapsed = loaded.best, loaded.state["step"], loaded.state["seconds"]
         self.loss = loaded.state["loss"]
+        self.first_loss, self.good_step = (loaded.state.get(name) for name in ("first_loss", "good_step"))
         self.early = EarlyStop(self.config.patience, **loaded.state["early_stop"])
         self.lengthened = list(loaded.state.get("lengthened", []))
         if loaded.state["steps"] < job.steps:
@@ -217,13 +282,20 @@ class Run:
         if self.best:
             resume.put(self.best, self.parameters)
         self._save_result(job.result, self.early.best_step if self.best else self.step)
-        write_report(job.folder, self.config)
+        write_report(job.folder, self.config, self._facts)
+
+    @functools.cached_property
+    def _facts(self) -> list[tuple[str, str]]:
+        """What was chosen for the run and why, for its report."""
+        return facts(self.job)
 
     def _save_result(self, folder: Path, step: int | None = None) -> None:
-        """Write the current adapter (or model) into `folder`. `step`: whose parameters it has; None: this one's."""
+        """Write the adapter (or model) as it is now into `folder`. `step`: that of its parameters; None: this one."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
         job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)
+        if self.config.add_tokens:  # readers of PEFT's folders find the tokenizer there
+            job.base.processor.save_pretrained(folder)
         for name, text in job.data.files.items():
             write_text(folder / name, text)
 
@@ -245,8 +317,13 @@ class Run:
                 **job.data.about,
             },
             "metrics": {"step": step, "loss": loss, "held_out_loss": held_out, "steps": self.step},
+            **({"added_tokens": self._added_tokens()} if self.config.add_tokens else {}),
             **({"lengthened": self.lengthened} if self.lengthened else {}),
         }
+
+    def _added_tokens(self) -> dict[str, int]:
+        tokenizer = self.job.base.processor
+        return {token: tokenizer.convert_tokens_to_ids(token) for token in self.config.add_tokens}
 
     def result(self, interrupted: str | None = None) -> Result:
         """Return how the run ended. `interrupted`: the signal's name if one stopped it."""

@@ -44,9 +44,10 @@ def locked_folder(path: Path) -> Iterator[None]:
         raise TrainError(f"{path} is a file\n  give a folder (--out)")
     made = not path.exists()
     try:
-        with write_errors(path / LOCK):
-            path.mkdir(parents=True, exist_ok=True)
-        with locked(path / LOCK, str(path), "give another folder (--out)"):
+        with contextlib.ExitStack() as stack:
+            with write_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path / LOCK, str(path), "give another folder (--out)"))
             yield
     finally:
         if made:
@@ -112,8 +113,8 @@ class RunFolder:
         if re.fullmatch("[0-9a-f]{64}", rows_then) is None:
             raise TrainError(
                 f"{self.rows_hash} is damaged: expected the SHA-256 of the run's rows\n"
-                f"  if the rows given now are the same, write theirs into it: {rows_now}; otherwise give another "
-                "folder (--out)"
+                f"  if the rows given now are the same, write theirs into it: {rows_now}\n"
+                "  otherwise give another folder (--out)"
             )
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date as Date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from ..config import Choice
 from ..data.batches import batch_order
-from ..data.dataset import fingerprint
+from ..data.dataset import fingerprint, sizes_of
 from ..data.templates import read_template, reads_date, with_template
 from ..errors import ConfigError
 from ..layers.fused import attention
@@ -28,11 +29,13 @@ from ..tasks import task_of
 from ..tasks.task import Base, Data, Item, Task
 from . import compile, defaults
 from .config import TrainConfig
+from .launch import command, peers
 from .memory import check
 from .micro import limit_for, micro_batches
 from .parallel import Parallel
 from .run_folder import RunFolder, locked_folder
 from .start import resolved
+from .token_ids import with_token_ids
 from .trackers import check_trackers
 
 # The settings that determine the training and held-out items.
@@ -88,14 +91,13 @@ class Job:
 
     def batch(self, step: int) -> list[Item]:
         """Return the items of optimizer step `step` (from 0), which depend on the seed and the step alone."""
-        per_epoch = defaults.steps_per_epoch(self.config, len(self.train))
+        per_epoch = defaults.steps_per_epoch(self.config, self.data.rows)
         epoch, index = divmod(step, per_epoch)
         if self._epoch != epoch:
-            sizes = [item.size for item in self.train]
-            self._order = batch_order(
-                sizes, self.config.batch_size, self.config.seed, epoch, self.config.group_by_length
-            )
-            self._epoch = epoch
+            config, rows = self.config, self.data.epoch(self.config.seed, epoch)
+            sizes = sizes_of(self.train)
+            order = batch_order([sizes[i] for i in rows], config.batch_size, config.seed, epoch, config.group_by_length)
+            self._order, self._epoch = [[rows[i] for i in batch] for batch in order], epoch
         return [self.train[i] for i in self._order[index]]
 
 
@@ -120,7 +122,7 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
         torch.set_num_threads(int(config.threads))
     task, method, alone = task_of(config.task), method_of(config.method), list(configs) == [DEFAULT]
     processor = task.processor(config)
-    configs = {name: dated(each, processor) for name, each in configs.items()}
+    configs = {name: with_token_ids(dated(each, processor), processor) for name, each in configs.items()}
     config = next(iter(configs.values()))
     data = _data_of(configs, task, processor)
     parallel = Parallel()
@@ -135,16 +137,17 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     if alone:
         memory = check(config, dtype.value, device, data[DEFAULT].train, len(data[DEFAULT].held_out), parallel.world)
     folders = {name: RunFolder(each.out) for name, each in configs.items()}
-    hashes = {name: fingerprint([*each.train, *each.held_out]) for name, each in data.items()}
+    hashes = {name: fingerprint(chain(each.train, each.held_out)) for name, each in data.items()}
     if parallel.is_first:
         for name, each in configs.items():
             if held is not None:
                 held.enter_context(locked_folder(folders[name].path))
-            folders[name].open(each, hashes[name], defaults.total_steps(each, len(data[name].train)))
-    parallel.wait()
+            folders[name].open(each, hashes[name], defaults.total_steps(each, data[name].rows))
+    with peers(parallel.world, command(parallel.world, config.out)):
+        parallel.wait()
     model = task.load(config, processor, next(iter(data.values())), dtype.value, device)
     for name, each in configs.items():
-        task.check(each, model, [*data[name].train, *data[name].held_out])
+        task.check(each, model, chain(data[name].train, data[name].held_out))
         torch.manual_seed(each.seed)
         method.attach(model, each, name, task.peft_type)
     if config.gradient_checkpointing:
@@ -156,12 +159,12 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     compiled = None
     if config.compile:
         micro_batch = defaults.micro_batch(config, longest, device, parallel.world).value
-        row_counts = compile.row_counts(micro_batch, config.batch_size, len(data[DEFAULT].train))
+        row_counts = compile.row_counts(micro_batch, config.batch_size, data[DEFAULT].rows)
         compiled = compile.compile_layers(model, row_counts, longest, task)
     base, jobs = Base(model, processor), []
     for name, each in configs.items():
         train = data[name].train
-        steps = defaults.total_steps(each, len(train))
+        steps = defaults.total_steps(each, data[name].rows)
         jobs.append(
             Job(
                 name,
@@ -188,7 +191,7 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
 
 def _at_once(job: Job) -> list[list[Item]]:
     """Return the items that a process computes at once, in the first epoch."""
-    steps = min(job.steps, defaults.steps_per_epoch(job.config, len(job.train)), PADDING_STEPS)
+    steps = min(job.steps, defaults.steps_per_epoch(job.config, job.data.rows), PADDING_STEPS)
     limit = limit_for([job])
     shares = (job.parallel.share(job.batch(step)) for step in range(steps))
     return [part.items for share in shares for part in micro_batches([share], limit)]
@@ -222,4 +225,4 @@ def _width(model: Any) -> int | None:
 
 
 def _longest(items: list[Item]) -> int:
-    return max(item.size for item in items)
+    return max(sizes_of(items))

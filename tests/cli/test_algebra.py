@@ -58,7 +58,7 @@ def test_combine_with_ties_reports_its_error(lorakit, two, tmp_path):
 def test_resize_by_rank_energy_and_error(lorakit, two, tmp_path):
     code, out, _ = lorakit("resize", two[1], tmp_path / "small", "--rank", "3", "--dtype", "bf16", "--modules")
     assert code == 0
-    assert "rank 6 -> 3" in out
+    assert any(line.split()[1:3] == ["6", "3"] for line in out.splitlines())  # rank before and after
     assert "relative error" in out
     small = lk.Adapter.load(tmp_path / "small")
     assert small.rank == 3

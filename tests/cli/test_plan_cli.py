@@ -114,7 +114,7 @@ def test_a_config_file_is_read_as_train_reads_it(lorakit, config_only, tmp_path)
     "args, message",
     [
         (["--memory", "plenty"], "'plenty' is not an amount of memory"),
-        (["--max-length", "300"], "max_length is 300, but"),
+        (["--max-length", "300"], "--max-length is 300, but"),
         (["--device", "cuda"], "give its memory"),
         (["--rnk", "8"], "--rank"),
         (["--optimizer", "lion"], "lion"),

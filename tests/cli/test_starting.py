@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,37 @@ def test_a_usage_error_comes_before_the_first_line_and_torch(without_torch, args
     assert message in done.stderr
     assert "TORCH" not in done.stderr
     assert " ...\n" not in done.stderr
+
+
+def test_only_the_called_commands_module_is_imported(without_torch):
+    code = (
+        "import sys, lorakit.cli.app as a; a.app_for(['convert', 'a', 'b'])\n"
+        "print([m for m in ('pydantic', 'lorakit.cli.train', 'lorakit.cli.merge') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_ctrl_c_exits_with_130_and_no_traceback(verb, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")  # what is running when Ctrl-C comes
+    code = f"import lorakit.cli; lorakit.cli.main({VERBS[verb]!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(lorakit.__file__).parents[1])])},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr.readline().endswith(" ...\n")
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert error == "lorakit: stopped by Ctrl-C\n"
 
 
 class Terminal(io.StringIO):

@@ -102,10 +102,11 @@ def test_it_says_what_came_out_and_what_is_next(lorakit, swept):
     assert "trained together on one base" in out
     assert "finished" in out
     lines = out.splitlines()
-    assert lines[-1].startswith("next: lorakit eval ")
-    assert lines[-1].endswith(f"--adapter {swept}/adapter")
-    assert lines[-2].startswith("winner: rank=")
-    assert f"leaderboard: {swept}/leaderboard.json" in lines[-3]
+    assert lines[-1].startswith("next: lorakit eval TEST.jsonl ")
+    assert f"--adapter {swept}/adapter" in lines[-1]
+    assert lines[-2].startswith("next: lorakit generate 'your prompt' ")
+    assert lines[-3].startswith("winner: rank=")
+    assert f"leaderboard: {swept}/leaderboard.json" in lines[-4]
     assert "held-out loss" in out
 
 
@@ -179,10 +180,10 @@ def test_the_config_file_of_train_with_lists_in_it(lorakit, model, data, tmp_pat
     )
     code, out, error = lorakit("sweep", "--config", path, "--quiet")
     assert code == 0, error
-    assert [line.partition(":")[0].partition(" ")[0] for line in out.splitlines()] == ["2", "winner", "next"]
+    assert [line.partition(":")[0].partition(" ")[0] for line in out.splitlines()] == ["2", "winner", "next", "next"]
     code, _, error = lorakit("train", "--config", path)
     assert code == 2
-    assert "TrainConfig.rank" in error
+    assert "lorakit: --rank: expected a whole number" in error
 
 
 def test_train_finds_its_learning_rate_when_asked(lorakit, model, data, tmp_path):
@@ -208,7 +209,7 @@ def test_train_finds_its_learning_rate_when_asked(lorakit, model, data, tmp_path
     written = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
     assert isinstance(written["learning_rate"], float)
     code, _, error = lorakit("train", "--data", data, "--find-lr", "--lr", "1e-3")
-    assert (code, "find_lr searches for a learning rate" in error) == (2, True)
+    assert (code, "--find-lr searches for a learning rate" in error) == (2, True)
 
 
 def test_sweep_help_says_how_lists_are_written(lorakit):

@@ -119,6 +119,21 @@ def test_a_killed_run_ends_with_the_same_bits(make_config, tmp_path, method):
         assert file.read_bytes() == (resumed.path / file.relative_to(whole.path)).read_bytes()
 
 
+def test_it_starts_from_an_earlier_adapter_or_says_why_not(make_config, method, tmp_path):
+    assert method_of(method).start(make_config(method=method)) is None
+    first = train(make_config(method="lora", steps=2, rank=3, learning_rate=1e-2, out=tmp_path / "first"), QUIET)
+    config = make_config(method=method, rank=3, steps=2, learning_rate=1e-2, out=tmp_path / "next").replace(
+        adapter=str(first.adapter)
+    )
+    if method_of(method).result != "adapter":
+        with pytest.raises(ConfigError, match="adapter"):
+            method_of(method).start(config)
+        return
+    assert method_of(method).start(config).settings["rank"] == 3
+    result = train(config, QUIET)
+    assert lk.Adapter.load(result.adapter).metadata["started_from"]["sha256"] == lk.Adapter.load(first.adapter).digest()
+
+
 def test_it_trains_beside_others_or_says_why_not(method):
     asked = {"data": "rows.jsonl", "method": method, "seed": [0, 1]}
     if method_of(method).alone(TrainConfig(data="rows.jsonl", method=method)) is None:

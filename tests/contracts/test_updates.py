@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
+from lorakit.adapter.biased import Biased
 from lorakit.adapter.dense import Dense
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Loha
 from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
+from lorakit.adapter.tokens import Tokens
 from lorakit.adapter.update import Update
 from lorakit.config import variants
 from lorakit.errors import AdapterError, LorakitError
@@ -57,6 +59,13 @@ def dora(dim: int, inner=product):
 
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ijkl,ip,jr->prkl", t, a, b).flatten(1)
+
+
+def replaced(u, W):
+    """An embedding's tokens are its inputs."""
+    new = W.clone()
+    new[:, list(u.ids)] = u.weight.T
+    return new - W
 
 
 def hadamard(u, W):
@@ -112,6 +121,8 @@ VALUES = {
         (8, 4, 2, 3),
         lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
     ),
+    "lora beside a bias": Value(Biased(LOW, randn(8)), (8, 10), lambda u, W: product(u.inner, W)),
+    "trained tokens": Value(Tokens((1, 4, 9), randn(3, 8)), (8, 10), replaced),
     "whole": Value(Dense(randn(8, 10)), (8, 10), lambda u, W: u.weight),
 }
 
@@ -119,7 +130,10 @@ VALUES = {
 LIVE = {
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
+    "tokens": {"embedding", "linear"},
 }
+# What a kind's config needs besides the targets.
+NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}}
 
 
 @pytest.fixture(params=VALUES)
@@ -204,7 +218,7 @@ def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
 @pytest.mark.parametrize("weight", [2.0, -0.5, 0.0])
 def test_a_multiple_of_it_is_of_its_kind(value, weight):
     if value.update.needs_base:
-        with pytest.raises(AdapterError, match="'m' is a DoRA"):
+        with pytest.raises(AdapterError, match=r"'m' (is a DoRA|has trained tokens)"):
             value.update.times(weight, "m")
         return
     found = value.update.times(weight, "m")
@@ -239,7 +253,7 @@ def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
     assert value.update.sizes == value.shape[:2]
     outputs = value.update.output_tensors()
     if outputs is None:
-        assert "t1" in value.update.tensors()
+        assert "t1" in value.update.tensors() or value.update.variant == "tokens"  # whose rows are of tokens
         return
     assert all(len(t) * value.update.output_block >= value.shape[0] for t in outputs.values())
     assert outputs.keys() <= value.update.tensors().keys()
@@ -285,7 +299,8 @@ def on(layer: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tenso
 
 
 def config(variant: str, **settings) -> lk.LoraConfig:
-    return lk.LoraConfig(**{"variant": variant, "rank": 2, "alpha": 3.0, "targets": ["0"]} | settings)
+    needed = {"variant": variant, "rank": 2, "alpha": 3.0, "targets": ["0"]} | NEEDS.get(variant, {})
+    return lk.LoraConfig(**needed | settings)
 
 
 def child(model: nn.Module, name: str = "default") -> LiveUpdate:
@@ -315,7 +330,7 @@ def test_a_fresh_one_changes_nothing_and_learns(variant, layer):
     assert (
         not child(model)
         .value(model[0])
-        .rows(tuple(model[0].weight.shape), model[0].lora_transposed)(slice(0, 2), before)
+        .rows(tuple(model[0].weight.shape), model[0].lora_transposed)(slice(0, 2), model[0].weight[:2].flatten(1))
         .any()
     )
     model(x).square().sum().backward()
@@ -438,8 +453,8 @@ def test_its_state_dict_restores_it_and_detach_leaves_nothing_of_it(variant, lay
 
 @pytest.mark.parametrize("variant, layer", PAIRS)
 def test_dropout_is_drawn_in_training_alone(variant, layer):
-    if layer == "embedding":
-        pytest.skip("its dropout is of the rank's dimension")
+    if layer == "embedding" or variant == "tokens":
+        pytest.skip("an embedding's dropout is of the rank's dimension, and trained tokens have none")
     model, x = on(layer)
     randomise(lk.attach(model, config(variant, dropout=0.5)))
     assert torch.equal(model.eval()(x), model(x))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lorakit.data.parse import Row
 from lorakit.data.shapes import read_examples
 from lorakit.errors import DataError
 
@@ -262,3 +263,14 @@ def test_a_conversation_may_be_json_text(rows):
     text = json.dumps([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
     shape, (example,) = read_examples(rows({"messages": text}))
     assert (shape, turns(example)) == ("messages", PAIR)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_row_without_its_completion_among_good_ones_is_called_that(at):
+    rows = [Row({"prompt": "a", "completion": "b"}, "rows.jsonl", number) for number in (1, 2, 3)]
+    rows[at] = Row({"prompt": "a"}, "rows.jsonl", at + 1)
+    with pytest.raises(DataError) as error:
+        read_examples(rows)
+    assert str(error.value) == (
+        f"rows.jsonl, row {at + 1}: no completion, which other rows have\n  complete the row, or remove it"
+    )

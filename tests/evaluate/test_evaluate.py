@@ -181,3 +181,18 @@ def test_no_adapters_and_plain_text_rows_are_refused(llama, tokenizer, make_item
 def test_a_prompt_without_room_names_the_rows_place(llama, tokenizer, make_item):
     with pytest.raises(DataError, match=r"rows\.jsonl, row 8 has 100 tokens"):
         evaluate(llama, tokenizer, [make_item("a" * 100, "b", 8)], generate=True, max_new_tokens=64)
+
+
+def test_answers_that_the_token_limit_ended_are_counted(adapted, tokenizer, items):
+    from lorakit.generate.generate import end_ids
+    from lorakit.generate.generate import generate as write
+
+    options = {"generate": True, "max_new_tokens": 3}
+    report = evaluate(adapted, tokenizer, items, [None], **options)
+    counted = []
+    write(adapted, tokenizer, [p.ids for p in report.prompts], max_new_tokens=3, on_cut=counted.append)
+    assert report.judged[0].cut == report.to_dict()["results"][0]["cut"] <= len(report.prompts)
+    assert end_ids(adapted, tokenizer)
+    assert sorted(set(counted)) == sorted(counted)
+    shown = "".join(map(str, report.table().columns[-1].cells))
+    assert shown == str(report.judged[0].cut)

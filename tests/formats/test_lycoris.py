@@ -133,13 +133,14 @@ def test_whole_changes_and_those_of_norms():
     assert lycoris.update("k", {"diff_b": bias}, LINEAR).weight is None
 
 
-def test_low_rank_with_a_bias_becomes_the_whole_change():
+def test_low_rank_with_a_bias_stays_low_rank_beside_it():
     down, up, bias = random(4, 8), random(12, 4), random(12)
     found = lycoris.update(
         "k", {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha(2.0), "diff_b": bias}, LINEAR
     )
     torch.testing.assert_close(found.delta(), up @ down * 0.5)
     assert torch.equal(found.bias, bias)
+    assert found.parameters == down.numel() + up.numel() + bias.numel()
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,6 @@ def test_loha_and_lokr_of_peft_are_read_with_the_change_that_peft_makes(case, tm
             r"'IA3'.*\n  IA3 rescales activations: merge it",
         ),
         (peft.VeraConfig(target_modules=["lin0"], r=2), r"'VERA'.*\n  VeRA shares random matrices .*merge it"),
-        (
-            peft.AdaLoraConfig(target_modules=["lin0"], total_step=10),
-            r"'ADALORA'.*\n  AdaLoRA gives each module its own rank",
-        ),
         (peft.OFTConfig(target_modules=["lin0"], r=2, oft_block_size=0), r"'OFT'.*\n  OFT rotates weights: merge it"),
         (peft.LNTuningConfig(target_modules=["norm"]), r"'LN_TUNING'.*\n  it trains norms"),
     ],

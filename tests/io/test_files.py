@@ -70,7 +70,7 @@ def configure(folder: Path, **values) -> None:
         ),
         ({"lin0__lora_B__bias": torch.zeros(20)}, "a bias on B is not supported"),
         ({"lin0__lora_E": torch.zeros(2, 1)}, "AdaLoRA is not supported"),
-        ({"emb__token_adapter__trainable_tokens_delta": torch.zeros(2, 4)}, "trained tokens is not supported"),
+        ({"emb__token_adapter__trainable_tokens_delta": torch.zeros(2, 4)}, "does not name their indices"),
         ({"lin0__lora_C__weight": torch.zeros(2, 4)}, "is not one that LoRA has"),
         (
             {"head__weight": torch.full((4, 12), float("nan"))},
@@ -92,7 +92,7 @@ def test_wrong_tensors_are_refused_by_name(folder, changes, message):
         ({"use_dora": True}, "says use_dora: true, and 'lin0' has no lora_magnitude_vector"),
         ({"lora_bias": True}, "a bias on B is not supported"),
         ({"target_parameters": ["experts.w"]}, "MoE experts"),
-        ({"trainable_token_indices": [1, 2]}, "trained tokens"),
+        ({"trainable_token_indices": [1, 2]}, "their rows are missing"),
         ({"layer_replication": [[0, 1]]}, "layer replication"),
         ({"r": 10**9}, r"adapter_config.json: LoraConfig.rank: .* \(got 1000000000\)"),
         ({"r": -1}, "adapter_config.json: LoraConfig.rank"),

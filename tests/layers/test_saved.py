@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import tiny
@@ -206,3 +207,37 @@ def test_a_module_that_is_offloaded_cannot_be_saved_whole():
     with pytest.raises(StateError, match=r"'lm_head\.weight' is offloaded"):
         lk.attach(model, lk.LoraConfig(targets=["q_proj"], save_modules=["lm_head"]))
     assert tiny.picture(model) == before
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_the_state_dict_hooks_of_a_copy_are_the_copys(way, tiny_bert):
+    base = tiny.bits(tiny.bert())
+    trained(tiny_bert, HEAD)
+    file = io.BytesIO()
+    torch.save(tiny_bert, file)
+    file.seek(0)
+    twin = copy.deepcopy(tiny_bert) if way == "deepcopy" else torch.load(file, weights_only=False)
+    expected = tiny.logits(twin)
+    lk.detach(tiny_bert)
+    assert tiny.same_bits(tiny.bits(twin), base)
+    again = trained(tiny.bert(), HEAD, seed=8)
+    again.load_state_dict(twin.state_dict())
+    assert torch.equal(tiny.logits(again), expected)
+    lk.detach(twin)
+    assert list(twin.state_dict()) == list(base)
+    twin.load_state_dict(base)
+    for model in (twin, tiny_bert):
+        assert not any(m._state_dict_hooks or m._load_state_dict_pre_hooks for m in model.modules())
+
+
+def test_detaching_one_of_two_that_save_a_tied_weight_keeps_the_state_dict_whole(tied_llama):
+    config = lk.LoraConfig(rank=2, targets=["q_proj"], save_modules=["embed_tokens"])
+    trained(tied_llama, config, "a", 1)
+    trained(tied_llama, config, "b", 2)
+    lk.detach(tied_llama, "a")
+    state = tied_llama.state_dict()
+    assert not [name for name in state if "=a" in name]
+    assert len({t.data_ptr() for n, t in state.items() if "lora_saved" in n}) == 1
+    again = trained(tiny.llama(tied=True), config, "b", 9)
+    again.load_state_dict(state)
+    assert torch.equal(tiny.logits(again), tiny.logits(tied_llama))

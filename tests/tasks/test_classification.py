@@ -246,9 +246,11 @@ def test_train_and_eval_on_the_command_line(rows, model_folder, tmp_path, capsys
     assert "trained rows/s" in told
     assert "accuracy" in told
     assert (
-        told.splitlines()[-1]
-        == f"next: lorakit eval {rows} --model {model_folder} --adapter {out}/adapter --task classification"
+        told.splitlines()[-1].partition("   #")[0]
+        == f"next: lorakit eval TEST.jsonl --model {model_folder} --adapter {out}/adapter "
+        "--precision fp32 --task classification"
     )
+    assert "lorakit chat" not in told
     judge = ["eval", str(rows), "--model", str(model_folder), "--adapter", f"mine={out}/adapter", "--precision", "fp32"]
     assert run([*judge, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -71,7 +71,9 @@ def test_a_shorter_run_is_refused_and_nothing_changes(ended):
 
 
 def test_a_run_that_stopped_early_needs_more_patience_too(make_config):
-    config = make_config(steps=12, eval_every=1, learning_rate=0.9, schedule="constant", patience=1)
+    config = make_config(
+        steps=12, eval_every=1, learning_rate=0.9, schedule="constant", patience=1, diverged="continue"
+    )
     first = train(config, QUIET)
     assert first.stopped == "early"
     with pytest.raises(TrainError, match=r"it stopped early at step .*\n?.*raise patience above 1 too"):

@@ -379,8 +379,10 @@ def test_held_out_rows_longer_than_the_training_rows_may_be_are_left_out_and_cou
     assert job.data.notes == {f"of {held} are longer than 48 tokens and are not evaluated": 1}
 
 
-def test_a_length_limit_above_the_models_positions_is_no_error_if_no_row_is_that_long(make_config):
-    assert train(make_config(max_length=4000, steps=1), QUIET).step == 1
+def test_a_length_limit_above_the_models_positions_is_refused_at_once(make_config, monkeypatch):
+    monkeypatch.setattr("lorakit.data.read.read_rows", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(ConfigError, match=r"max_length: 4000 is more than the 96 positions of .*\n  give 96 or less"):
+        train(make_config(max_length=4000, steps=1), QUIET)
 
 
 def test_an_encoder_decoder_base_is_refused(make_config, tmp_path):

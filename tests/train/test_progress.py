@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 from lorakit.train import progress as progress_module
+from lorakit.train.bar import fitting
 from lorakit.train.progress import Progress
+from lorakit.train.run_folder import RunFolder
 from lorakit.train.train import train
 
 
@@ -68,10 +70,12 @@ def test_the_panel_says_which_share_of_a_mixture_of_experts_no_target_reaches(ma
 
 
 def test_what_the_length_limit_left_out_is_counted(make_config):
-    told = facts(shown(make_config(steps=1, max_length=40)))
+    told = facts(shown(make_config(steps=1, max_length=40, on_long="drop")))
     dropped = sum(len(row["prompt"]) + len(row["completion"]) + 1 > 40 for row in tiny_lm.rows())
     assert dropped > 0
-    assert told["length"] == f"at most 40 tokens (as given), {dropped} dropped"
+    assert re.fullmatch(
+        rf"at most 40 tokens \(as given\), {dropped} dropped \([\d.]+ % of the tokens\)", told["length"]
+    )
 
 
 def test_a_resumed_run_says_where_it_goes_on(make_config):
@@ -85,7 +89,9 @@ def test_without_a_terminal_there_are_plain_lines(make_config):
     assert "\x1b" not in text
     lines = text.splitlines()
     assert [line.split()[1] for line in lines if re.match(r"step +\d+/", line)] == ["1/4", "2/4", "3/4", "4/4"]
-    assert re.search(r"step +1/4  loss \d+\.\d{3}  [\d,]+ trained tokens/s  [\d.]+ GiB.*  \d+ s left", text)
+    assert re.search(
+        r"step +1/4  loss \d+\.\d{3} \(average \d+\.\d{3}\)  [\d,]+ trained tokens/s  [\d.]+ GiB.*  \d+ s left", text
+    )
     assert len(re.findall(r"held-out loss \d+\.\d{4}  perplexity \d+\.\d\d", text)) == 2
     assert text.count("tuned  ") == 2
 
@@ -101,6 +107,37 @@ def test_a_terminal_gets_a_bar(make_config):
     assert "3/3" in text
     assert "held-out loss" in text
     assert "trained tokens/s" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_step_and_time_are_on_one_line_at_any_width(make_config, width):
+    text = shown(make_config(steps=3), terminal=True, width=width)
+    lines = [line for line in re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", text).splitlines() if line.startswith("step ")]
+    last = [line for line in lines if " left " in line][-1]
+    assert re.search(r"3/3 .*\d:\d\d:\d\d left [\d-]:[\d-]+:[\d-]+$", last.rstrip())
+    assert "…" not in last
+    assert ("loss" in last) == (width >= 60)
+
+
+def test_facts_that_do_not_fit_are_left_out_from_the_end():
+    assert fitting(["loss 1.0", "5 tokens/s", "1 GiB"], 20) == "loss 1.0  5 tokens/s"
+    assert fitting(["loss 1.0", "5 tokens/s", "1 GiB"], 7) == ""
+
+
+def test_the_bases_answer_is_shown_once():
+    console = Console(file=io.StringIO(), width=60)
+    progress = Progress(console)
+    progress.sample("a prompt " * 12, "base", "first")
+    progress.sample("a prompt " * 12, "base", "second")
+    progress.sample("another", "base", "third")
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[0] for line in lines if line[11:12].strip()] == ["prompt", "base", "tuned"] * 1 + [
+        "tuned",
+        "prompt",
+        "base",
+        "tuned",
+    ]
+    assert re.match(r" {18}\w", lines[1])  # wrapped below its own text
 
 
 def test_a_narrow_terminal_does_not_break_it(make_config):
@@ -139,3 +176,25 @@ def test_a_perplexity_beyond_floating_point_is_said_in_words():
 def test_long_texts_are_shortened():
     assert progress_module._short("a  b\n" * 100) == ("a b " * 100)[:109] + "…"
     assert progress_module._short(" short\n") == "short"
+
+
+def test_the_loss_shown_is_the_steps_own_and_the_average_survives_a_resume(make_config, monkeypatch):
+    config = make_config(steps=8, eval_every=4, sample_tokens=0, learning_rate=0.02)
+
+    def losses(text):
+        found = re.findall(r"step +(\d+)/8  loss (\d+\.\d{3}) \(average (\d+\.\d{3})\)", text)
+        return {int(step): (float(loss), float(average)) for step, loss, average in found}
+
+    interrupted = [1] * 5
+    monkeypatch.setattr(
+        "lorakit.train.loop.Loop._agreed", lambda *_: interrupted.pop() and None if len(interrupted) > 1 else "SIGINT"
+    )
+    first = losses(shown(config))
+    monkeypatch.undo()
+    both = first | losses(shown(config))
+    assert 1 < len(first) < len(both) == 8
+    logged = {row["step"]: row["loss"] for row in RunFolder(config.out).rows() if "loss" in row}
+    weighted, weights = 0.0, 0.0
+    for step in range(1, 9):
+        weighted, weights = 0.9 * weighted + logged[step], 0.9 * weights + 1
+        assert both[step] == (pytest.approx(logged[step], abs=6e-4), pytest.approx(weighted / weights, abs=6e-4)), step

@@ -77,6 +77,8 @@ def test_settings_that_change_nothing_that_is_computed_may_change(begun, config,
         "memory": "1TB",
         "date": "2026-01-31",
         "chat_template": "moved.jinja",
+        "streaming": True,
+        "diverged": "continue",
     }
     assert changes.keys() == FREE
     RunFolder(changes["out"]).open(config.replace(**changes), "a" * 64)

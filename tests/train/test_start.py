@@ -192,9 +192,8 @@ def test_a_classifiers_head_and_labels_go_on(make_config, tmp_path):
     data = tiny_lm.write_rows(tmp_path / "labelled.jsonl", rows)
     first = train(make_config(out=tmp_path / "one", task="classification", data=data, steps=3), QUIET)
     fewer = tiny_lm.write_rows(tmp_path / "fewer.jsonl", [row for row in rows if row["label"] != "bad"])
-    config = TrainConfig(
-        data=str(fewer), adapter=str(first.adapter), out=str(tmp_path / "two"), steps=2, threads=1, precision="fp32"
-    )
+    values = {"data": str(fewer), "adapter": str(first.adapter), "out": str(tmp_path / "two")}
+    config = TrainConfig(**values, steps=2, threads=1, precision="fp32", learning_rate=1e-3)
     assert resolved(config).task == "classification"
     result = train(config, QUIET)
     record = json.loads((result.adapter / "lorakit.json").read_text())

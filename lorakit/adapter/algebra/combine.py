@@ -112,6 +112,10 @@ def combined(
             **({"density": density} if density is not None else {}),
         }
     }
+    for fact in ("model", "spelling"):  # of the same kind of file: how to write the result
+        found = [a.metadata.get(fact) for a in adapters]
+        if found[0] is not None and all(value == found[0] for value in found):
+            metadata[fact] = found[0]
     prints = [a.metadata["fingerprint"] for a in adapters if a.metadata.get("fingerprint")]
     if prints:
         metadata["fingerprint"] = prints[0]

@@ -107,7 +107,7 @@ def resize(
             continue
         svds = spectra.pop(m, None) or update.singular_values(rank, keep)
         after = _truncated(update, shapes[m], svds, max(_rank(svd, rank, keep, threshold) for svd in svds))
-        resized[m] = after
+        resized[m] = after if drop_bias else update.with_weight(after)
         relative_error, size = relative(update, after) if after is not update else (0.0, norm(after))
         reports.append(ModuleResize(m, update.rank, after.rank, relative_error, size))
         if on_module is not None:
@@ -171,7 +171,7 @@ def _without_matrix(adapter: Adapter, drop_bias: bool) -> dict[str, Update]:
     """
     others = {m: u for m, u in adapter.updates.items() if not u.is_matrix}
     for m, update in adapter.updates.items():
-        if m not in others and update.changes_bias and not drop_bias:
+        if m not in others and update.changes_bias and not (drop_bias or update.bias_apart):
             raise AdapterError(
                 f"'{m}' changes its bias too, which low-rank factors cannot hold\n"
                 "  drop_bias=True (--drop-bias) leaves the bias's change out"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .files import base_folder, dtype_of, inspect_call
+from .output import output, say
 
 if TYPE_CHECKING:
     from ...adapter.adapter import Adapter
@@ -22,7 +23,13 @@ Rank = Annotated[int | None, typer.Option(min=1, help="maximum rank of the resul
 Keep = Annotated[
     float | None, typer.Option(min=0, max=1, help="keep this share of the energy Σσ² of each module, e.g. 0.99")
 ]
-To = Annotated[str, typer.Option(help="format to write: any that `lorakit convert` writes")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        help="format to write: any that `lorakit convert` writes; default: that of the (first) adapter, in its own "
+        "spelling, where OUT can be such a file, else peft"
+    ),
+]
 Alpha = Annotated[float | None, typer.Option(help="for loralib files, which do not store it")]
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="precision to write; default: that of the result")
@@ -63,27 +70,31 @@ def report(
         print(json.dumps(facts | result.to_dict()))
         return
     if modules:
-        for m in result.modules:
-            print(f"  {m.module}  rank {m.before} -> {m.after}  error {m.error:.3g}")
+        from ...analysis.tables import Table
+
+        rows = [[m.module, str(m.before), str(m.after), f"{m.error:.3g}"] for m in result.modules]
+        output().print(Table("", ["module", "rank\nbefore", "after", "error"], rows))
     ranks = sorted({f.rank for f in result.adapter.factors.values()})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "dense updates"
-    print(
-        f"{what}: {len(result.modules)} modules, {rank}; {before:,} parameters -> {after:,}, {seconds_since(started)}"
-    )
+    say(f"{what}: {len(result.modules)} modules, {rank}; {before:,} parameters -> {after:,}, {seconds_since(started)}")
     worst = result.worst
     if worst is not None and worst.error > 0:
         kept = f"{result.energy:.2%} of the energy kept"
-        print(f"relative error {result.error:.3g} ({kept}); largest: {worst.module}, {worst.error:.3g}")
+        say(f"relative error {result.error:.3g} ({kept}); largest: {worst.module}, {worst.error:.3g}")
     else:
         print("exact")
     print(f"next: {next_command}")
 
 
-def write(adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None) -> tuple[Path, str]:
-    """Save the adapter. Returns the written path and the `lorakit inspect` command for it."""
-    from ...formats import save
+def write(
+    adapter: Adapter, out: Path, to: str, dtype: str | None, base: str | None, as_read: bool = False
+) -> tuple[Path, str]:
+    """Save the adapter (`as_read`: in the spelling of the file that it is from). Returns the written path and the
+    `lorakit inspect` command for it.
+    """
+    from ...formats import save, save_as_read
 
-    path = save(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
+    path = (save_as_read if as_read else save)(adapter, out, to, dtype=dtype_of(dtype), base=base_folder(base))
     return path, inspect_call(path, adapter, to, base)
 
 

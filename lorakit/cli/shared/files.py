@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterError, ConfigError, did_you_mean
+from .starting import notice
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _SUFFIXES = {
     "kohya": (".safetensors",),
     "diffusers": (".safetensors", ""),
+    "comfyui": (".safetensors",),
     "cloneofsimo": (".safetensors", ".pt"),
     "gguf": (".gguf",),
     "loralib": (".pt", ".bin", ".pth", ".safetensors"),
@@ -24,16 +25,21 @@ _SUFFIXES = {
 _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
-def read(source: str, alpha: float | None = None, base: Path | None = None, force_base: bool = False) -> Adapter:
+def read(
+    source: str,
+    alpha: float | None = None,
+    base: Path | None = None,
+    force_base: bool = False,
+    model_type: str | None = None,
+) -> Adapter:
     """Load an adapter (see `load_on`), with a note on stderr if a PiSSA or OLoRA becomes a plain LoRA of `base`."""
     from ...checkpoint.residual import load_on, started_as
 
     say_if_unfinished(source)
-    adapter = load_on(source, base, alpha, force_base)
+    adapter = load_on(source, base, alpha, force_base, model_type)
     init = started_as(source) if base is not None else None
     if init:
-        note = f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank"
-        print(note, file=sys.stderr)
+        notice(f"{source} was initialized as {init}: converted to a plain LoRA of {base}, of twice the rank")
     return adapter
 
 
@@ -44,15 +50,17 @@ def say_if_unfinished(source: str) -> None:
     path = Path(source).expanduser()
     newest = newest_checkpoint(path) if path.is_dir() else None
     if newest is not None:
-        print(f"lorakit: {source} has not ended; using its newest checkpoint, {newest.name}", file=sys.stderr)
+        notice(f"lorakit: {source} has not ended; using its newest checkpoint, {newest.name}")
 
 
-def read_checked(source: str, alpha: float | None = None, base: Path | None = None) -> Adapter:
+def read_checked(
+    source: str, alpha: float | None = None, base: Path | None = None, model_type: str | None = None
+) -> Adapter:
     """Load an adapter; if it contains NaN or infinity, the AdapterError lists the affected keys."""
     from ...analysis.inspect import not_finite
 
     try:
-        return read(source, alpha, base)
+        return read(source, alpha, base, model_type=model_type)
     except AdapterError as error:
         bad = not_finite(source) if "not finite" in str(error) else {}
         if not bad:
@@ -123,6 +131,17 @@ def output_path(out: Path, to: str, force: bool) -> Path:
     elif to in FOLDERS:
         raise ConfigError(f"{out} is a file, but {to} is written as a folder")
     return out
+
+
+def format_for(to: str | None, source: str, out: Path) -> str:
+    """The format to write: `to`, or that of the source where OUT can be such a file or folder, or peft."""
+    from ...formats import FOLDERS, format_of
+
+    if to is not None:
+        return to
+    own = format_of(source)
+    suits = not out.suffix if own in FOLDERS else out.suffix in _WEIGHTS and out.suffix in _SUFFIXES[own]
+    return own if suits else "peft"
 
 
 def _check_folder(out: Path, to: str) -> None:

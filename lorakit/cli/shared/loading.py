@@ -101,6 +101,7 @@ def attached(
     """
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import load_model, load_tokenizer, stop_at
+    from ...bases.vocabulary import grow, recorded_tokens, restore_tokens
     from ...data.chat_record import ChatRecord
     from ...data.templates import ChatOptions, read_template, with_template
     from ...model.attach import attach
@@ -109,6 +110,11 @@ def attached(
     device = choose_device().value
     base = load_model(model, choose_dtype(precision, device).value, device)
     tokenizer = load_tokenizer(model)
+    added = [recorded_tokens(value.metadata) for value in values.values()]
+    if any(added):
+        for tokens in added:
+            restore_tokens(tokenizer, tokens)
+        grow(base, len(tokenizer))
     record = ChatRecord()
     for name, value in values.items():
         attach(base, value, name)

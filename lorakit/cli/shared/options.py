@@ -16,6 +16,13 @@ TopP = Annotated[
 Split = Annotated[str | None, typer.Option(help="the data's split, if it has several")]
 Columns = Annotated[str | None, typer.Option(help="your column names: prompt=question,completion=answer")]
 Force = Annotated[bool, typer.Option("--force", help="replace OUT if it exists")]
+ModelType = Annotated[
+    str | None,
+    typer.Option(
+        "--model-type",
+        help="which diffusion model a file is for, where its names and widths do not tell; 'other' keeps its own names",
+    ),
+]
 DataTemplate = Annotated[Literal["auto", "chat", "plain"], typer.Option(help="how conversations are formatted")]
 Turns = Annotated[
     Literal["all", "last"], typer.Option(help="train every answer of a conversation, or only the last one")

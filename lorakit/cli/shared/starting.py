@@ -3,8 +3,8 @@
     with starting("reading the adapter"):
         from ..adapter.combine import combined
 
-On a terminal the line is cleared when the block ends; elsewhere it stays. It goes to stderr, so that stdout holds only
-the result (--json).
+On a terminal the line is cleared when the block ends, which should be when there is something else to show; elsewhere
+it stays. It goes to stderr, so that stdout holds only the result (--json).
 """
 
 from __future__ import annotations
@@ -27,3 +27,8 @@ def starting(what: str, quiet: bool = False) -> Iterator[None]:
     finally:
         if terminal and not quiet:
             print(_CLEAR, end="", file=sys.stderr, flush=True)
+
+
+def notice(text: str) -> None:
+    """Print a line to stderr; inside `starting` on a terminal, it takes the place of the starting line."""
+    print(f"{_CLEAR if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)

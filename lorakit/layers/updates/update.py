@@ -45,6 +45,7 @@ class LiveUpdate(Own):
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
+    tied = False  # whether it is the update of another module, whose weight this one shares
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -66,6 +67,10 @@ class LiveUpdate(Own):
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
         """Return what to add to the base's output y0, in y0's dtype. Called only if there is no pair."""
+        raise NotImplementedError
+
+    def twin(self) -> LiveUpdate:
+        """Return the same update for another module that shares the weight (tied embeddings)."""
         raise NotImplementedError
 
     def rows(self, layer: LoraLayer, weight: float) -> Rows:

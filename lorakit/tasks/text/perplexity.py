@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -88,8 +88,15 @@ def _check(model: PreTrainedModel, items: Sequence[Item], batch_size: int) -> No
         )
     if not items:
         raise DataError("no rows to evaluate\n  expected at least one")
-    positions = positions_of(model)
+    embedding: Any = model.get_input_embeddings()
+    positions, rows = positions_of(model), embedding.weight.shape[0]
     for item in items:
+        if max(item.ids) >= rows:
+            raise DataError(
+                f"{item.row.where}: it has a token with the id {max(item.ids)}, but the model's embedding has {rows:,} "
+                "rows\n"
+                "  use the model's own tokenizer, or a base that was given rows for its tokens"
+            )
         if positions is not None and len(item.ids) > positions:
             raise DataError(
                 f"{item.row.where}: {len(item.ids)} tokens, but the model has {positions} positions\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from ...config import RunSettings
@@ -11,7 +11,7 @@ from ...generate.generate import positions_of
 from ..task import Item
 
 
-def check_positions(config: RunSettings, model: Any, items: Sequence[Item]) -> None:
+def check_positions(config: RunSettings, model: Any, items: Iterable[Item]) -> None:
     """Raise TrainError if the longest row has more tokens than the model has positions."""
     positions = positions_of(model)
     longest = max(items, key=lambda item: item.size)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...analysis.tables import Table
 from ...config import Choice
-from ...errors import TrainError
+from ...errors import StoppedError, TrainError
 from ...io.atomic import write_text
 from ..config import TrainConfig
 from ..interrupt import catching_signals
@@ -31,8 +32,6 @@ from .sweep_config import Sweep
 from .sweep_progress import SweepProgress
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..progress import Progress
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)  # times the rate that `auto` picks for the run
@@ -62,7 +61,7 @@ class Search:
 def find(config: TrainConfig, progress: Progress) -> Search:
     """Find the best of a few rates for this run, or return the rate found when it was first started.
 
-    Raises TrainError with several processes, if a signal stops the search, or if every rate fails.
+    Raises TrainError with several processes or if every rate fails, and StoppedError if a signal stops the search.
     """
     earlier = RunFolder(config.out).path / FILE
     if earlier.exists():
@@ -103,36 +102,45 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
     """Train one short run per rate, in a temporary folder."""
     never = 1 << 30
     short = config.replace(
-        find_lr=False, eval_every=never, save_every=never, patience=0, sample_tokens=0, track=[], compile=False
+        find_lr=False,
+        eval_every=never,
+        save_every=never,
+        patience=0,
+        sample_tokens=0,
+        track=[],
+        compile=False,
+        diverged="continue",
     )
     configs = {f"x{factor:g}": short.replace(out=str(folder / f"x{factor:g}")) for factor in FACTORS}
     jobs = set_up_together(configs)
+    jobs[0].task.check_together(jobs[0].model)
     for job, factor in zip(jobs, FACTORS, strict=True):
         job.rate = Choice(float(f"{job.rate.value * factor:.2g}"), f"{factor:g} times {job.rate.reason}")
         job.steps = min(job.steps, STEPS, max(LEAST, job.steps // SHARE))
         job.held_out = job.held_out[:HELD_OUT]
-    display = SweepProgress(progress.console, progress.quiet, title="lorakit train --find-lr")
+    display = SweepProgress(progress.console, progress.quiet, title="lorakit train --find-lr", before=progress.before)
     runs = [Run(job, display.display_of(job.adapter)) for job in jobs]
     loop = Loop(runs, ended=display.ended)
     with contextlib.closing(loop), contextlib.closing(display), catching_signals() as interrupt:
         display.start(runs, "none: these runs are temporary")
         loop.go(interrupt)
     if interrupt.signal and not all(run.ended for run in runs):
-        raise TrainError(
+        raise StoppedError(
             f"stopped by {interrupt.signal} during the search for a learning rate; nothing was saved\n"
-            "  start the run again"
+            "  start the run again",
+            interrupt.signal,
         )
     return leaderboard.entries(Sweep({"out": str(folder)}, (), configs), runs)
 
 
 def _table(tried: Sequence[Entry]) -> Table:
-    from rich.table import Table as RichTable
-
-    table = RichTable("learning rate", "held-out loss", "training loss")
-    for entry in sorted(tried, key=lambda e: e.learning_rate):
-        cells = [
+    rows = [
+        [
             f"{entry.learning_rate:g}",
-            *("" if x is None else f"{x:.4f}" for x in (entry.held_out_loss, entry.loss)),
+            "" if entry.held_out_loss is None else f"{entry.held_out_loss:.4f}",
+            "failed" if entry.failed else "" if entry.loss is None else f"{entry.loss:.4f}",
+            "best" if entry.place == 1 else "",
         ]
-        table.add_row(*cells[:-1], "failed" if entry.failed else cells[-1], style="bold" if entry.place == 1 else None)
-    return table
+        for entry in sorted(tried, key=lambda e: e.learning_rate)
+    ]
+    return Table("", ["learning rate", "held-out loss", "training loss", ""], rows)

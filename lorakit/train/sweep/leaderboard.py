@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ...analysis.tables import Table
 from ...data.dataset import fingerprint
 from ..setup import DATA_SETTINGS
 from .sweep_config import names, short
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..run import Run
     from .sweep_config import Sweep
 
@@ -132,31 +131,18 @@ def criterion(ranked: Sequence[Entry]) -> str:
 
 
 def table(ranked: Sequence[Entry], swept: Sequence[str], title: str = "") -> Table:
-    """Build the leaderboard for a console. `swept`: the settings that get a column."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    table = RichTable(title=title or None, title_justify="left")
+    """Build the leaderboard. `swept`: the settings that get a column."""
     grouped = len({entry.group for entry in ranked}) > 1
-    numeric = {
-        s: all(isinstance(e.settings[s], int | float) and not isinstance(e.settings[s], bool) for e in ranked)
-        for s in swept
-    }
-    table.add_column("", justify="right")
-    for setting in swept:
-        table.add_column(setting, justify="right" if numeric[setting] else "left", overflow="fold")
     noted = any(entry.stopped for entry in ranked)
-    for column in (
-        ["ranked within"] * grouped + ["held-out loss", "at step", "training loss", "trainable"] + [""] * noted
-    ):
-        table.add_column(column, justify="left" if column in ("", "ranked within") else "right")
+    heads = ["", *(setting.replace("_", "\n") for setting in swept), *(["ranked\nwithin"] * grouped)]
+    heads += ["held-out\nloss", "at\nstep", "training\nloss", "trainable", *[""] * noted]
+    rows = []
     for entry in ranked:
         notes = {"early": f"stopped early at {entry.step}", "failed": f"failed at step {entry.step + 1}", None: ""}
         cells = [str(entry.place or "-"), *(_shown(setting, entry) for setting in swept), *([entry.group] * grouped)]
         cells += [_loss(entry.held_out_loss), str(entry.best_step or ""), _loss(entry.loss), f"{entry.trainable:,}"]
-        cells += [notes.get(entry.stopped, f"stopped by {entry.stopped} at {entry.step}")] * noted
-        table.add_row(*map(Text, cells), style="bold" if entry.place == 1 else None)
-    return table
+        rows.append(cells + [notes.get(entry.stopped, f"stopped by {entry.stopped} at {entry.step}")] * noted)
+    return Table(title, heads, rows)
 
 
 def _shown(setting: str, entry: Entry) -> str:

@@ -49,12 +49,13 @@ NOT_SWEPT = {
     "keep": _ONE_FOLDER,
     "save_every": _ONE_FOLDER,
     "track": _ONE_FOLDER,
+    "diverged": _ONE_FOLDER,
     "sample_prompts": _ONE_FOLDER,
     "sample_tokens": _ONE_FOLDER,
     "find_lr": "the sweep itself compares learning rates",
 }
 _SHORT = {"learning_rate": "lr", "batch_size": "batch", "validation": "val"}
-_LONGEST_VALUE, _LONGEST_NAME = 40, 120  # characters in a folder's name
+_LONGEST_VALUE, _LONGEST_NAME = 40, 120  # bytes in a folder's name, of which file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def names(settings: Iterable[Mapping[str, Any]]) -> list[str]:
     result: list[str] = []
     for swept in settings:
         name = ",".join(f"{_SHORT.get(setting, setting)}={short(value)}" for setting, value in swept.items())
-        if len(name) > _LONGEST_NAME:
-            name = f"{name[:_LONGEST_NAME]}~{_digest(swept)}"
+        if (beginning := _beginning(name, _LONGEST_NAME)) != name:
+            name = f"{beginning}~{_digest(swept)}"
         if name in result:  # files of the same name in two folders, or long lists that begin alike
             name = f"{name}~{_digest(swept)}"
         result.append(name)
@@ -177,8 +178,14 @@ def short(value: Any) -> str:
         text = "+".join(f"{k}-{short(v)}" for k, v in value.items()) or "none"
     else:
         text = Path(value).stem if isinstance(value, str) and ("/" in value or Path(value).suffix) else str(value)
-    text = re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("._") or "_"
-    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "~"
+    text = re.sub(r"[^\w.+-]+", "_", text).strip("._") or "_"  # \w: letters of every script
+    beginning = _beginning(text, _LONGEST_VALUE)
+    return text if beginning == text else beginning + "~"
+
+
+def _beginning(text: str, limit: int) -> str:
+    """Return as much of the text as fits into `limit` bytes of UTF-8."""
+    return text.encode()[:limit].decode(errors="ignore")
 
 
 def _number(value: float) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...analysis.fonts import fonts_for
+from ...analysis.heatmap import literal
 from ...io.atomic import replacing
 from .leaderboard import Entry
 from .sweep_config import short
@@ -34,11 +36,15 @@ def plot(ranked: Sequence[Entry], swept: Sequence[str], path: Path, title: str) 
     wide = min(columns, 3)
     tall = -(-columns // wide)
     # No global state: matplotlib.pyplot would keep the figure, and choose a backend.
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    texts = [title, *swept, *(entry.name for entry in done), *(short(v) for e in done for v in e.settings.values())]
+    rc: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(rc), fonts_for(texts) as missing:
         figure = Figure(figsize=(5.2 * wide, 3.8 * tall), layout="constrained")
         FigureCanvasAgg(figure)
         axes = list(figure.subplots(tall, wide, squeeze=False).flat)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11)
+        if missing:
+            figure.supxlabel(missing, x=0.01, ha="left", fontsize=7)
         if curves:
             _curves(axes[0], done)
         for ax, setting in zip(axes[int(curves) :], panels):
@@ -52,6 +58,7 @@ def plot(ranked: Sequence[Entry], swept: Sequence[str], path: Path, title: str) 
 
 def _curves(ax: Axes, done: Sequence[Entry]) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     colours = colormaps["viridis"]
     for i, entry in reversed(list(enumerate(done))):  # the best on top
@@ -65,11 +72,12 @@ def _curves(ax: Axes, done: Sequence[Entry]) -> None:
             alpha=1 if i == 0 else 0.85,
             marker=".",
             markersize=4,
-            label=entry.name if i < MOST_NAMED else None,
+            label=literal(entry.name) if i < MOST_NAMED else None,
         )
     low, top = min(loss for e in done for _, loss in e.curve), max(e.curve[0][1] for e in done if e.curve)
     room = (top - low) or 1.0
     ax.set_ylim(low - 0.03 * room, top + 0.05 * room)  # a diverging run may leave the plot
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("step")
     ax.set_ylabel("held-out loss")
     handles, labels = ax.get_legend_handles_labels()
@@ -95,7 +103,9 @@ def _against(ax: Axes, done: Sequence[Entry], setting: str) -> None:
     if numeric and min(order) > 0 and max(order) / min(order) >= 4:
         ax.set_xscale("log")
     ax.set_xticks(
-        order if numeric else range(len(order)), [short(value) for value in order], rotation=0 if len(order) < 7 else 45
+        order if numeric else range(len(order)),
+        [literal(short(value)) for value in order],
+        rotation=0 if len(order) < 7 else 45,
     )
     ax.minorticks_off()
     ax.set_xlabel(setting)

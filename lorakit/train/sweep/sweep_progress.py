@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
+
+from ...analysis.tables import Table as NamedTable
+from ..bar import Bar
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -38,12 +40,17 @@ class RunDisplay:
 
 
 class SweepProgress:
-    """Displays a sweep on a console. `quiet`: display nothing."""
+    """Displays a sweep on a console. `quiet`: display nothing; `before`: called before the first output."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False, title: str = "lorakit sweep"):
-        self.console, self.quiet, self.title = console or Console(stderr=False), quiet, title
-        self._bar: RichProgress | None = None
-        self._task: Any = None
+    def __init__(
+        self,
+        console: Console | None = None,
+        quiet: bool = False,
+        title: str = "lorakit sweep",
+        before: Callable[[], None] = lambda: None,
+    ):
+        self.console, self.quiet, self.title, self.before = console or Console(stderr=False), quiet, title, before
+        self._bar: Bar | None = None
         self._done, self._all, self._active = 0, 0, 0
         self._weight, self._unit, self._since = 0, "tokens", time.perf_counter()
         self._best: tuple[float, str, int] | None = None
@@ -61,17 +68,14 @@ class SweepProgress:
         self._note_best(runs)
         if self.quiet:
             return
+        self.before()
         self.console.print(
             Panel(
                 Group(_shared(runs, folder), Text(), _listed(runs)), title=self.title, title_align="left", expand=False
             )
         )
         if self.console.is_terminal:
-            from ..progress import training_bar
-
-            self._bar = training_bar(self.console)
-            self._bar.start()
-            self._task = self._bar.add_task("steps", total=self._all, completed=self._done, facts="")
+            self._bar = Bar(self.console, "steps", self._all, self._done)
         self._since = time.perf_counter()
 
     def row(self, name: str, row: dict[str, Any]) -> None:
@@ -79,13 +83,15 @@ class SweepProgress:
         if "held_out_loss" in row:
             if self._best is None or row["held_out_loss"] < self._best[0]:
                 self._best = (row["held_out_loss"], name, row["step"])
+                if self._bar is not None:
+                    self._bar.update(self._done, self._facts())
             return
         self._done += 1
         self._weight += row[self._unit]
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, facts=self._facts())
+            self._bar.update(self._done, self._facts())
         elif self._done * LINES // self._all > (self._done - 1) * LINES // self._all:
-            self._say(f"{self._done:>6}/{self._all} steps  {self._facts()}")
+            self._say(f"{self._done:>6}/{self._all} steps  {'  '.join(self._facts())}")
 
     def ended(self, run: Run) -> None:
         """Show that a run ended, and subtract its remaining steps from the total."""
@@ -96,7 +102,7 @@ class SweepProgress:
         self._active -= 1
         self._all -= run.job.steps - run.step
         if self._bar is not None:
-            self._bar.update(self._task, total=self._all)
+            self._bar.set_total(self._all)
         if run.failed is not None:
             self._say(f"{name} failed: {run.failed}")
         elif run.step < run.job.steps:
@@ -118,10 +124,15 @@ class SweepProgress:
         ]
         self._best = min(best_losses, default=None)
 
-    def _facts(self) -> str:
+    def _facts(self) -> list[str]:
+        """What the bar's line says, the most important first."""
         speed = self._weight / max(1e-9, time.perf_counter() - self._since)
-        best = f"  best {self._best[1]}: {self._best[0]:.4f} at step {self._best[2]}" if self._best else ""
-        return f"{self._active} active runs  {speed:,.0f} trained {self._unit}/s{best}"
+        facts = [f"{self._active} active runs", f"{speed:,.0f} trained {self._unit}/s"]
+        if self._best:
+            loss, name, step = self._best
+            facts.insert(0, f"best {loss:.4f}")
+            facts.append(f"by {name} at step {step}")
+        return facts
 
     def _say(self, line: str) -> None:
         if not self.quiet:
@@ -152,24 +163,15 @@ def _shared(runs: Sequence[Run], folder: str) -> Table:
     return table
 
 
-def _listed(runs: Sequence[Run]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("run", "learning rate", "trainable", "batch", "steps", ""):
-        table.add_column(column, justify="left" if column in ("run", "") else "right")
+def _listed(runs: Sequence[Run]) -> Group:
+    rows = []
     for run in runs[:MOST_LISTED]:
         trainable = sum(p.numel() for p in run.parameters.values())
         status = (
             "failed" if run.failed else "finished" if run.ended else f"resuming at step {run.step}" if run.step else ""
         )
-        cells = [
-            run.job.adapter,
-            f"{run.job.rate.value:g}",
-            f"{trainable:,}",
-            str(run.config.batch_size),
-            f"{run.job.steps:,}",
-            status,
-        ]
-        table.add_row(*map(Text, cells))
-    if len(runs) > MOST_LISTED:
-        table.add_row(Text(f"and {len(runs) - MOST_LISTED} more"))
-    return table
+        figures = [f"{run.job.rate.value:g}", f"{trainable:,}", str(run.config.batch_size), f"{run.job.steps:,}"]
+        rows.append([run.job.adapter, *figures, status])
+    heads = ["run", "learning\nrate", "trainable", "batch", "steps", ""]
+    more = [Text(f"and {len(runs) - MOST_LISTED} more")] if len(runs) > MOST_LISTED else []
+    return Group(NamedTable("", heads, rows), *more)

@@ -110,6 +110,8 @@ def test_names_are_short_and_fit_for_folders_and_unlike_each_other():
     assert short({"q_proj": 4}) == "q_proj-4"
     assert (short(True), short(None), short([]), short("..")) == ("true", "none", "none", "_")
     assert (short(1e-4), short(12500.0), short(0.00025)) == ("1e-4", "12500", "2.5e-4")
+    assert names([{"data": "训练.jsonl"}, {"data": "数据.jsonl"}]) == ["data=训练", "data=数据"]
+    assert len(short("数" * 100).encode()) <= 41
     two = names([{"data": "a/rows.jsonl"}, {"data": "b/rows.jsonl"}])
     assert two[0] == "data=rows"
     assert two[1].startswith("data=rows~")

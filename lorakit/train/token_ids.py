@@ -1,0 +1,55 @@
+"""Look up the tokens of a run's settings in its tokenizer: `add_tokens`, and the words among `trainable_tokens`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..bases.vocabulary import tokens_of
+from ..config import LoraSettings, part
+from ..errors import ConfigError, did_you_mean
+from ..layers.token_targets import INPUT, OUTPUT
+from .config import TrainConfig
+
+
+def with_token_ids(config: TrainConfig, tokenizer: Any) -> TrainConfig:
+    """Return the config with ids for tokens, and with the added ones among those that are trained.
+
+    `tokenizer`: it knows `add_tokens` already. Raises ConfigError for a token it does not know.
+    """
+    own = part(config, LoraSettings).trainable_tokens
+    if not own and not config.add_tokens:
+        return config
+    trained: Any = (
+        {name: _ids(tokens, tokenizer) for name, tokens in own.items()}
+        if isinstance(own, dict)
+        else _ids(own, tokenizer)
+    )
+    tokens = tokens_of(config.add_tokens)
+    if tokens:
+        added = _ids(tokens, tokenizer)
+        every = list(trained.values()) if isinstance(trained, dict) else [trained]
+        # Where they are named already (a resumed run, or one that starts from an adapter), nothing is added.
+        if not (isinstance(trained, dict) and every and all(set(added) <= set(ids) for ids in every)):
+            named = dict(trained) if isinstance(trained, dict) else {INPUT: trained}
+            trained = named | {name: _sorted([*named.get(name, []), *added]) for name in (INPUT, OUTPUT)}
+    return config.replace(trainable_tokens=trained, add_tokens=tokens)
+
+
+def _ids(tokens: Sequence[int | str], tokenizer: Any) -> list[int]:
+    found = []
+    for token in tokens:
+        if isinstance(token, str):
+            known = tokenizer.get_vocab()
+            if token not in known:
+                raise ConfigError(
+                    f"trainable_tokens: the tokenizer has no token {token!r}{did_you_mean(token, known)}\n"
+                    "  add it: --add-tokens"
+                )
+            token = known[token]
+        found.append(token)
+    return _sorted(found)
+
+
+def _sorted(ids: Sequence[int]) -> list[int]:
+    return sorted(set(ids))
