@@ -7,6 +7,7 @@ otherwise (`weight: 0`, `train: false`) and one that opens the conversation: it 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,7 +82,7 @@ def _message(turn: object, key: str, row: Row) -> Message:
         raise DataError(
             f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}"
         )
-    openai = "from" not in turn or {"role", "content"} <= turn.keys()
+    openai = turn.get("from") is None or (turn.get("role") is not None and "content" in turn)
     role_key, content_key = ("role", "content") if openai else ("from", "value")
     given_role = turn.get(role_key)
     if not isinstance(given_role, str) or given_role not in ROLES:
@@ -105,7 +106,9 @@ def _message(turn: object, key: str, row: Row) -> Message:
         else:
             others, content = others | {"tool_calls": calls}, None
     others = tool_calls.checked(others, role, key, row)
-    text = "" if content is None and others.get("tool_calls") else _text_of(content, f"{key}.{content_key}", row)
+    is_object = role == "tool" and isinstance(content, dict)  # a result as the tool gave it
+    shown = json.dumps(content, ensure_ascii=False) if is_object else content
+    text = "" if content is None and others.get("tool_calls") else _text_of(shown, f"{key}.{content_key}", row)
     if trained and not (text.strip() or others.get("tool_calls") or other_parts(content)):
         raise DataError(
             f"{row.where}: {key}: the assistant's turn is empty, which would train the model to say nothing\n"
