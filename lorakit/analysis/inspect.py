@@ -38,6 +38,7 @@ __all__ = [
 
 # Kinds of update that are not LoRA, as one calls them.
 KINDS = {"loha": "LoHa", "lokr": "LoKr", "dense": "dense", "tokens": "tokens"}
+LONGEST = 100  # characters of a recorded text, such as a chat template, that are shown in full
 # The quantities a heat map can show, and their titles.
 QUANTITIES = {
     "norm": "‖ΔW‖",
@@ -189,9 +190,13 @@ class AdapterFacts:
 
 
 def _brief(value: Any) -> str:
-    """Format a value for reading: numbers with six digits, a hash by its beginning. `--json` has all of it."""
+    """Format a value for reading: numbers with six digits, a hash or a long text by its beginning. `--json` has all of
+    it.
+    """
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"{value[:40]}… ({len(value):,} characters)"
     return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
