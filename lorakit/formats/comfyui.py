@@ -24,11 +24,12 @@ from ..errors import AdapterError, listing
 from ..io.tensors import write_tensors
 from . import kohya, names
 from .diffusers import read
+from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, written
 from .spellings import NATIVE
 from .unheld import beside_updates
 
-__all__ = ["losses", "read", "write", "write_as_read"]
+__all__ = ["FORMAT", "losses", "read", "write", "write_as_read"]
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
 
@@ -125,3 +126,25 @@ def _named(adapter: Adapter, spelling: Mapping[str, Any]) -> list[tuple[str, Upd
         assert update is not None
         found.append((place.key, update, names.shapes(model)[place.modules[0]]))
     return found
+
+
+class Comfyui(Format):
+    """ComfyUI's file, behind the interface of all formats. A file of it is detected as diffusers', which reads both."""
+
+    name = "comfyui"
+    tells_model = True
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(*self.tensors_in(path), options.model_type)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write_as_read(adapter, path, options.spelling or COMFYUI)
+
+    def holds(self, spelling: Mapping[str, Any]) -> bool:
+        return "prefix" not in spelling
+
+
+FORMAT = Comfyui()
