@@ -106,8 +106,8 @@ class Biased(Update):
 
     # ΔW on a stored weight
 
-    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
-        return self.inner.layout(shape, turned, conv1d)
+    def layout(self, shape: tuple[int, ...], file_transposed: bool = False, conv1d: bool = False) -> bool | None:
+        return self.inner.layout(shape, file_transposed, conv1d)
 
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None

@@ -93,7 +93,7 @@ class Tokens(Update):
 
     # ΔW on a stored weight
 
-    def layout(self, shape: tuple[int, ...], turned: bool = False, conv1d: bool = False) -> bool | None:
+    def layout(self, shape: tuple[int, ...], file_transposed: bool = False, conv1d: bool = False) -> bool | None:
         """A weight [vocab, dim] is transposed for an embedding, whose ids are inputs; [dim, vocab] for a linear."""
         dim, last = self.weight.shape[1], self.ids[-1]
         if len(shape) != 2:

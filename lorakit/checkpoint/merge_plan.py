@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.tokens import Tokens
 from ..errors import TargetError, listing
 from ..io.stream import DTYPES, MERGEABLE, NAMES, Slot
 from ..ops.delta import as_matrices
@@ -156,8 +157,15 @@ def _same_change(changes: Changes, group: list[str]) -> bool:
     found = [change for n in group for changed in changes.updates.get(n, {}).values() for change in changed]
     if len(found) != len(group) or any(n in changes.values for n in group):
         return False
-    if all(change.update is found[0].update and change.weight == found[0].weight for change in found):
-        return True  # trained tokens
+    first = found[0]
+    if isinstance(first.update, Tokens):
+        return all(
+            isinstance(c.update, Tokens)
+            and c.update.ids == first.update.ids
+            and torch.equal(c.update.weight, first.update.weight)
+            and c.weight == first.weight
+            for c in found
+        )
     halves = []
     for change in found:
         f = change.update.factors

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 from lorakit.data.templates import ChatOptions, Style, reads_date
+from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorakit.data.dataset import Dataset
@@ -39,10 +40,14 @@ class ChatRecord:
         style, template, kwargs, date, ends = (
             about.get(name) for name in ("template", "chat_template", "chat_template_kwargs", "date", "end_tokens")
         )
+        try:
+            options = ChatOptions(kwargs if isinstance(kwargs, dict) else {}, date if isinstance(date, str) else None)
+        except ConfigError:
+            options = ChatOptions()
         return cls(
             style if style in get_args(Style) else None,
             template if isinstance(template, str) else None,
-            ChatOptions(kwargs if isinstance(kwargs, dict) else {}, date if isinstance(date, str) else None),
+            options,
             tuple(token for token in ends if isinstance(token, str)) if isinstance(ends, list) else (),
         )
 

@@ -4,6 +4,7 @@
     arguments    an object, or JSON text           of a tool call; the wrong one is rejected or quoted twice
     tools        with or without the "function" level
     no content   the key left out, or ""           of a turn that only calls tools
+    results      an object, or JSON text           of a tool, where the data has an object
     ids          of calls and results              Mistral's templates reject calls without, and ids of other lengths
     reasoning    a key, or a part of the content   the key is what most templates read
 
@@ -61,6 +62,8 @@ class TemplateForms:
                 turn["content"] = [{"type": "text", "text": content}]
         elif isinstance(content, list):
             turn |= self._of_parts(message, content, where)
+        elif isinstance(content, dict) and not self._takes_result_objects:
+            turn["content"] = self._as_content(message.content)
         elif turn.get("tool_calls") and not self._takes_no_content:
             turn["content"] = self._as_content("")
         reasoning = next((turn[key] for key in REASONING if key in turn), None)
@@ -215,6 +218,14 @@ class TemplateForms:
         turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
         without = {**turn, "tool_calls": [{k: v for k, v in turn["tool_calls"][0].items() if k != "id"}]}
         return self._try([self._user, without], [TOOL]) is None and self._try([self._user, turn], [TOOL]) is not None
+
+    @cached_property
+    def _takes_result_objects(self) -> bool:
+        turn = self._calling(ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS))
+        text = self._try(
+            [self._user, turn, {"role": "tool", "tool_call_id": CALL_ID, "content": {"sky": RESULT}}], [TOOL]
+        )
+        return text is not None and RESULT in text and str({"sky": RESULT}) not in text
 
     @cached_property
     def _takes_no_content(self) -> bool:

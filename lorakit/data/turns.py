@@ -7,6 +7,7 @@ otherwise (`weight: 0`, `train: false`) and one that opens the conversation: it 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,14 +82,14 @@ def _message(turn: object, key: str, row: Row) -> Message:
         raise DataError(
             f"{row.where}: {key} is expected to be an object with role and content, not {type(turn).__name__}"
         )
-    openai = "from" not in turn or {"role", "content"} <= turn.keys()
+    openai = turn.get("from") is None or (turn.get("role") is not None and "content" in turn)
     role_key, content_key = ("role", "content") if openai else ("from", "value")
     given_role = turn.get(role_key)
     if not isinstance(given_role, str) or given_role not in ROLES:
         known = ", ".join(ROLES)
         hint = did_you_mean(given_role, ROLES) if isinstance(given_role, str) else ""
         raise DataError(f"{row.where}: {key}: unknown {role_key} {given_role!r}{hint}\n  known: {known}")
-    role, content = ROLES[given_role], turn.get(content_key)
+    role, content = ROLES[given_role], _without_nulls(turn.get(content_key))
     # Parquet files and datasets fill every key that one turn of the data has with nulls in all the others.
     others = {name: value for name, value in turn.items() if value is not None and name not in (role_key, content_key)}
     if not openai and others.keys() & {"role", "content"}:
@@ -105,7 +106,9 @@ def _message(turn: object, key: str, row: Row) -> Message:
         else:
             others, content = others | {"tool_calls": calls}, None
     others = tool_calls.checked(others, role, key, row)
-    text = "" if content is None and others.get("tool_calls") else _text_of(content, f"{key}.{content_key}", row)
+    is_object = role == "tool" and isinstance(content, dict)  # a result as the tool gave it
+    shown = json.dumps(content, ensure_ascii=False) if is_object else content
+    text = "" if content is None and others.get("tool_calls") else _text_of(shown, f"{key}.{content_key}", row)
     if trained and not (text.strip() or others.get("tool_calls") or other_parts(content)):
         raise DataError(
             f"{row.where}: {key}: the assistant's turn is empty, which would train the model to say nothing\n"
@@ -165,6 +168,18 @@ def _text_of(content: object, key: str, row: Row) -> str:
         if is_text(part):
             texts.append(string(part["text"], f"{key}[{index}].text", row))
     return "".join(texts)
+
+
+def _without_nulls(content: object) -> object:
+    """Return a content whose parts have no nulls: some templates take a part with the key "image_url" for an image."""
+    if not isinstance(content, list):
+        return content
+    return [
+        {name: value for name, value in part.items() if value is not None or (name == "text" and is_text(part))}
+        if isinstance(part, dict)
+        else part
+        for part in content
+    ]
 
 
 def is_text(part: object) -> bool:

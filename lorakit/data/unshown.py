@@ -17,7 +17,10 @@ from lorakit.data.turns import Message, is_text
 from lorakit.errors import DataError
 
 PROMPT_END = 40  # characters
-OTHER_ID = "other0001"  # of a form that every template takes
+OTHERS = {  # of a form that every template takes
+    "tool_call_id": "other0001",
+    "tool_calls": [{"type": "function", "function": {"name": "another", "arguments": {"other": "another"}}}],
+}
 AFTER_LAST = "turns after the last trained answer are not used"
 CHANGED = "the chat template leaves out part of an answer's content"
 CALL_ALONE = "the chat template writes the tool calls of a turn without its content"
@@ -105,6 +108,8 @@ class Unshown:
                         f"{where}: the chat template does not show the content of a {message.role} turn\n{FIX}"
                     )
                 notes.append("the chat template does not show the system turn")
+            elif message.role != "tool":  # templates write results as JSON, which may look otherwise
+                notes.append(f"the chat template changes the content of {message.role} turns")
         return notes
 
     def _check_parts(self, messages: Sequence[Message], index: int, write: Writer, rendered: str, where: str) -> None:
@@ -116,8 +121,9 @@ class Unshown:
             if is_text(part):
                 continue
             nothing = {"type": "text", "text": ""}  # in its place, as templates may need a part
-            fewer = _with(messages[index], "content", [nothing if i == at else p for i, p in enumerate(content)])
-            if _is_same(write, [fewer if i == index else m for i, m in enumerate(messages)], rendered):
+            rests = ([*content[:at], *content[at + 1 :]], [*content[:at], nothing, *content[at + 1 :]])
+            fewer = [_with(messages[index], "content", rest) for rest in rests]
+            if any(_is_same(write, [*messages[:index], turn, *messages[index + 1 :]], rendered) for turn in fewer):
                 raise DataError(
                     f"{where}: the chat template does not show a part of type {part.get('type')} of a "
                     f"{messages[index].role} turn's content\n{FIX}"
@@ -149,14 +155,10 @@ def _hidden(key: str, role: str, where: str) -> str:
 
 
 def _without(message: Message, key: str) -> Message:
-    """The turn without a key. One that only calls tools then has an empty content: it must have something.
-
-    An id of a call is exchanged instead, as templates that need ids are given the missing ones.
+    """The turn without a key. Calls and ids are exchanged instead: a turn without calls must have a content, and
+    templates that need ids are given the missing ones.
     """
-    if key == "tool_call_id":
-        return _with(message, key, OTHER_ID)
-    rest = message.without(key)
-    return rest if "content" in rest.given or key != "tool_calls" else _with(rest, "content", "")
+    return _with(message, key, OTHERS[key]) if key in OTHERS else message.without(key)
 
 
 def _with(message: Message, key: str, value: object) -> Message:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -89,6 +89,21 @@ def _ids(tokens: Tokens) -> tuple[int, ...]:
     if ids and ids[0] < 0:
         raise ConfigError(f"trainable_tokens: a token id is 0 or more (got {ids[0]})")
     return ids
+
+
+def repeated(modules: Mapping[str, nn.Module], same: Callable[[str, str], bool]) -> set[str]:
+    """Return the modules that repeat the tokens of another one, with which they share the weight: tied embeddings.
+
+    `modules`: those whose tokens are trained; `same`: whether two of them, by name, train the same tokens alike.
+    """
+    ordered = sorted(modules, key=lambda name: not isinstance(modules[name], nn.Embedding))
+    found: set[str] = set()
+    for position, name in enumerate(ordered):
+        weight = modules[name]._parameters.get("weight")
+        for other in ordered[:position]:
+            if weight is not None and modules[other]._parameters.get("weight") is weight and same(other, name):
+                found.add(name)
+    return found
 
 
 def sharing(model: nn.Module, modules: Mapping[str, nn.Module], trained: Mapping[str, object]) -> dict[str, str]:

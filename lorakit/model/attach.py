@@ -21,7 +21,7 @@ from ..layers.fused import attention, fused
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
 from ..layers.targets import check_adaptable, find_targets, module_names, shortest_endings, with_head
-from ..layers.token_targets import sharing, token_modules, tokens_of, variant_of
+from ..layers.token_targets import repeated, sharing, token_modules, tokens_of, variant_of
 from ..layers.updates.update import LiveUpdate, live
 from . import save_pretrained
 from .activate import set_active, use_saved
@@ -131,6 +131,9 @@ class _Plan:
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     config = with_head(model, config)
     tokens = token_modules(model, config)
+    names = module_names(model)
+    for m in repeated({m: names[m] for m in tokens}, lambda a, b: tokens[a] == tokens[b]):
+        del tokens[m]
     if tokens:
         config = config.replace(trainable_tokens={m: list(ids) for m, ids in tokens.items()})
     targets = find_targets(model, config)
@@ -141,7 +144,6 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
             f"'{both[0]}' has trainable_tokens, and is adapted or saved in full too (LoraConfig)\n"
             "  name it in one of trainable_tokens, targets and save_modules"
         )
-    names = module_names(model)
     modules = {**targets.modules, **{m: names[m] for m in tokens}}
     check_adaptable(names, {m: names[m] for m in tokens})
     metadata = {"fingerprint": fingerprint(base_weights(model), architecture_of(model))}
@@ -154,7 +156,14 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     check_base(model, adapter, force)
     modules, skipped = modules_for(model, adapter, strict)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
-    rows = {m: list(u.ids) for m, u in adapter.updates.items() if isinstance(u, Tokens) and m in modules}
+    tokens = {m: u for m, u in adapter.updates.items() if isinstance(u, Tokens) and m in modules}
+
+    def same(a: str, b: str) -> bool:
+        return tokens[a].ids == tokens[b].ids and torch.equal(tokens[a].weight, tokens[b].weight)
+
+    for m in repeated({m: modules[m] for m in tokens}, same):  # PEFT writes both, and so would they part in training
+        del modules[m], tokens[m]
+    rows = {m: list(u.ids) for m, u in tokens.items()}
     config = adapter.config.replace(trainable_tokens=rows)
     twins = _twins(model, modules, config)
     return _Plan(config, adapter.metadata, modules, values, skipped, adapter.updates, twins)

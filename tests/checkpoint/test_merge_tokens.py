@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_lm
@@ -77,3 +78,16 @@ def test_two_adapters_with_tokens_of_one_embedding_are_refused(base, tmp_path):
     assert any(isinstance(update, Tokens) for update in adapter.updates.values())
     with pytest.raises(AdapterError, match="has trained tokens in one of the adapters"):
         merge_checkpoint(base, [adapter, adapter], tmp_path / "merged")
+
+
+def test_an_adapter_that_has_the_rows_of_a_tied_weight_twice_keeps_it_tied(tmp_path):
+    """As PEFT writes them on a base that was resized."""
+    base = tiny_lm.save(tmp_path / "base", tiny_lm.llama(tied=True))
+    model = trained(base, [5, 9])
+    adapter = lk.capture(model)
+    rows = adapter.updates["model.embed_tokens"]
+    twice = replace(adapter, updates={**adapter.updates, "lm_head": replace(rows, weight=rows.weight.clone())})
+    merge_checkpoint(base, twice, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-4)

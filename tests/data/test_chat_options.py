@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lorakit.bases.load import end_tokens, load_tokenizer
+from lorakit.data.chat_record import ChatRecord
 from lorakit.data.dataset import build, split
 from lorakit.data.render import EACH_ANSWER, Renderer, question_ids
 from lorakit.data.shapes import read_examples
@@ -208,3 +209,12 @@ def test_named_templates_without_a_default_are_named(rows, make_tokenizer, templ
     assert build(rows(talk | {"tools": [{"name": "add"}]}), tokenizer, options=ChatOptions(date=date)).items
     with pytest.raises(DataError, match=r"row 1: .*multiple chat templates with no default"):
         build(rows(talk), tokenizer, options=ChatOptions(date=date))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"date": "tomorrow"}, {"chat_template_kwargs": {"tokenize": True}}, {"date": 3, "chat_template_kwargs": [1]}],
+)
+def test_a_record_that_is_not_as_we_write_it_is_left_out(data):
+    record = ChatRecord.of({"data": {"template": "chat", "chat_template": "{{ messages }}", **data}})
+    assert record == ChatRecord("chat", "{{ messages }}")

@@ -93,3 +93,40 @@ def test_a_part_that_a_template_of_texts_cannot_take_is_named(rows, chatml_token
     content = [{"type": "text", "text": "world"}, {"type": "tool_use", "name": "add", "input": {}}]
     with pytest.raises(DataError, match=r"row 1: the chat template takes text only, .* a part of type tool_use"):
         trained_of(rows, chatml_tokenizer, [USER, ANSWER | {"content": content}])
+
+
+def test_nulls_of_parts_do_not_reach_the_template(rows, make_tokenizer):
+    """Parquet and datasets fill them in; Qwen3.5's template takes a part that has the key for an image."""
+    t = make_tokenizer(
+        template="{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ '<image>' if 'image_url' in p else p.text }}{% endfor %}{% endif %}\n{% endfor %}"
+    )
+    part = {"type": "text", "text": "hello", "image_url": None}
+    row = row_of(rows, t, [USER | {"content": [part]}, ANSWER])
+    assert t.decode(row.ids).startswith("user: hello")
+    with pytest.raises(DataError, match=r"messages\[0\]\.content\[0\]\.text is expected to be text"):
+        row_of(rows, t, [USER | {"content": [part | {"text": None}]}, ANSWER])
+
+
+def test_a_template_that_writes_the_first_part_only_does_not_hide_the_others(rows, make_tokenizer):
+    t = make_tokenizer(  # as Mistral Small's
+        template="{% for m in messages %}{{ m.role }}: {{ m.content if m.content is string else m.content[0].text }}\n"
+        "{% endfor %}"
+    )
+    content = [{"type": "thinking", "thinking": "two"}, {"type": "text", "text": "world"}]
+    with pytest.raises(DataError, match="does not show a part of type thinking"):
+        row_of(rows, t, [USER, ANSWER | {"content": content}])
+    two = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert row_of(rows, t, [USER | {"content": two}, ANSWER]).notes == (
+        "the chat template changes the content of user turns",
+    )
+
+
+def test_a_call_is_hidden_although_the_template_tells_no_content_from_an_empty_one(rows, make_tokenizer):
+    t = make_tokenizer(  # as LLaVA's
+        template="{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }} {% endif %}\n"
+        "{% endfor %}"
+    )
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    with pytest.raises(DataError, match="row 1: the chat template does not show tool_calls of a turn"):
+        row_of(rows, t, [USER, turn, {"role": "tool", "content": "1"}, ANSWER])

@@ -208,6 +208,14 @@ def test_ids_of_a_form_that_the_template_rejects_are_numbered_anew_and_noted(row
     assert row.notes == ()
 
 
+@pytest.mark.parametrize("written", ["m.content | tojson", "m.content"])
+def test_a_result_that_is_an_object_is_written_as_json(rows, make_tokenizer, written):
+    t = make_tokenizer(template=CALLS.replace("m.content or ''", f"{written} if m.role == 'tool' else m.content or ''"))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    (row,) = Renderer(t).rows(example_of(rows, [USER, call, {"role": "tool", "content": {"sum": "ä"}}, LAST]))
+    assert '<|im_start|>tool\n{"sum": "ä"}<|im_end|>' in t.decode(row.ids)
+
+
 def test_a_call_that_leaves_nothing_but_an_end_to_train_is_an_error(rows, make_tokenizer):
     """A template without calls writes an empty turn, to which the end token would be added."""
     t = make_tokenizer(template="{% for m in messages %}{{ m.role }}: {{ m.content or '' }}\n{% endfor %}")
@@ -354,6 +362,8 @@ def test_turns_with_the_keys_of_both_forms(rows, chatml_tokenizer):
         f"the chat template does not show '{key}' of {role} turns"
         for key, role in (("from", "assistant"), ("from", "user"), ("value", "assistant"))
     ]
+    filled = [USER | {"from": None, "value": None}, {"from": "gpt", "value": "b", "role": None, "content": None}]
+    assert [m.content for m in example_of(rows, filled).messages] == ["hello", "b"]
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "content": "c"}]
     with pytest.raises(DataError, match=r"conversations\[1\] has from and value, but also content"):
         read_examples(rows({"conversations": turns}))

@@ -179,3 +179,41 @@ def test_other_formats_say_that_they_cannot_hold_them(tmp_path):
     adapter = lk.capture(lk.attach(build("untied"), lk.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens=[1, 2])))
     with pytest.raises(AdapterError, match=r"trained tokens of model\.embed_tokens"):
         adapter.save(tmp_path / "mlx", "mlx")
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_an_adapter_of_pefts_on_a_resized_base_keeps_its_tying(kind, tmp_path):
+    """With a resized base PEFT also writes frozen weights, and of tied embeddings the same rows twice."""
+    build(kind).save_pretrained(tmp_path / "base")
+
+    def resized():
+        model = type(build(kind)).from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        model.resize_token_embeddings(tiny.VOCAB + 3)
+        return model.eval()
+
+    new = [tiny.VOCAB, tiny.VOCAB + 2]
+    model = peft.get_peft_model(
+        resized(), peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=new, task_type="CAUSAL_LM")
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(tmp_path / "theirs")
+    ours = lk.attach(resized(), lk.Adapter.load(tmp_path / "theirs"), trainable=True)
+    batch = torch.tensor([[new[0], 3, new[1], 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch).logits, model(batch).logits, atol=1e-5, rtol=1e-4)
+    trained = [name for name, p in ours.named_parameters() if p.requires_grad and p.shape[0] == 2 and "embed" in name]
+    assert len(trained) == 1
+    assert not any("lm_head.lora_default" in name for name, _ in ours.named_parameters())
+    if kind == "tied":
+        lk.merge(ours)
+        assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+
+
+def test_naming_both_ends_of_a_tied_weight_trains_one_set_of_rows():
+    both = {"lm_head": [1, 2], "embed_tokens": [1, 2]}
+    model = lk.attach(build("tied"), lk.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens=both))
+    assert [m for m, u in lk.capture(model).updates.items() if isinstance(u, Tokens)] == ["model.embed_tokens"]
