@@ -29,7 +29,7 @@ from .native import COMFYUI, written
 from .spellings import NATIVE
 from .unheld import beside_updates
 
-__all__ = ["FORMAT", "losses", "read", "write", "write_as_read"]
+__all__ = ["FORMAT", "losses", "read", "write_as_read"]
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
 
@@ -38,14 +38,9 @@ def losses(adapter: Adapter) -> list[str]:
     return _losses(adapter, COMFYUI)
 
 
-def write(adapter: Adapter, path: Path) -> Path:
-    """Write a `.safetensors` file as ComfyUI names things. AdapterError if anything of the adapter would be lost."""
-    return write_as_read(adapter, path, COMFYUI)
-
-
 def write_as_read(adapter: Adapter, path: Path, spelling: Mapping[str, Any]) -> Path:
-    """Write a `.safetensors` file in this spelling (`Adapter.metadata["spelling"]`). AdapterError if anything of the
-    adapter would be lost.
+    """Write a `.safetensors` file in this spelling: `native.COMFYUI`, or `Adapter.metadata["spelling"]`. AdapterError
+    if anything of the adapter would be lost.
     """
     lost = _losses(adapter.check(), spelling)
     if lost:

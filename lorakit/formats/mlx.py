@@ -262,10 +262,11 @@ class Mlx(Format):
     files = (WEIGHTS, NPZ)
 
     def owns(self, path: Path) -> bool:
-        if not (path / CONFIG).is_file() or not is_mlx_config(read_json(path / CONFIG)):
-            return False
+        if is_mlx(path):
+            return True
         # A config alone counts, unless another format's file is there: reading it reports the missing tensors.
-        return weights_in(path).is_file() or not (path / DIFFUSERS_FILE).is_file()
+        alone = (path / CONFIG).is_file() and not (path / DIFFUSERS_FILE).is_file()
+        return alone and is_mlx_config(read_json(path / CONFIG))
 
     def fits(self, path: Path, keys: Sequence[str]) -> bool:
         return fits(keys)
