@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from .checks import check_tensors, multiplied, wide
 from .lora import FactorShapes
-from .update import Read, Rows, Update, as_matrix_shape
+from .update import Read, Rows, Update, as_matrix_shape, halves_swapped
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,11 @@ class Dense(Update):
         if self.weight is None:
             raise AdapterError("this update changes a bias only: it has no ΔW")
         return self.weight
+
+
+def with_halves_swapped(update: Update) -> Update:
+    """Return the same update for a weight stored with the second half of its rows first: of its own kind, or dense
+    where the kind's tensors cannot express it. Raises AdapterError if it must be dense and ΔW depends on the weight.
+    """
+    own = update.halves_swapped()
+    return Dense(halves_swapped(update.delta())) if own is None else own

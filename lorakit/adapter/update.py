@@ -231,13 +231,13 @@ class Update(ABC):
         """Return low-rank factors with exactly this ΔW, which can be cut at any output; None if the kind has none."""
         return None
 
-    def halves_swapped(self) -> Update:
-        """Return the same update for a weight stored with the second half of its rows first."""
-        from .dense import Dense
-
+    def halves_swapped(self) -> Update | None:
+        """Return the same update for a weight stored with the second half of its rows first; None if the kind's
+        tensors cannot express it (`dense.with_halves_swapped` always can).
+        """
         outputs = self.output_tensors()
         if outputs is None or (self.sizes[0] // 2) % self.output_block:
-            return Dense(halves_swapped(self.delta()))
+            return None
         return self.map(lambda name, t: halves_swapped(t) if name in outputs else t)
 
 

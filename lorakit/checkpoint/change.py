@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..adapter.dense import Dense
+from ..adapter.dense import Dense, with_halves_swapped
 from ..adapter.update import Rows, Update
 from ..errors import AdapterError, LorakitError
 from ..io.stream import MERGEABLE, Slot
@@ -38,7 +38,7 @@ class Change:
 
     def on(self, slot: Slot) -> Rows:
         """Compute ΔW by blocks of rows of this stored weight."""
-        update = self.update.halves_swapped() if self.swapped else self.update
+        update = with_halves_swapped(self.update) if self.swapped else self.update
         return update.rows(slot.shape, self.transposed, self.weight, slot.rows)
 
 

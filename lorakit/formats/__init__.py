@@ -1,4 +1,4 @@
-"""Read and write adapters: one file for each format, with `read`, `losses` and `write`. This file detects the format.
+"""Read and write adapters: one file for each format, found by its name. This file detects the format.
 
 The format is detected from the content: a file's first bytes, its tensors' names, a folder's config. Nothing that is
 read is executed: safetensors, GGUF, or pickles through torch's `weights_only=True`.
@@ -7,6 +7,8 @@ read is executed: safetensors, GGUF, or pickles through torch's `weights_only=Tr
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +18,34 @@ if TYPE_CHECKING:
     import torch
 
     from ..adapter.adapter import Adapter
+    from .format import Format, ReadOptions
+
+    FOLDERS: tuple[str, ...]  # written as a folder with a config and the tensors; the others are one file
+    TAKES_ALPHA: tuple[str, ...]  # their files may lack alpha: the caller gives it
+    TELLS_MODEL: tuple[str, ...]  # of diffusion models, told by names and widths or `model_type`
 
 FORMATS = ("peft", "loralib", "kohya", "diffusers", "comfyui", "cloneofsimo", "mlx", "gguf")
-FOLDERS = ("peft", "mlx")  # written as a folder with a config and the tensors; the others are one file
-TAKES_ALPHA = ("loralib", "mlx")  # loralib's files, and old ones of MLX, do not hold alpha: the caller gives it
-TELLS_MODEL = ("kohya", "diffusers", "comfyui")  # of diffusion models, told by names and widths or `model_type`
+# In the order in which they are asked whether a path is theirs. A file of ComfyUI's is read as diffusers'.
+DETECTED = ("peft", "gguf", "kohya", "cloneofsimo", "mlx", "diffusers", "loralib")
+_TRAITS = {"FOLDERS": "is_folder", "TAKES_ALPHA": "takes_alpha", "TELLS_MODEL": "tells_model"}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> tuple[str, ...]:
+        """Return the formats that say so of themselves; lazily, because their files import torch."""
+        if name not in _TRAITS:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        return tuple(format for format in FORMATS if getattr(format_named(format), _TRAITS[name]))
+
+
+def format_named(name: str) -> Format:
+    """Return the format of this name: `FORMAT` of the module `formats/<name>.py`. AdapterError if there is none."""
+    if name not in FORMATS:
+        raise AdapterError(
+            f"unknown adapter format '{name}'{did_you_mean(name, FORMATS)}\n  known: {', '.join(FORMATS)}"
+        )
+    found: Format = import_module(f".{name}", __name__).FORMAT
+    return found
 
 
 def load(
@@ -43,39 +68,14 @@ def load(
 
     Raises AdapterError for anything that is not a valid adapter; sizes are checked before memory is allocated.
     """
-    from . import mlx
-    from .inside import renamed
-    from .wrappers import read_unwrapped
+    from .format import ReadOptions
 
-    if format is not None and format not in FORMATS:
-        raise _unknown(format)
+    named = None if format is None else format_named(format)
     path = find(source, revision)
-    format = format or format_of(path)
-    reader = _module(format)
-    if alpha is not None and format not in TAKES_ALPHA:
-        raise AdapterError(f"{path} is a {format} adapter, which holds its alpha\n  leave out alpha (--alpha)")
-    if packed is not None and format != "loralib":
-        raise AdapterError(
-            f"{path} is a {format} adapter, and packed is for loralib's MergedLinear\n  leave out packed"
-        )
-    if model_type is not None:
-        _check_model_type(model_type)
-    if format == "peft":
-        return reader.read(path)
-    if format == "loralib":
-        return reader.read(path, alpha, packed)
-    if format == "gguf":
-        return reader.read(path, base)
-    if format == "cloneofsimo":
-        return reader.load(path)
-    file = _inside(path, format)
-    if not file.exists():
-        lies = renamed(path, file.stem, (".safetensors", ".npz"))
-        raise AdapterError(
-            f"{path}: {file.name} cannot be read: it is not there" + (lies or f"\n  put that file beside {mlx.CONFIG}")
-        )
-    tensors, header = read_unwrapped(file)
-    return reader.read(file, tensors, header, alpha if format == "mlx" else model_type)
+    named = named or format_named(format_of(path))
+    options = ReadOptions(alpha, packed, base, model_type)
+    _refuse(named, path, options)
+    return named.read(path, options)
 
 
 def save(
@@ -96,19 +96,19 @@ def save(
     """
     from ..adapter.algebra.edit import cast
     from ..io.staging import staged
-    from .peft_experts import misread, note
+    from .format import WriteOptions
 
-    path, blocks = Path(path).expanduser(), "q8_0" if dtype == "q8_0" else None
-    if blocks is not None and format != "gguf":
+    named, path = format_named(format), Path(path).expanduser()
+    options = WriteOptions(base, "q8_0" if dtype == "q8_0" else None)
+    if options.blocks is not None and not named.takes_blocks:
         raise AdapterError(f"q8_0 is a type of GGUF's tensors, which {format} does not have\n  give bf16, fp16 or fp32")
-    if isinstance(dtype, str) and blocks is None:
+    if isinstance(dtype, str) and options.blocks is None:
         raise AdapterError(f"dtype is '{dtype}'; expected a torch dtype, or 'q8_0' for gguf")
     adapter = adapter if dtype is None or isinstance(dtype, str) else cast(adapter, dtype)
-    if format == "peft" and (said := note(misread(adapter), len(adapter.updates))) is not None:
+    if (said := named.note(adapter)) is not None:
         warnings.warn(f"{path}: {said}", LorakitWarning, stacklevel=2)
-    module = _module(format)
-    with staged(path, stale(format, path)) as target:
-        written = module.write(adapter, target, base, blocks) if format == "gguf" else module.write(adapter, target)
+    with staged(path, named.stale(path)) as target:
+        written = named.write(adapter, target, options)
     return path / written.relative_to(target)
 
 
@@ -116,7 +116,7 @@ def stale(format: str, path: Path) -> list[str]:
     """The names of an older adapter's files, in the folder or beside the file `path`, that `save` deletes unless it
     writes them.
     """
-    return _module(format).stale(path) if format in ("peft", "cloneofsimo") else []
+    return format_named(format).stale(path)
 
 
 def save_as_read(
@@ -131,58 +131,37 @@ def save_as_read(
     Otherwise as `save`.
     """
     from ..adapter.algebra.edit import cast
-    from .comfyui import write_as_read
+    from .format import WriteOptions
 
-    spelling = adapter.metadata.get("spelling") if format in TELLS_MODEL else None
-    if not spelling or isinstance(dtype, str) or ("prefix" in spelling) != (format == "kohya"):
+    named, spelling = format_named(format), adapter.metadata.get("spelling")
+    if not spelling or isinstance(dtype, str) or not named.holds(spelling):
         return save(adapter, path, format, dtype=dtype, base=base)
-    path = Path(path).expanduser()
-    if format == "kohya":
-        from .kohya import write
-
-        return write(adapter if dtype is None else cast(adapter, dtype), path, spelling=spelling)
-    return write_as_read(adapter if dtype is None else cast(adapter, dtype), path, spelling)
+    adapter = adapter if dtype is None else cast(adapter, dtype)
+    return named.write(adapter, Path(path).expanduser(), WriteOptions(base, spelling=spelling))
 
 
 def losses(adapter: Adapter, format: str, path: Path | None = None) -> list[str]:
     """What the format cannot hold of this adapter, one line each. `path`: where it would be written; cloneofsimo's .pt
     holds less than its .safetensors.
     """
-    return _module(format).losses(adapter, path) if format == "cloneofsimo" else _module(format).losses(adapter)
+    return format_named(format).losses(adapter, path)
 
 
 def format_of(source: str | Path) -> str:
     """The format of `FORMATS` that a path holds. AdapterError if it holds no adapter."""
-    from . import peft
-
     path = find(source)
-    if peft.is_peft(path):
-        return "peft"
+    owner = next((form.name for form in _detected() if form.owns(path)), None)
+    if owner is not None:
+        return owner
 
-    from ..io.gguf_header import is_gguf
-    from . import cloneofsimo, diffusers, kohya, mlx
     from .inside import not_adapter
     from .wrappers import keys_unwrapped
 
-    if path.is_dir():
-        if mlx.is_mlx(path):
-            return "mlx"
-        if (path / diffusers.FILE).is_file():
-            return "diffusers"
-        return "mlx"  # a config alone: reading it reports the missing tensors
-    if is_gguf(path):
-        return "gguf"
-    if cloneofsimo.is_pickle_of_it(path):
-        return "cloneofsimo"
     keys = keys_unwrapped(path)
-    if path.name in (peft.WEIGHTS, peft.PICKLE) and not any(map(diffusers.is_spelling, keys)):
-        raise AdapterError(not_adapter(keys, path))  # its config is missing
-    for format, module in (("kohya", kohya), ("cloneofsimo", cloneofsimo), ("mlx", mlx), ("diffusers", diffusers)):
-        if module.fits(keys):
-            return format
-    if any(key.endswith((".lora_A", ".lora_a.weight")) for key in keys):
-        return "loralib"
-    raise AdapterError(f"{not_adapter(keys, path)}\n  known formats: {', '.join(FORMATS)}")
+    found = next((form.name for form in _detected() if form.fits(path, keys)), None)
+    if found is None:
+        raise AdapterError(f"{not_adapter(keys, path)}\n  known formats: {', '.join(FORMATS)}")
+    return found
 
 
 def find(source: str | Path, revision: str | None = None) -> Path:
@@ -199,19 +178,27 @@ def find(source: str | Path, revision: str | None = None) -> Path:
 
 def weights_of(path: Path) -> Path | None:
     """The file with an adapter's tensors. `path`: a result of `find`. None if the file is missing."""
-    from . import diffusers, mlx, peft
-
-    names = (peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, mlx.NPZ, diffusers.FILE)
-    return next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
-
-
-def _inside(path: Path, format: str) -> Path:
-    """The file with the tensors, if `path` is a folder."""
-    from . import diffusers, mlx
-
     if not path.is_dir():
         return path
-    return mlx.weights_in(path) if format == "mlx" else path / diffusers.FILE
+    files = (path / name for form in _detected() for name in form.files)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _detected() -> Iterator[Format]:
+    """One by one, because most paths are an early one's, and each file's import takes time."""
+    return map(format_named, DETECTED)
+
+
+def _refuse(form: Format, path: Path, options: ReadOptions) -> None:
+    """Raise AdapterError for an option that the format does not take, ConfigError for an unknown model type."""
+    if options.alpha is not None and not form.takes_alpha:
+        raise AdapterError(f"{path} is a {form.name} adapter, which holds its alpha\n  leave out alpha (--alpha)")
+    if options.packed is not None and not form.takes_packed:
+        raise AdapterError(
+            f"{path} is a {form.name} adapter, and packed is for loralib's MergedLinear\n  leave out packed"
+        )
+    if options.model_type is not None:
+        _check_model_type(options.model_type)
 
 
 def _check_model_type(model: str) -> None:
@@ -223,17 +210,3 @@ def _check_model_type(model: str) -> None:
             f"there is no model type '{model}'{did_you_mean(model, (*names.KNOWN, kohya.OTHER))}\n"
             f"  known: {', '.join(names.KNOWN)}; or '{kohya.OTHER}'"
         )
-
-
-def _module(format: str) -> Any:
-    from importlib import import_module
-
-    if format not in FORMATS:
-        raise _unknown(format)
-    return import_module(f".{format}", __name__)  # each format's file has its name
-
-
-def _unknown(format: str) -> AdapterError:
-    return AdapterError(
-        f"unknown adapter format '{format}'{did_you_mean(format, FORMATS)}\n  known: {', '.join(FORMATS)}"
-    )

@@ -37,6 +37,7 @@ from ..io.json_object import parse_json
 from ..io.tensors import read_pickled, read_tensors, write_tensors
 from . import names
 from .diffusers import with_alpha_as_rank
+from .format import Format, ReadOptions, WriteOptions
 from .scale import config_of
 
 EMBED = "<embed>"
@@ -352,6 +353,28 @@ def _write_pickles(path: Path, pairs: Mapping[str, Sequence[Pair]], embeddings: 
     return path
 
 
-def stale(path: Path) -> list[str]:
-    """Files of an older adapter beside the one that `write` replaces: they would be read as parts of the new one."""
-    return [side.name for side in sides(path)]
+class Cloneofsimo(Format):
+    """cloneofsimo's files, behind the interface of all formats."""
+
+    name = "cloneofsimo"
+
+    def owns(self, path: Path) -> bool:
+        return not path.is_dir() and is_pickle_of_it(path)
+
+    def fits(self, path: Path, keys: Sequence[str]) -> bool:
+        return fits(keys)
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return load(path)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter, path)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write(adapter, path)
+
+    def stale(self, path: Path) -> list[str]:
+        return [side.name for side in sides(path)]
+
+
+FORMAT = Cloneofsimo()

@@ -24,11 +24,12 @@ from ..errors import AdapterError, listing
 from ..io.tensors import write_tensors
 from . import kohya, names
 from .diffusers import read
+from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, written
 from .spellings import NATIVE
 from .unheld import beside_updates
 
-__all__ = ["losses", "read", "write", "write_as_read"]
+__all__ = ["FORMAT", "losses", "read", "write_as_read"]
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
 
@@ -37,14 +38,9 @@ def losses(adapter: Adapter) -> list[str]:
     return _losses(adapter, COMFYUI)
 
 
-def write(adapter: Adapter, path: Path) -> Path:
-    """Write a `.safetensors` file as ComfyUI names things. AdapterError if anything of the adapter would be lost."""
-    return write_as_read(adapter, path, COMFYUI)
-
-
 def write_as_read(adapter: Adapter, path: Path, spelling: Mapping[str, Any]) -> Path:
-    """Write a `.safetensors` file in this spelling (`Adapter.metadata["spelling"]`). AdapterError if anything of the
-    adapter would be lost.
+    """Write a `.safetensors` file in this spelling: `native.COMFYUI`, or `Adapter.metadata["spelling"]`. AdapterError
+    if anything of the adapter would be lost.
     """
     lost = _losses(adapter.check(), spelling)
     if lost:
@@ -125,3 +121,25 @@ def _named(adapter: Adapter, spelling: Mapping[str, Any]) -> list[tuple[str, Upd
         assert update is not None
         found.append((place.key, update, names.shapes(model)[place.modules[0]]))
     return found
+
+
+class Comfyui(Format):
+    """ComfyUI's file, behind the interface of all formats. A file of it is detected as diffusers', which reads both."""
+
+    name = "comfyui"
+    tells_model = True
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(*self.tensors_in(path), options.model_type)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write_as_read(adapter, path, options.spelling or COMFYUI)
+
+    def holds(self, spelling: Mapping[str, Any]) -> bool:
+        return "prefix" not in spelling
+
+
+FORMAT = Comfyui()

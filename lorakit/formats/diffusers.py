@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..module_names import is_language_trunk
 from . import flux_variants, kohya, lycoris, names
 from .diffusers_header import KEY, HeaderAlphas, describe
 from .families import family_of
+from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, flattened, spelled, written
 from .peft_config import checked
 from .scale import clean, config_of, folded
@@ -284,3 +285,36 @@ def _by_component(updates: Mapping[str, Update]) -> dict[str, dict[str, Update]]
         component, _, name = module.partition(".")
         components.setdefault(component, {})[name] = update
     return components
+
+
+class Diffusers(Format):
+    """diffusers' file, behind the interface of all formats."""
+
+    name = "diffusers"
+    tells_model = True
+    files = (FILE,)
+
+    def owns(self, path: Path) -> bool:
+        return path.is_dir() and (path / FILE).is_file()
+
+    def fits(self, path: Path, keys: Sequence[str]) -> bool:
+        return fits(keys)
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(*self.tensors_in(path), options.model_type)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        if options.spelling is None:
+            return write(adapter, path)
+        from .comfyui import write_as_read  # that file reads with this one
+
+        return write_as_read(adapter, path, options.spelling)
+
+    def holds(self, spelling: Mapping[str, Any]) -> bool:
+        return "prefix" not in spelling
+
+
+FORMAT = Diffusers()

@@ -26,8 +26,9 @@ from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors, Kind
 from ..errors import AdapterError, listing
 from ..io.atomic import replacing
-from ..io.gguf_header import read_gguf
+from ..io.gguf_header import is_gguf, read_gguf
 from ..io.json_object import parse_json
+from .format import Format, ReadOptions, WriteOptions
 from .gguf_names import (
     OUTPUT,
     TOKENS,
@@ -47,7 +48,7 @@ from .packed import parts_of
 from .scale import clean, commonest, config_of, folded
 from .unheld import convolutions, embeddings, other_kinds
 
-__all__ = ["losses", "names_of", "read", "rows_of", "write"]
+__all__ = ["FORMAT", "losses", "names_of", "read", "rows_of", "write"]
 METADATA = "lorakit.metadata"
 _UNREAD = {"adapter.alora.invocation_tokens": "aLoRA, which is active after its tokens only, is not supported"}
 
@@ -240,3 +241,25 @@ def _add(writer: Any, name: str, tensor: Tensor, kind: str | None) -> None:
         kind = F16 if np.abs(values).max() <= F16_MOST else F32
     kind = kind or {torch.bfloat16: BF16, torch.float16: F16}.get(tensor.dtype, F32)
     writer.add_tensor(name, encode(values, kind, name), raw_dtype=type_of(kind))
+
+
+class Gguf(Format):
+    """GGUF's adapter, behind the interface of all formats."""
+
+    name = "gguf"
+    takes_blocks = True
+
+    def owns(self, path: Path) -> bool:
+        return not path.is_dir() and is_gguf(path)
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(path, options.base)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write(adapter, path, options.base, options.blocks)
+
+
+FORMAT = Gguf()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json
 from . import lycoris, names
+from .format import Format, ReadOptions, WriteOptions
 from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .native import as_read, contradicting
@@ -311,3 +312,28 @@ def _swapped(model: str, key: str, module: str, update: Update) -> bool:
     if not update.changes_weight:
         width = names.shapes(model)[module][1] if names.shapes(model)[module][0] == out else 0
     return names.swaps_halves(model, key, module, (out, width))
+
+
+class Kohya(Format):
+    """kohya's file, behind the interface of all formats."""
+
+    name = "kohya"
+    tells_model = True
+
+    def fits(self, path: Path, keys: Sequence[str]) -> bool:
+        return fits(keys)
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(*self.tensors_in(path), options.model_type)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write(adapter, path, spelling=options.spelling)
+
+    def holds(self, spelling: Mapping[str, Any]) -> bool:
+        return "prefix" in spelling
+
+
+FORMAT = Kohya()

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..adapter.dense import with_halves_swapped
 from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..errors import AdapterError
@@ -93,7 +94,7 @@ def swap_halves(update: Update, where: str) -> Update:
         raise AdapterError(
             f"{where}: a LoKr in blocks of {block} rows, which the middle of the weight's {rows} rows cuts"
         )
-    return update.halves_swapped()
+    return with_halves_swapped(update)
 
 
 def _owners(B: Tensor, sizes: Sequence[int]) -> list[int] | None:

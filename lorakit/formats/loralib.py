@@ -8,6 +8,7 @@ which parts are adapted (`packed`). A MergedLinear has A [n·r, in] and B [n·ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import AdapterError
 from ..io.atomic import replacing
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed
+from .format import Format, ReadOptions, WriteOptions
 from .scale import clean, commonest, folded
 from .unheld import convolutions, embeddings, other_kinds
 from .wrappers import read_unwrapped
@@ -131,3 +133,26 @@ def _factors(module: str, tensors: dict[str, Tensor], config: LoraConfig, where:
             + "': [True, False, True]})"
         )
     return Factors(A, B, alpha)
+
+
+class Loralib(Format):
+    """loralib's checkpoint, behind the interface of all formats."""
+
+    name = "loralib"
+    takes_alpha = True
+    takes_packed = True
+
+    def fits(self, path: Path, keys: Sequence[str]) -> bool:
+        return any(key.endswith((".lora_A", ".lora_a.weight")) for key in keys)
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(path, options.alpha, options.packed)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write(adapter, path)
+
+
+FORMAT = Loralib()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
+from .format import Format, ReadOptions, WriteOptions
+from .inside import DIFFUSERS_FILE
 from .packed import parts_of
 from .scale import clean, commonest, config_of, folded
 from .unheld import convolutions, embeddings, other_kinds, part_dora
@@ -249,3 +251,37 @@ def _inside(module: str, factors: Mapping[str, Factors]) -> bool:
 def _within_layer(module: str) -> str:
     """mlx-lm's key: the name within a layer, or the full name outside all layers."""
     return re.sub(r"^.*?\.\d+\.", "", module)
+
+
+class Mlx(Format):
+    """MLX's folder or file, behind the interface of all formats."""
+
+    name = "mlx"
+    is_folder = True
+    takes_alpha = True
+    files = (WEIGHTS, NPZ)
+
+    def owns(self, path: Path) -> bool:
+        if is_mlx(path):
+            return True
+        # A config alone counts, unless another format's file is there: reading it reports the missing tensors.
+        alone = (path / CONFIG).is_file() and not (path / DIFFUSERS_FILE).is_file()
+        return alone and is_mlx_config(read_json(path / CONFIG))
+
+    def fits(self, path: Path, keys: Sequence[str]) -> bool:
+        return fits(keys)
+
+    def file_in(self, path: Path) -> Path:
+        return weights_in(path) if path.is_dir() else path
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(*self.tensors_in(path), options.alpha)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write(adapter, path)
+
+
+FORMAT = Mlx()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,20 +35,18 @@ from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_adalora, peft_lycoris, peft_tokens
+from .format import Format, ReadOptions, WriteOptions
+from .inside import not_adapter
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
+from .peft_experts import misread, note
+from .peft_keys import CONFIG, PREFIX, sort
 from .peft_shards import PICKLE, WEIGHTS, read_weights
 from .scale import config_of
+from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
 
-CONFIG, OURS = "adapter_config.json", "lorakit.json"
-PREFIX = "base_model.model."
-_FACTOR = re.compile(
-    r"(?P<module>.+?)\.lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
-)
-_MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
-_BIAS = re.compile(r"(?P<module>.+?)\.lora_B(?:\.[^.]+)?\.bias")  # PEFT's lora_bias: y += s · (B A x + bias)
-_UNSUPPORTED = {".lora_E": "AdaLoRA"}
+OURS = "lorakit.json"
 
 
 def is_peft(path: Path) -> bool:
@@ -98,7 +96,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     if adalora:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         low_rank, rest = peft_adalora.taken_apart(values, plain, weights)
-        _, saved = _sort(rest, weights, False)
+        _, saved = sort(rest, weights, False)
         known = {
             name: getattr(config, name) for name in ("base", "revision", "task", "save_modules", "bias", "dropout")
         }
@@ -106,7 +104,7 @@ def read(path: Path, started: bool = False) -> Adapter:
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
     tokens = peft_tokens.take(tensors, values, PREFIX, weights)
     config = peft_tokens.resolved(config, tokens)
-    halves, saved = _sort(tensors, weights, bool(values.get("use_dora")), bool(values.get("lora_bias")))
+    halves, saved = sort(tensors, weights, bool(values.get("use_dora")), bool(values.get("lora_bias")))
     if enabled is not None:
         factors = {
             module: _merged_linear(module, pair, config, enabled, weights) for module, (_, pair) in halves.items()
@@ -178,11 +176,6 @@ def _without_biases(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
     return replace(adapter, updates=updates), {m: u.bias for m, u in biased.items()}
 
 
-def stale(path: Path) -> list[str]:
-    """Files of an older adapter in the folder that `write` replaces: a reader may prefer them."""
-    return [PICKLE]
-
-
 def _tensors_of(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, int], dict[str, float]]:
     """The tensors by PEFT's keys, and each module's rank and alpha in PEFT's terms."""
     tensors: dict[str, Tensor] = {}
@@ -215,78 +208,6 @@ def _save_modules(adapter: Adapter) -> list[str]:
 
 def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
-
-
-def _sort(
-    tensors: dict[str, Tensor], where: Path, dora: bool, biased: bool = False
-) -> tuple[dict[str, tuple[Kind, dict[str, Tensor]]], dict[str, Tensor]]:
-    """Sort the keys into {module: (kind, {"A": .., "B": .., "magnitude": ..})} and saved weights. The kind follows from
-    the key and the axes of A. AdapterError for unknown or missing keys.
-    """
-    halves: dict[str, tuple[Kind, dict[str, Tensor]]] = {}
-    saved: dict[str, Tensor] = {}
-    magnitudes: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        for mark, what in _UNSUPPORTED.items():
-            if mark in name:
-                raise AdapterError(f"{where}: key '{key}': {what} is not supported")
-        match = _FACTOR.fullmatch(name)
-        if match:
-            half = match["linear"] or match["embedding"]
-            kind: Kind = "embedding" if match["embedding"] else "linear" if tensor.dim() <= 2 else "conv"
-            before, pair = halves.get(match["module"], (kind, {}))
-            halves[match["module"]] = (kind if half == "A" else before, pair)
-            if half in pair:
-                raise AdapterError(f"{where}: key '{key}': a second {half} for '{match['module']}'")
-            pair[half] = tensor
-        elif found := _BIAS.fullmatch(name):
-            if not biased:
-                raise AdapterError(
-                    f"{where}: key '{key}': a bias on B is not supported unless {CONFIG} says lora_bias: true"
-                )
-            biases[found["module"]] = tensor
-        elif found := _MAGNITUDE.fullmatch(name):
-            if not dora:
-                raise AdapterError(
-                    f"{where}: key '{key}' is a DoRA's magnitude, and {CONFIG} does not say use_dora: true"
-                )
-            magnitudes[found["module"]] = tensor
-        elif name.endswith(".base_layer.bias"):
-            saved[name.replace(".base_layer.", ".")] = tensor
-        elif name.endswith(".base_layer.weight") or ".original_module." in name:
-            # frozen: PEFT writes the base's matrix beside a LoRA on embeddings, and with bias="all" a saved module's
-            # old bias
-            continue
-        elif ".lora_" in name:
-            raise AdapterError(
-                f"{where}: key '{key}' is not one that LoRA has\n"
-                "  expected <module>.lora_A.weight, .lora_B.weight or .lora_embedding_A, _B"
-            )
-        else:
-            saved[re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.[^.]+$)", "", name)] = tensor
-    for module, (_, pair) in halves.items():
-        for half in "AB":
-            if half not in pair:
-                raise AdapterError(f"{where}: '{module}' has a lora_{'AB'.replace(half, '')} and no lora_{half}")
-        if dora and module not in magnitudes:
-            raise AdapterError(f"{where}: {CONFIG} says use_dora: true, and '{module}' has no lora_magnitude_vector")
-    for module, magnitude in magnitudes.items():
-        if module not in halves:
-            raise AdapterError(f"{where}: '{module}' has a lora_magnitude_vector and no lora_A")
-        halves[module][1]["magnitude"] = magnitude
-    for module, bias in biases.items():
-        if module not in halves:
-            raise AdapterError(f"{where}: '{module}' has a lora_B.bias and no lora_A")
-        halves[module][1]["bias"] = bias
-    lacking = [module for module in halves if module not in biases] if biased else []
-    if lacking:
-        raise AdapterError(
-            f"{where}: {CONFIG} says lora_bias: true, and '{lacking[0]}' has no lora_B.bias\n"
-            "  a bias on B is not supported for some modules alone"
-        )
-    return halves, saved
 
 
 def _update(
@@ -383,3 +304,37 @@ def _plain_pair(f: Factors) -> tuple[Tensor, Tensor, float]:
 def _growth(blocks: int, rslora: bool) -> float:
     """The factor for alpha that keeps the scale when the rank grows `blocks` times."""
     return math.sqrt(blocks) if rslora else blocks
+
+
+class Peft(Format):
+    """PEFT's folder, behind the interface of all formats."""
+
+    name = "peft"
+    is_folder = True
+    files = (WEIGHTS, PICKLE)
+
+    def owns(self, path: Path) -> bool:
+        return is_peft(path)
+
+    def fits(self, path: Path, keys: Sequence[str]) -> bool:
+        if path.name in (WEIGHTS, PICKLE) and not any(map(is_spelling, keys)):
+            raise AdapterError(not_adapter(keys, path))  # its config is missing
+        return False
+
+    def read(self, path: Path, options: ReadOptions) -> Adapter:
+        return read(path)
+
+    def losses(self, adapter: Adapter, path: Path | None = None) -> list[str]:
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
+        return write(adapter, path)
+
+    def note(self, adapter: Adapter) -> str | None:
+        return note(misread(adapter), len(adapter.updates))
+
+    def stale(self, path: Path) -> list[str]:
+        return [PICKLE]  # a reader may prefer it to the new weights
+
+
+FORMAT = Peft()

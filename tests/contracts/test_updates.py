@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.adapter.biased import Biased
-from lorakit.adapter.dense import Dense
+from lorakit.adapter.dense import Dense, with_halves_swapped
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Loha
 from lorakit.adapter.lokr import Lokr
@@ -231,7 +231,7 @@ def test_halves_swapped_swaps_the_rows_of_delta(value):
     W = weight_of(value)
     swapped = torch.cat(W.chunk(2)[::-1])
     every = slice(0, len(W))
-    change = value.update.halves_swapped().rows(value.shape, read=lambda: [(every, swapped.flatten(1))])
+    change = with_halves_swapped(value.update).rows(value.shape, read=lambda: [(every, swapped.flatten(1))])
     wanted = torch.cat(value.delta(W.flatten(1)).chunk(2)[::-1])
     torch.testing.assert_close(change(every, swapped.flatten(1)).double(), wanted, rtol=1e-5, atol=1e-5)
 
