@@ -57,12 +57,12 @@ def bert():
     return BertForSequenceClassification(config).eval()
 
 
-def t5():
+def t5(vocab_size: int = VOCAB):
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+        vocab_size=vocab_size, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
     )
     return T5ForConditionalGeneration(config).eval()
 

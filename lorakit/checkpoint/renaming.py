@@ -19,6 +19,8 @@ LEVELS = frozenset(
     {
         "model",
         "transformer",
+        "transformer_2",
+        "unet",
         "language_model",
         "text_model",
         "base_model",

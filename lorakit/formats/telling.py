@@ -19,6 +19,9 @@ from torch import Tensor
 from . import names
 
 Size = tuple[int, int]  # (out, in) of a weight, a kernel left out
+# Modules whose size varies within one model, by block or release: modulations of SD3 have 6 widths, 9 in SD3.5 medium's
+# first blocks, which have a second attention, and 2 for the text in the last block.
+_VARYING = {"sd3": re.compile(r"transformer_blocks\.\d+\.norm1(_context)?\.linear$")}
 NARROWEST = 8  # narrower weights than this, of both sides, are no transformer's: their proportions say nothing
 
 
@@ -111,6 +114,8 @@ def _listed(model: str, modules: Iterable[str]) -> Size | None:
 
 def _scales(model: str, modules: tuple[str, ...], listed: Size) -> bool:
     """Whether both sides grow with the model's width: of a block, and multiples of the width."""
+    if model in _VARYING and _VARYING[model].search(modules[0]):
+        return False
     in_block = re.search(r"\.\d+\.", modules[0]) is not None
     return in_block and any(listed[0] % width == 0 and listed[1] % width == 0 for width in names.widths(model))
 

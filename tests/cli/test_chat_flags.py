@@ -66,7 +66,7 @@ def test_an_adapter_is_judged_and_used_as_it_was_trained(lorakit, model, folder,
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--chat-template", "none.jinja"], "chat_template: there is no file 'none.jinja'"),
+        (["--chat-template", "none.jinja"], "--chat-template: there is no file 'none.jinja'"),
         (["--chat-template-kwargs", "mood"], "--chat-template-kwargs: expected NAME=VALUE"),
         (["--chat-template-kwargs", "{mood: ["], "--chat-template-kwargs: expected NAME=VALUE"),
         (["--chat-template-kwargs", "mood=1"], "the chat template does not read 'mood'"),

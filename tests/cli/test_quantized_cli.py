@@ -82,7 +82,7 @@ def test_full_fine_tuning_of_it_is_refused(lorakit, folders, data, tmp_path):
     code, _, error = lorakit("train", *flags, *tiny_lm.FLAGS)
     assert code == 2
     assert "method: full trains all weights, and 14 of this base are quantized" in error
-    assert "load the unquantized base, or use method: lora" in error
+    assert "load the unquantized base, or use --method lora" in error
 
 
 def test_the_memory_check_counts_4_bits(folders, data, tmp_path):

@@ -246,10 +246,12 @@ def test_the_command_prints_what_was_compared(tmp_path, bases, capsys):
     assert differences == "read back: ΔW off by at most 0 of the largest element"
     assert logits.startswith(f"logits through {bases / 'llama'}: the largest difference is ")
     assert "of the largest logit (the adapter moves them by up to " in logits
-    assert printed("dora")[1:] == [
+    *compared, unchecked = printed("dora")[1:]
+    assert compared == [
         "read back: DoRA's magnitudes off by at most 0 of the largest element",
         "logits not compared: no base was given (--base FOLDER)",
     ]
+    assert unchecked.startswith("not checked: without a base (--base) it was not checked that the model has the ")
     assert (
         run(["export", str(tmp_path / "a"), str(tmp_path / "out"), "--for", "peft", "--verify", "--force", "--json"])
         == 0

@@ -204,7 +204,7 @@ def test_a_base_that_lacks_more_than_a_head_says_how_to_train_the_rest(make, tmp
 
 def test_an_encoder_decoder_is_refused(make, tmp_path):
     with pytest.raises(TrainError, match="encoder-decoder"):
-        train(make(model=tiny_lm.save(tmp_path / "t5", tiny.t5())), QUIET)
+        train(make(model=tiny_lm.save(tmp_path / "t5", tiny.t5(vocab_size=258))), QUIET)
 
 
 def test_train_and_eval_on_the_command_line(rows, model_folder, tmp_path, capsys, monkeypatch):

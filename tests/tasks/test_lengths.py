@@ -32,7 +32,7 @@ def test_more_than_one_percent_asks_for_on_long():
 
 @pytest.fixture
 def long_rows(tmp_path):
-    rows = [{"prompt": "a", "completion": "b"}] * 100 + [{"prompt": "c", "completion": "b" * 60}]
+    rows = [{"prompt": f"{i:02}", "completion": "b"} for i in range(100)] + [{"prompt": "c", "completion": "b" * 60}]
     return str(tiny_lm.write_rows(tmp_path / "rows.jsonl", rows))
 
 

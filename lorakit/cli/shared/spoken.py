@@ -16,6 +16,8 @@ _NO_SETTING = re.compile(r"\b\w+Config has no setting ")
 _WHOLE = re.compile(r"\b\w+Config\.settings: ")
 # Settings of one word whose `name: value` is said of the setting alone; "validation: all rows ..." is a sentence.
 _PLAIN = {"clip", "method", "precision", "rank", "seed", "task", "threads", "track", "memory"}
+# A value, after which a clause ends: `on_long: cut`, but not `method: full trains all weights`.
+_VALUE = r"[\w'\[-][^\s,;)]*(?:[,;)\n]|$| or | and )"
 _CHANGED = re.compile(r"^  (\w+): was ", re.MULTILINE)  # a resumed run's differences
 
 
@@ -31,7 +33,7 @@ def in_flags(message: str, settings: Iterable[str]) -> str:
     message = _CHANGED.sub(lambda m: f"  {_flag(m[1])}: was " if m[1] in names else m[0], message)
     # `on_long: cut`, but not `data: was ...`, paths, or the names of columns
     pairs = "|".join(name for name in names if "_" in name or name in _PLAIN)
-    message = re.sub(rf"(?<![\w./'\"-])({pairs}): (?=[\w'\[-])(?!was )", lambda m: f"{_flag(m[1])} ", message)
+    message = re.sub(rf"(?<![\w./'\"-])({pairs}): (?={_VALUE})", lambda m: f"{_flag(m[1])} ", message)
     two_words = "|".join(name for name in names if "_" in name)
     return re.sub(rf"(?<![\w./'\"-])({two_words})(?![\w.'\"/(=])", lambda m: _flag(m[1]), message)
 
