@@ -33,6 +33,7 @@ NAMES = {
     "plan": "predicted against measured memory",
 }
 PEERS = ("peft", "loralib", "trl")
+LONGEST = 40  # characters of a text that has a column of the table; longer ones are remarks below it
 INSTALL = "pip install 'lorakit[bench]'"
 
 Row = dict[str, Any]
@@ -152,9 +153,21 @@ def table(rows: Sequence[Row]) -> Table:
     from ..analysis.tables import Table
 
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = [name for name in names if not any(isinstance(row.get(name), list) for row in rows)]
+    columns = [name for name in names if _is_short(name, rows)]
     cells = [[_text(row.get(column)) for column in columns] for row in rows]
     return Table("", [textwrap.fill(column, 9) for column in columns], cells)
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Return the texts that are too long for a column, each once, behind their column's name."""
+    texts = ((name, row[name]) for row in rows for name in row if isinstance(row[name], str))
+    return list(dict.fromkeys(f"{name}: {text}" for name, text in texts if not _is_short(name, rows)))
+
+
+def _is_short(name: str, rows: Sequence[Row]) -> bool:
+    """Whether every value of a column fits into a table."""
+    values = [row.get(name) for row in rows]
+    return not any(isinstance(v, list) or (isinstance(v, str) and len(v) > LONGEST) for v in values)
 
 
 def save_plot(name: str, rows: Sequence[Row], folder: Path) -> Path | None:

@@ -72,6 +72,8 @@ def bench(
             continue
         seconds = time.perf_counter() - started
         console.print(suite.table(rows))
+        for remark in suite.remarks(rows):
+            console.print(remark, markup=False, highlight=False)
         console.print(
             f"{seconds:.0f} s; lorakit bench "
             f"{name}{' --quick' if quick else ''}{f' --precision {precision}' if precision else ''}",
