@@ -33,7 +33,7 @@ NAMES = {
     "plan": "predicted against measured memory",
 }
 PEERS = ("peft", "loralib", "trl")
-LONGEST = 40  # characters of a text that has a column of the table; longer ones are remarks below it
+LONGEST = 80  # characters of a text that has a column of the table; longer ones are remarks below it
 INSTALL = "pip install 'lorakit[bench]'"
 
 Row = dict[str, Any]
