@@ -47,10 +47,23 @@ DIRECTIVES = "aAbBcdFHIjmMpSTuUVwWxXyYZ"  # what a format of strftime may hold; 
 UNPADDED = "dmHIMSj"  # those that also come as "%-d", without a leading zero
 # Arguments of apply_chat_template that are not the template's.
 RESERVED = {
-    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
-    "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
-    "return_assistant_tokens_mask", "sanitize_control_tokens",
-}  # fmt: skip
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "tokenize",
+    "padding",
+    "continue_final_message",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "tokenizer_kwargs",
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+}
 
 
 @dataclass(frozen=True)
