@@ -109,8 +109,9 @@ def export(
                 "Ollama's Modelfile needs a model to start FROM\n  name one: --model llama3.2, or a GGUF file"
             )
         path = path if path.suffix == ".gguf" else path / "adapter.gguf"
-        model_file = check_modelfile(path, modelfile(path, model, adapter), force)
-        beside = {model_file.name: modelfile(path, model, adapter)}
+        text = modelfile(path, model, adapter)
+        model_file = check_modelfile(path, text, force)
+        beside = {model_file.name: text}
     record = ChatRecord.of(adapter.metadata)
     inside = {} if record.template is None else {TEMPLATE_FILE: record.template}
     written, check = write_staged(adapter, ready, path, target.format, base, verify, parts, beside, inside)

@@ -114,7 +114,9 @@ def read(path: Path, started: bool = False) -> Adapter:
             config.replace(packed={ending: list(enabled) for ending in endings}), factors, saved, ours
         ).check()
     low: dict[str, Update] = {
-        module: _update(module, kind, pair, config, transposed, packed.get(module), weights)
+        module: _update(
+            module, pair, _factors(module, kind, pair, config, transposed, packed.get(module), weights), weights
+        )
         for module, (kind, pair) in halves.items()
     }
     return Adapter(config, {**low, **tokens}, saved, ours).check()
@@ -210,16 +212,8 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _update(
-    module: str,
-    kind: Kind,
-    pair: dict[str, Tensor],
-    config: LoraConfig,
-    transposed: bool,
-    parts: tuple[bool, ...] | None,
-    where: Path,
-) -> Update:
-    factors = _factors(module, kind, pair, config, transposed, parts, where)
+def _update(module: str, pair: dict[str, Tensor], factors: Factors, where: Path) -> Update:
+    """Return the update that the factors are part of: a DoRA, with a bias, or they themselves."""
     update: Update = Dora(factors, _magnitude(module, pair, where)) if "magnitude" in pair else factors
     return Biased(update, pair["bias"].float() * factors.scale) if "bias" in pair else update
 

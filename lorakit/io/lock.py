@@ -77,8 +77,8 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # it is there, and another user's
+        return True
     return process != os.getpid()
 
 
