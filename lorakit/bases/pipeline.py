@@ -1,0 +1,127 @@
+"""A diffusers pipeline as one model: its trainable components, and its denoiser's prediction with gradient.
+
+A pipeline is no `nn.Module`, so `as_module` gives it one, `PipelineModel`, whose children are the pipeline's own
+denoisers and text encoders under their names: "unet.down_blocks.0...", "text_encoder.text_model...".
+
+No family of models has code here. `PipelineModel.forward` runs the pipeline's own `__call__`, which encodes prompts,
+packs latents and scales time as the family needs, under a scheduler that hands out our timesteps and keeps what the
+denoiser returned. Tested with SD1, SDXL, SD3, Flux, Chroma, Flux.2, Qwen-Image, Z-Image and Wan.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import TrainError
+
+_OURS = "_lorakit_model"  # where a pipeline keeps its PipelineModel
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder|prior)(_\d+)?$")
+
+
+class Prediction(NamedTuple):
+    """What the scheduler was given. `output`: the denoiser's prediction; `sample`: the latents it belongs to; both in
+    the layout of the scheduler's side: [rows, channels, height, width], or packed as the family packs them.
+    """
+
+    output: Tensor
+    sample: Tensor
+
+
+class PipelineModel(nn.Module):
+    """The denoisers and text encoders of a pipeline, as children of one module. The VAE is not among them."""
+
+    def __init__(self, pipe: Any):
+        super().__init__()
+        for name, component in components_of(pipe).items():
+            self.add_module(name, component)
+        self.__dict__["pipe"] = pipe  # not a child
+
+    pipe: Any
+
+    def forward(self, latents: Tensor, timesteps: Tensor, **call: Any) -> Prediction:
+        """Predict with the pipeline's denoiser. `latents`: noised, as the pipeline's argument of this name;
+        `timesteps`: [rows]; `call`: further arguments of the pipeline's call, such as `prompt_embeds`.
+
+        Raises TrainError if the pipeline has no argument `latents`, or never reaches its scheduler's step.
+        """
+        pipe = self.pipe
+        run = inspect.unwrap(type(pipe).__call__)  # without its no_grad
+        if "latents" not in inspect.signature(run).parameters:
+            raise TrainError(
+                f"{type(pipe).__name__} takes no latents, so it cannot be trained this way\n"
+                "  expected a text-to-image pipeline of diffusers"
+            )
+        call = {"num_inference_steps": 1, "output_type": "latent", **call}
+        with _catching(pipe, timesteps) as caught:
+            try:
+                run(pipe, latents=latents, **call)
+            except _Caught:
+                pass
+        if not caught:
+            raise TrainError(
+                f"{type(pipe).__name__} never called its scheduler's step, so it cannot be trained this way"
+            )
+        return caught[0]
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether `model` is a pipeline of diffusers."""
+    return not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping)
+
+
+def components_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return a pipeline's denoisers and text encoders by name, denoisers first."""
+    own = {name: c for name, c in pipe.components.items() if isinstance(c, nn.Module) and _COMPONENT.match(name)}
+    return dict(sorted(own.items(), key=lambda item: item[0].startswith("text_encoder")))
+
+
+def as_module(model: Any) -> Any:
+    """Return a pipeline's `PipelineModel`, always the same one; anything else as it is."""
+    if not is_pipeline(model):
+        return model
+    kept = model.__dict__.get(_OURS)
+    if kept is None or dict(kept.named_children()) != components_of(model):
+        kept = PipelineModel(model)
+        model.__dict__[_OURS] = kept
+    return kept
+
+
+class _Caught(Exception):
+    """Ends a pipeline's call once its denoiser has predicted."""
+
+
+@contextmanager
+def _catching(pipe: Any, timesteps: Tensor) -> Iterator[list[Prediction]]:
+    """Give the pipeline a scheduler that hands out `timesteps` and keeps the first prediction, in the list."""
+    real, caught = pipe.scheduler, []
+    bar = getattr(pipe, "_progress_bar_config", None)
+
+    class Catching(type(real)):  # type: ignore[misc]  # the pipeline's own scheduler's class
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            shift = {"mu": 1.0} if self.config.get("use_dynamic_shifting") else {}
+            super().set_timesteps(1, **shift)
+            self.timesteps = timesteps[None]  # one timestep a row
+
+        def scale_model_input(self, sample: Tensor, *args: Any) -> Tensor:
+            return sample
+
+        def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            caught.append(Prediction(output, sample))
+            raise _Caught
+
+    pipe.scheduler = Catching.from_config(real.config)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield caught
+    finally:
+        pipe.scheduler = real
+        if bar is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar
