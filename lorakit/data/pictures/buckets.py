@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from ...errors import ConfigError, DataError, listing
 from .settings import PictureSettings
 
-# Below 512 pixels a step of 64 would leave no choice of aspects: 3 sides at 128.
-STEP, STEPS_OF_RESOLUTION = 64, 8
+# A sixteenth of the resolution: 3:2 pictures lose 2.6 %, 4:3 3.6 %, 16:9 1.6 %. With an eighth (the usual step of 64
+# pixels at 512) 3:2 pictures lose 10 %.
+STEPS_OF_RESOLUTION = 16
 CROPPED_MUCH = 0.15  # a share from which on a subject at the edge is likely to be cut
 
 Size = tuple[int, int]  # width, height in pixels
@@ -43,7 +44,7 @@ class Grid:
             resolution = settings.resolution
         step = settings.bucket_step
         if step == "auto":
-            step = min(STEP, max(1, resolution // STEPS_OF_RESOLUTION))
+            step = max(resolution // STEPS_OF_RESOLUTION, 2 * multiple)
             step = -(-step // multiple) * multiple
         shortest = resolution // 2 if settings.bucket_min == "auto" else settings.bucket_min
         longest = resolution * 2 if settings.bucket_max == "auto" else settings.bucket_max

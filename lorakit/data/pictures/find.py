@@ -55,6 +55,8 @@ def is_pictures(source: str | Path, split: str | None = None) -> bool:
         return any(isinstance(name, str) and name.lower().endswith(SUFFIXES) for name in names)
     if path.is_file():
         return path.suffix in _TABLES and has_image_column(str(path), split)
+    if path.suffix.lower() in (*_METADATA, *_TABLES, ".txt", ".gz", ".xz", ".bz2"):
+        return False  # a file that is not there, rather than a hub id
     return has_image_column(str(source), split)
 
 

@@ -82,6 +82,11 @@ class PictureItem:
         return self.group[0] * self.group[1]
 
     @property
+    def split_key(self) -> str:
+        """Items with the same key are held out together: all repeats and copies of one picture."""
+        return self.content
+
+    @property
     def cropped(self) -> float:
         """The share of the picture that is cropped away."""
         return 0.0 if self.chances.crop == "stretch" else cropped(self.original, self.group)
@@ -136,18 +141,22 @@ class PictureItem:
 
     def mask_pixels(self, drawn: Drawn | None = None) -> Tensor | None:
         """Return the mask: [1, H, W] float32 in 0..1, 1 where the loss counts; None if the item has none."""
+        from PIL.Image import Resampling
+
+        mask = self.full_mask()
+        return None if mask is None else _tensor(_placed(mask, self.group, drawn or self.plain, Resampling.BOX))
+
+    def full_mask(self) -> Image | None:
+        """Return the mask of the picture before it is cropped, white where the loss counts; None if it has none."""
         from PIL import Image
         from PIL.Image import Resampling
 
         if self.mask is None:
             return None
         if self.mask.read is None:
-            mask = self.decoded().alpha or Image.new("L", self.original, 255)
-        else:
-            mask = decode(self.mask.read(), self.mask.where, animated=self.animated).rgb.convert("L")
-        if mask.size != self.original:
-            mask = mask.resize(self.original, Resampling.BOX)
-        return _tensor(_placed(mask, self.group, drawn or self.plain, Resampling.BOX))
+            return self.decoded().alpha or Image.new("L", self.original, 255)
+        mask = decode(self.mask.read(), self.mask.where, animated="first").rgb.convert("L")
+        return mask if mask.size == self.original else mask.resize(self.original, Resampling.BOX)
 
     def digest(self) -> bytes:
         """Return a digest of all that affects training: pixels, caption, bucket, what is drawn, mask, weight."""

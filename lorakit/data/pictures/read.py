@@ -32,11 +32,22 @@ SHOWN_CAPTIONS = 3
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A folder's counts. `captions`: pictures with one of their own; `repeats`: how often an epoch has each."""
+
+    name: str
+    pictures: int
+    captions: int
+    repeats: int
+    is_prior: bool = False
+
+
+@dataclass(frozen=True)
 class PictureData:
     """The items and what to say about them. Prior items, if any, follow the others in `items`.
 
     `shape`, `length`: descriptions for the start panel; `notes`: message -> number of pictures it concerns; `about`:
-    stored in the result's metadata; `folders`: (folder, pictures, captions, repeats) of each.
+    stored in the result's metadata.
     """
 
     items: list[PictureItem]
@@ -45,7 +56,7 @@ class PictureData:
     notes: dict[str, int]
     about: dict[str, Any]
     grid: Grid
-    folders: list[tuple[str, int, int, int]] = field(default_factory=list)
+    folders: list[Folder] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[PictureItem]:
@@ -134,9 +145,7 @@ class _Reader:
     background: tuple[int, int, int]
     on_picture: Callable[[int, int], None] | None
 
-    def items(
-        self, source: Source, is_prior: bool
-    ) -> tuple[list[PictureItem], list[tuple[str, int, int, int]], dict[str, int]]:
+    def items(self, source: Source, is_prior: bool) -> tuple[list[PictureItem], list[Folder], dict[str, int]]:
         """The items of a source, its folders' counts, and notes."""
         settings = self.settings
         notes = dict(source.notes)
@@ -174,7 +183,7 @@ class _Reader:
         counts = Counter(found.folder for found in source.pictures)
         captioned = Counter(found.folder for found in source.pictures if found.caption is not None)
         folders = [
-            (str(Path(source.name) / folder) if folder else source.name, count, captioned[folder], times[folder])
+            Folder(_folder_name(source, folder), count, captioned[folder], times[folder], is_prior)
             for folder, count in counts.items()
         ]
         return items, folders, notes
@@ -253,6 +262,10 @@ class _Reader:
         return times
 
 
+def _folder_name(source: Source, folder: str) -> str:
+    return str(Path(source.name) / folder) if folder else source.name
+
+
 def _hint(missing: Sequence[Found]) -> str:
     """What kohya's trainer takes for a caption where there is none: the folder's name."""
     for one in missing:
@@ -291,9 +304,9 @@ def _notes(
     return notes
 
 
-def _shape(items: Sequence[PictureItem], folders: Sequence[tuple[str, int, int, int]]) -> str:
+def _shape(items: Sequence[PictureItem], folders: Sequence[Folder]) -> str:
     """How many pictures and captions each folder has, and the first captions."""
-    parts = [f"{name}: {count:,} pictures, {captions:,} captions" for name, count, captions, _ in folders]
+    parts = [f"{f.name}: {f.pictures:,} pictures, {f.captions:,} captions" for f in folders]
     captions = list(dict.fromkeys(item.caption for item in items if not item.is_prior and not item.repeat))
     shown = " · ".join(f"'{caption}'" for caption in captions[:SHOWN_CAPTIONS])
     return f"{listing(parts)}; captions: {shown}{' ...' * (len(captions) > SHOWN_CAPTIONS)}"

@@ -44,7 +44,7 @@ class PictureSettings(Strict):
         True, description="keep each picture's aspect by sizes in steps (aspect buckets); false: all square"
     )
     bucket_step: int | Auto = Field(
-        "auto", description="width and height of a bucket are multiples of this; auto: 64, or less below 512 pixels"
+        "auto", description="width and height of a bucket are multiples of this; auto: a sixteenth of the resolution"
     )
     bucket_min: int | Auto = Field("auto", description="shortest side of a bucket; auto: half the resolution")
     bucket_max: int | Auto = Field("auto", description="longest side of a bucket; auto: twice the resolution")
