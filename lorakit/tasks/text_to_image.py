@@ -142,7 +142,7 @@ def blueprint(config: RunSettings) -> None:
 
 
 def load(config: RunSettings, processor: Pictures, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
-    return processor.load(dtype, device)
+    return processor.load()
 
 
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:

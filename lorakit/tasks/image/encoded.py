@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...bases.device import choose_device
+from ...bases.device import choose_device, choose_dtype
 from ...bases.load_pipeline import load_pipeline
 from ...bases.pipeline import PipelineModel, as_module
 from ...config import RunSettings, part
@@ -76,17 +76,16 @@ class Pictures:
     def of(cls, config: RunSettings, settings: TextToImageSettings) -> Pictures:
         """Load the run's pipeline. Raises LorakitError if it cannot be loaded."""
         device = choose_device().value
-        pipe = load_pipeline(config.model, torch.float32, device, config.revision)
+        pipe = load_pipeline(config.model, choose_dtype(config.precision, device).value, device, config.revision)
         folder = {"auto": Path(config.out) / CACHE, "none": None}.get(settings.cache, Path(settings.cache))
         return cls(pipe, settings, None if folder is None else TensorCache(folder))
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> PipelineModel:
-        """Move the denoiser and the text encoders to a device and a precision; the autoencoder stays in float32."""
-        model = as_module(self.pipe)
-        model.to(device, dtype).eval()
-        if isinstance(vae := getattr(self.pipe, "vae", None), nn.Module):
-            vae.to(device, torch.float32).eval().requires_grad_(False)
-        self._hashes = {}
+    def load(self) -> PipelineModel:
+        """Return the pipeline as one model, which is on its device already."""
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+        model: PipelineModel = as_module(self.pipe)
         return model
 
     @property
