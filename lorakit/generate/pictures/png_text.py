@@ -8,9 +8,9 @@
 A value with a comma, a colon or a newline is a JSON string. `<lora:NAME:WEIGHT>` has one weight, `<lora:NAME:TE:UNET>`
 one for the text encoders and one for the denoiser. A Lora's hash is CivitAI's AutoV3 (`formats.kohya_metadata`).
 
-Fields of ours, which other programs show and ignore: "Prompt" and "Negative" where the lines above cannot hold the text
-exactly, "Lora weights" of parts of the model, "Lora sources" and "Model source" (a hub id or a relative path, as given),
-"Precision", "Arguments" of the pipeline's call, "Libraries".
+Fields of ours, which other programs show and ignore: "Prompt" and "Negative" where the lines above cannot hold the
+text exactly, "Lora weights" of parts of the model, "Lora sources" and "Model source" (a hub id or a relative path, as
+given), "Precision", "Arguments" of the pipeline's call, "Libraries".
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def to_text(parameters: Parameters) -> str:
         fields["Prompt"] = json.dumps(p.prompt)
     if read[1] != p.negative:
         fields["Negative"] = json.dumps(p.negative)
-    return text + ", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value not in (None, ""))
+    return text + ", ".join(
+        f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value not in (None, "")
+    )
 
 
 def from_text(text: str, where: str = "the text") -> Parameters:
@@ -274,7 +276,9 @@ def _json(fields: dict[str, str], name: str, where: str, default: Any) -> Any:
 
 
 def _numbers(values: Any, where: str) -> dict[str, float]:
-    if not isinstance(values, dict) or not all(isinstance(v, int | float) and math.isfinite(v) for v in values.values()):
+    if not isinstance(values, dict) or not all(
+        isinstance(v, int | float) and math.isfinite(v) for v in values.values()
+    ):
         raise DataError(f"{where}: the field 'Lora weights' is damaged: {str(values)[:80]}")
     return {str(name): float(value) for name, value in values.items()}
 
