@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import tiny_pipelines as tiny
 import torch
-from tests import tiny_pipelines as tiny
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model, T5Config, T5EncoderModel, T5Tokenizer
 
