@@ -119,6 +119,7 @@ class Task(Protocol):
     size_unit: str  # what `Item.size` counts
     result_format: str  # the format of a result's adapter, of `lorakit.formats.FORMATS`
     samples_from_file: bool  # whether samples are taken from the result as written and loaded again
+    tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
     compares: bool  # whether the base is evaluated too, at the first evaluation
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

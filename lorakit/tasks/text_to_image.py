@@ -71,6 +71,7 @@ size_unit = "pixels"
 result_format = "diffusers"
 samples_from_file = True
 compares = True
+tried_with = "image generate"
 
 # Text has defaults of its own for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
 # learning rates found for those hold here. The held-out loss says little of a style or a subject, so that no run ends

@@ -30,6 +30,7 @@ MARGIN = 1.0
 result_format = "peft"
 samples_from_file = False
 compares = False
+tried_with: str | None = None
 size_unit = "tokens"
 
 
