@@ -48,7 +48,8 @@ COMMANDS = {
     **{f"image {verb}": Command(f"image.{verb}", verb, text) for verb, text in image.VERBS.items()},
     "bench": Command("bench", "bench", "benchmark lorakit and its peers on your machine"),
 }
-GROUPS = {"data": "show data as the model sees it", "image": "train on pictures, and draw them"}  # the first word of commands of two
+# The first word of commands of two.
+GROUPS = {"data": "show data as the model sees it", "image": "train on pictures, and draw them"}
 
 
 def app_for(args: Sequence[str]) -> typer.Typer:

@@ -209,7 +209,7 @@ class Task(Protocol):
         Random numbers must come from torch's default generator, which the loop seeds by run and step.
         """
 
-    def labels(self, items: Sequence[Any]) -> list[str]:
+    def loss_labels(self, items: Sequence[Any]) -> list[str]:
         """Return a label for each item whose loss is logged apart, as `<label>_loss`; "" for the others."""
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:

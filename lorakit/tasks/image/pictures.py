@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...config import RunSettings, part
+from ...config import RunSettings
 from ...data.pictures.read import held_out_of, read_pictures
-from ...data.pictures.settings import PictureSettings
 from ..task import Data
-from .latents import latent_scale, size_multiple
 
 if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
     from .encoded import Pictures
-
-RESOLUTION = 512  # of a pipeline that does not say its own
 
 
 def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures) -> Data:
@@ -26,11 +22,8 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     from .prior import with_prior
 
     settings = with_prior(config, own, pictures)
-    how: dict[str, Any] = {
-        "resolution": resolution_of(pictures.pipe),
-        "multiple": size_multiple(pictures.pipe),
-        "columns": own.columns or None,
-    }
+    resolution, multiple = pictures.sizes()
+    how: dict[str, Any] = {"resolution": resolution, "multiple": multiple, "columns": own.columns or None}
     found = read_pictures(config.data, settings, split=config.split, **how)
     notes = dict(found.notes)
     if isinstance(config.validation, str):
@@ -44,15 +37,6 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     if prior:
         epochs = WithPrior(len(train) - prior, prior)
     return Data(train, held_out, found.shape, [("pictures", found.length)], found.about, notes, mixture=epochs)
-
-
-def resolution_of(pipe: Any) -> int:
-    """Return the side in pixels of the pictures that a pipeline was made for."""
-    for name in ("unet", "transformer"):
-        side = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
-        if isinstance(side, int):
-            return side * latent_scale(pipe)
-    return RESOLUTION
 
 
 @dataclass(frozen=True)

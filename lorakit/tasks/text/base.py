@@ -95,7 +95,7 @@ def margin(base: float) -> float:
     return MARGIN
 
 
-def labels(items: Any) -> list[str]:
+def loss_labels(items: Any) -> list[str]:
     return [""] * len(items)
 
 
