@@ -87,7 +87,7 @@ class Data:
 
     `shape`: a description for the start panel; `facts`: further lines of it, by name; `about`: stored in the result's
     metadata; `notes`: message -> number of rows it concerns; `files`: file name -> text to write into the result's
-    folder.
+    folder; `watched`: training items that are evaluated where none are held out.
     """
 
     train: list[Any]
@@ -97,6 +97,7 @@ class Data:
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    watched: Sequence[Any] = ()
     mixture: Epochs | None = None  # what an epoch has of several data sets; None: all training items
 
     @property
