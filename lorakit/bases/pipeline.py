@@ -67,9 +67,8 @@ class PipelineModel(nn.Module):
                 "  expected a text-to-image pipeline of diffusers"
             )
         call = {"num_inference_steps": 1, "output_type": "latent", **call}
-        with _catching(pipe, timesteps) as caught:
-            with suppress(_Caught):
-                run(pipe, latents=latents, **call)
+        with _catching(pipe, timesteps) as caught, suppress(_Caught):
+            run(pipe, latents=latents, **call)
         if not caught:
             raise TrainError(
                 f"{type(pipe).__name__} never called its scheduler's step, so it cannot be trained this way"
