@@ -6,6 +6,8 @@ is (rank, targets, ...) comes from it then.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,11 +35,15 @@ class LoraRunSettings(LoraSettings):
     )
 
 
+FILE = "adapter.safetensors"  # of formats without a name of their own for it
+OURS = "lorakit.json"
+
 # Settings that an adapter does not fix: dropout acts in training only.
 _NOT_FIXED = {"dropout", "adapter"}
 # Settings that an adapter holds resolved to the modules of its base. Its recipe has them as the run gave them.
 _RESOLVED = {
     "targets",
+    "components",
     "exclude",
     "layers",
     "save_modules",
@@ -111,9 +117,9 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
-    from ..adapter.fingerprint import fingerprint
+    from ..bases.pipeline import as_module
     from ..model.attach import attach
-    from ..model.state import architecture_of, base_weights
+    from ..model.known_base import base_fingerprint
 
     own = part(config, LoraRunSettings)
     if own.adapter is None:
@@ -121,7 +127,7 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
         return
     earlier = _load(own.adapter)
     continued = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
-    known = earlier.metadata.get("fingerprint") or fingerprint(base_weights(model), architecture_of(model))
+    known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 
@@ -176,7 +182,28 @@ def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str
     from ..model.capture import capture
 
     adapter = capture(model, name)
-    replace(adapter, metadata={**adapter.metadata, **metadata}).save(folder, format)
+    adapter = replace(adapter, metadata={**adapter.metadata, **metadata})
+    if format == "peft":
+        adapter.save(folder)
+    else:
+        _save_file(adapter, folder, format)
+
+
+def _save_file(adapter: Adapter, folder: Path, format: str) -> None:
+    """Write an adapter as one file, and what is ours beside it. The file is read again: what it lacks is an error."""
+    from ..adapter.adapter import Adapter
+    from ..errors import listing
+    from ..formats import format_named
+    from ..io.atomic import write_text
+
+    own = format_named(format).files
+    written = Adapter.load(adapter.save(folder / (own[0] if own else FILE), format))
+    lost = {*adapter.updates, *adapter.embeddings} - {*written.updates, *written.embeddings}
+    if lost:
+        raise AdapterError(f"{folder}: {len(lost)} modules are not in the file that was written: {listing(lost, 3)}")
+    placed = Counter(module.partition(".")[0] for module in written.updates)
+    ours = {**adapter.metadata, "placed": dict(sorted(placed.items()))}
+    write_text(folder / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
 
 
 def trained(config: RunSettings) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
     from .encoded import Pictures
 
+WATCHED = 16  # training pictures whose loss on fixed noise is logged where none are held out
+
 
 def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures) -> Data:
     """Read and split the pictures. Raises DataError for pictures that cannot be used."""
@@ -36,7 +38,9 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     prior = sum(item.is_prior for item in train)
     if prior:
         epochs = WithPrior(len(train) - prior, prior)
-    return Data(train, held_out, found.shape, [("pictures", found.length)], found.about, notes, mixture=epochs)
+    watched = [item for item in train if not item.is_prior and not item.repeat][:WATCHED]
+    facts = [("pictures", found.length)]
+    return Data(train, held_out, found.shape, facts, found.about, notes, watched=watched, mixture=epochs)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def test_what_other_samplers_say_is_the_same_diffusion(name):
 
 
 def test_a_scheduler_that_does_not_say_what_is_predicted_is_refused():
-    with pytest.raises(TrainError, match="ScoreSdeVeScheduler.*does not say"):
+    with pytest.raises(TrainError, match=r"ScoreSdeVeScheduler.*does not say"):
         Objective.of(diffusers.ScoreSdeVeScheduler())
     with pytest.raises(TrainError, match="counts its time backwards"):
         Objective.of(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
