@@ -18,6 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 TOKENS = torch.tensor([[1, 7, 9, 4, 2], [1, 3, 8, 5, 2]])
 TIMES = torch.tensor([100.0, 700.0])
+# The sets of modules that a file is made of: attention layers; linears of the blocks; every linear and convolution of a
+# UNet; every module of denoiser and text encoders, with mixed ranks and alphas; text encoders; these and attention.
+UNET, DIT, TEXT = ("attention", "locon", "mixed"), ("attention", "blocks", "mixed"), ("text", "both")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Family:
     @property
     def denoiser(self) -> str:
         return "unet" if self.model.startswith("sd") and self.model != "sd3" else "transformer"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (UNET if self.denoiser == "unet" else DIT) + (TEXT if self.text else ())
 
     def pipe(self) -> Any:
         torch.manual_seed(0)
@@ -93,7 +100,7 @@ def sdxl() -> nn.Module:
         norm_num_groups=4,
         cross_attention_dim=16,
         attention_head_dim=2,
-        transformer_layers_per_block=(1, 2, 3),
+        transformer_layers_per_block=(1, 1, 2),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         use_linear_projection=True,
@@ -267,9 +274,6 @@ def _wan(pipe: Any) -> Tensor:
     return pipe.transformer(noise(2, 4, 1, 8, 8), TIMES, noise(2, 5, 16)).sample
 
 
-# The sets of modules that files are made of: attention layers, linears of the blocks, all linears and convolutions, all
-# with mixed ranks and alphas, text encoders, attention and text encoders.
-KINDS = ("attention", "blocks", "all", "mixed", "text", "both")
 _DIT = ("scheduler", "vae", "text_encoder", "tokenizer")
 _TWO = ("scheduler", "vae", "tokenizer", "tokenizer_2")
 FAMILIES = {
@@ -282,7 +286,7 @@ FAMILIES = {
             _sd1,
             {"text_encoder": CLIPTextModel},
             ("vae", "tokenizer", "scheduler"),
-            forms={"kohya": KINDS},
+            forms={"kohya": (*UNET, *TEXT)},
         ),
         Family(
             "sdxl",
@@ -291,7 +295,7 @@ FAMILIES = {
             _sdxl,
             {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},
             _TWO,
-            forms={"kohya": KINDS},
+            forms={"kohya": (*UNET, *TEXT)},
         ),
         Family(
             "sd3",
@@ -308,6 +312,7 @@ FAMILIES = {
             _flux,
             {"text_encoder": CLIPTextModel},
             (*_TWO, "text_encoder_2"),
+            forms={"kohya": ("joint", "text")},  # its sizes of the single blocks' parts are those of the real model
         ),
         Family(
             "flux2",
@@ -324,10 +329,10 @@ FAMILIES = {
             qwen_image,
             _qwen_image,
             parts=_DIT,
-            forms={"kohya": KINDS, "comfyui": KINDS},
+            forms={"kohya": DIT, "comfyui": DIT},
         ),
         Family(
-            "z_image", hub.ZImagePipeline, z_image, _z_image, parts=_DIT, forms={"kohya": KINDS, "comfyui": KINDS}
+            "z_image", hub.ZImagePipeline, z_image, _z_image, parts=_DIT, forms={"kohya": DIT, "comfyui": DIT}
         ),
         Family(
             "wan",
