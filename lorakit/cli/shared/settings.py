@@ -13,7 +13,7 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
-from ...config import ALL_LINEAR, Strict
+from ...config import PRESETS, Strict
 from ...errors import ConfigError, did_you_mean
 
 _ALSO = {"learning_rate": ("--lr",)}  # short forms that users know from elsewhere
@@ -125,7 +125,7 @@ def _value(info: FieldInfo, text: Any) -> Any:
         if not all(sep for _, sep, _ in pairs):
             raise ConfigError(f"expected NAME=VALUE,... (got '{text}')")
         return {name.strip(): _yaml(value) for name, _, value in pairs}
-    if list in origins and str in origins and re.fullmatch(r"[\w.]+", text) and text != ALL_LINEAR:
+    if list in origins and str in origins and re.fullmatch(r"[\w.]+", text) and text not in PRESETS:
         return [text]  # a plain name is a name ending; a regular expression has other characters
     if list in origins and (str not in origins or "," in text):
         return [
