@@ -134,6 +134,10 @@ def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
     return {"adapter": Path(source).name, "sha256": adapter.digest(), **kept}
 
 
+def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
+    return "", 1.0
+
+
 def activate(model: Any, name: str) -> None:
     from ..model.activate import activate
 
@@ -152,11 +156,27 @@ def base_alone(model: Any) -> Iterator[None]:
         activate(model, before)
 
 
-def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
+@contextmanager
+def reloaded(model: Any, folder: Path) -> Iterator[None]:
+    from ..adapter.adapter import Adapter
+    from ..model.activate import activate, active
+    from ..model.attach import attach
+    from ..model.detach import detach
+
+    before = active(model)
+    attach(model, Adapter.load(folder), "reloaded", force=True)  # the base is the one it was trained on
+    try:
+        yield
+    finally:
+        detach(model, "reloaded")
+        activate(model, before)
+
+
+def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any], format: str = "peft") -> None:
     from ..model.capture import capture
 
     adapter = capture(model, name)
-    replace(adapter, metadata={**adapter.metadata, **metadata}).save(folder)
+    replace(adapter, metadata={**adapter.metadata, **metadata}).save(folder, format)
 
 
 def trained(config: RunSettings) -> str:

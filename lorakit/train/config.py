@@ -45,6 +45,18 @@ class TrainConfig(Settings):
 
         def __init__(self, **values: Any) -> None: ...
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _defaults_of_task(cls, values: Any, handler: Any) -> Any:
+        """Give settings that are not given the task's own default; they still count as not given."""
+        if not isinstance(values, dict):
+            return handler(values)
+        name = values.get("task") or DEFAULT
+        name = task_for(name) or name
+        config = handler((dict(task_of(name).defaults(values)) if name in TASKS else {}) | values)
+        config.model_fields_set.intersection_update(values)
+        return config
+
     @field_validator("task", mode="before")
     @classmethod
     def _task(cls, value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -100,6 +101,11 @@ class Progress:
             table.add_row(" " * INDENT, f"{name:<6}", Text(_short(text)))
         self._console.print(table)
 
+    def drawn(self, step: int, path: Path) -> None:
+        """Say where pictures have been drawn."""
+        if not self.quiet:
+            self._say(f"step {step:>5}  drawn {path}")
+
     def note(self, text: str) -> None:
         """Say what the user should know, on stderr, also if all else is quiet."""
         Console(stderr=True).print(Text(f"lorakit: {text}"), soft_wrap=True)
@@ -151,22 +157,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
             "data",
             f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
         ),
-        ("length", data.length),
-        *(
-            [("date", f"{data.about['date']}, written by the chat template and saved with the run")]
-            if "date" in data.about
-            else []
-        ),
-        *(
-            [
-                (
-                    "ends with",
-                    f"{', '.join(data.about['end_tokens'])}, as the chat template writes; generation stops there",
-                )
-            ]
-            if "end_tokens" in data.about
-            else []
-        ),
+        *data.facts,
         (
             "batch",
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "

@@ -6,15 +6,17 @@ body, here is what goes into it.
 
 from __future__ import annotations
 
-import json
+import base64
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.tables import Table, html_page, printable
+from ..errors import TrainError
 from ..io.atomic import write_text
 from ..tasks import task_of
+from ..tasks.task import Shown
 from ..version import VERSION
 from .chart import chart
 from .config import TrainConfig
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST_EVALUATIONS = 30  # rows of their table: the last ones
 STYLE = """
+.picture { image-rendering: pixelated; max-width: 100%; height: auto; }
 .lead { color: var(--muted); font-size: 1rem; margin-top: -.4rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
 .figures div { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
@@ -59,7 +62,7 @@ def write_report(folder: RunFolder, config: TrainConfig, facts: Facts = ()) -> N
     rows = folder.rows()
     held = [row for row in rows if "held_out_loss" in row]
     settings = [(name, str(value)) for name, value in config.model_dump(exclude_defaults=True).items()]
-    which, samples = _samples(folder)
+    which, samples = _samples(folder, config)
     drawn = chart(
         [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None],
         [(row["step"], row["held_out_loss"]) for row in held if row["held_out_loss"] is not None],
@@ -68,7 +71,8 @@ def write_report(folder: RunFolder, config: TrainConfig, facts: Facts = ()) -> N
         lead=f"{config.model}, trained on {Path(config.data).name}",
         figures=_figures(rows, held, task_of(config.task).unit),
         chart=drawn,
-        samples=samples,
+        samples=samples.texts,
+        picture=_data_uri(samples.picture),
         which_samples=which,
         sections=[
             (title, part)
@@ -125,17 +129,21 @@ def _evaluations(held: Sequence[dict[str, Any]]) -> Any:
     return Markup(table.html())  # `html` escapes
 
 
-def _samples(folder: RunFolder) -> tuple[str, list[dict[str, str]]]:
+def _samples(folder: RunFolder, config: TrainConfig) -> tuple[str, Shown]:
     """Return where the newest samples are from, or what is wrong with them, and the samples."""
     sampled = folder.sampled()
     if not sampled:
-        return "There are no samples.", []
+        return "There are no samples.", Shown()
     step, path = sampled[-1]
     try:
-        rows = json.loads(path.read_bytes())
-        return f"At step {step:,}.", [{name: str(row[name]) for name in ("prompt", "base", "tuned")} for row in rows]
-    except (ValueError, KeyError, TypeError):
-        return f"{path.name} is damaged.", []
+        return f"At step {step:,}.", task_of(config.task).read_samples(path)
+    except TrainError as error:
+        return str(error), Shown()
+
+
+def _data_uri(png: bytes | None) -> str:
+    """Return a picture to embed in the page; "" for none."""
+    return "" if png is None else f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _template() -> Template:

@@ -115,7 +115,7 @@ def test_items_say_what_they_cost_and_what_they_are(make, name):
     assert all(item.size >= 1 and item.weight >= 1 and "own.jsonl, row " in item.where for item in items)
     assert len({item.digest() for item in items}) == len(items)
     assert fingerprint(items) != fingerprint(items[::-1])
-    assert not {item.group for item in job.train} & {item.group for item in job.held_out}
+    assert not {item.split_key for item in job.train} & {item.split_key for item in job.held_out}
 
 
 def test_the_loss_of_a_row_is_the_same_whatever_shares_its_batch_and_as_computed_by_hand(make, name):

@@ -22,8 +22,8 @@ def test_what_counts_as_diverged():
     assert divergence.is_dead(math.log(4096), 0.0)
     assert not divergence.is_dead(math.log(4096), 1e-30)
     assert not divergence.is_dead(0.0, 0.0)  # a perfect fit
-    assert divergence.is_worse(4.1, 3.0)
-    assert not divergence.is_worse(3.9, 3.0)
+    assert divergence.is_worse(4.1, 3.0, 1.0)
+    assert not divergence.is_worse(3.9, 3.0, 1.0)
 
 
 def test_a_rate_that_is_too_high_ends_in_guessing_and_is_reported(make_config):
