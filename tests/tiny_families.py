@@ -66,7 +66,7 @@ def sd3() -> Family:
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny.autoencoder(),
+        vae=shifted_autoencoder(),
         text_encoder=tiny.text_encoder(words, CLIPTextModelWithProjection),
         tokenizer=words,
         text_encoder_2=tiny.text_encoder(others, CLIPTextModelWithProjection),
@@ -94,7 +94,7 @@ def flux() -> Family:
     )
     pipe = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=tiny.autoencoder(),
+        vae=shifted_autoencoder(),
         text_encoder=tiny.text_encoder(words),
         tokenizer=words,
         text_encoder_2=t5(others, WIDTH),
@@ -122,7 +122,7 @@ def chroma() -> Family:
     )
     pipe = diffusers.ChromaPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_beta_sigmas=False),
-        vae=tiny.autoencoder(),
+        vae=shifted_autoencoder(),
         text_encoder=t5(words, WIDTH),
         tokenizer=words,
         transformer=transformer.eval(),
@@ -213,7 +213,7 @@ def z_image() -> Family:
             torch.nn.init.normal_(parameter, std=0.02)
     pipe = diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny.autoencoder(),
+        vae=shifted_autoencoder(),
         text_encoder=qwen3(words),
         tokenizer=words,
         transformer=transformer.eval(),
@@ -272,7 +272,14 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 }
 
 
-# ------------------------------------------------------------------------------------- text encoders
+# ------------------------------------------------------------------------------------- autoencoder, text encoders
+
+
+def shifted_autoencoder() -> diffusers.AutoencoderKL:
+    """`tiny_pipelines.autoencoder`, whose latents have a mean."""
+    vae = tiny.autoencoder()
+    vae.register_to_config(shift_factor=0.3, scaling_factor=1.6)
+    return vae
 
 
 def t5_tokenizer() -> T5Tokenizer:

@@ -1,7 +1,9 @@
 """A diffusers pipeline as one model: its trainable components, and its denoiser's prediction with gradient.
 
 A pipeline is no `nn.Module`, so `as_module` gives it one, `PipelineModel`, whose children are the pipeline's own
-denoisers and text encoders under their names: "unet.down_blocks.0...", "text_encoder.text_model...".
+denoisers and text encoders under the names that adapter files use: "unet.down_blocks.0...",
+"text_encoder.text_model.encoder...". transformers 5's CLIPTextModel has no level `text_model` any more, so a
+ModuleDict of that one entry stands in for it.
 
 No family of models has code here. `PipelineModel.forward` runs the pipeline's own `__call__`, which encodes prompts,
 packs latents and scales time as the family needs, under a scheduler that hands out our timesteps and keeps what the
@@ -21,11 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainError, listing
+from ..errors import StateError, TrainError, listing
+from ..module_names import is_language_trunk
 
+ATTACHED = "_lorakit"  # the attribute in which a model keeps its adapters (model/state.py)
+TEXT_LEVEL = "text_model"
 _OURS = "_lorakit_model"  # where a pipeline keeps its PipelineModel
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder|prior)(_\d+)?$")
-_TEXT_ENCODER = "text_encoder"
+_TEXT_PARTS = {"embeddings", "encoder", "final_layer_norm"}  # what the level held
 
 
 class Prediction(NamedTuple):
@@ -57,13 +62,17 @@ class PipelineModel(nn.Module):
     """The denoisers and text encoders of a pipeline, as children of one module. The VAE is not among them."""
 
     pipe: Any
+    components: dict[str, nn.Module]
+    layouts: dict[Any, Any]
 
     def __init__(self, pipe: Any):
         super().__init__()
-        for name, component in components_of(pipe).items():
-            self.add_module(name, component)
         self.__dict__["pipe"] = pipe  # not a child
+        self.__dict__["components"] = components_of(pipe)  # their live modules, without the level in front
         self.__dict__["layouts"] = {}  # what `tasks.image.packing` has found out about this pipeline
+        for name, component in self.components.items():
+            flat = is_text_encoder(name) and component._modules.keys() >= _TEXT_PARTS
+            self.add_module(name, nn.ModuleDict({TEXT_LEVEL: component}) if flat else component)
 
     def forward(self, latents: Tensor, timesteps: Tensor, **call: Any) -> Prediction:
         """Predict with the pipeline's denoiser. The pipeline itself is unchanged afterwards, also after an error.
@@ -94,7 +103,7 @@ class PipelineModel(nn.Module):
         reaches its scheduler's step.
         """
         pipe = self.pipe
-        echo = _Echo(getattr(pipe, denoisers_of(pipe)[0]))
+        echo = _Echo(components_of(pipe)[denoisers_of(pipe)[0]])
         with _unchanged(pipe):
             vars(pipe).update(dict.fromkeys(denoisers_of(pipe), echo))
             caught = _call(pipe, latents, timesteps, call)
@@ -110,9 +119,21 @@ def is_pipeline(model: Any) -> bool:
 
 
 def components_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return a pipeline's denoisers and text encoders by name, denoisers first."""
+    """Return a pipeline's denoisers and text encoders by name, denoisers first; a compiled one as it was before."""
     own = {name: c for name, c in pipe.components.items() if isinstance(c, nn.Module) and _COMPONENT.match(name)}
-    return dict(sorted(own.items(), key=lambda item: item[0].startswith(_TEXT_ENCODER)))
+    own = {name: getattr(c, "_orig_mod", c) for name, c in own.items()}
+    return dict(sorted(own.items(), key=lambda item: is_text_encoder(item[0])))
+
+
+def is_text_encoder(component: str) -> bool:
+    """Whether a component's name is that of a text encoder; others are denoisers."""
+    return component.startswith("text_encoder")
+
+
+def component_of(name: str) -> str | None:
+    """Return the component that a module's name begins with; None if it begins with none."""
+    first, _, rest = name.partition(".")
+    return first if rest and _COMPONENT.match(first) and not is_language_trunk(name) else None
 
 
 def denoisers_of(pipe: Any) -> list[str]:
@@ -120,7 +141,7 @@ def denoisers_of(pipe: Any) -> list[str]:
 
     Raises TrainError if it has none.
     """
-    names = [name for name in components_of(pipe) if not name.startswith(_TEXT_ENCODER)]
+    names = [name for name in components_of(pipe) if not is_text_encoder(name)]
     if not names:
         raise TrainError(
             f"{type(pipe).__name__} has no denoiser: none of its components is a unet or a transformer\n"
@@ -135,13 +156,23 @@ def arguments_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def as_module(model: Any) -> Any:
-    """Return a pipeline's `PipelineModel`, always the same one; anything else as it is."""
+    """Return a pipeline's `PipelineModel`, always the same one; anything else as it is.
+
+    Raises StateError if one of its components was replaced while adapters are attached.
+    """
     if not is_pipeline(model):
         return model
-    kept = vars(model).get(_OURS)
-    if kept is None or dict(kept.named_children()) != components_of(model):
-        kept = PipelineModel(model)
-        vars(model)[_OURS] = kept
+    kept, own = model.__dict__.get(_OURS), components_of(model)
+    if kept is not None and kept.components == own:
+        return kept
+    if kept is not None and ATTACHED in kept.__dict__:
+        changed = [name for name in {**kept.components, **own} if kept.components.get(name) is not own.get(name)]
+        raise StateError(
+            f"the pipeline's {listing(changed)} was replaced while adapters are attached, so they would have no effect "
+            "there\n"
+            "  put the component back and call lorakit.detach(pipe), then replace it and attach them again"
+        )
+    model.__dict__[_OURS] = kept = PipelineModel(model)
     return kept
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from ..version import VERSION
+from . import image
 
 
 class Command(NamedTuple):
@@ -44,9 +45,11 @@ COMMANDS = {
     "export": Command("export", "export", "write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified"),
     "card": Command("card", "card", "write a model card for an adapter"),
     "push": Command("push", "push", "upload an adapter to the Hugging Face hub"),
+    **{f"image {verb}": Command(f"image.{verb}", verb, text) for verb, text in image.VERBS.items()},
     "bench": Command("bench", "bench", "benchmark lorakit and its peers on your machine"),
 }
-GROUPS = {"data": "show data as the model sees it"}  # the first word of commands of two
+# The first word of commands of two.
+GROUPS = {"data": "show data as the model sees it", "image": "train on pictures, and draw them"}
 
 
 def app_for(args: Sequence[str]) -> typer.Typer:

@@ -40,6 +40,11 @@ def _train(
     values = (read_config(config) if config else {}) | flags
     if "data" not in values:
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
+    start(values, quiet, json_output)
+
+
+def start(values: dict[str, Any], quiet: bool, json_output: bool) -> None:
+    """Train with these settings, print how the run ended, and exit with its code."""
     settings = TrainConfig(**values)
 
     check_names(settings.model, settings.data)

@@ -38,6 +38,7 @@ _NOT_FIXED = {"dropout", "adapter"}
 # Settings that an adapter holds resolved to the modules of its base. Its recipe has them as the run gave them.
 _RESOLVED = {
     "targets",
+    "components",
     "exclude",
     "layers",
     "save_modules",
@@ -111,9 +112,9 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
-    from ..adapter.fingerprint import fingerprint
+    from ..bases.pipeline import as_module
     from ..model.attach import attach
-    from ..model.state import architecture_of, base_weights
+    from ..model.known_base import base_fingerprint
 
     own = part(config, LoraRunSettings)
     if own.adapter is None:
@@ -121,7 +122,7 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
         return
     earlier = _load(own.adapter)
     continued = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
-    known = earlier.metadata.get("fingerprint") or fingerprint(base_weights(model), architecture_of(model))
+    known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
+from ..bases.pipeline import as_module
 from ..errors import StateError
 from ..layers.batched.routes import Choice, Chosen, Routes, Routing
 from ..layers.batched.saved_rows import routed
@@ -29,11 +30,13 @@ Which = str | Mapping[str, float] | None
 
 @contextmanager
 def route(
-    model: nn.Module, choices: Sequence[Which], repeat: int = 1, *, per: Literal["row", "token"] = "row"
+    model: Any, choices: Sequence[Which], repeat: int = 1, *, per: Literal["row", "token"] = "row"
 ) -> Iterator[None]:
     """Use a different adapter for each row of the batch: an adapter's name, a weighted mix, or None for the base.
 
-    `repeat`: consecutive rows per choice; for `generate`, the larger of `num_beams` and `num_return_sequences`.
+    `repeat`: consecutive rows per choice; for `generate`, the larger of `num_beams` and `num_return_sequences`. The
+    guidance of a diffusion pipeline doubles the batch in blocks, all negative prompts and then all prompts: there give
+    `choices * 2`.
     `per="token"`: one choice per token of a packed batch [1, tokens], as serving engines and packed training rows use;
     the model still decides which tokens attend to which (`position_ids`, or a mask). On exit, also after an exception,
     the adapters that were active before are active again. With gradient checkpointing, call backward inside the
@@ -42,6 +45,7 @@ def route(
     adapter is merged, and for a choice that scales saved weights or names the same twice; inside the context, for a
     batch with another number of rows or tokens.
     """
+    model = as_module(model)
     state = state_of(model)
     check_not_routed(state, "route")
     if state.merged is not None:

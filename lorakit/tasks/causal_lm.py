@@ -20,8 +20,8 @@ from .text.base import (  # noqa: F401 (names of the task)
     configure,
     defaults,
     drawn,
-    labels,
     learning_rate,
+    loss_labels,
     margin,
     prepare,
     rate_factor,
@@ -31,6 +31,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     save_beside,
     size_at_once,
     size_unit,
+    tried_with,
 )
 from .text.causal_rows import Sources
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401

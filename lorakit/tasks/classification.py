@@ -26,8 +26,8 @@ from .text.base import (  # noqa: F401 (names of the task)
     configure,
     defaults,
     drawn,
-    labels,
     learning_rate,
+    loss_labels,
     margin,
     prepare,
     rate_factor,
@@ -37,6 +37,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     save_beside,
     size_at_once,
     size_unit,
+    tried_with,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
 from .text.settings import Columns, Lengths

@@ -87,7 +87,7 @@ class Data:
 
     `shape`: a description for the start panel; `facts`: further lines of it, by name; `about`: stored in the result's
     metadata; `notes`: message -> number of rows it concerns; `files`: file name -> text to write into the result's
-    folder.
+    folder; `watched`: training items that are evaluated where none are held out.
     """
 
     train: list[Any]
@@ -97,6 +97,7 @@ class Data:
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    watched: Sequence[Any] = ()
     mixture: Epochs | None = None  # what an epoch has of several data sets; None: all training items
 
     @property
@@ -119,6 +120,7 @@ class Task(Protocol):
     size_unit: str  # what `Item.size` counts
     result_format: str  # the format of a result's adapter, of `lorakit.formats.FORMATS`
     samples_from_file: bool  # whether samples are taken from the result as written and loaded again
+    tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
     compares: bool  # whether the base is evaluated too, at the first evaluation
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -208,7 +210,7 @@ class Task(Protocol):
         Random numbers must come from torch's default generator, which the loop seeds by run and step.
         """
 
-    def labels(self, items: Sequence[Any]) -> list[str]:
+    def loss_labels(self, items: Sequence[Any]) -> list[str]:
         """Return a label for each item whose loss is logged apart, as `<label>_loss`; "" for the others."""
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from ..config import Choice, LoraSettings, RunSettings, part
+from ..config import Choice, RunSettings, part
 from ..data.pictures.settings import PictureSettings
 from ..errors import ConfigError, TrainError
 from .image.settings import DiffusionSettings
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .image.encoded import Pictures, PictureRow
+    from .image.encoded import PictureRow, Pictures
     from .image.samples import PicturePrompt, PictureSample
 
 # Pixels of a micro-batch on a CPU: one picture of 512 x 512.
@@ -71,6 +71,7 @@ size_unit = "pixels"
 result_format = "diffusers"
 samples_from_file = True
 compares = True
+tried_with = "image generate"
 
 # Text has defaults of its own for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
 # learning rates found for those hold here. The held-out loss says little of a style or a subject, so that no run ends
@@ -98,7 +99,7 @@ def processor(config: RunSettings) -> Pictures:
     from .image.encoded import Pictures
 
     _check_settings(config)
-    return Pictures.of(config, part(config, TextToImageSettings))
+    return Pictures(config, part(config, TextToImageSettings))
 
 
 def resolved(config: RunSettings, processor: Pictures, earlier: Mapping[str, Any]) -> RunSettings:
@@ -210,7 +211,7 @@ def saved_padding(batches: Sequence[Sequence[Any]]) -> str:
     raise TrainError("pictures are not packed")
 
 
-def labels(items: Sequence[PictureRow]) -> list[str]:
+def loss_labels(items: Sequence[PictureRow]) -> list[str]:
     return ["prior" if item.is_prior else "" for item in items]
 
 

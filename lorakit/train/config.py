@@ -31,6 +31,13 @@ else:
     Settings = joined("Settings", [RunSettings, *_between, Source, *(method_of(name).settings for name in METHODS)])
 
 
+def task_named(value: Any) -> Any:
+    """Return the task's name: as given, with hyphens, or as PEFT calls it; the default for None."""
+    if not isinstance(value, str):
+        return DEFAULT if value is None else value
+    return task_for(value) or value.replace("-", "_")
+
+
 class TrainConfig(Settings):
     """All settings of a training run. Raises ConfigError for unknown names and invalid values."""
 
@@ -51,8 +58,7 @@ class TrainConfig(Settings):
         """Give settings that are not given the task's own default; they still count as not given."""
         if not isinstance(values, dict):
             return handler(values)
-        name = values.get("task") or DEFAULT
-        name = task_for(name) or name
+        name = task_named(values.get("task"))
         config = handler((dict(task_of(name).defaults(values)) if name in TASKS else {}) | values)
         config.model_fields_set.intersection_update(values)
         return config
@@ -60,7 +66,7 @@ class TrainConfig(Settings):
     @field_validator("task", mode="before")
     @classmethod
     def _task(cls, value: Any) -> Any:
-        return DEFAULT if value is None else task_for(value) or value
+        return task_named(value)
 
     @model_validator(mode="after")
     def _find_lr_allowed(self) -> TrainConfig:

@@ -17,7 +17,7 @@ class Labelled:
     def __init__(self, task: Task, batch: Sequence[Item], parallel: Parallel):
         self._task, self._parallel = task, parallel
         rows: dict[str, list[Item]] = {}
-        for item, label in zip(batch, task.labels(batch), strict=True):
+        for item, label in zip(batch, task.loss_labels(batch), strict=True):
             if label:
                 rows.setdefault(label, []).append(item)
         self._weights = {label: weight_of(items) for label, items in sorted(rows.items())}
@@ -26,7 +26,7 @@ class Labelled:
     def add(self, items: Sequence[Item], losses: Tensor, weight: float) -> None:
         """Take in the losses of some rows, which have been multiplied by `weight`."""
         if self._sums and weight:
-            for label, loss in zip(self._task.labels(items), losses, strict=True):
+            for label, loss in zip(self._task.loss_labels(items), losses, strict=True):
                 if label:
                     self._sums[label] += loss / weight
 

@@ -19,6 +19,7 @@ from ..model.summary import summary
 from . import defaults
 from .bar import Bar
 from .resume import trainable
+from .run_folder import HELD_OUT, evaluated
 
 if TYPE_CHECKING:
     from .setup import Job
@@ -74,11 +75,12 @@ class Progress:
         """Show a line of metrics.jsonl."""
         if self.quiet:
             return
-        if "held_out_loss" in row:
-            figures = {name.removeprefix("held_out_"): value for name, value in row.items() if name != "step"}
-            self._say(
-                f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items())
-            )
+        if prefix := evaluated(row):
+            figures = {name.removeprefix(prefix): value for name, value in row.items() if name != "step"}
+            what = "held-out" if prefix == HELD_OUT else "fixed noise:"
+            base = ", the base" if row["step"] == 0 else ""
+            shown = "  ".join(_figure(name, value) for name, value in figures.items())
+            self._say(f"step {row['step']:>5}  {what} {shown}{base}")
             return
         average = self._average.add(row["loss"])
         self._done += row[self._unit]

@@ -38,7 +38,7 @@ PREFIX, TEMPORARY = "step-", ".writing-"
 
 @dataclass
 class Loaded:
-    """A checkpoint's contents. `parameters`, `best`, `ema`: by parameter name; `optimizer`: by `<parameter>.<state>`."""
+    """A checkpoint's contents. `parameters`, `best`, `ema`: by parameter; `optimizer`: by `<parameter>.<state>`."""
 
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]

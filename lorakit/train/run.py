@@ -23,7 +23,7 @@ from .early_stop import EarlyStop
 from .ema import Ema
 from .progress import facts
 from .report import write_report
-from .run_folder import FREE
+from .run_folder import FIXED, FREE, HELD_OUT, evaluated
 from .samples import Sampler
 from .setup import Job
 from .trackers import Trackers
@@ -84,6 +84,8 @@ class Run:
         self._resume()
         self.trackers = Trackers(self.config) if job.parallel.is_first else None
         self.sampler = Sampler(job)
+        self.evaluated = job.held_out or job.data.watched
+        self.prefix = HELD_OUT if job.held_out else FIXED
 
     @property
     def ended(self) -> bool:
@@ -166,19 +168,18 @@ class Run:
     def _base_figures(self) -> dict[str, float]:
         job = self.job
         with job.method.base_alone(job.model):
-            return job.task.evaluate(job.base, job.held_out, self.config.batch_size)
+            return job.task.evaluate(job.base, self.evaluated, self.config.batch_size)
 
     def begin(self) -> None:
         """Evaluate the base before the first step, as step 0, if the task compares with it."""
         job = self.job
-        if not (job.task.compares and job.method.keeps_base and job.held_out):
+        if not (job.task.compares and job.method.keeps_base and self.evaluated):
             return
-        logged = [row for row in job.folder.rows() if row["step"] == 0 and "held_out_loss" in row]
+        logged = [row for row in job.folder.rows() if row["step"] == 0 and evaluated(row)]
         if not logged:
-            figures = {f"held_out_{name}": _logged(name, value) for name, value in self._base_figures().items()}
-            logged = [{"step": 0, **figures}]
+            logged = [{"step": 0} | self._named(self._base_figures())]
             self.log(logged[0])
-        self.base_loss = logged[0]["held_out_loss"]
+        self.base_loss = logged[0][f"{self.prefix}loss"]
 
     def _last_good(self) -> str:
         """Say which checkpoint is the last from before the run diverged."""
@@ -224,20 +225,22 @@ class Run:
         with compile.uncompiled() if self.config.compile else contextlib.nullcontext(), self._averaged():
             self._evaluate()
 
+    def _named(self, measured: Mapping[str, float]) -> dict[str, Any]:
+        return {f"{self.prefix}{name}": _logged(name, value) for name, value in measured.items()}
+
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the parameters are their averages, if the run has some."""
         return contextlib.nullcontext() if self.ema is None else self.ema.in_use()
 
     def _evaluate(self) -> None:
         self.job.method.activate(self.job.model, self.job.adapter)
-        if self.job.held_out:
-            measured = self.job.task.evaluate(self.job.base, self.job.held_out, self.config.batch_size)
-            self.log(
-                {"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()}
-            )
+        if self.evaluated:
+            measured = self.job.task.evaluate(self.job.base, self.evaluated, self.config.batch_size)
+            self.log({"step": self.step} | self._named(measured))
             loss = next(iter(measured.values()))
             self._check_divergence(loss)
-            if self.early.better(loss, self.step) and self.config.keep_best:
+            # The loss of training rows would not say when to stop.
+            if self.job.held_out and self.early.better(loss, self.step) and self.config.keep_best:
                 self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         sampled = self.sampler.take(self.step, self._save_result)
         if sampled is not None:
@@ -398,4 +401,4 @@ class Run:
 
 def _logged(name: str, value: float) -> float | None:
     """Round a metric for metrics.jsonl; None if it is not finite, as JSON has no infinity."""
-    return round(value, 5 if name == "loss" else 4) if math.isfinite(value) else None
+    return round(value, 5 if name.startswith("loss") else 4) if math.isfinite(value) else None

@@ -26,6 +26,9 @@ from .resume import newest_state, steps_in
 
 # Settings that do not affect the result, so that they may differ when a run resumes.
 FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free", ())}
+# The rows of metrics.jsonl that are evaluations have these before a metric's name: of held-out rows, or of training
+# rows on fixed noise.
+HELD_OUT, FIXED = "held_out_", "fixed_"
 TEMPORARY = ".*.tmp"  # how `io.atomic.replacing` names a file while it is written
 BEFORE = ("prior", "cache")  # folders that a task may fill before the run begins
 LOCK = ".lorakit.lock"  # held by the process that is writing the folder
@@ -203,6 +206,11 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """List the files and folders of samples, `step-N...`, as (N, path), in order."""
     paths = folder.glob("step-*") if folder.is_dir() else []
     return sorted((int(path.stem.removeprefix("step-")), path) for path in paths)
+
+
+def evaluated(row: Mapping[str, Any]) -> str | None:
+    """Return which evaluation a row of metrics.jsonl is of: `HELD_OUT`, `FIXED`, or None for a training step."""
+    return next((prefix for prefix in (HELD_OUT, FIXED) if f"{prefix}loss" in row), None)
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Pictures and captions as a pipeline's denoiser sees them: encoded, cached on disk, and collated into a batch.
 
-    picture -> latents      by the autoencoder, in float32
-    caption -> arguments    by the text encoders; while one of them is trained, captions stay text
+picture -> latents      by the autoencoder, in float32
+caption -> arguments    by the text encoders; while one of them is trained, captions stay text
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from ...bases.device import choose_device, choose_dtype
 from ...bases.load_pipeline import load_pipeline
+from ...bases.native_size import native_size
 from ...bases.pipeline import PipelineModel, as_module
 from ...config import RunSettings, part
 from ...data.pictures.cache import TensorCache, caption_key, picture_key, weights_hash
 from ...data.pictures.item import Drawn, PictureItem
 from ...generate.eval_mode import evaluating
-from .latents import encode_pictures
+from .latents import encode_pictures, latent_scale, size_multiple
 from .packing import layout_of
 from .prompts import batch_prompts, encode_prompts, size_arguments, text_prompts
 from .settings import DiffusionSettings
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _ENCODERS = "text_encoder"
 CACHE = "cache"  # in the run's folder
+RESOLUTION = 512  # of a pipeline that does not say its own
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,25 @@ class PictureRow:
 class Pictures:
     """A run's pipeline, and what it makes of pictures and captions."""
 
-    def __init__(self, pipe: Any, settings: TextToImageSettings, cache: TensorCache | None):
-        self.pipe, self.settings, self.cache = pipe, settings, cache
+    def __init__(self, config: RunSettings, settings: TextToImageSettings):
+        self.config, self.settings = config, settings
         self.diffusion = part(settings, DiffusionSettings)
+        folder = {"auto": Path(config.out) / CACHE, "none": None}.get(settings.cache, Path(settings.cache))
+        self.cache = None if folder is None else TensorCache(folder)
         self._hashes: dict[str, str] = {}
 
-    @classmethod
-    def of(cls, config: RunSettings, settings: TextToImageSettings) -> Pictures:
-        """Load the run's pipeline. Raises LorakitError if it cannot be loaded."""
-        device = choose_device().value
-        pipe = load_pipeline(config.model, choose_dtype(config.precision, device).value, device, config.revision)
-        folder = {"auto": Path(config.out) / CACHE, "none": None}.get(settings.cache, Path(settings.cache))
-        return cls(pipe, settings, None if folder is None else TensorCache(folder))
+    @cached_property
+    def pipe(self) -> Any:
+        """The run's pipeline, loaded when it is first asked for. Raises LorakitError if it cannot be loaded."""
+        config, device = self.config, choose_device().value
+        return load_pipeline(config.model, choose_dtype(config.precision, device).value, device, config.revision)
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the side of the pictures that the pipeline was made for, and what all sides must be multiples of.
+
+        They come from config files where these are on this disk, without loading the pipeline.
+        """
+        return native_size(self.config.model) or (resolution_of(self.pipe), size_multiple(self.pipe))
 
     def load(self) -> PipelineModel:
         """Return the pipeline as one model, which is on its device already."""
@@ -159,10 +169,20 @@ class Pictures:
 
     def _hash(self, kind: str) -> str:
         if kind not in self._hashes:
-            tokenizers = [t for name, t in self.pipe.components.items() if name.startswith("tokenizer") and t is not None]
+            components = self.pipe.components.items()
+            tokenizers = [t for name, t in components if name.startswith("tokenizer") and t is not None]
             parts = [self.pipe.vae] if kind == "vae" else [*(e for _, e in self._encoders()), *tokenizers]
             self._hashes[kind] = weights_hash(*parts)
         return self._hashes[kind]
+
+
+def resolution_of(pipe: Any) -> int:
+    """Return the side in pixels of the pictures that a pipeline was made for."""
+    for name in ("unet", "transformer"):
+        side = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
+        if isinstance(side, int):
+            return side * latent_scale(pipe)
+    return RESOLUTION
 
 
 def on_device(prompts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...config import RunSettings, part
+from ...config import RunSettings
 from ...data.pictures.read import held_out_of, read_pictures
-from ...data.pictures.settings import PictureSettings
 from ..task import Data
-from .latents import latent_scale, size_multiple
 
 if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
     from .encoded import Pictures
 
-RESOLUTION = 512  # of a pipeline that does not say its own
+WATCHED = 16  # training pictures whose loss on fixed noise is logged where none are held out
 
 
 def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures) -> Data:
@@ -26,11 +24,8 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     from .prior import with_prior
 
     settings = with_prior(config, own, pictures)
-    how: dict[str, Any] = {
-        "resolution": resolution_of(pictures.pipe),
-        "multiple": size_multiple(pictures.pipe),
-        "columns": own.columns or None,
-    }
+    resolution, multiple = pictures.sizes()
+    how: dict[str, Any] = {"resolution": resolution, "multiple": multiple, "columns": own.columns or None}
     found = read_pictures(config.data, settings, split=config.split, **how)
     notes = dict(found.notes)
     if isinstance(config.validation, str):
@@ -43,16 +38,9 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     prior = sum(item.is_prior for item in train)
     if prior:
         epochs = WithPrior(len(train) - prior, prior)
-    return Data(train, held_out, found.shape, [("pictures", found.length)], found.about, notes, mixture=epochs)
-
-
-def resolution_of(pipe: Any) -> int:
-    """Return the side in pixels of the pictures that a pipeline was made for."""
-    for name in ("unet", "transformer"):
-        side = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
-        if isinstance(side, int):
-            return side * latent_scale(pipe)
-    return RESOLUTION
+    watched = [item for item in train if not item.is_prior and not item.repeat][:WATCHED]
+    facts = [("pictures", found.length)]
+    return Data(train, held_out, found.shape, facts, found.about, notes, watched=watched, mixture=epochs)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Pictures drawn in training, of the same prompts and seed at each evaluation.
 
-    samples/step-200.png        a grid: a row for each prompt; columns base, step 100, step 200
-    samples/step-200/1.png      each picture by itself, with its prompt, sampler, steps, guidance and seed as PNG text
-    samples/step-0/1.png        the base's
+samples/step-200.png        a grid: a row for each prompt; columns base, step 100, step 200
+samples/step-200/1.png      each picture by itself, with its prompt, sampler, steps, guidance and seed as PNG text
+samples/step-0/1.png        the base's
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def draw(own: TextToImageSettings, base: Base, prompts: Sequence[PicturePrompt])
     )
     sampler, schedule = name_of(pipe.scheduler)
     guidance = defaults_of(pipe).guidance if own.sample_guidance is None else own.sample_guidance
-    loras = {ADAPTER: Lora(weight) for weight in active(base.model).values()}
+    weight = next(iter(active(base.model).values()), None)
+    loras = {} if weight is None else {ADAPTER: Lora(weight)}
     return [
         PictureSample(
             picture,

@@ -30,6 +30,7 @@ MARGIN = 1.0
 result_format = "peft"
 samples_from_file = False
 compares = False
+tried_with: str | None = None
 size_unit = "tokens"
 
 
@@ -94,7 +95,7 @@ def margin(base: float) -> float:
     return MARGIN
 
 
-def labels(items: Any) -> list[str]:
+def loss_labels(items: Any) -> list[str]:
     return [""] * len(items)
 
 

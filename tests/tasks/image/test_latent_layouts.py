@@ -36,8 +36,7 @@ def test_models_that_are_given_their_guidance():
 
 def test_a_distilled_qwen_image_is_given_its_guidance():
     family = FAMILIES["qwen_image"]()
-    config = dict(family.pipe.transformer.config) | {"guidance_embeds": True}
-    vars(family.pipe)["transformer"] = diffusers.QwenImageTransformer2DModel.from_config(config)
+    family.pipe.transformer.register_to_config(guidance_embeds=True)
     assert found(family).embedded == ("guidance_scale",)
 
 

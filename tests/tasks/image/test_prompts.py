@@ -88,7 +88,7 @@ def test_results_are_named_by_what_the_pipeline_does_with_them():
 def test_gradients_reach_a_trained_text_encoder(name, component, targets):
     family = FAMILIES[name]()
     encoder = getattr(family.pipe, component)
-    lk.attach(encoder, lk.LoraConfig(rank=2, targets=targets))
+    lk.attach(family.pipe, lk.LoraConfig(rank=2, targets=targets, components=[component]))
     torch.manual_seed(0)
     losses(as_module(family.pipe), family.latents, text_prompts(CAPTIONS), DiffusionSettings()).sum().backward()
     reached = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
