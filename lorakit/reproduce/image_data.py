@@ -1,7 +1,7 @@
 """The image demo's training pictures: folders of PNG files with captions, as `lorakit image train` reads them.
 
-    style/      24 objects, each once, in a style that the base never draws
-    subject/    6 pictures of one animal that the base has never seen, called "a sks animal"
+style/      24 objects, each once, in a style that the base never draws
+subject/    6 pictures of one animal that the base has never seen, called "a sks animal"
 """
 
 from __future__ import annotations
@@ -74,5 +74,3 @@ def _write(folder: Path, pictures: Tensor, captions: Sequence[str]) -> None:
         with replacing(folder / f"{number:02}.png") as temporary:
             Image.fromarray(array).save(temporary, format="PNG")
         write_text(folder / f"{number:02}.txt", caption + "\n")
-
-

@@ -70,7 +70,9 @@ def object_areas(pictures: Tensor) -> Tensor:
 
     The background's colour is the median of the outermost pixels.
     """
-    border = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], -1)  # [n, 3, 128]
+    border = torch.cat(
+        [pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], -1
+    )  # [n, 3, 128]
     background = border.median(-1).values[..., None, None]
     distance = (pictures - background).norm(dim=1) / np.sqrt(12)  # black to white: 2 in each channel
     return (distance > DIFFERENT).float().mean((1, 2))
