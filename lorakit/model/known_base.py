@@ -79,8 +79,11 @@ def _compare_alone(model: nn.Module, weights: Mapping[str, Weight], expected: An
     if not isinstance(model, PipelineModel):
         return differences(expected, weights, architecture_of(model))
     lines = []
-    for component in {component_of(name) for name in live} & model.components.keys():
-        own, within = model.components[component], _inside(weights, component)
+    touched = {component_of(name) for name in live}
+    for component, own in model.components.items():
+        if component not in touched:
+            continue
+        within = _inside(weights, component)
         lines += differences(
             expected, within if TEXT_LEVEL in own._modules else _without_level(within), architecture_of(own)
         )
