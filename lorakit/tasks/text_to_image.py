@@ -58,7 +58,7 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
     )
     new_tokens: dict[str, str] = Field(
         default_factory=dict,
-        description="words to learn (textual inversion), each with what it starts as: {<sks>: cat}; '' starts at random",
+        description="words to learn (textual inversion), each with what it starts as: {<sks>: cat}; '' is random",
     )
     token_vectors: int = Field(1, ge=1, description="vectors of each of new_tokens")
     save_as: Literal["auto", "diffusers", "kohya", "comfyui"] = Field(
