@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
+from .catching import arguments_of
 from .hub_reach import check_hub, out_of_reach
 from .load import EMBEDDED
-from .pipeline import arguments_of, denoisers_of
+from .pipeline import denoisers_of
 
 if TYPE_CHECKING:
     import torch
