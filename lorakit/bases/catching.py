@@ -99,14 +99,15 @@ def catch(
             f"{type(pipe).__name__} takes no latents, so it cannot be trained this way\n"
             "  expected a text-to-image pipeline of diffusers, whose call has an argument `latents`"
         )
-    caught = Catch(timesteps, type(pipe).__name__)
+    own: Any = type(pipe)
+    caught = Catch(timesteps, own.__name__)
     quietly = {"output_type": "latent"} if "output_type" in arguments else {}
     with _unchanged(pipe), suppress(_Ended):
         # Not by setattr, which would write it into the pipeline's config.
         vars(pipe).update({"scheduler": _catching(pipe.scheduler, caught), **(denoisers or {})})
         vars(pipe).update({"_progress_bar_config": {"disable": True}, _DEVICE: device})
-        pipe.__class__ = _placed_class(type(pipe))
-        inspect.unwrap(type(pipe).__call__)(pipe, latents=latents, **{**quietly, **call})
+        pipe.__class__ = _placed_class(own)
+        inspect.unwrap(own.__call__)(pipe, latents=latents, **{**quietly, **call})
     return caught
 
 
@@ -128,7 +129,8 @@ def _unchanged(pipe: Any) -> Iterator[None]:
 
 def _catching(real: Any, caught: Catch) -> Any:
     """Return a copy of a scheduler that hands out the timesteps of `caught`, where it puts the first prediction."""
-    scheduler = object.__new__(_catching_class(type(real)))
+    own: Any = type(real)
+    scheduler = object.__new__(_catching_class(own))
     vars(scheduler).update(vars(real))  # not from its config: betas and sigmas would be computed at every step
     vars(scheduler).pop("init_noise_sigma", None)
     vars(scheduler).update(catch=caught, timesteps=caught.timesteps[None], num_inference_steps=1)
