@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...bases.pipeline import PipelineModel, Probe, arguments_of, denoisers_of
+from ...bases.catching import arguments_of
+from ...bases.pipeline import PipelineModel, Probe, denoisers_of
 from ...errors import LorakitError, TrainError
 from .latents import latent_scale
 from .objective import Objective
