@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from test_pipeline import close, trained
 from tiny_families import FAMILIES
+from tiny_pipelines import close, trained
 
 import lorakit as lk
 from lorakit.bases.pipeline import PipelineModel, as_module, is_text_encoder
