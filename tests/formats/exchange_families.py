@@ -100,7 +100,7 @@ def sdxl() -> nn.Module:
         norm_num_groups=4,
         cross_attention_dim=16,
         attention_head_dim=2,
-        transformer_layers_per_block=(1, 1, 2),
+        transformer_layers_per_block=(1, 1, 1),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         use_linear_projection=True,
