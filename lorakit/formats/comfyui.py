@@ -6,13 +6,12 @@
 
 Reading is `diffusers.read`, which takes every dotted spelling. Of a model whose names are known (`names.KNOWN`) the
 original names are written, fused weights fused; Z-Image has diffusers' names, which its trainers write and diffusers
-reads too (ComfyUI maps them to its fused weights). The names of any other model are written as they were read, and so is
-a file whose spelling was recorded (`native.py`): what is edited stays readable where it was.
+reads too (ComfyUI maps them to its fused weights). The names of any other model are written as they were read, and so
+is a file whose spelling was recorded (`native.py`): what is edited stays readable where it was.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from ..adapter.adapter import Adapter
 from ..adapter.update import Update
 from ..errors import AdapterError, listing
 from ..io.tensors import write_tensors
-from . import kohya, names
+from . import kohya, kohya_metadata, names
 from .diffusers import read
 from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, written
+from .run_metadata import own_entry, run_metadata
 from .spellings import NATIVE
 from .text_model import with_text_model
 from .unheld import beside_updates
@@ -52,10 +52,10 @@ def write_as_read(adapter: Adapter, path: Path, spelling: Mapping[str, Any]) -> 
     for name, update, shape in _named(adapter, spelling):
         tensors |= written(name, update, shape, spelling)
     header = {"format": "pt"} | {str(k): str(v) for k, v in (adapter.metadata.get("header") or {}).items()}
-    ours = {k: v for k, v in adapter.metadata.items() if k not in ("header", "spelling", "model")}
-    if ours:
-        header["lorakit"] = json.dumps(ours, sort_keys=True)
-    write_tensors(path, tensors, header)
+    if run_metadata(adapter.metadata):
+        changes = {m: (u, None) for m, u in adapter.updates.items()}
+        header |= kohya_metadata.metadata(adapter, _model(adapter), changes, path.stem)
+    write_tensors(path, tensors, header | own_entry(adapter.metadata, "header", "spelling", "model"))
     return path
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from exchange_families import FAMILIES, Family
 from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.bases.pipeline import as_module, components_of
-
-from exchange_families import FAMILIES, Family
 
 CLOSE = 1e-5
 BLOCK = re.compile(r"(blocks|layers|refiner)\.\d+\.(?!.*(norm1|norm1_context|norm)\.linear)")
@@ -42,7 +41,7 @@ def adapted(family: Family, kind: str) -> dict[str, nn.Module]:
 
 
 def attached(family: Family, kind: str) -> Any:
-    """A pipeline with random factors on the modules of this kind: rank 4, alpha 8; `mixed`: ranks 1 to 3, six alphas."""
+    """A pipeline with random factors on the modules of this kind: rank 4, alpha 8; mixed: ranks 1 to 3, six alphas."""
     made, updates = torch.Generator().manual_seed(1), {}
     for i, (name, module) in enumerate(adapted(family, kind).items()):
         rank, alpha = (1 + i % 3, 0.5 + i % 6) if kind == "mixed" else (4, 8.0)
@@ -118,8 +117,8 @@ def from_peft(family: Family, kind: str, folder: Path, alphas: bool) -> Tensor:
             r=4,
             lora_alpha=6 if alphas else 4,
             target_modules=own,
-            rank_pattern={name: 2 for name in own[::3]} if alphas else {},
-            alpha_pattern={name: 3 for name in own[::4]} if alphas else {},
+            rank_pattern=dict.fromkeys(own[::3], 2) if alphas else {},
+            alpha_pattern=dict.fromkeys(own[::4], 3) if alphas else {},
             init_lora_weights=False,
         )
         peft.inject_adapter_in_model(config, model)

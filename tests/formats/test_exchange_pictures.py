@@ -166,7 +166,8 @@ def test_a_loha_of_a_unet_goes_out_in_lycoris_form_and_comes_back(tmp_path):
     plain, tensors = tiny_sd1(), load_file(path)
     names = {f"lora_unet_{n.replace('.', '_')}": m for n, m in plain.unet.named_modules() if hasattr(m, "weight")}
     keys = {key.partition(".")[0] for key in tensors}
-    assert keys <= names.keys() and len(keys) == len(adapter.updates)
+    assert keys <= names.keys()
+    assert len(keys) == len(adapter.updates)
     for key in keys:
         w1a, w1b, w2a, w2b = (tensors[f"{key}.hada_{w}"].double() for w in ("w1_a", "w1_b", "w2_a", "w2_b"))
         delta = (w1a @ w1b) * (w2a @ w2b) * (tensors[f"{key}.alpha"].double() / w1b.shape[0])
