@@ -31,7 +31,7 @@ from .spellings import NATIVE
 from .text_model import with_text_model
 from .unheld import beside_updates
 
-__all__ = ["FORMAT", "losses", "read", "write_as_read"]
+__all__ = ["FORMAT", "losses", "places", "read", "write_as_read"]
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
 
@@ -69,7 +69,7 @@ def _losses(adapter: Adapter, spelling: Mapping[str, Any]) -> list[str]:
                 f"{listing(strange, 3)}: no module of a diffusion model that lorakit knows, nor named {NATIVE}.…"
             )
     else:
-        grouped, unplaced = kohya.grouped(adapter, _places(model, spelling))
+        grouped, unplaced = kohya.grouped(adapter, places(model, spelling))
         if unplaced:
             lines.append(f"{model} has no original name for {len(unplaced)} of its modules: {listing(unplaced, 3)}")
         lines += [
@@ -85,7 +85,7 @@ def _model(adapter: Adapter) -> str | None:
     return None if any(m.startswith(f"{NATIVE}.") for m in adapter.updates) else kohya.written_for(adapter)
 
 
-def _places(model: str, spelling: Mapping[str, Any]) -> dict[str, names.KohyaKey]:
+def places(model: str, spelling: Mapping[str, Any] = COMFYUI) -> dict[str, names.KohyaKey]:
     """A module's name -> its place, whose key is the dotted name as this file writes it."""
     found: dict[str, names.KohyaKey] = {}
     for component, part in names.PIPELINES[model].items():
@@ -117,7 +117,7 @@ def _named(adapter: Adapter, spelling: Mapping[str, Any]) -> list[tuple[str, Upd
     model = _model(adapter)
     if model is None:
         return [(module, u, u.weight_shape() if u.changes_weight else ()) for module, u in adapter.updates.items()]
-    grouped, _ = kohya.grouped(adapter, _places(model, spelling))
+    grouped, _ = kohya.grouped(adapter, places(model, spelling))
     found = []
     for place, updates in grouped.items():
         update = kohya.fused(place, updates, model)
