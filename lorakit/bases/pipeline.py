@@ -16,8 +16,11 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import StateError, TrainError, listing
@@ -39,41 +42,75 @@ class Prediction(NamedTuple):
     sample: Tensor
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a pipeline's call did with a stand-in for its denoiser (`PipelineModel.probe`).
+
+    `sample`: the latents that the scheduler's step was given; `rows`: how many rows the denoiser was given before it,
+    twice the batch with guidance; `dtype`: in which precision; `arguments`: the other tensors that the denoiser was
+    given, by name; `mu`: the shift of the timesteps that the pipeline computed for this picture size, if any.
+    """
+
+    sample: Tensor
+    rows: int
+    dtype: torch.dtype
+    arguments: Mapping[str, Tensor]
+    mu: float | None
+
+
 class PipelineModel(nn.Module):
     """The denoisers and text encoders of a pipeline, as children of one module. The VAE is not among them."""
+
+    pipe: Any
+    components: dict[str, nn.Module]
+    layouts: dict[Any, Any]
 
     def __init__(self, pipe: Any):
         super().__init__()
         self.__dict__["pipe"] = pipe  # not a child
         self.__dict__["components"] = components_of(pipe)  # their live modules, without the level in front
+        self.__dict__["layouts"] = {}  # what `tasks.image.packing` has found out about this pipeline
         for name, component in self.components.items():
-            flat = name.startswith("text_encoder") and component._modules.keys() >= _TEXT_PARTS
+            flat = is_text_encoder(name) and component._modules.keys() >= _TEXT_PARTS
             self.add_module(name, nn.ModuleDict({TEXT_LEVEL: component}) if flat else component)
 
-    pipe: Any
-    components: dict[str, nn.Module]
-
     def forward(self, latents: Tensor, timesteps: Tensor, **call: Any) -> Prediction:
-        """Predict with the pipeline's denoiser. `latents`: noised, as the pipeline's argument of this name;
-        `timesteps`: [rows]; `call`: further arguments of the pipeline's call, such as `prompt_embeds`.
+        """Predict with the pipeline's denoiser. The pipeline itself is unchanged afterwards, also after an error.
 
-        Raises TrainError if the pipeline has no argument `latents`, or never reaches its scheduler's step.
+        `latents`: noised, as the pipeline's argument of this name; `timesteps`: [rows], or [] for all rows;
+        `call`: further arguments of the pipeline's call, such as `prompt_embeds`.
+
+        Raises TrainError if the pipeline has no denoiser or no argument `latents`, never reaches its scheduler's
+        step, or predicts for another number of rows than it was given.
         """
         pipe = self.pipe
-        run = inspect.unwrap(type(pipe).__call__)  # without its no_grad
-        if "latents" not in inspect.signature(run).parameters:
+        if "num_inference_steps" in arguments_of(pipe):
+            call = {"num_inference_steps": 1, **call}
+        with _unchanged(pipe):
+            prediction = _call(pipe, latents, timesteps, call).prediction
+        if len(prediction.output) != len(latents):
             raise TrainError(
-                f"{type(pipe).__name__} takes no latents, so it cannot be trained this way\n"
-                "  expected a text-to-image pipeline of diffusers"
+                f"{type(pipe).__name__} predicted {len(prediction.output)} rows for {len(latents)} rows of latents\n"
+                "  switch off its guidance, and pass one prompt a row"
             )
-        call = {"num_inference_steps": 1, "output_type": "latent", **call}
-        with _catching(pipe, timesteps) as caught, suppress(_Caught):
-            run(pipe, latents=latents, **call)
-        if not caught:
-            raise TrainError(
-                f"{type(pipe).__name__} never called its scheduler's step, so it cannot be trained this way"
-            )
-        return caught[0]
+        return prediction
+
+    @torch.no_grad()
+    def probe(self, latents: Tensor | None, timesteps: Tensor, **call: Any) -> Probe:
+        """Run the pipeline's call with a stand-in for its denoiser, which returns its input: it costs nothing.
+
+        `latents` None: the pipeline draws its own. Errors of the pipeline's call are passed on; TrainError if it never
+        reaches its scheduler's step.
+        """
+        pipe = self.pipe
+        echo = _Echo(components_of(pipe)[denoisers_of(pipe)[0]])
+        with _unchanged(pipe):
+            vars(pipe).update(dict.fromkeys(denoisers_of(pipe), echo))
+            caught = _call(pipe, latents, timesteps, call)
+        if not echo.inputs:
+            raise TrainError(f"{type(pipe).__name__} never called its denoiser ({', '.join(denoisers_of(pipe))})")
+        rows = sum(len(given) for given in echo.inputs)
+        return Probe(caught.prediction.sample, rows, echo.inputs[0].dtype, echo.arguments, caught.mu)
 
 
 def is_pipeline(model: Any) -> bool:
@@ -97,6 +134,25 @@ def component_of(name: str) -> str | None:
     """Return the component that a module's name begins with; None if it begins with none."""
     first, _, rest = name.partition(".")
     return first if rest and _COMPONENT.match(first) and not is_language_trunk(name) else None
+
+
+def denoisers_of(pipe: Any) -> list[str]:
+    """Return the names of a pipeline's denoisers: ["unet"], or ["transformer", "transformer_2"].
+
+    Raises TrainError if it has none.
+    """
+    names = [name for name in components_of(pipe) if not is_text_encoder(name)]
+    if not names:
+        raise TrainError(
+            f"{type(pipe).__name__} has no denoiser: none of its components is a unet or a transformer\n"
+            f"  its components: {listing(pipe.components, 8)}"
+        )
+    return names
+
+
+def arguments_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a pipeline's call, by name."""
+    return inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
 
 
 def as_module(model: Any) -> Any:
@@ -124,32 +180,104 @@ class _Caught(Exception):
     """Ends a pipeline's call once its denoiser has predicted."""
 
 
+@dataclass
+class _Catch:
+    """What the catching scheduler hands out, and what it was given."""
+
+    timesteps: Tensor
+    mu: float | None = None
+    found: Prediction | None = None
+    pipeline: str = ""
+
+    @property
+    def prediction(self) -> Prediction:
+        if self.found is None:
+            raise TrainError(f"{self.pipeline} never called its scheduler's step, so it cannot be trained this way")
+        return self.found
+
+
+def _call(pipe: Any, latents: Tensor | None, timesteps: Tensor, call: Mapping[str, Any]) -> _Catch:
+    """Run the pipeline's call, without its no_grad, until its scheduler's first step. Leaves our scheduler in it."""
+    if "latents" not in arguments_of(pipe):
+        raise TrainError(
+            f"{type(pipe).__name__} takes no latents, so it cannot be trained this way\n"
+            "  expected a text-to-image pipeline of diffusers, whose call has an argument `latents`"
+        )
+    denoisers_of(pipe)
+    catch = _Catch(timesteps, pipeline=type(pipe).__name__)
+    vars(pipe)["scheduler"] = _catching(pipe.scheduler, catch)  # setattr would write it into the pipeline's config
+    vars(pipe)["_progress_bar_config"] = {"disable": True}
+    quietly = {"output_type": "latent"} if "output_type" in arguments_of(pipe) else {}
+    with suppress(_Caught):
+        inspect.unwrap(type(pipe).__call__)(pipe, latents=latents, **{**quietly, **call})
+    return catch
+
+
 @contextmanager
-def _catching(pipe: Any, timesteps: Tensor) -> Iterator[list[Prediction]]:
-    """Give the pipeline a scheduler that hands out `timesteps` and keeps the first prediction, in the list."""
-    real, caught = pipe.scheduler, []
-    bar = getattr(pipe, "_progress_bar_config", None)
+def _unchanged(pipe: Any) -> Iterator[None]:
+    """Give the pipeline back all attributes that it had: a call leaves its settings on it, and we our scheduler."""
+    before = dict(vars(pipe))
+    try:
+        yield
+    finally:
+        vars(pipe).clear()
+        vars(pipe).update(before)
 
-    class Catching(type(real)):  # type: ignore[misc]  # the pipeline's own scheduler's class
-        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-            shift = {"mu": 1.0} if self.config.get("use_dynamic_shifting") else {}
-            super().set_timesteps(1, **shift)
-            self.timesteps = timesteps[None]  # one timestep a row
 
-        def scale_model_input(self, sample: Tensor, *args: Any) -> Tensor:
+def _catching(real: Any, catch: _Catch) -> Any:
+    """Return a copy of a scheduler that hands out `catch.timesteps` and keeps the first prediction."""
+    cls = _catching_class(type(real))
+    scheduler = cls.__new__(cls)
+    vars(scheduler).update(vars(real))  # not from its config: betas and sigmas would be computed at every step
+    vars(scheduler).pop("init_noise_sigma", None)
+    scheduler.catch = catch
+    scheduler.timesteps = catch.timesteps[None]  # one step, with a timestep for each row
+    scheduler.num_inference_steps = 1
+    return scheduler
+
+
+@cache
+def _catching_class(base: type) -> type:
+    class Catching(base):  # type: ignore[misc, valid-type]  # the pipeline's own scheduler's class
+        catch: _Catch
+        init_noise_sigma = 1.0  # pipelines multiply the latents by it; ours are noised already
+
+        # The names are those that pipelines look for in the signature.
+        def set_timesteps(
+            self,
+            num_inference_steps: Any = None,
+            device: Any = None,
+            timesteps: Any = None,
+            sigmas: Any = None,
+            mu: float | None = None,
+            **others: Any,
+        ) -> None:
+            self.catch.mu = mu
+
+        def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return sample
 
-        def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            caught.append(Prediction(output, sample))
+        def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.catch.found = Prediction(model_output, sample)
             raise _Caught
 
-    pipe.scheduler = Catching.from_config(real.config)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield caught
-    finally:
-        pipe.scheduler = real
-        if bar is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bar
+    return Catching
+
+
+class _Echo(nn.Module):
+    """Stands in for a denoiser: notes what it is given and returns the latents. All else is asked of the denoiser."""
+
+    def __init__(self, real: nn.Module):
+        super().__init__()
+        first = next(iter(inspect.signature(real.forward).parameters))
+        self.__dict__.update(real=real, first=first, inputs=[], arguments={})  # no child: it may not be counted twice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["real"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        latents = args[0] if args else kwargs.get(self.first, next(iter(kwargs.values())))
+        if not self.inputs:
+            self.arguments.update({n: v for n, v in kwargs.items() if isinstance(v, Tensor) and n != self.first})
+        self.inputs.append(latents if isinstance(latents, Tensor) else torch.stack(list(latents)))
+        return (latents,)

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -76,11 +76,11 @@ def _plan(
 
     with starting("reading the base's config"):
         from ..train.start import resolved
-        from ..train.token_ids import with_token_ids
 
         settings = resolved(settings)
         if part(settings, LoraSettings).trainable_tokens or settings.add_tokens:
-            settings = with_token_ids(settings, task_of(settings.task).processor(settings))
+            task = task_of(settings.task)
+            settings = cast(TrainConfig, task.resolved(settings, task.processor(settings), {}))
         import torch
         from rich.console import Console
         from transformers.utils import logging

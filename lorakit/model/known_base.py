@@ -39,7 +39,7 @@ def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, An
     return of_components(parts)
 
 
-def check_base(model: nn.Module, adapter: Adapter, names: Mapping[str, str], force: bool) -> None:
+def check_base(model: nn.Module, adapter: Adapter, force: bool, names: Mapping[str, str] | None = None) -> None:
     """Raise AdapterError if the model is not the base the adapter was trained on, unless `force`.
 
     The base is known by the fingerprint in the adapter's metadata: architecture, shapes and samples of the weights.
@@ -55,7 +55,7 @@ def check_base(model: nn.Module, adapter: Adapter, names: Mapping[str, str], for
         expected = {**expected, "samples": {n: row for n, row in expected["samples"].items() if n not in own}}
     weights = base_weights(model)
     parts = components_in(expected)
-    live = {n: names.get(n, n) for n in (*adapter.updates, *adapter.saved)}
+    live = {n: (names or {}).get(n, n) for n in (*adapter.updates, *adapter.saved)}
     if not parts:
         lines = _compare_alone(model, weights, expected, live.values())
     else:
@@ -79,8 +79,11 @@ def _compare_alone(model: nn.Module, weights: Mapping[str, Weight], expected: An
     if not isinstance(model, PipelineModel):
         return differences(expected, weights, architecture_of(model))
     lines = []
-    for component in {component_of(name) for name in live} & model.components.keys():
-        own, within = model.components[component], _inside(weights, component)
+    touched = {component_of(name) for name in live}
+    for component, own in model.components.items():
+        if component not in touched:
+            continue
+        within = _inside(weights, component)
         lines += differences(
             expected, within if TEXT_LEVEL in own._modules else _without_level(within), architecture_of(own)
         )

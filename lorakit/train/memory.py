@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from ..bases.limits import Memory, memory_of, resident
-from ..bases.load import is_four_bit, load_config
+from ..bases.load import is_four_bit
 from ..config import Choice
 from ..data.dataset import sizes_of
 from ..errors import TrainError
@@ -26,6 +26,7 @@ from ..plan.shell import PlanError
 from ..plan.units import parse_bytes, show_bytes
 from ..tasks import task_of
 from ..tasks.task import Item, weight_of
+from ..tasks.text.base import plain_attention
 from . import defaults
 from .config import TrainConfig
 
@@ -50,6 +51,9 @@ def planner_for(
     """
     process_bytes = overhead(device) if held is None else overhead(device, held)
     task = task_of(config.task)
+    base = task.blueprint(config)
+    if base is None:
+        raise PlanError(f"the memory of task {config.task} is not estimated")
     settings = PlanSettings(
         dtype,
         device,
@@ -59,13 +63,13 @@ def planner_for(
         config,
         config.method,
         checkpointing=config.gradient_checkpointing,
-        plain_attention=defaults.PLAIN_ATTENTION if device.type == "cpu" else 0,
+        plain_attention=plain_attention(device),
         state_copies=state_copies,
         validation=validation,
         share=share,
         batch=config.batch_size,
     )
-    return Planner(load_config(config.model, config.revision, config.trust_remote_code), settings)
+    return Planner(base, settings)
 
 
 def allowed(config: TrainConfig, device: torch.device) -> Memory | None:

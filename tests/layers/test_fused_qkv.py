@@ -86,6 +86,8 @@ def test_an_adapter_from_a_file_is_refused_as_a_new_one_is(model):
     model.fuse_qkv_projections()
     with pytest.raises(TargetError, match="unfuse_qkv_projections"):
         lk.attach(model, adapter)
+    model.unfuse_qkv_projections()
+    lk.attach(model, adapter)  # the same base, though an older attention keeps the fused copy
 
 
 def test_fusing_later_is_noticed_at_the_next_call(model):
@@ -125,7 +127,7 @@ def test_fusing_after_a_merge_is_right(model):
 def test_a_pipeline_that_is_fused():
     pipe = tiny_sd1()
     pipe.fuse_qkv_projections(vae=False)
-    with pytest.raises(TargetError, match=r"'unet\..*unfuse_qkv_projections"):
+    with pytest.raises(TargetError, match=r"'unet\..*\n.*unfuse_qkv_projections"):
         lk.attach(pipe, lk.LoraConfig(targets="kohya"))
     pipe.unfuse_qkv_projections(vae=False)
     lk.attach(pipe, lk.LoraConfig(rank=2, targets="kohya"))

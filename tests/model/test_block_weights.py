@@ -92,6 +92,7 @@ def test_what_is_wrong_is_said_and_nothing_changes(pipe):
         ({"a": {"unett": 0.5}}, r"'a' for 'unett': it changes no module there; did you mean 'unet'"),
         ({"a": {"unet.up_block": 0.5}}, r"did you mean 'unet\.up_blocks'"),
         ({"a": {"unet": float("nan")}}, r"'a' for 'unet' is nan; expected a finite number"),
+        ({"a": {"": 0.5}}, r"'a' for '': it changes no module there\n.*such as "),
         ({"a": {"unet": "0.5"}}, r"is '0.5'; expected a finite number"),
     ):
         with pytest.raises(StateError, match=message):

@@ -7,11 +7,13 @@ import copy
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusionPipeline
 from tiny_pipelines import draw, tiny_sd1, tiny_sdxl
 from torch import nn
 
 import lorakit as lk
 from lorakit.bases.pipeline import as_module
+from lorakit.checkpoint.merge import merge_checkpoint
 from lorakit.errors import AdapterError, StateError, TargetError
 
 ALL = {"sd1": ["unet", "text_encoder"], "sdxl": ["unet", "text_encoder", "text_encoder_2"]}
@@ -357,3 +359,15 @@ def test_gradients_arrive_at_every_factor(sd1):
     named = [(n, p) for n, p in as_module(sd1).named_parameters() if p.requires_grad]
     assert len(named) == 2 * len(lk.capture(sd1).updates)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in named)
+
+
+def test_a_captured_adapter_is_merged_into_the_pipelines_folder(sd1, tmp_path):
+    plain, other = tiny_sd1(), tiny_sd1(seed=1)
+    plain.save_pretrained(tmp_path / "base")
+    other.save_pretrained(tmp_path / "other")
+    adapter = trained(sd1, components=["unet", "text_encoder"])
+    merge_checkpoint(tmp_path / "base", adapter, tmp_path / "merged")
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None)
+    close(draw(loaded), draw(sd1), 1e-4)
+    with pytest.raises(AdapterError, match="another base"):
+        merge_checkpoint(tmp_path / "other", adapter, tmp_path / "wrong")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -32,6 +33,9 @@ class RunDisplay:
         self.progress.row(self.name, row)
 
     def sample(self, prompt: str, base: str, tuned: str) -> None:
+        """Show nothing: samples are in the run's folder."""
+
+    def drawn(self, step: int, path: Path) -> None:
         """Show nothing: samples are in the run's folder."""
 
     def note(self, text: str) -> None:
