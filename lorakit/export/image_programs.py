@@ -117,9 +117,9 @@ def check(program: str, model: str | None, keys: Iterable[str]) -> Placed | None
     """As `placed`. AdapterError that lists what the program would pass over."""
     result = placed(program, model, keys)
     if result is not None and result.unread:
-        total = sum(result.read.values()) + len(result.unread)
+        unread, total = result.unread, sum(result.read.values()) + len(result.unread)
         raise AdapterError(
-            f"{program} would not read {len(result.unread)} of the file's {total} entries: {listing(result.unread, 4)}\n"
+            f"{program} would not read {len(unread)} of the file's {total} entries: {listing(unread, 4)}\n"
             "  leave those modules out (lorakit edit --drop), or merge them into the base: lorakit merge"
         )
     return result

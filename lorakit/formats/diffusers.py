@@ -309,7 +309,7 @@ class Diffusers(Format):
 
     def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
         if options.spelling is None:
-            return write(adapter, path)
+            return write(adapter, path, fold=not options.keep_alpha)
         from .comfyui import write_as_read  # that file reads with this one
 
         return write_as_read(adapter, path, options.spelling)

@@ -368,7 +368,7 @@ class Kohya(Format):
         return losses(adapter)
 
     def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
-        return write(adapter, path, spelling=options.spelling)
+        return write(adapter, path, bake_alpha=False if options.keep_alpha else None, spelling=options.spelling)
 
     def holds(self, spelling: Mapping[str, Any]) -> bool:
         return "prefix" in spelling
