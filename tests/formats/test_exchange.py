@@ -49,7 +49,10 @@ def attached(family: Family, kind: str) -> Any:
         A = 0.2 * torch.randn(rank, *inner, generator=made)
         B = 0.2 * torch.randn(out, rank, *[1] * (len(inner) - 1), generator=made)
         updates[name] = lk.Factors(A, B, alpha, "conv" if len(inner) > 1 else "linear")
-    return lk.attach(family.pipe(), lk.Adapter(lk.LoraConfig(rank=4, alpha=8, targets=["to_q"]), updates))
+    pipe, config = family.pipe(), lk.LoraConfig(rank=4, alpha=8, targets=[next(iter(updates))])
+    metadata = lk.capture(lk.attach(pipe, config)).metadata  # the base's fingerprint, which tells the family
+    lk.detach(pipe)
+    return lk.attach(pipe, lk.Adapter(config, updates, metadata=metadata))
 
 
 def predict(family: Family, pipe: Any) -> Tensor:
