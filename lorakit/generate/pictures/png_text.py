@@ -9,7 +9,7 @@ A value with a comma, a colon or a newline is a JSON string. `<lora:NAME:WEIGHT>
 one for the text encoders and one for the denoiser. A Lora's hash is CivitAI's AutoV3 (`formats.kohya_metadata`).
 
 Fields of ours, which other programs show and ignore: "Prompt" and "Negative" where the lines above cannot hold the
-text exactly, "Lora weights" of parts of the model, "Lora sources" and "Model source" (a hub id or a relative path, as
+text exactly, "Lora weights" where the tags cannot, "Lora sources" and "Model source" (a hub id or a relative path, as
 given), "Precision", "Arguments" of the pipeline's call, "Libraries".
 """
 
@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,11 @@ def to_text(parameters: Parameters) -> str:
     negative = f"\n{NEGATIVE} {p.negative}" if p.negative else ""
     hashes = [f"{name}: {lora.hash}" for name, lora in p.loras.items() if lora.hash]
     sources = {name: lora.source for name, lora in p.loras.items() if lora.source}
-    parts = {name: dict(lora.parts, weight=lora.weight) for name, lora in p.loras.items() if lora.parts}
+    weights = {name: dict(lora.parts, weight=lora.weight) for name, lora in p.loras.items()}
+    text = f"{p.prompt}{tags}{negative}\n"
+    # What a reader of the lines above gets.
+    prompt, without, loras = _prompts(f"{text}Steps".strip().split("\n")[:-1])
+    inexact = list(loras) != list(p.loras) or any(loras[n] != Lora(lora.weight) for n, lora in p.loras.items())
     fields = {
         "Steps": p.steps,
         "Sampler": p.sampler,
@@ -95,21 +99,17 @@ def to_text(parameters: Parameters) -> str:
         "Model": p.model,
         "RNG": "CPU",  # where the noise is drawn, so that it is the same on every device
         "Lora hashes": ", ".join(hashes),
-        "Lora weights": json.dumps(parts) if parts else None,
+        "Lora weights": json.dumps(weights) if inexact else None,
         "Lora sources": json.dumps(sources) if sources else None,
         "Model source": p.model_source,
         "Precision": p.precision,
         "Arguments": json.dumps(p.arguments) if p.arguments else None,
         "Libraries": p.libraries,
+        "Prompt": json.dumps(p.prompt) if prompt != p.prompt else None,
+        "Negative": json.dumps(p.negative) if without != p.negative else None,
         **p.others,
         "Version": p.version,
     }
-    text = f"{p.prompt}{tags}{negative}\n"
-    read = _prompts(f"{text}Steps".strip().split("\n")[:-1])
-    if read[0] != p.prompt:
-        fields["Prompt"] = json.dumps(p.prompt)
-    if read[1] != p.negative:
-        fields["Negative"] = json.dumps(p.negative)
     return text + ", ".join(
         f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value not in (None, "")
     )
@@ -126,35 +126,32 @@ def from_text(text: str, where: str = "the text") -> Parameters:
         )
     prompt, negative, loras = _prompts(lines)
     prompt, negative = _json(fields, "Prompt", where, prompt), _json(fields, "Negative", where, negative)
-    hashes = dict(re.findall(r"([^,:]+): *([^,]*)", fields.pop("Lora hashes", "")))
-    parts, sources = _json(fields, "Lora weights", where, {}), _json(fields, "Lora sources", where, {})
-    found: dict[str, Lora] = {}
-    for name, lora in loras.items():
-        own = _numbers(parts.get(name, {**lora.parts, "weight": lora.weight}), where)
-        weight = own.pop("weight", lora.weight)
-        digest = next((value for key, value in hashes.items() if key.strip() == name), None)
-        found[name] = Lora(weight, own, digest, sources.get(name))
+    pairs = re.findall(r"([^,:]+): *([^,]*)", fields.pop("Lora hashes", ""))
+    hashes = {name.strip(): value.strip() or None for name, value in pairs}
+    sources = _json(fields, "Lora sources", where, {})
+    if "Lora weights" in fields:
+        loras = {n: _weighted(own, where) for n, own in _json(fields, "Lora weights", where, {}).items()}
+    loras = {name: replace(lora, hash=hashes.get(name), source=sources.get(name)) for name, lora in loras.items()}
     size = _SIZE.fullmatch(fields.pop("Size", ""))
     if "Clip skip" in fields:  # A1111 counts from the last layer as 1, diffusers from the one before it
-        skipped = int(_numeric(fields, "Clip skip", where) or 1) - 1
+        skipped = (_whole(fields, "Clip skip", where) or 1) - 1
         fields["Arguments"] = json.dumps({"clip_skip": skipped}) if skipped > 0 else "{}"
     arguments = _json(fields, "Arguments", where, {})
-    steps, seed = _numeric(fields, "Steps", where), _numeric(fields, "Seed", where)
     fields.pop("RNG", None)
     return Parameters(
         prompt=prompt,
         negative=negative,
-        steps=None if steps is None else int(steps),
+        steps=_whole(fields, "Steps", where),
         sampler=fields.pop("Sampler", None),
         schedule=fields.pop("Schedule type", None),
         guidance=_numeric(fields, "CFG scale", where),
-        seed=None if seed is None else int(seed),
+        seed=_whole(fields, "Seed", where),
         width=int(size[1]) if size else None,
         height=int(size[2]) if size else None,
         model=fields.pop("Model", None),
         model_hash=fields.pop("Model hash", None),
         model_source=fields.pop("Model source", None),
-        loras=found,
+        loras=loras,
         precision=fields.pop("Precision", None),
         arguments=arguments,
         libraries=fields.pop("Libraries", None),
@@ -275,20 +272,36 @@ def _json(fields: dict[str, str], name: str, where: str, default: Any) -> Any:
     return value
 
 
-def _numbers(values: Any, where: str) -> dict[str, float]:
+def _weighted(values: Any, where: str) -> Lora:
+    """Parse {"weight": 0.7, "unet.mid_block": 0.5}."""
     if not isinstance(values, dict) or not all(
         isinstance(v, int | float) and math.isfinite(v) for v in values.values()
     ):
         raise DataError(f"{where}: the field 'Lora weights' is damaged: {str(values)[:80]}")
-    return {str(name): float(value) for name, value in values.items()}
+    parts = {name: float(value) for name, value in values.items()}
+    return Lora(parts.pop("weight", 1.0), parts)
 
 
 def _numeric(fields: dict[str, str], name: str, where: str) -> float | None:
+    """Take a field that is a number. Raises DataError for anything else, also NaN and infinity."""
     text = fields.pop(name, None)
+    if text is None:
+        return None
     try:
-        value = None if text is None else float(text) if "." in text else int(text)
-        if value is None or math.isfinite(value):
-            return value
-        raise ValueError
-    except (ValueError, OverflowError):
-        raise DataError(f"{where}: '{name}: {text}' is not a number") from None
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{where}: '{name}: {text}' is not a number")
+    return value
+
+
+def _whole(fields: dict[str, str], name: str, where: str) -> int | None:
+    """Take a field that is a whole number of any size. Raises DataError for anything else."""
+    text = fields.pop(name, None)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(f"{where}: '{name}: {text}' is not a whole number") from None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...bases.pipeline import PipelineModel, components_of
 from ...errors import LorakitError
 from ...layers.layer import LoraLayer
 from ...model.route import Which, route
@@ -24,7 +25,7 @@ class NotByRow(LorakitError):
 
 
 @contextmanager
-def routed(model: nn.Module, choices: Sequence[Which]) -> Iterator[None]:
+def routed(model: PipelineModel, choices: Sequence[Which]) -> Iterator[None]:
     """Within the block, picture n of a pipeline's batch uses `choices[n]`. `model`: the pipeline's `as_module`.
 
     Raises NotByRow, inside the block, from a component whose rows are not blocks of one for each picture; StateError
@@ -33,7 +34,7 @@ def routed(model: nn.Module, choices: Sequence[Which]) -> Iterator[None]:
     with route(model, choices):  # checks the choices before anything runs
         pass
     with ExitStack() as hooks:
-        for name, component in model.named_children():
+        for name, component in components_of(model.pipe).items():
             if any(isinstance(module, LoraLayer) for module in component.modules()):
                 _hook(model, name, component, choices, hooks)
         yield

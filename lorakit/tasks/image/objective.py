@@ -82,6 +82,15 @@ class Objective:
             return keep * sample - add * output
         return (sample - add * output) / keep if self.kind == "epsilon" else output
 
+    def noise(self, output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
+        """Return the n that a prediction for `sample` = x_t stands for. For kind sample, `t` must have some noise."""
+        keep, add = self._mix(sample, t)
+        if self.kind == "flow":
+            return sample + keep * output
+        if self.kind == "v_prediction":
+            return keep * output + add * sample
+        return output if self.kind == "epsilon" else (sample - keep * output) / add
+
     def snr(self, t: Tensor) -> Tensor:
         """Return the signal-to-noise ratio ᾱ / (1 - ᾱ) at each timestep: [rows], float64. ConfigError for flow."""
         if self.alphas is None:

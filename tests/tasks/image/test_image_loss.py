@@ -141,5 +141,5 @@ def test_a_fresh_adapter_has_the_bases_loss():
     family = FAMILIES["sd1"]()
     model = as_module(family.pipe)
     base = fixed_losses(model, family.latents, family.prompts, DiffusionSettings())
-    lk.attach(family.pipe.unet, lk.LoraConfig(rank=2, targets=["to_q"]))
+    lk.attach(family.pipe, lk.LoraConfig(rank=2, targets=["to_q"]))
     assert torch.equal(fixed_losses(model, family.latents, family.prompts, DiffusionSettings()), base)

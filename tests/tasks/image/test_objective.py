@@ -28,11 +28,12 @@ def test_noise_and_targets_are_those_of_the_scheduler(kind, zero_snr):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_clean_latents_come_back_from_a_right_prediction(kind):
+def test_latents_and_noise_come_back_from_a_right_prediction(kind):
     objective = Objective.of(scheduler(prediction_type=kind))
     noised = objective.noised(X.double(), NOISE.double(), T)
-    clean = objective.clean(objective.target(X.double(), NOISE.double(), T), noised, T)
-    torch.testing.assert_close(clean, X.double(), atol=1e-9, rtol=0)
+    target = objective.target(X.double(), NOISE.double(), T)
+    torch.testing.assert_close(objective.clean(target, noised, T), X.double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(objective.noise(target, noised, T), NOISE.double(), atol=1e-9, rtol=0)
 
 
 def test_flow_matching_is_that_of_the_scheduler():

@@ -88,7 +88,7 @@ def test_results_are_named_by_what_the_pipeline_does_with_them():
 def test_gradients_reach_a_trained_text_encoder(name, component, targets):
     family = FAMILIES[name]()
     encoder = getattr(family.pipe, component)
-    lk.attach(encoder, lk.LoraConfig(rank=2, targets=targets))
+    lk.attach(family.pipe, lk.LoraConfig(rank=2, targets=targets, components=[component]))
     torch.manual_seed(0)
     losses(as_module(family.pipe), family.latents, text_prompts(CAPTIONS), DiffusionSettings()).sum().backward()
     reached = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
@@ -177,6 +177,11 @@ def test_rows_of_different_sizes_are_predicted_as_alone():
     prompts = batch_prompts(rows)
     assert prompts["target_size"] == (16, 16)
     assert row_groups(prompts, 3) == [[0, 2], [1]]
+    sizes_alone = [{name: v for name, v in row.items() if isinstance(v, tuple)} for row in rows]
+    assert text_prompts(CAPTIONS, sizes_alone) == {
+        "prompt": CAPTIONS,
+        **{name: v for name, v in prompts.items() if not isinstance(v, torch.Tensor)},
+    }
     with torch.no_grad():
         ours = predicted(family, prompts)
         plain = predicted(family, family.prompts)  # the pipeline's own: as large as it is drawn, nothing cropped
