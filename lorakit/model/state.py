@@ -52,6 +52,7 @@ class Vocabulary:
     tokenizer: Any
     weight: nn.Parameter
     added_to: nn.Parameter  # what stands in its place
+    tokens: list[str]  # what was added
 
 
 @dataclass
