@@ -41,7 +41,7 @@ def skeleton(name: str, revision: str | None, index: dict[str, Any], dtype: torc
             else:
                 config = cls.config_class.from_pretrained(path, subfolder=component, revision=revision)
                 built = cls._from_config(config)
-        components[component] = built.to(dtype=dtype)
+        components[component] = torch.nn.Module.to(built, dtype=dtype)  # diffusers' own warns of meta tensors
     model: PipelineModel = as_module(_Bare(components))
     return model
 
