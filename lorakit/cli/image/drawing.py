@@ -75,6 +75,7 @@ def load(model: str, uses: Sequence[AdapterUse], precision: str, force: bool) ->
     from ...model.activate import activate
     from ...model.attach import attach
     from ..shared.files import say_if_unfinished
+    from ..shared.quiet import quiet_libraries
 
     read: dict[str, Adapter] = {}
     for use in uses:  # before the pipeline, to fail early
@@ -83,7 +84,8 @@ def load(model: str, uses: Sequence[AdapterUse], precision: str, force: bool) ->
         check_for_pictures(use.source, read[use.name])
     device = choose_device().value
     dtype = choose_dtype(precision, device).value
-    pipe = load_pipeline(model, dtype, device)
+    with quiet_libraries():
+        pipe = load_pipeline(model, dtype, device)
     digest = model_hash(pipe, model)
     loras = {}
     for use in uses:

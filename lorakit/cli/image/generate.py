@@ -114,10 +114,11 @@ def generate(
             check_same(made, str(from_png), loaded, force)
         asked = {name: value for name, value in asked.items() if value is not None}
         job = plan(loaded, asked, made, texts, count, scales, axes)
+        pictures = job.draw(merged, batch_size)
     if not json_output:
         for line in job.lines():
             say(line)
-    written = job.write(out, merged, batch_size, wants_grid=grid != "none", say=None if json_output else print)
+    written = job.write(pictures, out, wants_grid=grid != "none", say=None if json_output else print)
     result = written.compared_with(from_png, made) if made is not None and from_png is not None else None
     seconds = time.perf_counter() - began
     if json_output:
@@ -125,5 +126,5 @@ def generate(
         return
     if result is not None:
         say(result.said)
-    pictures = len(written.parameters)
-    say(f"{pictures} picture{'s' if pictures > 1 else ''} in {seconds:.1f} s")
+    number = len(written.pictures)
+    say(f"{number} picture{'s' if number > 1 else ''} in {seconds:.1f} s")

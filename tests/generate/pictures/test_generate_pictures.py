@@ -131,7 +131,7 @@ def test_pictures_come_as_they_are_made(sd1):
 
 def test_a_cut_prompt_is_said(sd1):
     long = "a cat on the red dog in the style of sks animal of the cat"
-    with pytest.warns(LorakitWarning, match=r"text_encoder: .* has 16 tokens|has no effect") as said:
+    with pytest.warns(LorakitWarning, match="text_encoder: .* has no effect") as said:
         generate_pictures(sd1, [long], **SHORT)
     assert "the cat" in str(said[0].message)
     assert "first 16 are read" in str(said[0].message)
