@@ -1,4 +1,7 @@
-"""Tiny pipelines with two adapters, "ink" and "neon", that change their pictures visibly."""
+"""Tiny pipelines with two adapters, "ink" and "neon", that change their pictures visibly.
+
+"neon" has the text encoders' out_proj: of a kohya file without it, diffusers cannot tell the format.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from lorakit.config import LoraConfig
 from lorakit.model.activate import activate
 from lorakit.model.attach import attach
 
-TARGETS = {"ink": ["to_q", "to_v", "ff.net.2"], "neon": ["to_k", "to_out.0", "conv1", "q_proj", "v_proj"]}
+TARGETS = {"ink": ["to_q", "to_v", "ff.net.2"], "neon": ["to_k", "to_out.0", "conv1", "q_proj", "out_proj"]}
 
 
 def with_adapters(pipe: Any) -> Any:

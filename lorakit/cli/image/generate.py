@@ -105,13 +105,11 @@ def generate(
     model = model or (made.model_source if made else None) or "embedded"
     check_names(adapters=[use.source for use in uses])
     with starting(f"loading {model}", quiet=json_output):
-        from .drawing import check_same, load, uses_of
+        from .drawing import load, uses_of
         from .job import plan
 
         recorded = made.precision if made and precision == "auto" else None
-        loaded = load(model, uses_of(uses, made), recorded or precision, force)
-        if made is not None:
-            check_same(made, str(from_png), loaded, force)
+        loaded = load(model, uses_of(uses, made), recorded or precision, force, made, from_png)
         asked = {name: value for name, value in asked.items() if value is not None}
         job = plan(loaded, asked, made, texts, count, scales, axes)
         pictures = job.draw(merged, batch_size)

@@ -10,6 +10,7 @@ import tiny_pipelines
 import torch
 from adapted_pipelines import with_adapters
 
+import lorakit as lk
 from lorakit.bases.pipeline import as_module
 from lorakit.errors import ConfigError, LorakitWarning, NotFiniteError, StateError
 from lorakit.generate.pictures import generate as module
@@ -185,3 +186,20 @@ def test_one_text_for_a_list_of_prompts_is_refused(sd1):
 def test_a_route_around_the_call_is_refused(adapted):
     with route(as_module(adapted), ["ink"]), pytest.raises(StateError, match="route"):
         generate_pictures(adapted, ["a", "b"], weights=["ink", None], **SHORT)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_pictures_are_those_of_diffusers_with_our_files(adapted, format, tmp_path):
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("ink", "neon")}
+    for name, file in files.items():
+        lk.capture(adapted, name).save(file, format=format)
+    weights = {"ink": 0.7, "neon": 0.7}
+    ours = generate_pictures(adapted, PROMPTS, seed=7, weights=[None, "ink", "neon", weights], **SHORT)
+    theirs = tiny_pipelines.tiny_sd1()
+    pictures = [direct(theirs, PROMPTS[0], 7)]
+    for name, file in files.items():
+        theirs.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    for prompt, which in zip(PROMPTS[1:], ({"ink": 1.0}, {"neon": 1.0}, weights)):
+        theirs.set_adapters(list(which), list(which.values()))
+        pictures.append(direct(theirs, prompt, 7))
+    assert furthest(ours, pictures) <= 1
