@@ -340,13 +340,6 @@ class RunSettings(Source):
     compile: bool = Field(
         False, description="compile the layers with torch.compile first (for long runs; a CPU needs a C++ compiler)"
     )
-    ema: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="decay of a moving average of the trained parameters (such as 0.99), which evaluation, samples and "
-        "the result use; 0: none",
-    )
     seed: int = Field(0, ge=0, lt=1 << 31, description="seed of the factors, the data order and dropout")
     threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
     eval_every: int | Auto = Field(
@@ -354,9 +347,6 @@ class RunSettings(Source):
     )
     patience: int = Field(
         3, ge=0, description="stop after this many evaluations without a better held-out loss; 0: never"
-    )
-    keep_best: bool = Field(
-        True, description="the result has the parameters of the best held-out loss; false: those of the last step"
     )
     diverged: Literal["stop", "continue"] = Field(
         "stop",

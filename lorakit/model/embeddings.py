@@ -93,7 +93,8 @@ def _restore(model: PipelineModel, component: str, before: Vocabulary | None) ->
 
 
 def _use(model: PipelineModel, component: str, tokenizer: Any, weight: nn.Parameter) -> None:
-    embedding, live = _embedding(model, component), model.components[component]
+    embedding: Any = _embedding(model, component)
+    live: Any = model.components[component]
     setattr(model.pipe, _tokenizer_name(component), tokenizer)
     embedding.weight = weight
     embedding.num_embeddings = live.config.vocab_size = weight.shape[0]

@@ -118,7 +118,6 @@ class Task(Protocol):
     summary: str  # in the help of --task
     unit: str  # what `Item.weight` counts: "tokens"
     size_unit: str  # what `Item.size` counts
-    result_format: str  # the format of a result's adapter, of `lorakit.formats.FORMATS`
     samples_from_file: bool  # whether samples are taken from the result as written and loaded again
     tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
     compares: bool  # whether the base is evaluated too, at the first evaluation
@@ -230,6 +229,9 @@ class Task(Protocol):
 
     def read_samples(self, path: Path) -> Shown:
         """Read a file of `write_samples`. Raises TrainError if it is damaged."""
+
+    def result_format(self, config: RunSettings) -> str:
+        """Return the format of a result's adapter, of `lorakit.formats.FORMATS`."""
 
     def recorded(self, config: RunSettings, processor: Any) -> dict[str, Any]:
         """Return further entries of the result's metadata."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,6 +55,10 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Columns, Prompts):
         description="folder for encoded pictures and captions, which several runs may share; auto: in the run's "
         "folder; none: encode them anew at each step",
     )
+    save_as: Literal["diffusers", "kohya", "comfyui"] = Field(
+        "diffusers",
+        description="format of the result: diffusers' file, which A1111 and ComfyUI read too, or another for them",
+    )
     sample_steps: int = Field(20, ge=0, description="sampler steps of pictures drawn in training; 0: draw none")
     sample_guidance: float | None = Field(
         None, ge=0, description="guidance of pictures drawn in training; default: the pipeline's own"
@@ -68,7 +72,6 @@ peft_type = "TEXT_TO_IMAGE"
 summary = "draw pictures for captions (a diffusion pipeline)"
 unit = "pictures"
 size_unit = "pixels"
-result_format = "diffusers"
 samples_from_file = True
 compares = True
 tried_with = "image generate"
@@ -186,6 +189,14 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
 
 
 def prepare(base: Base, items: Sequence[Any]) -> None:
+    """Find out how the pipeline takes its latents, and whether the result can be saved as asked."""
+    from ..formats import losses as lost_in
+    from ..model.capture import capture
+
+    format = result_format(base.config)
+    lost = lost_in(capture(base.model), format)
+    if lost:
+        raise TrainError(f"save_as: {format} cannot hold what this run trains:\n  " + "\n  ".join(lost))
     base.processor.prepare(base.model, items)
 
 
@@ -271,6 +282,10 @@ def read_samples(path: Path) -> Shown:
 
 
 # ------------------------------------------------------------------------------------- the result
+
+
+def result_format(config: RunSettings) -> str:
+    return part(config, TextToImageSettings).save_as
 
 
 def recorded(config: RunSettings, processor: Pictures) -> dict[str, Any]:

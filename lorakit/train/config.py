@@ -47,6 +47,16 @@ class TrainConfig(Settings):
         + "; ".join(f"{name} (PEFT's {task_of(name).peft_type}): {task_of(name).summary}" for name in TASKS),
     )
     method: MethodName = Field("lora", description="; ".join(f"{name}: {method_of(name).summary}" for name in METHODS))
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the trained parameters (such as 0.99), which evaluation, samples and "
+        "the result use; 0: none",
+    )
+    keep_best: bool = Field(
+        True, description="the result has the parameters of the best held-out loss; false: those of the last step"
+    )
 
     if TYPE_CHECKING:
 

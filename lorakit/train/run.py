@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from ..errors import TrainError, listing
 from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
 from . import compile, defaults, divergence, optimizer, resume
+from .display import Display
 from .early_stop import EarlyStop
 from .ema import Ema
 from .progress import facts
@@ -45,22 +46,6 @@ class Result:
     best_step: int | None
     seconds: float
     stopped: str | None  # "early", "failed", or the signal's name
-
-
-class Display(Protocol):
-    """Displays a run's progress."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Show a line of metrics.jsonl."""
-
-    def sample(self, prompt: str, base: str, tuned: str) -> None:
-        """Show a prompt with the answers of the base and of the tuned model."""
-
-    def drawn(self, step: int, path: Path) -> None:
-        """Say where pictures have been drawn."""
-
-    def note(self, text: str) -> None:
-        """Say what the user should know, also if all else is quiet."""
 
 
 class Run:
@@ -145,7 +130,7 @@ class Run:
             if self.base_loss is not None and divergence.is_worse(loss, self.base_loss, margin):
                 message = (
                     f"the run has diverged: at step {self.step} the held-out loss is {loss:.4f}, more than "
-                    f"{margin:.3g} above the base's, {self.base_loss:.4f}"
+                    f"{margin:#.2g} above the base's, {self.base_loss:.4f}"
                 )
                 if self.config.diverged == "stop":
                     if self.job.parallel.is_first:
@@ -338,7 +323,9 @@ class Run:
         """Write the adapter (or model) as it is now into `folder`. `step`: that of its parameters; None: this one."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
-        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata, job.task.result_format)
+        job.method.save(
+            job.model, job.base.processor, job.adapter, folder, metadata, job.task.result_format(self.config)
+        )
         job.task.save_beside(self.config, job.base.processor, folder)
         for name, text in job.data.files.items():
             write_text(folder / name, text)

@@ -69,8 +69,9 @@ def _size_for(model: str, settings: PictureSettings) -> tuple[int, int, str]:
     from ...bases.native_size import native_size
 
     own = native_size(model)
-    asked = settings.resolution != "auto"
     if own is None:
-        line = f"resolution {DEFAULT_RESOLUTION}: {model} is no pipeline's folder that would say its own (--resolution)"
-        return DEFAULT_RESOLUTION, DEFAULT_MULTIPLE, "" if asked else line
-    return *own, "" if asked else f"resolution {own[0]}: the {model} model's own; --model or --resolution changes it"
+        why = f"resolution {DEFAULT_RESOLUTION}: {model} is not on this disk to say its own; --resolution changes it"
+        own = DEFAULT_RESOLUTION, DEFAULT_MULTIPLE
+    else:
+        why = f"resolution {own[0]}: the {model} model's own; --model or --resolution changes it"
+    return *own, why if settings.resolution == "auto" else ""

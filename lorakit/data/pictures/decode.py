@@ -15,13 +15,14 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ...errors import ConfigError, DataError, LorakitError
+from ...errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-MISSING = "pictures need Pillow, which is not installed\n  install it: pip install 'lorakit[image]'"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+# Pictures too, so that they are refused by name rather than left out as unknown files.
+UNREADABLE = (".heic", ".heif", ".jxl")
 
 TURNED = "turned upright, as their EXIF orientation says"
 COMPOSED = "transparent parts filled with the background colour"
@@ -43,14 +44,6 @@ class Decoded:
     rgb: Image
     alpha: Image | None
     notes: tuple[str, ...]
-
-
-def require_pillow() -> None:
-    """Raise LorakitError if Pillow is not installed."""
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise LorakitError(MISSING) from error
 
 
 def colour(name: str) -> tuple[int, int, int]:
@@ -80,11 +73,11 @@ def decode(
                     f"{where}: {frames} frames or pages; expected one picture\n"
                     "  save the frame you want as a file, or take the first of each: --animated first"
                 )
-            opened.load()
-            image = _eight_bits(ImageOps.exif_transpose(opened), opened.format, where)
             notes = [FIRST_FRAME] if frames > 1 else []
-            if opened.getexif().get(_ORIENTATION, 1) in range(2, 9):
+            if opened.getexif().get(_ORIENTATION, 1) in range(2, 9):  # asked first: TIFF is turned as it is loaded
                 notes.append(TURNED)
+            opened.load()
+            image = _eight_bits(ImageOps.exif_transpose(opened), where)
             if opened.mode not in _SHALLOW:
                 notes.append(SIXTEEN)
             return _converted(image, background, notes)
@@ -95,6 +88,8 @@ def decode(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "empty file" if not data else "no picture that Pillow can read"
+            if where.lower().endswith(UNREADABLE):
+                reason += "; convert it to JPEG or PNG"
         raise DataError(f"{where}: broken picture: {reason}") from error
 
 
@@ -115,14 +110,14 @@ def _converted(image: Image, background: tuple[int, int, int], notes: list[str])
     return Decoded(Image.alpha_composite(ground, rgba).convert("RGB"), alpha, (*notes, COMPOSED))
 
 
-def _eight_bits(image: Image, file_type: str | None, where: str) -> Image:
+def _eight_bits(image: Image, where: str) -> Image:
     """Reduce 16-bit grey to 8 bits; its transparent value (tRNS) becomes an alpha channel. DataError for 32 bits."""
     import numpy as np
     from PIL import Image
 
     if image.mode in _SHALLOW:
         return image
-    if image.mode == "F" or (image.mode == "I" and file_type != "PNG"):  # Pillow 10 reads a PNG's 16 bits as I
+    if not image.mode.startswith("I;16"):
         raise DataError(
             f"{where}: 32-bit pixels ({image.mode}), whose range the file does not say\n  save it with 8 or 16 bits"
         )
@@ -149,7 +144,7 @@ def _in_srgb(image: Image, notes: list[str]) -> Image:
         alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
         colours = image.convert(image.mode[:-1]) if alpha is not None else image
         converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except ImageCms.PyCMSError:
+    except (ImageCms.PyCMSError, OSError):
         return image
     if converted is None:
         return image

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import DataError, listing
-from .buckets import Size
+from .check import Checked
 from .decode import decode
 from .folder import pictures_below
-from .found import Found
 from .item import Mask
 
 ALPHA = "alpha"
@@ -18,37 +17,39 @@ ALPHA = "alpha"
 ASPECT_TOLERANCE = 0.02
 
 
-def read_masks(
-    source: str, found: Sequence[Found], sizes: Sequence[Size], alphas: Sequence[bool], notes: dict[str, int]
-) -> list[Mask | None]:
-    """Return each picture's mask. `alphas`: whether it has transparent parts. Raises DataError, naming the pictures."""
+def read_masks(source: str, checked: Sequence[Checked], notes: dict[str, int]) -> list[Mask | None]:
+    """Return each picture's mask, and add notes. Raises DataError, naming the pictures, where there is none."""
     if source == ALPHA:
-        opaque = sum(not alpha for alpha in alphas)
-        if opaque == len(alphas):
+        opaque = sum(not one.has_alpha for one in checked)
+        if opaque == len(checked):
             raise DataError("mask: alpha: no picture has transparent parts\n  give a folder of masks, or remove mask")
         if opaque:
             notes["opaque everywhere, so that all of the picture counts (mask: alpha)"] = opaque
-        return [Mask(content=ALPHA) if alpha else None for alpha in alphas]
-    return _of_folder(Path(source).expanduser(), found, sizes, notes)
+        return [Mask(content=ALPHA) if one.has_alpha else None for one in checked]
+    return _of_folder(Path(source).expanduser(), checked, notes)
 
 
-def _of_folder(folder: Path, found: Sequence[Found], sizes: Sequence[Size], notes: dict[str, int]) -> list[Mask | None]:
+def _of_folder(folder: Path, checked: Sequence[Checked], notes: dict[str, int]) -> list[Mask | None]:
     if not folder.is_dir():
         raise DataError(f"mask: there is no folder {folder}\n  expected 'alpha', or a folder of masks")
     files = {str(path.relative_to(folder).with_suffix("")): path for path in pictures_below(folder)}
-    missing = [one.where for one in found if one.name not in files]
+    missing = [one.where for one in checked if one.found.name not in files]
     if missing:
         raise DataError(
-            f"{folder}: no mask for {len(missing)} of {len(found)} pictures: {listing(missing)}\n"
+            f"{folder}: no mask for {len(missing)} of {len(checked)} pictures: {listing(missing)}\n"
             "  expected a picture of the same name (any type), in the same folder below this one"
         )
-    unused = [name for name in files if name not in {one.name for one in found}]
+    used = {one.found.name for one in checked}
+    unused = [name for name in files if name not in used]
     if unused:
         notes[f"masks without a picture, not used: {listing(unused)}"] = len(unused)
     masks: list[Mask | None] = []
-    for one, (width, height) in zip(found, sizes, strict=True):
-        path = files[one.name]
-        data = path.read_bytes()
+    for one in checked:
+        (width, height), path = one.size, files[one.found.name]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         w, h = decode(data, str(path), animated="first").rgb.size
         if abs(w * height / (h * width) - 1) > ASPECT_TOLERANCE:
             raise DataError(f"{path}: {w}x{h}, but its picture {one.where} is {width}x{height}; expected one shape")

@@ -1,7 +1,4 @@
-"""Read pictures into items: check every file, give each a caption and a bucket, and say what was done.
-
-Every picture is decoded once before training, so that all broken ones are named at the start, with their count.
-"""
+"""Read pictures into items: give each a caption, a bucket and a mask, and say what was done."""
 
 from __future__ import annotations
 
@@ -9,45 +6,33 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError, did_you_mean, listing, not_the_file
-from .buckets import CROPPED_MUCH, Grid, Size, buckets_of
+from ...errors import DataError, did_you_mean, listing
+from . import summary
+from .buckets import Grid, buckets_of
 from .captions import with_trigger
-from .decode import colour, decode, require_pillow
+from .check import check_pictures
+from .decode import colour
 from .find import find
 from .found import Found, Source
 from .item import Chances, Mask, PictureItem
 from .masks import ALPHA, read_masks
 from .settings import PictureSettings
+from .summary import Folder
 
-# Decoding releases Python's lock. More threads than this would only hold more decoded pictures in memory.
-THREADS = 4
 # Kohya's folder names. No more than three digits: 2024_holiday is a year.
 REPEATS = re.compile(r"(?P<times>[1-9]\d{0,2})_(?P<name>.+)")
-SHOWN_CAPTIONS = 3
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder's counts. `captions`: pictures with one of their own; `repeats`: how often an epoch has each."""
-
-    name: str
-    pictures: int
-    captions: int
-    repeats: int
-    is_prior: bool = False
 
 
 @dataclass(frozen=True)
 class PictureData:
-    """The items and what to say about them. Prior items, if any, follow the others in `items`.
+    """The items and what to say about them. Prior items, if any, follow the others.
 
-    `shape`, `length`: descriptions for the start panel; `notes`: message -> number of pictures it concerns; `about`:
-    stored in the result's metadata.
+    `shape`, `length`: descriptions for the start panel; `notes`: message -> number of files it concerns; `about`:
+    stored in the result's metadata; `grid`: the sizes that buckets were chosen from.
     """
 
     items: list[PictureItem]
@@ -56,22 +41,12 @@ class PictureData:
     notes: dict[str, int]
     about: dict[str, Any]
     grid: Grid
-    folders: list[Folder] = field(default_factory=list)
+    folders: list[Folder]
 
     @property
     def pictures(self) -> list[PictureItem]:
         """Each picture once, without its repeats."""
         return [item for item in self.items if not item.repeat]
-
-
-@dataclass(frozen=True)
-class _Checked:
-    found: Found
-    content: str = ""
-    size: Size = (0, 0)
-    has_alpha: bool = False
-    notes: tuple[str, ...] = ()
-    error: str | None = None
 
 
 def read_pictures(
@@ -88,26 +63,28 @@ def read_pictures(
 
     resolution: the pipeline's own, for 'auto'; multiple: of which it needs sides to be multiples; on_picture: called
     with (pictures checked, all). Raises DataError for pictures that are broken, have no caption or no mask, naming
-    them; ConfigError for settings that contradict the data; LorakitError if Pillow is missing.
+    them; ConfigError for settings that contradict the data.
     """
-    require_pillow()
     grid = Grid.of(settings, resolution, multiple)
-    background = colour(settings.background)
-    elsewhere = [name for name in (settings.prior_data, settings.mask) if name not in (None, ALPHA)]
-    leave_out = [Path(str(name)).expanduser() for name in elsewhere]
-    own = find(source, split, columns, leave_out)
-    read = _Reader(settings, grid, background, on_picture)
-    items, folders, notes = read.items(own, is_prior=False)
+    elsewhere = [name for name in (settings.prior_data, settings.mask) if name is not None and name != ALPHA]
+    sources = [find(source, split, columns, [Path(name).expanduser() for name in elsewhere])]
     if settings.prior_data is not None:
-        of_prior, prior_folders, prior_notes = read.items(find(settings.prior_data, None, columns), is_prior=True)
-        items, folders = items + of_prior, folders + prior_folders
-        notes |= {f"prior: {note}": count for note, count in prior_notes.items()}
+        sources.append(find(settings.prior_data, None, columns))
+    items: list[PictureItem] = []
+    folders: list[Folder] = []
+    notes: dict[str, int] = {}
+    for number, each in enumerate(sources):
+        is_prior = number > 0
+        of_source, of_folders, found_notes = _items(each, settings, grid, is_prior, on_picture)
+        items += of_source
+        folders += of_folders
+        notes |= {f"prior: {note}" if is_prior else note: count for note, count in found_notes.items()}
     return PictureData(
         items=items,
-        shape=_shape(items, folders),
-        length=_length(items, grid),
+        shape=summary.shape(items, folders),
+        length=summary.length(items, grid),
         notes=notes,
-        about=_about(items, settings),
+        about=summary.about(items, settings.trigger),
         grid=grid,
         folders=folders,
     )
@@ -118,7 +95,8 @@ def held_out_of(
 ) -> tuple[list[PictureItem], list[PictureItem]]:
     """Split into (train, held out), both in order. All items of one picture stay together; prior items are trained.
 
-    Raises DataError where fewer than two pictures differ.
+    A held-out picture is evaluated once, however often an epoch would have it. Raises DataError where fewer than two
+    pictures differ.
     """
     if not share:
         return list(items), []
@@ -130,204 +108,113 @@ def held_out_of(
         )
     # By hash, so that adding a picture does not move the others between training and validation.
     order = sorted(contents, key=lambda content: hashlib.sha256(f"{seed}/{content}".encode()).digest())
-    count = min(len(contents) - 1, max(1, round(share * len(contents))))
-    chosen = set(order[:count])
-    held = [item for item in items if item.content in chosen and not item.is_prior]
-    # A held-out picture is evaluated once, however often an epoch would have it.
+    chosen = set(order[: min(len(contents) - 1, max(1, round(share * len(contents))))])
     train = [item for item in items if item.is_prior or item.content not in chosen]
-    return train, [item for item in held if not item.repeat]
+    return train, [item for item in items if item.content in chosen and not item.is_prior and not item.repeat]
 
 
-@dataclass(frozen=True)
-class _Reader:
-    settings: PictureSettings
-    grid: Grid
-    background: tuple[int, int, int]
-    on_picture: Callable[[int, int], None] | None
-
-    def items(self, source: Source, is_prior: bool) -> tuple[list[PictureItem], list[Folder], dict[str, int]]:
-        """The items of a source, its folders' counts, and notes."""
-        settings = self.settings
-        notes = dict(source.notes)
-        checked = self._checked(source, notes)
-        captions = self._captions(source, [one.found for one in checked], is_prior, notes)
-        buckets = buckets_of([one.size for one in checked], [one.found.where for one in checked], self.grid)
-        masks: Sequence[Mask | None] = [None] * len(checked)
-        if settings.mask is not None and not is_prior:
-            alphas = [one.has_alpha for one in checked]
-            masks = read_masks(
-                settings.mask, [one.found for one in checked], [one.size for one in checked], alphas, notes
-            )
-        times = self._repeats(source, is_prior, notes)
-        trigger = None if is_prior else settings.trigger
-        chances = Chances(
-            settings.flip, settings.crop, settings.caption_dropout, settings.shuffle_tags, settings.keep_tags, trigger
+def _items(
+    source: Source, settings: PictureSettings, grid: Grid, is_prior: bool, on_picture: Callable[[int, int], None] | None
+) -> tuple[list[PictureItem], list[Folder], dict[str, int]]:
+    """The items of a source, its folders' counts, and notes."""
+    background = colour(settings.background)
+    checked, notes = check_pictures(source, settings, background, on_picture)
+    notes = source.notes | notes
+    found = [one.found for one in checked]
+    captions = _captions(source, found, settings, is_prior, notes)
+    buckets = buckets_of([one.size for one in checked], [one.where for one in checked], grid)
+    masks: Sequence[Mask | None] = [None] * len(checked)
+    if settings.mask is not None and not is_prior:
+        masks = read_masks(settings.mask, checked, notes)
+    repeats = _repeats(source, {} if is_prior else settings.repeats, notes)
+    trigger = None if is_prior else settings.trigger
+    chances = Chances(
+        settings.flip, settings.crop, settings.caption_dropout, settings.shuffle_tags, settings.keep_tags, trigger
+    )
+    items = []
+    for one, caption, bucket, mask in zip(checked, captions, buckets, masks, strict=True):
+        item = PictureItem(
+            where=one.where,
+            caption=with_trigger(caption, trigger),
+            group=bucket,
+            original=one.size,
+            content=one.content,
+            read=one.found.read,
+            chances=chances,
+            is_prior=is_prior,
+            mask=mask,
+            background=background,
+            animated=settings.animated,
         )
-        items = []
-        for one, caption, bucket, mask in zip(checked, captions, buckets, masks, strict=True):
-            item = PictureItem(
-                where=one.found.where,
-                caption=with_trigger(caption, trigger),
-                group=bucket,
-                original=one.size,
-                content=one.content,
-                read=one.found.read,
-                chances=chances,
-                is_prior=is_prior,
-                mask=mask,
-                background=self.background,
-                animated=settings.animated,
-            )
-            items += [replace(item, repeat=repeat) for repeat in range(times[one.found.folder])]
-        notes |= _notes(checked, items, self.grid, settings)
-        counts = Counter(found.folder for found in source.pictures)
-        captioned = Counter(found.folder for found in source.pictures if found.caption is not None)
-        folders = [
-            Folder(_folder_name(source, folder), count, captioned[folder], times[folder], is_prior)
-            for folder, count in counts.items()
+        items += [replace(item, repeat=repeat) for repeat in range(repeats[one.found.folder])]
+    counts = Counter(one.folder for one in found)
+    captioned = Counter(one.folder for one in found if one.caption is not None)
+    folders = [
+        Folder(_name(source, folder), count, captioned[folder], repeats[folder], is_prior)
+        for folder, count in counts.items()
+    ]
+    return items, folders, notes | summary.notes_on(items, grid)
+
+
+def _captions(
+    source: Source, found: list[Found], settings: PictureSettings, is_prior: bool, notes: dict[str, int]
+) -> list[str]:
+    """The captions. Raises DataError, naming them with their count, for pictures that have none."""
+    default, option, example = settings.caption, "--caption", "a photo of sks dog"
+    if is_prior:
+        default, option, example = settings.prior_caption, "--prior-caption", "a photo of a dog"
+    missing = [one for one in found if one.caption is None]
+    if missing and default is None:
+        per_folder = Counter(one.folder for one in missing)
+        counts = Counter(one.folder for one in found)
+        lines = [
+            f"  {_name(source, f)}: {counts[f]:,} pictures, {counts[f] - n:,} captions" for f, n in per_folder.items()
         ]
-        return items, folders, notes
-
-    def _checked(self, source: Source, notes: dict[str, int]) -> list[_Checked]:
-        """Decode each picture once. Raises DataError, naming the broken ones with their count, or notes them."""
-        checked = []
-        with ThreadPoolExecutor(THREADS) as pool:
-            for one in pool.map(self._check, source.pictures):
-                checked.append(one)
-                if self.on_picture is not None:
-                    self.on_picture(len(checked), len(source.pictures))
-        broken = [one for one in checked if one.error is not None]
-        good = [one for one in checked if one.error is None]
-        if broken and (self.settings.broken == "refuse" or not good):
-            lines = "\n".join(f"  {one.error}" for one in broken[:20])
-            more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
-            fix = "remove or replace them, or leave them out: --broken skip"
-            count = f"{len(broken)} of {len(checked)} pictures cannot be used"
-            raise DataError(f"{source.name}: {count}:\n{lines}{more}\n  {fix}")
-        if broken:
-            notes[f"broken, left out: {listing(one.found.where for one in broken)}"] = len(broken)
-        for note, count in Counter(note for one in good for note in one.notes).items():
-            notes[note] = count
-        return good
-
-    def _check(self, found: Found) -> _Checked:
-        try:
-            data = found.read()
-            decoded = decode(data, found.where, self.background, self.settings.animated)
-        except OSError as error:
-            return _Checked(found, error=f"{found.where}: cannot be read: {error.strerror or error}")
-        except DataError as error:
-            stands_in = not_the_file(found.path) if found.path is not None else None
-            return _Checked(found, error=(stands_in or str(error)).replace("\n", "\n  "))
-        content = hashlib.sha256(data).hexdigest()
-        return _Checked(found, content, decoded.rgb.size, decoded.alpha is not None, decoded.notes)
-
-    def _captions(self, source: Source, found: list[Found], is_prior: bool, notes: dict[str, int]) -> list[str]:
-        """The captions. Raises DataError, naming them with their count, for pictures that have none."""
-        default, option = self.settings.caption, "--caption"
-        if is_prior:
-            default, option = self.settings.prior_caption, "--prior-caption"
-        missing = [one for one in found if one.caption is None]
-        if missing and default is None:
-            count = f"{len(missing)} of {len(found)} pictures have no caption"
-            names = listing(one.where for one in missing)
-            raise DataError(
-                f"{source.name}: {count}: {names}\n  expected {source.expected}{_hint(missing)}\n"
-                f"  or give those without one the same caption: {option} 'a photo of sks dog'"
+        more = [f"  and {len(lines) - 10} more folders"] if len(lines) > 10 else []
+        raise DataError(
+            "\n".join(
+                [
+                    f"{source.name}: {len(missing)} of {len(found)} pictures have no caption: "
+                    f"{listing(one.where for one in missing)}",
+                    *(lines[:10] if len(counts) > 1 else []),
+                    *(more if len(counts) > 1 else []),
+                    f"  expected {source.expected}{_kohya_caption(missing)}",
+                    f"  or give those without one the same caption: {option} '{example}'",
+                ]
             )
-        if missing:
-            notes[f"without a caption of their own, get '{default}'"] = len(missing)
-        return [default or "" if one.caption is None else one.caption for one in found]
-
-    def _repeats(self, source: Source, is_prior: bool, notes: dict[str, int]) -> dict[str, int]:
-        """How often an epoch has each folder's pictures: as set, or as its name says (kohya's 10_name)."""
-        folders = list(dict.fromkeys(found.folder for found in source.pictures))
-        given = {} if is_prior else self.settings.repeats
-        known = {folder: [folder, Path(folder).name or Path(source.name).name] for folder in folders}
-        times = {}
-        for name in given:
-            if not any(name in names for names in known.values()):
-                every = [each for names in known.values() for each in names if each]
-                raise DataError(
-                    f"repeats: '{name}' is no folder of {source.name}{did_you_mean(name, every)}\n"
-                    f"  folders with pictures: {listing(every, 20)}"
-                )
-        counts = Counter(found.folder for found in source.pictures)
-        for folder, names in known.items():
-            named = REPEATS.fullmatch(names[1])
-            set_to = next((given[name] for name in names if name in given), None)
-            times[folder] = set_to if set_to is not None else int(named["times"]) if named else 1
-            if named and set_to is None and times[folder] > 1:
-                notes[f"seen {times[folder]} times an epoch, as their folder's name says: {names[1]}"] = counts[folder]
-        return times
+        )
+    if missing:
+        notes[f"without a caption of their own, get '{default}'"] = len(missing)
+    return [default or "" if one.caption is None else one.caption for one in found]
 
 
-def _folder_name(source: Source, folder: str) -> str:
+def _kohya_caption(missing: Sequence[Found]) -> str:
+    """Say what kohya's trainer takes for a caption where there is none: the folder's name."""
+    named = next((match for one in missing if (match := REPEATS.fullmatch(Path(one.folder).name))), None)
+    return f" (kohya's trainer would take the folder's name, '{named['name']}')" if named else ""
+
+
+def _repeats(source: Source, given: Mapping[str, int], notes: dict[str, int]) -> dict[str, int]:
+    """How often an epoch has each folder's pictures: as given, or as its name says (kohya's 10_name)."""
+    counts = Counter(found.folder for found in source.pictures)
+    names = {folder: (folder, Path(_name(source, folder)).name) for folder in counts}
+    every = list(dict.fromkeys(name for both in names.values() for name in both if name))
+    for name in given:
+        if name not in every:
+            raise DataError(
+                f"repeats: '{name}' is no folder with pictures in {source.name}{did_you_mean(name, every)}\n"
+                f"  folders: {listing(every, 20)}"
+            )
+    repeats = {}
+    for folder, both in names.items():
+        named = REPEATS.fullmatch(both[1])
+        asked = next((given[name] for name in both if name in given), None)
+        repeats[folder] = asked or (int(named["times"]) if named else 1)
+        if named and asked is None and repeats[folder] > 1:
+            note = f"seen {repeats[folder]} times an epoch, as their folder's name says: {both[1]}"
+            notes[note] = counts[folder]
+    return repeats
+
+
+def _name(source: Source, folder: str) -> str:
     return str(Path(source.name) / folder) if folder else source.name
-
-
-def _hint(missing: Sequence[Found]) -> str:
-    """What kohya's trainer takes for a caption where there is none: the folder's name."""
-    for one in missing:
-        named = REPEATS.fullmatch(Path(one.folder).name)
-        if named:
-            return f" (kohya's trainer would take the folder's name, '{named['name']}')"
-    return ""
-
-
-def _notes(
-    checked: Sequence[_Checked], items: Sequence[PictureItem], grid: Grid, settings: PictureSettings
-) -> dict[str, int]:
-    """What the user should know of the pictures: repeated ones, much cropped ones, small ones."""
-    notes: dict[str, int] = {}
-    first: dict[str, str] = {}
-    same = []
-    for one in checked:
-        other = first.setdefault(one.content, one.found.where)
-        if other != one.found.where:
-            same.append(f"{Path(one.found.where).name} = {Path(other).name}")
-    if same:
-        notes[f"the same file as an earlier one: {listing(same)}"] = len(same)
-    pictures = [item for item in items if not item.repeat]
-    much = sorted((item for item in pictures if item.cropped > CROPPED_MUCH), key=lambda item: -item.cropped)
-    if much:
-        names = listing(f"{Path(item.where).name} ({item.cropped:.0%})" for item in much)
-        notes[f"more than {CROPPED_MUCH:.0%} is cropped away: {names}; lorakit data show draws the crops"] = len(much)
-    full = set(grid.sizes())
-    small = [item for item in pictures if item.group not in full]
-    if small:
-        names = listing(f"{Path(item.where).name} ({item.group[0]}x{item.group[1]})" for item in small)
-        note = f"smaller than resolution {grid.resolution}, trained at their own size: {names}"
-        notes[f"{note} (--upscale: enlarge them)"] = len(small)
-    if settings.shuffle_tags and not any("," in item.caption for item in pictures):
-        notes["shuffle_tags has no effect: no caption has a comma"] = len(pictures)
-    return notes
-
-
-def _shape(items: Sequence[PictureItem], folders: Sequence[Folder]) -> str:
-    """How many pictures and captions each folder has, and the first captions."""
-    parts = [f"{f.name}: {f.pictures:,} pictures, {f.captions:,} captions" for f in folders]
-    captions = list(dict.fromkeys(item.caption for item in items if not item.is_prior and not item.repeat))
-    shown = " · ".join(f"'{caption}'" for caption in captions[:SHOWN_CAPTIONS])
-    return f"{listing(parts)}; captions: {shown}{' ...' * (len(captions) > SHOWN_CAPTIONS)}"
-
-
-def _length(items: Sequence[PictureItem], grid: Grid) -> str:
-    """The buckets and their pictures."""
-    counts = Counter(item.group for item in items if not item.repeat)
-    shown = listing((f"{w}x{h}: {count:,}" for (w, h), count in counts.most_common()), 6)
-    return f"resolution {grid.resolution}; {len(counts)} bucket{'s' * (len(counts) > 1)}, {shown}"
-
-
-def _about(items: Sequence[PictureItem], settings: PictureSettings) -> dict[str, Any]:
-    """What the result's metadata says of the data: counts, the trigger word, how often each part of captions occurs."""
-    own = [item for item in items if not item.is_prior]
-    tags = Counter(tag.strip() for item in own if not item.repeat for tag in item.caption.split(",") if tag.strip())
-    return {
-        "pictures": sum(not item.repeat for item in own),
-        "items": len(own),
-        "prior": sum(item.is_prior and not item.repeat for item in items),
-        "trigger": settings.trigger,
-        "tags": dict(tags.most_common(1000)),
-        "buckets": {f"{w}x{h}": count for (w, h), count in Counter(item.group for item in own).items()},
-    }

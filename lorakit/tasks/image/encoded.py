@@ -6,6 +6,7 @@ caption -> arguments    by the text encoders; while one of them is trained, capt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _ENCODERS = "text_encoder"
 CACHE = "cache"  # in the run's folder
+MULTIPLE = 8  # the pipelines of Stable Diffusion ask for it whatever their autoencoder
 RESOLUTION = 512  # of a pipeline that does not say its own
 
 
@@ -88,7 +90,9 @@ class Pictures:
 
         They come from config files where these are on this disk, without loading the pipeline.
         """
-        return native_size(self.config.model) or (resolution_of(self.pipe), size_multiple(self.pipe))
+        known = native_size(self.config.model)
+        resolution, multiple = known or (resolution_of(self.pipe), size_multiple(self.pipe))
+        return resolution, math.lcm(multiple, MULTIPLE)
 
     def load(self) -> PipelineModel:
         """Return the pipeline as one model, which is on its device already."""

@@ -1,4 +1,4 @@
-"""Concept sliders (Gandikota et al. 2023, arXiv 2311.12092): an adapter that turns a property up and down, from prompts.
+"""Concept sliders (Gandikota et al. 2023, arXiv 2311.12092): an adapter that turns a property up or down, from prompts.
 
     at scale +1:  ε(x_t, target) -> ε*(x_t, target) + η (ε*(x_t, positive) - ε*(x_t, negative))
     at scale -1:  ε(x_t, target) -> ε*(x_t, target) - η (ε*(x_t, positive) - ε*(x_t, negative))
@@ -136,8 +136,8 @@ def _check_not_checkpointed(model: PipelineModel) -> None:
     ]
     if checkpointed:
         raise ConfigError(
-            f"a slider cannot be trained with gradient checkpointing ({', '.join(checkpointed)}): the forward pass would "
-            "be computed again after the adapter's scale has changed\n  set gradient_checkpointing: false"
+            f"a slider cannot be trained with gradient checkpointing ({', '.join(checkpointed)}): the forward pass "
+            "would be computed again after the adapter's scale has changed\n  set gradient_checkpointing: false"
         )
 
 

@@ -27,7 +27,6 @@ CPU_TOKENS = 4096  # per micro-batch on a CPU: larger matrices are no faster the
 # within a few steps.
 MARGIN = 1.0
 
-result_format = "peft"
 samples_from_file = False
 compares = False
 tried_with: str | None = None
@@ -97,6 +96,10 @@ def margin(base: float) -> float:
 
 def loss_labels(items: Any) -> list[str]:
     return [""] * len(items)
+
+
+def result_format(config: RunSettings) -> str:
+    return "peft"
 
 
 def recorded(config: RunSettings, processor: Any) -> dict[str, Any]:
