@@ -20,7 +20,8 @@ TARGETS = {"ink": ["to_q", "to_v", "ff.net.2"], "neon": ["to_k", "to_out.0", "co
 def with_adapters(pipe: Any) -> Any:
     """Attach both adapters with random factors; none is active."""
     for name, targets in TARGETS.items():
-        attach(as_module(pipe), LoraConfig(rank=3, targets=targets, components=None if name == "ink" else [*components_of(pipe)]), name=name)
+        components = ["unet"] if name == "ink" else list(components_of(pipe))
+        attach(as_module(pipe), LoraConfig(rank=3, targets=targets, components=components), name=name)
     randomise_factors(as_module(pipe), size=0.4)
     activate(as_module(pipe), None)
     return pipe
