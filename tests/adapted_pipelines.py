@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny import randomise_factors
 
-from lorakit.bases.pipeline import as_module
+from lorakit.bases.pipeline import as_module, components_of
 from lorakit.config import LoraConfig
 from lorakit.model.activate import activate
 from lorakit.model.attach import attach
@@ -17,7 +17,7 @@ TARGETS = {"ink": ["to_q", "to_v", "ff.net.2"], "neon": ["to_k", "to_out.0", "co
 def with_adapters(pipe: Any) -> Any:
     """Attach both adapters with random factors; none is active."""
     for name, targets in TARGETS.items():
-        attach(as_module(pipe), LoraConfig(rank=3, targets=targets), name=name)
+        attach(as_module(pipe), LoraConfig(rank=3, targets=targets, components=None if name == "ink" else [*components_of(pipe)]), name=name)
     randomise_factors(as_module(pipe), size=0.4)
     activate(as_module(pipe), None)
     return pipe

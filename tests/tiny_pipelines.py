@@ -79,10 +79,12 @@ def sd1_unet() -> diffusers.UNet2DConditionModel:
 
 
 def sdxl_unet() -> diffusers.UNet2DConditionModel:
-    """SDXL's three levels, with one and two transformer blocks in the lower two."""
+    """SDXL's three levels, with one and two transformer blocks in the lower two. Two layers a block, as in SDXL: names
+    of kohya's files count them.
+    """
     return diffusers.UNet2DConditionModel(
         block_out_channels=(4, 8, 8),
-        layers_per_block=1,
+        layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 2),

@@ -37,6 +37,23 @@ def in_turn(
     return {name: median(seconds) for name, seconds in times.items()}
 
 
+def cpu_and_wall(
+    sides: Mapping[str, Callable[[], object]], rounds: int, warm: int = 2
+) -> dict[str, list[tuple[float, float]]]:
+    """Return each side's (processor seconds, elapsed seconds) in every round, for ratios of pairs. See `in_turn`."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for turn in range(rounds + warm):
+        # The other way round every second time: no side always runs after the same one.
+        for name, run in list(sides.items())[:: -1 if turn % 2 else 1]:
+            _synchronize()
+            cpu, wall = time.process_time(), time.perf_counter()
+            run()
+            _synchronize()
+            if turn >= warm:
+                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return times
+
+
 def seconds(call: Callable[..., object], *args: Any) -> float:
     """Time a call without garbage collection, which would be charged to whichever side triggers it."""
     gc.collect()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "train-step": "one training step: time, and bytes kept for backward",
+    "image-step": "one training step of a diffusion UNet, against diffusers and PEFT",
     "trainer": "training runs from start to end, against TRL",
     "attach": "attaching, loading and switching adapters; start-up",
     "mixed": "batches that mix adapters",
@@ -32,7 +33,7 @@ NAMES = {
     "latency": "base, merged, unmerged and bottleneck adapters (Hu et al. 2021, table 1)",
     "plan": "predicted against measured memory",
 }
-PEERS = ("peft", "loralib", "trl")
+PEERS = ("peft", "loralib", "trl", "diffusers")
 LONGEST = 80  # characters of a text that has a column of the table; longer ones are remarks below it
 INSTALL = "pip install 'lorakit[bench]'"
 

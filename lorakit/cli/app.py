@@ -77,8 +77,9 @@ def app_for(args: Sequence[str]) -> typer.Typer:
             if group[0] not in groups:
                 app.add_typer(parent, name=group[0])
                 groups[group[0]] = parent
-        function = getattr(import_module(f".{command.module}", __package__), command.function)
-        parent.command(verb, short_help=command.help)(function)
+        module = import_module(f".{command.module}", __package__)
+        parse = getattr(module, "CommandClass", None)  # of a command that reads its arguments in a way of its own
+        parent.command(verb, short_help=command.help, cls=parse)(getattr(module, command.function))
     return app
 
 

@@ -5,7 +5,8 @@
     lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight                           text encoders, as kohya's
 
 Reading is `diffusers.read`, which takes every dotted spelling. Of a model whose names are known (`names.KNOWN`) the
-original names are written, fused weights fused. The names of any other model are written as they were read, and so is
+original names are written, fused weights fused; Z-Image has diffusers' names, which its trainers write and diffusers
+reads too (ComfyUI maps them to its fused weights). The names of any other model are written as they were read, and so is
 a file whose spelling was recorded (`native.py`): what is edited stays readable where it was.
 """
 
@@ -27,6 +28,7 @@ from .diffusers import read
 from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, written
 from .spellings import NATIVE
+from .text_model import with_text_model
 from .unheld import beside_updates
 
 __all__ = ["FORMAT", "losses", "read", "write_as_read"]
@@ -35,14 +37,15 @@ _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3":
 
 def losses(adapter: Adapter) -> list[str]:
     """What this format cannot hold of an adapter, one line each."""
-    return _losses(adapter, COMFYUI)
+    return _losses(with_text_model(adapter), COMFYUI)
 
 
 def write_as_read(adapter: Adapter, path: Path, spelling: Mapping[str, Any]) -> Path:
     """Write a `.safetensors` file in this spelling: `native.COMFYUI`, or `Adapter.metadata["spelling"]`. AdapterError
     if anything of the adapter would be lost.
     """
-    lost = _losses(adapter.check(), spelling)
+    adapter = with_text_model(adapter.check())
+    lost = _losses(adapter, spelling)
     if lost:
         raise AdapterError(f"{path}: this format cannot hold all of this adapter\n  " + "\n  ".join(lost))
     tensors: dict[str, Tensor] = {}
@@ -89,7 +92,7 @@ def _places(model: str, spelling: Mapping[str, Any]) -> dict[str, names.KohyaKey
         listed = names.module_list(part.listed)
         denoiser = not component.startswith("text_encoder")
         dotted = {name: (name,) for name in listed["modules"]}
-        if denoiser and spelling.get("original", True):
+        if denoiser and spelling.get("original", model not in names.UNFUSED):
             originals = {name: tuple(parts) for name, parts in listed.get("ldm", {}).items()}
             taken = {module for parts in originals.values() for module in parts}
             dotted = {name: parts for name, parts in dotted.items() if name not in taken} | originals

@@ -37,9 +37,10 @@ from .families import family_of
 from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, flattened, spelled, written
 from .peft_config import checked
-from .scale import clean, config_of, folded
+from .scale import clean, config_of, with_alpha_as_rank
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse, split
 from .telling import size_of
+from .text_model import with_text_model
 
 FILE = "pytorch_lora_weights.safetensors"
 _COMPONENTS = tuple(f"{component}." for component in (*COMPONENTS, NATIVE, "base_model"))
@@ -111,6 +112,7 @@ def _spelling(tensors: Mapping[str, Tensor], updates: Mapping[str, Update]) -> d
 
 def losses(adapter: Adapter) -> list[str]:
     """What diffusers' format cannot hold of this adapter, one line each."""
+    adapter = with_text_model(adapter)
     reasons: dict[str, list[str]] = {}
     for module in adapter.updates:
         reason = _unheld(adapter, module)
@@ -124,12 +126,14 @@ def losses(adapter: Adapter) -> list[str]:
     return lines
 
 
-def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
+def write(adapter: Adapter, path: Path, *, fold: bool = True) -> Path:
     """Write a `.safetensors` file, or into a folder under diffusers' file name, and return its path. AdapterError, and
     nothing written, if the format cannot hold all of the adapter.
 
-    fold: multiply each module's scale into its up matrix (alpha = rank), for programs that do not read the header.
+    fold: multiply each module's scale into its up matrix (alpha = rank), for programs that do not read the header, as
+    ComfyUI. Without it the alphas are in the header alone.
     """
+    adapter = with_text_model(adapter)
     lost = losses(adapter)
     if lost:
         raise AdapterError("diffusers' format cannot hold all of this adapter:\n  " + "\n  ".join(lost))
@@ -263,12 +267,6 @@ def _plain(f: Factors) -> Factors:
     if not f.rslora and not f.parts:
         return f
     return Factors(f.A, f.B, clean(f.scale * f.A.shape[0]), f.kind)
-
-
-def with_alpha_as_rank(f: Factors) -> Factors:
-    """The factors with their scale folded into B (alpha = rank); in float32 if B's dtype would round it."""
-    B = folded(f.B, f.scale)
-    return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind)
 
 
 def _config(updates: Mapping[str, Update]) -> LoraConfig:

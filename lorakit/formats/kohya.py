@@ -34,8 +34,10 @@ from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .native import as_read, contradicting
 from .peft_config import checked
+from .scale import clean, with_alpha_as_rank
 from .spellings import is_spelling
 from .telling import disagreement, misspelt, size_of, tell
+from .text_model import with_text_model
 from .unheld import beside_updates
 
 OTHER = "other"  # a model that lorakit is told not to know
@@ -109,6 +111,7 @@ def _spelling(keys: Mapping[str, Mapping[str, Tensor]], model: str | None) -> di
 
 def losses(adapter: Adapter) -> list[str]:
     """What a kohya file cannot hold of this adapter, one line each."""
+    adapter = with_text_model(adapter)
     if _own_names(adapter):
         return unholdable(adapter) + beside_updates(adapter)
     model = written_for(adapter)
@@ -142,22 +145,30 @@ def unholdable(adapter: Adapter) -> list[str]:
     return lines
 
 
-def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False, spelling: Mapping[str, Any] | None = None) -> Path:
+def write(
+    adapter: Adapter, path: Path, *, bake_alpha: bool | None = None, spelling: Mapping[str, Any] | None = None
+) -> Path:
     """Write a kohya file and return its path. AdapterError, and nothing written, if it cannot hold all of the adapter.
 
-    bake_alpha: multiply the scales into the ups, rounded to their dtype, and leave alpha out, which means alpha = r:
-    for programs that mix up alphas which differ by module, as diffusers 0.42 does.
+    bake_alpha: multiply the scales into the ups and leave alpha out, which means alpha = r. By default that is done
+    where the alphas of a component's modules differ: diffusers 0.42 gives those to the wrong modules. If such modules
+    have one rank, alpha is that rank, for programs that take a missing alpha for 1.
     """
-    adapter.check()
+    adapter = with_text_model(adapter.check())
     lost = losses(adapter)
     if lost:
         raise AdapterError(f"{path}: kohya's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
     model = None if _own_names(adapter) else written_for(adapter)
     tensors: dict[str, Tensor] = {}
     written: dict[str, tuple[Update, Tensor | None]] = {}
-    for key, update, shape in _written(adapter, model, spelling or {}):
+    found = list(_written(adapter, model, spelling or {}))
+    mixed = _mixed({key: update for key, update, _ in found}) if bake_alpha is None else {}
+    for key, update, shape in found:
         if spelling is None:
-            parts = lycoris.tensors_of(key, update, shape, bake_alpha)
+            ranks_differ = mixed.get(_prefix(key))
+            if ranks_differ is not None:
+                update = update.with_weight(update.weight_alone.map_factors(with_alpha_as_rank))
+            parts = lycoris.tensors_of(key, update, shape, bake_alpha or ranks_differ or False)
         else:
             parts, plain = as_read(key, update, shape, spelling)
             parts = {name: t for name, t in parts.items() if not (plain and name == f"{key}.alpha")}
@@ -165,6 +176,22 @@ def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False, spelling: M
         written[key] = update, parts.get(f"{key}.alpha")
     write_hashed(path, tensors, metadata(adapter, model, written, path.stem))
     return path
+
+
+def _mixed(updates: Mapping[str, Update]) -> dict[str, bool]:
+    """Of each prefix whose low-rank updates have several alphas: whether they have several ranks too."""
+    pairs: dict[str, list[tuple[int, float]]] = {}
+    for key, f in factors_of(updates).items():
+        pairs.setdefault(_prefix(key), []).append((f.A.shape[0], f.scale * f.A.shape[0]))
+    return {
+        prefix: len({rank for rank, _ in found}) > 1
+        for prefix, found in pairs.items()
+        if len({clean(alpha) for _, alpha in found}) > 1
+    }
+
+
+def _prefix(key: str) -> str:
+    return next((prefix for prefix in names.PREFIXES if key.startswith(prefix)), "")
 
 
 def _written(
@@ -257,16 +284,23 @@ def _config(updates: Mapping[str, Update]) -> LoraConfig:
 
 
 def written_for(adapter: Adapter) -> str | None:
-    """The model it is written for: the one it says, if that has any of its modules, else the one its names and widths
-    fit.
+    """The model it is written for: the one that it says, or that its base's class is of, if that has all of its modules;
+    else the one that its names and widths fit.
     """
-    said = adapter.metadata.get("model")
+    said = adapter.metadata.get("model") or names.model_of_class(_architecture(adapter))
     if said in names.KNOWN and all(module in names.shapes(said) for module in adapter.updates):
         return said
     sizes = {m: u.sizes for m, u in adapter.updates.items()}
     candidates = names.candidates(adapter.updates) if adapter.updates else []
     agreeing = [model for model in candidates if not disagreement(model, sizes)]
     return names.likeliest(agreeing or candidates, sizes)
+
+
+def _architecture(adapter: Adapter) -> str:
+    """The class of the base that it was trained on, "" if it does not say."""
+    fingerprint = adapter.metadata.get("fingerprint")
+    found = fingerprint.get("architecture") if isinstance(fingerprint, Mapping) else None
+    return found if isinstance(found, str) else ""
 
 
 def _no_model(adapter: Adapter) -> str:

@@ -47,6 +47,16 @@ def fused_away(names: dict[str, nn.Module]) -> dict[str, str]:
     }
 
 
+def copies(model: nn.Module) -> set[str]:
+    """Return the fused linears of a model: copies of weights that it has anyway, also after it was unfused."""
+    return {
+        f"{name}.{fused}"
+        for name, module in base_modules(model)
+        for fused, children in _FUSED.items()
+        if fused in module._modules and module._modules.keys() >= set(children)
+    }
+
+
 def watch(model: nn.Module) -> None:
     """Make every attention with an adapted projection check, when it is called, that it has not been fused since."""
     for _, module in base_modules(model):

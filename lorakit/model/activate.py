@@ -12,7 +12,18 @@ from ..bases.pipeline import as_module
 from ..errors import StateError, did_you_mean, listing
 from ..layers import saved
 from ..layers.layer import child_name
-from .state import STATE, State, Weights, attached_of, check_not_routed, layers_of, names_of, qualified_name, state_of
+from .state import (
+    STATE,
+    Attached,
+    State,
+    Weights,
+    attached_of,
+    check_not_routed,
+    layers_of,
+    names_of,
+    qualified_name,
+    state_of,
+)
 
 
 def activate(model: Any, which: str | Mapping[str, Weights] | None) -> None:
@@ -32,26 +43,31 @@ def activate(model: Any, which: str | Mapping[str, Weights] | None) -> None:
             f"activate(model, which): got a {qualified_name(which)}\n"
             f"  expected a name, None, or names with weights such as {{'a': 0.7, 'b': 0.3}}"
         )
-    weights = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+    weights: dict[str, Weights] = {which: 1.0} if isinstance(which, str) else dict(which or {})
     for name, weight in weights.items():
-        own = attached_of(state, name)
-        for part, each in weight.items() if isinstance(weight, Mapping) else [("", weight)]:
-            where = f"'{name}' for '{part}'" if part else f"'{name}'"
-            if isinstance(each, bool) or not (isinstance(each, int | float) and math.isfinite(each)):
-                raise StateError(f"the weight of adapter {where} is {each!r}; expected a finite number")
-            modules = [*own.modules, *own.saved]
-            if part and not any(_is_in(m, part) for m in modules):
-                known = {".".join(m.split(".")[: i + 1]) for m in modules for i in range(m.count(".") + 1)}
-                raise StateError(
-                    f"the weight of adapter {where}: it changes no module there{did_you_mean(part, known)}\n"
-                    f"  expected the beginning of a module's name, such as '{modules[0].partition('.')[0]}'"
-                )
+        _check_weights(name, weight, attached_of(state, name))
     if state.merged is not None:
         raise StateError(
             f"{names_of(state.merged)} is merged into the base\n  call lorakit.unmerge(model) before activating another"
         )
     check_saved(state, weights)
     set_active(model, state, weights)
+
+
+def _check_weights(name: str, weights: Weights, attached: Attached) -> None:
+    """Raise StateError for a weight that is not finite, or is for a part of the model that the adapter leaves alone."""
+    parts = weights if isinstance(weights, Mapping) else {None: weights}
+    modules = [*attached.modules, *attached.saved]
+    for part, weight in parts.items():
+        where = f"'{name}'" if part is None else f"'{name}' for '{part}'"
+        if isinstance(weight, bool) or not (isinstance(weight, int | float) and math.isfinite(weight)):
+            raise StateError(f"the weight of adapter {where} is {weight!r}; expected a finite number")
+        if part is not None and not any(_is_in(m, part) for m in modules):
+            known = {".".join(m.split(".")[: i + 1]) for m in modules for i in range(m.count(".") + 1)}
+            raise StateError(
+                f"the weight of adapter {where}: it changes no module there{did_you_mean(part, known)}\n"
+                f"  expected the beginning of a module's name, such as {listing(sorted(known), 3)}"
+            )
 
 
 def weight_at(weights: Weights, module: str) -> float:

@@ -174,7 +174,7 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
 def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _Plan:
     adapter.check()
     live = live_names(model, adapter)
-    check_base(model, adapter, live, force)
+    check_base(model, adapter, force, live)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}

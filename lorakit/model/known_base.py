@@ -1,31 +1,24 @@
 """A live base's fingerprint, and whether a model is the base that an adapter was trained on.
 
-Of a pipeline the fingerprint is one for each component that the adapter changes, so that an adapter of the UNet fits
-any pipeline with that UNet, and the UNet alone:
-
-    {"architecture": "UNet2DConditionModel + CLIPTextModel", "parameters": ..., "shapes": ..., "samples": ...,
-     "components": {"unet": {"architecture": ..., "parameters": ..., "shapes": ...}, "text_encoder": ...}}
-
-The samples have the names that files have. The hashes of shapes are of names without component and `text_model`.
+Of a pipeline the fingerprint has one for each component that the adapter changes, so that an adapter of the UNet fits
+any pipeline with that UNet, and the UNet alone. Its samples have the names that files have; the hash of its shapes is
+of names without the component and without `text_model`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import Weight, differences, fingerprint
+from ..adapter.fingerprint import SAMPLED, Weight, components_in, differences, fingerprint, of_components
 from ..adapter.tokens import Tokens
-from ..bases.pipeline import TEXT_LEVEL, PipelineModel, component_of
+from ..bases.pipeline import TEXT_LEVEL, PipelineModel, component_of, is_text_encoder
 from ..errors import AdapterError
 from .state import architecture_of, base_weights
-
-_TOTALS = ("architecture", "parameters", "shapes")
-_SAMPLED = ("samples", "rounding")
 
 
 def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, Any]:
@@ -35,28 +28,18 @@ def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, An
     weights = base_weights(model)
     if not isinstance(model, PipelineModel):
         return fingerprint(weights, architecture_of(model))
-    touched = {component_of(name) for name in changed}
-    prints = {
-        component: fingerprint(_without_level(_inside(weights, component)), architecture_of(live))
-        for component, live in model.components.items()
-        if component in touched
-    }
-    sampled: dict[str, dict[str, Any]] = {field: {} for field in _SAMPLED}
-    for component, own in prints.items():
-        full = {name.removeprefix(f"{TEXT_LEVEL}."): f"{component}.{name}" for name in _inside(weights, component)}
-        for field in _SAMPLED:
-            sampled[field] |= {full[name]: row for name, row in own.get(field, {}).items()}
-    return {
-        "architecture": " + ".join(own["architecture"] for own in prints.values()),
-        "parameters": sum(own["parameters"] for own in prints.values()),
-        "shapes": hashlib.sha256(repr([own["shapes"] for own in prints.values()]).encode()).hexdigest()[:16],
-        "samples": sampled["samples"],
-        **({"rounding": sampled["rounding"]} if sampled["rounding"] else {}),
-        "components": {component: {field: own[field] for field in _TOTALS} for component, own in prints.items()},
-    }
+    touched, parts = {component_of(name) for name in changed}, {}
+    for component, live in model.components.items():
+        if component in touched:
+            within = _inside(weights, component)
+            own = fingerprint(_without_level(within), architecture_of(live))
+            full = {name.removeprefix(f"{TEXT_LEVEL}."): f"{component}.{name}" for name in within}
+            sampled = {field: {full[n]: row for n, row in own[field].items()} for field in SAMPLED if field in own}
+            parts[component] = own | sampled
+    return of_components(parts)
 
 
-def check_base(model: nn.Module, adapter: Adapter, names: Mapping[str, str], force: bool) -> None:
+def check_base(model: nn.Module, adapter: Adapter, force: bool, names: Mapping[str, str] | None = None) -> None:
     """Raise AdapterError if the model is not the base the adapter was trained on, unless `force`.
 
     The base is known by the fingerprint in the adapter's metadata: architecture, shapes and samples of the weights.
@@ -71,16 +54,17 @@ def check_base(model: nn.Module, adapter: Adapter, names: Mapping[str, str], for
         own = {*adapter.saved, *(f"{m}.weight" for m, u in adapter.updates.items() if isinstance(u, Tokens))}
         expected = {**expected, "samples": {n: row for n, row in expected["samples"].items() if n not in own}}
     weights = base_weights(model)
-    parts = expected.get("components") if isinstance(expected, Mapping) else None
-    if not isinstance(parts, Mapping):
-        lines = _compare_alone(model, weights, expected, {names.get(n, n) for n in (*adapter.updates, *adapter.saved)})
+    parts = components_in(expected)
+    live = {n: (names or {}).get(n, n) for n in (*adapter.updates, *adapter.saved)}
+    if not parts:
+        lines = _compare_alone(model, weights, expected, live.values())
     else:
-        touched = {component_of(n): component_of(names.get(n, n)) for n in (*adapter.updates, *adapter.saved)}
+        places = {component_of(name): component_of(live[name]) for name in live}
         lines = [
             line
-            for component, live in touched.items()
-            if component in parts and (live is None or live in model._modules)
-            for line in _compare(model, weights, expected, component, live)
+            for component, place in places.items()
+            if component in parts and (place is None or place in model._modules)
+            for line in _compare(model, weights, component, parts[component], place, bool(adapter.embeddings))
         ]
     if lines:
         raise AdapterError(
@@ -95,8 +79,11 @@ def _compare_alone(model: nn.Module, weights: Mapping[str, Weight], expected: An
     if not isinstance(model, PipelineModel):
         return differences(expected, weights, architecture_of(model))
     lines = []
-    for component in {component_of(name) for name in live} & model.components.keys():
-        own, within = model.components[component], _inside(weights, component)
+    touched = {component_of(name) for name in live}
+    for component, own in model.components.items():
+        if component not in touched:
+            continue
+        within = _inside(weights, component)
         lines += differences(
             expected, within if TEXT_LEVEL in own._modules else _without_level(within), architecture_of(own)
         )
@@ -104,16 +91,34 @@ def _compare_alone(model: nn.Module, weights: Mapping[str, Weight], expected: An
 
 
 def _compare(
-    model: nn.Module, weights: Mapping[str, Weight], expected: Mapping[str, Any], component: str, live: str | None
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    component: str,
+    expected: Mapping[str, Any],
+    place: str | None,
+    more_tokens: bool,
 ) -> list[str]:
-    """Compare one component of a pipeline's fingerprint with its place in the model; `live` None: the model itself."""
-    part = {**expected["components"][component]} if isinstance(expected["components"][component], Mapping) else {}
-    for field in _SAMPLED:
-        if isinstance(expected.get(field), Mapping):
-            part[field] = _without_level(_inside(expected[field], component))
-    module = model if live is None else getattr(model, "components", model._modules)[live]
-    own = weights if live is None else _inside(weights, live)
-    return differences(part, _without_level(own), architecture_of(module))
+    """Compare a component's fingerprint with its place in a model; None: with the model itself.
+
+    `more_tokens`: an adapter with embeddings was trained on a text encoder that had their rows already.
+    """
+    sampled = {field: _without_level(_inside(expected[field], component)) for field in SAMPLED if field in expected}
+    module = model if place is None else getattr(model, "components", model._modules)[place]
+    own = _without_level(weights if place is None else _inside(weights, place))
+    if more_tokens and place is not None and is_text_encoder(place):
+        own = _longer(own, module, expected["parameters"])
+    return differences({**expected, **sampled}, own, architecture_of(module))
+
+
+def _longer(weights: dict[str, Weight], text_encoder: Any, parameters: int) -> dict[str, Weight]:
+    """Return a text encoder's weights as if its token embedding had as many rows more as make up `parameters`."""
+    embedding = text_encoder.get_input_embeddings()
+    name = next(n for n, module in text_encoder.named_modules() if module is embedding)
+    full = f"{name.removeprefix(f'{TEXT_LEVEL}.')}.weight"
+    (rows, width), missing = weights[full].shape, parameters - sum(w.numel() for w in weights.values())
+    if missing <= 0 or missing % width:
+        return weights
+    return weights | {full: torch.empty(rows + missing // width, width, device="meta")}
 
 
 def _inside(named: Mapping[str, Any], component: str) -> dict[str, Any]:

@@ -98,4 +98,5 @@ def _as_merged(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> 
         child = saved_of(module)
         if child is not None:
             front = f"{prefix}{name}." if name else prefix
-            state |= {front + own: module._parameters[own].detach() for own in child.get(BASE)}
+            in_use = dict(module.named_parameters(recurse=False))
+            state |= {front + own: in_use[own].detach() for own in child.get(BASE)}

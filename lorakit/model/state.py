@@ -12,7 +12,7 @@ from ..adapter.fingerprint import Weight
 from ..bases.pipeline import ATTACHED, PipelineModel
 from ..config import LoraConfig
 from ..errors import StateError, did_you_mean, listing
-from ..layers import saved
+from ..layers import fused_qkv, saved
 from ..layers.bases import fingerprinted, quantized
 from ..layers.batched.routes import Routes, Routing
 from ..layers.fused import attention
@@ -52,6 +52,7 @@ class Vocabulary:
     tokenizer: Any
     weight: nn.Parameter
     added_to: nn.Parameter  # what stands in its place
+    tokens: list[str]  # what was added
 
 
 @dataclass
@@ -181,7 +182,8 @@ def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tupl
 
 def base_weights(model: nn.Module) -> dict[str, Weight]:
     """Return the base's weights for its fingerprint, by name. A quantized one has its shape before quantization."""
-    weights: dict[str, Weight] = dict(base_parameters(model))
+    copied = fused_qkv.copies(model)
+    weights: dict[str, Weight] = {n: p for n, p in base_parameters(model) if n.rpartition(".")[0] not in copied}
     once: dict[int, Weight] = {}  # a shared weight stays one object
     for name, module in quantized(model).items():
         full = f"{name}.weight" if name else "weight"

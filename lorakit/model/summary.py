@@ -52,12 +52,12 @@ class Summary:
         share = 100 * self.trainable / self.total if self.total else 0
         active = names_of(self.active) if self.active else "the base alone"
         lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {active}"]
-        for component in self.components or [None]:
-            rows = [row for row in self.rows if component is None or row.name.partition(".")[0] == component]
-            if component is not None:
-                elements = sum(row.parameters for row in rows)
-                lines.append(f"  {component}: {f'{len(rows)} modules, {elements:,}' if rows else 'not adapted'}")
-            lines += _grouped(rows, "  " if component is None else "    ")
+        for component in self.components:
+            rows = [row for row in self.rows if row.name.partition(".")[0] == component]
+            elements = sum(row.parameters for row in rows)
+            lines.append(f"  {component}: {f'{len(rows)} modules, {elements:,}' if rows else 'not adapted'}")
+            lines += _grouped(rows, "    ")
+        lines += [] if self.components else _grouped(self.rows, "  ")
         lines += [f"  skipped: {line}" for line in _by_ending(self.skipped)]
         lines += [f"  not reached: {self.unreached}"] if self.unreached else []
         lines += [f"  {row}" for row in self.fused]

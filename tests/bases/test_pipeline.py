@@ -9,7 +9,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from tiny import randomise_factors
-from tiny_families import FAMILIES, ROWS
+from tiny_families import FAMILIES, OTHERS, ROWS
 
 import lorakit as lk
 from lorakit.bases.pipeline import PipelineModel, as_module
@@ -22,9 +22,9 @@ from lorakit.tasks.image.prompts import take_rows
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *OTHERS])
 def family(request):
-    return FAMILIES[request.param]()
+    return {**FAMILIES, **OTHERS}[request.param]()
 
 
 def timesteps(pipe) -> torch.Tensor:

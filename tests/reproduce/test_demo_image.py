@@ -74,7 +74,7 @@ def test_the_picture_has_a_cell_for_every_row_and_prompt(demo):
 
 def test_a_second_run_resumes_and_gives_the_same_adapters(demo):
     out, outcome, _ = demo
-    files = [out / "style" / "adapter" / "pytorch_lora_weights.safetensors", out / "slider" / "slider.safetensors"]
+    files = [out / "style" / "adapter" / "pytorch_lora_weights.safetensors", out / "slider" / "adapter" / "pytorch_lora_weights.safetensors"]
     before = [path.read_bytes() for path in files]
     again = run(out, steps=STEPS, compare=True, few=True, say=lambda _: None)
     assert [path.read_bytes() for path in files] == before

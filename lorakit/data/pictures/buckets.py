@@ -42,10 +42,11 @@ class Grid:
         """Resolve 'auto'. `resolution`: the pipeline's own. ConfigError for sizes that the pipeline cannot take."""
         if settings.resolution != "auto":
             resolution = settings.resolution
-        step = settings.bucket_step
-        if step == "auto":
-            step = max(resolution // STEPS_OF_RESOLUTION, 2 * multiple)
+        if settings.bucket_step == "auto":
+            step = max(resolution // STEPS_OF_RESOLUTION, multiple)
             step = -(-step // multiple) * multiple
+        else:
+            step = settings.bucket_step
         shortest = resolution // 2 if settings.bucket_min == "auto" else settings.bucket_min
         longest = resolution * 2 if settings.bucket_max == "auto" else settings.bucket_max
         for name, value in (("resolution", resolution), ("bucket_step", step)):

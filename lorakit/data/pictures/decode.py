@@ -20,7 +20,9 @@ from ...errors import ConfigError, DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+# Pictures too, so that they are refused by name rather than left out as unknown files.
+UNREADABLE = (".heic", ".heif", ".jxl")
 
 TURNED = "turned upright, as their EXIF orientation says"
 COMPOSED = "transparent parts filled with the background colour"
@@ -86,6 +88,8 @@ def decode(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "empty file" if not data else "no picture that Pillow can read"
+            if where.lower().endswith(UNREADABLE):
+                reason += "; convert it to JPEG or PNG"
         raise DataError(f"{where}: broken picture: {reason}") from error
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from ...errors import DataError, LorakitError
 from ..arrow import is_arrow
 from ..read import OTHER_NAMES, stream_rows
-from .decode import SUFFIXES
+from .decode import SUFFIXES, UNREADABLE
 from .folder import pictures_below, read_folder
 from .found import Source
-from .metadata import FILE_COLUMNS
+from .metadata import FILE_COLUMNS, is_metadata
 from .rows import has_image_column, read_dataset
 
 _TABLES = (".parquet", ".arrow")
@@ -34,7 +34,7 @@ def find(
         folder = _split_folder(path, split, leave_out)
         if pictures_below(folder, leave_out) or not any(path.rglob("*.parquet")):
             return read_folder(folder, columns, leave_out)
-    elif path.is_file() and path.suffix.lower() in SUFFIXES:
+    elif path.is_file() and path.suffix.lower() in (*SUFFIXES, *UNREADABLE):
         raise DataError(f"{path} is one picture\n  give the folder it is in")
     elif path.is_file() and (path.suffix not in _TABLES or not has_image_column(str(path), split)):
         return read_folder(path.parent, columns, leave_out, metadata=path)
@@ -45,7 +45,10 @@ def is_pictures(source: str | Path, split: str | None = None) -> bool:
     """Whether a source is pictures rather than text. False where it cannot be read, which reading it will say."""
     path = Path(source).expanduser()
     if path.is_dir() and not is_arrow(path):
-        return bool(pictures_below(path)) or (any(path.rglob("*.parquet")) and has_image_column(str(path), split))
+        tables = [f for f in path.iterdir() if f.suffix.lower() in (*_METADATA, *_TABLES) and not is_metadata(f)]
+        if pictures_below(path):  # beside rows of text they are illustrations, unless the rows name them
+            return not tables or any(is_pictures(table) for table in tables)
+        return any(path.rglob("*.parquet")) and has_image_column(str(path), split)
     if path.is_file() and path.suffix.lower() in _METADATA:
         try:
             first = next(islice(stream_rows(path, split), 1), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...errors import DataError, listing
 from ..parse import decode as decode_text
-from .decode import SUFFIXES
+from .decode import SUFFIXES, UNREADABLE
 from .found import Found, Source
 from .metadata import captions_in, check_columns, is_metadata
 
@@ -23,7 +23,7 @@ EXPECTED = "a .txt or .caption file beside each, or a row in metadata.jsonl"
 
 def pictures_below(folder: Path, leave_out: Collection[Path] = ()) -> list[Path]:
     """List the pictures of a folder and of those in it, sorted by path. `leave_out`: folders of something else."""
-    return [path for path in _files_below(folder, leave_out) if path.suffix.lower() in SUFFIXES]
+    return [path for path in _files_below(folder, leave_out) if _is_picture(path)]
 
 
 def read_folder(
@@ -39,7 +39,7 @@ def read_folder(
     columns = columns or {}
     check_columns(columns)
     files = _files_below(folder, leave_out)
-    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    pictures = [path for path in files if _is_picture(path)]
     if not pictures:
         contents = listing(str(path.relative_to(folder)) for path in files) or "nothing"
         raise DataError(
@@ -61,18 +61,26 @@ def read_folder(
     else:
         pictures = [path for path in pictures if path in listed]
     found = [_found(path, folder, listed.get(path), beside.get(path, [])) for path in pictures]
-    return Source(str(folder), found, notes, EXPECTED)
+    tables = [path.name for path in files if path.suffix.lower() in (".jsonl", ".csv") and path not in metadata_files]
+    hint = (
+        f"; {tables[0]} is not read: name it metadata{Path(tables[0]).suffix}, or give it as the data" if tables else ""
+    )
+    return Source(str(folder), found, notes, EXPECTED + hint)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in (*SUFFIXES, *UNREADABLE)
 
 
 def _files_below(folder: Path, leave_out: Collection[Path]) -> list[Path]:
-    away = {path.resolve() for path in leave_out}
+    away = {folder.resolve(), *(path.resolve() for path in leave_out)}  # a link may lead back here
     found: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini", "__MACOSX"):
             continue
         if path.is_dir():
             if path.resolve() not in away:
-                found += _files_below(path, leave_out)
+                found += _files_below(path, away)
         else:
             found.append(path)
     return found

@@ -46,7 +46,10 @@ def _of_folder(folder: Path, checked: Sequence[Checked], notes: dict[str, int]) 
     masks: list[Mask | None] = []
     for one in checked:
         (width, height), path = one.size, files[one.found.name]
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         w, h = decode(data, str(path), animated="first").rgb.size
         if abs(w * height / (h * width) - 1) > ASPECT_TOLERANCE:
             raise DataError(f"{path}: {w}x{h}, but its picture {one.where} is {width}x{height}; expected one shape")

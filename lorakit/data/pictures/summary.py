@@ -36,10 +36,14 @@ def shape(items: Sequence[PictureItem], folders: Sequence[Folder]) -> str:
 
 
 def length(items: Sequence[PictureItem], grid: Grid) -> str:
-    """Describe the buckets and how many pictures each has."""
-    counts = Counter(item.group for item in items if not item.repeat)
-    shown = listing((f"{w}x{h}: {count:,}" for (w, h), count in counts.most_common()), 6)
-    return f"resolution {grid.resolution}; {len(counts)} bucket{'s' * (len(counts) > 1)}, {shown}"
+    """Describe the buckets: how many pictures each has, and which share of them is cropped away."""
+    pictures = [item for item in items if not item.repeat]
+    counts = Counter(item.group for item in pictures)
+    parts = []
+    for bucket, count in counts.most_common():
+        cut = sum(item.cropped for item in pictures if item.group == bucket) / count
+        parts.append(f"{bucket[0]}x{bucket[1]}: {count:,}" + (f" ({cut:.1%} cropped)" if cut >= 0.0005 else ""))
+    return f"resolution {grid.resolution}; {len(counts)} bucket{'s' * (len(counts) > 1)}, {listing(parts, 6)}"
 
 
 def about(items: Sequence[PictureItem], trigger: str | None) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def notes_on(items: Sequence[PictureItem], grid: Grid) -> dict[str, int]:
     much = sorted((item for item in pictures if item.cropped > CROPPED_MUCH), key=lambda item: -item.cropped)
     if much:
         names = listing(f"{Path(item.where).name} ({item.cropped:.0%})" for item in much)
-        notes[f"more than {CROPPED_MUCH:.0%} is cropped away: {names}; lorakit data show draws the crops"] = len(much)
+        notes[f"more than {CROPPED_MUCH:.0%} is cropped away: {names} (data show --out draws the crops)"] = len(much)
     full = set(grid.sizes())
     small = [item for item in pictures if item.group not in full]
     if small:

@@ -26,7 +26,7 @@ from ...bases.pipeline import as_module
 from ...errors import ConfigError, LorakitError, LorakitWarning, NotFiniteError, StateError
 from ...model.activate import activate, active, adapters
 from ...model.merge import merge, unmerge
-from ...model.route import Which
+from ...model.state import Weights, state_of
 from ..eval_mode import evaluating
 from .call import call_arguments, cut_prompts, default_size, guided
 from .routed import NotByRow, routed
@@ -36,12 +36,15 @@ from .routed import NotByRow, routed
 BATCH, PIXELS = 8, 4 * 512 * 512
 
 
+Selection = str | Mapping[str, Weights] | None
+
+
 class Row(NamedTuple):
-    """One picture of a batch. `weights`: adapter -> weight, none of them 0."""
+    """One picture of a batch. `weights`: adapter -> weight, none of them 0, or weights of parts as in `activate`."""
 
     prompt: str
     seed: int
-    weights: Mapping[str, float]
+    weights: Mapping[str, Weights]
 
 
 def generate_pictures(pipe: Any, prompts: Sequence[str], **settings: Any) -> list[Image.Image]:
@@ -59,7 +62,7 @@ def stream_pictures(
     negative: str | None = None,
     width: int | None = None,
     height: int | None = None,
-    weights: Sequence[Which] | None = None,
+    weights: Sequence[Selection] | None = None,
     scale: float | Sequence[float] = 1.0,
     merged: bool = False,
     batch_size: int | None = None,
@@ -69,7 +72,8 @@ def stream_pictures(
     """Yield a picture (RGB) for each prompt, as soon as its pass is done. Afterwards the pipeline is as it was.
 
     seed: one for all pictures, or one each. steps, guidance, width, height: None is the pipeline's default.
-    weights: for each picture an adapter's name, {name: weight}, or None for the base; default: the active adapters.
+    weights: for each picture an adapter's name, {name: weight} as in `activate`, or None for the base; default: the
+        adapters that are active now.
     scale: multiplies the weights, one for all pictures or one each; at 0 a picture is the base's.
     merged: merge the adapters into the weights first, and unmerge afterwards.
     batch_size: pictures in one pass; default: up to `BATCH`, as their size allows.
@@ -98,7 +102,7 @@ def stream_pictures(
 
 
 def _rows(
-    model: Any, prompts: Sequence[str], seed: int | Sequence[int], weights: Sequence[Which] | None, scale: Any
+    model: Any, prompts: Sequence[str], seed: int | Sequence[int], weights: Sequence[Selection] | None, scale: Any
 ) -> list[Row]:
     """Return what each picture needs. Raises ConfigError for lists of other lengths, StateError for unknown names."""
     if isinstance(prompts, str):
@@ -114,12 +118,25 @@ def _rows(
     for number in seeds:
         if not 0 <= number < 2**63:
             raise ConfigError(f"seed is {number}; expected a whole number from 0 to 2^63 - 1")
-    return [Row(p, s, _scaled(w, f)) for p, s, w, f in zip(prompts, seeds, weights, scales)]
+    return [Row(p, s, scaled_weights(model, w, f)) for p, s, w, f in zip(prompts, seeds, weights, scales)]
 
 
-def _scaled(which: Which, scale: float) -> dict[str, float]:
+def scaled_weights(model: Any, which: Selection, scale: float) -> dict[str, Weights]:
+    """Multiply adapters' weights, on a pipeline; those that are 0 everywhere are left out."""
+    model = as_module(model)
     weights = {} if which is None else {which: 1.0} if isinstance(which, str) else which
-    return {name: weight * scale for name, weight in weights.items() if weight * scale}
+    scaled: dict[str, Weights] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, Mapping):
+            # What none of the parts names has weight 1: it is multiplied too.
+            own = state_of(model).adapters[name].modules if scale != 1 and name in adapters(model) else []
+            rest = dict.fromkeys((module.partition(".")[0] for module in own), scale)
+            weight = {**rest, **{part: each * scale for part, each in weight.items()}}
+        else:
+            weight = weight * scale
+        if weight and scale:
+            scaled[name] = weight
+    return scaled
 
 
 def _batch_size(width: int | None, height: int | None) -> int:

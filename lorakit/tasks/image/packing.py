@@ -240,8 +240,9 @@ def _packings(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
     yield pack
 
 
-def _sizes(pipe: Any, latents: Tensor) -> dict[str, int]:
-    """Return the picture's size in pixels, and one frame, as far as the pipeline's call asks for them."""
+def _sizes(pipe: Any, latents: Tensor) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for the picture's size: pixels, one frame, no standard sizes."""
     scale = latent_scale(pipe)
     sizes = {"height": latents.shape[-2] * scale, "width": latents.shape[-1] * scale, "num_frames": 1}
+    sizes |= {"use_resolution_binning": False}
     return {name: size for name, size in sizes.items() if name in arguments_of(pipe)}

@@ -57,9 +57,12 @@ def batch_prompts(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def text_prompts(captions: Sequence[str]) -> dict[str, Any]:
-    """Return captions as the call's argument `prompt`: the pipeline encodes them, with gradient."""
-    return {"prompt": list(captions)}
+def text_prompts(captions: Sequence[str], sizes: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Return captions as the call's argument `prompt`: the pipeline encodes them, with gradient.
+
+    `sizes`: each row's `size_arguments`.
+    """
+    return {"prompt": list(captions), **(batch_prompts(sizes) if sizes else {})}
 
 
 def size_arguments(

@@ -1,4 +1,4 @@
-"""Concept sliders (Gandikota et al. 2023, arXiv 2311.12092): an adapter that turns a property up and down, from prompts.
+"""Concept sliders (Gandikota et al. 2023, arXiv 2311.12092): an adapter that turns a property up or down, from prompts.
 
     at scale +1:  ε(x_t, target) -> ε*(x_t, target) + η (ε*(x_t, positive) - ε*(x_t, negative))
     at scale -1:  ε(x_t, target) -> ε*(x_t, target) - η (ε*(x_t, positive) - ε*(x_t, negative))
@@ -98,7 +98,7 @@ def slider_losses(
     )
     noise = torch.randn(rows, *shape).to(device)
     layout = layout_of(model, noise, target)
-    t = sample_timesteps(scheduler, rows, None, settings, layout.mu).to(device)
+    t = sample_timesteps(scheduler, rows, None, settings, layout.mu)
 
     def predicted(x: Tensor, prompt: Mapping[str, Any], times: Tensor) -> Tensor:
         return predict(model, layout, x, times, prompt, settings.guidance)
@@ -112,7 +112,7 @@ def slider_losses(
         with _scaled(model, name, sign):
             error = (predicted(x, target, t) - (base + sign * direction)).square()
         losses = losses + row_means(error, layout, noise, None) / 2
-    return losses * objective.weights(t, settings.min_snr)
+    return losses * objective.weights(t, settings.min_snr).to(device)
 
 
 def denoised(noise: Tensor, t: Tensor, steps: int, objective: Objective, layout: Layout, predicted: Any) -> Tensor:
@@ -136,8 +136,8 @@ def _check_not_checkpointed(model: PipelineModel) -> None:
     ]
     if checkpointed:
         raise ConfigError(
-            f"a slider cannot be trained with gradient checkpointing ({', '.join(checkpointed)}): the forward pass would "
-            "be computed again after the adapter's scale has changed\n  set gradient_checkpointing: false"
+            f"a slider cannot be trained with gradient checkpointing ({', '.join(checkpointed)}): the forward pass "
+            "would be computed again after the adapter's scale has changed\n  set gradient_checkpointing: false"
         )
 
 

@@ -6,7 +6,7 @@
     bundled(lk.capture(pipe), pipe, added).save(...)         # the vectors as the adapter's `embeddings`
 
 A token of several vectors is as many tokens, "<sks>", "<sks>_1", ..., which pipelines of diffusers write into a prompt
-that has the first. Only the new rows are trained (`adapter.tokens`): the rest of the embedding is as it was, to the bit.
+that has the first. Only the new rows are trained (`adapter.tokens`): the embedding's other rows keep every bit.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _CLIP = ("clip_l", "clip_g")  # what files call a token's part for the first and
 
 @dataclass(frozen=True)
 class NewToken:
-    """`vectors`: how many rows the token has; `initializer`: text whose tokens' rows they begin as, repeated where it has
-    fewer; None: at random, spread as the rows of the vocabulary are.
+    """`vectors`: how many rows the token has; `initializer`: text whose tokens' rows they begin as, repeated where it
+    has fewer; None: at random, spread as the rows of the vocabulary are.
     """
 
     vectors: int = 1

@@ -97,6 +97,11 @@ def test_lossy_files_come_close(file_type, tolerance):
     assert np.abs(found - np.asarray(scene()).astype(int)).mean() < tolerance
 
 
+def test_a_printers_jpeg_in_cmyk_comes_close():
+    found = pixels(saved(scene().convert("CMYK"), "JPEG", quality=100)).astype(int)
+    assert np.abs(found - np.asarray(scene()).astype(int)).mean() < 3
+
+
 def test_transparency_is_composed_on_white_or_the_given_colour():
     half = decode(saved(with_alpha(128)), "it")
     on_white = np.asarray(scene()) * (128 / 255) + 255 * (127 / 255)

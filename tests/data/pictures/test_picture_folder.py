@@ -181,11 +181,19 @@ def test_folders_and_files_of_pictures_are_told_from_text(tmp_path, monkeypatch)
     assert is_pictures(listed)
     assert not is_pictures(tmp_path / "text")
     assert not is_pictures(tmp_path / "text/rows.jsonl")
+    write_pictures(tmp_path / "text", {"plots/loss.png": None})  # an illustration beside rows of text
+    assert not is_pictures(tmp_path / "text")
     for missing in ("nowhere.jsonl", "nowhere.parquet", "no/such/folder"):
         assert not is_pictures(missing)
 
 
 def test_pictures_of_every_suffix_are_found(tmp_path):
-    for suffix in ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif"):
+    for suffix in ("png", "jpg", "jpeg", "jfif", "webp", "bmp", "gif", "tif", "tiff", "avif"):
         scene().save(tmp_path / f"{suffix}.{suffix}")
-    assert len(read_folder(tmp_path).pictures) == 9
+    assert len(read_folder(tmp_path).pictures) == 10
+
+
+def test_a_link_that_leads_back_is_followed_once(tmp_path):
+    write_pictures(tmp_path, {"deep/a.png": "a"})
+    (tmp_path / "deep/back").symlink_to(tmp_path)
+    assert len(read_folder(tmp_path).pictures) == 1

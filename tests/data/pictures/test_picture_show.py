@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def read(folder, **given):
-    return read_pictures(folder, PictureSettings(bucket_max=96, **given), resolution=64, multiple=8)
+    return read_pictures(folder, PictureSettings(bucket_max=96, bucket_step=16, **given), resolution=64, multiple=8)
 
 
 def printed(data, rows=3, **how):

@@ -48,6 +48,12 @@ def test_no_captions_at_all_is_an_error_with_the_counts_of_each_folder(tmp_path)
     )
 
 
+def test_a_table_that_is_not_read_is_named_where_captions_are_missing(tmp_path):
+    write_pictures(tmp_path, {"a.png": None})
+    (tmp_path / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
+    refused(tmp_path, "captions.jsonl is not read: name it metadata.jsonl")
+
+
 def test_a_default_caption_is_for_those_without_one_and_is_counted(tmp_path):
     write_pictures(tmp_path, {"a.png": "one", "b.png": None}, size=(64, 64))
     data = read(tmp_path, caption="a thing", trigger="sks")
@@ -84,6 +90,12 @@ def test_broken_pictures_are_all_named_with_their_count(tmp_path):
     for name in ("a", "c"):
         (tmp_path / f"{name}.png").write_bytes(b"")
     refused(tmp_path, "4 of 4 pictures cannot be used", broken="skip")
+
+
+def test_pictures_of_types_that_cannot_be_read_are_not_left_out_silently(tmp_path):
+    write_pictures(tmp_path, {"a.png": "a"})
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    refused(tmp_path, "1 of 2 pictures cannot be used", "phone.HEIC", "convert it to JPEG or PNG")
 
 
 def test_a_git_lfs_pointer_is_said_to_be_one(tmp_path):

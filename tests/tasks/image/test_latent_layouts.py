@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import tiny_pipelines as tiny
 import torch
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, OTHERS
 
 from lorakit.bases.pipeline import as_module
 from lorakit.errors import TrainError
@@ -32,6 +32,16 @@ def test_models_that_are_given_their_guidance():
     embedded = {name: found(make()).embedded for name, make in FAMILIES.items()}
     assert {name for name, names in embedded.items() if names} == {"flux", "flux2"}
     assert embedded["flux"] == ("guidance_scale",)
+
+
+def test_a_consistency_model_is_given_its_guidance():
+    family = FAMILIES["sd1"]()
+    family.pipe.unet.register_to_config(time_cond_proj_dim=16)
+    assert found(family).embedded == ("guidance_scale",)
+
+
+def test_rows_share_a_timestep_only_where_they_must():
+    assert {name for name, make in {**FAMILIES, **OTHERS}.items() if not found(make()).together} == {"aura_flow"}
 
 
 def test_a_distilled_qwen_image_is_given_its_guidance():

@@ -177,6 +177,11 @@ def test_rows_of_different_sizes_are_predicted_as_alone():
     prompts = batch_prompts(rows)
     assert prompts["target_size"] == (16, 16)
     assert row_groups(prompts, 3) == [[0, 2], [1]]
+    sizes_alone = [{name: v for name, v in row.items() if isinstance(v, tuple)} for row in rows]
+    assert text_prompts(CAPTIONS, sizes_alone) == {
+        "prompt": CAPTIONS,
+        **{name: v for name, v in prompts.items() if not isinstance(v, torch.Tensor)},
+    }
     with torch.no_grad():
         ours = predicted(family, prompts)
         plain = predicted(family, family.prompts)  # the pipeline's own: as large as it is drawn, nothing cropped

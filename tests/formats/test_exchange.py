@@ -1,0 +1,151 @@
+"""Adapters between lorakit and diffusers, through files, for tiny pipelines of eight families: what is written here
+predicts the same in diffusers, and what diffusers writes predicts the same here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakit as lk
+from lorakit.bases.pipeline import as_module, components_of
+
+from exchange_families import FAMILIES, Family
+
+CLOSE = 1e-5
+BLOCK = re.compile(r"(blocks|layers|refiner)\.\d+\.(?!.*(norm1|norm1_context|norm)\.linear)")
+ATTENTION = re.compile(r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)$")
+
+
+def adapted(family: Family, kind: str) -> dict[str, nn.Module]:
+    """The modules of a pipeline that a file of this kind changes, by full name."""
+    model = as_module(family.pipe())
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)}
+    text = {n: m for n, m in linears.items() if n.startswith("text_encoder") and re.search(r"(self_attn|mlp)\.\w+$", n)}
+    denoiser = {n: m for n, m in linears.items() if n.startswith(family.denoiser)}
+    attention = {n: m for n, m in denoiser.items() if ATTENTION.search(n)}
+    return {
+        "attention": attention,
+        "blocks": {n: m for n, m in denoiser.items() if BLOCK.search(n) and isinstance(m, nn.Linear)},
+        "locon": denoiser,
+        "mixed": denoiser | text,
+        "joint": {n: m for n, m in denoiser.items() if n.startswith("transformer.transformer_blocks")},
+        "text": text,
+        "both": attention | text,
+    }[kind]
+
+
+def attached(family: Family, kind: str) -> Any:
+    """A pipeline with random factors on the modules of this kind; `mixed`: ranks 1 to 3 and six alphas."""
+    pipe, modules = family.pipe(), list(adapted(family, kind))
+    config = lk.LoraConfig(rank=4, alpha=8, targets=modules)
+    if kind == "mixed":
+        config = config.replace(
+            rank_pattern={f"^{re.escape(m)}": 1 + i % 3 for i, m in enumerate(modules)},
+            alpha_pattern={f"^{re.escape(m)}": 0.5 + i % 6 for i, m in enumerate(modules)},
+        )
+    model = lk.attach(as_module(pipe), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".A", ".B")):
+                parameter.normal_(std=0.3)
+    return pipe
+
+
+def predict(family: Family, pipe: Any) -> Tensor:
+    with torch.no_grad():
+        return family.predict(pipe)
+
+
+def placed(pipe: Any) -> int:
+    """How many modules of a pipeline carry a LoRA of PEFT's."""
+    return sum("lora_A" in m._modules and len(m.lora_A) for c in components_of(pipe).values() for m in c.modules())
+
+
+def cases(*, forms: bool) -> list[Any]:
+    """(model, kind, format): every kind in diffusers' format, or the forms that its loader takes besides."""
+    return [
+        pytest.param(model, kind, format, id=f"{model}-{kind}-{format}")
+        for model, family in FAMILIES.items()
+        for format, kinds in (family.forms if forms else {"diffusers": family.kinds}).items()
+        for kind in kinds
+    ]
+
+
+@pytest.mark.parametrize("model, kind, format", cases(forms=False) + cases(forms=True))
+def test_diffusers_predicts_what_we_predict_from_our_file(model, kind, format, tmp_path):
+    family = FAMILIES[model]
+    pipe = attached(family, kind)
+    ours, base = predict(family, pipe), predict(family, family.pipe())
+    assert (ours - base).abs().max() > 1e-3
+    adapter = lk.capture(as_module(pipe))
+    adapter.save(tmp_path / "x.safetensors", format)
+    theirs = family.pipe()
+    theirs.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+    assert placed(theirs) == len(adapter.updates) == len(adapted(family, kind))
+    torch.testing.assert_close(predict(family, theirs), ours, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui", "peft"])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_our_file_predicts_the_same_on_a_fresh_pipeline(model, format, tmp_path):
+    family = FAMILIES[model]
+    for kind in ("attention", "mixed"):
+        pipe = attached(family, kind)
+        ours = predict(family, pipe)
+        path = tmp_path / (kind if format == "peft" else f"{kind}.safetensors")
+        lk.capture(as_module(pipe)).save(path, format)
+        again = family.pipe()
+        lk.attach(as_module(again), lk.Adapter.load(path))
+        torch.testing.assert_close(predict(family, again), ours, atol=CLOSE, rtol=0, msg=lambda t, k=kind: f"{k}: {t}")
+
+
+def from_peft(family: Family, kind: str, folder: Path, alphas: bool) -> Tensor:
+    """Save a LoRA of PEFT's layers with diffusers' own `save_lora_weights`, and return its prediction. `alphas`: with
+    the header that holds them, as diffusers' training scripts do today.
+    """
+    pipe, modules = family.pipe(), list(adapted(family, kind))
+    saved: dict[str, Any] = {}
+    torch.manual_seed(2)
+    for component, model in components_of(pipe).items():
+        names = dict(model.named_modules())
+        own = [m.removeprefix(f"{component}.") for m in modules if m.startswith(f"{component}.")]
+        own = [name if name in names else name.removeprefix("text_model.") for name in own]
+        if not own:
+            continue
+        config = peft.LoraConfig(
+            r=4,
+            lora_alpha=6 if alphas else 4,
+            target_modules=own,
+            rank_pattern={name: 2 for name in own[::3]} if alphas else {},
+            alpha_pattern={name: 3 for name in own[::4]} if alphas else {},
+            init_lora_weights=False,
+        )
+        peft.inject_adapter_in_model(config, model)
+        saved[f"{component}_lora_layers"] = peft.get_peft_model_state_dict(model, adapter_name="default")
+        if alphas:
+            plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+            saved[f"{component}_lora_adapter_metadata"] = plain
+    pipe.save_lora_weights(str(folder), **saved)
+    return predict(family, pipe)
+
+
+@pytest.mark.parametrize("alphas", [True, False], ids=["alphas", "no-alphas"])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_we_predict_what_diffusers_predicts_from_its_file(model, alphas, tmp_path):
+    family = FAMILIES[model]
+    for kind in ("mixed", "both") if family.text else ("mixed", "attention"):
+        theirs = from_peft(family, kind, tmp_path / kind, alphas)
+        assert (theirs - predict(family, family.pipe())).abs().max() > 1e-4
+        adapter = lk.Adapter.load(tmp_path / kind)
+        assert adapter.updates.keys() == adapted(family, kind).keys()
+        ours = family.pipe()
+        lk.attach(as_module(ours), adapter)
+        torch.testing.assert_close(predict(family, ours), theirs, atol=CLOSE, rtol=0, msg=lambda t, k=kind: f"{k}: {t}")
