@@ -2,7 +2,7 @@
 then stacked, merged, exported, measured, and drawn as one labelled picture.
 
 style     24 pictures of 24 objects in two colours, as no picture of the base has them; measured on the other 24
-subject   6 pictures of an animal that the base has never seen, as "a sks animal" (DreamBooth, Ruiz et al. 2023), and
+subject   6 pictures of an animal that the base has never seen, as "a kin animal" (DreamBooth, Ruiz et al. 2023), and
           "an animal" as the base draws it, so that the class stays what it was (prior preservation)
 slider    small to large, from prompts alone (Gandikota et al. 2023)
 """
@@ -29,14 +29,16 @@ COMMON: dict[str, Any] = {
     "model": EMBEDDED,
     "targets": "locon",
     "batch_size": 8,
+    "precision": "fp32",
     "sample_steps": 0,
+    "sample_guidance": 3.0,
 }
-STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 250, "learning_rate": 1e-3}
-SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 300, "learning_rate": 1e-3}
+STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 200, "learning_rate": 1e-3}
+SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 250, "learning_rate": 1e-3}
 SLIDER_SETTINGS: dict[str, Any] = {
     "rank": 4,
     "alpha": 4,
-    "steps": 80,
+    "steps": 60,
     "learning_rate": 1e-3,
     "data": "none",
     "slider_positive": "a large animal",
