@@ -33,6 +33,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     size_at_once,
     size_unit,
     to_attach,
+    traced,
     tried_with,
 )
 from .text.causal_rows import Sources

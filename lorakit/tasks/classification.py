@@ -39,6 +39,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     size_at_once,
     size_unit,
     to_attach,
+    traced,
     tried_with,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401

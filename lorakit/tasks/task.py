@@ -119,6 +119,7 @@ class Task(Protocol):
     unit: str  # what `Item.weight` counts: "tokens"
     size_unit: str  # what `Item.size` counts
     tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
+    traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
     compares: bool  # whether the base is evaluated too, at the first evaluation
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -149,7 +150,10 @@ class Task(Protocol):
         """
 
     def blueprint(self, config: RunSettings) -> Any:
-        """Read the base's config, without weights; for text, transformers'. None if the task needs none."""
+        """Read the base's config, without weights: for text, transformers'; for a pipeline, its model_index.json.
+
+        None if it is not known without loading the base.
+        """
 
     def load(self, config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
         """Load the base model, in eval mode."""

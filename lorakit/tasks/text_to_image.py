@@ -58,7 +58,7 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
     )
     new_tokens: dict[str, str] = Field(
         default_factory=dict,
-        description="words to learn (textual inversion), each with what it starts as: {<sks>: cat}; '' starts at random",
+        description="words to learn (textual inversion), each with what it starts as: {<sks>: cat}; '' is random",
     )
     token_vectors: int = Field(1, ge=1, description="vectors of each of new_tokens")
     save_as: Literal["auto", "diffusers", "kohya", "comfyui"] = Field(
@@ -80,14 +80,16 @@ summary = "draw pictures for captions (a diffusion pipeline)"
 unit = "pictures"
 size_unit = "pixels"
 compares = True
+traced = False
 tried_with = "image generate"
 
-# Text has defaults of its own for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
-# learning rates found for those hold here. The held-out loss says little of a style or a subject, so that no run ends
-# early or goes back for it.
+# Text has other defaults for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
+# learning rates found with those hold here. Targets: what these two and A1111 call a LoRA. The held-out loss says
+# little of a style or a subject, so no run ends early or goes back for it.
 _DEFAULTS: dict[str, Any] = {
     "rank": 16,
     "alpha": 16.0,
+    "targets": "kohya",
     "batch_size": 4,
     "steps": 1000,
     "validation": 0.0,
@@ -145,8 +147,10 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the base
 
 
-def blueprint(config: RunSettings) -> None:
-    return None
+def blueprint(config: RunSettings) -> Any:
+    from .image.skeleton import index
+
+    return index(config.model, config.revision)
 
 
 def load(config: RunSettings, processor: Pictures, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
@@ -164,7 +168,9 @@ def finished(adapter: Any, processor: Pictures) -> Any:
 
 
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
-    raise TrainError("task text_to_image cannot be planned without its pipeline")
+    from .image.skeleton import skeleton
+
+    return skeleton(config.model, config.revision, base, dtype)
 
 
 def configure(model: Any, device: torch.device, longest: int) -> None:
@@ -245,7 +251,7 @@ def collate(items: Sequence[PictureRow], base: Base, packed: bool = False) -> di
 
 
 def example(rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
-    raise TrainError("task text_to_image cannot be planned without its pipeline")
+    raise TrainError("a pipeline's step cannot run on shapes alone")
 
 
 def losses(model: Any, batch: dict[str, Any]) -> Tensor:

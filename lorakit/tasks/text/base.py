@@ -28,6 +28,7 @@ CPU_TOKENS = 4096  # per micro-batch on a CPU: larger matrices are no faster the
 MARGIN = 1.0
 
 compares = False
+traced = True
 tried_with: str | None = None
 size_unit = "tokens"
 
