@@ -24,7 +24,6 @@ from ..errors import StateError, TrainError, listing
 from ..module_names import is_language_trunk
 from .catching import Echo, Prediction, arguments_of, catch
 
-ATTACHED = "_lorakit"  # the attribute in which a model keeps its adapters (model/state.py)
 TEXT_LEVEL = "text_model"
 _OURS = "_lorakit_model"  # where a pipeline keeps its PipelineModel
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder|prior)(_\d+)?$")
@@ -53,14 +52,21 @@ class PipelineModel(nn.Module):
     pipe: Any
     components: dict[str, nn.Module]
     layouts: dict[Any, Any]
+    in_use: frozenset[str]
 
     def __init__(self, pipe: Any):
         super().__init__()
         self.__dict__["pipe"] = pipe  # not a child
-        self.__dict__["components"] = components_of(pipe)  # their live modules, without the level in front
+        self.__dict__["in_use"] = frozenset()  # the components that adapters change (model/state.py)
+        self.hold(components_of(pipe))
+
+    def hold(self, components: dict[str, nn.Module]) -> None:
+        """Have these components as children, and no other."""
+        self.__dict__["components"] = components  # their live modules, without the level in front
         self.__dict__["placed"] = (None, None)  # the denoiser's device, the pipeline's device
         self.__dict__["layouts"] = {}  # what `tasks.image.packing` has found out about this pipeline
-        for name, component in self.components.items():
+        self._modules.clear()
+        for name, component in components.items():
             flat = is_text_encoder(name) and component._modules.keys() >= _TEXT_PARTS
             self.add_module(name, nn.ModuleDict({TEXT_LEVEL: component}) if flat else component)
 
@@ -153,19 +159,20 @@ def denoisers_of(pipe: Any) -> list[str]:
 def as_module(model: Any) -> Any:
     """Return a pipeline's `PipelineModel`, always the same one; anything else as it is.
 
-    Raises StateError if one of its components was replaced while adapters are attached.
+    Raises StateError if a component that adapters change was replaced; any other may be, or be set to None.
     """
     if not is_pipeline(model):
         return model
     kept, own = model.__dict__.get(_OURS), components_of(model)
-    if kept is not None and kept.components == own:
-        return kept
-    if kept is not None and ATTACHED in kept.__dict__:
-        changed = [name for name in {**kept.components, **own} if kept.components.get(name) is not own.get(name)]
-        raise StateError(
-            f"the pipeline's {listing(changed)} was replaced while adapters are attached, so they would have no effect "
-            "there\n"
-            "  put the component back and call lorakit.detach(pipe), then replace it and attach them again"
-        )
-    model.__dict__[_OURS] = kept = PipelineModel(model)
+    if kept is None:
+        kept = model.__dict__[_OURS] = PipelineModel(model)
+    if kept.components != own:
+        lost = [name for name in kept.components if name in kept.in_use and own.get(name) is not kept.components[name]]
+        if lost:
+            raise StateError(
+                f"the pipeline's {listing(lost)} was replaced while adapters are attached to it, so they would have no "
+                "effect there\n"
+                "  put the component back and call lorakit.detach(pipe), then replace it and attach them again"
+            )
+        kept.hold(own)
     return kept
