@@ -89,9 +89,7 @@ def peft_side(model: Any, targets: list[str]) -> nn.Module:
     """Add PEFT's LoRA, as diffusers' training scripts do. The factors have the base's dtype, its faster setting."""
     import peft
 
-    model.add_adapter(
-        peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
-    )
+    model.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
     return model
 
 
