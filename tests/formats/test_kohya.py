@@ -294,7 +294,7 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path_factory, case):
     model, adapter = case
     path = tmp_path_factory.mktemp("kohya") / "a.safetensors"
     assert kohya.losses(adapter) == []
-    kohya.write(adapter, path)
+    kohya.write(adapter, path, bake_alpha=False)
     again = read(path)
     same(adapter, again)
     assert again.metadata["model"] == model
@@ -360,6 +360,31 @@ def test_baked_alphas_are_the_ranks_and_the_change_is_the_same(tmp_path):
     again = read(tmp_path / "a.safetensors").factors[module]
     assert again.alpha == again.rank == 3
     torch.testing.assert_close(double(again), double(f), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pairs, alphas",
+    [
+        (((4, 2.0), (4, 2.0)), {2.0}),  # as they are
+        (((4, 2.0), (2, 2.0)), {2.0}),
+        (((4, 2.0), (4, 3.0)), {4.0}),  # one rank: alpha says it, for programs that take a missing alpha for 1
+        (((4, 2.0), (2, 3.0)), set()),
+        (((4, 2.0), (3, 3.0), (3, 3.0)), set()),
+    ],
+)
+def test_alphas_that_differ_within_a_component_go_into_the_factors(pairs, alphas, tmp_path):
+    names_ = ("to_q", "to_k", "to_v")
+    attention, other = ONE["sd1"].removesuffix("to_k"), "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    updates = {f"{attention}{n}": factors(f"{attention}{n}", "sd1", r, a) for n, (r, a) in zip(names_, pairs)}
+    updates[other] = factors(other, "sd1", 4, 7.0)  # another component, of one alpha
+    kohya.write(Adapter(CONFIG, updates), tmp_path / "a.safetensors")
+    tensors, _ = read_tensors(tmp_path / "a.safetensors")
+    found = {float(t) for key, t in tensors.items() if key.endswith(".alpha") and key.startswith("lora_unet_")}
+    assert found == alphas
+    again = read(tmp_path / "a.safetensors")
+    for module, f in updates.items():
+        torch.testing.assert_close(double(again.factors[module]), double(f), rtol=1e-6, atol=1e-6)
+    assert again.factors[other].alpha == 7.0
 
 
 def test_the_file_has_kohyas_suffixes_shapes_and_alphas(tmp_path):

@@ -83,7 +83,8 @@ def test_one_rank_and_alpha_are_named_and_mixed_ones_are_dynamic(tmp_path):
         "networks.lora",
     )
     assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1.0"}
-    header = written(made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(3, 1.0), CONV: conv(2, 1.0)}), path)
+    mixed = made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(3, 1.0), CONV: conv(2, 1.0)})
+    header = written(mixed, path, bake_alpha=False)
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("Dynamic", "Dynamic")
     header = written(made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(4, 1.0)}), path, bake_alpha=True)
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4.0")
