@@ -69,7 +69,8 @@ def stream_pictures(
     bar: bool = False,
     **further: Any,
 ) -> Iterator[Image.Image]:
-    """Yield a picture (RGB) for each prompt, as soon as its pass is done. Afterwards the pipeline is as it was.
+    """Check the settings, and return an iterator of the pictures (RGB), each as soon as its pass is done. Afterwards
+    the pipeline is as it was.
 
     seed: one for all pictures, or one each. steps, guidance, width, height: None is the pipeline's default.
     weights: for each picture an adapter's name, {name: weight} as in `activate`, or None for the base; default: the
@@ -96,9 +97,13 @@ def stream_pictures(
     most = batch_size or _batch_size(width or size[0], height or size[1])
     if most < 1:
         raise ConfigError(f"batch_size is {most}; expected at least 1")
-    with _generating(pipe, model, bar):
-        for chunk in _chunks(rows, most, merged):
-            yield from _checked(_passes(pipe, model, chunk, call, merged), chunk, width, height)
+
+    def pictures() -> Iterator[Image.Image]:
+        with _generating(pipe, model, bar):
+            for chunk in _chunks(rows, most, merged):
+                yield from _checked(_passes(pipe, model, chunk, call, merged), chunk, width, height)
+
+    return pictures()
 
 
 def _rows(
