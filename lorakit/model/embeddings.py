@@ -68,6 +68,8 @@ def put_in_place(model: nn.Module, state: State) -> None:
             for component in _components(model, key, vectors):
                 rows.setdefault(component, {}).update(_tokens(key, vectors))
     for component, own in rows.items():
+        if component in state.vocabularies and list(own) == state.vocabularies[component].tokens:
+            continue
         _restore(model, component, state.vocabularies.pop(component, None))
         if own:
             state.vocabularies[component] = _add(model, component, own)
@@ -84,7 +86,7 @@ def _add(model: PipelineModel, component: str, rows: Mapping[str, Tensor]) -> Vo
     added[: weight.shape[0]] = weight.detach()
     added[torch.tensor(ids, device=added.device)] = torch.stack(list(rows.values())).to(added)
     _use(model, component, longer, nn.Parameter(added, requires_grad=False))
-    return Vocabulary(tokenizer, weight, embedding.weight)
+    return Vocabulary(tokenizer, weight, embedding.weight, list(rows))
 
 
 def _restore(model: PipelineModel, component: str, before: Vocabulary | None) -> None:
@@ -97,7 +99,9 @@ def _use(model: PipelineModel, component: str, tokenizer: Any, weight: nn.Parame
     live: Any = model.components[component]
     setattr(model.pipe, _tokenizer_name(component), tokenizer)
     embedding.weight = weight
-    embedding.num_embeddings = live.config.vocab_size = weight.shape[0]
+    embedding.num_embeddings = weight.shape[0]
+    if hasattr(live.config, "vocab_size"):
+        live.config.vocab_size = weight.shape[0]
 
 
 def _check_free(model: PipelineModel, component: str, key: str, vectors: Tensor) -> None:
