@@ -57,7 +57,7 @@ class Objective:
             )
         if config.get("invert_sigmas"):
             raise TrainError(f"{name} counts its time backwards (invert_sigmas), which cannot be trained")
-        return cls(kind, int(steps), None if kind == "flow" else alphas.detach().double().cpu())
+        return cls(kind, int(steps), None if kind == "flow" or alphas is None else alphas.detach().double().cpu())
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mix noise into clean latents. `x`, `noise`: [rows, ...]; `t`: [rows], in 0..T."""
