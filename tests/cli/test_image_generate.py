@@ -11,6 +11,7 @@ import tiny_pipelines
 import torch
 from adapted_pipelines import with_adapters
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import lorakit as lk
 from lorakit.errors import LorakitWarning
@@ -171,6 +172,23 @@ def test_a_picture_is_made_again_from_its_png_alone(draw, number):
     assert f"the same pixels as {path}" in out
     assert furthest(path, "again.png") == 0
     assert read_png(path) == read_png(Path("again.png"))
+
+
+def test_a_picture_of_a1111_is_made_similarly(draw, tmp_path):
+    info = PngInfo()
+    info.add_text(
+        "parameters",
+        "a red cat <lora:ink:0.6>\nNegative prompt: a dog\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, "
+        "CFG scale: 4, Seed: 8, Size: 32x16, Clip skip: 2, Version: v1.10.1",
+    )
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.warns(LorakitWarning, match="made by another program"):
+        code, _, _ = draw("--from", "a.png", "--adapter", "ink.safetensors", "--out", "b.png")
+    assert code == 0
+    made = read_png(tmp_path / "b.png")
+    assert (made.width, made.height, made.seed, made.guidance) == (32, 16, 8, 4.0)
+    assert (made.sampler, made.schedule, made.loras["ink"].weight) == ("DPM++ 2M", "Karras", 0.6)
+    assert made.arguments == {"clip_skip": 1}
 
 
 def test_what_is_changed_from_a_png_is_said(draw):

@@ -12,8 +12,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import pytest
 import tiny_pictures
+import tiny_pipelines
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
@@ -23,9 +25,11 @@ from tiny_pipelines import draw
 
 import lorakit as lk
 from lorakit.bases.load_pipeline import load_pipeline
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, TrainError
 from lorakit.generate.pictures.generate import generate_pictures
 from lorakit.generate.pictures.png_text import read_png
+from lorakit.tasks.image.encoded import Pictures
+from lorakit.train.micro import limit_for, micro_batches
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
@@ -262,3 +266,49 @@ def test_samples_say_in_the_png_what_they_were_drawn_from_and_the_report_shows_t
     (picture,) = generate_pictures(pipe, ["a red cat"], seed=5, steps=2, guidance=2.0)
     with Image.open(folder.samples / "step-4" / "1.png") as written:
         assert list(written.convert("RGB").getdata()) == list(picture.getdata())
+
+
+def test_pictures_of_five_shapes_are_each_seen_once_an_epoch_and_never_beside_another_shape(make, tmp_path):
+    sizes = ((16, 16), (24, 16), (16, 24), (32, 16), (16, 32))
+    data = tiny_pictures.write_pictures(tmp_path / "shapes", 7, sizes)
+    job = set_up(make(data=data, batch_size=4, resolution=24, bucket_step=8))
+    assert len({row.group for row in job.train}) > 2
+    for epoch in range(2):
+        batches = [job.batch(2 * epoch + step) for step in range(2)]
+        assert sorted(row.where for batch in batches for row in batch) == sorted(row.where for row in job.train)
+    for part in micro_batches([job.batch(0)], limit_for([job])):
+        assert len({row.group for row in part.items}) == 1
+        job.task.losses(job.model, job.task.collate(part.items, job.base))
+
+
+def test_sdxl_is_trained_with_two_text_encoders_and_the_sizes_of_pictures(make, tmp_path):
+    folder = tmp_path / "sdxl"
+    tiny_pipelines.tiny_sdxl().save_pretrained(folder)
+    config = make(model=folder, steps=2, precision="bf16", components=["unet", "text_encoder_2"], sample_steps=1)
+    job = set_up(config.replace(out=config.out + "-looked-at"))
+    prompts = job.task.collate(job.train[:1], job.base)
+    assert prompts["prompts"] == {"prompt": [job.train[0].caption]}
+    plain = set_up(make(model=folder, out=tmp_path / "plain"))
+    wide = next(row for row in plain.train if row.item.original == (24, 16))
+    assert plain.task.collate([wide], plain.base)["prompts"]["target_size"] == wide.group[::-1]
+    result = train(config, QUIET)
+    placed = json.loads((result.adapter / "lorakit.json").read_text())["placed"]
+    assert set(placed) == {"unet", "text_encoder_2"}
+    loaded = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    loaded.load_lora_weights(result.adapter)
+    assert "default_0" in loaded.get_list_adapters()["unet"]
+
+
+def test_a_picture_whose_loss_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(make, monkeypatch):
+    config = make(steps=6, save_every=2, sample_steps=0, eval_every=6)
+    losses, calls = Pictures.losses, []
+
+    def broken(pictures, model, batch):
+        calls.append(1)
+        return losses(pictures, model, batch) * (float("nan") if len(calls) > 5 else 1.0)
+
+    monkeypatch.setattr(Pictures, "losses", broken)
+    with pytest.raises(
+        TrainError, match=r"the loss is nan at step \d; nothing was updated, and the last good .*step-[24]"
+    ):
+        train(config.replace(batch_size=7), QUIET)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...bases.load import EMBEDDED
-from ...errors import ConfigError
+from ...errors import ConfigError, LorakitWarning
 from ...generate.pictures.call import defaults_of
 from ...generate.pictures.generate import stream_pictures
 from ...generate.pictures.grid import grid
@@ -247,6 +248,13 @@ def _settled(loaded: Loaded, asked: Mapping[str, Any], made: Parameters) -> Para
         name: next((v for v in (asked.get(name), getattr(made, name), default) if v is not None), None)
         for name, default in {**defaults, "seed": 0, "negative": ""}.items()
     }
+    if made.version is not None and not made.version.startswith("lorakit"):
+        warnings.warn(
+            f"the picture was made by another program ({made.version}), which draws its noise and weighs words such as "
+            "(this:1.2) in its own way: expect a similar one",
+            LorakitWarning,
+            stacklevel=2,
+        )
     if "sampler" in asked:
         pipe.scheduler = choose_scheduler(pipe.scheduler, asked["sampler"])
     elif made.sampler is not None:
