@@ -33,7 +33,7 @@ SEPARATE_TOKENS = {  # programs that read textual-inversion embeddings from file
 }
 _SUFFIX = re.compile(
     r"\.(lora_(up|down|mid|A|B)\.weight|lora_linear_layer\.(up|down)\.weight|lora_magnitude_vector(\.weight)?|alpha"
-    r"|dora_scale|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff|diff_b|w_norm|b_norm)"
+    r"|dora_scale|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff|diff_b|w_norm|b_norm)$"
 )
 _CLIP = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 _UNETS = ("sd1", "sd2", "sdxl")
@@ -104,7 +104,7 @@ def placed(program: str, model: str | None, keys: Iterable[str]) -> Placed | Non
             unread += [] if program == "a1111" else [key]
             continue
         match = _SUFFIX.search(key)
-        if match is None or match.end() != len(key):
+        if match is None:
             unread.append(key)
         else:
             paths.add(key[: match.start()])

@@ -73,12 +73,10 @@ def write_staged(
         if parts is not None and copy is not None:
             ready = parts.write(ready, copy)
             written = save(ready, target, format, base=base)
-        placed = None
+        result = _verified(adapter, written, format, base, parts, copy) if check else Readback()
         if program in image_programs.PROGRAMS:
             keys = [key for key in header(written) if key != "__metadata__"]
-            placed = image_programs.check(program, written_for(ready), keys)
-        result = _verified(adapter, written, format, base, parts, copy) if check else Readback()
-        result = replace(result, placed=placed)
+            result = replace(result, placed=image_programs.check(program, written_for(ready), keys))
         for name, text in beside.texts.items():
             write_text(target.with_name(name), text)
         for name, tensors in beside.tensors.items():

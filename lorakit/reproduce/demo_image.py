@@ -36,10 +36,13 @@ COMMON: dict[str, Any] = {
 STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 200, "learning_rate": 1e-3}
 SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 250, "learning_rate": 1e-3}
 SLIDER_SETTINGS: dict[str, Any] = {
-    "rank": 4,
-    "alpha": 4,
-    "steps": 60,
-    "learning_rate": 1e-3,
+    "rank": 8,
+    "alpha": 8,
+    "steps": 100,
+    "learning_rate": 2e-3,
+    "batch_size": 4,
+    "slider_strength": 6.0,
+    "slider_steps": 6,
     "data": "none",
     "slider_positive": "a large animal",
     "slider_negative": "a small animal",

@@ -19,7 +19,7 @@ from .emoji.captions import OBJECTS, emoji_list, prompt
 from .emoji.pictures import paste, to_tensor
 
 STYLE_PICTURES, SUBJECT_PICTURES = 24, 6
-SCENES = ("meadow", "night", "yellow", "sea", "white", "sunset", "snow", "blue")
+SCENES = ("meadow", "sea", "snow", "red", "sunset", "white", "green", "night")
 SUBJECT = "fox"
 # A word that the base does not know, as DreamBooth takes one (Ruiz et al. 2023, section 3.2). It is one token, where the
 # usual "sks" is three: those push the scene's words to positions at which the base has never seen them, and the
@@ -30,7 +30,7 @@ RARE = "kin"
 def style_objects() -> tuple[list[str], list[str]]:
     """Return the objects in the style's pictures, and the objects that are kept for measuring: every other one."""
     words = [emoji.word for emoji in OBJECTS]
-    return words[0::2], words[1::2]
+    return words[1::2], words[0::2]
 
 
 def subject_prompt(background: str | None = None) -> str:
