@@ -17,10 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..errors import AdapterError
 from . import lycoris, names

@@ -1,4 +1,4 @@
-"""The level `text_model` of CLIP text encoders: transformers 5 has dropped it from `CLIPTextModel`, files always have it.
+"""The level `text_model` of CLIP text encoders: files always have it, `CLIPTextModel` of transformers 5 does not.
 
     text_encoder.encoder.layers.0.mlp.fc1   ->   text_encoder.text_model.encoder.layers.0.mlp.fc1
 

@@ -100,7 +100,7 @@ def sdxl() -> nn.Module:
         norm_num_groups=4,
         cross_attention_dim=16,
         attention_head_dim=2,
-        transformer_layers_per_block=(1, 1, 2),
+        transformer_layers_per_block=(1, 1, 1),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         use_linear_projection=True,
@@ -208,9 +208,7 @@ def _sd1(pipe: Any) -> Tensor:
 
 def _two_texts(pipe: Any) -> tuple[Tensor, Tensor]:
     """(hidden states, pooled), each those of both text encoders side by side."""
-    first, second = (
-        encoder(TOKENS, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)
-    )
+    first, second = (encoder(TOKENS, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2))
     hidden = torch.cat([first.last_hidden_state, second.last_hidden_state], -1)
     pooled = [getattr(out, "text_embeds", None) for out in (first, second)]
     return hidden, torch.cat([p for p in pooled if p is not None], -1)
@@ -331,9 +329,7 @@ FAMILIES = {
             parts=_DIT,
             forms={"kohya": DIT, "comfyui": DIT},
         ),
-        Family(
-            "z_image", hub.ZImagePipeline, z_image, _z_image, parts=_DIT, forms={"kohya": DIT, "comfyui": DIT}
-        ),
+        Family("z_image", hub.ZImagePipeline, z_image, _z_image, parts=_DIT, forms={"kohya": DIT, "comfyui": DIT}),
         Family(
             "wan",
             hub.WanPipeline,

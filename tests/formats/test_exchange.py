@@ -11,12 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from exchange_families import FAMILIES, Family
 from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.bases.pipeline import as_module, components_of
-
-from exchange_families import FAMILIES, Family
 
 CLOSE = 1e-5
 BLOCK = re.compile(r"(blocks|layers|refiner)\.\d+\.(?!.*(norm1|norm1_context|norm)\.linear)")
@@ -42,21 +41,18 @@ def adapted(family: Family, kind: str) -> dict[str, nn.Module]:
 
 
 def attached(family: Family, kind: str) -> Any:
-    """A pipeline with random factors on the modules of this kind; `mixed`: ranks 1 to 3 and six alphas."""
-    pipe, modules = family.pipe(), list(adapted(family, kind))
-    config = lk.LoraConfig(rank=4, alpha=8, targets=modules)
-    if kind == "mixed":
-        config = config.replace(
-            rank_pattern={f"^{re.escape(m)}": 1 + i % 3 for i, m in enumerate(modules)},
-            alpha_pattern={f"^{re.escape(m)}": 0.5 + i % 6 for i, m in enumerate(modules)},
-        )
-    model = lk.attach(as_module(pipe), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith((".A", ".B")):
-                parameter.normal_(std=0.3)
-    return pipe
+    """A pipeline with random factors on the modules of this kind: rank 4, alpha 8; mixed: ranks 1 to 3, six alphas."""
+    made, updates = torch.Generator().manual_seed(1), {}
+    for i, (name, module) in enumerate(adapted(family, kind).items()):
+        rank, alpha = (1 + i % 3, 0.5 + i % 6) if kind == "mixed" else (4, 8.0)
+        out, *inner = module.weight.shape
+        A = 0.2 * torch.randn(rank, *inner, generator=made)
+        B = 0.2 * torch.randn(out, rank, *[1] * (len(inner) - 1), generator=made)
+        updates[name] = lk.Factors(A, B, alpha, "conv" if len(inner) > 1 else "linear")
+    pipe, config = family.pipe(), lk.LoraConfig(rank=4, alpha=8, targets=[next(iter(updates))])
+    metadata = lk.capture(lk.attach(pipe, config)).metadata  # the base's fingerprint, which tells the family
+    lk.detach(pipe)
+    return lk.attach(pipe, lk.Adapter(config, updates, metadata=metadata))
 
 
 def predict(family: Family, pipe: Any) -> Tensor:
@@ -85,7 +81,7 @@ def test_diffusers_predicts_what_we_predict_from_our_file(model, kind, format, t
     pipe = attached(family, kind)
     ours, base = predict(family, pipe), predict(family, family.pipe())
     assert (ours - base).abs().max() > 1e-3
-    adapter = lk.capture(as_module(pipe))
+    adapter = lk.capture(pipe)
     adapter.save(tmp_path / "x.safetensors", format)
     theirs = family.pipe()
     theirs.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
@@ -101,9 +97,9 @@ def test_our_file_predicts_the_same_on_a_fresh_pipeline(model, format, tmp_path)
         pipe = attached(family, kind)
         ours = predict(family, pipe)
         path = tmp_path / (kind if format == "peft" else f"{kind}.safetensors")
-        lk.capture(as_module(pipe)).save(path, format)
+        lk.capture(pipe).save(path, format)
         again = family.pipe()
-        lk.attach(as_module(again), lk.Adapter.load(path))
+        lk.attach(again, lk.Adapter.load(path))
         torch.testing.assert_close(predict(family, again), ours, atol=CLOSE, rtol=0, msg=lambda t, k=kind: f"{k}: {t}")
 
 
@@ -124,8 +120,8 @@ def from_peft(family: Family, kind: str, folder: Path, alphas: bool) -> Tensor:
             r=4,
             lora_alpha=6 if alphas else 4,
             target_modules=own,
-            rank_pattern={name: 2 for name in own[::3]} if alphas else {},
-            alpha_pattern={name: 3 for name in own[::4]} if alphas else {},
+            rank_pattern=dict.fromkeys(own[::3], 2) if alphas else {},
+            alpha_pattern=dict.fromkeys(own[::4], 3) if alphas else {},
             init_lora_weights=False,
         )
         peft.inject_adapter_in_model(config, model)
@@ -147,5 +143,5 @@ def test_we_predict_what_diffusers_predicts_from_its_file(model, alphas, tmp_pat
         adapter = lk.Adapter.load(tmp_path / kind)
         assert adapter.updates.keys() == adapted(family, kind).keys()
         ours = family.pipe()
-        lk.attach(as_module(ours), adapter)
+        lk.attach(ours, adapter)
         torch.testing.assert_close(predict(family, ours), theirs, atol=CLOSE, rtol=0, msg=lambda t, k=kind: f"{k}: {t}")

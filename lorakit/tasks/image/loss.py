@@ -35,15 +35,16 @@ def losses(
 ) -> Tensor:
     """Return the loss of each row: [rows], float32, with gradient.
 
+    `model`: a pipeline's (`as_module`), or what wraps it for several processes, whose forward is then called;
     `latents`: [rows, ...] as `encode_pictures` returns them, on the model's device; `prompts`: the call's arguments for
     these rows (`batch_prompts`, `text_prompts`); `mask`: [rows, 1, H, W] of pixels in 0..1, what counts.
 
     Raises TrainError for a pipeline that cannot be trained this way; ConfigError for settings that do not fit it.
     """
-    pipe, latents = model.pipe, latents.float()
-    layout = layout_of(model, latents, prompts)
-    objective = Objective.of(pipe.scheduler)
-    t = sample_timesteps(pipe.scheduler, len(latents), None, trained_timesteps(model, settings), layout.mu)
+    own, latents = _unwrapped(model), latents.float()
+    scheduler = own.pipe.scheduler
+    layout, objective = layout_of(own, latents, prompts), Objective.of(scheduler)
+    t = sample_timesteps(scheduler, len(latents), None, trained_timesteps(own, settings), layout.mu)
     noise = offset_noise(latents, settings.noise_offset)
     error = squared_error(model, layout, objective, latents, noise, t, prompts, settings)
     return row_means(error, layout, latents, mask) * objective.weights(t, settings.min_snr).to(error.device)
@@ -62,9 +63,9 @@ def fixed_losses(
     Noise is a function of the row's seed alone (`seed` + row, or one seed for each row), so that two calls are equal,
     and a row's loss does not depend on the rows beside it but for rounding.
     """
-    pipe, latents, settings = model.pipe, latents.float(), trained_timesteps(model, settings)
-    layout = layout_of(model, latents, prompts)
-    objective = Objective.of(pipe.scheduler)
+    own, latents = _unwrapped(model), latents.float()
+    settings = trained_timesteps(own, settings)
+    layout, objective = layout_of(own, latents, prompts), Objective.of(own.pipe.scheduler)
     low, high = settings.min_timestep, settings.max_timestep or objective.steps
     seeds = [seed + row for row in range(len(latents))] if isinstance(seed, int) else list(seed)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -77,6 +78,11 @@ def fixed_losses(
         error = squared_error(model, layout, objective, latents, noise, t, prompts, settings)
         columns.append(row_means(error, layout, latents, None))
     return torch.stack(columns, dim=1)
+
+
+def _unwrapped(model: Any) -> PipelineModel:
+    own: PipelineModel = getattr(model, "module", model)  # DistributedDataParallel's
+    return own
 
 
 def trained_timesteps(model: PipelineModel, settings: DiffusionSettings) -> DiffusionSettings:

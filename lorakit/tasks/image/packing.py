@@ -73,7 +73,7 @@ def layout_of(model: PipelineModel, latents: Tensor, prompts: Mapping[str, Any])
 
     Raises TrainError for a pipeline that cannot be trained this way, with what it lacks.
     """
-    key = (tuple(latents.shape[1:]), id(model.pipe.scheduler), "prompt" in prompts)
+    key = (tuple(latents.shape[1:]), model.pipe.scheduler, next(model.parameters()).dtype, "prompt" in prompts)
     if key not in model.layouts:
         model.layouts[key] = _found(model, latents, prompts)
     return model.layouts[key]
@@ -236,7 +236,7 @@ def _packings(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         if latents.dim() == 5:  # one frame
             latents = latents[:, :, 0]
         sizes = dict(zip(("batch_size", "num_channels_latents", "height", "width"), latents.shape))
-        return own(latents, **{name: size for name, size in sizes.items() if name in asked})
+        return own(latents.contiguous(), **{name: size for name, size in sizes.items() if name in asked})
 
     yield pack
 

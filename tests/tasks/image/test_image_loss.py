@@ -68,6 +68,25 @@ def test_a_seed_is_a_loss():
     assert not torch.equal(loss_of(family), loss_of(family, seed=1))
 
 
+def test_a_model_wrapped_for_several_processes_is_called_itself():
+    family = FAMILIES["sd1"]()
+    calls = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            calls.append(kwargs)
+            return self.module(*args, **kwargs)
+
+    torch.manual_seed(0)
+    wrapped = losses(Wrapper(as_module(family.pipe)), family.latents, family.prompts, DiffusionSettings())
+    assert torch.equal(wrapped, loss_of(family))
+    assert len(calls) == 1
+
+
 def test_min_snr_weighs_the_rows():
     family = FAMILIES["sd1"]()
     torch.manual_seed(0)

@@ -115,6 +115,26 @@ def test_one_probe_a_size():
     assert (larger.call["height"], larger.call["width"]) == (16, 32)
 
 
+def test_another_scheduler_or_precision_is_probed_anew():
+    family = FAMILIES["flux"]()
+    first = found(family)
+    family.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(family.pipe.scheduler.config)
+    assert found(family) is not first
+    sd = FAMILIES["sd1"]()
+    assert found(sd).dtype is None
+    sd.pipe.to(torch.bfloat16)
+    prompts = {"prompt_embeds": sd.prompts["prompt_embeds"].bfloat16()}
+    assert layout_of(as_module(sd.pipe), sd.latents, prompts).dtype == torch.bfloat16
+
+
+def test_latents_in_another_memory_format():
+    family = FAMILIES["flux"]()
+    latents = family.latents.contiguous(memory_format=torch.channels_last)
+    layout = found(family)
+    assert torch.equal(layout.argument(latents), layout.argument(family.latents))
+    assert torch.equal(layout.packed(latents), layout.packed(family.latents))
+
+
 def test_packed_without_prompts():
     family = FAMILIES["flux"]()
     theirs = type(family.pipe)._pack_latents(family.latents, 3, 4, 8, 8)
