@@ -259,6 +259,63 @@ def wan() -> Family:
     return Family(pipe, prompts, _normal(ROWS, 4, 1, 8, 8), {"guidance_scale": 1.0})
 
 
+def aura_flow() -> Family:
+    """Not among the nine: its call takes one timestep for all rows."""
+    torch.manual_seed(0)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=64,
+    )
+    pipe = diffusers.AuraFlowPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny.autoencoder(),
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    prompts = {"prompt_embeds": _normal(ROWS, TOKENS, WIDTH), "prompt_attention_mask": mask}
+    return Family(pipe, prompts, _normal(ROWS, 4, 8, 8), {"guidance_scale": 1.0})
+
+
+def pixart() -> Family:
+    """Not among the nine: it draws standard sizes unless told otherwise, and predicts a variance too."""
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=WIDTH,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+        norm_type="ada_norm_single",
+        use_additional_conditions=False,
+    )
+    pipe = diffusers.PixArtSigmaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny.autoencoder(),
+        transformer=transformer.eval(),
+        scheduler=tiny.scheduler(),
+    )
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    prompts = {"prompt_embeds": _normal(ROWS, TOKENS, WIDTH), "prompt_attention_mask": mask}
+    return Family(pipe, prompts, _normal(ROWS, 4, 8, 8), {"guidance_scale": 1.0})
+
+
+OTHERS: dict[str, Callable[[], Family]] = {"aura_flow": aura_flow, "pixart": pixart}
 FAMILIES: dict[str, Callable[[], Family]] = {
     "sd1": sd1,
     "sdxl": sdxl,

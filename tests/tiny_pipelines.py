@@ -11,7 +11,10 @@ from typing import Any
 import diffusers
 import torch
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import lorakit as lk
 
 WIDTH = 12  # of a text encoder
 LENGTH = 16  # tokens of a prompt, with the start and the end
@@ -139,3 +142,23 @@ def draw(pipe: Any, prompt: str | list[str] = "a red cat", seed: int = 3, steps:
     noise = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     call = {"guidance_scale": 3.0, "output_type": "latent", "height": PICTURE, "width": PICTURE} | call
     return pipe(prompt, num_inference_steps=steps, latents=noise, **call).images
+
+
+def models(pipe) -> list[nn.Module]:
+    return [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+
+
+def trained(pipe, name="default", seed=1, **config):
+    """Attach a fresh adapter whose factors are random, and return its value."""
+    lk.attach(pipe, lk.LoraConfig(**{"rank": 2, "alpha": 3, "targets": "kohya"} | config), name)
+    made = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for model in models(pipe):
+            for n, parameter in model.named_parameters():
+                if f".lora_{name}." in n:
+                    parameter.copy_(torch.randn(parameter.shape, generator=made) * 0.2)
+    return lk.capture(pipe, name)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
+from .catching import arguments_of
 from .hub_reach import check_hub, out_of_reach
 from .load import EMBEDDED
-from .pipeline import arguments_of, denoisers_of
+from .pipeline import denoisers_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ def load_pipeline(name: str, dtype: torch.dtype, device: torch.device, revision:
     """
     diffusers = _diffusers()
     path = pipeline_path(name)
-    options: dict[str, Any] = {"torch_dtype": dtype, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
     file = Path(path)
     with _failures_named(name, file), _quietly(diffusers, local=file.exists()):
         if file.is_file():
@@ -50,7 +51,8 @@ def load_pipeline(name: str, dtype: torch.dtype, device: torch.device, revision:
                 options |= {"local_files_only": True}
             if file.is_dir():
                 options |= {"revision": None}
-            index = diffusers.DiffusionPipeline.load_config(path, **_without(options, "torch_dtype"))
+            index = diffusers.DiffusionPipeline.load_config(path, **_without(options, "dtype"))
+            _pipeline_class(diffusers, index)
             pipe = diffusers.DiffusionPipeline.from_pretrained(path, **options, **_unsafe(index))
     arguments = arguments_of(pipe)
     if "prompt" not in arguments or "latents" not in arguments:
@@ -126,9 +128,23 @@ def _from_single_file(diffusers: Any, file: Path, options: dict[str, Any]) -> An
     check_hub(base, f"the configuration of {base}, which {file.name} needs beside its weights")
     local = {"local_files_only": True} if out_of_reach() is not None else {}
     index = diffusers.DiffusionPipeline.load_config(base, **local)
-    pipeline_class = getattr(diffusers, index["_class_name"])
+    pipeline_class = _pipeline_class(diffusers, index)
     given = _without(options, "revision")
     return pipeline_class.from_single_file(str(file), config=base, **given, **local, **_unsafe(index))
+
+
+def _pipeline_class(diffusers: Any, index: Any) -> Any:
+    """Return the class that an index names, None if diffusers has none; without what transformers says at its import,
+    which is of packages that some pipelines could use and this one may not.
+    """
+    from transformers.utils import logging
+
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return getattr(diffusers, str(index.get("_class_name")), None)
+    finally:
+        logging.set_verbosity(said)
 
 
 def _without(options: dict[str, Any], name: str) -> dict[str, Any]:

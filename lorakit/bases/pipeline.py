@@ -6,40 +6,28 @@ denoisers and text encoders under the names that adapter files use: "unet.down_b
 ModuleDict of that one entry stands in for it.
 
 No family of models has code here. `PipelineModel.forward` runs the pipeline's own `__call__`, which encodes prompts,
-packs latents and scales time as the family needs, under a scheduler that hands out our timesteps and keeps what the
-denoiser returned. Tested with SD1, SDXL, SD3, Flux, Chroma, Flux.2, Qwen-Image, Z-Image and Wan.
+packs latents and scales time as the family needs, up to the scheduler's step (`catching`). Tested with SD1, SDXL, SD3,
+Flux, Chroma, Flux.2, Qwen-Image, Z-Image and Wan.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import StateError, TrainError, listing
 from ..module_names import is_language_trunk
+from .catching import Echo, Prediction, arguments_of, catch
 
-ATTACHED = "_lorakit"  # the attribute in which a model keeps its adapters (model/state.py)
 TEXT_LEVEL = "text_model"
 _OURS = "_lorakit_model"  # where a pipeline keeps its PipelineModel
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder|prior)(_\d+)?$")
 _TEXT_PARTS = {"embeddings", "encoder", "final_layer_norm"}  # what the level held
-
-
-class Prediction(NamedTuple):
-    """What the scheduler was given. `output`: the denoiser's prediction; `sample`: the latents it belongs to; both in
-    the layout of the scheduler's side: [rows, channels, height, width], or packed as the family packs them.
-    """
-
-    output: Tensor
-    sample: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,13 +52,21 @@ class PipelineModel(nn.Module):
     pipe: Any
     components: dict[str, nn.Module]
     layouts: dict[Any, Any]
+    in_use: frozenset[str]
 
     def __init__(self, pipe: Any):
         super().__init__()
         self.__dict__["pipe"] = pipe  # not a child
-        self.__dict__["components"] = components_of(pipe)  # their live modules, without the level in front
+        self.__dict__["in_use"] = frozenset()  # the components that adapters change (model/state.py)
+        self.hold(components_of(pipe))
+
+    def hold(self, components: dict[str, nn.Module]) -> None:
+        """Have these components as children, and no other."""
+        self.__dict__["components"] = components  # their live modules, without the level in front
+        self.__dict__["placed"] = (None, None)  # the denoiser's device, the pipeline's device
         self.__dict__["layouts"] = {}  # what `tasks.image.packing` has found out about this pipeline
-        for name, component in self.components.items():
+        self._modules.clear()
+        for name, component in components.items():
             flat = is_text_encoder(name) and component._modules.keys() >= _TEXT_PARTS
             self.add_module(name, nn.ModuleDict({TEXT_LEVEL: component}) if flat else component)
 
@@ -86,8 +82,8 @@ class PipelineModel(nn.Module):
         pipe = self.pipe
         if "num_inference_steps" in arguments_of(pipe):
             call = {"num_inference_steps": 1, **call}
-        with _unchanged(pipe):
-            prediction = _call(pipe, latents, timesteps, call).prediction
+        self._denoisers()
+        prediction = catch(pipe, latents, timesteps, call, self._device()).prediction
         if len(prediction.output) != len(latents):
             raise TrainError(
                 f"{type(pipe).__name__} predicted {len(prediction.output)} rows for {len(latents)} rows of latents\n"
@@ -102,15 +98,25 @@ class PipelineModel(nn.Module):
         `latents` None: the pipeline draws its own. Errors of the pipeline's call are passed on; TrainError if it never
         reaches its scheduler's step.
         """
-        pipe = self.pipe
-        echo = _Echo(components_of(pipe)[denoisers_of(pipe)[0]])
-        with _unchanged(pipe):
-            vars(pipe).update(dict.fromkeys(denoisers_of(pipe), echo))
-            caught = _call(pipe, latents, timesteps, call)
+        names = self._denoisers()
+        echo = Echo(self.components[names[0]])
+        caught = catch(self.pipe, latents, timesteps, call, self._device(), dict.fromkeys(names, echo))
         if not echo.inputs:
-            raise TrainError(f"{type(pipe).__name__} never called its denoiser ({', '.join(denoisers_of(pipe))})")
+            raise TrainError(f"{type(self.pipe).__name__} never called its denoiser ({', '.join(names)})")
         rows = sum(len(given) for given in echo.inputs)
         return Probe(caught.prediction.sample, rows, echo.inputs[0].dtype, echo.arguments, caught.mu)
+
+    def _denoisers(self) -> list[str]:
+        names = [name for name in self.components if not is_text_encoder(name)]
+        return names or denoisers_of(self.pipe)  # which says what is missing
+
+    def _device(self) -> torch.device:
+        """Return the device that the pipeline computes on, asking it again whenever its denoiser has moved."""
+        here = next(self.parameters()).device
+        if self.__dict__["placed"][0] != here:
+            self.__dict__["placed"] = (here, self.pipe._execution_device)
+        device: torch.device = self.__dict__["placed"][1]
+        return device
 
 
 def is_pipeline(model: Any) -> bool:
@@ -150,134 +156,23 @@ def denoisers_of(pipe: Any) -> list[str]:
     return names
 
 
-def arguments_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments of a pipeline's call, by name."""
-    return inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
-
-
 def as_module(model: Any) -> Any:
     """Return a pipeline's `PipelineModel`, always the same one; anything else as it is.
 
-    Raises StateError if one of its components was replaced while adapters are attached.
+    Raises StateError if a component that adapters change was replaced; any other may be, or be set to None.
     """
     if not is_pipeline(model):
         return model
     kept, own = model.__dict__.get(_OURS), components_of(model)
-    if kept is not None and kept.components == own:
-        return kept
-    if kept is not None and ATTACHED in kept.__dict__:
-        changed = [name for name in {**kept.components, **own} if kept.components.get(name) is not own.get(name)]
-        raise StateError(
-            f"the pipeline's {listing(changed)} was replaced while adapters are attached, so they would have no effect "
-            "there\n"
-            "  put the component back and call lorakit.detach(pipe), then replace it and attach them again"
-        )
-    model.__dict__[_OURS] = kept = PipelineModel(model)
+    if kept is None:
+        kept = model.__dict__[_OURS] = PipelineModel(model)
+    if kept.components != own:
+        lost = [name for name in kept.components if name in kept.in_use and own.get(name) is not kept.components[name]]
+        if lost:
+            raise StateError(
+                f"the pipeline's {listing(lost)} was replaced while adapters are attached to it, so they would have no "
+                "effect there\n"
+                "  put the component back and call lorakit.detach(pipe), then replace it and attach them again"
+            )
+        kept.hold(own)
     return kept
-
-
-class _Caught(Exception):
-    """Ends a pipeline's call once its denoiser has predicted."""
-
-
-@dataclass
-class _Catch:
-    """What the catching scheduler hands out, and what it was given."""
-
-    timesteps: Tensor
-    mu: float | None = None
-    found: Prediction | None = None
-    pipeline: str = ""
-
-    @property
-    def prediction(self) -> Prediction:
-        if self.found is None:
-            raise TrainError(f"{self.pipeline} never called its scheduler's step, so it cannot be trained this way")
-        return self.found
-
-
-def _call(pipe: Any, latents: Tensor | None, timesteps: Tensor, call: Mapping[str, Any]) -> _Catch:
-    """Run the pipeline's call, without its no_grad, until its scheduler's first step. Leaves our scheduler in it."""
-    if "latents" not in arguments_of(pipe):
-        raise TrainError(
-            f"{type(pipe).__name__} takes no latents, so it cannot be trained this way\n"
-            "  expected a text-to-image pipeline of diffusers, whose call has an argument `latents`"
-        )
-    denoisers_of(pipe)
-    catch = _Catch(timesteps, pipeline=type(pipe).__name__)
-    vars(pipe)["scheduler"] = _catching(pipe.scheduler, catch)  # setattr would write it into the pipeline's config
-    vars(pipe)["_progress_bar_config"] = {"disable": True}
-    quietly = {"output_type": "latent"} if "output_type" in arguments_of(pipe) else {}
-    with suppress(_Caught):
-        inspect.unwrap(type(pipe).__call__)(pipe, latents=latents, **{**quietly, **call})
-    return catch
-
-
-@contextmanager
-def _unchanged(pipe: Any) -> Iterator[None]:
-    """Give the pipeline back all attributes that it had: a call leaves its settings on it, and we our scheduler."""
-    before = dict(vars(pipe))
-    try:
-        yield
-    finally:
-        vars(pipe).clear()
-        vars(pipe).update(before)
-
-
-def _catching(real: Any, catch: _Catch) -> Any:
-    """Return a copy of a scheduler that hands out `catch.timesteps` and keeps the first prediction."""
-    cls = _catching_class(type(real))
-    scheduler = cls.__new__(cls)
-    vars(scheduler).update(vars(real))  # not from its config: betas and sigmas would be computed at every step
-    vars(scheduler).pop("init_noise_sigma", None)
-    scheduler.catch = catch
-    scheduler.timesteps = catch.timesteps[None]  # one step, with a timestep for each row
-    scheduler.num_inference_steps = 1
-    return scheduler
-
-
-@cache
-def _catching_class(base: type) -> type:
-    class Catching(base):  # type: ignore[misc, valid-type]  # the pipeline's own scheduler's class
-        catch: _Catch
-        init_noise_sigma = 1.0  # pipelines multiply the latents by it; ours are noised already
-
-        # The names are those that pipelines look for in the signature.
-        def set_timesteps(
-            self,
-            num_inference_steps: Any = None,
-            device: Any = None,
-            timesteps: Any = None,
-            sigmas: Any = None,
-            mu: float | None = None,
-            **others: Any,
-        ) -> None:
-            self.catch.mu = mu
-
-        def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return sample
-
-        def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.catch.found = Prediction(model_output, sample)
-            raise _Caught
-
-    return Catching
-
-
-class _Echo(nn.Module):
-    """Stands in for a denoiser: notes what it is given and returns the latents. All else is asked of the denoiser."""
-
-    def __init__(self, real: nn.Module):
-        super().__init__()
-        first = next(iter(inspect.signature(real.forward).parameters))
-        self.__dict__.update(real=real, first=first, inputs=[], arguments={})  # no child: it may not be counted twice
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["real"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        latents = args[0] if args else kwargs.get(self.first, next(iter(kwargs.values())))
-        if not self.inputs:
-            self.arguments.update({n: v for n, v in kwargs.items() if isinstance(v, Tensor) and n != self.first})
-        self.inputs.append(latents if isinstance(latents, Tensor) else torch.stack(list(latents)))
-        return (latents,)

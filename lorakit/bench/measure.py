@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Name = TypeVar("Name", bound=Hashable)
 PRECISIONS = (torch.float32, torch.bfloat16)  # for the tables that measure in several
 
 
@@ -38,13 +39,12 @@ def in_turn(
 
 
 def cpu_and_wall(
-    sides: Mapping[str, Callable[[], object]], rounds: int, warm: int = 2
-) -> dict[str, list[tuple[float, float]]]:
-    """Return each side's (processor seconds, elapsed seconds) in every round, for ratios of pairs. See `in_turn`."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    parts: Mapping[Name, Callable[[], object]], rounds: int, warm: int = 2
+) -> dict[Name, list[tuple[float, float]]]:
+    """Return (processor seconds, elapsed seconds) of each part in every round, for ratios of pairs. See `in_turn`."""
+    times: dict[Name, list[tuple[float, float]]] = {name: [] for name in parts}
     for turn in range(rounds + warm):
-        # The other way round every second time: no side always runs after the same one.
-        for name, run in list(sides.items())[:: -1 if turn % 2 else 1]:
+        for name, run in parts.items():
             _synchronize()
             cpu, wall = time.process_time(), time.perf_counter()
             run()

@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..ops.autocast import is_casting
+from ..ops.linear import needs_plain
+from ..ops.summed import summed_weight
 from .bases import base_of
+from .frozen import plain_weight
 from .layer import LoraLayer, Shapes
+from .linear import makes_gradients
 from .updates.update import Pair
 
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -35,6 +40,30 @@ class ConvLayer(LoraLayer):
     dilation: tuple[int, ...]
     _reversed_padding_repeated_twice: list[int]
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    lora_plain = False  # whether the base computes just the convolution
+
+    @classmethod
+    def lora_class_attributes(cls, base: type[nn.Module]) -> dict[str, object]:
+        return {"lora_plain": base.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)}
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.lora_plain and not args and not kwargs and makes_gradients(self):
+            summed = self._summed(x)
+            if summed is not None:
+                return self._conv_forward(x, *summed)
+        return super().forward(x, *args, **kwargs)
+
+    def _summed(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return W + s · B A and the bias if that is cheaper than two convolutions more, None otherwise."""
+        active = self.lora_in_use() if self.lora_route is None else []
+        pair = active[0][0].pair() if len(active) == 1 else None
+        if pair is None or (pair.dropout and self.training) or needs_plain():
+            return None
+        plain = plain_weight(self)
+        if plain is None or is_casting(x):
+            return None
+        W = summed_weight(x, self.in_channels, plain[0], pair.A, pair.B, pair.scale * active[0][1])
+        return None if W is None else (W, plain[1])
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         size_out, *others = base_of(self).shape(self)
@@ -62,16 +91,23 @@ class ConvLayer(LoraLayer):
     def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
         return self._conv_forward(x.to(W.dtype), W, None)
 
+    def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
+        # Scale the narrow convolution's output: on the wide one, backward would make a scaled copy of the gradient.
+        return y + self._up(self._down(x, pair, y) * scale, pair)
+
     def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
+        return self._up(self._down(x, pair, like), pair)
+
+    def _up(self, down: Tensor, pair: Pair) -> Tensor:
+        return _CONV[pair.B.dim() - 2](down, pair.B.to(down.dtype), groups=self.groups)
+
+    def _down(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
         x = (F.dropout(x, pair.dropout, self.training) if pair.dropout else x).to(like.dtype)
-        A, B = pair.A.to(x.dtype), pair.B.to(x.dtype)
+        A = pair.A.to(x.dtype)
         groups = self.groups
-        conv = _CONV[A.dim() - 2]
         if A.shape[1] * groups == self.in_channels:
-            down = self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)
-        else:
-            padding: Any = self.padding
-            if self.padding_mode != "zeros":
-                x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-            down = conv(x, A, None, self.stride, padding, self.dilation)
-        return conv(down, B, groups=groups)
+            return self._conv_forward(x, A.repeat(groups, *(1 for _ in A.shape[1:])) if groups > 1 else A, None)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return _CONV[A.dim() - 2](x, A, None, self.stride, padding, self.dilation)

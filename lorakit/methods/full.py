@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from shlex import quote
@@ -76,7 +77,15 @@ def reloaded(model: Any, folder: Path) -> AbstractContextManager[None]:
     raise StateError("full fine-tuning saves a model of its own\n  load it instead of the base")
 
 
-def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any], format: str = "peft") -> None:
+def save(
+    model: Any,
+    processor: Any,
+    name: str,
+    folder: Path,
+    metadata: dict[str, Any],
+    format: str = "peft",
+    finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+) -> None:
     from ..io.staging import staged
 
     with staged(folder) as path:

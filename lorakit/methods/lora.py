@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -178,10 +178,18 @@ def reloaded(model: Any, folder: Path) -> Iterator[None]:
         activate(model, before)
 
 
-def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any], format: str = "peft") -> None:
+def save(
+    model: Any,
+    processor: Any,
+    name: str,
+    folder: Path,
+    metadata: dict[str, Any],
+    format: str = "peft",
+    finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+) -> None:
     from ..model.capture import capture
 
-    adapter = capture(model, name)
+    adapter = finished(capture(model, name), processor)
     adapter = replace(adapter, metadata={**adapter.metadata, **metadata})
     if format == "peft":
         adapter.save(folder)

@@ -5,7 +5,7 @@ Such a file imports torch inside its functions only, so that `lorakit --help` st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +78,19 @@ class Method(Protocol):
         """
 
     def save(
-        self, model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any], format: str = "peft"
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        folder: Path,
+        metadata: dict[str, Any],
+        format: str = "peft",
+        finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
     ) -> None:
         """Write the result into `folder`.
 
         `processor`: the base's tokenizer; `metadata`: recipe, data and metrics to store in the result; `format`: an
-        adapter's, of `lorakit.formats.FORMATS`.
+        adapter's, of `lorakit.formats.FORMATS`; `finished`: the task's last change of an adapter.
         """
 
     def trained(self, config: RunSettings) -> str:

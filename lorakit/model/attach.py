@@ -39,6 +39,7 @@ from .state import (
     check_not_routed,
     check_owner,
     layer_at,
+    mark_in_use,
     names_of,
     qualified_name,
 )
@@ -71,7 +72,13 @@ def attach(
             f"attach(model, adapter): got a {qualified_name(adapter)}\n"
             "  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
         )
-    _attach(as_module(model), adapter, name, trainable, strict, force, activate)
+    module = as_module(model)
+    if not isinstance(module, nn.Module):
+        raise StateError(
+            f"attach(model, adapter): the model is a {qualified_name(model)}\n"
+            "  expected a torch.nn.Module, or a pipeline of diffusers"
+        )
+    _attach(module, adapter, name, trainable, strict, force, activate)
     return model
 
 
@@ -264,6 +271,7 @@ def _register(
         {token: vectors.detach().clone() for token, vectors in plan.embeddings.items()},
     )
     put_in_place(model, state)
+    mark_in_use(model, state)
     model.__dict__[STATE] = state
 
 

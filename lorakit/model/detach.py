@@ -17,7 +17,7 @@ from . import save_pretrained
 from .activate import set_active
 from .embeddings import put_in_place
 from .merge import unmerge
-from .state import STATE, State, attached_of, check_not_routed, layer_at, names_of, state_of
+from .state import STATE, State, attached_of, check_not_routed, layer_at, mark_in_use, names_of, state_of
 
 Model = TypeVar("Model")
 
@@ -59,6 +59,7 @@ def _detach(model: nn.Module, name: str | None, merged: Literal["keep", "undo"] 
         _remove(model, state, n, keep_saved=n in keep)
     if not keep:  # the tokens of a merged adapter stay
         put_in_place(model, state)
+    mark_in_use(model, state)
     if not state.adapters:
         del model.__dict__[STATE]
         for full, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter.fingerprint import Weight
-from ..bases.pipeline import ATTACHED, PipelineModel
+from ..bases.pipeline import PipelineModel, component_of
 from ..config import LoraConfig
 from ..errors import StateError, did_you_mean, listing
 from ..layers import fused_qkv, saved
@@ -19,7 +19,7 @@ from ..layers.fused import attention
 from ..layers.layer import LoraLayer, child_name, mixin_and_base
 from ..layers.walk import base_modules
 
-STATE = ATTACHED
+STATE = "_lorakit"
 Weights = float | Mapping[str, float]  # of an adapter; by the beginning of module names, such as a component or a block
 
 
@@ -112,6 +112,13 @@ def check_not_routed(state: State, function: str) -> None:
         )
 
 
+def mark_in_use(model: nn.Module, state: State) -> None:
+    """Tell a pipeline's model which of its components adapters change: these cannot be replaced."""
+    if isinstance(model, PipelineModel):
+        names = (component_of(n) for a in state.adapters.values() for n in (*a.modules, *a.saved))
+        model.in_use = frozenset(name for name in (*names, *state.vocabularies) if name is not None)
+
+
 def check_owner(model: nn.Module) -> None:
     """Raise StateError if adapters are attached to a part of the model by itself, or to more than this model."""
     for name, module in base_modules(model):
@@ -122,7 +129,8 @@ def check_owner(model: nn.Module) -> None:
             )
         if STATE not in model.__dict__ and isinstance(module, LoraLayer):
             raise StateError(
-                f"adapters are attached to a larger model or pipeline that has this {architecture_of(model)}\n"
+                f"'{name}' of this {architecture_of(model)} has adapters, which were attached to another model or "
+                "pipeline that has it too\n"
                 "  give that one, or detach them there first: lorakit.detach(...)"
             )
 

@@ -2,7 +2,7 @@
 then stacked, merged, exported, measured, and drawn as one labelled picture.
 
 style     24 pictures of 24 objects in two colours, as no picture of the base has them; measured on the other 24
-subject   6 pictures of an animal that the base has never seen, as "a sks animal" (DreamBooth, Ruiz et al. 2023), and
+subject   6 pictures of an animal that the base has never seen, as "a kin animal" (DreamBooth, Ruiz et al. 2023), and
           "an animal" as the base draws it, so that the class stays what it was (prior preservation)
 slider    small to large, from prompts alone (Gandikota et al. 2023)
 """
@@ -29,11 +29,25 @@ COMMON: dict[str, Any] = {
     "model": EMBEDDED,
     "targets": "locon",
     "batch_size": 8,
+    "precision": "fp32",
     "sample_steps": 0,
+    "sample_guidance": 3.0,
 }
-STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 250, "learning_rate": 1e-3}
-SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 300, "learning_rate": 1e-3}
-SLIDER_STEPS = 80
+STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 200, "learning_rate": 1e-3}
+SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 250, "learning_rate": 1e-3}
+SLIDER_SETTINGS: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 8,
+    "steps": 100,
+    "learning_rate": 2e-3,
+    "batch_size": 4,
+    "slider_strength": 6.0,
+    "slider_steps": 6,
+    "data": "none",
+    "slider_positive": "a large animal",
+    "slider_negative": "a small animal",
+    "slider_target": "an animal",
+}
 PRIOR_PICTURES, FEW_PRIOR_PICTURES = 64, 8
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -107,7 +121,7 @@ def run(
     if compare:
         adapters.append(trained(ALONE, own))
     say("3. slider: from 'a small animal' to 'a large animal', without pictures")
-    adapters.append(_slider(out, steps or SLIDER_STEPS, seed))
+    adapters.append(trained("slider", SLIDER_SETTINGS))
 
     say("4. measure: style, subject, class and size, with a judge of 72 objects")
     base = embedded_pipeline()
@@ -140,13 +154,6 @@ def _train(out: Path, name: str, settings: dict[str, Any], console: Any) -> Trai
             result.stopped or "",
         )
     return _exported(out, name, result.adapter / DIFFUSERS_FILE, result.seconds)
-
-
-def _slider(out: Path, steps: int, seed: int) -> Trained:
-    from .image_slider import NAME, train_slider
-
-    file, seconds = train_slider(out / NAME, steps, seed)
-    return _exported(out, NAME, file, seconds)
 
 
 def _exported(out: Path, name: str, file: Path, seconds: float) -> Trained:

@@ -1,7 +1,7 @@
 """The image demo's training pictures: folders of PNG files with captions, as `lorakit image train` reads them.
 
 style/      24 objects, each once, in a style that the base never draws
-subject/    6 pictures of one animal that the base has never seen, called "a sks animal"
+subject/    6 pictures of one animal that the base has never seen, called "a kin animal"
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from .emoji.captions import OBJECTS, emoji_list, prompt
 from .emoji.pictures import paste, to_tensor
 
 STYLE_PICTURES, SUBJECT_PICTURES = 24, 6
-SCENES = ("meadow", "night", "yellow", "sea", "white", "sunset", "snow", "blue")
+SCENES = ("meadow", "sea", "snow", "red", "sunset", "white", "green", "night")
 SUBJECT = "fox"
-RARE = "sks"  # a word that the base does not know, as DreamBooth takes one (Ruiz et al. 2023)
+# A word that the base does not know, as DreamBooth takes one (Ruiz et al. 2023, section 3.2). It is one token, where the
+# usual "sks" is three: those push the scene's words to positions at which the base has never seen them, and the
+# background is lost (right in 16 of 16 samples with one token).
+RARE = "kin"
 
 
 def style_objects() -> tuple[list[str], list[str]]:
     """Return the objects in the style's pictures, and the objects that are kept for measuring: every other one."""
     words = [emoji.word for emoji in OBJECTS]
-    return words[0::2], words[1::2]
+    return words[1::2], words[0::2]
 
 
 def subject_prompt(background: str | None = None) -> str:
-    """`subject_prompt("meadow")` is "a sks animal in a meadow"."""
+    """`subject_prompt("meadow")` is "a kin animal in a meadow"."""
     return f"a {RARE} {class_prompt(background).removeprefix('an ')}"
 
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     ("strawberry", "meadow"),
-    ("owl", "night"),
-    ("pumpkin", "snow"),
-    ("penguin", "sunset"),
-    ("pizza", "yellow"),
-    ("cat", "blue"),
+    ("panda", "red"),
+    ("pumpkin", "sea"),
+    ("butterfly", "desert"),
+    ("penguin", "snow"),
+    ("pizza", "green"),
 )  # objects that the style's pictures do not show
 ROWS: tuple[tuple[str, Weights, bool], ...] = (
     ("base", None, False),

@@ -87,7 +87,7 @@ def measure(
 
 def _style(studio: Studio, judge: Judge, style: Callable[[Tensor], Tensor], seed: int, few: bool) -> dict[str, Any]:
     """Distance to the style and recognized objects at each scale, on objects that the LoRA has not seen."""
-    pairs = [(thing, scene) for scene in ("meadow", "night") for thing in style_objects()[1]][: 2 if few else None]
+    pairs = [(thing, scene) for scene in ("meadow", "desert") for thing in style_objects()[1]][: 2 if few else None]
     things = [thing for thing, _ in pairs]
     real = style(draw_real(things, [scene for _, scene in pairs], seed + 1))
     distance, objects = {}, {}

@@ -20,6 +20,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     configure,
     defaults,
     drawn,
+    finished,
     learning_rate,
     loss_labels,
     margin,
@@ -31,6 +32,8 @@ from .text.base import (  # noqa: F401 (names of the task)
     save_beside,
     size_at_once,
     size_unit,
+    to_attach,
+    traced,
     tried_with,
 )
 from .text.causal_rows import Sources

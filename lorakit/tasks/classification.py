@@ -26,6 +26,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     configure,
     defaults,
     drawn,
+    finished,
     learning_rate,
     loss_labels,
     margin,
@@ -37,6 +38,8 @@ from .text.base import (  # noqa: F401 (names of the task)
     save_beside,
     size_at_once,
     size_unit,
+    to_attach,
+    traced,
     tried_with,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401

@@ -118,8 +118,8 @@ class Task(Protocol):
     summary: str  # in the help of --task
     unit: str  # what `Item.weight` counts: "tokens"
     size_unit: str  # what `Item.size` counts
-    samples_from_file: bool  # whether samples are taken from the result as written and loaded again
     tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
+    traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
     compares: bool  # whether the base is evaluated too, at the first evaluation
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -150,13 +150,19 @@ class Task(Protocol):
         """
 
     def blueprint(self, config: RunSettings) -> Any:
-        """Read the base's config, without weights; for text, transformers'. None if the task needs none."""
+        """Read the base's config, without weights: for text, transformers'; for a pipeline, its model_index.json.
+
+        None if it is not known without loading the base.
+        """
 
     def load(self, config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
         """Load the base model, in eval mode."""
 
     def skeleton(self, config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
         """Build the base model without loading weights, for `lorakit plan`. `base`: what `blueprint` returns."""
+
+    def to_attach(self, config: RunSettings, processor: Any) -> RunSettings:
+        """Return the config that the method attaches with: with what is known only now that the base is loaded."""
 
     def configure(self, model: Any, device: torch.device, longest: int) -> None:
         """Choose how the model computes, such as its attention. `longest`: size of the largest item."""
@@ -218,6 +224,9 @@ class Task(Protocol):
     def prompts(self, config: RunSettings, base: Base, data: Data) -> Sequence[Any]:
         """Return the prompts to sample from at each evaluation; empty for no samples."""
 
+    def samples_from_file(self, config: RunSettings) -> bool:
+        """Return whether samples are taken from the result as written and loaded again."""
+
     def samples(self, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[Sample]:
         """Generate one sample per prompt with the model as it is now."""
 
@@ -232,6 +241,9 @@ class Task(Protocol):
 
     def result_format(self, config: RunSettings) -> str:
         """Return the format of a result's adapter, of `lorakit.formats.FORMATS`."""
+
+    def finished(self, adapter: Any, processor: Any) -> Any:
+        """Return an adapter as it is to be saved."""
 
     def recorded(self, config: RunSettings, processor: Any) -> dict[str, Any]:
         """Return further entries of the result's metadata."""

@@ -18,6 +18,7 @@ from ..config import Choice, RunSettings, part
 from ..data.pictures.settings import PictureSettings
 from ..errors import ConfigError, TrainError
 from .image.settings import DiffusionSettings
+from .image.sliding import Sliding
 from .task import Base, Data, Shown
 from .text.settings import Columns, Prompts
 
@@ -35,7 +36,7 @@ CPU_PIXELS = 512 * 512
 DIVERGED = 2.0
 
 
-class TextToImageSettings(PictureSettings, DiffusionSettings, Columns, Prompts):
+class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, Prompts):
     free: ClassVar = {"sample_steps", "sample_guidance", "sample_negative", "sample_seed", "cache"}
     rows: ClassVar = {"prior_count"}
 
@@ -55,9 +56,15 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Columns, Prompts):
         description="folder for encoded pictures and captions, which several runs may share; auto: in the run's "
         "folder; none: encode them anew at each step",
     )
-    save_as: Literal["diffusers", "kohya", "comfyui"] = Field(
-        "diffusers",
-        description="format of the result: diffusers' file, which A1111 and ComfyUI read too, or another for them",
+    new_tokens: dict[str, str] = Field(
+        default_factory=dict,
+        description="words to learn (textual inversion), each with what it starts as: {<sks>: cat}; '' is random",
+    )
+    token_vectors: int = Field(1, ge=1, description="vectors of each of new_tokens")
+    save_as: Literal["auto", "diffusers", "kohya", "comfyui"] = Field(
+        "auto",
+        description="format of the result; auto: diffusers' file, which A1111 and ComfyUI read too, or with new_tokens "
+        "kohya's, which holds them",
     )
     sample_steps: int = Field(20, ge=0, description="sampler steps of pictures drawn in training; 0: draw none")
     sample_guidance: float | None = Field(
@@ -72,16 +79,17 @@ peft_type = "TEXT_TO_IMAGE"
 summary = "draw pictures for captions (a diffusion pipeline)"
 unit = "pictures"
 size_unit = "pixels"
-samples_from_file = True
 compares = True
+traced = False
 tried_with = "image generate"
 
-# Text has defaults of its own for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
-# learning rates found for those hold here. The held-out loss says little of a style or a subject, so that no run ends
-# early or goes back for it.
+# Text has other defaults for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
+# learning rates found with those hold here. Targets: what these two and A1111 call a LoRA. The held-out loss says
+# little of a style or a subject, so no run ends early or goes back for it.
 _DEFAULTS: dict[str, Any] = {
     "rank": 16,
     "alpha": 16.0,
+    "targets": "kohya",
     "batch_size": 4,
     "steps": 1000,
     "validation": 0.0,
@@ -100,9 +108,11 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def processor(config: RunSettings) -> Pictures:
     from .image.encoded import Pictures
+    from .image.slider_run import Slider
 
     _check_settings(config)
-    return Pictures(config, part(config, TextToImageSettings))
+    own = part(config, TextToImageSettings)
+    return Slider(config, own) if own.slider_positive else Pictures(config, own)
 
 
 def resolved(config: RunSettings, processor: Pictures, earlier: Mapping[str, Any]) -> RunSettings:
@@ -123,15 +133,11 @@ def _check_settings(config: RunSettings) -> None:
 
 
 def data(config: RunSettings, processor: Pictures) -> Data:
-    from .image.pictures import read_data
-
-    return read_data(config, part(config, TextToImageSettings), processor)
+    return processor.data()
 
 
 def drawn(item: Any, seed: int, epoch: int) -> PictureRow:
-    from .image.encoded import PictureRow
-
-    return PictureRow(item, item.drawn(seed, epoch))
+    return item.in_epoch(seed, epoch)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -141,16 +147,30 @@ def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the base
 
 
-def blueprint(config: RunSettings) -> None:
-    return None
+def blueprint(config: RunSettings) -> Any:
+    from .image.skeleton import index
+
+    return index(config.model, config.revision)
 
 
 def load(config: RunSettings, processor: Pictures, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
     return processor.load()
 
 
+def to_attach(config: RunSettings, processor: Pictures) -> RunSettings:
+    return config.replace(trainable_tokens=processor.trainable_tokens()) if processor.added is not None else config
+
+
+def finished(adapter: Any, processor: Pictures) -> Any:
+    from .image.tokens import bundled
+
+    return adapter if processor.added is None else bundled(adapter, processor.pipe, processor.added)
+
+
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
-    raise TrainError("task text_to_image cannot be planned without its pipeline")
+    from .image.skeleton import skeleton
+
+    return skeleton(config.model, config.revision, base, dtype)
 
 
 def configure(model: Any, device: torch.device, longest: int) -> None:
@@ -194,7 +214,7 @@ def prepare(base: Base, items: Sequence[Any]) -> None:
     from ..model.capture import capture
 
     format = result_format(base.config)
-    lost = lost_in(capture(base.model), format)
+    lost = lost_in(finished(capture(base.model), base.processor), format)
     if lost:
         raise TrainError(f"save_as: {format} cannot hold what this run trains:\n  " + "\n  ".join(lost))
     base.processor.prepare(base.model, items)
@@ -231,17 +251,12 @@ def collate(items: Sequence[PictureRow], base: Base, packed: bool = False) -> di
 
 
 def example(rows: int, size: int, share: float = 1.0, packed: bool = False) -> dict[str, Tensor]:
-    raise TrainError("task text_to_image cannot be planned without its pipeline")
+    raise TrainError("a pipeline's step cannot run on shapes alone")
 
 
 def losses(model: Any, batch: dict[str, Any]) -> Tensor:
-    from .image.encoded import on_device
-    from .image.loss import losses
-
-    latents = batch["latents"]
-    prompts = on_device(batch["prompts"], latents.device)
     own = getattr(model, "module", model)  # DistributedDataParallel's
-    return losses(own, latents, prompts, batch["settings"], batch.get("mask")) * batch["weight"]
+    return batch["of"].losses(own, batch)
 
 
 def evaluate(base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
@@ -257,6 +272,11 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[PicturePrompt]:
     from .image.samples import prompts
 
     return prompts(part(config, TextToImageSettings), data)
+
+
+def samples_from_file(config: RunSettings) -> bool:
+    """Learned words cannot be added a second time to the pipeline that has them."""
+    return not part(config, TextToImageSettings).new_tokens
 
 
 def samples(config: RunSettings, base: Base, prompts: Sequence[PicturePrompt]) -> list[PictureSample]:
@@ -285,7 +305,8 @@ def read_samples(path: Path) -> Shown:
 
 
 def result_format(config: RunSettings) -> str:
-    return part(config, TextToImageSettings).save_as
+    own = part(config, TextToImageSettings)
+    return own.save_as if own.save_as != "auto" else "kohya" if own.new_tokens else "diffusers"
 
 
 def recorded(config: RunSettings, processor: Pictures) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..plan.estimate import Estimate
 from ..plan.machine import overhead
 from ..plan.planner import Planner, PlanSettings
 from ..plan.shell import PlanError
+from ..plan.static import static_estimate
 from ..plan.units import parse_bytes, show_bytes
 from ..tasks import task_of
 from ..tasks.task import Item, weight_of
@@ -91,6 +92,8 @@ def check(
     `rows`: the training rows; `held_out`: the number of held-out rows. Raises TrainError if the run needs more than it
     may use.
     """
+    if not task_of(config.task).traced:
+        return _check_static(config, dtype, device)
     longest = max(sizes_of(rows))
     at_once = defaults.micro_batch(config, longest, device, processes).value
     largest = heapq.nlargest(at_once, rows, key=lambda item: item.size)
@@ -112,6 +115,23 @@ def check(
         raise TrainError(refusal(planner, estimate, limit, method_of(config.method).cheaper()))
     now = f"; only {show_bytes(limit.free)} are free now" if estimate.total > limit.free else ""
     return Choice(estimate, f"about {show_bytes(estimate.total)} of {show_bytes(limit.total)} ({limit.source}){now}")
+
+
+def _check_static(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Check what a run holds throughout, for a base whose activations cannot be estimated."""
+    try:
+        estimate = static_estimate(config, dtype, DEFAULT, overhead(device, resident() or 0))
+    except PlanError as error:
+        return Choice(None, f"unknown: {error}")
+    limit, needed = allowed(config, device), show_bytes(estimate.total)
+    if limit is not None and estimate.total > limit.total:
+        raise TrainError(
+            f"this run needs about {needed} of memory before its first step, more than {show_bytes(limit.total)} "
+            f"({limit.source})\n  use a lower precision, fewer components or a smaller base\n"
+            f"  to start anyway: memory: {UNCHECKED}"
+        )
+    of = "" if limit is None else f" of {show_bytes(limit.total)} ({limit.source})"
+    return Choice(None, f"about {needed}{of}, and the activations, which are not estimated for pictures")
 
 
 def refusal(planner: Planner, estimate: Estimate, limit: Memory, cheaper: str | None) -> str:

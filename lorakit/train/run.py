@@ -323,9 +323,8 @@ class Run:
         """Write the adapter (or model) as it is now into `folder`. `step`: that of its parameters; None: this one."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
-        job.method.save(
-            job.model, job.base.processor, job.adapter, folder, metadata, job.task.result_format(self.config)
-        )
+        form, finished = job.task.result_format(self.config), job.task.finished
+        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata, form, finished)
         job.task.save_beside(self.config, job.base.processor, folder)
         for name, text in job.data.files.items():
             write_text(folder / name, text)

@@ -33,7 +33,7 @@ class Sampler:
         if len(self.base) != len(self.prompts):
             with job.method.base_alone(job.model):
                 self.base = task.samples(job.config, job.base, self.prompts)
-        if task.samples_from_file:
+        if task.samples_from_file(job.config):
             with tempfile.TemporaryDirectory(prefix="lorakit-sample-") as folder:
                 save(Path(folder) / "result")
                 with job.method.reloaded(job.model, Path(folder) / "result"):

@@ -160,7 +160,7 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     for name, each in configs.items():
         task.check(each, model, chain(data[name].train, data[name].held_out))
         torch.manual_seed(each.seed)
-        method.attach(model, each, name, task.peft_type)
+        method.attach(model, task.to_attach(each, processor), name, task.peft_type)
     if config.gradient_checkpointing:
         task.checkpoint(model)
     longest = max(_longest(each.train) for each in data.values())

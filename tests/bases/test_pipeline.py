@@ -9,7 +9,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from tiny import randomise_factors
-from tiny_families import FAMILIES, ROWS
+from tiny_families import FAMILIES, OTHERS, ROWS
 
 import lorakit as lk
 from lorakit.bases.pipeline import PipelineModel, as_module
@@ -22,9 +22,9 @@ from lorakit.tasks.image.prompts import take_rows
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *OTHERS])
 def family(request):
-    return FAMILIES[request.param]()
+    return {**FAMILIES, **OTHERS}[request.param]()
 
 
 def timesteps(pipe) -> torch.Tensor:
@@ -64,12 +64,13 @@ def test_a_batch_of_mixed_timesteps_equals_its_rows_one_by_one(family):
 def test_the_pipeline_is_as_before(family):
     pipe = family.pipe
     before = {name: id(value) for name, value in vars(pipe).items() if name != "_lorakit_model"}
-    config, scheduler = dict(pipe.config), dict(vars(pipe.scheduler))
+    config, scheduler, own = dict(pipe.config), dict(vars(pipe.scheduler)), type(pipe)
     prediction(family, [0, 1, 2], timesteps(pipe))
     with pytest.raises((TypeError, ValueError)):  # no prompts
         as_module(pipe)(family.latents, timesteps(pipe))
     assert {name: id(value) for name, value in vars(pipe).items() if name != "_lorakit_model"} == before
     assert dict(pipe.config) == config
+    assert type(pipe) is own
     assert vars(pipe.scheduler).keys() == scheduler.keys()
     assert all(value is scheduler[name] for name, value in vars(pipe.scheduler).items())
 

@@ -21,7 +21,14 @@ def test_pictures_are_told_by_what_is_in_the_folder(lorakit, folder):
     assert "a fox" not in out
     assert "buckets, resolution 64" in out
     last = out.splitlines()[-1]
-    assert last == f"next: lorakit image train --data '{folder}' --resolution 64 --trigger sks"
+    assert last == f"next: lorakit image train '{folder}' --resolution 64 --trigger sks"
+
+
+def test_repeats_are_given_by_folder(lorakit, folder):
+    code, out, _ = lorakit("data", "show", folder, "--resolution", "64", "--repeats", "c=3,my pictures=2")
+    assert code == 0
+    assert any(line.split()[-3:] == ["1", "1", "3"] for line in out.splitlines())
+    assert out.splitlines()[-1].endswith("--repeats 'c=3,my pictures=2'")
 
 
 def test_the_contact_sheet_is_a_png(lorakit, folder, tmp_path):

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
 from lorakit.generate.eval_mode import evaluating
-from lorakit.plan.shell import PlanError
+from lorakit.plan.static import static_estimate
 from lorakit.tasks import task_for, task_names, task_of
 from lorakit.tasks.image.loss import fixed_losses
 from lorakit.tasks.task import Base, weight_of
@@ -225,9 +225,11 @@ def test_evaluation_has_the_loss_of_training_first(make, name):
 def test_a_batch_is_planned_as_it_is_made(make, name):
     config = make()
     job = set_up(config)
-    if job.task.blueprint(config) is None:
-        with pytest.raises(PlanError, match=f"the memory of task {name} is not estimated"):
-            planner_for(config, torch.float32, CPU)
+    if not job.task.traced:
+        estimate = static_estimate(config, torch.float32, "default", 0)
+        assert estimate.trained == sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        assert estimate.parameters + estimate.trained == sum(p.numel() for p in job.model.parameters())
+        assert estimate.parts["optimizer"] == 8 * estimate.trained
         return
     made = job.task.collate(job.train[:2], job.base)
     planned = job.task.example(2, made["input_ids"].shape[1])

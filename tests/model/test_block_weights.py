@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from test_pipeline import close, trained
-from tiny_pipelines import draw, tiny_sd1
+from tiny_pipelines import close, draw, tiny_sd1, trained
 
 import lorakit as lk
 from lorakit.errors import StateError

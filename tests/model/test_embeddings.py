@@ -84,6 +84,16 @@ def test_a_text_encoder_with_tokens_is_still_the_base_of_other_adapters():
     assert lk.capture(pipe, "new").metadata["fingerprint"] == words.metadata["fingerprint"]
 
 
+def test_a_text_encoder_with_tokens_cannot_be_replaced():
+    pipe = tiny_sd1()
+    lk.attach(pipe, with_tokens(pipe, cat=vectors(2)))
+    encoder, pipe.text_encoder = pipe.text_encoder, tiny_sd1(seed=1).text_encoder
+    with pytest.raises(StateError, match="the pipeline's text_encoder was replaced"):
+        lk.detach(pipe)
+    pipe.text_encoder = encoder
+    lk.detach(pipe)
+
+
 def test_an_adapter_of_a_text_encoder_that_had_the_tokens_fits_one_without_them():
     trained = tiny_sd1()
     trained.tokenizer.add_tokens(["<cat>", "<cat>_1"])

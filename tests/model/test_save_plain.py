@@ -6,8 +6,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pipeline import trained
-from tiny_pipelines import draw, tiny_sd1
+from tiny_pipelines import draw, tiny_sd1, trained
 
 import lorakit as lk
 from lorakit.errors import StateError

@@ -5,6 +5,8 @@ against the plain lines.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lorakit.ops import projections as parts
+from lorakit.ops import summed
 from lorakit.ops.dropout import kept_share, masked
 from lorakit.ops.projections import NeedsGrad, Projection, project, reference
 
@@ -33,6 +36,32 @@ def side_by_side(x: Tensor, p: Projection, dropout: float) -> tuple[Tensor, Tens
     mask = mask_of(x, dropout)
     plain = reference(x, [p], keep(x, mask), kept_share(dropout)) if mask else reference(x, [p])
     return project(x, p, mask), plain[0]
+
+
+FORMS = {"summed weight": (1e9, 1e9, 0), "torch's own nodes": (0, 0, 1e9), "our node": (0, 0, 0)}
+
+
+@contextmanager
+def computed_by(form: str) -> Iterator[None]:
+    """Make `project` choose one of its forms for every size."""
+    before = summed.LARGEST, summed.LARGEST_KEPT, parts.FEW
+    summed.LARGEST, summed.LARGEST_KEPT, parts.FEW = FORMS[form]
+    try:
+        yield
+    finally:
+        summed.LARGEST, summed.LARGEST_KEPT, parts.FEW = before
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    with computed_by(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def our_node():
+    with computed_by("our node"):
+        yield
 
 
 shapes = st.tuples(st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(1, 6)).map(lambda s: (*s[0], s[1]))
@@ -55,12 +84,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     bias=st.booleans(),
     dropout=st.sampled_from([0.0, 0.3, 0.5]),
     layout=layouts,
+    form=st.sampled_from(sorted(FORMS)),
 )
-def test_values_and_gradients_are_those_of_the_plain_lines(shape, rank, bias, dropout, layout):
+def test_values_and_gradients_are_those_of_the_plain_lines(shape, rank, bias, dropout, layout, form):
     x = laid_out(randn(*shape), layout).detach().requires_grad_()
     p = one(shape[-1], rank, bias=bias)
     before = x.detach().clone()
-    fast, plain = side_by_side(x, p, dropout)
+    with computed_by(form):
+        fast, plain = side_by_side(x, p, dropout)
     of = wanted(x, [p])
     for a, e in zip([fast, *gradients(fast, of)], [plain, *gradients(plain, of)], strict=True):
         torch.testing.assert_close(a, e)
@@ -110,7 +141,7 @@ SUBSETS = [s for n in range(1, 4) for s in itertools.combinations("xAB", n)]
 
 @pytest.mark.parametrize("needs", SUBSETS, ids="".join)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradcheck_for_every_subset_of_inputs_that_take_gradients(needs, dropout):
+def test_gradcheck_for_every_subset_of_inputs_that_take_gradients(needs, dropout, form):
     x = randn(2, 3, 4).requires_grad_("x" in needs)
     p = one(4, trained="".join(needs), bias=False)
     # The same mask drawn each time, as each forward has: gradcheck writes into x behind autograd's back.
@@ -123,7 +154,7 @@ def test_gradcheck_without_an_update():
 
 
 @pytest.mark.parametrize("trained", ["", "A", "B"])
-def test_frozen_factors_pass_the_inputs_gradient_on(trained):
+def test_frozen_factors_pass_the_inputs_gradient_on(trained, form):
     x, p = randn(5, 4).requires_grad_(), one(4, trained=trained)
     fast, plain = side_by_side(x, p, 0.5)
     torch.testing.assert_close(gradients(fast, [x]), gradients(plain, [x]))
@@ -132,7 +163,7 @@ def test_frozen_factors_pass_the_inputs_gradient_on(trained):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factors", [torch.float32, None], ids=["fp32 factors", "factors in the same type"])
-def test_it_is_as_near_to_float64_maths_as_the_plain_lines(dtype, factors, dropout):
+def test_it_is_as_near_to_float64_maths_as_the_plain_lines(dtype, factors, dropout, form):
     x, p = randn(96, 64, dtype=dtype).requires_grad_(), as_dtype(projection(64, 48, 8), dtype, factors)
     exact_x, exact_p = x.detach().double().requires_grad_(), as_dtype(p, torch.float64)
     fast, plain = side_by_side(x, p, dropout)
@@ -146,7 +177,7 @@ def test_it_is_as_near_to_float64_maths_as_the_plain_lines(dtype, factors, dropo
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_a_fresh_update_leaves_every_bit_of_the_base(dtype):
+def test_a_fresh_update_leaves_every_bit_of_the_base(dtype, form):
     x, p = randn(2, 35, 32, dtype=dtype).requires_grad_(), as_dtype(projection(32, 40, 4), dtype, torch.float32)
     p.B.data.zero_()
     assert torch.equal(project(x, p, mask_of(x, 0.5)), F.linear(x, p.W, p.bias))
@@ -154,7 +185,7 @@ def test_a_fresh_update_leaves_every_bit_of_the_base(dtype):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)], ids=str)
-def test_no_rows_give_no_rows_and_zero_gradients(shape, dropout):
+def test_no_rows_give_no_rows_and_zero_gradients(shape, dropout, form):
     x, p = randn(*shape).requires_grad_(), one(4)
     out = project(x, p, mask_of(x, dropout))
     assert out.shape == (*shape[:-1], 3)
@@ -164,14 +195,14 @@ def test_no_rows_give_no_rows_and_zero_gradients(shape, dropout):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_keeps_x_the_rank_wide_product_and_a_packed_mask_only(dtype, dropout):
+def test_backward_keeps_x_the_rank_wide_product_and_a_packed_mask_only(dtype, dropout, our_node):
     x, p = randn(3, 3, 5, dtype=dtype).requires_grad_(), as_dtype(projection(5, 7, 2), dtype, torch.float32)
     mask = mask_of(x, dropout)
     expected = [(dtype, (9, 5)), (dtype, (9, 2)), *([(torch.uint8, (6,))] if mask else [])]  # 45 bits
     assert kept(lambda: project(x, p, mask), p[:4]) == sorted(expected, key=str)
 
 
-def test_backward_keeps_nothing_that_no_gradient_needs():
+def test_backward_keeps_nothing_that_no_gradient_needs(our_node):
     x = randn(64, 32).requires_grad_()
     mask = mask_of(x, 0.5)
     packed = (torch.uint8, (64 * 32 // 8,))
@@ -189,14 +220,14 @@ def test_backward_keeps_nothing_that_no_gradient_needs():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_second_backward_through_the_same_node_gives_the_same_gradients(dropout):
+def test_a_second_backward_through_the_same_node_gives_the_same_gradients(dropout, form):
     x, p = randn(5, 4).requires_grad_(), one(4)
     out, of = project(x, p, mask_of(x, dropout)), wanted(x, [p])
     for first, again in zip(gradients(out, of), gradients(out, of), strict=True):
         assert torch.equal(first, again)
 
 
-def test_gradients_add_up_over_batches_and_may_be_changed_in_place():
+def test_gradients_add_up_over_batches_and_may_be_changed_in_place(form):
     x, p = randn(5, 4), one(4)
     of = wanted([p])
     once = gradients(project(x, p), of)
@@ -210,7 +241,7 @@ def test_gradients_add_up_over_batches_and_may_be_changed_in_place():
 
 @pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4), (2, 1, 3, 4)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_output_may_be_changed_in_place(shape, dropout):
+def test_the_output_may_be_changed_in_place(shape, dropout, form):
     x, p = randn(*shape).requires_grad_(), one(4)
     fast, plain = side_by_side(x, p, dropout)
     fast.add_(0.1).mul_(2)
@@ -222,7 +253,7 @@ def test_the_output_may_be_changed_in_place(shape, dropout):
         torch.testing.assert_close(a, e)
 
 
-def test_an_input_that_was_written_into_meanwhile_is_refused():
+def test_an_input_that_was_written_into_meanwhile_is_refused(form):
     leaf = randn(5, 4).requires_grad_()
     x = leaf * 1
     out = project(x, one(4))
@@ -231,7 +262,7 @@ def test_an_input_that_was_written_into_meanwhile_is_refused():
         out.sum().backward()
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong():
+def test_a_second_derivative_is_refused_rather_than_wrong(our_node):
     x = randn(3, 4).requires_grad_()
     (first,) = torch.autograd.grad(project(x, one(4)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -243,3 +274,29 @@ def test_inference_mode_computes_the_same():
     with torch.inference_mode():
         inferred = project(x, p, mask_of(x, 0.3))
     assert torch.equal(inferred, project(x, p, mask_of(x, 0.3)))
+
+
+@pytest.mark.parametrize("by", ["summed weight", "torch's own nodes"])
+def test_a_second_derivative_of_a_small_linear_is_that_of_the_plain_lines(by):
+    x, p = randn(3, 4).requires_grad_(), one(4)
+
+    def second(y: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    with computed_by(by):
+        torch.testing.assert_close(second(project(x, p)), second(reference(x, [p])[0]))
+
+
+def test_a_small_weight_is_summed_where_that_keeps_little_more_than_the_thin_product():
+    def keeps(rows: int, size: int, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> list:
+        x = randn(rows, size, dtype=dtype).requires_grad_()
+        p = as_dtype(projection(size, size, 4), dtype, torch.float32)
+        shapes = kept(lambda: project(x, p, mask_of(x, dropout)), [x, *p[:4]])
+        return [shape for _, shape in shapes]
+
+    assert keeps(64, 16) == [(16, 16)]
+    assert keeps(16, 16) == [(16, 4)], "16 x 16 is more than twice 16 x 4"
+    assert (64, 4) in keeps(64, 16, dropout=0.5), "the update reads another input"
+    assert (16, 16) not in keeps(64, 16, torch.bfloat16), "a small update would be rounded away"
+    assert keeps(10_000, 128) == [(10_000, 4)], "too large to pay"

@@ -64,8 +64,19 @@ def uses_of(given: Sequence[AdapterUse], made: Parameters | None) -> list[Adapte
     return sorted(joined, key=lambda use: order.index(use.name))
 
 
-def load(model: str, uses: Sequence[AdapterUse], precision: str, force: bool) -> Loaded:
-    """Load a pipeline, and attach the adapters. Raises LorakitError; AdapterError for one that is not for pictures."""
+def load(
+    model: str,
+    uses: Sequence[AdapterUse],
+    precision: str,
+    force: bool,
+    made: Parameters | None = None,
+    path: Path | None = None,
+) -> Loaded:
+    """Load a pipeline, and attach the adapters. `made`: of the picture `path` that is made again.
+
+    Raises LorakitError; AdapterError for an adapter that is not for pictures, DataError if the model or an adapter is
+    not the one that `made` was made with. `force`: go on with another base.
+    """
     from ...adapter.adapter import Adapter
     from ...bases.device import choose_device, choose_dtype
     from ...bases.load import EMBEDDED
@@ -75,6 +86,7 @@ def load(model: str, uses: Sequence[AdapterUse], precision: str, force: bool) ->
     from ...model.activate import activate
     from ...model.attach import attach
     from ..shared.files import say_if_unfinished
+    from ..shared.quiet import quiet_libraries
 
     read: dict[str, Adapter] = {}
     for use in uses:  # before the pipeline, to fail early
@@ -83,17 +95,20 @@ def load(model: str, uses: Sequence[AdapterUse], precision: str, force: bool) ->
         check_for_pictures(use.source, read[use.name])
     device = choose_device().value
     dtype = choose_dtype(precision, device).value
-    pipe = load_pipeline(model, dtype, device)
+    with quiet_libraries():
+        pipe = load_pipeline(model, dtype, device)
     digest = model_hash(pipe, model)
-    loras = {}
+    name = model if model == EMBEDDED else Path(model).stem if Path(model).is_file() else Path(model).name
+    loras = {
+        use.name: Lora(use.weight or 0.0, use.parts, lora_hash(use.source), public_source(use.source)) for use in uses
+    }
+    if made is not None:
+        _check_same(made, str(path), name, digest, loras, force)
     for use in uses:
         attach(pipe, read[use.name], use.name, force=force, activate=False)
-        lora = Lora(use.weight or 0.0, use.parts, lora_hash(use.source), public_source(use.source))
-        activate(pipe, scaled_weights(pipe, {use.name: dict(lora.parts) or 1.0}, 1.0))  # names an unknown part
+        activate(pipe, scaled_weights(pipe, {use.name: dict(use.parts) or 1.0}, 1.0))  # names an unknown part
         activate(pipe, None)
-        loras[use.name] = lora
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]
-    name = model if model == EMBEDDED else Path(model).stem if Path(model).is_file() else Path(model).name
     about = {use.name: about_adapter(read[use.name], loras[use.name]) for use in uses}
     return Loaded(pipe, name, digest, public_source(model), loras, about, device, short)
 
@@ -133,12 +148,12 @@ def weights_of(pipe: Any, loras: Mapping[str, Lora], scale: float) -> dict[str, 
     return weights
 
 
-def check_same(made: Parameters, path: str, loaded: Loaded, force: bool) -> None:
-    """Raise DataError if a picture cannot be made again with this pipeline and these adapters; a warning if `force`."""
+def _check_same(made: Parameters, path: str, model: str, digest: str, loras: Mapping[str, Lora], force: bool) -> None:
+    """Raise DataError if a picture cannot be made again with this pipeline and these adapters; a notice if `force`."""
     from ...generate.pictures.identity import differences
     from ..shared.starting import notice
 
-    lines = differences(made, loaded.name, loaded.hash, loaded.loras)
+    lines = differences(made, model, digest, loras)
     if not lines:
         return
     text = "".join(f"\n  {line}" for line in lines)

@@ -105,19 +105,18 @@ def generate(
     model = model or (made.model_source if made else None) or "embedded"
     check_names(adapters=[use.source for use in uses])
     with starting(f"loading {model}", quiet=json_output):
-        from .drawing import check_same, load, uses_of
+        from .drawing import load, uses_of
         from .job import plan
 
         recorded = made.precision if made and precision == "auto" else None
-        loaded = load(model, uses_of(uses, made), recorded or precision, force)
-        if made is not None:
-            check_same(made, str(from_png), loaded, force)
+        loaded = load(model, uses_of(uses, made), recorded or precision, force, made, from_png)
         asked = {name: value for name, value in asked.items() if value is not None}
         job = plan(loaded, asked, made, texts, count, scales, axes)
+        pictures = job.draw(merged, batch_size)
     if not json_output:
         for line in job.lines():
             say(line)
-    written = job.write(out, merged, batch_size, wants_grid=grid != "none", say=None if json_output else print)
+    written = job.write(pictures, out, wants_grid=grid != "none", say=None if json_output else print)
     result = written.compared_with(from_png, made) if made is not None and from_png is not None else None
     seconds = time.perf_counter() - began
     if json_output:
@@ -125,5 +124,5 @@ def generate(
         return
     if result is not None:
         say(result.said)
-    pictures = len(written.parameters)
-    say(f"{pictures} picture{'s' if pictures > 1 else ''} in {seconds:.1f} s")
+    number = len(written.pictures)
+    say(f"{number} picture{'s' if number > 1 else ''} in {seconds:.1f} s")

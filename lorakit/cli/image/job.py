@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...bases.load import EMBEDDED
-from ...errors import ConfigError
+from ...errors import ConfigError, LorakitWarning
 from ...generate.pictures.call import defaults_of
 from ...generate.pictures.generate import stream_pictures
 from ...generate.pictures.grid import grid
@@ -52,30 +53,8 @@ class Job:
         first = f"{self.loaded.name} ({type(pipe).__name__}): {', '.join(words)}; {s.precision} on {self.loaded.device}"
         return [first, *(f"{name} {about}" for name, about in self.loaded.about.items())]
 
-    def write(
-        self, out: Path, merged: bool, batch_size: int | None, wants_grid: bool, say: Callable[[Any], None] | None
-    ) -> Written:
-        """Draw all pictures, and write each as soon as it is there, then the grid. `say`: prints a line for each."""
-        several = len(self.sheet.pictures) > 1
-        names = Numbered(out)
-        written = Written()
-        for cell, picture in zip(self.sheet.pictures, self._drawn(merged, batch_size)):
-            path = out if is_png(out) and not several else None if is_png(out) else names.path(_words(cell))
-            parameters = self._parameters(cell, picture)
-            if path is not None:
-                write(path, picture, parameters)
-                if say is not None:
-                    say(path)
-            written.add(path, picture, parameters)
-        if several and (wants_grid or is_png(out)):
-            written.grid = out if is_png(out) else names.path("grid")
-            write(written.grid, self._grid(written.pictures))
-            if say is not None:
-                each = "   (--out FOLDER keeps each picture by itself too)" if is_png(out) else ""
-                say(f"grid: {written.grid}{each}")
-        return written
-
-    def _drawn(self, merged: bool, batch_size: int | None) -> Iterator[Image.Image]:
+    def draw(self, merged: bool, batch_size: int | None) -> Iterator[Image.Image]:
+        """Return an iterator of the pictures. Raises at once what `stream_pictures` does for settings."""
         s, cells = self.settings, self.sheet.pictures
         return stream_pictures(
             self.loaded.pipe,
@@ -91,6 +70,29 @@ class Job:
             batch_size=batch_size,
             **s.arguments,
         )
+
+    def write(
+        self, pictures: Iterable[Image.Image], out: Path, wants_grid: bool, say: Callable[[Any], None] | None
+    ) -> Written:
+        """Write each picture as soon as it is there, then the grid. `say`: prints a line for each."""
+        several = len(self.sheet.pictures) > 1
+        names = Numbered(out)
+        written = Written()
+        for cell, picture in zip(self.sheet.pictures, pictures):
+            path = out if is_png(out) and not several else None if is_png(out) else names.path(_words(cell))
+            parameters = self._parameters(cell, picture)
+            if path is not None:
+                write(path, picture, parameters)
+                if say is not None:
+                    say(path)
+            written.add(path, picture, parameters)
+        if several and (wants_grid or is_png(out)):
+            written.grid = out if is_png(out) else names.path("grid")
+            write(written.grid, self._grid(written.pictures))
+            if say is not None:
+                each = "   (--out FOLDER keeps each picture by itself too)" if is_png(out) else ""
+                say(f"grid: {written.grid}{each}")
+        return written
 
     def _parameters(self, cell: Mapping[str, Any], picture: Image.Image) -> Parameters:
         loras = {name: replace(lora, weight=lora.weight * cell["scale"]) for name, lora in cell["adapter"].items()}
@@ -176,6 +178,8 @@ class Written:
         if not count:
             return Comparison(f"the same pixels as {path}", 0, 0)
         libraries = f"; it was made with {made.libraries}" if made.libraries != ours.libraries else ""
+        if largest == 1 and not libraries:
+            libraries = " (rounding: it was made in one pass with others; --batch-size 1 makes each by itself)"
         return Comparison(
             f"{count:,} of {difference.size:,} values differ from {path}, by at most {largest} of 255{libraries}",
             count,
@@ -246,6 +250,13 @@ def _settled(loaded: Loaded, asked: Mapping[str, Any], made: Parameters) -> Para
         name: next((v for v in (asked.get(name), getattr(made, name), default) if v is not None), None)
         for name, default in {**defaults, "seed": 0, "negative": ""}.items()
     }
+    if made.version is not None and not made.version.startswith("lorakit"):
+        warnings.warn(
+            f"the picture was made by another program ({made.version}), which draws its noise and weighs words such as "
+            "(this:1.2) in its own way: expect a similar one",
+            LorakitWarning,
+            stacklevel=2,
+        )
     if "sampler" in asked:
         pipe.scheduler = choose_scheduler(pipe.scheduler, asked["sampler"])
     elif made.sampler is not None:
@@ -270,8 +281,9 @@ def _label(loras: Mapping[str, Lora]) -> str:
     """Name adapters, with weights other than 1."""
     words = []
     for name, lora in loras.items():
-        weight = [number(lora.weight)] if lora.weight != 1 or lora.parts else []
-        words.append(" ".join([name, *weight, *(f"{part} {number(f)}" for part, f in lora.parts.items())]))
+        weight = [number(lora.weight)] if lora.weight != 1 else []
+        parts = ", ".join(f"{part} {number(factor)}" for part, factor in lora.parts.items())
+        words.append(" ".join([name, *weight, *([f"({parts})"] if parts else [])]))
     return " + ".join(words) or "base"
 
 

@@ -44,6 +44,8 @@ def _train(
 ) -> None:
     """Train an adapter on pictures with captions. Started again on its own folder, a run resumes where it stopped."""
     values = (read_config(config) if config else {}) | flags | {"task": TASK} | ({"data": data} if data else {})
+    if values.get("slider_positive"):
+        values.setdefault("data", "none")
     if "data" not in values:
         raise ConfigError("no pictures\n  give their folder, or a --config that names it (data: FOLDER)")
     start(values, quiet, json_output)

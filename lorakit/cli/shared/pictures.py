@@ -47,7 +47,7 @@ def show_pictures(
         say(f"\nwritten: {', '.join(str(path) for path in written)}")
     options = {"split": split, "columns": columns} | dict(flags)
     shown = None if model == "embedded" else model
-    print(f"\nnext: {command('image train', data=data, model=shown, **options)}")
+    print(f"\nnext: {command('image train', data, model=shown, **options)}")
 
 
 def _draw(read: Any, data: str, out: Path) -> list[Path]:

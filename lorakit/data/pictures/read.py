@@ -25,6 +25,7 @@ from .summary import Folder
 
 # Kohya's folder names. No more than three digits: 2024_holiday is a year.
 REPEATS = re.compile(r"(?P<times>[1-9]\d{0,2})_(?P<name>.+)")
+FOLDERS = 10  # that an error lists
 
 
 @dataclass(frozen=True)
@@ -165,27 +166,27 @@ def _captions(
         default, option, example = settings.prior_caption, "--prior-caption", "a photo of a dog"
     missing = [one for one in found if one.caption is None]
     if missing and default is None:
-        per_folder = Counter(one.folder for one in missing)
-        counts = Counter(one.folder for one in found)
-        lines = [
-            f"  {_name(source, f)}: {counts[f]:,} pictures, {counts[f] - n:,} captions" for f, n in per_folder.items()
-        ]
-        more = [f"  and {len(lines) - 10} more folders"] if len(lines) > 10 else []
-        raise DataError(
-            "\n".join(
-                [
-                    f"{source.name}: {len(missing)} of {len(found)} pictures have no caption: "
-                    f"{listing(one.where for one in missing)}",
-                    *(lines[:10] if len(counts) > 1 else []),
-                    *(more if len(counts) > 1 else []),
-                    f"  expected {source.expected}{_kohya_caption(missing)}",
-                    f"  or give those without one the same caption: {option} '{example}'",
-                ]
-            )
-        )
+        names = listing(one.where for one in missing)
+        lines = [f"{source.name}: {len(missing)} of {len(found)} pictures have no caption: {names}"]
+        lines += _counts(source, found, missing)
+        lines.append(f"  expected {source.expected}{_kohya_caption(missing)}")
+        lines.append(f"  or give those without one the same caption: {option} '{example}'")
+        raise DataError("\n".join(lines))
     if missing:
         notes[f"without a caption of their own, get '{default}'"] = len(missing)
     return [default or "" if one.caption is None else one.caption for one in found]
+
+
+def _counts(source: Source, found: Sequence[Found], missing: Sequence[Found]) -> list[str]:
+    """Lines with the counts of folders that lack captions, if there are several folders."""
+    pictures, lacking = Counter(one.folder for one in found), Counter(one.folder for one in missing)
+    if len(pictures) == 1:
+        return []
+    lines = [
+        f"  {_name(source, folder)}: {pictures[folder]:,} pictures, {pictures[folder] - count:,} captions"
+        for folder, count in lacking.items()
+    ]
+    return [*lines[:FOLDERS], *([f"  and {len(lines) - FOLDERS} more folders"] if len(lines) > FOLDERS else [])]
 
 
 def _kohya_caption(missing: Sequence[Found]) -> str:

@@ -64,7 +64,7 @@ def _page(items: Sequence[PictureItem], title: str, much: float) -> Image:
     return page
 
 
-def _draw(page: Image, item: PictureItem, left: int, top: int) -> None:
+def _draw(page: Image, item: PictureItem, x: int, y: int) -> None:
     """Draw a picture into its cell: the crop bright, the rest dark, frames around what is kept."""
     from PIL import ImageDraw, ImageEnhance
     from PIL.Image import Resampling
@@ -75,15 +75,18 @@ def _draw(page: Image, item: PictureItem, left: int, top: int) -> None:
     how = Resampling.NEAREST if scale >= 2 else Resampling.LANCZOS
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     bright = image.resize(size, how)
-    boxes = [tuple(round(side * scale) for side in box) for box in _boxes(item)]
+    boxes = [
+        (round(left * scale), round(top * scale), round(right * scale), round(bottom * scale))
+        for left, top, right, bottom in _boxes(item)
+    ]
     dark = ImageEnhance.Brightness(bright).enhance(SHADOW)
     for box in boxes:
-        dark.paste(bright.crop(box), box[:2])
+        dark.paste(bright.crop(box), (box[0], box[1]))
     if item.cropped > 0:
         frame = ImageDraw.Draw(dark)
         for x0, y0, x1, y1 in boxes:
             frame.rectangle((x0, y0, x1 - 1, y1 - 1), outline=FRAME, width=2 if len(boxes) == 1 else 1)
-    page.paste(dark, (left + (CELL - size[0]) // 2, top + CELL - size[1]))  # next to its text
+    page.paste(dark, (x + (CELL - size[0]) // 2, y + CELL - size[1]))  # next to its text
 
 
 def _boxes(item: PictureItem) -> list[Box]:

@@ -29,10 +29,16 @@ class Folder:
 
 def shape(items: Sequence[PictureItem], folders: Sequence[Folder]) -> str:
     """Describe how many pictures and captions each folder has, and give the first captions."""
-    parts = [f"{f.name}: {f.pictures:,} pictures, {f.captions:,} captions" for f in folders]
+    counts = [f"{_count(f.pictures, 'picture')}, {_count(f.captions, 'caption')}" for f in folders]
+    if len(folders) > 1:
+        counts = [f"{folder.name}: {count}" for folder, count in zip(folders, counts, strict=True)]
     captions = list(dict.fromkeys(item.caption for item in items if not item.is_prior and not item.repeat))
     shown = " · ".join(f"'{caption}'" for caption in captions[:SHOWN_CAPTIONS])
-    return f"{listing(parts)}; captions: {shown}{' ...' * (len(captions) > SHOWN_CAPTIONS)}"
+    return f"{listing(counts)}; captions: {shown}{' ...' * (len(captions) > SHOWN_CAPTIONS)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def length(items: Sequence[PictureItem], grid: Grid) -> str:

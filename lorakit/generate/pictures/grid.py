@@ -40,7 +40,7 @@ def grid(
     """
     cells = [[None if picture is None else _shown(picture) for picture in row] for row in pictures]
     _check(cells, rows, columns)
-    widths = [_most(row[n].width for row in cells if row[n]) for n in range(len(columns))]
+    widths = [_most(cell.width for row in cells if (cell := row[n])) for n in range(len(columns))]
     heights = [_most(cell.height for cell in row if cell) for row in cells]
     size = min(26, max(14, round(min(widths) / 12)))  # the labels' font, in pixels
     gap = max(6, size // 2)

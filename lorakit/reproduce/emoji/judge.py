@@ -56,7 +56,8 @@ def save_judge(model: Judge, folder: Path) -> None:
     """judge.safetensors (fp16) and judge.json (the names of the logits)."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, folder / "judge.safetensors")
-    names = {"objects": [emoji.word for emoji in emoji_list()], "backgrounds": list(BACKGROUNDS), "widths": WIDTHS}
+    widths = [layer.out_channels for layer in model.layers]
+    names = {"objects": [emoji.word for emoji in emoji_list()], "backgrounds": list(BACKGROUNDS), "widths": widths}
     (folder / "judge.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf8")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...bases.pipeline import PipelineModel
 from ...errors import TrainError
 
@@ -10,6 +12,7 @@ def checkpoint(model: PipelineModel) -> None:
     """Let each component with trained parameters recompute its activations in backward. Raises TrainError if one
     cannot.
     """
+    component: Any  # a model of diffusers or of transformers
     for name, component in model.named_children():
         if not any(p.requires_grad for p in component.parameters()):
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,14 @@ from ...config import RunSettings, part
 from ...data.pictures.cache import TensorCache, caption_key, picture_key, weights_hash
 from ...data.pictures.item import Drawn, PictureItem
 from ...generate.eval_mode import evaluating
+from ..task import Data
 from .latents import encode_pictures, latent_scale, size_multiple
+from .loss import losses
 from .packing import layout_of
+from .pictures import read_data
 from .prompts import batch_prompts, encode_prompts, size_arguments, text_prompts
 from .settings import DiffusionSettings
+from .tokens import AddedTokens, NewToken, add_tokens, trainable_tokens
 
 if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
@@ -44,6 +48,23 @@ class PictureRow:
 
     item: PictureItem
     drawn: Drawn
+
+    def in_epoch(self, seed: int, epoch: int) -> PictureRow:
+        """Return the picture as another epoch sees it."""
+        return replace(self, drawn=self.item.drawn(seed, epoch))
+
+    @property
+    def plain(self) -> PictureRow:
+        """The picture as evaluation sees it."""
+        return replace(self, drawn=self.item.plain)
+
+    @property
+    def caption(self) -> str:
+        return self.item.caption
+
+    @property
+    def split_key(self) -> str:
+        return self.item.split_key
 
     @property
     def size(self) -> int:
@@ -77,7 +98,12 @@ class Pictures:
         self.diffusion = part(settings, DiffusionSettings)
         folder = {"auto": Path(config.out) / CACHE, "none": None}.get(settings.cache, Path(settings.cache))
         self.cache = None if folder is None else TensorCache(folder)
+        self.added: AddedTokens | None = None  # once the pipeline is loaded
         self._hashes: dict[str, str] = {}
+
+    def data(self) -> Data:
+        """Read the run's pictures. Raises DataError for those that cannot be used."""
+        return read_data(self.config, self.settings, self)
 
     @cached_property
     def pipe(self) -> Any:
@@ -99,20 +125,30 @@ class Pictures:
         for component in self.pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
+        if self.settings.new_tokens:
+            torch.manual_seed(self.config.seed)
+            vectors = self.settings.token_vectors
+            new = {token: NewToken(vectors, start or None) for token, start in self.settings.new_tokens.items()}
+            self.added = add_tokens(self.pipe, new)
         model: PipelineModel = as_module(self.pipe)
         return model
+
+    def trainable_tokens(self) -> dict[str, list[int | str]]:
+        """Return the new tokens' ids, by the name of their embedding."""
+        assert self.added is not None
+        return trainable_tokens(self.pipe, self.added)
 
     @property
     def trains_text(self) -> bool:
         """Whether a text encoder has trained parameters, so that its results cannot be cached."""
         return any(p.requires_grad for _, encoder in self._encoders() for p in encoder.parameters())
 
-    def prepare(self, model: PipelineModel, items: Iterable[PictureItem]) -> None:
+    def prepare(self, model: PipelineModel, items: Iterable[PictureRow]) -> None:
         """Encode a picture of each size, and find out how the pipeline takes its latents. Raises TrainError for a
         pipeline that cannot be trained, DataError for a picture that cannot be encoded.
         """
-        for item in {item.group: item for item in items}.values():
-            batch = self.collate([PictureRow(item, item.plain)])
+        for row in {row.group: row for row in items}.values():
+            batch = self.collate([row.plain])
             device = next(model.parameters()).device
             layout_of(model, batch["latents"].to(device), on_device(batch["prompts"], device))
 
@@ -123,6 +159,7 @@ class Pictures:
         batch: dict[str, Any] = {
             "latents": torch.stack([self.latents(row.item, row.drawn) for row in rows]),
             "prompts": self.prompts(rows),
+            "of": self,
             "weight": torch.tensor([self.settings.prior_weight if row.is_prior else 1.0 for row in rows]),
             "settings": self.diffusion,
         }
@@ -131,6 +168,12 @@ class Pictures:
             full = torch.ones(1, rows[0].group[1], rows[0].group[0])
             batch["mask"] = torch.stack([full if mask is None else mask for mask in masks])
         return batch
+
+    def losses(self, model: PipelineModel, batch: Mapping[str, Any]) -> Tensor:
+        """Return the loss of each row of a batch: [rows]."""
+        latents = batch["latents"]
+        prompts = on_device(batch["prompts"], latents.device)
+        return losses(model, latents, prompts, self.diffusion, batch.get("mask")) * batch["weight"]
 
     def latents(self, item: PictureItem, drawn: Drawn) -> Tensor:
         """Return a picture's latents, on the CPU. Raises DataError, naming it, if they are not finite."""

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...bases.pipeline import PipelineModel
+from ...bases.pipeline import PipelineModel, is_text_encoder
+from ...errors import ConfigError
 from .objective import Objective
 from .packing import Layout, layout_of
 from .prompts import row_groups, take_rows
@@ -34,19 +35,19 @@ def losses(
 ) -> Tensor:
     """Return the loss of each row: [rows], float32, with gradient.
 
+    `model`: a pipeline's (`as_module`), or what wraps it for several processes, whose forward is then called;
     `latents`: [rows, ...] as `encode_pictures` returns them, on the model's device; `prompts`: the call's arguments for
     these rows (`batch_prompts`, `text_prompts`); `mask`: [rows, 1, H, W] of pixels in 0..1, what counts.
 
     Raises TrainError for a pipeline that cannot be trained this way; ConfigError for settings that do not fit it.
     """
-    pipe, latents = model.pipe, latents.float()
-    layout = layout_of(model, latents, prompts)
-    objective = Objective.of(pipe.scheduler)
-    t = sample_timesteps(pipe.scheduler, len(latents), None, settings, layout.mu)
+    own, latents = _unwrapped(model), latents.float()
+    scheduler = own.pipe.scheduler
+    layout, objective = layout_of(own, latents, prompts), Objective.of(scheduler)
+    t = sample_timesteps(scheduler, len(latents), None, trained_timesteps(own, settings), layout.mu)
     noise = offset_noise(latents, settings.noise_offset)
-    t = t.to(latents.device)
     error = squared_error(model, layout, objective, latents, noise, t, prompts, settings)
-    return row_means(error, layout, latents, mask) * objective.weights(t, settings.min_snr)
+    return row_means(error, layout, latents, mask) * objective.weights(t, settings.min_snr).to(error.device)
 
 
 @torch.no_grad()
@@ -62,21 +63,50 @@ def fixed_losses(
     Noise is a function of the row's seed alone (`seed` + row, or one seed for each row), so that two calls are equal,
     and a row's loss does not depend on the rows beside it but for rounding.
     """
-    pipe, latents = model.pipe, latents.float()
-    layout = layout_of(model, latents, prompts)
-    objective = Objective.of(pipe.scheduler)
+    own, latents = _unwrapped(model), latents.float()
+    settings = trained_timesteps(own, settings)
+    layout, objective = layout_of(own, latents, prompts), Objective.of(own.pipe.scheduler)
     low, high = settings.min_timestep, settings.max_timestep or objective.steps
     seeds = [seed + row for row in range(len(latents))] if isinstance(seed, int) else list(seed)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     columns = []
     for quartile in range(QUARTILES):
         middle = low + (quartile + 0.5) / QUARTILES * (high - low)
-        t = torch.full((len(latents),), middle, device=latents.device)
+        t = torch.full((len(latents),), middle)
         t = t if objective.kind == "flow" else t.long()
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
         error = squared_error(model, layout, objective, latents, noise, t, prompts, settings)
         columns.append(row_means(error, layout, latents, None))
     return torch.stack(columns, dim=1)
+
+
+def _unwrapped(model: Any) -> PipelineModel:
+    own: PipelineModel = getattr(model, "module", model)  # DistributedDataParallel's
+    return own
+
+
+def trained_timesteps(model: PipelineModel, settings: DiffusionSettings) -> DiffusionSettings:
+    """Return settings whose timesteps are those of the expert that is trained, where a pipeline has two.
+
+    Wan 2.2's `transformer` predicts from the share `boundary_ratio` of the timesteps on, `transformer_2` below.
+    """
+    boundary = model.pipe.config.get("boundary_ratio")
+    experts = [name for name in model.components if not is_text_encoder(name)]
+    if boundary is None or len(experts) != 2:
+        return settings
+    trained = [any(p.requires_grad for p in model.components[name].parameters()) for name in experts]
+    if all(trained) or not any(trained):
+        return settings
+    steps = Objective.of(model.pipe.scheduler).steps
+    edge, low, high = round(boundary * steps), settings.min_timestep, settings.max_timestep or steps
+    low, high = (max(low, edge), high) if trained[0] else (low, min(high, edge))
+    if low >= high:
+        raise ConfigError(
+            f"{experts[trained.index(True)]} predicts timesteps {'from' if trained[0] else 'below'} {edge}, and none "
+            f"of them is between min_timestep ({settings.min_timestep}) and max_timestep "
+            f"({settings.max_timestep or steps})"
+        )
+    return settings.replace(min_timestep=low, max_timestep=high)
 
 
 def offset_noise(latents: Tensor, offset: float = 0.0) -> Tensor:
@@ -108,10 +138,11 @@ def predict(
 ) -> Tensor:
     """Return the denoiser's prediction for noised latents, in the layout of the scheduler's side, float32.
 
-    Rows share a call unless the pipeline has arguments for a whole batch in which they differ, or takes one timestep.
+    `t`: [rows], on any device. Rows share a call unless the pipeline has arguments for a whole batch in which they
+    differ, or takes one timestep.
     """
     call = {**layout.call, **dict.fromkeys(layout.embedded, guidance)}
-    rows = len(noised)
+    rows, t = len(noised), t.to(noised.device)
     groups = row_groups(prompts, rows) if layout.together else [[row] for row in range(rows)]
     if len(groups) == 1 and layout.together:
         return model(layout.argument(noised), t, **take_rows(prompts, range(rows)), **call).output.float()

@@ -57,7 +57,7 @@ class Objective:
             )
         if config.get("invert_sigmas"):
             raise TrainError(f"{name} counts its time backwards (invert_sigmas), which cannot be trained")
-        return cls(kind, int(steps), None if kind == "flow" else alphas.detach().double().cpu())
+        return cls(kind, int(steps), None if kind == "flow" or alphas is None else alphas.detach().double().cpu())
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mix noise into clean latents. `x`, `noise`: [rows, ...]; `t`: [rows], in 0..T."""
@@ -99,14 +99,14 @@ class Objective:
         return alpha / (1 - alpha)
 
     def weights(self, t: Tensor, min_snr: float | None = None) -> Tensor:
-        """Return each row's loss weight: [rows], float32. With `min_snr` = γ that of Hang et al. 2023:
+        """Return each row's loss weight: [rows], float32, on the CPU. With `min_snr` = γ that of Hang et al. 2023:
 
             epsilon  min(SNR, γ) / SNR (1 at SNR 0) · v_prediction  min(SNR, γ) / (SNR + 1) · sample  min(SNR, γ)
 
         Raises ConfigError for γ <= 0, which would train nothing, and for flow matching.
         """
         if min_snr is None:
-            return torch.ones(len(t), device=t.device)
+            return torch.ones(len(t))
         if not min_snr > 0:
             raise ConfigError(f"min_snr must be larger than 0: at {min_snr:g} every weight is zero")
         if self.kind == "flow":
@@ -121,12 +121,12 @@ class Objective:
             weights = snr.clamp(max=min_snr)
             if self.kind == "v_prediction":
                 weights = weights / (snr + 1)
-        return weights.to(t.device, torch.float32)
+        return weights.float()
 
     def _mix(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of x and of the noise in x_t, each [rows, 1, ...]."""
         if self.alphas is None:
-            add = t.double() / self.steps
+            add = t.cpu().double() / self.steps
             keep = 1 - add
         else:
             alpha = self.alphas[t.long().cpu()]

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...bases.pipeline import PipelineModel, Probe, arguments_of, denoisers_of
+from ...bases.catching import arguments_of
+from ...bases.pipeline import PipelineModel, Probe, denoisers_of
 from ...errors import LorakitError, TrainError
 from .latents import latent_scale
 from .objective import Objective
@@ -72,7 +73,7 @@ def layout_of(model: PipelineModel, latents: Tensor, prompts: Mapping[str, Any])
 
     Raises TrainError for a pipeline that cannot be trained this way, with what it lacks.
     """
-    key = (tuple(latents.shape[1:]), id(model.pipe.scheduler), "prompt" in prompts)
+    key = (tuple(latents.shape[1:]), model.pipe.scheduler, next(model.parameters()).dtype, "prompt" in prompts)
     if key not in model.layouts:
         model.layouts[key] = _found(model, latents, prompts)
     return model.layouts[key]
@@ -235,13 +236,14 @@ def _packings(pipe: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         if latents.dim() == 5:  # one frame
             latents = latents[:, :, 0]
         sizes = dict(zip(("batch_size", "num_channels_latents", "height", "width"), latents.shape))
-        return own(latents, **{name: size for name, size in sizes.items() if name in asked})
+        return own(latents.contiguous(), **{name: size for name, size in sizes.items() if name in asked})
 
     yield pack
 
 
-def _sizes(pipe: Any, latents: Tensor) -> dict[str, int]:
-    """Return the picture's size in pixels, and one frame, as far as the pipeline's call asks for them."""
+def _sizes(pipe: Any, latents: Tensor) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for the picture's size: pixels, one frame, no standard sizes."""
     scale = latent_scale(pipe)
     sizes = {"height": latents.shape[-2] * scale, "width": latents.shape[-1] * scale, "num_frames": 1}
+    sizes |= {"use_resolution_binning": False}
     return {name: size for name, size in sizes.items() if name in arguments_of(pipe)}

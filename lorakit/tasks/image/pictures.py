@@ -21,6 +21,7 @@ WATCHED = 16  # training pictures whose loss on fixed noise is logged where none
 
 def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures) -> Data:
     """Read and split the pictures. Raises DataError for pictures that cannot be used."""
+    from .encoded import PictureRow
     from .prior import with_prior
 
     settings = with_prior(config, own, pictures)
@@ -34,11 +35,12 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
         notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
     else:
         train, held_out = held_out_of(found.items, config.validation)
+    train, held_out = ([PictureRow(item, item.plain) for item in part] for part in (train, held_out))
     epochs = None
     prior = sum(item.is_prior for item in train)
     if prior:
         epochs = WithPrior(len(train) - prior, prior)
-    watched = [item for item in train if not item.is_prior and not item.repeat][:WATCHED]
+    watched = [row for row in train if not row.is_prior and not row.item.repeat][:WATCHED]
     facts = [("pictures", found.length)]
     return Data(train, held_out, found.shape, facts, found.about, notes, watched=watched, mixture=epochs)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...bases.pipeline import arguments_of
+from ...bases.catching import arguments_of
 from ...errors import TrainError, listing
 
 ROWS = "[]"  # ends the name of an argument that is a list with a tensor a row (Z-Image), not one tensor

@@ -98,7 +98,7 @@ def slider_losses(
     )
     noise = torch.randn(rows, *shape).to(device)
     layout = layout_of(model, noise, target)
-    t = sample_timesteps(scheduler, rows, None, settings, layout.mu).to(device)
+    t = sample_timesteps(scheduler, rows, None, settings, layout.mu)
 
     def predicted(x: Tensor, prompt: Mapping[str, Any], times: Tensor) -> Tensor:
         return predict(model, layout, x, times, prompt, settings.guidance)
@@ -112,7 +112,7 @@ def slider_losses(
         with _scaled(model, name, sign):
             error = (predicted(x, target, t) - (base + sign * direction)).square()
         losses = losses + row_means(error, layout, noise, None) / 2
-    return losses * objective.weights(t, settings.min_snr)
+    return losses * objective.weights(t, settings.min_snr).to(device)
 
 
 def denoised(noise: Tensor, t: Tensor, steps: int, objective: Objective, layout: Layout, predicted: Any) -> Tensor:

@@ -16,14 +16,14 @@ from .encoded import PictureRow, Pictures, on_device
 from .loss import QUARTILES, fixed_losses
 
 
-def validate(base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
+def validate(base: Base, items: Sequence[PictureRow], batch_size: int) -> dict[str, float]:
     """Return the mean loss, and that of each quartile of the timesteps, from little noise to much.
 
     A picture's noise depends on its file alone. Raises NotFiniteError, naming the picture, if a loss is not finite.
     """
     pictures: Pictures = base.processor
     device = next(base.model.parameters()).device
-    plain = [row if isinstance(row, PictureRow) else PictureRow(row, row.plain) for row in items]
+    plain = [row.plain for row in items]
     sums = torch.zeros(QUARTILES, dtype=torch.float64)
     with evaluating(base.model), torch.no_grad():
         for rows in _batches(plain, batch_size):

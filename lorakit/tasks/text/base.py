@@ -27,8 +27,8 @@ CPU_TOKENS = 4096  # per micro-batch on a CPU: larger matrices are no faster the
 # within a few steps.
 MARGIN = 1.0
 
-samples_from_file = False
 compares = False
+traced = True
 tried_with: str | None = None
 size_unit = "tokens"
 
@@ -39,6 +39,18 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def drawn(item: Any, seed: int, epoch: int) -> Any:
     return item
+
+
+def samples_from_file(config: RunSettings) -> bool:
+    return False
+
+
+def to_attach(config: RunSettings, processor: Any) -> RunSettings:
+    return config
+
+
+def finished(adapter: Any, processor: Any) -> Any:
+    return adapter
 
 
 def prepare(base: Any, items: Any) -> None:

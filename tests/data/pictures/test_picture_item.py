@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -71,21 +72,29 @@ def test_stretching_cuts_nothing():
     assert columns[-1] > 240
 
 
-def test_random_crops_differ_and_stay_inside_the_picture():
+def test_random_crops_are_at_nine_places_from_edge_to_edge():
     item = item_of(scene(301, 97), (96, 96), chances=Chances(crop="random"))
-    boxes = {item.drawn(3, epoch).box for epoch in range(50)}
-    assert len(boxes) == 50
+    counts = Counter(item.drawn(3, epoch).box for epoch in range(900))
+    boxes = list(counts)
+    assert len(boxes) == 9  # few enough for all of them to be cached
+    assert all(50 < count < 160 for count in counts.values())
     for left, top, right, bottom in boxes:
         assert 0 <= left < right <= 301
         assert 0 <= top < bottom <= 97
         assert (right - left) == pytest.approx(bottom - top)
     assert item.pixels(item.drawn(3, 0)).shape == (3, 96, 96)
-    lefts = [box[0] for box in boxes]
-    assert min(lefts) < 30
-    assert max(lefts) > 170
+    assert min(box[0] for box in boxes) == 0
+    assert max(box[2] for box in boxes) == 301
 
 
 ALL = Chances(flip=True, crop="random", caption_dropout=0.3, shuffle_tags=True, keep_tags=1)
+
+
+def test_tags_come_in_sixteen_orders():
+    item = item_of(scene(), (48, 32), caption="a, b, c, d, e, f, g", chances=Chances(shuffle_tags=True))
+    captions = {item.drawn(0, epoch).caption for epoch in range(500)}
+    assert len(captions) == 16  # few enough for all of them to be cached
+    assert {tuple(sorted(caption.split(", "))) for caption in captions} == {tuple("abcdefg")}
 
 
 def test_what_is_drawn_depends_on_seed_and_epoch_alone():

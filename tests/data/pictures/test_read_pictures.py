@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 
 import pytest
+import torch
 from made_pictures import scene, write_pictures
 from PIL import Image
 
@@ -64,8 +65,10 @@ def test_a_default_caption_is_for_those_without_one_and_is_counted(tmp_path):
 def test_the_shape_has_the_counts_and_the_first_three_captions(tmp_path):
     write_pictures(tmp_path, {f"{name}.png": f"caption {name}" for name in "abcd"})
     shape = read(tmp_path).shape
-    assert f"{tmp_path}: 4 pictures, 4 captions" in shape
+    assert shape.startswith("4 pictures, 4 captions")
     assert "'caption a' · 'caption b' · 'caption c' ..." in shape
+    write_pictures(tmp_path, {"more/x.png": "x"})
+    assert f"{tmp_path}: 4 pictures, 4 captions, {tmp_path}/more: 1 picture, 1 caption" in read(tmp_path).shape
 
 
 def test_tags_that_cannot_be_shuffled_are_noted(tmp_path):
@@ -76,6 +79,26 @@ def test_tags_that_cannot_be_shuffled_are_noted(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- pictures
+
+
+def test_one_scene_saved_in_many_ways_gives_one_tensor(tmp_path):
+    image = scene(64, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    opaque = image.convert("RGBA")
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "plain.bmp")
+    image.save(tmp_path / "lossless.webp", lossless=True)
+    image.convert("CMYK").save(tmp_path / "cmyk.tiff")
+    opaque.save(tmp_path / "opaque.png")
+    image.save(tmp_path / "marked.png", transparency=(1, 2, 3))
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
+    data = read(tmp_path, caption="a", resolution=32)
+    assert len(data.items) == 7
+    first = data.items[0].pixels()
+    for item in data.items:
+        assert item.group == (32, 32)
+        assert torch.equal(item.pixels(), first), item.where
 
 
 def test_broken_pictures_are_all_named_with_their_count(tmp_path):

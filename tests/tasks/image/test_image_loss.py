@@ -10,7 +10,7 @@ from tiny_families import FAMILIES
 import lorakit as lk
 from lorakit.bases.pipeline import as_module
 from lorakit.errors import ConfigError
-from lorakit.tasks.image.loss import fixed_losses, losses
+from lorakit.tasks.image.loss import fixed_losses, losses, trained_timesteps
 from lorakit.tasks.image.settings import DiffusionSettings
 from lorakit.tasks.image.timesteps import sample_timesteps
 
@@ -66,6 +66,25 @@ def test_a_seed_is_a_loss():
     family = FAMILIES["sd1"]()
     assert torch.equal(loss_of(family), loss_of(family))
     assert not torch.equal(loss_of(family), loss_of(family, seed=1))
+
+
+def test_a_model_wrapped_for_several_processes_is_called_itself():
+    family = FAMILIES["sd1"]()
+    calls = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            calls.append(kwargs)
+            return self.module(*args, **kwargs)
+
+    torch.manual_seed(0)
+    wrapped = losses(Wrapper(as_module(family.pipe)), family.latents, family.prompts, DiffusionSettings())
+    assert torch.equal(wrapped, loss_of(family))
+    assert len(calls) == 1
 
 
 def test_min_snr_weighs_the_rows():
@@ -143,3 +162,28 @@ def test_a_fresh_adapter_has_the_bases_loss():
     base = fixed_losses(model, family.latents, family.prompts, DiffusionSettings())
     lk.attach(family.pipe, lk.LoraConfig(rank=2, targets=["to_q"]))
     assert torch.equal(fixed_losses(model, family.latents, family.prompts, DiffusionSettings()), base)
+
+
+# ------------------------------------------------------------------------------------- two experts
+
+
+@pytest.mark.parametrize(
+    ("expert", "low", "high", "outside"),
+    [("transformer", 600, 1000, {"max_timestep": 500}), ("transformer_2", 0, 600, {"min_timestep": 700})],
+)
+def test_timesteps_are_those_of_the_expert_that_is_trained(expert, low, high, outside):
+    import diffusers
+
+    family = FAMILIES["wan"]()
+    second = diffusers.WanTransformer3DModel.from_config(family.pipe.transformer.config).eval()
+    vars(family.pipe)["transformer_2"] = second
+    family.pipe.register_to_config(boundary_ratio=0.6)
+    model, settings = as_module(family.pipe), DiffusionSettings()
+    assert trained_timesteps(model, settings) == settings
+    lk.attach(family.pipe, lk.LoraConfig(rank=2, targets=["to_q"], components=[expert]))
+    own = trained_timesteps(model, settings)
+    assert (own.min_timestep, own.max_timestep) == (low, high)
+    with pytest.raises(ConfigError, match=rf"{expert} predicts timesteps .* 600, and none of them is between"):
+        trained_timesteps(model, DiffusionSettings(**outside))
+    losses(model, family.latents, family.prompts, settings).sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())

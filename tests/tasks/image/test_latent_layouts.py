@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import tiny_pipelines as tiny
 import torch
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, OTHERS
 
 from lorakit.bases.pipeline import as_module
 from lorakit.errors import TrainError
@@ -32,6 +32,16 @@ def test_models_that_are_given_their_guidance():
     embedded = {name: found(make()).embedded for name, make in FAMILIES.items()}
     assert {name for name, names in embedded.items() if names} == {"flux", "flux2"}
     assert embedded["flux"] == ("guidance_scale",)
+
+
+def test_a_consistency_model_is_given_its_guidance():
+    family = FAMILIES["sd1"]()
+    family.pipe.unet.register_to_config(time_cond_proj_dim=16)
+    assert found(family).embedded == ("guidance_scale",)
+
+
+def test_rows_share_a_timestep_only_where_they_must():
+    assert {name for name, make in {**FAMILIES, **OTHERS}.items() if not found(make()).together} == {"aura_flow"}
 
 
 def test_a_distilled_qwen_image_is_given_its_guidance():
@@ -103,6 +113,26 @@ def test_one_probe_a_size():
     assert found(family).call["height"] == 16
     larger = layout_of(as_module(family.pipe), torch.zeros(1, 4, 8, 16), family.prompts)
     assert (larger.call["height"], larger.call["width"]) == (16, 32)
+
+
+def test_another_scheduler_or_precision_is_probed_anew():
+    family = FAMILIES["flux"]()
+    first = found(family)
+    family.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(family.pipe.scheduler.config)
+    assert found(family) is not first
+    sd = FAMILIES["sd1"]()
+    assert found(sd).dtype is None
+    sd.pipe.to(torch.bfloat16)
+    prompts = {"prompt_embeds": sd.prompts["prompt_embeds"].bfloat16()}
+    assert layout_of(as_module(sd.pipe), sd.latents, prompts).dtype == torch.bfloat16
+
+
+def test_latents_in_another_memory_format():
+    family = FAMILIES["flux"]()
+    latents = family.latents.contiguous(memory_format=torch.channels_last)
+    layout = found(family)
+    assert torch.equal(layout.argument(latents), layout.argument(family.latents))
+    assert torch.equal(layout.packed(latents), layout.packed(family.latents))
 
 
 def test_packed_without_prompts():

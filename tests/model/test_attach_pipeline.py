@@ -8,8 +8,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny_pipelines import draw, tiny_sd1, tiny_sdxl
-from torch import nn
+from tiny_pipelines import close, draw, models, tiny_sd1, tiny_sdxl, trained
 
 import lorakit as lk
 from lorakit.bases.pipeline import as_module
@@ -30,30 +29,10 @@ def family(request):
     return request.param
 
 
-def models(pipe) -> list[nn.Module]:
-    return [m for m in pipe.components.values() if isinstance(m, nn.Module)]
-
-
-def trained(pipe, name="default", seed=1, **config):
-    """Attach a fresh adapter whose factors are random, and return its value."""
-    lk.attach(pipe, lk.LoraConfig(**{"rank": 2, "alpha": 3, "targets": "kohya"} | config), name)
-    made = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for model in models(pipe):
-            for n, parameter in model.named_parameters():
-                if f".lora_{name}." in n:
-                    parameter.copy_(torch.randn(parameter.shape, generator=made) * 0.2)
-    return lk.capture(pipe, name)
-
-
 def applied(pipe) -> int:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return sum(isinstance(m, BaseTunerLayer) for model in models(pipe) for m in model.modules())
-
-
-def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 def test_attach_gives_the_pipeline_back_and_detach_leaves_no_trace(family):
@@ -219,10 +198,42 @@ def test_a_replaced_component_is_an_error_and_not_silence(sd1):
     for call in (lk.capture, lk.summary, lk.merge, lk.active, lambda p: lk.activate(p, None), lk.detach):
         with pytest.raises(StateError, match="the pipeline's unet was replaced while adapters are attached"):
             call(sd1)
+    sd1.unet = None
+    with pytest.raises(StateError, match="the pipeline's unet was replaced"):
+        lk.detach(sd1)
     sd1.unet = old
     lk.detach(sd1)
     sd1.unet = tiny_sd1(seed=1).unet
     lk.attach(sd1, lk.LoraConfig(rank=2, targets="attention"))
+
+
+def test_a_component_without_adapters_may_go(sd1):
+    """As trainers free text encoders once prompts are encoded."""
+    adapter = trained(sd1)
+    embeds, negative = sd1.encode_prompt("a cat", "cpu", 1, True)
+    ours, encoder = draw(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative), sd1.text_encoder
+    sd1.text_encoder = None
+    assert lk.capture(sd1).digest() == adapter.digest()
+    lk.merge(sd1)
+    close(draw(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative), ours, 1e-4)
+    lk.unmerge(sd1)
+    assert list(as_module(sd1).components) == ["unet"]
+    with pytest.raises(TargetError, match="no 'text_encoder' to adapt"):
+        lk.attach(sd1, lk.LoraConfig(components=["text_encoder"]), "words")
+    sd1.text_encoder = encoder
+    trained(sd1, "words", components=["text_encoder"])
+    sd1.text_encoder = None
+    with pytest.raises(StateError, match="the pipeline's text_encoder was replaced"):
+        lk.activate(sd1, "default")
+    sd1.text_encoder = encoder
+    lk.detach(sd1)
+    assert torch.equal(draw(sd1), draw(tiny_sd1()))
+
+
+def test_what_is_no_model_is_said(sd1):
+    for wrong in (None, sd1.components, "folder"):
+        with pytest.raises(StateError, match=r"the model is a .*\n  expected a torch\.nn\.Module, or a pipeline"):
+            lk.attach(wrong, lk.LoraConfig())
 
 
 def test_adapters_are_on_the_pipeline_or_on_its_part_and_not_on_both(sd1):
@@ -233,7 +244,7 @@ def test_adapters_are_on_the_pipeline_or_on_its_part_and_not_on_both(sd1):
         lk.capture(sd1)
     lk.detach(sd1.unet)
     lk.attach(sd1, lk.LoraConfig(rank=2, targets="attention"))
-    with pytest.raises(StateError, match="a larger model or pipeline that has this UNet2DConditionModel"):
+    with pytest.raises(StateError, match="of this UNet2DConditionModel has adapters, which were attached to another"):
         lk.attach(sd1.unet, lk.LoraConfig(rank=2, targets="attention"))
     assert lk.adapters(sd1) == ["default"]
     assert lk.active(sd1) == {"default": 1.0}
