@@ -32,7 +32,9 @@ def bench(
     ] = None,
     precision: Annotated[
         Literal["fp32", "bf16", "all"] | None,
-        typer.Option(help="for train-step, image-step, trainer, mixed and joint; default: those with native matrix products here"),
+        typer.Option(
+            help="for train-step, image-step, trainer, mixed and joint; default: those with native matrix products here"
+        ),
     ] = None,
 ) -> None:
     """Measure lorakit and its peers side by side on this machine, and print a table with an explanation for each."""
