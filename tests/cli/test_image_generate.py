@@ -165,6 +165,8 @@ def test_a_picture_is_made_again_from_its_png_alone(draw, number):
         "guidance_rescale=0.7",
         "--seed",
         "7",
+        "--batch-size",
+        "1",
     )
     path = next(Path("pictures").glob(f"{number:04d}-*.png"))
     code, out, err = draw("--from", path, "--out", "again.png", model=None)
@@ -172,6 +174,14 @@ def test_a_picture_is_made_again_from_its_png_alone(draw, number):
     assert f"the same pixels as {path}" in out
     assert furthest(path, "again.png") == 0
     assert read_png(path) == read_png(Path("again.png"))
+
+
+def test_a_picture_from_a_pass_of_several_is_made_again_up_to_rounding(draw):
+    adapters = ("--adapter", "ink.safetensors:0.7", "--adapter", "neon.safetensors:0.5")
+    made = json.loads(draw("a cat", "a dog", *adapters, "--scale", "0", "0.5", "1", "--json")[1])
+    code, out, _ = draw("--from", made["pictures"][5]["file"], "--json", "--out", "again.png", model=None)
+    assert code == 0
+    assert json.loads(out)["largest_difference"] <= 1
 
 
 def test_a_picture_of_a1111_is_made_similarly(draw, tmp_path):

@@ -178,6 +178,8 @@ class Written:
         if not count:
             return Comparison(f"the same pixels as {path}", 0, 0)
         libraries = f"; it was made with {made.libraries}" if made.libraries != ours.libraries else ""
+        if largest == 1 and not libraries:
+            libraries = " (rounding: it was made in one pass with others; --batch-size 1 makes each by itself)"
         return Comparison(
             f"{count:,} of {difference.size:,} values differ from {path}, by at most {largest} of 255{libraries}",
             count,

@@ -88,7 +88,7 @@ def decode(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "empty file" if not data else "no picture that Pillow can read"
-            if where.lower().endswith(UNREADABLE):
+            if where.lower().endswith((*UNREADABLE, ".avif")):  # Pillow before 11.3 does not read AVIF
                 reason += "; convert it to JPEG or PNG"
         raise DataError(f"{where}: broken picture: {reason}") from error
 

@@ -7,10 +7,12 @@ import io
 import numpy as np
 import pytest
 from made_pictures import scene
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from lorakit.data.pictures.decode import CMYK, COMPOSED, FIRST_FRAME, PROFILE, SIXTEEN, SUFFIXES, TURNED, colour, decode
 from lorakit.errors import ConfigError, DataError
+
+AVIF = pytest.param("AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason="Pillow before 11.3"))
 
 
 def saved(image: Image.Image, file_type: str = "PNG", **options) -> bytes:
@@ -91,10 +93,10 @@ def test_every_value_of_16_bits_is_rounded_to_the_nearest_of_8():
     np.testing.assert_array_equal(pixels(saved(Image.fromarray(values)))[..., 0], expected)
 
 
-@pytest.mark.parametrize("file_type, tolerance", [("JPEG", 6), ("AVIF", 12)])
-def test_lossy_files_come_close(file_type, tolerance):
+@pytest.mark.parametrize("file_type", ["JPEG", AVIF])
+def test_lossy_files_come_close(file_type):
     found = pixels(saved(scene(), file_type, quality=100)).astype(int)
-    assert np.abs(found - np.asarray(scene()).astype(int)).mean() < tolerance
+    assert np.abs(found - np.asarray(scene()).astype(int)).mean() < 8
 
 
 def test_a_printers_jpeg_in_cmyk_comes_close():
@@ -176,7 +178,7 @@ def test_32_bit_pixels_are_refused_as_their_range_is_unknown(mode):
         decode(saved(scene().convert("L").convert(mode), "TIFF"), "x.tiff")
 
 
-@pytest.mark.parametrize("file_type", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
+@pytest.mark.parametrize("file_type", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", AVIF])
 @pytest.mark.parametrize("kept", [0.5, 0.97])
 def test_a_truncated_file_is_named(file_type, kept):
     data = saved(scene(160, 120), file_type)
@@ -204,4 +206,4 @@ def test_a_background_that_is_no_colour_is_refused():
 
 def test_every_suffix_is_one_that_pillow_opens():
     known = Image.registered_extensions()
-    assert all(suffix in known for suffix in SUFFIXES)
+    assert all(suffix in known for suffix in SUFFIXES if suffix != ".avif" or features.check("avif"))
