@@ -28,7 +28,7 @@ from ...model.activate import activate, active, adapters
 from ...model.merge import merge, unmerge
 from ...model.state import Weights, state_of
 from ..eval_mode import evaluating
-from .call import call_arguments, cut_prompts, default_size, guided
+from .call import SETTINGS, call_arguments, cut_prompts, default_size, guided
 from .routed import NotByRow, routed
 
 # Pictures in one pass: at most this many, and at most so many pixels together. On the embedded pipeline (32 x 32, two
@@ -210,6 +210,15 @@ def _run(pipe: Any, rows: Sequence[Row], call: Mapping[str, Any]) -> np.ndarray:
         if isinstance(error, LorakitError):
             raise
         raise ConfigError(f"{type(pipe).__name__}: {error}") from error
+    except (AttributeError, TypeError) as error:
+        # Such as clip_skip in diffusers 0.42 with transformers 5, whose text encoder has another structure.
+        further = [name for name, value in call.items() if value is not None and name not in SETTINGS]
+        if not further:
+            raise
+        raise ConfigError(
+            f"{type(pipe).__name__} cannot use {', '.join(further)} with the installed libraries: {error}\n"
+            f"  leave it out; of a picture that is made again: --argument {further[0]}=null"
+        ) from error
     for row, flagged in zip(rows, getattr(result, "nsfw_content_detected", None) or ()):
         if flagged:
             warnings.warn(
