@@ -28,7 +28,8 @@ def main(wanted: list[str]) -> None:
     diffusers.utils.logging.set_verbosity_error()
     print("| family | modules | " + " | ".join(FORMATS) + " | back |\n|" + "---|" * (len(FORMATS) + 3))
     for model in wanted or FAMILIES:
-        for kind in FAMILIES[model].kinds:
+        family = FAMILIES[model]
+        for kind in dict.fromkeys((*family.kinds, *(kind for kinds in family.forms.values() for kind in kinds))):
             with tempfile.TemporaryDirectory() as folder:
                 print(f"| {model} | {kind} | " + " | ".join(row(model, kind, Path(folder))) + " |", flush=True)
 
