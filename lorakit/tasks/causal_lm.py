@@ -21,6 +21,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     defaults,
     drawn,
     finished,
+    for_run,
     learning_rate,
     loss_labels,
     margin,

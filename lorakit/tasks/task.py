@@ -131,6 +131,9 @@ class Task(Protocol):
         Raises ConfigError for settings that the task does not have.
         """
 
+    def for_run(self, processor: Any, config: RunSettings) -> Any:
+        """Return the processor for another run on the same base, with that run's settings."""
+
     def resolved(self, config: RunSettings, processor: Any, earlier: Mapping[str, Any]) -> RunSettings:
         """Return the config with what only the processor knows, such as the ids of tokens.
 

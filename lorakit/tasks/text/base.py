@@ -53,6 +53,10 @@ def finished(adapter: Any, processor: Any) -> Any:
     return adapter
 
 
+def for_run(processor: Any, config: RunSettings) -> Any:
+    return processor
+
+
 def prepare(base: Any, items: Any) -> None:
     """Do nothing: rows are ready."""
 
