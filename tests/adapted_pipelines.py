@@ -22,6 +22,6 @@ def with_adapters(pipe: Any) -> Any:
     for name, targets in TARGETS.items():
         components = ["unet"] if name == "ink" else list(components_of(pipe))
         attach(as_module(pipe), LoraConfig(rank=3, targets=targets, components=components), name=name)
-    randomise_factors(as_module(pipe), size=0.4)
+    randomise_factors(as_module(pipe), size=0.2)
     activate(as_module(pipe), None)
     return pipe

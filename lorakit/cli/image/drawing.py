@@ -131,11 +131,13 @@ def about_adapter(adapter: Adapter, lora: Lora) -> str:
     from ...generate.pictures.png_text import number
 
     parts = "".join(f", {part} {number(factor)}" for part, factor in lora.parts.items())
-    rank = f"rank {adapter.rank}, " if adapter.rank else ""
+    size = [f"rank {adapter.rank}"] if adapter.rank else []
+    size += [f"{len(adapter.updates)} modules"] if adapter.updates else []
+    size += [f"{len(adapter.embeddings)} textual-inversion embeddings"] if adapter.embeddings else []
     triggers = training(adapter.metadata.get("header")).get("trigger words", [])
     triggers += [token for token in adapter.embeddings if token not in triggers]
     said = f"; trigger: {', '.join(triggers[:4])}" if triggers else ""
-    return f"{number(lora.weight)}{parts} ({rank}{len(adapter.updates)} modules){said}"
+    return f"{number(lora.weight)}{parts} ({', '.join(size)}){said}"
 
 
 def weights_of(pipe: Any, loras: Mapping[str, Lora], scale: float) -> dict[str, Weights]:

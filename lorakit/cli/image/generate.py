@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ...bases.hub_reach import check_hub
 from ...errors import ConfigError
 from ..shared.names import check_names
 from ..shared.options import Precision
@@ -104,6 +105,8 @@ def generate(
     out = request.output_path(out, force)
     model = model or (made.model_source if made else None) or "embedded"
     check_names(adapters=[use.source for use in uses])
+    if model != "embedded" and model.count("/") <= 1:  # before torch is imported
+        check_hub(model, "a diffusers pipeline's folder, a .safetensors checkpoint, a hub id, or 'embedded'")
     with starting(f"loading {model}", quiet=json_output):
         from .drawing import load, uses_of
         from .job import plan

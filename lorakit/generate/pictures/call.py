@@ -13,9 +13,18 @@ from typing import Any
 from ...bases.pipeline import arguments_of, denoisers_of
 from ...errors import ConfigError, did_you_mean
 
-# What `generate_pictures` sets itself.
-_OURS = {"prompt", "negative_prompt", "num_inference_steps", "width", "height", "generator", "output_type", "latents"}
-_ONE = ("num_images_per_prompt", "num_videos_per_prompt", "num_frames", "return_dict")
+_GUIDANCE = ("guidance_scale", "true_cfg_scale")
+# The arguments that `call_arguments` itself may return, and others that `generate_pictures` sets.
+SETTINGS = {"negative_prompt", "num_inference_steps", "width", "height", "num_frames", *_GUIDANCE}
+_OURS = {
+    "prompt",
+    "generator",
+    "output_type",
+    "latents",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "return_dict",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def call_arguments(
     """
     own, name, guiding = arguments_of(pipe), type(pipe).__name__, guidance_argument(pipe)
     for key in further:
-        if key in _OURS or key in _ONE or key == guiding:
+        if key == guiding or key in _OURS | SETTINGS - {*_GUIDANCE}:
             raise ConfigError(f"'{key}' is not set as a further argument of {name}\n  give its own setting")
         if key not in own:
             raise ConfigError(f"{name} has no argument '{key}'{did_you_mean(key, own)}")

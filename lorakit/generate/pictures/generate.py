@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from ...model.activate import activate, active, adapters
 from ...model.merge import merge, unmerge
 from ...model.state import Weights, state_of
 from ..eval_mode import evaluating
-from .call import call_arguments, cut_prompts, default_size, guided
+from .call import SETTINGS, call_arguments, cut_prompts, default_size, guided
 from .routed import NotByRow, routed
 
 # Pictures in one pass: at most this many, and at most so many pixels together. On the embedded pipeline (32 x 32, two
@@ -178,19 +178,18 @@ def _generating(pipe: Any, model: Any, bar: bool) -> Iterator[None]:
 
 def _passes(pipe: Any, model: Any, rows: Sequence[Row], call: Mapping[str, Any], merged: bool) -> np.ndarray:
     """Return the pictures of one pass [rows, height, width, 3], in 0..1."""
-    choices = [row.weights or None for row in rows]
-    if any(choice != choices[0] for choice in choices):
-        try:
-            with routed(model, choices):
+    first = rows[0].weights
+    if any(row.weights != first for row in rows):
+        parts = any(isinstance(weight, Mapping) for row in rows for weight in row.weights.values())
+        choices: list[Any] = [row.weights or None for row in rows]
+        if not parts:  # `route` has one weight an adapter
+            # Where rows cannot be told apart they are run one by one; there an unknown adapter is an error again.
+            with suppress(NotByRow, StateError), routed(model, choices):
                 return _run(pipe, rows, call)
-        except (NotByRow, StateError):
-            # This pipeline's rows cannot be told apart. An unknown adapter is an error again here.
-            return np.concatenate([_passes(pipe, model, [row], call, merged) for row in rows])
-    if not adapters(model) and choices[0] is None:
-        return _run(pipe, rows, call)
-    if choices[0] != (active(model) or None):
-        activate(model, choices[0])
-    if not merged or choices[0] is None:
+        return np.concatenate([_passes(pipe, model, [row], call, merged) for row in rows])
+    if first != (active(model) if adapters(model) else {}):
+        activate(model, first or None)
+    if not merged or not first:
         return _run(pipe, rows, call)
     merge(model)
     try:
@@ -210,6 +209,15 @@ def _run(pipe: Any, rows: Sequence[Row], call: Mapping[str, Any]) -> np.ndarray:
         if isinstance(error, LorakitError):
             raise
         raise ConfigError(f"{type(pipe).__name__}: {error}") from error
+    except (AttributeError, TypeError) as error:
+        # Such as clip_skip in diffusers 0.42 with transformers 5, whose text encoder has another structure.
+        further = [name for name, value in call.items() if value is not None and name not in SETTINGS]
+        if not further:
+            raise
+        raise ConfigError(
+            f"{type(pipe).__name__} cannot use {', '.join(further)} with the installed libraries: {error}\n"
+            f"  leave it out; of a picture that is made again: --argument {further[0]}=null"
+        ) from error
     for row, flagged in zip(rows, getattr(result, "nsfw_content_detected", None) or ()):
         if flagged:
             warnings.warn(
