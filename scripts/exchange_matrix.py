@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/formats")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/formats")]
 FORMATS = ("diffusers", "kohya", "comfyui")
 
 
@@ -28,14 +28,16 @@ def main(wanted: list[str]) -> None:
     diffusers.utils.logging.set_verbosity_error()
     print("| family | modules | " + " | ".join(FORMATS) + " | back |\n|" + "---|" * (len(FORMATS) + 3))
     for model in wanted or FAMILIES:
-        for kind in FAMILIES[model].kinds:
+        family = FAMILIES[model]
+        for kind in dict.fromkeys((*family.kinds, *(kind for kinds in family.forms.values() for kind in kinds))):
             with tempfile.TemporaryDirectory() as folder:
                 print(f"| {model} | {kind} | " + " | ".join(row(model, kind, Path(folder))) + " |", flush=True)
 
 
 def row(model: str, kind: str, folder: Path) -> list[str]:
     """The cells of one family and kind of file."""
-    import test_exchange as exchange
+    import exchange_families as exchange
+    from test_exchange import from_peft
 
     import lorakit as lk
 
@@ -52,7 +54,7 @@ def row(model: str, kind: str, folder: Path) -> list[str]:
         theirs.load_lora_weights(str(folder), weight_name=f"{format}.safetensors")
         off = (exchange.predict(family, theirs) - ours).abs().max()
         cells.append(f"{2 * exchange.placed(theirs)} of {2 * len(adapter.updates)}, {off:.1g}")
-    expected = exchange.from_peft(family, kind, folder / "back", alphas=True)
+    expected = from_peft(family, kind, folder / "back", alphas=True)
     back, read = family.pipe(), lk.Adapter.load(folder / "back")
     lk.attach(back, read)
     off = (exchange.predict(family, back) - expected).abs().max()

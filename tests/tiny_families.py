@@ -206,7 +206,7 @@ def z_image() -> Family:
         n_kv_heads=2,
         cap_feat_dim=WIDTH,
         axes_dims=[4, 4, 8],
-        axes_lens=[128, 64, 64],
+        axes_lens=[1024, 512, 512],
     )
     for parameter in transformer.parameters():  # its padding tokens are created without values
         if not parameter.isfinite().all() or parameter.abs().max() > 10:

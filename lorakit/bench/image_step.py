@@ -136,6 +136,11 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]
     return loss
 
 
+def passes(loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """Return a forward and backward."""
+    return lambda: loss().backward()
+
+
 def optimizer_step(model: nn.Module, name: str) -> Callable[[], None]:
     """Return AdamW's step as the side's own trainer takes it: lorakit's is fused, that of diffusers' scripts is not."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -172,7 +177,7 @@ def measure(
     kept = {name: kept_bytes(models[name], loss) for name, loss in losses.items()}
     parts: dict[tuple[str, str], Callable[[], object]] = {}
     for name, model in models.items():
-        parts[name, "passes"] = lambda loss=losses[name]: loss().backward()
+        parts[name, "passes"] = passes(losses[name])
         parts[name, "optimizer"] = optimizer_step(model, name)
     times = cpu_and_wall(parts, rounds)
     return {name: Times(times[name, "passes"], times[name, "optimizer"], kept[name]) for name in models}

@@ -93,7 +93,8 @@ class ConvLayer(LoraLayer):
 
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
         # Scale the narrow convolution's output: on the wide one, backward would make a scaled copy of the gradient.
-        return y + self._up(self._down(x, pair, y) * scale, pair)
+        down = self._down(x, pair, y)
+        return y + self._up(down if scale == 1 else down * scale, pair)
 
     def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
         return self._up(self._down(x, pair, like), pair)

@@ -27,7 +27,7 @@ FIX = "call unfuse_qkv_projections() on the model first; after lorakit.merge(mod
 
 def bypassed(attention: nn.Module) -> list[str]:
     """Return the children of an attention that are not called, since their weights are fused into another one's."""
-    if not getattr(attention, "fused_projections", False):
+    if not attention.__dict__.get("fused_projections"):
         return []
     # Unfused, diffusers' older `Attention` keeps its flag and to_qkv, and has a processor that calls to_v again.
     processor = getattr(attention, "processor", None)
@@ -60,17 +60,21 @@ def copies(model: nn.Module) -> set[str]:
 def watch(model: nn.Module) -> None:
     """Make every attention with an adapted projection check, when it is called, that it has not been fused since."""
     for _, module in base_modules(model):
-        adapted = any(isinstance(child, LoraLayer) for child in module._modules.values())
-        if adapted and hasattr(module, "fuse_projections") and _check not in module._forward_pre_hooks.values():
+        watched = _check in module._forward_pre_hooks.values()
+        if not watched and hasattr(type(module), "fuse_projections") and _has_adapted(module):
             module.register_forward_pre_hook(_check)
 
 
 def unwatch(model: nn.Module) -> None:
     """Take the check away from every attention without adapted projections."""
     for _, module in base_modules(model):
-        if not any(isinstance(child, LoraLayer) for child in module._modules.values()):
+        if hasattr(type(module), "fuse_projections") and not _has_adapted(module):
             for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _check]:
                 del module._forward_pre_hooks[key]
+
+
+def _has_adapted(module: nn.Module) -> bool:
+    return any(isinstance(child, LoraLayer) for child in module._modules.values())
 
 
 def check_called(model: nn.Module, function: str) -> None:

@@ -29,7 +29,9 @@ def live_names(model: nn.Module, adapter: Adapter) -> dict[str, str]:
 
     Raises TargetError where several of a pipeline's components fit.
     """
-    known = {*module_names(model), *(name for name, _ in base_parameters(model, every_name=True))}
+    known = set(module_names(model))
+    if adapter.saved:
+        known.update(name for name, _ in base_parameters(model, every_name=True))
     by_component: dict[str, dict[str, str]] = {}  # component, "" for none -> name: what follows the component
     for name in (*adapter.updates, *adapter.saved):
         if name not in known:

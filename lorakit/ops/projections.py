@@ -27,7 +27,6 @@ from .dropout import Mask, kept_share, masked, masked_input
 from .groups import add_product, gradient_of_B, groups, product
 from .summed import summed_weight
 
-
 # Up to this size of a linear's input and output together, in elements, torch's own nodes are faster than ours, which is
 # called from Python: a step of a UNet with 32 linears of 64 to 256 rows, 32 to 96 wide, takes 0.90 of the time. One of
 # 1,024 rows, 64 -> 512, takes 1.4 times.

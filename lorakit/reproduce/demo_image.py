@@ -33,8 +33,8 @@ COMMON: dict[str, Any] = {
     "sample_steps": 0,
     "sample_guidance": 3.0,
 }
-STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 200, "learning_rate": 1e-3}
-SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 250, "learning_rate": 1e-3}
+STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 150, "learning_rate": 1e-3}
+SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 300, "learning_rate": 1e-3}
 SLIDER_SETTINGS: dict[str, Any] = {
     "rank": 8,
     "alpha": 8,

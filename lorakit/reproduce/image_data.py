@@ -21,9 +21,9 @@ from .emoji.pictures import paste, to_tensor
 STYLE_PICTURES, SUBJECT_PICTURES = 24, 6
 SCENES = ("meadow", "sea", "snow", "red", "sunset", "white", "green", "night")
 SUBJECT = "fox"
-# A word that the base does not know, as DreamBooth takes one (Ruiz et al. 2023, section 3.2). It is one token, where the
-# usual "sks" is three: those push the scene's words to positions at which the base has never seen them, and the
-# background is lost (right in 16 of 16 samples with one token).
+# A word that the base does not know, as DreamBooth takes one (Ruiz et al. 2023, section 3.2). It is one token; the
+# usual "sks" would be three, which push the scene's words to positions at which the base has never seen them, and the
+# background is lost (with one token it is right in 16 of 16 samples of the base).
 RARE = "kin"
 
 

@@ -119,6 +119,7 @@ class Task(Protocol):
     unit: str  # what `Item.weight` counts: "tokens"
     size_unit: str  # what `Item.size` counts
     tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
+    shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
     traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
     compares: bool  # whether the base is evaluated too, at the first evaluation
 
@@ -130,6 +131,9 @@ class Task(Protocol):
 
         Raises ConfigError for settings that the task does not have.
         """
+
+    def for_run(self, processor: Any, config: RunSettings) -> Any:
+        """Return the processor for another run on the same base, with that run's settings."""
 
     def resolved(self, config: RunSettings, processor: Any, earlier: Mapping[str, Any]) -> RunSettings:
         """Return the config with what only the processor knows, such as the ids of tokens.

@@ -81,6 +81,7 @@ unit = "pictures"
 size_unit = "pixels"
 compares = True
 traced = False
+shares = False
 tried_with = "image generate"
 
 # Text has other defaults for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
@@ -115,6 +116,10 @@ def processor(config: RunSettings) -> Pictures:
     return Slider(config, own) if own.slider_positive else Pictures(config, own)
 
 
+def for_run(processor: Pictures, config: RunSettings) -> Pictures:
+    return processor.for_run(config, part(config, TextToImageSettings))
+
+
 def resolved(config: RunSettings, processor: Pictures, earlier: Mapping[str, Any]) -> RunSettings:
     return config
 
@@ -133,7 +138,7 @@ def _check_settings(config: RunSettings) -> None:
 
 
 def data(config: RunSettings, processor: Pictures) -> Data:
-    return processor.data()
+    return for_run(processor, config).data()
 
 
 def drawn(item: Any, seed: int, epoch: int) -> PictureRow:
@@ -211,22 +216,28 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
 def prepare(base: Base, items: Sequence[Any]) -> None:
     """Find out how the pipeline takes its latents, and whether the result can be saved as asked."""
     from ..formats import losses as lost_in
+    from ..model.activate import adapters
     from ..model.capture import capture
 
     format = result_format(base.config)
-    lost = lost_in(finished(capture(base.model), base.processor), format)
+    adapter = capture(base.model, next(iter(adapters(base.model))))
+    lost = lost_in(finished(adapter, base.processor), format)
     if lost:
         raise TrainError(f"save_as: {format} cannot hold what this run trains:\n  " + "\n  ".join(lost))
     base.processor.prepare(base.model, items)
 
 
 def check_together(model: Any) -> None:
-    """Do nothing: `alone` already keeps this task out of sweeps."""
+    """Do nothing: runs on pictures share no forward pass."""
 
 
 def alone(config: RunSettings) -> str | None:
+    own = part(config, TextToImageSettings)
+    name = "new_tokens" if own.new_tokens else "slider_positive" if own.slider_positive else None
+    if name is None:
+        return None
     return (
-        "task: text_to_image: a sweep does not train pictures side by side yet\n"
+        f"{name}: a sweep does not train words or sliders side by side yet\n"
         "  start these runs one by one with lorakit train"
     )
 

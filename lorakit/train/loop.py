@@ -122,7 +122,8 @@ class Loop:
         losses of rows with a label, by label.
         """
         parallel, first = self.parallel, active_runs[0]
-        torch.manual_seed((first.config.seed << 32) + first.step * parallel.world + parallel.rank)
+        seeded: set[int] = set()
+        self._seed(first)
         mine = [parallel.share(batch) for batch in batches]
         # DDP averages gradients over processes, but the sum over all of them is to be divided by the batch's weight.
         weights = [parallel.world / weight_of(batch) for batch in batches]
@@ -134,7 +135,11 @@ class Loop:
         totals = [torch.zeros((), device=parallel.device) for _ in active_runs]
         apart = [Labelled(self.task, batch, parallel) for batch in batches]
         for i, part in enumerate(parts):
-            base = active_runs[part.runs[0]].job.base
+            run = active_runs[part.runs[0]]
+            if len(set(part.runs)) == 1 and part.runs[0] not in seeded:  # the random numbers of the run alone
+                self._seed(run)
+                seeded.add(part.runs[0])
+            base = run.job.base
             collated = self.task.collate(part.items, base, packed=first.job.packed is not None)
             batch = {k: v.to(parallel.device) if isinstance(v, Tensor) else v for k, v in collated.items()}
             weight = torch.tensor([weights[run] for run in part.runs], device=parallel.device)  # [rows]
@@ -144,12 +149,16 @@ class Loop:
             ):
                 losses = self.task.losses(self.model, batch) * weight
                 parallel.backward(losses.sum())
-            runs = dict.fromkeys(part.runs)
-            for run, own, rows in zip(runs, losses.detach().split(part.counts), part.rows_by_run(), strict=True):
-                totals[run] += own.sum()
-                apart[run].add(rows, own, weights[run])
+            of_runs = zip(dict.fromkeys(part.runs), losses.detach().split(part.counts), part.rows_by_run(), strict=True)
+            for number, own, rows in of_runs:
+                totals[number] += own.sum()
+                apart[number].add(rows, own, weights[number])
         norms = torch.stack([torch.nn.utils.get_total_norm(run.gradients()) for run in active_runs])
         return parallel.mean(torch.stack(totals)), norms.float(), [labelled.means() for labelled in apart]
+
+    def _seed(self, run: Run) -> None:
+        """Seed torch's default generators by the run's seed and step, and this process."""
+        torch.manual_seed((run.config.seed << 32) + run.step * self.parallel.world + self.parallel.rank)
 
     def _routed(self, adapters: list[str]) -> contextlib.AbstractContextManager[None]:
         """Return a context in which each row uses its run's adapter. A single run is faster without routing."""

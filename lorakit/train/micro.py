@@ -62,7 +62,8 @@ def limit_for(jobs: Sequence[Job]) -> Limit:
     rows = None if first.config.micro_batch == "auto" else int(first.config.micro_batch)
     on_cpu = first.parallel.device.type == "cpu"
     tokens = None if rows else first.task.size_at_once(first.parallel.device) or BUSY
-    return Limit([job.micro_batch.value for job in jobs], rows, tokens, BUSY_CPU if on_cpu else BUSY)
+    busy = (BUSY_CPU if on_cpu else BUSY) if first.task.shares else 0
+    return Limit([job.micro_batch.value for job in jobs], rows, tokens, busy)
 
 
 def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:
@@ -72,7 +73,9 @@ def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[Micro
     """
     groups = dict.fromkeys(item.group for batch in batches for item in batch)
     of_groups = [[[item for item in batch if item.group == group] for batch in batches] for group in groups]
-    return [part for each in of_groups for part in _of_one_group(each, limit)]
+    parts = [part for each in of_groups for part in _of_one_group(each, limit)]
+    # All of a run's own ones together, so that it draws the random numbers that it would draw alone.
+    return sorted(parts, key=lambda part: part.runs[0]) if len(of_groups) > 1 else parts
 
 
 def _of_one_group(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:

@@ -180,7 +180,7 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
                 each,
                 folders[name],
                 parallel,
-                Base(model, processor, each),
+                Base(model, task.for_run(processor, each), each),
                 data[name],
                 train,
                 data[name].held_out,

@@ -40,7 +40,7 @@ def test_an_unknown_name_suggests_the_nearest():
 def test_every_table_has_a_title_and_imports_without_peers(name):
     code = (
         "import sys\n"
-        "for peer in ('peft', 'loralib', 'trl'): sys.modules[peer] = None\n"
+        "for peer in ('peft', 'loralib', 'trl', 'diffusers'): sys.modules[peer] = None\n"
         f"from lorakit.bench import suite; bench = suite.load({name!r}); assert len(bench.TITLE) > 40 and "
         "callable(bench.run)"
     )
@@ -130,7 +130,7 @@ def test_precisions_are_passed_only_to_tables_that_take_them(monkeypatch):
     assert suite.measure("latency", True, (torch.float32,)) == [{"quick": True}]
 
 
-@pytest.mark.parametrize("name", ["train-step", "joint", "trainer"])
+@pytest.mark.parametrize("name", ["train-step", "image-step", "joint", "trainer"])
 def test_tables_that_take_precisions_are_recognised(name):
     assert suite.measures_precisions(name)
 

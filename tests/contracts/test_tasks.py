@@ -101,7 +101,7 @@ def labelled_rows() -> list[dict[str, Any]]:
 @torch.no_grad()
 def denoising_loss(pipe: Any, item: Any) -> torch.Tensor:
     """The mean squared error of the noise that the UNet predicts, at the middle of each quartile of the timesteps."""
-    pipe = getattr(pipe, "pipe", pipe)
+    pipe, item = getattr(pipe, "pipe", pipe), item.item
     latents = pipe.vae.encode(item.pixels()[None]).latent_dist.mode() * pipe.vae.config.scaling_factor
     ids = pipe.tokenizer(item.caption, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
     embeds = pipe.text_encoder(ids.input_ids)[0]

@@ -14,6 +14,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.errors import AdapterError, StateError
 from lorakit.layers.updates.lora import LoraFactors
+from lorakit.ops import summed
 
 CASES = {
     "1d": (nn.Conv1d, (4, 6, 3), {"stride": 2, "padding": 1, "dilation": 2}),
@@ -59,9 +60,18 @@ def updated(model: nn.Sequential) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: torch.func.functional_call(bare, parameters, (x,))
 
 
+@pytest.fixture(params=["summed weight", "thin convolutions"])
+def form(request, monkeypatch):
+    """Compute with W + ΔW, or with A and B apart, whatever the sizes."""
+    monkeypatch.setattr(summed, "LARGEST", 1e9 if request.param == "summed weight" else 0)
+    monkeypatch.setattr(summed, "LARGEST_KEPT", 1e9)
+    return request.param
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_output_and_gradients_are_those_of_the_updated_weight(case):
-    model, x = adapted(case)
+@pytest.mark.parametrize("alpha", [3, 6])
+def test_the_output_and_gradients_are_those_of_the_updated_weight(case, alpha, form):
+    model, x = adapted(case, alpha=alpha)
     x.requires_grad_()
     wanted = [x, model[0].lora_default.A, model[0].lora_default.B]
     ours, theirs = model(x), updated(model)(x)
@@ -159,3 +169,40 @@ def test_factors_of_another_kernel_or_grouping_are_refused():
             lk.attach(model, lk.Adapter(lk.LoraConfig(rank=4, targets=["0"]), {"0": factors}))
         assert not any(isinstance(m, LoraFactors) for m in model.modules())
         assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_a_fresh_adapter_leaves_the_bases_bits_and_layout(layout, form):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)).to(memory_format=layout).requires_grad_(False)
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=layout)
+    before = model(x)
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["0"]))
+    after = model(x)
+    assert torch.equal(after, before)
+    assert after.is_contiguous(memory_format=layout)
+
+
+def calls_of_the_base(model: nn.Module, run: Callable[[], object], monkeypatch) -> int:
+    """How often a convolution with the base's own weight is computed."""
+    weight, own, calls = model[0].weight, nn.Conv2d._conv_forward, []
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda conv, x, W, b: calls.append(W is weight) or own(conv, x, W, b)
+    )
+    run()
+    return sum(calls)
+
+
+def test_the_weight_is_summed_only_for_one_plain_update_without_dropout_or_autocast(monkeypatch):
+    model, x = adapted("2d pointwise", torch.float32)
+    assert calls_of_the_base(model, lambda: model(x), monkeypatch) == 0
+    with torch.no_grad():
+        assert calls_of_the_base(model, lambda: model(x), monkeypatch) == 1, "no gradients"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls_of_the_base(model, lambda: model(x), monkeypatch) == 1, "autocast"
+    lk.attach(model, lk.LoraConfig(rank=2, targets=["0"]), name="second")
+    lk.activate(model, {"default": 1.0, "second": 1.0})
+    assert calls_of_the_base(model, lambda: model(x), monkeypatch) == 1, "two adapters"
+    dropping, _ = adapted("2d pointwise", torch.float32, dropout=0.5)
+    assert calls_of_the_base(dropping.train(), lambda: dropping(x), monkeypatch) == 1, "dropout"
+    assert calls_of_the_base(dropping.eval(), lambda: dropping(x), monkeypatch) == 0

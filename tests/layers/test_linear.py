@@ -295,6 +295,23 @@ def test_plain_linears_take_the_one_node_path_and_others_do_not():
     assert issubclass(type(adapted(linear())[0]), LinearLayer)
 
 
+@pytest.mark.parametrize("rows, size", [(32, 8), (4, 32)], ids=["summed weight", "thin products"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_small_linear_under_checkpointing_is_the_same_without(rows, size, reentrant):
+    torch.manual_seed(0)
+    model, x = adapted(nn.Linear(size, size)).train(), torch.randn(rows, size, requires_grad=True)
+    wanted = [x, model[0].lora_default.A, model[0].lora_default.B]
+    plainly = model(x)
+    plainly.square().sum().backward()
+    expected = [plainly, *(t.grad.clone() for t in wanted)]
+    for t in wanted:
+        t.grad = None
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    for a, e in zip([y, *(t.grad for t in wanted)], expected, strict=True):
+        assert torch.equal(a, e)
+
+
 def test_autocast_with_a_base_that_gives_float32():
     class Wide(nn.Linear):
         def forward(self, x):

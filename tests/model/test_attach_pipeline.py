@@ -264,6 +264,18 @@ def test_layers_of_peft_are_named_whatever_the_targets(sd1, tmp_path):
     close(draw(pipe), draw(sd1))
 
 
+def test_loha_on_a_pipeline(sd1, tmp_path):
+    adapter = trained(sd1, variant="loha", targets="locon", components=["unet", "text_encoder"])
+    ours, before = draw(sd1), tiny.bits(sd1.unet)
+    lk.merge(sd1)
+    close(draw(sd1), ours, 1e-4)
+    lk.unmerge(sd1)
+    assert tiny.same_bits(before, tiny.bits(sd1.unet))
+    again = tiny_sd1()
+    lk.attach(again, lk.Adapter.load(adapter.save(tmp_path / "it.safetensors", format="kohya")))
+    close(draw(again), ours)
+
+
 def test_rank_and_alpha_by_block(sd1):
     config = lk.LoraConfig(
         rank=2,

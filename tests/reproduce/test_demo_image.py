@@ -11,7 +11,7 @@ from PIL import Image
 import lorakit as lk
 from lorakit.bases.load_pipeline import embedded_pipeline, load_pipeline
 from lorakit.cli import run as cli
-from lorakit.reproduce.demo_image import ALONE, PICTURES, run
+from lorakit.reproduce.demo_image import ALONE, DIFFUSERS_FILE, PICTURES, run
 from lorakit.reproduce.emoji.captions import emoji_list
 from lorakit.reproduce.image_data import SUBJECT, style_objects, subject_prompt, write_style, write_subject
 from lorakit.reproduce.image_figure import COLUMNS, ROWS
@@ -74,7 +74,7 @@ def test_the_picture_has_a_cell_for_every_row_and_prompt(demo):
 
 def test_a_second_run_resumes_and_gives_the_same_adapters(demo):
     out, outcome, _ = demo
-    files = [out / "style" / "adapter" / "pytorch_lora_weights.safetensors", out / "slider" / "adapter" / "pytorch_lora_weights.safetensors"]
+    files = [out / name / "adapter" / DIFFUSERS_FILE for name in ("style", "slider")]
     before = [path.read_bytes() for path in files]
     again = run(out, steps=STEPS, compare=True, few=True, say=lambda _: None)
     assert [path.read_bytes() for path in files] == before

@@ -33,6 +33,9 @@ from lorakit.train.micro import limit_for, micro_batches
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
+from lorakit.train.sweep.sweep import sweep
+from lorakit.train.sweep.sweep_config import expand
+from lorakit.train.sweep.sweep_progress import SweepProgress
 from lorakit.train.train import train
 
 QUIET = Progress(quiet=True)
@@ -198,7 +201,7 @@ def test_the_average_of_the_parameters_is_what_is_saved_and_sampled(make, tmp_pa
 
 
 def test_learned_words_are_in_the_file_beside_the_adapter(make, model, tmp_path):
-    config = make(new_tokens={"<dog>": "cat"}, token_vectors=2, steps=3, caption="<dog>", learning_rate=1e-2)
+    config = make(new_tokens={"<dog>": "cat"}, token_vectors=2, steps=3, trigger="<dog>", learning_rate=1e-2)
     result = train(config, QUIET)
     adapter = lk.Adapter.load(result.adapter)
     (vectors,) = adapter.embeddings.values()
@@ -224,9 +227,10 @@ def test_a_slider_is_trained_without_pictures(make):
         ({"method": "full"}, "method: full: task text_to_image trains adapters"),
         ({"compile": True}, "compile: task text_to_image does not have it"),
         ({"prior_count": 3}, "prior_count: say what to draw"),
+        ({"new_tokens": {"<dog>": ""}}, "'<dog>' is in none of 7 captions"),
         ({"slider_positive": "a cat"}, "a slider is trained from prompts"),
         ({"save_as": "kohya", "targets": ["time_emb_proj"], "min_snr": 5}, None),
-        ({"find_lr": True, "learning_rate": "auto"}, "task: text_to_image"),
+        ({"find_lr": True, "learning_rate": "auto", "new_tokens": {"<x>": ""}}, "task: text_to_image"),
         ({"model": "tests"}, "model_index.json is missing"),
     ],
 )
@@ -240,7 +244,16 @@ def test_settings_that_do_not_fit_are_refused_before_training(make, changes, mes
 
 def test_gradient_checkpointing_changes_no_bit(make, tmp_path):
     plain, saving = (
-        train(make(gradient_checkpointing=on, steps=3, sample_steps=0, out=tmp_path / str(on)), QUIET)
+        train(
+            make(
+                gradient_checkpointing=on,
+                components=["unet", "text_encoder"],
+                steps=3,
+                sample_steps=0,
+                out=tmp_path / str(on),
+            ),
+            QUIET,
+        )
         for on in (False, True)
     )
     ours, theirs = (lk.Adapter.load(result.adapter) for result in (plain, saving))
@@ -312,3 +325,19 @@ def test_a_picture_whose_loss_is_not_finite_stops_the_run_and_the_last_good_chec
         TrainError, match=r"the loss is nan at step \d; nothing was updated, and the last good .*step-[24]"
     ):
         train(config.replace(batch_size=7), QUIET)
+
+
+def test_runs_of_a_sweep_are_those_that_they_would_be_alone_and_are_ranked_on_fixed_noise(make, tmp_path):
+    rates = (1e-4, 2e-2)
+    alone = {
+        rate: train(make(learning_rate=rate, min_snr=2, out=tmp_path / f"{rate}"), QUIET).adapter for rate in rates
+    }
+    values = make(min_snr=2, out=tmp_path / "sweep").model_dump(exclude_unset=True) | {"learning_rate": list(rates)}
+    outcome = sweep(expand(values, 4), SweepProgress(quiet=True))
+    assert outcome.criterion == "the loss of training rows on fixed noise (none were held out)"
+    for entry in outcome.entries:
+        ours, theirs = (lk.Adapter.load(path).updates for path in (entry.adapter, alone[entry.learning_rate]))
+        for module, update in ours.items():
+            for name, tensor in update.tensors().items():
+                torch.testing.assert_close(tensor, theirs[module].tensors()[name], atol=1e-6, rtol=1e-4)
+    assert outcome.entries[0].learning_rate == 2e-2

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-HELP = {
+VERBS = {
     "train": "train an adapter for a diffusion pipeline on pictures",
     "generate": "draw pictures with a pipeline and adapters",
 }
-VERBS = {verb: text for verb, text in HELP.items() if (Path(__file__).parent / f"{verb}.py").is_file()}

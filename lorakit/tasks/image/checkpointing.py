@@ -13,7 +13,7 @@ def checkpoint(model: PipelineModel) -> None:
     cannot.
     """
     component: Any  # a model of diffusers or of transformers
-    for name, component in model.named_children():
+    for name, component in model.components.items():
         if not any(p.requires_grad for p in component.parameters()):
             continue
         if hasattr(component, "enable_gradient_checkpointing"):  # diffusers

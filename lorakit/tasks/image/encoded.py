@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...bases.device import choose_device, choose_dtype
 from ...bases.load_pipeline import load_pipeline
 from ...bases.native_size import native_size
-from ...bases.pipeline import PipelineModel, as_module
+from ...bases.pipeline import PipelineModel, as_module, is_text_encoder
 from ...config import RunSettings, part
 from ...data.pictures.cache import TensorCache, caption_key, picture_key, weights_hash
 from ...data.pictures.item import Drawn, PictureItem
@@ -36,7 +36,6 @@ from .tokens import AddedTokens, NewToken, add_tokens, trainable_tokens
 if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
 
-_ENCODERS = "text_encoder"
 CACHE = "cache"  # in the run's folder
 MULTIPLE = 8  # the pipelines of Stable Diffusion ask for it whatever their autoencoder
 RESOLUTION = 512  # of a pipeline that does not say its own
@@ -100,6 +99,14 @@ class Pictures:
         self.cache = None if folder is None else TensorCache(folder)
         self.added: AddedTokens | None = None  # once the pipeline is loaded
         self._hashes: dict[str, str] = {}
+
+    def for_run(self, config: RunSettings, settings: TextToImageSettings) -> Pictures:
+        """Return the same pipeline with another run's settings and cache."""
+        other = type(self)(config, settings)
+        if "pipe" in vars(self):
+            vars(other)["pipe"] = self.pipe
+        other.added, other._hashes = self.added, self._hashes
+        return other
 
     def data(self) -> Data:
         """Read the run's pictures. Raises DataError for those that cannot be used."""
@@ -211,8 +218,8 @@ class Pictures:
         )
 
     def _encoders(self) -> list[tuple[str, nn.Module]]:
-        children = as_module(self.pipe).named_children()
-        return [(name, child) for name, child in children if name.startswith(_ENCODERS)]
+        components = as_module(self.pipe).components
+        return [(name, module) for name, module in components.items() if is_text_encoder(name)]
 
     def _hash(self, kind: str) -> str:
         if kind not in self._hashes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ...config import RunSettings
 from ...data.pictures.read import held_out_of, read_pictures
+from ...errors import DataError
 from ..task import Data
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     how: dict[str, Any] = {"resolution": resolution, "multiple": multiple, "columns": own.columns or None}
     found = read_pictures(config.data, settings, split=config.split, **how)
     notes = dict(found.notes)
+    _check_words(own.new_tokens, [item.caption for item in found.items])
     if isinstance(config.validation, str):
         validation = read_pictures(config.validation, settings.replace(prior_data=None), **how)
         train, held_out = found.items, validation.pictures
@@ -43,6 +45,16 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     watched = [row for row in train if not row.is_prior and not row.item.repeat][:WATCHED]
     facts = [("pictures", found.length)]
     return Data(train, held_out, found.shape, facts, found.about, notes, watched=watched, mixture=epochs)
+
+
+def _check_words(words: Iterable[str], captions: Sequence[str]) -> None:
+    """Raise DataError for a word to learn that no caption has: it would stay as it starts."""
+    for word in words:
+        if not any(word in caption for caption in captions):
+            raise DataError(
+                f"new_tokens: '{word}' is in none of {len(captions)} captions, so nothing would be learnt\n"
+                f"  write it into the captions, or put it before all of them: trigger: '{word}'"
+            )
 
 
 @dataclass(frozen=True)

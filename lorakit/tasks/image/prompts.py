@@ -82,7 +82,8 @@ def take_rows(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]
     taken: dict[str, Any] = {}
     for name, value in prompts.items():
         if isinstance(value, Tensor):
-            taken[name] = value[torch.tensor(rows, device=value.device)]
+            every = list(rows) == list(range(len(value)))
+            taken[name] = value if every else value[torch.tensor(rows, device=value.device)]
         elif isinstance(value, list):
             own = [value[row] for row in rows]
             taken[name] = own[0] if isinstance(own[0], tuple) and len(set(own)) == 1 else own

@@ -29,6 +29,7 @@ MARGIN = 1.0
 
 compares = False
 traced = True
+shares = True
 tried_with: str | None = None
 size_unit = "tokens"
 
@@ -51,6 +52,10 @@ def to_attach(config: RunSettings, processor: Any) -> RunSettings:
 
 def finished(adapter: Any, processor: Any) -> Any:
     return adapter
+
+
+def for_run(processor: Any, config: RunSettings) -> Any:
+    return processor
 
 
 def prepare(base: Any, items: Any) -> None:
