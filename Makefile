@@ -1,4 +1,5 @@
 # make demo         set up and run the main job on the embedded model and data
+# make demo-image   the same for pictures: installs diffusers too, trains LoRAs of the embedded image model
 # make test         install what tests need and run all checks
 # make lock         renew constraints.txt, constraints-oldest.txt and what `lorakit doctor` knows of them
 # make test-oldest  the tests with the oldest releases that pyproject.toml admits
@@ -13,10 +14,13 @@ PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 NEWEST_TORCH ?= torch
 PYTEST := -m pytest -n 2
 
-.PHONY: demo test install lock test-oldest test-newest clean
+.PHONY: demo demo-image test install lock test-oldest test-newest clean
 
 demo: $(VENV)/installed
 	$(BIN)/lorakit demo
+
+demo-image: $(VENV)/image
+	$(BIN)/lorakit demo --image
 
 install: $(VENV)/installed
 
@@ -26,6 +30,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0 setuptools
 	$(PIP) --editable .
+	touch $@
+
+$(VENV)/image: $(VENV)/installed
+	$(PIP) --editable '.[image]'
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed

@@ -21,10 +21,10 @@ from .errors import ConfigError, did_you_mean, expectation
 from .module_names import Patterns, ends_with, plain
 
 ALL_LINEAR = "all-linear"
+PRESETS = (ALL_LINEAR, "attention", "kohya", "locon")  # sets of targets by name, the others in layers/presets.py
 MAX_RANK = 65536  # beyond any sensible rank
 Auto = Literal["auto"]
 Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
-
 
 # PEFT's names of settings with the same values.
 PEFT_NAMES = {
@@ -61,7 +61,6 @@ class Strict(BaseModel):
     # Names of a class's own settings: `free` do not affect the result, `rows` determine the training rows.
     free: ClassVar[Collection[str]] = ()
     rows: ClassVar[Collection[str]] = ()
-
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=False)
 
     def __init__(self, **values: Any) -> None:
@@ -149,7 +148,11 @@ class LoraSettings(Strict):
     )
     targets: str | list[str] = Field(
         ALL_LINEAR,
-        description="modules to adapt: 'all-linear', a list of name endings, or one regular expression for full names",
+        description="modules to adapt: all-linear, attention, kohya, locon, name endings, or one regular expression "
+        "for full names",
+    )
+    components: list[str] | None = Field(
+        None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"
     )
     exclude: str | list[str] | None = Field(
         None, description="modules to skip: name endings, or one regular expression"
@@ -193,7 +196,7 @@ class LoraSettings(Strict):
             if not value or not all(value):
                 raise ValueError("expected at least one name ending, and none of them empty")
             return sorted(dict.fromkeys(value))
-        if isinstance(value, str) and value != ALL_LINEAR:
+        if isinstance(value, str) and value not in PRESETS:
             _compile(value)
         return value
 
@@ -302,7 +305,6 @@ class RunSettings(Source):
     rows: ClassVar = {"validation", "add_tokens"}
 
     validation: float | str = Field(0.05, description="held-out rows: a share of the data, another file, or 0 for none")
-
     method: str = Field("lora", description="how to fine-tune")
     out: str = Field("runs/default", description="the run's folder; started on its own folder, a run resumes")
     add_tokens: list[str] = Field(
@@ -340,7 +342,6 @@ class RunSettings(Source):
     )
     seed: int = Field(0, ge=0, lt=1 << 31, description="seed of the factors, the data order and dropout")
     threads: int | Auto = Field("auto", description="CPU threads; auto: torch's own choice")
-
     eval_every: int | Auto = Field(
         "auto", description="steps between evaluations on the held-out rows; auto: about ten per run"
     )

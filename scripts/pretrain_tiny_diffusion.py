@@ -32,7 +32,7 @@ from tiny_diffusion.loop import Part, train
 from tiny_diffusion.pipeline import export
 from tiny_diffusion.tokenizer import make_tokenizer
 
-STEPS = {"denoiser": 30_000, "autoencoder": 16_000, "judge": 1_500}
+STEPS = {"denoiser": 28_000, "autoencoder": 16_000, "judge": 1_500}
 SIDE_BY_SIDE = (("denoiser",), ("judge", "autoencoder"))
 
 

@@ -6,6 +6,11 @@ samples may differ by about one percent, so that the same base in another precis
 A quantized weight counts as the weight that was quantized: its shape goes into the hash, its dequantized elements are
 the samples, and "rounding" says how far each of them may be from the unquantized one. So an adapter can move from a
 base in 4 bits to the same base in 16 and back. Without quantization, no more than one percent is allowed.
+
+Of a diffusion pipeline it holds one fingerprint for each component that the adapter changes:
+
+    {"architecture": "UNet2DConditionModel + CLIPTextModel", "parameters": ..., "shapes": ..., "samples": ...,
+     "components": {"unet": {"architecture": ..., "parameters": ..., "shapes": ...}, "text_encoder": ...}}
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TOTALS, SAMPLED = ("architecture", "parameters", "shapes"), ("samples", "rounding")
 MATRICES, SAMPLES = 4, 16  # how many matrices, and how many elements of each
 # Allowed differences: relative to the element, absolute, and relative to the largest of the sixteen. They cover what
 # bf16 and fp16 round away.
@@ -64,6 +70,36 @@ def fingerprint(parameters: Mapping[str, Weight], architecture: str) -> dict[str
         "samples": {name: samples for name, (samples, _) in read.items()},
         **({"rounding": rounding} if rounding else {}),
     }
+
+
+def of_components(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the fingerprints of a pipeline's components, by name. Their samples have full names, with the component."""
+    rounding = {name: row for own in parts.values() for name, row in own.get("rounding", {}).items()}
+    return {
+        "architecture": " + ".join(own["architecture"] for own in parts.values()),
+        "parameters": sum(own["parameters"] for own in parts.values()),
+        "shapes": hashlib.sha256(repr([own["shapes"] for own in parts.values()]).encode()).hexdigest()[:16],
+        "samples": {name: row for own in parts.values() for name, row in own["samples"].items()},
+        **({"rounding": rounding} if rounding else {}),
+        "components": {name: {field: own[field] for field in TOTALS} for name, own in parts.items()},
+    }
+
+
+def components_in(value: Any) -> dict[str, dict[str, Any]]:
+    """Return the fingerprint of each component in a pipeline's, samples under full names; empty for any other."""
+    parts = value.get("components") if is_sound(value) else None
+    if not isinstance(parts, Mapping) or not all(
+        isinstance(part, Mapping) and part.keys() >= set(TOTALS) for part in parts.values()
+    ):
+        return {}
+    return {
+        component: dict(part) | {field: _inside(value[field], component) for field in SAMPLED if field in value}
+        for component, part in parts.items()
+    }
+
+
+def _inside(rows: Mapping[str, Any], component: str) -> dict[str, Any]:
+    return {name: row for name, row in rows.items() if name.startswith(f"{component}.")}
 
 
 def differences(expected: Any, parameters: Mapping[str, Weight], architecture: str) -> list[str]:

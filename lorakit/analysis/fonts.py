@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 MISSING = "□: no installed font has these characters; one that does: fonts-noto-cjk"
@@ -23,6 +24,16 @@ def fonts_for(texts: Iterable[str]) -> Iterator[str | None]:
     with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the figure says so
         yield None if complete else MISSING
+
+
+@lru_cache(maxsize=1024)
+def font_files(text: str) -> tuple[str, ...]:
+    """Return the files of fonts that together have the text's characters as far as installed ones do; the first is
+    DejaVu Sans.
+    """
+    from matplotlib import font_manager
+
+    return tuple(map(font_manager.findfont, _families({ord(c) for c in text if not c.isspace()})[0]))
 
 
 def _families(characters: set[int]) -> tuple[list[str], bool]:

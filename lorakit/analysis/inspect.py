@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapter.algebra.product import norm
 from ..adapter.algebra.spectrum import spectrum
 from ..bases.load import EMBEDDED, load_config
+from ..bases.pipeline import component_of
 from ..config import LoraConfig
 from ..errors import LorakitError, listing
 from .heatmap import Grid, grids
@@ -153,6 +154,8 @@ class AdapterFacts:
     def _file(self) -> list[str]:
         """Facts about the file, and the base's fingerprint."""
         facts = [f"format {self.format}"] if self.format else []
+        parts = Counter(filter(None, (component_of(m.name) for m in self.modules)))
+        facts += [f"{part}: {count} modules" for part, count in parts.items()]
         facts += [", ".join(self.dtypes)] if self.dtypes else []
         facts += [f"{self.bytes:,} bytes"] if self.bytes is not None else []
         fingerprint = self.metadata.get("fingerprint")

@@ -217,5 +217,7 @@ def _quietly(local: bool) -> Iterator[None]:
 
 
 def _looks_like_adapter(path: Path) -> str:
+    if (path / "model_index.json").exists():
+        return "; it is a diffusers pipeline (model_index.json): lorakit image generate and image train take it"
     is_adapter = (path / "adapter_config.json").exists()
     return "; it is an adapter (adapter_config.json): give its base as the model" if is_adapter else ""

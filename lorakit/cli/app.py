@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from ..version import VERSION
+from . import image
 
 
 class Command(NamedTuple):
@@ -44,9 +45,11 @@ COMMANDS = {
     "export": Command("export", "export", "write an adapter for vLLM, llama.cpp, ComfyUI, ..., checked and verified"),
     "card": Command("card", "card", "write a model card for an adapter"),
     "push": Command("push", "push", "upload an adapter to the Hugging Face hub"),
+    **{f"image {verb}": Command(f"image.{verb}", verb, text) for verb, text in image.VERBS.items()},
     "bench": Command("bench", "bench", "benchmark lorakit and its peers on your machine"),
 }
-GROUPS = {"data": "show data as the model sees it"}  # the first word of commands of two
+# The first word of commands of two.
+GROUPS = {"data": "show data as the model sees it", "image": "train on pictures, and draw them"}
 
 
 def app_for(args: Sequence[str]) -> typer.Typer:
@@ -74,8 +77,9 @@ def app_for(args: Sequence[str]) -> typer.Typer:
             if group[0] not in groups:
                 app.add_typer(parent, name=group[0])
                 groups[group[0]] = parent
-        function = getattr(import_module(f".{command.module}", __package__), command.function)
-        parent.command(verb, short_help=command.help)(function)
+        module = import_module(f".{command.module}", __package__)
+        parse = getattr(module, "CommandClass", None)  # of a command that reads its arguments in a way of its own
+        parent.command(verb, short_help=command.help, cls=parse)(getattr(module, command.function))
     return app
 
 

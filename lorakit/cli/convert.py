@@ -34,6 +34,10 @@ def convert(
     allow_loss: Annotated[
         bool, typer.Option("--allow-loss", help="leave out what the format cannot hold, and list it")
     ] = False,
+    keep_alpha: Annotated[
+        bool,
+        typer.Option("--keep-alpha", help="kohya, diffusers: write alphas as they are, instead of folded into factors"),
+    ] = False,
     model_type: ModelType = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
@@ -55,6 +59,7 @@ def convert(
             base=folder,
             dtype="q8_0" if dtype == "q8_0" else dtype_of(dtype),
             allow_loss=allow_loss,
+            keep_alpha=keep_alpha,
         )
     if json_output:
         print(json.dumps({"from": source_format, **result.to_dict()}))
@@ -65,6 +70,6 @@ def convert(
     say(f"{source} ({source_format}) -> {result.path} ({to}): {size}")
     if to == "loralib":
         say("the file does not store alpha: pass it when reading, as below")
-    if to == "kohya" and len({f.alpha for f in result.adapter.factors.values()}) > 1:
-        say("note: diffusers misreads per-module alphas in this format; use lorakit export --for diffusers")
+    if keep_alpha and to == "kohya" and len({f.alpha for f in result.adapter.factors.values()}) > 1:
+        say("note: diffusers misreads alphas that differ by module in this format")
     print(f"next: {inspect_call(result.path, result.adapter, to, base)}")

@@ -1,12 +1,16 @@
-"""`lorakit data show`: print rows as the model sees them."""
+"""`lorakit data show`: print rows, or pictures, as the model sees them."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ..data.pictures.settings import PictureSettings
+from ..errors import ConfigError
 from .shared.names import check_names
 from .shared.next import command
 from .shared.options import (
@@ -20,12 +24,17 @@ from .shared.options import (
     pairs,
     template_kwargs,
 )
+from .shared.pictures import show_pictures
+from .shared.settings import with_flags
 from .shared.starting import starting
 
 
-def show(
-    data: Annotated[str, typer.Argument(help="a JSONL, JSON, CSV or Parquet file, a folder, or a hub id")],
-    model: Annotated[str, typer.Option(help="whose tokenizer to use")] = "embedded",
+def _show(
+    flags: dict[str, Any],
+    data: Annotated[
+        str, typer.Argument(help="a JSONL, JSON, CSV or Parquet file, a folder of these or of pictures, or a hub id")
+    ],
+    model: Annotated[str, typer.Option(help="whose tokenizer, or size of pictures, to use")] = "embedded",
     split: Split = None,
     columns: Columns = None,
     template: DataTemplate = "auto",
@@ -40,13 +49,42 @@ def show(
     on_long: Annotated[
         Literal["auto", "drop", "cut", "split"], typer.Option(help="what to do with longer rows")
     ] = "auto",
-    rows: Annotated[int, typer.Option(min=0, help="how many rows to print")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="how many rows, or captions, to print")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="pictures: draw a contact sheet with the crops into this PNG file")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Print rows with the trained tokens marked, a length histogram, duplicates, and the effect of the length limit."""
+    """Print text with the trained tokens marked, row lengths and duplicates; or pictures' captions, buckets and crops.
+
+    The options from --resolution on are for pictures.
+    """
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
-    check_names(model, data)
+    check_names(data=data)
     kwargs = template_kwargs(chat_template_kwargs)
+    options = {
+        "split": split,
+        "columns": columns,
+        "template": None if template == "auto" else template,
+        "turns": None if turns == "all" else turns,
+        "chat_template": chat_template,
+        "chat_template_kwargs": chat_template_kwargs,
+        "date": date,
+        "train_on": None if train_on == "completion" else train_on,
+        "max_length": max_length,
+        "on_long": None if on_long == "auto" else on_long,
+    }
+    with starting(f"reading {data}"):
+        from ..data.pictures.find import is_pictures
+
+        pictures = is_pictures(data, split)
+    of_text = {name: value for name, value in options.items() if name not in ("split", "columns")}
+    of_pictures = flags | {"out": out}
+    _check_kind(data, pictures, of_text if pictures else of_pictures)
+    if pictures:
+        show_pictures(data, model, split, renamed, PictureSettings(**flags), rows, out, json_output, flags)
+        return
+    check_names(model)
     with starting(f"reading {data}"):
         from ..bases.load import end_tokens, load_tokenizer
         from ..data.dataset import build
@@ -74,16 +112,16 @@ def show(
         print(json.dumps(report(dataset)))
         return
     print_rows(dataset, tokenizer, rows)
-    options = {
-        "split": split,
-        "columns": columns,
-        "template": None if template == "auto" else template,
-        "turns": None if turns == "all" else turns,
-        "chat_template": chat_template,
-        "chat_template_kwargs": chat_template_kwargs,
-        "date": date,
-        "train_on": None if train_on == "completion" else train_on,
-        "max_length": max_length,
-        "on_long": None if on_long == "auto" else on_long,
-    }
     print(f"\nnext: {command('train', data=data, model=model, **options)}")
+
+
+def _check_kind(data: str, pictures: bool, others: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an option was given that is for the other kind of data. `others`: those options."""
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
+    if given:
+        kind, other = ("pictures", "text") if pictures else ("text", "pictures")
+        raise ConfigError(f"{data} is {kind}, and {', '.join(given)} is for {other}\n  remove it, or name other data")
+
+
+show = with_flags(PictureSettings, _show)
+show.__name__ = "show"

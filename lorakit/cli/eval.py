@@ -160,18 +160,17 @@ def _task_metrics(
     """Print a task's own metrics for each adapter, or for a fully fine-tuned model."""
 
     from ..bases.device import choose_device, choose_dtype
-    from ..bases.load import load_config
     from ..bases.vocabulary import recorded_tokens
     from ..evaluate.figures import figures, table
     from ..model.attach import attach
     from ..tasks.task import Base
     from ..train.config import TrainConfig
 
-    base_config = load_config(model)
     config = TrainConfig(
         data=data, split=split, model=model, columns=columns, task=name, precision=precision, validation=0
     )
     task = task_of(config.task)
+    base_config = task.blueprint(config)
     settings: list[dict[str, Any]] = [
         task.remembered(v.metadata.get("data") or {}, base_config) for v in values.values()
     ]

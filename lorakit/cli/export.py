@@ -100,6 +100,8 @@ def export(
     for line in result.mended:
         say(f"fixed: {line}")
     say(f"written for {receiver}: " + ", ".join(str(f) for f in result.files))
+    if result.placed is not None:
+        say(f"{receiver} finds every key of it: {result.placed}")
     for note in result.notes:
         say(f"note: {note}")
     for what, value in (result.differences or {}).items():

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -52,6 +52,7 @@ _SETTINGS = (
     "precision",
     "gradient_checkpointing",
     "memory",
+    "components",
     "trust_remote_code",
 )
 _LENGTHS = (256, 1024, 4096, 16384)
@@ -76,11 +77,11 @@ def _plan(
 
     with starting("reading the base's config"):
         from ..train.start import resolved
-        from ..train.token_ids import with_token_ids
 
         settings = resolved(settings)
         if part(settings, LoraSettings).trainable_tokens or settings.add_tokens:
-            settings = with_token_ids(settings, task_of(settings.task).processor(settings))
+            task = task_of(settings.task)
+            settings = cast(TrainConfig, task.resolved(settings, task.processor(settings), {}))
         import torch
         from rich.console import Console
         from transformers.utils import logging
@@ -109,6 +110,9 @@ def _plan(
         "state_copies": STATE_COPIES[optimizer],
         "validation": 0 if settings.validation == 0 else settings.batch_size,
     }
+    if not task_of(settings.task).traced:
+        _show_static(settings, target, limit, options["state_copies"], json_output)
+        return
     planners: dict[str, Planner] = {}
     for name in sorted(METHODS):
         method, own_settings = method_of(name), settings.replace(method=name, find_lr=False)
@@ -177,6 +181,39 @@ def _plan(
     say(f"\n{_time(flops, seconds)}")
     say("* over a folder that bitsandbytes saved in 4 bits; lorakit does not quantize a base itself yet")
     print(_next(settings, config, flags, chosen.total <= memory if memory else True))
+
+
+def _show_static(settings: TrainConfig, device: Any, limit: Any, copies: int, json_output: bool) -> None:
+    """Print what a run on pictures holds throughout; its activations are not estimated."""
+    from rich.console import Console
+
+    from ..analysis.tables import Table
+    from ..model.attach import DEFAULT
+    from ..plan.machine import overhead
+    from ..plan.static import static_estimate
+    from ..plan.units import show_bytes
+
+    dtype = method_of(settings.method).precision(settings, device).value
+    estimate = static_estimate(settings, dtype, DEFAULT, overhead(device), copies)
+    memory = limit.total if limit else None
+    if json_output:
+        found = {"model": settings.model, "device": device.type, "memory": memory, "estimate": estimate.to_dict()}
+        print(json.dumps(found))
+        return
+    rows = [[part, show_bytes(size)] for part, size in estimate.parts.items() if size]
+    Console().print(Table("", ["held throughout", "bytes"], [*rows, ["together", show_bytes(estimate.total)]]))
+    say(
+        f"{settings.model}: {estimate.parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {device.type}; "
+        f"{estimate.trained:,} trained"
+    )
+    say(
+        "activations are not estimated for pictures: they grow with resolution and micro_batch, and "
+        "gradient_checkpointing needs less of them"
+    )
+    if memory is not None and estimate.total > memory:
+        print(f"next: the run does not fit into {show_bytes(memory)}; try a lower --precision or a smaller base")
+    else:
+        print(f"next: lorakit image train FOLDER --model {quote(settings.model)}")
 
 
 def _next(settings: TrainConfig, config: Path | None, flags: dict[str, Any], fits: bool) -> str:

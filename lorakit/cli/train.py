@@ -40,6 +40,11 @@ def _train(
     values = (read_config(config) if config else {}) | flags
     if "data" not in values:
         raise ConfigError("no training data\n  give --data FILE, or a --config that names it (lorakit init writes one)")
+    start(values, quiet, json_output)
+
+
+def start(values: dict[str, Any], quiet: bool, json_output: bool) -> None:
+    """Train with these settings, print how the run ended, and exit with its code."""
     settings = TrainConfig(**values)
 
     check_names(settings.model, settings.data)
@@ -75,8 +80,19 @@ def _show(result: Result, settings: TrainConfig, quiet: bool) -> None:
         end = f"stopped early at step {result.step}: no better held-out loss since step {result.best_step}"
     best = f", held-out loss {result.best_loss:.4f} (step {result.best_step})" if result.best_loss is not None else ""
     written = f"report: {RunFolder(settings.out).report}; {method_of(settings.method).result}: {result.adapter}"
+    placed = _placed(result.adapter)
+    written += f" ({placed})" if placed else ""
     say(f"{end} in {result.seconds:.0f} s{best}; {written}")
     print(after_training(settings, result.adapter))
+
+
+def _placed(adapter: Path) -> str:
+    """Return how many modules of each component a pipeline's adapter has, as read back from its file."""
+    from ..io.json_object import read_json
+
+    ours = adapter / "lorakit.json"
+    placed = read_json(ours).get("placed") if ours.is_file() else None
+    return ", ".join(f"{name}: {count} modules" for name, count in placed.items()) if isinstance(placed, dict) else ""
 
 
 train = with_flags(TrainConfig, _train, skip=_SKIP)

@@ -7,7 +7,7 @@ position alone. Rows of similar length share a batch, which saves padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,12 +25,17 @@ POOL_BATCHES = 32
 
 
 def batch_order(
-    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_length: bool = True
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    group_by_length: bool = True,
+    groups: Sequence[Any] | None = None,
 ) -> list[list[int]]:
     """Return the batches of one epoch as lists of row indices.
 
-    lengths: tokens per row. Every row occurs once, and at most one batch has fewer than `batch_size` rows. Raises
-    ConfigError for a batch size below 1.
+    lengths: tokens per row; groups: rows of one group share a batch where possible (pictures of one shape). Every row
+    occurs once, and at most one batch has fewer than `batch_size` rows. Raises ConfigError for a batch size below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is below 1")
@@ -40,8 +45,10 @@ def batch_order(
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     pool = batch_size * POOL_BATCHES
     batches = []
+    place = {group: number for number, group in enumerate(dict.fromkeys(groups or ()))}
+    number = [0] * len(lengths) if groups is None else [place[group] for group in groups]
     for start in range(0, len(order), pool):
-        by_length = sorted(order[start : start + pool], key=lambda index: lengths[index])
+        by_length = sorted(order[start : start + pool], key=lambda index: (number[index], lengths[index]))
         batches += [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
     return [batches[index] for index in rng.permutation(len(batches))]
 

@@ -78,8 +78,12 @@ class Item:
         return tuple(self.ids[: self.prompt_length] or self.ids)
 
     @property
-    def group(self) -> tuple[int, ...]:
-        """Rows of one group are held out together: those of one prompt, and those of one conversation."""
+    def group(self) -> None:
+        """Any rows can share a batch."""
+
+    @property
+    def split_key(self) -> tuple[int, ...]:
+        """Rows with the same key are held out together: those of one prompt, and those of one conversation."""
         return self.opening or self.question
 
     def digest(self) -> bytes:
@@ -270,7 +274,7 @@ def split(items: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[Any
         raise ConfigError(f"held-out share: {share} is not between 0 and 1")
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, item in enumerate(items):
-        groups.setdefault(item.group, []).append(index)
+        groups.setdefault(item.split_key, []).append(index)
     if len(groups) < 2:
         why = f"all {len(items)} rows have the same prompt" if items else "there are no rows"
         why = "there is only one row" if len(items) == 1 else why
@@ -294,6 +298,11 @@ def sizes_of(items: Sequence[Any]) -> Sequence[int]:
     """Return the items' sizes, without reading stored ones."""
     own = getattr(items, "sizes", None)
     return [item.size for item in items] if own is None else own
+
+
+def groups_of(items: Sequence[Any]) -> Sequence[Any] | None:
+    """Return the items' groups, which do not share a forward pass; None for stored items, which have none."""
+    return None if getattr(items, "sizes", None) is not None else [item.group for item in items]
 
 
 def select(items: Sequence[Any], indices: Iterable[int]) -> Any:

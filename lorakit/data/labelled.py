@@ -48,7 +48,11 @@ class LabelledItem:
         return self.row.where
 
     @property
-    def group(self) -> tuple[int, ...]:
+    def group(self) -> None:
+        """Any rows can share a batch."""
+
+    @property
+    def split_key(self) -> tuple[int, ...]:
         """Its text: equal ones are held out together."""
         return tuple(self.ids)
 

@@ -37,7 +37,7 @@ _TOKEN = np.dtype([("id", "<i4"), ("trained", "?")])
 @dataclass(frozen=True, eq=False)
 class StoredItems(Sequence[Item]):
     """Items in a file. `tokens`: (id, trained) of all rows, [n]; `table`: of each item its start, size, prompt length,
-    file, row number and group, [items, 6]; `files`: names of the data's files.
+    file, row number and split key, [items, 6]; `files`: names of the data's files.
     """
 
     tokens: np.ndarray
@@ -54,10 +54,10 @@ class StoredItems(Sequence[Item]):
     def __getitem__(self, index: int | slice) -> Item | StoredItems:
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
-        start, size, prompt, file, number, group = (int(value) for value in self.table[index])
+        start, size, prompt, file, number, key = (int(value) for value in self.table[index])
         tokens = self.tokens[start : start + size]
         row = Row({}, self.files[file], number)
-        return Item(tokens["id"].tolist(), tokens["trained"].tolist(), row, prompt, (group,))
+        return Item(tokens["id"].tolist(), tokens["trained"].tolist(), row, prompt, (key,))
 
     def select(self, indices: Iterable[int]) -> StoredItems:
         """Return the items with these indices, in this order."""
@@ -116,7 +116,7 @@ def build_stored(
                 tokens["id"], tokens["trained"] = item.ids, item.trained
                 file.write(tokens.tobytes())
                 name = files.setdefault(row.file, len(files))
-                table.extend((at, item.size, rendered.prompt, name, row.number, _digest(item.group)))
+                table.extend((at, item.size, rendered.prompt, name, row.number, _digest(item.split_key)))
                 at += item.size
     file.flush()
     stored = np.memmap(file, _TOKEN, "r", shape=(at,))
@@ -157,21 +157,21 @@ def _limited(every: StoredItems, limit: int, policy: str) -> tuple[StoredItems, 
     if not long_rows or policy == "drop":
         return every.select(np.flatnonzero(sizes <= limit)), long_rows, long_rows
     table, dropped = [], 0
-    for start, size, prompt, file, number, group in every.table.tolist():
+    for start, size, prompt, file, number, key in every.table.tolist():
         pieces = []
         for first in range(0, size, limit) if policy == "split" else [0]:
             length = min(limit, size - first)
             if size <= limit or every.tokens["trained"][start + first + 1 : start + first + length].any():
                 own_prompt = min(prompt, limit) if first == 0 else 0
                 if size > limit and not own_prompt:  # a part of a text is held out by itself
-                    group = _digest(every.tokens["id"][start + first : start + first + length])
-                pieces.append((start + first, length, own_prompt, file, number, group))
+                    key = _digest(every.tokens["id"][start + first : start + first + length])
+                pieces.append((start + first, length, own_prompt, file, number, key))
         dropped += not pieces
         table += pieces
     return replace(every, table=np.array(table, np.int64).reshape(-1, 6)), long_rows, dropped
 
 
-def _digest(group: Sequence[int] | np.ndarray) -> int:
-    """Eight bytes that stand for a group of rows: those of one prompt, or of one conversation."""
-    hashed = hashlib.blake2b(np.asarray(group, "<i8").tobytes(), digest_size=8).digest()
+def _digest(key: Sequence[int] | np.ndarray) -> int:
+    """Eight bytes that stand for a split key: a prompt, or the opening of a conversation."""
+    hashed = hashlib.blake2b(np.asarray(key, "<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(hashed, "little", signed=True)

@@ -238,7 +238,7 @@ def _check_adapters(model: PreTrainedModel, requested: Sequence[str | None]) -> 
             )
 
 
-def _use(model: PreTrainedModel, which: str | Mapping[str, float] | None) -> None:
+def _use(model: PreTrainedModel, which: str | Mapping[str, Any] | None) -> None:
     from ..model.activate import activate, adapters
 
     if adapters(model):  # without adapters the model is its base

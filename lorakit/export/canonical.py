@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors
 from ..adapter.update import Update
+from ..config import PRESETS
 from ..errors import AdapterError
 from ..formats.scale import folded
 
@@ -40,7 +41,7 @@ def canonical(adapter: Adapter, rank: int | None = None) -> Adapter:
         rank_pattern={},
         alpha_pattern={},
         packed={},
-        targets=adapter.config.targets if adapter.config.targets != "all-linear" else endings,
+        targets=adapter.config.targets if adapter.config.targets not in PRESETS else endings,
     )
     return replace(adapter, config=config, updates=factors)
 

@@ -15,15 +15,16 @@ import numpy as np
 from ..adapter.adapter import Adapter
 from ..adapter.lora import Factors
 from ..adapter.update import Update
-from ..formats import names
+from ..formats import comfyui, names
+from ..formats.bundled import bundled
 from ..formats.kohya import written_for
 from .effect import Content, Effect, low_rank
 
 
 def expected(adapter: Adapter, format: str) -> Content:
     """Compute what the adapter does to the base, under the names of `format`."""
-    if format == "kohya":
-        return Content(_by_kohyas_keys(adapter))
+    if format in ("kohya", "comfyui"):
+        return Content(_by_keys(adapter, format), {key: _array(t) for key, t in bundled(adapter.embeddings).items()})
     return Content(
         {m: effect_of(u) for m, u in adapter.updates.items()}, {name: _array(t) for name, t in adapter.saved.items()}
     )
@@ -57,13 +58,14 @@ def _low_rank(f: Factors) -> np.ndarray:
     return delta.reshape(out, -1)
 
 
-def _by_kohyas_keys(adapter: Adapter) -> dict[str, Effect]:
+def _by_keys(adapter: Adapter, format: str) -> dict[str, Effect]:
     model = written_for(adapter)
     if model is None:  # a model that lorakit does not know: the adapter has the file's own names
         return {key: effect_of(update) for key, update in adapter.updates.items()}
     updates, sizes = adapter.updates, names.shapes(model)
+    places = names.places(model) if format == "kohya" else comfyui.places(model)
     effects: dict[str, Effect] = {}
-    for place in {names.places(model)[m] for m in updates}:
+    for place in {places[m] for m in updates}:
         parts = [(m, effect_of(updates[m]) if m in updates else None) for m in place.modules]
         if len(parts) > 1:
             effects[place.key] = _concatenated([e for _, e in parts], [sizes[m] for m, _ in parts])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
+from ..formats.bundled import own_files
+from ..formats.text_model import with_text_model
+from .image_programs import SEPARATE_TOKENS, Placed, format_for, token_notes
 from .into_base import split
 from .logits import Logits
 from .modelfile import check_modelfile, modelfile
 from .rules import RECEIVERS, Finding, findings
-from .staging import write_staged
+from .staging import Beside, write_staged
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Exported:
     no_logits: str | None = None
     base: Path | None = None  # the copy of the base with what the receiver does not accept
     unchecked: str | None = None  # what could not be checked without a base
+    placed: Placed | None = None  # what an image program reads of the file, where that is known
 
     @property
     def difference(self) -> float | None:
@@ -55,6 +59,7 @@ class Exported:
             "no_logits": self.no_logits,
             "base": str(self.base) if self.base else None,
             "unchecked": self.unchecked,
+            "placed": dict(self.placed.read) if self.placed else None,
         }
 
 
@@ -89,10 +94,11 @@ def export(
         raise ConfigError(
             f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}"
         )
-    target, path, adapter = RECEIVERS[receiver], Path(out).expanduser(), adapter.check()
+    path, adapter = Path(out).expanduser(), with_text_model(adapter.check())
+    format = format_for(receiver, RECEIVERS[receiver].format, adapter)
     unfixable = {n for f in findings(adapter, receiver) if f.fix is None for n in f.into_base}
     parts = None
-    if fix and unfixable and target.format != "gguf" and isinstance(base, str | Path):
+    if fix and unfixable and format != "gguf" and isinstance(base, str | Path):
         parts = split(adapter, unfixable, Path(base).expanduser(), path, force, source)
         adapter = parts.rest
     ready, fixes = _fixed(adapter, receiver) if fix else (adapter, [])
@@ -114,15 +120,38 @@ def export(
         beside = {model_file.name: text}
     record = ChatRecord.of(adapter.metadata)
     inside = {} if record.template is None else {TEMPLATE_FILE: record.template}
-    written, check = write_staged(adapter, ready, path, target.format, base, verify, parts, beside, inside)
-    files = [written, *([model_file] if model_file is not None else [])]
+    tokens = own_files(ready.embeddings) if receiver in SEPARATE_TOKENS else {}
+    _check_free([path.parent / name for name in tokens], force)
+    token_lines = token_notes(receiver, ready, tokens) if tokens else []
+    if tokens:
+        adapter, ready = replace(adapter, embeddings={}), replace(ready, embeddings={})
+    written, check = write_staged(
+        adapter, ready, path, format, base, verify, parts, Beside(beside, inside, tokens), receiver
+    )
+    files = [written, *([model_file] if model_file is not None else []), *(path.parent / name for name in tokens)]
     files += [written / name for name in inside if written.is_dir()]
     copy = parts.copy if parts is not None else None
-    notes = record.to_pass_on(with_template=written.is_dir())
-    unchecked = _unchecked(ready) if base is None else None
+    notes = record.to_pass_on(with_template=written.is_dir()) + token_lines
+    unchecked = _unchecked(ready) if base is None and check.placed is None else None
     return Exported(
-        receiver, target.format, files, fixes, notes, check.differences, check.logits, check.no_logits, copy, unchecked
+        receiver,
+        format,
+        files,
+        fixes,
+        notes,
+        check.differences,
+        check.logits,
+        check.no_logits,
+        copy,
+        unchecked,
+        check.placed,
     )
+
+
+def _check_free(files: list[Path], force: bool) -> None:
+    there = [file for file in files if file.exists()]
+    if there and not force:
+        raise ConfigError(f"{there[0]} exists\n  --force (force=True) replaces it; or name another folder")
 
 
 def _unchecked(adapter: Adapter) -> str:

@@ -30,7 +30,8 @@ from ..errors import AdapterError, LorakitError
 from ..io.stream import read_header
 from ..model.attach import attach
 from ..model.detach import detach
-from ..model.fit import check_base, is_live
+from ..model.fit import is_live
+from ..model.known_base import check_base
 from .effect import Content, Effect
 
 # Relative to the largest |logit|. The same weights, summed in another order in float32, differ by 1e-6 to 1e-5.

@@ -2,7 +2,7 @@
 
 vLLM 0.32: one rank from a fixed list, at least as large as any module's; plain factors; known linears; no saved modules
 except a score head. SGLang and llama.cpp's tools read one alpha and ignore rsLoRA and patterns. ComfyUI and A1111 read
-kohya's format, diffusers its own.
+kohya's format, diffusers its own; which of a file's keys these read is in `image_programs.py`.
 """
 
 from __future__ import annotations
@@ -219,11 +219,9 @@ RECEIVERS = {
     ),
     "llama.cpp": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "llama.cpp's --lora"),
     "ollama": Receiver("gguf", (low_rank_only, no_saved_weights, no_embeddings), "Ollama, with its Modelfile"),
-    "comfyui": Receiver("kohya", (no_saved_weights, no_embeddings), "ComfyUI's models/loras"),
-    "a1111": Receiver("kohya", (no_saved_weights, no_embeddings), "A1111's models/Lora"),
-    "diffusers": Receiver(
-        "diffusers", (no_other_kinds, no_saved_weights, no_embeddings), "diffusers' load_lora_weights"
-    ),
+    "comfyui": Receiver("kohya", (no_saved_weights,), "ComfyUI's models/loras"),
+    "a1111": Receiver("kohya", (no_saved_weights,), "A1111's models/Lora"),
+    "diffusers": Receiver("diffusers", (no_other_kinds, no_saved_weights), "diffusers' load_lora_weights"),
     "peft": Receiver("peft", (no_embeddings, peft_experts), "PEFT's from_pretrained"),
     "mlx": Receiver("mlx", (no_saved_weights, no_embeddings), "mlx-lm's --adapter-path"),
     "canonical": Receiver("peft", (low_rank_only, one_scale, no_embeddings), "any program that reads PEFT's folder"),

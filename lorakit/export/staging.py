@@ -7,22 +7,27 @@ neither.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError
 from ..formats import FOLDERS, save, stale
+from ..formats.kohya import written_for
 from ..io.atomic import write_text
 from ..io.staging import staged
-from . import verify
+from ..io.tensors import write_tensors
+from . import image_programs, verify
+from .arrays import header
 from .expected import expected
 from .into_base import Split
 from .logits import Logits, compare, tolerance, why_not
 
 _BUG = "OUT is unchanged; please report this bug"
-_IMAGE_FORMATS = ("kohya", "diffusers")
+_IMAGE_FORMATS = ("kohya", "diffusers", "comfyui")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,16 @@ class Readback:
     differences: dict[str, float] | None = None
     logits: Logits | None = None
     no_logits: str | None = None
+    placed: image_programs.Placed | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """More files by name. `texts`, `tensors`: beside OUT; `inside`: texts in it, if it is a folder."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    inside: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def write_staged(
@@ -42,13 +57,13 @@ def write_staged(
     base: Any,
     check: bool,
     parts: Split | None,
-    beside: Mapping[str, str] | None = None,
-    inside: Mapping[str, str] | None = None,
+    beside: Beside,
+    program: str,
 ) -> tuple[Path, Readback]:
     """Write `ready` to `path`. `check`: compare the file with `adapter`, from which `ready` was made, before moving it.
 
-    parts: also write the copy of the base. beside: texts of files beside `path`; inside: of files in it, if it is a
-    folder. Raises AdapterError if the file does not match, or something else is in the way.
+    parts: also write the copy of the base. program: the receiver; an image program must find every key of the file.
+    Raises AdapterError if it would not, the file does not match, or something else is in the way.
     """
     _check_kind(path, format)
     with staged(path, stale(format, path)) as target:
@@ -59,9 +74,14 @@ def write_staged(
             ready = parts.write(ready, copy)
             written = save(ready, target, format, base=base)
         result = _verified(adapter, written, format, base, parts, copy) if check else Readback()
-        for name, text in (beside or {}).items():
+        if program in image_programs.PROGRAMS:
+            keys = [key for key in header(written) if key != "__metadata__"]
+            result = replace(result, placed=image_programs.check(program, written_for(ready), keys))
+        for name, text in beside.texts.items():
             write_text(target.with_name(name), text)
-        for name, text in (inside or {}).items() if target.is_dir() else ():
+        for name, tensors in beside.tensors.items():
+            write_tensors(target.with_name(name), tensors, {"format": "pt"})
+        for name, text in beside.inside.items() if target.is_dir() else ():
             write_text(target / name, text)
     return path / written.relative_to(target), result
 

@@ -5,6 +5,7 @@
     kohya       ΔW = alpha / r · up · down, and LyCORIS' kinds (r: inner dimension of their products; s = 1 for a LoKr
                 of two full factors)
     diffusers   as PEFT, ranks and alphas from the header's `lora_adapter_metadata`
+    ComfyUI     as kohya, with lora_A and lora_B for down and up behind dotted names
     MLX         ΔW = scale · (a b)ᵀ
     GGUF        ΔW = adapter.lora.alpha / r · b a, rows of llama's q and k reordered
 
@@ -36,7 +37,7 @@ def read(path: Path, format: str, modules: Iterable[str] = (), base: Mapping[str
     """
     if format == "gguf":
         return gguf(path, modules, base or {})
-    return {"peft": peft, "kohya": kohya, "diffusers": diffusers, "mlx": mlx}[format](path)
+    return {"peft": peft, "kohya": kohya, "comfyui": comfyui, "diffusers": diffusers, "mlx": mlx}[format](path)
 
 
 def peft(folder: Path) -> Content:
@@ -104,9 +105,23 @@ def mlx(folder: Path) -> Content:
 
 def kohya(path: Path) -> Content:
     keys: dict[str, Arrays] = {}
+    tokens: Arrays = {}
     for full, tensor in arrays(path).items():
         key, _, suffix = full.partition(".")
-        keys.setdefault(key, {})[suffix] = tensor
+        if key == "bundle_emb":
+            tokens[full] = tensor
+        else:
+            keys.setdefault(key, {})[suffix] = tensor
+    return Content({key: _lycoris(key, parts) for key, parts in keys.items()}, tokens)
+
+
+def comfyui(path: Path) -> Content:
+    keys: dict[str, Arrays] = {}
+    kohyas = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    for full, tensor in arrays(path).items():
+        key = full.rsplit(".", 2 if full.endswith(".weight") else 1)[0]
+        suffix = full.removeprefix(f"{key}.")
+        keys.setdefault(key, {})[kohyas.get(suffix, suffix)] = tensor
     return Content({key: _lycoris(key, parts) for key, parts in keys.items()})
 
 

@@ -85,11 +85,14 @@ def save(
     *,
     dtype: torch.dtype | Literal["q8_0"] | None = None,
     base: Any = None,
+    keep_alpha: bool = False,
 ) -> Path:
     """Write an adapter and return the path: "peft" and "mlx" are folders, the others files.
 
     dtype: the precision to write (default: unchanged); "q8_0", blocks of 8 bits, is for "gguf" only.
     base: the base's folder or config, for "gguf".
+    keep_alpha: write alphas as they are. By default "diffusers" gets them folded into B (alpha = rank), and "kohya" too
+    where they differ by module: not all programs that read these files read such alphas right.
 
     AdapterError listing everything that the format cannot hold (see `losses`); nothing is written then.
     LorakitWarning where PEFT itself would not load all of it.
@@ -99,7 +102,7 @@ def save(
     from .format import WriteOptions
 
     named, path = format_named(format), Path(path).expanduser()
-    options = WriteOptions(base, "q8_0" if dtype == "q8_0" else None)
+    options = WriteOptions(base, "q8_0" if dtype == "q8_0" else None, keep_alpha)
     if options.blocks is not None and not named.takes_blocks:
         raise AdapterError(f"q8_0 is a type of GGUF's tensors, which {format} does not have\n  give bf16, fp16 or fp32")
     if isinstance(dtype, str) and options.blocks is None:

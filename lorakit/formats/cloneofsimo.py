@@ -36,9 +36,8 @@ from ..io.atomic import replacing
 from ..io.json_object import parse_json
 from ..io.tensors import read_pickled, read_tensors, write_tensors
 from . import names
-from .diffusers import with_alpha_as_rank
 from .format import Format, ReadOptions, WriteOptions
-from .scale import config_of
+from .scale import config_of, with_alpha_as_rank
 
 EMBED = "<embed>"
 SIDE_TEXT, SIDE_TOKENS = ".text_encoder.pt", ".ti.pt"

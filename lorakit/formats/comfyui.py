@@ -5,13 +5,13 @@
     lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight                           text encoders, as kohya's
 
 Reading is `diffusers.read`, which takes every dotted spelling. Of a model whose names are known (`names.KNOWN`) the
-original names are written, fused weights fused. The names of any other model are written as they were read, and so is
-a file whose spelling was recorded (`native.py`): what is edited stays readable where it was.
+original names are written, fused weights fused; Z-Image has diffusers' names, which its trainers write and diffusers
+reads too (ComfyUI maps them to its fused weights). The names of any other model are written as they were read, and so
+is a file whose spelling was recorded (`native.py`): what is edited stays readable where it was.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,37 +22,40 @@ from ..adapter.adapter import Adapter
 from ..adapter.update import Update
 from ..errors import AdapterError, listing
 from ..io.tensors import write_tensors
-from . import kohya, names
+from . import kohya, kohya_metadata, names
 from .diffusers import read
 from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, written
+from .run_metadata import own_entry, run_metadata
 from .spellings import NATIVE
+from .text_model import with_text_model
 from .unheld import beside_updates
 
-__all__ = ["FORMAT", "losses", "read", "write_as_read"]
+__all__ = ["FORMAT", "losses", "places", "read", "write_as_read"]
 _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
 
 def losses(adapter: Adapter) -> list[str]:
     """What this format cannot hold of an adapter, one line each."""
-    return _losses(adapter, COMFYUI)
+    return _losses(with_text_model(adapter), COMFYUI)
 
 
 def write_as_read(adapter: Adapter, path: Path, spelling: Mapping[str, Any]) -> Path:
     """Write a `.safetensors` file in this spelling: `native.COMFYUI`, or `Adapter.metadata["spelling"]`. AdapterError
     if anything of the adapter would be lost.
     """
-    lost = _losses(adapter.check(), spelling)
+    adapter = with_text_model(adapter.check())
+    lost = _losses(adapter, spelling)
     if lost:
         raise AdapterError(f"{path}: this format cannot hold all of this adapter\n  " + "\n  ".join(lost))
     tensors: dict[str, Tensor] = {}
     for name, update, shape in _named(adapter, spelling):
         tensors |= written(name, update, shape, spelling)
     header = {"format": "pt"} | {str(k): str(v) for k, v in (adapter.metadata.get("header") or {}).items()}
-    ours = {k: v for k, v in adapter.metadata.items() if k not in ("header", "spelling", "model")}
-    if ours:
-        header["lorakit"] = json.dumps(ours, sort_keys=True)
-    write_tensors(path, tensors, header)
+    if run_metadata(adapter.metadata):
+        changes = {m: (u, None) for m, u in adapter.updates.items()}
+        header |= kohya_metadata.metadata(adapter, _model(adapter), changes, path.stem)
+    write_tensors(path, tensors, header | own_entry(adapter.metadata, "header", "spelling", "model"))
     return path
 
 
@@ -66,7 +69,7 @@ def _losses(adapter: Adapter, spelling: Mapping[str, Any]) -> list[str]:
                 f"{listing(strange, 3)}: no module of a diffusion model that lorakit knows, nor named {NATIVE}.…"
             )
     else:
-        grouped, unplaced = kohya.grouped(adapter, _places(model, spelling))
+        grouped, unplaced = kohya.grouped(adapter, places(model, spelling))
         if unplaced:
             lines.append(f"{model} has no original name for {len(unplaced)} of its modules: {listing(unplaced, 3)}")
         lines += [
@@ -82,14 +85,14 @@ def _model(adapter: Adapter) -> str | None:
     return None if any(m.startswith(f"{NATIVE}.") for m in adapter.updates) else kohya.written_for(adapter)
 
 
-def _places(model: str, spelling: Mapping[str, Any]) -> dict[str, names.KohyaKey]:
+def places(model: str, spelling: Mapping[str, Any] = COMFYUI) -> dict[str, names.KohyaKey]:
     """A module's name -> its place, whose key is the dotted name as this file writes it."""
     found: dict[str, names.KohyaKey] = {}
     for component, part in names.PIPELINES[model].items():
         listed = names.module_list(part.listed)
         denoiser = not component.startswith("text_encoder")
         dotted = {name: (name,) for name in listed["modules"]}
-        if denoiser and spelling.get("original", True):
+        if denoiser and spelling.get("original", model not in names.UNFUSED):
             originals = {name: tuple(parts) for name, parts in listed.get("ldm", {}).items()}
             taken = {module for parts in originals.values() for module in parts}
             dotted = {name: parts for name, parts in dotted.items() if name not in taken} | originals
@@ -114,7 +117,7 @@ def _named(adapter: Adapter, spelling: Mapping[str, Any]) -> list[tuple[str, Upd
     model = _model(adapter)
     if model is None:
         return [(module, u, u.weight_shape() if u.changes_weight else ()) for module, u in adapter.updates.items()]
-    grouped, _ = kohya.grouped(adapter, _places(model, spelling))
+    grouped, _ = kohya.grouped(adapter, places(model, spelling))
     found = []
     for place, updates in grouped.items():
         update = kohya.fused(place, updates, model)

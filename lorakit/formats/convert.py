@@ -41,8 +41,9 @@ def convert(
     base: Any = None,
     dtype: torch.dtype | Literal["q8_0"] | None = None,
     allow_loss: bool = False,
+    keep_alpha: bool = False,
 ) -> Converted:
-    """Write `adapter` to `out` in the format `to`. `base`, `dtype`: as in `save`.
+    """Write `adapter` to `out` in the format `to`. `base`, `dtype`, `keep_alpha`: as in `save`.
 
     AdapterError lists what the format cannot hold; with `allow_loss` that is left out and listed in the result.
     """
@@ -59,7 +60,7 @@ def convert(
             + "\n  --allow-loss (allow_loss=True) leaves that out"
         )
     ready = without_losses(adapter, lambda a: losses(a, to)) if lost else adapter
-    return Converted(save(ready, out, to, dtype=dtype, base=base), to, ready, lost)
+    return Converted(save(ready, out, to, dtype=dtype, base=base, keep_alpha=keep_alpha), to, ready, lost)
 
 
 def without_losses(adapter: Adapter, losses: Callable[[Adapter], list[str]]) -> Adapter:

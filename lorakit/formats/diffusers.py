@@ -31,15 +31,17 @@ from ..errors import AdapterError, listing
 from ..io.json_object import parse_json
 from ..io.tensors import write_tensors
 from ..module_names import is_language_trunk
-from . import flux_variants, kohya, lycoris, names
+from . import flux_variants, kohya, kohya_metadata, lycoris, names
 from .diffusers_header import KEY, HeaderAlphas, describe
 from .families import family_of
 from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, flattened, spelled, written
 from .peft_config import checked
-from .scale import clean, config_of, folded
+from .run_metadata import own_entry, run_metadata
+from .scale import clean, config_of, with_alpha_as_rank
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse, split
 from .telling import size_of
+from .text_model import with_text_model
 
 FILE = "pytorch_lora_weights.safetensors"
 _COMPONENTS = tuple(f"{component}." for component in (*COMPONENTS, NATIVE, "base_model"))
@@ -111,6 +113,7 @@ def _spelling(tensors: Mapping[str, Tensor], updates: Mapping[str, Update]) -> d
 
 def losses(adapter: Adapter) -> list[str]:
     """What diffusers' format cannot hold of this adapter, one line each."""
+    adapter = with_text_model(adapter)
     reasons: dict[str, list[str]] = {}
     for module in adapter.updates:
         reason = _unheld(adapter, module)
@@ -124,17 +127,20 @@ def losses(adapter: Adapter) -> list[str]:
     return lines
 
 
-def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
+def write(adapter: Adapter, path: Path, *, fold: bool = True) -> Path:
     """Write a `.safetensors` file, or into a folder under diffusers' file name, and return its path. AdapterError, and
     nothing written, if the format cannot hold all of the adapter.
 
-    fold: multiply each module's scale into its up matrix (alpha = rank), for programs that do not read the header.
+    fold: multiply each module's scale into its up matrix (alpha = rank), for programs that do not read the header, as
+    ComfyUI. Without it the alphas are in the header alone.
     """
+    adapter = with_text_model(adapter)
     lost = losses(adapter)
     if lost:
         raise AdapterError("diffusers' format cannot hold all of this adapter:\n  " + "\n  ".join(lost))
     path = path if path.suffix == ".safetensors" else path / FILE
-    plain = {m: u.map_factors(with_alpha_as_rank if fold else _plain) for m, u in adapter.check().updates.items()}
+    updates = {m: u.map_factors(with_alpha_as_rank if fold else _plain) for m, u in adapter.check().updates.items()}
+    plain = dict(updates)
     tensors: dict[str, Tensor] = {}
     for module in [m for m in plain if m.startswith(f"{NATIVE}.")]:  # an unknown model's, as ComfyUI names them
         update = plain.pop(module)
@@ -159,10 +165,11 @@ def write(adapter: Adapter, path: Path, *, fold: bool = False) -> Path:
                 tensors[f"{key}.{MAGNITUDE}" + (".weight" if text else "")] = shaped
         described |= {f"{component}.{name}": value for name, value in describe(modules).items()}
     header = {"format": "pt"} | ({KEY: json.dumps(described, sort_keys=True)} if described else {})
-    ours = {key: value for key, value in adapter.metadata.items() if key != "spelling"}
-    if ours:
-        header["lorakit"] = json.dumps(ours, sort_keys=True)
-    write_tensors(path, tensors, header)
+    if run_metadata(adapter.metadata):
+        title = path.parent.name if path.name == FILE else path.stem
+        changes = {m: (u, None) for m, u in updates.items()}
+        header |= kohya_metadata.metadata(adapter, kohya.written_for(adapter), changes, title)
+    write_tensors(path, tensors, header | own_entry(adapter.metadata, "spelling"))
     return path
 
 
@@ -265,12 +272,6 @@ def _plain(f: Factors) -> Factors:
     return Factors(f.A, f.B, clean(f.scale * f.A.shape[0]), f.kind)
 
 
-def with_alpha_as_rank(f: Factors) -> Factors:
-    """The factors with their scale folded into B (alpha = rank); in float32 if B's dtype would round it."""
-    B = folded(f.B, f.scale)
-    return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind)
-
-
 def _config(updates: Mapping[str, Update]) -> LoraConfig:
     factors = factors_of(updates)
     if not factors:
@@ -308,7 +309,7 @@ class Diffusers(Format):
 
     def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
         if options.spelling is None:
-            return write(adapter, path)
+            return write(adapter, path, fold=not options.keep_alpha)
         from .comfyui import write_as_read  # that file reads with this one
 
         return write_as_read(adapter, path, options.spelling)

@@ -33,12 +33,14 @@ class ReadOptions:
 class WriteOptions:
     """How to write; see `formats.save`.
 
-    blocks: the type of GGUF's blocks, None for each tensor's own precision. spelling: how the file that the adapter was
-    read from spells its keys (`Adapter.metadata["spelling"]`), None for the format's own way.
+    blocks: the type of GGUF's blocks, None for each tensor's own precision. keep_alpha: write alphas as they are;
+    without it kohya's and diffusers' files have them folded into B, for programs that misread them. spelling: how the
+    file that the adapter was read from spells its keys (`Adapter.metadata["spelling"]`), None for the format's own way.
     """
 
     base: Any = None
     blocks: Literal["q8_0"] | None = None
+    keep_alpha: bool = False
     spelling: Mapping[str, Any] | None = None
 
 

@@ -30,9 +30,9 @@ def adapter_in(folder: Path) -> Path:
     """The path of a folder's adapter: the folder itself, or a folder or file in it. AdapterError if there are several
     or none.
     """
-    if (folder / ADAPTER_CONFIG).is_file() or (folder / DIFFUSERS_FILE).is_file():
+    if _is_adapter(folder):
         return folder
-    if (folder / _RUN).is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
+    if (folder / _RUN).is_file() and _is_adapter(folder / "adapter"):
         return folder / "adapter"
     newest = newest_checkpoint(folder)
     if newest is not None:
@@ -70,13 +70,19 @@ def adapter_in(folder: Path) -> Path:
     )
 
 
+def _is_adapter(folder: Path) -> bool:
+    """Whether the folder is an adapter's own: PEFT's, or diffusers', as runs on pictures write it."""
+    return (folder / ADAPTER_CONFIG).is_file() or (folder / DIFFUSERS_FILE).is_file()
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is an adapter, of a run's folder without a result; None for any other folder."""
     if not (folder / _RUN).is_file() or (folder / "adapter").is_dir() or (folder / "model").is_dir():
         return None
     steps = {
         int(path.parent.name.removeprefix(_STEP)): path.parent
-        for path in folder.glob(f"checkpoints/{_STEP}*/{ADAPTER_CONFIG}")
+        for name in (ADAPTER_CONFIG, DIFFUSERS_FILE)
+        for path in folder.glob(f"checkpoints/{_STEP}*/{name}")
         if path.parent.name.removeprefix(_STEP).isdigit()
     }
     return steps[max(steps)] if steps else None

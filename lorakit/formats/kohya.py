@@ -7,9 +7,8 @@ underscores>.<suffix>`.
 
 `names.py` maps keys to modules, `lycoris.py` suffixes to updates, and `kohya_parts.py` splits the fused weights of SD3
 and Flux into diffusers' modules (qkv in three, linear1 into q, k, v and mlp; they share the down, rank and alpha stay)
-and fuses them again. Both namings of a UNet are read; the one that kohya uses for the model is written. Bundled
-textual-inversion embeddings (`bundle_emb.<token>.string_to_param.*`) are read, but not written: only A1111 looks for
-them.
+and fuses them again. Both namings of a UNet are read; the one that kohya uses for the model is written.
+Textual-inversion embeddings are bundled (`bundled.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,25 @@ from ..adapter.update import Update
 from ..config import LoraConfig
 from ..errors import AdapterError, did_you_mean, listing
 from ..io.json_object import parse_json
-from . import lycoris, names
+from . import bundled, lycoris, names
 from .format import Format, ReadOptions, WriteOptions
 from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .native import as_read, contradicting
 from .peft_config import checked
+from .scale import clean, with_alpha_as_rank
 from .spellings import is_spelling
 from .telling import disagreement, misspelt, size_of, tell
+from .text_model import with_text_model
 from .unheld import beside_updates
 
 OTHER = "other"  # a model that lorakit is told not to know
-_EMBEDDING = "bundle_emb."
 
 
 def fits(keys: Iterable[str]) -> bool:
     """Whether a file with these keys is in kohya's format."""
     keys = list(keys)
-    flat = [key for key in keys if key.startswith(names.PREFIXES) and "." in key]
+    flat = [key for key in keys if key.startswith((*names.PREFIXES, bundled.PREFIX)) and "." in key]
     return bool(flat) and not any(is_spelling(key) for key in keys if not key.startswith(names.PREFIXES))
 
 
@@ -57,7 +58,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], m
     lorakit does not know keep the file's names.
     """
     keys, embeddings = _sort(tensors, path)
-    model = _model(keys, header, path) if model is None else None if model == OTHER else model
+    if model is None:
+        model = _model(keys, header, path) if keys else stated_model(header)
+    model = None if model == OTHER else model
     known = names.modules_of(model) if model is not None else {}
     updates: dict[str, Update] = {}
     came_from: dict[str, str] = {}
@@ -109,11 +112,15 @@ def _spelling(keys: Mapping[str, Mapping[str, Tensor]], model: str | None) -> di
 
 def losses(adapter: Adapter) -> list[str]:
     """What a kohya file cannot hold of this adapter, one line each."""
+    adapter = with_text_model(adapter)
+    beside = beside_updates(replace(adapter, embeddings={})) + bundled.unbundled(adapter.embeddings)
     if _own_names(adapter):
-        return unholdable(adapter) + beside_updates(adapter)
+        return unholdable(adapter) + beside
     model = written_for(adapter)
+    if model is None and (adapter.updates or not adapter.embeddings):
+        return [_no_model(adapter), *beside]
     if model is None:
-        return [_no_model(adapter), *beside_updates(adapter)]
+        return beside
     found, nowhere = grouped(adapter, names.places(model))
     lines = [f"kohya has no name for {len(nowhere)} modules of {model}: {listing(nowhere)}"] if nowhere else []
     lines += unholdable(adapter)
@@ -123,7 +130,7 @@ def losses(adapter: Adapter) -> list[str]:
         for place, updates in found.items()
         if fused(place, updates, model) is None
     ]
-    return lines + beside_updates(adapter)
+    return lines + beside
 
 
 def unholdable(adapter: Adapter) -> list[str]:
@@ -142,29 +149,54 @@ def unholdable(adapter: Adapter) -> list[str]:
     return lines
 
 
-def write(adapter: Adapter, path: Path, *, bake_alpha: bool = False, spelling: Mapping[str, Any] | None = None) -> Path:
+def write(
+    adapter: Adapter, path: Path, *, bake_alpha: bool | None = None, spelling: Mapping[str, Any] | None = None
+) -> Path:
     """Write a kohya file and return its path. AdapterError, and nothing written, if it cannot hold all of the adapter.
 
-    bake_alpha: multiply the scales into the ups, rounded to their dtype, and leave alpha out, which means alpha = r:
-    for programs that mix up alphas which differ by module, as diffusers 0.42 does.
+    bake_alpha: multiply the scales into the ups and leave alpha out, which means alpha = r. By default that is done
+    where the alphas of a component's modules differ: diffusers 0.42 gives those to the wrong modules. If such modules
+    have one rank, alpha is that rank, for programs that take a missing alpha for 1.
     """
-    adapter.check()
+    adapter = with_text_model(adapter.check())
     lost = losses(adapter)
     if lost:
         raise AdapterError(f"{path}: kohya's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
     model = None if _own_names(adapter) else written_for(adapter)
     tensors: dict[str, Tensor] = {}
     written: dict[str, tuple[Update, Tensor | None]] = {}
-    for key, update, shape in _written(adapter, model, spelling or {}):
+    found = list(_written(adapter, model, spelling or {}))
+    mixed = _mixed({key: update for key, update, _ in found}) if bake_alpha is None else {}
+    for key, update, shape in found:
         if spelling is None:
-            parts = lycoris.tensors_of(key, update, shape, bake_alpha)
+            ranks_differ = mixed.get(_prefix(key))
+            if ranks_differ is not None:
+                update = update.with_weight(update.weight_alone.map_factors(with_alpha_as_rank))
+            parts = lycoris.tensors_of(key, update, shape, bake_alpha or ranks_differ or False)
         else:
             parts, plain = as_read(key, update, shape, spelling)
             parts = {name: t for name, t in parts.items() if not (plain and name == f"{key}.alpha")}
         tensors |= parts
         written[key] = update, parts.get(f"{key}.alpha")
+    tensors |= bundled.bundled(adapter.embeddings)
     write_hashed(path, tensors, metadata(adapter, model, written, path.stem))
     return path
+
+
+def _mixed(updates: Mapping[str, Update]) -> dict[str, bool]:
+    """Of each prefix whose low-rank updates have several alphas: whether they have several ranks too."""
+    pairs: dict[str, list[tuple[int, float]]] = {}
+    for key, f in factors_of(updates).items():
+        pairs.setdefault(_prefix(key), []).append((f.A.shape[0], f.scale * f.A.shape[0]))
+    return {
+        prefix: len({rank for rank, _ in found}) > 1
+        for prefix, found in pairs.items()
+        if len({clean(alpha) for _, alpha in found}) > 1
+    }
+
+
+def _prefix(key: str) -> str:
+    return next((prefix for prefix in names.PREFIXES if key.startswith(prefix)), "")
 
 
 def _written(
@@ -188,9 +220,8 @@ def _sort(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str
     keys: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
-        if full.startswith(_EMBEDDING):
-            token, _, part = full.removeprefix(_EMBEDDING).partition(".")
-            embeddings[token if part.startswith(("string_to_param", "emb_params")) else f"{token}.{part}"] = tensor
+        if full.startswith(bundled.PREFIX):
+            embeddings[bundled.name_of(full)] = tensor
             continue
         key, _, suffix = full.partition(".")
         if not key.startswith(names.PREFIXES) or not suffix:
@@ -199,7 +230,7 @@ def _sort(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str
                 f"  expected {', '.join(names.PREFIXES)} and a module's name, then a suffix"
             )
         keys.setdefault(key, {})[suffix] = tensor
-    if not keys:
+    if not keys and not embeddings:
         raise AdapterError(f"{path} holds no update of any module")
     return keys, embeddings
 
@@ -257,16 +288,23 @@ def _config(updates: Mapping[str, Update]) -> LoraConfig:
 
 
 def written_for(adapter: Adapter) -> str | None:
-    """The model it is written for: the one it says, if that has any of its modules, else the one its names and widths
-    fit.
+    """The model it is written for: the one that it says, or that its base's class is of, if that has all of its
+    modules; else the one that its names and widths fit.
     """
-    said = adapter.metadata.get("model")
+    said = adapter.metadata.get("model") or names.model_of_class(_architecture(adapter))
     if said in names.KNOWN and all(module in names.shapes(said) for module in adapter.updates):
         return said
     sizes = {m: u.sizes for m, u in adapter.updates.items()}
     candidates = names.candidates(adapter.updates) if adapter.updates else []
     agreeing = [model for model in candidates if not disagreement(model, sizes)]
     return names.likeliest(agreeing or candidates, sizes)
+
+
+def _architecture(adapter: Adapter) -> str:
+    """The class of the base that it was trained on, "" if it does not say."""
+    fingerprint = adapter.metadata.get("fingerprint")
+    found = fingerprint.get("architecture") if isinstance(fingerprint, Mapping) else None
+    return found if isinstance(found, str) else ""
 
 
 def _no_model(adapter: Adapter) -> str:
@@ -330,7 +368,7 @@ class Kohya(Format):
         return losses(adapter)
 
     def write(self, adapter: Adapter, path: Path, options: WriteOptions) -> Path:
-        return write(adapter, path, spelling=options.spelling)
+        return write(adapter, path, bake_alpha=False if options.keep_alpha else None, spelling=options.spelling)
 
     def holds(self, spelling: Mapping[str, Any]) -> bool:
         return "prefix" in spelling

@@ -8,7 +8,8 @@ hash:
     sshs_legacy_hash   the first 8 digits of the sha256 of the file's bytes 0x100000 to 0x110000; e3b0c442, of nothing,
                        under 1 MiB
 
-The metadata of the file that was read (`Adapter.metadata["header"]`) is kept, except for what describes the tensors.
+The metadata of the file that was read (`Adapter.metadata["header"]`) is kept, except for what describes the tensors. Of
+a run of ours `run_metadata.py` tells the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.update import Update
 from ..io.atomic import replacing
 from ..io.stream import NAMES, StreamWriter
+from .run_metadata import own_entry, run_metadata
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 ALGORITHMS = {"lora": "locon", "loha": "loha", "lokr": "lokr"}  # LyCORIS' names of the kinds
@@ -108,20 +110,23 @@ def metadata(
     trainers = any(k.startswith("ss_") for k in header)
     kept = {k: v for k, v in header.items() if k not in outdated and (trainers or k.startswith("modelspec."))}
     stated = kept if model is None or stated_model(header) == model else {}  # nothing about another base holds
-    found = kept | {
-        "format": "pt",
-        "ss_base_model_version": stated.get("ss_base_model_version", base.version),
-        "ss_v2": str(model == "sd2"),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": stated.get("modelspec.architecture", f"{base.architecture}/lora"),
-        "modelspec.implementation": stated.get("modelspec.implementation", base.implementation),
-    }
+    found = (
+        run_metadata(adapter.metadata)
+        | kept
+        | {
+            "format": "pt",
+            "ss_base_model_version": stated.get("ss_base_model_version", base.version),
+            "ss_v2": str(model == "sd2"),
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": stated.get("modelspec.architecture", f"{base.architecture}/lora"),
+            "modelspec.implementation": stated.get("modelspec.implementation", base.implementation),
+        }
+    )
     found.setdefault("modelspec.title", found.get("ss_output_name", title))
     found.setdefault("modelspec.resolution", base.resolution)
     found.setdefault("ss_output_name", title)
     found |= _network(stated, base, written)
-    ours = {k: v for k, v in adapter.metadata.items() if k not in ("header", "model", "spelling")}
-    return found | ({"lorakit": json.dumps(ours, sort_keys=True)} if ours else {})
+    return found | own_entry(adapter.metadata, "header", "model", "spelling")
 
 
 def _network(

@@ -29,6 +29,7 @@ from ..adapter.lokr import Lokr
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
 from ..errors import AdapterError, did_you_mean
+from .scale import with_alpha_as_rank
 
 LORA = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "dora_scale": "magnitude"}
 LOHA = {
@@ -134,8 +135,9 @@ def tensors_of(key: str, update: Update, shape: tuple[int, ...], bake_alpha: boo
     """An update's tensors by full key, the inverse of `update`. `shape`: the weight's in the real model. AdapterError
     for a kind that kohya's files cannot hold.
 
-    bake_alpha: multiply a low-rank update's scale into its up and leave out alpha. Every reader takes a missing alpha
-    for the rank; diffusers 0.42 gives alphas to the wrong modules if ranks differ.
+    bake_alpha: multiply a low-rank update's scale into its up (in float32 if its dtype would round it) and leave out
+    alpha. Every reader takes a missing alpha for the rank; diffusers 0.42 gives alphas to the wrong modules if they
+    differ.
     """
     return {f"{key}.{suffix}": t for suffix, t in _by_suffix(update, shape, bake_alpha).items()}
 
@@ -156,10 +158,9 @@ def scalar(value: float, dtype: torch.dtype) -> Tensor:
 
 @_by_suffix.register
 def _(f: Factors, shape: tuple[int, ...], bake_alpha: bool) -> dict[str, Tensor]:
+    f = with_alpha_as_rank(f) if bake_alpha else f
     A, B, rank = f.A, f.B, f.A.shape[0]
     alpha = f.alpha if not (f.rslora or f.parts) else f.scale * rank  # the alpha of a scale alpha / r
-    if bake_alpha:
-        B = (B.double() * (alpha / rank)).to(B.dtype)
     # a 1x1 convolution whose factors are matrices
     if A.dim() == 2 and len(shape) > 2 and math.prod(shape[2:]) == 1:
         A = A.reshape(*A.shape, *shape[2:])

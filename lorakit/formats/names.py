@@ -88,6 +88,7 @@ _DIFFUSERS_NAMES = {
         "fibo2",
     )
 }
+UNFUSED = {"z_image"}  # ComfyUI has fused weights, and takes diffusers' names of their parts
 _DENOISERS = (  # where names and widths fit several, the first counts
     *("flux2", "wan", "qwen_image", "z_image", "hunyuan_video", "chroma", "ltx", "ltx2", "lumina2", "hidream"),
     *("cosmos", "ideogram4", "krea2", "ace_step", "minimax_h3", "flux3", "auraflow", "cogvideox", "cogview4", "mochi"),
@@ -189,6 +190,39 @@ def places(model: str, prefix: str | None = None, original: bool | None = None) 
     return found
 
 
+# Beginnings of the names of diffusers' pipelines and denoisers; the longest that fits counts.
+_CLASSES = {
+    "StableDiffusion": "sd1",
+    "StableDiffusionXL": "sdxl",
+    "StableDiffusion3": "sd3",
+    "SD3": "sd3",
+    "Flux": "flux",
+    "Flux2": "flux2",
+    "Flux3": "flux3",
+    "Chroma": "chroma",
+    "QwenImage": "qwen_image",
+    "ZImage": "z_image",
+    "Wan": "wan",
+    "HunyuanVideo": "hunyuan_video",
+    "LTX2": "ltx2",
+    "LTX": "ltx",
+    "Lumina2": "lumina2",
+    "HiDream": "hidream",
+    "AuraFlow": "auraflow",
+    "CogVideoX": "cogvideox",
+    "CogView4": "cogview4",
+    "Mochi": "mochi",
+    "Sana": "sana",
+    "Kandinsky5": "kandinsky5",
+}
+
+
+def model_of_class(architecture: str) -> str | None:
+    """The model that a pipeline's or denoiser's class is of ("FluxPipeline"); None if its name does not tell."""
+    fitting = [start for start in _CLASSES if architecture.startswith(start)]
+    return _CLASSES[max(fitting, key=len)] if fitting else None
+
+
 def swaps_halves(model: str, key: str, module: str, size: tuple[int, int]) -> bool:
     """Whether the rows of a module's weight [out, in] have their halves swapped under this key, against diffusers.
 
@@ -196,7 +230,7 @@ def swaps_halves(model: str, key: str, module: str, size: tuple[int, int]) -> bo
     diffusers' own name of the module has diffusers' order.
     """
     name = module.partition(".")[2]
-    if key.endswith(_flat(name)):
+    if _flat(key).endswith(_flat(name)):
         return False
     if model not in MODELS:
         swapped = module_list(PIPELINES[model]["transformer"].listed).get("swapped", ())

@@ -17,15 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..adapter.lora import Factors
 from ..adapter.update import Update
 from ..errors import AdapterError
 from . import lycoris, names
 from .kohya_metadata import stated_model
-from .scale import folded
+from .scale import with_alpha_as_rank
 from .spellings import COMPONENTS, NATIVE, parse, split
 from .telling import Told, size_of, tell
 
@@ -46,7 +44,6 @@ FRONTS = (
 UNET = "lora_unet_"
 COMFYUI: dict[str, Any] = {  # a spelling
     "front": f"{NATIVE}.",
-    "original": True,
     "pair": "lora_A",
     "alphas": True,
     "text": "kohya",
@@ -162,16 +159,8 @@ def as_read(
     low_rank = f"{name}.lora_up.weight" in own
     if spelling.get("alpha" if low_rank else "alphas"):
         return own, False
-    plain = update.with_weight(update.weight_alone.map_factors(_with_alpha_as_rank))
+    plain = update.with_weight(update.weight_alone.map_factors(with_alpha_as_rank))
     return lycoris.tensors_of(name, plain, shape), plain.scale == 1
-
-
-def _with_alpha_as_rank(f: Factors) -> Factors:
-    """The same update at scale 1, which goes into B, in float32 where B's precision would round it."""
-    if f.scale == 1:
-        return f
-    B = folded(f.B, f.scale)
-    return Factors(f.A.to(torch.promote_types(f.A.dtype, B.dtype)), B, f.A.shape[0], f.kind)
 
 
 def _told(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import PEFT_NAMES, LoraConfig
+from ..config import PEFT_NAMES, PRESETS, LoraConfig
 from ..errors import AdapterError, ConfigError
 from ..module_names import matches
 
@@ -119,12 +119,7 @@ def to_peft(
     """PEFT's fields. `ranks`, `alphas`: module -> value of the written tensors, which overrule the config's."""
     modules = list(ranks)
     targets = config.targets
-    if (
-        (isinstance(targets, str) and targets == "all-linear")
-        or config.exclude
-        or config.layers
-        or not all(matches(m, targets) for m in modules)
-    ):
+    if targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in modules):
         targets = sorted(modules)
     rank, rank_pattern = _pattern(ranks, config.rank, config.rank_pattern, config.rank_of)
     alpha, alpha_pattern = _pattern(alphas, config.alpha, config.alpha_pattern, config.alpha_of)

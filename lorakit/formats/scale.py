@@ -40,6 +40,17 @@ def folded(B: Tensor, ratio: float) -> Tensor:
     return narrowed(exact, torch.promote_types(B.dtype, torch.float32), f"a scale of {ratio:.3g}, folded into B")
 
 
+def with_alpha_as_rank(f: Factors) -> Factors:
+    """The factors with their scale folded into B (alpha = rank); both in float32 if B's dtype would round it. The parts
+    of a packed projection are written out.
+    """
+    if f.scale == 1 and not f.rslora and not f.parts:
+        return f
+    B = folded(f.B, f.scale)
+    A = f.A.to(torch.promote_types(f.A.dtype, B.dtype))
+    return Factors(A, B, float(f.A.shape[0]), f.kind, transposed=f.transposed, groups=f.groups)
+
+
 def config_of(factors: Mapping[str, Factors], **known: Any) -> LoraConfig:
     """The `LoraConfig` of these factors: the most common rank and alpha, patterns for the others, targets by name
     ending. `known`: other fields of the config. AdapterError if factors are malformed.

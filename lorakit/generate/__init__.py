@@ -1,1 +1,1 @@
-"""Generate text with a model: greedy or sampled, in batches or streamed."""
+"""Generate text with a model: greedy or sampled, in batches or streamed. `pictures`: with a pipeline."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,6 +79,14 @@ class ConvLayer(LoraLayer):
             if (tuple(A.shape), tuple(B.shape)) == (down, up):  # PEFT's form
                 return None
         return why
+
+    def lora_laid_out(self, A: Tensor) -> Tensor:
+        """channels_last where the weight is: a 3x3 A in another layout would be copied at each call."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        like = formats.get(A.dim())
+        if like is None or self.weight.is_contiguous() or not self.weight.is_contiguous(memory_format=like):
+            return A
+        return A.contiguous(memory_format=like)
 
     def lora_apply(self, x: Tensor, W: Tensor) -> Tensor:
         return self._conv_forward(x.to(W.dtype), W, None)

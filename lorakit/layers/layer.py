@@ -50,6 +50,7 @@ _RESERVED = frozenset(
         "fresh_output",
         "times_scale",
         "probed",
+        "laid_out",
         "route",
     }
 )
@@ -216,7 +217,11 @@ class LoraLayer(Swapped):
         """Initialize a new A and B of these shapes with ΔW = 0."""
         A, B = torch.empty(shapes[0], dtype=dtype, device=device), torch.zeros(shapes[1], dtype=dtype, device=device)
         init_a(A, init, rank)
-        return A, B
+        return self.lora_laid_out(A), B
+
+    def lora_laid_out(self, A: Tensor) -> Tensor:
+        """Return A in the memory format of the layer's weight."""
+        return A
 
     def lora_full(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Return A and B as they are stored in files and in an adapter value."""

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..config import ALL_LINEAR, LoraConfig
+from ..bases.pipeline import PipelineModel, component_of, is_text_encoder
+from ..config import ALL_LINEAR, PRESETS, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
 from ..module_names import ends_with, matches, pattern_matches
 from .bases import base_of
+from .fused_qkv import FIX, fused_away
 from .layer import Swapped, mixin_and_base
+from .presets import preset
 from .swap import is_linear, mixin_for
 from .walk import base_modules
 from .weight_reads import reads_of
@@ -72,30 +75,16 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
 
     Raises TargetError for a name, pattern or layer that matches nothing, and for a module that cannot be adapted.
     """
-    names = module_names(model)
-    not_called = called_by_weight(names) | _bypassed_in_training(names)
+    names = in_components(model, config)
     skipped: dict[str, str] = {}
-    if config.targets == ALL_LINEAR:
-        head = _output_head(model)
-        chosen = {}
-        for name, module in names.items():
-            if not is_linear(module):
-                continue
-            if module is head:
-                skipped[name] = "the output head"
-            elif name in not_called:
-                skipped[name] = not_called[name]
-            else:
-                chosen[name] = module
-        if not chosen and not skipped:
-            raise TargetError(
-                "the model has no linear layer to adapt (LoraConfig.targets='all-linear')\n"
-                "  name the modules to adapt instead"
-            )
+    if config.targets in PRESETS:
+        chosen, skipped = _by_preset(model, config.targets, names)
     else:
         chosen = {name: module for name, module in names.items() if matches(name, config.targets)}
         if config.strict_targets or not chosen:
-            _check_each_matches(list(names), config.targets, "targets")
+            _check_each_matches(
+                list(names), config.targets, "targets", [n for n in module_names(model) if n not in names]
+            )
         elif isinstance(config.targets, list):
             missed = [t for t in config.targets if not any(ends_with(name, t) for name in names)]
             skipped |= dict.fromkeys(missed, "no module matches this target")
@@ -127,6 +116,51 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         for name in packed:
             check_packed(name, chosen[name], len(parts))
     return Targets(chosen, skipped)
+
+
+def in_components(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """Map all names to modules; of a pipeline, those in the components that the config adapts.
+
+    Raises TargetError for a component that the pipeline lacks.
+    """
+    names, own = module_names(model), list(model.components) if isinstance(model, PipelineModel) else []
+    if not own:
+        if config.components is not None:
+            raise TargetError(
+                f"LoraConfig.components is {config.components}, and this {type(model).__name__} is no pipeline\n"
+                "  attach to the pipeline, or leave components out"
+            )
+        return names
+    chosen = config.components
+    if chosen is None:
+        if isinstance(config.targets, str) and config.targets not in PRESETS:
+            return names  # a regular expression for full names, which begin with the component
+        named = {component_of(entry) for entry in config.targets}
+        chosen = [c for c in own if c in named or not is_text_encoder(c)]
+    for component in chosen:
+        if component not in own:
+            raise TargetError(
+                f"the pipeline has no '{component}' to adapt (LoraConfig.components){did_you_mean(component, own)}\n"
+                f"  it has {listing(own)}"
+            )
+    return {name: module for name, module in names.items() if name.partition(".")[0] in chosen}
+
+
+def _by_preset(
+    model: nn.Module, targets: str | list[str], names: dict[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return the modules of a preset, and those among them that are not adapted, with the reason."""
+    assert isinstance(targets, str)
+    roots = {*getattr(model, "components", ()), ""}
+    of = [n for n, m in names.items() if is_linear(m)] if targets == ALL_LINEAR else preset(targets, names, roots)
+    if not of:
+        what = "linear layer" if targets == ALL_LINEAR else "attention"
+        raise TargetError(
+            f"the model has no {what} to adapt (LoraConfig.targets='{targets}')\n  name the modules to adapt instead"
+        )
+    head, not_called = _output_head(model), called_by_weight(names) | _bypassed_in_training(names)
+    skipped = {name: "the output head" if names[name] is head else not_called.get(name) for name in of}
+    return {n: names[n] for n in of if skipped[n] is None}, {n: why for n, why in skipped.items() if why is not None}
 
 
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -226,8 +260,10 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
 
     `names`: all modules of the model; `chosen`: those to check.
     """
-    not_called = called_by_weight(names)
+    not_called, fused = called_by_weight(names), fused_away(names)
     for name, module in chosen.items():
+        if name in fused:
+            raise TargetError(f"'{name}' cannot be adapted: {fused[name]}\n  {FIX}")
         if name in not_called:
             raise TargetError(
                 f"'{name}' cannot be adapted: {not_called[name]}, so an update there would have no effect\n"
@@ -258,8 +294,10 @@ def check_packed(name: str, module: nn.Module, parts: int) -> None:
         )
 
 
-def _check_each_matches(names: list[str], targets: str | list[str], setting: str) -> None:
-    """Raise TargetError for a pattern or name ending that matches none of `names`. `setting`: the config's field."""
+def _check_each_matches(names: list[str], targets: str | list[str], setting: str, others: Sequence[str] = ()) -> None:
+    """Raise TargetError for a pattern or name ending that matches none of `names`. `setting`: the config's field;
+    `others`: names in components of the pipeline that are not adapted.
+    """
     if isinstance(targets, str):
         if not any(matches(name, targets) for name in names):
             count = sum(ends_with(name, targets) for name in names)
@@ -270,7 +308,7 @@ def _check_each_matches(names: list[str], targets: str | list[str], setting: str
                     f"{count} modules with this ending"
                 )
             elif re.fullmatch(r"[\w.-]+", targets):
-                hint = did_you_mean(targets, [ALL_LINEAR]) or _suggestion(targets, names)
+                hint = did_you_mean(targets, PRESETS) or _suggestion(targets, names)
             else:
                 hint = "\n  a string is a regular expression for full names"
             raise TargetError(f"no module matches the pattern '{targets}' (LoraConfig.{setting}){hint}")
@@ -280,10 +318,16 @@ def _check_each_matches(names: list[str], targets: str | list[str], setting: str
         raise TargetError(
             "\n".join(
                 f"no module matches {setting[:-1] if setting == 'targets' else setting} '{m}' "
-                f"(LoraConfig.{setting}){_suggestion(m, names)}"
+                f"(LoraConfig.{setting}){_elsewhere(m, others) or _suggestion(m, names)}"
                 for m in missing
             )
         )
+
+
+def _elsewhere(entry: str, others: Sequence[str]) -> str:
+    """Say in which other components of a pipeline there are modules with this ending."""
+    found = dict.fromkeys(name.partition(".")[0] for name in others if ends_with(name, entry))
+    return f"\n  there are some in {listing(found)}: LoraConfig(components=[...]) names what to adapt" if found else ""
 
 
 def _suggestion(entry: str, names: list[str]) -> str:

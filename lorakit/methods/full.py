@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from shlex import quote
@@ -60,6 +61,10 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
         )
 
 
+def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
+    return "", 1.0
+
+
 def activate(model: Any, name: str) -> None:
     """Do nothing: there is only one model."""
 
@@ -68,7 +73,19 @@ def base_alone(model: Any) -> AbstractContextManager[None]:
     raise StateError("full fine-tuning changes the base itself, so the base is no longer available\n  load it again")
 
 
-def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
+def reloaded(model: Any, folder: Path) -> AbstractContextManager[None]:
+    raise StateError("full fine-tuning saves a model of its own\n  load it instead of the base")
+
+
+def save(
+    model: Any,
+    processor: Any,
+    name: str,
+    folder: Path,
+    metadata: dict[str, Any],
+    format: str = "peft",
+    finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+) -> None:
     from ..io.staging import staged
 
     with staged(folder) as path:

@@ -6,7 +6,9 @@ is (rank, targets, ...) comes from it then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +35,15 @@ class LoraRunSettings(LoraSettings):
     )
 
 
+FILE = "adapter.safetensors"  # of formats without a name of their own for it
+OURS = "lorakit.json"
+
 # Settings that an adapter does not fix: dropout acts in training only.
 _NOT_FIXED = {"dropout", "adapter"}
 # Settings that an adapter holds resolved to the modules of its base. Its recipe has them as the run gave them.
 _RESOLVED = {
     "targets",
+    "components",
     "exclude",
     "layers",
     "save_modules",
@@ -111,9 +117,9 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
 
 
 def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
-    from ..adapter.fingerprint import fingerprint
+    from ..bases.pipeline import as_module
     from ..model.attach import attach
-    from ..model.state import architecture_of, base_weights
+    from ..model.known_base import base_fingerprint
 
     own = part(config, LoraRunSettings)
     if own.adapter is None:
@@ -121,7 +127,7 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
         return
     earlier = _load(own.adapter)
     continued = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
-    known = earlier.metadata.get("fingerprint") or fingerprint(base_weights(model), architecture_of(model))
+    known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
 
@@ -132,6 +138,10 @@ def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
     """
     kept = {name: adapter.metadata[name] for name in ("data", "metrics", "started_from") if name in adapter.metadata}
     return {"adapter": Path(source).name, "sha256": adapter.digest(), **kept}
+
+
+def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
+    return "", 1.0
 
 
 def activate(model: Any, name: str) -> None:
@@ -152,11 +162,56 @@ def base_alone(model: Any) -> Iterator[None]:
         activate(model, before)
 
 
-def save(model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
+@contextmanager
+def reloaded(model: Any, folder: Path) -> Iterator[None]:
+    from ..adapter.adapter import Adapter
+    from ..model.activate import activate, active
+    from ..model.attach import attach
+    from ..model.detach import detach
+
+    before = active(model)
+    attach(model, Adapter.load(folder), "reloaded", force=True)  # the base is the one it was trained on
+    try:
+        yield
+    finally:
+        detach(model, "reloaded")
+        activate(model, before)
+
+
+def save(
+    model: Any,
+    processor: Any,
+    name: str,
+    folder: Path,
+    metadata: dict[str, Any],
+    format: str = "peft",
+    finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+) -> None:
     from ..model.capture import capture
 
-    adapter = capture(model, name)
-    replace(adapter, metadata={**adapter.metadata, **metadata}).save(folder)
+    adapter = finished(capture(model, name), processor)
+    adapter = replace(adapter, metadata={**adapter.metadata, **metadata})
+    if format == "peft":
+        adapter.save(folder)
+    else:
+        _save_file(adapter, folder, format)
+
+
+def _save_file(adapter: Adapter, folder: Path, format: str) -> None:
+    """Write an adapter as one file, and what is ours beside it. The file is read again: what it lacks is an error."""
+    from ..adapter.adapter import Adapter
+    from ..errors import listing
+    from ..formats import format_named
+    from ..io.atomic import write_text
+
+    own = format_named(format).files
+    written = Adapter.load(adapter.save(folder / (own[0] if own else FILE), format))
+    lost = {*adapter.updates, *adapter.embeddings} - {*written.updates, *written.embeddings}
+    if lost:
+        raise AdapterError(f"{folder}: {len(lost)} modules are not in the file that was written: {listing(lost, 3)}")
+    placed = Counter(module.partition(".")[0] for module in written.updates)
+    ours = {**adapter.metadata, "placed": dict(sorted(placed.items()))}
+    write_text(folder / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
 
 
 def trained(config: RunSettings) -> str:

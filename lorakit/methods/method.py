@@ -5,7 +5,7 @@ Such a file imports torch inside its functions only, so that `lorakit --help` st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,12 @@ class Method(Protocol):
     def learning_rate(self, rate: float, why: str) -> tuple[float, str]:
         """Return the peak learning rate for `auto`, and why. `rate`, `why`: what suits LoRA."""
 
+    def rate_factor(self, config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
+        """Return a parameter's learning rate as a factor of the run's, with a name of the parameters that share it.
+
+        `parameter`: its name on the model; `rate`: the run's peak rate. ("", 1.0) for those at the run's own rate.
+        """
+
     def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:
         """Add the trained parameters to the model and set `requires_grad`.
 
@@ -65,10 +71,26 @@ class Method(Protocol):
     def base_alone(self, model: Any) -> AbstractContextManager[None]:
         """Return a context in which the model is its base. Raises StateError unless `keeps_base`."""
 
-    def save(self, model: Any, processor: Any, name: str, folder: Path, metadata: dict[str, Any]) -> None:
+    def reloaded(self, model: Any, folder: Path) -> AbstractContextManager[None]:
+        """Return a context in which the model computes with the result that `save` wrote into this folder.
+
+        Raises StateError unless `keeps_base`.
+        """
+
+    def save(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        folder: Path,
+        metadata: dict[str, Any],
+        format: str = "peft",
+        finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+    ) -> None:
         """Write the result into `folder`.
 
-        `processor`: the base's tokenizer; `metadata`: recipe, data and metrics to store in the result.
+        `processor`: the base's tokenizer; `metadata`: recipe, data and metrics to store in the result; `format`: an
+        adapter's, of `lorakit.formats.FORMATS`; `finished`: the task's last change of an adapter.
         """
 
     def trained(self, config: RunSettings) -> str:

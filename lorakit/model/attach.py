@@ -3,49 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import fingerprint
 from ..adapter.tokens import Tokens
 from ..adapter.update import Update
+from ..bases.pipeline import PipelineModel, as_module
 from ..config import LoraConfig
 from ..errors import AdapterError, StateError, TargetError
-from ..layers import fastpath, saved
+from ..layers import fastpath, fused_qkv, peft_layers, saved
 from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
-from ..layers.targets import check_adaptable, find_targets, module_names, shortest_endings, with_head
+from ..layers.targets import check_adaptable, find_targets, in_components, module_names, shortest_endings, with_head
 from ..layers.token_targets import repeated, sharing, token_modules, tokens_of, variant_of
 from ..layers.updates.update import LiveUpdate, live
 from . import save_pretrained
 from .activate import set_active, use_saved
-from .fit import check_base, fresh_saved, modules_for, saved_for
+from .embeddings import embeddings_for, put_in_place
+from .fit import fresh_saved, modules_for, saved_for
+from .known_base import base_fingerprint, check_base
+from .naming import live_names, renamed
 from .sharded import check_whole
 from .state import (
     STATE,
     Attached,
     State,
-    architecture_of,
     base_parameters,
-    base_weights,
     check_new_name,
     check_not_routed,
+    check_owner,
     layer_at,
+    mark_in_use,
     names_of,
     qualified_name,
 )
 
 DEFAULT = "default"
+Model = TypeVar("Model")
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     adapter: LoraConfig | Adapter,
     name: str = DEFAULT,
     trainable: bool | None = None,
@@ -53,8 +57,9 @@ def attach(
     strict: bool = True,
     force: bool = False,
     activate: bool = True,
-) -> nn.Module:
-    """Attach an adapter to the model in place and make it the active one. Returns the model.
+) -> Model:
+    """Attach an adapter to a model, or to the components of a diffusers pipeline, in place and make it the active one.
+    Returns the model or pipeline that it was given.
 
     A config gives a new adapter (ΔW = 0) that is trainable. An `Adapter` keeps its values and is frozen unless
     `trainable=True`. Either freezes the base, whose `requires_grad` flags `detach` gives back. `strict=False` skips
@@ -67,6 +72,25 @@ def attach(
             f"attach(model, adapter): got a {qualified_name(adapter)}\n"
             "  expected a lorakit.LoraConfig, or lorakit.Adapter.load(PATH)"
         )
+    module = as_module(model)
+    if not isinstance(module, nn.Module):
+        raise StateError(
+            f"attach(model, adapter): the model is a {qualified_name(model)}\n"
+            "  expected a torch.nn.Module, or a pipeline of diffusers"
+        )
+    _attach(module, adapter, name, trainable, strict, force, activate)
+    return model
+
+
+def _attach(
+    model: nn.Module,
+    adapter: LoraConfig | Adapter,
+    name: str,
+    trainable: bool | None,
+    strict: bool,
+    force: bool,
+    activate: bool,
+) -> None:
     state = model.__dict__.get(STATE) or State()
     check_not_routed(state, "attach")
     check_new_name(state, name)
@@ -76,6 +100,8 @@ def attach(
         )
     if trainable is None:
         trainable = isinstance(adapter, LoraConfig)
+    check_owner(model)
+    peft_layers.check_none(model)
     check_whole(model)
     packed = quantized(model)
     for module_name, module in packed.items():
@@ -96,7 +122,6 @@ def attach(
     for module in packed.values():
         base_of(module).prepare(module)
     set_active(model, state, {name: 1.0} if activate else state.active)
-    return model
 
 
 @dataclass(frozen=True)
@@ -112,6 +137,8 @@ class _Plan:
     skipped: Mapping[str, str]
     values: Mapping[str, Update] | None  # None: initialize new ones
     twins: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)  # the adapter's own, where the model has others
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Return which parts of a packed projection are adapted; None if the module is not packed."""
@@ -146,16 +173,19 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
         )
     modules = {**targets.modules, **{m: names[m] for m in tokens}}
     check_adaptable(names, {m: names[m] for m in tokens})
-    metadata = {"fingerprint": fingerprint(base_weights(model), architecture_of(model))}
     saved_values = fresh_saved(model, config, targets.modules)
+    metadata = {"fingerprint": base_fingerprint(model, [*modules, *saved_values])}
     return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
 
 
 def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _Plan:
     adapter.check()
-    check_base(model, adapter, force)
+    live = live_names(model, adapter)
+    check_base(model, adapter, force, live)
+    adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
+    embeddings = {t: adapter.embeddings[t] for t in embeddings_for(model, adapter, strict, skipped)}
     tokens = {m: u for m, u in adapter.updates.items() if isinstance(u, Tokens) and m in modules}
 
     def same(a: str, b: str) -> bool:
@@ -166,7 +196,8 @@ def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _P
     rows = {m: list(u.ids) for m, u in tokens.items()}
     config = adapter.config.replace(trainable_tokens=rows)
     twins = _twins(model, modules, config)
-    return _Plan(config, adapter.metadata, modules, values, skipped, adapter.updates, twins)
+    names = {new: old for old, new in live.items()}
+    return _Plan(config, adapter.metadata, modules, values, skipped, adapter.updates, twins, names, embeddings)
 
 
 def _twins(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
@@ -214,20 +245,33 @@ def _register(
     use_saved(model, state, ())
     _add_saved(model, name, plan.saved, trainable)
     fastpath.close(model)
+    fused_qkv.watch(model)
     fused.adopt(model)
     if trainable:
         state.own_attention = attention.use(model) or state.own_attention
     config = plan.config
     targets = [m for m in plan.modules if variant_of(config, m) != "tokens" or config.variant == "tokens"]
     if targets:
-        config = config.replace(
-            targets=shortest_endings(targets, list(module_names(model))), exclude=None, layers=None, layers_pattern=[]
-        )
+        components = list(dict.fromkeys(m.partition(".")[0] for m in targets))
+        config = config.replace(components=components if isinstance(model, PipelineModel) else None)
+        every = list(in_components(model, config))
+        config = config.replace(targets=shortest_endings(targets, every), exclude=None, layers=None, layers_pattern=[])
     if state.routes is not None:
         state.routes.attached(child, {layer_at(model, m): m for m in updates})
     if not state.adapters:
         save_pretrained.adopt(model)
-    state.adapters[name] = Attached(config, list(updates), list(plan.saved), trainable, plan.metadata, plan.skipped)
+    state.adapters[name] = Attached(
+        config,
+        list(updates),
+        list(plan.saved),
+        trainable,
+        plan.metadata,
+        plan.skipped,
+        plan.names,
+        {token: vectors.detach().clone() for token, vectors in plan.embeddings.items()},
+    )
+    put_in_place(model, state)
+    mark_in_use(model, state)
     model.__dict__[STATE] = state
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.update import Update
+from ..bases.pipeline import as_module
 from ..layers.layer import child_name
 from ..layers.updates.update import LiveUpdate
+from .naming import renamed
 from .sharded import check_captured
 from .state import attached_of, layer_at, saved_parameters, state_of
 
 
-def capture(model: nn.Module, name: str | None = None) -> Adapter:
-    """Return an attached adapter as a value: copies of its updates and saved weights, on the CPU.
+def capture(model: Any, name: str | None = None) -> Adapter:
+    """Return an attached adapter as a value: copies of its updates and saved weights, on the CPU. `model`: a module, or
+    a diffusers pipeline.
 
     `name` may be omitted if only one is attached. Raises StateError if none is, or none of that name, and if its
     parameters are sharded over processes.
     """
+    model = as_module(model)
     state = state_of(model)
     attached = attached_of(state, name)
     name = name or next(iter(state.adapters))
@@ -37,7 +42,9 @@ def capture(model: nn.Module, name: str | None = None) -> Adapter:
     own_saved = dict(saved_parameters(model, state, name))
     check_captured(own_saved.items())
     kept = {full: _copy(parameter) for full, parameter in own_saved.items()}
-    return Adapter(attached.config, updates, kept, copy.deepcopy(dict(attached.metadata)))
+    embeddings = {token: _copy(vectors) for token, vectors in attached.embeddings.items()}
+    adapter = Adapter(attached.config, updates, kept, copy.deepcopy(dict(attached.metadata)), embeddings)
+    return renamed(adapter, attached.names)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
+from ..bases.pipeline import as_module
 from ..errors import StateError
-from ..layers import fastpath, saved
+from ..layers import fastpath, fused_qkv, saved
 from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
 from ..layers.layer import COUNT, child_name, remove_update
 from ..layers.swap import release
 from . import save_pretrained
 from .activate import set_active
+from .embeddings import put_in_place
 from .merge import unmerge
-from .state import STATE, State, attached_of, check_not_routed, layer_at, names_of, state_of
+from .state import STATE, State, attached_of, check_not_routed, layer_at, mark_in_use, names_of, state_of
+
+Model = TypeVar("Model")
 
 
-def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "undo"] | None = None) -> nn.Module:
-    """Remove one adapter, or all of them (None). Returns the model.
+def detach(model: Model, name: str | None = None, merged: Literal["keep", "undo"] | None = None) -> Model:
+    """Remove one adapter, or all of them (None). Returns the model or pipeline that it was given.
 
     Without adapters the model has its own classes, parameter names, `requires_grad` flags and weights again, bit for
     bit. Where a merged adapter is removed, `merged` says what to do: "keep" leaves ΔW (and saved weights) in the base,
     giving a plain merged model; "undo" restores the base first. Raises StateError for an unknown name, inside `route`,
     and when `merged` is needed but not given.
     """
+    _detach(as_module(model), name, merged)
+    return model
+
+
+def _detach(model: nn.Module, name: str | None, merged: Literal["keep", "undo"] | None) -> None:
     state = state_of(model)
     check_not_routed(state, "detach")
     if merged not in (None, "keep", "undo"):
@@ -48,6 +57,9 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
         state.routes = None
     for n in removed:
         _remove(model, state, n, keep_saved=n in keep)
+    if not keep:  # the tokens of a merged adapter stay
+        put_in_place(model, state)
+    mark_in_use(model, state)
     if not state.adapters:
         del model.__dict__[STATE]
         for full, parameter in model.named_parameters():
@@ -55,6 +67,7 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
     else:
         set_active(model, state, {n: w for n, w in state.active.items() if n in state.adapters})
     fastpath.reopen(model)
+    fused_qkv.unwatch(model)
     if state.adapters:
         fused.adopt(model)  # the removed adapter may have kept a block from being fused
     else:
@@ -63,7 +76,6 @@ def detach(model: nn.Module, name: str | None = None, merged: Literal["keep", "u
         attention.leave(model)
         for module in quantized(model).values():
             base_of(module).restore(module)
-    return model
 
 
 def _remove(model: nn.Module, state: State, name: str, keep_saved: bool) -> None:

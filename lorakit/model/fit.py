@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import differences
-from ..adapter.tokens import Tokens
 from ..adapter.update import Update
+from ..bases.pipeline import PipelineModel, component_of
 from ..config import LoraConfig, variants
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..layers.bases import quantized
 from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
-from .state import architecture_of, base_parameters, base_weights, is_adapter_key
+from .state import architecture_of, base_parameters, is_adapter_key
 
 
 def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -30,9 +29,9 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
     missing = [m for m in adapter.updates if m not in names]
     if missing and (strict or not modules):
         raise TargetError(
-            f"{len(missing)} of the adapter's {len(adapter.updates)} modules are not in this {type(model).__name__}: "
+            f"{len(missing)} of the adapter's {len(adapter.updates)} modules are not in this {architecture_of(model)}: "
             f"{listing(missing, 3)}{did_you_mean(missing[0], names)}\n"
-            "  is the adapter for another model? strict=False attaches the rest and lists these"
+            f"{_other_components(model, missing)}strict=False attaches the rest and lists these"
         )
     check_adaptable(names, modules)
     first: dict[int, str] = {}
@@ -47,6 +46,18 @@ def modules_for(model: nn.Module, adapter: Adapter, strict: bool) -> tuple[dict[
                 "  keep one of them: adapter.prune([...])"
             )
     return modules, dict.fromkeys(missing, "no such module in this model")
+
+
+def _other_components(model: nn.Module, missing: list[str]) -> str:
+    """Say which components of a pipeline the missing modules are of; else ask whether it is the right model."""
+    theirs = dict.fromkeys(component for name in missing if (component := component_of(name)) is not None)
+    if isinstance(model, PipelineModel):
+        absent = [component for component in theirs if component not in model.components]
+        if absent:
+            return f"  the pipeline has no {listing(absent)}, only {listing(model.components)}; "
+    elif theirs:
+        return f"  they are of a pipeline's {listing(theirs)}: attach the adapter to the pipeline; "
+    return "  is the adapter for another model? "
 
 
 def is_live(adapter: Adapter) -> bool:
@@ -85,7 +96,7 @@ def saved_for(model: nn.Module, adapter: Adapter, strict: bool, skipped: dict[st
         )
     if missing and strict:
         raise TargetError(
-            f"{len(missing)} of the adapter's saved weights are not in this {type(model).__name__}: "
+            f"{len(missing)} of the adapter's saved weights are not in this {architecture_of(model)}: "
             f"{listing(missing, 3)}{did_you_mean(missing[0], own)}\n"
             "  is the adapter for another model? strict=False attaches the rest and lists these"
         )
@@ -137,24 +148,3 @@ def fresh_saved(model: nn.Module, config: LoraConfig, targets: Mapping[str, nn.M
     # Train a tied weight under all of its names.
     shared = {id(p) for p in values.values()}
     return values | {n: p for n, p in base_parameters(model) if id(p) in shared}
-
-
-def check_base(model: nn.Module, adapter: Adapter, force: bool) -> None:
-    """Raise AdapterError if the model is not the base the adapter was trained on, unless `force`.
-
-    The base is known by the fingerprint in the adapter's metadata: architecture, shapes and samples of the weights.
-    """
-    expected = adapter.metadata.get("fingerprint")
-    if expected and not force:
-        if isinstance(expected, Mapping) and isinstance(expected.get("samples"), Mapping):
-            # Weights that the adapter replaces may differ: a new classification head and rows for new tokens are
-            # random in each process.
-            own = {*adapter.saved, *(f"{m}.weight" for m, u in adapter.updates.items() if isinstance(u, Tokens))}
-            expected = {**expected, "samples": {n: row for n, row in expected["samples"].items() if n not in own}}
-        lines = differences(expected, base_weights(model), architecture_of(model))
-        if lines:
-            raise AdapterError(
-                "the adapter was trained on another base:\n  "
-                + "\n  ".join(lines)
-                + ("\n  load that base, or skip this check: attach(..., force=True); lorakit export: --force-base")
-            )

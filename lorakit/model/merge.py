@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ..bases.pipeline import as_module
 from ..errors import StateError, listing
-from ..layers import saved
+from ..layers import fused_qkv, saved
 from ..layers.layer import LoraLayer
 from ..layers.merge import check_finite, merge_module, unmerge_module
 from ..layers.walk import base_modules
@@ -16,7 +17,7 @@ from ..ops.exact import Undo
 from .state import Untied, check_not_routed, layers_of, names_of, saved_parameters, state_of
 
 
-def merge(model: nn.Module, *, untie: bool = False) -> None:
+def merge(model: Any, *, untie: bool = False) -> None:
     """Add the active adapters' ΔW to the base's weights. `unmerge` restores every bit.
 
     That takes a quarter to one byte of memory per merged weight. `untie`: give an adapted module that shares its weight
@@ -25,6 +26,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> None:
     another module's, quantized, offloaded), and for factors that are not finite or make a weight infinite. After an
     error nothing is merged.
     """
+    model = as_module(model)
     state = state_of(model)
     check_not_routed(state, "merge")
     if state.merged is not None:
@@ -33,6 +35,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> None:
         raise StateError(
             "no adapter is active, so there is nothing to merge\n  call lorakit.activate(model, name) first"
         )
+    fused_qkv.check_called(model, "merge")
     layers = {m: layer for m, layer in layers_of(model) if layer.lora_in_use()}
     shared = shared_weights(model, layers)
     if shared and not untie:
@@ -58,11 +61,13 @@ def merge(model: nn.Module, *, untie: bool = False) -> None:
     state.merged, state.untied = dict(state.active), untied
 
 
-def unmerge(model: nn.Module) -> None:
+def unmerge(model: Any) -> None:
     """Restore the base's weights as they were before `merge`, bit for bit. Raises StateError if nothing is merged."""
+    model = as_module(model)
     state = state_of(model)
     if state.merged is None:
         raise StateError("nothing is merged into this model")
+    fused_qkv.check_called(model, "unmerge")
     for m, layer in layers_of(model):
         if layer.lora_merged is not None:
             unmerge_module(layer, m)

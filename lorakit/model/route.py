@@ -13,27 +13,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
+from ..bases.pipeline import as_module
 from ..errors import StateError
 from ..layers.batched.routes import Choice, Chosen, Routes, Routing
 from ..layers.batched.saved_rows import routed
 from ..layers.layer import child_name
 from .activate import check_saved, use_saved
-from .state import State, attached_of, check_not_routed, layer_at, names_of, state_of
+from .state import State, Weights, attached_of, check_not_routed, layer_at, names_of, state_of
 
-Which = str | Mapping[str, float] | None
+Which = str | Mapping[str, Weights] | None  # weights by component or block are refused: they are for `activate`
 
 
 @contextmanager
 def route(
-    model: nn.Module, choices: Sequence[Which], repeat: int = 1, *, per: Literal["row", "token"] = "row"
+    model: Any, choices: Sequence[Which], repeat: int = 1, *, per: Literal["row", "token"] = "row"
 ) -> Iterator[None]:
     """Use a different adapter for each row of the batch: an adapter's name, a weighted mix, or None for the base.
 
-    `repeat`: consecutive rows per choice; for `generate`, the larger of `num_beams` and `num_return_sequences`.
+    `repeat`: consecutive rows per choice; for `generate`, the larger of `num_beams` and `num_return_sequences`. The
+    guidance of a diffusion pipeline doubles the batch in blocks, all negative prompts and then all prompts: there give
+    `choices * 2`.
     `per="token"`: one choice per token of a packed batch [1, tokens], as serving engines and packed training rows use;
     the model still decides which tokens attend to which (`position_ids`, or a mask). On exit, also after an exception,
     the adapters that were active before are active again. With gradient checkpointing, call backward inside the
@@ -42,6 +45,7 @@ def route(
     adapter is merged, and for a choice that scales saved weights or names the same twice; inside the context, for a
     batch with another number of rows or tokens.
     """
+    model = as_module(model)
     state = state_of(model)
     check_not_routed(state, "route")
     if state.merged is not None:
@@ -100,7 +104,7 @@ def _rows_of_saved(
     return routed([(name, model.get_submodule(name)) for name in names], routing, adapters)
 
 
-def _weights(choice: Which) -> Mapping[str, float]:
+def _weights(choice: Which) -> Mapping[str, Weights]:
     return {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
 
 
@@ -121,12 +125,19 @@ def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice
             f"{where} of route's choices is {choice!r}\n"
             f"  expected a name, None, or names with weights such as {{'a': 0.7}}"
         )
+    numbers: list[tuple[str, float]] = []
     for name, weight in choice.items():
         attached_of(state, name)
+        if isinstance(weight, Mapping):
+            raise StateError(
+                f"the weight of adapter '{name}' ({where}) is {dict(weight)}; expected a finite number\n"
+                "  weights by component or block are for lorakit.activate, which is for all rows"
+            )
         if isinstance(weight, bool) or not (isinstance(weight, int | float) and math.isfinite(weight)):
             raise StateError(f"the weight of adapter '{name}' ({where}) is {weight!r}; expected a finite number")
         if weight and state.adapters[name].saved:
             holders.add(name)
+        numbers.append((child_name(name), float(weight)))
     if holders:
         check_saved(state, {name: weight for name, weight in choice.items() if weight}, f" ({where})")
-    return tuple((child_name(name), float(weight)) for name, weight in choice.items() if weight)
+    return tuple((child, weight) for child, weight in numbers if weight)

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..errors import AdapterError, LorakitWarning, StateError
+from . import save_plain
 from .capture import capture
 from .state import State, is_adapter_key, names_of, saved_parameters, state_of
 
@@ -30,9 +31,14 @@ CONFIG = "adapter_config.json"
 
 
 def adopt(model: nn.Module) -> None:
-    """Give a transformers model this `save_pretrained`, on the instance; `release` takes it back."""
+    """Give a transformers model this `save_pretrained`, on the instance; `release` takes it back.
+
+    diffusers' models and pipelines get that of `save_plain`.
+    """
     own = getattr(type(model), NAME, None)
-    if own is not None and NAME not in model.__dict__ and "state_dict" in inspect.signature(own).parameters:
+    if own is None or "state_dict" not in inspect.signature(own).parameters:
+        save_plain.adopt(model)
+    elif NAME not in model.__dict__:
         model.__dict__[NAME] = SavePretrained(model)
 
 
@@ -40,6 +46,7 @@ def release(model: nn.Module) -> None:
     """Give the model its class's own `save_pretrained` back."""
     if isinstance(model.__dict__.get(NAME), SavePretrained):
         del model.__dict__[NAME]
+    save_plain.release(model)
 
 
 class SavePretrained:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter.fingerprint import Weight
+from ..bases.pipeline import PipelineModel, component_of
 from ..config import LoraConfig
 from ..errors import StateError, did_you_mean, listing
-from ..layers import saved
+from ..layers import fused_qkv, saved
 from ..layers.bases import fingerprinted, quantized
 from ..layers.batched.routes import Routes, Routing
 from ..layers.fused import attention
@@ -19,6 +20,7 @@ from ..layers.layer import LoraLayer, child_name, mixin_and_base
 from ..layers.walk import base_modules
 
 STATE = "_lorakit"
+Weights = float | Mapping[str, float]  # of an adapter; by the beginning of module names, such as a component or a block
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Attached:
     trainable: bool
     metadata: Mapping[str, Any]
     skipped: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)  # the adapter's own, where this model has others
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)  # textual inversion: token -> vectors [n, dim]
 
 
 @dataclass
@@ -42,16 +46,27 @@ class Untied:
 
 
 @dataclass
+class Vocabulary:
+    """A text encoder's tokenizer and token embedding [tokens, dim] as they were before embeddings were attached."""
+
+    tokenizer: Any
+    weight: nn.Parameter
+    added_to: nn.Parameter  # what stands in its place
+    tokens: list[str]  # what was added
+
+
+@dataclass
 class State:
     """All that lorakit knows of a model, stored as its attribute `_lorakit`."""
 
     adapters: dict[str, Attached] = field(default_factory=dict)
-    active: dict[str, float] = field(default_factory=dict)
-    merged: dict[str, float] | None = None
+    active: dict[str, Weights] = field(default_factory=dict)
+    merged: dict[str, Weights] | None = None
     untied: Untied | None = None  # while merged
     required_grad: set[str] = field(default_factory=set)  # base parameters with requires_grad before the first attach
     routing: Routing | None = None  # set inside `route`
     routes: Routes | None = None  # cached by `route` between batches
+    vocabularies: dict[str, Vocabulary] = field(default_factory=dict)  # text encoders whose tokens were added to
     own_attention: bool = False  # transformers' attention is `layers.fused.attention`
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
@@ -66,8 +81,8 @@ def state_of(model: nn.Module) -> State:
     state = model.__dict__.get(STATE)
     if state is None:
         raise StateError(
-            f"no adapter is attached to this {type(model).__name__}\n"
-            "  call lorakit.attach(model, ...) first, and pass that same model object"
+            f"no adapter is attached to this {architecture_of(model)}\n"
+            "  call lorakit.attach(model, ...) first, and pass that same model or pipeline"
         )
     return state
 
@@ -95,6 +110,29 @@ def check_not_routed(state: State, function: str) -> None:
             f"{function}(model, ...) inside `with lorakit.route(model, ...)`: each row has its own adapter there\n"
             "  call it outside the `with` block"
         )
+
+
+def mark_in_use(model: nn.Module, state: State) -> None:
+    """Tell a pipeline's model which of its components adapters change: these cannot be replaced."""
+    if isinstance(model, PipelineModel):
+        names = (component_of(n) for a in state.adapters.values() for n in (*a.modules, *a.saved))
+        model.in_use = frozenset(name for name in (*names, *state.vocabularies) if name is not None)
+
+
+def check_owner(model: nn.Module) -> None:
+    """Raise StateError if adapters are attached to a part of the model by itself, or to more than this model."""
+    for name, module in base_modules(model):
+        if module is not model and STATE in module.__dict__:
+            raise StateError(
+                f"adapters are attached to '{name}' by itself, so they cannot be attached to the "
+                f"{architecture_of(model)} that has it\n  detach them there first: lorakit.detach(...)"
+            )
+        if STATE not in model.__dict__ and isinstance(module, LoraLayer):
+            raise StateError(
+                f"'{name}' of this {architecture_of(model)} has adapters, which were attached to another model or "
+                "pipeline that has it too\n"
+                "  give that one, or detach them there first: lorakit.detach(...)"
+            )
 
 
 def check_new_name(state: State, name: str) -> None:
@@ -152,12 +190,15 @@ def base_parameters(model: nn.Module, every_name: bool = False) -> Iterator[tupl
 
 def base_weights(model: nn.Module) -> dict[str, Weight]:
     """Return the base's weights for its fingerprint, by name. A quantized one has its shape before quantization."""
-    weights: dict[str, Weight] = dict(base_parameters(model))
+    copied = fused_qkv.copies(model)
+    weights: dict[str, Weight] = {n: p for n, p in base_parameters(model) if n.rpartition(".")[0] not in copied}
     once: dict[int, Weight] = {}  # a shared weight stays one object
     for name, module in quantized(model).items():
         full = f"{name}.weight" if name else "weight"
         weights[full] = once.setdefault(id(weights[full]), fingerprinted(module))
-    return weights
+    state = model.__dict__.get(STATE)
+    before = {id(v.added_to): v.weight for v in state.vocabularies.values()} if state is not None else {}
+    return {name: before.get(id(weight), weight) for name, weight in weights.items()} if before else weights
 
 
 def is_adapter_key(key: str) -> bool:
@@ -166,14 +207,19 @@ def is_adapter_key(key: str) -> bool:
 
 
 def architecture_of(model: nn.Module) -> str:
-    """Return the name of the model's own class."""
-    cls = type(model)
+    """Return the name of the model's own class, or of the pipeline's."""
+    cls = type(model.pipe) if isinstance(model, PipelineModel) else type(model)
     return mixin_and_base(cls)[1].__name__ if isinstance(model, LoraLayer) else cls.__name__
 
 
-def names_of(weights: Mapping[str, float]) -> str:
-    """Format adapters and their weights for messages: `'a' + 0.5 x 'b'`."""
-    return " + ".join(f"'{n}'" if w == 1 else f"{w:g} x '{n}'" for n, w in weights.items())
+def names_of(weights: Mapping[str, Weights]) -> str:
+    """Format adapters and their weights for messages: `'a' + 0.5 x 'b' + 'c' (0.7 x unet)`."""
+    return " + ".join(
+        f"'{n}' ({', '.join(f'{each:g} x {part}' for part, each in w.items())})"
+        if isinstance(w, Mapping)
+        else (f"'{n}'" if w == 1 else f"{w:g} x '{n}'")
+        for n, w in weights.items()
+    )
 
 
 def qualified_name(value: object) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from ..bases.pipeline import PipelineModel, as_module
 from ..formats.peft_experts import dropped, note
 from ..layers.bases import base_of, parameter_count
 from ..layers.fused import fused
@@ -14,7 +16,7 @@ from ..layers.fused.fused import Fused
 from ..layers.layer import child_name
 from ..layers.unreached import Unreached, unreached
 from ..layers.updates.update import LiveUpdate
-from .state import Attached, architecture_of, layer_at, names_of, saved_parameters, state_of
+from .state import Attached, Weights, architecture_of, layer_at, names_of, saved_parameters, state_of
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,23 @@ class Summary:
     trainable: int
     total: int
     rows: list[Row]
-    active: dict[str, float]
+    active: dict[str, Weights]
     skipped: dict[str, str]
     fused: list[Fused]
     unreached: Unreached | None = None
     notes: list[str] = field(default_factory=list)  # what else to know before the adapter is used elsewhere
+    components: list[str] = field(default_factory=list)  # of a pipeline
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0
         active = names_of(self.active) if self.active else "the base alone"
         lines = [f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.3g} %); active: {active}"]
-        groups: dict[tuple[str, str, str, int | None], list[int]] = {}
-        for row in self.rows:
-            # a saved parameter's last name ("weight") would say nothing
-            last = row.name.rsplit(".", 1)[-1] if row.rank else row.name
-            groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
-        width = max((len(k[1]) for k in groups), default=0)
-        for (adapter, last, shape, rank), counts in groups.items():
-            kind = f"rank {rank}" if rank else "saved"
-            lines.append(f"  {adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {kind:<9} {sum(counts):>12,}")
+        for component in self.components:
+            rows = [row for row in self.rows if row.name.partition(".")[0] == component]
+            elements = sum(row.parameters for row in rows)
+            lines.append(f"  {component}: {f'{len(rows)} modules, {elements:,}' if rows else 'not adapted'}")
+            lines += _grouped(rows, "    ")
+        lines += [] if self.components else _grouped(self.rows, "  ")
         lines += [f"  skipped: {line}" for line in _by_ending(self.skipped)]
         lines += [f"  not reached: {self.unreached}"] if self.unreached else []
         lines += [f"  {row}" for row in self.fused]
@@ -65,10 +65,32 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(model: nn.Module) -> Summary:
+def _grouped(rows: Sequence[Row], indent: str) -> list[str]:
+    """One line for all modules of an ending, a shape and a rank."""
+    groups: dict[tuple[str, str, str, int | None], list[int]] = {}
+    for row in rows:
+        # a saved parameter's last name ("weight") would say nothing
+        last = _ending(row.name) if row.rank else row.name
+        groups.setdefault((row.adapter, last, row.shape, row.rank), []).append(row.parameters)
+    width = max((len(k[1]) for k in groups), default=0)
+    return [
+        f"{indent}{adapter}: {last:<{width}}  {len(counts):>4} x {shape:<14} {f'rank {rank}' if rank else 'saved':<9} "
+        f"{sum(counts):>12,}"
+        for (adapter, last, shape, rank), counts in groups.items()
+    ]
+
+
+def _ending(name: str) -> str:
+    """The last part of a module's name; the last two if that is a number ("to_out.0")."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def summary(model: Any) -> Summary:
     """Count trainable and total parameters, list each adapter's targets, and say which blocks are fused (and why others
     are not). Raises StateError if no adapter is attached.
     """
+    model = as_module(model)
     state = state_of(model)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
@@ -86,7 +108,8 @@ def summary(model: nn.Module) -> Summary:
     missed = unreached(model, saved_names)
     total = parameter_count(model)
     notes = [text for a in state.adapters.values() if (text := _note(model, a)) is not None]
-    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model), missed, notes)
+    components = list(model.components) if isinstance(model, PipelineModel) else []
+    return Summary(trainable, total, rows, dict(state.active), skipped, fused.report(model), missed, notes, components)
 
 
 def _note(model: nn.Module, attached: Attached) -> str | None:
@@ -101,7 +124,7 @@ def _by_ending(skipped: dict[str, str]) -> list[str]:
     """One line for all modules of an ending that were skipped for one reason; the full name of a single one."""
     groups: dict[tuple[str, str], list[str]] = {}
     for module, why in skipped.items():
-        groups.setdefault((module.rsplit(".", 1)[-1], why), []).append(module)
+        groups.setdefault((_ending(module), why), []).append(module)
     return [
         f"{modules[0]} ({why})" if len(modules) == 1 else f"{len(modules)} x {ending} ({why}), first {modules[0]}"
         for (ending, why), modules in groups.items()

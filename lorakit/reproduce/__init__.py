@@ -1,1 +1,1 @@
-"""Reproduce the LoRA paper's tasks on the user's machine: the demo (E2E NLG), and how its texts are scored."""
+"""What `lorakit demo` does: the LoRA paper's task on text (E2E NLG), and pictures; and how the results are scored."""

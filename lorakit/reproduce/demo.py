@@ -69,13 +69,16 @@ def run(
     compare: bool = False,
     rows: int | None = None,
     steps: int | None = None,
+    *,
+    seed: int = 0,
     say: Any = print,
     console: Any = None,
 ) -> Outcome:
     """Run the demo in the folder `out`, resuming an interrupted one.
 
     compare: also train all weights for as many steps. rows: evaluate on the first `rows` test rows only. steps:
-    optimizer steps, SETTINGS' if None. say: prints a line. Raises StoppedError if training is interrupted.
+    optimizer steps, SETTINGS' if None. seed: of the training. say: prints a line. Raises StoppedError if training is
+    interrupted.
     """
     import torch
 
@@ -93,7 +96,8 @@ def run(
     began = time.perf_counter()
     tests = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()][:rows]
     rows_file = _write_rows(out)
-    config = TrainConfig(**SETTINGS | ({"steps": steps} if steps else {}), data=str(rows_file), out=str(out / "run"))
+    own = SETTINGS | ({"steps": steps} if steps else {})
+    config = TrainConfig(**own, seed=seed, data=str(rows_file), out=str(out / "run"))
 
     say("1. fine-tune: a LoRA adapter for the embedded 5.9-million-parameter model")
     result = train(config, Progress(console))

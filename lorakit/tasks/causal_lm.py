@@ -13,8 +13,34 @@ from pydantic import Field, field_validator, model_validator
 from ..config import RunSettings, Strict, part
 from ..errors import TrainError
 from .task import Base, Data
+from .text.base import (  # noqa: F401 (names of the task)
+    blueprint,
+    checkpoint,
+    compares,
+    configure,
+    defaults,
+    drawn,
+    finished,
+    for_run,
+    learning_rate,
+    loss_labels,
+    margin,
+    prepare,
+    rate_factor,
+    recorded,
+    result_format,
+    samples_from_file,
+    save_beside,
+    shares,
+    size_at_once,
+    size_unit,
+    to_attach,
+    traced,
+    tried_with,
+)
 from .text.causal_rows import Sources
-from .text.settings import Columns, Lengths
+from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
+from .text.settings import Columns, Lengths, Prompts
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +93,8 @@ class Writing(Strict):
         return value
 
 
-class CausalSettings(Lengths, Writing, Columns, Sources):
-    free: ClassVar = {"sample_prompts", "sample_tokens"}
+class CausalSettings(Lengths, Writing, Columns, Sources, Prompts):
+    free: ClassVar = {"sample_tokens"}
 
     packing: bool = Field(
         False,
@@ -76,10 +102,6 @@ class CausalSettings(Lengths, Writing, Columns, Sources):
         "same result with less padding",
     )
 
-    sample_prompts: list[str] = Field(
-        default_factory=list,
-        description="prompts answered at each evaluation by base and adapter; default: two held-out rows",
-    )
     sample_tokens: int = Field(64, ge=0, description="tokens per sample; 0: no samples")
 
     @model_validator(mode="after")
@@ -110,6 +132,13 @@ def processor(config: RunSettings) -> Any:
     return load_extended_tokenizer(config)
 
 
+def resolved(config: RunSettings, processor: Any, earlier: Mapping[str, Any]) -> RunSettings:
+    from .text.dates import dated
+    from .text.token_ids import with_token_ids
+
+    return with_token_ids(dated(config, processor, earlier), processor)
+
+
 def data(config: RunSettings, processor: Any) -> Data:
     from ..bases.load import end_tokens
     from ..data.chat_record import TEMPLATE_FILE, record
@@ -133,7 +162,13 @@ def data(config: RunSettings, processor: Any) -> Data:
     check_vocabulary(config, processor, chain(data.train, data.held_out))
     about = record(dataset, tokenizer, options, own.chat_template is not None)
     files = {TEMPLATE_FILE: tokenizer.chat_template} if "chat_template" in about else {}
-    return replace(data, about=about, files=files)
+    facts = [*data.facts]
+    if "date" in about:
+        facts.append(("date", f"{about['date']}, written by the chat template and saved with the run"))
+    if "end_tokens" in about:
+        ends = ", ".join(about["end_tokens"])
+        facts.append(("ends with", f"{ends}, as the chat template writes; generation stops there"))
+    return replace(data, about=about, files=files, facts=facts)
 
 
 def _tokenizer(own: CausalSettings, processor: Any) -> Any:
@@ -291,9 +326,12 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Prompt]:
     return chosen
 
 
-def samples(config: RunSettings, base: Base, prompts: Sequence[Prompt]) -> list[str]:
+def samples(config: RunSettings, base: Base, prompts: Sequence[Prompt]) -> list[TextSample]:
     """Generate one greedy answer per prompt."""
     from ..generate.generate import generate
 
+    if not prompts:
+        return []
     tokens = part(config, CausalSettings).sample_tokens
-    return generate(base.model, base.processor, [p.ids for p in prompts], max_new_tokens=tokens) if prompts else []
+    answers = generate(base.model, base.processor, [p.ids for p in prompts], max_new_tokens=tokens)
+    return [TextSample(prompt.text, answer) for prompt, answer in zip(prompts, answers, strict=True)]

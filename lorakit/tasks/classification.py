@@ -19,6 +19,32 @@ from pydantic import Field
 from ..config import RunSettings, part
 from ..errors import ConfigError, NotFiniteError, TrainError
 from .task import Base, Data
+from .text.base import (  # noqa: F401 (names of the task)
+    blueprint,
+    checkpoint,
+    compares,
+    configure,
+    defaults,
+    drawn,
+    finished,
+    for_run,
+    learning_rate,
+    loss_labels,
+    margin,
+    prepare,
+    rate_factor,
+    recorded,
+    result_format,
+    samples_from_file,
+    save_beside,
+    shares,
+    size_at_once,
+    size_unit,
+    to_attach,
+    traced,
+    tried_with,
+)
+from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
 from .text.settings import Columns, Lengths
 
 if TYPE_CHECKING:
@@ -49,6 +75,12 @@ def processor(config: RunSettings) -> Any:
     from .text.vocabulary import load_extended_tokenizer
 
     return load_extended_tokenizer(config)
+
+
+def resolved(config: RunSettings, processor: Any, earlier: Mapping[str, Any]) -> RunSettings:
+    from .text.token_ids import with_token_ids
+
+    return with_token_ids(config, processor)
 
 
 def data(config: RunSettings, processor: Any) -> Data:
@@ -88,7 +120,7 @@ def data(config: RunSettings, processor: Any) -> Data:
     check_vocabulary(config, processor, [*train, *held_out])
     names = dataset.names
     shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
-    return Data(train, held_out, shape, length, {"labels": names}, dataset.notes)
+    return Data(train, held_out, shape, [("length", length)], {"labels": names}, dataset.notes)
 
 
 def remembered(about: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -241,5 +273,5 @@ def prompts(config: RunSettings, base: Base, data: Data) -> list[Any]:
     return []
 
 
-def samples(config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[str]:
+def samples(config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[TextSample]:
     return []

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..config import RunSettings, Strict
+from ..config import Choice, RunSettings, Strict
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..data.mixing import Mixture
-
 
 class Item(Protocol):
-    """One training example, tokenized."""
+    """One training example, ready to be collated."""
 
     @property
     def size(self) -> int:
-        """Its cost; items of similar size share a batch. For text, the number of tokens."""
+        """Its cost; items of similar size share a batch. For text the number of tokens, for a picture its pixels."""
+
+    @property
+    def group(self) -> Any:
+        """Items of different groups never share a forward pass, such as pictures of different shapes; None for text."""
 
     @property
     def weight(self) -> int:
@@ -39,37 +42,63 @@ class Item(Protocol):
         """Return a digest of all that affects training, to tell whether two runs see the same rows."""
 
 
-class Prompt(Protocol):
-    """A prompt for samples during training."""
+class Sample(Protocol):
+    """What a model makes of a prompt during training: a text or a picture."""
 
     @property
-    def text(self) -> str: ...
+    def prompt(self) -> str: ...
+
+    @property
+    def text(self) -> str | None:
+        """What a terminal can show of it: the text, or None for a picture."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A file of samples, for the report: rows of {"prompt", "base", "tuned"}, or a picture (PNG)."""
+
+    texts: Sequence[Mapping[str, str]] = ()
+    picture: bytes | None = None
+
+
+class Epochs(Protocol):
+    """Which items an epoch has, where that is not each item once."""
+
+    @property
+    def rows(self) -> int:
+        """Items of an epoch."""
+
+    def epoch(self, seed: int, epoch: int) -> Sequence[int]:
+        """Return the indices of an epoch's items."""
 
 
 @dataclass
 class Base:
-    """A model and its processor: a tokenizer, an image processor, or a pipeline."""
+    """A model and its processor: a tokenizer or a pipeline. `config`: the run's, for tasks whose batches need it."""
 
     model: Any
     processor: Any
+    config: Any = None
 
 
 @dataclass(frozen=True)
 class Data:
     """A run's items, in training and held-out parts.
 
-    `shape`, `length`: descriptions for the start panel; `about`: stored in the result's metadata; `notes`: message ->
-    number of rows it concerns; `files`: file name -> text to write into the result's folder.
+    `shape`: a description for the start panel; `facts`: further lines of it, by name; `about`: stored in the result's
+    metadata; `notes`: message -> number of rows it concerns; `files`: file name -> text to write into the result's
+    folder; `watched`: training items that are evaluated where none are held out.
     """
 
     train: list[Any]
     held_out: list[Any]
     shape: str
-    length: str
+    facts: Sequence[tuple[str, str]]
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
-    mixture: Mixture | None = None  # what an epoch has of several data sets; None: all training items
+    watched: Sequence[Any] = ()
+    mixture: Epochs | None = None  # what an epoch has of several data sets; None: all training items
 
     @property
     def rows(self) -> int:
@@ -88,24 +117,80 @@ class Task(Protocol):
     peft_type: str  # PEFT's task_type
     summary: str  # in the help of --task
     unit: str  # what `Item.weight` counts: "tokens"
+    size_unit: str  # what `Item.size` counts
+    tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
+    shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
+    traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
+    compares: bool  # whether the base is evaluated too, at the first evaluation
+
+    def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return settings of a run that have another default with this task. `given`: those that were given."""
 
     def processor(self, config: RunSettings) -> Any:
-        """Load the processor (a tokenizer for text). It is loaded before the base, so that data errors come early."""
+        """Load the processor (a tokenizer for text). It is loaded before the base, so that data errors come early.
+
+        Raises ConfigError for settings that the task does not have.
+        """
+
+    def for_run(self, processor: Any, config: RunSettings) -> Any:
+        """Return the processor for another run on the same base, with that run's settings."""
+
+    def resolved(self, config: RunSettings, processor: Any, earlier: Mapping[str, Any]) -> RunSettings:
+        """Return the config with what only the processor knows, such as the ids of tokens.
+
+        `earlier`: the settings of the run that is resumed; empty for a new run.
+        """
 
     def data(self, config: RunSettings, processor: Any) -> Data:
         """Read, tokenize and split the rows. Raises DataError for rows that cannot be used."""
 
+    def drawn(self, item: Any, seed: int, epoch: int) -> Any:
+        """Return an item as an epoch sees it, such as with another crop: a function of the arguments alone."""
+
     def remembered(self, about: Mapping[str, Any], base: Any) -> dict[str, Any]:
         """Return the settings to evaluate a result with, so that they need not be given again.
 
-        `about`: `Data.about` from the result's metadata; `base`: the model's transformers config.
+        `about`: `Data.about` from the result's metadata; `base`: what `blueprint` returns.
+        """
+
+    def blueprint(self, config: RunSettings) -> Any:
+        """Read the base's config, without weights: for text, transformers'; for a pipeline, its model_index.json.
+
+        None if it is not known without loading the base.
         """
 
     def load(self, config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, device: torch.device) -> Any:
         """Load the base model, in eval mode."""
 
     def skeleton(self, config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
-        """Build the base model without loading weights, for `lorakit plan`. `base`: its transformers config."""
+        """Build the base model without loading weights, for `lorakit plan`. `base`: what `blueprint` returns."""
+
+    def to_attach(self, config: RunSettings, processor: Any) -> RunSettings:
+        """Return the config that the method attaches with: with what is known only now that the base is loaded."""
+
+    def configure(self, model: Any, device: torch.device, longest: int) -> None:
+        """Choose how the model computes, such as its attention. `longest`: size of the largest item."""
+
+    def prepare(self, base: Base, items: Sequence[Any]) -> None:
+        """Do before the first step what needs the model and the items. Raises TrainError for what would fail later."""
+
+    def checkpoint(self, model: Any) -> None:
+        """Let the model recompute activations in backward. Raises TrainError if it cannot."""
+
+    def size_at_once(self, device: torch.device) -> int | None:
+        """Return the total size of a micro-batch beyond which the device is no faster; None: no limit."""
+
+    def learning_rate(self, config: RunSettings, model: Any) -> Choice:
+        """Return the peak learning rate that suits LoRA on this base, and why."""
+
+    def rate_factor(self, config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
+        """Return a parameter's learning rate as a factor of the run's, with a name of the parameters that share it.
+
+        `parameter`: its name on the model; `rate`: the run's peak rate. ("", 1.0) for those at the run's own rate.
+        """
+
+    def margin(self, base: float) -> float:
+        """Return how far above the base's loss a run's loss shows that it has diverged. `base`: the base's."""
 
     def check(self, config: RunSettings, model: Any, items: Iterable[Any]) -> None:
         """Raise TrainError for what would fail at the first batch or, later, at the first evaluation."""
@@ -134,14 +219,41 @@ class Task(Protocol):
         Random numbers must come from torch's default generator, which the loop seeds by run and step.
         """
 
+    def loss_labels(self, items: Sequence[Any]) -> list[str]:
+        """Return a label for each item whose loss is logged apart, as `<label>_loss`; "" for the others."""
+
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
         """Evaluate the model: metric name -> value. The first metric is a loss, which early stopping uses."""
 
-    def prompts(self, config: RunSettings, base: Base, data: Data) -> Sequence[Prompt]:
+    def prompts(self, config: RunSettings, base: Base, data: Data) -> Sequence[Any]:
         """Return the prompts to sample from at each evaluation; empty for no samples."""
 
-    def samples(self, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[str]:
+    def samples_from_file(self, config: RunSettings) -> bool:
+        """Return whether samples are taken from the result as written and loaded again."""
+
+    def samples(self, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[Sample]:
         """Generate one sample per prompt with the model as it is now."""
+
+    def base_samples(self, folder: Path) -> list[Sample]:
+        """Read the base's samples that `write_samples` has kept in this folder; empty if there are none."""
+
+    def write_samples(self, folder: Path, step: int, base: Sequence[Any], tuned: Sequence[Any]) -> Path:
+        """Write `folder/step-N.<suffix>`, samples of the base beside those of the tuned model. Returns its path."""
+
+    def read_samples(self, path: Path) -> Shown:
+        """Read a file of `write_samples`. Raises TrainError if it is damaged."""
+
+    def result_format(self, config: RunSettings) -> str:
+        """Return the format of a result's adapter, of `lorakit.formats.FORMATS`."""
+
+    def finished(self, adapter: Any, processor: Any) -> Any:
+        """Return an adapter as it is to be saved."""
+
+    def recorded(self, config: RunSettings, processor: Any) -> dict[str, Any]:
+        """Return further entries of the result's metadata."""
+
+    def save_beside(self, config: RunSettings, processor: Any, folder: Path) -> None:
+        """Write what belongs into the result's folder besides the adapter."""
 
 
 def weight_of(items: Iterable[Item]) -> int:

@@ -31,6 +31,13 @@ else:
     Settings = joined("Settings", [RunSettings, *_between, Source, *(method_of(name).settings for name in METHODS)])
 
 
+def task_named(value: Any) -> Any:
+    """Return the task's name: as given, with hyphens, or as PEFT calls it; the default for None."""
+    if not isinstance(value, str):
+        return DEFAULT if value is None else value
+    return task_for(value) or value.replace("-", "_")
+
+
 class TrainConfig(Settings):
     """All settings of a training run. Raises ConfigError for unknown names and invalid values."""
 
@@ -40,15 +47,36 @@ class TrainConfig(Settings):
         + "; ".join(f"{name} (PEFT's {task_of(name).peft_type}): {task_of(name).summary}" for name in TASKS),
     )
     method: MethodName = Field("lora", description="; ".join(f"{name}: {method_of(name).summary}" for name in METHODS))
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the trained parameters (such as 0.99), which evaluation, samples and "
+        "the result use; 0: none",
+    )
+    keep_best: bool = Field(
+        True, description="the result has the parameters of the best held-out loss; false: those of the last step"
+    )
 
     if TYPE_CHECKING:
 
         def __init__(self, **values: Any) -> None: ...
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _defaults_of_task(cls, values: Any, handler: Any) -> Any:
+        """Give settings that are not given the task's own default; they still count as not given."""
+        if not isinstance(values, dict):
+            return handler(values)
+        name = task_named(values.get("task"))
+        config = handler((dict(task_of(name).defaults(values)) if name in TASKS else {}) | values)
+        config.model_fields_set.intersection_update(values)
+        return config
+
     @field_validator("task", mode="before")
     @classmethod
     def _task(cls, value: Any) -> Any:
-        return DEFAULT if value is None else task_for(value) or value
+        return task_named(value)
 
     @model_validator(mode="after")
     def _find_lr_allowed(self) -> TrainConfig:

@@ -7,36 +7,25 @@ from typing import TYPE_CHECKING
 
 from ..config import Choice
 from ..methods import method_of
+from ..tasks import task_of
 from .config import TrainConfig
 
 if TYPE_CHECKING:
     import torch
 
-BASE_RATE = 2e-4
-# "LoRA Without Regret" (Thinking Machines, 2025) fits 5e-4 · (2000 / width)^0.775 for Llama models.
-WIDTH_RATE, WIDTH, WIDTH_POWER = 5e-4, 2000, 0.775
 SHORT_RUN, SHORT_FACTOR = 100, 1.5
 EVALUATIONS = 10  # per run
-# On a CPU, plain attention is used up to this row length (tokens) where the backward is not ours
-# (`layers/fused/attention.py`), because the kernel's backward is slow: a step takes 0.81 to 0.90 of its CPU time
-# (bench/short_attention.py). For longer rows, plain attention's memory grows with the square of the length.
-PLAIN_ATTENTION = 256
-CPU_TOKENS = 4096  # per micro-batch on a CPU: larger matrices are no faster there, and cost memory
 
 
-def learning_rate(config: TrainConfig, width: int | None, steps: int) -> Choice:
+def learning_rate(config: TrainConfig, suited: Choice, steps: int) -> Choice:
     """Return the peak learning rate and why.
 
-    `width`: the base's hidden size, None if unknown; `steps`: optimizer steps of the run. `auto` is
-    5e-4 · (2000 / width)^0.775 for LoRA, x1.5 for runs under 100 steps ("LoRA Without Regret", 2025).
+    `suited`: what suits LoRA on the base (`Task.learning_rate`); `steps`: optimizer steps of the run. `auto` is that
+    rate, x1.5 for runs under 100 steps ("LoRA Without Regret", 2025).
     """
     if config.learning_rate != "auto":
         return Choice(float(config.learning_rate), "as given")
-    if width:
-        rate, why = WIDTH_RATE * (WIDTH / width) ** WIDTH_POWER, f"for a model of width {width}"
-    else:
-        rate, why = BASE_RATE, "a common rate for LoRA"
-    rate, why = method_of(config.method).learning_rate(rate, why)
+    rate, why = method_of(config.method).learning_rate(suited.value, suited.reason)
     if steps < SHORT_RUN:
         rate, why = rate * SHORT_FACTOR, f"{why}, x{SHORT_FACTOR:g} for under {SHORT_RUN} steps"
     return Choice(float(f"{rate:.2g}"), why)
@@ -53,13 +42,15 @@ def steps_per_epoch(config: TrainConfig, rows: int) -> int:
 
 
 def micro_batch(config: TrainConfig, longest: int, device: torch.device, processes: int) -> Choice:
-    """Return how many sequences one device computes at once, and why. `longest`: tokens of the longest row."""
+    """Return how many rows one device computes at once, and why. `longest`: size of the largest row."""
     share = max(1, math.ceil(config.batch_size / processes))
     if config.micro_batch != "auto":
         return Choice(min(int(config.micro_batch), share), "as given")
-    if device.type == "cpu":
-        fits = max(1, CPU_TOKENS // longest)
-        return Choice(min(share, fits), f"about {CPU_TOKENS:,} tokens at once on a CPU")
+    task = task_of(config.task)
+    size = task.size_at_once(device)
+    if size is not None:
+        kind = "a CPU" if device.type == "cpu" else device.type
+        return Choice(min(share, max(1, size // longest)), f"about {size:,} {task.size_unit} at once on {kind}")
     return Choice(share, "the entire batch at once")
 
 

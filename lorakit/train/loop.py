@@ -20,6 +20,7 @@ from ..errors import NotFiniteError, TrainError
 from ..model.route import route
 from ..tasks.task import Item, weight_of
 from .interrupt import Interrupt
+from .labelled import Labelled
 from .launch import command, peers
 from .micro import limit_for, micro_batches
 from .run import Result, Run
@@ -40,7 +41,7 @@ class Loop:
     ):
         self.runs, self.saved, self.ended = list(runs), saved, ended
         job = self.runs[0].job
-        self.parallel, self.method, self.task, self.base = job.parallel, job.method, job.task, job.base
+        self.parallel, self.method, self.task = job.parallel, job.method, job.task
         self.model = self.parallel.wrap(job.model)
 
     def go(self, interrupt: Interrupt) -> list[Result]:
@@ -56,6 +57,9 @@ class Loop:
     def _go(self, interrupt: Interrupt) -> list[Result]:
         """The same, with torch's own error for a lost process."""
         self.model.train()
+        for run in self.runs:
+            if not run.ended:
+                run.begin()
         self._finish(self.runs)  # resumed runs may have ended already
         stopped = None
         while (active_runs := [run for run in self.runs if not run.ended]) and not stopped:
@@ -73,7 +77,7 @@ class Loop:
         """Take a step in every run: gradients of its batch, normalized by the batch's total weight, then the update."""
         began = time.perf_counter()
         batches = [run.batch() for run in active_runs]
-        losses, norms = self._gradients(active_runs, batches)
+        losses, norms, apart = self._gradients(active_runs, batches)
         losses_and_norms = torch.stack([losses, norms]).tolist()  # one synchronization with the device
         not_finite = {
             i: active_runs[i].not_finite(quantity, value, batches[i])
@@ -93,8 +97,8 @@ class Loop:
                 self._step(rest)
             return
         rows = [
-            run.update(*figures, batch)
-            for run, *figures, batch in zip(active_runs, *losses_and_norms, batches, strict=True)
+            run.update(*figures, batch, labelled)
+            for run, *figures, batch, labelled in zip(active_runs, *losses_and_norms, batches, apart, strict=True)
         ]
         elapsed = (time.perf_counter() - began) / len(active_runs)  # each run's share
         for run, row in zip(active_runs, rows, strict=True):
@@ -111,10 +115,15 @@ class Loop:
                 raise
             run.failed = str(error)
 
-    def _gradients(self, active_runs: list[Run], batches: list[list[Item]]) -> tuple[Tensor, Tensor]:
-        """Run forward and backward by micro-batches. Returns the runs' losses and gradient norms, [runs] each."""
+    def _gradients(
+        self, active_runs: list[Run], batches: list[list[Item]]
+    ) -> tuple[Tensor, Tensor, list[dict[str, float]]]:
+        """Run forward and backward by micro-batches. Returns the runs' losses and gradient norms, [runs] each, and the
+        losses of rows with a label, by label.
+        """
         parallel, first = self.parallel, active_runs[0]
-        torch.manual_seed((first.config.seed << 32) + first.step * parallel.world + parallel.rank)
+        seeded: set[int] = set()
+        self._seed(first)
         mine = [parallel.share(batch) for batch in batches]
         # DDP averages gradients over processes, but the sum over all of them is to be divided by the batch's weight.
         weights = [parallel.world / weight_of(batch) for batch in batches]
@@ -124,9 +133,15 @@ class Loop:
             mine, weights = [batch[:1] for batch in batches], [0.0] * len(batches)
         parts = micro_batches(mine, limit_for([run.job for run in active_runs]))
         totals = [torch.zeros((), device=parallel.device) for _ in active_runs]
+        apart = [Labelled(self.task, batch, parallel) for batch in batches]
         for i, part in enumerate(parts):
-            collated = self.task.collate(part.items, self.base, packed=first.job.packed is not None)
-            batch = {k: v.to(parallel.device) for k, v in collated.items()}
+            run = active_runs[part.runs[0]]
+            if len(set(part.runs)) == 1 and part.runs[0] not in seeded:  # the random numbers of the run alone
+                self._seed(run)
+                seeded.add(part.runs[0])
+            base = run.job.base
+            collated = self.task.collate(part.items, base, packed=first.job.packed is not None)
+            batch = {k: v.to(parallel.device) if isinstance(v, Tensor) else v for k, v in collated.items()}
             weight = torch.tensor([weights[run] for run in part.runs], device=parallel.device)  # [rows]
             with (
                 self._routed([active_runs[run].job.adapter for run in part.runs]),
@@ -134,10 +149,16 @@ class Loop:
             ):
                 losses = self.task.losses(self.model, batch) * weight
                 parallel.backward(losses.sum())
-            for run, own in zip(dict.fromkeys(part.runs), losses.detach().split(part.counts), strict=True):
-                totals[run] += own.sum()
+            of_runs = zip(dict.fromkeys(part.runs), losses.detach().split(part.counts), part.rows_by_run(), strict=True)
+            for number, own, rows in of_runs:
+                totals[number] += own.sum()
+                apart[number].add(rows, own, weights[number])
         norms = torch.stack([torch.nn.utils.get_total_norm(run.gradients()) for run in active_runs])
-        return parallel.mean(torch.stack(totals)), norms.float()
+        return parallel.mean(torch.stack(totals)), norms.float(), [labelled.means() for labelled in apart]
+
+    def _seed(self, run: Run) -> None:
+        """Seed torch's default generators by the run's seed and step, and this process."""
+        torch.manual_seed((run.config.seed << 32) + run.step * self.parallel.world + self.parallel.rank)
 
     def _routed(self, adapters: list[str]) -> contextlib.AbstractContextManager[None]:
         """Return a context in which each row uses its run's adapter. A single run is faster without routing."""

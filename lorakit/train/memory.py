@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from ..bases.limits import Memory, memory_of, resident
-from ..bases.load import is_four_bit, load_config
+from ..bases.load import is_four_bit
 from ..config import Choice
 from ..data.dataset import sizes_of
 from ..errors import TrainError
@@ -23,9 +23,11 @@ from ..plan.estimate import Estimate
 from ..plan.machine import overhead
 from ..plan.planner import Planner, PlanSettings
 from ..plan.shell import PlanError
+from ..plan.static import static_estimate
 from ..plan.units import parse_bytes, show_bytes
 from ..tasks import task_of
 from ..tasks.task import Item, weight_of
+from ..tasks.text.base import plain_attention
 from . import defaults
 from .config import TrainConfig
 
@@ -50,6 +52,9 @@ def planner_for(
     """
     process_bytes = overhead(device) if held is None else overhead(device, held)
     task = task_of(config.task)
+    base = task.blueprint(config)
+    if base is None:
+        raise PlanError(f"the memory of task {config.task} is not estimated")
     settings = PlanSettings(
         dtype,
         device,
@@ -59,13 +64,13 @@ def planner_for(
         config,
         config.method,
         checkpointing=config.gradient_checkpointing,
-        plain_attention=defaults.PLAIN_ATTENTION if device.type == "cpu" else 0,
+        plain_attention=plain_attention(device),
         state_copies=state_copies,
         validation=validation,
         share=share,
         batch=config.batch_size,
     )
-    return Planner(load_config(config.model, config.revision, config.trust_remote_code), settings)
+    return Planner(base, settings)
 
 
 def allowed(config: TrainConfig, device: torch.device) -> Memory | None:
@@ -87,6 +92,8 @@ def check(
     `rows`: the training rows; `held_out`: the number of held-out rows. Raises TrainError if the run needs more than it
     may use.
     """
+    if not task_of(config.task).traced:
+        return _check_static(config, dtype, device)
     longest = max(sizes_of(rows))
     at_once = defaults.micro_batch(config, longest, device, processes).value
     largest = heapq.nlargest(at_once, rows, key=lambda item: item.size)
@@ -108,6 +115,23 @@ def check(
         raise TrainError(refusal(planner, estimate, limit, method_of(config.method).cheaper()))
     now = f"; only {show_bytes(limit.free)} are free now" if estimate.total > limit.free else ""
     return Choice(estimate, f"about {show_bytes(estimate.total)} of {show_bytes(limit.total)} ({limit.source}){now}")
+
+
+def _check_static(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Check what a run holds throughout, for a base whose activations cannot be estimated."""
+    try:
+        estimate = static_estimate(config, dtype, DEFAULT, overhead(device, resident() or 0))
+    except PlanError as error:
+        return Choice(None, f"unknown: {error}")
+    limit, needed = allowed(config, device), show_bytes(estimate.total)
+    if limit is not None and estimate.total > limit.total:
+        raise TrainError(
+            f"this run needs about {needed} of memory before its first step, more than {show_bytes(limit.total)} "
+            f"({limit.source})\n  use a lower precision, fewer components or a smaller base\n"
+            f"  to start anyway: memory: {UNCHECKED}"
+        )
+    of = "" if limit is None else f" of {show_bytes(limit.total)} ({limit.source})"
+    return Choice(None, f"about {needed}{of}, and the activations, which are not estimated for pictures")
 
 
 def refusal(planner: Planner, estimate: Estimate, limit: Memory, cheaper: str | None) -> str:

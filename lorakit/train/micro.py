@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from ..tasks.task import Item
-from . import defaults
 
 if TYPE_CHECKING:
     from .setup import Job
@@ -33,6 +33,11 @@ class MicroBatch:
     items: list[Item]
     runs: list[int]
     counts: list[int]
+
+    def rows_by_run(self) -> list[list[Item]]:
+        """Return each run's rows."""
+        ends = list(accumulate(self.counts, initial=0))
+        return [self.items[start:end] for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,24 @@ def limit_for(jobs: Sequence[Job]) -> Limit:
     first = jobs[0]
     rows = None if first.config.micro_batch == "auto" else int(first.config.micro_batch)
     on_cpu = first.parallel.device.type == "cpu"
-    tokens = None if rows else defaults.CPU_TOKENS if on_cpu else BUSY
-    return Limit([job.micro_batch.value for job in jobs], rows, tokens, BUSY_CPU if on_cpu else BUSY)
+    tokens = None if rows else first.task.size_at_once(first.parallel.device) or BUSY
+    busy = (BUSY_CPU if on_cpu else BUSY) if first.task.shares else 0
+    return Limit([job.micro_batch.value for job in jobs], rows, tokens, busy)
 
 
 def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:
-    """Divide the runs' batches into micro-batches. A batch may be empty (of a process without rows)."""
+    """Divide the runs' batches into micro-batches, each with items of one group.
+
+    A batch may be empty (of a process without rows).
+    """
+    groups = dict.fromkeys(item.group for batch in batches for item in batch)
+    of_groups = [[[item for item in batch if item.group == group] for batch in batches] for group in groups]
+    parts = [part for each in of_groups for part in _of_one_group(each, limit)]
+    # All of a run's own ones together, so that it draws the random numbers that it would draw alone.
+    return sorted(parts, key=lambda part: part.runs[0]) if len(of_groups) > 1 else parts
+
+
+def _of_one_group(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:
     ordered = {run: sorted(batch, key=lambda item: item.size) for run, batch in enumerate(batches) if batch}
     longest = {run: batch[-1].size for run, batch in ordered.items()}
     own = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from ..model.summary import summary
 from . import defaults
 from .bar import Bar
 from .resume import trainable
+from .run_folder import HELD_OUT, evaluated
 
 if TYPE_CHECKING:
     from .setup import Job
@@ -73,11 +75,12 @@ class Progress:
         """Show a line of metrics.jsonl."""
         if self.quiet:
             return
-        if "held_out_loss" in row:
-            figures = {name.removeprefix("held_out_"): value for name, value in row.items() if name != "step"}
-            self._say(
-                f"step {row['step']:>5}  held-out " + "  ".join(_figure(name, value) for name, value in figures.items())
-            )
+        if prefix := evaluated(row):
+            figures = {name.removeprefix(prefix): value for name, value in row.items() if name != "step"}
+            what = "held-out" if prefix == HELD_OUT else "fixed noise:"
+            base = ", the base" if row["step"] == 0 else ""
+            shown = "  ".join(_figure(name, value) for name, value in figures.items())
+            self._say(f"step {row['step']:>5}  {what} {shown}{base}")
             return
         average = self._average.add(row["loss"])
         self._done += row[self._unit]
@@ -99,6 +102,11 @@ class Progress:
         for name, text in [("tuned", tuned)] if again else [("prompt", prompt), ("base", base), ("tuned", tuned)]:
             table.add_row(" " * INDENT, f"{name:<6}", Text(_short(text)))
         self._console.print(table)
+
+    def drawn(self, step: int, path: Path) -> None:
+        """Say where pictures have been drawn."""
+        if not self.quiet:
+            self._say(f"step {step:>5}  drawn {path}")
 
     def note(self, text: str) -> None:
         """Say what the user should know, on stderr, also if all else is quiet."""
@@ -151,22 +159,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
             "data",
             f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
         ),
-        ("length", data.length),
-        *(
-            [("date", f"{data.about['date']}, written by the chat template and saved with the run")]
-            if "date" in data.about
-            else []
-        ),
-        *(
-            [
-                (
-                    "ends with",
-                    f"{', '.join(data.about['end_tokens'])}, as the chat template writes; generation stops there",
-                )
-            ]
-            if "end_tokens" in data.about
-            else []
-        ),
+        *data.facts,
         (
             "batch",
             f"{config.batch_size} = {job.micro_batch.value} x {accumulate} accumulated x {processes} "

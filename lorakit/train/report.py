@@ -6,25 +6,28 @@ body, here is what goes into it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.tables import Table, html_page, printable
+from ..errors import TrainError
 from ..io.atomic import write_text
 from ..tasks import task_of
+from ..tasks.task import Shown
 from ..version import VERSION
 from .chart import chart
 from .config import TrainConfig
-from .run_folder import RunFolder
+from .run_folder import FIXED, RunFolder, evaluated
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 MOST_EVALUATIONS = 30  # rows of their table: the last ones
 STYLE = """
+.picture { image-rendering: pixelated; max-width: 100%; height: auto; }
 .lead { color: var(--muted); font-size: 1rem; margin-top: -.4rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
 .figures div { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
@@ -57,38 +60,53 @@ Facts = Sequence[tuple[str, str]]
 def write_report(folder: RunFolder, config: TrainConfig, facts: Facts = ()) -> None:
     """Write a run's report from its metrics.jsonl and newest samples. `facts`: what was chosen and why, by name."""
     rows = folder.rows()
-    held = [row for row in rows if "held_out_loss" in row]
+    held = [_plain(row, prefix) for row in rows if (prefix := evaluated(row))]
+    on = "training rows, fixed noise" if any(evaluated(row) == FIXED for row in rows) else "held-out rows"
     settings = [(name, str(value)) for name, value in config.model_dump(exclude_defaults=True).items()]
-    which, samples = _samples(folder)
+    which, samples = _samples(folder, config)
     drawn = chart(
         [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None],
-        [(row["step"], row["held_out_loss"]) for row in held if row["held_out_loss"] is not None],
+        [(row["step"], row["loss"]) for row in held if row["loss"] is not None],
     )
     body = _template().render(
         lead=f"{config.model}, trained on {Path(config.data).name}",
-        figures=_figures(rows, held, task_of(config.task).unit),
+        figures=_figures(rows, held, task_of(config.task).unit, on),
         chart=drawn,
-        samples=samples,
+        evaluated_on=on,
+        samples=samples.texts,
+        picture=_data_uri(samples.picture),
         which_samples=which,
         sections=[
             (title, part)
             for title, part in (("The run", facts), ("Settings that differ from the defaults", settings))
             if part
         ],
-        evaluations=_evaluations(held),
+        evaluations=_evaluations(held, on),
         version=VERSION,
     )
     write_text(folder.report, html_page(folder.path.resolve().name, [body], STYLE))
 
 
-def _figures(rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]], unit: str) -> list[tuple[str, str, str]]:
-    """List what to read first: (name, value, note). `unit`: what the run's losses are means of, such as tokens."""
+def _plain(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return an evaluation with its metrics' own names."""
+    return {name.removeprefix(prefix): value for name, value in row.items()}
+
+
+def _figures(
+    rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]], unit: str, on: str
+) -> list[tuple[str, str, str]]:
+    """List what to read first: (name, value, note). `unit`: what the run's losses are means of, such as tokens; `on`:
+    what was evaluated.
+    """
     figures = []
-    if known := [row for row in held if row["held_out_loss"] is not None]:
-        best = min(known, key=lambda row: row["held_out_loss"])
-        figures.append(("best held-out loss", f"{best['held_out_loss']:.4f}", f"step {best['step']:,}"))
+    if known := [row for row in held if row["loss"] is not None]:
+        best = min(known, key=lambda row: row["loss"])
+        kind = "held-out loss" if on == "held-out rows" else "loss on fixed noise"
+        figures.append((f"best {kind}", f"{best['loss']:.4f}", f"step {best['step']:,}"))
+        if known[0]["step"] == 0:
+            figures.append((f"the base's {kind}", f"{known[0]['loss']:.4f}", ""))
         figures += [
-            (name, f"{best[key]:.4f}" if best[key] < 1 else f"{best[key]:.2f}", "on held-out rows")
+            (name, f"{best[key]:.4f}" if best[key] < 1 else f"{best[key]:.2f}", f"on {on}")
             for key, name in _measures(best).items()
             if name != "loss" and best[key] is not None
         ]
@@ -104,12 +122,11 @@ def _figures(rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]], uni
 
 
 def _measures(row: dict[str, Any]) -> dict[str, str]:
-    """Return the held-out measures of an evaluation: key in metrics.jsonl -> name."""
-    prefix = "held_out_"
-    return {key: key.removeprefix(prefix).replace("_", " ") for key in row if key.startswith(prefix)}
+    """Return the measures of an evaluation: key -> name."""
+    return {key: key.replace("_", " ") for key in row if key != "step"}
 
 
-def _evaluations(held: Sequence[dict[str, Any]]) -> Any:
+def _evaluations(held: Sequence[dict[str, Any]], on: str) -> Any:
     """Return a table of the evaluations as HTML; "" if there are less than two."""
     from markupsafe import Markup
 
@@ -121,21 +138,25 @@ def _evaluations(held: Sequence[dict[str, Any]]) -> Any:
         for row in held[-MOST_EVALUATIONS:]
     ]
     note = f"The last {MOST_EVALUATIONS} of {len(held)}." if len(held) > MOST_EVALUATIONS else ""
-    table = Table("Evaluations on the held-out rows", ["step", *names.values()], cells, note)
+    table = Table(f"Evaluations on the {on}", ["step", *names.values()], cells, note)
     return Markup(table.html())  # `html` escapes
 
 
-def _samples(folder: RunFolder) -> tuple[str, list[dict[str, str]]]:
+def _samples(folder: RunFolder, config: TrainConfig) -> tuple[str, Shown]:
     """Return where the newest samples are from, or what is wrong with them, and the samples."""
     sampled = folder.sampled()
     if not sampled:
-        return "There are no samples.", []
+        return "There are no samples.", Shown()
     step, path = sampled[-1]
     try:
-        rows = json.loads(path.read_bytes())
-        return f"At step {step:,}.", [{name: str(row[name]) for name in ("prompt", "base", "tuned")} for row in rows]
-    except (ValueError, KeyError, TypeError):
-        return f"{path.name} is damaged.", []
+        return f"At step {step:,}.", task_of(config.task).read_samples(path)
+    except TrainError as error:
+        return str(error), Shown()
+
+
+def _data_uri(png: bytes | None) -> str:
+    """Return a picture to embed in the page; "" for none."""
+    return "" if png is None else f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _template() -> Template:

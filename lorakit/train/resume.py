@@ -3,6 +3,7 @@
     checkpoints/step-120/trainable.safetensors   the trained parameters by their names in the model
                          optimizer.safetensors   AdamW's averages, `<parameter>.exp_avg`, ...
                          best.safetensors        the parameters at the best held-out loss, if there is one
+                         ema.safetensors         their moving averages, if the run has them
                          state.json              step, early stopping, training time
                          adapter_config.json ... the adapter as it is at this step, as in PEFT's folder
 
@@ -18,7 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ PREFIX, TEMPORARY = "step-", ".writing-"
 
 @dataclass
 class Loaded:
-    """A checkpoint's contents. `parameters` and `best` by parameter name; `optimizer` by `<parameter>.<state>`."""
+    """A checkpoint's contents. `parameters`, `best`, `ema`: by parameter; `optimizer`: by `<parameter>.<state>`."""
 
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     best: dict[str, Tensor]
     state: dict[str, Any]
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
 def trainable(model: nn.Module, adapter: str = DEFAULT) -> dict[str, nn.Parameter]:
@@ -68,6 +70,7 @@ def save(
     adapter: str = DEFAULT,
     result: Callable[[Path], None] | None = None,
     good: int | None = None,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-N`, then delete old ones (see `prune`). Returns its path.
 
@@ -77,7 +80,7 @@ def save(
     parameters = trainable(model, adapter)
     final = folder / f"{PREFIX}{step}"
     with write_errors(final):
-        _write(folder, final, parameters, optimizer, best, {"step": step, **state}, result)
+        _write(folder, final, parameters, optimizer, {"best": best, "ema": ema or {}}, {"step": step, **state}, result)
         prune(folder, keep, good)
     return final
 
@@ -87,7 +90,7 @@ def _write(
     final: Path,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    best: Mapping[str, Tensor],
+    others: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     result: Callable[[Path], None] | None,
 ) -> None:
@@ -107,8 +110,9 @@ def _write(
             {n: p.detach().cpu().contiguous() for n, p in parameters.items()}, temporary / "trainable.safetensors"
         )
         save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
-        if best:
-            save_file({n: t.contiguous() for n, t in best.items()}, temporary / "best.safetensors")
+        for name, tensors in others.items():
+            if tensors:
+                save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf8")
         for file in temporary.iterdir():
             with file.open("rb+") as handle:
@@ -201,7 +205,8 @@ def read(at: Path) -> Loaded:
         state = read_json(at / "state.json")
         best = at / "best.safetensors"
         # best.safetensors exists from the first evaluation on held-out rows on.
-        has_best = best.exists() or (state.get("early_stop") or {}).get("best_loss") is not None
+        evaluated = (state.get("early_stop") or {}).get("best_loss") is not None
+        has_best = best.exists() or state.get("best", evaluated)
         if state.get("step") != int(at.name.removeprefix(PREFIX)):
             raise TrainError(f"{at / 'state.json'} is not of this step: it says {state.get('step')}")
         return Loaded(
@@ -209,6 +214,7 @@ def read(at: Path) -> Loaded:
             read_tensors(at / "optimizer.safetensors")[0],
             read_tensors(best)[0] if has_best else {},
             state,
+            read_tensors(at / "ema.safetensors")[0] if state.get("ema") else {},
         )
     except AdapterError as error:
         raise TrainError(str(error).splitlines()[0]) from error

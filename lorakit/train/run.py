@@ -9,19 +9,23 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import TrainError, listing
 from ..io.atomic import write_text
 from ..tasks.task import Item, weight_of
-from . import compile, defaults, divergence, optimizer, resume, samples
+from . import compile, defaults, divergence, optimizer, resume
+from .display import Display
 from .early_stop import EarlyStop
+from .ema import Ema
 from .progress import facts
 from .report import write_report
-from .run_folder import FREE
+from .run_folder import FIXED, FREE, HELD_OUT, evaluated
+from .samples import Sampler
 from .setup import Job
 from .trackers import Trackers
 
@@ -44,26 +48,14 @@ class Result:
     stopped: str | None  # "early", "failed", or the signal's name
 
 
-class Display(Protocol):
-    """Displays a run's progress."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Show a line of metrics.jsonl."""
-
-    def sample(self, prompt: str, base: str, tuned: str) -> None:
-        """Show a prompt with the answers of the base and of the tuned model."""
-
-    def note(self, text: str) -> None:
-        """Say what the user should know, also if all else is quiet."""
-
-
 class Run:
     """A run at some step, resumed from its newest checkpoint if there is one. It knows nothing of other runs."""
 
     def __init__(self, job: Job, display: Display):
         self.job, self.config, self.display = job, job.config, display
         self.parameters = resume.trainable(job.model, job.adapter)
-        self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value)
+        self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value, job.rate_factor)
+        self.ema = Ema(self.config.ema, self.parameters) if self.config.ema else None
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, Tensor] = {}
         self.step, self.elapsed = 0, 0.0
@@ -76,8 +68,9 @@ class Run:
         self.lengthened: list[dict[str, int]] = []  # {"at": step, "steps": the total planned until then}
         self._resume()
         self.trackers = Trackers(self.config) if job.parallel.is_first else None
-        self.prompts = job.task.prompts(self.config, job.base, job.data) if job.method.keeps_base else []
-        self.base_answers: list[str] = []
+        self.sampler = Sampler(job)
+        self.evaluated = job.held_out or job.data.watched
+        self.prefix = HELD_OUT if job.held_out else FIXED
 
     @property
     def ended(self) -> bool:
@@ -92,20 +85,25 @@ class Run:
         """Return the gradients of the parameters that have one."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
-    def update(self, loss: float, norm: float, items: list[Item]) -> dict[str, Any]:
+    def update(self, loss: float, norm: float, items: list[Item], apart: Mapping[str, float]) -> dict[str, Any]:
         """Clip the gradients and take an optimizer step. Returns the metrics to log.
 
-        `loss`: mean of the step; `norm`: of all gradients together; `items`: the step's rows.
+        `loss`: mean of the step; `norm`: of all gradients together; `items`: the step's rows; `apart`: the mean losses
+        of rows with a label.
         """
         rate = self.job.rate.value * optimizer.rate_factor(self.config, self.step, self.job.steps)
-        optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
+        rates = optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
         self.loss = loss
         if self.step == 1:
             self.first_loss = loss
         return {
             "loss": round(loss, 5),
+            **{f"{label}_loss": round(value, 5) for label, value in apart.items()},
             "learning_rate": rate,
+            **{f"learning_rate_{label}": value for label, value in rates.items()},
             "gradient_norm": round(norm, 5),
             self.job.task.unit: weight_of(items),
         }
@@ -125,13 +123,14 @@ class Run:
 
     def _check_divergence(self, loss: float) -> None:
         """Raise TrainError if the held-out loss is far above the base's, unless `diverged` is "continue"."""
-        if divergence.may_be_worse(loss, self.first_loss):
+        if divergence.may_be_worse(loss, self.first_loss, self._margin(self.first_loss)):
             if self.base_loss is None:
                 self.base_loss = self._held_out_loss_of_base()
-            if self.base_loss is not None and divergence.is_worse(loss, self.base_loss):
+            margin = self._margin(self.base_loss)
+            if self.base_loss is not None and divergence.is_worse(loss, self.base_loss, margin):
                 message = (
                     f"the run has diverged: at step {self.step} the held-out loss is {loss:.4f}, more than "
-                    f"{divergence.MARGIN} above the base's, {self.base_loss:.4f}"
+                    f"{margin:#.2g} above the base's, {self.base_loss:.4f}"
                 )
                 if self.config.diverged == "stop":
                     if self.job.parallel.is_first:
@@ -143,12 +142,29 @@ class Run:
                 return
         self.good_step = self.step
 
+    def _margin(self, loss: float | None) -> float:
+        return self.job.task.margin(loss or 0.0)
+
     def _held_out_loss_of_base(self) -> float | None:
-        job = self.job
-        if not job.method.keeps_base:
+        if not self.job.method.keeps_base:
             return self.first_loss  # on the first batch, before anything was trained
+        return next(iter(self._base_figures().values()))
+
+    def _base_figures(self) -> dict[str, float]:
+        job = self.job
         with job.method.base_alone(job.model):
-            return next(iter(job.task.evaluate(job.base, job.held_out, self.config.batch_size).values()))
+            return job.task.evaluate(job.base, self.evaluated, self.config.batch_size)
+
+    def begin(self) -> None:
+        """Evaluate the base before the first step, as step 0, if the task compares with it."""
+        job = self.job
+        if not (job.task.compares and job.method.keeps_base and self.evaluated):
+            return
+        logged = [row for row in job.folder.rows() if row["step"] == 0 and evaluated(row)]
+        if not logged:
+            logged = [{"step": 0} | self._named(self._base_figures())]
+            self.log(logged[0])
+        self.base_loss = logged[0][f"{self.prefix}loss"]
 
     def _last_good(self) -> str:
         """Say which checkpoint is the last from before the run diverged."""
@@ -191,31 +207,33 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate on the held-out rows, keep the parameters if they are the best, and write samples."""
-        with compile.uncompiled() if self.config.compile else contextlib.nullcontext():
+        with compile.uncompiled() if self.config.compile else contextlib.nullcontext(), self._averaged():
             self._evaluate()
+
+    def _named(self, measured: Mapping[str, float]) -> dict[str, Any]:
+        return {f"{self.prefix}{name}": _logged(name, value) for name, value in measured.items()}
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the parameters are their averages, if the run has some."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.in_use()
 
     def _evaluate(self) -> None:
         self.job.method.activate(self.job.model, self.job.adapter)
-        if self.job.held_out:
-            measured = self.job.task.evaluate(self.job.base, self.job.held_out, self.config.batch_size)
-            self.log(
-                {"step": self.step} | {f"held_out_{name}": _logged(name, value) for name, value in measured.items()}
-            )
+        if self.evaluated:
+            measured = self.job.task.evaluate(self.job.base, self.evaluated, self.config.batch_size)
+            self.log({"step": self.step} | self._named(measured))
             loss = next(iter(measured.values()))
             self._check_divergence(loss)
-            if self.early.better(loss, self.step):
+            # The loss of training rows would not say when to stop.
+            if self.job.held_out and self.early.better(loss, self.step) and self.config.keep_best:
                 self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
-        if self.prompts and self.job.parallel.is_first:
-            self._sample()
-
-    def _sample(self) -> None:
-        job = self.job
-        if not self.base_answers:
-            with job.method.base_alone(job.model):
-                self.base_answers = job.task.samples(self.config, job.base, self.prompts)
-        tuned = job.task.samples(self.config, job.base, self.prompts)
-        samples.write(job.folder, self.step, self.prompts, self.base_answers, tuned)
-        self.display.sample(self.prompts[0].text, self.base_answers[0], tuned[0])
+        sampled = self.sampler.take(self.step, self._save_result)
+        if sampled is not None:
+            path, base, tuned = sampled
+            if base.text is None or tuned.text is None:
+                self.display.drawn(self.step, path)
+            else:
+                self.display.sample(base.prompt, base.text, tuned.text)
 
     def save(self, together: bool = False) -> None:
         """Write a checkpoint.
@@ -230,6 +248,8 @@ class Run:
             "steps": job.steps,
             "first_loss": self.first_loss,
             "good_step": self.good_step,
+            "best": bool(self.best),
+            "ema": self.ema is not None,
         }
         state |= {"together": True} if together else {}
         state |= {"lengthened": self.lengthened} if self.lengthened else {}
@@ -243,8 +263,9 @@ class Run:
             state,
             keep,
             job.adapter,
-            self._save_result if job.method.keeps_base else None,  # else it would be the trained parameters once more
+            self._save_averaged if job.method.keeps_base else None,  # else it would be the trained parameters again
             self.good_step,
+            {} if self.ema is None else self.ema.values,
         )
         write_report(job.folder, self.config, self._facts)  # also of a run that is killed later
 
@@ -261,6 +282,8 @@ class Run:
                 job.folder.rewind(0)
             return
         resume.restore(loaded, job.model, self.optimizer, job.adapter)
+        if self.ema is not None:
+            self.ema.load(loaded.ema)
         self.best, self.step, self.elapsed = loaded.best, loaded.state["step"], loaded.state["seconds"]
         self.loss = loaded.state["loss"]
         self.first_loss, self.good_step = (loaded.state.get(name) for name in ("first_loss", "good_step"))
@@ -281,7 +304,9 @@ class Run:
             return
         if self.best:
             resume.put(self.best, self.parameters)
-        self._save_result(job.result, self.early.best_step if self.best else self.step)
+            self._save_result(job.result, self.early.best_step)
+        else:
+            self._save_averaged(job.result)
         write_report(job.folder, self.config, self._facts)
 
     @functools.cached_property
@@ -289,13 +314,18 @@ class Run:
         """What was chosen for the run and why, for its report."""
         return facts(self.job)
 
+    def _save_averaged(self, folder: Path) -> None:
+        """Write the adapter (or model) of this step into `folder`, of the averaged parameters if the run has some."""
+        with self._averaged():
+            self._save_result(folder)
+
     def _save_result(self, folder: Path, step: int | None = None) -> None:
         """Write the adapter (or model) as it is now into `folder`. `step`: that of its parameters; None: this one."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
-        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata)
-        if self.config.add_tokens:  # readers of PEFT's folders find the tokenizer there
-            job.base.processor.save_pretrained(folder)
+        form, finished = job.task.result_format(self.config), job.task.finished
+        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata, form, finished)
+        job.task.save_beside(self.config, job.base.processor, folder)
         for name, text in job.data.files.items():
             write_text(folder / name, text)
 
@@ -317,13 +347,9 @@ class Run:
                 **job.data.about,
             },
             "metrics": {"step": step, "loss": loss, "held_out_loss": held_out, "steps": self.step},
-            **({"added_tokens": self._added_tokens()} if self.config.add_tokens else {}),
+            **job.task.recorded(self.config, job.base.processor),
             **({"lengthened": self.lengthened} if self.lengthened else {}),
         }
-
-    def _added_tokens(self) -> dict[str, int]:
-        tokenizer = self.job.base.processor
-        return {token: tokenizer.convert_tokens_to_ids(token) for token in self.config.add_tokens}
 
     def result(self, interrupted: str | None = None) -> Result:
         """Return how the run ended. `interrupted`: the signal's name if one stopped it."""
@@ -361,4 +387,4 @@ class Run:
 
 def _logged(name: str, value: float) -> float | None:
     """Round a metric for metrics.jsonl; None if it is not finite, as JSON has no infinity."""
-    return round(value, 5 if name == "loss" else 4) if math.isfinite(value) else None
+    return round(value, 5 if name.startswith("loss") else 4) if math.isfinite(value) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ from .resume import newest_state, steps_in
 
 # Settings that do not affect the result, so that they may differ when a run resumes.
 FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free", ())}
+# The rows of metrics.jsonl that are evaluations have these before a metric's name: of held-out rows, or of training
+# rows on fixed noise.
+HELD_OUT, FIXED = "held_out_", "fixed_"
 TEMPORARY = ".*.tmp"  # how `io.atomic.replacing` names a file while it is written
+BEFORE = ("prior", "cache")  # folders that a task may fill before the run begins
 LOCK = ".lorakit.lock"  # held by the process that is writing the folder
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file may be in a folder that a process has only just begun to use as a run's or a sweep's."""
-    return path.name == LOCK or path.match(TEMPORARY)
+    return path.name in (LOCK, *BEFORE) or path.match(TEMPORARY)
 
 
 @contextlib.contextmanager
@@ -140,16 +145,15 @@ class RunFolder:
             )
         return True
 
-    def begun_on(self) -> str | None:
-        """Return the date that the chat template writes in the run to resume; None without a run or a date."""
+    def earlier(self) -> dict[str, Any]:
+        """Return the settings of the run to resume; empty if there is none."""
         if not steps_in(self.checkpoints):
-            return None
+            return {}
         try:
             then = yaml.safe_load(self.config.read_text(encoding="utf8"))
         except (OSError, ValueError, yaml.YAMLError):
-            return None  # `open` will raise the error
-        date = then.get("date") if isinstance(then, dict) else None
-        return None if date is None else str(date)
+            return {}  # `open` will raise the error
+        return then if isinstance(then, dict) else {}
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl. Raises WriteError if it cannot be written."""
@@ -179,9 +183,9 @@ class RunFolder:
         kept = [row for _, row in lines if row is not None and row["step"] <= step]
         with replacing(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf8")
-        for at, sample in self.sampled():
+        for at, sample in _numbered(self.samples):
             if at > step:
-                sample.unlink()
+                shutil.rmtree(sample) if sample.is_dir() else sample.unlink()
         missing = sorted(set(range(1, step + 1)) - {row["step"] for row in kept if "loss" in row})
         damaged = [str(number) for number, row in lines if row is None]
         if not missing and damaged == [str(len(lines))]:
@@ -195,8 +199,18 @@ class RunFolder:
 
     def sampled(self) -> list[tuple[int, Path]]:
         """List the sample files as (step, path), in order."""
-        files = self.samples.glob("step-*.json") if self.samples.is_dir() else []
-        return sorted((int(file.stem.removeprefix("step-")), file) for file in files)
+        return [(step, path) for step, path in _numbered(self.samples) if path.is_file()]
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """List the files and folders of samples, `step-N...`, as (N, path), in order."""
+    paths = folder.glob("step-*") if folder.is_dir() else []
+    return sorted((int(path.stem.removeprefix("step-")), path) for path in paths)
+
+
+def evaluated(row: Mapping[str, Any]) -> str | None:
+    """Return which evaluation a row of metrics.jsonl is of: `HELD_OUT`, `FIXED`, or None for a training step."""
+    return next((prefix for prefix in (HELD_OUT, FIXED) if f"{prefix}loss" in row), None)
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

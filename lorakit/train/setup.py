@@ -1,4 +1,4 @@
-"""Set up training: tokenize the data, load the base, attach the adapter, and resolve every 'auto' with a reason.
+"""Set up training: read the data, load the base, attach the adapter, and resolve every 'auto' with a reason.
 
 Several configs give several jobs on one base, each with its own data, folder and adapter.
 """
@@ -9,19 +9,16 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import date as Date
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..config import Choice
 from ..data.batches import batch_order
-from ..data.dataset import fingerprint, sizes_of
-from ..data.templates import read_template, reads_date, with_template
+from ..data.dataset import fingerprint, groups_of, sizes_of
 from ..errors import ConfigError
-from ..layers.fused import attention
 from ..methods import method_of
 from ..methods.method import Method
 from ..model.attach import DEFAULT
@@ -35,7 +32,6 @@ from .micro import limit_for, micro_batches
 from .parallel import Parallel
 from .run_folder import RunFolder, locked_folder
 from .start import resolved
-from .token_ids import with_token_ids
 from .trackers import check_trackers
 
 # The settings that determine the training and held-out items.
@@ -84,6 +80,11 @@ class Job:
     def method(self) -> Method:
         return method_of(self.config.method)
 
+    def rate_factor(self, parameter: str) -> tuple[str, float]:
+        """Return a parameter's group and learning rate, as a factor of the run's: the task's times the method's."""
+        task, method = (each.rate_factor(self.config, parameter, self.rate.value) for each in (self.task, self.method))
+        return "_".join(filter(None, (task[0], method[0]))), task[1] * method[1]
+
     @property
     def result(self) -> Path:
         """The folder in which the method saves its result: an adapter or a model."""
@@ -95,10 +96,17 @@ class Job:
         epoch, index = divmod(step, per_epoch)
         if self._epoch != epoch:
             config, rows = self.config, self.data.epoch(self.config.seed, epoch)
-            sizes = sizes_of(self.train)
-            order = batch_order([sizes[i] for i in rows], config.batch_size, config.seed, epoch, config.group_by_length)
+            sizes, groups = sizes_of(self.train), groups_of(self.train)
+            order = batch_order(
+                [sizes[i] for i in rows],
+                config.batch_size,
+                config.seed,
+                epoch,
+                config.group_by_length,
+                None if groups is None else [groups[i] for i in rows],
+            )
             self._order, self._epoch = [[rows[i] for i in batch] for batch in order], epoch
-        return [self.train[i] for i in self._order[index]]
+        return [self.task.drawn(self.train[i], self.config.seed, epoch) for i in self._order[index]]
 
 
 def set_up(config: TrainConfig, held: ExitStack | None = None) -> Job:
@@ -122,7 +130,10 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
         torch.set_num_threads(int(config.threads))
     task, method, alone = task_of(config.task), method_of(config.method), list(configs) == [DEFAULT]
     processor = task.processor(config)
-    configs = {name: with_token_ids(dated(each, processor), processor) for name, each in configs.items()}
+    configs = {
+        name: cast(TrainConfig, task.resolved(each, processor, RunFolder(each.out).earlier()))
+        for name, each in configs.items()
+    }
     config = next(iter(configs.values()))
     data = _data_of(configs, task, processor)
     parallel = Parallel()
@@ -149,19 +160,17 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     for name, each in configs.items():
         task.check(each, model, chain(data[name].train, data[name].held_out))
         torch.manual_seed(each.seed)
-        method.attach(model, each, name, task.peft_type)
+        method.attach(model, task.to_attach(each, processor), name, task.peft_type)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        task.checkpoint(model)
     longest = max(_longest(each.train) for each in data.values())
-    if device.type == "cpu" and longest <= defaults.PLAIN_ATTENTION and not attention.is_used(model):
-        model.set_attn_implementation("eager")
+    task.configure(model, device, longest)
     compiled = None
     if config.compile:
         micro_batch = defaults.micro_batch(config, longest, device, parallel.world).value
         row_counts = compile.row_counts(micro_batch, config.batch_size, data[DEFAULT].rows)
         compiled = compile.compile_layers(model, row_counts, longest, task)
-    base, jobs = Base(model, processor), []
+    jobs = []
     for name, each in configs.items():
         train = data[name].train
         steps = defaults.total_steps(each, data[name].rows)
@@ -171,12 +180,12 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
                 each,
                 folders[name],
                 parallel,
-                base,
+                Base(model, task.for_run(processor, each), each),
                 data[name],
                 train,
                 data[name].held_out,
                 steps,
-                rate=defaults.learning_rate(each, _width(model), steps),
+                rate=defaults.learning_rate(each, task.learning_rate(each, model), steps),
                 micro_batch=defaults.micro_batch(each, _longest(train), device, parallel.world),
                 dtype=dtype,
                 data_hash=hashes[name],
@@ -184,6 +193,8 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
                 compiled=compiled,
             )
         )
+    for job in jobs:
+        task.prepare(job.base, job.train)
     if alone and task.packs(config):
         jobs[0].packed = task.saved_padding(_at_once(jobs[0]))
     return jobs
@@ -207,21 +218,6 @@ def _data_of(configs: Mapping[str, TrainConfig], task: Task, processor: Any) -> 
             by_settings[key] = task.data(config, processor)
         data[name] = by_settings[key]
     return data
-
-
-def dated(config: TrainConfig, processor: Any) -> TrainConfig:
-    """Return the config with the date that its chat template writes: as given, or the day on which the run began."""
-    given = config.model_dump(include={"date", "chat_template"} & task_of(config.task).settings.model_fields.keys())
-    if "date" not in given or given["date"] is not None:
-        return config
-    path = given["chat_template"]
-    if not reads_date(processor if path is None else with_template(processor, read_template(path), path)):
-        return config
-    return config.replace(date=RunFolder(config.out).begun_on() or Date.today().isoformat())
-
-
-def _width(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "hidden_size", None)
 
 
 def _longest(items: list[Item]) -> int:

@@ -56,8 +56,6 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def _of_task(config: TrainConfig, task: str, about: Any) -> dict[str, Any]:
     """Return the task's settings that belong to the result, such as the names of its labels."""
-    from ..bases.load import load_config
-
     if not about:
         return {}
-    return task_of(task).remembered(about, load_config(config.model, config.revision, config.trust_remote_code))
+    return task_of(task).remembered(about, task_of(task).blueprint(config))

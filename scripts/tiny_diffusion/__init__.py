@@ -1,9 +1,7 @@
 """What scripts/pretrain_tiny_diffusion.py is made of, one idea a file.
 
-captions      what a picture is called, and which pairs of object and background are never trained on
-backgrounds   plain colours and drawn scenes
-pictures      emoji pasted into them: the batch of a training step as a function of its number
-styles        pictures as ink drawings, neon lines and in two colours, so that the autoencoder knows such pictures too
+The pictures and their captions are drawn by lorakit/reproduce/emoji, which `lorakit demo --image` uses too.
+
 latents       the latent space: a fixed linear projection of 4 x 4 patches
 tokenizer     a CLIP tokenizer in which every caption word is one token
 autoencoder, denoiser, judge    what is trained, each with the loss of one step

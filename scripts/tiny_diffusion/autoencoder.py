@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from lorakit.reproduce.emoji.pictures import SEED, scenes
+from lorakit.reproduce.emoji.styles import STYLES, some_styled
+
 from .latents import CHANNELS, Projection
 from .loop import Part
-from .pictures import SEED, scenes
-from .styles import STYLES, some_styled
 
 ROWS = 16
 MAX_NOISE = 0.2  # standard deviation, of latents whose variance is one

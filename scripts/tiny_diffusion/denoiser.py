@@ -14,9 +14,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lorakit.reproduce.emoji.pictures import SEED, scenes
+
 from .latents import CHANNELS, Projection
 from .loop import Part
-from .pictures import SEED, scenes
 from .tokenizer import LENGTH
 
 ROWS = 32

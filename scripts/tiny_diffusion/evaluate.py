@@ -13,12 +13,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lorakit.reproduce.emoji.captions import BACKGROUNDS, OBJECTS, held_out, pairs, prompt
+from lorakit.reproduce.emoji.judge import Judge, load_judge, measure_on_real_pictures
+from lorakit.reproduce.emoji.pictures import SEED, scenes
+from lorakit.reproduce.emoji.styles import STYLES
+
 from .autoencoder import VALIDATED_ON, psnr, reconstruct
-from .captions import BACKGROUNDS, OBJECTS, held_out, pairs, prompt
-from .judge import Judge, load_judge, measure_on_real_pictures
-from .pictures import SEED, scenes
 from .pipeline import load, megabytes
-from .styles import STYLES
 
 GUIDANCE = 3.0
 AT_ONCE = 64  # samples

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pictures import scenes
-from .styles import some_styled
+from lorakit.reproduce.emoji.pictures import scenes
+from lorakit.reproduce.emoji.styles import some_styled
 
 PATCH, CHANNELS = 4, 12
 FITTED_ON = 4096  # pictures

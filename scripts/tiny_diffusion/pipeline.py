@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
+from lorakit.reproduce.emoji.judge import save_judge
+
 from .autoencoder import new_autoencoder
 from .denoiser import new_denoiser, new_scheduler
-from .judge import new_judge, save_judge
+from .judge import new_judge
 from .loop import checkpoint_file, load_average
 from .tokenizer import make_tokenizer
 

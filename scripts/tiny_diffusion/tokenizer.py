@@ -13,7 +13,7 @@ from itertools import pairwise
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from .captions import all_words
+from lorakit.reproduce.emoji.captions import all_words
 
 LENGTH = 24  # tokens of a prompt, with the start and the end
 START, END = "<|startoftext|>", "<|endoftext|>"

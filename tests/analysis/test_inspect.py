@@ -120,6 +120,13 @@ def test_describe_adapter_reports_its_facts(adapter, capsys, monkeypatch):
     assert len([line for line in capsys.readouterr().out.splitlines() if "mlp.down_proj " in line]) == 2
 
 
+def test_an_adapter_of_a_pipeline_counts_its_modules_by_component(capsys):
+    update = Factors(random(2, 4), random(4, 2), 2.0)
+    modules = [f"unet.mid_block.{n}" for n in "abc"] + [f"text_encoder.text_model.{n}" for n in "de"]
+    describe_adapter(lk.Adapter(lk.LoraConfig(rank=2), dict.fromkeys(modules, update)), "here").show()
+    assert "unet: 3 modules; text_encoder: 2 modules" in capsys.readouterr().out
+
+
 def test_a_trained_adapter_has_no_zero_update_to_report(adapter, capsys):
     kept = {m: f for m, f in adapter.factors.items() if not m.endswith("1.mlp.down_proj")}
     describe_adapter(lk.Adapter(adapter.config, kept), "here").show()

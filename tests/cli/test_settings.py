@@ -56,6 +56,8 @@ def given(*args: str) -> dict:
         (["--names", "q_proj,v_proj"], {"names": ["q_proj", "v_proj"]}),
         (["--names", r".*\.(q|v)_proj"], {"names": r".*\.(q|v)_proj"}),
         (["--names", "[qv]_proj"], {"names": "[qv]_proj"}),
+        (["--names", "kohya"], {"names": "kohya"}),  # a set of targets
+        (["--names", "kohyas"], {"names": ["kohyas"]}),
         (["--names", "*oops"], {"names": "*oops"}),
         (["--names", "['q_proj']"], {"names": ["q_proj"]}),
         (["--numbers", "1,2, 30"], {"numbers": [1, 2, 30]}),

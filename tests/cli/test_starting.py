@@ -22,6 +22,7 @@ VERBS = {
     "sweep": ["sweep", "--data", "rows.jsonl", "--rank", "4,8"],
     "eval": ["eval", "rows.jsonl"],
     "generate": ["generate", "hello"],
+    "image generate": ["image", "generate", "a panda"],
     "chat": ["chat"],
     "inspect": ["inspect", "adapter"],
     "compare": ["compare", "a", "b"],

@@ -1,28 +1,32 @@
-"""What every task keeps: rows to items, one loss for training and evaluation, whatever rows share a batch; its adapter
-loads in PEFT.
+"""What every task keeps: data to items, one loss for training and evaluation, whatever items share a batch; its adapter
+loads in PEFT, or in diffusers.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import tiny_lm
+import tiny_pictures
 import torch
 import torch.nn.functional as F
 import yaml
+from diffusers import StableDiffusionPipeline
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorakit.bases.load import load_config
 from lorakit.data.dataset import fingerprint
+from lorakit.generate.eval_mode import evaluating
+from lorakit.plan.static import static_estimate
 from lorakit.tasks import task_for, task_names, task_of
+from lorakit.tasks.image.loss import fixed_losses
 from lorakit.tasks.task import Base, weight_of
 from lorakit.train.config import TrainConfig
 from lorakit.train.memory import planner_for
@@ -38,13 +42,22 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Kind:
-    """`rows`: data to learn; `loss`: of one row, by other means than the task's; `base`: the base as PEFT's users load
-    it, for a result.
+    """`write`: writes data to learn into a folder; `count`: its items; `loss`: of one item, by other means than the
+    task's; `tuned`: a result on its base, as other programs load it; `files`: of a result; `losses`: the task's, of
+    items, without chance; `model`: the fixture with the base's folder, None for the tiny language
+    model.
     """
 
-    rows: list[dict[str, Any]]
+    write: Callable[[Path], Path]
+    count: int
     loss: Callable[[Any, Any], torch.Tensor]
-    base: Callable[[str, Path], Any]
+    tuned: Callable[[str, Path], Any]
+    files: tuple[str, ...] = ("adapter_model.safetensors", "adapter_config.json", "lorakit.json")
+    losses: Callable[[Any, Any], torch.Tensor] = lambda job, items: job.task.losses(
+        job.model, job.task.collate(items, job.base)
+    )
+    model: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def causal_loss(model: Any, item: Any) -> torch.Tensor:
@@ -57,6 +70,14 @@ def label_loss(model: Any, item: Any) -> torch.Tensor:
     return -model(torch.tensor([item.ids])).logits[0].log_softmax(0)[item.label]
 
 
+def rows_in(rows: list[dict[str, Any]]) -> Callable[[Path], Path]:
+    return lambda folder: tiny_lm.write_rows(folder / "own.jsonl", rows)
+
+
+def in_peft(base: Any, result: Path) -> Any:
+    return peft.PeftModel.from_pretrained(base, result).eval()
+
+
 def classifier(base: str, result: Path) -> Any:
     names = json.loads((result / "lorakit.json").read_text())["data"]["labels"]
     torch.manual_seed(99)  # the head that PEFT replaces is another one in each process
@@ -64,7 +85,7 @@ def classifier(base: str, result: Path) -> Any:
         base, num_labels=len(names), id2label=dict(enumerate(names))
     )
     model.config.pad_token_id = tiny_lm.PAD
-    return model
+    return in_peft(model, result)
 
 
 def labelled_rows() -> list[dict[str, Any]]:
@@ -77,9 +98,53 @@ def labelled_rows() -> list[dict[str, Any]]:
     ]
 
 
+@torch.no_grad()
+def denoising_loss(pipe: Any, item: Any) -> torch.Tensor:
+    """The mean squared error of the noise that the UNet predicts, at the middle of each quartile of the timesteps."""
+    pipe, item = getattr(pipe, "pipe", pipe), item.item
+    latents = pipe.vae.encode(item.pixels()[None]).latent_dist.mode() * pipe.vae.config.scaling_factor
+    ids = pipe.tokenizer(item.caption, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    embeds = pipe.text_encoder(ids.input_ids)[0]
+    chance, errors = torch.Generator().manual_seed(int(item.content[:15], 16)), []
+    for t in torch.tensor([125, 375, 625, 875]):
+        noise = torch.randn(latents.shape[1:], generator=chance)[None]
+        noised = pipe.scheduler.add_noise(latents, noise, t[None])
+        errors.append((pipe.unet(noised, t, encoder_hidden_states=embeds).sample - noise).square().mean())
+    return torch.stack(errors).mean()
+
+
+def fixed_losses_of(job: Any, items: Any) -> torch.Tensor:
+    batch = job.task.collate(items, job.base)
+    seeds = [int(row.item.content[:15], 16) for row in items]
+    with evaluating(job.model):
+        return fixed_losses(job.model, batch["latents"], batch["prompts"], batch["settings"], seeds).mean(1)
+
+
+def in_diffusers(base: str, result: Path) -> Any:
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.load_lora_weights(result)
+    return pipe
+
+
+LABELLED = labelled_rows()
 KINDS = {
-    "causal_lm": Kind(tiny_lm.rows(), causal_loss, lambda base, result: AutoModelForCausalLM.from_pretrained(base)),
-    "classification": Kind(labelled_rows(), label_loss, classifier),
+    "causal_lm": Kind(
+        rows_in(tiny_lm.rows()),
+        len(tiny_lm.rows()),
+        causal_loss,
+        lambda base, result: in_peft(AutoModelForCausalLM.from_pretrained(base), result),
+    ),
+    "classification": Kind(rows_in(LABELLED), len(LABELLED), label_loss, classifier),
+    "text_to_image": Kind(
+        lambda folder: tiny_pictures.write_pictures(folder / "own", 12, ((24, 24), (16, 16))),
+        12,
+        denoising_loss,
+        in_diffusers,
+        ("pytorch_lora_weights.safetensors", "lorakit.json"),
+        fixed_losses_of,
+        "pipeline_folder",
+        {"sample_steps": 2, "sample_tokens": 64, "resolution": 24},
+    ),
 }
 
 
@@ -88,11 +153,19 @@ def name(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    return tiny_pictures.save_pipeline(tmp_path_factory.mktemp("tiny-pipeline") / "sd1")
+
+
 @pytest.fixture
-def make(make_config, tmp_path, name):
+def make(request, make_config, tmp_path, name):
     """`make(**changes)`: a short run's config for the task."""
-    data = tiny_lm.write_rows(tmp_path / "own.jsonl", KINDS[name].rows)
-    return partial(make_config, task=name, data=data)
+    kind = KINDS[name]
+    own = {"model": request.getfixturevalue(kind.model)} if kind.model else {}
+    return lambda **changes: make_config(
+        **{"task": name, "data": kind.write(tmp_path), **own, **kind.changes} | changes
+    )
 
 
 def test_every_task_has_a_row_here():
@@ -111,33 +184,39 @@ def test_a_runs_config_has_its_settings_and_takes_pefts_name_for_it(name):
 def test_items_say_what_they_cost_and_what_they_are(make, name):
     job = set_up(make())
     items = [*job.train, *job.held_out]
-    assert len(items) == len(KINDS[name].rows)
-    assert all(item.size >= 1 and item.weight >= 1 and "own.jsonl, row " in item.where for item in items)
+    assert len(items) == KINDS[name].count
+    assert all(item.size >= 1 and item.weight >= 1 and "own" in item.where for item in items)
+    assert all(isinstance(hash(item.group), int) for item in items)
     assert len({item.digest() for item in items}) == len(items)
     assert fingerprint(items) != fingerprint(items[::-1])
-    assert not {item.group for item in job.train} & {item.group for item in job.held_out}
+    assert not {item.split_key for item in job.train} & {item.split_key for item in job.held_out}
 
 
 def test_the_loss_of_a_row_is_the_same_whatever_shares_its_batch_and_as_computed_by_hand(make, name):
-    job = set_up(make())
-    items = sorted(job.train, key=lambda item: item.size)[:: len(job.train) // 5]
-    assert items[0].size < items[-1].size
-    together = job.task.losses(job.model, job.task.collate(items, job.base))
-    assert together.shape == (len(items),)
-    assert together.dtype == torch.float32
-    for item, loss in zip(items, together, strict=True):
-        (alone,) = job.task.losses(job.model, job.task.collate([item], job.base))
-        torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(loss, KINDS[name].loss(job.model, item), rtol=1e-4, atol=1e-5)
+    job, kind = set_up(make()), KINDS[name]
+    ordered = sorted(job.train, key=lambda item: item.size)[:: len(job.train) // 5]
+    assert ordered[0].size < ordered[-1].size
+    for group in dict.fromkeys(item.group for item in ordered):
+        own = [item for item in ordered if item.group == group]
+        items = [job.task.drawn(item, 0, 0) for item in own]
+        together = kind.losses(job, items)
+        assert together.shape == (len(items),)
+        assert together.dtype == torch.float32
+        assert job.task.losses(job.model, job.task.collate(items, job.base)).shape == (len(items),)
+        for item, row, loss in zip(own, items, together, strict=True):
+            (alone,) = kind.losses(job, [row])
+            torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(loss, kind.loss(job.model, item), rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_has_the_loss_of_training_first(make):
+def test_evaluation_has_the_loss_of_training_first(make, name):
     job = set_up(make())
     job.model.train()
     measured = job.task.evaluate(job.base, job.held_out, 3)
-    losses = job.task.losses(job.model, job.task.collate(job.held_out, job.base))
+    rows = [job.task.drawn(item, 0, 0) for item in job.held_out]
+    losses = torch.cat([KINDS[name].losses(job, [row]) for row in rows])
     assert next(iter(measured)) == "loss"
-    assert measured["loss"] == pytest.approx(float(losses.detach().sum()) / weight_of(job.held_out), rel=1e-5)
+    assert measured["loss"] == pytest.approx(float(losses.detach().sum()) / weight_of(rows), rel=1e-5)
     assert job.model.training
     for batch_size in (1, 64):
         assert job.task.evaluate(job.base, job.held_out, batch_size) == pytest.approx(measured, rel=1e-4)
@@ -146,6 +225,12 @@ def test_evaluation_has_the_loss_of_training_first(make):
 def test_a_batch_is_planned_as_it_is_made(make, name):
     config = make()
     job = set_up(config)
+    if not job.task.traced:
+        estimate = static_estimate(config, torch.float32, "default", 0)
+        assert estimate.trained == sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        assert estimate.parameters + estimate.trained == sum(p.numel() for p in job.model.parameters())
+        assert estimate.parts["optimizer"] == 8 * estimate.trained
+        return
     made = job.task.collate(job.train[:2], job.base)
     planned = job.task.example(2, made["input_ids"].shape[1])
     assert {n: (t.shape, t.dtype) for n, t in planned.items()} == {n: (t.shape, t.dtype) for n, t in made.items()}
@@ -176,28 +261,35 @@ def test_a_run_learns_and_is_the_same_to_the_last_bit_when_it_is_taken_up_again(
         shutil.rmtree(resumed.checkpoints / f"step-{step}")
     shutil.rmtree(resumed.adapter)
     train(config.replace(out=str(resumed.path)), QUIET)
-    for file in ("adapter_model.safetensors", "lorakit.json"):
+    for file in KINDS[name].files:
         assert (whole.adapter / file).read_bytes() == (resumed.adapter / file).read_bytes()
 
 
-def test_its_adapter_computes_the_same_in_peft(make, name):
-    config = make(steps=4, learning_rate=2e-2, patience=0, eval_every=4)
+def test_its_adapter_computes_the_same_in_other_programs(make, name):
+    kind, config = KINDS[name], make(steps=4, learning_rate=2e-2, patience=0, eval_every=4)
     result = train(config, QUIET)
     job = set_up(config)
-    ours = job.task.losses(job.model, job.task.collate(job.train[:6], job.base))
+    items = job.train[:6]
+    ours = torch.cat([kind.losses(job, [job.task.drawn(item, 0, 0)]) for item in items])
     assert job.config.method == "lora"
-    theirs = peft.PeftModel.from_pretrained(KINDS[name].base(config.model, result.adapter), result.adapter).eval()
-    found = torch.stack([KINDS[name].loss(theirs, item) for item in job.train[:6]])
+    theirs = kind.tuned(config.model, result.adapter)
+    found = torch.stack([kind.loss(theirs, item) for item in items])
     assert not torch.allclose(found, ours, atol=1e-3)  # a run that was just set up has not learnt
     Run(job, QUIET)  # takes it up where it ended
-    ours = job.task.losses(job.model.eval(), job.task.collate(job.train[:6], job.base))
+    job.model.eval()
+    ours = torch.cat([kind.losses(job, [job.task.drawn(item, 0, 0)]) for item in items])
     torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-4)
-    assert json.loads((result.adapter / "adapter_config.json").read_text())["task_type"] == task_of(name).peft_type
+    if (result.adapter / "adapter_config.json").exists():
+        written = json.loads((result.adapter / "adapter_config.json").read_text())
+        assert written["task_type"] == task_of(name).peft_type
 
 
-def test_samples_are_texts_one_for_each_prompt(make):
+def test_samples_one_for_each_prompt_are_written_and_read(make, tmp_path):
     job = set_up(make(sample_tokens=3))
     prompts = job.task.prompts(job.config, job.base, job.data)
-    answers = job.task.samples(job.config, job.base, prompts)
-    assert [type(text) for text in answers] == [str] * len(prompts)
+    samples = job.task.samples(job.config, job.base, prompts)
+    assert [sample.prompt for sample in samples] == [prompt.text for prompt in prompts]
+    if samples:
+        shown = job.task.read_samples(job.task.write_samples(tmp_path / "samples", 5, samples, samples))
+        assert len(shown.texts) == len(prompts) or shown.picture.startswith(b"\x89PNG")
     assert isinstance(job.base, Base)

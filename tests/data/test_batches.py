@@ -28,6 +28,15 @@ def test_an_epoch_has_every_row_once_and_at_most_one_short_batch(lengths, batch_
     assert batches == batch_order(lengths, batch_size, seed, epoch, grouped)
 
 
+def test_rows_of_one_group_share_batches_but_at_the_end_of_a_group():
+    groups = ["wide", "tall", "square"] * 7
+    batches = batch_order([1] * 21, 4, 0, 0, True, groups)
+    assert sorted(index for batch in batches for index in batch) == list(range(21))
+    mixed = [batch for batch in batches if len({groups[index] for index in batch}) > 1]
+    assert len(mixed) <= 2
+    assert batches != batch_order([1] * 21, 4, 0, 1, True, groups)
+
+
 def test_epochs_and_seeds_differ():
     lengths = list(range(1, 101))
     orders = [batch_order(lengths, 4, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]

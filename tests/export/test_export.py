@@ -99,7 +99,7 @@ REFUSED = {
     "textual inversion": (
         replace(adapter(self_attn__q_proj=factors(8, 8)), embeddings={"<s1>": torch.ones(8)}),
         "textual-inversion embeddings",
-        ("vllm", "comfyui", "peft"),
+        ("vllm", "mlx", "peft"),
     ),
 }
 

@@ -63,6 +63,15 @@ def test_a_runs_folder_is_its_adapter(adapter, tmp_path):
     assert lk.Adapter.load(run).rank == 2
 
 
+def test_a_run_on_pictures_is_its_adapter_or_newest_checkpoint(tmp_path):
+    run = folder(tmp_path / "run", "config.yaml")
+    for step in (5, 20):
+        folder(run / "checkpoints" / f"step-{step}", "pytorch_lora_weights.safetensors")
+    assert find(run) == run / "checkpoints" / "step-20"
+    folder(run / "adapter", "pytorch_lora_weights.safetensors")
+    assert find(run) == run / "adapter"
+
+
 def test_a_cloneofsimo_file_and_those_beside_it_are_one_adapter(tmp_path):
     pairs = [t for _ in range(48) for t in (torch.randn(8, 2), torch.randn(2, 8))]
     home = folder(tmp_path / "pt")

@@ -76,17 +76,22 @@ def test_the_hash_is_of_the_numbers_alone_and_equal_adapters_are_equal_files(tmp
 
 def test_one_rank_and_alpha_are_named_and_mixed_ones_are_dynamic(tmp_path):
     path = tmp_path / "a.safetensors"
-    header = written(made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(4, 2.0), CONV: conv(2, 1.0)}), path)
+    two = made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(4, 2.0), CONV: conv(2, 1.0)})
+    header = written(two, path, bake_alpha=False)
     assert (header["ss_network_dim"], header["ss_network_alpha"], header["ss_network_module"]) == (
         "4",
         "2.0",
         "networks.lora",
     )
     assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1.0"}
-    header = written(made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(3, 1.0), CONV: conv(2, 1.0)}), path)
+    mixed = made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(3, 1.0), CONV: conv(2, 1.0)})
+    header = written(mixed, path, bake_alpha=False)
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("Dynamic", "Dynamic")
     header = written(made({LINEAR[0]: linear(4, 2.0), LINEAR[1]: linear(4, 1.0)}), path, bake_alpha=True)
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4.0")
+    header = written(two, path)  # alphas that differ go into the factors, and the metadata says what the file has
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4.0")
+    assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2.0"}
 
 
 def test_lycoris_updates_are_announced_as_such(tmp_path):

@@ -8,6 +8,20 @@ import torch
 from lorakit.formats import kohya, names
 
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+CLASSES = {
+    "sd1": ["StableDiffusionPipeline"],
+    "sdxl": ["StableDiffusionXLPipeline"],
+    "sd3": ["SD3Transformer2DModel", "StableDiffusion3Pipeline"],
+    "flux": ["FluxTransformer2DModel", "FluxPipeline"],
+    "flux2": ["Flux2Transformer2DModel", "Flux2Pipeline"],
+    "chroma": ["ChromaTransformer2DModel"],
+    "qwen_image": ["QwenImageTransformer2DModel", "QwenImagePipeline"],
+    "z_image": ["ZImageTransformer2DModel", "ZImagePipeline"],
+    "wan": ["WanTransformer3DModel", "WanPipeline"],
+    "hunyuan_video": ["HunyuanVideoTransformer3DModel"],
+    "ltx": ["LTXVideoTransformer3DModel"],
+    "lumina2": ["Lumina2Transformer2DModel"],
+}
 
 
 def ldm_weights(model: str, shape_of) -> dict[str, torch.Tensor]:
@@ -192,3 +206,17 @@ def test_the_model_is_told_from_names_then_from_widths():
         assert names.model_of([attention], {attention: (1280, width)}) == model
     assert names.model_of(["model.layers.0.self_attn.q_proj"]) is None
     assert names.model_of([]) is None
+
+
+@pytest.mark.parametrize("model, classes", CLASSES.items())
+def test_a_denoisers_or_pipelines_class_tells_the_model(model, classes):
+    import diffusers
+
+    for name in classes:
+        assert hasattr(diffusers, name)
+        assert names.model_of_class(name) == names.model_of_class(f"{name} + CLIPTextModel") == model
+
+
+def test_other_classes_tell_nothing():
+    for name in ("UNet2DConditionModel + CLIPTextModel", "LlamaForCausalLM", "", "PipelineModel"):
+        assert names.model_of_class(name) is None

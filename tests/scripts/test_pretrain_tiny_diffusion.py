@@ -10,14 +10,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny_diffusion.denoiser import denoiser_part
-from tiny_diffusion.judge import load_judge
 from tiny_diffusion.latents import fit
 from tiny_diffusion.loop import checkpoint_file, rate, train
-from tiny_diffusion.pictures import scenes
 from tiny_diffusion.pipeline import export
 from tiny_diffusion.tokenizer import make_tokenizer
 
 from lorakit.formats.names import shapes
+from lorakit.reproduce.emoji.judge import load_judge
+from lorakit.reproduce.emoji.pictures import scenes
 
 
 @pytest.fixture(scope="module")

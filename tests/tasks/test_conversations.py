@@ -20,7 +20,7 @@ from lorakit.data.render import EACH_ANSWER, question_ids
 from lorakit.errors import ConfigError, TrainError
 from lorakit.generate.generate import end_ids
 from lorakit.tasks import task_of
-from lorakit.train import setup
+from lorakit.tasks.text import dates
 from lorakit.train.progress import Progress
 from lorakit.train.train import train
 
@@ -87,7 +87,7 @@ class Day(date):
 
 @pytest.fixture
 def calendar(monkeypatch):
-    monkeypatch.setattr(setup, "Date", Day)
+    monkeypatch.setattr(dates, "Date", Day)
     monkeypatch.setattr(Day, "now", date(2025, 3, 4))
     return lambda *day: monkeypatch.setattr(Day, "now", date(*day))
 
@@ -138,7 +138,7 @@ def test_a_date_in_yaml_needs_no_quotes_and_a_template_without_a_date_keeps_none
     with pytest.raises(ConfigError, match="expected YYYY-MM-DD"):
         chatting(date="tomorrow")
     config = make_config(data=talks)
-    assert setup.dated(config, load_tokenizer(config.model)) == config
+    assert dates.dated(config, load_tokenizer(config.model), {}) == config
 
 
 def test_each_answer_of_a_rewriting_template_is_trained_and_the_panel_counts_them(chatting, capsys):

@@ -56,8 +56,8 @@ def test_an_epoch_has_the_shares_and_nothing_held_out_is_trained(make_config, ot
         mine = [item for item in rows if item.row.file == str(others)]
         assert sorted(item.where for item in rows if item not in mine) == sorted(item.where for item in first)
         assert len(mine) == round(len(first) / 3)
-    held = {item.group for item in job.held_out}
-    assert not held & {item.group for item in job.train}
+    held = {item.split_key for item in job.held_out}
+    assert not held & {item.split_key for item in job.train}
     assert len(first) + len(second) + len(job.held_out) == 24 + 12
 
 
@@ -65,7 +65,7 @@ def test_a_prompt_of_both_sets_is_held_out_of_both(make_config, data_file, tmp_p
     copy = tmp_path / "copy.jsonl"
     shutil.copy(data_file, copy)
     job = set_up(make_config(mix={str(copy): 0.5}))
-    assert not {item.group for item in job.held_out} & {item.group for item in job.train}
+    assert not {item.split_key for item in job.held_out} & {item.split_key for item in job.train}
 
 
 def test_the_panel_names_the_sets_and_their_rows(make_config, others):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorakit.tasks.text.base import suited_rate
 from lorakit.train import defaults
 from lorakit.train.config import TrainConfig
 
@@ -16,25 +17,25 @@ def config(**changes) -> TrainConfig:
 
 
 def test_the_learning_rate_falls_with_the_models_width_and_says_so():
-    wide, narrow = (defaults.learning_rate(config(), width, 1000) for width in (4096, 512))
+    wide, narrow = (defaults.learning_rate(config(), suited_rate(width), 1000) for width in (4096, 512))
     assert wide.value < 5e-4 < narrow.value
     assert "width 4096" in wide.reason
-    assert defaults.learning_rate(config(), 2000, 1000).value == 5e-4
-    assert defaults.learning_rate(config(), None, 1000).value == 2e-4
+    assert defaults.learning_rate(config(), suited_rate(2000), 1000).value == 5e-4
+    assert defaults.learning_rate(config(), suited_rate(None), 1000).value == 2e-4
 
 
 def test_a_short_run_gets_a_higher_rate_and_full_fine_tuning_a_tenth():
-    usual = defaults.learning_rate(config(), 2000, 100).value
-    short = defaults.learning_rate(config(), 2000, 99)
+    usual = defaults.learning_rate(config(), suited_rate(2000), 100).value
+    short = defaults.learning_rate(config(), suited_rate(2000), 99)
     assert short.value == pytest.approx(1.5 * usual)
     assert "100 steps" in short.reason
-    full = defaults.learning_rate(config(method="full"), 2000, 100)
+    full = defaults.learning_rate(config(method="full"), suited_rate(2000), 100)
     assert full.value == pytest.approx(usual / 10)
     assert "10th" in full.reason
 
 
 def test_a_learning_rate_that_is_given_is_taken():
-    choice = defaults.learning_rate(config(learning_rate=3e-3, method="full"), 2000, 5)
+    choice = defaults.learning_rate(config(learning_rate=3e-3, method="full"), suited_rate(2000), 5)
     assert (choice.value, choice.reason) == (3e-3, "as given")
 
 

@@ -22,8 +22,8 @@ def test_what_counts_as_diverged():
     assert divergence.is_dead(math.log(4096), 0.0)
     assert not divergence.is_dead(math.log(4096), 1e-30)
     assert not divergence.is_dead(0.0, 0.0)  # a perfect fit
-    assert divergence.is_worse(4.1, 3.0)
-    assert not divergence.is_worse(3.9, 3.0)
+    assert divergence.is_worse(4.1, 3.0, 1.0)
+    assert not divergence.is_worse(3.9, 3.0, 1.0)
 
 
 def test_a_rate_that_is_too_high_ends_in_guessing_and_is_reported(make_config):
@@ -80,12 +80,12 @@ def test_a_gradient_of_exactly_zero_stops_before_the_update(make_config, monkeyp
     real, steps = Loop._gradients, []
 
     def gradients(self, runs, batches):
-        losses, norms = real(self, runs, batches)
+        losses, norms, apart = real(self, runs, batches)
         steps.append(1)
         if len(steps) == 3:
             for p in runs[0].parameters.values():
                 p.grad.zero_()
-        return losses, norms * (len(steps) != 3)
+        return losses, norms * (len(steps) != 3), apart
 
     monkeypatch.setattr(Loop, "_gradients", gradients)
     config = make_config(steps=6, eval_every=2, validation=0)

@@ -220,7 +220,7 @@ def test_metrics_have_each_step_once_with_the_same_keys(make_config):
 def fake_held_out(monkeypatch, losses) -> None:
     """Held-out losses as given, one evaluation after the other. The base's own, to compare with, is not asked for."""
     told = iter(losses)
-    monkeypatch.setattr(divergence, "may_be_worse", lambda loss, first: False)
+    monkeypatch.setattr(divergence, "may_be_worse", lambda loss, first, margin: False)
     monkeypatch.setattr(causal_lm, "evaluate", lambda *args: {"loss": next(told), "perplexity": 1.0})
 
 

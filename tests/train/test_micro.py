@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import tiny_lm
 
 from lorakit.train.micro import Limit, micro_batches
@@ -52,3 +54,16 @@ def test_a_row_longer_than_allowed_is_still_computed_and_an_empty_batch_is_none(
 def test_a_run_whose_batch_is_more_than_is_allowed_is_computed_by_itself():
     parts = micro_batches([rows(5, 6, 7), rows(3, 4), rows(2, 2)], limit(3, rows=2, own=2))
     assert shape(parts) == [[(0, 5), (0, 6)], [(0, 7)], [(2, 2), (2, 2)], [(1, 3), (1, 4)]]
+
+
+def test_rows_of_different_groups_are_never_computed_together():
+    @dataclass(frozen=True)
+    class Picture:
+        size: int
+        group: tuple[int, int]
+
+    batch = [Picture(6, (2, 3)), Picture(4, (2, 2)), Picture(6, (3, 2)), Picture(6, (2, 3))]
+    parts = micro_batches([batch, batch[:2]], limit(2, own=8, rows=8))
+    assert all(len({item.group for item in part.items}) == 1 for part in parts)
+    assert sorted(len(part.items) for part in parts) == [1, 2, 3]
+    assert parts[0].rows_by_run() == [[batch[0], batch[3]], [batch[0]]]

@@ -110,7 +110,7 @@ def test_a_run_goes_on_from_them_and_resumes(make, data, tmp_path):
 
 
 def test_the_plan_counts_the_rows(make):
-    from lorakit.train.token_ids import with_token_ids
+    from lorakit.tasks.text.token_ids import with_token_ids
 
     config = make()
     job = set_up(config)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ...errors import AdapterError, ConfigError, did_you_mean
 from ..adapter import Adapter
 from ..dense import Dense
+from ..fingerprint import components_in, of_components
 from ..lora import Factors, FactorShapes
 from ..update import Update
 from .compatible import Saved, check_same_base, combine_values
@@ -118,7 +119,8 @@ def combined(
             metadata[fact] = found[0]
     prints = [a.metadata["fingerprint"] for a in adapters if a.metadata.get("fingerprint")]
     if prints:
-        metadata["fingerprint"] = prints[0]
+        parts = {name: part for each in reversed(prints) for name, part in components_in(each).items()}
+        metadata["fingerprint"] = of_components(parts) if parts else prints[0]
     first = replace(adapters[0], saved=saved_weights, embeddings=embeddings, metadata=metadata)
     config = first.config.replace(save_modules=list(dict.fromkeys(s for a in adapters for s in a.config.save_modules)))
     return Resized(with_updates(first, result, config=config).check(), tuple(reports))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import AdapterError, listing
 from ..adapter import Adapter
 from ..checks import wide
-from ..fingerprint import alike
+from ..fingerprint import alike, components_in
 
 Saved = Literal["equal", "mean"]
 
@@ -80,10 +80,14 @@ def _unlike(first: Any, second: Any) -> list[str]:
     """Return the differences between two fingerprints, which come from files and may be damaged."""
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
         return ["a fingerprint is damaged"]
+    # Of pipelines, what both change: one adapter may be of the UNet alone.
+    parts = components_in(first), components_in(second)
+    pairs = [(own, parts[1][name]) for name, own in parts[0].items() if name in parts[1]]
     lines = [
-        f"{what}: {first.get(what)} and {second.get(what)}"
+        f"{what}: {own.get(what)} and {other.get(what)}"
+        for own, other in (pairs if any(parts) else [(first, second)])
         for what in ("architecture", "shapes")
-        if first.get(what) != second.get(what)
+        if own.get(what) != other.get(what)
     ]
     ours, theirs = first.get("samples"), second.get("samples")
     if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):

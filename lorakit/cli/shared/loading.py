@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigError
+from ...errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -68,10 +68,25 @@ def read(model: str, adapters: list[str]) -> dict[str, Adapter]:
     paths = named(adapters)
     for path in paths.values():
         say_if_unfinished(path)
-    return {
+    values = {
         name: Adapter.load(path, base=load_config(model) if format_of(path) == "gguf" else None)
         for name, path in paths.items()
     }
+    for name, path in paths.items():
+        _check_for_text(path, values[name])
+    return values
+
+
+def _check_for_text(path: str, adapter: Adapter) -> None:
+    """Raise AdapterError if an adapter is for a pipeline: its modules are in components such as "unet"."""
+    from ...bases.pipeline import component_of
+
+    components = {component_of(name) for name in adapter.updates} - {None}
+    if components:
+        raise AdapterError(
+            f"{path} is an adapter for pictures (of a pipeline's {', '.join(sorted(map(str, components)))})\n"
+            f"  draw with it: lorakit image generate 'your prompt' --model PIPELINE --adapter {path}"
+        )
 
 
 def load(

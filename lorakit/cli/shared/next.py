@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import AdapterError
 from ...io.json_object import read_json
 from ...methods import method_of
-from ...tasks import DEFAULT
+from ...tasks import DEFAULT, task_of
 from ...train.config import TrainConfig
 
 
@@ -29,8 +29,10 @@ def command(verb: str, *arguments: str, **options: Any) -> str:
 
 def after_training(config: TrainConfig, result: Path) -> str:
     """Return the lines that follow a training: how to use the result, and how to evaluate it on other rows."""
-    method = method_of(config.method)
+    method, task = method_of(config.method), task_of(config.task)
     where = method.flags(config.model, str(result))
+    if task.tried_with is not None:
+        return f"next: {command(*task.tried_with.split(), 'your prompt')} {where}"
     precision = None if config.precision == "auto" else config.precision
     rows = config.validation if isinstance(config.validation, str) else "TEST.jsonl"
     template = getattr(config, "template", "auto")

@@ -13,7 +13,7 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
-from ...config import ALL_LINEAR, Strict
+from ...config import PRESETS, Strict
 from ...errors import ConfigError, did_you_mean
 
 _ALSO = {"learning_rate": ("--lr",)}  # short forms that users know from elsewhere
@@ -61,13 +61,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def commented(cls: type[Strict], values: dict[str, Any], skip: tuple[str, ...] = ()) -> str:
-    """Write all settings as YAML with their descriptions. Those not in `values` are commented out, as defaults."""
+def commented(
+    cls: type[Strict], values: dict[str, Any], skip: tuple[str, ...] = (), defaults: Strict | None = None
+) -> str:
+    """Write all settings as YAML with their descriptions. Those not in `values` are commented out, as defaults.
+
+    `defaults`: settings whose values are the defaults; None: the class's own.
+    """
     lines = []
     for name, info in cls.model_fields.items():
         if name in skip:
             continue
-        default = info.get_default(call_default_factory=True)
+        default = info.get_default(call_default_factory=True) if defaults is None else getattr(defaults, name)
         # Dumped as the only element of a flow list, without its brackets, any value fits on the line of its name.
         value = yaml.safe_dump(
             [values.get(name, default)], allow_unicode=True, default_flow_style=True, width=1 << 20
@@ -125,7 +130,7 @@ def _value(info: FieldInfo, text: Any) -> Any:
         if not all(sep for _, sep, _ in pairs):
             raise ConfigError(f"expected NAME=VALUE,... (got '{text}')")
         return {name.strip(): _yaml(value) for name, _, value in pairs}
-    if list in origins and str in origins and re.fullmatch(r"[\w.]+", text) and text != ALL_LINEAR:
+    if list in origins and str in origins and re.fullmatch(r"[\w.]+", text) and text not in PRESETS:
         return [text]  # a plain name is a name ending; a regular expression has other characters
     if list in origins and (str not in origins or "," in text):
         return [

@@ -59,7 +59,7 @@ class LoraFactors(LiveUpdate):
             )
         dtype = master_dtype(layer) if trainable else None
         A, B = (t.detach().to(device_of(layer), dtype, copy=True) for t in (A, B))
-        return cls(A, B, alpha, value.rslora, dropout, trainable)
+        return cls(layer.lora_laid_out(A), B, alpha, value.rslora, dropout, trainable)
 
     def value(self, layer: LoraLayer) -> Factors:
         A, B = layer.lora_full(self)

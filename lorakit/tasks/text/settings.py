@@ -17,6 +17,16 @@ class Columns(Strict):
     )
 
 
+class Prompts(Strict):
+    free: ClassVar = {"sample_prompts"}
+
+    sample_prompts: list[str] = Field(
+        default_factory=list,
+        description="prompts for samples at each evaluation, of base and adapter; default: two held-out rows, or the "
+        "pictures' captions",
+    )
+
+
 class Lengths(Strict):
     rows: ClassVar = {"max_length", "on_long"}
 

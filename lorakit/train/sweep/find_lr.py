@@ -107,6 +107,7 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
         save_every=never,
         patience=0,
         sample_tokens=0,
+        sample_steps=0,
         track=[],
         compile=False,
         diverged="continue",

@@ -44,6 +44,7 @@ class Entry:
     seconds: float
     adapter: str | None
     curve: list[tuple[int, float]]  # held-out loss by step
+    on_fixed_noise: bool = False  # whether `loss` is that of training rows on fixed noise, after the last step
     place: int | None = None
 
     @property
@@ -85,6 +86,7 @@ def winners(ranked: Iterable[Entry]) -> dict[str, Entry]:
 def _entry(sweep: Sweep, run: Run, group: str) -> Entry:
     result, rows = run.result(), run.job.folder.rows()
     losses = [row["loss"] for row in rows if "loss" in row]
+    fixed = [row["fixed_loss"] for row in rows if "fixed_loss" in row and row["step"] == result.step]
     curve = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
     return Entry(
         run.job.adapter,
@@ -92,7 +94,7 @@ def _entry(sweep: Sweep, run: Run, group: str) -> Entry:
         sweep.values_of(run.job.adapter),
         result.best_loss,
         result.best_step,
-        fmean(losses[-max(1, len(losses) // LAST_SHARE) :]) if losses else None,
+        fixed[-1] if fixed else fmean(losses[-max(1, len(losses) // LAST_SHARE) :]) if losses else None,
         result.step,
         result.steps,
         result.stopped,
@@ -102,6 +104,7 @@ def _entry(sweep: Sweep, run: Run, group: str) -> Entry:
         round(result.seconds, 3),
         str(result.adapter) if result.adapter else None,
         curve,
+        bool(fixed),
     )
 
 
@@ -127,6 +130,8 @@ def criterion(ranked: Sequence[Entry]) -> str:
     if not held:
         return "nothing yet, as no run is finished"
     training = "the training loss of the last tenth of the steps (no rows were held out)"
+    if all(entry.on_fixed_noise for entry in ranked if entry.score is not None):
+        training = "the loss of training rows on fixed noise (none were held out)"
     return "held-out loss" if all(held) else training if not any(held) else f"held-out loss, or {training}"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from ...config import ALL_LINEAR
+from ...config import PRESETS
 from ...errors import ConfigError, did_you_mean, listing
 from ...methods import method_of
 from ...tasks import task_of
@@ -203,7 +203,7 @@ def _is_swept(name: str, value: Any) -> bool:
     if not isinstance(value, list):
         return False
     if _holds_list(name):
-        return any(isinstance(one, list) or one is None or (one == ALL_LINEAR and name == "targets") for one in value)
+        return any(isinstance(one, list) or one is None or (one in PRESETS and name == "targets") for one in value)
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from ...analysis.tables import Table as NamedTable
 from ..bar import Bar
+from ..run_folder import HELD_OUT, evaluated
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -32,6 +34,9 @@ class RunDisplay:
         self.progress.row(self.name, row)
 
     def sample(self, prompt: str, base: str, tuned: str) -> None:
+        """Show nothing: samples are in the run's folder."""
+
+    def drawn(self, step: int, path: Path) -> None:
         """Show nothing: samples are in the run's folder."""
 
     def note(self, text: str) -> None:
@@ -80,9 +85,11 @@ class SweepProgress:
 
     def row(self, name: str, row: dict[str, Any]) -> None:
         """Show a line of one run's metrics.jsonl."""
-        if "held_out_loss" in row:
-            if self._best is None or row["held_out_loss"] < self._best[0]:
-                self._best = (row["held_out_loss"], name, row["step"])
+        if (prefix := evaluated(row)) is not None:
+            loss = row[f"{prefix}loss"]
+            tuned = prefix == HELD_OUT and row["step"] > 0
+            if tuned and loss is not None and (self._best is None or loss < self._best[0]):
+                self._best = (loss, name, row["step"])
                 if self._bar is not None:
                     self._bar.update(self._done, self._facts())
             return

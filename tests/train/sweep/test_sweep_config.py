@@ -33,6 +33,7 @@ def test_the_runs_are_the_product_and_each_has_a_short_name_and_a_folder():
         (["all-linear", ["q_proj", "v_proj"]], ["all-linear", ["q_proj", "v_proj"]]),
         ([["q_proj"], ["v_proj"]], [["q_proj"], ["v_proj"]]),
         (["all-linear"], ["all-linear"]),
+        (["attention", "kohya"], ["attention", "kohya"]),
     ],
 )
 def test_a_list_setting_is_swept_by_a_list_of_lists(given, values):

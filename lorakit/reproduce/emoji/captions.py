@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-TWEMOJI = Path(__file__).parents[2] / "lorakit" / "assets" / "twemoji"
+TWEMOJI = Path(__file__).parents[2] / "assets" / "twemoji"
 
 PLAIN = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "gray", "white", "black")
 BACKGROUNDS = {

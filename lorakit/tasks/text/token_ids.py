@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..bases.vocabulary import tokens_of
-from ..config import LoraSettings, part
-from ..errors import ConfigError, did_you_mean
-from ..layers.token_targets import INPUT, OUTPUT
-from .config import TrainConfig
+from ...bases.vocabulary import tokens_of
+from ...config import LoraSettings, RunSettings, part
+from ...errors import ConfigError, did_you_mean
 
 
-def with_token_ids(config: TrainConfig, tokenizer: Any) -> TrainConfig:
+def with_token_ids(config: RunSettings, tokenizer: Any) -> RunSettings:
     """Return the config with ids for tokens, and with the added ones among those that are trained.
 
     `tokenizer`: it knows `add_tokens` already. Raises ConfigError for a token it does not know.
@@ -27,6 +25,8 @@ def with_token_ids(config: TrainConfig, tokenizer: Any) -> TrainConfig:
     )
     tokens = tokens_of(config.add_tokens)
     if tokens:
+        from ...layers.token_targets import INPUT, OUTPUT
+
         added = _ids(tokens, tokenizer)
         every = list(trained.values()) if isinstance(trained, dict) else [trained]
         # Where they are named already (a resumed run, or one that starts from an adapter), nothing is added.

@@ -1,0 +1,1 @@
+"""Generate pictures with a diffusers pipeline, its adapters attached; label them, and draw them as one grid."""
