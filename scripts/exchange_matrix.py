@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/formats")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/formats")]
 FORMATS = ("diffusers", "kohya", "comfyui")
 
 
@@ -36,7 +36,8 @@ def main(wanted: list[str]) -> None:
 
 def row(model: str, kind: str, folder: Path) -> list[str]:
     """The cells of one family and kind of file."""
-    import test_exchange as exchange
+    import exchange_families as exchange
+    from test_exchange import from_peft
 
     import lorakit as lk
 
@@ -53,7 +54,7 @@ def row(model: str, kind: str, folder: Path) -> list[str]:
         theirs.load_lora_weights(str(folder), weight_name=f"{format}.safetensors")
         off = (exchange.predict(family, theirs) - ours).abs().max()
         cells.append(f"{2 * exchange.placed(theirs)} of {2 * len(adapter.updates)}, {off:.1g}")
-    expected = exchange.from_peft(family, kind, folder / "back", alphas=True)
+    expected = from_peft(family, kind, folder / "back", alphas=True)
     back, read = family.pipe(), lk.Adapter.load(folder / "back")
     lk.attach(back, read)
     off = (exchange.predict(family, back) - expected).abs().max()

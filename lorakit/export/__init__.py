@@ -2,6 +2,8 @@
 
 canonical.py  the canonical form: one rank, scale 1
 rules.py      what each program accepts
+image_programs.py  which keys of a file ComfyUI, A1111 and diffusers find
+widest.py     the format that most image programs read
 written.py    reads the file with independent code (arrays.py: the safetensors format; effect.py: the equations)
 expected.py   what the file should do, from the adapter's own factors
 verify.py     compares the two, element by element

@@ -23,9 +23,9 @@ from ..layers.batched.routes import Choice, Chosen, Routes, Routing
 from ..layers.batched.saved_rows import routed
 from ..layers.layer import child_name
 from .activate import check_saved, use_saved
-from .state import State, attached_of, check_not_routed, layer_at, names_of, state_of
+from .state import State, Weights, attached_of, check_not_routed, layer_at, names_of, state_of
 
-Which = str | Mapping[str, float] | None
+Which = str | Mapping[str, Weights] | None  # weights by component or block are refused: they are for `activate`
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _rows_of_saved(
     return routed([(name, model.get_submodule(name)) for name in names], routing, adapters)
 
 
-def _weights(choice: Which) -> Mapping[str, float]:
+def _weights(choice: Which) -> Mapping[str, Weights]:
     return {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
 
 
@@ -125,12 +125,19 @@ def _resolve(state: State, where: str, choice: Which, resolved: dict[str, Choice
             f"{where} of route's choices is {choice!r}\n"
             f"  expected a name, None, or names with weights such as {{'a': 0.7}}"
         )
+    numbers: list[tuple[str, float]] = []
     for name, weight in choice.items():
         attached_of(state, name)
+        if isinstance(weight, Mapping):
+            raise StateError(
+                f"the weight of adapter '{name}' ({where}) is {dict(weight)}; expected a finite number\n"
+                "  weights by component or block are for lorakit.activate, which is for all rows"
+            )
         if isinstance(weight, bool) or not (isinstance(weight, int | float) and math.isfinite(weight)):
             raise StateError(f"the weight of adapter '{name}' ({where}) is {weight!r}; expected a finite number")
         if weight and state.adapters[name].saved:
             holders.add(name)
+        numbers.append((child_name(name), float(weight)))
     if holders:
         check_saved(state, {name: weight for name, weight in choice.items() if weight}, f" ({where})")
-    return tuple((child_name(name), float(weight)) for name, weight in choice.items() if weight)
+    return tuple((child, weight) for child, weight in numbers if weight)

@@ -31,6 +31,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     result_format,
     samples_from_file,
     save_beside,
+    shares,
     size_at_once,
     size_unit,
     to_attach,

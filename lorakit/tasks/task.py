@@ -119,6 +119,7 @@ class Task(Protocol):
     unit: str  # what `Item.weight` counts: "tokens"
     size_unit: str  # what `Item.size` counts
     tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
+    shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
     traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
     compares: bool  # whether the base is evaluated too, at the first evaluation
 

@@ -81,6 +81,7 @@ unit = "pictures"
 size_unit = "pixels"
 compares = True
 traced = False
+shares = False
 tried_with = "image generate"
 
 # Text has other defaults for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that

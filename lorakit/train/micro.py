@@ -62,7 +62,8 @@ def limit_for(jobs: Sequence[Job]) -> Limit:
     rows = None if first.config.micro_batch == "auto" else int(first.config.micro_batch)
     on_cpu = first.parallel.device.type == "cpu"
     tokens = None if rows else first.task.size_at_once(first.parallel.device) or BUSY
-    return Limit([job.micro_batch.value for job in jobs], rows, tokens, BUSY_CPU if on_cpu else BUSY)
+    busy = (BUSY_CPU if on_cpu else BUSY) if first.task.shares else 0
+    return Limit([job.micro_batch.value for job in jobs], rows, tokens, busy)
 
 
 def micro_batches(batches: Sequence[Sequence[Item]], limit: Limit) -> list[MicroBatch]:

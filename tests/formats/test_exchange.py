@@ -4,65 +4,19 @@ predicts the same in diffusers, and what diffusers writes predicts the same here
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from exchange_families import FAMILIES, Family
-from torch import Tensor, nn
+from exchange_families import CLOSE, FAMILIES, Family, adapted, attached, placed, predict
+from safetensors.torch import load_file
+from torch import Tensor
 
 import lorakit as lk
-from lorakit.bases.pipeline import as_module, components_of
-
-CLOSE = 1e-5
-BLOCK = re.compile(r"(blocks|layers|refiner)\.\d+\.(?!.*(norm1|norm1_context|norm)\.linear)")
-ATTENTION = re.compile(r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)$")
-
-
-def adapted(family: Family, kind: str) -> dict[str, nn.Module]:
-    """The modules of a pipeline that a file of this kind changes, by full name."""
-    model = as_module(family.pipe())
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)}
-    text = {n: m for n, m in linears.items() if n.startswith("text_encoder") and re.search(r"(self_attn|mlp)\.\w+$", n)}
-    denoiser = {n: m for n, m in linears.items() if n.startswith(family.denoiser)}
-    attention = {n: m for n, m in denoiser.items() if ATTENTION.search(n)}
-    return {
-        "attention": attention,
-        "blocks": {n: m for n, m in denoiser.items() if BLOCK.search(n) and isinstance(m, nn.Linear)},
-        "locon": denoiser,
-        "mixed": denoiser | text,
-        "joint": {n: m for n, m in denoiser.items() if n.startswith("transformer.transformer_blocks")},
-        "text": text,
-        "both": attention | text,
-    }[kind]
-
-
-def attached(family: Family, kind: str) -> Any:
-    """A pipeline with random factors on the modules of this kind: rank 4, alpha 8; mixed: ranks 1 to 3, six alphas."""
-    made, updates = torch.Generator().manual_seed(1), {}
-    for i, (name, module) in enumerate(adapted(family, kind).items()):
-        rank, alpha = (1 + i % 3, 0.5 + i % 6) if kind == "mixed" else (4, 8.0)
-        out, *inner = module.weight.shape
-        A = 0.2 * torch.randn(rank, *inner, generator=made)
-        B = 0.2 * torch.randn(out, rank, *[1] * (len(inner) - 1), generator=made)
-        updates[name] = lk.Factors(A, B, alpha, "conv" if len(inner) > 1 else "linear")
-    pipe, config = family.pipe(), lk.LoraConfig(rank=4, alpha=8, targets=[next(iter(updates))])
-    metadata = lk.capture(lk.attach(pipe, config)).metadata  # the base's fingerprint, which tells the family
-    lk.detach(pipe)
-    return lk.attach(pipe, lk.Adapter(config, updates, metadata=metadata))
-
-
-def predict(family: Family, pipe: Any) -> Tensor:
-    with torch.no_grad():
-        return family.predict(pipe)
-
-
-def placed(pipe: Any) -> int:
-    """How many modules of a pipeline carry a LoRA of PEFT's."""
-    return sum("lora_A" in m._modules and len(m.lora_A) for c in components_of(pipe).values() for m in c.modules())
+from lorakit.bases.pipeline import components_of
+from lorakit.export import image_programs
 
 
 def cases(*, forms: bool) -> list[Any]:
@@ -86,6 +40,9 @@ def test_diffusers_predicts_what_we_predict_from_our_file(model, kind, format, t
     theirs = family.pipe()
     theirs.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
     assert placed(theirs) == len(adapter.updates) == len(adapted(family, kind))
+    if format == "diffusers":  # what export says of the file is what diffusers does with it
+        said = image_programs.placed("diffusers", model, load_file(tmp_path / "x.safetensors"))
+        assert (sum(said.read.values()), said.unread) == (placed(theirs), [])
     torch.testing.assert_close(predict(family, theirs), ours, atol=CLOSE, rtol=0)
 
 

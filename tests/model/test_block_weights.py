@@ -97,7 +97,10 @@ def test_what_is_wrong_is_said_and_nothing_changes(pipe):
         with pytest.raises(StateError, match=message):
             lk.activate(pipe, which)
     assert lk.active(pipe) == {"b": 1.0}
-    with pytest.raises(StateError, match="expected a finite number"), lk.route(pipe, [{"a": {"unet": 0.5}}]):
+    with (
+        pytest.raises(StateError, match="weights by component or block are for"),
+        lk.route(pipe, [{"a": {"unet": 0.5}}]),
+    ):
         pass
 
 

@@ -79,6 +79,11 @@ def test_settings_that_change_nothing_that_is_computed_may_change(begun, config,
         "chat_template": "moved.jinja",
         "streaming": True,
         "diverged": "continue",
+        "sample_steps": 3,
+        "sample_guidance": 2.0,
+        "sample_negative": "y",
+        "sample_seed": 4,
+        "cache": "none",
     }
     assert changes.keys() == FREE
     RunFolder(changes["out"]).open(config.replace(**changes), "a" * 64)

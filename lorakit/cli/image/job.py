@@ -246,7 +246,7 @@ def _settled(loaded: Loaded, asked: Mapping[str, Any], made: Parameters) -> Para
     defaults = {"steps": own.steps, "guidance": own.guidance, "width": own.width, "height": own.height}
     if loaded.name == EMBEDDED:
         defaults |= EMBEDDED_DEFAULTS
-    found = {
+    found: dict[str, Any] = {
         name: next((v for v in (asked.get(name), getattr(made, name), default) if v is not None), None)
         for name, default in {**defaults, "seed": 0, "negative": ""}.items()
     }

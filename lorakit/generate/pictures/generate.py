@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -178,19 +178,18 @@ def _generating(pipe: Any, model: Any, bar: bool) -> Iterator[None]:
 
 def _passes(pipe: Any, model: Any, rows: Sequence[Row], call: Mapping[str, Any], merged: bool) -> np.ndarray:
     """Return the pictures of one pass [rows, height, width, 3], in 0..1."""
-    choices = [row.weights or None for row in rows]
-    if any(choice != choices[0] for choice in choices):
-        try:
-            with routed(model, choices):
+    first = rows[0].weights
+    if any(row.weights != first for row in rows):
+        parts = any(isinstance(weight, Mapping) for row in rows for weight in row.weights.values())
+        choices: list[Any] = [row.weights or None for row in rows]
+        if not parts:  # `route` has one weight an adapter
+            # Where rows cannot be told apart they are run one by one; there an unknown adapter is an error again.
+            with suppress(NotByRow, StateError), routed(model, choices):
                 return _run(pipe, rows, call)
-        except (NotByRow, StateError):
-            # This pipeline's rows cannot be told apart. An unknown adapter is an error again here.
-            return np.concatenate([_passes(pipe, model, [row], call, merged) for row in rows])
-    if not adapters(model) and choices[0] is None:
-        return _run(pipe, rows, call)
-    if choices[0] != (active(model) or None):
-        activate(model, choices[0])
-    if not merged or choices[0] is None:
+        return np.concatenate([_passes(pipe, model, [row], call, merged) for row in rows])
+    if first != (active(model) if adapters(model) else {}):
+        activate(model, first or None)
+    if not merged or not first:
         return _run(pipe, rows, call)
     merge(model)
     try:

@@ -49,11 +49,14 @@ class Objective:
         steps = config.get("num_train_timesteps")
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if kind is None or not steps or (kind != "flow" and alphas is None):
-            what = f"prediction_type '{stated}'" if stated is not None else "neither alphas_cumprod nor scale_noise"
+            if kind is None and stated is not None:
+                why = f"has prediction_type '{stated}', which is not known here"
+            else:
+                why = "has neither alphas_cumprod nor scale_noise, so how it mixes in noise is not known"
             raise TrainError(
-                f"{name} has {what}, so it does not say what the denoiser is trained to predict\n"
-                f"  expected a scheduler of epsilon, v_prediction, sample or flow matching, such as DDIMScheduler or "
-                f"FlowMatchEulerDiscreteScheduler"
+                f"{name} {why}\n"
+                "  expected a scheduler of epsilon, v_prediction, sample or flow matching, such as DDIMScheduler or "
+                "FlowMatchEulerDiscreteScheduler"
             )
         if config.get("invert_sigmas"):
             raise TrainError(f"{name} counts its time backwards (invert_sigmas), which cannot be trained")

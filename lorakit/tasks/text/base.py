@@ -29,6 +29,7 @@ MARGIN = 1.0
 
 compares = False
 traced = True
+shares = True
 tried_with: str | None = None
 size_unit = "tokens"
 

@@ -69,8 +69,13 @@ def test_what_other_samplers_say_is_the_same_diffusion(name):
 
 
 def test_a_scheduler_that_does_not_say_what_is_predicted_is_refused():
-    with pytest.raises(TrainError, match=r"ScoreSdeVeScheduler.*does not say"):
-        Objective.of(diffusers.ScoreSdeVeScheduler())
+    for made in (diffusers.ScoreSdeVeScheduler(), diffusers.EDMEulerScheduler()):
+        with pytest.raises(TrainError, match=r"has neither alphas_cumprod nor scale_noise.*\n.*DDIMScheduler"):
+            Objective.of(made)
+    other = scheduler()
+    other.register_to_config(prediction_type="guess")
+    with pytest.raises(TrainError, match="DDIMScheduler has prediction_type 'guess', which is not known here"):
+        Objective.of(other)
     with pytest.raises(TrainError, match="counts its time backwards"):
         Objective.of(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
 
