@@ -39,6 +39,8 @@ def summed_weight(x: Tensor, features: int, W: Tensor, A: Tensor, B: Tensor, sca
 
 def reference(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return W + s · B A, in W's shape and memory layout."""
+    if W.dim() == 2:
+        return torch.addmm(W, B, A, alpha=scale)
     if W.is_contiguous():
         return torch.addmm(W.flatten(1), B.flatten(1), A.flatten(1), alpha=scale).view(W.shape)
     return torch.add(W, (B.flatten(1) @ A.flatten(1)).view(W.shape), alpha=scale)
