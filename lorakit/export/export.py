@@ -10,7 +10,7 @@ from ..adapter.adapter import Adapter
 from ..data.chat_record import TEMPLATE_FILE, ChatRecord
 from ..errors import AdapterError, ConfigError, did_you_mean
 from ..formats.bundled import own_files
-from ..formats.text_model import with_text_model
+from ..formats.pipeline_names import in_pipeline
 from .image_programs import SEPARATE_TOKENS, Placed, format_for, token_notes
 from .into_base import split
 from .logits import Logits
@@ -94,7 +94,7 @@ def export(
         raise ConfigError(
             f"no receiver '{receiver}'{did_you_mean(receiver, RECEIVERS)}\n  known: {', '.join(RECEIVERS)}"
         )
-    path, adapter = Path(out).expanduser(), with_text_model(adapter.check())
+    path, adapter = Path(out).expanduser(), in_pipeline(adapter.check())
     format = format_for(receiver, RECEIVERS[receiver].format, adapter)
     unfixable = {n for f in findings(adapter, receiver) if f.fix is None for n in f.into_base}
     parts = None

@@ -26,9 +26,9 @@ from . import kohya, kohya_metadata, names
 from .diffusers import read
 from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, written
+from .pipeline_names import in_pipeline
 from .run_metadata import own_entry, run_metadata
 from .spellings import NATIVE
-from .text_model import with_text_model
 from .unheld import beside_updates
 
 __all__ = ["FORMAT", "losses", "places", "read", "write_as_read"]
@@ -37,14 +37,14 @@ _TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3":
 
 def losses(adapter: Adapter) -> list[str]:
     """What this format cannot hold of an adapter, one line each."""
-    return _losses(with_text_model(adapter), COMFYUI)
+    return _losses(in_pipeline(adapter), COMFYUI)
 
 
 def write_as_read(adapter: Adapter, path: Path, spelling: Mapping[str, Any]) -> Path:
     """Write a `.safetensors` file in this spelling: `native.COMFYUI`, or `Adapter.metadata["spelling"]`. AdapterError
     if anything of the adapter would be lost.
     """
-    adapter = with_text_model(adapter.check())
+    adapter = in_pipeline(adapter.check())
     lost = _losses(adapter, spelling)
     if lost:
         raise AdapterError(f"{path}: this format cannot hold all of this adapter\n  " + "\n  ".join(lost))

@@ -37,11 +37,11 @@ from .families import family_of
 from .format import Format, ReadOptions, WriteOptions
 from .native import COMFYUI, flattened, spelled, written
 from .peft_config import checked
+from .pipeline_names import in_pipeline
 from .run_metadata import own_entry, run_metadata
 from .scale import clean, config_of, with_alpha_as_rank
 from .spellings import COMPONENTS, MAGNITUDE, NATIVE, Name, is_spelling, parse, split
 from .telling import size_of
-from .text_model import with_text_model
 
 FILE = "pytorch_lora_weights.safetensors"
 _COMPONENTS = tuple(f"{component}." for component in (*COMPONENTS, NATIVE, "base_model"))
@@ -113,7 +113,7 @@ def _spelling(tensors: Mapping[str, Tensor], updates: Mapping[str, Update]) -> d
 
 def losses(adapter: Adapter) -> list[str]:
     """What diffusers' format cannot hold of this adapter, one line each."""
-    adapter = with_text_model(adapter)
+    adapter = in_pipeline(adapter)
     reasons: dict[str, list[str]] = {}
     for module in adapter.updates:
         reason = _unheld(adapter, module)
@@ -134,7 +134,7 @@ def write(adapter: Adapter, path: Path, *, fold: bool = True) -> Path:
     fold: multiply each module's scale into its up matrix (alpha = rank), for programs that do not read the header, as
     ComfyUI. Without it the alphas are in the header alone.
     """
-    adapter = with_text_model(adapter)
+    adapter = in_pipeline(adapter)
     lost = losses(adapter)
     if lost:
         raise AdapterError("diffusers' format cannot hold all of this adapter:\n  " + "\n  ".join(lost))

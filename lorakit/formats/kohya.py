@@ -34,10 +34,10 @@ from .kohya_metadata import metadata, stated_model, write_hashed
 from .kohya_parts import fuse, part_sizes, split, swap_halves
 from .native import as_read, contradicting
 from .peft_config import checked
+from .pipeline_names import in_pipeline
 from .scale import clean, with_alpha_as_rank
 from .spellings import is_spelling
 from .telling import disagreement, misspelt, size_of, tell
-from .text_model import with_text_model
 from .unheld import beside_updates
 
 OTHER = "other"  # a model that lorakit is told not to know
@@ -112,7 +112,7 @@ def _spelling(keys: Mapping[str, Mapping[str, Tensor]], model: str | None) -> di
 
 def losses(adapter: Adapter) -> list[str]:
     """What a kohya file cannot hold of this adapter, one line each."""
-    adapter = with_text_model(adapter)
+    adapter = in_pipeline(adapter)
     beside = beside_updates(replace(adapter, embeddings={})) + bundled.unbundled(adapter.embeddings)
     if _own_names(adapter):
         return unholdable(adapter) + beside
@@ -158,7 +158,7 @@ def write(
     where the alphas of a component's modules differ: diffusers 0.42 gives those to the wrong modules. If such modules
     have one rank, alpha is that rank, for programs that take a missing alpha for 1.
     """
-    adapter = with_text_model(adapter.check())
+    adapter = in_pipeline(adapter.check())
     lost = losses(adapter)
     if lost:
         raise AdapterError(f"{path}: kohya's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
@@ -291,20 +291,13 @@ def written_for(adapter: Adapter) -> str | None:
     """The model it is written for: the one that it says, or that its base's class is of, if that has all of its
     modules; else the one that its names and widths fit.
     """
-    said = adapter.metadata.get("model") or names.model_of_class(_architecture(adapter))
+    said = adapter.metadata.get("model") or names.model_of_class(names.architecture_of(adapter))
     if said in names.KNOWN and all(module in names.shapes(said) for module in adapter.updates):
         return said
     sizes = {m: u.sizes for m, u in adapter.updates.items()}
     candidates = names.candidates(adapter.updates) if adapter.updates else []
     agreeing = [model for model in candidates if not disagreement(model, sizes)]
     return names.likeliest(agreeing or candidates, sizes)
-
-
-def _architecture(adapter: Adapter) -> str:
-    """The class of the base that it was trained on, "" if it does not say."""
-    fingerprint = adapter.metadata.get("fingerprint")
-    found = fingerprint.get("architecture") if isinstance(fingerprint, Mapping) else None
-    return found if isinstance(found, str) else ""
 
 
 def _no_model(adapter: Adapter) -> str:

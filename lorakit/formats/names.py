@@ -26,7 +26,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
 
 FOLDER = Path(__file__).with_name("names")
 UNET, TRANSFORMER = ("lora_unet_", "lycoris_"), ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -215,6 +218,13 @@ _CLASSES = {
     "Sana": "sana",
     "Kandinsky5": "kandinsky5",
 }
+
+
+def architecture_of(adapter: Adapter) -> str:
+    """The class of the base that an adapter was trained on, "" if it does not say."""
+    fingerprint = adapter.metadata.get("fingerprint")
+    found = fingerprint.get("architecture") if isinstance(fingerprint, Mapping) else None
+    return found if isinstance(found, str) else ""
 
 
 def model_of_class(architecture: str) -> str | None:

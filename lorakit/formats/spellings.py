@@ -107,6 +107,11 @@ def is_spelling(key: str) -> bool:
     return name is not None and name.component is not None
 
 
+def component_of_first(first: str) -> str | None:
+    """The component whose models alone have modules whose path begins with `first`; None if there is none."""
+    return _COMPONENT_OF.get(first)
+
+
 def _component(path: str) -> tuple[str | None, str, bool]:
     """(component, path within it, whether the key names the component)."""
     first, _, rest = path.partition(".")

@@ -48,7 +48,7 @@ SLIDER_SETTINGS: dict[str, Any] = {
     "slider_negative": "a small animal",
     "slider_target": "an animal",
 }
-PRIOR_PICTURES, FEW_PRIOR_PICTURES = 64, 8
+PRIOR_PICTURES, FEW_PRIOR_PICTURES, FEW_SAMPLING_STEPS = 64, 2, 2
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -93,7 +93,8 @@ def run(
     """Run the demo in the folder `out`, resuming an interrupted one.
 
     seed: of the training pictures, the training and the samples. steps: of each training, instead of its own. compare:
-    also train the subject without prior preservation. few: measure on a few pictures only. say: prints a line. Raises
+    also train the subject without prior preservation. few: only a few pictures in a few sampling steps, to try the
+    whole quickly. say: prints a line. Raises
     StoppedError if training is interrupted.
     """
     from ..adapter.adapter import Adapter
@@ -102,7 +103,7 @@ def run(
     from .emoji.styles import STYLES
     from .image_data import RARE, SUBJECT, class_prompt, write_style, write_subject
     from .image_figure import draw_figure
-    from .image_measures import STACK, Studio, measure
+    from .image_measures import STACK, STEPS, Studio, measure
 
     began = time.perf_counter()
     folders = {name: out / PICTURES / name for name in ("style", "subject")}
@@ -125,7 +126,7 @@ def run(
 
     say("4. measure: style, subject, class and size, with a judge of 72 objects")
     base = embedded_pipeline()
-    studio = Studio.open(base)
+    studio = Studio.open(base, FEW_SAMPLING_STEPS if few else STEPS)
     for adapter in adapters:
         studio.attach(adapter.name, Adapter.load(adapter.files["diffusers"]))
     figures = measure(studio, load_judge(base / "judge"), STYLES[STYLE], seed, few)
@@ -184,6 +185,6 @@ def _merge(
     # In float32, so that the pictures' difference is not dominated by the rounding of the merged weights.
     merge_checkpoint(embedded_pipeline(), sources, out, weights=list(weights.values()), force=True, dtype=torch.float32)
     prompts = [subject_prompt(scene) for scene in SCENES]
-    drawn = [s.draw(prompts, w, seed + 400) for s, w in ((studio, weights), (Studio.open(out), None))]
+    drawn = [s.draw(prompts, w, seed + 400) for s, w in ((studio, weights), (Studio.open(out, studio.steps), None))]
     one, other = (np.stack([np.asarray(picture, np.int16) for picture in pictures]) for pictures in drawn)
     return out, int(np.abs(one - other).max())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .emoji.judge import Judge
 
-SAMPLING = {"steps": 20, "guidance": 3.0, "batch_size": 32}
+STEPS, GUIDANCE, BATCH = 20, 3.0, 32  # of sampling
 SCALES = (0.0, 0.5, 1.0)
 SLIDE = (-2.0, -1.0, 0.0, 1.0, 2.0)
 STACK = {"subject": 1.0, "style": 0.7}
@@ -40,20 +40,21 @@ Weights = dict[str, float] | None
 
 @dataclass
 class Studio:
-    """The pipeline with the demo's adapters."""
+    """The pipeline with the demo's adapters. `steps`: of sampling."""
 
     pipe: Any
     names: list[str]
+    steps: int = STEPS
 
     @classmethod
-    def open(cls, name: str | Path) -> Studio:
+    def open(cls, name: str | Path, steps: int = STEPS) -> Studio:
         """Load a pipeline, without adapters, in float32."""
         import torch
 
         from ..bases.device import choose_device
         from ..bases.load_pipeline import load_pipeline
 
-        return cls(load_pipeline(str(name), torch.float32, choose_device().value), [])
+        return cls(load_pipeline(str(name), torch.float32, choose_device().value), [], steps)
 
     def attach(self, name: str, adapter: Any) -> None:
         from ..model.attach import attach
@@ -66,7 +67,15 @@ class Studio:
         from ..generate.pictures.generate import generate_pictures
 
         seeds = [seed + number for number in range(len(prompts))]
-        return generate_pictures(self.pipe, prompts, seed=seeds, weights=[weights] * len(prompts), **SAMPLING)
+        return generate_pictures(
+            self.pipe,
+            prompts,
+            seed=seeds,
+            steps=self.steps,
+            guidance=GUIDANCE,
+            weights=[weights] * len(prompts),
+            batch_size=BATCH,
+        )
 
 
 def measure(

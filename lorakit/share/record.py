@@ -182,8 +182,8 @@ def _of_other_tasks(peft_type: str) -> set[str]:
 
 
 def _samples(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Return the newest samples of a run. Raises AdapterError for a file that is not JSON."""
-    files = run.sampled()
+    """Return the newest samples of a run that are texts. Raises AdapterError for a file that is not JSON."""
+    files = [(step, path) for step, path in run.sampled() if path.suffix == ".json"]  # others are pictures
     try:
         rows = json.loads(files[-1][1].read_text(encoding="utf8")) if files else []
     except (OSError, ValueError) as error:

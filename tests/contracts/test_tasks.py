@@ -248,6 +248,7 @@ def test_a_run_learns_and_is_the_same_to_the_last_bit_when_it_is_taken_up_again(
         save_every=3,
         keep=4,
         dropout=0.1,
+        ema=0.5,
         learning_rate=2e-2,
         patience=0,
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...bases.load import EMBEDDED
 from ...errors import ConfigError, LorakitWarning
 from ...generate.pictures.call import defaults_of
 from ...generate.pictures.generate import stream_pictures
@@ -22,9 +21,6 @@ from .request import is_png
 
 if TYPE_CHECKING:
     from PIL import Image
-
-# What the embedded pipeline's card was measured with; its call's own defaults are Stable Diffusion's (50 and 7.5).
-EMBEDDED_DEFAULTS = {"steps": 20, "guidance": 3.0}
 
 
 @dataclass(frozen=True)
@@ -244,8 +240,6 @@ def _settled(loaded: Loaded, asked: Mapping[str, Any], made: Parameters) -> Para
     pipe = loaded.pipe
     own = defaults_of(pipe)
     defaults = {"steps": own.steps, "guidance": own.guidance, "width": own.width, "height": own.height}
-    if loaded.name == EMBEDDED:
-        defaults |= EMBEDDED_DEFAULTS
     found: dict[str, Any] = {
         name: next((v for v in (asked.get(name), getattr(made, name), default) if v is not None), None)
         for name, default in {**defaults, "seed": 0, "negative": ""}.items()

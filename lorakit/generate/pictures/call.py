@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...bases.load_pipeline import embedded_pipeline
 from ...bases.pipeline import arguments_of, denoisers_of
 from ...errors import ConfigError, did_you_mean
 
+EMBEDDED_CALL = (20, 3.0)  # steps and guidance (assets/tiny-diffusion/README.md)
 _GUIDANCE = ("guidance_scale", "true_cfg_scale")
 # The arguments that `call_arguments` itself may return, and others that `generate_pictures` sets.
 SETTINGS = {"negative_prompt", "num_inference_steps", "width", "height", "num_frames", *_GUIDANCE}
@@ -38,10 +40,15 @@ class Defaults:
 
 
 def defaults_of(pipe: Any) -> Defaults:
-    """Read the defaults from the call's signature, and the size from the denoiser's config."""
+    """Read the defaults from the call's signature, and the size from the denoiser's config.
+
+    The embedded pipeline is drawn with what its card was measured with; its call's defaults are Stable Diffusion's.
+    """
     own = arguments_of(pipe)
     guidance = guidance_argument(pipe)
     width, height = default_size(pipe) or (None, None)
+    if str(getattr(pipe, "config", {}).get("_name_or_path")) == str(embedded_pipeline()):
+        return Defaults(*EMBEDDED_CALL, width, height)
     return Defaults(
         steps=_number(own.get("num_inference_steps")),
         guidance=None if guidance is None else _number(own[guidance]),

@@ -28,7 +28,7 @@ from ...model.activate import activate, active, adapters
 from ...model.merge import merge, unmerge
 from ...model.state import Weights, state_of
 from ..eval_mode import evaluating
-from .call import SETTINGS, call_arguments, cut_prompts, default_size, guided
+from .call import SETTINGS, call_arguments, cut_prompts, defaults_of, guided
 from .routed import NotByRow, routed
 
 # Pictures in one pass: at most this many, and at most so many pixels together. On the embedded pipeline (32 x 32, two
@@ -84,7 +84,8 @@ def stream_pictures(
     a picture with NaN. LorakitWarning for a prompt that is cut, a negative prompt without effect, a picture that the
     pipeline's safety checker has blackened, and one of another size than asked for.
     """
-    model = as_module(pipe)
+    model, own = as_module(pipe), defaults_of(pipe)
+    steps, guidance = own.steps if steps is None else steps, own.guidance if guidance is None else guidance
     rows = _rows(model, prompts, seed, weights, scale)
     call = call_arguments(
         pipe, steps=steps, guidance=guidance, negative=negative or "", width=width, height=height, further=further
@@ -93,8 +94,7 @@ def stream_pictures(
         warnings.warn(line, LorakitWarning, stacklevel=2)
     if negative and not guided(pipe, guidance):
         warnings.warn("the negative prompt has no effect without guidance above 1", LorakitWarning, stacklevel=2)
-    size = default_size(pipe) or (None, None)
-    most = batch_size or _batch_size(width or size[0], height or size[1])
+    most = batch_size or _batch_size(width or own.width, height or own.height)
     if most < 1:
         raise ConfigError(f"batch_size is {most}; expected at least 1")
 

@@ -87,7 +87,9 @@ def to_text(parameters: Parameters) -> str:
     text = f"{p.prompt}{tags}{negative}\n"
     # What a reader of the lines above gets.
     prompt, without, loras = _prompts(f"{text}Steps".strip().split("\n")[:-1])
-    inexact = list(loras) != list(p.loras) or any(loras[n] != Lora(lora.weight) for n, lora in p.loras.items())
+    inexact = list(loras) != list(p.loras) or any(
+        loras[n] != replace(lora, hash=None, source=None) for n, lora in p.loras.items()
+    )
     fields = {
         "Steps": p.steps,
         "Sampler": p.sampler,

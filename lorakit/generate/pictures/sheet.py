@@ -78,12 +78,10 @@ def _one_axis(values: Mapping[str, Sequence[Value]], axis: str) -> Sheet:
         return Sheet([""], labels, [cells])
     if axis != "seed":
         return Sheet(labels, [""], [[cell] for cell in cells])
-    width = next(w for w in range(4, WIDEST + 1) if w == WIDEST or w * w >= len(cells))
+    # The fewest empty cells, then nearest to a square: 9 are 3 x 3, 10 are 2 x 5.
+    width = min(range(3, WIDEST + 1), key=lambda w: (-len(cells) % w, abs(w - len(cells) / w), -w))
     lines = [cells[at : at + width] for at in range(0, len(cells), width)]
     lines[-1] += [None] * (width - len(lines[-1]))
-    names = [labels[at : at + width] for at in range(0, len(labels), width)]
-    return Sheet(
-        [line[0] if len(line) == 1 else f"{line[0]} to {line[-1].removeprefix('seed ')}" for line in names],
-        [""] * width,
-        lines,
-    )
+    seeds = [[cell[axis] for cell in line if cell is not None] for line in lines]
+    rows = [f"seeds {line[0]} to {line[-1]}" if len(line) > 1 else f"seed {line[0]}" for line in seeds]
+    return Sheet(rows, [""] * width, lines)

@@ -75,7 +75,10 @@ def scenes(purpose: str, step: int, count: int, held: bool = False, unseen: bool
     """`count` pictures. `held`: pairs that are held out may be among them; `unseen`: all emoji of the sheet may."""
     rng = generator(purpose, step)
     emoji, names = emoji_list(), list(BACKGROUNDS)
-    pictures, captions, things, backgrounds = [], [], [], []
+    pictures: list[np.ndarray] = []
+    captions: list[str] = []
+    things: list[int] = []
+    backgrounds: list[int] = []
     while len(pictures) < count:
         thing = int(rng.integers(len(emoji) if unseen else len(OBJECTS)))
         background = int(rng.integers(len(names)))

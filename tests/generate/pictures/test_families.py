@@ -9,8 +9,9 @@ import torch
 from tiny import randomise_factors
 
 import lorakit as lk
+from lorakit.bases.load_pipeline import embedded_pipeline, load_pipeline
 from lorakit.bases.pipeline import arguments_of, as_module
-from lorakit.generate.pictures.call import defaults_of, guidance_argument
+from lorakit.generate.pictures.call import Defaults, defaults_of, guidance_argument
 from lorakit.generate.pictures.generate import generate_pictures
 
 TEXT = (  # the tokenizers of the others are on the hub
@@ -32,6 +33,18 @@ def test_steps_guidance_and_size_are_read_from_the_pipeline(name):
     assert own.steps == arguments_of(pipe)["num_inference_steps"].default
     assert guidance_argument(pipe) == ("true_cfg_scale" if name == "qwen_image" else "guidance_scale")
     assert own.guidance == arguments_of(pipe)[guidance_argument(pipe)].default
+
+
+def test_the_embedded_pipeline_is_drawn_as_its_card_says():
+    pipe = load_pipeline("embedded", torch.float32, torch.device("cpu"))
+    assert defaults_of(pipe) == Defaults(20, 3.0, 32, 32)
+    ours = generate_pictures(pipe, ["a panda in a meadow"], seed=7)[0]
+    own = pipe(
+        "a panda in a meadow", num_inference_steps=20, guidance_scale=3.0, generator=torch.Generator().manual_seed(7)
+    ).images[0]
+    assert (np.asarray(own) == np.asarray(ours)).all()
+    card = (embedded_pipeline() / "README.md").read_text(encoding="utf8")
+    assert "num_inference_steps=20, guidance_scale=3" in card
 
 
 @pytest.mark.parametrize("name", TEXT)

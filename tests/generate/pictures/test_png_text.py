@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -90,6 +90,7 @@ NAMES = st.text(st.sampled_from("ab_- ."), min_size=1, max_size=6).filter(lambda
 WEIGHTS = st.floats(-4, 4, allow_nan=False)
 
 
+@example(Parameters(prompt="", steps=1, loras={"a": Lora(0.0, {"unet": 0.0})}))
 @settings(max_examples=200, deadline=None)
 @given(
     st.builds(

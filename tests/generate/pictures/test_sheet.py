@@ -47,11 +47,13 @@ def test_the_axes_may_be_chosen():
 def test_one_axis_is_a_row_a_column_or_wrapped():
     assert sheet(values(prompts=6)).columns == [f"prompt {n}" for n in range(6)]
     assert sheet(values(prompts=7)).rows == [f"prompt {n}" for n in range(7)]
-    seeds = sheet(values(seeds=9))
-    assert seeds.rows == ["seed 0 to 3", "seed 4 to 7", "seed 8"]
-    assert [len(row) for row in seeds.cells] == [4, 4, 4]
-    assert seeds.cells[2][1:] == [None] * 3
-    assert [p["seed"] for p in seeds.pictures] == list(range(9))
+    assert len(sheet(values(seeds=12)).columns) == 4
+    assert sheet(values(seeds=9)).rows == ["seeds 0 to 2", "seeds 3 to 5", "seeds 6 to 8"]
+    seeds = sheet(values(seeds=13))
+    assert seeds.rows == ["seeds 0 to 2", "seeds 3 to 5", "seeds 6 to 8", "seeds 9 to 11", "seed 12"]
+    assert [len(row) for row in seeds.cells] == [3] * 5
+    assert seeds.cells[4][1:] == [None] * 2
+    assert [p["seed"] for p in seeds.pictures] == list(range(13))
 
 
 @pytest.mark.parametrize(
