@@ -121,6 +121,7 @@ class Task(Protocol):
     tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
     shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
     traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
+    uses_all: bool  # whether each step gives every trained parameter a gradient
     compares: bool  # whether the base is evaluated too, at the first evaluation
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -136,7 +136,7 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     }
     config = next(iter(configs.values()))
     data = _data_of(configs, task, processor)
-    parallel = Parallel()
+    parallel = Parallel(some_unused=not task.uses_all)
     device = parallel.device
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))
