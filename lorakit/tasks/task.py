@@ -235,8 +235,10 @@ class Task(Protocol):
     def samples(self, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[Sample]:
         """Generate one sample per prompt with the model as it is now."""
 
-    def base_samples(self, folder: Path) -> list[Sample]:
-        """Read the base's samples that `write_samples` has kept in this folder; empty if there are none."""
+    def base_samples(self, folder: Path, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[Sample]:
+        """Read the base's samples that `write_samples` has kept in this folder, where they are those that `samples`
+        would return; empty if they are not, or there are none.
+        """
 
     def write_samples(self, folder: Path, step: int, base: Sequence[Any], tuned: Sequence[Any]) -> Path:
         """Write `folder/step-N.<suffix>`, samples of the base beside those of the tuned model. Returns its path."""

@@ -296,10 +296,12 @@ def samples(config: RunSettings, base: Base, prompts: Sequence[PicturePrompt]) -
     return draw(part(config, TextToImageSettings), base, prompts)
 
 
-def base_samples(folder: Path) -> list[PictureSample]:
+def base_samples(
+    folder: Path, config: RunSettings, base: Base, prompts: Sequence[PicturePrompt]
+) -> list[PictureSample]:
     from .image.samples import base_samples
 
-    return base_samples(folder)
+    return base_samples(folder, part(config, TextToImageSettings), base, prompts)
 
 
 def write_samples(folder: Path, step: int, base: Sequence[PictureSample], tuned: Sequence[PictureSample]) -> Path:

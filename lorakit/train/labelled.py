@@ -23,12 +23,12 @@ class Labelled:
         self._weights = {label: weight_of(items) for label, items in sorted(rows.items())}
         self._sums = {label: torch.zeros((), device=parallel.device) for label in self._weights}
 
-    def add(self, items: Sequence[Item], losses: Tensor, weight: float) -> None:
-        """Take in the losses of some rows, which have been multiplied by `weight`."""
-        if self._sums and weight:
-            for label, loss in zip(self._task.loss_labels(items), losses, strict=True):
+    def add(self, items: Sequence[Item], losses: Tensor, weights: Tensor) -> None:
+        """Take in the losses of some rows, which have been multiplied by `weights`: both [rows]."""
+        if self._sums and bool(weights.all()):
+            for label, loss in zip(self._task.loss_labels(items), losses / weights, strict=True):
                 if label:
-                    self._sums[label] += loss / weight
+                    self._sums[label] += loss
 
     def means(self) -> dict[str, float]:
         """Return the mean loss of each label, over all processes."""

@@ -31,6 +31,7 @@ FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free",
 HELD_OUT, FIXED = "held_out_", "fixed_"
 TEMPORARY = ".*.tmp"  # how `io.atomic.replacing` names a file while it is written
 BEFORE = ("prior", "cache")  # folders that a task may fill before the run begins
+_SAMPLES = re.compile(r"step-(\d+)(\.\w+)?")
 LOCK = ".lorakit.lock"  # held by the process that is writing the folder
 
 
@@ -203,9 +204,9 @@ class RunFolder:
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """List the files and folders of samples, `step-N...`, as (N, path), in order."""
-    paths = folder.glob("step-*") if folder.is_dir() else []
-    return sorted((int(path.stem.removeprefix("step-")), path) for path in paths)
+    """List the files and folders of samples, `step-N` and `step-N.<suffix>`, as (N, path), in order."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(found[1]), path) for path in paths if (found := _SAMPLES.fullmatch(path.name)))
 
 
 def evaluated(row: Mapping[str, Any]) -> str | None:
