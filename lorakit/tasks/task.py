@@ -221,7 +221,10 @@ class Task(Protocol):
         """
 
     def loss_labels(self, items: Sequence[Any]) -> list[str]:
-        """Return a label for each item whose loss is logged apart, as `<label>_loss`; "" for the others."""
+        """Return a label for each item whose loss is logged apart, as `<label>_loss`; "" for the others.
+
+        Where a batch has a `weight` [rows], by which `losses` multiplies, the loss that is logged apart is without it.
+        """
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
         """Evaluate the model: metric name -> value. The first metric is a loss, which early stopping uses."""

@@ -165,10 +165,13 @@ class Loop:
             ):
                 losses = self.losses(batch) * weight
                 parallel.backward(losses.sum())
-            of_runs = zip(dict.fromkeys(part.runs), losses.detach().split(part.counts), part.rows_by_run(), strict=True)
-            for number, own, rows in of_runs:
+            factors = batch.get("weight")
+            each_factors = [None] * len(part.counts) if factors is None else factors.split(part.counts)
+            each_losses = losses.detach().split(part.counts)
+            of_runs = zip(dict.fromkeys(part.runs), each_losses, each_factors, part.rows_by_run(), strict=True)
+            for number, own, own_factors, rows in of_runs:
                 totals[number] += own.sum()
-                apart[number].add(rows, own, weights[number])
+                apart[number].add(rows, own, weights[number], own_factors)
         norms = torch.stack([torch.nn.utils.get_total_norm(run.gradients()) for run in active_runs])
         return parallel.mean(torch.stack(totals)), norms.float(), [labelled.means() for labelled in apart]
 
