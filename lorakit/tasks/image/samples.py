@@ -84,7 +84,7 @@ def draw(own: TextToImageSettings, base: Base, prompts: Sequence[PicturePrompt])
         height=height,
     )
     weight = next(iter(active(base.model).values()), None)
-    loras = {} if weight is None else {ADAPTER: Lora(weight)}
+    loras = {ADAPTER: Lora(weight)} if isinstance(weight, float) else {}
     return [
         PictureSample(picture, replace(_parameters(own, pipe, prompt.text, picture.size), loras=loras))
         for prompt, picture in zip(prompts, pictures, strict=True)
