@@ -32,7 +32,7 @@ def skeleton(name: str, revision: str | None, index: dict[str, Any], dtype: torc
     components: dict[str, Any] = {}
     for component, value in index.items():
         library, kind = value if isinstance(value, list) and len(value) == 2 else (None, None)
-        cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind or "", None)
+        cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind), None)
         if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module) or component == "safety_checker":
             continue
         with torch.device("meta"):
