@@ -154,6 +154,8 @@ def _check_settings(config: RunSettings) -> None:
     others = [field for name in task_names() for field in task_of(name).settings.model_fields]
     of_text = [name for name in dict.fromkeys(others) if name not in TextToImageSettings.model_fields]
     for name in nondefault(config, [*_UNUSED, *of_text]):
+        if name == "sample_tokens" and not getattr(config, name):
+            continue  # no samples: what a sweep and the search for a learning rate ask of every task
         raise ConfigError(f"{name}: task text_to_image does not have it\n  remove {name}")
     own = part(config, TextToImageSettings)
     components = getattr(config, "components", None) or ()
