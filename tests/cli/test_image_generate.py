@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,18 @@ def test_parts_of_an_adapter_have_weights(draw):
     code, _, err = draw("a", "--adapter", "neon.safetensors:unett=0")
     assert code == 1
     assert "did you mean 'unet'" in err
+
+
+def test_new_words_of_a_file_are_read_with_it(draw, tmp_path):
+    vectors = torch.randn(2, tiny_pipelines.WIDTH, generator=torch.Generator().manual_seed(0))
+    adapter = replace(lk.Adapter.load("ink.safetensors"), embeddings={"<fox>": vectors})
+    adapter.save(tmp_path / "fox.safetensors", format="kohya")
+    code, out, _ = draw("a <fox>", "--adapter", "fox.safetensors", "--out", "fox.png")
+    assert code == 0
+    assert "modules, 1 textual-inversion embedding); trigger: <fox>" in out
+    assert draw("a <fox>", "--adapter", "ink.safetensors", "--out", "spelled.png")[0] == 0
+    assert furthest("fox.png", "spelled.png") > 1
+    assert "the same pixels" in draw("--from", "fox.png", "--out", "again.png", model=None)[1]
 
 
 def test_adapters_are_compared_with_the_base(draw):

@@ -133,7 +133,8 @@ def about_adapter(adapter: Adapter, lora: Lora) -> str:
     parts = "".join(f", {part} {number(factor)}" for part, factor in lora.parts.items())
     size = [f"rank {adapter.rank}"] if adapter.rank else []
     size += [f"{len(adapter.updates)} modules"] if adapter.updates else []
-    size += [f"{len(adapter.embeddings)} textual-inversion embeddings"] if adapter.embeddings else []
+    count = len(adapter.embeddings)
+    size += [f"{count} textual-inversion embedding{'s' if count > 1 else ''}"] if count else []
     triggers = training(adapter.metadata.get("header")).get("trigger words", [])
     triggers += [token for token in adapter.embeddings if token not in triggers]
     said = f"; trigger: {', '.join(triggers[:4])}" if triggers else ""
