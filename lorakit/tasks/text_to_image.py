@@ -94,6 +94,7 @@ size_unit = "pixels"
 compares = True
 traced = False
 shares = False
+uses_all = False  # SDXL does not use the last layer of its first text encoder
 tried_with = "image generate"
 
 # Settings of every run that a run on pictures does not use.
@@ -295,8 +296,7 @@ def example(rows: int, size: int, share: float = 1.0, packed: bool = False) -> d
 
 
 def losses(model: Any, batch: dict[str, Any]) -> Tensor:
-    own = getattr(model, "module", model)  # DistributedDataParallel's
-    return batch["of"].losses(own, batch)
+    return batch["of"].losses(model, batch)
 
 
 def evaluate(base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
@@ -325,10 +325,12 @@ def samples(config: RunSettings, base: Base, prompts: Sequence[PicturePrompt]) -
     return draw(part(config, TextToImageSettings), base, prompts)
 
 
-def base_samples(folder: Path) -> list[PictureSample]:
+def base_samples(
+    folder: Path, config: RunSettings, base: Base, prompts: Sequence[PicturePrompt]
+) -> list[PictureSample]:
     from .image.samples import base_samples
 
-    return base_samples(folder)
+    return base_samples(folder, part(config, TextToImageSettings), base, prompts)
 
 
 def write_samples(folder: Path, step: int, base: Sequence[PictureSample], tuned: Sequence[PictureSample]) -> Path:

@@ -122,7 +122,7 @@ def test_prior_pictures_are_drawn_once_all_are_used_and_their_loss_is_logged_apa
     config = make(prior_caption="a cat", prior_count=5, prior_weight=0.5, steps=4, batch_size=7)
     train(config, QUIET)
     folder = RunFolder(config.out)
-    drawn = {path: path.stat().st_mtime_ns for path in (folder.path / "prior").glob("*.png")}
+    drawn = {path: path.stat().st_mtime_ns for path in (folder.path / "prior").glob("*/*.png")}
     assert len(drawn) == 5
     rows = [row for row in folder.rows() if "loss" in row]
     assert sum("prior_loss" in row for row in rows) >= 2

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,27 +102,29 @@ class Pictures:
         folder = {"auto": Path(config.out) / CACHE, "none": None}.get(settings.cache, Path(settings.cache))
         self.cache = None if folder is None else TensorCache(folder)
         self.added: AddedTokens | None = None  # once the pipeline is loaded
+        self._loaded: dict[str, Any] = {}  # the pipeline, shared with `for_run`'s
         self._hashes: dict[str, str] = {}
 
     def for_run(self, config: RunSettings, settings: TextToImageSettings) -> Pictures:
         """Return the same pipeline with another run's settings and cache."""
         other = type(self)(config, settings)
-        if "pipe" in vars(self):
-            vars(other)["pipe"] = self.pipe
-        other.added, other._hashes = self.added, self._hashes
+        other._loaded, other.added, other._hashes = self._loaded, self.added, self._hashes
         return other
 
     def data(self) -> Data:
         """Read the run's pictures. Raises DataError for those that cannot be used."""
         return read_data(self.config, self.settings, self)
 
-    @cached_property
+    @property
     def pipe(self) -> Any:
         """The run's pipeline, loaded when it is first asked for. Raises LorakitError if it cannot be loaded."""
-        config, device = self.config, choose_device().value
-        pipe = load_pipeline(config.model, choose_dtype(config.precision, device).value, device, config.revision)
-        check_scheduler(pipe.scheduler, self.diffusion)  # before it draws pictures of the class
-        return pipe
+        if "pipe" not in self._loaded:
+            config, device = self.config, choose_device().value
+            dtype = choose_dtype(config.precision, device).value
+            pipe = load_pipeline(config.model, dtype, device, config.revision)
+            check_scheduler(pipe.scheduler, self.diffusion)  # before it draws pictures of the class
+            self._loaded["pipe"] = pipe
+        return self._loaded["pipe"]
 
     def sizes(self) -> tuple[int, int]:
         """Return the side of the pictures that the pipeline was made for, and what all sides must be multiples of.

@@ -35,25 +35,15 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     notes = dict(found.notes)
     _check_words(own.new_tokens, [item.caption for item in found.items])
     if isinstance(config.validation, str):
-<<<<<<< HEAD
         validation = _validation(config.validation, config.data, settings, how)
         trained, evaluated = found.items, validation.pictures
-=======
-        validation = read_pictures(config.validation, settings.replace(prior_data=None), **how)
-        own_items, held = found.items, validation.pictures
->>>>>>> main
         notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
         contents = {item.content for item in trained}
         if both := sum(item.content in contents for item in evaluated):
             notes[f"in {config.validation}, and among the training pictures as well"] = both
     else:
-<<<<<<< HEAD
         trained, evaluated = held_out_of(found.items, config.validation)
     train, held_out = ([PictureRow(item, item.plain) for item in part] for part in (trained, evaluated))
-=======
-        own_items, held = held_out_of(found.items, config.validation)
-    train, held_out = ([PictureRow(item, item.plain) for item in items] for items in (own_items, held))
->>>>>>> main
     epochs = None
     prior = sum(item.is_prior for item in train)
     if prior:

@@ -132,9 +132,7 @@ def denoised(noise: Tensor, t: Tensor, steps: int, objective: Objective, layout:
 
 
 def _check_not_checkpointed(model: PipelineModel) -> None:
-    checkpointed = [
-        name for name, c in model.components.items() if c.training and getattr(c, "is_gradient_checkpointing", False)
-    ]
+    checkpointed = [name for name, c in model.components.items() if getattr(c, "is_gradient_checkpointing", False)]
     if checkpointed:
         raise ConfigError(
             f"a slider cannot be trained with gradient checkpointing ({', '.join(checkpointed)}): the forward pass "
