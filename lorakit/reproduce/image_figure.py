@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..io.atomic import replacing
 from .emoji.captions import BACKGROUNDS, noun_phrase, prompt
-from .image_data import subject_prompt
+from .image_data import SUBJECT, subject_prompt
 from .image_measures import STACK, Studio, Weights
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ ROWS: tuple[tuple[str, Weights, bool], ...] = (
     ("style 1", {"style": 1.0}, False),
     ("slider -2", {"slider": -2.0}, False),
     ("slider 2", {"slider": 2.0}, False),
-    (f'base, "{subject_prompt()} …"', None, True),
-    (f'subject, "{subject_prompt()} …"', {"subject": 1.0}, True),
+    (f'base: "{subject_prompt()} …"', None, True),
+    (f'subject (a {SUBJECT}): "{subject_prompt()} …"', {"subject": 1.0}, True),
     (f"subject {STACK['subject']:g} + style {STACK['style']:g}", STACK, True),
 )  # label, weights, and whether the prompt has the subject instead of the column's object
 

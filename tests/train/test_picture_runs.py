@@ -33,6 +33,7 @@ from lorakit.train.micro import limit_for, micro_batches
 from lorakit.train.progress import Progress
 from lorakit.train.run_folder import RunFolder
 from lorakit.train.setup import set_up
+from lorakit.train.sweep.find_lr import find
 from lorakit.train.sweep.sweep import sweep
 from lorakit.train.sweep.sweep_config import expand
 from lorakit.train.sweep.sweep_progress import SweepProgress
@@ -341,3 +342,11 @@ def test_runs_of_a_sweep_are_those_that_they_would_be_alone_and_are_ranked_on_fi
             for name, tensor in update.tensors().items():
                 torch.testing.assert_close(tensor, theirs[module].tensors()[name], atol=1e-6, rtol=1e-4)
     assert outcome.entries[0].learning_rate == 2e-2
+
+
+def test_a_learning_rate_is_found_on_fixed_noise(make):
+    config = make(find_lr=True, learning_rate="auto", steps=100, batch_size=2)
+    search = find(config, QUIET)
+    assert len(search.tried) == 6
+    assert all(entry.on_fixed_noise for entry in search.tried)
+    assert search.rate in {entry.learning_rate for entry in search.tried}

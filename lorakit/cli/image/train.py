@@ -24,7 +24,6 @@ _SKIP = (
     "adapter",
     "add_tokens",
     "compile",
-    "find_lr",
     "trust_remote_code",
     "trainable_tokens",
     *(_OTHERS - set(task_of(TASK).settings.model_fields)),

@@ -39,10 +39,9 @@ def table(outcome: ImageOutcome) -> Table:
 def lines(outcome: ImageOutcome) -> list[str]:
     """Return the lines below the table: merge, files, picture and time."""
     trained = ", ".join(f"{adapter.name} {adapter.seconds:.0f} s" for adapter in outcome.adapters)
-    formats = ", ".join(outcome.adapters[0].files)
     return [
         f"merged pipeline and adapters: largest difference of a pixel {outcome.merged_difference} of 255",
-        f"trained: {trained}; each written as {formats}, {outcome.adapters[0].files['kohya']} for A1111 and ComfyUI",
+        f"trained: {trained}; written for diffusers, and for A1111 and ComfyUI: {outcome.adapters[0].files['kohya']}",
         f"picture: {outcome.picture}; {outcome.seconds:.0f} s in all",
     ]
 

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -16,11 +17,7 @@ def quiet_libraries() -> Iterator[None]:
     other.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\b")
-        # These set the level of their loggers when they are first imported.
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-
-        logs = (diffusers_logging, transformers_logging)
+        logs = _libraries_logs()
         before = [log.get_verbosity() for log in logs]
         for log in logs:
             log.set_verbosity_error()
@@ -30,3 +27,14 @@ def quiet_libraries() -> Iterator[None]:
             for log, verbosity in zip(logs, before):
                 log.set_verbosity(verbosity)
             other.setLevel(level)
+
+
+def _libraries_logs() -> list[Any]:
+    """Import the libraries, which sets the level of their loggers, and return what can change it."""
+    from transformers.utils import logging as transformers_logging
+
+    try:
+        from diffusers.utils import logging as diffusers_logging
+    except ImportError:  # `load_pipeline` says how to install it
+        return [transformers_logging]
+    return [diffusers_logging, transformers_logging]

@@ -33,11 +33,11 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     _check_words(own.new_tokens, [item.caption for item in found.items])
     if isinstance(config.validation, str):
         validation = read_pictures(config.validation, settings.replace(prior_data=None), **how)
-        train, held_out = found.items, validation.pictures
+        own_items, held = found.items, validation.pictures
         notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
     else:
-        train, held_out = held_out_of(found.items, config.validation)
-    train, held_out = ([PictureRow(item, item.plain) for item in part] for part in (train, held_out))
+        own_items, held = held_out_of(found.items, config.validation)
+    train, held_out = ([PictureRow(item, item.plain) for item in items] for items in (own_items, held))
     epochs = None
     prior = sum(item.is_prior for item in train)
     if prior:

@@ -81,7 +81,7 @@ def draw(own: TextToImageSettings, base: Base, prompts: Sequence[PicturePrompt])
     sampler, schedule = name_of(pipe.scheduler)
     guidance = defaults_of(pipe).guidance if own.sample_guidance is None else own.sample_guidance
     weight = next(iter(active(base.model).values()), None)
-    loras = {} if weight is None else {ADAPTER: Lora(weight)}
+    loras = {ADAPTER: Lora(weight)} if isinstance(weight, float) else {}
     return [
         PictureSample(
             picture,

@@ -30,20 +30,29 @@ def skeleton(name: str, revision: str | None, index: dict[str, Any], dtype: torc
 
     path = pipeline_path(name)
     components: dict[str, Any] = {}
+    libraries: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
     for component, value in index.items():
-        library, kind = value if isinstance(value, list) and len(value) == 2 else (None, None)
-        cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind or "", None)
+        library, kind = value if isinstance(value, list) and len(value) == 2 else ("", "")
+        cls: Any = getattr(libraries.get(library or ""), kind or "", None)
         if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module) or component == "safety_checker":
             continue
+        built: Any
         with torch.device("meta"):
             if library == "diffusers":
-                built = cls.from_config(cls.load_config(path, subfolder=component, revision=revision))
+                built = _diffusers_model(cls, path, component, revision)
             else:
-                config = cls.config_class.from_pretrained(path, subfolder=component, revision=revision)
-                built = cls._from_config(config)
+                built = _transformers_model(cls, path, component, revision)
         components[component] = torch.nn.Module.to(built, dtype=dtype)  # diffusers' own warns of meta tensors
     model: PipelineModel = as_module(_Bare(components))
     return model
+
+
+def _diffusers_model(cls: Any, path: str, component: str, revision: str | None) -> Any:
+    return cls.from_config(cls.load_config(path, subfolder=component, revision=revision))
+
+
+def _transformers_model(cls: Any, path: str, component: str, revision: str | None) -> Any:
+    return cls._from_config(cls.config_class.from_pretrained(path, subfolder=component, revision=revision))
 
 
 class _Bare:
