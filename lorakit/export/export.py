@@ -88,8 +88,8 @@ def export(
     source: the path the adapter was read from.
 
     Raises AdapterError, which lists everything the receiver does not accept, each with a way out, or what is wrong in
-    the written file. Raises ConfigError for an unknown receiver, Ollama without `model`, or OUT with the name of a token's
-    own file. OUT is unchanged after an error.
+    the written file. Raises ConfigError for an unknown receiver, Ollama without `model`, or OUT with the name of a
+    token's own file. OUT is unchanged after an error.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(
