@@ -80,7 +80,8 @@ def unet(shape: Shape, dtype: torch.dtype = torch.float32, layout: str = "contig
         norm_num_groups=16,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device, dtype, memory_format=LAYOUTS[layout]).train().requires_grad_(False)
+    nn.Module.to(model, device, dtype)  # diffusers' own `to` warns of any dtype
+    return model.to(memory_format=LAYOUTS[layout]).train().requires_grad_(False)
 
 
 def lorakit_side(model: Any, targets: list[str]) -> nn.Module:

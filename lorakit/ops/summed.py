@@ -14,9 +14,12 @@ from torch import Tensor
 
 # In elements of W. Forward and backward of a linear, over the time with thin products (float32, one Zen 4 core):
 # 64 x 64 0.65 (rank 8, 64 rows) to 0.79 (rank 4, 1,024 rows); 96 x 96 0.71 (rank 8, 64 rows); 128 x 128 0.92 and 192 x
-# 192 1.04 (rank 16, 256 rows). 3x3 convolutions of 8x8 pixels, rank 8: 32 x 32 0.74, 64 x 64 0.92 to 1.0, 96 x 96 1.14.
+# 192 1.04 (rank 16, 256 rows). 3x3 convolutions of 8x8 pixels, rank 8: 32 x 32 0.78, 64 x 64 0.93 to 0.96, 96 x 96
+# 1.11.
 LARGEST = 96 * 96
-LARGEST_KEPT = 2  # the sum's elements over those of the thin product that would be kept for backward
+# The sum's elements over those of the thin product that would be kept for backward. With 1, the embedded UNet's passes
+# (48 x 48 weights, 256 rows) take 1.04 times as long.
+LARGEST_KEPT = 2
 
 
 def summed_weight(x: Tensor, features: int, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor | None:
