@@ -38,10 +38,7 @@ def test_a_very_long_text_takes_no_time(text):
     assert len(label.lines) == 3
     assert label.lines[-1].endswith("…")
     assert label.width <= 260
-    assert (
-        "".join(label.lines)[:-1].replace(" ", "")
-        == text.replace(" ", "")[: len("".join(label.lines)[:-1].replace(" ", ""))]
-    )
+    assert text.replace(" ", "").startswith("".join(label.lines)[:-1].replace(" ", ""))
 
 
 def test_each_character_has_the_font_that_has_it():
