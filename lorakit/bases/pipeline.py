@@ -91,6 +91,16 @@ class PipelineModel(nn.Module):
             )
         return prediction
 
+    def train(self, mode: bool = True) -> PipelineModel:
+        """Put the model into training mode, except for components without trained parameters: a frozen text encoder
+        such as T5 would drop out parts of its embeddings. False: all into evaluation mode.
+        """
+        super().train(mode)
+        for component in self.components.values():
+            if not any(p.requires_grad for p in component.parameters()):
+                component.eval()
+        return self
+
     @torch.no_grad()
     def probe(self, latents: Tensor | None, timesteps: Tensor, **call: Any) -> Probe:
         """Run the pipeline's call with a stand-in for its denoiser, which returns its input: it costs nothing.

@@ -47,9 +47,10 @@ def start(values: dict[str, Any], quiet: bool, json_output: bool) -> None:
     """Train with these settings, print how the run ended, and exit with its code."""
     settings = TrainConfig(**values)
 
-    check_names(settings.model, settings.data)
+    data = None if settings.slider_positive else settings.data  # a slider has no data
+    check_names(settings.model, data)
     with ExitStack() as until_shown:
-        what = f"loading the base and {settings.data}"
+        what = f"loading the base{f' and {data}' if data else ''}"
         until_shown.enter_context(starting(what, quiet or os.environ.get("RANK", "0") != "0"))
         from ..train.progress import Progress
         from ..train.start import resolved

@@ -43,6 +43,7 @@ from .text.base import (  # noqa: F401 (names of the task)
     to_attach,
     traced,
     tried_with,
+    uses_all,
 )
 from .text.samples import TextSample, base_samples, read_samples, write_samples  # noqa: F401
 from .text.settings import Columns, Lengths

@@ -121,6 +121,7 @@ class Task(Protocol):
     tried_with: str | None  # the command that tries a result; None: `lorakit eval` and those of language models
     shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
     traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
+    uses_all: bool  # whether each step gives every trained parameter a gradient
     compares: bool  # whether the base is evaluated too, at the first evaluation
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -220,7 +221,10 @@ class Task(Protocol):
         """
 
     def loss_labels(self, items: Sequence[Any]) -> list[str]:
-        """Return a label for each item whose loss is logged apart, as `<label>_loss`; "" for the others."""
+        """Return a label for each item whose loss is logged apart, as `<label>_loss`; "" for the others.
+
+        Where a batch has a `weight` [rows], by which `losses` multiplies, the loss that is logged apart is without it.
+        """
 
     def evaluate(self, base: Base, items: Sequence[Any], batch_size: int) -> dict[str, float]:
         """Evaluate the model: metric name -> value. The first metric is a loss, which early stopping uses."""
@@ -234,8 +238,10 @@ class Task(Protocol):
     def samples(self, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[Sample]:
         """Generate one sample per prompt with the model as it is now."""
 
-    def base_samples(self, folder: Path) -> list[Sample]:
-        """Read the base's samples that `write_samples` has kept in this folder; empty if there are none."""
+    def base_samples(self, folder: Path, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[Sample]:
+        """Read the base's samples that `write_samples` has kept in this folder, where they are those that `samples`
+        would return; empty if they are not, or there are none.
+        """
 
     def write_samples(self, folder: Path, step: int, base: Sequence[Any], tuned: Sequence[Any]) -> Path:
         """Write `folder/step-N.<suffix>`, samples of the base beside those of the tuned model. Returns its path."""

@@ -23,12 +23,13 @@ class Labelled:
         self._weights = {label: weight_of(items) for label, items in sorted(rows.items())}
         self._sums = {label: torch.zeros((), device=parallel.device) for label in self._weights}
 
-    def add(self, items: Sequence[Item], losses: Tensor, weight: float) -> None:
-        """Take in the losses of some rows, which have been multiplied by `weight`."""
+    def add(self, items: Sequence[Item], losses: Tensor, weight: float, factors: Tensor | None) -> None:
+        """Take in the losses of some rows, which have been multiplied by `weight`, and by `factors` [rows] if given."""
         if self._sums and weight:
+            losses = losses / weight if factors is None else losses / (weight * factors)
             for label, loss in zip(self._task.loss_labels(items), losses, strict=True):
                 if label:
-                    self._sums[label] += loss / weight
+                    self._sums[label] += loss
 
     def means(self) -> dict[str, float]:
         """Return the mean loss of each label, over all processes."""

@@ -14,16 +14,31 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import NotFiniteError, TrainError
 from ..model.route import route
-from ..tasks.task import Item, weight_of
+from ..tasks.task import Item, Task, weight_of
 from .interrupt import Interrupt
 from .labelled import Labelled
 from .launch import command, peers
 from .micro import limit_for, micro_batches
 from .run import Result, Run
+
+
+class Losses(nn.Module):
+    """A task's losses as the forward of one module: batch -> [rows].
+
+    Several processes exchange gradients at the end of a backward through one call of the module that they share. A
+    task may call its model several times for a batch, or call it in several ways, so that module is not the model.
+    """
+
+    def __init__(self, task: Task, model: nn.Module):
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.task.losses(self.model, batch)
 
 
 class Loop:
@@ -42,7 +57,8 @@ class Loop:
         self.runs, self.saved, self.ended = list(runs), saved, ended
         job = self.runs[0].job
         self.parallel, self.method, self.task = job.parallel, job.method, job.task
-        self.model = self.parallel.wrap(job.model)
+        self.model = job.model
+        self.losses = self.parallel.wrap(Losses(job.task, job.model))
 
     def go(self, interrupt: Interrupt) -> list[Result]:
         """Train all runs to their end, or until a signal arrives; that step is finished and saved first.
@@ -125,7 +141,7 @@ class Loop:
         seeded: set[int] = set()
         self._seed(first)
         mine = [parallel.share(batch) for batch in batches]
-        # DDP averages gradients over processes, but the sum over all of them is to be divided by the batch's weight.
+        # Gradients are averaged over processes, but the sum over all of them is to be divided by the batch's weight.
         weights = [parallel.world / weight_of(batch) for batch in batches]
         if not any(mine):
             # An epoch's last batch may have fewer rows than there are processes. A process without rows must still take
@@ -145,14 +161,17 @@ class Loop:
             weight = torch.tensor([weights[run] for run in part.runs], device=parallel.device)  # [rows]
             with (
                 self._routed([active_runs[run].job.adapter for run in part.runs]),
-                parallel.exchanging(self.model, last=i + 1 == len(parts)),
+                parallel.exchanging(self.losses, last=i + 1 == len(parts)),
             ):
-                losses = self.task.losses(self.model, batch) * weight
+                losses = self.losses(batch) * weight
                 parallel.backward(losses.sum())
-            of_runs = zip(dict.fromkeys(part.runs), losses.detach().split(part.counts), part.rows_by_run(), strict=True)
-            for number, own, rows in of_runs:
+            factors = batch.get("weight")
+            each_factors = [None] * len(part.counts) if factors is None else factors.split(part.counts)
+            each_losses = losses.detach().split(part.counts)
+            of_runs = zip(dict.fromkeys(part.runs), each_losses, each_factors, part.rows_by_run(), strict=True)
+            for number, own, own_factors, rows in of_runs:
                 totals[number] += own.sum()
-                apart[number].add(rows, own, weights[number])
+                apart[number].add(rows, own, weights[number], own_factors)
         norms = torch.stack([torch.nn.utils.get_total_norm(run.gradients()) for run in active_runs])
         return parallel.mean(torch.stack(totals)), norms.float(), [labelled.means() for labelled in apart]
 

@@ -22,14 +22,21 @@ _T = TypeVar("_T")
 class Parallel:
     """One of `world` processes: its `rank` and `device`."""
 
-    def __init__(self) -> None:
-        """Join the other processes, if there are some. Raises TrainError if they would not train together."""
-        from accelerate import Accelerator
+    def __init__(self, some_unused: bool = False) -> None:
+        """Join the other processes, if there are some. Raises TrainError if they would not train together.
+
+        `some_unused`: whether a step may leave trained parameters without a gradient. Else that is an error.
+        """
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         # Without an accelerator, accelerate joins processes only when it is told to use the CPU; torchrun does not.
         on_cpu = asked_for() > 1 and choose_device().value.type == "cpu"
         # The base is loaded in its precision and factors are float32, so accelerate must not autocast.
-        self._accelerator: Any = Accelerator(mixed_precision="no", cpu=on_cpu)
+        self._accelerator: Any = Accelerator(
+            mixed_precision="no",
+            cpu=on_cpu,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused)],
+        )
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device

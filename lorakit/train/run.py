@@ -279,7 +279,7 @@ class Run:
         loaded = resume.load_newest(job.folder.checkpoints, note)
         if loaded is None:
             if job.parallel.is_first:
-                job.folder.rewind(0)
+                job.folder.rewind(-1)  # the base's figures and samples too: its settings may differ now
             return
         resume.restore(loaded, job.model, self.optimizer, job.adapter)
         if self.ema is not None:

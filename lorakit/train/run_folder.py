@@ -31,6 +31,7 @@ FREE = {name for cls in TrainConfig.__mro__ for name in cls.__dict__.get("free",
 HELD_OUT, FIXED = "held_out_", "fixed_"
 TEMPORARY = ".*.tmp"  # how `io.atomic.replacing` names a file while it is written
 BEFORE = ("prior", "cache")  # folders that a task may fill before the run begins
+_SAMPLES = re.compile(r"step-(\d+)(\.\w+)?")
 LOCK = ".lorakit.lock"  # held by the process that is writing the folder
 
 
@@ -80,8 +81,7 @@ class RunFolder:
         Raises TrainError, listing the settings that differ, if it belongs to another run. A run without a checkpoint
         has nothing to resume, so it starts over with any settings.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
+        self.check_free()
         if not self.rows_hash.exists():
             if self.config.exists() and (self.metrics.exists() or steps_in(self.checkpoints)):
                 raise TrainError(
@@ -89,8 +89,7 @@ class RunFolder:
                     f"  the SHA-256 of the rows given now is {rows_hash}\n"
                     "  if they are the same, write that into the file; otherwise give another folder (--out)"
                 )
-            if self.path.is_dir() and not all(map(is_ours, self.path.iterdir())):
-                raise TrainError(f"{self.path} is not empty and contains no run\n  give another folder (--out)")
+            self._check_empty()
         else:
             # Delete what interrupted writes left behind; no file of a run has such a name.
             for leftover in self.path.rglob(TEMPORARY):
@@ -102,6 +101,17 @@ class RunFolder:
         # This file first: it marks the folder as a run's, even if the run is killed before it writes anything else.
         write_text(self.rows_hash, rows_hash + "\n")
         self._write_config(config)
+
+    def check_free(self) -> None:
+        """Raise TrainError if the folder is in use for something else than a run. Nothing is written."""
+        if self.path.exists() and not self.path.is_dir():
+            raise TrainError(f"{self.path} is a file\n  give a folder (--out)")
+        if not self.rows_hash.exists() and not self.config.exists():
+            self._check_empty()
+
+    def _check_empty(self) -> None:
+        if self.path.is_dir() and not all(map(is_ours, self.path.iterdir())):
+            raise TrainError(f"{self.path} is not empty and contains no run\n  give another folder (--out)")
 
     def _write_config(self, config: TrainConfig) -> None:
         text = (
@@ -203,9 +213,9 @@ class RunFolder:
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """List the files and folders of samples, `step-N...`, as (N, path), in order."""
-    paths = folder.glob("step-*") if folder.is_dir() else []
-    return sorted((int(path.stem.removeprefix("step-")), path) for path in paths)
+    """List the files and folders of samples, `step-N` and `step-N.<suffix>`, as (N, path), in order."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(found[1]), path) for path in paths if (found := _SAMPLES.fullmatch(path.name)))
 
 
 def evaluated(row: Mapping[str, Any]) -> str | None:

@@ -29,8 +29,8 @@ class Sampler:
         job, task = self.job, self.job.task
         if not self.prompts:
             return None
-        self.base = self.base or task.base_samples(job.folder.samples)
-        if len(self.base) != len(self.prompts):
+        self.base = self.base or task.base_samples(job.folder.samples, job.config, job.base, self.prompts)
+        if not self.base:
             with job.method.base_alone(job.model):
                 self.base = task.samples(job.config, job.base, self.prompts)
         if task.samples_from_file(job.config):

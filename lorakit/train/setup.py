@@ -135,8 +135,10 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
         for name, each in configs.items()
     }
     config = next(iter(configs.values()))
+    for each in configs.values():
+        RunFolder(each.out).check_free()  # before a task draws pictures there
     data = _data_of(configs, task, processor)
-    parallel = Parallel()
+    parallel = Parallel(some_unused=not task.uses_all)
     device = parallel.device
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))

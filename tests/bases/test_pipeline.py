@@ -183,3 +183,14 @@ def test_only_pipelines_become_a_pipeline_model():
     assert list(dict(model.named_children())) == ["unet", "text_encoder"]
     other = SimpleNamespace(components=3)
     assert as_module(other) is other
+
+
+def test_training_mode_is_for_components_that_are_trained():
+    """A frozen text encoder with dropout, such as T5, must not drop out parts of the prompts."""
+    pipe = FAMILIES["sd3"]().pipe
+    lk.attach(pipe, lk.LoraConfig(rank=2, targets=["to_q"]))
+    model = as_module(pipe).train()
+    assert model.training
+    for name, component in model.components.items():
+        assert {module.training for module in component.modules()} == {name == "transformer"}, name
+    assert not any(module.training for module in model.train(False).modules())

@@ -83,3 +83,11 @@ def test_plan_counts_what_a_run_holds_and_says_what_it_leaves_out(lorakit, place
     parts = json.loads(out)["estimate"]["parts"]
     assert parts["optimizer"] == 2 * parts["gradients"] > 0
     assert parts["unet"] > parts["adapter"]
+
+
+def test_a_slider_is_trained_without_data_from_the_command_line(lorakit, places, tmp_path):
+    model, _ = places
+    slider = ("--slider-positive", "a red cat", "--slider-negative", "a dog", "--slider-steps", 1)
+    code, _, err = lorakit("image", "train", "--model", model, "--out", tmp_path / "slider", *slider, *SHORT)
+    assert code == 0, err
+    assert (tmp_path / "slider/adapter/pytorch_lora_weights.safetensors").is_file()

@@ -8,12 +8,19 @@ import subprocess
 import sys
 
 import pytest
+import tiny_pictures
+import tiny_pipelines
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from lorakit.tasks.task import weight_of
+from lorakit.train.config import TrainConfig
+from lorakit.train.micro import limit_for, micro_batches
 from lorakit.train.progress import Progress
+from lorakit.train.resume import trainable
 from lorakit.train.run_folder import RunFolder
+from lorakit.train.setup import set_up
 from lorakit.train.train import train
 
 COMMAND = [sys.executable, "-c", "from lorakit.cli import main; main()"]
@@ -81,3 +88,46 @@ def test_two_processes_end_with_the_parameters_of_one(make_config, tmp_path):
     a, b = (load_file(f.adapter / "adapter_model.safetensors") for f in (one, two))
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=0, atol=2e-4)
+
+
+def gradients_of_one_process(config: TrainConfig, count: int) -> dict[str, torch.Tensor]:
+    """The gradients of the first step: the sum over the shares of `count` processes, each with its own noise."""
+    job = set_up(config)
+    job.model.train()
+    batch = job.batch(0)
+    for rank in range(count):
+        torch.manual_seed((config.seed << 32) + rank)
+        for part in micro_batches([batch[rank::count]], limit_for([job])):
+            losses = job.task.losses(job.model, job.task.collate(part.items, job.base))
+            (losses.sum() / weight_of(batch)).backward()
+    return {name: p.grad for name, p in trainable(job.model).items() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pipeline", "changes"),
+    [
+        (tiny_pipelines.tiny_sd1, {"micro_batch": 1}),
+        # The last layer of SDXL's first text encoder is not used, and its rows of two sizes are computed one by one.
+        (tiny_pipelines.tiny_sdxl, {"components": ["unet", "text_encoder", "text_encoder_2"]}),
+        (
+            tiny_pipelines.tiny_sd1,
+            {"data": "none", "slider_positive": "a red cat", "slider_negative": "a dog", "slider_steps": 2},
+        ),
+    ],
+    ids=["pictures", "text encoders", "slider"],
+)
+def test_two_processes_exchange_the_gradients_of_a_pipeline(tmp_path, pipeline, changes):
+    """AdamW's average after one step is a tenth of the gradient that each process has after the exchange."""
+    model = tmp_path / "pipeline"
+    pipeline().save_pretrained(model)
+    pictures = tiny_pictures.write_pictures(tmp_path / "pictures", 5, ((16, 16), (24, 16)))
+    options = {"batch_size": 5, "steps": 2, "save_every": 1, "keep": 9, "sample_steps": 0, "clip": 1e9, **changes}
+    config = tiny_pictures.config(**{"model": model, "data": pictures, "out": tmp_path / "both"} | options)
+    train_in_processes(config, tmp_path, 2)
+    averages = load_file(RunFolder(config.out).checkpoints / "step-1" / "optimizer.safetensors")
+    expected = gradients_of_one_process(config.replace(out=str(tmp_path / "one")), 2)
+    assert {name.removesuffix(".exp_avg") for name in averages if name.endswith(".exp_avg")} == expected.keys()
+    assert any(gradient.any() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(averages[f"{name}.exp_avg"] * 10, gradient, rtol=1e-3, atol=1e-6)

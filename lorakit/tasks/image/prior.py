@@ -1,11 +1,14 @@
 """The class's pictures for prior preservation (DreamBooth, Ruiz et al. 2023): given, or drawn by the base beforehand.
 
-Drawn ones are kept in the run's folder, `prior/`. Each has a seed of its own, so those that are missing when a run
-resumes are drawn again as they were.
+Drawn ones are kept in the run's folder, `prior/<hash>/00001.png`, with a hash of all that they are drawn from: a run
+that starts over with another model or caption draws others. Each has a seed of its own, so those that are missing when
+a run resumes are drawn again as they were.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from .encoded import Pictures
 
 FOLDER = "prior"
+DIGITS = 12  # of the hash
 AT_ONCE = 8  # pictures drawn and written together
 
 
@@ -34,9 +38,18 @@ def with_prior(config: RunSettings, own: TextToImageSettings, pictures: Pictures
         raise ConfigError("prior_count: the class's pictures are given (prior_data)\n  give one of the two")
     if not own.prior_caption:
         raise ConfigError("prior_count: say what to draw\n  give prior_caption, such as 'a dog'")
-    folder = Path(config.out).expanduser() / FOLDER
+    folder = Path(config.out) / FOLDER / _drawn_from(config, own, pictures)
     _draw(pictures, folder, own.prior_caption, own.prior_count, config.seed, own.sample_guidance)
     return settings.replace(prior_data=str(folder))
+
+
+def _drawn_from(config: RunSettings, own: TextToImageSettings, pictures: Pictures) -> str:
+    """Return a hash of the pipeline and the settings that the pictures are drawn with."""
+    from ...generate.pictures.identity import model_hash
+
+    model = model_hash(pictures.pipe, config.model)
+    drawn_from = [model, own.prior_caption, own.prior_count, config.seed, own.sample_guidance]
+    return hashlib.sha256(json.dumps(drawn_from).encode()).hexdigest()[:DIGITS]
 
 
 def _draw(pictures: Pictures, folder: Path, prompt: str, count: int, seed: int, guidance: float | None) -> None:

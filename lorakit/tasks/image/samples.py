@@ -7,8 +7,9 @@ samples/step-0/1.png        the base's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST_PROMPTS = 2  # where none are given
 ADAPTER = "adapter"  # the name of the result in the PNG text
+_STEP, _PICTURE = re.compile(r"step-(\d+)"), re.compile(r"(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class PictureSample:
     def prompt(self) -> str:
         return self.parameters.prompt
 
+    @property
+    def made_from(self) -> str:
+        """All that the picture was made from but the adapter, as its PNG says it."""
+        return _without_adapter(self.parameters)
+
 
 def prompts(own: TextToImageSettings, data: Data) -> list[PicturePrompt]:
     """Return the prompts that are given, or captions of held-out pictures or, without those, of training ones."""
@@ -58,10 +65,8 @@ def prompts(own: TextToImageSettings, data: Data) -> list[PicturePrompt]:
 
 def draw(own: TextToImageSettings, base: Base, prompts: Sequence[PicturePrompt]) -> list[PictureSample]:
     """Draw a picture for each prompt with the pipeline as it is now."""
-    from ...generate.pictures.call import defaults_of
     from ...generate.pictures.generate import generate_pictures
-    from ...generate.pictures.png_text import Lora, Parameters
-    from ...generate.pictures.schedulers import name_of
+    from ...generate.pictures.png_text import Lora
     from ...model.activate import active
 
     if not prompts:
@@ -78,36 +83,48 @@ def draw(own: TextToImageSettings, base: Base, prompts: Sequence[PicturePrompt])
         width=width,
         height=height,
     )
-    sampler, schedule = name_of(pipe.scheduler)
-    guidance = defaults_of(pipe).guidance if own.sample_guidance is None else own.sample_guidance
     weight = next(iter(active(base.model).values()), None)
     loras = {ADAPTER: Lora(weight)} if isinstance(weight, float) else {}
     return [
-        PictureSample(
-            picture,
-            Parameters(
-                prompt.text,
-                own.sample_negative,
-                steps=own.sample_steps,
-                sampler=sampler,
-                schedule=schedule,
-                guidance=guidance,
-                seed=own.sample_seed,
-                width=picture.width,
-                height=picture.height,
-                loras=loras,
-            ),
-        )
+        PictureSample(picture, replace(_parameters(own, pipe, prompt.text, picture.size), loras=loras))
         for prompt, picture in zip(prompts, pictures, strict=True)
     ]
 
 
-def base_samples(folder: Path) -> list[PictureSample]:
-    """Read the pictures that the base drew; empty if there are none, or one is damaged."""
-    try:
-        return _read(folder / "step-0")
-    except DataError:
+def _parameters(own: TextToImageSettings, pipe: Any, prompt: str, size: tuple[int, int]) -> Parameters:
+    """Return what a picture of the base is made from. `size`: its width and height."""
+    from ...generate.pictures.call import defaults_of
+    from ...generate.pictures.png_text import Parameters
+    from ...generate.pictures.schedulers import name_of
+
+    sampler, schedule = name_of(pipe.scheduler)
+    return Parameters(
+        prompt,
+        own.sample_negative,
+        steps=own.sample_steps,
+        sampler=sampler,
+        schedule=schedule,
+        guidance=defaults_of(pipe).guidance if own.sample_guidance is None else own.sample_guidance,
+        seed=own.sample_seed,
+        width=size[0],
+        height=size[1],
+    )
+
+
+def base_samples(
+    folder: Path, own: TextToImageSettings, base: Base, prompts: Sequence[PicturePrompt]
+) -> list[PictureSample]:
+    """Read the pictures that the base drew of these prompts with these settings; empty if there are others, or one is
+    damaged.
+    """
+    found = _read(folder / "step-0")
+    if len(found) != len(prompts):
         return []
+    for prompt, sample in zip(prompts, found):
+        expected = _parameters(own, base.processor.pipe, prompt.text, prompt.size or sample.picture.size)
+        if sample.made_from != _without_adapter(expected):
+            return []
+    return found
 
 
 def write_samples(folder: Path, step: int, base: Sequence[PictureSample], tuned: Sequence[PictureSample]) -> Path:
@@ -117,13 +134,16 @@ def write_samples(folder: Path, step: int, base: Sequence[PictureSample], tuned:
     for at, samples in ((0, base), (step, tuned)):
         for number, sample in enumerate(samples, start=1):
             _write(folder / f"step-{at}" / f"{number}.png", sample)
-    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
-    columns: dict[str, list[Any]] = {}
-    for at in steps:
-        if at <= step:
-            found = list(base) if at == 0 else list(tuned) if at == step else _read(folder / f"step-{at}")
-            if [sample.prompt for sample in found] == [sample.prompt for sample in base]:
-                columns["base" if at == 0 else f"step {at}"] = [sample.picture for sample in found]
+        for number, path in _numbered(folder / f"step-{at}", _PICTURE):
+            if number > len(samples):  # of more prompts, before the run was resumed with these
+                path.unlink()
+    columns: dict[str, list[Any]] = {"base": [sample.picture for sample in base]}
+    made_from = [sample.made_from for sample in base]
+    for at, path in _numbered(folder, _STEP):
+        found = _read(path) if 0 < at < step else []
+        if [sample.made_from for sample in found] == made_from:
+            columns[f"step {at}"] = [sample.picture for sample in found]
+    columns[f"step {step}"] = [sample.picture for sample in tuned]
     rows = [[pictures[row] for pictures in columns.values()] for row in range(len(base))]
     path = folder / f"step-{step}.png"
     with replacing(path) as temporary:
@@ -138,15 +158,30 @@ def _write(path: Path, sample: PictureSample) -> None:
         sample.picture.save(temporary, format="PNG", pnginfo=png_text(sample.parameters))
 
 
+def _without_adapter(parameters: Parameters) -> str:
+    from ...generate.pictures.png_text import to_text
+
+    return to_text(replace(parameters, loras={}, version=None))
+
+
 def _read(folder: Path) -> list[PictureSample]:
-    """Read a step's pictures, in order. Raises DataError for a damaged one."""
+    """Read a step's pictures, in order; none if one of them is damaged."""
     from PIL import Image
 
     from ...generate.pictures.png_text import read_png
 
     samples = []
-    for path in sorted(folder.glob("*.png"), key=lambda path: int(path.stem)):
-        parameters = read_png(path)
-        with Image.open(path) as image:
-            samples.append(PictureSample(image.convert("RGB"), parameters))
+    for _, path in _numbered(folder, _PICTURE):
+        try:
+            parameters = read_png(path)
+            with Image.open(path) as image:
+                samples.append(PictureSample(image.convert("RGB"), parameters))
+        except (DataError, OSError):  # pictures to look at: the run goes on without them
+            return []
     return samples
+
+
+def _numbered(folder: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """List what a folder has of this name, with its number, in order."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(found[1]), path) for path in paths if (found := name.fullmatch(path.name)))

@@ -30,6 +30,7 @@ MARGIN = 1.0
 compares = False
 traced = True
 shares = True
+uses_all = True
 tried_with: str | None = None
 size_unit = "tokens"
 

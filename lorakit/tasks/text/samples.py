@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ...config import RunSettings
 from ...errors import TrainError
 from ...io.atomic import write_text
-from ..task import Shown
+from ..task import Base, Shown
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class TextSample:
     text: str
 
 
-def base_samples(folder: Path) -> list[TextSample]:
+def base_samples(folder: Path, config: RunSettings, base: Base, prompts: Sequence[Any]) -> list[TextSample]:
     """Return none: an interrupted run's base answers again."""
     return []
 

@@ -404,13 +404,13 @@ def breaking(monkeypatch, adapter: str, after: int) -> None:
     real = loop.Loop._gradients
 
     def gradients(self, going, batches):
-        losses, norms = real(self, going, batches)
+        losses, norms, apart = real(self, going, batches)
         for place, each in enumerate(going):
             if each.job.adapter == adapter and each.step >= after:
                 losses[place] = math.nan
                 for one in going:  # as if it had met the others' gradients
                     next(iter(one.parameters.values())).grad.fill_(math.nan)
-        return losses, norms
+        return losses, norms, apart
 
     monkeypatch.setattr(loop.Loop, "_gradients", gradients)
 
