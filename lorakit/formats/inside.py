@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 from ..errors import AdapterError, listing, not_the_file
+from ..io.json_object import read_json
 from .families import family_of
 
 ADAPTER_CONFIG, DIFFUSERS_FILE = "adapter_config.json", "pytorch_lora_weights.safetensors"
@@ -19,6 +20,7 @@ _SUFFIXES = {".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
 _SIDES = (".text_encoder.pt", ".ti.pt")  # belong to the file that is named like them
 # prefixes of their names, also for shards and indices
 _MODEL_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
+OURS, FILE_KEY = "lorakit.json", "file"
 _RUN = "config.yaml"  # a training run's or, beside it, a sweep's
 _STEP = "step-"  # a run's checkpoint
 MOST_OPENED = 50  # files: in larger folders every candidate counts as an adapter, unopened
@@ -30,13 +32,14 @@ def adapter_in(folder: Path) -> Path:
     """The path of a folder's adapter: the folder itself, or a folder or file in it. AdapterError if there are several
     or none.
     """
-    if _is_adapter(folder):
-        return folder
-    if (folder / _RUN).is_file() and _is_adapter(folder / "adapter"):
-        return folder / "adapter"
+    own = _own_adapter(folder)
+    if own is None and (folder / _RUN).is_file():
+        own = _own_adapter(folder / "adapter")
+    if own is not None:
+        return own
     newest = newest_checkpoint(folder)
     if newest is not None:
-        return newest
+        return _own_adapter(newest) or newest
     folders = sorted(p.parent for p in folder.glob(f"*/{ADAPTER_CONFIG}"))
     config = _model_config(folder)
     if config is not None:
@@ -70,9 +73,18 @@ def adapter_in(folder: Path) -> Path:
     )
 
 
-def _is_adapter(folder: Path) -> bool:
-    """Whether the folder is an adapter's own: PEFT's, or diffusers', as runs on pictures write it."""
-    return (folder / ADAPTER_CONFIG).is_file() or (folder / DIFFUSERS_FILE).is_file()
+def _own_adapter(folder: Path) -> Path | None:
+    """The path of the adapter whose own folder this is: the folder, if it is PEFT's or diffusers', or the file that its
+    lorakit.json names (`FILE_KEY`), as runs on pictures write it. None for any other folder.
+    """
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / DIFFUSERS_FILE).is_file():
+        return folder
+    try:
+        name = read_json(folder / OURS).get(FILE_KEY)
+    except AdapterError:
+        return None  # then the folder is judged by its files
+    file = folder / name if isinstance(name, str) and Path(name).name == name else None
+    return file if file is not None and file.is_file() else None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -80,10 +92,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     if not (folder / _RUN).is_file() or (folder / "adapter").is_dir() or (folder / "model").is_dir():
         return None
     steps = {
-        int(path.parent.name.removeprefix(_STEP)): path.parent
-        for name in (ADAPTER_CONFIG, DIFFUSERS_FILE)
-        for path in folder.glob(f"checkpoints/{_STEP}*/{name}")
-        if path.parent.name.removeprefix(_STEP).isdigit()
+        int(path.name.removeprefix(_STEP)): path
+        for path in folder.glob(f"checkpoints/{_STEP}*")
+        if path.name.removeprefix(_STEP).isdigit() and _own_adapter(path) is not None
     }
     return steps[max(steps)] if steps else None
 

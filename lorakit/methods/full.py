@@ -83,8 +83,7 @@ def save(
     name: str,
     folder: Path,
     metadata: dict[str, Any],
-    format: str = "peft",
-    finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+    write: Callable[[Any, Path], None] | None = None,
 ) -> None:
     from ..io.staging import staged
 

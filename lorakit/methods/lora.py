@@ -6,8 +6,6 @@ is (rank, targets, ...) comes from it then.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,9 +32,6 @@ class LoraRunSettings(LoraSettings):
         "targets and the like",
     )
 
-
-FILE = "adapter.safetensors"  # of formats without a name of their own for it
-OURS = "lorakit.json"
 
 # Settings that an adapter does not fix: dropout acts in training only.
 _NOT_FIXED = {"dropout", "adapter"}
@@ -184,34 +179,16 @@ def save(
     name: str,
     folder: Path,
     metadata: dict[str, Any],
-    format: str = "peft",
-    finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+    write: Callable[[Any, Path], None] | None = None,
 ) -> None:
     from ..model.capture import capture
 
-    adapter = finished(capture(model, name), processor)
+    adapter = capture(model, name)
     adapter = replace(adapter, metadata={**adapter.metadata, **metadata})
-    if format == "peft":
+    if write is None:
         adapter.save(folder)
     else:
-        _save_file(adapter, folder, format)
-
-
-def _save_file(adapter: Adapter, folder: Path, format: str) -> None:
-    """Write an adapter as one file, and what is ours beside it. The file is read again: what it lacks is an error."""
-    from ..adapter.adapter import Adapter
-    from ..errors import listing
-    from ..formats import format_named
-    from ..io.atomic import write_text
-
-    own = format_named(format).files
-    written = Adapter.load(adapter.save(folder / (own[0] if own else FILE), format))
-    lost = {*adapter.updates, *adapter.embeddings} - {*written.updates, *written.embeddings}
-    if lost:
-        raise AdapterError(f"{folder}: {len(lost)} modules are not in the file that was written: {listing(lost, 3)}")
-    placed = Counter(module.partition(".")[0] for module in written.updates)
-    ours = {**adapter.metadata, "placed": dict(sorted(placed.items()))}
-    write_text(folder / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        write(adapter, folder)
 
 
 def trained(config: RunSettings) -> str:

@@ -84,13 +84,12 @@ class Method(Protocol):
         name: str,
         folder: Path,
         metadata: dict[str, Any],
-        format: str = "peft",
-        finished: Callable[[Any, Any], Any] = lambda adapter, processor: adapter,
+        write: Callable[[Any, Path], None] | None = None,
     ) -> None:
         """Write the result into `folder`.
 
-        `processor`: the base's tokenizer; `metadata`: recipe, data and metrics to store in the result; `format`: an
-        adapter's, of `lorakit.formats.FORMATS`; `finished`: the task's last change of an adapter.
+        `processor`: the base's tokenizer; `metadata`: recipe, data and metrics to store in the result; `write`: writes
+        an adapter as its task does (`Task.save_adapter`), for methods whose result is one; None: in PEFT's format.
         """
 
     def trained(self, config: RunSettings) -> str:

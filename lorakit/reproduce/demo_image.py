@@ -32,6 +32,7 @@ COMMON: dict[str, Any] = {
     "precision": "fp32",
     "sample_steps": 0,
     "sample_guidance": 3.0,
+    "save_as": "diffusers",
 }
 STYLE_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 150, "learning_rate": 1e-3}
 SUBJECT_SETTINGS: dict[str, Any] = {"rank": 8, "alpha": 8, "steps": 300, "learning_rate": 1e-3}

@@ -249,11 +249,8 @@ class Task(Protocol):
     def read_samples(self, path: Path) -> Shown:
         """Read a file of `write_samples`. Raises TrainError if it is damaged."""
 
-    def result_format(self, config: RunSettings) -> str:
-        """Return the format of a result's adapter, of `lorakit.formats.FORMATS`."""
-
-    def finished(self, adapter: Any, processor: Any) -> Any:
-        """Return an adapter as it is to be saved."""
+    def save_adapter(self, config: RunSettings, processor: Any, adapter: Any, folder: Path) -> None:
+        """Write a run's adapter into `folder`, in the format that users of this task expect."""
 
     def recorded(self, config: RunSettings, processor: Any) -> dict[str, Any]:
         """Return further entries of the result's metadata."""

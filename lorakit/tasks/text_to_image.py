@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from ..config import Choice, RunSettings, part
 from ..data.pictures.settings import PictureSettings
-from ..errors import ConfigError, TrainError
+from ..errors import ConfigError, TrainError, did_you_mean
 from ..nondefault import nondefault
 from .image.settings import DiffusionSettings
 from .image.sliding import Sliding, check_slider
@@ -41,8 +41,10 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
     free: ClassVar = {"sample_steps", "sample_guidance", "sample_negative", "sample_seed", "cache"}
     rows: ClassVar = {"prior_count"}
 
-    text_encoder_learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate of text encoders, where they are trained; default: the run's"
+    text_encoder_learning_rate: PositiveFloat | dict[str, PositiveFloat] | None = Field(
+        None,
+        description="peak learning rate of text encoders, where they are trained, or one each: {text_encoder_2: 1e-5}; "
+        "default: the run's",
     )
     prior_weight: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="weight of the class's pictures in the loss (prior preservation)"
@@ -63,9 +65,7 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
     )
     token_vectors: int = Field(1, ge=1, description="vectors of each of new_tokens")
     save_as: Literal["auto", "diffusers", "kohya", "comfyui"] = Field(
-        "auto",
-        description="format of the result; auto: diffusers' file, which A1111 and ComfyUI read too, or with new_tokens "
-        "kohya's, which holds them",
+        "auto", description="format of the result; auto: the one that most image programs read (docs/images.md)"
     )
     sample_steps: int = Field(20, ge=0, description="sampler steps of pictures drawn in training; 0: draw none")
     sample_guidance: float | None = Field(
@@ -160,7 +160,14 @@ def _check_settings(config: RunSettings) -> None:
         raise ConfigError(f"{name}: task text_to_image does not have it\n  remove {name}")
     own = part(config, TextToImageSettings)
     components = getattr(config, "components", None) or ()
-    if own.text_encoder_learning_rate and not own.new_tokens and not any(map(is_text_encoder, components)):
+    rates = own.text_encoder_learning_rate
+    trained = [name for name in components if is_text_encoder(name)]
+    if isinstance(rates, dict) and not own.new_tokens and (wrong := [name for name in rates if name not in trained]):
+        raise ConfigError(
+            f"text_encoder_learning_rate: '{wrong[0]}' is not trained{did_you_mean(wrong[0], trained)}\n"
+            f"  trained text encoders: {', '.join(trained) or 'none; name them in components'}"
+        )
+    if rates and not own.new_tokens and not trained:
         raise ConfigError(
             "text_encoder_learning_rate: no text encoder is trained\n"
             "  name it beside the denoiser, such as components: [unet, text_encoder], or remove the rate"
@@ -196,12 +203,6 @@ def to_attach(config: RunSettings, processor: Pictures) -> RunSettings:
     return config.replace(trainable_tokens=processor.trainable_tokens()) if processor.added is not None else config
 
 
-def finished(adapter: Any, processor: Pictures) -> Any:
-    from .image.tokens import bundled
-
-    return adapter if processor.added is None else bundled(adapter, processor.pipe, processor.added)
-
-
 def skeleton(config: RunSettings, base: Any, dtype: torch.dtype) -> Any:
     from .image.skeleton import skeleton
 
@@ -229,9 +230,14 @@ def learning_rate(config: RunSettings, model: Any) -> Choice:
 
 
 def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
+    from ..bases.pipeline import is_text_encoder
+
     own = part(config, TextToImageSettings).text_encoder_learning_rate
-    if own is None or not parameter.startswith("text_encoder"):
+    component = parameter.partition(".")[0]
+    if own is None or not is_text_encoder(component):
         return "", 1.0
+    if isinstance(own, dict):
+        return (component, own[component] / rate) if component in own else ("", 1.0)
     return "text_encoder", own / rate
 
 
@@ -245,15 +251,12 @@ def check(config: RunSettings, model: Any, items: Iterable[Any]) -> None:
 
 def prepare(base: Base, items: Sequence[Any]) -> None:
     """Find out how the pipeline takes its latents, and whether the result can be saved as asked."""
-    from ..formats import losses as lost_in
     from ..model.activate import adapters
     from ..model.capture import capture
+    from .image.result import format_for
 
-    format = result_format(base.config)
     adapter = capture(base.model, next(iter(adapters(base.model))))
-    lost = lost_in(finished(adapter, base.processor), format)
-    if lost:
-        raise TrainError(f"save_as: {format} cannot hold what this run trains:\n  " + "\n  ".join(lost))
+    format_for(_with_words(adapter, base.processor), part(base.config, TextToImageSettings).save_as)
     base.processor.prepare(base.model, items)
 
 
@@ -346,9 +349,19 @@ def read_samples(path: Path) -> Shown:
 # ------------------------------------------------------------------------------------- the result
 
 
-def result_format(config: RunSettings) -> str:
-    own = part(config, TextToImageSettings)
-    return own.save_as if own.save_as != "auto" else "kohya" if own.new_tokens else "diffusers"
+def save_adapter(config: RunSettings, processor: Pictures, adapter: Any, folder: Path) -> None:
+    """Write one file that image programs read, and lorakit.json."""
+    from .image.result import write
+
+    name = Path(config.out).expanduser().resolve().name
+    write(_with_words(adapter, processor), folder, part(config, TextToImageSettings).save_as, name)
+
+
+def _with_words(adapter: Any, processor: Pictures) -> Any:
+    """Return the adapter with the words that the run learns as its textual-inversion embeddings."""
+    from .image.tokens import bundled
+
+    return adapter if processor.added is None else bundled(adapter, processor.pipe, processor.added)
 
 
 def recorded(config: RunSettings, processor: Pictures) -> dict[str, Any]:

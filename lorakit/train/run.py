@@ -323,8 +323,8 @@ class Run:
         """Write the adapter (or model) as it is now into `folder`. `step`: that of its parameters; None: this one."""
         job = self.job
         metadata = self._metadata(self.step if step is None else step)
-        form, finished = job.task.result_format(self.config), job.task.finished
-        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata, form, finished)
+        write = functools.partial(job.task.save_adapter, self.config, job.base.processor)
+        job.method.save(job.model, job.base.processor, job.adapter, folder, metadata, write)
         job.task.save_beside(self.config, job.base.processor, folder)
         for name, text in job.data.files.items():
             write_text(folder / name, text)

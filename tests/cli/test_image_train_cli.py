@@ -22,10 +22,9 @@ def places(tmp_path_factory):
 
 def test_image_train_is_train_with_the_task_and_says_what_its_file_holds(lorakit, places, tmp_path):
     model, pictures = places
-    first, second = tmp_path / "image", tmp_path / "task"
+    first, second = tmp_path / "image/run", tmp_path / "task/run"  # the file has the run's name
     code, out, err = lorakit("image", "train", pictures, "--model", model, "--out", first, *SHORT)
     assert code == 0, err
-    assert "pytorch_lora_weights.safetensors" not in out
     assert "(unet: " in out
     assert f"next: lorakit image generate 'your prompt' --model {model} --adapter {first}/adapter" in out
     code, out, err = lorakit(
@@ -33,7 +32,7 @@ def test_image_train_is_train_with_the_task_and_says_what_its_file_holds(lorakit
     )
     assert code == 0, err
     assert json.loads(out)["step"] == 2
-    file = "adapter/pytorch_lora_weights.safetensors"
+    file = "adapter/run.safetensors"
     assert (first / file).read_bytes() == (second / file).read_bytes()
     configs = [yaml.safe_load((path / "config.yaml").read_text()) for path in (first, second)]
     assert configs[0] | {"out": None} == configs[1] | {"out": None}
@@ -90,4 +89,4 @@ def test_a_slider_is_trained_without_data_from_the_command_line(lorakit, places,
     slider = ("--slider-positive", "a red cat", "--slider-negative", "a dog", "--slider-steps", 1)
     code, _, err = lorakit("image", "train", "--model", model, "--out", tmp_path / "slider", *slider, *SHORT)
     assert code == 0, err
-    assert (tmp_path / "slider/adapter/pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "slider/adapter/slider.safetensors").is_file()

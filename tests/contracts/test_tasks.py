@@ -143,7 +143,12 @@ KINDS = {
         ("pytorch_lora_weights.safetensors", "lorakit.json"),
         fixed_losses_of,
         "pipeline_folder",
-        {"sample_steps": 2, "sample_tokens": 64, "resolution": 24},
+        {
+            "sample_steps": 2,
+            "sample_tokens": 64,
+            "resolution": 24,
+            "save_as": "diffusers",
+        },  # the same name for any folder
     ),
 }
 

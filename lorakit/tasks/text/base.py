@@ -51,10 +51,6 @@ def to_attach(config: RunSettings, processor: Any) -> RunSettings:
     return config
 
 
-def finished(adapter: Any, processor: Any) -> Any:
-    return adapter
-
-
 def for_run(processor: Any, config: RunSettings) -> Any:
     return processor
 
@@ -116,8 +112,9 @@ def loss_labels(items: Any) -> list[str]:
     return [""] * len(items)
 
 
-def result_format(config: RunSettings) -> str:
-    return "peft"
+def save_adapter(config: RunSettings, processor: Any, adapter: Any, folder: Path) -> None:
+    """Write PEFT's folder."""
+    adapter.save(folder)
 
 
 def recorded(config: RunSettings, processor: Any) -> dict[str, Any]:
