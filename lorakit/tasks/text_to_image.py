@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..config import Choice, RunSettings, part
 from ..data.pictures.settings import PictureSettings
 from ..errors import ConfigError, TrainError
+from ..nondefault import nondefault
 from .image.settings import DiffusionSettings
-from .image.sliding import Sliding
+from .image.sliding import Sliding, check_slider
 from .task import Base, Data, Shown
 from .text.settings import Columns, Prompts
 
@@ -73,6 +74,17 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
     sample_negative: str = Field("", description="negative prompt of pictures drawn in training")
     sample_seed: int = Field(0, ge=0, lt=1 << 31, description="seed of pictures drawn in training")
 
+    @model_validator(mode="after")
+    def _used(self) -> TextToImageSettings:
+        prior = nondefault(self, ("prior_caption", "prior_weight"))
+        if prior and self.prior_data is None and not self.prior_count:
+            raise ValueError(
+                f"{prior[0]} is for pictures of the class; give them (prior_data), or how many to draw (prior_count)"
+            )
+        if nondefault(self, ["token_vectors"]) and not self.new_tokens:
+            raise ValueError("token_vectors is for words to learn; give new_tokens")
+        return self
+
 
 settings = TextToImageSettings
 peft_type = "TEXT_TO_IMAGE"
@@ -84,6 +96,9 @@ traced = False
 shares = False
 uses_all = False  # SDXL does not use the last layer of its first text encoder
 tried_with = "image generate"
+
+# Settings of every run that a run on pictures does not use.
+_UNUSED = ("compile", "add_tokens", "trainable_tokens", "trust_remote_code")
 
 # Text has other defaults for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
 # learning rates found with those hold here. Targets: what these two and A1111 call a LoRA. The held-out loss says
@@ -114,7 +129,10 @@ def processor(config: RunSettings) -> Pictures:
 
     _check_settings(config)
     own = part(config, TextToImageSettings)
-    return Slider(config, own) if own.slider_positive else Pictures(config, own)
+    if own.slider_positive:
+        check_slider(config)
+        return Slider(config, own)
+    return Pictures(config, own)
 
 
 def for_run(processor: Pictures, config: RunSettings) -> Pictures:
@@ -126,16 +144,27 @@ def resolved(config: RunSettings, processor: Pictures, earlier: Mapping[str, Any
 
 
 def _check_settings(config: RunSettings) -> None:
-    """Raise ConfigError for settings that this task does not have."""
+    """Raise ConfigError for settings that this task does not have, or that would have no effect."""
+    from ..bases.pipeline import is_text_encoder
+    from . import task_names, task_of
+
     if config.method != "lora":
         raise ConfigError(f"method: {config.method}: task text_to_image trains adapters\n  use method: lora")
     if getattr(config, "adapter", None) is not None:
         raise ConfigError("adapter: task text_to_image starts anew\n  remove adapter")
-    of_text = ("compile", "add_tokens", "trainable_tokens", "mix", "streaming", "packing", "max_length", "train_on")
-    for name in of_text:
-        default = type(config).model_fields[name].get_default(call_default_factory=True)
-        if getattr(config, name) != default:
-            raise ConfigError(f"{name}: task text_to_image does not have it\n  remove {name}")
+    others = [field for name in task_names() for field in task_of(name).settings.model_fields]
+    of_text = [name for name in dict.fromkeys(others) if name not in TextToImageSettings.model_fields]
+    for name in nondefault(config, [*_UNUSED, *of_text]):
+        if name == "sample_tokens" and not getattr(config, name):
+            continue  # no samples: what a sweep and the search for a learning rate ask of every task
+        raise ConfigError(f"{name}: task text_to_image does not have it\n  remove {name}")
+    own = part(config, TextToImageSettings)
+    components = getattr(config, "components", None) or ()
+    if own.text_encoder_learning_rate and not own.new_tokens and not any(map(is_text_encoder, components)):
+        raise ConfigError(
+            "text_encoder_learning_rate: no text encoder is trained\n"
+            "  name it beside the denoiser, such as components: [unet, text_encoder], or remove the rate"
+        )
 
 
 def data(config: RunSettings, processor: Pictures) -> Data:

@@ -301,7 +301,8 @@ def test_sdxl_is_trained_with_two_text_encoders_and_the_sizes_of_pictures(make, 
     config = make(model=folder, steps=2, precision="bf16", components=["unet", "text_encoder_2"], sample_steps=1)
     job = set_up(config.replace(out=config.out + "-looked-at"))
     prompts = job.task.collate(job.train[:1], job.base)
-    assert prompts["prompts"] == {"prompt": [job.train[0].caption]}
+    assert prompts["prompts"]["prompt"] == [job.train[0].caption]
+    assert prompts["prompts"]["target_size"] == job.train[0].group[::-1]
     plain = set_up(make(model=folder, out=tmp_path / "plain"))
     wide = next(row for row in plain.train if row.item.original == (24, 16))
     assert plain.task.collate([wide], plain.base)["prompts"]["target_size"] == wide.group[::-1]

@@ -1,7 +1,8 @@
 """Latents and text embeddings on disk, under names that say what they were computed from.
 
     picture:  SHA-256 of (file's bytes, bucket, box, flip, background, the VAE's weights and config, VERSION)
-    caption:  SHA-256 of (caption, the text encoders' weights and configs, the tokenizers, VERSION)
+    caption:  SHA-256 of (caption, the text encoders' weights and configs, the tokenizers, how the pipeline calls them,
+              VERSION)
 
 So an entry can never be stale: an edited picture, another size or another VAE has another name. Embeddings of a text
 encoder that is being trained change with each step: do not cache those.
@@ -74,7 +75,10 @@ def picture_key(item: PictureItem, drawn: Drawn, vae: str) -> str:
 
 
 def caption_key(caption: str, encoders: str) -> str:
-    """Return the key of a caption's embeddings. `encoders`: `weights_hash` of the text encoders and tokenizers."""
+    """Return the key of a caption's embeddings.
+
+    `encoders`: `weights_hash` of the text encoders and tokenizers, and how the pipeline calls them (`encoding_of`).
+    """
     return _key("caption", caption, encoders)
 
 

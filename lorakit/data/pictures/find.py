@@ -25,7 +25,7 @@ def find(
     columns: Mapping[str, str] | None = None,
     leave_out: Collection[Path] = (),
 ) -> Source:
-    """Return a source's pictures with their captions. `leave_out`: folders in it that hold masks or the prior.
+    """Return a source's pictures with their captions. `leave_out`: folders in it that hold something else.
 
     `split`: a folder in a folder of pictures, or a split of a data set. Raises DataError.
     """
@@ -65,7 +65,8 @@ def is_pictures(source: str | Path, split: str | None = None) -> bool:
 
 def _split_folder(folder: Path, split: str | None, leave_out: Collection[Path]) -> Path:
     """The folder of a split: train, test, ... as `datasets` reads a folder of pictures."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path not in leave_out)
+    away = {path.resolve() for path in leave_out}
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.resolve() not in away)
     others = [name for name in names if name.lower() in (*OTHER_NAMES, "validation")]
     if split is not None and pictures_below(folder, leave_out):
         if split not in names:

@@ -32,7 +32,7 @@ def read_folder(
     leave_out: Collection[Path] = (),
     metadata: Path | None = None,
 ) -> Source:
-    """Return the pictures of a folder with their captions; `leave_out`: folders in it that hold masks or the prior.
+    """Return the pictures of a folder with their captions; `leave_out`: folders in it that hold something else.
 
     `metadata`: the only file to read captions from, whose pictures alone are used. Raises DataError.
     """

@@ -58,17 +58,19 @@ def read_pictures(
     multiple: int = 8,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
+    leave_out: Sequence[str] = (),
     on_picture: Callable[[int, int], None] | None = None,
 ) -> PictureData:
     """Read the pictures of a folder, a metadata file or a data set, and those of `settings.prior_data`.
 
-    resolution: the pipeline's own, for 'auto'; multiple: of which it needs sides to be multiples; on_picture: called
-    with (pictures checked, all). Raises DataError for pictures that are broken, have no caption or no mask, naming
+    resolution: the pipeline's own, for 'auto'; multiple: of which it needs sides to be multiples; leave_out: folders
+    that may be in the source's and are not read, beside those of `other_folders`; on_picture: called with (pictures
+    checked, all). Raises DataError for pictures that are broken, have no caption or no mask, naming
     them; ConfigError for settings that contradict the data.
     """
     grid = Grid.of(settings, resolution, multiple)
-    elsewhere = [name for name in (settings.prior_data, settings.mask) if name is not None and name != ALPHA]
-    sources = [find(source, split, columns, [Path(name).expanduser() for name in elsewhere])]
+    away = [Path(name).expanduser() for name in (*other_folders(settings), *leave_out)]
+    sources = [find(source, split, columns, away)]
     if settings.prior_data is not None:
         sources.append(find(settings.prior_data, None, columns))
     items: list[PictureItem] = []
@@ -89,6 +91,11 @@ def read_pictures(
         grid=grid,
         folders=folders,
     )
+
+
+def other_folders(settings: PictureSettings) -> list[str]:
+    """Return the folders of the settings that hold masks and pictures of the class."""
+    return [name for name in (settings.prior_data, settings.mask) if name is not None and name != ALPHA]
 
 
 def held_out_of(

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...config import Auto, Strict, at_least_one
+from ...nondefault import nondefault
 
 
 class PictureSettings(Strict):
@@ -104,4 +105,14 @@ class PictureSettings(Strict):
     def _tags_to_keep(self) -> PictureSettings:
         if self.keep_tags and not self.shuffle_tags:
             raise ValueError("keep_tags says what shuffle_tags leaves in place; give shuffle_tags too")
+        return self
+
+    @model_validator(mode="after")
+    def _sides_of_buckets(self) -> PictureSettings:
+        sides = nondefault(self, ("bucket_min", "bucket_max"))
+        if sides and not self.buckets:
+            raise ValueError(
+                f"{sides[0]} limits the sides of buckets, and with buckets: false all pictures are square; "
+                "remove one of the two"
+            )
         return self

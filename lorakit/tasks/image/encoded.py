@@ -1,12 +1,13 @@
 """Pictures and captions as a pipeline's denoiser sees them: encoded, cached on disk, and collated into a batch.
 
-picture -> latents      by the autoencoder, in float32
+picture -> latents      by the autoencoder, kept in float32
 caption -> arguments    by the text encoders; while one of them is trained, captions stay text
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +23,17 @@ from ...bases.pipeline import PipelineModel, as_module, is_text_encoder
 from ...config import RunSettings, part
 from ...data.pictures.cache import TensorCache, caption_key, picture_key, weights_hash
 from ...data.pictures.item import Drawn, PictureItem
+from ...errors import ConfigError, LorakitWarning
 from ...generate.eval_mode import evaluating
+from ...generate.pictures.call import cut_prompts
+from ...nondefault import nondefault
 from ..task import Data
+from .fit import check_fit, check_scheduler
 from .latents import encode_pictures, latent_scale, size_multiple
 from .loss import losses
 from .packing import layout_of
 from .pictures import read_data
-from .prompts import batch_prompts, encode_prompts, size_arguments, text_prompts
+from .prompts import batch_prompts, encode_prompts, encoding_of, size_arguments, text_prompts
 from .settings import DiffusionSettings
 from .tokens import AddedTokens, NewToken, add_tokens, trainable_tokens
 
@@ -116,7 +121,9 @@ class Pictures:
         if "pipe" not in self._loaded:
             config, device = self.config, choose_device().value
             dtype = choose_dtype(config.precision, device).value
-            self._loaded["pipe"] = load_pipeline(config.model, dtype, device, config.revision)
+            pipe = load_pipeline(config.model, dtype, device, config.revision)
+            check_scheduler(pipe.scheduler, self.diffusion)  # before it draws pictures of the class
+            self._loaded["pipe"] = pipe
         return self._loaded["pipe"]
 
     def sizes(self) -> tuple[int, int]:
@@ -124,7 +131,7 @@ class Pictures:
 
         They come from config files where these are on this disk, without loading the pipeline.
         """
-        known = native_size(self.config.model)
+        known = native_size(self.config.model, self.config.revision)
         resolution, multiple = known or (resolution_of(self.pipe), size_multiple(self.pipe))
         return resolution, math.lcm(multiple, MULTIPLE)
 
@@ -152,13 +159,35 @@ class Pictures:
         return any(p.requires_grad for _, encoder in self._encoders() for p in encoder.parameters())
 
     def prepare(self, model: PipelineModel, items: Iterable[PictureRow]) -> None:
-        """Encode a picture of each size, and find out how the pipeline takes its latents. Raises TrainError for a
-        pipeline that cannot be trained, DataError for a picture that cannot be encoded.
+        """Encode a picture of each size, and find out how the pipeline takes its latents. Warns of captions that are
+        cut. Raises TrainError for a pipeline that cannot be trained, DataError for a picture that cannot be encoded,
+        ConfigError for settings that do not fit the pipeline.
         """
-        for row in {row.group: row for row in items}.values():
+        check_fit(model, self.diffusion)
+        rows = list(items)
+        for row in {row.group: row for row in rows}.values():
             batch = self.collate([row.plain])
-            device = next(model.parameters()).device
-            layout_of(model, batch["latents"].to(device), on_device(batch["prompts"], device))
+            self._find_layout(model, batch["latents"][0], batch["prompts"])
+        self._warn_of_cut(row.caption for row in rows)
+
+    def _find_layout(self, model: PipelineModel, latents: Tensor, prompts: Mapping[str, Any]) -> None:
+        """Find out how the pipeline takes latents like these: [...], of one picture. Raises ConfigError for a guidance
+        that its denoiser is not given.
+        """
+        device = next(model.parameters()).device
+        layout = layout_of(model, latents[None].to(device), on_device(prompts, device))
+        if nondefault(self.diffusion, ["guidance"]) and not layout.embedded:
+            raise ConfigError(
+                f"guidance: {type(self.pipe).__name__} is trained without guidance, which is for models that are given "
+                "it as an input, such as Flux\n  remove guidance; sample_guidance is that of pictures drawn in training"
+            )
+
+    def _warn_of_cut(self, captions: Iterable[str]) -> None:
+        """Warn of captions that are longer than a text encoder reads."""
+        lines = cut_prompts(self.pipe, list(dict.fromkeys(captions)))
+        if lines:
+            more = f"\n  and so for {len(lines) - 1:,} more" if len(lines) > 1 else ""
+            warnings.warn(f"{lines[0]}{more}", LorakitWarning, stacklevel=2)
 
     def collate(self, rows: Sequence[PictureRow]) -> dict[str, Any]:
         """Return a batch, on the CPU: `latents` [rows, ...], `prompts` (arguments of the pipeline's call), `weight`
@@ -195,9 +224,10 @@ class Pictures:
 
     def prompts(self, rows: Sequence[PictureRow]) -> dict[str, Any]:
         """Return the arguments of the pipeline's call for the rows' captions."""
+        sizes = [self._sizes(row) for row in rows]
         if self.trains_text:
-            return text_prompts([row.drawn.caption for row in rows])
-        return batch_prompts([{**self._encoded(row.drawn.caption), **self._sizes(row)} for row in rows])
+            return text_prompts([row.drawn.caption for row in rows], sizes)
+        return batch_prompts([{**self._encoded(row.drawn.caption), **own} for row, own in zip(rows, sizes)])
 
     def _encoded(self, caption: str) -> dict[str, Tensor]:
         def make() -> dict[str, Tensor]:
@@ -209,14 +239,16 @@ class Pictures:
         return self.cache.tensors(caption_key(caption, self._hash("text")), make, f"caption '{caption}'")
 
     def _sizes(self, row: PictureRow) -> dict[str, Any]:
-        """Return SDXL's arguments for the size of the picture and its crop."""
+        """Return SDXL's arguments for the size of the picture and its crop.
+
+        The original size is the file's, so that a small picture that was enlarged is not taken for a sharp one; the
+        crop is in pixels of the scaled picture.
+        """
         left, top, right, _ = row.drawn.box
         width, height = row.group
         scale = width / (right - left)
-        original = tuple(round(side * scale) for side in row.item.original)
-        return size_arguments(
-            self.pipe, (original[1], original[0]), (round(top * scale), round(left * scale)), (height, width)
-        )
+        original = row.item.original[::-1]
+        return size_arguments(self.pipe, original, (round(top * scale), round(left * scale)), (height, width))
 
     def _encoders(self) -> list[tuple[str, nn.Module]]:
         components = as_module(self.pipe).components
@@ -227,7 +259,8 @@ class Pictures:
             components = self.pipe.components.items()
             tokenizers = [t for name, t in components if name.startswith("tokenizer") and t is not None]
             parts = [self.pipe.vae] if kind == "vae" else [*(e for _, e in self._encoders()), *tokenizers]
-            self._hashes[kind] = weights_hash(*parts)
+            how = "" if kind == "vae" else encoding_of(self.pipe)
+            self._hashes[kind] = weights_hash(*parts) + how
         return self._hashes[kind]
 
 

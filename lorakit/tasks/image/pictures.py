@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...config import RunSettings
-from ...data.pictures.read import held_out_of, read_pictures
-from ...errors import DataError
+from ...data.pictures.read import PictureData, held_out_of, other_folders, read_pictures
+from ...data.pictures.settings import PictureSettings
+from ...errors import ConfigError, DataError
 from ..task import Data
 
 if TYPE_CHECKING:
@@ -28,16 +30,20 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     settings = with_prior(config, own, pictures)
     resolution, multiple = pictures.sizes()
     how: dict[str, Any] = {"resolution": resolution, "multiple": multiple, "columns": own.columns or None}
-    found = read_pictures(config.data, settings, split=config.split, **how)
+    apart = [config.validation] if isinstance(config.validation, str) else []
+    found = read_pictures(config.data, settings, split=config.split, leave_out=apart, **how)
     notes = dict(found.notes)
     _check_words(own.new_tokens, [item.caption for item in found.items])
     if isinstance(config.validation, str):
-        validation = read_pictures(config.validation, settings.replace(prior_data=None), **how)
-        own_items, held = found.items, validation.pictures
+        validation = _validation(config.validation, config.data, settings, how)
+        trained, evaluated = found.items, validation.pictures
         notes |= {f"{note} (in {config.validation})": count for note, count in validation.notes.items()}
+        contents = {item.content for item in trained}
+        if both := sum(item.content in contents for item in evaluated):
+            notes[f"in {config.validation}, and among the training pictures as well"] = both
     else:
-        own_items, held = held_out_of(found.items, config.validation)
-    train, held_out = ([PictureRow(item, item.plain) for item in items] for items in (own_items, held))
+        trained, evaluated = held_out_of(found.items, config.validation)
+    train, held_out = ([PictureRow(item, item.plain) for item in part] for part in (trained, evaluated))
     epochs = None
     prior = sum(item.is_prior for item in train)
     if prior:
@@ -45,6 +51,19 @@ def read_data(config: RunSettings, own: TextToImageSettings, pictures: Pictures)
     watched = [row for row in train if not row.is_prior and not row.item.repeat][:WATCHED]
     facts = [("pictures", found.length)]
     return Data(train, held_out, found.shape, facts, found.about, notes, watched=watched, mixture=epochs)
+
+
+def _validation(source: str, data: str, settings: PictureSettings, how: Mapping[str, Any]) -> PictureData:
+    """Read pictures to evaluate, which need no masks, no repeats and no others of their class. Raises ConfigError if
+    they are the training pictures.
+    """
+    if Path(source).expanduser().resolve() == Path(data).expanduser().resolve():
+        raise ConfigError(
+            f"validation: {source} is the training data itself\n"
+            "  give other pictures, or a share of these to hold out: --validation 0.1"
+        )
+    plain = settings.replace(prior_data=None, mask=None, repeats={})
+    return read_pictures(source, plain, leave_out=[data, *other_folders(settings)], **how)
 
 
 def _check_words(words: Iterable[str], captions: Sequence[str]) -> None:

@@ -38,6 +38,16 @@ def encode_prompts(pipe: Any, captions: Sequence[str], **options: Any) -> list[d
     return [_encoded(pipe, caption, names, options) for caption in captions]
 
 
+def encoding_of(pipe: Any) -> str:
+    """Describe what the embeddings of a caption depend on beside the weights of encoders and the tokenizers: the
+    pipeline's class, with the prompt template in its code, and how it calls them.
+    """
+    import diffusers
+
+    arguments = {name: value for name, value in _encoder_arguments(pipe).items() if name != "device"}
+    return f"{type(pipe).__name__} of diffusers {diffusers.__version__}, {sorted(arguments.items())}"
+
+
 def batch_prompts(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join the arguments of several captions to those of one call. Shorter prompts are padded; their mask says so.
 
@@ -70,8 +80,8 @@ def size_arguments(
 ) -> dict[str, Any]:
     """Return SDXL's micro-conditioning (Podell et al. 2023, section 2.2) for one picture, {} for pipelines without it.
 
-    `original_size`: (height, width) of the picture as scaled from the file; `crop_top_left`: (top, left) of the part
-    that is shown; `size`: (height, width) of that part.
+    `original_size`: (height, width) of the picture's file, before it is scaled; `crop_top_left`: (top, left) of the
+    part that is shown, in the scaled picture; `size`: (height, width) of that part.
     """
     sizes = {"original_size": original_size, "crops_coords_top_left": crop_top_left, "target_size": size}
     return {name: tuple(value) for name, value in sizes.items() if name in arguments_of(pipe)}

@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ...config import Auto, Strict
+from ...nondefault import nondefault
+
+LOGIT_NORMAL = ("logit_mean", "logit_std")  # the settings that only logit-normal timesteps use
 
 
 class DiffusionSettings(Strict):
@@ -40,4 +43,11 @@ class DiffusionSettings(Strict):
             raise ValueError(
                 f"max_timestep ({self.max_timestep}) must be larger than min_timestep ({self.min_timestep})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _logit_normal(self) -> DiffusionSettings:
+        names = nondefault(self, LOGIT_NORMAL)
+        if names and self.timestep_sampling == "uniform":
+            raise ValueError(f"{names[0]} is for logit-normal timesteps, and timestep_sampling is uniform")
         return self

@@ -24,7 +24,7 @@ from ...bases.pipeline import PipelineModel
 from ...config import Strict
 from ...errors import ConfigError
 from ...model.activate import activate, active
-from .loss import predict, row_means
+from .loss import predict, row_means, trained_timesteps
 from .objective import Objective
 from .packing import Layout, layout_of
 from .prompts import batch_prompts, encode_prompts
@@ -63,12 +63,13 @@ def slider_prompts(pipe: Any, slider: SliderSettings) -> SliderPrompts:
             f"slider: the positive and the negative prompt are both '{slider.positive}', so there is no property\n"
             "  give one that has it and one that has not"
         )
+    return SliderPrompts(*(encode_prompts(pipe, texts) for texts in prompt_texts(slider)))
+
+
+def prompt_texts(slider: SliderSettings) -> list[list[str]]:
+    """Return the texts of the target, the positive and the negative prompt, each with every word of `preserve`."""
     before = [f"{word} " for word in slider.preserve] or [""]
-
-    def encoded(prompt: str) -> list[dict[str, Tensor]]:
-        return encode_prompts(pipe, [f"{word}{prompt}".strip() for word in before])
-
-    return SliderPrompts(encoded(slider.target), encoded(slider.positive), encoded(slider.negative))
+    return [[f"{word}{text}".strip() for word in before] for text in (slider.target, slider.positive, slider.negative)]
 
 
 def slider_losses(
@@ -89,7 +90,7 @@ def slider_losses(
     has changed; StateError for an adapter that cannot be scaled.
     """
     _check_not_checkpointed(model)
-    scheduler = model.pipe.scheduler
+    scheduler, settings = model.pipe.scheduler, trained_timesteps(model, settings)
     objective = Objective.of(scheduler)
     device = next(model.parameters()).device
     words = torch.randint(len(prompts.target), (rows,)).tolist()

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ...bases.pipeline import PipelineModel
-from ...errors import ConfigError
+from ...config import part
+from ...data.pictures.buckets import Grid
+from ...data.pictures.settings import PictureSettings
 from ...generate.eval_mode import evaluating
 from ..task import Data
 from .encoded import Pictures
+from .fit import check_fit
 from .latents import encode_pictures
-from .slider import SliderPrompts, SliderSettings, slider_losses, slider_prompts
-
-NO_DATA = "none"  # the setting `data` of a run without pictures
+from .prompts import batch_prompts
+from .slider import SliderPrompts, SliderSettings, prompt_texts, slider_losses, slider_prompts
 
 
 @dataclass(frozen=True)
@@ -72,26 +74,24 @@ class Slider(Pictures):
         )
 
     def data(self) -> Data:
-        """Return the rows of a step. Raises ConfigError for settings that a slider does not have."""
-        config, own = self.config, self.settings
-        if config.data != NO_DATA:
-            raise ConfigError(
-                f"data: {config.data}: a slider is trained from prompts\n  leave out the pictures, or slider_positive"
-            )
-        if own.new_tokens or own.prior_count or own.prior_data is not None:
-            raise ConfigError("a slider has no pictures, so it takes no new_tokens and no prior pictures")
-        resolution, multiple = self.sizes()
-        side = resolution if own.resolution == "auto" else max(multiple, int(own.resolution) // multiple * multiple)
-        rows = [SliderRow((side, side), self.slider, number) for number in range(1, config.batch_size + 1)]
+        """Return the rows of a step. Raises ConfigError for a resolution that the pipeline cannot take."""
+        own = self.settings
+        side = Grid.of(part(own, PictureSettings), *self.sizes()).resolution
+        rows = [SliderRow((side, side), self.slider, number) for number in range(1, self.config.batch_size + 1)]
         prompts = f"'{own.slider_positive}' against '{own.slider_negative}', in '{own.slider_target}'"
         return Data(rows, [], f"a slider, {prompts}", [("pictures", f"{side}x{side}, drawn by the base")])
 
     def prepare(self, model: PipelineModel, items: Iterable[Any]) -> None:
-        """Encode the prompts. Raises TrainError for a pipeline that cannot be trained."""
+        """Encode the prompts. Raises TrainError for a pipeline that cannot be trained, ConfigError for settings that do
+        not fit it.
+        """
+        check_fit(model, self.diffusion)
         side = next(iter(items)).group[0]
         self.shape = tuple(encode_pictures(self.pipe, torch.zeros(1, 3, side, side)).shape[1:])
         with evaluating(model):
             self.prompts_encoded = slider_prompts(self.pipe, self.slider)
+        self._find_layout(model, torch.zeros(self.shape), batch_prompts(self.prompts_encoded.target[:1]))
+        self._warn_of_cut(text for texts in prompt_texts(self.slider) for text in texts)
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Any]:
         return {"of": self, "rows": len(rows)}

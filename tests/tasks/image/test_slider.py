@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -11,12 +12,14 @@ import lorakit as lk
 from lorakit.bases.pipeline import as_module
 from lorakit.errors import ConfigError
 from lorakit.model.activate import active
+from lorakit.tasks.image import slider
 from lorakit.tasks.image.loss import predict
 from lorakit.tasks.image.objective import Objective
 from lorakit.tasks.image.packing import layout_of
 from lorakit.tasks.image.prompts import batch_prompts, encode_prompts
 from lorakit.tasks.image.settings import DiffusionSettings
-from lorakit.tasks.image.slider import SliderSettings, denoised, slider_losses, slider_prompts
+from lorakit.tasks.image.slider import SliderPrompts, SliderSettings, denoised, slider_losses, slider_prompts
+from lorakit.tasks.image.timesteps import sample_timesteps
 
 SLIDER = SliderSettings(positive="a red cat", negative="a dog", target="animal", strength=2.0, denoise_steps=2)
 SHAPE = (4, 8, 8)
@@ -103,6 +106,28 @@ def test_denoising_leads_to_each_rows_timestep(name):
     t, noise = torch.tensor([100.0, 500.0, 900.0]), torch.randn(family.latents.shape)
     x = denoised(noise, t, 4, objective, layout, lambda x, s: layout.packed(noise - family.latents))
     torch.testing.assert_close(x, objective.noised(family.latents, noise, t), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("expert", "trained"), [("transformer", range(600, 1001)), ("transformer_2", range(601))])
+def test_a_slider_of_one_expert_is_trained_on_its_timesteps(monkeypatch, expert, trained):
+    """Wan 2.2's two experts each predict a part of the timesteps."""
+    family = FAMILIES["wan"]()
+    second = diffusers.WanTransformer3DModel.from_config(family.pipe.transformer.config).eval()
+    vars(family.pipe)["transformer_2"] = second
+    family.pipe.register_to_config(boundary_ratio=0.6)
+    lk.attach(family.pipe, lk.LoraConfig(rank=2, targets=["to_q"], components=[expert]))
+    model, drawn = as_module(family.pipe), []
+
+    def sampled(*arguments):
+        drawn.append(sample_timesteps(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(slider, "sample_timesteps", sampled)
+    rows = [[{name: value[row] for name, value in family.prompts.items()}] for row in range(3)]
+    shape, prompts = family.latents.shape[1:], SliderPrompts(*rows)
+    slider_losses(model, shape, prompts, SLIDER.replace(denoise_steps=1), DiffusionSettings(), 3).sum().backward()
+    assert all(trained[0] <= t <= trained[-1] for t in drawn[0].tolist())
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_preserved_words_are_put_before_all_prompts(pipe):
