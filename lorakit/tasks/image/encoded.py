@@ -191,14 +191,13 @@ class Pictures:
 
     def collate(self, rows: Sequence[PictureRow]) -> dict[str, Any]:
         """Return a batch, on the CPU: `latents` [rows, ...], `prompts` (arguments of the pipeline's call), `weight`
-        [rows], `settings`, and `mask` [rows, 1, H, W] if one of the rows has one.
+        [rows], `of` (this object), and `mask` [rows, 1, H, W] if one of the rows has one.
         """
         batch: dict[str, Any] = {
             "latents": torch.stack([self.latents(row.item, row.drawn) for row in rows]),
             "prompts": self.prompts(rows),
             "of": self,
             "weight": torch.tensor([self.settings.prior_weight if row.is_prior else 1.0 for row in rows]),
-            "settings": self.diffusion,
         }
         masks = [row.item.mask_pixels(row.drawn) for row in rows]
         if any(mask is not None for mask in masks):
