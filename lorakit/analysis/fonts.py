@@ -20,7 +20,7 @@ def fonts_for(texts: Iterable[str]) -> Iterator[str | None]:
 
     import matplotlib
 
-    families, complete = _families({ord(c) for text in texts for c in text if not c.isspace()})
+    families, complete = _families(_points(texts))
     with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the figure says so
         yield None if complete else MISSING
@@ -33,7 +33,16 @@ def font_files(text: str) -> tuple[str, ...]:
     """
     from matplotlib import font_manager
 
-    return tuple(map(font_manager.findfont, _families({ord(c) for c in text if not c.isspace()})[0]))
+    return tuple(map(font_manager.findfont, _families(_points([text]))[0]))
+
+
+def missing(texts: Iterable[str]) -> str | None:
+    """Return what to say of characters that no installed font has, None if there are none."""
+    return None if _families(_points(texts))[1] else MISSING
+
+
+def _points(texts: Iterable[str]) -> set[int]:
+    return {ord(c) for text in texts for c in text if not c.isspace()}
 
 
 def _families(characters: set[int]) -> tuple[list[str], bool]:

@@ -35,22 +35,23 @@ def load_pipeline(name: str, dtype: torch.dtype, device: torch.device, revision:
 
     `name`: 'embedded', a folder with model_index.json, a .safetensors file with a whole checkpoint in its original
     names (its configuration and tokenizers come from the hub or its cache), or a hub id. `dtype`: of the denoisers and
-    text encoders; the autoencoder's is float32 where it is float16.
+    text encoders; the autoencoder's is float32 where it is float16. `revision`: of a hub id.
 
-    Raises LorakitError if diffusers is not installed, and for anything that is no text-to-image pipeline.
+    Raises LorakitError if diffusers is not installed, for anything that is no text-to-image pipeline, and for a
+    revision of a folder or file.
     """
-    diffusers = _diffusers()
+    diffusers = import_diffusers()
     path = pipeline_path(name)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision}
     file = Path(path)
+    if revision is not None and file.exists():
+        raise LorakitError(f"revision is '{revision}', but {name} is on this disk: only hub ids have revisions")
     with _failures_named(name, file), _quietly(diffusers, local=file.exists()):
         if file.is_file():
             pipe = _from_single_file(diffusers, file, options)
         else:
             if file.is_dir() or out_of_reach() is not None:  # else the library would retry for half a minute
                 options |= {"local_files_only": True}
-            if file.is_dir():
-                options |= {"revision": None}
             index = diffusers.DiffusionPipeline.load_config(path, **_without(options, "dtype"))
             _pipeline_class(diffusers, index)
             pipe = diffusers.DiffusionPipeline.from_pretrained(path, **options, **_unsafe(index))
@@ -85,7 +86,8 @@ def pipeline_path(name: str) -> str:
     return name
 
 
-def _diffusers() -> Any:
+def import_diffusers() -> Any:
+    """Return the library. Raises LorakitError, which says how to install it."""
     try:
         import diffusers
     except ImportError as error:

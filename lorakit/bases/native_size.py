@@ -18,12 +18,13 @@ from .load import EMBEDDED
 FALLBACK = 512
 
 
-def native_size(name: str) -> tuple[int, int] | None:
-    """Return (resolution, multiple): all sides must be multiples of the latter. `name`: 'embedded', a folder, a hub id.
+def native_size(name: str, revision: str | None = None) -> tuple[int, int] | None:
+    """Return (resolution, multiple): all sides must be multiples of the latter. `name`: 'embedded', a folder, or a hub
+    id, of which `revision` is a branch, tag or commit.
 
     None if it is no pipeline, or is not on this disk.
     """
-    folder = _folder(name)
+    folder = _folder(name, revision)
     if folder is None or not (folder / "model_index.json").is_file():
         return None
     vae, denoiser = _config(folder / "vae"), _config(folder / "unet") or _config(folder / "transformer")
@@ -42,7 +43,7 @@ def native_size(name: str) -> tuple[int, int] | None:
     return resolution, per_latent * max(2, *(patch if isinstance(patch, list) else [patch]))
 
 
-def _folder(name: str) -> Path | None:
+def _folder(name: str, revision: str | None) -> Path | None:
     if name == EMBEDDED:
         return Path(__file__).parents[1] / "assets" / "tiny-diffusion"
     path = Path(name).expanduser()
@@ -50,7 +51,7 @@ def _folder(name: str) -> Path | None:
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "model_index.json")
+    cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def export(
     source: the path the adapter was read from.
 
     Raises AdapterError, which lists everything the receiver does not accept, each with a way out, or what is wrong in
-    the written file. Raises ConfigError for an unknown receiver, or Ollama without `model`. OUT is unchanged after an
-    error.
+    the written file. Raises ConfigError for an unknown receiver, Ollama without `model`, or OUT with the name of a
+    token's own file. OUT is unchanged after an error.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(
@@ -121,6 +122,7 @@ def export(
     record = ChatRecord.of(adapter.metadata)
     inside = {} if record.template is None else {TEMPLATE_FILE: record.template}
     tokens = own_files(ready.embeddings) if receiver in SEPARATE_TOKENS else {}
+    _check_names(path, tokens)
     _check_free([path.parent / name for name in tokens], force)
     token_lines = token_notes(receiver, ready, tokens) if tokens else []
     if tokens:
@@ -146,6 +148,16 @@ def export(
         unchecked,
         check.placed,
     )
+
+
+def _check_names(path: Path, tokens: Iterable[str]) -> None:
+    """Raise ConfigError if a token's own file would replace the adapter's."""
+    same = next((name for name in tokens if name.lower() == path.name.lower()), None)
+    if same is not None:
+        raise ConfigError(
+            f"{path.name} would be the adapter's file and that of its token, which is written beside it\n"
+            f"  name another OUT, such as {path.with_name(f'{path.stem}-lora{path.suffix}')}"
+        )
 
 
 def _check_free(files: list[Path], force: bool) -> None:

@@ -76,15 +76,19 @@ def format_for(program: str, format: str, adapter: Adapter) -> str:
     return "comfyui" if program == "comfyui" and dotted else format
 
 
-def token_notes(program: str, adapter: Adapter, files: Iterable[str]) -> list[str]:
-    """How to use the tokens' own files, one line each."""
+def token_notes(program: str, adapter: Adapter, files: Mapping[str, Iterable[str]]) -> list[str]:
+    """How to use the tokens' own files, one line each. `files`: name -> its tensors (`bundled.own_files`)."""
     two = any(token_and_part(name)[1] for name in adapter.embeddings)
     how = SEPARATE_TOKENS[program]
     if two and program == "diffusers":
         how = (
             "pipe.load_textual_inversion, its clip_l and clip_g each with the text encoder and tokenizer that it is for"
         )
-    return [f"a token is in {file}: " + how.format(file=file, stem=file.removesuffix(".safetensors")) for file in files]
+    lines = []
+    for file, keys in files.items():
+        own = next((f"the token '{key}'" for key in keys if key in adapter.embeddings), "a token")
+        lines.append(f"{own} is in {file}: " + how.format(file=file, stem=file.removesuffix(".safetensors")))
+    return lines
 
 
 def placed(program: str, model: str | None, keys: Iterable[str]) -> Placed | None:

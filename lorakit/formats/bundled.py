@@ -12,7 +12,8 @@ token's own file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import count
 
 from torch import Tensor
 
@@ -49,13 +50,26 @@ def bundled(embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def own_files(embeddings: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """File name -> its tensors: one file for each token, named so that it can be typed into a prompt."""
+    """File name -> its tensors: one file for each token, named so that it can be typed into a prompt.
+
+    Tokens with the same name there, such as `a` and `<a>`, are numbered: a.safetensors, a-2.safetensors. Case does not
+    tell files apart on every disk.
+    """
+    names: dict[str, str] = {}  # token -> file
     files: dict[str, dict[str, Tensor]] = {}
     for name, vectors in embeddings.items():
         token, part = token_and_part(name)
-        file = re.sub(r"[^\w-]+", "-", token).strip("-") or "token"
-        files.setdefault(f"{file}.safetensors", {})[part or token] = _rows(vectors)
+        if token not in names:
+            names[token] = _free(re.sub(r"[^\w-]+", "-", token).strip("-") or "token", names.values())
+        files.setdefault(names[token], {})[part or token] = _rows(vectors)
     return files
+
+
+def _free(stem: str, taken: Iterable[str]) -> str:
+    """Return the first of stem.safetensors, stem-2.safetensors, ... that is not taken."""
+    lower = {name.lower() for name in taken}
+    numbered = (f"{stem}{'' if n == 1 else f'-{n}'}.safetensors" for n in count(1))
+    return next(name for name in numbered if name.lower() not in lower)
 
 
 def token_and_part(name: str) -> tuple[str, str]:

@@ -193,11 +193,8 @@ def places(model: str, prefix: str | None = None, original: bool | None = None) 
     return found
 
 
-# Beginnings of the names of diffusers' pipelines and denoisers; the longest that fits counts.
+# Beginnings of the names of diffusers' pipelines and denoisers; the longest that fits counts. UNets have one class.
 _CLASSES = {
-    "StableDiffusion": "sd1",
-    "StableDiffusionXL": "sdxl",
-    "StableDiffusion3": "sd3",
     "SD3": "sd3",
     "Flux": "flux",
     "Flux2": "flux2",

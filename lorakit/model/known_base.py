@@ -70,8 +70,8 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool, names: Mapping[s
         raise AdapterError(
             "the adapter was trained on another base:\n  "
             + "\n  ".join(lines)
-            + "\n  load that base, or skip this check: attach(..., force=True); lorakit image generate: --force; "
-            "lorakit export: --force-base"
+            + "\n  load that base, or skip this check: attach(..., force=True); "
+            "lorakit image generate, lorakit export: --force-base"
         )
 
 

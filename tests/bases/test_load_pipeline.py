@@ -176,6 +176,13 @@ def test_without_diffusers(monkeypatch, saved):
         load(saved)
 
 
+def test_a_revision_of_what_is_on_this_disk(saved, tmp_path):
+    (tmp_path / "x.safetensors").touch()
+    for path in (saved, tmp_path / "x.safetensors"):
+        with pytest.raises(LorakitError, match="only hub ids have revisions"):
+            load_pipeline(str(path), torch.float32, CPU, revision="fp16")
+
+
 def test_a_language_model():
     with pytest.raises(LorakitError, match=r"model_index\.json is missing\n.*LlamaForCausalLM of transformers"):
         load(embedded_folder())

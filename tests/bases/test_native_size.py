@@ -43,3 +43,20 @@ def test_configs_that_say_nothing_give_a_usual_size(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer/config.json").write_text(json.dumps({"patch_size": [1, 2, 2]}))
     assert native_size(str(tmp_path)) == (FALLBACK, 16)
+
+
+def test_each_revision_has_its_own(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--pipe"
+    for revision, size in (("main", 8), ("large", 16)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(revision)
+        folder = repository / "snapshots" / revision
+        (folder / "unet").mkdir(parents=True)
+        (folder / "model_index.json").write_text("{}")
+        (folder / "unet/config.json").write_text(json.dumps({"sample_size": size}))
+    assert native_size("someone/pipe") == native_size("someone/pipe", "main") == (64, 8)
+    assert native_size("someone/pipe", "large") == (128, 8)
+    assert native_size("someone/pipe", "none") is None

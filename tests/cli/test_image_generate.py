@@ -228,7 +228,7 @@ def test_what_differs_from_a_png_is_an_error_that_names_it(draw, folder, tmp_pat
     assert (code, out) == (1, "")
     assert "a.png cannot be made again" in err
     assert "the model: it was made with model (" in err
-    assert "--force goes on" in err
+    assert "--force-base goes on" in err
     assert not (tmp_path / "b.png").exists()
     code, _, err = draw("--from", "a.png", "--adapter", "ink=neon.safetensors", "--out", "b.png")
     assert code == 1
@@ -237,7 +237,7 @@ def test_what_differs_from_a_png_is_an_error_that_names_it(draw, folder, tmp_pat
     code, _, err = draw("--from", "a.png", "--out", "b.png")
     assert code == 1
     assert "no adapter at 'ink.safetensors'" in err
-    code, _, err = draw("--from", "a.png", "--adapter", "ink=neon.safetensors", "--out", "b.png", "--force")
+    code, _, err = draw("--from", "a.png", "--adapter", "ink=neon.safetensors", "--out", "b.png", "--force-base")
     assert code == 0
     assert "will not be the same" in err
 
@@ -318,8 +318,10 @@ def test_an_adapter_of_another_base_is_refused(draw, folder, tmp_path):
     code, _, err = draw("a", "--adapter", "peft", model="other")
     assert code == 1
     assert "trained on another base" in err
-    assert "image generate: --force" in err
-    assert draw("a", "--adapter", "peft", "--force", model="other")[0] == 0
+    assert "image generate, lorakit export: --force-base" in err
+    assert draw("a", "--adapter", "peft", "--force", model="other")[0] == 1, "--force replaces OUT, and no more"
+    assert draw("a", "--adapter", "peft", "--force-base", "--out", "a.png", model="other")[0] == 0
+    assert "a.png exists" in draw("a", "--adapter", "peft", "--force-base", "--out", "a.png", model="other")[2]
 
 
 def test_each_of_the_two_commands_knows_the_others_adapters(draw, lorakit, model, trained):

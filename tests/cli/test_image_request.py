@@ -78,10 +78,11 @@ def test_scales():
             request.scales(text)
 
 
-def test_prompts_of_arguments_and_file(tmp_path):
+def test_prompts_of_arguments_and_file(tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\n\n  a dog \na cat\n", encoding="utf8")
     assert request.prompts(["an animal"], file) == ["an animal", "a cat", "a dog"]
+    assert "1 of 4 prompts are there before, such as 'a cat', and are drawn once" in capsys.readouterr().err
     file.write_text("\n", encoding="utf8")
     with pytest.raises(DataError, match="is empty"):
         request.prompts([], file)

@@ -142,6 +142,28 @@ def test_tokens_go_into_files_of_their_own_where_a_program_reads_those(program, 
     assert not (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.parametrize("program, out", [("comfyui", "sks.safetensors"), ("diffusers", "SKS.safetensors")])
+def test_a_tokens_file_never_replaces_the_adapters(program, out, tmp_path):
+    from dataclasses import replace
+
+    value = replace(adapter("sd1", "unet"), embeddings={"<sks>": torch.ones(2, 768)})
+    (tmp_path / out).write_text("mine")
+    for force in (False, True):
+        with pytest.raises(ConfigError, match=r"name another OUT, such as .*-lora\.safetensors"):
+            export(value, tmp_path / out, program, force=force)
+    assert [path.name for path in tmp_path.iterdir()] == [out]
+    assert (tmp_path / out).read_text() == "mine"
+
+
+def test_the_note_names_each_token(tmp_path):
+    from dataclasses import replace
+
+    value = replace(adapter("sd1", "unet"), embeddings={"a": torch.ones(1, 768), "<a>": torch.zeros(1, 768)})
+    done = export(value, tmp_path / "x.safetensors", "comfyui", verify=True)
+    assert torch.equal(load_file(tmp_path / "a-2.safetensors")["<a>"], torch.zeros(1, 768))
+    assert any("the token '<a>' is in a-2.safetensors" in note for note in done.notes)
+
+
 def test_a1111_gets_them_in_the_same_file(tmp_path):
     from dataclasses import replace
 

@@ -90,6 +90,15 @@ def test_comfyui_reads_a_copy_of_the_file_and_each_tokens_own_file(tmp_path):
     assert torch.equal(by_comfyui(two, "clip_g"), TWO["sks.clip_g"])
 
 
+def test_tokens_that_differ_in_signs_or_case_alone_have_files_of_their_own():
+    rows = {name: torch.full((1, 3), float(n)) for n, name in enumerate(("a", "<a>", "A", "b"))}
+    files = bundled.own_files(rows)
+    assert list(files) == ["a.safetensors", "a-2.safetensors", "A-3.safetensors", "b.safetensors"]
+    for tensors, (name, vectors) in zip(files.values(), rows.items(), strict=True):
+        assert list(tensors) == [name]
+        assert torch.equal(by_comfyui(tensors), vectors)
+
+
 def test_diffusers_draws_with_a_tokens_own_file_what_we_draw(tmp_path):
     vectors = 2 * torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
     value = lk.Adapter(lk.LoraConfig(targets=["to_q"]), {}, embeddings={"<tok>": vectors})

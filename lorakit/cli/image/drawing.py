@@ -68,14 +68,14 @@ def load(
     model: str,
     uses: Sequence[AdapterUse],
     precision: str,
-    force: bool,
+    force_base: bool,
     made: Parameters | None = None,
     path: Path | None = None,
 ) -> Loaded:
     """Load a pipeline, and attach the adapters. `made`: of the picture `path` that is made again.
 
     Raises LorakitError; AdapterError for an adapter that is not for pictures, DataError if the model or an adapter is
-    not the one that `made` was made with. `force`: go on with another base.
+    not the one that `made` was made with; `force_base`: go on with another.
     """
     from ...adapter.adapter import Adapter
     from ...bases.device import choose_device, choose_dtype
@@ -103,9 +103,9 @@ def load(
         use.name: Lora(use.weight or 0.0, use.parts, lora_hash(use.source), public_source(use.source)) for use in uses
     }
     if made is not None:
-        _check_same(made, str(path), name, digest, loras, force)
+        _check_same(made, str(path), name, digest, loras, force_base)
     for use in uses:
-        attach(pipe, read[use.name], use.name, force=force, activate=False)
+        attach(pipe, read[use.name], use.name, force=force_base, activate=False)
         activate(pipe, scaled_weights(pipe, {use.name: dict(use.parts) or 1.0}, 1.0))  # names an unknown part
         activate(pipe, None)
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]
@@ -151,8 +151,10 @@ def weights_of(pipe: Any, loras: Mapping[str, Lora], scale: float) -> dict[str, 
     return weights
 
 
-def _check_same(made: Parameters, path: str, model: str, digest: str, loras: Mapping[str, Lora], force: bool) -> None:
-    """Raise DataError if a picture cannot be made again with this pipeline and these adapters; a notice if `force`."""
+def _check_same(
+    made: Parameters, path: str, model: str, digest: str, loras: Mapping[str, Lora], force_base: bool
+) -> None:
+    """Raise DataError if a picture cannot be made again with this pipeline and these adapters; a notice if `force_base`."""
     from ...generate.pictures.identity import differences
     from ..shared.starting import notice
 
@@ -160,8 +162,8 @@ def _check_same(made: Parameters, path: str, model: str, digest: str, loras: Map
     if not lines:
         return
     text = "".join(f"\n  {line}" for line in lines)
-    if not force:
-        raise DataError(f"{path} cannot be made again:{text}\n  --force goes on with what is here")
+    if not force_base:
+        raise DataError(f"{path} cannot be made again:{text}\n  --force-base goes on with what is here")
     notice(f"lorakit: {path} will not be the same:{text}")
 
 

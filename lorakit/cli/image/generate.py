@@ -74,9 +74,10 @@ def generate(
     out: Annotated[Path, typer.Option(help="a folder, or the PNG of the picture or grid")] = Path("pictures"),
     batch_size: Annotated[int | None, typer.Option(min=1, help="pictures in one pass; default: by their size")] = None,
     precision: Precision = "auto",
-    force: Annotated[
+    force: Annotated[bool, typer.Option("--force", help="replace OUT.png")] = False,
+    force_base: Annotated[
         bool,
-        typer.Option("--force", help="replace OUT.png; use adapters of another base; with --from, go on if it differs"),
+        typer.Option("--force-base", help="use adapters of another base; with --from, another model or adapter, too"),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print what was made as JSON")] = False,
 ) -> None:
@@ -112,7 +113,7 @@ def generate(
         from .job import plan
 
         recorded = made.precision if made and precision == "auto" else None
-        loaded = load(model, uses_of(uses, made), recorded or precision, force, made, from_png)
+        loaded = load(model, uses_of(uses, made), recorded or precision, force_base, made, from_png)
         asked = {name: value for name, value in asked.items() if value is not None}
         job = plan(loaded, asked, made, texts, count, scales, axes)
         pictures = job.draw(merged, batch_size)

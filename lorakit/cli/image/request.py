@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError
+from ..shared.starting import notice
 
 # NAME=PATH:WEIGHT; a drive's letter, C:\, is no weight.
 _ADAPTER = re.compile(r"(?:(?P<name>[^=:/\\]+)=)?(?P<source>.+?)(?::(?P<weight>[^:/\\]*))?")
@@ -90,7 +91,10 @@ def axes(text: str | None) -> list[str]:
 
 
 def prompts(given: Sequence[str], file: Path | None) -> list[str]:
-    """Return the prompts of the arguments and of a file, one a line. ConfigError for one with A1111's tags."""
+    """Return the prompts of the arguments and of a file, one a line, each once (with a notice).
+
+    Raises ConfigError for one with A1111's tags, DataError for a file that cannot be read.
+    """
     found = list(given)
     if file is not None:
         try:
@@ -109,7 +113,14 @@ def prompts(given: Sequence[str], file: Path | None) -> list[str]:
             raise ConfigError(
                 f"the prompt has '{tag[0]}', which is no word\n  take it out, and give --adapter {tag[1]}=PATH{weight}"
             )
-    return list(dict.fromkeys(found))
+    different = list(dict.fromkeys(found))
+    if len(different) < len(found):
+        twice = next(prompt for prompt in different if found.count(prompt) > 1)
+        notice(
+            f"lorakit: {len(found) - len(different)} of {len(found)} prompts are there before, such as '{twice}', and "
+            "are drawn once: --count draws a prompt with several seeds"
+        )
+    return different
 
 
 def arguments(texts: Iterable[str]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def show_pictures(
         raise ConfigError(f"--out {out}: a contact sheet is written as a PNG file\n  give a name that ends in .png")
     resolution, multiple, why = _size_for(model, settings)
     with starting(f"looking at the pictures of {data}"):
+        from ...analysis.fonts import missing
         from ...data.pictures.read import read_pictures
         from ...data.pictures.show import report, show
 
@@ -45,14 +46,17 @@ def show_pictures(
     show(read, rows)
     if written:
         say(f"\nwritten: {', '.join(str(path) for path in written)}")
+        without_font = missing(item.caption for item in read.pictures)
+        if without_font:
+            say(without_font)
     options = {"split": split, "columns": columns} | dict(flags)
     shown = None if model == "embedded" else model
     print(f"\nnext: {command('image train', data, model=shown, **options)}")
 
 
 def _draw(read: Any, data: str, out: Path) -> list[Path]:
+    from ...analysis.contact_sheet import page_paths, sheets
     from ...data.pictures.buckets import CROPPED_MUCH
-    from ...data.pictures.sheet import page_paths, sheets
     from ...io.atomic import replacing
 
     pictures = read.pictures

@@ -158,7 +158,10 @@ def cut_prompts(pipe: Any, texts: Iterable[str], longest: int | None = None) -> 
     for component, tokenizer in pipe.components.items():
         if not component.startswith("tokenizer") or not callable(tokenizer):
             continue
-        limit = min(n for n in (longest, getattr(tokenizer, "model_max_length", None)) if n)
+        lengths = [n for n in (longest, getattr(tokenizer, "model_max_length", None)) if n]
+        if not lengths:
+            continue  # nothing says how much is read
+        limit = min(lengths)
         for text in dict.fromkeys(texts):
             converted = pipe.maybe_convert_prompt(text, tokenizer) if hasattr(pipe, "maybe_convert_prompt") else text
             ids = _ids(tokenizer, converted)

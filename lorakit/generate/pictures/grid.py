@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw
 
+from ...analysis.labels import Label, wrapped
 from ...errors import ConfigError
-from .labels import Label, wrapped
 
 SMALLEST, LARGEST = 160, 768  # a cell's longer side in pixels: 32-pixel pictures are drawn at 160
 PAPER, INK, FAINT, EDGE = "#ffffff", "#1c1c1e", "#6e6e73", "#d9d9de"

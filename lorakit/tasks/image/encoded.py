@@ -131,7 +131,7 @@ class Pictures:
 
         They come from config files where these are on this disk, without loading the pipeline.
         """
-        known = native_size(self.config.model)
+        known = native_size(self.config.model, self.config.revision)
         resolution, multiple = known or (resolution_of(self.pipe), size_multiple(self.pipe))
         return resolution, math.lcm(multiple, MULTIPLE)
 

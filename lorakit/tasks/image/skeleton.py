@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from ...bases.load_pipeline import pipeline_path
+from ...bases.load_pipeline import import_diffusers, pipeline_path
 from ...bases.pipeline import PipelineModel, as_module
 
 
 def index(name: str, revision: str | None) -> dict[str, Any] | None:
     """Read a pipeline's model_index.json: component -> [library, class]. None for a single file, which has none."""
-    import diffusers
-
+    diffusers = import_diffusers()
     path = Path(pipeline_path(name))
     if path.is_file():
         return None

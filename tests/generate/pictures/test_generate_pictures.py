@@ -14,6 +14,7 @@ import lorakit as lk
 from lorakit.bases.pipeline import as_module
 from lorakit.errors import ConfigError, LorakitWarning, NotFiniteError, StateError
 from lorakit.generate.pictures import generate as module
+from lorakit.generate.pictures.call import cut_prompts
 from lorakit.generate.pictures.generate import generate_pictures, stream_pictures
 from lorakit.model.activate import activate, active
 from lorakit.model.route import route
@@ -203,3 +204,10 @@ def test_pictures_are_those_of_diffusers_with_our_files(adapted, format, tmp_pat
         theirs.set_adapters(list(which), list(which.values()))
         pictures.append(direct(theirs, prompt, 7))
     assert furthest(ours, pictures) <= 1
+
+
+def test_a_tokenizer_that_does_not_say_how_much_is_read_cuts_nothing():
+    pipe = tiny_pipelines.tiny_sd1()
+    assert cut_prompts(pipe, ["a cat " * 20])
+    pipe.tokenizer.model_max_length = None
+    assert cut_prompts(pipe, ["a cat " * 20]) == []

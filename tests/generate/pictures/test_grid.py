@@ -1,4 +1,4 @@
-"""A grid: pixels that stay as they are, labels that fit, and what is refused."""
+"""A grid: pixels that stay as they are, labels with room, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from PIL import Image
 
 from lorakit.errors import ConfigError
 from lorakit.generate.pictures.grid import LARGEST, SMALLEST, grid
-from lorakit.generate.pictures.labels import MOST_LINES, text_width, wrapped
 
 
 def plain(colour, width=32, height=32):
@@ -71,25 +70,6 @@ def test_labels_make_room_for_themselves():
     assert noted.height > bare.height
     for image in (titled, named, noted):
         assert (np.asarray(image)[:4] == 255).all(), "text touches the edge"
-
-
-def test_long_labels_are_wrapped_and_cut_with_an_ellipsis():
-    prompt = "a small balloon at sunset, sks style, " * 20
-    label = wrapped(prompt, 160, 14)
-    assert len(label.lines) == MOST_LINES
-    assert label.lines[-1].endswith("…")
-    assert label.width <= 160
-    assert " ".join(label.lines)[:-1].rstrip() in " ".join(prompt.split())
-    word = wrapped("pneumonoultramicroscopicsilicovolcanoconiosis", 100, 14)
-    assert "".join(word.lines) == "pneumonoultramicroscopicsilicovolcanoconiosis"
-    assert word.width <= 100
-    assert wrapped("two\nlines", 160, 14).lines == ("two", "lines")
-    assert wrapped("   ", 160, 14).lines == ()
-
-
-def test_wider_text_and_bold_text_measure_wider():
-    assert text_width("ww", 14) > text_width("w", 14) > 0
-    assert text_width("panda", 14, bold=True) > text_width("panda", 14)
 
 
 def test_an_empty_cell_keeps_its_place():

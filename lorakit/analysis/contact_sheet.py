@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .item import Box, PictureItem
+from ..data.pictures.item import Box, PictureItem
+from .labels import wrapped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
-    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 COLUMNS, ROWS = 4, 5  # of a page
 CELL = 260  # pixels: the square in which a picture is drawn
@@ -47,20 +47,19 @@ def page_paths(out: Path, count: int) -> list[Path]:
 
 
 def _page(items: Sequence[PictureItem], title: str, much: float) -> Image:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     across = min(COLUMNS, len(items))
     down = -(-len(items) // across)
     head = GAP + LINE + 8
     page = Image.new("RGB", (GAP + across * (CELL + GAP), head + down * (CELL + BELOW + GAP)), PAPER)
     draw = ImageDraw.Draw(page)
-    font, small = ImageFont.load_default(TEXT + 2), ImageFont.load_default(TEXT)
-    draw.text((GAP, GAP - 4), _fitted(draw, title, font, page.width - 2 * GAP), INK, font)
+    wrapped(title, page.width - 2 * GAP, TEXT + 2, most_lines=1).draw(draw, GAP, GAP - 4, INK)
     for number, item in enumerate(items):
         left = GAP + number % across * (CELL + GAP)
         top = head + number // across * (CELL + BELOW + GAP)
         _draw(page, item, left, top)
-        _label(draw, item, left, top + CELL + 4, small, much)
+        _label(draw, item, left, top + CELL + 4, much)
     return page
 
 
@@ -106,41 +105,16 @@ def _tinted(item: PictureItem) -> Image:
     return Image.composite(red, image, ImageChops.invert(mask))
 
 
-def _label(
-    draw: ImageDraw, item: PictureItem, left: int, top: int, font: FreeTypeFont | ImageFont, much: float
-) -> None:
+def _label(draw: ImageDraw, item: PictureItem, left: int, top: int, much: float) -> None:
     (w, h), (bucket_w, bucket_h) = item.original, item.group
     name = Path(item.where).name + (" (prior)" if item.is_prior else "")
-    draw.text((left, top), _fitted(draw, name, font, CELL), INK, font)
     if item.chances.crop == "stretch":
         cut = "stretched" if w * bucket_h != h * bucket_w else ""
     else:
         cut = f"{item.cropped:.0%} cropped" if item.cropped >= 0.005 else ""
     size = f"{w}x{h} to {bucket_w}x{bucket_h}" if (w, h) != (bucket_w, bucket_h) else f"{w}x{h}"
-    colour = MUCH if item.cropped > much else MUTED
-    draw.text((left, top + LINE), f"{size}{', ' * bool(cut)}{cut}", colour, font)
-    for number, line in enumerate(_wrapped(draw, item.caption or "(no caption)", font)):
-        draw.text((left, top + LINE * (2 + number) + 3), line, INK, font)
-
-
-def _wrapped(draw: ImageDraw, text: str, font: FreeTypeFont | ImageFont) -> list[str]:
-    """Break a caption into lines of a cell's width; the last one ends in ... if there is more."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and draw.textlength(longer, font) > CELL:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    if len(lines) > CAPTION_LINES:
-        lines = [*lines[: CAPTION_LINES - 1], " ".join(lines[CAPTION_LINES - 1 :])]
-    return [_fitted(draw, line, font, CELL) for line in lines]
-
-
-def _fitted(draw: ImageDraw, text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
-    """Shorten a text to a width in pixels, with ... at its end."""
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font) > width:
-        text = text[:-1]
-    return text + "..."
+    wrapped(name, CELL, TEXT, most_lines=1).draw(draw, left, top, INK)
+    size_line = wrapped(f"{size}{', ' * bool(cut)}{cut}", CELL, TEXT, most_lines=1)
+    size_line.draw(draw, left, top + LINE, MUCH if item.cropped > much else MUTED)
+    caption = wrapped(item.caption or "(no caption)", CELL, TEXT, most_lines=CAPTION_LINES)
+    caption.draw(draw, left, top + 2 * LINE + 3, INK)

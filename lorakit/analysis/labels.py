@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -9,10 +10,11 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
-from ...analysis.fonts import font_files
+from .fonts import font_files
 
 LINE_HEIGHT = 1.3  # of the font's size
-MOST_LINES = 8  # a longer label ends in "…"; the prompt is in the picture's own PNG text
+MOST_LINES = 8  # a longer label ends in "…"
+Colour = str | tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Label:
     def height(self) -> int:
         return round(len(self.lines) * self.size * LINE_HEIGHT)
 
-    def draw(self, canvas: ImageDraw.ImageDraw, x: float, y: float, fill: str, align: float = 0.0) -> None:
+    def draw(self, canvas: ImageDraw.ImageDraw, x: float, y: float, fill: Colour, align: float = 0.0) -> None:
         """Draw with the upper edge at `y`; the lines start at `x` (`align` 0), are centred on it (0.5) or end there
         (1).
         """
@@ -49,6 +51,8 @@ def wrapped(text: str, width: float, size: int, bold: bool = False, most_lines: 
     for paragraph in text.split("\n"):
         line = ""
         for word in paragraph.split():
+            if len(lines) > most_lines:
+                break
             longer = f"{line} {word}" if line else word
             if text_width(longer, size, bold) <= width:
                 line = longer
@@ -56,7 +60,7 @@ def wrapped(text: str, width: float, size: int, bold: bool = False, most_lines: 
             if line:
                 lines.append(line)
             line = word
-            while text_width(line, size, bold) > width and len(line) > 1:
+            while text_width(line, size, bold) > width and len(line) > 1 and len(lines) <= most_lines:
                 fits = _fitting(line, width, size, bold)
                 lines.append(line[:fits])
                 line = line[fits:]
@@ -76,22 +80,19 @@ def text_width(text: str, size: int, bold: bool = False) -> int:
 
 def _fitting(word: str, width: float, size: int, bold: bool) -> int:
     """Return how many characters of a word fit into `width`, at least one."""
-    count = len(word)
-    while count > 1 and text_width(word[:count], size, bold) > width:
-        count -= 1
-    return count
+    counts = range(1, len(word) + 1)
+    return max(1, bisect_right(counts, width, key=lambda count: text_width(word[:count], size, bold)))
 
 
 def _runs(text: str, size: int, bold: bool) -> list[tuple[str, ImageFont.FreeTypeFont]]:
     """Split a line into runs of one font each."""
-    files = font_files(text)
-    if len(files) == 1:
-        return [(text, _font(_styled(files[0], bold), size))]
+    return [("".join(run), _font(_styled(file, bold), size)) for file, run in groupby(text, _file_of)]
 
-    def file_of(character: str) -> str:
-        return next((file for file in files if ord(character) in _characters(file)), files[0])
 
-    return [("".join(run), _font(_styled(file, bold), size)) for file, run in groupby(text, file_of)]
+@lru_cache(maxsize=8192)
+def _file_of(character: str) -> str:
+    """Return a font that has the character, DejaVu Sans if none does."""
+    return font_files(character)[-1]
 
 
 def _styled(file: str, bold: bool) -> str:
@@ -103,10 +104,3 @@ def _styled(file: str, bold: bool) -> str:
 @lru_cache(maxsize=64)
 def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(file, size)
-
-
-@lru_cache(maxsize=8)
-def _characters(file: str) -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(file).get_charmap())
