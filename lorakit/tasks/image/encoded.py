@@ -28,7 +28,7 @@ from ...generate.eval_mode import evaluating
 from ...generate.pictures.call import cut_prompts
 from ...nondefault import nondefault
 from ..task import Data
-from .fit import check_fit, check_scheduler
+from .fit import check_fit
 from .latents import encode_pictures, latent_scale, size_multiple
 from .loss import losses
 from .packing import layout_of
@@ -121,9 +121,7 @@ class Pictures:
         if "pipe" not in self._loaded:
             config, device = self.config, choose_device().value
             dtype = choose_dtype(config.precision, device).value
-            pipe = load_pipeline(config.model, dtype, device, config.revision)
-            check_scheduler(pipe.scheduler, self.diffusion)  # before it draws pictures of the class
-            self._loaded["pipe"] = pipe
+            self._loaded["pipe"] = load_pipeline(config.model, dtype, device, config.revision)
         return self._loaded["pipe"]
 
     def sizes(self) -> tuple[int, int]:
