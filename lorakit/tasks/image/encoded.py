@@ -28,7 +28,7 @@ from ...generate.eval_mode import evaluating
 from ...generate.pictures.call import cut_prompts
 from ...nondefault import nondefault
 from ..task import Data
-from .fit import check_fit, check_scheduler
+from .fit import check_fit
 from .latents import encode_pictures, latent_scale, size_multiple
 from .loss import losses
 from .packing import layout_of
@@ -119,9 +119,7 @@ class Pictures:
         if "pipe" not in self._loaded:
             config, device = self.config, choose_device().value
             dtype = choose_dtype(config.precision, device).value
-            pipe = load_pipeline(config.model, dtype, device, config.revision)
-            check_scheduler(pipe.scheduler, self.diffusion)  # before it draws pictures of the class
-            self._loaded["pipe"] = pipe
+            self._loaded["pipe"] = load_pipeline(config.model, dtype, device, config.revision)
         return self._loaded["pipe"]
 
     def sizes(self) -> tuple[int, int]:
@@ -189,14 +187,13 @@ class Pictures:
 
     def collate(self, rows: Sequence[PictureRow]) -> dict[str, Any]:
         """Return a batch, on the CPU: `latents` [rows, ...], `prompts` (arguments of the pipeline's call), `weight`
-        [rows], `settings`, and `mask` [rows, 1, H, W] if one of the rows has one.
+        [rows], `of` (this object), and `mask` [rows, 1, H, W] if one of the rows has one.
         """
         batch: dict[str, Any] = {
             "latents": torch.stack([self.latents(row.item, row.drawn) for row in rows]),
             "prompts": self.prompts(rows),
             "of": self,
             "weight": torch.tensor([self.settings.prior_weight if row.is_prior else 1.0 for row in rows]),
-            "settings": self.diffusion,
         }
         masks = [row.item.mask_pixels(row.drawn) for row in rows]
         if any(mask is not None for mask in masks):
