@@ -31,7 +31,7 @@ from ..eval_mode import evaluating
 from .call import SETTINGS, call_arguments, cut_prompts, defaults_of, guided
 from .routed import NotByRow, routed
 
-# Pictures in one pass: at most this many, and at most this number of pixels in all. On the embedded pipeline (32 x 32, two
+# Pictures in one pass: at most this many, of at most this many pixels. On the embedded pipeline (32 x 32, two
 # slow cores) 8 in a pass take 0.37 of the time of one by one; at 1024 x 1024 one picture fills any device by itself.
 BATCH, PIXELS = 8, 4 * 512 * 512
 
