@@ -47,7 +47,7 @@ def start(values: dict[str, Any], quiet: bool, json_output: bool) -> None:
     """Train with these settings, print how the run ended, and exit with its code."""
     settings = TrainConfig(**values)
 
-    data = None if settings.slider_positive else settings.data  # a slider has no data
+    data = None if values.get("slider_positive") else settings.data  # a slider has no data
     check_names(settings.model, data)
     with ExitStack() as until_shown:
         what = f"loading the base{f' and {data}' if data else ''}"

@@ -102,9 +102,8 @@ def test_the_classs_loss_is_logged_without_its_weight(make, tmp_path):
     """The first step's: its base and its random numbers are those of the run with another weight."""
     first = []
     for weight in (1.0, 0.25):
-        config = make(
-            prior_caption="a cat", prior_count=4, prior_weight=weight, batch_size=8, out=tmp_path / f"{weight}"
-        )
+        out = tmp_path / f"{weight}"
+        config = make(prior_caption="a cat", prior_count=4, prior_weight=weight, batch_size=8, out=out)
         train(config, QUIET)
         first.append(next(row for row in RunFolder(config.out).rows() if "prior_loss" in row))
     assert first[0]["prior_loss"] == pytest.approx(first[1]["prior_loss"], rel=1e-3)

@@ -154,7 +154,9 @@ def weights_of(pipe: Any, loras: Mapping[str, Lora], scale: float) -> dict[str, 
 def _check_same(
     made: Parameters, path: str, model: str, digest: str, loras: Mapping[str, Lora], force_base: bool
 ) -> None:
-    """Raise DataError if a picture cannot be made again with this pipeline and these adapters; a notice if `force_base`."""
+    """Raise DataError if a picture cannot be made again with this pipeline and these adapters; with `force_base` a
+    notice instead.
+    """
     from ...generate.pictures.identity import differences
     from ..shared.starting import notice
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...bases.device import choose_device, choose_dtype
 from ...bases.load_pipeline import load_pipeline
-from ...bases.native_size import native_size
+from ...bases.native_size import FALLBACK, MULTIPLE, native_size
 from ...bases.pipeline import PipelineModel, as_module, is_text_encoder
 from ...config import RunSettings, part
 from ...data.pictures.cache import TensorCache, caption_key, picture_key, weights_hash
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
 
 CACHE = "cache"  # in the run's folder
-MULTIPLE = 8  # the pipelines of Stable Diffusion ask for it whatever their autoencoder
-RESOLUTION = 512  # of a pipeline that does not say its own
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,7 @@ def resolution_of(pipe: Any) -> int:
         side = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
         if isinstance(side, int):
             return side * latent_scale(pipe)
-    return RESOLUTION
+    return FALLBACK
 
 
 def on_device(prompts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
