@@ -7,6 +7,7 @@ A safety checker is never loaded: training and its samples do not use one.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,9 @@ def import_diffusers() -> Any:
     """Return the library. Raises LorakitError, which says how to install it."""
     try:
         import diffusers
+
+        with _no_word_of_packages():
+            diffusers.DiffusionPipeline  # noqa: B018  (imported when first named)
     except ImportError as error:
         raise LorakitError(
             f"pictures need diffusers, which is not installed ({error})\n  pip install 'lorakit[image]'"
@@ -136,17 +140,25 @@ def _from_single_file(diffusers: Any, file: Path, options: dict[str, Any]) -> An
 
 
 def _pipeline_class(diffusers: Any, index: Any) -> Any:
-    """Return the class that an index names, None if diffusers has none; without what transformers says at its import,
-    which is of packages that some pipelines could use and this one may not.
-    """
-    from transformers.utils import logging
-
-    said = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    """Return the class that an index names, None if diffusers has none."""
+    with _no_word_of_packages():
         return getattr(diffusers, str(index.get("_class_name")), None)
+
+
+@contextmanager
+def _no_word_of_packages() -> Iterator[None]:
+    """Within the block, an import does not mention the packages that some pipelines could use and this one may not."""
+    from transformers.utils import logging as transformers_logging
+
+    said, quantizer = transformers_logging.get_verbosity(), logging.getLogger("bitsandbytes")
+    level = quantizer.level
+    transformers_logging.set_verbosity_error()
+    quantizer.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        logging.set_verbosity(said)
+        transformers_logging.set_verbosity(said)
+        quantizer.setLevel(level)
 
 
 def _without(options: dict[str, Any], name: str) -> dict[str, Any]:

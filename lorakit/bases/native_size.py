@@ -14,13 +14,15 @@ from typing import Any
 from .load import EMBEDDED
 
 # Transformers without a sample_size (Flux, Qwen-Image, Z-Image) draw well from here to 1024 pixels, at a quarter of the
-# cost. The loop has the same value for pipelines that it has loaded.
+# cost.
 FALLBACK = 512
+MULTIPLE = 8  # of all sides: Stable Diffusion's pipelines ask for it whatever their autoencoder
 
 
 def native_size(name: str, revision: str | None = None) -> tuple[int, int] | None:
-    """Return (resolution, multiple): all sides must be multiples of the latter. `name`: 'embedded', a folder, or a hub
-    id, of which `revision` is a branch, tag or commit.
+    """Return (resolution, multiple): all sides must be multiples of the latter, and of `MULTIPLE`.
+
+    `name`: 'embedded', a folder, or a hub id, of which `revision` is a branch, tag or commit.
 
     None if it is no pipeline, or is not on this disk.
     """

@@ -88,8 +88,8 @@ def export(
     source: the path the adapter was read from.
 
     Raises AdapterError, which lists everything the receiver does not accept, each with a way out, or what is wrong in
-    the written file. Raises ConfigError for an unknown receiver, Ollama without `model`, or OUT with the name of a
-    token's own file. OUT is unchanged after an error.
+    the written file. Raises ConfigError for an unknown receiver, Ollama without `model`, or OUT with a name that the
+    receiver does not list or that a token's own file has. OUT is unchanged after an error.
     """
     if receiver not in RECEIVERS:
         raise ConfigError(
@@ -97,6 +97,8 @@ def export(
         )
     path, adapter = Path(out).expanduser(), in_pipeline(adapter.check())
     format = format_for(receiver, RECEIVERS[receiver].format, adapter)
+    if format in ("kohya", "comfyui") and path.suffix != ".safetensors":
+        raise ConfigError(f"{receiver} lists .safetensors files alone\n  name OUT {path}.safetensors")
     unfixable = {n for f in findings(adapter, receiver) if f.fix is None for n in f.into_base}
     parts = None
     if fix and unfixable and format != "gguf" and isinstance(base, str | Path):

@@ -1,4 +1,4 @@
-"""The one format of a diffusion adapter's file that most image programs read, for who has to choose before asking.
+"""The one format of a diffusion adapter's file that most image programs read, for use before one knows the program.
 
     SD1, SD2, SDXL        kohya       A1111, Forge, ComfyUI, diffusers, sd-scripts
     SD3, Flux, Chroma     diffusers   diffusers; ComfyUI maps these names

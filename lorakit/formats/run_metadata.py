@@ -65,7 +65,7 @@ def _steps(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, s
 
 
 def _pictures(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
-    """Those of a run on pictures, told by their count."""
+    """Those of a run on pictures, whose data has their number."""
     count = data.get("pictures")
     if not isinstance(count, int):
         return {}

@@ -12,9 +12,11 @@ from lorakit.analysis.labels import wrapped
 from lorakit.data.pictures.read import read_pictures
 from lorakit.data.pictures.settings import PictureSettings
 
+BUCKETS = {"bucket_max": 96, "bucket_step": 16}
+
 
 def read(folder, **given):
-    return read_pictures(folder, PictureSettings(bucket_max=96, bucket_step=16, **given), resolution=64, multiple=8)
+    return read_pictures(folder, PictureSettings(**given), resolution=64, multiple=8)
 
 
 def pages(data, title="title"):
@@ -23,7 +25,7 @@ def pages(data, title="title"):
 
 def test_the_sheet_shows_each_picture_bright_inside_its_crop_and_dark_outside(tmp_path):
     Image.new("RGB", (256, 64), (200, 200, 200)).save(tmp_path / "wide.png")
-    (page,) = pages(read(tmp_path, caption="a"))
+    (page,) = pages(read(tmp_path, caption="a", **BUCKETS))
     found = np.asarray(page).astype(int)
     bottom = sheet.GAP + sheet.LINE + 8 + sheet.CELL
     row = found[bottom - 20]  # through the picture, which stands at the bottom of its cell

@@ -8,6 +8,11 @@ import pytest
 from made_pictures import scene, write_lines, write_pictures
 from PIL import Image
 
+from lorakit.config import part
+from lorakit.tasks.image.encoded import Pictures
+from lorakit.tasks.text_to_image import TextToImageSettings
+from lorakit.train.config import TrainConfig
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -43,6 +48,26 @@ def test_the_contact_sheet_is_a_png(lorakit, folder, tmp_path):
     assert lorakit("data", "show", folder, "--out", sheet)[0] == 1
     assert sheet.read_bytes() == before
     assert lorakit("data", "show", folder, "--out", tmp_path / "sheet.jpg")[0] == 2
+
+
+def test_the_contact_sheet_never_replaces_or_joins_the_pictures(lorakit, folder):
+    before = (folder / "a.png").read_bytes()
+    for name in ("a.png", "c/sheet.png"):
+        code, _, error = lorakit("data", "show", folder, "--resolution", "64", "--out", folder / name)
+        assert code == 2
+        assert "would be one of the pictures\n  write it somewhere else" in error
+    assert (folder / "a.png").read_bytes() == before
+    assert not (folder / "c/sheet.png").exists()
+
+
+def test_buckets_are_those_of_training(lorakit, folder, tmp_path):
+    config = TrainConfig(task="text_to_image", model="embedded", data=str(folder), out=str(tmp_path / "run"))
+    resolution, multiple = Pictures(config, part(config, TextToImageSettings)).sizes()
+    assert (resolution, multiple) == (32, 8)
+    facts = json.loads(lorakit("data", "show", folder, "--model", "embedded", "--json")[1])
+    assert facts["resolution"] == resolution
+    assert all(bucket[side] % multiple == 0 for bucket in facts["buckets"] for side in ("width", "height"))
+    assert lorakit("data", "show", folder, "--resolution", "60")[0] == 2
 
 
 def test_json_has_the_counts(lorakit, folder, tmp_path):

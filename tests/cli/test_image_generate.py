@@ -293,7 +293,7 @@ def test_a_cut_prompt_is_said(draw):
         (("a", "--adapter", "inc.safetensors"), 1, "did you mean 'ink.safetensors'"),
         (("a", "--adapter", "ink.safetensors:x"), 2, "'x' is no weight"),
         (("a", "--scheduler", "eulr a"), 2, "did you mean 'euler a'"),
-        (("a", "--width", "15"), 2, "nearest: 14 or 16"),
+        (("a", "--width", "15"), 2, "nearest: 8 or 16"),
         (("a", "--out", "a.jpg"), 2, "written as PNG"),
         (("a", "--argument", "clip_skp=1"), 2, "did you mean 'clip_skip'"),
         (("a", "--model", "modle"), 1, "did you mean 'model'"),

@@ -155,6 +155,14 @@ def test_a_tokens_file_never_replaces_the_adapters(program, out, tmp_path):
     assert (tmp_path / out).read_text() == "mine"
 
 
+@pytest.mark.parametrize("program", ["comfyui", "a1111"])
+def test_a_name_that_the_program_does_not_list_is_refused(program, tmp_path):
+    for out in ("style", "style.v2", "style.pt"):
+        with pytest.raises(ConfigError, match=rf"lists \.safetensors files alone\n.*{out}\.safetensors"):
+            export(adapter("sd1", "unet"), tmp_path / out, program)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_note_names_each_token(tmp_path):
     from dataclasses import replace
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from ...errors import ConfigError
 from .next import command
 from .output import say
 from .starting import starting
-
-DEFAULT_RESOLUTION, DEFAULT_MULTIPLE = 512, 8  # where the model's own are not on this disk
 
 
 def show_pictures(
@@ -30,6 +29,8 @@ def show_pictures(
     """Print counts, buckets, captions and notes; draw the contact sheet if `out` is given. `flags`: for `next:`."""
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: a contact sheet is written as a PNG file\n  give a name that ends in .png")
+    if out is not None and out.expanduser().resolve().is_relative_to(Path(data).expanduser().resolve()):
+        raise ConfigError(f"--out {out}: in {data} the sheet would be one of the pictures\n  write it somewhere else")
     resolution, multiple, why = _size_for(model, settings)
     with starting(f"looking at the pictures of {data}"):
         from ...analysis.fonts import missing
@@ -70,12 +71,12 @@ def _draw(read: Any, data: str, out: Path) -> list[Path]:
 
 def _size_for(model: str, settings: PictureSettings) -> tuple[int, int, str]:
     """The model's own resolution and multiple, and a line that says so where the setting does not decide."""
-    from ...bases.native_size import native_size
+    from ...bases.native_size import FALLBACK, MULTIPLE, native_size
 
     own = native_size(model)
     if own is None:
-        why = f"resolution {DEFAULT_RESOLUTION}: {model} is not on this disk to say its own; --resolution changes it"
-        own = DEFAULT_RESOLUTION, DEFAULT_MULTIPLE
+        why = f"resolution {FALLBACK}: {model} is not on this disk to say its own; --resolution changes it"
+        own = FALLBACK, MULTIPLE
     else:
         why = f"resolution {own[0]}: the {model} model's own; --model or --resolution changes it"
-    return *own, why if settings.resolution == "auto" else ""
+    return own[0], math.lcm(own[1], MULTIPLE), why if settings.resolution == "auto" else ""

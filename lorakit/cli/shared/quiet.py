@@ -1,4 +1,4 @@
-"""Hush what the libraries say while a pipeline is loaded: of deprecations, and of packages that are not needed."""
+"""Silence the libraries while a pipeline is loaded: warnings of deprecations, and of packages that are not needed."""
 
 from __future__ import annotations
 

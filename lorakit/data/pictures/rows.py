@@ -106,8 +106,8 @@ def _parquet_files(path: Path, split: str | None) -> list[str]:
     if path.is_file():
         return [str(path)]
     files = sorted(str(file) for file in path.rglob("*.parquet") if not file.name.startswith("."))
-    wanted = split or ("train" if any("train" in Path(file).name.lower() for file in files) else "")
-    chosen = [file for file in files if wanted.lower() in Path(file).name.lower()]
+    subset = split or ("train" if any("train" in Path(file).name.lower() for file in files) else "")
+    chosen = [file for file in files if subset.lower() in Path(file).name.lower()]
     if not chosen:
         raise DataError(f"{path}: no Parquet file{f' for split {split!r} among: {listing(files)}' if files else ''}")
     return chosen

@@ -6,11 +6,13 @@ Everything is read from the signature, the configs and the tokenizers; no family
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...bases.load_pipeline import embedded_pipeline
+from ...bases.native_size import MULTIPLE
 from ...bases.pipeline import arguments_of, denoisers_of
 from ...errors import ConfigError, did_you_mean
 
@@ -128,14 +130,16 @@ def call_arguments(
 
 
 def check_side(pipe: Any, side: str, length: int) -> None:
-    """Raise ConfigError unless a width or height in pixels is a positive multiple of the autoencoder's factor."""
+    """Raise ConfigError unless a width or height in pixels is a positive multiple of what the pipeline needs."""
     factor = getattr(pipe, "vae_scale_factor", 1)
+    if denoisers_of(pipe)[0] == "unet":
+        factor = math.lcm(factor, MULTIPLE)
     if length >= factor and length % factor == 0:
         return
     below, above = length // factor * factor, -(-max(length, 1) // factor) * factor
     near = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n > 0)
     raise ConfigError(
-        f"{side} is {length}; {type(pipe).__name__}'s autoencoder makes multiples of {factor} pixels\n  nearest: {near}"
+        f"{side} is {length}; {type(pipe).__name__} makes multiples of {factor} pixels\n  nearest: {near}"
     )
 
 

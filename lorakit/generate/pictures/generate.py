@@ -31,7 +31,7 @@ from ..eval_mode import evaluating
 from .call import SETTINGS, call_arguments, cut_prompts, defaults_of, guided
 from .routed import NotByRow, routed
 
-# Pictures in one pass: at most this many, and at most so many pixels together. On the embedded pipeline (32 x 32, two
+# Pictures in one pass: at most this many, of at most this many pixels. On the embedded pipeline (32 x 32, two
 # slow cores) 8 in a pass take 0.37 of the time of one by one; at 1024 x 1024 one picture fills any device by itself.
 BATCH, PIXELS = 8, 4 * 512 * 512
 
@@ -157,7 +157,7 @@ def _chunks(rows: Sequence[Row], most: int, merged: bool) -> Iterator[list[Row]]
 
 @contextmanager
 def _generating(pipe: Any, model: Any, bar: bool) -> Iterator[None]:
-    """Put the components into evaluation mode, and hush the libraries; at the end all is as before."""
+    """Put the components into evaluation mode, and silence the libraries; restore both at the end."""
     from diffusers.utils import logging
 
     verbosity, shown = logging.get_verbosity(), vars(pipe).get("_progress_bar_config")

@@ -182,7 +182,7 @@ def read_png(path: Path) -> Parameters:
     raise DataError(
         f"{path} holds "
         + ("a workflow of ComfyUI, which only ComfyUI can run" if comfy else "no generation parameters")
-        + "\n  expected a PNG that lorakit or A1111 has made, not edited or sent by a program that drops its text"
+        + "\n  expected one picture, no grid, of lorakit or A1111, as a PNG that no program has edited or resent"
     )
 
 

@@ -90,9 +90,9 @@ def choose_scheduler(current: Any, name: str, schedule: str | None = None) -> An
     )
     if own and _switched(current) == switch:
         return current
-    wanted = {**dict.fromkeys(SCHEDULES.values(), False), **({switch: True} if switch else {}), **sampler.config}
+    settings = {**dict.fromkeys(SCHEDULES.values(), False), **({switch: True} if switch else {}), **sampler.config}
     try:
-        made = getattr(diffusers, sampler.scheduler).from_config(current.config, **wanted)
+        made = getattr(diffusers, sampler.scheduler).from_config(current.config, **settings)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"scheduler '{name}' cannot be used here: {str(error).strip().splitlines()[0]}") from error
     if switch and not made.config.get(switch):

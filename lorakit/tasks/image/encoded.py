@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...bases.device import choose_device, choose_dtype
 from ...bases.load_pipeline import load_pipeline
-from ...bases.native_size import native_size
+from ...bases.native_size import FALLBACK, MULTIPLE, native_size
 from ...bases.pipeline import PipelineModel, as_module, is_text_encoder
 from ...config import RunSettings, part
 from ...data.pictures.cache import TensorCache, caption_key, picture_key, weights_hash
@@ -28,7 +28,7 @@ from ...generate.eval_mode import evaluating
 from ...generate.pictures.call import cut_prompts
 from ...nondefault import nondefault
 from ..task import Data
-from .fit import check_fit, check_scheduler
+from .fit import check_fit
 from .latents import encode_pictures, latent_scale, size_multiple
 from .loss import losses
 from .packing import layout_of
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
 
 CACHE = "cache"  # in the run's folder
-MULTIPLE = 8  # the pipelines of Stable Diffusion ask for it whatever their autoencoder
-RESOLUTION = 512  # of a pipeline that does not say its own
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,7 @@ class Pictures:
         if "pipe" not in self._loaded:
             config, device = self.config, choose_device().value
             dtype = choose_dtype(config.precision, device).value
-            pipe = load_pipeline(config.model, dtype, device, config.revision)
-            check_scheduler(pipe.scheduler, self.diffusion)  # before it draws pictures of the class
-            self._loaded["pipe"] = pipe
+            self._loaded["pipe"] = load_pipeline(config.model, dtype, device, config.revision)
         return self._loaded["pipe"]
 
     def sizes(self) -> tuple[int, int]:
@@ -191,14 +187,13 @@ class Pictures:
 
     def collate(self, rows: Sequence[PictureRow]) -> dict[str, Any]:
         """Return a batch, on the CPU: `latents` [rows, ...], `prompts` (arguments of the pipeline's call), `weight`
-        [rows], `settings`, and `mask` [rows, 1, H, W] if one of the rows has one.
+        [rows], `of` (this object), and `mask` [rows, 1, H, W] if one of the rows has one.
         """
         batch: dict[str, Any] = {
             "latents": torch.stack([self.latents(row.item, row.drawn) for row in rows]),
             "prompts": self.prompts(rows),
             "of": self,
             "weight": torch.tensor([self.settings.prior_weight if row.is_prior else 1.0 for row in rows]),
-            "settings": self.diffusion,
         }
         masks = [row.item.mask_pixels(row.drawn) for row in rows]
         if any(mask is not None for mask in masks):
@@ -270,7 +265,7 @@ def resolution_of(pipe: Any) -> int:
         side = getattr(getattr(getattr(pipe, name, None), "config", None), "sample_size", None)
         if isinstance(side, int):
             return side * latent_scale(pipe)
-    return RESOLUTION
+    return FALLBACK
 
 
 def on_device(prompts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ...config import RunSettings, part
 from ...data.pictures.settings import PictureSettings
 from ...errors import ConfigError
 from ...io.atomic import replacing
+from .fit import check_scheduler
 
 if TYPE_CHECKING:
     from ..text_to_image import TextToImageSettings
@@ -29,7 +30,7 @@ AT_ONCE = 8  # pictures drawn and written together
 def with_prior(config: RunSettings, own: TextToImageSettings, pictures: Pictures) -> PictureSettings:
     """Return the settings to read the pictures with; the class's are drawn now if `prior_count` asks for some.
 
-    Raises ConfigError for settings that contradict each other.
+    Raises ConfigError for settings that contradict each other, or do not fit the pipeline's scheduler.
     """
     settings = part(own, PictureSettings)
     if not own.prior_count:
@@ -38,6 +39,7 @@ def with_prior(config: RunSettings, own: TextToImageSettings, pictures: Pictures
         raise ConfigError("prior_count: the class's pictures are given (prior_data)\n  give one of the two")
     if not own.prior_caption:
         raise ConfigError("prior_count: say what to draw\n  give prior_caption, such as 'a dog'")
+    check_scheduler(pictures.pipe.scheduler, pictures.diffusion)  # rather than after they are drawn
     folder = Path(config.out) / FOLDER / _drawn_from(config, own, pictures)
     _draw(pictures, folder, own.prior_caption, own.prior_count, config.seed, own.sample_guidance)
     return settings.replace(prior_data=str(folder))

@@ -155,7 +155,7 @@ def test_nan_is_an_error_that_names_the_picture(sd1):
     "settings, message",
     [
         ({"steps": 0}, "steps is 0"),
-        ({"width": 15}, "width is 15.* multiples of 2 .*\n.*nearest: 14 or 16"),
+        ({"width": 15}, "width is 15.* multiples of 8 .*\n.*nearest: 8 or 16"),
         ({"height": -2}, "height is -2"),
         ({"seed": [1]}, "seed has 1 values for 2 prompts"),
         ({"seed": -1}, "seed is -1"),
