@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,9 @@ def logits_differ(
     stored = logits_of(theirs)
     del theirs
     ours = load_model(str(base), torch.float32, torch.device("cpu"))
-    expected = logits_of(ours if adapter is None else attach(ours, adapter, force=True))
+    if adapter is not None:
+        attach(ours, replace(adapter, embeddings={}), force=True)  # a GGUF file has no room for new tokens
+    expected = logits_of(ours)
     del ours
     rounded = logits_of(_rounded(load_model(str(base), torch.float32, torch.device("cpu")), tensors))
     largest = expected.abs().max()

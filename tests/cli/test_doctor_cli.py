@@ -55,7 +55,15 @@ def test_json_holds_the_same_facts(lorakit):
     torch = next(lib for lib in facts["libraries"] if lib["name"] == "torch")
     assert torch["fix"] == ""
     assert torch["installed"] == versions.installed("torch")
-    assert {extra["name"] for extra in facts["extras"]} == {"tensorboard", "wandb", "gguf", "bench", "quant", "test"}
+    assert {extra["name"] for extra in facts["extras"]} == {
+        "tensorboard",
+        "wandb",
+        "gguf",
+        "image",
+        "bench",
+        "quant",
+        "test",
+    }
     assert facts["machine"]["devices"][-1]["kind"] == "cpu"
     assert {p["name"] for p in facts["machine"]["precisions"]} == {"fp32", "bf16", "fp16"}
     assert facts["machine"]["threads"]["cores"] >= 1
