@@ -119,7 +119,7 @@ def data(config: RunSettings, processor: Any) -> Data:
         train, held_out = held_out_of(dataset.items, config.validation)
     check_vocabulary(config, processor, [*train, *held_out])
     names = dataset.names
-    shape = f"{dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
+    shape = f"shape {dataset.shape}; {len(names)} labels: {', '.join(names[:12])}{' ...' * (len(names) > 12)}"
     return Data(train, held_out, shape, [("length", length)], {"labels": names}, dataset.notes)
 
 

@@ -155,10 +155,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
         ),
         ("adapter", f"{job.method.trained(config)}, {trained:,} trainable ({_short_number(100 * trained / total)} %)"),
         *_unreached(job),
-        (
-            "data",
-            f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, shape {data.shape}",
-        ),
+        ("data", f"{config.data}: {len(job.train):,} rows to train on, {len(job.held_out):,} held out, {data.shape}"),
         *data.facts,
         (
             "batch",

@@ -81,7 +81,28 @@ def test_a_run_writes_one_file_that_diffusers_places_wholly_and_draws_the_same_w
     assert not torch.allclose(theirs, before, atol=1e-3)
 
 
-def test_a_run_killed_twice_at_step_7_of_20_ends_with_the_bits_of_one_that_was_not(make, tmp_path):
+def masks_of(pictures: Path, folder: Path) -> Path:
+    """A mask for each picture: its left half."""
+    folder.mkdir()
+    for path in pictures.glob("*.png"):
+        mask = Image.new("L", Image.open(path).size)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        mask.save(folder / path.name)
+    return folder
+
+
+def test_loha_is_trained_on_attention_and_convolutions_and_written_as_lycoris_has_it(make):
+    config = make(variant="loha", targets="locon", steps=6, learning_rate=2e-2)
+    result = train(config, QUIET)
+    written = lk.Adapter.load(result.adapter)
+    assert {update.variant for update in written.updates.values()} == {"loha"}
+    assert any(key.endswith("hada_w1_a") for key in load_file(weights(result.adapter)))
+    base = load_pipeline(config.model, torch.float32, torch.device("cpu"))
+    before = draw(base)
+    assert not torch.allclose(draw(lk.attach(base, written)), before, atol=1e-3)
+
+
+def test_a_run_killed_twice_at_step_7_of_20_ends_with_the_bits_of_one_that_was_not(make, pictures, tmp_path):
     config = partial(
         make,
         steps=20,
@@ -97,6 +118,12 @@ def test_a_run_killed_twice_at_step_7_of_20_ends_with_the_bits_of_one_that_was_n
         caption_dropout=0.3,
         min_snr=5,
         noise_offset=0.05,
+        targets="locon",
+        gradient_checkpointing=True,
+        crop="random",
+        new_tokens={"<kin>": "cat"},
+        trigger="<kin>",
+        mask=str(masks_of(pictures, tmp_path / "masks")),
     )
     whole, killed = (
         config(out=tmp_path / "whole/run"),

@@ -78,7 +78,7 @@ def read_data(
         )
     counts = {"dropped": first.dropped, "cut": first.cut, "split": first.split}
     length = described(first.lengths, first.max_length, first.max_length_reason, counts, config)
-    return Data(train, held_out, shape, [("length", length)], {}, notes, mixture=mixed), first
+    return Data(train, held_out, f"shape {shape}", [("length", length)], {}, notes, mixture=mixed), first
 
 
 def _read(

@@ -33,6 +33,10 @@ def processor(tmp_path, **changes):
         ({"logit_std": 0.5, "timestep_sampling": "uniform"}, "logit_std is for logit-normal timesteps"),
         ({"text_encoder_learning_rate": 1e-5}, "text_encoder_learning_rate: no text encoder is trained"),
         ({"text_encoder_learning_rate": 1e-5, "components": ["unet"]}, "such as components: [unet, text_encoder]"),
+        (
+            {"text_encoder_learning_rate": {"text_encoder2": 1e-5}, "components": ["unet", "text_encoder_2"]},
+            "'text_encoder2' is not trained; did you mean 'text_encoder_2'?",
+        ),
         ({"trust_remote_code": True}, "trust_remote_code: task text_to_image does not have it"),
     ],
 )
@@ -109,3 +113,20 @@ def test_settings_with_an_effect_are_taken(tmp_path):
         sample_tokens=0,  # as runs of a sweep have it
     )
     assert type(pictures) is Pictures
+
+
+def test_each_text_encoder_may_have_a_rate_of_its_own(tmp_path):
+    rates = {"text_encoder": 1e-5, "text_encoder_2": 2e-5}
+    components = ["unet", *rates, "text_encoder_3"]
+    config = tiny_pictures.config(
+        tmp_path, tmp_path, tmp_path / "run", components=components, text_encoder_learning_rate=rates
+    )
+    factor = task_of("text_to_image").rate_factor
+    assert {name: factor(config, f"{name}.layer.lora_default.A", 1e-4) for name in components} == {
+        "unet": ("", 1.0),
+        "text_encoder": ("text_encoder", pytest.approx(0.1)),
+        "text_encoder_2": ("text_encoder_2", pytest.approx(0.2)),
+        "text_encoder_3": ("", 1.0),
+    }
+    one = config.replace(text_encoder_learning_rate=1e-5)
+    assert factor(one, "text_encoder_3.layer.lora_default.A", 1e-4) == ("text_encoder", pytest.approx(0.1))
