@@ -25,6 +25,7 @@ class Settings(Strict):
     prompts: list[str] = Field(default_factory=list, description="what to ask")
     ranks: dict[str, int] = Field(default_factory=dict, description="how many for whom")
     parts: dict[str, list[bool]] = Field(default_factory=dict, description="which parts")
+    rates: float | dict[str, float] | None = Field(None, description="one, or one each")
     held: float | str = Field(0.05, description="a share or a file")
     label: str | None = Field(None, description="a name")
     deep: bool = Field(True, description="whether to go deep")
@@ -66,6 +67,8 @@ def given(*args: str) -> dict:
         (["--prompts", '["a, b", "c: d"]'], {"prompts": ["a, b", "c: d"]}),
         (["--ranks", "q_proj=8,v=4"], {"ranks": {"q_proj": 8, "v": 4}}),
         (["--parts", "{c_attn: [true, false, true]}"], {"parts": {"c_attn": [True, False, True]}}),
+        (["--rates", "1.0e-5"], {"rates": 1e-5}),
+        (["--rates", "unet=1.0e-5,other=0.5"], {"rates": {"unet": 1e-5, "other": 0.5}}),
         (["--held", "0.1"], {"held": 0.1}),
         (["--held", "0"], {"held": 0}),
         (["--held", "held.jsonl"], {"held": "held.jsonl"}),
@@ -91,6 +94,7 @@ def test_a_flags_text_becomes_its_fields_value(args, flags):
         (["--ranks", "8"], "NAME=VALUE"),
         (["--ranks", "{broken"], r"Settings\.ranks"),
         (["--rate", "fast"], r"Settings\.rate"),
+        (["--rates", "fast"], r"Settings\.rates"),
     ],
 )
 def test_a_flag_that_does_not_fit_is_a_config_error_by_name(args, message):

@@ -125,7 +125,7 @@ def _value(info: FieldInfo, text: Any) -> Any:
     origins = [get_origin(k) or k for k in _kinds(info.annotation)]
     if (dict in origins and text.startswith("{")) or (list in origins and text.startswith("[") and text.endswith("]")):
         return _yaml(text)  # YAML brackets, for values with commas
-    if dict in origins and not (list in origins and "=" not in text):
+    if dict in origins and ("=" in text or set(origins) == {dict}):
         pairs = [part.partition("=") for part in text.split(",") if part]
         if not all(sep for _, sep, _ in pairs):
             raise ConfigError(f"expected NAME=VALUE,... (got '{text}')")
