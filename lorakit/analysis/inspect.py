@@ -142,7 +142,7 @@ class AdapterFacts:
             say(f"textual-inversion embedding: {printable(token)} {shape}")
         for section in ("recipe", "data", "metrics"):
             if isinstance(self.metadata.get(section), Mapping) and self.metadata[section]:
-                facts = (f"{k} {_brief(v)}" for k, v in self.metadata[section].items())
+                facts = (f"{k} {_brief(v)}" for k, v in self.metadata[section].items() if v is not None)
                 say(printable(f"{section}: {', '.join(facts)}"))
         start = self.metadata.get("started_from")
         if isinstance(start, Mapping):
@@ -193,9 +193,9 @@ class AdapterFacts:
 
 
 def _brief(value: Any) -> str:
-    """Format a value for reading: numbers with six digits, a hash or a long text by its beginning. `--json` has all of
-    it.
-    """
+    """Format a value for reading; `--json` has all of it."""
+    if isinstance(value, Mapping) and len(value) > 8:
+        return f"({len(value):,} entries)"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str) and len(value) > LONGEST:

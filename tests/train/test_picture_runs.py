@@ -301,7 +301,8 @@ def test_samples_say_in_the_png_what_they_were_drawn_from_and_the_report_shows_t
     assert [step for step, _ in folder.sampled()] == [2, 4]
     sample = read_png(folder.samples / "step-4" / "1.png")
     assert (sample.prompt, sample.seed, sample.guidance, sample.steps) == ("a red cat", 5, 2.0, 2)
-    assert sample.sampler == "DDIM"
+    assert (sample.sampler, sample.precision, sample.model) == ("DDIM", "fp32", "sd1")
+    assert sample.version.startswith("lorakit ")
     assert list(sample.loras) == ["adapter"]
     assert not read_png(folder.samples / "step-0" / "1.png").loras
     assert "data:image/png;base64," in folder.report.read_text()

@@ -79,10 +79,9 @@ def load(
     """
     from ...adapter.adapter import Adapter
     from ...bases.device import choose_device, choose_dtype
-    from ...bases.load import EMBEDDED
     from ...bases.load_pipeline import load_pipeline
     from ...generate.pictures.generate import scaled_weights
-    from ...generate.pictures.identity import lora_hash, model_hash, public_source
+    from ...generate.pictures.identity import lora_hash, model_hash, model_name, precision_name, public_source
     from ...model.activate import activate
     from ...model.attach import attach
     from ..shared.files import say_if_unfinished
@@ -98,7 +97,7 @@ def load(
     with quiet_libraries():
         pipe = load_pipeline(model, dtype, device)
     digest = model_hash(pipe, model)
-    name = model if model == EMBEDDED else Path(model).stem if Path(model).is_file() else Path(model).name
+    name = model_name(model)
     loras = {
         use.name: Lora(use.weight or 0.0, use.parts, lora_hash(use.source), public_source(use.source)) for use in uses
     }
@@ -108,9 +107,8 @@ def load(
         attach(pipe, read[use.name], use.name, force=force_base, activate=False)
         activate(pipe, scaled_weights(pipe, {use.name: dict(use.parts) or 1.0}, 1.0))  # names an unknown part
         activate(pipe, None)
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]
     about = {use.name: about_adapter(read[use.name], loras[use.name]) for use in uses}
-    return Loaded(pipe, name, digest, public_source(model), loras, about, device, short)
+    return Loaded(pipe, name, digest, public_source(model), loras, about, device, precision_name(dtype))
 
 
 def check_for_pictures(source: str, adapter: Adapter) -> None:

@@ -12,10 +12,10 @@ from ...errors import ConfigError, LorakitWarning
 from ...generate.pictures.call import defaults_of
 from ...generate.pictures.generate import stream_pictures
 from ...generate.pictures.grid import grid
+from ...generate.pictures.identity import PROGRAM, libraries
 from ...generate.pictures.png_text import Lora, Parameters, number
 from ...generate.pictures.schedulers import choose_scheduler, name_of
 from ...generate.pictures.sheet import Sheet, Value, sheet
-from ...version import VERSION
 from .drawing import Loaded, Numbered, weights_of, write
 from .request import is_png
 
@@ -234,9 +234,6 @@ def plan(
 
 
 def _settled(loaded: Loaded, asked: Mapping[str, Any], made: Parameters) -> Parameters:
-    import diffusers
-    import torch
-
     pipe = loaded.pipe
     own = defaults_of(pipe)
     defaults = {"steps": own.steps, "guidance": own.guidance, "width": own.width, "height": own.height}
@@ -266,8 +263,8 @@ def _settled(loaded: Loaded, asked: Mapping[str, Any], made: Parameters) -> Para
         model_source=loaded.source,
         precision=loaded.precision,
         arguments={**made.arguments, **asked.get("arguments", {})},
-        libraries=f"diffusers {diffusers.__version__}, torch {torch.__version__}",
-        version=f"lorakit {VERSION}",
+        libraries=libraries(),
+        version=PROGRAM,
     )
 
 

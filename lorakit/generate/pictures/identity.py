@@ -17,9 +17,11 @@ import torch
 
 from ...formats import find, weights_of
 from ...formats.kohya_metadata import file_hashes
+from ...version import VERSION
 from .png_text import Lora, Parameters
 
 MODEL_DIGITS, LORA_DIGITS = 10, 12
+PROGRAM = f"lorakit {VERSION}"
 SAMPLES = 64  # elements of each parameter
 
 
@@ -38,6 +40,24 @@ def model_hash(pipe: Any, source: str) -> str:
                 at = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLES, len(flat))).long()
                 sha256.update(flat[at.to(flat.device)].cpu().float().numpy().tobytes())
     return sha256.hexdigest()[:MODEL_DIGITS]
+
+
+def model_name(source: str) -> str:
+    """Return a model's name: of a file or folder without its path, of a hub id without its owner."""
+    path = Path(source)
+    return path.stem if path.is_file() else path.name
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Return a precision as `--precision` has it: bf16, fp16 or fp32."""
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]
+
+
+def libraries() -> str:
+    """Return the versions of the libraries that a picture depends on."""
+    import diffusers
+
+    return f"diffusers {diffusers.__version__}, torch {torch.__version__}"
 
 
 def lora_hash(source: str) -> str | None:

@@ -86,17 +86,20 @@ def draw(own: TextToImageSettings, base: Base, prompts: Sequence[PicturePrompt])
     weight = next(iter(active(base.model).values()), None)
     loras = {ADAPTER: Lora(weight)} if isinstance(weight, float) else {}
     return [
-        PictureSample(picture, replace(_parameters(own, pipe, prompt.text, picture.size), loras=loras))
+        PictureSample(picture, replace(_parameters(own, base, prompt.text, picture.size), loras=loras))
         for prompt, picture in zip(prompts, pictures, strict=True)
     ]
 
 
-def _parameters(own: TextToImageSettings, pipe: Any, prompt: str, size: tuple[int, int]) -> Parameters:
+def _parameters(own: TextToImageSettings, base: Base, prompt: str, size: tuple[int, int]) -> Parameters:
     """Return what a picture of the base is made from. `size`: its width and height."""
+    from ...bases.pipeline import denoisers_of
     from ...generate.pictures.call import defaults_of
+    from ...generate.pictures.identity import PROGRAM, libraries, model_name, precision_name, public_source
     from ...generate.pictures.png_text import Parameters
     from ...generate.pictures.schedulers import name_of
 
+    pipe, model = base.processor.pipe, base.config.model
     sampler, schedule = name_of(pipe.scheduler)
     return Parameters(
         prompt,
@@ -108,6 +111,11 @@ def _parameters(own: TextToImageSettings, pipe: Any, prompt: str, size: tuple[in
         seed=own.sample_seed,
         width=size[0],
         height=size[1],
+        model=model_name(model),
+        model_source=public_source(model),
+        precision=precision_name(pipe.components[denoisers_of(pipe)[0]].dtype),
+        libraries=libraries(),
+        version=PROGRAM,
     )
 
 
@@ -121,7 +129,7 @@ def base_samples(
     if len(found) != len(prompts):
         return []
     for prompt, sample in zip(prompts, found):
-        expected = _parameters(own, base.processor.pipe, prompt.text, prompt.size or sample.picture.size)
+        expected = _parameters(own, base, prompt.text, prompt.size or sample.picture.size)
         if sample.made_from != _without_adapter(expected):
             return []
     return found

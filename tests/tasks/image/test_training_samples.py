@@ -23,7 +23,9 @@ def base():
     pipe.set_progress_bar_config(disable=True)
     lk.attach(pipe, lk.LoraConfig(rank=2))
     lk.activate(pipe, None)
-    return SimpleNamespace(model=as_module(pipe), processor=SimpleNamespace(pipe=pipe))
+    return SimpleNamespace(
+        model=as_module(pipe), processor=SimpleNamespace(pipe=pipe), config=SimpleNamespace(model="sd1")
+    )
 
 
 @pytest.fixture
