@@ -36,7 +36,7 @@ from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
 from . import peft_adalora, peft_lycoris, peft_tokens
 from .format import Format, ReadOptions, WriteOptions
-from .inside import not_adapter
+from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
 from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
 from .peft_experts import misread, note
@@ -45,8 +45,6 @@ from .peft_shards import PICKLE, WEIGHTS, read_weights
 from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
-
-OURS = "lorakit.json"
 
 
 def is_peft(path: Path) -> bool:

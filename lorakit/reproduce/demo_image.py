@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bases.load import EMBEDDED
 from ..errors import StoppedError
+from ..formats.inside import DIFFUSERS_FILE
 
 if TYPE_CHECKING:
     from .image_measures import Studio
@@ -50,7 +51,6 @@ SLIDER_SETTINGS: dict[str, Any] = {
     "slider_target": "an animal",
 }
 PRIOR_PICTURES, FEW_PRIOR_PICTURES, FEW_SAMPLING_STEPS = 64, 2, 2
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)

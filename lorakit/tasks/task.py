@@ -122,7 +122,7 @@ class Task(Protocol):
     shares: bool  # whether rows of several runs may share a forward pass; else each run draws what it would alone
     traced: bool  # whether a step runs on shapes alone, for `lorakit plan`
     uses_all: bool  # whether each step gives every trained parameter a gradient
-    compares: bool  # whether the base is evaluated too, at the first evaluation
+    compares: bool  # whether the base is evaluated too, before the first step
 
     def defaults(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return settings of a run that have another default with this task. `given`: those that were given."""

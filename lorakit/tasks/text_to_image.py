@@ -50,9 +50,7 @@ class TextToImageSettings(PictureSettings, DiffusionSettings, Sliding, Columns, 
         1.0, gt=0, allow_inf_nan=False, description="weight of the class's pictures in the loss (prior preservation)"
     )
     prior_count: int = Field(
-        0,
-        ge=0,
-        description="draw so many pictures of prior_caption with the base, before training, as the class's pictures",
+        0, ge=0, description="number of class pictures that the base draws of prior_caption before training"
     )
     cache: str = Field(
         "auto",

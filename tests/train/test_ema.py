@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -23,10 +24,12 @@ def test_the_parameters_are_the_averages_inside_and_bit_for_bit_their_own_after_
     parameter = nn.Parameter(torch.randn(4))
     ema, before = Ema(0.9, {"a": parameter}), parameter.detach().clone()
     ema.load({"a": torch.full((4,), 7.0)})
-    try:
+
+    def interrupted():
         with ema.in_use():
             assert parameter.tolist() == [7.0] * 4
             raise KeyError
-    except KeyError:
-        pass
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert torch.equal(parameter, before)

@@ -79,11 +79,6 @@ def layout_of(model: PipelineModel, latents: Tensor, prompts: Mapping[str, Any])
     return model.layouts[key]
 
 
-def packed(pipe: Any, model: PipelineModel, latents: Tensor) -> Tensor:
-    """Return latents as the pipeline's scheduler sees them. The pipeline's text encoders are used for the probe."""
-    return layout_of(model, latents, batch_prompts(encode_prompts(pipe, [""]))).packed(latents)
-
-
 # ------------------------------------------------------------------------------------- finding out
 
 

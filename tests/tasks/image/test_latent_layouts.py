@@ -10,7 +10,8 @@ from tiny_families import FAMILIES, OTHERS
 
 from lorakit.bases.pipeline import as_module
 from lorakit.errors import TrainError
-from lorakit.tasks.image.packing import layout_of, packed
+from lorakit.tasks.image.packing import layout_of
+from lorakit.tasks.image.prompts import batch_prompts, encode_prompts
 
 
 def found(family):
@@ -138,7 +139,8 @@ def test_latents_in_another_memory_format():
 def test_packed_without_prompts():
     family = FAMILIES["flux"]()
     theirs = type(family.pipe)._pack_latents(family.latents, 3, 4, 8, 8)
-    assert torch.equal(packed(family.pipe, as_module(family.pipe), family.latents), theirs)
+    prompts = batch_prompts(encode_prompts(family.pipe, [""]))
+    assert torch.equal(layout_of(as_module(family.pipe), family.latents, prompts).packed(family.latents), theirs)
 
 
 # ------------------------------------------------------------------------------------- refused
