@@ -39,7 +39,9 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name():
         ({"rank_pattern": {"(": 4}}, "not a regular expression"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha for 'q_proj' must be a positive number"),
         ({"packed": {"c_attn": [False, False]}}, "no part of 'c_attn' is adapted"),
-        ({"init": "pissa"}, "LoraConfig.init"),
+        ({"init": "pizza"}, "LoraConfig.init"),
+        ({"lokr_factor": 4}, "lokr_factor has an effect with variant='lokr' only"),
+        ({"lora_plus": 0}, "LoraConfig.lora_plus"),
     ],
 )
 def test_a_wrong_value_is_refused_and_named(settings, said):

@@ -1,0 +1,31 @@
+"""Validated settings, without torch: an adapter's (`LoraConfig`) and a training run's (`RunSettings`).
+
+`LoraConfig` uses lorakit's names; `lorakit/formats/peft_config.py` maps them to PEFT's `adapter_config.json`. A run's
+config, flat in YAML, joins `RunSettings` with the settings of all methods and tasks: see `lorakit/train/config.py`.
+"""
+
+from .lora import ALL_LINEAR, MAX_RANK, PRESETS, LoraConfig, LoraSettings, Tokens, scale_of, variants
+from .peft_names import PEFT_NAMES
+from .run import Auto, RunSettings, Source
+from .strict import Choice, Strict, at_least_one, explain, joined, part
+
+__all__ = [
+    "ALL_LINEAR",
+    "MAX_RANK",
+    "PEFT_NAMES",
+    "PRESETS",
+    "Auto",
+    "Choice",
+    "LoraConfig",
+    "LoraSettings",
+    "RunSettings",
+    "Source",
+    "Strict",
+    "Tokens",
+    "at_least_one",
+    "explain",
+    "joined",
+    "part",
+    "scale_of",
+    "variants",
+]

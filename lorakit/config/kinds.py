@@ -1,0 +1,59 @@
+"""Settings of one kind of update, one start or one way of training. Given with another kind, they are an error."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from .strict import Strict
+
+# setting -> the settings and values that it needs (any one of them)
+_NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "adalora_rank": (("variant", "adalora"),),
+    "adalora_warmup": (("variant", "adalora"),),
+    "adalora_final": (("variant", "adalora"),),
+    "adalora_every": (("variant", "adalora"),),
+    "adalora_penalty": (("variant", "adalora"),),
+    "lokr_factor": (("variant", "lokr"),),
+    "lokr_both": (("variant", "lokr"),),
+    "vera_seed": (("variant", "vera"),),
+    "vera_start": (("variant", "vera"),),
+    "eva_rho": (("init", "eva"),),
+    "init_batches": (("init", "eva"), ("init", "lora_ga")),
+}
+
+
+class KindSettings(Strict):
+    """The settings of `LoraSettings` that only some kinds of update (`variant`) or starts (`init`) have."""
+
+    lora_plus: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="LoRA+: B's learning rate as a multiple of A's, such as 16"
+    )
+    freeze_a: bool = Field(False, description="LoRA-FA: train B alone; A keeps its random start")
+    adalora_rank: int | None = Field(
+        None, ge=1, description="AdaLoRA's average rank at the end (default: half of rank, where it starts)"
+    )
+    adalora_warmup: float = Field(0.1, ge=0, lt=1, description="AdaLoRA: share of the steps before ranks are reduced")
+    adalora_final: float = Field(0.5, ge=0, lt=1, description="AdaLoRA: share of the steps after ranks are settled")
+    adalora_every: int = Field(1, ge=1, description="AdaLoRA: steps between two reductions of the ranks")
+    adalora_penalty: float = Field(
+        0.5, ge=0, allow_inf_nan=False, description="AdaLoRA: weight of the penalty on factors that are not orthogonal"
+    )
+    lokr_factor: int | None = Field(
+        None, ge=2, description="LoKr: size of the smaller factor (default: as square as the sizes allow)"
+    )
+    lokr_both: bool = Field(False, description="LoKr: the smaller factor is a product of low rank too")
+    vera_seed: int = Field(0, ge=0, description="VeRA: seed of the random matrices that all modules share")
+    vera_start: float = Field(0.1, allow_inf_nan=False, description="VeRA: the vector d's value at the start")
+    eva_rho: float = Field(
+        2.0, ge=1, allow_inf_nan=False, description="EVA: a module's rank is at most this many times rank"
+    )
+    init_batches: int = Field(8, ge=1, description="EVA, LoRA-GA: batches of training data that the start is made from")
+
+    @model_validator(mode="after")
+    def _belong(self):
+        for setting, needs in _NEEDS.items():
+            changed = getattr(self, setting) != type(self).model_fields[setting].default
+            if changed and not any(getattr(self, name, value) == value for name, value in needs):
+                wanted = " or ".join(f"{name}='{value}'" for name, value in needs)
+                raise ValueError(f"{setting} has an effect with {wanted} only; remove it, or give that")
+        return self

@@ -1,0 +1,173 @@
+"""An adapter's settings: which modules get which update, of what shape, from what start."""
+
+from __future__ import annotations
+
+import math
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..errors import did_you_mean
+from ..module_names import Patterns, ends_with
+from .kinds import KindSettings
+from .strict import check_pattern
+
+ALL_LINEAR = "all-linear"
+PRESETS = (ALL_LINEAR, "attention", "kohya", "locon")  # sets of targets by name, the others in layers/presets.py
+MAX_RANK = 65536  # beyond any sensible rank
+Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
+Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "loftq"]
+
+
+class LoraSettings(KindSettings):
+    """Which modules get a low-rank update, and of what shape (Hu et al. 2021, section 4).
+
+    ΔW = scale · B A with A: [rank, in], B: [out, rank]; scale = alpha / rank, or alpha / √rank with `rslora`.
+    """
+
+    rank: int = Field(16, ge=1, le=MAX_RANK, description="rank of the update")
+    # 32 whatever the rank ("LoRA Without Regret", 2025): the best learning rate then hardly depends on the rank.
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="numerator of the update's scale, alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank branch, in training")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases to train: none, all, or those of adapted modules"
+    )
+    targets: str | list[str] = Field(
+        ALL_LINEAR,
+        description="modules to adapt: all-linear, attention, kohya, locon, name endings, or one regular expression "
+        "for full names",
+    )
+    components: list[str] | None = Field(
+        None, min_length=1, description="components of a pipeline to adapt, such as unet; default: its denoiser"
+    )
+    exclude: str | list[str] | None = Field(
+        None, description="modules to skip: name endings, or one regular expression"
+    )
+    layers: list[int] | None = Field(
+        None, description="only these layer numbers: the first number in a module's name, after two names at least"
+    )
+    layers_pattern: list[str] = Field(
+        default_factory=list,
+        description="with layers: the names before the layer's number, such as h or blocks (default: any)",
+    )
+    strict_targets: bool = Field(True, description="a target that no module matches is an error; false: list it")
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="other ranks: {name ending or regular expression: rank}"
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="other alphas: {name ending or regular expression: alpha}"
+    )
+    rslora: bool = Field(False, description="scale by alpha / √rank (Kalajdzievski 2023)")
+    variant: str = Field("lora", description="kind of update to train (docs/python.md lists them)")
+    init: Init = Field(
+        "default",
+        description="start: A kaiming-uniform, or gaussian; pissa, olora, milora, loftq (of W); eva, lora_ga (of data)",
+    )
+    save_modules: list[str] = Field(
+        default_factory=list, description="modules to train and save in full (PEFT's modules_to_save)"
+    )
+    trainable_tokens: Tokens | dict[str, Tokens] = Field(
+        default_factory=list,
+        description="tokens whose rows of the embedding are trained: ids or tokens, or {name ending: tokens}",
+    )
+    packed: dict[str, list[bool]] = Field(
+        default_factory=dict,
+        description="packed projections: {name ending: which of its equal parts to adapt}, e.g. c_attn: [true, false, "
+        "true]",
+    )
+
+    @field_validator("targets", "exclude")
+    @classmethod
+    def _names_or_regex(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list):
+            if not value or not all(value):
+                raise ValueError("expected at least one name ending, and none of them empty")
+            return sorted(dict.fromkeys(value))
+        if isinstance(value, str) and value not in PRESETS:
+            check_pattern(value)
+        return value
+
+    @field_validator("variant")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in variants():
+            raise ValueError(
+                f"there is no '{value}'{did_you_mean(value, variants())}; it is one of {', '.join(variants())}"
+            )
+        return value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks(cls, value: dict[str, int]) -> dict[str, int]:
+        for key, rank in value.items():
+            check_pattern(key)
+            if not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"the rank for '{key}' must be at least 1 and at most {MAX_RANK} (got {rank})")
+        return value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas(cls, value: dict[str, float]) -> dict[str, float]:
+        for key, alpha in value.items():
+            check_pattern(key)
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise ValueError(f"the alpha for '{key}' must be a positive number (got {alpha})")
+        return value
+
+    @field_validator("packed")
+    @classmethod
+    def _packed(cls, value: dict[str, list[bool]]) -> dict[str, list[bool]]:
+        for key, parts in value.items():
+            if not any(parts):
+                raise ValueError(f"no part of '{key}' is adapted; remove it from the targets instead")
+        return value
+
+    @model_validator(mode="after")
+    def _pattern_needs_layers(self):
+        for pattern in self.layers_pattern:
+            check_pattern(pattern)
+        if self.layers_pattern and self.layers is None:
+            raise ValueError("layers_pattern says where the numbers of layers are; give layers too")
+        return self
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank for a module's full name."""
+        return self._ranks_by_name.value(module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Return the alpha for a module's full name."""
+        return self._alphas_by_name.value(module, self.alpha)
+
+    @cached_property
+    def _ranks_by_name(self) -> Patterns:
+        return Patterns(self.rank_pattern)
+
+    @cached_property
+    def _alphas_by_name(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
+
+    def parts_of(self, module: str) -> tuple[bool, ...] | None:
+        """Return which equal parts of a packed projection are adapted; None for an ordinary module."""
+        return next((tuple(parts) for key, parts in self.packed.items() if ends_with(module, key)), None)
+
+
+class LoraConfig(LoraSettings):
+    """An adapter's settings: those of its updates, its task and its base."""
+
+    task: str | None = Field(None, description="PEFT's task_type: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, ...")
+    base: str | None = Field(None, description="the base model's hub id or folder")
+    revision: str | None = Field(None, description="the base model's revision on the hub")
+
+
+@cache
+def variants() -> tuple[str, ...]:
+    """List the kinds of update that can be attached to a live model: the files of layers/updates/ (not imported)."""
+    files = (Path(__file__).parent.parent / "layers" / "updates").glob("*.py")
+    return tuple(sorted(file.stem for file in files if file.stem not in ("__init__", "update")))
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """Return the scale of B A: alpha / rank, or alpha / √rank with `rslora`."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
