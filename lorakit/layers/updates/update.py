@@ -41,7 +41,12 @@ class Pair(Protocol):
 
 
 class LiveUpdate(Own):
-    """One adapter's update of one module, with its parameters."""
+    """One adapter's update of one module, with its parameters.
+
+    A buffer registered with `persistent=True` is part of a run's checkpoints, which restore it to the bit. One with
+    `persistent=False` is computed again when a run resumes. `value` must not depend on buffers that change in training:
+    the result may have the parameters of an earlier step, or their averages.
+    """
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
