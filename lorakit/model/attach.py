@@ -150,9 +150,13 @@ class _Plan:
         """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
-            return live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
-        value = self.values[name]
-        return live(value.variant).of(module, name, value, self.config.dropout, trainable)
+            update = live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
+        else:
+            value = self.values[name]
+            update = live(value.variant).of(module, name, value, self.config.dropout, trainable)
+        if trainable and self.config.freeze_a and not tokens_of(self.config, name):
+            update.freeze_a(module, name)
+        return update
 
 
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
