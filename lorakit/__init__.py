@@ -41,7 +41,7 @@ _HOME = {
     "active": ".model.activate",
     "adapters": ".model.activate",
     "unmerge": ".model.merge",
-    **{name: ".model.training" for name in ("parameter_groups", "penalty", "after_step")},
+    **dict.fromkeys(("parameter_groups", "penalty", "after_step"), ".model.training"),
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
