@@ -34,6 +34,7 @@ from ..io.tensors import read_tensors
 from ..layers.layer import child_name
 from ..layers.updates.update import LiveUpdate
 from ..model.attach import DEFAULT
+from .optimizer import put_state, state_of
 
 PREFIX, TEMPORARY = "step-", ".writing-"
 
@@ -268,7 +269,7 @@ def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer, 
         state = {
             key.rpartition(".")[2]: value for key, value in loaded.optimizer.items() if key.rpartition(".")[0] == name
         }
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        put_state(optimizer, parameter, state)
 
 
 def put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str = "parameters") -> None:
@@ -287,6 +288,5 @@ def put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: st
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous().clone()
+        tensors |= {f"{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return tensors

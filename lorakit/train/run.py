@@ -55,7 +55,7 @@ class Run:
         self.job, self.config, self.display = job, job.config, display
         self.parameters = resume.trainable(job.model, job.adapter)
         factors = job.rate_factors(self.parameters)
-        self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value, factors.__getitem__)
+        self.optimizer = optimizer.build(self.config, job.model, self.parameters, job.rate.value, factors.__getitem__)
         self.ema = Ema(self.config.ema, self.parameters) if self.config.ema else None
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, Tensor] = {}

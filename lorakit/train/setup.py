@@ -25,7 +25,7 @@ from ..methods.method import Method
 from ..model.attach import DEFAULT
 from ..tasks import task_of
 from ..tasks.task import Base, Data, Item, Task
-from . import compile, defaults
+from . import compile, defaults, optimizer
 from .config import TrainConfig
 from .launch import command, peers
 from .memory import check
@@ -150,6 +150,8 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     data = _data_of(configs, task, processor)
     parallel = Parallel(some_unused=not task.uses_all)
     device = parallel.device
+    for each in configs.values():
+        optimizer.check(each, device)
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))
     if not alone and (why := next((why for each in configs.values() if (why := method.alone(each))), None)):
