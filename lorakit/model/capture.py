@@ -43,7 +43,11 @@ def capture(model: Any, name: str | None = None) -> Adapter:
     check_captured(own_saved.items())
     kept = {full: _copy(parameter) for full, parameter in own_saved.items()}
     embeddings = {token: _copy(vectors) for token, vectors in attached.embeddings.items()}
-    adapter = Adapter(attached.config, updates, kept, copy.deepcopy(dict(attached.metadata)), embeddings)
+    kinds = {update.variant for update in updates.values()} - {"tokens"}
+    config = attached.config
+    if kinds and config.variant not in {*kinds, "tokens"}:  # as values they are of another kind: AdaLoRA is a LoRA
+        config = config.of_variant(sorted(kinds)[0])
+    adapter = Adapter(config, updates, kept, copy.deepcopy(dict(attached.metadata)), embeddings)
     return renamed(adapter, attached.names)
 
 

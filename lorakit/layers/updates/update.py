@@ -52,6 +52,7 @@ class LiveUpdate(Own):
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
+    averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
     tied = False  # whether it is the update of another module, whose weight this one shares
 
     @classmethod
