@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +21,8 @@ PRESETS = (ALL_LINEAR, "attention", "kohya", "locon")  # sets of targets by name
 MAX_RANK = 65536  # beyond any sensible rank
 Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
 Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "loftq"]
+_OF_STARTS = ("eva_rho", "init_batches")
+_RANDOM = ("default", "gaussian")
 
 
 class LoraSettings(KindSettings):
@@ -139,6 +143,24 @@ class LoraSettings(KindSettings):
     def alpha_of(self, module: str) -> float:
         """Return the alpha for a module's full name."""
         return self._alphas_by_name.value(module, self.alpha)
+
+    def of_values(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Self:
+        """Return the settings of an adapter with values, of these ranks and alphas by module's full name.
+
+        How it started is no setting of it any more, unless at random; a start that was subtracted has twice the rank.
+        """
+        if self.init in _RANDOM:
+            return self
+        changes: dict[str, Any] = {name: type(self).model_fields[name].default for name in ("init", *_OF_STARTS)}
+        if any(self.rank_of(m) != r for m, r in ranks.items()) or any(self.alpha_of(m) != a for m, a in alphas.items()):
+            rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
+            changes |= {
+                "rank": rank,
+                "alpha": alpha,
+                "rank_pattern": {f"^{m}": r for m, r in ranks.items() if r != rank},
+                "alpha_pattern": {f"^{m}": a for m, a in alphas.items() if a != alpha},
+            }
+        return self.replace(**changes)
 
     @cached_property
     def _ranks_by_name(self) -> Patterns:

@@ -46,6 +46,7 @@ class LiveUpdate(Own):
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
     tied = False  # whether it is the update of another module, whose weight this one shares
+    starts = False  # whether it can start from given factors A and B (`begin`)
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -55,6 +56,14 @@ class LiveUpdate(Own):
     @classmethod
     def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
+        raise NotImplementedError
+
+    def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
+        """Start from these A and B instead of random ones (`layers.init`). Called once, before it is registered.
+
+        values: in the layer's layout; None: keep the random ones. subtracted: from now on ΔW is the difference from the
+        start, which is kept as a frozen pair.
+        """
         raise NotImplementedError
 
     def value(self, layer: LoraLayer) -> Update:
