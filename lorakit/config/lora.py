@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from ..errors import did_you_mean
 from ..module_names import Patterns, ends_with
 from .kinds import KindSettings
+from .short_names import SHORT_NAMES, spelled_out
 from .strict import check_pattern
 
 ALL_LINEAR = "all-linear"
@@ -82,6 +83,11 @@ class LoraSettings(KindSettings):
         "true]",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_name(cls, values: Any) -> Any:
+        return spelled_out(values)
+
     @field_validator("targets", "exclude")
     @classmethod
     def _names_or_regex(cls, value: str | list[str] | None) -> str | list[str] | None:
@@ -96,10 +102,9 @@ class LoraSettings(KindSettings):
     @field_validator("variant")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in variants():
-            raise ValueError(
-                f"there is no '{value}'{did_you_mean(value, variants())}; it is one of {', '.join(variants())}"
-            )
+        known = (*variants(), *SHORT_NAMES)
+        if value not in known:
+            raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {', '.join(known)}")
         return value
 
     @field_validator("rank_pattern")

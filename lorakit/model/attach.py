@@ -190,14 +190,15 @@ class _Plan:
         """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
-            variant = variant_of(self.config, name)
-            update = live(variant).fresh(module, name, self.config, trainable)
-            start = self.started
-            if start is not None and variant == self.config.variant and (start.subtracted or name in start.factors):
-                update.begin(module, start.factors.get(name), start.subtracted)
-            return update
-        value = self.values[name]
-        return live(value.variant).of(module, name, value, self.config.dropout, trainable)
+            update = live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
+            if self.started is not None and name in self.started.factors:
+                update.begin(module, self.started.factors[name], self.started.subtracted)
+        else:
+            value = self.values[name]
+            update = live(value.variant).of(module, name, value, self.config.dropout, trainable)
+        if trainable and self.config.freeze_a and not tokens_of(self.config, name):
+            update.freeze_a(module, name)
+        return update
 
 
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:

@@ -41,13 +41,13 @@ class Sources:
 
 @dataclass(frozen=True)
 class Started:
-    """`factors`: module -> its A and B in the layer's layout; a module that it lacks keeps its random ones.
-    `subtracted`: whether these are subtracted as a frozen pair. `only_on`: the way of quantization of the base that the
+    """`factors`: module -> its A and B in the layer's layout; None: random ones, as nothing is computed yet. A module that
+    is not among them has a random start. `subtracted`: whether these are subtracted as a frozen pair. `only_on`: the way of quantization of the base that the
     adapter is right on; None: any.
     """
 
     config: LoraConfig
-    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    factors: Mapping[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
     subtracted: bool = False
     dropped: Mapping[str, str] = field(default_factory=dict)
     only_on: str | None = None
@@ -93,10 +93,11 @@ def begin(
     if sources.ranks is not None:
         return _restored(config, matrices, sources.ranks, start)
     if _without_values(matrices):
-        return Started(config, subtracted=start.subtracted)
+        return Started(config, dict.fromkeys(matrices), start.subtracted)
     with _base_alone(model, state) if start.needs_batches else undisturbed(model), torch.no_grad():
         gathered = start.gather(matrices, config, _evidence(model, config, start, own, sources))
-        config, factors = gathered.config, {}
+        config = gathered.config
+        factors: dict[str, tuple[Tensor, Tensor] | None] = {}
         for m, matrix in matrices.items():
             if m in gathered.found and m not in gathered.dropped:
                 factors[m] = _factors(start, m, matrix, config, gathered.found[m])
@@ -131,7 +132,7 @@ def _restored(config: LoraConfig, matrices: Mapping[str, Matrix], ranks: Mapping
     dropped = {m: "it had no rank when the run began" for m in matrices if m not in ranks}
     if any(rank != config.rank_of(m) for m, rank in per_part.items()):
         config = redistributed(config, per_part)
-    return Started(config, subtracted=start.subtracted, dropped=dropped)
+    return Started(config, dict.fromkeys(per_part), start.subtracted, dropped)
 
 
 def _without_values(matrices: Mapping[str, Matrix]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...adapter.lora import Factors
 from ...config import LoraConfig, scale_of
-from ...errors import AdapterError, StateError
+from ...errors import AdapterError, StateError, TargetError
 from ...ops.packed import compact_packed
 from .update import LiveUpdate, Pair, device_of, master_dtype
 
@@ -130,6 +130,18 @@ class LoraFactors(LiveUpdate):
         parts = len(B)  # each part's own factors stay together: [A; A - A₀] of the first part, of the second, ...
         down = torch.cat([A.unflatten(0, (parts, -1)), delta.unflatten(0, (parts, -1))], 1)
         return Shifted(down.flatten(0, 1), up, self.scale, self.dropout)
+
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        """B. Not an embedding's: LoRA+'s ratio follows from A's many inputs, and each token has one."""
+        return () if layer.lora_kind == "embedding" else ("B",)
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        if layer.lora_kind == "embedding":
+            raise TargetError(
+                f"'{name}' is an embedding, whose A starts at zero: with freeze_a it would learn nothing\n"
+                "  remove it from the targets, or omit freeze_a"
+            )
+        self.A.requires_grad_(False)
 
     @property
     def is_packed(self) -> bool:
