@@ -150,7 +150,7 @@ class _Plan:
         """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
-            return live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
+            return live(module.lora_live(variant_of(self.config, name))).fresh(module, name, self.config, trainable)
         value = self.values[name]
         return live(value.variant).of(module, name, value, self.config.dropout, trainable)
 
