@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..config import MAX_RANK, scale_of
+from ..config import EXPERTS, MAX_RANK, scale_of
 from ..errors import AdapterError
 from .algebra.svd import Svd, product_svd
 from .checks import check_alpha, check_tensors, wide
@@ -22,7 +22,7 @@ from .update import Read, Rows, Update
 
 @dataclass(frozen=True)
 class ExpertFactors(Update):
-    """`transposed`: the weight is stored as [E, in, out] (gpt-oss)."""
+    """`transposed`: the weight is stored as [E, in, out] (gpt-oss). The shape decides, unless out = in."""
 
     A: Tensor
     B: Tensor
@@ -32,7 +32,7 @@ class ExpertFactors(Update):
 
     @property
     def variant(self) -> str:
-        return "experts"
+        return EXPERTS
 
     @property
     def rank(self) -> int:
@@ -42,6 +42,10 @@ class ExpertFactors(Update):
     @property
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.rslora)
+
+    @property
+    def has_factors(self) -> bool:
+        return True
 
     @property
     def experts(self) -> int:
@@ -87,7 +91,7 @@ class ExpertFactors(Update):
 
     def delta(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return ΔW in float32 (float64 stays): [E, out, in], or [E, in, out] if transposed."""
-        full = self._product(slice(None), self.scale)
+        full = self._product(slice(None), self.scale, self.transposed)
         return full if shape is None else full.reshape(shape)
 
     def singular_values(self, rank: int | None = None, keep: float | None = None) -> list[Svd]:
@@ -103,18 +107,22 @@ class ExpertFactors(Update):
     # ΔW on a stored weight
 
     def layout(self, shape: tuple[int, ...], file_transposed: bool = False, conv1d: bool = False) -> bool | None:
-        return False if tuple(shape) == self.weight_shape() else None
+        (out, inner), E = self.sizes, self.experts
+        plain, transposed = (E, out, inner), (E, inner, out)
+        if shape == plain == transposed:
+            return self.transposed or conv1d
+        return False if shape == plain else True if shape == transposed else None
 
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
     ) -> Rows:
         """Compute ΔW by blocks of experts, the first axis of the stored weight."""
         scale = self.scale * weight
-        return lambda rows, _: self._product(rows, scale).flatten(1)
+        return lambda rows, _: self._product(rows, scale, transposed).flatten(1)
 
-    def _product(self, experts: slice, scale: float) -> Tensor:
+    def _product(self, experts: slice, scale: float, transposed: bool) -> Tensor:
         A, B = wide(self.A[experts]), wide(self.B[experts]) * scale
-        return torch.bmm(A.mT, B.mT) if self.transposed else torch.bmm(B, A)
+        return torch.bmm(A.mT, B.mT) if transposed else torch.bmm(B, A)
 
     def output_tensors(self) -> None:
         """None: its tensors have the experts first."""

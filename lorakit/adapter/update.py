@@ -112,6 +112,11 @@ class Update(ABC):
         """The low-rank factors A and B: a LoRA itself, or those that a DoRA is built on; None for other kinds."""
         return None
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether it is made of low-rank factors, of which `rank` is the rank."""
+        return self.factors is not None
+
     def map_factors(self, change: Callable[[Factors], Factors]) -> Update:
         """Return a copy with `change(factors)` in place of the low-rank factors; the update itself if it has none."""
         return self

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import EXPERTS
 from ..errors import StateError
 from ..ops.experts import Routed, low_rank, product
 from .bases import base_of
@@ -30,6 +31,11 @@ class ExpertWeightLayer(LoraLayer):
     lora_kind = "experts"
     parameter: str
     is_transposed: bool
+
+    @property
+    def lora_transposed(self) -> bool:  # type: ignore[override]
+        """Whether the weight is [E, in, out]."""
+        return self.is_transposed
 
     def lora_shapes(self, rank: int, parts: tuple[bool, ...] | None = None) -> Shapes:
         experts, *sizes = base_of(self).shape(self)
@@ -55,7 +61,7 @@ class ExpertWeightLayer(LoraLayer):
         return A, B
 
     def lora_live(self, variant: str) -> str:
-        return "experts" if variant == "lora" else variant
+        return EXPERTS if variant == "lora" else variant
 
     def lora_adopted(self) -> None:
         """Become a child of the experts, and give them their adapted class."""
