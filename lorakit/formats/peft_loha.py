@@ -1,6 +1,6 @@
 """PEFT's LoHa folder, read and written.
 
-    <module>.hada_w1_a, .hada_w1_b, .hada_w2_a, .hada_w2_b, in Tucker form .hada_t1, .hada_t2
+<module>.hada_w1_a, .hada_w1_b, .hada_w2_a, .hada_w2_b, in Tucker form .hada_t1, .hada_t2
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class LiveUpdate(Own):
 
 
 def live(variant: str) -> type[LiveUpdate]:
-    """Return the class of a kind. `variant`: one of `config.variants()`."""
+    """Return the class of a kind. `variant`: one of `config.live_kinds()`."""
     return importlib.import_module(f".{variant}", __package__).Live
 
 
