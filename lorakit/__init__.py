@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .adapter.adapter import Adapter
     from .adapter.algebra.combine import combine
     from .adapter.lora import Factors
+    from .bases.load import load_base
     from .config import LoraConfig
     from .errors import LorakitError
     from .model.activate import activate, active, adapters
@@ -34,6 +35,7 @@ _HOME = {
     "Adapter": ".adapter.adapter",
     "Factors": ".adapter.lora",
     "combine": ".adapter.algebra.combine",
+    "load_base": ".bases.load",
     "LoraConfig": ".config",
     "LorakitError": ".errors",
     **{name: f".model.{name}" for name in ("activate", "attach", "capture", "detach", "merge", "route", "summary")},
@@ -43,6 +45,7 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
+    "load_base",
     "LoraConfig",
     "Adapter",
     "Factors",

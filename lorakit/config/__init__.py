@@ -6,6 +6,7 @@ config, flat in YAML, joins `RunSettings` with the settings of all methods and t
 
 from .lora import ALL_LINEAR, MAX_RANK, PRESETS, LoraConfig, LoraSettings, Tokens, scale_of, variants
 from .peft_names import PEFT_NAMES
+from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
 
@@ -14,10 +15,12 @@ __all__ = [
     "MAX_RANK",
     "PEFT_NAMES",
     "PRESETS",
+    "QUANTIZERS",
     "Auto",
     "Choice",
     "LoraConfig",
     "LoraSettings",
+    "Quantization",
     "RunSettings",
     "Source",
     "Strict",
