@@ -114,7 +114,7 @@ def loading_options(
     if already is not None:
         raise ConfigError(
             f"{name} is quantized already: {already.title}\n"
-            f"  omit quantize, or give the unquantized base to quantize that to {how.quantize}"
+            f"  omit quantize: {how.quantize}, or give the unquantized base"
         )
     with torch.device("meta"):
         linears = linears_of(skeleton(), how.quantize, trained)
@@ -122,7 +122,7 @@ def loading_options(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(linears.kept.items())[:3])
         raise ConfigError(
             f"{name} has no linear that can be quantized to {how.quantize}{f' ({reasons})' if reasons else ''}\n"
-            "  omit quantize"
+            f"  omit quantize: {how.quantize}, or choose another"
         )
     if linears.odd:
         first = linears.odd[0]

@@ -30,6 +30,5 @@ class Quantization(Strict):
     def _of_four_bits(self):
         for setting, default in (("double", True), ("compute_dtype", "auto")):
             if getattr(self, setting) != default and self.quantize not in FOUR_BITS:
-                has = f"{self.quantize} has none" if self.quantize else "nothing is quantized"
-                raise ValueError(f"{setting} is a setting of quantize: nf4 and fp4; {has}, so omit it")
+                raise ValueError(f"{setting} needs quantize: nf4 or quantize: fp4; omit it, or give one of these")
         return self

@@ -200,8 +200,8 @@ def test_int8_that_the_user_loaded_evaluates_so_while_adapters_are_attached(fold
     "settings, message",
     [
         ({"quantize": "nf5"}, r"Quantization.quantize: expected 'nf4', 'fp4', 'int8' or 'torchao-int8' \(got 'nf5'\)"),
-        ({"quantize": "int8", "double": False}, "double is a setting of quantize: nf4 and fp4; int8 has none"),
-        ({"compute_dtype": "bf16"}, "compute_dtype is a setting of quantize: nf4 and fp4; nothing is quantized"),
+        ({"quantize": "int8", "double": False}, "double needs quantize: nf4 or quantize: fp4; omit it"),
+        ({"compute_dtype": "bf16"}, "compute_dtype needs quantize: nf4 or quantize: fp4"),
         ({"quantize": "nf4", "compute_dtype": "int8"}, r"Quantization.compute_dtype: expected 'auto', 'bf16'"),
         ({"dtype": "bf17"}, r"unknown precision 'bf17'; did you mean 'bf16'\?"),
     ],
@@ -214,7 +214,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(settings, 
 def test_a_base_that_is_quantized_already_says_what_it_is(folder, tmp_path):
     load(folder, quantize="nf4").save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"quantized already: bitsandbytes nf4, scales quantized too\n  omit quantize"
+        ConfigError, match=r"quantized already: bitsandbytes nf4, scales quantized too\n  omit quantize: int8, or give the unquantized"
     ):
         load(tmp_path, quantize="int8")
     again = load(tmp_path)  # as it is
