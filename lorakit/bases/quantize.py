@@ -38,6 +38,7 @@ _BITSANDBYTES = ("bitsandbytes", "pip install 'lorakit[quant]'")
 _TORCHAO = ("torchao", "pip install torchao")
 # quantizer -> its package, and how to install it
 PACKAGES = {**dict.fromkeys(("nf4", "fp4", "int8"), _BITSANDBYTES), "torchao-int8": _TORCHAO}
+KERNEL = "gptqmodel"  # whose linears read GPTQ and AWQ too
 # the method that a checkpoint records -> the same; GPTQ and AWQ need none
 _READERS = {
     "bitsandbytes": _BITSANDBYTES,
@@ -140,6 +141,18 @@ def check_package(quantizer: str) -> None:
     package, install = PACKAGES[quantizer]
     if not is_installed(package):
         raise LorakitError(f"quantize: {quantizer} needs {package}, which is not installed\n  {install}")
+
+
+def check_kernel(kernel: str, name: str, packed: bool) -> None:
+    """Raise ConfigError for an unknown kernel, or one for a base that is no GPTQ or AWQ checkpoint; LorakitError if its
+    package is missing. `name`: the base's; `packed`: whether it is such a checkpoint.
+    """
+    if kernel != KERNEL:
+        raise ConfigError(f"there is no kernel '{kernel}'\n  expected None for lorakit's own linears, or '{KERNEL}'")
+    if not packed:
+        raise ConfigError(f"kernel: {kernel} is for GPTQ and AWQ checkpoints, and {name} is none\n  omit kernel")
+    if not is_installed(KERNEL):
+        raise LorakitError(f"kernel: {kernel} is not installed\n  pip install gptqmodel optimum, or omit kernel")
 
 
 def is_installed(package: str) -> bool:

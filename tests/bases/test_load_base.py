@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 
+import packed_checkpoints
 import pytest
 import quantized
 import tiny
@@ -214,7 +215,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(settings, 
 def test_a_base_that_is_quantized_already_says_what_it_is(folder, tmp_path):
     load(folder, quantize="nf4").save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"quantized already: bitsandbytes nf4, scales quantized too\n  omit quantize: int8, or give the unquantized"
+        ConfigError,
+        match=r"already: bitsandbytes nf4, scales quantized too\n  omit quantize: int8, or give the unquantized",
     ):
         load(tmp_path, quantize="int8")
     again = load(tmp_path)  # as it is
@@ -251,3 +253,45 @@ def test_a_checkpoint_whose_library_is_missing_names_it(tmp_path, monkeypatch, h
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
     with pytest.raises(LorakitError, match=message):
         load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+# ---- GPTQ and AWQ ----
+
+
+@pytest.mark.parametrize(
+    "how", [packed_checkpoints.gptq_config(), packed_checkpoints.awq_config()], ids=["gptq", "awq"]
+)
+def test_gptq_and_awq_checkpoints_load_with_our_own_linears(tmp_path, how):
+    folder, dense = packed_checkpoints.save(tmp_path, how)
+    model = lk.load_base(folder, dtype="fp32", device="cpu")
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(dense.eval()), atol=1e-5, rtol=1e-5)
+    name = {"gptq": "GPTQ", "awq": "AWQ"}[how["quant_method"]]
+    with pytest.raises(ConfigError, match=f"is quantized already: {name}, 4 bits, groups of 32"):
+        load(folder, quantize="nf4")
+
+
+def test_a_classifier_on_a_gptq_base_has_its_labels(tmp_path):
+    folder, _ = packed_checkpoints.save(tmp_path, packed_checkpoints.gptq_config())
+    model = load_classifier(str(folder), ["no", "so", "yes"], torch.float32, torch.device("cpu"))
+    assert model.config.id2label == {0: "no", 1: "so", 2: "yes"}
+    assert model.score.weight.shape[0] == 3
+
+
+def test_another_librarys_kernel_is_used_only_where_asked_for(folder, tmp_path, monkeypatch):
+    checkpoint, _ = packed_checkpoints.save(tmp_path, packed_checkpoints.gptq_config())
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    with pytest.raises(LorakitError, match=r"gptqmodel is not installed\n  pip install gptqmodel optimum"):
+        lk.load_base(checkpoint, kernel="gptqmodel")
+    with pytest.raises(ConfigError, match=r"is for GPTQ and AWQ checkpoints, and .* is none\n  omit kernel"):
+        lk.load_base(folder, kernel="gptqmodel")
+    with pytest.raises(ConfigError, match=r"no kernel 'marlin'\n  expected None"):
+        lk.load_base(checkpoint, kernel="marlin")
+
+
+def test_damaged_packed_weights_keep_our_own_message(tmp_path):
+    folder, _ = packed_checkpoints.save(tmp_path, packed_checkpoints.gptq_config())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["bits"] = 8
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LorakitError, match=r"^'model.layers.0.*4 bits for each of 128 inputs, expected 8"):
+        lk.load_base(folder, dtype="fp32", device="cpu")
