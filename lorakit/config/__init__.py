@@ -17,6 +17,7 @@ from .lora import (
     variants,
 )
 from .peft_names import PEFT_NAMES
+from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
 
@@ -26,10 +27,12 @@ __all__ = [
     "MAX_RANK",
     "PEFT_NAMES",
     "PRESETS",
+    "QUANTIZERS",
     "Auto",
     "Choice",
     "LoraConfig",
     "LoraSettings",
+    "Quantization",
     "RunSettings",
     "Source",
     "Strict",
