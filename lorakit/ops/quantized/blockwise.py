@@ -98,7 +98,7 @@ def dequantized(tensors: Mapping[str, Tensor], settings: Blockwise | None = None
     state = state_of(tensors)
     out, inner = state["shape"]
     packed = tensors["weight"].reshape(-1).view(torch.uint8)
-    absmax = _scales(tensors, state)
+    absmax = scales(tensors, state)
     blocks = -(-out * inner // state["blocksize"])
     if packed.numel() != -(-out * inner // 2) or absmax.numel() != blocks:
         raise LorakitError(
@@ -169,7 +169,8 @@ def packed_tensors(
     return tensors
 
 
-def _scales(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+def scales(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+    """Return a module's absmax in float32 [n/blocksize], also where it is quantized. `state`: `state_of(tensors)`."""
     absmax = tensors["weight.absmax"]
     if "nested_offset" not in state:
         return absmax.float()
