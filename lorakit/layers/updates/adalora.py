@@ -15,6 +15,7 @@ LoRA that it is, with E in B and without the entries that are zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -43,6 +44,7 @@ class Product:
     B: Tensor
     scale: float
     dropout: float
+    gain: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class AdaLoraFactors(LiveUpdate):
     """One adapter's A, E and B on one module, with the importances of their elements."""
 
     averages = False
+    captured_as = "lora"
     kept: Tensor  # [r], which entries of E the last reduction left
 
     def __init__(self, A: Tensor, E: Tensor, B: Tensor, config: LoraConfig, alpha: float, trainable: bool):
@@ -130,7 +133,8 @@ class AdaLoraFactors(LiveUpdate):
             if not used.any():  # files have no rank 0
                 used[0] = True
             A, B = A[used], B[:, used]
-            alpha *= scale_of(1.0, self.rank, self.rslora) / scale_of(1.0, len(A), self.rslora)
+            share = len(A) / self.rank
+            alpha *= math.sqrt(share) if self.rslora else share
         kind = layer.lora_kind
         groups = getattr(layer, "groups", 1) if kind == "conv" else 1
         return Factors(A, B, alpha, kind, self.rslora, layer.lora_transposed and kind == "linear", groups)

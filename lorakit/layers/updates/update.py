@@ -13,6 +13,7 @@ Each kind is a file in this folder, with the name that `LoraConfig.variant` and 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -53,7 +54,9 @@ class LiveUpdate(Own):
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
     averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
+    captured_as: str | None = None  # the kind that its value is, if that is another
     tied = False  # whether it is the update of another module, whose weight this one shares
+    starts = False  # whether it can start from given factors A and B (`begin`)
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -63,6 +66,14 @@ class LiveUpdate(Own):
     @classmethod
     def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
+        raise NotImplementedError
+
+    def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
+        """Start from these A and B instead of random ones (`layers.init`). Called once, before it is registered.
+
+        values: in the layer's layout; None: keep the random ones. subtracted: from now on ΔW is the difference from the
+        start, which is kept as a frozen pair.
+        """
         raise NotImplementedError
 
     def value(self, layer: LoraLayer) -> Update:
@@ -114,7 +125,7 @@ class LiveUpdate(Own):
 
 
 def live(variant: str) -> type[LiveUpdate]:
-    """Return the class of a kind. `variant`: one of `config.variants()`."""
+    """Return the class of a kind. `variant`: one of `config.live_kinds()`."""
     return importlib.import_module(f".{variant}", __package__).Live
 
 
@@ -128,3 +139,10 @@ def device_of(layer: LoraLayer) -> torch.device:
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else base_of(layer).device(layer)
+
+
+def matrix_shape(layer: LoraLayer) -> tuple[int, int]:
+    """Return (out, in·k) of the layer's dense weight."""
+    out, *sizes = base_of(layer).shape(layer)
+    size_in = math.prod(sizes)
+    return (size_in, out) if layer.lora_transposed else (out, size_in)
