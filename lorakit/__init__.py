@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .adapter.adapter import Adapter
     from .adapter.algebra.combine import combine
     from .adapter.lora import Factors
+    from .bases.load import load_base
     from .config import LoraConfig
     from .errors import LorakitError
     from .model.activate import activate, active, adapters
@@ -35,6 +36,7 @@ _HOME = {
     "Adapter": ".adapter.adapter",
     "Factors": ".adapter.lora",
     "combine": ".adapter.algebra.combine",
+    "load_base": ".bases.load",
     "LoraConfig": ".config",
     "LorakitError": ".errors",
     **{name: f".model.{name}" for name in ("activate", "attach", "capture", "detach", "merge", "route", "summary")},
@@ -45,6 +47,7 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
+    "load_base",
     "LoraConfig",
     "Adapter",
     "Factors",

@@ -19,6 +19,7 @@ from .strict import check_pattern
 
 ALL_LINEAR = "all-linear"
 PRESETS = (ALL_LINEAR, "attention", "kohya", "locon")  # sets of targets by name, the others in layers/presets.py
+EXPERTS = "experts"
 MAX_RANK = 65536  # beyond any sensible rank
 Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
 Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "loftq"]
@@ -189,10 +190,16 @@ class LoraConfig(LoraSettings):
 
 
 @cache
-def variants() -> tuple[str, ...]:
+def live_kinds() -> tuple[str, ...]:
     """List the kinds of update that can be attached to a live model: the files of layers/updates/ (not imported)."""
     files = (Path(__file__).parent.parent / "layers" / "updates").glob("*.py")
     return tuple(sorted(file.stem for file in files if file.stem not in ("__init__", "update")))
+
+
+@cache
+def variants() -> tuple[str, ...]:
+    """List the kinds that `variant` may name: all but the form that LoRA has on experts, which such a layer chooses."""
+    return tuple(kind for kind in live_kinds() if kind != EXPERTS)
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .optimizers import OPTIMIZERS
+from .quantization import Quantization
 from .strict import Strict, at_least_one
 
 Auto = Literal["auto"]
@@ -26,7 +27,7 @@ class Source(Strict):
     split: str | None = Field(None, description="the data's split, if it has several")
 
 
-class RunSettings(Source):
+class RunSettings(Quantization, Source):
     """The settings of a training run that do not depend on the method or the task."""
 
     free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory", "diverged"}
@@ -106,6 +107,8 @@ class RunSettings(Source):
     def _compiled(self) -> RunSettings:
         if self.compile and self.gradient_checkpointing:
             raise ValueError("compile is not tested with gradient_checkpointing; remove one of the two")
+        if self.compile and self.quantize:
+            raise ValueError("compile is not tested with quantize; remove one of the two")
         return self
 
     @model_validator(mode="after")

@@ -32,7 +32,14 @@ keeps_base = False
 
 
 def start(config: RunSettings) -> None:
-    """Return None. Raises ConfigError if an adapter is given, which full fine-tuning cannot go on from."""
+    """Return None. Raises ConfigError if an adapter is given, which full fine-tuning cannot go on from, and for a base
+    that is to be quantized.
+    """
+    if config.quantize is not None:
+        raise ConfigError(
+            f"quantize: {config.quantize}: method: full trains all weights, and quantized ones cannot be trained\n"
+            "  omit quantize, or use method: lora"
+        )
     if (adapter := getattr(config, "adapter", None)) is not None:
         raise ConfigError(
             f"adapter: {adapter}: method: full trains the base's own weights, not an adapter\n"

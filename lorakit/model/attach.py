@@ -190,7 +190,7 @@ class _Plan:
         """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
-            update = live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
+            update = live(module.lora_live(variant_of(self.config, name))).fresh(module, name, self.config, trainable)
             if self.started is not None and name in self.started.factors:
                 update.begin(module, self.started.factors[name], self.started.subtracted)
         else:

@@ -13,6 +13,7 @@ Each kind is a file in this folder, with the name that `LoraConfig.variant` and 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -122,7 +123,7 @@ class LiveUpdate(Own):
 
 
 def live(variant: str) -> type[LiveUpdate]:
-    """Return the class of a kind. `variant`: one of `config.variants()`."""
+    """Return the class of a kind. `variant`: one of `config.live_kinds()`."""
     return importlib.import_module(f".{variant}", __package__).Live
 
 
@@ -136,3 +137,10 @@ def device_of(layer: LoraLayer) -> torch.device:
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else base_of(layer).device(layer)
+
+
+def matrix_shape(layer: LoraLayer) -> tuple[int, int]:
+    """Return (out, in·k) of the layer's dense weight."""
+    out, *sizes = base_of(layer).shape(layer)
+    size_in = math.prod(sizes)
+    return (size_in, out) if layer.lora_transposed else (out, size_in)

@@ -80,13 +80,14 @@ def over_seeds(ranked: Sequence[Entry], swept: Sequence[str]) -> list[Settings]:
                     fmean(own_scores.values()) if own_scores else None,
                     stdev(own_scores.values()) if len(own_scores) > 1 else None,
                     fmean(apart) if apart else None,
-                    _half_interval(apart),
+                    half_interval(apart),
                 )
             )
     return result
 
 
-def _half_interval(differences: Sequence[float]) -> float | None:
+def half_interval(differences: Sequence[float]) -> float | None:
+    """Return half of the 95 % interval of the mean of paired differences; None for fewer than two."""
     count = len(differences)
     if count < 2:
         return None
