@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft
 import pytest
+import quantized
 import tiny
 import torch
 from tiny import logits
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.errors import ConfigError, StateError, TargetError
+from lorakit.layers.bases import base_of
 from lorakit.layers.init import lora_ga
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
@@ -255,6 +257,29 @@ def test_it_starts_from_the_base_beside_another_active_adapter(init):
         other = updates(alone)[name]
         torch.testing.assert_close(update.A.abs(), other.A.abs(), atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(update.B.abs(), other.B.abs(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_base_in_4_bits_starts_as_its_dequantized_weights_do_and_can_be_trained(init, tmp_path):
+    """On a CPU that can, bitsandbytes repacks a weight in its first evaluation, and no gradient passes it any more."""
+    quantized.llama().save_pretrained(tmp_path)
+    packed = quantized.in_4_bits(tmp_path, bnb_4bit_compute_dtype=torch.float32)
+    dense = quantized.llama()
+    with torch.no_grad():
+        for name, module in dense.named_modules():
+            if base_of(other := packed.get_submodule(name)).quantization is not None:
+                module.weight.copy_(base_of(other).dense(other))
+    for model in (packed, dense):
+        lk.attach(model, config(init), batches=[batch()])
+    for name, update in updates(packed).items():
+        other = updates(dense)[name]
+        for half in ("A", "B"):
+            found, expected = getattr(update, half), getattr(other, half)
+            torch.testing.assert_close(found.abs(), expected.abs(), atol=1e-3, rtol=1e-2)
+    packed.train()(**batch()).loss.backward()
+    first = packed.model.layers[0].self_attn.q_proj
+    assert first.lora_default.B.grad.any()
+    base_of(first).check(first, "q_proj")
 
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
