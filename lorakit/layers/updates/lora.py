@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class LoraFactors(LiveUpdate):
     """One adapter's A and B on one module, with their scale and dropout."""
 
+    gain = None
+
     def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=trainable)
@@ -75,7 +77,7 @@ class LoraFactors(LiveUpdate):
             getattr(layer, "lora_parts", None) if self.is_packed else None,
         )
 
-    def pair(self) -> LoraFactors:
+    def pair(self, layer: LoraLayer) -> LoraFactors:
         return self
 
     @property
