@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.autocast import is_casting
+from ..ops.gain import excess
 from ..ops.linear import needs_plain
 from ..ops.summed import summed_weight
 from .bases import base_of
@@ -64,7 +65,7 @@ class ConvLayer(LoraLayer):
         if plain is None or is_casting(x):
             return None
         share = active[0][1]
-        h = None if pair.gain is None else share * (pair.gain - 1)
+        h = None if pair.gain is None else excess(pair.gain, share)
         W = summed_weight(x, self.in_channels, plain[0], pair.A, pair.B, pair.scale * share, h)
         return None if W is None else (W, plain[1])
 

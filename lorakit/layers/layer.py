@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops.gain import add_gain
+from ..ops.gain import add_gain, excess
 
 if TYPE_CHECKING:
     from ..adapter.lora import Kind
@@ -179,7 +179,7 @@ class LoraLayer(Swapped):
             else:
                 pairs.append((pair, pair.scale * weight))
                 if pair.gain is not None:
-                    y = self.lora_gained(y, y0, weight * (pair.gain - 1))
+                    y = self.lora_gained(y, y0, excess(pair.gain, weight))
         for pair, scale in pairs:  # last, since they may be added in place
             y = self.lora_add(y, x, pair, scale)
         return y

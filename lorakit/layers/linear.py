@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.gain import excess
 from ..ops.linear import add_low_rank, needs_plain, reference
 from ..ops.projections import Projection, project
 from ..ops.shared_mask import mask_for
@@ -103,7 +104,7 @@ def projection_of(module: nn.Module, x: Tensor) -> tuple[Projection, float] | No
     pair = update.pair(module)
     if pair is None:
         return None
-    h = None if pair.gain is None else share * (pair.gain - 1)
+    h = None if pair.gain is None else excess(pair.gain, share)
     return Projection(weight, bias, pair.A, pair.B, pair.scale * share, h), pair.dropout if module.training else 0.0
 
 

@@ -16,6 +16,11 @@ from .autocast import without_autocast
 from .linear import needs_plain
 
 
+def excess(gain: Tensor, weight: float) -> Tensor:
+    """Return h = weight · (g - 1)."""
+    return gain - 1 if weight == 1 else (gain - 1) * weight
+
+
 def reference(y: Tensor, y0: Tensor, h: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute the equation. h and bias: of a shape that broadcasts to y0's."""
     linear = y0 if bias is None else y0 - bias.to(y0.dtype)

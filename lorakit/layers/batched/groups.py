@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops.gain import excess
 from .stacks import EXCESS
 
 if TYPE_CHECKING:
@@ -64,12 +65,11 @@ def group(layer: LoraLayer, x: Tensor) -> Group | None:
 
 def _gains(children: Sequence[Pair | None], weights: Sequence[float]) -> Tensor | None:
     """Return weight · (g - 1) of each adapter, zero for those without a gain: [G, out]; None if none has one."""
-    gains = [None if f is None else f.gain for f in children]
-    first = next((g for g in gains if g is not None), None)
+    gains = [None if f is None or f.gain is None else excess(f.gain, w) for f, w in zip(children, weights, strict=True)]
+    first = next((h for h in gains if h is not None), None)
     if first is None:
         return None
-    zero = torch.zeros_like(first)
-    return torch.stack([zero if g is None else w * (g - 1) for g, w in zip(gains, weights, strict=True)])
+    return torch.stack([torch.zeros_like(first) if h is None else h for h in gains])
 
 
 def _padded(factor: Tensor | None, like: Tensor, axis: int, rank: int) -> Tensor:

@@ -142,10 +142,10 @@ class DoraFactors(LiveUpdate):
 
     def _known(self, layer: LoraLayer) -> _Kept | None:
         """Return g and the pair from the last call, or computed now to be kept; None if they must not be kept."""
-        trained = any(p.requires_grad for p in self.parameters())
         # Some optimizers write parameters without counting it. But a step needs gradients, so a forward that makes some
         # comes before it, and forgets.
-        if torch.compiler.is_compiling() or (trained and (self.training or torch.is_grad_enabled())):
+        trains = self.training or torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or (trains and any(p.requires_grad for p in self.parameters())):
             self._kept = None
             return None
         tensors = [*_tensors(layer), *_tensors(self), *_tensors(self.inner)]
