@@ -183,18 +183,18 @@ class Routing:
         self._check_tokens(layer, x.shape[:axes])
         return y.reshape(-1, y.shape[-1]), x.reshape(-1, *x.shape[axes:])
 
-    def rows_using(self, child: str, layer: LoraLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of the rows of x that use an adapter, and their weights: [n] each."""
+    def rows_using(self, child: str, layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the indices of the rows of x that use an adapter, and their weights, of this dtype: [n] each."""
         if x.shape[0] not in (len(self.choices) * self.repeat, len(self.choices)):
             raise self._wrong_rows(layer, x.shape[0])
         times = x.shape[0] // max(len(self.choices), 1)
-        key = ("rows", child, times, x.device)
+        key = ("rows", child, times, dtype, x.device)
         if key not in self._shared:
             weights = [dict(choice).get(child, 0.0) for choice in self.choices for _ in range(times)]
             rows = [n for n, weight in enumerate(weights) if weight]
             self._shared[key] = (
                 torch.tensor(rows, device=x.device),
-                torch.tensor([weights[n] for n in rows], device=x.device),
+                torch.tensor([weights[n] for n in rows], dtype=dtype, device=x.device),
             )
         return self._shared[key]
 
@@ -219,7 +219,7 @@ class Routing:
             update: LiveUpdate | None = layer._modules.get(child)
             if update is None:
                 continue
-            rows, weights = self.rows_using(child, layer, x)
+            rows, weights = self.rows_using(child, layer, x, y.dtype)
             pair = update.pair(layer)
             own_x, own_y0 = x.index_select(0, rows), y0.index_select(0, rows)
             if bias is not None:  # as if all rows had the module's own
@@ -254,12 +254,13 @@ class Routing:
         """Return Σ weight · (g - 1) of each choice: [choices, out], in y's dtype. `gains`: g [out] of each adapter with
         one.
         """
-        key = ("gain", tuple(gains), y.device)
+        excesses = torch.stack(list(gains.values())) - 1  # [adapters, out]
+        key = ("gain", tuple(gains), excesses.dtype, y.device)
         if key not in self._shared:
             weights = {choice: [dict(choice).get(child, 0.0) for child in gains] for choice in set(self.choices)}
-            self._shared[key] = torch.tensor([weights[choice] for choice in self.choices], device=y.device)
-        stacked = torch.stack(list(gains.values()))
-        return self._shared[key].to(stacked.dtype) @ (stacked - 1)
+            rows = [weights[choice] for choice in self.choices]
+            self._shared[key] = torch.tensor(rows, dtype=excesses.dtype, device=y.device)
+        return self._shared[key] @ excesses
 
     def add_gains(
         self, layer: LoraLayer, gains: Mapping[str, Tensor], tokens: int, y: Tensor, y0: Tensor | None = None

@@ -119,7 +119,7 @@ class DoraFactors(LiveUpdate):
             own = F.embedding(x, g.view(-1, 1))
             return torch.addcmul(own.to(y0.dtype) * self._inner(layer, x, y0), y0, (own - 1).to(y0.dtype))
         g = g.view(-1, *(1,) * (x.dim() - 2)) if layer.lora_kind == "conv" else g
-        W = base_of(layer).dense(layer)
+        W = _dense(layer)
         base = layer.lora_apply(x * (g - 1).to(x.dtype), W).to(y0.dtype)
         return base + self._inner(layer, x * g.to(x.dtype), y0)
 
@@ -172,18 +172,14 @@ class DoraFactors(LiveUpdate):
             pair = self.inner.pair(layer)
             if pair is None:
                 return self._exact_norm(layer).to(master_dtype(layer))
+            W = _dense(layer).flatten(1)  # [out, in·k], or [in·k, out] for the norm of each input
+            W = W if self.by_output != layer.lora_transposed else W.T
             A, B = as_matrices(*layer.lora_full(pair))
-            wide = torch.promote_types(A.dtype, master_dtype(layer))
-            A, B = A.to(wide), B.to(wide)
-            W = self._matrix(layer)
+            if W.dtype == torch.float64:
+                A, B = A.double(), B.double()
             if not self.by_output:
                 A, B = B.T, A.T
             return row_norms(W, self._squares_of(layer, W), A, B, pair.scale)
-
-    def _matrix(self, layer: LoraLayer) -> Tensor:
-        """Return W as [out, in·k], or as [in·k, out] for a norm of each input."""
-        W = base_of(layer).dense(layer).flatten(1)
-        return W if self.by_output != layer.lora_transposed else W.T
 
     def _squares_of(self, layer: LoraLayer, W: Tensor) -> Tensor:
         tensors = _tensors(layer)
@@ -199,7 +195,7 @@ class DoraFactors(LiveUpdate):
 
     def _exact_norm(self, layer: LoraLayer) -> Tensor:
         """Return the norms in float64, of W + D formed by blocks of rows."""
-        W = base_of(layer).dense(layer)
+        W = _dense(layer)
         change = self.inner.rows(layer, 1.0)
         by_row = self.by_output != layer.lora_transposed
         norms, total = [], torch.zeros(1, dtype=torch.float64, device=W.device)
@@ -230,6 +226,14 @@ class DoraFactors(LiveUpdate):
 
 
 Live = DoraFactors
+
+
+def _dense(layer: LoraLayer) -> Tensor:
+    """Return the layer's weight, dense and detached."""
+    weight: Tensor | None = layer._parameters.get("weight")
+    if type(weight) is nn.Parameter and weight.is_floating_point():  # what torch.compile can follow
+        return weight.detach()
+    return base_of(layer).dense(layer)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
