@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.update import Update
 from ..bases.pipeline import PipelineModel, component_of
-from ..config import LoraConfig, variants
+from ..config import LoraConfig, live_kinds
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..layers.bases import quantized
 from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
@@ -67,7 +67,7 @@ def is_live(adapter: Adapter) -> bool:
 
 def _not_live(update: Update) -> list[str]:
     """Return the kinds that the update is made of and that a live model does not take."""
-    return [kind for kind in update.live_variants if kind not in variants()]
+    return [kind for kind in update.live_variants if kind not in live_kinds()]
 
 
 def _check_live(module: str, update: Update) -> None:

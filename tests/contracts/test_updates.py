@@ -130,6 +130,7 @@ VALUES = {
 LIVE = {
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
+    "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "tokens": {"embedding", "linear"},
     "dora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
 }
@@ -493,7 +494,10 @@ def test_one_of_another_size_is_refused_with_its_module(variant, layer):
 
 def test_a_kind_that_no_model_takes_is_refused_with_what_to_do():
     model, _ = on("linear")
-    for update, said in ((VALUES["lokr"].update, "resize"), (VALUES["dora over a lokr"].update, "DoRA over")):
+    for update, said in (
+        (VALUES["whole"].update, "resize"),
+        (Dora(VALUES["whole"].update, torch.rand(8, 1)), "DoRA over"),
+    ):
         with pytest.raises(AdapterError, match=said):
             lk.attach(model, lk.Adapter(lk.LoraConfig(targets=["0"]), {"0": update}))
     with pytest.raises(lk.errors.ConfigError, match="did you mean 'lora'"):

@@ -67,8 +67,9 @@ class Snapshot:
 
     def __init__(self, update: LiveUpdate, pair: Pair):
         self.gained = (update, pair) if pair.gain is not None else None
-        self.registered = update._parameters
-        self.parameters = cast("list[Tensor]", list(update._parameters.values()))  # none of a pair's is None
+        # None of a pair's is None. A frozen start is in buffers.
+        self.registered = [update._parameters, *([update._buffers] if update._buffers else [])]
+        self.parameters = cast("list[Tensor]", [t for each in self.registered for t in each.values()])
         # Never trusted: inference tensors, which have no version counter, and trained parameters, since some optimizers
         # write without increasing it.
         self.counts = not any(p.is_inference() or p.requires_grad for p in self.parameters)
@@ -92,7 +93,7 @@ class Uses:
             if s.gained is not None and s.gained[1].gain is not None
         }
         self.counts = all(s.counts for s in snapshots)
-        self.registered = [s.registered for s in snapshots]
+        self.registered = joined(s.registered for s in snapshots)
         self.parameters: list[Tensor] = joined(s.parameters for s in snapshots)
         self.versions = joined(s.versions for s in snapshots)
         self.addresses = joined(s.addresses for s in snapshots)

@@ -57,6 +57,8 @@ class _Kept(NamedTuple):
 class DoraFactors(LiveUpdate):
     """One adapter's DoRA of one module. `inner`: D; `magnitude`: m, [out, 1], or [1, in] with `by_output` False."""
 
+    starts = True
+
     def __init__(self, inner: LiveUpdate, magnitude: Tensor, by_output: bool, trainable: bool):
         super().__init__()
         self.inner = inner
@@ -97,6 +99,18 @@ class DoraFactors(LiveUpdate):
         held = live(inner.variant).of(layer, name, inner, dropout, trainable)
         dtype = master_dtype(layer) if trainable else None
         return cls(held, value.magnitude.detach().to(device_of(layer), dtype, copy=True), value.by_output, trainable)
+
+    def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
+        self.inner.begin(layer, values, subtracted)
+        self.width = self.inner.width
+        with torch.no_grad():
+            self.magnitude.copy_(self.norm(layer).view(-1, 1))  # D may not be zero any more (LoftQ)
+
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        return tuple(f"inner.{name}" for name in self.inner.faster(layer))
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        self.inner.freeze_a(layer, name)
 
     def value(self, layer: LoraLayer) -> Dora:
         return Dora(self.inner.value(layer), self.magnitude.detach())

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lorakit as lk
 from lorakit.adapter.dora import Dora
 from lorakit.adapter.loha import Loha
+from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.layers.updates.dora import DoraFactors
 
@@ -48,6 +49,7 @@ def linear(out: int = 8, inputs: int = 10) -> nn.Module:
 
 LOW = Factors(0.4 * randn(3, 10), 0.4 * randn(8, 3), 6.0)
 LOHA = Loha(randn(8, 2), randn(2, 10), randn(8, 2, seed=1), randn(2, 10, seed=1), 1.0)
+LOKR = Lokr(9.0, w1=0.4 * randn(2, 5), w2=0.4 * randn(4, 2))
 CONV_LOHA = Loha(randn(6, 2), randn(2, 36), randn(6, 2, seed=1), randn(2, 36, seed=1), 1.0, shape=(6, 4, 3, 3))
 EMBEDDED = Factors(0.4 * randn(3, 12), 0.4 * randn(8, 3), 6.0, "embedding")
 ONE = Factors(0.4 * randn(3, 4, 1, 1), 0.4 * randn(6, 3, 1, 1), 6.0, "conv")
@@ -68,6 +70,8 @@ KINDS = {
     "by input, of a 1x1 convolution": (lambda: nn.Conv2d(4, 6, 1).double(), Dora(ONE, randn(1, 4).abs())),
     "by token, of an embedding": (lambda: nn.Embedding(12, 8).double(), Dora(EMBEDDED, randn(1, 12).abs())),
     "over a LoHa": (linear, Dora(LOHA, randn(8, 1).abs())),
+    "over a LoKr": (linear, Dora(LOKR, randn(8, 1).abs())),
+    "over a LoKr, by input": (linear, Dora(LOKR, randn(1, 10).abs())),
     "over a LoHa, by input": (linear, Dora(LOHA, randn(1, 10).abs())),
     "over a LoHa, of a convolution": (lambda: nn.Conv2d(4, 6, 3).double(), Dora(CONV_LOHA, randn(6, 1).abs())),
 }
