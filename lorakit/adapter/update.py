@@ -53,6 +53,11 @@ class Update(ABC):
         """The kind's name: "lora", "dora", "loha", "lokr", "dense", ..."""
 
     @property
+    def live_variants(self) -> tuple[str, ...]:
+        """The kinds that must exist on a live model to attach it: its own, and that of the update it is built on."""
+        return (self.variant,)
+
+    @property
     @abstractmethod
     def rank(self) -> int:
         """The rank of its factors, r. That of ΔW may be higher (LoHa, LoKr)."""
