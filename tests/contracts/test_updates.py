@@ -128,6 +128,7 @@ VALUES = {
 
 # The layers that a kind can be trained on, as `on` names them.
 LIVE = {
+    "adalora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
@@ -136,6 +137,8 @@ LIVE = {
 }
 # The method whose result a kind's gradient takes as a constant, by definition.
 DETACHED = {"dora": "norm"}
+# The kind that it is as a value, where that is another.
+VALUE_OF = {"adalora": "lora"}
 # What a kind's config needs besides the targets.
 NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}}
 
@@ -379,7 +382,7 @@ def test_captured_and_attached_again_it_is_the_same_to_the_bit(variant, layer):
     model, x = on(layer)
     randomise(lk.attach(model, config(variant)))
     value = lk.capture(model)
-    assert value.updates["0"].variant == variant
+    assert value.updates["0"].variant == value.config.variant == VALUE_OF.get(variant, variant)
     again = lk.attach(on(layer)[0], value.check())
     assert torch.equal(again(x), model(x))
     assert not any(p.requires_grad for p in child(again).parameters())

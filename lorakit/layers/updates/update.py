@@ -63,6 +63,8 @@ class LiveUpdate(Own):
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
+    averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
+    captured_as: str | None = None  # the kind that its value is, if that is another
     tied = False  # whether it is the update of another module, whose weight this one shares
     starts = False  # whether it can start from given factors A and B (`begin`)
 
