@@ -1,6 +1,6 @@
 """PEFT's LoHa folder, read and written.
 
-    <module>.hada_w1_a, .hada_w1_b, .hada_w2_a, .hada_w2_b, in Tucker form .hada_t1, .hada_t2
+<module>.hada_w1_a, .hada_w1_b, .hada_w2_a, .hada_w2_b, in Tucker form .hada_t1, .hada_t2
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ class _Loha(PeftKind):
         return peft_lycoris.config(values, where, self.variant)
 
     def updates(
-        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], config: LoraConfig, where: Path
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        config: LoraConfig,
+        where: Path,
+        ours: dict[str, Any],
     ) -> tuple[dict[str, Update], dict[str, Tensor]]:
         found, saved = peft_lycoris.parts(self.peft_type, "hada", _FIELDS, tensors, config, where)
         made: dict[str, Update] = {}

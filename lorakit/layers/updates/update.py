@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -57,6 +58,12 @@ class LiveUpdate(Own):
     def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
         raise NotImplementedError
+
+    @classmethod
+    def join(cls, updates: Sequence[LiveUpdate]) -> None:
+        """Make what the modules of an adapter share. Called once, with all its updates of this kind, before they are
+        registered. Raises AdapterError if they cannot share it.
+        """
 
     def value(self, layer: LoraLayer) -> Update:
         """Return the update as a value, with its own tensors, detached and not copied."""
