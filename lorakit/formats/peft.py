@@ -29,13 +29,13 @@ from ..adapter.biased import Biased
 from ..adapter.dora import Dora
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
-from ..config import LoraConfig
+from ..config import EXPERTS, LoraConfig
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_adalora, peft_loha, peft_lokr, peft_tokens, peft_vera
+from . import peft_adalora, peft_loha, peft_lokr, peft_parameters, peft_tokens, peft_vera
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
@@ -106,6 +106,8 @@ def read(path: Path, started: bool = False) -> Adapter:
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
     tokens = peft_tokens.take(tensors, values, PREFIX, weights)
     config = peft_tokens.resolved(config, tokens)
+    experts = peft_parameters.take(tensors, values, config, ours, PREFIX, weights)
+    config = peft_parameters.resolved(config, experts, ours)
     halves, saved = sort(tensors, weights, bool(values.get("use_dora")), bool(values.get("lora_bias")))
     if enabled is not None:
         factors = {
@@ -121,7 +123,7 @@ def read(path: Path, started: bool = False) -> Adapter:
         )
         for module, (kind, pair) in halves.items()
     }
-    return Adapter(config, {**low, **tokens}, saved, ours).check()
+    return Adapter(config, {**low, **experts, **tokens}, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
@@ -131,7 +133,8 @@ def losses(adapter: Adapter) -> list[str]:
         return embeddings(adapter) + kind.losses(adapter)
     unbiased, biases = _without_biases(adapter)
     low_rank = {m: unbiased.updates[m] for m in unbiased.factors}
-    lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora") + embeddings(adapter)
+    lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora", EXPERTS) + embeddings(adapter)
+    lost += peft_parameters.losses(adapter)
     lost += part_dora(low_rank, "PEFT") + peft_tokens.losses(adapter)
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
     strange = [m for m in biases if unbiased.updates[m].variant != "lora" or unbiased.factors[m].kind == "embedding"]
@@ -161,11 +164,18 @@ def write(adapter: Adapter, path: Path) -> Path:
         adapted_bias = last == "bias" and module in adapter.updates
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
     tensors |= peft_tokens.tensors_of(adapter, PREFIX)
+    experts = peft_parameters.experts_of(adapter)
+    for parameter, own in experts.items():
+        ranks[parameter] = own.rank
+        alphas[parameter] = own.scale * (math.sqrt(own.rank) if adapter.config.rslora else own.rank)
+    tensors |= peft_parameters.tensors_of(experts, PREFIX)
     transposed = any(f.transposed for f in adapter.factors.values())
     dora = any(u.variant == "dora" for u in adapter.updates.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
-    ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **(kind.ours(adapter) if kind else {})}
-    values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
+    ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
+    ours |= {} if kind is None else kind.ours(adapter)
+    own_config = adapter.config.replace(save_modules=_save_modules(adapter))
+    values = to_peft(own_config, ranks, alphas, transposed, dora, experts)
     values["lora_bias"] = bool(biases)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
     values = peft_tokens.to_peft(values, adapter) if kind is None else kind.fields(values, adapter)

@@ -91,6 +91,10 @@ class LohaFactors(LiveUpdate):
         kernel = len(self.shape) > 2 and self.t1 is None
         return Loha(**factors, alpha=self.alpha, shape=self.shape if kernel else None)
 
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        """The factors on the output's side."""
+        return ("w1a", "w2a")
+
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if torch.is_grad_enabled():
