@@ -78,6 +78,12 @@ class LiveUpdate(Own):
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
         raise NotImplementedError
 
+    @classmethod
+    def join(cls, updates: Sequence[LiveUpdate]) -> None:
+        """Make what the modules of an adapter share. Called once, with all its updates of this kind, before they are
+        registered. Raises AdapterError if they cannot share it.
+        """
+
     def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
         """Start from these A and B instead of random ones (`layers.init`). Called once, before it is registered.
 
