@@ -23,6 +23,26 @@ def moe(architecture: str = "mixtral") -> nn.Module:
     return model
 
 
+def llama4() -> nn.Module:
+    """A mixture of experts whose experts module is not of transformers' experts interface."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=16,
+        intermediate_size_mlp=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    return Llama4ForCausalLM(config).eval()
+
+
 def ids(rows: int = 3, length: int = 11) -> torch.Tensor:
     return torch.randint(1, 60, (rows, length), generator=torch.Generator().manual_seed(5))
 
