@@ -4,8 +4,20 @@
 config, flat in YAML, joins `RunSettings` with the settings of all methods and tasks: see `lorakit/train/config.py`.
 """
 
-from .lora import ALL_LINEAR, EXPERTS, MAX_RANK, PRESETS, LoraConfig, LoraSettings, Tokens, live_kinds, scale_of, variants
+from .lora import (
+    ALL_LINEAR,
+    EXPERTS,
+    MAX_RANK,
+    PRESETS,
+    LoraConfig,
+    LoraSettings,
+    Tokens,
+    live_kinds,
+    scale_of,
+    variants,
+)
 from .peft_names import PEFT_NAMES
+from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
 
@@ -15,10 +27,12 @@ __all__ = [
     "MAX_RANK",
     "PEFT_NAMES",
     "PRESETS",
+    "QUANTIZERS",
     "Auto",
     "Choice",
     "LoraConfig",
     "LoraSettings",
+    "Quantization",
     "RunSettings",
     "Source",
     "Strict",

@@ -130,7 +130,9 @@ def to_peft(
     if targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in ranks):
         targets = sorted(modules)
     elif parameters:
-        targets = [t for t in targets if any(ends_with(m, t) for m in modules)] if isinstance(targets, list) else modules
+        targets = (
+            [t for t in targets if any(ends_with(m, t) for m in modules)] if isinstance(targets, list) else modules
+        )
     rank, rank_pattern = _pattern(ranks, config.rank, config.rank_pattern, config.rank_of)
     alpha, alpha_pattern = _pattern(alphas, config.alpha, config.alpha_pattern, config.alpha_of)
     return {

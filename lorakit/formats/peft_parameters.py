@@ -130,7 +130,9 @@ def resolved(config: LoraConfig, experts: Mapping[str, ExpertFactors], ours: dic
     dropout = ours.pop(_DROPOUT, None) if experts else None
     if isinstance(dropout, int | float) and 0 <= dropout < 1:
         config = config.replace(dropout=float(dropout))
-    if experts and isinstance(config.targets, str) and config.targets not in PRESETS:  # a pattern for modules, which names no parameter
+    if (
+        experts and isinstance(config.targets, str) and config.targets not in PRESETS
+    ):  # a pattern for modules, which names no parameter
         return config.replace(targets=f"({config.targets})|{'|'.join(map(re.escape, experts))}")
     return config
 

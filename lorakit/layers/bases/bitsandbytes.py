@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...bases.int8_forward import hold, release
 from ...errors import StateError
 from .base_weight import BaseWeight
 
@@ -130,10 +131,10 @@ class EightBit:
         """Do nothing: it can always be adapted."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Do nothing: its forward does not change the storage."""
+        hold(module)  # else it computes something else in evaluation than in training
 
     def restore(self, module: nn.Module) -> None:
-        """Do nothing, as `prepare`."""
+        release(module)
 
     def _steps(self, module: nn.Module) -> Tensor:
         """Return the distance between adjacent codes in each row: [out, 1], float32."""
