@@ -91,7 +91,7 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
     weights = open_weights(base, adapter.factors)
     made, grown = {}, 0
     for module, f in adapter.factors.items():
-        W = weights.read(module, f)
+        W = weights.read(module)
         first = _start(start, W, f)
         made[module] = exact_sum(module, [(1.0, f), (-1.0, first)])
         grown += norm(made[module]) > norm(f)
