@@ -58,11 +58,18 @@ def parameter_count(model: nn.Module) -> int:
     """Count a model's parameters, including adapters'; a quantized weight counts as its dense one."""
     packed: dict[int, int] = {}  # a shared weight counts once
     for module in quantized(model).values():
-        base = base_of(module)
+        base, bias = base_of(module), bias_of(module)
         held = [id(p) for name in base.stored(module) if (p := module._parameters.get(name)) is not None]
         packed |= dict.fromkeys(held, 0) | {held[0] if held else id(module): math.prod(base.shape(module))}
+        packed |= {} if bias is None else {id(bias): bias.numel()}
     others = {id(p): p.numel() for p in model.parameters()}
     return sum((others | packed).values())
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return a quantized linear's bias: a parameter, or in some libraries a buffer or an attribute."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
 
 
 @cache
