@@ -52,6 +52,7 @@ _SETTINGS = (
     "precision",
     "gradient_checkpointing",
     "memory",
+    "optimizer",
     "components",
     "trust_remote_code",
 )
@@ -64,9 +65,6 @@ def _plan(
     config: Annotated[
         Path | None, typer.Option("--config", help="a YAML file (lorakit init writes one); flags override it")
     ] = None,
-    optimizer: Annotated[
-        Literal["adamw", "rmsprop", "sgd"], typer.Option(help="optimizer to count state for; lorakit trains with AdamW")
-    ] = "adamw",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="plan for this kind of device; auto: this machine's")
     ] = "auto",
@@ -87,7 +85,7 @@ def _plan(
         from transformers.utils import logging
 
         from ..bases.device import choose_device
-        from ..plan.estimate import FOUR_BIT, STATE_COPIES
+        from ..plan.estimate import FOUR_BIT
         from ..plan.machine import multiply_rate
         from ..plan.planner import MOST_ROWS
         from ..plan.show import bars, grid, numbers
@@ -106,18 +104,15 @@ def _plan(
     if settings.precision == "auto" and not here:
         settings = settings.replace(precision="bf16")  # what GPUs multiply natively
     # How many rows will be held out is unknown without data: assume a full batch, unless there is no validation.
-    options: dict[str, Any] = {
-        "state_copies": STATE_COPIES[optimizer],
-        "validation": 0 if settings.validation == 0 else settings.batch_size,
-    }
+    validation = 0 if settings.validation == 0 else settings.batch_size
     if not task_of(settings.task).traced:
-        _show_static(settings, target, limit, options["state_copies"], json_output)
+        _show_static(settings, target, limit, json_output)
         return
     planners: dict[str, Planner] = {}
     for name in sorted(METHODS):
         method, own_settings = method_of(name), settings.replace(method=name, find_lr=False)
         dtype = method.precision(own_settings, target).value
-        planners[name] = planner_for(own_settings, dtype, target, **options)
+        planners[name] = planner_for(own_settings, dtype, target, validation=validation)
         if method.keeps_base:
             planners[FOUR_BIT + name] = planners[name].four_bit()
     own, dtype = planners[settings.method], planners[settings.method].settings.dtype
@@ -163,7 +158,7 @@ def _plan(
     console = Console()
     console.print(
         f"{settings.model}: {chosen.parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {target.type}, "
-        f"{optimizer}; "
+        f"{settings.optimizer}; "
         f"{settings.batch_size} x {chosen.length} tokens per step, {chosen.rows} at once ({rows.reason})\n",
         markup=False,
         highlight=False,
@@ -183,7 +178,7 @@ def _plan(
     print(_next(settings, config, flags, chosen.total <= memory if memory else True))
 
 
-def _show_static(settings: TrainConfig, device: Any, limit: Any, copies: int, json_output: bool) -> None:
+def _show_static(settings: TrainConfig, device: Any, limit: Any, json_output: bool) -> None:
     """Print what a run on pictures holds throughout; its activations are not estimated."""
     from rich.console import Console
 
@@ -194,7 +189,7 @@ def _show_static(settings: TrainConfig, device: Any, limit: Any, copies: int, js
     from ..plan.units import show_bytes
 
     dtype = method_of(settings.method).precision(settings, device).value
-    estimate = static_estimate(settings, dtype, DEFAULT, overhead(device), copies)
+    estimate = static_estimate(settings, dtype, DEFAULT, overhead(device))
     memory = limit.total if limit else None
     if json_output:
         found = {"model": settings.model, "device": device.type, "memory": memory, "estimate": estimate.to_dict()}

@@ -11,7 +11,6 @@ from typing import Any
 # In the order of the bars. docs/plan.md explains each.
 PARTS = ("weights", "adapter", "optimizer", "best", "gradients", "activations", "loss", "working", "holes", "overhead")
 FOUR_BIT = "4-bit "  # prefix of a method's name: the same method on a base in 4 bits
-STATE_COPIES = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # optimizer state, in copies of the trained parameters
 
 
 @dataclass(frozen=True)

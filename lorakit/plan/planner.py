@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RunSettings
+from ..config.optimizers import state_bytes
 from ..tasks.task import Task
 from .estimate import FOUR_BIT, Estimate
 from .largest import largest
@@ -52,7 +53,6 @@ class PlanSettings:
     four_bit: bool = False
     checkpointing: bool = False
     plain_attention: int = 0  # rows up to this many tokens use plain attention
-    state_copies: int = 2  # of the trained parameters, for the optimizer
     validation: int = 0  # rows of an evaluation batch; 0: no evaluation
     share: float = 1.0  # trained tokens / tokens
     batch: int = 1  # rows of an optimizer step
@@ -66,6 +66,7 @@ class Planner:
         self.settings = settings
         build = partial(settings.task.skeleton, settings.config, base, settings.dtype)
         self.shell = Shell(type(base).__name__, build, settings.attach, checkpointing=settings.checkpointing)
+        self.optimizer_bytes = state_bytes(settings.config.optimizer, self.shell.trained())
         self._traced: dict[tuple[int, int, bool], Traced] = {}
         self._evaluations: dict[int, Traced] = {}  # by length
         # A loss may inspect a model once and remember the result. Let it do so now: then all estimates count the same.
@@ -122,7 +123,7 @@ class Planner:
         return {
             "weights": weights,
             "adapter": shell.added_bytes,
-            "optimizer": settings.state_copies * size,
+            "optimizer": self.optimizer_bytes,
             "overhead": settings.overhead,
             "best": size if settings.device.type == "cpu" and settings.validation else 0,
         }
@@ -154,7 +155,7 @@ class Planner:
         if held_out:
             moments["evaluation"] = _moment(resting, held_out, working, heap)
         if on_cpu:
-            copies = settings.state_copies * size
+            copies = self.optimizer_bytes
             moments["checkpoint"] = resting | {"working": copies, "holes": max(0, heap - copies)}
         method = f"{FOUR_BIT}{settings.method}" if settings.four_bit else settings.method
         base, trained = shell.base_parameters(), shell.trained_parameters

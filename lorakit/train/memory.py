@@ -42,13 +42,12 @@ def planner_for(
     share: float = 1.0,
     held: int | None = None,
     validation: int = 0,
-    state_copies: int = 2,
 ) -> Planner:
     """Build the planner for a run's settings.
 
     `share`: trained tokens / tokens; `held`: bytes this process holds already, None to assume a new process;
-    `validation`: rows of an evaluation batch, 0 for no evaluation; `state_copies`: the optimizer's copies of the
-    trained parameters. Raises PlanError for a base that cannot be estimated.
+    `validation`: rows of an evaluation batch, 0 for no evaluation. Raises PlanError for a base that cannot be
+    estimated.
     """
     process_bytes = overhead(device) if held is None else overhead(device, held)
     task = task_of(config.task)
@@ -65,7 +64,6 @@ def planner_for(
         config.method,
         checkpointing=config.gradient_checkpointing,
         plain_attention=plain_attention(device),
-        state_copies=state_copies,
         validation=validation,
         share=share,
         batch=config.batch_size,

@@ -27,19 +27,6 @@ def quantized(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in base_modules(model) if any(kind.owns(module) for kind in kinds)}
 
 
-def is_unknown_linear(module: nn.Module) -> bool:
-    """Whether a module looks like a linear with packed weights of a library that lorakit does not know: it has sizes,
-    and holds integers instead of a weight.
-    """
-    if base_of(module).quantization is not None or isinstance(module, nn.Linear):
-        return False
-    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    return all(isinstance(size, int) for size in sizes) and any(
-        t.numel() > 1 and (not t.is_floating_point() or t.itemsize == 1) for t in tensors
-    )
-
-
 def fingerprinted(module: nn.Module) -> Quantized:
     """Describe a quantized weight for a fingerprint: in the shape and order of the weight before quantization."""
     base = base_of(module)
