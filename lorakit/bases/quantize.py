@@ -88,6 +88,26 @@ def linears_of(model: nn.Module, quantizer: str, trained: Sequence[str] = ()) ->
     return Linears(found.quantized, found.kept, tuple(odd))
 
 
+def stored_linears(model: nn.Module, storage: Storage, trained: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Return the linears whose weights a base stores in this way, by name, in its model without quantized weights.
+
+    `trained`: as for `linears_of`.
+    """
+    from torch import nn
+
+    sizes_matter = storage.quantizer if storage.kept is None and storage.new else None
+    linears = linears_of(model, sizes_matter or "int8", trained if storage.new else ()).quantized
+    if storage.in_blocks:
+        blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+        linears = {name: module for name, module in linears.items() if name.startswith(blocks)}
+    kept = [each.removesuffix(".weight") for each in storage.kept or ()]
+    return {
+        name: module
+        for name, module in linears.items()
+        if not any(f".{name}".endswith(f".{each}") or name.startswith(f"{each}.") for each in kept)
+    }
+
+
 def loading_options(
     how: Quantization,
     name: str,

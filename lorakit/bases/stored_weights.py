@@ -34,7 +34,7 @@ class Storage:
     """How the weights of a base's linears are stored.
 
     method: as a config names it; title: in words; size: the bytes of one weight, None where this is not known;
-    quantizer: the value of `quantize` that gives this storage; kept: names of modules that stay unquantized, None for
+    quantizer: the value of `quantize` that gives this storage; new: whether it is quantized only while loading; kept: names of modules that stay unquantized, None for
     the rule of `quantize.linears_of`; keeps_input: whether the forward keeps its input for a backward that does not
     need it (bitsandbytes' int8 on a CPU); in_blocks: whether only decoder layers are quantized.
     """
@@ -43,6 +43,7 @@ class Storage:
     title: str
     size: Size | None
     quantizer: str | None = None
+    new: bool = False
     kept: tuple[str, ...] | None = None
     keeps_input: bool = False
     in_blocks: bool = False
@@ -53,10 +54,10 @@ def storage(how: Quantization) -> Storage | None:
     if how.quantize is None:
         return None
     if how.quantize == "int8":
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, keeps_input=True)
+        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, how.quantize, True, keeps_input=True)
     if how.quantize == "torchao-int8":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize)
-    return Storage("bitsandbytes", _four_bit_title(how.quantize, how.double), _four_bits(how.double), how.quantize)
+        return Storage("torchao", "torchao int8, a scale a row", _torchao, how.quantize, True)
+    return Storage("bitsandbytes", _four_bit_title(how.quantize, how.double), _four_bits(how.double), how.quantize, True)
 
 
 def storage_of(config: Any) -> Storage | None:
@@ -114,9 +115,9 @@ def _grouped(bits: int, group: int | None, by_input: int = 0, zeros: float | Non
 def _bitsandbytes(how: Mapping[str, Any]) -> Storage:
     kept = None if how.get("llm_int8_skip_modules") is None else tuple(how["llm_int8_skip_modules"])
     if how.get("load_in_8bit") or how.get("_load_in_8bit"):
-        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, "int8", kept, keeps_input=True)
+        return Storage("bitsandbytes", "bitsandbytes int8, a scale a row", _int8, "int8", kept=kept, keeps_input=True)
     kind, double = how.get("bnb_4bit_quant_type", "fp4"), bool(how.get("bnb_4bit_use_double_quant"))
-    return Storage("bitsandbytes", _four_bit_title(kind, double), _four_bits(double), kind, kept)
+    return Storage("bitsandbytes", _four_bit_title(kind, double), _four_bits(double), kind, kept=kept)
 
 
 def _gptq(how: Mapping[str, Any]) -> Storage:
@@ -166,7 +167,7 @@ def _torchao_config(how: Mapping[str, Any]) -> Storage:
     kind = (how.get("quant_type") or {}).get("default") or {}
     name, kept = str(kind.get("_type", "")), tuple(how.get("modules_to_not_convert") or ())
     if name == "Int8WeightOnlyConfig":
-        return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept)
+        return Storage("torchao", "torchao int8, a scale a row", _torchao, "torchao-int8", kept=kept)
     return Storage("torchao", f"torchao {name.removesuffix('Config')}".strip(), None, kept=kept)
 
 

@@ -9,7 +9,6 @@ Each includes the overhead and, on a CPU, the holes in the C library's heap.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +30,6 @@ from .weightless import MOST_TOKENS
 # size relative to the most bytes in use there at once: 1.25 to 1.9 measured (python -m lorakit.bench.plan chose this).
 HEAP = 1.47
 HEAP_CHECKPOINTING = 2.3  # kept tensors are scattered between a layer's temporary ones; 2.4 was measured
-# NF4 with double quantization: 4 bits per weight, an 8-bit scale per 64 weights and a 32-bit one per 256 scales
-# (Dettmers et al. 2023, section 3): 4 + 8/64 + 32/(64·256) bits.
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 MOST_ROWS = 256  # where the search for the largest batch ends
 COLUMNS = 8  # batches are padded to a multiple of this
 
@@ -49,10 +45,10 @@ class PlanSettings:
     attach: Callable[[Any], object]  # adds the method's trained parameters to the model
     config: RunSettings
     method: str = "lora"
-    four_bit: bool = False
+    packing: Packing | None = None  # how the base's linears are stored; None: not quantized
     checkpointing: bool = False
     plain_attention: int = 0  # rows up to this many tokens use plain attention
-    state_copies: int = 2  # of the trained parameters, for the optimizer
+    state_bytes: Callable[[int], int] = partial(int.__mul__, 8)  # elements -> bytes of the optimizer's state
     validation: int = 0  # rows of an evaluation batch; 0: no evaluation
     share: float = 1.0  # trained tokens / tokens
     batch: int = 1  # rows of an optimizer step
