@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .model.merge import merge, unmerge
     from .model.route import route
     from .model.summary import summary
+    from .model.training import after_step, parameter_groups, penalty
 
 _HOME = {
     "Adapter": ".adapter.adapter",
@@ -42,6 +43,7 @@ _HOME = {
     "active": ".model.activate",
     "adapters": ".model.activate",
     "unmerge": ".model.merge",
+    **dict.fromkeys(("parameter_groups", "penalty", "after_step"), ".model.training"),
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
@@ -59,6 +61,9 @@ __all__ = [  # noqa: RUF022 (in the order one meets them)
     "unmerge",
     "detach",
     "summary",
+    "parameter_groups",
+    "penalty",
+    "after_step",
     "combine",
     "LorakitError",
     "__version__",

@@ -23,7 +23,7 @@ from .algebra.svd import Svd, product_svd
 from .checks import check_alpha, check_tensors
 from .update import LowRank, Read, Rows, Update, as_matrix_shape
 
-Kind = Literal["linear", "embedding", "conv"]
+Kind = Literal["linear", "embedding", "conv", "experts"]
 
 
 @dataclass(frozen=True)

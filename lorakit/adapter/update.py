@@ -5,6 +5,7 @@
     LoHa    ΔW = s · (W1a W1b) ∘ (W2a W2b)                  loha.py
     LoKr    ΔW = s · W1 ⊗ W2                                lokr.py
     dense   ΔW itself                                       dense.py
+    experts ΔW[e] = s · B[e] A[e] of each expert            experts.py
 
 A kind is a frozen dataclass in a file of its own. The methods implemented in this file are the same for all kinds,
 unless a kind overrides them.
@@ -49,7 +50,7 @@ class Update(ABC):
     @property
     @abstractmethod
     def variant(self) -> str:
-        """The kind's name: "lora", "dora", "loha", "lokr" or "dense"."""
+        """The kind's name: "lora", "dora", "loha", "lokr", "dense", ..."""
 
     @property
     @abstractmethod
@@ -111,6 +112,11 @@ class Update(ABC):
         """The low-rank factors A and B: a LoRA itself, or those that a DoRA is built on; None for other kinds."""
         return None
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether it is made of low-rank factors, of which `rank` is the rank."""
+        return self.factors is not None
+
     def map_factors(self, change: Callable[[Factors], Factors]) -> Update:
         """Return a copy with `change(factors)` in place of the low-rank factors; the update itself if it has none."""
         return self
@@ -134,6 +140,12 @@ class Update(ABC):
         """
 
     # ΔW by itself
+
+    def weight_name(self, module: str) -> str:
+        """Return the full name of the parameter that it changes: the module's `weight`, unless the name that adapters
+        know the module by is the parameter's own.
+        """
+        return f"{module}.weight"
 
     @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:

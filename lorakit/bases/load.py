@@ -80,12 +80,6 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def is_four_bit(config: Any) -> bool:
-    """Whether a base's transformers config says that bitsandbytes has quantized its linear weights to 4 bits."""
-    how = getattr(config, "quantization_config", None)
-    return bool(how.get("load_in_4bit") if isinstance(how, dict) else getattr(how, "load_in_4bit", False))
-
-
 def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
     """Return the ids that end the model's generation: its generation config's or, without one, its config's."""
     path = Path(model_path(name))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field, model_validator
 
+from .short_names import spelled_out
 from .strict import Strict
 
 # setting -> the settings and values that it needs (any one of them)
@@ -20,6 +24,13 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "eva_rho": (("init", "eva"),),
     "init_batches": (("init", "eva"), ("init", "lora_ga")),
 }
+
+
+def has_effect(setting: str, values: Mapping[str, Any]) -> bool:
+    """Whether a setting has an effect with these other ones, as far as that depends on the kind of update and start."""
+    values = spelled_out(values)
+    needs = _NEEDS.get(setting, ())
+    return not needs or any(values.get(name) == value for name, value in needs)
 
 
 class KindSettings(Strict):
@@ -51,9 +62,10 @@ class KindSettings(Strict):
 
     @model_validator(mode="after")
     def _belong(self):
+        own = dict(self)
         for setting, needs in _NEEDS.items():
-            changed = getattr(self, setting) != type(self).model_fields[setting].default
-            if changed and not any(getattr(self, name, value) == value for name, value in needs):
+            changed = own[setting] != type(self).model_fields[setting].default
+            if changed and not has_effect(setting, own):
                 wanted = " or ".join(f"{name}='{value}'" for name, value in needs)
                 raise ValueError(f"{setting} has an effect with {wanted} only; remove it, or give that")
         return self

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import PEFT_NAMES, PRESETS, LoraConfig
 from ..errors import AdapterError, ConfigError
-from ..module_names import matches
+from ..module_names import ends_with, matches
+from . import peft_parameters
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless false or empty.
 _UNSUPPORTED = {
@@ -19,7 +20,6 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA",
     "arrow_config": "Arrow",
     "layer_replication": "layer replication",
-    "target_parameters": "adapted parameters (MoE experts)",
     "velora_config": "VeLoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
@@ -74,6 +74,7 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
             "--base FOLDER\n"
             "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
+    values = peft_parameters.as_targets(values)
     ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if given(values.get(theirs))}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)
@@ -114,13 +115,24 @@ def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
 
 
 def to_peft(
-    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float], transposed: bool, dora: bool = False
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    transposed: bool,
+    dora: bool = False,
+    parameters: Collection[str] = (),
 ) -> dict[str, Any]:
-    """PEFT's fields. `ranks`, `alphas`: module -> value of the written tensors, which overrule the config's."""
-    modules = list(ranks)
+    """PEFT's fields. `ranks`, `alphas`: module -> value of the written tensors, which overrule the config's.
+    `parameters`: those of these names that are parameters (weights of experts), no modules.
+    """
+    modules = [m for m in ranks if m not in parameters]
     targets = config.targets
-    if targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in modules):
+    if targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in ranks):
         targets = sorted(modules)
+    elif parameters:
+        targets = (
+            [t for t in targets if any(ends_with(m, t) for m in modules)] if isinstance(targets, list) else modules
+        )
     rank, rank_pattern = _pattern(ranks, config.rank, config.rank_pattern, config.rank_of)
     alpha, alpha_pattern = _pattern(alphas, config.alpha, config.alpha_pattern, config.alpha_of)
     return {
@@ -137,13 +149,15 @@ def to_peft(
         "layers_to_transform": None,
         "lora_alpha": _plain(alpha),
         "lora_bias": False,
-        "lora_dropout": config.dropout,
+        # PEFT refuses any for parameters, also where nothing is trained.
+        "lora_dropout": 0.0 if parameters else config.dropout,
         "modules_to_save": list(config.save_modules) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
         "revision": config.revision,
         "target_modules": targets,
+        **({"target_parameters": peft_parameters.entries(config, parameters)} if parameters else {}),
         "task_type": config.task,
         "use_dora": dora,
         "use_rslora": config.rslora,

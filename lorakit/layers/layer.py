@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import math
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,6 +53,11 @@ _RESERVED = frozenset(
         "probed",
         "laid_out",
         "route",
+        "live",
+        "adopted",
+        "released",
+        "of_pairs",
+        "computed",
     }
 )
 
@@ -193,6 +199,16 @@ class LoraLayer(Swapped):
         """Return an embedding's update times the factor that the module multiplies its output by, if it has one."""
         return update
 
+    def lora_live(self, variant: str) -> str:
+        """Return the kind of update that a config's `variant` is on this layer: the name of a file in `updates/`."""
+        return variant
+
+    def lora_adopted(self) -> None:
+        """Called when the module has been given its adapted class."""
+
+    def lora_released(self) -> None:
+        """Called before the module is given its own class back."""
+
     def lora_sizes(self) -> tuple[int, int]:
         """Return (in, out) of a linear."""
         raise NotImplementedError
@@ -237,3 +253,11 @@ def init_a(A: Tensor, init: str, rank: int) -> None:
             A.normal_(std=1 / rank)
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+
+def rebind_hooked_forward(module: nn.Module) -> None:
+    """Make accelerate's hooks call the forward of the module's current class."""
+    # The hooks (device maps, offload) replace the instance's `forward` and call `_old_forward`, a method that was bound
+    # when the hook was added. The adapted forward must run inside the hook, where the weights are loaded.
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from shlex import quote
@@ -13,6 +13,7 @@ from ..errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
 FACTOR = 10  # its best learning rate is about a tenth of LoRA's ("LoRA Without Regret", Thinking Machines 2025)
 
@@ -68,8 +69,16 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
         )
 
 
-def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
-    return "", 1.0
+def rate_factors(model: Any, config: RunSettings, name: str) -> Mapping[nn.Parameter, tuple[str, float]]:
+    return {}
+
+
+def penalty(model: Any, name: str) -> Tensor | None:
+    return None
+
+
+def after_step(model: Any, name: str, step: int, steps: int) -> None:
+    """Do nothing: nothing is adjusted."""
 
 
 def activate(model: Any, name: str) -> None:

@@ -21,6 +21,7 @@ from .method import Start
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from ..adapter.adapter import Adapter
 
@@ -33,8 +34,9 @@ class LoraRunSettings(LoraSettings):
     )
 
 
-# Settings that an adapter does not fix: dropout acts in training only.
-_NOT_FIXED = {"dropout", "adapter"}
+# Settings that an adapter does not fix: they act in training only.
+_IN_TRAINING = {"dropout", "lora_plus", "freeze_a"}
+_NOT_FIXED = {*_IN_TRAINING, "adapter"}
 # Settings that an adapter holds resolved to the modules of its base. Its recipe has them as the run gave them.
 _RESOLVED = {
     "targets",
@@ -119,12 +121,15 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
     own = part(config, LoraRunSettings)
     if own.adapter is None:
         attach(model, adapter_config(config, task_type), name)
+        rate_factors(model, config, name)  # raises if lora_plus has no effect
         return
     earlier = _load(own.adapter)
-    continued = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
+    in_training = {setting: getattr(own, setting) for setting in _IN_TRAINING}
+    continued = earlier.config.replace(**in_training, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
+    rate_factors(model, config, name)
 
 
 def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
@@ -135,8 +140,27 @@ def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
     return {"adapter": Path(source).name, "sha256": adapter.digest(), **kept}
 
 
-def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
-    return "", 1.0
+def rate_factors(model: Any, config: RunSettings, name: str) -> Mapping[nn.Parameter, tuple[str, float]]:
+    """LoRA+: those of B."""
+    from ..bases.pipeline import as_module
+    from ..model.training import faster_parameters
+
+    ratio = part(config, LoraSettings).lora_plus
+    return {} if ratio is None else dict.fromkeys(faster_parameters(as_module(model), name), ("B", ratio))
+
+
+def penalty(model: Any, name: str) -> Tensor | None:
+    from ..bases.pipeline import as_module
+    from ..model.training import penalties
+
+    found = penalties(as_module(model), name)
+    return sum(found[1:], start=found[0]) if found else None
+
+
+def after_step(model: Any, name: str, step: int, steps: int) -> None:
+    from ..model.training import after_step
+
+    after_step(model, step, steps, name)
 
 
 def activate(model: Any, name: str) -> None:

@@ -15,6 +15,7 @@ from ..config import Choice, RunSettings, Strict
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,23 @@ class Method(Protocol):
     def learning_rate(self, rate: float, why: str) -> tuple[float, str]:
         """Return the peak learning rate for `auto`, and why. `rate`, `why`: what suits LoRA."""
 
-    def rate_factor(self, config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
-        """Return a parameter's learning rate as a factor of the run's, with a name of the parameters that share it.
+    def rate_factors(self, model: Any, config: RunSettings, name: str) -> Mapping[nn.Parameter, tuple[str, float]]:
+        """Return the parameters that are not trained at the run's own learning rate: each with a name of those that
+        share its rate, and the rate as a factor of the run's.
 
-        `parameter`: its name on the model; `rate`: the run's peak rate. ("", 1.0) for those at the run's own rate.
+        `name`: the adapter's, as for `attach`.
+        """
+
+    def penalty(self, model: Any, name: str) -> Tensor | None:
+        """Return what is added to the loss of a step, a scalar with a gradient; None if there is nothing.
+
+        `name`: the adapter's, as for `attach`.
+        """
+
+    def after_step(self, model: Any, name: str, step: int, steps: int) -> None:
+        """Adjust what is trained, after optimizer step `step` (from 1) of `steps`; its gradients are still there.
+
+        `name`: the adapter's, as for `attach`.
         """
 
     def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:

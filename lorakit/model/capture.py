@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
+from ..adapter.lora import factors_of
 from ..adapter.update import Update
 from ..bases.pipeline import as_module
 from ..layers.layer import child_name
@@ -43,7 +44,11 @@ def capture(model: Any, name: str | None = None) -> Adapter:
     check_captured(own_saved.items())
     kept = {full: _copy(parameter) for full, parameter in own_saved.items()}
     embeddings = {token: _copy(vectors) for token, vectors in attached.embeddings.items()}
-    adapter = Adapter(attached.config, updates, kept, copy.deepcopy(dict(attached.metadata)), embeddings)
+    factors = factors_of(updates)
+    config = attached.config.of_values(
+        {m: f.rank for m, f in factors.items()}, {m: f.alpha for m, f in factors.items()}
+    )
+    adapter = Adapter(config, updates, kept, copy.deepcopy(dict(attached.metadata)), embeddings)
     return renamed(adapter, attached.names)
 
 

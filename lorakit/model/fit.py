@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.update import Update
 from ..bases.pipeline import PipelineModel, component_of
-from ..config import LoraConfig, variants
+from ..config import LoraConfig, live_kinds
 from ..errors import AdapterError, TargetError, did_you_mean, listing
 from ..layers.bases import quantized
 from ..layers.targets import check_adaptable, check_packed, find_saved, module_names
@@ -62,11 +62,11 @@ def _other_components(model: nn.Module, missing: list[str]) -> str:
 
 def is_live(adapter: Adapter) -> bool:
     """Whether all updates can be attached to a live model."""
-    return all(u.variant in variants() for u in adapter.updates.values())
+    return all(u.variant in live_kinds() for u in adapter.updates.values())
 
 
 def _check_live(module: str, update: Update) -> None:
-    if update.variant in variants():
+    if update.variant in live_kinds():
         return
     if update.needs_base:
         raise AdapterError(

@@ -15,6 +15,7 @@ from ..errors import StateError, did_you_mean, listing
 from ..layers import fused_qkv, saved
 from ..layers.bases import fingerprinted, quantized
 from ..layers.batched.routes import Routes, Routing
+from ..layers.expert_weight import adapted_weight
 from ..layers.fused import attention
 from ..layers.layer import LoraLayer, child_name, mixin_and_base
 from ..layers.walk import base_modules
@@ -161,7 +162,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 def layer_at(model: nn.Module, name: str) -> LoraLayer:
     """Return the adapted module with this full name."""
-    layer = model.get_submodule(name)
+    layer = adapted_weight(model, name) or model.get_submodule(name)
     assert isinstance(layer, LoraLayer)
     return layer
 

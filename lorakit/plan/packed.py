@@ -22,11 +22,20 @@ from ..bases.stored_weights import Storage
 
 @dataclass(frozen=True)
 class Packing:
-    """How a plan's base is stored. `compute`: the dtype that weights are multiplied in, None for the input's."""
+    """How a plan's base is stored."""
 
     storage: Storage
-    compute: torch.dtype | None = None
     trained: tuple[str, ...] = ()  # names of modules that are trained and saved in full
+
+    @property
+    def name(self) -> str:
+        """What an estimate calls it: "nf4", "gptq"."""
+        return self.storage.quantizer or self.storage.method
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """The dtype that weights are multiplied in; None for the input's."""
+        return None if self.storage.compute is None else getattr(torch, self.storage.compute)
 
 
 class PackedWeight(nn.Parameter):
@@ -89,8 +98,13 @@ def _dequantized(weight: Tensor, dtype: torch.dtype, in_float32: bool) -> Tensor
     return codes.to(dtype)
 
 
-def pack(model: nn.Module, packing: Packing) -> None:
-    """Put stand-ins, in place, for the linears that the base stores packed. The model is on the meta device."""
-    for name, module in stored_linears(model, packing.storage, packing.trained).items():
+def pack(model: nn.Module, packing: Packing) -> int:
+    """Put stand-ins, in place, for the linears that the base stores packed, and return how many these are.
+
+    The model is on the meta device.
+    """
+    linears = stored_linears(model, packing.storage, packing.trained)
+    for name, module in linears.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, PackedLinear.of(module, packing))
+    return len(linears)

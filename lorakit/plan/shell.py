@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LorakitError
 from ..layers.fused import attention
@@ -64,8 +64,7 @@ class Shell:
         with plan_errors(name), torch.device("meta"):
             self.model = build()
             self._base_parameters = sum(p.numel() for p in self.model.parameters())
-            if packing is not None:
-                pack(self.model, packing)
+            self.packed = 0 if packing is None else pack(self.model, packing)  # how many linears are quantized
         self.name = type(self.model).__name__
         own = list(self.model.parameters())
         attach(self.model)

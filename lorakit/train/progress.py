@@ -18,6 +18,7 @@ from ..layers.fused.fused import ATTENTION, report
 from ..model.summary import summary
 from . import defaults
 from .bar import Bar
+from .optimizer import describe
 from .resume import trainable
 from .run_folder import HELD_OUT, evaluated
 
@@ -171,6 +172,7 @@ def facts(job: Job, step: int = 0) -> list[tuple[str, str]]:
             f"{job.steps:,} ({_short_number(job.steps / defaults.steps_per_epoch(config, job.data.rows))} passes "
             "over the data)" + (f", longer than the {job.steps_before:,} planned before" if job.steps_before else ""),
         ),
+        ("optimizer", describe(config, job.model, trainable(job.model, job.adapter))),
         ("learning rate", f"{job.rate.value:g} ({job.rate.reason}), {config.schedule}, warm-up {config.warmup:.0%}"),
         ("folder", str(job.folder.path) + (f", resuming at step {step}" if step else "")),
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..config import Choice
 from ..data.batches import batch_order
@@ -24,7 +25,7 @@ from ..methods.method import Method
 from ..model.attach import DEFAULT
 from ..tasks import task_of
 from ..tasks.task import Base, Data, Item, Task
-from . import compile, defaults
+from . import compile, defaults, optimizer
 from .config import TrainConfig
 from .launch import command, peers
 from .memory import check
@@ -80,10 +81,15 @@ class Job:
     def method(self) -> Method:
         return method_of(self.config.method)
 
-    def rate_factor(self, parameter: str) -> tuple[str, float]:
-        """Return a parameter's group and learning rate, as a factor of the run's: the task's times the method's."""
-        task, method = (each.rate_factor(self.config, parameter, self.rate.value) for each in (self.task, self.method))
-        return "_".join(filter(None, (task[0], method[0]))), task[1] * method[1]
+    def rate_factors(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, float]]:
+        """Return the parameters' groups and learning rates, as factors of the run's: the task's times the method's."""
+        of_method = self.method.rate_factors(self.model, self.config, self.adapter)
+        return {
+            name: _joined(
+                self.task.rate_factor(self.config, name, self.rate.value), of_method.get(parameter, ("", 1.0))
+            )
+            for name, parameter in parameters.items()
+        }
 
     @property
     def result(self) -> Path:
@@ -107,6 +113,10 @@ class Job:
             )
             self._order, self._epoch = [[rows[i] for i in batch] for batch in order], epoch
         return [self.task.drawn(self.train[i], self.config.seed, epoch) for i in self._order[index]]
+
+
+def _joined(task: tuple[str, float], method: tuple[str, float]) -> tuple[str, float]:
+    return "_".join(filter(None, (task[0], method[0]))), task[1] * method[1]
 
 
 def set_up(config: TrainConfig, held: ExitStack | None = None) -> Job:
@@ -140,6 +150,8 @@ def set_up_together(configs: Mapping[str, TrainConfig], held: ExitStack | None =
     data = _data_of(configs, task, processor)
     parallel = Parallel(some_unused=not task.uses_all)
     device = parallel.device
+    for each in configs.values():
+        optimizer.check(each, device)
     if config.compile:
         compile.check(config, device, parallel.world, len(configs))
     if not alone and (why := next((why for each in configs.values() if (why := method.alone(each))), None)):

@@ -130,6 +130,7 @@ VALUES = {
 LIVE = {
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
+    "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "tokens": {"embedding", "linear"},
 }
 # What a kind's config needs besides the targets.
@@ -484,7 +485,7 @@ def test_one_of_another_size_is_refused_with_its_module(variant, layer):
 
 def test_a_kind_that_no_model_takes_is_refused_with_what_to_do():
     model, _ = on("linear")
-    for update, said in ((VALUES["lokr"].update, "resize"), (VALUES["dora by output"].update, "DoRA")):
+    for update, said in ((VALUES["whole"].update, "resize"), (VALUES["dora by output"].update, "DoRA")):
         with pytest.raises(AdapterError, match=said):
             lk.attach(model, lk.Adapter(lk.LoraConfig(targets=["0"]), {"0": update}))
     with pytest.raises(lk.errors.ConfigError, match="did you mean 'lora'"):

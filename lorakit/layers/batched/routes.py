@@ -198,6 +198,23 @@ class Routing:
             )
         return self._shared[key]
 
+    def weights_of_tokens(self, child: str, layer: LoraLayer, tokens: int, x: Tensor) -> Tensor:
+        """Return an adapter's weight for each token of a batch whose rows follow each other: [tokens], float32.
+
+        Experts get their tokens so, without an axis of rows. Raises StateError if the choices do not divide them.
+        """
+        count = len(self.choices)
+        if self.per_token:
+            self._check_tokens(layer, (tokens,))
+        elif not count or tokens % count:
+            raise self._wrong_rows(layer, tokens)
+        key = ("tokens", child, tokens, x.device)
+        if key not in self._shared:
+            weights = torch.tensor([dict(choice).get(child, 0.0) for choice in self.choices], device=x.device)
+            self._shared[key] = weights.repeat_interleave(tokens // count)
+        found: Tensor = self._shared[key]
+        return found
+
     def add_updates(
         self, layer: LoraLayer, y: Tensor, x: Tensor, children: Sequence[str] | None = None, y0: Tensor | None = None
     ) -> Tensor:

@@ -63,8 +63,9 @@ class Snapshot:
     __slots__ = ("addresses", "counts", "parameters", "registered", "versions")
 
     def __init__(self, update: LiveUpdate):
-        self.registered = update._parameters
-        self.parameters = cast("list[Tensor]", list(update._parameters.values()))  # none of a pair's is None
+        # None of a pair's is None. A frozen start is in buffers.
+        self.registered = [update._parameters, *([update._buffers] if update._buffers else [])]
+        self.parameters = cast("list[Tensor]", [t for each in self.registered for t in each.values()])
         # Never trusted: inference tensors, which have no version counter, and trained parameters, since some optimizers
         # write without increasing it.
         self.counts = not any(p.is_inference() or p.requires_grad for p in self.parameters)
@@ -81,7 +82,7 @@ class Uses:
 
         self.stack, self.layout = stack, stack.layout
         self.counts = all(s.counts for s in snapshots)
-        self.registered = [s.registered for s in snapshots]
+        self.registered = joined(s.registered for s in snapshots)
         self.parameters: list[Tensor] = joined(s.parameters for s in snapshots)
         self.versions = joined(s.versions for s in snapshots)
         self.addresses = joined(s.addresses for s in snapshots)

@@ -13,6 +13,8 @@ Each kind is a file in this folder, with the name that `LoraConfig.variant` and 
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ...adapter.update import Rows, Update
 from ...config import LoraConfig
+from ...errors import TargetError
 from ..bases import base_of
 from ..layer import Own
 
@@ -41,11 +44,17 @@ class Pair(Protocol):
 
 
 class LiveUpdate(Own):
-    """One adapter's update of one module, with its parameters."""
+    """One adapter's update of one module, with its parameters.
+
+    A buffer registered with `persistent=True` is part of a run's checkpoints, which restore it to the bit. One with
+    `persistent=False` is computed again when a run resumes. `value` must not depend on buffers that change in training:
+    the result may have the parameters of an earlier step, or their averages.
+    """
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
     tied = False  # whether it is the update of another module, whose weight this one shares
+    starts = False  # whether it can start from given factors A and B (`begin`)
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -55,6 +64,14 @@ class LiveUpdate(Own):
     @classmethod
     def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
+        raise NotImplementedError
+
+    def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
+        """Start from these A and B instead of random ones (`layers.init`). Called once, before it is registered.
+
+        values: in the layer's layout; None: keep the random ones. subtracted: from now on ΔW is the difference from the
+        start, which is kept as a frozen pair.
+        """
         raise NotImplementedError
 
     def value(self, layer: LoraLayer) -> Update:
@@ -73,6 +90,30 @@ class LiveUpdate(Own):
         """Return the same update for another module that shares the weight (tied embeddings)."""
         raise NotImplementedError
 
+    # Training
+
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        """Return the names of its parameters that LoRA+ trains at B's learning rate: B, and what takes B's place on the
+        output's side. Empty if it has none.
+        """
+        return ()
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        """Stop training A (LoRA-FA). Raises TargetError if there is no A, or B alone could not learn."""
+        raise TargetError(f"'{name}' has an update without a factor A, so freeze_a has nothing to freeze\n  omit it")
+
+    @classmethod
+    def penalty(cls, updates: Sequence[Self]) -> Tensor | None:
+        """Return what is added to the loss of a step, a scalar with a gradient; None if the kind has no penalty.
+
+        `updates`: all of an adapter's updates of this kind.
+        """
+        return None
+
+    @classmethod
+    def after_step(cls, updates: Sequence[Self], step: int, steps: int) -> None:
+        """Adjust the updates after optimizer step `step` (from 1) of `steps`; the gradients are still there."""
+
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
         """Return `weight` · ΔW by blocks of rows of the layer's weight, on its device."""
         base = base_of(layer)
@@ -82,7 +123,7 @@ class LiveUpdate(Own):
 
 
 def live(variant: str) -> type[LiveUpdate]:
-    """Return the class of a kind. `variant`: one of `config.variants()`."""
+    """Return the class of a kind. `variant`: one of `config.live_kinds()`."""
     return importlib.import_module(f".{variant}", __package__).Live
 
 
@@ -96,3 +137,10 @@ def device_of(layer: LoraLayer) -> torch.device:
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else base_of(layer).device(layer)
+
+
+def matrix_shape(layer: LoraLayer) -> tuple[int, int]:
+    """Return (out, in·k) of the layer's dense weight."""
+    out, *sizes = base_of(layer).shape(layer)
+    size_in = math.prod(sizes)
+    return (size_in, out) if layer.lora_transposed else (out, size_in)

@@ -1,0 +1,129 @@
+"""bitsandbytes' nf4 and fp4 in checkpoint files. The codec is in `ops.quantized.blockwise`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...ops.quantized import blockwise
+from ...ops.quantized.blockwise import STATE, Blockwise
+from .format import Format, Shapes, Tensors
+
+# The quantization state is JSON with a float in it, whose length is not known beforehand: it is padded to this.
+_STATE_BYTES = 256
+
+
+class Bits4:
+    """Each block's scale is the largest |W| in it, so it is computed again when a weight is quantized again."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    marker: ClassVar[str] = "weight.absmax"
+    main: ClassVar[str] = "weight"
+    names: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def settings(self, config: Mapping[str, Any]) -> Blockwise | None:
+        if not config.get("load_in_4bit", config.get("_load_in_4bit")):
+            return None
+        dtype = getattr(torch, str(config.get("bnb_4bit_compute_dtype")), None)
+        return Blockwise(
+            str(config.get("bnb_4bit_quant_type") or "fp4"),
+            bool(config.get("bnb_4bit_use_double_quant")),
+            dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
+        )
+
+    def kind(self, settings: Blockwise) -> str:
+        return settings.kind
+
+    def new_settings(self, kind: str, like: Any) -> Blockwise:
+        return Blockwise(kind, double=False, dtype=getattr(like, "dtype", torch.bfloat16))
+
+    def config(self, settings: Blockwise, unquantized: list[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": settings.kind,
+            "bnb_4bit_use_double_quant": settings.double,
+            "bnb_4bit_compute_dtype": str(settings.dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": unquantized,
+        }
+
+    def shape(self, shapes: Shapes, small: Tensors, settings: Blockwise) -> tuple[int, int]:
+        out, inner = blockwise.state_of(small)["shape"]
+        return out, inner
+
+    def step(self, shape: tuple[int, int], settings: Blockwise) -> int:
+        return math.lcm(settings.blocksize, 2, shape[1]) // shape[1]
+
+    def opened(self, tensors: Tensors) -> Tensors:
+        """Return the tensors with scales in float32, since a cut need not begin where a block of 256 scales does."""
+        state = blockwise.state_of(tensors)
+        plain = {k: v for k, v in state.items() if not k.startswith("nested_")}
+        return {
+            "weight": tensors["weight"].reshape(-1).view(torch.uint8),
+            "weight.absmax": blockwise.scales(tensors, state),
+            "weight.quant_map": tensors["weight.quant_map"],
+            STATE + state["quant_type"]: _state(plain),
+        }
+
+    def cut(self, tensors: Tensors, shape: tuple[int, int], start: int, stop: int, settings: Blockwise) -> Tensors:
+        state, inner = blockwise.state_of(tensors), shape[1]
+        first, last = start * inner, stop * inner
+        return {
+            **tensors,
+            "weight": tensors["weight"][first // 2 : -(-last // 2)],
+            "weight.absmax": tensors["weight.absmax"][first // state["blocksize"] : -(-last // state["blocksize"])],
+            STATE + state["quant_type"]: _state({**state, "shape": [stop - start, inner]}),
+        }
+
+    def dequantized(self, tensors: Tensors, settings: Blockwise) -> Tensor:
+        return blockwise.dequantized(tensors)
+
+    def errors(self, tensors: Tensors, W: Tensor, settings: Blockwise) -> Tensor:
+        """Half the distance to the next code, and what double quantization may have changed of the scale."""
+        size = blockwise.state_of(tensors)["blocksize"]
+        absmax = tensors["weight.absmax"].repeat_interleave(size)[: W.numel()].view(W.shape)
+        codes = tensors["weight.quant_map"].float().sort().values
+        gaps = codes.diff()
+        half = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])) / 2
+        nearest = torch.bucketize(W / absmax.clamp_min(1e-30), (codes[:-1] + codes[1:]) / 2)
+        return half[nearest] * absmax + W.abs() * (0.03 if settings.double else 0)
+
+    def written(self, shape: tuple[int, int], settings: Blockwise, like: Shapes | None) -> Shapes:
+        n = math.prod(shape)
+        scales = -(-n // settings.blocksize)
+        made = {
+            "weight": ("U8", (-(-n // 2), 1)),
+            "weight.absmax": ("U8" if settings.double else "F32", (scales,)),
+            "weight.quant_map": ("F32", (16,)),
+            STATE + settings.kind: ("U8", (_STATE_BYTES,)),
+        }
+        nested = {
+            "weight.nested_absmax": ("F32", (-(-scales // blockwise.NESTED_BLOCK),)),
+            "weight.nested_quant_map": ("F32", (256,)),
+        }
+        return made | (nested if settings.double else {})
+
+    def quantized(
+        self, blocks: Iterable[Tensor], shape: tuple[int, int], settings: Blockwise, like: Tensors | None
+    ) -> dict[str, Tensor]:
+        if like is not None:
+            state = blockwise.state_of(like)
+            settings = replace(settings, dtype=getattr(torch, state["dtype"]), blocksize=state["blocksize"])
+        made = [blockwise.indexed(block, settings) for block in blocks]
+        indices, absmax = (torch.cat(each) for each in zip(*made, strict=True))
+        return blockwise.packed_tensors(indices, absmax, shape, settings, _STATE_BYTES)
+
+
+def _state(state: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+FORMAT: Format = Bits4()
