@@ -40,7 +40,7 @@ _TORCHAO = ("torchao", "pip install torchao")
 PACKAGES = {**dict.fromkeys(("nf4", "fp4", "int8"), _BITSANDBYTES), "torchao-int8": _TORCHAO}
 KERNEL = "gptqmodel"  # whose linears read GPTQ and AWQ too
 # the method that a checkpoint records -> the same; GPTQ and AWQ need none
-_READERS = {
+READERS = {
     "bitsandbytes": _BITSANDBYTES,
     "torchao": _TORCHAO,
     "hqq": ("hqq", "pip install hqq"),
@@ -183,7 +183,7 @@ def is_installed(package: str) -> bool:
 
 def _check_reader(name: str, storage: Storage) -> None:
     """Raise LorakitError if the package that a quantized checkpoint needs is missing."""
-    package, install = _READERS.get(storage.method, ("", ""))
+    package, install = READERS.get(storage.method, ("", ""))
     if package and not is_installed(package):
         raise LorakitError(f"{name} is quantized: {storage.title}, and {package} is not installed\n  {install}")
 
