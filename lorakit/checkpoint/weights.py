@@ -55,12 +55,13 @@ class Weights:
         return W.T if transposed else W
 
 
-def open_weights(path: Path, modules: Collection[str]) -> Weights:
-    """Find the weights of these modules in a transformers folder, a diffusers pipeline or a single file. Raises
-    TargetError if the base lacks one.
+def open_weights(path: Path, modules: Collection[str], quantized: bool = True) -> Weights:
+    """Find the weights of these modules in a transformers folder, a diffusers pipeline or a single file.
+
+    quantized: whether quantized weights may be read. Raises TargetError if the base lacks a module.
     """
     stored: dict[str, Weight] = {}
-    for part in open_parts(path, modules):
+    for part in open_parts(path, modules, quantized=quantized):
         own = {module.removeprefix(part.called("")): module for module in modules if module.startswith(part.called(""))}
         locations = locate(part.base, own)
         stored |= {

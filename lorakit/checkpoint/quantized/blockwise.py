@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -55,9 +54,11 @@ class Bits4:
             "llm_int8_skip_modules": unquantized,
         }
 
-    def shape(self, shapes: Shapes, small: Tensors, settings: Blockwise) -> tuple[int, int]:
-        out, inner = blockwise.state_of(small)["shape"]
-        return out, inner
+    def of_module(self, shapes: Shapes, small: Tensors, settings: Blockwise) -> tuple[Blockwise, tuple[int, int]]:
+        state = blockwise.state_of(small)
+        out, inner = state["shape"]
+        dtype = getattr(torch, state["dtype"])
+        return Blockwise(state["quant_type"], "nested_offset" in state, state["blocksize"], dtype), (out, inner)
 
     def step(self, shape: tuple[int, int], settings: Blockwise) -> int:
         return math.lcm(settings.blocksize, 2, shape[1]) // shape[1]
@@ -114,9 +115,6 @@ class Bits4:
     def quantized(
         self, blocks: Iterable[Tensor], shape: tuple[int, int], settings: Blockwise, like: Tensors | None
     ) -> dict[str, Tensor]:
-        if like is not None:
-            state = blockwise.state_of(like)
-            settings = replace(settings, dtype=getattr(torch, state["dtype"]), blocksize=state["blocksize"])
         made = [blockwise.indexed(block, settings) for block in blocks]
         indices, absmax = (torch.cat(each) for each in zip(*made, strict=True))
         return blockwise.packed_tensors(indices, absmax, shape, settings, _STATE_BYTES)
