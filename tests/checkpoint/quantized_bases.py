@@ -1,4 +1,4 @@
-"""A tiny Llama in every format of quantized weights that a merge reads, and the same with the weights they stand for."""
+"""A tiny Llama in every format of quantized weights that a merge reads, and with the weights that they stand for."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_an_adapter_that_starts_from_the_bases_weights_needs_the_unquantized_one
         quantized.llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", r=4)
     )
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(lk.LorakitError, match="is quantized(.|\n)*give the unquantized base"):
+    with pytest.raises(lk.LorakitError, match=r"is quantized(.|\n)*give the unquantized base"):
         merge_checkpoint(bases.packed("nf4"), tmp_path / "adapter", tmp_path / "out")
 
 

@@ -68,12 +68,14 @@ def quantization_of(folder: object, config: Mapping[str, Any]) -> Quantization |
         how = part.get("quantization_config") if isinstance(part, Mapping) else None
         if not how:
             continue
-        if isinstance(how, Mapping):
-            for format in _formats():
-                settings = format.settings(how)
-                if settings is not None:
-                    return Quantization(format, settings, how, inner)
         method = how.get("quant_method", "quantized") if isinstance(how, Mapping) else how
+        for format in _formats() if isinstance(how, Mapping) else ():
+            try:
+                settings = format.settings(how)
+            except LorakitError as error:
+                raise LorakitError(f"{folder} is quantized ({method}) and cannot be read: {error}") from error
+            if settings is not None:
+                return Quantization(format, settings, how, inner)
         raise LorakitError(
             f"{folder} is quantized ({method}) in a format that cannot be merged; expected bitsandbytes (4 or 8 bits), "
             "gptq or awq\n"
