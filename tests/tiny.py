@@ -172,7 +172,7 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal to the bit (-0 and NaN too) and in the order of their keys."""
     return list(a) == list(b) and all(
         a[n].dtype == b[n].dtype
-        and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
+        and torch.equal(*(each[n].contiguous().reshape(-1).view(torch.uint8) for each in (a, b)))
         for n in a
     )
 

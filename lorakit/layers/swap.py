@@ -10,6 +10,7 @@ import types
 
 from torch import nn
 
+from .bases import base_of
 from .conv import ConvLayer
 from .embedding import EmbeddingLayer
 from .layer import COUNT, LoraLayer, adapted_class, mixin_and_base
@@ -23,7 +24,7 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     """Return the mixin that adapts this module, None if no low-rank update is defined for it."""
     if isinstance(module, LoraLayer):
         return mixin_and_base(type(module))[0]
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or base_of(module).is_linear(module):
         return LinearLayer
     if isinstance(module, nn.Embedding) and (
         type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")

@@ -13,13 +13,20 @@ from ..bases.pipeline import PipelineModel, component_of, is_text_encoder
 from ..config import ALL_LINEAR, PRESETS, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
 from ..module_names import ends_with, matches, pattern_matches
-from .bases import base_of
+from .bases import base_of, is_unknown_linear
 from .fused_qkv import FIX, fused_away
 from .layer import Swapped, mixin_and_base
 from .presets import preset
 from .swap import is_linear, mixin_for
 from .walk import base_modules
 from .weight_reads import reads_of
+
+_UNKNOWN = (
+    "  load the unquantized base, or one in a form that lorakit reads: bitsandbytes, torchao, quanto, HQQ, "
+    "compressed-tensors, GPTQ, AWQ\n"
+    "  (GPTQ and AWQ: load the folder with lorakit's own linears, lorakit.load_base, as a library's fast kernels "
+    "rearrange the weights)"
+)
 
 
 @dataclass
@@ -153,6 +160,13 @@ def _by_preset(
     assert isinstance(targets, str)
     roots = {*getattr(model, "components", ()), ""}
     of = [n for n, m in names.items() if is_linear(m)] if targets == ALL_LINEAR else preset(targets, names, roots)
+    unknown = next((n for n, m in names.items() if is_unknown_linear(m)), None) if targets == ALL_LINEAR else None
+    if unknown is not None:
+        raise TargetError(
+            f"'{unknown}' is a {_qualified(names[unknown])}, a linear with packed weights that lorakit cannot read "
+            f"(LoraConfig.targets='{targets}')\n{_UNKNOWN}\n"
+            "  or name the other modules that are to be adapted: LoraConfig.targets"
+        )
     if not of:
         what = "linear layer" if targets == ALL_LINEAR else "attention"
         raise TargetError(
@@ -247,6 +261,11 @@ def _bypassed_in_training(names: dict[str, nn.Module]) -> dict[str, str]:
     return found
 
 
+def _qualified(module: nn.Module) -> str:
+    cls = _own_class(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without what lorakit put in front of it."""
     cls = type(module)
@@ -274,6 +293,11 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
                 f"'{name}' is a {type(module).__name__} that has no shape yet\n  run the model once, then attach"
             )
         if mixin_for(module) is None:
+            if is_unknown_linear(module):
+                raise TargetError(
+                    f"'{name}' is a {_qualified(module)}, a linear with packed weights that lorakit cannot read\n"
+                    f"{_UNKNOWN}"
+                )
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
             fix = f"\n  it contains {listing(inside, 3)}" if inside else ""
             raise TargetError(
