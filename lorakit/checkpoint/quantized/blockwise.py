@@ -101,7 +101,7 @@ class Bits4:
         n = math.prod(shape)
         scales = -(-n // settings.blocksize)
         made = {
-            "weight": ("U8", (-(-n // 2), 1)),
+            "weight": like["weight"] if like is not None else ("U8", (-(-n // 2), 1)),
             "weight.absmax": ("U8" if settings.double else "F32", (scales,)),
             "weight.quant_map": ("F32", (16,)),
             STATE + settings.kind: ("U8", (_STATE_BYTES,)),
@@ -117,6 +117,8 @@ class Bits4:
     ) -> dict[str, Tensor]:
         made = [blockwise.indexed(block, settings) for block in blocks]
         indices, absmax = (torch.cat(each) for each in zip(*made, strict=True))
+        if like is not None:  # the bytes may be kept as another dtype (quant_storage)
+            indices = indices.flatten().view(like["weight"].dtype).view(like["weight"].shape)
         return blockwise.packed_tensors(indices, absmax, shape, settings, _STATE_BYTES)
 
 
