@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import ONLY_ON, not_quantized
+from ..adapter.fingerprint import ONLY_ON, needs_quantized
 from ..errors import AdapterError, ConfigError, LorakitError
 from ..formats import find
 from ..io.atomic import write_text
@@ -245,7 +245,7 @@ def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
     quantization = adapter.metadata.get(ONLY_ON)
     if quantization and not base.config.get("quantization_config"):
         raise AdapterError(
-            f"{not_quantized(quantization)}: {base.folder} is not quantized\n"
+            f"{needs_quantized(quantization)}: {base.folder} is not quantized\n"
             "  give the quantized base, or force_base=True (--force-base) if you know better"
         )
     lines = compare_with_files(base, adapter, rename)
