@@ -144,4 +144,4 @@ class ExpertFactors(Update):
 
     def output_tensors(self) -> None:
         """None: its tensors have the experts first."""
-        return None
+        return

@@ -34,13 +34,14 @@ class Locations:
 _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
-def locate(base: Base, modules: Mapping[str, Update], saved: Collection[str] = ()) -> Locations:
+def locate(base: Base, modules: Mapping[str, Update | None], saved: Collection[str] = ()) -> Locations:
     """Find all these modules. Raises TargetError if the base lacks one. `modules`: by name, with their updates, which
-    know their weight's name; `saved`: names of saved weights, used to find the renaming if there are no modules.
+    know their weight's name (None: "weight"); `saved`: names of saved weights, used to find the renaming if there are
+    no modules.
     """
     if base.single_file:
         return _in_single_file(base, modules)
-    weights = {module: update.weight_name(module) for module, update in modules.items()}
+    weights = {m: f"{m}.weight" if update is None else update.weight_name(m) for m, update in modules.items()}
     targets = list(weights.values())
     lookups = targets or [n for n in saved if numbered(n)]
     # Only weights outside the numbered layers can be tied; transformers, a slow import, knows which are.

@@ -88,7 +88,7 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         raise AdapterError(
             f"{path}: '{unsupported[0]}' is not a plain linear, the only module that {start!r} is defined for"
         )
-    weights = open_weights(base, adapter.factors)
+    weights = open_weights(base, adapter.factors, quantized=False)  # the start was computed from unrounded weights
     made, grown = {}, 0
     for module, f in adapter.factors.items():
         W = weights.read(module)
