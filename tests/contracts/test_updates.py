@@ -207,11 +207,10 @@ def test_rows_are_its_equation_block_by_block(value, step, transposed):
 
     change = value.update.rows(tuple(stored.shape), transposed, read=blocks)
     torch.testing.assert_close(torch.cat([change(*block).double() for block in blocks()]), wanted, rtol=1e-5, atol=1e-5)
-    if not value.update.needs_base:
-        half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
-        torch.testing.assert_close(
-            torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
-        )
+    half = value.update.rows(tuple(stored.shape), transposed, weight=-0.5, read=blocks)
+    torch.testing.assert_close(
+        torch.cat([half(*block).double() for block in blocks()]), -0.5 * wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_its_low_rank_form_and_singular_values_are_those_of_delta(value):
