@@ -120,10 +120,10 @@ def _factors(start: Start, name: str, matrix: Matrix, config: LoraConfig, found:
 def _check_kinds(matrices: Mapping[str, Matrix], start: Start, init: str) -> None:
     wrong = next((m for m, matrix in matrices.items() if matrix.kind not in start.kinds), None)
     if wrong is not None:
-        kind = type(matrices[wrong].module).__name__
+        kind, last = type(matrices[wrong].module).__name__, wrong.rpartition(".")[2]
         raise TargetError(
             f"'{wrong}' is a {kind}, for which init={init!r} is not defined; it is for layers of kind "
-            f"{' and '.join(sorted(start.kinds))}\n  remove it from the targets, or use another init"
+            f"{' and '.join(sorted(start.kinds))}\n  leave it out (exclude=['{last}']), or use another init"
         )
 
 
