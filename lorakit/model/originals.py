@@ -12,6 +12,10 @@ from ..checkpoint.weights import open_weights
 from ..errors import ConfigError, LorakitError, did_you_mean
 from ..layers.bases import base_of
 
+_GIVE = (
+    "  give the unquantized checkpoint: attach(..., originals=FOLDER); to lorakit train as --model, quantized while it "
+    "is loaded (--quantize nf4)"
+)
 Originals = str | Path | Mapping[str, Tensor]
 
 
@@ -60,7 +64,7 @@ def _from_folder(
     except LorakitError as error:
         raise ConfigError(
             f"the weights before quantization cannot be read from {path}: {error}\n"
-            "  give the unquantized checkpoint: attach(..., originals=FOLDER)"
+            _GIVE
         ) from error
     return lambda name: torch.cat([block for _, block in weights.stored[name].slot.rows()])
 
@@ -73,7 +77,7 @@ def _own_checkpoint(model: nn.Module) -> Path:
     where = f"{name!r} is not here" if name else "the model does not say where they are"
     unknown = ConfigError(
         f"init='loftq' needs the weights before quantization, and {where}\n"
-        "  give the unquantized checkpoint: attach(..., originals=FOLDER)"
+        _GIVE
     )
     if not name:
         raise unknown
