@@ -62,10 +62,7 @@ def _from_folder(
     try:
         weights = open_weights(path, list(modules))
     except LorakitError as error:
-        raise ConfigError(
-            f"the weights before quantization cannot be read from {path}: {error}\n"
-            _GIVE
-        ) from error
+        raise ConfigError(f"the weights before quantization cannot be read from {path}: {error}\n{_GIVE}") from error
     return lambda name: torch.cat([block for _, block in weights.stored[name].slot.rows()])
 
 
@@ -75,10 +72,7 @@ def _own_checkpoint(model: nn.Module) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     where = f"{name!r} is not here" if name else "the model does not say where they are"
-    unknown = ConfigError(
-        f"init='loftq' needs the weights before quantization, and {where}\n"
-        _GIVE
-    )
+    unknown = ConfigError(f"init='loftq' needs the weights before quantization, and {where}\n{_GIVE}")
     if not name:
         raise unknown
     from huggingface_hub import snapshot_download
