@@ -88,10 +88,10 @@ def plain(path: Path, base: Path, force_base: bool = False) -> Adapter:
         raise AdapterError(
             f"{path}: '{unsupported[0]}' is not a plain linear, the only module that {start!r} is defined for"
         )
-    weights = open_weights(base, adapter.factors)
+    weights = open_weights(base, adapter.factors, quantized=False)  # the start was computed from unrounded weights
     made, grown = {}, 0
     for module, f in adapter.factors.items():
-        W = weights.read(module, f)
+        W = weights.read(module)
         first = _start(start, W, f)
         made[module] = exact_sum(module, [(1.0, f), (-1.0, first)])
         grown += norm(made[module]) > norm(f)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..config import Choice, LoraConfig, LoraSettings, RunSettings, part
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 from .method import Start, StartData
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str, first: St
     if own.adapter is None:
         sources = Sources(model) if first is None else Sources(model, first.batches, first.loss, None, first.ranks)
         attach_from(model, adapter_config(config, task_type), sources, name)
-        rate_factors(model, config, name)  # raises if lora_plus has no effect
+        _check(model, config, name)
         return
     earlier = _load(own.adapter)
     in_training = {setting: getattr(own, setting) for setting in _IN_TRAINING}
@@ -134,7 +134,21 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str, first: St
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
+    _check(model, config, name)
+
+
+def _check(model: Any, config: RunSettings, name: str) -> None:
+    """Raise ConfigError for settings of the run that have no effect on the attached adapter, or do not go with it."""
+    from ..bases.pipeline import as_module
+    from ..model.training import cannot_average
+
     rate_factors(model, config, name)
+    kind = cannot_average(as_module(model), name)
+    if kind is not None and getattr(config, "ema", 0):
+        raise ConfigError(
+            f"ema: averages of {kind} over steps are not what was trained: it sets values to zero\n"
+            "  omit ema, or use another variant"
+        )
 
 
 def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:

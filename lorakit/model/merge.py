@@ -45,9 +45,9 @@ def merge(model: Any, *, untie: bool = False) -> None:
         for name in state.active:
             for full, parameter in saved_parameters(model, state, name):
                 check_finite(parameter, f"'{full}' of adapter '{name}'")
-        held = {id(layer.weight) for layer in layers.values() if not _is_tied(layer)}
+        held = {id(_weight(layer)) for layer in layers.values() if not _is_tied(layer)}
         for m, layer in layers.items():
-            if _is_tied(layer) and id(layer.weight) in held:
+            if _is_tied(layer) and id(_weight(layer)) in held:
                 layer.lora_merged = TIED  # by the module whose weight it shares
             else:
                 merge_module(layer, m)
@@ -76,6 +76,11 @@ def unmerge(model: Any) -> None:
         state.untied = None
 
 
+def _weight(layer: LoraLayer) -> nn.Parameter | None:
+    """Return the layer's own weight; None if it has none of that name (some quantized linears have not)."""
+    return layer._parameters.get("weight")
+
+
 def _is_tied(layer: LoraLayer) -> bool:
     """Whether all its updates in use are those of another module, whose weight it shares."""
     return all(update.tied for update, _ in layer.lora_in_use())
@@ -93,8 +98,9 @@ def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[st
         for own, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
     found = {
-        m: [n for n in users.get(id(layer.weight), []) if n != m and not _together(layer, layers.get(n))]
+        m: [n for n in users.get(id(weight), []) if n != m and not _together(layer, layers.get(n))]
         for m, layer in layers.items()
+        if (weight := _weight(layer)) is not None
     }
     return {m: others for m, others in found.items() if others}
 
@@ -111,7 +117,7 @@ def _untie(model: nn.Module, layers: Mapping[str, LoraLayer], shared: Iterable[s
     """Give these layers copies of their weights, and say in the model's config that its embeddings are not tied."""
     untied = Untied({}, [])
     for m in shared:
-        weight = layers[m].weight
+        weight = _weight(layers[m])
         if saved.saved_of(layers[m]) is not None or type(weight) is not nn.Parameter:
             _tie(model, untied)
             raise StateError(

@@ -60,10 +60,13 @@ def _from_folder(
 ) -> Callable[[str], Tensor]:
     path = _own_checkpoint(model) if given is None else Path(given).expanduser()
     try:
-        weights = open_weights(path, list(modules))
+        weights = open_weights(path, dict.fromkeys(modules))
     except LorakitError as error:
         raise ConfigError(f"the weights before quantization cannot be read from {path}: {error}\n{_GIVE}") from error
-    return lambda name: torch.cat([block for _, block in weights.stored[name].slot.rows()])
+    stored = {name: weights.stored[name][0] for name in modules}
+    if any(weight.base.config.get("quantization_config") for weight in stored.values()):
+        raise ConfigError(f"{path} is quantized itself, and init='loftq' needs its weights before that\n{_GIVE}")
+    return lambda name: torch.cat([block for _, block in stored[name].slot.rows()])
 
 
 def _own_checkpoint(model: nn.Module) -> Path:

@@ -22,6 +22,7 @@ from lorakit.adapter.lokr import Lokr
 from lorakit.adapter.lora import Factors
 from lorakit.adapter.tokens import Tokens
 from lorakit.adapter.update import Update
+from lorakit.adapter.vera import Projection, Vera
 from lorakit.config import variants
 from lorakit.errors import AdapterError, LorakitError
 from lorakit.layers.updates.update import LiveUpdate
@@ -121,6 +122,11 @@ VALUES = {
         (8, 4, 2, 3),
         lambda u, W: torch.kron(u.w1, tucker(u.t2, u.w2a, u.w2b)),
     ),
+    "vera": Value(
+        Vera(randn(3), randn(8), Projection.drawn(0, 3, 11, 12), 10),
+        (8, 10),
+        lambda u, W: u.b[:, None] * u.projection.B[:8].double() @ (u.d[:, None] * u.projection.A[:, :10].double()),
+    ),
     "lora beside a bias": Value(Biased(LOW, randn(8)), (8, 10), lambda u, W: product(u.inner, W)),
     "trained tokens": Value(Tokens((1, 4, 9), randn(3, 8)), (8, 10), replaced),
     "whole": Value(Dense(randn(8, 10)), (8, 10), lambda u, W: u.weight),
@@ -128,14 +134,18 @@ VALUES = {
 
 # The layers that a kind can be trained on, as `on` names them.
 LIVE = {
+    "adalora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
     "loha": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
     "lokr": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped"},
+    "vera": {"linear", "Conv1D"},
     "tokens": {"embedding", "linear"},
     "dora": {"linear", "Conv1D", "conv1d", "conv2d", "conv3d", "grouped", "embedding"},
 }
 # The method whose result a kind's gradient takes as a constant, by definition.
 DETACHED = {"dora": "norm"}
+# The kind that it is as a value, where that is another.
+VALUE_OF = {"adalora": "lora"}
 # What a kind's config needs besides the targets.
 NEEDS = {"tokens": {"trainable_tokens": [1, 5, 7]}}
 
@@ -257,7 +267,8 @@ def test_its_sizes_and_output_tensors_are_those_of_its_outputs(value):
     assert value.update.sizes == value.shape[:2]
     outputs = value.update.output_tensors()
     if outputs is None:
-        assert "t1" in value.update.tensors() or value.update.variant == "tokens"  # whose rows are of tokens
+        # Trained tokens have rows of tokens, and VeRA's rows of B are shared.
+        assert "t1" in value.update.tensors() or value.update.variant in ("tokens", "vera")
         return
     assert all(len(t) * value.update.output_block >= value.shape[0] for t in outputs.values())
     assert outputs.keys() <= value.update.tensors().keys()
@@ -379,7 +390,7 @@ def test_captured_and_attached_again_it_is_the_same_to_the_bit(variant, layer):
     model, x = on(layer)
     randomise(lk.attach(model, config(variant)))
     value = lk.capture(model)
-    assert value.updates["0"].variant == variant
+    assert value.updates["0"].variant == value.config.variant == VALUE_OF.get(variant, variant)
     again = lk.attach(on(layer)[0], value.check())
     assert torch.equal(again(x), model(x))
     assert not any(p.requires_grad for p in child(again).parameters())
