@@ -330,6 +330,17 @@ def test_modules_that_the_batches_do_not_reach_are_refused():
             )
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_module_of_several_inputs_is_refused(init):
+    class Two(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = nn.Sequential(Two(6, 6))
+    with pytest.raises(TargetError, match="'0' does not map one tensor to another"):
+        lk.attach(model, config(init, targets=["0"]), batches=[torch.randn(9, 6)], loss=lambda m, x: m(x)[0].sum())
+
+
 @pytest.mark.parametrize("init", ["eva", "lora_ga", "loftq"])
 def test_an_embedding_is_refused(init):
     with pytest.raises(TargetError, match=r"'emb' is a Embedding|'emb' is an Embedding"):
