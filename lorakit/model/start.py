@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -95,7 +95,7 @@ def begin(
         return _restored(config, matrices, sources.ranks, start)
     if _without_values(matrices):
         return Started(config, dict.fromkeys(matrices), start.subtracted)
-    with _base_alone(model, state) if start.needs_batches else undisturbed(model), torch.no_grad():
+    with _base_alone(model, state) if start.needs_batches else nullcontext(), torch.no_grad():
         gathered = start.gather(matrices, config, _evidence(model, config, start, own, sources))
         config = gathered.config
         factors: dict[str, tuple[Tensor, Tensor] | None] = {}

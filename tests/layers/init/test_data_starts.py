@@ -279,7 +279,7 @@ def test_a_base_in_4_bits_starts_as_its_dequantized_weights_do_and_can_be_traine
     packed.train()(**batch()).loss.backward()
     first = packed.model.layers[0].self_attn.q_proj
     assert first.lora_default.B.grad.any()
-    base_of(first).check(first, "q_proj")
+    base_of(first).check(first, "q_proj", True)
 
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
