@@ -92,7 +92,8 @@ def shared_weights(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[st
     users: dict[int, list[str]] = {}
     for name, module in base_modules(model):
         for own, parameter in module._parameters.items():
-            users.setdefault(id(parameter), []).append(name if own == "weight" else f"{name}.{own}" if name else own)
+            is_weight = parameter is getattr(module, "weight", None)  # an adapted attention's has another name
+            users.setdefault(id(parameter), []).append(name if is_weight else f"{name}.{own}" if name else own)
     found = {
         m: [n for n in users.get(id(layer.weight), []) if n != m and not _together(layer, layers.get(n))]
         for m, layer in layers.items()
@@ -113,7 +114,8 @@ def _untie(model: nn.Module, layers: Mapping[str, LoraLayer], shared: Iterable[s
     untied = Untied({}, [])
     for m in shared:
         weight = layers[m].weight
-        if saved.saved_of(layers[m]) is not None or type(weight) is not nn.Parameter:
+        own = layers[m]._parameters.get("weight")
+        if saved.saved_of(layers[m]) is not None or type(weight) is not nn.Parameter or own is not weight:
             _tie(model, untied)
             raise StateError(
                 f"'{m}' shares its weight with another module and cannot be given one of its own, since an adapter "
