@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,6 +52,11 @@ class Update(ABC):
     @abstractmethod
     def variant(self) -> str:
         """The kind's name: "lora", "dora", "loha", "lokr", "dense", ..."""
+
+    @property
+    def live_variants(self) -> tuple[str, ...]:
+        """The kinds that must exist on a live model to attach it: its own, and that of the update it is built on."""
+        return (self.variant,)
 
     @property
     @abstractmethod
@@ -193,6 +198,17 @@ class Update(ABC):
         """
         low = self.low_rank()
         return [product_svd(low.left, low.right) if low is not None else matrix_svd(self.matrix(), rank, keep)]
+
+    def matrices(self) -> tuple[Update, ...] | None:
+        """Return the updates of the matrices that the weight is a stack of (experts); None if it is no stack."""
+        return None
+
+    def of_matrices(self, updates: Sequence[Update]) -> Update:
+        """Return the update of the stack of which these are the matrices' updates, as `matrices` returns them.
+
+        Raises AdapterError if they do not make one.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def factor_shapes(self, module: str) -> FactorShapes:

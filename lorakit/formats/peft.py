@@ -27,6 +27,7 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.biased import Biased
 from ..adapter.dora import Dora
+from ..adapter.fingerprint import ONLY_ON
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
 from ..config import EXPERTS, LoraConfig
@@ -39,7 +40,7 @@ from . import peft_adalora, peft_attention, peft_loha, peft_lokr, peft_parameter
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
-from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
+from .peft_config import changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, to_peft
 from .peft_experts import misread, note
 from .peft_keys import CONFIG, PREFIX, sort
 from .peft_kind import PeftKind
@@ -64,8 +65,7 @@ def is_peft(path: Path) -> bool:
 
 def start_of(path: Path) -> str | None:
     """The initialization of PEFT's folder if it changed the base's weights ("pissa", "olora"...), else None."""
-    start = read_json(_folder(path) / CONFIG).get("init_lora_weights")
-    return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else None
+    return changed_base(read_json(_folder(path) / CONFIG))
 
 
 def read(path: Path, started: bool = False) -> Adapter:
@@ -90,6 +90,8 @@ def read(path: Path, started: bool = False) -> Adapter:
         if (folder / OURS).exists()
         else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
     )
+    if (quantization := loftq_base(values)) is not None:
+        ours.setdefault(ONLY_ON, quantization)
     config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
     if kind is not None:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}

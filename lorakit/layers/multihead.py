@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.gain import excess
 from ..ops.packed import expand_packed
 from .batched.attention_rows import alike, attention
 from .layer import LoraLayer
@@ -129,15 +130,17 @@ def changed(layer: nn.Module, active: Active) -> Tensor:
 
 def _delta(layer: LoraLayer, update: LiveUpdate, share: float, weight: Tensor) -> Tensor:
     """Return `share` · ΔW in the weight's dtype. Gradients reach the update's parameters."""
-    pair = update.pair()
+    pair = update.pair(layer)
     with torch.autocast(weight.device.type, enabled=False):
         if pair is None:  # any other kind: its change of the identity
             identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
             return share * update.change(layer, identity, weight.detach().T).T
-        B = expand_packed(pair.B, layer.lora_parts) if pair.B.dim() == 3 and isinstance(layer, PackedLayer) else pair.B
-        A = (
-            F.dropout(pair.A.new_ones(pair.A.shape[1]), pair.dropout, update.training) * pair.A
-            if pair.dropout
-            else pair.A
-        )
-        return ((B * (pair.scale * share)) @ A.to(B.dtype)).to(weight.dtype)
+        A, B = pair.A, pair.B
+        if isinstance(layer, PackedLayer) and B.dim() == 3:
+            B = expand_packed(B, layer.lora_parts)
+        if pair.dropout and update.training:
+            A = A * F.dropout(A.new_ones(A.shape[1]), pair.dropout)
+        delta = (B * (pair.scale * share)) @ A.to(B.dtype)
+        if pair.gain is not None:
+            delta = delta + excess(pair.gain, share)[:, None] * weight
+        return delta.to(weight.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .bases import base_of
 from .conv import ConvLayer
 from .embedding import EmbeddingLayer
 from .expert_weight import ExpertWeight
@@ -28,7 +29,7 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     """Return the mixin that adapts this module, None if no low-rank update is defined for it."""
     if isinstance(module, LoraLayer):
         return mixin_and_base(type(module))[0]
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or base_of(module).is_linear(module):
         return LinearLayer
     if isinstance(module, ExpertWeight):
         return ExpertWeightLayer

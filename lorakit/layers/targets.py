@@ -21,6 +21,7 @@ from .fused_qkv import FIX, fused_away
 from .layer import Swapped, mixin_and_base
 from .presets import preset
 from .swap import is_linear, mixin_for
+from .unknown_linears import check_all_known, check_known
 from .walk import base_modules
 from .weight_reads import reads_of
 
@@ -171,6 +172,7 @@ def _by_preset(
     assert isinstance(targets, str)
     roots = {*getattr(model, "components", ()), ""}
     if targets == ALL_LINEAR:
+        check_all_known(names)
         of = [n for n, m in names.items() if is_linear(m) or isinstance(m, ExpertWeight)]
         experts = unadapted(names, config) | attention_targets.unadapted(names)
         of = [n for n in of if n not in experts]
@@ -298,6 +300,7 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
                 f"'{name}' is a {type(module).__name__} that has no shape yet\n  run the model once, then attach"
             )
         if mixin_for(module) is None:
+            check_known(name, module)
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
             fix = f"\n  it contains {listing(inside, 3)}" if inside else ""
             why = why_not(module) or attention_targets.why_not(module)

@@ -142,7 +142,7 @@ def _attach(
     check_whole(model)
     packed = quantized(model)
     for module_name, module in packed.items():
-        base_of(module).check(module, module_name)
+        base_of(module).check(module, module_name, trainable)
     if isinstance(adapter, LoraConfig):
         plan = _begun(
             model, state, _fresh(model, adapter if strict else adapter.replace(strict_targets=False)), sources

@@ -22,6 +22,12 @@ class Dense:
     def owns(self, module: nn.Module) -> bool:
         return True
 
+    def is_linear(self, module: nn.Module) -> bool:
+        return False  # a class derived from nn.Linear is one anyway
+
+    def stored(self, module: nn.Module) -> tuple[str, ...]:
+        return ("weight",)
+
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(self._weight(module).shape)
 
@@ -62,7 +68,7 @@ class Dense:
             )
         return weight
 
-    def check(self, module: nn.Module, name: str) -> None:
+    def check(self, module: nn.Module, name: str, trainable: bool) -> None:
         """Do nothing: it can always be adapted."""
 
     def prepare(self, module: nn.Module) -> None:
