@@ -164,7 +164,9 @@ def test_other_precisions(dtype, architecture):
     found = own(x.to(dtype), index, weights.to(dtype))
     assert found.dtype == dtype
     tolerance = 1e-6 if dtype == torch.float64 else 3e-2
-    torch.testing.assert_close(found.double(), exact(x.double(), index, weights.double()), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        found.double(), exact(x.double(), index, weights.double()), atol=tolerance, rtol=tolerance
+    )
     (found.float() ** 2).sum().backward()
     factors = [p for p in own.parameters() if p.requires_grad]
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in factors)
@@ -269,7 +271,9 @@ def test_merged_it_computes_the_same_and_unmerged_every_bit_is_back(architecture
     for _ in range(3):
         lk.merge(model)
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
-        assert not torch.equal(model.model.layers[0].mlp.experts.down_proj, weights["model.layers.0.mlp.experts.down_proj"])
+        assert not torch.equal(
+            model.model.layers[0].mlp.experts.down_proj, weights["model.layers.0.mlp.experts.down_proj"]
+        )
         lk.unmerge(model)
         assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
     assert torch.equal(logits(model), expected)

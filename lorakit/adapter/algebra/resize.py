@@ -44,7 +44,6 @@ class ModuleResize:
         """The share of Σσ² that is kept."""
         return max(0.0, 1 - self.error**2)
 
-
     @classmethod
     def of_stack(cls, module: str, parts: Sequence[ModuleResize], after: int) -> ModuleResize:
         """Sum up the matrices of a stack."""
