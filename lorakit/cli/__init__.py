@@ -22,7 +22,7 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _show_own_warnings_as_notes()
-    # transformers imports torchao where it is installed, which then warns of its kernels for GPUs that are not there, and
+    # transformers imports torchao where it is installed. That warns of its kernels for GPUs that are not there, and
     # torch of torchao's enums.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

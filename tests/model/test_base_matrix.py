@@ -97,7 +97,9 @@ def in_8_bits(folder: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class Base:
-    """`load`: with files in this folder, which is empty; `saves`: whether `save_pretrained` and `from_pretrained` save and load it."""
+    """`load`: with files in this folder, which is empty. `saves`: whether `save_pretrained` and `from_pretrained` save
+    and load it.
+    """
 
     load: Callable[[Path], nn.Module]
     saves: bool = True
