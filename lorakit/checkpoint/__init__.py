@@ -9,7 +9,7 @@ single_file.py   the layout of diffusion models' single files
 tied_weights.py  weights that are stored once and used twice
 weights.py       reads the base's weights of some modules, one at a time
 same_base.py     compares a base with an adapter's fingerprint
-residual.py      PiSSA and OLoRA as plain LoRA of their base
+residual.py      PEFT's PiSSA, MiLoRA and OLoRA as plain LoRA of their base
 
 change.py        one update applied to one stored weight
 changes.py       the changes of all adapters, by tensor

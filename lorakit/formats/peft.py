@@ -27,6 +27,7 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.biased import Biased
 from ..adapter.dora import Dora
+from ..adapter.fingerprint import ONLY_ON
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
 from ..config import EXPERTS, LoraConfig
@@ -35,11 +36,11 @@ from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_adalora, peft_loha, peft_lokr, peft_parameters, peft_tokens
+from . import peft_adalora, peft_loha, peft_lokr, peft_parameters, peft_tokens, peft_vera
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
-from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
+from .peft_config import changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, to_peft
 from .peft_experts import misread, note
 from .peft_keys import CONFIG, PREFIX, sort
 from .peft_kind import PeftKind
@@ -48,7 +49,7 @@ from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
 
-KINDS: tuple[PeftKind, ...] = (peft_loha.KIND, peft_lokr.KIND)
+KINDS: tuple[PeftKind, ...] = (peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND)
 
 
 def is_peft(path: Path) -> bool:
@@ -64,8 +65,7 @@ def is_peft(path: Path) -> bool:
 
 def start_of(path: Path) -> str | None:
     """The initialization of PEFT's folder if it changed the base's weights ("pissa", "olora"...), else None."""
-    start = read_json(_folder(path) / CONFIG).get("init_lora_weights")
-    return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else None
+    return changed_base(read_json(_folder(path) / CONFIG))
 
 
 def read(path: Path, started: bool = False) -> Adapter:
@@ -90,10 +90,12 @@ def read(path: Path, started: bool = False) -> Adapter:
         if (folder / OURS).exists()
         else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
     )
+    if (quantization := loftq_base(values)) is not None:
+        ours.setdefault(ONLY_ON, quantization)
     config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
     if kind is not None:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        updates, saved = kind.updates(values, plain, config, weights)
+        updates, saved = kind.updates(values, plain, config, weights, ours)
         return Adapter(config, updates, saved, ours).check()
     if adalora:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
@@ -161,7 +163,7 @@ def write(adapter: Adapter, path: Path) -> Path:
         tensors[f"{PREFIX}{module}.lora_B.bias"] = torch.zeros(f.B.shape[0]) if bias is None else bias / f.scale
     for name, tensor in adapter.saved.items():
         module, _, last = name.rpartition(".")
-        adapted_bias = last == "bias" and module in adapter.factors
+        adapted_bias = last == "bias" and module in adapter.updates
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
     tensors |= peft_tokens.tensors_of(adapter, PREFIX)
     experts = peft_parameters.experts_of(adapter)
@@ -173,6 +175,7 @@ def write(adapter: Adapter, path: Path) -> Path:
     dora = any(u.variant == "dora" for u in adapter.updates.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
     ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
+    ours |= {} if kind is None else kind.ours(adapter)
     own_config = adapter.config.replace(save_modules=_save_modules(adapter))
     values = to_peft(own_config, ranks, alphas, transposed, dora, experts)
     values["lora_bias"] = bool(biases)

@@ -56,13 +56,13 @@ def _from_folder(
 ) -> Callable[[str], Tensor]:
     path = _own_checkpoint(model) if given is None else Path(given).expanduser()
     try:
-        weights = open_weights(path, list(modules))
+        weights = open_weights(path, dict.fromkeys(modules))
     except LorakitError as error:
         raise ConfigError(
             f"the weights before quantization cannot be read from {path}: {error}\n"
             "  give the unquantized checkpoint: attach(..., originals=FOLDER)"
         ) from error
-    return lambda name: torch.cat([block for _, block in weights.stored[name].slot.rows()])
+    return lambda name: torch.cat([block for _, block in weights.stored[name][0].slot.rows()])
 
 
 def _own_checkpoint(model: nn.Module) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -28,12 +28,13 @@ from .state import State
 
 @dataclass(frozen=True)
 class Sources:
-    """What `attach` was given for a start. `model`: as the user gave it. `ranks`: of a resumed run whose checkpoint
-    holds the start: module -> rank. Nothing is computed then, as the values are about to be restored.
+    """What `attach` was given for a start. `model`: as the user gave it. `batches`: the first are taken, or it returns
+    as many as there are to be. `ranks`: of a resumed run whose checkpoint holds the start: module -> rank. Nothing is
+    computed then, as the values are about to be restored.
     """
 
     model: Any = None
-    batches: Iterable[Any] | None = None
+    batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None
     loss: Loss | None = None
     originals: Originals | None = None
     ranks: Mapping[str, int] | None = None
@@ -41,9 +42,9 @@ class Sources:
 
 @dataclass(frozen=True)
 class Started:
-    """`factors`: module -> its A and B in the layer's layout; None: random ones, as nothing is computed yet. A module that
-    is not among them has a random start. `subtracted`: whether these are subtracted as a frozen pair. `only_on`: the way of quantization of the base that the
-    adapter is right on; None: any.
+    """`factors`: module -> its A and B in the layer's layout, None if they are not computed yet; other modules start at
+    random. `subtracted`: whether the start is kept and subtracted. `only_on`: how the base is quantized that the
+    adapter is right on; None: any base.
     """
 
     config: LoraConfig
@@ -159,7 +160,9 @@ def _evidence(
                 "  attach(model, config, batches=loader), and loss=lambda model, batch: ... where the model returns no "
                 "loss itself"
             )
-        first = list(islice(sources.batches, config.init_batches))
+        given = sources.batches
+        # A run knows how many, as it may compute a batch in parts.
+        first = list(given()) if callable(given) else list(islice(given, config.init_batches))
         if not first:
             raise ConfigError(
                 f"attach(..., batches=...) has no batch, and init={config.init!r} is made from the first of them"

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, TrainError
 from ..io.atomic import sync_folder, write_errors
 from ..io.json_object import read_json
-from ..io.tensors import read_tensors
+from ..io.tensors import read_shapes, read_tensors
 from ..layers.layer import child_name
 from ..layers.updates.update import LiveUpdate
 from ..model.attach import DEFAULT
@@ -196,6 +196,23 @@ def newest_state(folder: Path) -> dict[str, Any]:
         return {}
     state: dict[str, Any] = json.loads((folder / f"{PREFIX}{steps[-1]}" / "state.json").read_text(encoding="utf8"))
     return state
+
+
+def newest_ranks(folder: Path) -> dict[str, int] | None:
+    """Return the rows of each trained factor A in the newest checkpoint, by module.
+
+    None if there is no checkpoint that can be read, or a module's A is not among what is trained.
+    """
+    end = f".{child_name(DEFAULT)}."
+    for step in reversed(steps_in(folder)):
+        try:
+            shapes = read_shapes(folder / f"{PREFIX}{step}" / "trainable.safetensors")
+        except AdapterError:
+            continue  # `load_newest` says so
+        ranks = {n.removesuffix(f"{end}A"): shape[0] for n, shape in shapes.items() if n.endswith(f"{end}A")}
+        modules = {n.removesuffix(f"{end}B") for n in shapes if n.endswith(f"{end}B")}
+        return ranks if ranks and ranks.keys() == modules else None
+    return None
 
 
 def load_newest(folder: Path, damaged: Callable[[str], None] = lambda note: None) -> Loaded | None:

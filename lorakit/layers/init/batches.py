@@ -31,10 +31,14 @@ class FirstBatches:
         return len(self.batches)
 
     def forward(self) -> Iterator[Any]:
-        """Compute each batch without gradients. Yields the batch before it is computed."""
+        """Compute each batch. Yields the batch before it is computed.
+
+        Gradients are enabled, but no parameter requires one. What a loss computes without (to find out how the model
+        works) is not of the batch, and hooks leave it out.
+        """
         for batch in self._on_device():
             yield batch
-            with torch.no_grad():
+            with torch.enable_grad():
                 if self.loss is not None:
                     self.loss(self.model, batch)
                 else:

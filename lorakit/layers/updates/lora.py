@@ -43,6 +43,8 @@ class LoraFactors(LiveUpdate):
     A0: Tensor | None
     B0: Tensor | None
 
+    gain = None
+
     def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=trainable)
@@ -97,7 +99,7 @@ class LoraFactors(LiveUpdate):
             self.width = 2 * self.A.shape[0]
 
     def value(self, layer: LoraLayer) -> Factors:
-        pair = self.pair()
+        pair = self.pair(layer)
         A, B = layer.lora_full(pair)
         kind, groups = layer.lora_kind, getattr(layer, "groups", 1)
         return Factors(
@@ -111,7 +113,7 @@ class LoraFactors(LiveUpdate):
             getattr(layer, "lora_parts", None) if self.is_packed else None,
         )
 
-    def pair(self) -> Pair:
+    def pair(self, layer: LoraLayer) -> Pair:
         if self.A0 is None or self.B0 is None:
             return self
         A, B, A0, B0 = self.A, self.B, self.A0, self.B0
