@@ -38,7 +38,7 @@ class PackedWeight:
         return {name: (slot.dtype, slot.shape) for name, slot in self.slots.items()}
 
     def rows(self, start: int = 0, stop: int | None = None, most: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
-        """Yield outputs `start` to `stop` of W in the blocks of `row_blocks`: (rows from `start` on, W's in float32)."""
+        """Yield outputs `start` to `stop` in the blocks of `row_blocks`: (rows after `start`, W's in float32)."""
         opened = self.format.opened(self.read())
         stop = self.shape[0] if stop is None else stop
         for rows in row_blocks((stop - start, self.shape[1]), most):
