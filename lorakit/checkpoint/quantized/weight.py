@@ -97,7 +97,7 @@ class PackedSlot(Slot):
     def elements(self, at: Sequence[int]) -> Tensor:
         return self.sampled(torch.tensor(at))[0]
 
-    def with_tensors(self, format: Format, settings: Any, own: Mapping[str, Tensor] | Mapping[str, Slot]) -> PackedSlot:
+    def with_tensors(self, format: Format, settings: Any, own: Mapping[str, Tensor | Slot]) -> PackedSlot:
         """Return the same weight as other tensors hold it, in memory or in files, by their own names."""
         slots = {name: t for name, t in own.items() if isinstance(t, Slot)}
         read = partial(read_all, slots) if slots else lambda: {n: t for n, t in own.items() if isinstance(t, Tensor)}
