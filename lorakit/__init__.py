@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .adapter.adapter import Adapter
     from .adapter.algebra.combine import combine
     from .adapter.lora import Factors
+    from .bases.load import load_base
     from .config import LoraConfig
     from .errors import LorakitError
     from .model.activate import activate, active, adapters
@@ -29,20 +30,24 @@ if TYPE_CHECKING:
     from .model.merge import merge, unmerge
     from .model.route import route
     from .model.summary import summary
+    from .model.training import after_step, parameter_groups, penalty
 
 _HOME = {
     "Adapter": ".adapter.adapter",
     "Factors": ".adapter.lora",
     "combine": ".adapter.algebra.combine",
+    "load_base": ".bases.load",
     "LoraConfig": ".config",
     "LorakitError": ".errors",
     **{name: f".model.{name}" for name in ("activate", "attach", "capture", "detach", "merge", "route", "summary")},
     "active": ".model.activate",
     "adapters": ".model.activate",
     "unmerge": ".model.merge",
+    **dict.fromkeys(("parameter_groups", "penalty", "after_step"), ".model.training"),
 }
 
 __all__ = [  # noqa: RUF022 (in the order one meets them)
+    "load_base",
     "LoraConfig",
     "Adapter",
     "Factors",
@@ -56,6 +61,9 @@ __all__ = [  # noqa: RUF022 (in the order one meets them)
     "unmerge",
     "detach",
     "summary",
+    "parameter_groups",
+    "penalty",
+    "after_step",
     "combine",
     "LorakitError",
     "__version__",

@@ -98,3 +98,19 @@ def test_an_unknown_name_of_lorakit_is_an_attribute_error():
 def test_a_setting_under_pefts_name_is_told_ours():
     with pytest.raises(ConfigError, match=r"'target_modules'; PEFT's 'target_modules' is 'targets' here"):
         lk.LoraConfig(target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    "name, settings", [("pissa", {"init": "pissa"}), ("rslora", {"rslora": True}), ("lora_plus", {"lora_plus": 16.0})]
+)
+def test_a_descendant_that_is_lora_with_another_setting_can_be_named_as_a_variant(name, settings):
+    config = lk.LoraConfig(variant=name)
+    assert config == lk.LoraConfig(**settings)
+    assert config.replace(rank=4) == lk.LoraConfig(rank=4, **settings)
+
+
+def test_a_short_name_beside_another_value_of_its_setting_is_refused():
+    with pytest.raises(ConfigError, match="variant 'pissa' stands for init: pissa, but init is olora"):
+        lk.LoraConfig(variant="pissa", init="olora")
+    with pytest.raises(ConfigError, match="there is no 'pisa'; did you mean 'pissa'"):
+        lk.LoraConfig(variant="pisa")

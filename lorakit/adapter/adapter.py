@@ -64,7 +64,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank of any module's low-rank factors; 0 if no module has any."""
-        return max((f.rank for f in self.factors.values()), default=0)
+        return max((u.rank for u in self.updates.values() if u.has_factors), default=0)
 
     @property
     def parameters(self) -> int:

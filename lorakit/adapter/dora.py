@@ -33,6 +33,10 @@ class Dora(Update):
         return "dora"
 
     @property
+    def live_variants(self) -> tuple[str, ...]:
+        return (self.variant, *self.inner.live_variants)
+
+    @property
     def rank(self) -> int:
         return self.inner.rank
 

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# An adapter's metadata: how its base was quantized, if its start repaired that (LoftQ), so that it is wrong elsewhere.
+ONLY_ON = "only_on_quantized"
 TOTALS, SAMPLED = ("architecture", "parameters", "shapes"), ("samples", "rounding")
 MATRICES, SAMPLES = 4, 16  # how many matrices, and how many elements of each
 # Allowed differences: relative to the element, absolute, and relative to the largest of the sixteen. They cover what
@@ -148,6 +150,14 @@ def alike(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> boo
                 return False
             allowed = allowed + torch.tensor(errors, dtype=torch.float64)
     return bool(((a - b).abs() <= allowed).all())  # False for NaN
+
+
+def needs_quantized(kind: str) -> str:
+    """Begin the error for a base that is not quantized as an adapter needs it (`ONLY_ON`)."""
+    return (
+        f"the adapter started from what quantization ({kind}) lost of the base's weights (LoftQ), so it is right on "
+        "weights quantized in that way only"
+    )
 
 
 def is_sound(value: Any) -> bool:

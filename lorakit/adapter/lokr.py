@@ -24,6 +24,7 @@ from .lora import Factors, FactorShapes
 from .tucker import matrix_factors, product_shape, wide_product
 from .update import LowRank, Read, Rows, Update
 
+FIELDS = ("w1", "w1a", "w1b", "w2", "w2a", "w2b", "t2")
 Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # W; or Wa, Wb and in Tucker form the core
 
 
@@ -148,6 +149,37 @@ class Lokr(Update):
     @property
     def _second(self) -> Side:
         return self.w2, self.w2a, self.w2b, self.t2
+
+
+def divided(size: int, factor: int | None = None) -> tuple[int, int]:
+    """Divide an axis of a weight among W1 and W2, W1's share first.
+
+    `factor`: W1's share if it divides the axis; else the largest divisor up to it and to the root, as in LyCORIS.
+    """
+    if factor is not None and size % factor == 0:
+        return factor, size // factor
+    most = min(factor or size, math.isqrt(size))
+    first = next(n for n in range(most, 0, -1) if size % n == 0)
+    return first, size // first
+
+
+def kron_shapes(
+    out: int, inner: int, kernel: tuple[int, ...], rank: int, factor: int | None = None, both: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a new LoKr's tensors, as PEFT and LyCORIS choose them: products of this rank where that is
+    smaller, of W1 only with `both`.
+    """
+    (o1, o2), (i1, i2) = divided(out, factor), divided(inner, factor)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if both and 2 * rank < max(o1, i1):
+        shapes |= {"w1a": (o1, rank), "w1b": (rank, i1)}
+    else:
+        shapes["w1"] = (o1, i1)
+    if 2 * rank < max(o2, i2):
+        shapes |= {"w2a": (o2, rank), "w2b": (rank, i2 * math.prod(kernel))}
+    else:
+        shapes["w2"] = (o2, i2, *kernel)
+    return shapes
 
 
 def _matrix(side: Side) -> Tensor:

@@ -23,7 +23,7 @@ from .algebra.svd import Svd, product_svd
 from .checks import check_alpha, check_tensors
 from .update import LowRank, Read, Rows, Update, as_matrix_shape
 
-Kind = Literal["linear", "embedding", "conv"]
+Kind = Literal["linear", "embedding", "conv", "experts"]
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,9 @@ class Factors(Update):
         return {"B": self.B}
 
     def as_factors(self) -> Factors:
+        return self
+
+    def as_lora(self) -> Factors:
         return self
 
 

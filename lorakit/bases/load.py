@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer: the embedded one, a folder, or a hub id."""
+"""Load a base model and its tokenizer: the embedded one, a folder, or a hub id. A base may be quantized on the way."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import Quantization
 from ..errors import LorakitError, did_you_mean, listing, not_the_file
 from .hub_reach import check_hub, out_of_reach
+from .quantize import HEADS, check_kernel, loading_options
+from .stored_weights import storage_of
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "embedded"
 EXPECTED = f"a model folder, a hub id, or '{EMBEDDED}'"
-HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZERS = ("tokenizer.json", "tekken.json")
 
@@ -78,12 +80,6 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     return _from_pretrained(AutoConfig, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def is_four_bit(config: Any) -> bool:
-    """Whether a base's transformers config says that bitsandbytes has quantized its linear weights to 4 bits."""
-    how = getattr(config, "quantization_config", None)
-    return bool(how.get("load_in_4bit") if isinstance(how, dict) else getattr(how, "load_in_4bit", False))
-
-
 def end_tokens(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
     """Return the ids that end the model's generation: its generation config's or, without one, its config's."""
     path = Path(model_path(name))
@@ -111,16 +107,78 @@ def stop_at(model: Any, tokens: Sequence[int]) -> None:
     settings.eos_token_id = [*dict.fromkeys([*(token for token in own if token is not None), *tokens])]
 
 
-def load_model(
-    name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
+def load_base(
+    path: str | Path,
+    *,
+    quantize: str | None = None,
+    double: bool = True,
+    compute_dtype: str = "auto",
+    kernel: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """Load a causal or seq2seq LM onto `device`, in eval mode. Raises LorakitError, also where weights are missing."""
+    """Load a causal or seq2seq language model to attach adapters to, in eval mode; quantized on the way if asked for.
+
+    path: a model folder, a hub id, or "embedded", the model that lorakit has in it
+    quantize: "nf4", "fp4" or "int8" (bitsandbytes), "torchao-int8", for the weights of its linears except the output
+        layer's; None: as the checkpoint has them, which may be quantized already
+    double: with nf4 and fp4, quantize the scales too: 4.13 instead of 4.5 bits a weight
+    compute_dtype: with nf4 and fp4, the precision to multiply in: bf16, fp16, fp32; "auto": `dtype`
+    kernel: "gptqmodel" for that library's linears in a GPTQ or AWQ checkpoint; None: lorakit's own, in plain torch
+    dtype: of everything that is not quantized, as torch's dtype, "bf16", "fp16" or "fp32"; "auto": bf16 if the device
+        multiplies it, else float32
+    device: None for an accelerator if there is one, else the CPU
+    revision, trust_remote_code: as in transformers, for hub ids
+
+    Warns about linears that stay as they are because of their sizes. Raises ConfigError for settings that do not fit
+    each other or the base, LorakitError if the base cannot be loaded or the quantizer's package is missing.
+    """
+    import torch
+
+    from .device import choose_device, choose_dtype
+
+    how = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
+    where = torch.device(device) if device is not None else choose_device().value
+    own = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, where).value
+    return load_model(str(path), own, where, revision, trust_remote_code, how, kernel)
+
+
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+    kernel: str | None = None,
+) -> Any:
+    """Load a causal or seq2seq LM onto `device`, in eval mode. Raises LorakitError, also where weights are missing.
+
+    `quantization`: how to quantize it while loading; None: as its checkpoint is. `kernel`: as for `load_base`.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = load_config(name, revision, trust_remote_code)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = _storage_options(
+        quantization or Quantization(),
+        name,
+        config,
+        lambda: auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code),
+        dtype,
+        device,
+        kernel=kernel,
+    )
     model, info = _from_pretrained(
-        auto_class, name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
+        auto_class,
+        name,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        output_loading_info=True,
+        **options,
     )
     missing = sorted(info["missing_keys"])
     if missing:  # transformers initialises them at random and only warns
@@ -128,7 +186,7 @@ def load_model(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             "  expected a complete language model"
         )
-    return model.to(device).eval()
+    return _ready(model, device, "quantization_config" in options)
 
 
 def load_classifier(
@@ -139,15 +197,36 @@ def load_classifier(
     revision: str | None = None,
     trust_remote_code: bool = False,
     trained: Sequence[str] = (),
+    quantization: Quantization | None = None,
 ) -> Any:
     """The base model with a head for these labels, in eval mode. The head is fresh, at random, unless the folder holds
     one.
 
-    `trained`: modules besides the head that may be fresh too, as they are trained and saved.
+    `trained`: modules besides the head that may be fresh too, as they are trained and saved; `quantization`: as for
+    `load_model`.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    config = load_config(name, revision, trust_remote_code)
+    options = _storage_options(
+        quantization or Quantization(),
+        name,
+        config,
+        lambda: AutoModelForSequenceClassification.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        ),
+        dtype,
+        device,
+        trained,
+    )
+    named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    named["label2id"] = {label: i for i, label in enumerate(labels)}
+    if "config" in options:  # which transformers takes as it is
+        for setting, value in named.items():
+            setattr(options["config"], setting, value)
+    else:
+        options |= named
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is fresh is no news
     try:
@@ -157,10 +236,8 @@ def load_classifier(
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
             output_loading_info=True,
+            **options,
         )
     finally:
         logging.set_verbosity(said)
@@ -171,7 +248,36 @@ def load_classifier(
             f"'{name}' lacks weights that its {type(model).__name__} needs: {listing(missing, 3)}\n"
             f"  have them trained and saved with the head: save_modules: [{missing[0].rpartition('.')[0]}]"
         )
-    return model.to(device).eval()
+    return _ready(model, device, "quantization_config" in options)
+
+
+def _storage_options(
+    how: Quantization, name: str, config: Any, *rest: Any, kernel: str | None = None
+) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for quantized weights: to quantize them now (see
+    `quantize.loading_options`), or to read GPTQ's and AWQ's with our own modules.
+    """
+    options = loading_options(how, name, config, *rest)
+    storage = storage_of(config)
+    packed = storage is not None and storage.method in ("gptq", "awq")
+    if kernel is not None:
+        check_kernel(kernel, name, packed)
+    elif packed:
+        from .packed import own_config
+
+        options["config"] = own_config(config)
+    return options
+
+
+def _ready(model: Any, device: torch.device, quantized_now: bool) -> Any:
+    from .int8_forward import evaluate_as_trained
+    from .release import release_files
+
+    evaluate_as_trained(model)
+    model.to(device).eval()
+    if quantized_now:
+        release_files(model)
+    return model
 
 
 def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
@@ -186,6 +292,8 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     try:
         with _quietly(local):
             return auto_class.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
+    except LorakitError:  # from our own reader of packed weights
+        raise
     # tokenizers raises bare Exceptions, damaged files cause KeyError, TypeError, AttributeError
     except Exception as error:
         stands_in = next(filter(None, map(not_the_file, sorted(Path(path).iterdir()))), None) if local else None

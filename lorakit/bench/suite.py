@@ -31,6 +31,7 @@ NAMES = {
     "mixed": "batches that mix adapters",
     "joint": "several adapters trained at once",
     "latency": "base, merged, unmerged and bottleneck adapters (Hu et al. 2021, table 1)",
+    "experts": "LoRA on a mixture of experts, against PEFT",
     "plan": "predicted against measured memory",
     "requantize": "what is left of an adapter when merged weights are quantized again, against PEFT",
 }

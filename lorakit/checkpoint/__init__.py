@@ -9,7 +9,7 @@ single_file.py   the layout of diffusion models' single files
 tied_weights.py  weights that are stored once and used twice
 weights.py       reads the base's weights of some modules, one at a time
 same_base.py     compares a base with an adapter's fingerprint
-residual.py      PiSSA and OLoRA as plain LoRA of their base
+residual.py      PEFT's PiSSA, MiLoRA and OLoRA as plain LoRA of their base
 conv1d.py        which modules store their weight as [in, out]
 quantized/       formats of quantized weights: read as the weights they stand for, and written
 

@@ -62,6 +62,7 @@ def update_for(
             f"{list(own[::-1] if file_transposed else own)}\n"
             "  is it an adapter for another model, or one of another size?"
         )
+    update = update.on_weight(slot.shape, transposed)
     if update.needs_base and weight != 1:
         raise AdapterError(
             f"'{module}' is a DoRA, which cannot be scaled; its weight is {weight:g}\n  merge it with weight 1"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from ..adapter.update import Update
 from ..errors import TargetError, did_you_mean, listing
 from ..formats import names
 from ..io.stream import Slot
@@ -33,13 +34,15 @@ class Locations:
 _LEVELS = (Renaming("", "text_model."), Renaming("text_model.", ""))
 
 
-def locate(base: Base, modules: Collection[str], saved: Collection[str] = ()) -> Locations:
-    """Find all these modules. Raises TargetError if the base lacks one. `saved`: names of saved weights, used to find
-    the renaming if there are no modules.
+def locate(base: Base, modules: Mapping[str, Update | None], saved: Collection[str] = ()) -> Locations:
+    """Find all these modules. Raises TargetError if the base lacks one. `modules`: by name, with their updates, which
+    know their weight's name (None: "weight"); `saved`: names of saved weights, used to find the renaming if there are
+    no modules.
     """
     if base.single_file:
         return _in_single_file(base, modules)
-    targets = [f"{module}.weight" for module in modules]
+    weights = {m: f"{m}.weight" if update is None else update.weight_name(m) for m, update in modules.items()}
+    targets = list(weights.values())
     lookups = targets or [n for n in saved if numbered(n)]
     # Only weights outside the numbered layers can be tied; transformers, a slow import, knows which are.
     pairs = {} if all(map(numbered, (*targets, *saved))) else declared(base)
@@ -47,8 +50,7 @@ def locate(base: Base, modules: Collection[str], saved: Collection[str] = ()) ->
     rename = find_renaming(stored, base.tensors, base.folder, _LEVELS if base.component else None)
     ties = find_ties(base, pairs, rename)
     found = {}
-    for module in modules:
-        own = f"{module}.weight"
+    for module, own in weights.items():
         at = next(n for n in (rename(own), own) if n in base.tensors or n in ties)
         slot = base.tensors.get(at) or base.tensors[ties[at]]
         found[module] = WeightRows(at, 0, slot.shape[0] if slot.shape else 1)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import ONLY_ON, needs_quantized
 from ..errors import AdapterError, ConfigError, LorakitError
 from ..formats import find
 from ..io.atomic import write_text
@@ -241,6 +242,12 @@ def _description(sources: Sequence[Source], weights: Sequence[float]) -> str:
 
 def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
     """Raise AdapterError if the adapter's fingerprint is of another base. Returns warnings."""
+    quantization = adapter.metadata.get(ONLY_ON)
+    if quantization and not base.config.get("quantization_config"):
+        raise AdapterError(
+            f"{needs_quantized(quantization)}: {base.folder} is not quantized\n"
+            "  give the quantized base, or force_base=True (--force-base) if you know better"
+        )
     lines = compare_with_files(base, adapter, rename)
     if lines:
         raise AdapterError(

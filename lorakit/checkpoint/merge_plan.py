@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..ops.delta import as_matrices
 from .base import Base
 from .change import Change
 from .changes import Changes
+from .experts import as_stored
 from .locate import locate
 from .quantized.weight import PackedSlot
 from .renaming import Renaming
@@ -159,7 +160,9 @@ def make_plan(
     """
     changes, renames = Changes(base), []
     ties: dict[str, str] = {}
-    for weight, adapter in adapters:
+    for weight, given in adapters:
+        stored = as_stored(base, given.updates)
+        adapter = replace(given, updates={m: u for own in stored.values() for m, u in own.items()})
         locations = locate(base, adapter.updates, adapter.saved)
         changes.add(weight, adapter, locations)
         renames.append(locations.rename)

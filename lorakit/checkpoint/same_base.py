@@ -18,6 +18,7 @@ from ..adapter.fingerprint import Quantized, Weight, differences, fingerprint, s
 from ..adapter.tokens import Tokens
 from ..io.stream import Slot
 from .base import Base
+from .experts import as_stored
 from .locate import locate
 from .parts import open_parts
 from .quantized.weight import PackedSlot
@@ -63,5 +64,6 @@ def compare_with_base(path: Path, adapter: Adapter) -> list[str]:
     for part in open_parts(path, list(adapter.updates), quantized=True):
         own = part.own(adapter)
         if own is not None:
-            lines += compare_with_files(part.base, own, locate(part.base, own.updates).rename)
+            stored = {m: u for each in as_stored(part.base, own.updates).values() for m, u in each.items()}
+            lines += compare_with_files(part.base, own, locate(part.base, stored).rename)
     return lines

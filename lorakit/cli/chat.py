@@ -6,9 +6,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..config import Quantization
 from .shared.loading import load
 from .shared.names import check_names
-from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
+from .shared.options import (
+    ChatTemplate,
+    ChatTemplateKwargs,
+    ComputeDtype,
+    Double,
+    Model,
+    Precision,
+    Quantize,
+    TopP,
+    template_kwargs,
+)
 from .shared.output import say
 from .shared.starting import starting
 
@@ -32,15 +43,20 @@ def chat(
     top_p: TopP = 0.95,
     seed: Annotated[int | None, typer.Option(help="sampling seed")] = None,
     precision: Precision = "auto",
+    quantize: Quantize = None,
+    double: Double = True,
+    compute_dtype: ComputeDtype = "auto",
 ) -> None:
     """Chat with a model in the terminal. A model without a chat template completes each line on its own."""
+    quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
         from ..data.render import question_ids
         from ..errors import LorakitError
         from ..generate.generate import stream
 
-        loaded = load(model, adapter or [], precision, chat_template, template_kwargs(chat_template_kwargs))
+        kwargs = template_kwargs(chat_template_kwargs)
+        loaded = load(model, adapter or [], precision, chat_template, kwargs, quantization=quantization)
     base, tokenizer, names, style = loaded.model, loaded.tokenizer, loaded.names, loaded.style_for(template)
     has_turns = style != "none"
     say(f"{model}{' + ' + names[-1] if names else ''}. {_HELP}.")

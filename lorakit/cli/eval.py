@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import Quantization
 from ..errors import ConfigError
 from ..tasks import DEFAULT, task_for, task_names, task_of
 from .shared.loading import attached, read
@@ -17,13 +18,17 @@ from .shared.options import (
     ChatTemplate,
     ChatTemplateKwargs,
     Columns,
+    ComputeDtype,
     DataTemplate,
     Date,
+    Double,
     Model,
     Precision,
+    Quantize,
     Split,
     Turns,
     pairs,
+    quantize_flags,
     template_kwargs,
 )
 from .shared.output import output, say
@@ -56,6 +61,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="rows per batch")] = 32,
     samples: Annotated[int, typer.Option(min=0, help="number of rows whose answers are printed")] = 3,
     precision: Precision = "auto",
+    quantize: Quantize = None,
+    double: Double = True,
+    compute_dtype: ComputeDtype = "auto",
     task: Annotated[
         str | None, typer.Option(metavar="|".join(task_names()), help="default: the task the adapters were trained for")
     ] = None,
@@ -67,6 +75,7 @@ def evaluate(
     """
 
     renamed = pairs(columns, "--columns") or None  # report a bad value before anything is loaded
+    quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, data, adapter or [])
     kwargs = template_kwargs(chat_template_kwargs)
     with starting(f"loading {model} and the rows"):
@@ -79,7 +88,7 @@ def evaluate(
         values = read(model, adapter or [])
         name = _task_of(task, values)
         if name == DEFAULT:
-            loaded = attached(model, values, precision, chat_template, kwargs, date)
+            loaded = attached(model, values, precision, chat_template, kwargs, date, quantization)
             base, tokenizer, names = loaded.model, loaded.tokenizer, loaded.names
             longest = positions_of(base) or _NO_LIMIT
             dataset = build(
@@ -93,7 +102,9 @@ def evaluate(
                 ends=end_tokens(model),
             )
     if name != DEFAULT:
-        _task_metrics(name, data, model, values, split, renamed or {}, limit, batch_size, precision, json_output)
+        _task_metrics(
+            name, data, model, values, split, renamed or {}, limit, batch_size, precision, quantization, json_output
+        )
         return
     console = output()
     with console.status("evaluating") as status:
@@ -119,6 +130,7 @@ def evaluate(
         say(f"skipped {dataset.dropped} rows longer than the model's {longest} positions")
     given = {
         "precision": None if precision == "auto" else precision,
+        **quantize_flags(quantization),
         "chat_template": chat_template,
         "chat_template_kwargs": chat_template_kwargs,
     }
@@ -155,6 +167,7 @@ def _task_metrics(
     limit: int | None,
     batch_size: int,
     precision: str,
+    quantization: Quantization,
     json_output: bool,
 ) -> None:
     """Print a task's own metrics for each adapter, or for a fully fine-tuned model."""
@@ -167,7 +180,14 @@ def _task_metrics(
     from ..train.config import TrainConfig
 
     config = TrainConfig(
-        data=data, split=split, model=model, columns=columns, task=name, precision=precision, validation=0
+        data=data,
+        split=split,
+        model=model,
+        columns=columns,
+        task=name,
+        precision=precision,
+        validation=0,
+        **quantization.model_dump(),
     )
     task = task_of(config.task)
     base_config = task.blueprint(config)

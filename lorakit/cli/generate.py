@@ -8,10 +8,21 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..config import Quantization
 from ..errors import ConfigError
 from .shared.loading import load
 from .shared.names import check_names
-from .shared.options import ChatTemplate, ChatTemplateKwargs, Model, Precision, TopP, template_kwargs
+from .shared.options import (
+    ChatTemplate,
+    ChatTemplateKwargs,
+    ComputeDtype,
+    Double,
+    Model,
+    Precision,
+    Quantize,
+    TopP,
+    template_kwargs,
+)
 from .shared.starting import starting
 
 
@@ -32,6 +43,9 @@ def generate(
     top_p: TopP = 1.0,
     seed: Annotated[int | None, typer.Option(help="sampling seed")] = None,
     precision: Precision = "auto",
+    quantize: Quantize = None,
+    double: Double = True,
+    compute_dtype: ComputeDtype = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="print prompt and answer as JSON")] = False,
 ) -> None:
     """Answer one prompt. `\\n` in the argument is a newline."""
@@ -42,6 +56,7 @@ def generate(
     if text == "":
         raise ConfigError("the prompt is empty; expected at least one character")
     kwargs = template_kwargs(chat_template_kwargs)
+    quantization = Quantization(quantize=quantize, double=double, compute_dtype=compute_dtype)
     check_names(model, adapters=adapter or [])
     with starting(f"loading {model}"):
         from ..data.render import question_ids
@@ -50,7 +65,7 @@ def generate(
         text = sys.stdin.read() if text is None else text
         if not text:
             raise ConfigError("the prompt on standard input is empty; expected at least one character")
-        loaded = load(model, adapter or [], precision, chat_template, kwargs)
+        loaded = load(model, adapter or [], precision, chat_template, kwargs, quantization=quantization)
     ids = question_ids(text, loaded.tokenizer, loaded.style_for(template), loaded.options)
     pieces = stream(
         loaded.model,

@@ -102,12 +102,18 @@ def _list(plan: Sweep, json_output: bool) -> None:
 
 def _print_outcome(outcome: Outcome, plan: Sweep, quiet: bool) -> None:
     """Print the leaderboard, how the sweep ended, and the next command."""
+    from ..train.sweep import noise
     from ..train.sweep.leaderboard import table
 
     if not quiet:
         console = output()
         console.print()
         console.print(table(outcome.entries, plan.swept, f"by {outcome.criterion}"))
+        if outcome.over_seeds:
+            console.print()
+            console.print(noise.table(outcome.over_seeds, plan.swept))
+        elif noise.SEED not in plan.swept:
+            console.print("one seed each: differences may be noise; --seed 0,1,2 says which are larger")
     resume = command("sweep", config=f"{plan.out}/sweep.yaml", quiet=quiet)
     if outcome.stopped:
         print(f"stopped by {outcome.stopped}; saved\nnext: {resume}   # resumes there")

@@ -4,20 +4,35 @@
 config, flat in YAML, joins `RunSettings` with the settings of all methods and tasks: see `lorakit/train/config.py`.
 """
 
-from .lora import ALL_LINEAR, MAX_RANK, PRESETS, LoraConfig, LoraSettings, Tokens, scale_of, variants
+from .lora import (
+    ALL_LINEAR,
+    EXPERTS,
+    MAX_RANK,
+    PRESETS,
+    LoraConfig,
+    LoraSettings,
+    Tokens,
+    live_kinds,
+    scale_of,
+    variants,
+)
 from .peft_names import PEFT_NAMES
+from .quantization import QUANTIZERS, Quantization
 from .run import Auto, RunSettings, Source
 from .strict import Choice, Strict, at_least_one, explain, joined, part
 
 __all__ = [
     "ALL_LINEAR",
+    "EXPERTS",
     "MAX_RANK",
     "PEFT_NAMES",
     "PRESETS",
+    "QUANTIZERS",
     "Auto",
     "Choice",
     "LoraConfig",
     "LoraSettings",
+    "Quantization",
     "RunSettings",
     "Source",
     "Strict",
@@ -25,6 +40,7 @@ __all__ = [
     "at_least_one",
     "explain",
     "joined",
+    "live_kinds",
     "part",
     "scale_of",
     "variants",

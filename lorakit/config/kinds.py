@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 from pydantic import Field, model_validator
 
+from .short_names import spelled_out
 from .strict import Strict
 
 # setting -> the settings and values that it needs (any one of them)
@@ -20,6 +24,13 @@ _NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "eva_rho": (("init", "eva"),),
     "init_batches": (("init", "eva"), ("init", "lora_ga")),
 }
+
+
+def has_effect(setting: str, values: Mapping[str, Any]) -> bool:
+    """Whether a setting has an effect with these other ones, as far as that depends on the kind of update and start."""
+    values = spelled_out(values)
+    needs = _NEEDS.get(setting, ())
+    return not needs or any(values.get(name) == value for name, value in needs)
 
 
 class KindSettings(Strict):
@@ -51,9 +62,26 @@ class KindSettings(Strict):
 
     @model_validator(mode="after")
     def _belong(self):
+        own = dict(self)
         for setting, needs in _NEEDS.items():
-            changed = getattr(self, setting) != type(self).model_fields[setting].default
-            if changed and not any(getattr(self, name, value) == value for name, value in needs):
+            changed = own[setting] != type(self).model_fields[setting].default
+            if changed and not has_effect(setting, own):
                 wanted = " or ".join(f"{name}='{value}'" for name, value in needs)
                 raise ValueError(f"{setting} has an effect with {wanted} only; remove it, or give that")
+        if self.adalora_warmup + self.adalora_final >= 1:
+            raise ValueError(
+                f"adalora_warmup ({self.adalora_warmup:g}) and adalora_final ({self.adalora_final:g}) leave no steps "
+                "to reduce ranks in; together they must be below 1"
+            )
+        if self.adalora_rank is not None and self.adalora_rank > own.get("rank", self.adalora_rank):
+            raise ValueError(
+                f"adalora_rank ({self.adalora_rank}) is the average rank at the end, and cannot be higher than rank "
+                f"({own['rank']}), the one at the start"
+            )
         return self
+
+    def of_variant(self, variant: str) -> Self:
+        """Return the settings of updates of another kind, without those that only the kind so far has."""
+        own = {name for name, needs in _NEEDS.items() if ("variant", dict(self)["variant"]) in needs}
+        kept = {name: value for name, value in self if name in self.model_fields_set - own}
+        return type(self)(**kept | {"variant": variant})

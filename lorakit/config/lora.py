@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..module_names import Patterns, ends_with
 from .kinds import KindSettings
+from .short_names import SHORT_NAMES, spelled_out
 from .strict import check_pattern
 
 ALL_LINEAR = "all-linear"
 PRESETS = (ALL_LINEAR, "attention", "kohya", "locon")  # sets of targets by name, the others in layers/presets.py
+EXPERTS = "experts"
 MAX_RANK = 65536  # beyond any sensible rank
 Tokens = list[int | str]  # token ids, or the tokens themselves where there is a tokenizer to look them up
 Init = Literal["default", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "loftq"]
+_OF_STARTS = ("eva_rho", "init_batches")
+_RANDOM = ("default", "gaussian")
 
 
 class LoraSettings(KindSettings):
@@ -78,6 +84,11 @@ class LoraSettings(KindSettings):
         "true]",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_name(cls, values: Any) -> Any:
+        return spelled_out(values)
+
     @field_validator("targets", "exclude")
     @classmethod
     def _names_or_regex(cls, value: str | list[str] | None) -> str | list[str] | None:
@@ -92,10 +103,9 @@ class LoraSettings(KindSettings):
     @field_validator("variant")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in variants():
-            raise ValueError(
-                f"there is no '{value}'{did_you_mean(value, variants())}; it is one of {', '.join(variants())}"
-            )
+        known = (*variants(), *SHORT_NAMES)
+        if value not in known:
+            raise ValueError(f"there is no '{value}'{did_you_mean(value, known)}; it is one of {', '.join(known)}")
         return value
 
     @field_validator("rank_pattern")
@@ -140,6 +150,26 @@ class LoraSettings(KindSettings):
         """Return the alpha for a module's full name."""
         return self._alphas_by_name.value(module, self.alpha)
 
+    def of_values(self, ranks: Mapping[str, int], alphas: Mapping[str, float], variant: str | None = None) -> Self:
+        """Return the settings of an adapter with values, of these ranks and alphas by module's full name.
+
+        How it started is no setting of it any more, unless at random; a start that was subtracted has twice the rank.
+        variant: the kind that its values are of, if that is another than the one that was trained.
+        """
+        if variant is None and self.init in _RANDOM:
+            return self
+        own = self if variant is None else self.of_variant(variant)
+        changes: dict[str, Any] = {name: type(own).model_fields[name].default for name in ("init", *_OF_STARTS)}
+        if any(own.rank_of(m) != r for m, r in ranks.items()) or any(own.alpha_of(m) != a for m, a in alphas.items()):
+            rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
+            changes |= {
+                "rank": rank,
+                "alpha": alpha,
+                "rank_pattern": {f"^{m}": r for m, r in ranks.items() if r != rank},
+                "alpha_pattern": {f"^{m}": a for m, a in alphas.items() if a != alpha},
+            }
+        return own.replace(**changes)
+
     @cached_property
     def _ranks_by_name(self) -> Patterns:
         return Patterns(self.rank_pattern)
@@ -162,10 +192,16 @@ class LoraConfig(LoraSettings):
 
 
 @cache
-def variants() -> tuple[str, ...]:
+def live_kinds() -> tuple[str, ...]:
     """List the kinds of update that can be attached to a live model: the files of layers/updates/ (not imported)."""
     files = (Path(__file__).parent.parent / "layers" / "updates").glob("*.py")
     return tuple(sorted(file.stem for file in files if file.stem not in ("__init__", "update")))
+
+
+@cache
+def variants() -> tuple[str, ...]:
+    """List the kinds that `variant` may name: all but the form that LoRA has on experts, which such a layer chooses."""
+    return tuple(kind for kind in live_kinds() if kind != EXPERTS)
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from .optimizers import OPTIMIZERS
+from .quantization import Quantization
 from .strict import Strict, at_least_one
 
 Auto = Literal["auto"]
@@ -25,7 +27,7 @@ class Source(Strict):
     split: str | None = Field(None, description="the data's split, if it has several")
 
 
-class RunSettings(Source):
+class RunSettings(Quantization, Source):
     """The settings of a training run that do not depend on the method or the task."""
 
     free: ClassVar = {"out", "track", "keep", "threads", "save_every", "memory", "diverged"}
@@ -54,9 +56,15 @@ class RunSettings(Source):
         "linear", description="how the learning rate falls after warm-up"
     )
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first beta")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "sgd", "lion", "muon"] = Field(
+        "adamw", description="; ".join(f"{name}: {spec.summary}" for name, spec in OPTIMIZERS.items())
+    )
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="the optimizer's weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="first beta of AdamW and Lion")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second beta")
+    momentum: float | Auto = Field(
+        "auto", description="momentum of sgd (auto: 0.9) and muon (auto: 0.95), second beta of lion (auto: 0.99)"
+    )
     clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="maximum gradient norm; 0: no clipping")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="the base's precision; the adapter trains in float32"
@@ -99,7 +107,27 @@ class RunSettings(Source):
     def _compiled(self) -> RunSettings:
         if self.compile and self.gradient_checkpointing:
             raise ValueError("compile is not tested with gradient_checkpointing; remove one of the two")
+        if self.compile and self.quantize:
+            raise ValueError("compile is not tested with quantize; remove one of the two")
         return self
+
+    @model_validator(mode="after")
+    def _of_optimizer(self) -> RunSettings:
+        spec = OPTIMIZERS[self.optimizer]
+        for name in ("beta1", "beta2", "momentum"):
+            if name not in spec.settings and getattr(self, name) != RunSettings.model_fields[name].default:
+                having = [other for other in OPTIMIZERS if name in OPTIMIZERS[other].settings]
+                raise ValueError(
+                    f"{name} has no effect with optimizer: {self.optimizer}; remove it (it is for {', '.join(having)})"
+                )
+        return self
+
+    @field_validator("momentum")
+    @classmethod
+    def _share(cls, value: float | str) -> float | str:
+        if value != "auto" and not (isinstance(value, float | int) and 0 <= value < 1):
+            raise ValueError(f"expected a number of at least 0 and below 1, or 'auto' (got {value})")
+        return value
 
     @field_validator("learning_rate")
     @classmethod

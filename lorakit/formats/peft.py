@@ -9,7 +9,8 @@
 
 Packed projections and shared grouped convolutions are written as plain factors of a larger rank (exactly: alpha grows
 with it), and read back in their compact shapes. PEFT 0.2's MergedLinear (`enable_lora`: A [n·r, in], B [out of the n
-parts, r, 1], as in loralib) is read as a packed projection. LoHa and LoKr: see `peft_lycoris`.
+parts, r, 1], as in loralib) is read as a packed projection. Kinds of adapter with keys of their
+own (LoHa, LoKr, VeRA) are a file each: see `peft_kind`.
 """
 
 from __future__ import annotations
@@ -26,25 +27,29 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.biased import Biased
 from ..adapter.dora import Dora
+from ..adapter.fingerprint import ONLY_ON
 from ..adapter.lora import Factors, Kind
 from ..adapter.update import Update
-from ..config import LoraConfig
+from ..config import EXPERTS, LoraConfig
 from ..errors import AdapterError, listing
 from ..io.atomic import write_text
 from ..io.json_object import parse_json, read_json
 from ..io.tensors import write_tensors
 from ..ops.packed import compact_packed, expand_packed, group_blocks, ungroup
-from . import peft_adalora, peft_lycoris, peft_tokens
+from . import peft_adalora, peft_loha, peft_lokr, peft_parameters, peft_tokens, peft_vera
 from .format import Format, ReadOptions, WriteOptions
 from .inside import OURS, not_adapter
 from .mlx import is_mlx_config
-from .peft_config import CHANGES_BASE, checked, dumps, enabled_parts, from_peft, to_peft
+from .peft_config import changed_base, checked, dumps, enabled_parts, from_peft, loftq_base, to_peft
 from .peft_experts import misread, note
 from .peft_keys import CONFIG, PREFIX, sort
+from .peft_kind import PeftKind
 from .peft_shards import PICKLE, WEIGHTS, read_weights
 from .scale import config_of
 from .spellings import is_spelling
 from .unheld import embeddings, other_kinds, part_dora
+
+KINDS: tuple[PeftKind, ...] = (peft_loha.KIND, peft_lokr.KIND, peft_vera.KIND)
 
 
 def is_peft(path: Path) -> bool:
@@ -60,8 +65,7 @@ def is_peft(path: Path) -> bool:
 
 def start_of(path: Path) -> str | None:
     """The initialization of PEFT's folder if it changed the base's weights ("pissa", "olora"...), else None."""
-    start = read_json(_folder(path) / CONFIG).get("init_lora_weights")
-    return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else None
+    return changed_base(read_json(_folder(path) / CONFIG))
 
 
 def read(path: Path, started: bool = False) -> Adapter:
@@ -74,11 +78,11 @@ def read(path: Path, started: bool = False) -> Adapter:
     if not where.exists():
         raise AdapterError(f"{folder} is no PEFT adapter: {CONFIG} is missing")
     values = peft_tokens.as_lora(read_json(where))
-    kind = str(values.get("peft_type"))
-    lycoris = kind in peft_lycoris.KINDS
-    adalora = kind == peft_adalora.KIND
+    peft_type = str(values.get("peft_type"))
+    kind = next((kind for kind in KINDS if kind.peft_type == peft_type), None)
+    adalora = peft_type == peft_adalora.KIND
     fields = peft_adalora.as_lora(values) if adalora else values
-    config, transposed = peft_lycoris.config(values, where) if lycoris else from_peft(fields, where, started)
+    config, transposed = kind.config(values, where) if kind is not None else from_peft(fields, where, started)
     enabled = enabled_parts(values, where)
     tensors, header, weights = read_weights(folder)
     ours = (
@@ -86,10 +90,12 @@ def read(path: Path, started: bool = False) -> Adapter:
         if (folder / OURS).exists()
         else parse_json(header.get("lorakit", "{}"), f"{weights} (its header)")
     )
+    if (quantization := loftq_base(values)) is not None:
+        ours.setdefault(ONLY_ON, quantization)
     config = checked(folder / OURS, lambda: config.replace(packed=ours.pop("packed", None) or {}))
-    if lycoris:
+    if kind is not None:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        updates, saved = peft_lycoris.updates(kind, plain, config, weights)
+        updates, saved = kind.updates(values, plain, config, weights, ours)
         return Adapter(config, updates, saved, ours).check()
     if adalora:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
@@ -102,6 +108,8 @@ def read(path: Path, started: bool = False) -> Adapter:
     packed = {module: tuple(parts) for module, parts in config.packed.items()}
     tokens = peft_tokens.take(tensors, values, PREFIX, weights)
     config = peft_tokens.resolved(config, tokens)
+    experts = peft_parameters.take(tensors, values, config, ours, PREFIX, weights)
+    config = peft_parameters.resolved(config, experts, ours)
     halves, saved = sort(tensors, weights, bool(values.get("use_dora")), bool(values.get("lora_bias")))
     if enabled is not None:
         factors = {
@@ -117,16 +125,18 @@ def read(path: Path, started: bool = False) -> Adapter:
         )
         for module, (kind, pair) in halves.items()
     }
-    return Adapter(config, {**low, **tokens}, saved, ours).check()
+    return Adapter(config, {**low, **experts, **tokens}, saved, ours).check()
 
 
 def losses(adapter: Adapter) -> list[str]:
     """What PEFT's folder cannot hold of this adapter, one line each."""
-    if peft_lycoris.is_loha(adapter):
-        return embeddings(adapter) + peft_lycoris.losses(adapter)
+    kind = _kind_of(adapter)
+    if kind is not None:
+        return embeddings(adapter) + kind.losses(adapter)
     unbiased, biases = _without_biases(adapter)
     low_rank = {m: unbiased.updates[m] for m in unbiased.factors}
-    lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora") + embeddings(adapter)
+    lost = other_kinds(peft_tokens.without(unbiased), "lora", "dora", EXPERTS) + embeddings(adapter)
+    lost += peft_parameters.losses(adapter)
     lost += part_dora(low_rank, "PEFT") + peft_tokens.losses(adapter)
     by_input = [m for m, u in low_rank.items() if not u.outputs_independent]
     strange = [m for m in biases if unbiased.updates[m].variant != "lora" or unbiased.factors[m].kind == "embedding"]
@@ -146,27 +156,40 @@ def write(adapter: Adapter, path: Path) -> Path:
     if lost:
         raise AdapterError(f"{path}: PEFT's format cannot hold all of this adapter\n  " + "\n  ".join(lost))
     adapter, biases = _without_biases(adapter)
-    loha = peft_lycoris.is_loha(adapter)
-    tensors, ranks, alphas = peft_lycoris.tensors_of(adapter, PREFIX) if loha else _tensors_of(adapter)
+    kind = _kind_of(adapter)
+    tensors, ranks, alphas = _tensors_of(adapter) if kind is None else kind.tensors_of(adapter, PREFIX)
     for module, f in adapter.factors.items() if biases else ():  # all modules have one, or none has
         bias = biases.get(module)
         tensors[f"{PREFIX}{module}.lora_B.bias"] = torch.zeros(f.B.shape[0]) if bias is None else bias / f.scale
     for name, tensor in adapter.saved.items():
         module, _, last = name.rpartition(".")
-        adapted_bias = last == "bias" and module in adapter.factors
+        adapted_bias = last == "bias" and module in adapter.updates
         tensors[f"{PREFIX}{module}.base_layer.bias" if adapted_bias else PREFIX + name] = tensor
     tensors |= peft_tokens.tensors_of(adapter, PREFIX)
+    experts = peft_parameters.experts_of(adapter)
+    for parameter, own in experts.items():
+        ranks[parameter] = own.rank
+        alphas[parameter] = own.scale * (math.sqrt(own.rank) if adapter.config.rslora else own.rank)
+    tensors |= peft_parameters.tensors_of(experts, PREFIX)
     transposed = any(f.transposed for f in adapter.factors.values())
     dora = any(u.variant == "dora" for u in adapter.updates.values())
     packed = {module: list(f.parts) for module, f in adapter.factors.items() if f.parts}
-    ours = {**adapter.metadata, **({"packed": packed} if packed else {})}
-    values = to_peft(adapter.config.replace(save_modules=_save_modules(adapter)), ranks, alphas, transposed, dora)
+    ours = {**adapter.metadata, **({"packed": packed} if packed else {}), **peft_parameters.noted(adapter)}
+    ours |= {} if kind is None else kind.ours(adapter)
+    own_config = adapter.config.replace(save_modules=_save_modules(adapter))
+    values = to_peft(own_config, ranks, alphas, transposed, dora, experts)
     values["lora_bias"] = bool(biases)
     write_tensors(path / WEIGHTS, tensors, {"format": "pt", "lorakit": json.dumps(ours, sort_keys=True)})
-    values = peft_lycoris.to_loha(values, adapter) if loha else peft_tokens.to_peft(values, adapter)
+    values = peft_tokens.to_peft(values, adapter) if kind is None else kind.fields(values, adapter)
     write_text(path / CONFIG, dumps(values))
     write_text(path / OURS, json.dumps(ours, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def _kind_of(adapter: Adapter) -> PeftKind | None:
+    """Return the kind that all updates are of; None for LoRA, DoRA, trained tokens, and several kinds."""
+    found = {u.variant for u in adapter.updates.values()}
+    return next((kind for kind in KINDS if found == {kind.variant}), None)
 
 
 def _without_biases(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:

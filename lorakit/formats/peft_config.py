@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import PEFT_NAMES, PRESETS, LoraConfig
 from ..errors import AdapterError, ConfigError
-from ..module_names import matches
+from ..module_names import ends_with, matches
+from . import peft_parameters
 
 # Settings that change what the adapter computes and that lorakit does not have: refused unless false or empty.
 _UNSUPPORTED = {
@@ -19,21 +20,20 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA",
     "arrow_config": "Arrow",
     "layer_replication": "layer replication",
-    "target_parameters": "adapted parameters (MoE experts)",
     "velora_config": "VeLoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
 
-# Initializations that subtract something from the base's weights, which a reader would have to repeat.
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# Initializations that subtract something from the base's weights, which a reader would have to repeat. (eva,
+# orthogonal, gaussian and mica leave the base as it is. "milora" is in forks of PEFT, done like pissa.)
+_SUBTRACTED = ("pissa", "milora", "corda", "olora", "lora_ga")
 
 # PEFT's other kinds of adapter, and what their users can do.
 _MERGE = "merge it into its base with PEFT (merge_and_unload); `lorakit extract` makes a LoRA of the change"
 _PROMPT = "it adds inputs and changes no weight, so no LoRA has the same effect: use it with PEFT"
 _OTHERS = {
     "IA3": ("IA3 rescales activations", _MERGE),
-    "VERA": ("VeRA shares random matrices that lie in its base's file", _MERGE),
     "OFT": ("OFT rotates weights", _MERGE),
     "BOFT": ("BOFT rotates weights", _MERGE),
     "HRA": ("HRA reflects weights", _MERGE),
@@ -47,6 +47,30 @@ _OTHERS = {
 }
 
 
+def changed_base(values: Mapping[str, Any]) -> str | None:
+    """Return the initialization of a config if the base's weights are others for it ("pissa", "olora"...), else None.
+
+    LoftQ puts Q(W) into the base. With one iteration that is the base quantized, which users have (`loftq_base`); with
+    more it is another model.
+    """
+    start = values.get("init_lora_weights")
+    start = start.lower() if isinstance(start, str) else ""
+    changed = start.startswith(_SUBTRACTED) or (start == "loftq" and loftq_base(values) is None)
+    return start if changed else None
+
+
+def loftq_base(values: Mapping[str, Any]) -> str | None:
+    """Return how the base must be quantized for an adapter that PEFT started with LoftQ (as `BaseWeight.quantization`
+    says it); None for other adapters, and where no quantization of the base is what it needs.
+    """
+    settings = values.get("loftq_config")
+    settings = settings if isinstance(settings, Mapping) else {}
+    if str(values.get("init_lora_weights")).lower() != "loftq" or settings.get("loftq_iter", 1) != 1:
+        return None
+    bits = settings.get("loftq_bits", 4)
+    return f"bitsandbytes, {bits} bits" if bits in (4, 8) else None
+
+
 def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = False) -> tuple[LoraConfig, bool]:
     """(our config, fan_in_fan_out). AdapterError for another kind of adapter, an unsupported setting or a wrong value.
 
@@ -56,8 +80,8 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
     if kind != "LORA":
         what, advice = _OTHERS.get(str(kind), ("", "")) if isinstance(kind, str) else ("", "")
         raise AdapterError(
-            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA, LOKR and TRAINABLE_TOKENS"
-            + (f"\n  {what}: {advice}" if what else "")
+            f"{where}: peft_type is {kind!r}; lorakit reads LORA adapters, ADALORA, LOHA, LOKR, VERA and "
+            "TRAINABLE_TOKENS" + (f"\n  {what}: {advice}" if what else "")
         )
     for key, name in _UNSUPPORTED.items():
         if values.get(key):
@@ -65,15 +89,15 @@ def from_peft(values: Mapping[str, Any], where: Path | str, started: bool = Fals
                 f"{where}: {key} is {values[key]!r}: {name} is not supported\n"
                 "  merge it into its base with the tool that made it"
             )
-    start = values.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) and not started:
+    if changed_base(values) is not None and not started:
         raise AdapterError(
-            f"{where}: init_lora_weights is {start!r}: it was initialized from the base's weights, which that changed, "
-            "so its factors alone are another update\n"
-            "  PiSSA and OLoRA can be converted to a plain LoRA with their base: lorakit convert ADAPTER OUT --to peft "
-            "--base FOLDER\n"
+            f"{where}: init_lora_weights is {values['init_lora_weights']!r}: it was initialized from the base's "
+            "weights, which that changed, so its factors alone are another update\n"
+            "  PiSSA, MiLoRA and OLoRA can be converted to a plain LoRA with their base: lorakit convert ADAPTER OUT "
+            "--to peft --base FOLDER\n"
             "  or save it again with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
+    values = peft_parameters.as_targets(values)
     ours: dict[str, Any] = {our: values[theirs] for theirs, our in PEFT_NAMES.items() if given(values.get(theirs))}
     ours.setdefault("rank", 8)  # PEFT's own defaults, which it may leave out
     ours.setdefault("alpha", 8)
@@ -114,13 +138,24 @@ def checked(where: Path | str, make: Callable[[], LoraConfig]) -> LoraConfig:
 
 
 def to_peft(
-    config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float], transposed: bool, dora: bool = False
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    transposed: bool,
+    dora: bool = False,
+    parameters: Collection[str] = (),
 ) -> dict[str, Any]:
-    """PEFT's fields. `ranks`, `alphas`: module -> value of the written tensors, which overrule the config's."""
-    modules = list(ranks)
+    """PEFT's fields. `ranks`, `alphas`: module -> value of the written tensors, which overrule the config's.
+    `parameters`: those of these names that are parameters (weights of experts), no modules.
+    """
+    modules = [m for m in ranks if m not in parameters]
     targets = config.targets
-    if targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in modules):
+    if targets in PRESETS or config.exclude or config.layers or not all(matches(m, targets) for m in ranks):
         targets = sorted(modules)
+    elif parameters:
+        targets = (
+            [t for t in targets if any(ends_with(m, t) for m in modules)] if isinstance(targets, list) else modules
+        )
     rank, rank_pattern = _pattern(ranks, config.rank, config.rank_pattern, config.rank_of)
     alpha, alpha_pattern = _pattern(alphas, config.alpha, config.alpha_pattern, config.alpha_of)
     return {
@@ -137,13 +172,15 @@ def to_peft(
         "layers_to_transform": None,
         "lora_alpha": _plain(alpha),
         "lora_bias": False,
-        "lora_dropout": config.dropout,
+        # PEFT refuses any for parameters, also where nothing is trained.
+        "lora_dropout": 0.0 if parameters else config.dropout,
         "modules_to_save": list(config.save_modules) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
         "revision": config.revision,
         "target_modules": targets,
+        **({"target_parameters": peft_parameters.entries(config, parameters)} if parameters else {}),
         "task_type": config.task,
         "use_dora": dora,
         "use_rslora": config.rslora,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..adapter.adapter import Adapter
 from ..adapter.update import Update
+from ..config import EXPERTS
 from ..errors import listing
 
 
@@ -16,13 +17,19 @@ def other_kinds(adapter: Adapter, *held: str) -> list[str]:
     updates = {m: u for m, u in adapter.updates.items() if not {u.variant, u.without_base().variant} <= {*held}}
     tokens = [m for m, u in updates.items() if u.variant == "tokens"]
     with_base = [m for m, u in updates.items() if u.needs_base and m not in tokens]
-    others = [m for m in updates if m not in with_base and m not in tokens]
+    experts = [m for m, u in updates.items() if u.variant == EXPERTS]
+    others = [m for m in updates if m not in with_base and m not in tokens and m not in experts]
     lines = []
     if others:
         lines.append(f"{len(others)} updates of another kind ({listing(others, 2)}): resize converts them to factors")
     if with_base:
         lines.append(
             f"DoRA's magnitude of {len(with_base)} modules ({listing(with_base, 2)}): merge it into its base instead"
+        )
+    if experts:
+        lines.append(
+            f"factors of each expert for {len(experts)} weights ({listing(experts, 2)}), which only PEFT's files hold: "
+            "merge the adapter into its base instead"
         )
     if tokens:
         lines.append(f"trained tokens of {listing(tokens, 2)}: merge the adapter into its base instead")

@@ -6,14 +6,14 @@ per base class, as torch's parametrizations do. `release` restores the module's 
 
 from __future__ import annotations
 
-import types
-
 from torch import nn
 
 from .bases import base_of
 from .conv import ConvLayer
 from .embedding import EmbeddingLayer
-from .layer import COUNT, LoraLayer, adapted_class, mixin_and_base
+from .expert_weight import ExpertWeight
+from .experts import ExpertWeightLayer
+from .layer import COUNT, LoraLayer, adapted_class, mixin_and_base, rebind_hooked_forward
 from .linear import Conv1DLayer, LinearLayer
 from .packed import PackedConv1DLayer, PackedLayer
 
@@ -26,6 +26,8 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
         return mixin_and_base(type(module))[0]
     if isinstance(module, nn.Linear) or base_of(module).is_linear(module):
         return LinearLayer
+    if isinstance(module, ExpertWeight):
+        return ExpertWeightLayer
     if isinstance(module, nn.Embedding) and (
         type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     ):
@@ -40,7 +42,7 @@ def mixin_for(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether 'all-linear' includes this module."""
+    """Whether this module is a linear."""
     mixin = mixin_for(module)
     return mixin is not None and issubclass(mixin, LinearLayer)
 
@@ -63,24 +65,18 @@ def adopt(module: nn.Module, parts: tuple[bool, ...] | None = None) -> None:
     module.lora_active = ()
     module.lora_merged = None
     rebind_hooked_forward(module)
+    module.lora_adopted()
 
 
 def release(module: nn.Module) -> None:
     """Restore the module's own class. Its updates must have been removed."""
     if not isinstance(module, LoraLayer):
         return
+    module.lora_released()
     _set_class(module, mixin_and_base(type(module))[1])
     for name in ("lora_active", "lora_merged", "lora_parts", COUNT):
         module.__dict__.pop(name, None)
     rebind_hooked_forward(module)
-
-
-def rebind_hooked_forward(module: nn.Module) -> None:
-    """Make accelerate's hooks call the forward of the module's current class."""
-    # The hooks (device maps, offload) replace the instance's `forward` and call `_old_forward`, a method that was bound
-    # when the hook was added. The adapted forward must run inside the hook, where the weights are loaded.
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -13,20 +13,16 @@ from ..bases.pipeline import PipelineModel, component_of, is_text_encoder
 from ..config import ALL_LINEAR, PRESETS, LoraConfig
 from ..errors import TargetError, did_you_mean, listing, nearest
 from ..module_names import ends_with, matches, pattern_matches
-from .bases import base_of, is_unknown_linear
+from .bases import base_of
+from .expert_targets import check_form, check_reachable, unadapted, with_expert_weights
+from .expert_weight import ExpertWeight, expert_weights, why_not
 from .fused_qkv import FIX, fused_away
 from .layer import Swapped, mixin_and_base
 from .presets import preset
 from .swap import is_linear, mixin_for
+from .unknown_linears import check_all_known, check_known
 from .walk import base_modules
 from .weight_reads import reads_of
-
-_UNKNOWN = (
-    "  load the unquantized base, or one in a form that lorakit reads: bitsandbytes, torchao, quanto, HQQ, "
-    "compressed-tensors, GPTQ, AWQ\n"
-    "  (GPTQ and AWQ: load the folder with lorakit's own linears, lorakit.load_base, as a library's fast kernels "
-    "rearrange the weights)"
-)
 
 
 @dataclass
@@ -40,8 +36,18 @@ class Targets:
 
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Map all module names to modules (one registered twice has two names), without lorakit's own children."""
-    return {name: module for name, module in base_modules(model, every_name=True) if name}
+    """Map all module names to modules (one registered twice has two names), without lorakit's own children. Weights of
+    experts are among them, under the names of these parameters.
+    """
+    names: dict[str, nn.Module] = {}
+    weights: dict[int, list[ExpertWeight]] = {}
+    for name, module in base_modules(model, every_name=True):
+        if name and not isinstance(module, ExpertWeight):
+            names[name] = module
+        if id(module) not in weights:
+            weights[id(module)] = list(expert_weights(module))
+        names |= {f"{name}.{w.parameter}" if name else w.parameter: w for w in weights[id(module)]}
+    return names
 
 
 def layer_number(name: str, patterns: Sequence[str] = ()) -> int | None:
@@ -85,10 +91,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
     names = in_components(model, config)
     skipped: dict[str, str] = {}
     if config.targets in PRESETS:
-        chosen, skipped = _by_preset(model, config.targets, names)
+        chosen, skipped = _by_preset(model, config, names)
     else:
-        chosen = {name: module for name, module in names.items() if matches(name, config.targets)}
+        chosen = with_expert_weights(names, [name for name in names if matches(name, config.targets)])
         if config.strict_targets or not chosen:
+            check_reachable(names, config.targets)
             _check_each_matches(
                 list(names), config.targets, "targets", [n for n in module_names(model) if n not in names]
             )
@@ -100,7 +107,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
     chosen = {name: module for name, module in chosen.items() if name not in skipped}
     if config.exclude is not None:
         _check_each_matches(list(names), config.exclude, "exclude")
-        chosen = {name: module for name, module in chosen.items() if not matches(name, config.exclude)}
+        excluded = with_expert_weights(names, [name for name in names if matches(name, config.exclude)])
+        chosen = {name: module for name, module in chosen.items() if name not in excluded}
     if config.layers is not None:
         chosen = _in_layers(chosen, config)
     if not chosen:
@@ -109,6 +117,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
             "  give fewer of these, or more targets"
         )
     check_adaptable(names, chosen)
+    check_form(chosen, config)
     chosen = _once_each(chosen)
     for field_name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field_name):
@@ -154,19 +163,19 @@ def in_components(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 
 
 def _by_preset(
-    model: nn.Module, targets: str | list[str], names: dict[str, nn.Module]
+    model: nn.Module, config: LoraConfig, names: dict[str, nn.Module]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the modules of a preset, and those among them that are not adapted, with the reason."""
+    targets, experts = config.targets, {}
     assert isinstance(targets, str)
     roots = {*getattr(model, "components", ()), ""}
-    of = [n for n, m in names.items() if is_linear(m)] if targets == ALL_LINEAR else preset(targets, names, roots)
-    unknown = next((n for n, m in names.items() if is_unknown_linear(m)), None) if targets == ALL_LINEAR else None
-    if unknown is not None:
-        raise TargetError(
-            f"'{unknown}' is a {_qualified(names[unknown])}, a linear with packed weights that lorakit cannot read "
-            f"(LoraConfig.targets='{targets}')\n{_UNKNOWN}\n"
-            "  or name the other modules that are to be adapted: LoraConfig.targets"
-        )
+    if targets == ALL_LINEAR:
+        check_all_known(names)
+        of = [n for n, m in names.items() if is_linear(m) or isinstance(m, ExpertWeight)]
+        experts = unadapted(names, config)
+        of = [n for n in of if n not in experts]
+    else:
+        of = preset(targets, names, roots)
     if not of:
         what = "linear layer" if targets == ALL_LINEAR else "attention"
         raise TargetError(
@@ -174,7 +183,8 @@ def _by_preset(
         )
     head, not_called = _output_head(model), called_by_weight(names) | _bypassed_in_training(names)
     skipped = {name: "the output head" if names[name] is head else not_called.get(name) for name in of}
-    return {n: names[n] for n in of if skipped[n] is None}, {n: why for n, why in skipped.items() if why is not None}
+    left_out = {n: why for n, why in skipped.items() if why is not None} | experts
+    return {n: names[n] for n in of if skipped[n] is None}, left_out
 
 
 def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -261,11 +271,6 @@ def _bypassed_in_training(names: dict[str, nn.Module]) -> dict[str, str]:
     return found
 
 
-def _qualified(module: nn.Module) -> str:
-    cls = _own_class(module)
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without what lorakit put in front of it."""
     cls = type(module)
@@ -293,15 +298,12 @@ def check_adaptable(names: dict[str, nn.Module], chosen: dict[str, nn.Module]) -
                 f"'{name}' is a {type(module).__name__} that has no shape yet\n  run the model once, then attach"
             )
         if mixin_for(module) is None:
-            if is_unknown_linear(module):
-                raise TargetError(
-                    f"'{name}' is a {_qualified(module)}, a linear with packed weights that lorakit cannot read\n"
-                    f"{_UNKNOWN}"
-                )
+            check_known(name, module)
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and mixin_for(m) is not None]
             fix = f"\n  it contains {listing(inside, 3)}" if inside else ""
+            why = why_not(module)
             raise TargetError(
-                f"'{name}' is a {type(module).__name__}, which has no low-rank update\n"
+                f"'{name}' is a {type(module).__name__}, which has no low-rank update{f': {why}' if why else ''}\n"
                 f"  expected a Linear, Conv1D, Embedding or Conv1d/2d/3d{fix}"
             )
 

@@ -1,7 +1,7 @@
 """Which of a base's weights no adapter can reach: parameters of modules without a low-rank update.
 
-transformers holds the experts of a mixture of experts as 3-D parameters of one module, not as linears, so that
-"all-linear" leaves most of such a model as it is. That has to be said.
+Some models hold the experts of a mixture of experts as parameters of a module that does not say what it computes
+(`expert_weight`), so that "all-linear" leaves most of such a model as it is. That has to be said.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import listing
 from .bases import base_of
+from .expert_weight import expert_weights
 from .saved import BASE, saved_of
 from .swap import mixin_for
 from .walk import base_modules
@@ -45,6 +46,7 @@ def unreached(model: nn.Module, saved: Collection[str] = ()) -> Unreached | None
         child = saved_of(module)
         own = child.get(BASE) if child else {}  # the base's, whichever version is in use
         adaptable, base = mixin_for(module) is not None, base_of(module)
+        reached = {weight.parameter for weight in expert_weights(module)}
         packed: tuple[str, ...] = ()
         if adaptable and base.quantization is not None:
             packed = base.stored(module)
@@ -61,7 +63,7 @@ def unreached(model: nn.Module, saved: Collection[str] = ()) -> Unreached | None
             full = f"{module_name}.{last}" if module_name else last
             # A vector that broadcasts, such as a class token [1, 1, d], is no matrix.
             is_matrix = parameter.dim() > 1 and min(parameter.shape[-2:]) > 1
-            if is_matrix and not adaptable and full not in saved:
+            if is_matrix and not adaptable and last not in reached and full not in saved:
                 pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", full)
                 names[pattern] = names.get(pattern, 0) + size
     share = sum(names.values()) / total if total else 0.0

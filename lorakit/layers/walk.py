@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from .expert_weight import ExpertWeight
 from .layer import COUNT, Own
 
 
 def base_modules(model: nn.Module, every_name: bool = False) -> list[tuple[str, nn.Module]]:
-    """List the base's own modules with their names, in the model's order; the model itself is ''.
+    """List the base's own modules with their names, in the model's order; the model itself is ''. Weights of experts that
+    are adapted are among them (`expert_weight`).
 
     `every_name`: list a module that is registered several times under all of its names rather than the first.
     """
@@ -31,7 +33,9 @@ def base_modules(model: nn.Module, every_name: bool = False) -> list[tuple[str, 
             return
         prefix = name and name + "."
         for last, child in children.items():
-            if child is not None and not isinstance(child, Own):
+            if isinstance(child, ExpertWeight):  # a parameter of this module that is adapted, under its own name
+                visit(child, prefix + child.parameter)
+            elif child is not None and not isinstance(child, Own):
                 visit(child, prefix + last)
 
     visit(model, "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from shlex import quote
@@ -13,6 +13,9 @@ from ..errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
+
+    from .method import StartData
 
 FACTOR = 10  # its best learning rate is about a tenth of LoRA's ("LoRA Without Regret", Thinking Machines 2025)
 
@@ -29,7 +32,14 @@ keeps_base = False
 
 
 def start(config: RunSettings) -> None:
-    """Return None. Raises ConfigError if an adapter is given, which full fine-tuning cannot go on from."""
+    """Return None. Raises ConfigError if an adapter is given, which full fine-tuning cannot go on from, and for a base
+    that is to be quantized.
+    """
+    if config.quantize is not None:
+        raise ConfigError(
+            f"quantize: {config.quantize}: method: full trains all weights, and quantized ones cannot be trained\n"
+            "  omit quantize, or use method: lora"
+        )
     if (adapter := getattr(config, "adapter", None)) is not None:
         raise ConfigError(
             f"adapter: {adapter}: method: full trains the base's own weights, not an adapter\n"
@@ -47,7 +57,7 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
     return rate / FACTOR, f"a {FACTOR}th of LoRA's rate {why}"
 
 
-def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
+def attach(model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None) -> None:
     """Do nothing: the base's own weights are trained. Raises ConfigError if some of them are quantized."""
     from ..layers.bases import base_of, quantized
 
@@ -61,8 +71,16 @@ def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
         )
 
 
-def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
-    return "", 1.0
+def rate_factors(model: Any, config: RunSettings, name: str) -> Mapping[nn.Parameter, tuple[str, float]]:
+    return {}
+
+
+def penalty(model: Any, name: str) -> Tensor | None:
+    return None
+
+
+def after_step(model: Any, name: str, step: int, steps: int) -> None:
+    """Do nothing: nothing is adjusted."""
 
 
 def activate(model: Any, name: str) -> None:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..config import Choice, LoraConfig, LoraSettings, RunSettings, part
-from ..errors import AdapterError
-from .method import Start
+from ..errors import AdapterError, ConfigError
+from .method import Start, StartData
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from ..adapter.adapter import Adapter
 
@@ -33,8 +34,9 @@ class LoraRunSettings(LoraSettings):
     )
 
 
-# Settings that an adapter does not fix: dropout acts in training only.
-_NOT_FIXED = {"dropout", "adapter"}
+# Settings that an adapter does not fix: they act in training only.
+_IN_TRAINING = {"dropout", "lora_plus", "freeze_a"}
+_NOT_FIXED = {*_IN_TRAINING, "adapter"}
 # Settings that an adapter holds resolved to the modules of its base. Its recipe has them as the run gave them.
 _RESOLVED = {
     "targets",
@@ -45,6 +47,8 @@ _RESOLVED = {
     "rank_pattern",
     "alpha_pattern",
     "init",
+    "eva_rho",
+    "init_batches",
     "trainable_tokens",
 }
 
@@ -77,7 +81,8 @@ def start(config: RunSettings) -> Start | None:
     recipe = adapter.metadata.get("recipe")
     spellings = {}
     if isinstance(recipe, Mapping):  # lorakit's own run, which leaves out defaults
-        for name in _RESOLVED:
+        # A start that was subtracted has twice the run's rank and alpha.
+        for name in _RESOLVED | ({"rank", "alpha"} if "init" in recipe else set()):
             default = LoraSettings.model_fields[name].get_default(call_default_factory=True)
             spellings[name] = recipe.get(name, default)
     if added := recorded_tokens(adapter.metadata):
@@ -111,20 +116,39 @@ def learning_rate(rate: float, why: str) -> tuple[float, str]:
     return rate, why
 
 
-def attach(model: Any, config: RunSettings, name: str, task_type: str) -> None:
+def attach(model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None) -> None:
     from ..bases.pipeline import as_module
-    from ..model.attach import attach
+    from ..model.attach import attach, attach_from
     from ..model.known_base import base_fingerprint
+    from ..model.start import Sources
 
     own = part(config, LoraRunSettings)
     if own.adapter is None:
-        attach(model, adapter_config(config, task_type), name)
+        sources = Sources(model) if first is None else Sources(model, first.batches, first.loss, None, first.ranks)
+        attach_from(model, adapter_config(config, task_type), sources, name)
+        _check(model, config, name)
         return
     earlier = _load(own.adapter)
-    continued = earlier.config.replace(dropout=own.dropout, task=task_type, base=config.model, revision=config.revision)
+    in_training = {setting: getattr(own, setting) for setting in _IN_TRAINING}
+    continued = earlier.config.replace(**in_training, task=task_type, base=config.model, revision=config.revision)
     known = earlier.metadata.get("fingerprint") or base_fingerprint(as_module(model), earlier.updates)
     metadata = {"fingerprint": known, "started_from": _lineage(earlier, own.adapter)}
     attach(model, replace(earlier, config=continued, metadata=metadata), name, trainable=True)
+    _check(model, config, name)
+
+
+def _check(model: Any, config: RunSettings, name: str) -> None:
+    """Raise ConfigError for settings of the run that have no effect on the attached adapter, or do not go with it."""
+    from ..bases.pipeline import as_module
+    from ..model.training import cannot_average
+
+    rate_factors(model, config, name)
+    kind = cannot_average(as_module(model), name)
+    if kind is not None and getattr(config, "ema", 0):
+        raise ConfigError(
+            f"ema: averages of {kind} over steps are not what was trained: it sets values to zero\n"
+            "  omit ema, or use another variant"
+        )
 
 
 def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
@@ -135,8 +159,27 @@ def _lineage(adapter: Adapter, source: str) -> dict[str, Any]:
     return {"adapter": Path(source).name, "sha256": adapter.digest(), **kept}
 
 
-def rate_factor(config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
-    return "", 1.0
+def rate_factors(model: Any, config: RunSettings, name: str) -> Mapping[nn.Parameter, tuple[str, float]]:
+    """LoRA+: those of B."""
+    from ..bases.pipeline import as_module
+    from ..model.training import faster_parameters
+
+    ratio = part(config, LoraSettings).lora_plus
+    return {} if ratio is None else dict.fromkeys(faster_parameters(as_module(model), name), ("B", ratio))
+
+
+def penalty(model: Any, name: str) -> Tensor | None:
+    from ..bases.pipeline import as_module
+    from ..model.training import penalties
+
+    found = penalties(as_module(model), name)
+    return sum(found[1:], start=found[0]) if found else None
+
+
+def after_step(model: Any, name: str, step: int, steps: int) -> None:
+    from ..model.training import after_step
+
+    after_step(model, step, steps, name)
 
 
 def activate(model: Any, name: str) -> None:
@@ -193,7 +236,7 @@ def save(
 
 def trained(config: RunSettings) -> str:
     own = part(config, LoraRunSettings)
-    start = f", starting from {own.adapter}" if own.adapter else ""
+    start = f", starting from {own.adapter}" if own.adapter else "" if own.init == "default" else f", init {own.init}"
     return f"rank {own.rank}, alpha {own.alpha:g}{start}"
 
 

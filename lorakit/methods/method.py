@@ -5,7 +5,7 @@ Such a file imports torch inside its functions only, so that `lorakit --help` st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..config import Choice, RunSettings, Strict
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ class Start:
     about: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class StartData:
+    """What the start of a run's adapter may be made from (`LoraConfig.init`).
+
+    `batches`: yields the first training batches; `loss`: of the model and a batch, a scalar; `ranks`: of a resumed run
+    whose checkpoint holds the start, module -> rank.
+    """
+
+    batches: Callable[[], Iterable[Any]]
+    loss: Callable[[Any, Any], Tensor]
+    ranks: Mapping[str, int] | None = None
+
+
 class Method(Protocol):
     """A fine-tuning method. `config` is always a run's config, which includes the method's own settings."""
 
@@ -53,16 +67,32 @@ class Method(Protocol):
     def learning_rate(self, rate: float, why: str) -> tuple[float, str]:
         """Return the peak learning rate for `auto`, and why. `rate`, `why`: what suits LoRA."""
 
-    def rate_factor(self, config: RunSettings, parameter: str, rate: float) -> tuple[str, float]:
-        """Return a parameter's learning rate as a factor of the run's, with a name of the parameters that share it.
+    def rate_factors(self, model: Any, config: RunSettings, name: str) -> Mapping[nn.Parameter, tuple[str, float]]:
+        """Return the parameters that are not trained at the run's own learning rate: each with a name of those that
+        share its rate, and the rate as a factor of the run's.
 
-        `parameter`: its name on the model; `rate`: the run's peak rate. ("", 1.0) for those at the run's own rate.
+        `name`: the adapter's, as for `attach`.
         """
 
-    def attach(self, model: Any, config: RunSettings, name: str, task_type: str) -> None:
+    def penalty(self, model: Any, name: str) -> Tensor | None:
+        """Return what is added to the loss of a step, a scalar with a gradient; None if there is nothing.
+
+        `name`: the adapter's, as for `attach`.
+        """
+
+    def after_step(self, model: Any, name: str, step: int, steps: int) -> None:
+        """Adjust what is trained, after optimizer step `step` (from 1) of `steps`; its gradients are still there.
+
+        `name`: the adapter's, as for `attach`.
+        """
+
+    def attach(
+        self, model: Any, config: RunSettings, name: str, task_type: str, first: StartData | None = None
+    ) -> None:
         """Add the trained parameters to the model and set `requires_grad`.
 
-        `name`: the adapter's, as a sweep attaches several; `task_type`: PEFT's.
+        `name`: the adapter's, as a sweep attaches several; `task_type`: PEFT's; `first`: for starts that are made from
+        data. None on a model without values, for `lorakit plan`.
         """
 
     def activate(self, model: Any, name: str) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.fingerprint import ONLY_ON
 from ..adapter.tokens import Tokens
 from ..adapter.update import Update
 from ..bases.pipeline import PipelineModel, as_module
 from ..config import LoraConfig
-from ..errors import AdapterError, StateError, TargetError
+from ..errors import AdapterError, ConfigError, StateError, TargetError
 from ..layers import fastpath, fused_qkv, peft_layers, saved
 from ..layers.bases import base_of, quantized
 from ..layers.fused import attention, fused
+from ..layers.init.batches import Loss
 from ..layers.layer import LoraLayer, add_update, child_name
 from ..layers.swap import adopt, release
 from ..layers.targets import check_adaptable, find_targets, in_components, module_names, shortest_endings, with_head
@@ -27,9 +29,11 @@ from . import save_pretrained
 from .activate import set_active, use_saved
 from .embeddings import embeddings_for, put_in_place
 from .fit import fresh_saved, modules_for, saved_for
-from .known_base import base_fingerprint, check_base
+from .known_base import base_fingerprint, check_base, check_quantization
 from .naming import live_names, renamed
+from .originals import Originals
 from .sharded import check_whole
+from .start import Sources, Started, begin, check_sources
 from .state import (
     STATE,
     Attached,
@@ -57,6 +61,9 @@ def attach(
     strict: bool = True,
     force: bool = False,
     activate: bool = True,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    originals: Originals | None = None,
 ) -> Model:
     """Attach an adapter to a model, or to the components of a diffusers pipeline, in place and make it the active one.
     Returns the model or pipeline that it was given.
@@ -65,8 +72,37 @@ def attach(
     `trainable=True`. Either freezes the base, whose `requires_grad` flags `detach` gives back. `strict=False` skips
     what the model lacks, an adapter's updates or a config's targets (`summary` lists them); `force=True` skips the
     check that the base is the one the adapter was trained on; `activate=False` leaves the active adapters as they are.
-    Raises TargetError, AdapterError or StateError; after an error the model is unchanged.
+
+    For a start that is made from data (`LoraConfig.init`), `batches` yields the first batches of the training data, of
+    which `init_batches` are used; `loss(model, batch)` is a batch's loss, by default a transformers model's own,
+    `model(**batch).loss`. `originals` (init="loftq") is the checkpoint that the base was quantized from, a folder or
+    its tensors by name, by default the one that transformers quantized while loading.
+
+    Raises TargetError, AdapterError, ConfigError or StateError; after an error the model is unchanged.
     """
+    sources = Sources(model, batches, loss, originals)
+    if isinstance(adapter, LoraConfig):
+        check_sources(adapter, sources)
+    elif batches is not None or loss is not None or originals is not None:
+        raise ConfigError(
+            "attach(..., batches=..., loss=..., originals=...) are for the start of a new adapter, and this one is "
+            "trained already\n  remove them, or give a LoraConfig"
+        )
+    return attach_from(model, adapter, sources, name, trainable, strict=strict, force=force, activate=activate)
+
+
+def attach_from(
+    model: Model,
+    adapter: LoraConfig | Adapter,
+    sources: Sources,
+    name: str = DEFAULT,
+    trainable: bool | None = None,
+    *,
+    strict: bool = True,
+    force: bool = False,
+    activate: bool = True,
+) -> Model:
+    """Attach as `attach` does. `sources`: what the start of a new adapter is made from, if it needs anything."""
     if not isinstance(adapter, LoraConfig | Adapter):
         raise AdapterError(
             f"attach(model, adapter): got a {qualified_name(adapter)}\n"
@@ -78,7 +114,7 @@ def attach(
             f"attach(model, adapter): the model is a {qualified_name(model)}\n"
             "  expected a torch.nn.Module, or a pipeline of diffusers"
         )
-    _attach(module, adapter, name, trainable, strict, force, activate)
+    _attach(module, adapter, name, trainable, strict, force, activate, sources)
     return model
 
 
@@ -90,6 +126,7 @@ def _attach(
     strict: bool,
     force: bool,
     activate: bool,
+    sources: Sources,
 ) -> None:
     state = model.__dict__.get(STATE) or State()
     check_not_routed(state, "attach")
@@ -107,7 +144,9 @@ def _attach(
     for module_name, module in packed.items():
         base_of(module).check(module, module_name, trainable)
     if isinstance(adapter, LoraConfig):
-        plan = _fresh(model, adapter if strict else adapter.replace(strict_targets=False))
+        plan = _begun(
+            model, state, _fresh(model, adapter if strict else adapter.replace(strict_targets=False)), sources
+        )
     else:
         plan = _loaded(model, adapter, strict, force)
     updates = _build(model, plan, child_name(name), trainable)
@@ -139,6 +178,7 @@ class _Plan:
     twins: Mapping[str, str]
     names: Mapping[str, str] = field(default_factory=dict)  # the adapter's own, where the model has others
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    started: Started | None = None  # the start of new updates
 
     def parts_of(self, module: str) -> tuple[bool, ...] | None:
         """Return which parts of a packed projection are adapted; None if the module is not packed."""
@@ -150,9 +190,15 @@ class _Plan:
         """Build a module's live update: a new one, or one with the adapter's values."""
         assert isinstance(module, LoraLayer)
         if self.values is None:
-            return live(variant_of(self.config, name)).fresh(module, name, self.config, trainable)
-        value = self.values[name]
-        return live(value.variant).of(module, name, value, self.config.dropout, trainable)
+            update = live(module.lora_live(variant_of(self.config, name))).fresh(module, name, self.config, trainable)
+            if self.started is not None and name in self.started.factors:
+                update.begin(module, self.started.factors[name], self.started.subtracted)
+        else:
+            value = self.values[name]
+            update = live(value.variant).of(module, name, value, self.config.dropout, trainable)
+        if trainable and self.config.freeze_a and not tokens_of(self.config, name):
+            update.freeze_a(module, name)
+        return update
 
 
 def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
@@ -178,12 +224,22 @@ def _fresh(model: nn.Module, config: LoraConfig) -> _Plan:
     return _Plan(config, metadata, modules, saved_values, targets.skipped, None, _twins(model, modules, config))
 
 
+def _begun(model: nn.Module, state: State, plan: _Plan, sources: Sources) -> _Plan:
+    """Return the plan with the start of its updates, and with the ranks that the start chose."""
+    started = begin(model, state, plan.config, plan.modules, sources)
+    modules = {m: module for m, module in plan.modules.items() if m not in started.dropped}
+    skipped = {**plan.skipped, **started.dropped}
+    metadata = plan.metadata if started.only_on is None else {**plan.metadata, ONLY_ON: started.only_on}
+    return replace(plan, config=started.config, modules=modules, skipped=skipped, metadata=metadata, started=started)
+
+
 def _loaded(model: nn.Module, adapter: Adapter, strict: bool, force: bool) -> _Plan:
     adapter.check()
     live = live_names(model, adapter)
     check_base(model, adapter, force, live)
     adapter = renamed(adapter, live)
     modules, skipped = modules_for(model, adapter, strict)
+    check_quantization(modules, adapter, force)
     values = {n: adapter.saved[n] for n in saved_for(model, adapter, strict, skipped)}
     embeddings = {t: adapter.embeddings[t] for t in embeddings_for(model, adapter, strict, skipped)}
     tokens = {m: u for m, u in adapter.updates.items() if isinstance(u, Tokens) and m in modules}
@@ -215,6 +271,8 @@ def _build(model: nn.Module, plan: _Plan, child: str, trainable: bool) -> dict[s
         for name, module in every.items():
             adopt(module, plan.parts_of(name))
         updates = {name: plan.update_of(module, name, trainable) for name, module in plan.modules.items()}
+        for kind in {type(update) for update in updates.values()}:
+            kind.join([update for update in updates.values() if type(update) is kind])
         updates |= {name: updates[other].twin() for name, other in plan.twins.items()}
         for full in plan.saved:
             module = model.get_submodule(full.rpartition(".")[0])

@@ -14,10 +14,20 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import SAMPLED, Weight, components_in, differences, fingerprint, of_components
+from ..adapter.fingerprint import (
+    ONLY_ON,
+    SAMPLED,
+    Weight,
+    components_in,
+    differences,
+    fingerprint,
+    needs_quantized,
+    of_components,
+)
 from ..adapter.tokens import Tokens
 from ..bases.pipeline import TEXT_LEVEL, PipelineModel, component_of, is_text_encoder
-from ..errors import AdapterError
+from ..errors import AdapterError, listing
+from ..layers.bases import base_of
 from .state import architecture_of, base_weights
 
 
@@ -72,6 +82,21 @@ def check_base(model: nn.Module, adapter: Adapter, force: bool, names: Mapping[s
             + "\n  ".join(lines)
             + "\n  load that base, or skip this check: attach(..., force=True); "
             "lorakit image generate, lorakit export: --force-base"
+        )
+
+
+def check_quantization(modules: Mapping[str, nn.Module], adapter: Adapter, force: bool) -> None:
+    """Raise AdapterError if the adapter repairs what quantization lost (LoftQ) and the base is not quantized so, unless
+    `force`. `modules`: those that it changes.
+    """
+    expected = adapter.metadata.get(ONLY_ON)
+    if not expected or force:
+        return
+    kinds = {base_of(module).quantization for module in modules.values()}
+    if expected not in kinds:
+        raise AdapterError(
+            f"{needs_quantized(expected)}: this base's are {listing(sorted(kind or 'not quantized' for kind in kinds))}\n"
+            "  load the base quantized in that way, or skip this check: attach(..., force=True)"
         )
 
 

@@ -11,9 +11,8 @@ from ..bases.pipeline import as_module
 from ..errors import StateError, listing
 from ..layers import fused_qkv, saved
 from ..layers.layer import LoraLayer
-from ..layers.merge import check_finite, merge_module, unmerge_module
+from ..layers.merge import TIED, check_finite, merge_module, unmerge_module
 from ..layers.walk import base_modules
-from ..ops.exact import Undo
 from .state import Untied, check_not_routed, layers_of, names_of, saved_parameters, state_of
 
 
@@ -49,7 +48,7 @@ def merge(model: Any, *, untie: bool = False) -> None:
         held = {id(_weight(layer)) for layer in layers.values() if not _is_tied(layer)}
         for m, layer in layers.items():
             if _is_tied(layer) and id(_weight(layer)) in held:
-                layer.lora_merged = Undo(0)  # by the module whose weight it shares
+                layer.lora_merged = TIED  # by the module whose weight it shares
             else:
                 merge_module(layer, m)
             done.append(layer)

@@ -13,8 +13,9 @@ from ..bases.pipeline import PipelineModel, component_of
 from ..config import LoraConfig
 from ..errors import StateError, did_you_mean, listing
 from ..layers import fused_qkv, saved
-from ..layers.bases import base_of, fingerprinted, quantized
+from ..layers.bases import base_of, bias_of, fingerprinted, quantized
 from ..layers.batched.routes import Routes, Routing
+from ..layers.expert_weight import adapted_weight
 from ..layers.fused import attention
 from ..layers.layer import LoraLayer, child_name, mixin_and_base
 from ..layers.walk import base_modules
@@ -161,7 +162,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 def layer_at(model: nn.Module, name: str) -> LoraLayer:
     """Return the adapted module with this full name."""
-    layer = model.get_submodule(name)
+    layer = adapted_weight(model, name) or model.get_submodule(name)
     assert isinstance(layer, LoraLayer)
     return layer
 
@@ -197,8 +198,8 @@ def base_weights(model: nn.Module) -> dict[str, Weight]:
         at, held = f"{name}." if name else "", base_of(module).stored(module)
         stored = [p for n in held if (p := weights.pop(at + n, None)) is not None]
         weights[f"{at}weight"] = once.setdefault(id(stored[0] if stored else module), fingerprinted(module))
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor):  # a buffer or an attribute in some libraries
+        bias = bias_of(module)
+        if bias is not None:
             weights.setdefault(f"{at}bias", bias)
     state = model.__dict__.get(STATE)
     before = {id(v.added_to): v.weight for v in state.vocabularies.values()} if state is not None else {}

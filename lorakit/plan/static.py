@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..config import RunSettings
+from ..config.optimizers import state_bytes
 from ..methods import method_of
 from ..tasks import task_of
 from .shell import PlanError, plan_errors
@@ -39,9 +40,7 @@ class StaticEstimate:
         return asdict(self) | {"parts": dict(self.parts), "total": self.total}
 
 
-def static_estimate(
-    config: RunSettings, dtype: torch.dtype, name: str, overhead: int, state_copies: int = 2
-) -> StaticEstimate:
+def static_estimate(config: RunSettings, dtype: torch.dtype, name: str, overhead: int) -> StaticEstimate:
     """Count a run's weights, adapter, gradients and optimizer state. `name`: the adapter's; `overhead`: the process's.
 
     Raises PlanError for a base that is not known without loading it.
@@ -60,7 +59,8 @@ def static_estimate(
         method.attach(model, config, name, task.peft_type)
     trained = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() * p.element_size() for p in trained)
-    parts |= {"adapter": size, "gradients": size, "optimizer": state_copies * size, "overhead": overhead}
+    state = state_bytes(config.optimizer, trained)
+    parts |= {"adapter": size, "gradients": size, "optimizer": state, "overhead": overhead}
     return StaticEstimate(parts, sum(p.numel() for p in trained), own)
 
 

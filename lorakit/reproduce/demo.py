@@ -95,7 +95,7 @@ def run(
 
     began = time.perf_counter()
     tests = [json.loads(line) for line in (ASSETS / "test.jsonl").read_text(encoding="utf8").splitlines()][:rows]
-    rows_file = _write_rows(out)
+    rows_file = write_rows(out)
     own = SETTINGS | ({"steps": steps} if steps else {})
     config = TrainConfig(**own, seed=seed, data=str(rows_file), out=str(out / "run"))
 
@@ -147,7 +147,7 @@ def _trained(result: Result, command: str) -> Path:
     return result.adapter
 
 
-def _write_rows(out: Path) -> Path:
+def write_rows(out: Path) -> Path:
     """Write the training rows as a data file, which `lorakit train` reads too."""
     from ..io.atomic import write_text
     from .demo_rows import select_rows

@@ -33,7 +33,7 @@ MAX_SAMPLES = 3
 IMAGE_PARTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 SETTINGS = (
     *("learning_rate", "schedule", "warmup", "batch_size", "epochs", "weight_decay", "dropout"),
-    *("max_length", "train_on", "precision", "seed"),
+    *("max_length", "train_on", "precision", "quantize", "seed"),
 )
 
 

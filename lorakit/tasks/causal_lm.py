@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config import RunSettings, Strict, part
+from ..config import Quantization, RunSettings, Strict, part
 from ..errors import TrainError
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
@@ -196,7 +196,9 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
     from ..bases.load import load_model, stop_at
     from .text.vocabulary import grow_for
 
-    model = load_model(config.model, dtype, device, config.revision, config.trust_remote_code)
+    model = load_model(
+        config.model, dtype, device, config.revision, config.trust_remote_code, part(config, Quantization)
+    )
     grow_for(config, model, processor)
     stop_at(model, processor.convert_tokens_to_ids(list(data.about.get("end_tokens", ()))))
     return model

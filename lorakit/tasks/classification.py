@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from ..config import RunSettings, part
+from ..config import Quantization, RunSettings, part
 from ..errors import ConfigError, NotFiniteError, TrainError
 from .task import Base, Data
 from .text.base import (  # noqa: F401 (names of the task)
@@ -148,7 +148,14 @@ def load(config: RunSettings, processor: Any, data: Data, dtype: torch.dtype, de
     torch.manual_seed(config.seed)  # for the new head's initialization
     trained = getattr(config, "save_modules", ())
     model = load_classifier(
-        config.model, data.about["labels"], dtype, device, config.revision, config.trust_remote_code, trained
+        config.model,
+        data.about["labels"],
+        dtype,
+        device,
+        config.revision,
+        config.trust_remote_code,
+        trained,
+        part(config, Quantization),
     )
     grow_for(config, model, processor)
     return _configured(model, pad_id(processor))

@@ -96,7 +96,10 @@ uses_all = False  # SDXL does not use the last layer of its first text encoder
 tried_with = "image generate"
 
 # Settings of every run that a run on pictures does not use.
-_UNUSED = ("compile", "add_tokens", "trainable_tokens", "trust_remote_code")
+_UNUSED = (
+    *("compile", "add_tokens", "trainable_tokens", "trust_remote_code"),
+    *("quantize", "double", "compute_dtype"),  # lorakit quantizes language models alone
+)
 
 # Text has other defaults for these. Rank and alpha: a scale of 1, as diffusers' and kohya's trainers have, so that
 # learning rates found with those hold here. Targets: what these two and A1111 call a LoRA. The held-out loss says
@@ -253,8 +256,10 @@ def prepare(base: Base, items: Sequence[Any]) -> None:
     from ..model.capture import capture
     from .image.result import format_for
 
-    adapter = capture(base.model, next(iter(adapters(base.model))))
-    format_for(_with_words(adapter, base.processor), part(base.config, TextToImageSettings).save_as)
+    attached = adapters(base.model)
+    if attached:  # not yet, if it is about to start from data
+        adapter = capture(base.model, attached[0])
+        format_for(_with_words(adapter, base.processor), part(base.config, TextToImageSettings).save_as)
     base.processor.prepare(base.model, items)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias  # noqa: F40
 from pydantic import Field, field_validator, model_validator
 
 from ..config import RunSettings, Source, Strict, joined
+from ..config.short_names import spelled_out
 from ..methods import method_names, method_of
 from ..plan.units import parse_bytes
 from ..tasks import DEFAULT, task_for, task_names, task_of
@@ -68,6 +69,7 @@ class TrainConfig(Settings):
         """Give settings that are not given the task's own default; they still count as not given."""
         if not isinstance(values, dict):
             return handler(values)
+        values = spelled_out(values)  # what a short name stands for counts as given
         name = task_named(values.get("task"))
         config = handler((dict(task_of(name).defaults(values)) if name in TASKS else {}) | values)
         config.model_fields_set.intersection_update(values)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..config import Choice
+from ..config.optimizers import OPTIMIZERS
 from ..methods import method_of
 from ..tasks import task_of
 from .config import TrainConfig
@@ -26,6 +27,9 @@ def learning_rate(config: TrainConfig, suited: Choice, steps: int) -> Choice:
     if config.learning_rate != "auto":
         return Choice(float(config.learning_rate), "as given")
     rate, why = method_of(config.method).learning_rate(suited.value, suited.reason)
+    spec = OPTIMIZERS[config.optimizer]
+    if spec.rate is not None and spec.why:
+        rate, why = rate * spec.rate, f"{why}, {spec.why}"
     if steps < SHORT_RUN:
         rate, why = rate * SHORT_FACTOR, f"{why}, x{SHORT_FACTOR:g} for under {SHORT_RUN} steps"
     return Choice(float(f"{rate:.2g}"), why)

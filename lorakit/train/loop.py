@@ -139,6 +139,8 @@ class Loop:
         """
         parallel, first = self.parallel, active_runs[0]
         seeded: set[int] = set()
+        for run in active_runs:
+            run.penalty = self._penalty(run)
         self._seed(first)
         mine = [parallel.share(batch) for batch in batches]
         # Gradients are averaged over processes, but the sum over all of them is to be divided by the batch's weight.
@@ -174,6 +176,17 @@ class Loop:
                 apart[number].add(rows, own, weights[number], own_factors)
         norms = torch.stack([torch.nn.utils.get_total_norm(run.gradients()) for run in active_runs])
         return parallel.mean(torch.stack(totals)), norms.float(), [labelled.means() for labelled in apart]
+
+    def _penalty(self, run: Run) -> Tensor | None:
+        """Add the gradient of what the run's method adds to its loss, and return that. Every process adds the same, so
+        that the mean over processes is the same too.
+        """
+        penalty = self.method.penalty(self.model, run.job.adapter)
+        if penalty is None:
+            return None
+        with self.parallel.exchanging(self.losses, last=False):
+            self.parallel.backward(penalty)
+        return penalty.detach()
 
     def _seed(self, run: Run) -> None:
         """Seed torch's default generators by the run's seed and step, and this process."""

@@ -1,9 +1,10 @@
 """Write and read the checkpoints from which a run resumes, bit for bit: parameters, optimizer state and position.
 
     checkpoints/step-120/trainable.safetensors   the trained parameters by their names in the model
-                         optimizer.safetensors   AdamW's averages, `<parameter>.exp_avg`, ...
+                         optimizer.safetensors   the optimizer's state, `<parameter>.exp_avg`, ...
                          best.safetensors        the parameters at the best held-out loss, if there is one
                          ema.safetensors         their moving averages, if the run has them
+                         buffers.safetensors     other state of the updates, if they have some (see `buffers`)
                          state.json              step, early stopping, training time
                          adapter_config.json ... the adapter as it is at this step, as in PEFT's folder
 
@@ -21,7 +22,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +30,27 @@ from torch import Tensor, nn
 from ..errors import AdapterError, TrainError
 from ..io.atomic import sync_folder, write_errors
 from ..io.json_object import read_json
-from ..io.tensors import read_tensors
+from ..io.tensors import read_shapes, read_tensors
 from ..layers.layer import child_name
+from ..layers.updates.update import LiveUpdate
 from ..model.attach import DEFAULT
+from .optimizer import put_state, state_of
 
 PREFIX, TEMPORARY = "step-", ".writing-"
 
 
 @dataclass
 class Loaded:
-    """A checkpoint's contents. `parameters`, `best`, `ema`: by parameter; `optimizer`: by `<parameter>.<state>`."""
+    """A checkpoint's contents. `parameters`, `best`, `ema`: by parameter; `optimizer`: by `<parameter>.<state>`;
+    `buffers`: by buffer.
+    """
 
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     best: dict[str, Tensor]
     state: dict[str, Any]
     ema: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def trainable(model: nn.Module, adapter: str = DEFAULT) -> dict[str, nn.Parameter]:
@@ -52,11 +58,31 @@ def trainable(model: nn.Module, adapter: str = DEFAULT) -> dict[str, nn.Paramete
 
     They are named as if the adapter were the only one, so a run of a sweep has the same checkpoints as one alone.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return _of_adapter({name: p for name, p in model.named_parameters() if p.requires_grad}, adapter)
+
+
+def buffers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, Tensor]:
+    """Return the persistent buffers of an adapter's updates by name, named as in `trainable`.
+
+    They are what an update remembers besides its trained parameters: a frozen start, AdaLoRA's importances. Buffers
+    registered with `persistent=False` are computed again when the adapter is attached.
+    """
+    found: dict[str, Tensor] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, LiveUpdate):
+            held = module.state_dict(prefix=f"{module_name}.", keep_vars=True)
+            found |= {name: t for name, t in held.items() if not isinstance(t, nn.Parameter)}
+    return _of_adapter(found, adapter)
+
+
+_T = TypeVar("_T", bound=Tensor)
+
+
+def _of_adapter(tensors: dict[str, _T], adapter: str) -> dict[str, _T]:
     if adapter == DEFAULT:
-        return parameters
+        return tensors
     own, alone = f".{child_name(adapter)}.", f".{child_name(DEFAULT)}."
-    return {name.replace(own, alone): p for name, p in parameters.items() if own in name}
+    return {name.replace(own, alone): t for name, t in tensors.items() if own in name}
 
 
 def save(
@@ -77,10 +103,12 @@ def save(
     `result`: writes the adapter as it is now into a folder, so that the checkpoint can be used like one. Raises
     WriteError if it cannot be written; the older ones are still there then.
     """
-    parameters = trainable(model, adapter)
+    parameters, held = trainable(model, adapter), buffers(model, adapter)
+    others = {"best": best, "ema": ema or {}, "buffers": held}
+    state = {"step": step, **state, **({"buffers": True} if held else {})}
     final = folder / f"{PREFIX}{step}"
     with write_errors(final):
-        _write(folder, final, parameters, optimizer, {"best": best, "ema": ema or {}}, {"step": step, **state}, result)
+        _write(folder, final, parameters, optimizer, others, state, result)
         prune(folder, keep, good)
     return final
 
@@ -112,7 +140,8 @@ def _write(
         save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
         for name, tensors in others.items():
             if tensors:
-                save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / f"{name}.safetensors")
+                on_cpu = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+                save_file(on_cpu, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf8")
         for file in temporary.iterdir():
             with file.open("rb+") as handle:
@@ -169,6 +198,23 @@ def newest_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def newest_ranks(folder: Path) -> dict[str, int] | None:
+    """Return the rows of each trained factor A in the newest checkpoint, by module.
+
+    None if there is no checkpoint that can be read, or a module's A is not among what is trained.
+    """
+    end = f".{child_name(DEFAULT)}."
+    for step in reversed(steps_in(folder)):
+        try:
+            shapes = read_shapes(folder / f"{PREFIX}{step}" / "trainable.safetensors")
+        except AdapterError:
+            continue  # `load_newest` says so
+        ranks = {n.removesuffix(f"{end}A"): shape[0] for n, shape in shapes.items() if n.endswith(f"{end}A")}
+        modules = {n.removesuffix(f"{end}B") for n in shapes if n.endswith(f"{end}B")}
+        return ranks if ranks and ranks.keys() == modules else None
+    return None
+
+
 def load_newest(folder: Path, damaged: Callable[[str], None] = lambda note: None) -> Loaded | None:
     """Read the newest checkpoint that can be read; None if there is none. Deletes what interrupted writes left behind.
 
@@ -215,6 +261,7 @@ def read(at: Path) -> Loaded:
             read_tensors(best)[0] if has_best else {},
             state,
             read_tensors(at / "ema.safetensors")[0] if state.get("ema") else {},
+            read_tensors(at / "buffers.safetensors")[0] if state.get("buffers") else {},
         )
     except AdapterError as error:
         raise TrainError(str(error).splitlines()[0]) from error
@@ -234,19 +281,20 @@ def restore(loaded: Loaded, model: nn.Module, optimizer: torch.optim.Optimizer, 
     """Load a checkpoint into the model and the optimizer. Raises TrainError if it has other parameters."""
     parameters = trainable(model, adapter)
     put(loaded.parameters, parameters)
+    put(loaded.buffers, buffers(model, adapter), "buffers")
     for name, parameter in parameters.items():
         state = {
             key.rpartition(".")[2]: value for key, value in loaded.optimizer.items() if key.rpartition(".")[0] == name
         }
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        put_state(optimizer, parameter, state)
 
 
-def put(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy values into the parameters of the same names. Raises TrainError if the names differ."""
+def put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str = "parameters") -> None:
+    """Copy values into the parameters (or `what` they are) of the same names. Raises TrainError if the names differ."""
     if values.keys() != parameters.keys():
         name = sorted(values.keys() ^ parameters.keys())[0]
         raise TrainError(
-            f"the checkpoint's parameters differ from those trained now: '{name}' is only in one of them\n"
+            f"the checkpoint's {what} differ from those trained now: '{name}' is only in one of them\n"
             "  give another folder (--out) to start over"
         )
     with torch.no_grad():
@@ -257,6 +305,5 @@ def put(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) ->
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous().clone()
+        tensors |= {f"{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return tensors

@@ -54,12 +54,14 @@ class Run:
     def __init__(self, job: Job, display: Display):
         self.job, self.config, self.display = job, job.config, display
         self.parameters = resume.trainable(job.model, job.adapter)
-        self.optimizer = optimizer.adamw(self.config, self.parameters, job.rate.value, job.rate_factor)
+        factors = job.rate_factors(self.parameters)
+        self.optimizer = optimizer.build(self.config, job.model, self.parameters, job.rate.value, factors.__getitem__)
         self.ema = Ema(self.config.ema, self.parameters) if self.config.ema else None
         self.early = EarlyStop(self.config.patience)
         self.best: dict[str, Tensor] = {}
         self.step, self.elapsed = 0, 0.0
         self.loss: float | None = None
+        self.penalty: Tensor | None = None  # of the step, added to its loss
         self.first_loss: float | None = None  # of the first step's batch: the base's
         self.base_loss: float | None = None  # on the held-out rows, computed when it is needed
         self.good_step: int | None = None  # of the last evaluation, if the run had not diverged
@@ -94,6 +96,7 @@ class Run:
         rate = self.job.rate.value * optimizer.rate_factor(self.config, self.step, self.job.steps)
         rates = optimizer.update(self.optimizer, self.parameters, rate, norm, self.config.clip)
         self.step += 1
+        self.job.method.after_step(self.job.model, self.job.adapter, self.step, self.job.steps)
         if self.ema is not None:
             self.ema.update(self.step)
         self.loss = loss
@@ -101,6 +104,7 @@ class Run:
             self.first_loss = loss
         return {
             "loss": round(loss, 5),
+            **({} if self.penalty is None else {"penalty": round(float(self.penalty), 5)}),
             **{f"{label}_loss": round(value, 5) for label, value in apart.items()},
             "learning_rate": rate,
             **{f"learning_rate_{label}": value for label, value in rates.items()},

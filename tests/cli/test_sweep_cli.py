@@ -222,3 +222,20 @@ def test_sweep_help_says_how_lists_are_written(lorakit):
 
 def test_flags_of_tiny_runs_are_flags_of_sweep_too(lorakit, data):
     assert lorakit("sweep", "--data", data, *tiny_lm.FLAGS, "--seed", "0,1", "--dry-run")[0] == 0
+
+
+def test_variants_and_seeds_in_one_command_and_what_is_said_of_their_differences(lorakit, model, data, tmp_path):
+    out = tmp_path / "variants"
+    args = ["sweep", "--model", model, "--data", data, "--out", str(out), "--rank", "2", "--lr", "1e-2", *FLAGS]
+    code, said, _ = lorakit(*args, "--variant", "lora,loha,rslora", "--seed", "0,1")
+    assert code == 0
+    assert "over seeds, compared with the best" in said
+    assert "best" in said
+    board = json.loads((out / "leaderboard.json").read_text())
+    assert {each["settings"]["variant"] for each in board["over_seeds"]} == {"lora", "loha", "rslora"}
+    assert all(each["seeds"] == 2 for each in board["over_seeds"])
+    assert sorted(path.name for path in (out / "runs").iterdir()) == [
+        f"variant={variant},seed={seed}" for variant in ("loha", "lora", "rslora") for seed in (0, 1)
+    ]
+    said = lorakit(*args[:5], "--out", str(tmp_path / "one"), *args[7:], "--variant", "lora,loha")[1]
+    assert "one seed each: differences may be noise; --seed 0,1,2 says which are larger" in said

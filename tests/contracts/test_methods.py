@@ -79,6 +79,20 @@ def test_what_is_trained_is_what_is_planned_and_the_rest_stays(make_config, meth
     assert moved <= trained
 
 
+def test_what_it_asks_of_the_loop_is_for_what_is_trained(make_config, method):
+    """Its learning rates are of trained parameters, its penalty is a scalar, and after a step it may adjust them."""
+    config = make_config(method=method, steps=2, learning_rate=1e-2)
+    job = set_up(config)
+    of_method, trained = method_of(method), resume.trainable(job.model)
+    factors = of_method.rate_factors(job.model, config, job.adapter)
+    assert {id(p) for p in factors} <= {id(p) for p in trained.values()}
+    assert job.rate_factors(trained).keys() == trained.keys()
+    penalty = of_method.penalty(job.model, job.adapter)
+    assert penalty is None or (penalty.dim() == 0 and penalty.requires_grad)
+    of_method.after_step(job.model, job.adapter, 1, 2)
+    assert resume.trainable(job.model).keys() == trained.keys()
+
+
 def test_its_result_loads_and_computes_as_the_run_ended(make_config, method):
     config = make_config(method=method, steps=3, learning_rate=1e-2, patience=0, eval_every=3)
     job = set_up(config)

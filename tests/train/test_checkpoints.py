@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lorakit as lk
 from lorakit.errors import LorakitError, TrainError, WriteError
 from lorakit.train import resume
 
@@ -181,3 +182,51 @@ def test_a_rename_that_fails_leaves_the_checkpoint_of_the_same_step(trained, tmp
         save(tmp_path, 1, model, optimizer, note="new")
     assert os.listdir(tmp_path) == ["step-1"]
     assert resume.load_newest(tmp_path).state["note"] == "old"
+
+
+@pytest.fixture
+def remembering(tiny_mlp):
+    """(model, optimizer, updates) with two adapters, each update with a persistent buffer and one that is not."""
+    for name in ("default", "other"):
+        lk.attach(tiny_mlp, lk.LoraConfig(rank=2, targets="all-linear"), name)
+    updates = {n: m for n, m in tiny_mlp.named_modules() if n.endswith((".lora_default", ".lora_other"))}
+    for i, update in enumerate(updates.values()):
+        update.register_buffer("importances", torch.full((2,), float(i)))
+        update.register_buffer("recomputed", torch.full((2,), -1.0), persistent=False)
+    optimizer = torch.optim.AdamW([p for p in tiny_mlp.parameters() if p.requires_grad], lr=0.1, fused=True)
+    return tiny_mlp, optimizer, updates
+
+
+def test_persistent_buffers_of_an_adapters_updates_are_restored_to_the_bit_and_no_others(remembering, tmp_path):
+    model, optimizer, updates = remembering
+    before = {name: update.importances.clone() for name, update in updates.items()}
+    assert len(resume.buffers(model, "other")) == len(updates) / 2
+    assert all(name.endswith(".lora_default.importances") for name in resume.buffers(model, "other"))
+    path = resume.save(tmp_path, 3, model, optimizer, {}, {}, 2, "other")
+    for update in updates.values():
+        update.importances += 0.1
+        update.recomputed += 0.1
+    loaded = resume.read(path)
+    assert loaded.buffers.keys() == resume.buffers(model, "other").keys()
+    resume.restore(loaded, model, optimizer, "other")
+    for name, update in updates.items():
+        kept = before[name] if name.endswith("lora_other") else before[name] + 0.1
+        assert torch.equal(update.importances, kept), name
+        assert torch.equal(update.recomputed, torch.full((2,), -0.9)), name
+
+
+def test_a_checkpoint_with_other_buffers_or_without_their_file_is_refused(remembering, tmp_path):
+    model, optimizer, updates = remembering
+    path = save(tmp_path, 1, model, optimizer)
+    del next(iter(updates.values()))._buffers["importances"]
+    with pytest.raises(TrainError, match=r"buffers differ .*importances"):
+        resume.restore(resume.read(path), model, optimizer)
+    (path / "buffers.safetensors").unlink()
+    with pytest.raises(TrainError, match=r"buffers\.safetensors"):
+        resume.read(path)
+
+
+def test_a_checkpoint_without_buffers_has_no_file_of_them(trained, tmp_path):
+    path = save(tmp_path, 1, *trained())
+    assert not (path / "buffers.safetensors").exists()
+    assert "buffers" not in resume.read(path).state

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorakit.train.config import TrainConfig
-from lorakit.train.optimizer import adamw, rate_factor, update
+from lorakit.train.optimizer import build, rate_factor, update
 
 
 def config(**changes) -> TrainConfig:
@@ -41,7 +41,7 @@ def test_a_group_of_parameters_moves_at_its_own_rate_and_is_named():
     def factor(name: str) -> tuple[str, float]:
         return ("text_encoder", 0.5) if name.startswith("text_encoder") else ("", 1.0)
 
-    optimizer = adamw(config(), parameters, 1e-2, factor)
+    optimizer = build(config(), nn.Module(), parameters, 1e-2, factor)
     own.grad, other.grad = torch.ones(2), torch.ones(2)
     assert update(optimizer, parameters, 1e-2, 2.0, 0) == {"text_encoder": 5e-3}
     torch.testing.assert_close(1 - own.detach(), torch.full((2,), 1e-2), rtol=1e-4, atol=0)  # Adam's first step

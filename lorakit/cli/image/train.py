@@ -26,6 +26,9 @@ _SKIP = (
     "compile",
     "trust_remote_code",
     "trainable_tokens",
+    "quantize",
+    "double",
+    "compute_dtype",
     *(_OTHERS - set(task_of(TASK).settings.model_fields)),
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...config import Quantization
 from ...errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
@@ -95,9 +96,11 @@ def load(
     precision: str = "auto",
     chat_template: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
 ) -> Loaded:
     """Load the base and attach the adapters; the last one is active."""
-    return attached(model, read(model, adapters), precision, chat_template, kwargs)  # adapters first, to fail early
+    values = read(model, adapters)  # first, to fail early
+    return attached(model, values, precision, chat_template, kwargs, quantization=quantization)
 
 
 def attached(
@@ -107,8 +110,9 @@ def attached(
     chat_template: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     date: str | None = None,
+    quantization: Quantization | None = None,
 ) -> Loaded:
-    """Load the base and attach adapters that have been read.
+    """Load the base, quantized if asked for, and attach adapters that have been read.
 
     Conversations are formatted as in the last adapter's training, with its chat template, template variables and date,
     unless others are given (`chat_template`: a file, `kwargs`, `date`). Generation also stops at the end tokens that
@@ -123,7 +127,7 @@ def attached(
 
     template = None if chat_template is None else read_template(chat_template)
     device = choose_device().value
-    base = load_model(model, choose_dtype(precision, device).value, device)
+    base = load_model(model, choose_dtype(precision, device).value, device, quantization=quantization)
     tokenizer = load_tokenizer(model)
     added = [recorded_tokens(value.metadata) for value in values.values()]
     if any(added):

@@ -7,16 +7,22 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from ...config import Quantization, part
 from ...errors import AdapterError
 from ...io.json_object import read_json
 from ...methods import method_of
 from ...tasks import DEFAULT, task_of
 from ...train.config import TrainConfig
+from .options import quantize_flags
 
 
 def command(verb: str, *arguments: str, **options: Any) -> str:
     """Return `lorakit VERB ARGUMENTS --option value`, quoted. Options that are None, False or empty are left out."""
-    words = ["lorakit", verb, *map(quote, arguments)]
+    return " ".join(["lorakit", verb, *map(quote, arguments), *_words(options)])
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    words: list[str] = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
@@ -24,7 +30,7 @@ def command(verb: str, *arguments: str, **options: Any) -> str:
         elif value not in (None, False, "", {}, []):
             for one in value if isinstance(value, list) else [value]:
                 words += [flag, quote(one if isinstance(one, str) else _text(one))]
-    return " ".join(words)
+    return words
 
 
 def after_training(config: TrainConfig, result: Path) -> str:
@@ -33,13 +39,14 @@ def after_training(config: TrainConfig, result: Path) -> str:
     where = method.flags(config.model, str(result))
     if task.tried_with is not None:
         return f"next: {command(*task.tried_with.split(), 'your prompt')} {where}"
-    precision = None if config.precision == "auto" else config.precision
+    loading = {"precision": None if config.precision == "auto" else config.precision}
+    loading |= quantize_flags(part(config, Quantization))
     rows = config.validation if isinstance(config.validation, str) else "TEST.jsonl"
     template = getattr(config, "template", "auto")
     evaluate = command(
         "eval",
         rows,
-        precision=precision,
+        **loading,
         columns=getattr(config, "columns", None),
         template=None if template == "auto" else template,
         task=None if config.task == DEFAULT else config.task,
@@ -47,7 +54,7 @@ def after_training(config: TrainConfig, result: Path) -> str:
     lines = [f"next: {evaluate}" + ("" if isinstance(config.validation, str) else "   # rows it was not trained on")]
     if config.task == DEFAULT:
         use = f"generate 'your prompt' {where}" if _is_completion(result) else f"chat {where}"
-        lines.insert(0, f"next: lorakit {use}" + (f" --precision {precision}" if precision else ""))
+        lines.insert(0, " ".join([f"next: lorakit {use}", *_words(loading)]))
     return "\n".join(lines)
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 
 _ARGUMENT = re.compile(r"\b\w+=[^\s()]+ \((--[\w-]+[^()]*)\)")  # rank=16 (--rank 16)
 _ALSO = re.compile(r"(--[\w-]+(?: [\w.{}-]+)?) \(\w+=[^\s()]+\)")  # --force (force=True)
-_NO_SETTING = re.compile(r"\b\w+Config has no setting ")
-_WHOLE = re.compile(r"\b\w+Config\.settings: ")
+_CLASS = r"\b(?:\w+Config|Quantization)"  # of settings
+_NO_SETTING = re.compile(rf"{_CLASS} has no setting ")
+_WHOLE = re.compile(rf"{_CLASS}\.settings: ")
 # Settings of one word whose `name: value` is said of the setting alone; "validation: all rows ..." is a sentence.
-_PLAIN = {"clip", "method", "precision", "rank", "seed", "task", "threads", "track", "memory"}
+_PLAIN = {"clip", "method", "precision", "quantize", "rank", "seed", "task", "threads", "track", "memory"}
 # A value, after which a clause ends: `on_long: cut`, but not `method: full trains all weights`.
 _VALUE = r"[\w'\[-][^\s,;)]*(?:[,;)\n]|$| or | and )"
 _CHANGED = re.compile(r"^  (\w+): was ", re.MULTILINE)  # a resumed run's differences
@@ -29,7 +30,7 @@ def in_flags(message: str, settings: Iterable[str]) -> str:
     message = _NO_SETTING.sub("there is no setting ", message)
     message = _WHOLE.sub("", message)
     one = "|".join(names)
-    message = re.sub(rf"\b\w+Config\.({one})\b(?:\.\d+)?", lambda m: _flag(m[1]), message)
+    message = re.sub(rf"{_CLASS}\.({one})\b(?:\.\d+)?", lambda m: _flag(m[1]), message)
     message = _CHANGED.sub(lambda m: f"  {_flag(m[1])}: was " if m[1] in names else m[0], message)
     # `on_long: cut`, but not `data: was ...`, paths, or the names of columns
     pairs = "|".join(name for name in names if "_" in name or name in _PLAIN)

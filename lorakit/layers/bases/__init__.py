@@ -27,19 +27,6 @@ def quantized(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in base_modules(model) if any(kind.owns(module) for kind in kinds)}
 
 
-def is_unknown_linear(module: nn.Module) -> bool:
-    """Whether a module looks like a linear with packed weights of a library that lorakit does not know: it has sizes,
-    and holds integers instead of a weight.
-    """
-    if base_of(module).quantization is not None or isinstance(module, nn.Linear):
-        return False
-    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    return all(isinstance(size, int) for size in sizes) and any(
-        t.numel() > 1 and (not t.is_floating_point() or t.itemsize == 1) for t in tensors
-    )
-
-
 def fingerprinted(module: nn.Module) -> Quantized:
     """Describe a quantized weight for a fingerprint: in the shape and order of the weight before quantization."""
     base = base_of(module)
@@ -58,11 +45,18 @@ def parameter_count(model: nn.Module) -> int:
     """Count a model's parameters, including adapters'; a quantized weight counts as its dense one."""
     packed: dict[int, int] = {}  # a shared weight counts once
     for module in quantized(model).values():
-        base = base_of(module)
+        base, bias = base_of(module), bias_of(module)
         held = [id(p) for name in base.stored(module) if (p := module._parameters.get(name)) is not None]
         packed |= dict.fromkeys(held, 0) | {held[0] if held else id(module): math.prod(base.shape(module))}
+        packed |= {} if bias is None else {id(bias): bias.numel()}
     others = {id(p): p.numel() for p in model.parameters()}
     return sum((others | packed).values())
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return a quantized linear's bias: a parameter, or in some libraries a buffer or an attribute."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
 
 
 @cache

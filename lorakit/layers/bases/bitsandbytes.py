@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...bases.int8_forward import hold, release
 from ...errors import StateError
 from .base_weight import MERGE, BaseWeight, QuantizedWeight
 
@@ -119,6 +120,12 @@ class EightBit(QuantizedWeight):
 
     def was_transposed(self, module: nn.Module) -> bool:
         return _was_conv1d(module)
+
+    def prepare(self, module: nn.Module) -> None:
+        hold(module)  # else it computes something else in evaluation than in training
+
+    def restore(self, module: nn.Module) -> None:
+        release(module)
 
     def _steps(self, module: nn.Module) -> Tensor:
         """Return the distance between adjacent codes in each row: [out, 1], float32."""

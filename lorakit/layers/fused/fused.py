@@ -17,9 +17,8 @@ from torch import nn
 
 from ..bases import base_of
 from ..frozen import plain_weight
-from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base
+from ..layer import LoraLayer, Swapped, adapted_class, mixin_and_base, rebind_hooked_forward
 from ..linear import LinearLayer
-from ..swap import rebind_hooked_forward
 from ..updates.update import LiveUpdate
 from ..walk import base_modules
 from . import attention, gated_mlp, rms_norm

@@ -1,24 +1,49 @@
-"""LoRA on a live module: A and B as parameters, which the layer uses (`pair`). Each layer's file gives their shapes."""
+"""LoRA on a live module: A and B as parameters, which the layer uses (`pair`). Each layer's file gives their shapes.
+
+An update that did not start at random may have a frozen pair A₀, B₀ besides (`layers.init`), which is subtracted:
+
+    ΔW = s · (B A - B₀ A₀) = s · [B - B₀, B₀] [A; A - A₀]
+
+The right side is what the layers and files get, a plain LoRA of rank 2r: zero to the bit at the start, and in 16 bits
+the small differences keep their digits. The gradients of A and B are those of s · B A.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from ...adapter.lora import Factors
 from ...config import LoraConfig, scale_of
-from ...errors import AdapterError, StateError
+from ...errors import AdapterError, StateError, TargetError
 from ...ops.packed import compact_packed
-from .update import LiveUpdate, device_of, master_dtype
+from .update import LiveUpdate, Pair, device_of, master_dtype
 
 if TYPE_CHECKING:
     from ..layer import LoraLayer
 
 
+class Shifted(NamedTuple):
+    """The pair [A; A - A₀] [2r, in], [B - B₀, B₀] [out, 2r], with the scale of rank r."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float
+    gain: Tensor | None = None
+
+
 class LoraFactors(LiveUpdate):
-    """One adapter's A and B on one module, with their scale and dropout."""
+    """One adapter's A and B on one module, with their scale and dropout. `A0`, `B0`: the frozen pair, if it has one."""
+
+    starts = True
+    A0: Tensor | None
+    B0: Tensor | None
+
+    gain = None
 
     def __init__(self, A: Tensor, B: Tensor, alpha: float, rslora: bool, dropout: float, trainable: bool):
         super().__init__()
@@ -27,6 +52,8 @@ class LoraFactors(LiveUpdate):
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
         self.rank = B.shape[-1] if self.is_packed else A.shape[0]
         self.width = A.shape[0]
+        self.A0 = self.B0 = None
+        self._shifted: tuple[tuple[int, ...], Shifted] | None = None  # of a frozen update, with its tensors' versions
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -61,13 +88,24 @@ class LoraFactors(LiveUpdate):
         A, B = (t.detach().to(device_of(layer), dtype, copy=True) for t in (A, B))
         return cls(layer.lora_laid_out(A), B, alpha, value.rslora, dropout, trainable)
 
+    def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
+        with torch.no_grad():
+            for own, value in zip((self.A, self.B), values or (), strict=False):
+                own.copy_(value)
+        if subtracted:
+            del self.A0, self.B0
+            self.register_buffer("A0", self.A.detach().clone())
+            self.register_buffer("B0", self.B.detach().clone())
+            self.width = 2 * self.A.shape[0]
+
     def value(self, layer: LoraLayer) -> Factors:
-        A, B = layer.lora_full(self)
+        pair = self.pair(layer)
+        A, B = layer.lora_full(pair)
         kind, groups = layer.lora_kind, getattr(layer, "groups", 1)
         return Factors(
             A,
             B,
-            self.alpha,
+            self.alpha if pair is self else self.alpha * (2**0.5 if self.rslora else 2),  # of rank 2r
             kind,
             self.rslora,
             layer.lora_transposed and kind == "linear",
@@ -75,8 +113,37 @@ class LoraFactors(LiveUpdate):
             getattr(layer, "lora_parts", None) if self.is_packed else None,
         )
 
-    def pair(self) -> LoraFactors:
-        return self
+    def pair(self, layer: LoraLayer) -> Pair:
+        if self.A0 is None or self.B0 is None:
+            return self
+        A, B, A0, B0 = self.A, self.B, self.A0, self.B0
+        # A trained parameter is never known to be unchanged: some optimizers write without increasing its version.
+        if A.requires_grad or B.requires_grad or A.is_inference() or torch.compiler.is_compiling():
+            return self._subtracted(A, B, A0, B0)
+        key = tuple(number for t in (A, B, A0, B0) for number in (t._version, t.data_ptr()))
+        if self._shifted is None or self._shifted[0] != key:
+            self._shifted = key, self._subtracted(A, B, A0, B0)
+        return self._shifted[1]
+
+    def _subtracted(self, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Shifted:
+        delta, up = A - A0, torch.cat([B - B0, B0], 1 if B.dim() == A.dim() else -1)
+        if not self.is_packed:
+            return Shifted(torch.cat([A, delta]), up, self.scale, self.dropout)
+        parts = len(B)  # each part's own factors stay together: [A; A - A₀] of the first part, of the second, ...
+        down = torch.cat([A.unflatten(0, (parts, -1)), delta.unflatten(0, (parts, -1))], 1)
+        return Shifted(down.flatten(0, 1), up, self.scale, self.dropout)
+
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        """B. Not an embedding's: LoRA+'s ratio follows from A's many inputs, and each token has one."""
+        return () if layer.lora_kind == "embedding" else ("B",)
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        if layer.lora_kind == "embedding":
+            raise TargetError(
+                f"'{name}' is an embedding, whose A starts at zero: with freeze_a it would learn nothing\n"
+                "  remove it from the targets, or omit freeze_a"
+            )
+        self.A.requires_grad_(False)
 
     @property
     def is_packed(self) -> bool:
@@ -88,7 +155,8 @@ class LoraFactors(LiveUpdate):
         return scale_of(self.alpha, self.rank, self.rslora)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, A={list(self.A.shape)}, B={list(self.B.shape)}"
+        start = "" if self.A0 is None else ", minus its start"
+        return f"rank={self.rank}, alpha={self.alpha:g}, A={list(self.A.shape)}, B={list(self.B.shape)}{start}"
 
 
 Live = LoraFactors

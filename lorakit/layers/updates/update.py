@@ -3,8 +3,12 @@
     y = base(x) + Σ weight · change(x, base(x))
 
 An update that is a pair of low-rank matrices returns it from `pair`, and the layers compute s · B A x themselves: fused
-with the base, for many adapters of a batch at once, in place. Any other kind computes its own `change`. Merging uses
-the update's value (`adapter.update`).
+with the base, for many adapters of a batch at once, in place. A pair may come with a gain, a factor g for each output
+that multiplies the base's too (DoRA): (g - 1)(base(x) - b) + s · B A x, where B includes g. Any other kind computes its
+own `change`.
+
+Merged, the weight is W + weight · ((g - 1) W + g D): `rows` gives weight · D, and `weight_gain` g, None for kinds that
+only add.
 
 Each kind is a file in this folder, with the name that `LoraConfig.variant` and the value's `variant` use; its class is
 `Live`.
@@ -13,6 +17,8 @@ Each kind is a file in this folder, with the name that `LoraConfig.variant` and 
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -20,6 +26,7 @@ from torch import Tensor
 
 from ...adapter.update import Rows, Update
 from ...config import LoraConfig
+from ...errors import TargetError
 from ..bases import base_of
 from ..layer import Own
 
@@ -28,7 +35,9 @@ if TYPE_CHECKING:
 
 
 class Pair(Protocol):
-    """s · B A, with dropout on its input. A and B have the layer's shapes: a packed B is [n, out/parts, r]."""
+    """s · B A, with dropout on its input. A and B have the layer's shapes: a packed B is [n, out/parts, r]. They may be
+    computed from the parameters by each call of `pair`.
+    """
 
     @property
     def A(self) -> Tensor: ...
@@ -38,14 +47,26 @@ class Pair(Protocol):
     def scale(self) -> float: ...
     @property
     def dropout(self) -> float: ...
+    @property
+    def gain(self) -> Tensor | None:
+        """g [out], which B includes already; None: 1."""
+        ...
 
 
 class LiveUpdate(Own):
-    """One adapter's update of one module, with its parameters."""
+    """One adapter's update of one module, with its parameters.
+
+    A buffer registered with `persistent=True` is part of a run's checkpoints, which restore it to the bit. One with
+    `persistent=False` is computed again when a run resumes. `value` must not depend on buffers that change in training:
+    the result may have the parameters of an earlier step, or their averages.
+    """
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
+    averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
+    captured_as: str | None = None  # the kind that its value is, if that is another
     tied = False  # whether it is the update of another module, whose weight this one shares
+    starts = False  # whether it can start from given factors A and B (`begin`)
 
     @classmethod
     def fresh(cls, layer: LoraLayer, name: str, config: LoraConfig, trainable: bool) -> Self:
@@ -57,12 +78,29 @@ class LiveUpdate(Own):
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
         raise NotImplementedError
 
+    @classmethod
+    def join(cls, updates: Sequence[LiveUpdate]) -> None:
+        """Make what the modules of an adapter share. Called once, with all its updates of this kind, before they are
+        registered. Raises AdapterError if they cannot share it.
+        """
+
+    def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
+        """Start from these A and B instead of random ones (`layers.init`). Called once, before it is registered.
+
+        values: in the layer's layout; None: keep the random ones. subtracted: from now on ΔW is the difference from the
+        start, which is kept as a frozen pair.
+        """
+        raise NotImplementedError
+
     def value(self, layer: LoraLayer) -> Update:
         """Return the update as a value, with its own tensors, detached and not copied."""
         raise NotImplementedError
 
-    def pair(self) -> Pair | None:
-        """Return the update as a pair of matrices; None if it is not one."""
+    def pair(self, layer: LoraLayer) -> Pair | None:
+        """Return the update as a pair of matrices; None if it is not one.
+
+        Without gradients, a pair with a gain is the same object as long as nothing that it depends on has changed.
+        """
         return None
 
     def change(self, layer: LoraLayer, x: Tensor, y0: Tensor) -> Tensor:
@@ -73,16 +111,48 @@ class LiveUpdate(Own):
         """Return the same update for another module that shares the weight (tied embeddings)."""
         raise NotImplementedError
 
+    # Training
+
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        """Return the names of its parameters that LoRA+ trains at B's learning rate: B, and what takes B's place on the
+        output's side. Empty if it has none.
+        """
+        return ()
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        """Stop training A (LoRA-FA). Raises TargetError if there is no A, or B alone could not learn."""
+        raise TargetError(f"'{name}' has an update without a factor A, so freeze_a has nothing to freeze\n  omit it")
+
+    @classmethod
+    def penalty(cls, updates: Sequence[Self]) -> Tensor | None:
+        """Return what is added to the loss of a step, a scalar with a gradient; None if the kind has no penalty.
+
+        `updates`: all of an adapter's updates of this kind.
+        """
+        return None
+
+    @classmethod
+    def after_step(cls, updates: Sequence[Self], step: int, steps: int) -> None:
+        """Adjust the updates after optimizer step `step` (from 1) of `steps`; the gradients are still there."""
+
     def rows(self, layer: LoraLayer, weight: float) -> Rows:
-        """Return `weight` · ΔW by blocks of rows of the layer's weight, on its device."""
+        """Return `weight` · ΔW by blocks of rows of the layer's weight, on its device; with a `weight_gain`, `weight` ·
+        D.
+        """
         base = base_of(layer)
         device = base.device(layer)
         value = self.value(layer).map(lambda _, t: t.to(device))
         return value.rows(base.shape(layer), layer.lora_transposed, weight)
 
+    def weight_gain(self, layer: LoraLayer) -> Tensor | None:
+        """Return g for merging, in float64: a column for the rows of the layer's weight, or a row for its columns (both
+        with the other axes flattened); None if the update only adds. The weight must be unmerged.
+        """
+        return None
+
 
 def live(variant: str) -> type[LiveUpdate]:
-    """Return the class of a kind. `variant`: one of `config.variants()`."""
+    """Return the class of a kind. `variant`: one of `config.live_kinds()`."""
     return importlib.import_module(f".{variant}", __package__).Live
 
 
@@ -96,3 +166,10 @@ def device_of(layer: LoraLayer) -> torch.device:
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else base_of(layer).device(layer)
+
+
+def matrix_shape(layer: LoraLayer) -> tuple[int, int]:
+    """Return (out, in·k) of the layer's dense weight."""
+    out, *sizes = base_of(layer).shape(layer)
+    size_in = math.prod(sizes)
+    return (size_in, out) if layer.lora_transposed else (out, size_in)

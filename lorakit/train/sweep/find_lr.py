@@ -131,7 +131,7 @@ def _try(config: TrainConfig, folder: Path, progress: Progress) -> list[Entry]:
             "  start the run again",
             interrupt.signal,
         )
-    return leaderboard.entries(Sweep({"out": str(folder)}, (), configs), runs)
+    return leaderboard.entries(Sweep({"out": str(folder)}, (), configs, {name: {} for name in configs}), runs)
 
 
 def _table(tried: Sequence[Entry]) -> Table:

@@ -151,9 +151,13 @@ def table(ranked: Sequence[Entry], swept: Sequence[str], title: str = "") -> Tab
 
 
 def _shown(setting: str, entry: Entry) -> str:
-    value = entry.settings[setting]
     if setting == "learning_rate":  # the resolved value for 'auto'
-        return f"{entry.learning_rate:g}" + (" (auto)" if value == "auto" else "")
+        return f"{entry.learning_rate:g}" + (" (auto)" if entry.settings[setting] == "auto" else "")
+    return shown(entry.settings[setting])
+
+
+def shown(value: Any) -> str:
+    """Format a swept setting's value for a table."""
     return (
         ", ".join(map(str, value))
         if isinstance(value, list)

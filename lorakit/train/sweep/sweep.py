@@ -23,7 +23,7 @@ from ..loop import Loop
 from ..run import Run
 from ..run_folder import locked_folder
 from ..setup import set_up_together
-from . import leaderboard, sweep_plot
+from . import leaderboard, noise, sweep_plot
 from .leaderboard import Entry
 from .sweep_config import Sweep
 from .sweep_folder import SweepFolder
@@ -32,11 +32,13 @@ from .sweep_progress import SweepProgress
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended. `winners`: group -> folder of the best run's adapter ('' if there is one group); empty if the
-    sweep was interrupted. `stopped`: the signal's name. `seconds`: of this start.
+    """How a sweep ended. `over_seeds`: settings compared over seeds, if these were swept. `winners`: group -> folder
+    of the best run's adapter ('' if there is one group); empty if the sweep was interrupted. `stopped`: the signal's
+    name. `seconds`: of this start.
     """
 
     entries: list[Entry]
+    over_seeds: list[noise.Settings]
     criterion: str
     winners: dict[str, Path]
     plots: list[Path]
@@ -53,6 +55,7 @@ class Outcome:
             "leaderboard": str(self.leaderboard),
             "plots": list(map(str, self.plots)),
             "seconds": round(self.seconds, 3),
+            "over_seeds": [each.to_dict() for each in self.over_seeds],
             "runs": [entry.to_dict() for entry in self.entries],
         }
 
@@ -94,6 +97,7 @@ def _train(plan: Sweep, folder: SweepFolder, progress: SweepProgress, held: cont
     winners = {} if stopped else _save_winners(leaderboard.winners(ranked), folder.path)
     outcome = Outcome(
         ranked,
+        noise.over_seeds(ranked, plan.swept),
         leaderboard.criterion(ranked),
         winners,
         [] if stopped else _plots(ranked, plan, folder.path),

@@ -20,6 +20,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from ...config import PRESETS
+from ...config.kinds import has_effect
+from ...config.short_names import SHORT_NAMES
 from ...errors import ConfigError, did_you_mean, listing
 from ...methods import method_of
 from ...tasks import task_of
@@ -39,6 +41,9 @@ NOT_SWEPT = {
     "revision": _ONE_BASE,
     "trust_remote_code": _ONE_BASE,
     "precision": _ONE_BASE,
+    "quantize": _ONE_BASE,
+    "double": _ONE_BASE,
+    "compute_dtype": _ONE_BASE,
     "method": _ONE_BASE,
     "base": _ONE_BASE,
     "gradient_checkpointing": _ONE_PASS,
@@ -60,11 +65,14 @@ _LONGEST_VALUE, _LONGEST_NAME = 40, 120  # bytes in a folder's name, of which fi
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's settings (lists where swept), the names of the swept ones, and each run's config by run name."""
+    """A sweep's settings (lists where swept), the names of the swept ones, and by run name: each run's config, and its
+    values of the swept settings as they were given.
+    """
 
     settings: Mapping[str, Any]
     swept: tuple[str, ...]
     runs: Mapping[str, TrainConfig]
+    points: Mapping[str, Mapping[str, Any]]
 
     @property
     def out(self) -> Path:
@@ -73,7 +81,7 @@ class Sweep:
 
     def values_of(self, name: str) -> dict[str, Any]:
         """Return a run's values of the swept settings."""
-        return {setting: getattr(self.runs[name], setting) for setting in self.swept}
+        return dict(self.points[name])
 
 
 def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
@@ -113,18 +121,36 @@ def expand(values: Mapping[str, Any], max_runs: int = MAX_RUNS) -> Sweep:
             f"{count} runs ({sizes}) are more than {max_runs}\n  shorten a list, or raise the limit: --max-runs {count}"
         )
     fixed = {name: value for name, value in values.items() if name not in axes}
-    configs = [
-        TrainConfig(**fixed | dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values())
-    ]
+    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+    applicable = [_applicable(fixed, point, points) for point in points]
+    configs = [TrainConfig(**own | point) for own, point in zip(applicable, points, strict=True)]
     for config in configs:
         check_joint(config)
-    swept = tuple(axes)
     first = configs[0]
     settings = {n: axes[n] if n in axes else getattr(first, n) for n in fields if n != "base"}
-    runs = {}
-    for name, config in zip(names([{s: getattr(c, s) for s in swept} for c in configs]), configs, strict=True):
-        runs[name] = config.replace(out=str(Path(first.out) / "runs" / name))
-    return Sweep(settings, swept, runs)
+    # A setting that differs between the runs because of another one is written as it was given.
+    for name in [n for n in settings if n not in axes and any(getattr(c, n) != settings[n] for c in configs)]:
+        given = [getattr(config, name) for config, own in zip(configs, applicable) if name in own]
+        settings[name] = given[0] if given else fields[name].get_default(call_default_factory=True)
+    by_name = dict(zip(names(points), points, strict=True))
+    runs = {
+        name: config.replace(out=str(Path(first.out) / "runs" / name))
+        for name, config in zip(by_name, configs, strict=True)
+    }
+    return Sweep(settings, tuple(axes), runs, by_name)
+
+
+def _applicable(
+    fixed: Mapping[str, Any], point: Mapping[str, Any], points: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Leave out the fixed settings that have no effect in this run, but have one in another run of the sweep: LoKr's
+    in a sweep over LoRA and LoKr.
+    """
+    return {
+        name: value
+        for name, value in fixed.items()
+        if has_effect(name, {**fixed, **point}) or not any(has_effect(name, {**fixed, **other}) for other in points)
+    }
 
 
 def check_joint(config: TrainConfig) -> None:
@@ -217,11 +243,17 @@ def _values(name: str, values: list[Any]) -> list[Any]:
         )
     if not values:
         raise ConfigError(f"{name}: the list is empty; give the values to try")
-    parsed = [getattr(TrainConfig(**{"data": "-", name: value}), name) for value in values]
+    parsed = [_parsed(name, value) for value in values]
     duplicate = next((value for i, value in enumerate(parsed) if value in parsed[:i]), None)
     if duplicate is not None:
         raise ConfigError(f"{name}: {duplicate!r} is listed twice; list each value once")
     return parsed
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Validate one value of a setting. A short name, such as the variant "pissa", stays as it is."""
+    own = getattr(TrainConfig(**{"data": "-", name: value}), name)
+    return value if name == "variant" and value in SHORT_NAMES else own
 
 
 def _holds_list(name: str) -> bool:

@@ -119,3 +119,21 @@ def test_names_are_short_and_fit_for_folders_and_unlike_each_other():
     long = names([{"targets": [f"layer{i}" for i in range(n)]} for n in (80, 81)])
     assert len(set(long)) == 2
     assert all(len(name) < 140 and "/" not in name for name in long)
+
+
+def test_short_names_of_variants_are_swept_beside_kinds_and_keep_their_names():
+    plan = of(variant=["lora", "loha", "pissa", "rslora"], seed=[0, 1])
+    pissa, rslora = (plan.runs[f"variant={name},seed=1"] for name in ("pissa", "rslora"))
+    assert (pissa.variant, pissa.init, pissa.rslora) == ("lora", "pissa", False)
+    assert (rslora.variant, rslora.init, rslora.rslora) == ("lora", "default", True)
+    assert plan.values_of("variant=pissa,seed=1") == {"variant": "pissa", "seed": 1}
+    again = expand(yaml.safe_load(yaml.safe_dump(dict(plan.settings))))
+    assert again == plan
+
+
+def test_a_setting_of_one_kind_is_for_its_runs_only_and_without_such_runs_an_error():
+    plan = of(variant=["lora", "eva"], eva_rho=1.5)
+    assert [run.eva_rho for run in plan.runs.values()] == [2.0, 1.5]
+    assert expand(dict(plan.settings)) == plan
+    with pytest.raises(ConfigError, match="eva_rho has an effect with init='eva' only"):
+        of(variant=["lora", "loha"], eva_rho=1.5)
