@@ -34,6 +34,7 @@ NAMES = {
     "experts": "LoRA on a mixture of experts, against PEFT",
     "dora": "DoRA against LoRA, lorakit's and PEFT's",
     "plan": "predicted against measured memory",
+    "requantize": "what is left of an adapter when merged weights are quantized again, against PEFT",
 }
 PEERS = ("peft", "loralib", "trl", "diffusers")
 LONGEST = 80  # characters of a text that has a column of the table; longer ones are remarks below it
