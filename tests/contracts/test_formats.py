@@ -12,6 +12,7 @@ import torch
 import lorakit as lk
 from lorakit import formats
 from lorakit.adapter.dense import Dense
+from lorakit.adapter.experts import ExpertFactors
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.formats.format import Format
 
@@ -157,6 +158,21 @@ def test_it_lists_what_it_cannot_hold_and_writes_nothing_of_it(name, form, case,
     with pytest.raises(AdapterError, match="cannot hold all of this adapter") as raised:
         formats.save(adapter, path, name, **case.saves)
     assert all(line in str(raised.value) for line in lost)
+    assert files_in(tmp_path) == {}
+
+
+def test_factors_of_experts_are_held_or_refused_and_never_dropped(name, form, case, tmp_path):
+    experts = ExpertFactors(torch.ones(2, 2, 8), torch.ones(2, 8, 2), 4.0)
+    names = (*case.modules, "model.layers.0.mlp.experts.down_proj")
+    updates = {**adapter_of(case.modules).updates, names[-1]: experts}
+    adapter = lk.Adapter(lk.LoraConfig(rank=2, alpha=4, targets=list(names)), updates)
+    path = tmp_path / case.path
+    if name == "peft":
+        assert torch.equal(formats.load(formats.save(adapter, path, name)).updates[names[-1]].A, experts.A)
+        return
+    assert any("down_proj" in line for line in form.losses(adapter, path))
+    with pytest.raises(AdapterError, match="cannot hold all of this adapter"):
+        formats.save(adapter, path, name, **case.saves)
     assert files_in(tmp_path) == {}
 
 
