@@ -89,7 +89,7 @@ class ExpertWeightLayer(LoraLayer):
                 continue
             weights = routing.weights_of_tokens(child, self, tokens, x)[routed.token]  # [S]
             chosen = weights.nonzero().flatten()
-            change = self._branch(update.pair(self), x[chosen], 1.0, routed.of_pairs(chosen))
+            change = self._branch(update.pair(self), x[chosen], 1.0, routed.of_pairs(chosen))  # [n, out]
             y = y.index_add(0, chosen, change * weights[chosen].to(y.dtype).unsqueeze(-1))
         return y
 

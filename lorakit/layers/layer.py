@@ -127,9 +127,22 @@ def adapted_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module
     if cls is None:
         names = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_probed": base.forward}
         cls = _adapted[mixin, base] = type(
-            "Lora" + base.__name__, (mixin, base), names | mixin.lora_class_attributes(base)
+            "Lora" + base.__name__, (*_bridge(base), mixin, base), names | mixin.lora_class_attributes(base)
         )
     return cls
+
+
+def _bridge(base: type) -> tuple[type, ...]:
+    """Return what an adapted class has in front so that instances of its base class may become instances of it.
+
+    Python allows `module.__class__ = ...` only if both classes got their `__dict__` on top of the same class. nn.Module
+    has it on top of `object`, like our mixins. quanto's QLinear, which derives from ABC first, has it on top of ABC; so
+    the adapted class then needs a first base on top of ABC too.
+    """
+    below = base
+    while below.__base__ is not None and below.__dictoffset__:
+        below = below.__base__
+    return () if below is object else (type("Bridge", (below,), {}),)
 
 
 _adapted: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
@@ -137,7 +150,7 @@ _adapted: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
 
 def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
     """Return the mixin and the base class of an adapted class."""
-    mixin, base = cls.__bases__
+    *_, mixin, base = cls.__bases__
     return mixin, base
 
 

@@ -53,6 +53,12 @@ class LiveExperts(LiveUpdate):
     def pair(self, layer: LoraLayer) -> LiveExperts:
         return self
 
+    def faster(self, layer: LoraLayer) -> tuple[str, ...]:
+        return ("B",)
+
+    def freeze_a(self, layer: LoraLayer, name: str) -> None:
+        self.A.requires_grad_(False)
+
     @property
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.rslora)

@@ -63,6 +63,8 @@ class LiveUpdate(Own):
 
     rank: int
     width = 0  # the ranks of its pair in a stack of adapters; 0 without a pair
+    averages = True  # whether averages of its parameters over steps (EMA) are an update of its kind
+    captured_as: str | None = None  # the kind that its value is, if that is another
     tied = False  # whether it is the update of another module, whose weight this one shares
     starts = False  # whether it can start from given factors A and B (`begin`)
 
@@ -75,6 +77,12 @@ class LiveUpdate(Own):
     def of(cls, layer: LoraLayer, name: str, value: Any, dropout: float, trainable: bool) -> Self:
         """Create an update from a value, copied to the layer's device. Raises AdapterError if it does not fit."""
         raise NotImplementedError
+
+    @classmethod
+    def join(cls, updates: Sequence[LiveUpdate]) -> None:
+        """Make what the modules of an adapter share. Called once, with all its updates of this kind, before they are
+        registered. Raises AdapterError if they cannot share it.
+        """
 
     def begin(self, layer: LoraLayer, values: tuple[Tensor, Tensor] | None, subtracted: bool) -> None:
         """Start from these A and B instead of random ones (`layers.init`). Called once, before it is registered.
