@@ -259,7 +259,7 @@ def _is_stored(layer: LoraLayer) -> bool:
     """Whether the layer's tensors show every change of its weight: it is not computed from another module's, as
     parametrizations do, and not trained.
     """
-    weight: Tensor | None = layer._parameters.get("weight")
-    if weight is None:
-        return base_of(layer).quantization is not None
-    return not weight.requires_grad
+    if base_of(layer).quantization is not None:
+        return True
+    weight = layer.weight
+    return not weight.requires_grad and any(own is weight for own in layer._parameters.values())
