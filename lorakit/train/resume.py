@@ -304,7 +304,7 @@ def put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: st
 
 
 def _optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors |= {f"{name}.{key}": value for key, value in state_of(optimizer, parameter).items()}
     return tensors
