@@ -22,9 +22,9 @@ from .measure import PRECISIONS, in_turn, kept_bytes
 from .suite import Row, need
 
 TITLE = (
-    "Starts of LoRA made from the weights, lorakit's and PEFT's, rank 16: milliseconds to attach, and of a training step "
-    "(forward and\n"
-    "backward); ratios; MB that autograd keeps for backward. The base is the same without adapters."
+    "Starts of LoRA made from the weights, lorakit's and PEFT's, rank 16: milliseconds to attach, and of a training "
+    "step (forward\n"
+    "and backward); ratios; MB that autograd keeps for backward. The base is the same without adapters."
 )
 RANK = 16
 INITS = ("pissa", "olora")

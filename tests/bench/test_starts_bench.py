@@ -17,7 +17,7 @@ def test_both_libraries_have_the_same_weight_to_start_from():
 
 def test_the_quick_table_has_times_ratios_and_bytes():
     rows = suite.measure("starts", quick=True, precisions=(torch.float32,))
-    assert [row["what"].split()[0] for row in rows] == ["attach", "attach", "step", "step"]
+    assert [row["what"].split()[0] for row in rows] == ["attach,", "attach,", "step", "step"]
     assert all(row["PiSSA / PEFT PiSSA"] > 0 for row in rows)
     assert all(row["PiSSA kept MB"] > 0 for row in rows[2:])
     assert suite.table(rows)
