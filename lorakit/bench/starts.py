@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +58,17 @@ def run(quick: bool = False, precisions: Sequence[torch.dtype] = PRECISIONS) -> 
         shape = {"dtype": str(dtype)[6:], "model": f"linear {width} x {width}"}
         rows += [shape | {"what": f"attach, {init}"} | _attach(base, init, max(2, rounds // 5)) for init in INITS]
         x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
-        rows.append(shape | {"what": f"step of {tokens}"} | _step(base, ["0"], lambda model, x=x: model(x), rounds))
+        rows.append(shape | {"what": f"step of {tokens}"} | _step(base, ["0"], _called_with(x), rounds))
         size, layers = (64, 1) if quick else (512, 3)
         ids = torch.randint(0, 256, (2, tokens), device=device)
         shape = {"dtype": str(dtype)[6:], "model": f"Llama {layers} x {size}"}
         step = _step(llama(size, layers, dtype, device), _PROJECTIONS, _last_hidden(ids), max(2, rounds // 3))
         rows.append(shape | {"what": f"step of 2 x {tokens}"} | step)
     return rows
+
+
+def _called_with(x: Tensor) -> Callable[[Any], Tensor]:
+    return lambda model: model(x)
 
 
 def _last_hidden(ids: Tensor) -> Callable[[Any], Tensor]:
@@ -100,9 +105,8 @@ def _step(base: nn.Module, targets: list[str], forward: Callable[[Any], Tensor],
         model.train()
     seconds = in_turn({name: step(model) for name, model in models.items()}, rounds)
     row: Row = {f"{name} ms": value * 1e3 for name, value in seconds.items()}
-    row |= {
-        f"{name} kept MB": kept_bytes(models[name], lambda m=models[name]: forward(m)) / 1e6 for name in (OURS, THEIRS)
-    }
+    for name in (OURS, THEIRS):
+        row[f"{name} kept MB"] = kept_bytes(models[name], partial(forward, models[name])) / 1e6
     return row | {
         f"{OURS} / {LORA}": seconds[OURS] / seconds[LORA],
         f"{OURS} / {THEIRS}": seconds[OURS] / seconds[THEIRS],
