@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..adapter.adapter import Adapter
-from ..adapter.fingerprint import ONLY_ON, not_quantized
+from ..adapter.fingerprint import ONLY_ON, needs_quantized
 from ..errors import AdapterError, ConfigError, LorakitError
 from ..formats import find
 from ..io.atomic import write_text
@@ -245,7 +245,7 @@ def check_base(base: Base, adapter: Adapter, rename: Renaming) -> list[str]:
     quantization = adapter.metadata.get(ONLY_ON)
     if quantization and not base.config.get("quantization_config"):
         raise AdapterError(
-            f"{not_quantized(quantization)}: {base.folder} is not quantized\n"
+            f"{needs_quantized(quantization)}: {base.folder} is not quantized\n"
             "  give the quantized base, or force_base=True (--force-base) if you know better"
         )
     lines = compare_with_files(base, adapter, rename)
@@ -378,8 +378,14 @@ def _check_changed(reports: Sequence[TargetReport], plans: Sequence[tuple[Part, 
             raise LorakitError(
                 "no weight changed: the adapters cancel each other, or change nothing\n  there is nothing to merge"
             )
+        largest = max(r.asked for r in vanished)
+        if any(plan.requantize is not None for _, plan in plans):
+            raise LorakitError(
+                f"no weight changed: rounding undoes all of the adapter, whose largest |ΔW| is {largest:.3g}\n"
+                "  merge without requantize (--requantize), or onto the unquantized base (--onto)"
+            )
         raise LorakitError(
-            f"no weight changed: the largest |ΔW|, {max(r.asked for r in vanished):.3g}, is below the precision of "
+            f"no weight changed: the largest |ΔW|, {largest:.3g}, is below the precision of "
             "the base's weights\n"
             "  write more digits: dtype=torch.float32 (--dtype fp32); or keep the adapter unmerged"
         )

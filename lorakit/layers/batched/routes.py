@@ -261,7 +261,7 @@ class Routing:
             rows, weights = self.rows_using(child, layer, x, y.dtype)
             pair = update.pair(layer)
             own_x, own_y0 = x.index_select(0, rows), y0.index_select(0, rows)
-            if bias is not None:  # as if all rows had the module's own
+            if bias is not None and layer.bias is not None:  # as if all rows had the module's own
                 own_y0 = own_y0 - layer.lora_by_output(bias.index_select(0, rows) - layer.bias, own_y0)
             if pair is None:
                 change = update.change(layer, own_x, own_y0)
