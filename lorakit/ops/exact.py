@@ -80,7 +80,7 @@ class Block:
 
 @dataclass
 class Undo:
-    """What `subtract_` needs to restore the weight. `blocks`: those that changed; `checksum`: of their original bits."""
+    """What `subtract_` needs to restore the weight. `blocks`: the changed ones; `checksum`: of their original bits."""
 
     checksum: int
     blocks: list[Block] = field(default_factory=list)
