@@ -141,7 +141,3 @@ class ExpertFactors(Update):
     def _product(self, experts: slice, scale: float, transposed: bool) -> Tensor:
         A, B = wide(self.A[experts]), wide(self.B[experts]) * scale
         return torch.bmm(A.mT, B.mT) if transposed else torch.bmm(B, A)
-
-    def output_tensors(self) -> None:
-        """None: its tensors have the experts first."""
-        return None

@@ -3,9 +3,9 @@
 transformers 5 stacks the experts of a layer into one parameter when it loads a model, and takes them apart again when
 it saves one. Most files have a matrix for each expert:
 
-    <experts>.gate_up_proj [E, 2·i, h]    <experts>.3.w1.weight, .3.w3.weight  or  .3.gate_proj.weight, .3.up_proj.weight
+    <experts>.gate_up_proj [E, 2·i, h]    <experts>.3.w1.weight, .3.w3.weight  or .3.gate_proj.weight, .3.up_proj.weight
     <experts>.up_proj      [E, i, h]      <experts>.3.up_proj.weight
-    <experts>.down_proj    [E, h, i]      <experts>.3.w2.weight                or  .3.down_proj.weight
+    <experts>.down_proj    [E, h, i]      <experts>.3.w2.weight                or .3.down_proj.weight
 
 where <experts> may be in a block of another name (Mixtral's block_sparse_moe is mlp in the model). Others have the
 stacked parameter (gpt-oss), possibly with its matrices transposed. The names that fit the files decide.

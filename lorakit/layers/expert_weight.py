@@ -4,9 +4,9 @@
     gate_up_proj [E, h, 2·i]   down_proj [E, i, h]        transposed: gpt-oss, Aria
     up_proj      [E, i, h]     down_proj [E, h, i]        without a gate: Nemotron-H
 
-`transformers.integrations.moe.use_experts_implementation` gives such a module the attributes is_transposed, has_bias and
-has_gate, which say its layout; it is known by them. An adapter may change each of its parameters, which is a layer of
-its own to the rest of lorakit: `model.layers.0.mlp.experts.down_proj` has a weight, updates, targets and a rank.
+`transformers.integrations.moe.use_experts_implementation` gives such a module the attributes is_transposed, has_bias
+and has_gate, which say its layout; it is known by them. An adapter may change each of its parameters, which is a layer
+of its own to the rest of lorakit: `model.layers.0.mlp.experts.down_proj` has a weight, updates and a rank.
 """
 
 from __future__ import annotations

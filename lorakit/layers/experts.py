@@ -6,7 +6,7 @@
 
 `ExpertsLayer` is in front of the experts' own class. Without an active adapter its forward is the base's own, whichever
 implementation the model's config names; otherwise it computes what transformers' experts interface says, by what its
-attributes say: projection up, gate, projection down, the router's weights. `ExpertWeightLayer` is one of its parameters.
+attributes say: projection up, gate, projection down, the router's weights. `ExpertWeightLayer` is one parameter.
 """
 
 from __future__ import annotations

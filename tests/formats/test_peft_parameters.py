@@ -108,10 +108,10 @@ def test_a_parameter_called_weight_is_its_modules(folder):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"target_parameters": [f"{EXPERTS}.down_proj"]}, r"factors of 2 parameters, and target_parameters names 1"),
+        ({"target_parameters": [f"{EXPERTS}.down_proj"]}, r"2 pairs of factors for its parameters, and target_parameters names \['down_proj'\]"),
         ({"target_parameters": [f"{EXPERTS}.a", f"{EXPERTS}.b"]}, r"names \['a', 'b'\].*does not say which"),
         ({"r": 5}, r"'.*' has A .*its config says rank 5"),
-        ({"target_parameters": ["other.down_proj"]}, r"target_parameters names 0"),
+        ({"target_parameters": ["other.down_proj"]}, r"target_parameters names \[\] of it"),
     ],
     ids=str,
 )

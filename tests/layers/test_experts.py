@@ -493,3 +493,18 @@ def test_a_module_called_in_another_way_says_so():
     model = adapted("mixtral", targets=["experts"])
     with pytest.raises(StateError, match=r"called with 1 tensors"):
         model.model.layers[0].mlp.experts(torch.randn(2, 32), torch.tensor([[0], [1]]))
+
+
+@pytest.mark.parametrize("architecture", LAYOUTS)
+def test_save_pretrained_writes_the_base_and_the_adapter_beside_it(architecture, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(architecture, targets=["q_proj", "experts"])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not torch.equal(logits(again), logits(moe(architecture)))
+    close(logits(again), logits(model))
+    lk.merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=0)
