@@ -30,20 +30,26 @@ class ExpertWeight(Own):
 
     def __init__(self, experts: nn.Module, parameter: str):
         super().__init__()
-        self.__dict__["experts"] = experts  # not as a child, which would be a cycle
+        self.__dict__["_experts"] = experts  # not as a child, which would be a cycle
         self.parameter = parameter
         self.training = experts.training
 
     @property
+    def experts(self) -> nn.Module:
+        """The module that has the parameter."""
+        found: nn.Module = self.__dict__["_experts"]
+        return found
+
+    @property
     def weight(self) -> Tensor:
         """[E, out, in], or [E, in, out] if transposed."""
-        weight: Tensor = getattr(self.__dict__["experts"], self.parameter)
+        weight: Tensor = getattr(self.experts, self.parameter)
         return weight
 
     @property
     def is_transposed(self) -> bool:
         """Whether the weight is [E, in, out]."""
-        return bool(self.__dict__["experts"].is_transposed)
+        return bool(self.experts.is_transposed)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}={list(self.weight.shape)}"

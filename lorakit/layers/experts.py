@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import EXPERTS
 from ..errors import StateError
@@ -29,6 +29,7 @@ class ExpertWeightLayer(LoraLayer):
     """The mixin for one parameter of an experts module; it is no module that a model calls."""
 
     lora_kind = "experts"
+    experts: Any  # the module
     parameter: str
     is_transposed: bool
 
@@ -65,13 +66,13 @@ class ExpertWeightLayer(LoraLayer):
 
     def lora_adopted(self) -> None:
         """Become a child of the experts, and give them their adapted class."""
-        experts: nn.Module = self.__dict__["experts"]
+        experts = self.experts
         experts._modules[child_of(self.parameter)] = self
         if not isinstance(experts, ExpertsLayer):
             experts.__class__ = adapted_class(ExpertsLayer, type(experts))
 
     def lora_released(self) -> None:
-        experts: Any = self.__dict__["experts"]
+        experts = self.experts
         experts._modules.pop(child_of(self.parameter), None)
         if not any(isinstance(child, ExpertWeight) for child in experts._modules.values()):
             experts.__class__ = mixin_and_base(type(experts))[1]
@@ -84,12 +85,12 @@ class ExpertWeightLayer(LoraLayer):
             return y
         routing = self.lora_route
         for child in routing.children:
-            update = self._modules.get(child)
-            if update is None:
+            own = self._modules.get(child)
+            if own is None:
                 continue
             weights = routing.weights_of_tokens(child, self, tokens, x)[routed.token]  # [S]
             chosen = weights.nonzero().flatten()
-            change = self._branch(update.pair(), x[chosen], 1.0, routed.of_pairs(chosen))  # [n, out]
+            change = self._branch(own.pair(), x[chosen], 1.0, routed.of_pairs(chosen))  # [n, out]
             y = y.index_add(0, chosen, change * weights[chosen].to(y.dtype).unsqueeze(-1))
         return y
 
@@ -137,8 +138,8 @@ class ExpertsLayer(Swapped):
         y = product(x, W, routed, self.is_transposed)
         if self.has_bias:
             y = y + getattr(self, f"{parameter}_bias")[routed.expert]
-        own = self._modules.get(child_of(parameter))
-        return y if own is None else own.lora_of_pairs(y, x, routed, tokens)
+        layer = self._modules.get(child_of(parameter))
+        return layer.lora_of_pairs(y, x, routed, tokens) if isinstance(layer, ExpertWeightLayer) else y
 
 
 def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
