@@ -113,7 +113,7 @@ def test_the_table_has_one_line_for_all_experts_of_a_kind(tmp_path):
     moe("mixtral").save_pretrained(tmp_path / "base")
     report = merge_checkpoint(tmp_path / "base", lk.capture(adapted("mixtral")), tmp_path / "merged")
     (table, *_) = tables(report)
-    rows = {row[0]: row[1] for row in table.rows}
+    rows = {row[0]: row[1] for row in table.cells}
     assert {name: count for name, count in rows.items() if "experts" in name} == {
         f"block_sparse_moe.experts.*.{w}": "8" for w in ("w1", "w2", "w3")
     }
