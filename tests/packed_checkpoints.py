@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ def save(folder: Path, how: dict[str, Any], model: nn.Module | None = None) -> t
     """Save a checkpoint of a model whose linears but the head are packed, and the others in fp16. Returns its folder,
     and the model with the dequantized weights, in float32.
     """
-    model = (quantized.llama() if model is None else model).half()
-    model.save_pretrained(folder)
-    model.float()
+    model = quantized.llama() if model is None else model
+    for parameter in model.parameters():
+        parameter.data = parameter.half().float()
+    copy.deepcopy(model).half().save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name, module in model.named_modules():
         if "layers." in name and isinstance(module, nn.Linear):

@@ -165,14 +165,22 @@ def randomise_factors(model: nn.Module, seed: int = 1, size: float = 0.3) -> nn.
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the base's parameters and buffers, to be compared with `same_bits`."""
-    return {n: t.detach().clone() for n, t in model.state_dict().items() if ".lora_" not in f".{n}"}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in f".{name}":
+            continue
+        # A tensor class (torchao's quantized weights) by the tensors that it holds.
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+        plain |= {f"{name}.{part}": getattr(tensor, part).detach().clone() for part in parts}
+        plain |= {} if parts else {name: tensor.detach().clone()}
+    return plain
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal to the bit (-0 and NaN too) and in the order of their keys."""
     return list(a) == list(b) and all(
         a[n].dtype == b[n].dtype
-        and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
+        and torch.equal(*(each[n].contiguous().reshape(-1).view(torch.uint8) for each in (a, b)))
         for n in a
     )
 

@@ -4,6 +4,7 @@
     DoRA    ΔW = m (W + D) / ‖W + D‖ - W                    dora.py; D = s · B A: the update that it is built on
     LoHa    ΔW = s · (W1a W1b) ∘ (W2a W2b)                  loha.py
     LoKr    ΔW = s · W1 ⊗ W2                                lokr.py
+    VeRA    ΔW = diag(b) B diag(d) A                        vera.py; A and B are random and shared
     dense   ΔW itself                                       dense.py
     experts ΔW[e] = s · B[e] A[e] of each expert            experts.py
 
@@ -51,6 +52,11 @@ class Update(ABC):
     @abstractmethod
     def variant(self) -> str:
         """The kind's name: "lora", "dora", "loha", "lokr", "dense", ..."""
+
+    @property
+    def live_variants(self) -> tuple[str, ...]:
+        """The kinds that must exist on a live model to attach it: its own, and that of the update it is built on."""
+        return (self.variant,)
 
     @property
     @abstractmethod
@@ -223,6 +229,10 @@ class Update(ABC):
             return True
         return False if (own[0], math.prod(own[1:])) == (shape[0], math.prod(shape[1:])) else None
 
+    def on_weight(self, shape: tuple[int, ...], transposed: bool) -> Update:
+        """Return the update for a weight of this shape that it fits, where a file does not tell all sizes (VeRA)."""
+        return self
+
     @abstractmethod
     def rows(
         self, shape: tuple[int, ...], transposed: bool = False, weight: float = 1.0, read: Read | None = None
@@ -252,6 +262,12 @@ class Update(ABC):
 
     def as_factors(self) -> Factors | None:
         """Return low-rank factors with exactly this ΔW, which can be cut at any output; None if the kind has none."""
+        return None
+
+    def as_lora(self) -> Factors | None:
+        """Return the LoRA of the same rank with exactly this ΔW, for kinds that are one in other tensors (VeRA), and
+        for a LoRA itself; None for other kinds.
+        """
         return None
 
     def halves_swapped(self) -> Update | None:

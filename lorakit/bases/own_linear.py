@@ -56,6 +56,11 @@ class FrozenQuantLinear(nn.Module):
         """Return the weight [out, in], float32."""
         return cast(Tensor, self.codec.dequantized(self.packed(), self.settings))
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, for models that look at a linear's weight (its dtype, say) without calling it."""
+        return self.dequantized()
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out], in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -1,8 +1,8 @@
 """Load GPTQ and AWQ checkpoints with lorakit's own linears, through transformers' `from_pretrained`.
 
 transformers reads such checkpoints only with gptqmodel and optimum. Here it reads the files as for any model (shards,
-tied weights, generation settings), and its hook for quantizers puts `own_linear`'s modules in place of the linears whose
-packed weights are in the files. Afterwards the model's config says again what the checkpoint's says.
+tied weights, generation settings), and its hook for quantizers puts `own_linear`'s modules in place of the linears
+whose packed weights are in the files. Afterwards the model's config says again what the checkpoint's says.
 """
 
 from __future__ import annotations

@@ -22,19 +22,20 @@ from .single_file import WeightRows
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a base stores a module's weight. `module`: the files' name for it; `update`: the adapter's update of it;
-    `rows`: the rows, and how their layout differs from the module's.
+    """Where a base stores a module's weight. `module`: the files' name for it; `update`: the adapter's update of it, if
+    there is one; `rows`: the rows, and how their layout differs from the module's.
     """
 
     base: Base
     slot: Slot
     rows: WeightRows
     module: str
-    update: Update
+    update: Update | None
 
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored as [in, out]. Raises AdapterError if the update does not fit it."""
+        assert self.update is not None
         return update_for(self.module, self.update, self.slot, self.base.model_type, rows=self.rows).transposed
 
 
@@ -60,7 +61,7 @@ class Weights:
         not fit W, or is one of experts.
         """
         weight, *others = self.stored[module]
-        if others or weight.update.matrices() is not None:
+        if others or weight.update is None or weight.update.matrices() is not None:
             raise AdapterError(f"'{module}' has a matrix for each expert; its weight is not read as one")
         transposed = weight.transposed
         W = torch.cat([block.float() for _, block in weight.slot.rows()])
@@ -68,15 +69,18 @@ class Weights:
         return W.T if transposed else W
 
 
-def open_weights(path: Path, updates: Mapping[str, Update]) -> Weights:
-    """Find the weights of these modules in a transformers folder, a diffusers pipeline or a single file. `updates`: by
-    module. Raises TargetError if the base lacks one.
+def open_weights(path: Path, updates: Mapping[str, Update | None], quantized: bool = True) -> Weights:
+    """Find the weights of these modules in a transformers folder, a diffusers pipeline or a single file.
+
+    updates: by module; None for a weight that is read as it is stored. quantized: whether quantized weights may be
+    read. Raises TargetError if the base lacks a module.
     """
     stored: dict[str, list[Weight]] = {}
-    for part in open_parts(path, updates):
+    for part in open_parts(path, updates, quantized=quantized):
         front = part.called("")
         own = {m.removeprefix(front): update for m, update in updates.items() if m.startswith(front)}
-        by_module = as_stored(part.base, own)
+        by_module: dict[str, Mapping[str, Update | None]] = {m: {m: None} for m in own}
+        by_module |= as_stored(part.base, {m: update for m, update in own.items() if update is not None})
         every = {name: update for each in by_module.values() for name, update in each.items()}
         locations = locate(part.base, every)
         for module, each in by_module.items():

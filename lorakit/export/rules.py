@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..adapter.adapter import Adapter
+from ..adapter.algebra.edit import as_lora
 from ..config import EXPERTS
 from ..errors import listing
 from ..formats.peft_experts import misread
@@ -84,7 +85,15 @@ _BY_NAME = {"tokens": "trained tokens of", EXPERTS: "factors of each expert for"
 
 
 def no_other_kinds(adapter: Adapter) -> Iterator[Finding]:
-    """No LoHa, LoKr or dense updates."""
+    """No LoHa, LoKr or dense updates; a VeRA becomes the LoRA that it is."""
+    same = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.as_lora() is not None}
+    if same:
+        yield Finding(
+            f"{len(same)} modules are LoRAs in other tensors ({', '.join(sorted(set(same.values())))})",
+            "write them as LoRA",
+            as_lora,
+        )
+        return
     others = {m: u.variant for m, u in adapter.updates.items() if u.factors is None and u.variant not in _BY_NAME}
     if others:
         yield Finding(

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.gain import add_gain, excess
+
 if TYPE_CHECKING:
     from ..adapter.lora import Kind
     from .batched.routes import Routing
@@ -53,11 +55,15 @@ _RESERVED = frozenset(
         "probed",
         "laid_out",
         "route",
+        "by_output",
+        "gained",
+        "times_outputs",
         "live",
         "adopted",
         "released",
         "of_pairs",
         "computed",
+        "check",
     }
 )
 
@@ -122,9 +128,22 @@ def adapted_class(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module
     if cls is None:
         names = {"__module__": base.__module__, "__doc__": base.__doc__, "lora_probed": base.forward}
         cls = _adapted[mixin, base] = type(
-            "Lora" + base.__name__, (mixin, base), names | mixin.lora_class_attributes(base)
+            "Lora" + base.__name__, (*_bridge(base), mixin, base), names | mixin.lora_class_attributes(base)
         )
     return cls
+
+
+def _bridge(base: type) -> tuple[type, ...]:
+    """Return what an adapted class has in front so that instances of its base class may become instances of it.
+
+    Python allows `module.__class__ = ...` only if both classes got their `__dict__` on top of the same class. nn.Module
+    has it on top of `object`, like our mixins. quanto's QLinear, which derives from ABC first, has it on top of ABC; so
+    the adapted class then needs a first base on top of ABC too.
+    """
+    below = base
+    while below.__base__ is not None and below.__dictoffset__:
+        below = below.__base__
+    return () if below is object else (type("Bridge", (below,), {}),)
 
 
 _adapted: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
@@ -132,7 +151,7 @@ _adapted: dict[tuple[type[Swapped], type[nn.Module]], type[nn.Module]] = {}
 
 def mixin_and_base(cls: type) -> tuple[type[LoraLayer], type[nn.Module]]:
     """Return the mixin and the base class of an adapted class."""
-    mixin, base = cls.__bases__
+    *_, mixin, base = cls.__bases__
     return mixin, base
 
 
@@ -144,7 +163,7 @@ def rebuild(mixin: type[Swapped], base: type[nn.Module]) -> nn.Module:
 
 class LoraLayer(Swapped):
     """The base of all mixins. `lora_active`: (child's name, weight) of the active updates; `lora_merged`: the undo data
-    of a merge, None if nothing is merged.
+    of a merge (`merge.Merge`), None if nothing is merged.
     """
 
     weight: Tensor
@@ -174,11 +193,13 @@ class LoraLayer(Swapped):
         """Return the base's output y0 with these updates added. x: the layer's input."""
         y, pairs = y0, []
         for update, weight in active:
-            pair = update.pair()
+            pair = update.pair(self)
             if pair is None:
                 y = y + update.change(self, x, y0) * weight
             else:
                 pairs.append((pair, pair.scale * weight))
+                if pair.gain is not None:
+                    y = self.lora_gained(y, y0, excess(pair.gain, weight))
         for pair, scale in pairs:  # last, since they may be added in place
             y = self.lora_add(y, x, pair, scale)
         return y
@@ -186,6 +207,19 @@ class LoraLayer(Swapped):
     def lora_add(self, y: Tensor, x: Tensor, pair: Pair, scale: float) -> Tensor:
         """Return y + scale · B A x; may write into y."""
         return y + self.lora_branch(x, pair, y) * scale
+
+    def lora_gained(self, y: Tensor, y0: Tensor, h: Tensor) -> Tensor:
+        """Return y + h ∘ (y0 - b) (see `ops.gain`) as a new tensor. y0: the base's output; h: [out], or [rows, out]."""
+        bias = getattr(self, "bias", None)
+        return add_gain(y, y0, self.lora_by_output(h, y0), None if bias is None else self.lora_by_output(bias, y0))
+
+    def lora_by_output(self, vector: Tensor, y: Tensor) -> Tensor:
+        """Return a vector over the outputs, [out] or [rows, out], in a shape that broadcasts to the layer's output."""
+        return vector if vector.dim() == 1 else vector.view(len(vector), *(1,) * (y.dim() - 2), -1)
+
+    def lora_times_outputs(self, B: Tensor, g: Tensor) -> Tensor:
+        """Return B with its outputs multiplied by g [out]."""
+        return B * g.view(-1, *(1 for _ in B.shape[1:]))
 
     def lora_branch(self, x: Tensor, pair: Pair, like: Tensor) -> Tensor:
         """Return B A x with the pair's dropout, in the shape and dtype of the base's output `like`."""

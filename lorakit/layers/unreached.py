@@ -45,15 +45,20 @@ def unreached(model: nn.Module, saved: Collection[str] = ()) -> Unreached | None
     for module_name, module in base_modules(model):
         child = saved_of(module)
         own = child.get(BASE) if child else {}  # the base's, whichever version is in use
-        adaptable = mixin_for(module) is not None
+        adaptable, base = mixin_for(module) is not None, base_of(module)
         reached = {weight.parameter for weight in expert_weights(module)}
+        packed: tuple[str, ...] = ()
+        if adaptable and base.quantization is not None:
+            packed = base.stored(module)
+            key = next((id(p) for n in packed if (p := module._parameters.get(n)) is not None), id(module))
+            total += 0 if key in seen else math.prod(base.shape(module))
+            seen.add(key)
         for last, in_use in module._parameters.items():
             parameter = own.get(last, in_use)
-            if parameter is None or id(parameter) in seen:
+            if parameter is None or id(parameter) in seen or last in packed:
                 continue
             seen.add(id(parameter))
-            quantized = last == "weight" and adaptable and base_of(module).quantization is not None
-            size = math.prod(base_of(module).shape(module)) if quantized else parameter.numel()
+            size = parameter.numel()
             total += size
             full = f"{module_name}.{last}" if module_name else last
             # A vector that broadcasts, such as a class token [1, 1, d], is no matrix.

@@ -13,7 +13,7 @@ from ..bases.pipeline import PipelineModel, component_of
 from ..config import LoraConfig
 from ..errors import StateError, did_you_mean, listing
 from ..layers import fused_qkv, saved
-from ..layers.bases import fingerprinted, quantized
+from ..layers.bases import base_of, bias_of, fingerprinted, quantized
 from ..layers.batched.routes import Routes, Routing
 from ..layers.expert_weight import adapted_weight
 from ..layers.fused import attention
@@ -195,8 +195,12 @@ def base_weights(model: nn.Module) -> dict[str, Weight]:
     weights: dict[str, Weight] = {n: p for n, p in base_parameters(model) if n.rpartition(".")[0] not in copied}
     once: dict[int, Weight] = {}  # a shared weight stays one object
     for name, module in quantized(model).items():
-        full = f"{name}.weight" if name else "weight"
-        weights[full] = once.setdefault(id(weights[full]), fingerprinted(module))
+        at, held = f"{name}." if name else "", base_of(module).stored(module)
+        stored = [p for n in held if (p := weights.pop(at + n, None)) is not None]
+        weights[f"{at}weight"] = once.setdefault(id(stored[0] if stored else module), fingerprinted(module))
+        bias = bias_of(module)
+        if bias is not None:
+            weights.setdefault(f"{at}bias", bias)
     state = model.__dict__.get(STATE)
     before = {id(v.added_to): v.weight for v in state.vocabularies.values()} if state is not None else {}
     return {name: before.get(id(weight), weight) for name, weight in weights.items()} if before else weights

@@ -1,4 +1,4 @@
-"""Ways of storing a base's weight (see `base_weight`): one file per library, which says what modules it owns."""
+"""Ways of storing a base's weight (see `base_weight`): a file per library or format, which says what it owns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...adapter.fingerprint import Quantized
 from ..walk import base_modules
 from .base_weight import BaseWeight
 
-_PROTOCOL, _LAST = "base_weight", "dense"
+_LAST = "dense"
 
 
 def base_of(module: nn.Module) -> BaseWeight:
@@ -43,13 +43,25 @@ def fingerprinted(module: nn.Module) -> Quantized:
 
 def parameter_count(model: nn.Module) -> int:
     """Count a model's parameters, including adapters'; a quantized weight counts as its dense one."""
-    packed = {id(m._parameters["weight"]): math.prod(base_of(m).shape(m)) for m in quantized(model).values()}
-    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    packed: dict[int, int] = {}  # a shared weight counts once
+    for module in quantized(model).values():
+        base, bias = base_of(module), bias_of(module)
+        held = [id(p) for name in base.stored(module) if (p := module._parameters.get(name)) is not None]
+        packed |= dict.fromkeys(held, 0) | {held[0] if held else id(module): math.prod(base.shape(module))}
+        packed |= {} if bias is None else {id(bias): bias.numel()}
+    others = {id(p): p.numel() for p in model.parameters()}
+    return sum((others | packed).values())
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return a quantized linear's bias: a parameter, or in some libraries a buffer or an attribute."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
 
 
 @cache
 def _kinds() -> tuple[BaseWeight, ...]:
     """Load the objects of all files. Dense is last: it owns what no other does."""
-    names = {file.name for file in iter_modules(__path__)} - {_PROTOCOL}
+    names = {file.name for file in iter_modules(__path__)}
     files = [import_module(f".{name}", __name__) for name in sorted(names, key=lambda name: name == _LAST)]
-    return tuple(kind for file in files for kind in file.KINDS)
+    return tuple(kind for file in files for kind in getattr(file, "KINDS", ()))

@@ -4,11 +4,15 @@ All code that reads or writes the weight's elements uses this interface: the sha
 the fingerprint, the summary. The forward does not: an adapted module calls its own class's forward, which knows the
 storage, and adds its updates to the output.
 
+A quantized weight may belong to a module that is not an `nn.Linear`, and be held in several tensors, none of which is
+called "weight" (GPTQ, AWQ, HQQ). `is_linear` and `stored` say so.
+
 "The dense weight" is the one that the module computes with, in the layout of its class: [out, in] of a linear, [in,
 out] of transformers' Conv1D, [out, in/groups, *k] of a convolution, [vocab, dim] of an embedding.
 
 Each way of storing a weight is an object in a file's `KINDS`. No file imports its library: a module of that library
-exists only in a process that has already imported it.
+exists only in a process that has already imported it. So modules are recognized by the names of their classes and by
+what they hold.
 """
 
 from __future__ import annotations
@@ -18,6 +22,13 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...errors import StateError
+
+MERGE = (
+    "  keep the adapter unmerged; or merge the files: lorakit merge BASE ADAPTER OUT takes the unquantized base, or a\n"
+    "  bitsandbytes, GPTQ or AWQ folder, which becomes an ordinary one (with --requantize it stays quantized)"
+)
+
 
 class BaseWeight(Protocol):
     """One way of storing a weight. It holds no state: everything is read from the module it is given."""
@@ -26,6 +37,12 @@ class BaseWeight(Protocol):
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this module's weight is stored in this way."""
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Whether the module computes x Wᵀ + b with this weight, though its class is not derived from nn.Linear."""
+
+    def stored(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of the module's parameters that hold the weight."""
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """Return the dense weight's shape."""
@@ -53,11 +70,50 @@ class BaseWeight(Protocol):
     def writable(self, module: nn.Module, name: str) -> Tensor:
         """Return the tensor to add ΔW to in place. `name`: the module's. Raises StateError if there is none."""
 
-    def check(self, module: nn.Module, name: str) -> None:
-        """Raise StateError if this module can no longer be adapted or pass gradients on. `name`: the module's."""
+    def check(self, module: nn.Module, name: str, trainable: bool) -> None:
+        """Raise StateError if this module can no longer be adapted or, with `trainable`, passes no gradients on.
+        `name`: the module's.
+        """
 
     def prepare(self, module: nn.Module) -> None:
         """Keep the module's own forward from changing the storage while adapters are attached."""
 
     def restore(self, module: nn.Module) -> None:
         """Undo `prepare`."""
+
+
+class QuantizedWeight:
+    """What most quantized weights have in common: they are read, and never written to."""
+
+    quantization: ClassVar[str | None] = None
+
+    def is_linear(self, module: nn.Module) -> bool:
+        return False
+
+    def stored(self, module: nn.Module) -> tuple[str, ...]:
+        return ("weight",)
+
+    def was_transposed(self, module: nn.Module) -> bool:
+        return False
+
+    def writable(self, module: nn.Module, name: str) -> Tensor:
+        raise StateError(
+            f"'{name}' is quantized ({self.quantization}): merging would round it again, and lose part of ΔW\n{MERGE}"
+        )
+
+    def check(self, module: nn.Module, name: str, trainable: bool) -> None:
+        """Do nothing: it can always be adapted."""
+
+    def prepare(self, module: nn.Module) -> None:
+        """Do nothing: its forward does not change the storage."""
+
+    def restore(self, module: nn.Module) -> None:
+        """Do nothing, as `prepare`."""
+
+
+def refuse_activations(name: str, quantization: str | None) -> None:
+    """Raise StateError for a module that quantizes its input too: rounding passes no gradient on."""
+    raise StateError(
+        f"'{name}' quantizes its input as well as its weight ({quantization}), and passes no gradients on\n"
+        "  load the base with its weights alone quantized; a trained adapter can be attached to this one"
+    )

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from ...bases.int8_forward import hold, release
 from ...errors import StateError
-from .base_weight import BaseWeight
+from .base_weight import MERGE, BaseWeight, QuantizedWeight
 
 _REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag, see `FourBit.check`
 _ORIGINAL = "_lora_repacks"  # marks a module whose flag was set
-_MERGE = "  keep the adapter unmerged, or merge it into the unquantized base: lorakit merge BASE ADAPTER OUT"
 
 
-class FourBit:
+class FourBit(QuantizedWeight):
     """NF4 or FP4: a `Params4bit` of packed bytes, with its quantization state."""
 
     quantization: ClassVar[str | None] = "bitsandbytes, 4 bits"
@@ -43,7 +42,7 @@ class FourBit:
         return _weight(module).device
 
     def dense(self, module: nn.Module) -> Tensor:
-        self.check(module, type(module).__name__)
+        self.check(module, type(module).__name__, trainable=False)
         return _functional().dequantize_4bit(_weight(module).data, _state(module))
 
     def sample(self, module: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,10 +67,10 @@ class FourBit:
     def writable(self, module: nn.Module, name: str) -> Tensor:
         raise StateError(
             f"'{name}' is quantized ({self.quantization}): merging would round it to 16 values per block again, and "
-            f"lose most of ΔW\n{_MERGE}"
+            f"lose most of ΔW\n{MERGE}"
         )
 
-    def check(self, module: nn.Module, name: str) -> None:
+    def check(self, module: nn.Module, name: str, trainable: bool) -> None:
         """Raise StateError for a repacked weight. In the first evaluation on a CPU with AVX512-BF16, bitsandbytes
         repacks a weight permanently: absmax loses half of its digits, and the module passes no gradients on.
         """
@@ -91,7 +90,7 @@ class FourBit:
             setattr(module, _REPACKS, True)
 
 
-class EightBit:
+class EightBit(QuantizedWeight):
     """LLM.int8(): an `Int8Params` of int8 with its rows' absmax, which bitsandbytes moves from the weight to the
     module's state in the first forward.
     """
@@ -121,14 +120,6 @@ class EightBit:
 
     def was_transposed(self, module: nn.Module) -> bool:
         return _was_conv1d(module)
-
-    def writable(self, module: nn.Module, name: str) -> Tensor:
-        raise StateError(
-            f"'{name}' is quantized ({self.quantization}): merging would round it again, and lose part of ΔW\n{_MERGE}"
-        )
-
-    def check(self, module: nn.Module, name: str) -> None:
-        """Do nothing: it can always be adapted."""
 
     def prepare(self, module: nn.Module) -> None:
         hold(module)  # else it computes something else in evaluation than in training

@@ -119,8 +119,8 @@ def quantized(
 
 
 def grid(by_input: Tensor, group: Tensor, settings: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`by_input`: a weight [in, out]; `group` [in]. Return scales [groups, out] in `dtype` and z [groups, out], so that the codes reach from the least to the largest
-    weight of each group.
+    """Return the scales [groups, out] in `dtype` and z [groups, out] of codes that reach from the least to the largest
+    weight of each group. `by_input`: the weight as [in, out]; `group` [in]: of each input.
     """
     highest = 2**settings.bits - 1
     members = [by_input[group == g] for g in range(int(group.max()) + 1)]
